@@ -1,0 +1,1 @@
+"""Problem sets: one file each, with `load(split, *, seed, path, **options) -> Sequence[Problem]`."""

@@ -1,0 +1,82 @@
+"""Sums, differences and products of two numbers, with a worked solution that a character model of a few million weights can learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+
+from data._files import check_split
+from data._procedural import Procedural, check_range, draw
+from grpo.types import Problem, UserError
+
+VALUE: dict[str, Callable[[int, int], int]] = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+
+
+def load(
+    split: str,
+    *,
+    seed: int,
+    path: str | None = None,
+    digits: int = 3,
+    operations: Sequence[str] = ("+",),
+    terms: int = 2,
+    size: int = 100_000,
+) -> Sequence[Problem]:
+    """`size` problems like `347+85=`, operands uniform in 0..10^digits-1; differences are never negative.
+
+    Problem i depends on (seed, i, options) alone. a+b and b+a are one content, which is in train or in test for every seed.
+    """
+    check_split("arithmetic", split)
+    if path is not None:
+        raise UserError("data.arithmetic: problems are drawn; leave data.path out")
+    if not operations or not set(operations) <= VALUE.keys():
+        raise UserError(f"data.arithmetic.operations: got {list(operations)}; give some of +, -, *")
+    check_range("arithmetic", "terms", terms, 2, 2)
+    check_range("arithmetic", "digits", digits, 1, 12)
+    check_range("arithmetic", "size", size, 1, 10**9)
+
+    def one(random: Random) -> tuple[str, tuple[int, str, int]]:
+        operation = random.choice(operations)
+        a, b = random.randrange(10**digits), random.randrange(10**digits)
+        low, high = sorted((a, b))
+        return f"{low}{operation}{high}", (high, operation, low) if operation == "-" else (a, operation, b)
+
+    def make(i: int) -> Problem:
+        a, operation, b = draw(one, "arithmetic", split, seed, i, digits, *operations)
+        answer = str(VALUE[operation](a, b))
+        solution = f"<think>{scratchpad(a, operation, b)}</think><answer>{answer}</answer>"
+        question = f"{a}{operation}{b}="
+        return Problem(id=f"arithmetic/{split}/{i}", question=question, answer=answer, source="arithmetic", solution=solution)
+
+    return Procedural(size, make)
+
+
+def scratchpad(a: int, operation: str, b: int) -> str:
+    """The working, right to left. `347+85` -> "7+5+0=12 4+8+1=13 3+0+1=04": digit, digit, carry = new carry and digit.
+
+    `347-85` -> "7-5-0=02 4-8-0=16 3-0-1=02" with borrows for carries; `34*12` -> "34*2=68 34*10=340 68+340=408", the total kept.
+    """
+    if operation == "*":
+        return _partial_products(a, b)
+    width = max(len(str(a)), len(str(b)))
+    sign = 1 if operation == "+" else -1
+    carry = 0
+    columns = []
+    for x, y in zip(reversed(f"{a:0{width}}"), reversed(f"{b:0{width}}"), strict=True):
+        value = int(x) + sign * (int(y) + carry)
+        column = f"{x}{operation}{y}{operation}{carry}"
+        carry = abs(value // 10)
+        columns.append(f"{column}={carry}{value % 10}")
+    return " ".join(columns)
+
+
+def _partial_products(a: int, b: int) -> str:
+    steps = []
+    total = 0
+    for power, digit in enumerate(reversed(str(b))):
+        factor = int(digit) * 10**power
+        steps.append(f"{a}*{factor}={a * factor}")
+        if power > 0:
+            steps.append(f"{total}+{a * factor}={total + a * factor}")
+        total += a * factor
+    return " ".join(steps)

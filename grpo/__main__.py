@@ -1,0 +1,11 @@
+"""`python -m grpo`, the same as `grpo`."""
+
+import sys
+from pathlib import Path
+
+if sys.path[0] in ("", str(Path.cwd())):
+    sys.path.append(sys.path.pop(0))  # a user's own data/ or rewards/ in the working directory does not shadow ours
+
+from grpo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,63 @@
+"""Samples become padded micro-batches. The reduction of the loss is decided here, once an update, as a weight for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from grpo.types import Batch, Sample
+
+
+def token_weights(lengths: Sequence[int], reduction: str, max_tokens: int) -> list[float]:
+    """Returns, for each completion of a whole update, the weight of each of its tokens; the loss is `(weights * per_token).sum()`.
+
+    Over N completions of lengths |o_i|: sequence `1 / (N |o_i|)` (DeepSeekMath 2402.03300 Eq. 3), token `1 / sum |o_i|` (DAPO
+    2503.14476 Eq. 8), constant `1 / (N max_tokens)` (Dr.GRPO 2503.20783). Micro-batches cannot change them.
+    """
+    n, total = len(lengths), sum(lengths)
+    return [{"sequence": 1 / (n * length), "token": 1 / total, "constant": 1 / (n * max_tokens)}[reduction] for length in lengths]
+
+
+def micro_batches(samples: Sequence[Sample], weights: Sequence[float], *, max_tokens: int, pad_id: int = 0) -> list[Batch]:
+    """Returns micro-batches of at most `max_tokens` padded tokens, samples sorted by length so that little is padding."""
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].token_ids))
+    batches, rows = [], list[int]()
+    for i in order:
+        if rows and (len(rows) + 1) * len(samples[rows[0]].token_ids) > max_tokens:
+            batches.append(_collate(rows, samples, weights, pad_id))
+            rows = []
+        rows.append(i)
+    return [*batches, _collate(rows, samples, weights, pad_id)] if rows else batches
+
+
+def _collate(rows: Sequence[int], samples: Sequence[Sample], weights: Sequence[float], pad_id: int) -> Batch:
+    """Pads on the right; masks come from lengths, never from token values (an EOS that is also the padding is still trained)."""
+    length = max(len(samples[i].token_ids) for i in rows)
+    ids, labels = torch.full((len(rows), length), pad_id), torch.full((len(rows), length), pad_id)
+    attention, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.bool)
+    weight, advantage, sampler = (torch.zeros(len(rows), length) for _ in range(3))
+    for row, i in enumerate(rows):
+        sample = samples[i]
+        end = len(sample.token_ids)
+        completion = slice(sample.prompt_length - 1, end - 1)  # the positions that predict the completion
+        ids[row, :end] = torch.tensor(sample.token_ids)
+        labels[row, : end - 1] = ids[row, 1:end]
+        attention[row, :end] = 1
+        mask[row, completion] = True
+        weight[row, completion] = weights[i]
+        advantage[row, completion] = torch.tensor(sample.advantages)
+        if sample.sampler_logprobs is not None:
+            sampler[row, completion] = torch.tensor(sample.sampler_logprobs)
+    return Batch(
+        index=tuple(rows), input_ids=ids, attention_mask=attention, labels=labels, token_mask=mask, token_weights=weight,
+        advantages=advantage, sampler_logprobs=sampler,
+    )  # fmt: skip
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch with its tensors on a device."""
+    moved = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)})  # type: ignore[arg-type]

@@ -1,0 +1,155 @@
+"""The run directory and its checkpoints: written aside, flushed to disk, renamed. What has its final name is whole.
+
+    runs/NAME/  config.yaml  manifest.json  metrics.jsonl  samples/step-000010.jsonl  checkpoints/step-000020/  final/
+
+A checkpoint is taken between rollouts, where nothing is pending: the position in the data, every seed and the engine's weights are
+functions of the number of rollouts done, so they need no files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo.types import RunError, UserError
+
+
+@contextlib.contextmanager
+def replace_directory(target: Path) -> Iterator[Path]:
+    """Yields an empty directory beside `target`; when the block ends it is flushed and renamed to it. On an error nothing changes."""
+    scratch = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        _flush(scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    scratch.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    _flush_file(target.parent)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replaces a file's text so that a reader sees the old or the new one, never a part."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(text)
+    _flush_file(scratch)
+    scratch.rename(path)
+
+
+class RunDirectory:
+    """One run's files. Holds a lock on the directory for as long as the process lives."""
+
+    def __init__(self, path: str, *, resume: bool) -> None:
+        """Raises UserError when there is a run already (and `resume` is not set), none to resume, or another process works on it."""
+        self.path = Path(path)
+        self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+        self.metrics, self.manifest = self.path / "metrics.jsonl", self.path / "manifest.json"
+        if self.manifest.exists() and not resume:
+            raise UserError(f"run_dir={path}: there is a run in it: go on with --resume, or choose another run_dir")
+        if resume and not self.manifest.exists():
+            raise UserError(f"run_dir={path}: there is no run to resume")
+        self.samples.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run_dir={path}: another process is working on this run") from None
+
+    def update_manifest(self, **entries: Any) -> None:
+        """Merges entries into manifest.json."""
+        write_file(self.manifest, json.dumps(self.read_manifest() | entries, indent=2) + "\n")
+
+    def read_manifest(self) -> dict[str, Any]:
+        return json.loads(self.manifest.read_text()) if self.manifest.exists() else {}
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
+        write_file(self.samples / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def cut(self, rollouts: int) -> None:
+        """Drops metrics and samples of work after a checkpoint, which will be done again: the same, on a CPU."""
+        rows = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        kept = [row for row in rows if row.endswith("}") and json.loads(row)["rollout"] <= rollouts]
+        write_file(self.metrics, "".join(row + "\n" for row in kept))
+        for file in self.samples.glob("*-*.jsonl"):
+            if int(file.stem.rpartition("-")[2]) > rollouts:
+                file.unlink()
+
+    def latest(self) -> Path | None:
+        """Returns the checkpoint with the most rollouts."""
+        return max(self.checkpoints.glob("step-*"), default=None)
+
+    def save(self, rollouts: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
+        """Writes checkpoint `rollouts`: whatever `write(directory)` puts there, and `state` with a hash of every file.
+
+        Raises RunError when it cannot be written (a full disk); earlier checkpoints are whole then.
+        """
+        target = self.checkpoints / f"step-{rollouts:06d}"
+        try:
+            with replace_directory(target) as scratch:
+                write(scratch)
+                hashes = {str(file.relative_to(scratch)): _hash(file) for file in sorted(scratch.rglob("*")) if file.is_file()}
+                (scratch / "state.json").write_text(json.dumps(state | {"rollouts": rollouts, "files": hashes}, indent=2))
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            raise RunError(
+                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the disk full? Last good: {self.latest()}"
+            ) from error
+        return target
+
+    def read_state(self, checkpoint: Path) -> dict[str, Any]:
+        """Returns a checkpoint's state after comparing every file with its hash. Raises RunError naming the first that differs."""
+        state = json.loads((checkpoint / "state.json").read_text())
+        for name, expected in state["files"].items():
+            if not (checkpoint / name).is_file() or _hash(checkpoint / name) != expected:
+                raise RunError(f"{checkpoint / name} is missing or damaged: remove {checkpoint} to resume from the one before it")
+        return state
+
+    def prune(self, keep_last: int, keep_best: str | None) -> None:
+        """Removes all checkpoints but the last ones and the one whose state has the highest metric `keep_best`."""
+        found = sorted(self.checkpoints.glob("step-*"))
+        kept = set(found[-keep_last:])
+        if keep_best:
+            values = {path: json.loads((path / "state.json").read_text())["metrics"].get(keep_best) for path in found}
+            known = [path for path in found if values[path] is not None]
+            kept |= {max(known, key=lambda path: values[path])} if known else set()
+        for path in found:
+            if path not in kept:
+                trash = path.with_name(f".{path.name}.old")
+                path.rename(trash)  # at once: no half-removed directory has a checkpoint's name
+                shutil.rmtree(trash)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        _flush_file(path)
+
+
+def _flush_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

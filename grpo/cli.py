@@ -1,0 +1,76 @@
+"""The command line: `grpo COMMAND CONFIG [key=value ...]`. Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+
+from grpo import __version__
+from grpo.types import RunError, UserError
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
+    "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+    try:
+        return _train(options)
+    except UserError as error:
+        print(f"grpo: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"grpo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("grpo: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        print(f"grpo: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="grpo", description="Reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a model by GRPO", description="Train a model by GRPO.")
+    train.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.rollouts=5 data.path=DIR")
+    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.add_argument("--dry-run", action="store_true", help="check and show everything, start nothing")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from grpo import config as configs
+
+    config = configs.load(options.config, options.overrides)
+    if options.dry_run:
+        from grpo.stages.dry_run import dry_run
+
+        dry_run(config)
+        return 0
+    from grpo.loop import Interrupted
+    from grpo.stages.train import train
+
+    try:
+        train(config, resume=options.resume)
+    except Interrupted:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

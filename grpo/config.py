@@ -1,0 +1,305 @@
+"""The configuration: one YAML a run, typed and checked before anything heavy is imported.
+
+Unknown keys are errors that name the nearest key; `key.sub=value` overrides come from the command line; derived numbers are properties.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from grpo.types import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WarmStart(Section):
+    """A short supervised start on worked solutions, for a model made on the spot."""
+
+    updates: int = Field(120, ge=1)
+    batch_size: int = Field(64, ge=1)  # solutions an update
+    lr: float = Field(1e-3, gt=0)
+
+
+class Model(Section):
+    path: str  # hub id, local Hugging Face directory, or `tiny-llama` / `tiny-qwen2` / `tiny-qwen3` (made on the spot, random weights)
+    revision: str | None = None  # hub revision
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the forward pass; the optimizer's master weights are always float32
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False  # one more forward pass for activations of one layer at a time
+    warm_start: WarmStart | None = None
+
+
+class Source(Section):
+    """One problem set: `name` is a file in data/ or `module:function`."""
+
+    weight: float = Field(1.0, gt=0)  # share of the mixture
+    path: str | None = None  # local file or directory; default: data.path, then the hub
+    options: dict[str, Any] = {}  # of the set's own `load`
+
+
+class Data(Section):
+    name: str | None = None  # one set ...
+    options: dict[str, Any] = {}
+    mixture: dict[str, Source] = {}  # ... or several, by name
+    path: str | None = None  # local file or directory with the sets' files; default: the hub
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Data:
+        if bool(self.name) == bool(self.mixture):
+            raise ValueError("give either name (one set) or mixture (several)")
+        if self.mixture and self.options:
+            raise ValueError("with a mixture, options belong to each set: mixture.NAME.options")
+        return self
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Every set by name, with the common path filled in."""
+        found = self.mixture or {self.name or "": Source(options=self.options)}
+        return {name: source.model_copy(update={"path": source.path or self.path}) for name, source in found.items()}
+
+
+class Prompt(Section):
+    template: str = "chat"  # chat (the tokenizer's), r1_zero (the paper's, for base models), plain (question and a newline)
+    system: str | None = None  # chat only; `r1` is the system prompt that asks for the tags
+    think_prefill: bool = False  # end the prompt in `<think>`
+    stop: list[str] = []  # stop strings beside EOS; r1_zero adds </answer>
+    max_tokens: int = Field(512, ge=1)  # longest prompt
+    overlong: Literal["error", "drop"] = "error"  # a finite set's problems with a longer prompt
+
+
+class Sampling(Section):
+    max_tokens: int = Field(1024, ge=1)  # longest completion
+    temperature: float = Field(1.0, gt=0)  # R1-Zero: 1
+    top_p: float = Field(1.0, gt=0, le=1)  # below 1 the sampler's distribution is not the policy's: ratios lose their meaning
+    top_k: int = Field(0, ge=0)  # 0: off
+
+
+class Algorithm(Section):
+    preset: Literal["grpo"] = "grpo"  # DeepSeekMath 2402.03300 Eq. 3
+    advantage: Literal["group_std", "none"] = "group_std"  # (r - mean) / std in the group, or r - mean
+    loss: str = "grpo"  # a file in grpo/losses/ or module:function
+    reduction: Literal["sequence", "token", "constant"] = "sequence"  # mean of means, one mean over tokens, a constant length
+    clip_low: float = Field(0.2, gt=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = Field(0.2, gt=0)
+    kl_coef: float = Field(0.0, ge=0)  # k3 to the start model, in the loss; above 0 keeps a second copy of the weights
+
+
+class Train(Section):
+    rollouts: int = Field(ge=1)  # times the policy is sampled
+    problems: int = Field(32, ge=1)  # P: problems a rollout
+    group_size: int = Field(8, ge=2)  # G: completions a problem
+    updates_per_rollout: int = Field(1, ge=1)  # mini-batches a rollout's completions are split into, one epoch
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> Train:
+        total = self.completions
+        if total % self.updates_per_rollout:
+            near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - self.updates_per_rollout))[:2]
+            raise ValueError(
+                f"{self.problems} problems x {self.group_size} completions = {total} completions cannot be split evenly into "
+                f"updates_per_rollout={self.updates_per_rollout} mini-batches; near values that work: {', '.join(map(str, sorted(near)))}"
+            )
+        return self
+
+    @property
+    def completions(self) -> int:
+        """Completions a rollout: P x G."""
+        return self.problems * self.group_size
+
+    @property
+    def total_updates(self) -> int:
+        return self.rollouts * self.updates_per_rollout
+
+
+class Learner(Section):
+    lr: float = Field(1e-6, gt=0)  # DeepSeekMath 1e-6, R1-Zero 3e-6; small models need 1e-5 or more
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_updates: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)  # where linear and cosine end
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
+    zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO; 0 needs model.dtype float32
+    offload_optimizer: bool = False  # optimizer states in CPU memory (GPU runs, ZeRO 1-3)
+    micro_batch_tokens: int = Field(8192, ge=1)  # padded tokens B x T in one forward and backward pass
+    logits_chunk_tokens: int = Field(2048, ge=1)  # completion positions whose [chunk, vocabulary] logits exist at once
+    threads: int | None = Field(None, ge=1)  # CPU threads; default: all cores
+
+
+class Engine(Section):
+    name: str = "vllm"  # a file in grpo/engines/
+    dtype: Literal["float32", "bfloat16"] | None = None  # default: model.dtype
+    kv_cache_gb: float | None = Field(None, gt=0)  # KV cache on a CPU; default 2. On a GPU set memory_fraction
+    memory_fraction: float = Field(0.4, gt=0, lt=1)  # share of a GPU's memory
+    max_sequences: int = Field(256, ge=1)  # decoded at once
+    eager: bool | None = None  # no torch.compile and CUDA graphs; default: on a CPU (starts in 9 s instead of 58, no slower)
+    block_size: int | None = None  # KV block; default 32 on a CPU (vLLM's own 128 shares nothing of short prompts)
+    sleep: bool = True  # give the engine's GPU memory to the learner during updates (nothing to do on a CPU)
+    start_timeout_s: float = Field(300, gt=0)
+    timeout_s: float = Field(3600, gt=0)  # longest wait for a rollout, a sync or a score
+
+
+class Probe(Section):
+    canary: bool = True  # a perturbed copy of the weights goes through the real sync at the start
+    prompts: int = Field(4, ge=1)  # sequences scored by engine and learner after each sync
+    tokens: int = Field(16, ge=1)  # sampled for each
+    max_gap: float | None = Field(None, gt=0)  # mean |difference of logprobs| that stops the run; default 0.01 in float32, 0.3 in bfloat16
+
+
+class Eval(Section):
+    every: int = Field(10, ge=0)  # rollouts; 0: never. Also before the first and after the last rollout
+    problems: int = Field(200, ge=1)
+    data: Data | None = None  # default: the test split of `data`
+    temperature: float = Field(0.0, ge=0)  # 0: greedy
+
+
+class Checkpoint(Section):
+    every: int = Field(10, ge=0)  # rollouts; 0: only at the end
+    keep_last: int = Field(2, ge=1)
+    keep_best: str | None = None  # metric whose highest checkpoint is kept too, e.g. eval/accuracy
+
+
+class Logging(Section):
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    project: str = "grpo"
+    progress: Literal["auto", "live", "line", "off"] = "auto"  # auto: live on a terminal, one line a rollout elsewhere
+
+
+class Config(Section):
+    run_dir: str
+    seed: int = Field(0, ge=0)
+    model: Model
+    data: Data
+    prompt: Prompt = Prompt()
+    sampling: Sampling = Sampling()
+    rewards: dict[str, float] = {"accuracy": 1.0, "format": 0.1}  # a file in rewards/ or module:function -> weight
+    algorithm: Algorithm = Algorithm()
+    train: Train
+    learner: Learner = Learner()
+    engine: Engine = Engine()
+    probe: Probe = Probe()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        if self.model.dtype == "bfloat16" and self.learner.zero_stage == 0:
+            raise ValueError("learner.zero_stage=0 keeps no float32 master weights: use zero_stage=1 or more, or model.dtype=float32")
+        if self.learner.offload_optimizer and self.learner.zero_stage == 0:
+            raise ValueError("learner.offload_optimizer needs learner.zero_stage 1, 2 or 3")
+        if self.max_sequence_tokens > self.learner.micro_batch_tokens:
+            raise ValueError(
+                f"one sequence can have prompt.max_tokens + sampling.max_tokens = {self.max_sequence_tokens} tokens, more than "
+                f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or shorten the sequences"
+            )
+        if not self.rewards:
+            raise ValueError("rewards is empty: nothing can be learned; try rewards={accuracy: 1.0, format: 0.1}")
+        return self
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.prompt.max_tokens + self.sampling.max_tokens
+
+
+def load(path: str, overrides: list[str] | None = None) -> Config:
+    """Returns the checked config of a YAML file with `key.sub=value` overrides. Raises UserError with the way out."""
+    return parse(apply_overrides(read_yaml(path), overrides or []), where=path)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else [], n=1)
+        raise UserError(f"{path}: no such config file" + (f" (did you mean {file.parent / near[0]}?)" if near else ""))
+    try:
+        tree = yaml.load(file.read_text(), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, got {type(tree).__name__}")
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text; this reads it as the number that everyone means. A key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.YAMLError(f"key {key!r} is given twice, line {node.value[i][0].start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Returns the tree with each `a.b=value` set; values are read as YAML: `train.rollouts=5 rewards={accuracy: 1.0}`."""
+    tree = _copy(tree)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override}: an override is key=value, e.g. train.rollouts=20")
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{override}: {parent} is a value, not a section")
+        try:
+            node[leaf] = yaml.load(value, Loader=_Loader) if value else None
+        except yaml.YAMLError as error:
+            raise UserError(f"{override}: the value is not YAML: {' '.join(str(error).split())}") from None
+    return tree
+
+
+def parse(tree: dict[str, Any], where: str = "config") -> Config:
+    """Returns the checked config of a plain tree. Raises UserError naming every wrong key, the nearest right one, and each wrong value."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        *parents, leaf = error["loc"]
+        fields = list(_section(parents).model_fields)
+        near = difflib.get_close_matches(str(leaf), fields, n=1, cutoff=0.5)
+        return f"{key}: no such key; have {', '.join(fields)}" + (f" (did you mean {near[0]}?)" if near else "")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("missing", "value_error"):
+        return f"{key}: {'missing' if error['type'] == 'missing' else message}" if key else message
+    return f"{key}: {message[0].lower() + message[1:]}, got {error['input']!r}"
+
+
+def _section(loc: list[Any]) -> type[BaseModel]:
+    """Returns the section class that a path of keys leads to."""
+    current: Any = Config
+    for part in loc:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            continue  # a key of a mapping: the value type was already taken
+        annotation = current.model_fields[part].annotation if part in current.model_fields else current
+        current = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), current)
+    return current
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def dump(config: Config) -> str:
+    """Returns the resolved config as YAML, every key present."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,62 @@
+"""Engines sample completions. What the rest of the program knows of one is the `Engine` protocol; vLLM is imported only in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from grpo.types import Completion, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class EngineError(RunError):
+    """The engine died, failed or did not answer in time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Sample `n` completions of one prompt; completion i has seed `seed + i`, so a group, single requests and retries agree."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    version: int
+    seconds: float
+    num_bytes: int
+
+
+class Engine(Protocol):
+    """Samples, takes weights, frees its memory, goes away. Every wait has a limit; a lost engine raises EngineError."""
+
+    def generate(
+        self, requests: Sequence[Request], options: SamplingOptions, on_progress: Callable[[int, int], None] | None = None
+    ) -> list[tuple[Completion, ...]]:
+        """Returns each request's completions, in order. `on_progress(done, total)` counts finished completions."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+        """Replaces every weight and empties the prefix cache; completions carry `version` from here on."""
+
+    def sleep(self) -> None:
+        """Frees device memory, weights included: `load_weights` must follow `wake`."""
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,91 @@
+"""The carrier of weights between two processes of one machine without an accelerator: anonymous shared memory, read in place.
+
+The memory is a memfd that the child inherits: it has no name, so nothing is left behind however either side dies.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes; the checksum reads whole int64 words
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where a tensor lies in the shared memory. `checksum`: its bytes as int64 words, summed modulo 2^64 (any flipped bit changes it)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+    checksum: int
+
+
+class SharedWeights:
+    """The sender's side: `fd` is inherited by the receiver; `write` copies a model into the memory and says where everything lies."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("grpo-weights", os.MFD_CLOEXEC)
+        self._map = _Mapping(self.fd)
+
+    def write(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> list[TensorSpec]:
+        """Returns the layout of the copied weights. Floating-point tensors are cast to `dtype` on the way."""
+        specs, offset = [], 0
+        for name, tensor in weights:
+            wanted = dtype if tensor.is_floating_point() else tensor.dtype
+            num_bytes = tensor.numel() * wanted.itemsize
+            padded = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+            words = self._map.words(offset, padded, grow=True)
+            words[-ALIGNMENT // 8 :] = 0  # padding counts in the checksum
+            words.view(torch.uint8)[:num_bytes].view(wanted).view(tensor.shape).copy_(tensor.detach())
+            specs.append(TensorSpec(name, str(wanted).removeprefix("torch."), tuple(tensor.shape), offset, num_bytes, _checksum(words)))
+            offset += padded
+        return specs
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self.fd)
+
+
+class SharedWeightsReader:
+    """The receiver's side. Yields tensors that lie in the shared memory itself: copy what must outlive the next write."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = _Mapping(fd)
+
+    def read(self, specs: Iterable[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
+        """Yields `(name, tensor)`. Raises RuntimeError naming the tensor whose bytes are not those that were sent."""
+        for spec in specs:
+            words = self._map.words(spec.offset, -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT)
+            if _checksum(words) != spec.checksum:
+                raise RuntimeError(f"weight transfer: the bytes of {spec.name} are not those that were sent (checksum)")
+            yield spec.name, words.view(torch.uint8)[: spec.num_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+
+
+class _Mapping:
+    """A shared memory file seen as int64 words; mapped anew when it grew."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._words = torch.empty(0, dtype=torch.int64)
+
+    def words(self, offset: int, num_bytes: int, grow: bool = False) -> Tensor:
+        if offset + num_bytes > self._words.numel() * 8:
+            if grow:
+                os.ftruncate(self._fd, max(2 * self._words.numel() * 8, offset + num_bytes))
+            self._words = torch.frombuffer(mmap.mmap(self._fd, os.fstat(self._fd).st_size), dtype=torch.int64)
+        return self._words[offset // 8 : (offset + num_bytes) // 8]
+
+    def close(self) -> None:
+        self._words = torch.empty(0, dtype=torch.int64)  # the mapping goes with its last view
+
+
+def _checksum(words: Tensor) -> int:
+    return int(words.sum())

@@ -1,0 +1,236 @@
+"""vLLM in one child process (grpo/engines/_child.py). This side starts it, talks to it over a pipe and notices when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo import config as configs
+from grpo.engines import EngineError, Request, SamplingOptions, SyncReport
+from grpo.engines._weights import SharedWeights
+from grpo.types import Completion, UserError
+
+
+class VllmEngine:
+    """An `Engine`. The child starts in the background: construct it, do other work, then `wait_ready`."""
+
+    def __init__(
+        self, *, model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, log_file: Path,
+        load_weights: bool = False, on_wait: Callable[[], None] = lambda: None, module: str = "grpo.engines._child",
+    ) -> None:  # fmt: skip
+        """`load_weights=False` starts from random weights: a sync must come first. `on_wait` is called five times a second while waiting
+        and may raise. `module`: the child's program (tests put faults in)."""
+        self._on_wait = on_wait
+        self._settings = settings
+        self._log_file = log_file
+        self._dtype = getattr(torch, dtype)
+        self._cuda = torch.cuda.is_available()
+        self._weights = None if self._cuda else SharedWeights()
+        self._trainer: Any = None  # vLLM's own sending side, CUDA IPC only
+        self._version = -1
+        fds = [self._weights.fd] if self._weights else []
+        self._child, self._pipe = _spawn(module, fds, log_file)
+        llm = _llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda) | ({} if load_weights else {"load_format": "dummy"})
+        self._pipe.send(("start", {"llm": llm, "weights_fd": fds[0] if fds else None}))
+        self._waiting = True  # for the answer to `start`
+
+    def wait_ready(self) -> dict[str, Any]:
+        """Returns what the child says of itself once it can sample."""
+        self._waiting = False
+        return self._receive("start", self._settings.start_timeout_s, None)
+
+    def generate(
+        self, requests: Sequence[Request], options: SamplingOptions, on_progress: Callable[[int, int], None] | None = None
+    ) -> list[tuple[Completion, ...]]:
+        rows = self._call(
+            "generate",
+            {"requests": [(r.prompt_ids, r.seed, r.n) for r in requests], "options": asdict(options)},
+            on_progress=on_progress,
+        )
+        assert len(rows) == len(requests), f"got {len(rows)} groups for {len(requests)} requests"
+        return [tuple(_completion(c) for c in row) for row in rows]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+        start = time.monotonic()
+        if self._weights is not None:
+            specs = self._weights.write(weights, self._dtype)
+            num_bytes = sum(spec.num_bytes for spec in specs)
+            self._call("start_weight_update", {})
+            self._call("update_weights", {"update_info": {"specs": specs}})
+            acknowledged = self._call("finish_weight_update", {"weight_version": str(version)})
+        else:
+            acknowledged, num_bytes = self._send_ipc(weights, version)
+        if acknowledged != version:
+            raise EngineError(f"the engine acknowledged weight version {acknowledged}, sent {version}")
+        self._version = version
+        return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=num_bytes)
+
+    def _send_ipc(self, weights: Iterable[tuple[str, Tensor]], version: int) -> tuple[int, int]:
+        """One device: vLLM's CUDA IPC engine, in packed buffers, driven over our pipe."""
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
+
+        tensors = [(name, tensor.detach().to(self._dtype)) for name, tensor in weights]
+
+        class Source(WeightSource):
+            def metadata(self) -> list[ParamMeta]:
+                return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+
+            def __iter__(self) -> Any:
+                return iter(tensors)
+
+        client = _SyncClient(self._call, version)
+        if self._trainer is None:
+            self._trainer = IPCTrainerWeightTransferEngine.trainer_init(
+                IPCTrainerInitInfo(rank=0, packed=True), client=client, source=Source()
+            )
+        self._trainer.client, self._trainer.source = client, Source()
+        self._trainer.send_weights()
+        return client.acknowledged, sum(tensor.numel() * tensor.itemsize for _, tensor in tensors)
+
+    def sleep(self) -> None:
+        if self._cuda and self._settings.sleep:
+            self._call("sleep", {})
+
+    def wake(self) -> None:
+        if self._cuda and self._settings.sleep:
+            self._call("wake", {})
+
+    def close(self) -> None:
+        """Ends the child whatever it is doing; it has nothing to save."""
+        self._pipe.close()
+        if self._child.poll() is None:
+            self._child.kill()
+        self._child.wait()
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None
+
+    def _call(self, method: str, arguments: dict[str, Any], on_progress: Callable[[int, int], None] | None = None) -> Any:
+        if self._waiting:
+            self.wait_ready()
+        try:
+            self._pipe.send((method, arguments))
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._lost(method) from None
+        return self._receive(method, self._settings.timeout_s, on_progress)
+
+    def _receive(self, method: str, timeout_s: float, on_progress: Callable[[int, int], None] | None) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._on_wait()
+            try:
+                if not self._pipe.poll(min(0.2, max(0.0, deadline - time.monotonic()))):
+                    if time.monotonic() >= deadline:
+                        raise EngineError(f"the engine did not answer `{method}` within {timeout_s:g} s; its log: {self._log_file}")
+                    continue
+                kind, value = self._pipe.recv()
+            except (EOFError, ConnectionResetError):
+                raise self._lost(method) from None
+            if kind == "ok":
+                return value
+            if kind == "error":
+                raise EngineError(f"the engine failed in `{method}`: {value}; its log: {self._log_file}")
+            if on_progress is not None:
+                on_progress(*value)
+
+    def _lost(self, method: str) -> EngineError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(timeout=5)
+        code = self._child.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        hint = " (out of memory? lower engine.kv_cache_gb or engine.max_sequences)" if code == -signal.SIGKILL else ""
+        return EngineError(f"the engine died during `{method}`: {how}{hint}; its log: {self._log_file}")
+
+
+class _SyncClient:
+    """What vLLM's trainer side calls (VLLMWeightSyncClient), over our pipe."""
+
+    def __init__(self, call: Callable[..., Any], version: int) -> None:
+        self._call, self._version, self.acknowledged = call, version, -1
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update", {})
+
+    def update_weights(self, update_info: Any) -> None:
+        self._call("update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.acknowledged = self._call("finish_weight_update", {"weight_version": str(self._version)})
+
+
+def _spawn(module: str, fds: list[int], log_file: Path) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Starts `python -m module` with one end of a pipe; not multiprocessing's spawn, which would run the user's script again."""
+    ours, theirs = Pipe()
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # the learner's process group is not the engine's
+        environment.pop(name, None)
+    command = [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())]
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") as log:
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno(), *fds]
+        )
+    theirs.close()
+    return child, ours
+
+
+def _llm_arguments(model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, cuda: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": model_dir,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": settings.max_sequences,
+        "enforce_eager": not cuda if settings.eager is None else settings.eager,
+        "enable_prefix_caching": True,
+        "seed": 0,  # every request has its own
+    }
+    if settings.block_size or not cuda:
+        arguments["block_size"] = settings.block_size or 32
+    if cuda:
+        arguments |= {"gpu_memory_utilization": settings.memory_fraction, "enable_sleep_mode": settings.sleep}
+    else:
+        arguments["kv_cache_memory_bytes"] = int((settings.kv_cache_gb or 2.0) * 2**30)
+    return arguments
+
+
+def check_memory(settings: configs.Engine, weight_bytes: int) -> None:
+    """Raises UserError when the engine cannot fit beside what runs already (CPU only; vLLM itself checks a GPU)."""
+    import psutil
+
+    if torch.cuda.is_available():
+        return
+    needed = (settings.kv_cache_gb or 2.0) * 2**30 + 3 * weight_bytes + 1.5 * 2**30  # weights, packed weights, shared copy; libraries
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"the engine needs about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb or 2.0:g} GB, three copies of the "
+            f"weights), {free / 2**30:.1f} GB are free: lower engine.kv_cache_gb or use a smaller model"
+        )
+
+
+def _completion(row: tuple[Any, ...]) -> Completion:
+    token_ids, logprobs, text, finish_reason, version = row
+    return Completion(
+        token_ids=token_ids, logprobs=logprobs, text=text, finish_reason=finish_reason, versions=((version, 0, len(token_ids)),)
+    )

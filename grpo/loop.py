@@ -1,0 +1,229 @@
+"""The training loop: sample, score, update, sync, prove, write down. It holds the run's two counters and nothing else of its state."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from grpo import rollout as rollouts
+from grpo.advantages import group_advantages, to_samples
+from grpo.batch import micro_batches, token_weights
+from grpo.checkpoint import RunDirectory
+from grpo.config import Config
+from grpo.engines import Engine, SamplingOptions
+from grpo.learners.deepspeed import Learner
+from grpo.metrics import Display, Timer, Trackers
+from grpo.plugins import RewardFunction
+from grpo.probe import Probe, sync
+from grpo.prompts import Prompts
+from grpo.types import Batch, Problem, Sample, ScoredGroup
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the run saves and stops."""
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into `Interrupted` at safe points; a second one ends the process the ordinary way."""
+
+    def __init__(self) -> None:
+        self._got: str | None = None
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._got = signal.Signals(number).name
+        self.restore()
+
+    def check(self) -> None:
+        if self._got:
+            raise Interrupted(self._got)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Everything a run is made of, put together by stages/train.py."""
+
+    config: Config
+    run: RunDirectory
+    engine: Engine
+    learner: Learner
+    prompts: Prompts
+    rewards: dict[str, tuple[RewardFunction, float]]
+    take: Callable[[int, int], list[Problem]]  # (position, n) -> training problems
+    held_out: list[Problem]
+    probe: Probe
+    display: Display
+    trackers: Trackers
+    signals: Signals
+    rollout: int = 0  # rollouts done: whole, with their updates
+    saved: int = -1  # the last checkpoint's rollouts
+    latest: dict[str, Any] = field(default_factory=dict)  # metrics that a checkpoint is judged by
+
+    def start(self, fresh: bool) -> None:
+        """Proves the way from learner to engine and puts the true weights there; a fresh run is evaluated before it learns."""
+        self.display.phase(self.rollout, "canary")
+        if self.config.probe.canary:
+            gap = self.probe.canary(version=0)
+            self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
+        row: dict[str, Any] = {"rollout": self.rollout, "update": self.learner.updates}
+        sync(self.engine, self.learner, self.learner.updates + 1)
+        row["probe/gap"] = self.probe.check()
+        if fresh:
+            self.evaluate(row)
+            self.record(row)
+
+    def train(self) -> None:
+        """Runs to the last rollout. On `Interrupted` the state is that of the last whole rollout."""
+        while self.rollout < self.config.train.rollouts:
+            self.step()
+            if self._due(self.config.checkpoint.every):
+                self.save()
+
+    def step(self) -> None:
+        """One rollout and its updates, from problems to a line in the metrics."""
+        config, timer = self.config, Timer()
+        problems = self.take(self.rollout * config.train.problems, config.train.problems)
+        with timer("rollout"):
+            groups = rollouts.sample(
+                self.engine, self.prompts, problems, self._options(config.sampling.temperature), group_size=config.train.group_size,
+                run_seed=config.seed, rollout=self.rollout, on_progress=self._progress("rollout"),
+            )  # fmt: skip
+            self.engine.sleep()
+        with timer("rewards"):
+            self.display.phase(self.rollout, "rewards")
+            scored = rollouts.score(groups, self.rewards, self.prompts)
+        self.run.write_samples(f"step-{self.rollout + 1:06d}", sample_rows(scored, config.algorithm.advantage))
+        row = {"rollout": self.rollout + 1, **rollouts.describe(scored)}
+        with timer("update"):
+            row |= self.update(to_samples(scored, config.algorithm.advantage))
+        self.rollout += 1
+        row["update"] = self.learner.updates
+        try:
+            with timer("sync"):
+                self.display.phase(self.rollout - 1, "sync")
+                self.engine.wake()
+                report = sync(self.engine, self.learner, self.learner.updates + 1)
+            with timer("probe"):
+                row |= {"sync/seconds": report.seconds, "sync/bytes": report.num_bytes, "probe/gap": self.probe.check()}
+                row["probe/gap_ratio"] = row["probe/gap"] / self.probe.first_gap if self.probe.first_gap else 1.0
+            if self._due(config.eval.every):
+                with timer("eval"):
+                    self.evaluate(row)
+        finally:
+            row |= timer.metrics()
+            row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
+            self.record(row)
+
+    def update(self, samples: list[Sample]) -> dict[str, float]:
+        """Makes the rollout's updates, one for each random mini-batch of its samples; returns their mean metrics."""
+        config = self.config
+        if not any(any(sample.advantages) for sample in samples) and config.algorithm.kl_coef == 0:
+            return {"update/skipped": 1.0}  # no group has a signal: the gradient is zero, and Adam's momentum is not to act alone
+        parts = minibatches(samples, config.train.updates_per_rollout, seed=rollouts.seed_of(config.seed, self.rollout, "mini-batches"))
+        batches = [self._batches(part) for part in parts if part]
+        if len(batches) > 1:  # the policy moves between updates: its logprobs before the first one are the old ones
+            batches = [self._attach(part, "old_logprobs", reference=False) for part in batches]
+        if config.algorithm.kl_coef > 0:
+            batches = [self._attach(part, "ref_logprobs", reference=True) for part in batches]
+        reports = []
+        for number, part in enumerate(batches):
+            reports.append(self.learner.update(part, self._update_progress(first=number == 0)))
+        metrics = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
+        return metrics | {"update/skipped": 0.0, "mismatch/max_weight": max(report["mismatch/max_weight"] for report in reports)}
+
+    def _batches(self, samples: list[Sample]) -> list[Batch]:
+        config = self.config
+        weights = token_weights([sample.completion_length for sample in samples], config.algorithm.reduction, config.sampling.max_tokens)
+        return micro_batches(samples, weights, max_tokens=config.learner.micro_batch_tokens)
+
+    def _attach(self, batches: list[Batch], name: str, *, reference: bool) -> list[Batch]:
+        scores = self.learner.score(batches, reference=reference)
+        return [replace(batch, **{name: logprobs}) for batch, logprobs in zip(batches, scores, strict=True)]  # type: ignore[arg-type]
+
+    def evaluate(self, row: dict[str, Any]) -> None:
+        """Adds accuracy and the other metrics on held-out problems to a row; keeps the completions."""
+        if not self.held_out:
+            return
+        settings = self.config.eval
+        groups = rollouts.sample(
+            self.engine, self.prompts, self.held_out, self._options(settings.temperature), group_size=1, run_seed=self.config.seed,
+            rollout=0, on_progress=self._progress("evaluation"),
+        )  # fmt: skip
+        scored = rollouts.score(groups, self.rewards, self.prompts)
+        self.run.write_samples(f"eval-{self.rollout:06d}", sample_rows(scored, self.config.algorithm.advantage))
+        found = rollouts.describe(scored)
+        row |= {f"eval/{key.removeprefix('reward/')}": value for key, value in found.items() if key.startswith(("reward/", "completion/"))}
+        accuracy = row.get("eval/accuracy")
+        if accuracy is not None:
+            self.display.say(f"held-out accuracy after {self.rollout} rollouts: {accuracy:.1%} of {len(self.held_out)} problems")
+
+    def record(self, row: dict[str, Any]) -> None:
+        self.latest = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        self.run.append_metrics(row)
+        self.trackers.log(row)
+        if "reward/mean" in row:
+            self.display.row(row)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the last whole rollout, unless there is one."""
+        if self.saved == self.rollout:
+            return
+        self.display.phase(self.rollout, "checkpoint")
+        state = {"updates": self.learner.updates, "position": self.rollout * self.config.train.problems, "seed": self.config.seed}
+        self.run.save(self.rollout, state | {"metrics": self.latest}, self.learner.save)
+        self.run.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
+        self.saved = self.rollout
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.rollout % every == 0 or self.rollout == self.config.train.rollouts)
+
+    def _options(self, temperature: float) -> SamplingOptions:
+        sampling = self.config.sampling
+        return SamplingOptions(
+            max_tokens=sampling.max_tokens, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, stop=self.prompts.stop,
+            stop_token_ids=self.prompts.stop_token_ids,
+        )  # fmt: skip
+
+    def _progress(self, phase: str) -> Callable[[int, int], None]:
+        self.display.phase(self.rollout, phase)
+        return lambda done, total: self.display.phase(self.rollout, phase, f"{done}/{total}")
+
+    def _update_progress(self, first: bool) -> Callable[[int, int], None]:
+        def show(done: int, total: int) -> None:
+            if first:  # nothing of the rollout's updates is applied yet: it can be given up
+                self.signals.check()
+            self.display.phase(self.rollout, "update", f"{done}/{total}")
+
+        return show
+
+
+def minibatches(samples: list[Sample], count: int, seed: int) -> list[list[Sample]]:
+    """Returns the samples in `count` random parts of nearly equal size (one part: in their order)."""
+    if count == 1:
+        return [samples]
+    order = random.Random(seed).sample(samples, len(samples))
+    return [order[i::count] for i in range(count)]
+
+
+def sample_rows(groups: list[ScoredGroup], advantage: str) -> list[dict[str, Any]]:
+    """Returns one JSON object a completion: what was asked, what came, and how it was judged."""
+    return [
+        {
+            "problem": scored.group.problem.id, "question": scored.group.problem.question, "answer": scored.group.problem.answer,
+            "completion": completion.text, "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason,
+            "reward": reward, "parts": part, "verdict": verdict and verdict.value, "reason": verdict and verdict.reason,
+            "advantage": value, "version": completion.versions[0][0],
+        }
+        for scored in groups
+        for completion, reward, part, verdict, value in zip(
+            scored.group.completions, scored.rewards, scored.parts, scored.verdicts, group_advantages(scored.rewards, advantage),
+            strict=True,
+        )
+    ]  # fmt: skip

@@ -1,0 +1,156 @@
+"""What a person sees of a run: one line a rollout or a live status, and the same numbers in metrics.jsonl and in trackers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from grpo import config as configs
+from grpo.types import UserError
+
+
+class Display:
+    """Progress on standard error: `live` keeps a status line on a terminal, `line` prints one line a rollout, `off` nothing."""
+
+    def __init__(self, mode: str, total: int) -> None:
+        # A copy of stderr: libraries' output is sent elsewhere while models load.
+        self._console = Console(file=os.fdopen(os.dup(2), "w"), highlight=False, soft_wrap=True)
+        self._mode = {"auto": "live" if self._console.is_terminal else "line"}.get(mode, mode)
+        self._status = self._console.status("starting") if self._mode == "live" else None
+        self._total = total
+        self._started = time.monotonic()
+        self._first: int | None = None
+        self._row: dict[str, Any] = {}
+        if self._status:
+            self._status.start()
+
+    def say(self, text: str) -> None:
+        if self._mode != "off":
+            self._console.print(text, markup=False)
+
+    def phase(self, rollout: int, name: str, detail: str = "") -> None:
+        """Shows what the run is doing now."""
+        if self._status is None:
+            return
+        self._first = rollout if self._first is None else self._first
+        parts = [f"rollout {rollout + 1}/{self._total}", f"{name} {detail}".strip(), *self._numbers(), self._left(rollout)]
+        self._status.update(" · ".join(part for part in parts if part).replace("[", "\\["))
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Prints a finished rollout's line."""
+        self._row = row
+        if self._mode == "line":
+            seconds = row.get("time/total_s", 0.0)
+            self.say(" · ".join([f"rollout {row['rollout']}/{self._total}", *self._numbers(), f"{seconds:.1f} s"]))
+
+    def close(self) -> None:
+        if self._status:
+            self._status.stop()
+
+    def _numbers(self) -> list[str]:
+        shown = {
+            "reward/mean": "reward {:.3f}", "reward/accuracy": "accuracy {:.1%}", "completion/length": "length {:.0f}",
+            "rollout/tokens_per_s": "{:,.0f} tok/s", "probe/gap": "gap {:.1e}",
+        }  # fmt: skip
+        return [text.format(self._row[key]) for key, text in shown.items() if self._row.get(key) is not None]
+
+    def _left(self, rollout: int) -> str:
+        done = rollout - (self._first or 0)
+        if not done:
+            return ""
+        left = (time.monotonic() - self._started) / done * (self._total - rollout)
+        return f"{int(left // 60)}:{int(left % 60):02d} left"
+
+
+class Trackers:
+    """TensorBoard, W&B and trackio, when asked for. Raises UserError for one that is not installed."""
+
+    def __init__(self, settings: configs.Logging, run_dir: Path, resolved: dict[str, Any]) -> None:
+        self._sinks: list[Any] = []
+        for name in settings.trackers:
+            try:
+                self._sinks.append(_open_tracker(name, settings.project, run_dir, resolved))
+            except ImportError as error:
+                raise UserError(f"logging.trackers: {name} is not installed ({error}): pip install {name}") from None
+
+    def log(self, row: dict[str, Any]) -> None:
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        for write, _ in self._sinks:
+            write(numbers, int(row["rollout"]))
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _write, close in self._sinks:
+            close()
+
+
+def _open_tracker(name: str, project: str, run_dir: Path, resolved: dict[str, Any]) -> Any:
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+        def write(row: dict[str, float], step: int) -> None:
+            for key, value in row.items():
+                writer.add_scalar(key, value, step)
+
+        return write, writer.close
+    if name == "wandb":
+        import wandb
+
+        run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=resolved, resume="allow", id=run_dir.name)
+        return lambda row, step: run.log(row, step=step), run.finish
+    import trackio
+
+    trackio.init(project=project, name=run_dir.name, config=resolved)
+    return lambda row, step: trackio.log(row), trackio.finish
+
+
+class Timer:
+    """Seconds a phase, exclusive and in order: `with timer("rollout"): ...` -> timer.seconds["rollout"]."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.monotonic()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def metrics(self) -> dict[str, float]:
+        total = time.monotonic() - self._start
+        phases = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        return phases | {"time/rest_s": total - sum(self.seconds.values()), "time/total_s": total}
+
+
+@contextlib.contextmanager
+def quiet(log_file: Path) -> Iterator[None]:
+    """Sends everything that libraries print, from Python or C, to a file while the block runs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    saved = [os.dup(1), os.dup(2)]
+    with log_file.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, descriptor in zip((1, 2), saved, strict=True):
+            os.dup2(descriptor, target)
+            os.close(descriptor)

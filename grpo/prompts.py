@@ -1,0 +1,101 @@
+"""Everything about the text around a problem: templates, system prompts, the `<think>` prefill, stop strings and end-of-turn tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from grpo import config as configs
+from grpo.types import Problem, UserError
+
+# DeepSeek-R1, Table 1, verbatim; the question brings its own full stop.
+R1_ZERO = (
+    "A conversation between User and Assistant. The User asks a question and the Assistant solves it. The Assistant first thinks about "
+    "the reasoning process in the mind and then provides the User with the answer. The reasoning process and answer are enclosed within "
+    "<think>...</think> and <answer>...</answer> tags, respectively, that is, <think>reasoning process here </think> <answer> answer here "
+    "</answer>. User: {question} Assistant:"
+)
+SYSTEM = {
+    "r1": "First think about the problem step by step inside <think> and </think>, then give only the final answer inside <answer> and "
+    "</answer>, like this: <think>your reasoning</think> <answer>42</answer>"
+}
+TEMPLATES = ("chat", "r1_zero", "plain")
+
+
+class Prompts:
+    """Renders problems for one tokenizer. `stop` and `stop_token_ids` end a completion; `text` and `ids` are the prompt."""
+
+    def __init__(self, settings: configs.Prompt, tokenizer: Any, eos_token_ids: list[int] | None = None) -> None:
+        """`eos_token_ids`: the model's own, from its generation config. Raises UserError for a template that cannot be rendered."""
+        self._settings, self._tokenizer = settings, tokenizer
+        if settings.template not in TEMPLATES:
+            raise UserError(f"prompt.template={settings.template}: no such template; have {', '.join(TEMPLATES)}")
+        if settings.template == "chat" and tokenizer.chat_template is None:
+            raise UserError("prompt.template=chat: this tokenizer has no chat template (a base model?): use r1_zero or plain")
+        if settings.template != "chat" and settings.system:
+            raise UserError(f"prompt.system is for chat templates; prompt.template is {settings.template}")
+        ends = {tokenizer.eos_token_id, *(eos_token_ids or []), self._end_of_turn()}
+        self.stop_token_ids = tuple(sorted(end for end in ends if end is not None))
+        if not self.stop_token_ids and not settings.stop:
+            raise UserError("neither the tokenizer nor the model names an EOS token: completions would never end; set prompt.stop")
+        self.stop = (*settings.stop, *(("</answer>",) if settings.template == "r1_zero" else ()))
+
+    def text(self, problem: Problem) -> str:
+        """Returns the prompt as text, with the prefilled `<think>` at its end if there is one."""
+        settings = self._settings
+        if settings.template == "chat":
+            system = SYSTEM.get(settings.system, settings.system) if settings.system else None
+            messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": problem.question}]
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = {"r1_zero": R1_ZERO, "plain": "{question}\n"}[settings.template].replace("{question}", problem.question)
+        if settings.think_prefill and not text.rstrip().endswith("<think>"):
+            text += " <think>" if settings.template == "r1_zero" else "<think>\n"
+        return text
+
+    def prefill(self, problem: Problem) -> str:
+        """Returns the part of the prompt that belongs to the completion when it is judged: `<think>` and what follows it, or nothing."""
+        text = self.text(problem)
+        return text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
+
+    def ids(self, problem: Problem) -> tuple[int, ...]:
+        """Returns the prompt's tokens. A chat template writes its own special tokens; for the others the tokenizer adds its BOS, if any."""
+        ids = self._tokenizer(self.text(problem), add_special_tokens=self._settings.template != "chat")["input_ids"]
+        return tuple(ids[:-1] if ids[-1] == self._tokenizer.eos_token_id and self._settings.template != "chat" else ids)
+
+    def fitting(self, problems: Sequence[Problem]) -> Sequence[Problem]:
+        """Returns the problems whose prompts fit `prompt.max_tokens`. Raises UserError if some do not, or drops them if so configured."""
+        limit = self._settings.max_tokens
+        overhead = len(self.text(Problem(id="", question="", answer="", source="")).encode())
+        # A token has at least one byte, so only prompts of more bytes than the limit need to be tokenised.
+        long = {
+            i: length
+            for i, problem in enumerate(problems)
+            if len(problem.question.encode()) + overhead > limit and (length := len(self.ids(problem))) > limit
+        }
+        if not long:
+            return problems
+        if self._settings.overlong == "error":
+            worst = max(long, key=lambda i: long[i])
+            raise UserError(
+                f"{len(long)} of {len(problems)} prompts are longer than prompt.max_tokens={limit} ({problems[worst].id} has {long[worst]} "
+                f"tokens): raise it to {long[worst]}, or drop them with prompt.overlong=drop"
+            )
+        return [problem for i, problem in enumerate(problems) if i not in long]
+
+    def _end_of_turn(self) -> int | None:
+        """Returns the token that a chat template writes after an assistant's message; a base model's EOS is often another one."""
+        if self._settings.template != "chat":
+            return None
+        mark = "@@"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        after = self._tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)[2]
+        ids = self._tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
+        return ids[0] if ids and ids[0] in self._tokenizer.all_special_ids else None
+
+
+def visible(text: str, tokenizer: Any) -> str:
+    """Returns a rendered prompt with its special tokens in ⟦ ⟧ and line ends marked, as `--dry-run` shows it."""
+    for token in sorted(set(tokenizer.all_special_tokens), key=len, reverse=True):
+        text = text.replace(token, f"⟦{token}⟧")
+    return text.replace("\n", "⏎\n")

@@ -1,0 +1,96 @@
+"""Problems become groups of completions, groups become scored groups. Knows engines and rewards by their interfaces only; no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from grpo.advantages import has_signal
+from grpo.engines import Engine, Request, SamplingOptions
+from grpo.plugins import RewardFunction
+from grpo.prompts import Prompts
+from grpo.types import Group, Problem, ScoredGroup, Verdict
+
+
+def seed_of(run_seed: int, rollout: int, problem_id: str) -> int:
+    """Returns a group's sampling seed; completion i has this plus i. A function of its arguments alone: a resume needs no sampler state."""
+    digest = hashlib.blake2b(f"{run_seed}/{rollout}/{problem_id}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big")
+
+
+def sample(
+    engine: Engine, prompts: Prompts, problems: Sequence[Problem], options: SamplingOptions,
+    *, group_size: int, run_seed: int, rollout: int, on_progress: Callable[[int, int], None] | None = None,
+) -> list[Group]:  # fmt: skip
+    """Returns one group of `group_size` completions a problem, in order."""
+    ids = [prompts.ids(problem) for problem in problems]
+    requests = [
+        Request(prompt_ids=prompt_ids, seed=seed_of(run_seed, rollout, problem.id), n=group_size)
+        for problem, prompt_ids in zip(problems, ids, strict=True)
+    ]
+    completions = engine.generate(requests, options, on_progress)
+    groups = []
+    for problem, prompt_ids, group in zip(problems, ids, completions, strict=True):
+        assert len(group) == group_size, f"got {len(group)} completions for {problem.id}, asked for {group_size}"
+        prefill = prompts.prefill(problem)
+        whole = tuple(replace(completion, text=prefill + completion.text) for completion in group)
+        groups.append(Group(problem=problem, prompt_ids=prompt_ids, completions=whole))
+    return groups
+
+
+def score(groups: Sequence[Group], rewards: Mapping[str, tuple[RewardFunction, float]], prompts: Prompts) -> list[ScoredGroup]:
+    """Returns the groups with rewards: the weighted sum of the functions that apply. `rewards`: name -> (function, weight)."""
+    return [_score(group, rewards, prompts) for group in groups]
+
+
+def _score(group: Group, rewards: Mapping[str, tuple[RewardFunction, float]], prompts: Prompts) -> ScoredGroup:
+    prompt = prompts.text(group.problem)
+    columns = {name: function(group, prompt) for name, (function, _) in rewards.items()}
+    totals, parts, verdicts = [], [], []
+    for i in range(len(group.completions)):
+        values = {name: column[i] for name, column in columns.items()}
+        verdict = next((value for value in values.values() if isinstance(value, Verdict)), None)
+        part = {name: _number(value) for name, value in values.items()}
+        undecided = any(isinstance(value, Verdict) and value.value == "undecided" for value in values.values())
+        known = [rewards[name][1] * value for name, value in part.items() if value is not None]
+        totals.append(None if undecided or not known else sum(known))
+        parts.append(part)
+        verdicts.append(verdict)
+    return ScoredGroup(group=group, rewards=tuple(totals), parts=tuple(parts), verdicts=tuple(verdicts))
+
+
+def _number(value: float | Verdict | None) -> float | None:
+    if isinstance(value, Verdict):
+        return {"correct": 1.0, "wrong": 0.0, "undecided": None}[value.value]
+    return None if value is None else float(value)
+
+
+def describe(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Returns the metrics of scored groups: every `mean` is over completions, every `group/` share over groups."""
+    completions = [completion for scored in groups for completion in scored.group.completions]
+    rewards = [reward for scored in groups for reward in scored.rewards]
+    known = [reward for reward in rewards if reward is not None]
+    lengths = [len(completion.token_ids) for completion in completions]
+    metrics = {
+        "reward/mean": _mean(known),
+        "reward/missing": 1 - len(known) / len(rewards),
+        "group/no_signal": _mean([float(not has_signal(scored.rewards)) for scored in groups]),
+        "completion/length": _mean(lengths),
+        "completion/length_max": float(max(lengths)),
+        "completion/truncated": _mean([float(completion.finish_reason == "length") for completion in completions]),
+        "completion/tokens": float(sum(lengths)),
+    }
+    for name in groups[0].parts[0]:
+        values = [value for scored in groups for part in scored.parts if (value := part[name]) is not None]
+        metrics[f"reward/{name}"] = _mean(values)
+    verdicts = [verdict for scored in groups for verdict in scored.verdicts if verdict is not None]
+    if verdicts:
+        metrics["reward/undecided"] = _mean([float(verdict.value == "undecided") for verdict in verdicts])
+        metrics["group/all_correct"] = _mean([float(all(v and v.value == "correct" for v in scored.verdicts)) for scored in groups])
+        metrics["group/all_wrong"] = _mean([float(all(v and v.value == "wrong" for v in scored.verdicts)) for scored in groups])
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,61 @@
+"""`--dry-run`: the resolved config, the batch arithmetic and one rendered prompt. Starts no engine and loads no weights."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from grpo import config as configs
+from grpo import models, plugins
+from grpo.config import Config
+from grpo.metrics import quiet
+from grpo.prompts import R1_ZERO, Prompts, visible
+from grpo.stages.train import load_problems
+from grpo.types import Problem, UserError
+
+
+def dry_run(config: Config) -> None:
+    """Prints what a run would do. Raises UserError for what would stop it early; a tokenizer or data that is not here is only told."""
+    print(configs.dump(config))
+    print(arithmetic(config))
+    for name in config.rewards:
+        plugins.reward(name)
+    problem = Problem(id="example", question="What is 2 + 3?", answer="5", source="example")
+    try:
+        problem = next(iter(load_problems(config.data, "train", config.seed).values()))[0]
+    except UserError as error:
+        print(f"data: {error}")
+    print(_prompt(config, problem))
+
+
+def arithmetic(config: Config) -> str:
+    """Returns the batch arithmetic in plain words."""
+    train, sampling, learner = config.train, config.sampling, config.learner
+    per_update = train.completions // train.updates_per_rollout
+    longest = max(1, learner.micro_batch_tokens // config.max_sequence_tokens)
+    return "\n".join(
+        [
+            f"a rollout   {train.problems} problems x {train.group_size} completions = {train.completions} completions, "
+            f"at most {train.completions * sampling.max_tokens:,} sampled tokens",
+            f"an update   {per_update} completions ({train.updates_per_rollout} updates a rollout, one epoch)",
+            f"micro-batch {learner.micro_batch_tokens:,} padded tokens: {longest} or more sequences of {config.max_sequence_tokens}",
+            f"the run     {train.rollouts} rollouts = {train.total_updates} updates, {train.rollouts * train.problems:,} problems drawn",
+        ]
+    )
+
+
+def _prompt(config: Config, problem: Problem) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            with quiet(Path(scratch) / "log"):
+                model_dir = models.resolve(config.model.path, config.model.revision, Path(scratch) / "model", config.seed)
+                tokenizer = models.load_tokenizer(model_dir)
+                prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+            models.check_context(model_dir, config.max_sequence_tokens)
+        except models.Unreachable as error:
+            text = R1_ZERO.replace("{question}", problem.question) if config.prompt.template == "r1_zero" else problem.question
+            return f"prompt ({config.prompt.template}; no tokenizer: {error}):\n{text}"
+        ids = prompts.ids(problem)
+        ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
+        stop = f", stop strings {', '.join(prompts.stop)}" if prompts.stop else ""
+        return f"prompt ({len(ids)} tokens, ends at {ends}{stop}):\n{visible(prompts.text(problem), tokenizer)}"

@@ -1,0 +1,1 @@
+"""Rule-based rewards: one file each, with `reward(completion, problem) -> float | Verdict | None`."""

@@ -1,0 +1,47 @@
+"""Format reward: 1.0 for exactly `<think>...</think><answer>...</answer>`. A plain parser; knows nothing of right answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo.types import Completion, Problem
+from rewards._parse import TAGS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatVerdict:
+    """`FormatVerdict(ok=False, reason="2 times <answer>")`; true when well-formed."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def reward(completion: Completion, problem: Problem) -> float:
+    """1.0 when the completion is well-formed, else 0.0. Source: DeepSeek-R1 2501.12948 section 2.2.2; ours: every rule of `check`."""
+    return 1.0 if check(completion.text) else 0.0
+
+
+def check(completion: str, prefilled: bool = False) -> FormatVerdict:
+    """Whether the four tags stand exactly once, lower case and in order, both parts filled, only white space outside.
+
+    `prefilled`: the opening `<think>` stood at the end of the prompt and is put back in front.
+    """
+    text = "<think>" + completion if prefilled else completion
+    for tag in TAGS:
+        if (count := text.count(tag)) != 1:
+            return FormatVerdict(ok=False, reason=f"{count} times {tag}")
+    think, think_end, answer, answer_end = (text.index(tag) for tag in TAGS)
+    if not think < think_end < answer < answer_end:
+        return FormatVerdict(ok=False, reason="tags out of order")
+    parts = {
+        "text before <think>": (text[:think], False),
+        "empty thoughts": (text[think + len("<think>") : think_end], True),
+        "text between the parts": (text[think_end + len("</think>") : answer], False),
+        "empty answer": (text[answer + len("<answer>") : answer_end], True),
+        "text after </answer>": (text[answer_end + len("</answer>") :], False),
+    }
+    fault = next((fault for fault, (part, filled) in parts.items() if bool(part.strip()) != filled), "")
+    return FormatVerdict(ok=not fault, reason=fault)

@@ -1,0 +1,286 @@
+"""The accuracy reward: equal in value and kind is correct, all else is wrong, and no text of a model makes it fail or run."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.types import Completion, Problem
+from rewards._equal import equal
+from rewards._exact import TooLarge, exact
+from rewards.accuracy import reward, verify
+
+CORRECT = [
+    (r"\frac12", "0.5"),
+    ("50/100", r"\frac{1}{2}"),
+    (r"\dfrac43", r"\frac{4}{3}"),
+    ("1,000", "1000"),
+    ("25", "25\\%"),
+    ("25%", "25\\%"),
+    (r"\$36", "36"),
+    ("36 dollars", r"\$36"),
+    ("45°", "45^\\circ"),
+    ("45", r"45^\circ"),
+    (r"90^{\circ}", "90"),
+    ("5 cm", "5"),
+    (r"5\text{ cm}", "5"),
+    ("864 inches^2", r"864 \mbox{ inches}^2"),
+    ("5.4", r"5.4 \text{ cents}"),
+    (r"3\frac12", "7/2"),
+    ("3 1/2", "3.5"),
+    ("3½", "3.5"),
+    (r"3.2\times10^5", "320000"),
+    ("3.2×10⁵", "320000"),
+    ("√2", r"\sqrt{2}"),
+    ("x²+1", "x^2+1"),
+    ("−5", "-5"),
+    ("2π", r"2\pi"),
+    ("B", r"\text{(B)}"),
+    ("(B)", "B"),
+    (r"\text{B}", "B"),
+    ("B.", "B"),
+    ("Evelyn", r"\text{Evelyn}"),
+    ("evelyn", r"\text{Evelyn}"),
+    ("x=5", "5"),
+    ("5", "x=5"),
+    ("5.", "5"),
+    (r"\{3,5\}", r"\{5,3\}"),
+    ("3, 7, 5", "3, 5, 7"),
+    (r"(3, \pi/2)", r"\left( 3, \frac{\pi}{2} \right)"),
+    ("(3,4]", "(3,4]"),
+    ("x>5", r"(5,\infty)"),
+    (r"(5,\infty)", "x>5"),
+    ("5<x", "x>5"),
+    (r"-2\le x\le 7", r"x \in [-2,7]"),
+    ("[-2,7]", r"x \in [-2,7]"),
+    (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty) \cup (-\infty,2)"),
+    ("x<2 or x>3", r"(-\infty, 2) \cup (3, \infty)"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("(b+2)(a+5)", "(a+5)(b+2)"),
+    (r"1+\sqrt{19},1-\sqrt{19}", r"1 \pm \sqrt{19}"),
+    (r"1\pm\sqrt{19}", r"1 \pm \sqrt{19}"),
+    ("4210_5", "4210_{5}"),
+    (r"\begin{pmatrix}-1/3\\2/3\\5/3\end{pmatrix}", r"\begin{pmatrix} -\frac13 \\ \frac23 \\ \frac53 \end{pmatrix}"),
+    ("2x-y+3=0", "y = 2x + 3"),
+    ("4x-2y=-6", "y=2x+3"),
+    ("2x+3", "y=2x+3"),
+    ("10080", r"10,\!080"),
+    ("10080", "10{,}080"),
+    ("8.24", r"\approx 8.24 \text{ mph}"),
+    (r"\frac{0.5}{2m}", r"\frac{1}{4m}"),
+    ("11111111100", r"11,\! 111,\! 111,\! 100"),
+    ("6-5i", "6 - 5i"),
+    ("-5i+6", "6-5i"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+    (r"\frac{270}{7}", r"\frac{270}7\text{ degrees}"),
+    ("0.0000672", ".0000672"),
+    (r"\sqrt{8}", r"2\sqrt2"),
+    (r"\frac{1}{2^{99}}", r"2^{-99}"),
+    ("p-q", "-q+p"),
+    (r"$\frac{1}{2}$", "0.5"),
+    (r"12\pi \text{ cm}^2", r"12\pi"),
+    ("f(x)=5", "5"),
+    ("yes", "Yes"),
+    (r"\infty", r"\infty"),
+    ("5!", "120"),
+    ("1/3", r"\frac{2}{6}"),
+    (r"y = \frac{1}{2}x", r"y=x/2"),
+    (r"5\%", "5%"),
+    ("ellipse", r"\text{ellipse}"),
+    ("2^{10}", "1024"),
+    ("1 000", "1000"),
+    (r"\{1+\sqrt5,1-\sqrt5,-2\}", r"\{1\pm\sqrt{5},-2\}"),
+    ("50%", "0.5"),
+    ("5 million", "5000000"),
+    (r"3 \sqrt{13}", r"3\sqrt{13}"),
+    ("-1/2", r"-\frac12"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"\left(\frac35,\frac83\right]", r"\left(\frac{3}{5},\frac{8}{3}\right]"),
+    (r"x=-2 \text{ or } x=1", "-2,1"),
+    ("e^{2x}", "(e^x)^2"),
+    (r"\log_2 8", "3"),
+    (r"\sin^2 x+\cos^2 x", "1"),
+    (r"5\sqrt{2}", r"\sqrt{50}"),
+    (r"2k+2", "2(k+1)"),
+    ("0", "0.0"),
+    ("7.0", "7"),
+]
+WRONG = [
+    ("10001", "10000"),
+    (r"1/2^{99}", r"1/2^{98}"),
+    ("664_7", "664_8"),
+    ("664", "664_7"),
+    ("(1,2)", "(2,1)"),
+    ("[1,2)", "(1,2)"),
+    ("x<5", r"(5,\infty)"),
+    ("1,2", "1,2,3"),
+    ("1,2,3", "1,2"),
+    ("5 cm", r"5 \text{ m}"),
+    ("36 euros", r"\$36"),
+    ("0.333", "1/3"),
+    ("x^2", "x^3"),
+    ("C", r"\text{(B)}"),
+    ("1", "1,-2"),
+    ("5", "x=6"),
+    ("x=5", "y=5"),
+    ("5x", "5"),
+    ("5 million", "5"),
+    ("3 pi", "3"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    ("2x+3=5", "5"),
+    ("y=2x", "y=2x+3"),
+    ("0=0", "y=2x+3"),
+    ("31/2", r"3\frac{1}{2}"),
+    ("3 1/2", "31/2"),
+    (r"\pi", "3.14"),
+    ("3.14159265", r"\pi"),
+    ("", "5"),
+    ("east", r"\text{west}"),
+    (r"\{1,2\}", "(1,2)"),
+    ("-5", "5"),
+    ("x>=5", "x>5"),
+    (r"(0,9)\cup(9,37)", r"(0,9) \cup (9,36)"),
+    (r"\sqrt{2}/10^{30}", r"\sqrt{3}/10^{30}"),
+    ("6+5i", "6-5i"),
+    ("12", "(1,2)"),
+    ("nan", "5"),
+    ("5 or 6", "5"),
+    ("1.41421356", r"\sqrt2"),
+]
+HOSTILE = [
+    "9^{9^{9^{9}}}",
+    "99**88**77",
+    "9" * 999,
+    "(" * 500,
+    r"\frac{" * 300,
+    "10^{10^{10}}x",
+    r"\sum_{n=1}^{10^{9}} n",
+    "x^{999999999}",
+    "(x+y+z+w)^{400}",
+    "1000000!",
+    "5!!!!!!",
+    "((9!)!)!",
+    r"\binom{1000000}{500000}",
+    "__import__('os')",
+    "x" * 1000,
+    r"\sqrt{" * 30 + "2" + "}" * 30,
+    "(" * 30 + "x" + ")" * 30,
+    "\\" * 500,
+    "^" * 500,
+    "{" * 15 + "x" + "}" * 15,
+    "1" + " a" * 400,
+    "\x00",
+    "x=1," * 200,
+    r"\int_0^1 x dx",
+    "((((x^{9})^{9})^{9})^{9})",
+    r"\sin" * 100 + "x",
+    "+".join(f"x^{{{i}}}" for i in range(60)),
+    r"\pm" * 50,
+    "2^{2^{20}}x",
+    r"\sqrt{2}^{\sqrt{2}^{\sqrt{2}}}",
+    "10^{400}" * 50,
+    r"\text{" * 100,
+    "1e999999999",
+    "a," * 400,
+    r"\sqrt[99999]{2}",
+    "(1+x)(1+y)(1+z)(1+a)(1+b)(1+c)(1+d)(1+f)(1+g)(1+h)(1+k)(1+l)(1+m)",
+]
+
+
+def completion(text: str) -> Completion:
+    return Completion(token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),))
+
+
+@pytest.mark.parametrize(("prediction", "gold"), CORRECT)
+def test_equal_in_value_and_kind_is_correct(prediction, gold):
+    assert verify(prediction, gold).value == "correct"
+    assert verify(f"<think>0</think><answer>{prediction}</answer>", gold).value == "correct"
+    assert verify(f"<think>0</think> So \\boxed{{{prediction}}}.", gold).value == "correct"
+
+
+@pytest.mark.parametrize(("prediction", "gold"), WRONG)
+def test_another_value_or_kind_is_wrong(prediction, gold):
+    verdict = verify(f"<think>{gold}</think><answer>{prediction}</answer>", gold)
+    assert verdict.value == "wrong"
+    assert verdict.reason
+
+
+@pytest.mark.parametrize("gold", sorted({gold for _, gold in CORRECT + WRONG}))
+def test_every_gold_answer_is_correct_for_itself_respelled(gold):
+    assert equal(f" ${gold}$. ", gold).value == "correct"
+
+
+@pytest.mark.parametrize("gold", ["5", "x+1", "(1,2)", r"\sqrt{2}", r"\text{east}"])
+@pytest.mark.parametrize("prediction", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_wrong_by_rule(prediction, gold):
+    assert verify(f"<answer>{prediction}</answer>", gold).value == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"), [("1,", "1, 2"), (",", "1,2"), ("(,)", "(1,2)"), (r"\{\}", r"\{1\}"), (r"\cup", r"(1,2)\cup(3,4)")]
+)
+def test_empty_elements_are_wrong(prediction, gold):
+    assert equal(prediction, gold).value == "wrong"
+
+
+def test_a_gold_answer_beyond_the_bounds_is_undecided():
+    assert equal("5", "10^{99999}").value == "undecided"
+    assert equal("10^{99999}", "5").value == "wrong"
+
+
+@pytest.mark.parametrize("prediction", ["2^-" * 332 + "2", r"\frac" * 190 + "1", "3\\frac1" * 120, "-(" * 29 + "1" + ")" * 29])
+def test_deep_recursion_is_no_exception(prediction):
+    assert equal(prediction, "5").value == "wrong"
+
+
+def test_a_long_prediction_is_wrong_by_rule():
+    assert equal("5" + " " * 10**6, "5").reason == "longer than 1000 characters"
+    assert verify("5" + " " * 300, "5").reason == "no final answer"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2",
+        "The answer is 2.",
+        "<think>2</think>",
+        "<think>2</think>2",
+        "<think>\\boxed{2}</think>",
+        "\\boxed{2} \\boxed{2",
+        "<answer>2",
+        "",
+    ],
+)
+def test_a_completion_without_a_final_answer_is_wrong(text):
+    problem = Problem(id="t/0", question="1+1?", answer="2", source="t")
+    assert reward(completion(text), problem).value == "wrong"
+    assert reward(completion(text + "<answer>2</answer>"), problem).value == "correct"
+
+
+def test_a_gold_answer_that_we_cannot_read_is_undecided_unless_the_text_is_the_same():
+    gold = r"\frac{1}{"
+    assert equal("5", gold).value == "undecided"
+    assert equal(gold, gold).value == "correct"
+    assert equal("5", " ").value == "undecided"
+
+
+def test_exact_values_worked_by_hand():
+    assert exact(r"3\frac{1}{2}") == exact("3 1/2") == exact("7/2") == exact("3.5")
+    assert exact("1,234,567.5") * 2 == 2469135
+    assert exact("-2^2") == -4 and exact("(-2)^2") == 4 and exact("2^{-2}") * 4 == 1
+    assert exact("2+3*4-6/3") == 12 and exact("3!^2") == 36
+    for text in ("1,00", "1 2", "1/0", "0^{-1}", "x", "2^{1/2}", "", "1..2", "(1", "1)", "5-", "(-1)!"):
+        assert exact(text) is None
+    for text in ("10^{99999}", "2201!", "9^{9^{9^{9}}}", "*".join(["10^{400}"] * 20)):
+        with pytest.raises(TooLarge):
+            exact(text)
+
+
+@given(st.integers(-(10**30), 10**30), st.integers(1, 10**30))
+def test_neighbours_are_never_equal(numerator, denominator):
+    assert equal(f"{numerator}/{denominator}", rf"\frac{{{numerator}}}{{{denominator}}}").value == "correct"
+    assert equal(f"{numerator + 1}/{denominator}", rf"\frac{{{numerator}}}{{{denominator}}}").value == "wrong"
+
+
+@given(st.text("0123456789.,/-+()[]{}\\$%= ^_abx", max_size=40))
+def test_any_text_gets_a_verdict_against_a_number(prediction):
+    assert equal(prediction, "12345678.5").value == "wrong" or "5678" in prediction

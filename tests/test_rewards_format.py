@@ -1,0 +1,109 @@
+"""The format reward: four tags, once each, in order, filled, and nothing around them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.types import Completion, Problem
+from rewards._parse import TAGS, boxed, final_answer
+from rewards.format import check, reward
+
+GOOD = "<think>1+1</think><answer>2</answer>"
+PROBLEM = Problem(id="t/0", question="1+1?", answer="2", source="t")
+
+
+def completion(text: str) -> Completion:
+    return Completion(token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),))
+
+
+@pytest.mark.parametrize(
+    "text", [GOOD, f"\n {GOOD} \n", "<think>\na\n\nb\n</think>\n\n<answer>\n2\n</answer>\n", "<think>a < b > c</think><answer><b></answer>"]
+)
+def test_well_formed_completions_pass(text):
+    assert check(text)
+    assert reward(completion(text), PROBLEM) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "0 times <think>"),
+        ("2", "0 times <think>"),
+        ("<think>1+1<answer>2</answer>", "0 times </think>"),
+        ("<think>1+1</think>2", "0 times <answer>"),
+        ("<think>1+1</think><answer>2", "0 times </answer>"),
+        (GOOD + "<answer>3</answer>", "2 times <answer>"),
+        (GOOD + GOOD, "2 times <think>"),
+        ("<think><think>1+1</think><answer>2</answer>", "2 times <think>"),
+        (GOOD + "</answer>", "2 times </answer>"),
+        ("<THINK>1+1</THINK><ANSWER>2</ANSWER>", "0 times <think>"),
+        ("<think>1+1</think><Answer>2</Answer>", "0 times <answer>"),
+        ("< think>1+1</think><answer>2</answer>", "0 times <think>"),
+        ("<think>1+1</think><answer>2</ answer>", "0 times </answer>"),
+        ("<answer>2</answer><think>1+1</think>", "tags out of order"),
+        ("</think>1+1<think><answer>2</answer>", "tags out of order"),
+        ("<think>1+1<answer>2</answer></think>", "tags out of order"),
+        ("<think>1+1<answer></think>2</answer>", "tags out of order"),
+        ("Sure! " + GOOD, "text before <think>"),
+        (GOOD + " Done.", "text after </answer>"),
+        (GOOD + "\nDone.", "text after </answer>"),
+        ("Sure!\n" + GOOD, "text before <think>"),
+        ("<think>1+1</think> so <answer>2</answer>", "text between the parts"),
+        ("<think></think><answer>2</answer>", "empty thoughts"),
+        ("<think> \n\t</think><answer>2</answer>", "empty thoughts"),
+        ("<think>1+1</think><answer>\n</answer>", "empty answer"),
+    ],
+)
+def test_each_fault_is_named(text, reason):
+    verdict = check(text)
+    assert not verdict
+    assert verdict.reason == reason
+    assert reward(completion(text), PROBLEM) == 0.0
+
+
+def test_a_prefilled_tag_is_put_back_before_judging():
+    assert check("1+1</think><answer>2</answer>", prefilled=True)
+    assert not check("1+1</think><answer>2</answer>")
+    assert check(GOOD, prefilled=True).reason == "2 times <think>"
+
+
+@given(st.lists(st.sampled_from([*TAGS, "x", " ", "\n", "\\boxed{", "}", "<", "/think>"]), max_size=14))
+def test_what_passes_is_exactly_the_shape(pieces):
+    text = "".join(pieces)
+    if check(text):
+        thoughts, answer = text.strip().removeprefix("<think>").removesuffix("</answer>").split("</think>")
+        assert thoughts.strip() and answer.strip().removeprefix("<answer>").strip()
+        assert f"<think>{thoughts}</think>{answer}</answer>" == text.strip()
+        assert answer.strip().startswith("<answer>")
+        assert not any(tag in thoughts + answer.strip().removeprefix("<answer>") for tag in TAGS)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (GOOD, "2"),
+        ("<think>a</think><answer> \\boxed{2} </answer>", "2"),
+        ("<think>a</think><answer>1</answer><answer>2</answer>", "2"),
+        ("<think>a</think> so \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("\\boxed{1} or \\boxed {2}", "2"),
+        ("\\boxed{1} or \\boxed{2", None),
+        ("<think>\\boxed{2}</think> yes", None),
+        ("<think><answer>2</answer>", None),
+        ("<think>it is 2", None),
+        ("<think>a</think><answer></answer>", None),
+        ("<think>a</think><answer>2", None),
+        ("<think>a</think></answer>2<answer>", None),
+        ("<think>a</think><answer>\\boxed{2</answer>", None),
+        ("<answer>5</answer><think>but</think>", None),
+        ("2", None),
+        ("", None),
+    ],
+)
+def test_the_final_answer_stands_in_the_tags_or_in_the_last_box(text, answer):
+    assert final_answer(text) == answer
+
+
+@given(st.text("a\\{}", max_size=30))
+def test_a_box_has_balanced_braces(content):
+    found = boxed("\\boxed{" + content)
+    assert found is None or found.count("{") == found.count("}")
