@@ -22,7 +22,7 @@ def load(
     terms: int = 2,
     size: int = 100_000,
 ) -> Sequence[Problem]:
-    """`size` problems like `347+85=`, operands uniform in 0..10^digits-1; differences are never negative.
+    """`size` problems like `347+85=`, both operands of exactly `digits` digits; differences are never negative.
 
     Problem i depends on (seed, i, options) alone. a+b and b+a are one content, which is in train or in test for every seed.
     """
@@ -37,7 +37,7 @@ def load(
 
     def one(random: Random) -> tuple[str, tuple[int, str, int]]:
         operation = random.choice(operations)
-        a, b = random.randrange(10**digits), random.randrange(10**digits)
+        a, b = (random.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
         low, high = sorted((a, b))
         return f"{low}{operation}{high}", (high, operation, low) if operation == "-" else (a, operation, b)
 

