@@ -100,12 +100,13 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Train:
-        total = self.completions
-        if total % self.updates_per_rollout:
-            near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - self.updates_per_rollout))[:2]
+        total, wanted = self.completions, self.updates_per_rollout
+        if total % wanted:
+            divisors = [n for n in range(1, total + 1) if total % n == 0]
+            near = [max(n for n in divisors if n < wanted), *[n for n in divisors if n > wanted][:1]]
             raise ValueError(
                 f"{self.problems} problems x {self.group_size} completions = {total} completions cannot be split evenly into "
-                f"updates_per_rollout={self.updates_per_rollout} mini-batches; near values that work: {', '.join(map(str, sorted(near)))}"
+                f"updates_per_rollout={wanted} mini-batches; near values that work: {', '.join(map(str, near))}"
             )
         return self
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo.types import Group, Problem, UserError, Verdict
 
+KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}  # what a file's function is for
 RewardFunction = Callable[[Group, str], Sequence[float | Verdict | None]]
 
 
@@ -32,7 +33,7 @@ def find(package: str, name: str, function: str, key: str) -> Callable[..., Any]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"{key}.{name}: no such {key.rstrip('s')}; have {', '.join(known)}, or module:function{hint}")
+        raise UserError(f"{key}.{name}: no such {KINDS[function]}; have {', '.join(known)}, or module:function{hint}")
     return getattr(importlib.import_module(f"{package}.{name}"), function)
 
 

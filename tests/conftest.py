@@ -11,7 +11,7 @@ from grpo import models
 from grpo.cli import QUIET
 
 os.environ.update(QUIET)
-TINY_SHAPE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+TINY_SHAPE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
 
 def pytest_collection_modifyitems(items):
@@ -36,11 +36,11 @@ def tiny(tmp_path_factory):
     return make
 
 
-def tiny_config(run_dir, model, **sections) -> configs.Config:
+def tiny_config(run_dir, model_dir, **sections) -> configs.Config:
     """Returns a config of a run that takes seconds; sections are merged into it."""
     tree = {
         "run_dir": str(run_dir),
-        "model": {"path": str(model), "dtype": "float32"},
+        "model": {"path": str(model_dir), "dtype": "float32"},
         "data": {"name": "arithmetic", "options": {"digits": 1}},
         "prompt": {"template": "plain", "max_tokens": 48},
         "sampling": {"max_tokens": 12},

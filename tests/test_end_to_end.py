@@ -1,0 +1,182 @@
+"""Whole runs with the real vLLM and the real DeepSpeed: they learn, they resume bit for bit, they end cleanly however they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from conftest import tiny_config
+from grpo import config as configs
+from grpo import models
+
+pytestmark = pytest.mark.engine
+
+
+def write_config(path: Path, config: configs.Config) -> str:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return str(path)
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "grpo", "train", *arguments], stderr=subprocess.PIPE, text=True, **options)
+
+
+def run(*arguments, code=0, **options) -> str:
+    process = start(*arguments, **options)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return errors
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(run_dir):
+    """Everything of a run that must not depend on when it was interrupted: all but times."""
+    timed = ("time/", "seconds", "tokens_per_s")
+    metrics = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows(run_dir)]
+    samples = {path.name: path.read_text() for path in sorted((run_dir / "samples").iterdir())}
+    weights = (run_dir / "final" / "model.safetensors").read_bytes()
+    return metrics, samples, weights
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+SECTIONS = {"train": {"rollouts": 4, "problems": 4, "group_size": 4, "updates_per_rollout": 2}, "eval": {"every": 2, "problems": 4}}
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, tmp_path_factory):
+    """A run of 4 rollouts without an interruption, several updates each, with KL to the start, in bfloat16 with float32 masters."""
+    folder = tmp_path_factory.mktemp("straight")
+    sections = SECTIONS | {"algorithm": {"kl_coef": 0.01}, "model": {"dtype": "bfloat16"}, "learner": {"zero_stage": 1, "warmup_updates": 2}}
+    config = write_config(folder / "config.yaml", tiny_config(folder / "run", tiny(), **sections))
+    run(config)
+    return folder, config
+
+
+def test_a_run_leaves_what_the_readme_says(straight):
+    folder = straight[0] / "run"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "finished" and manifest["seed"] == 0 and "torch" in manifest["versions"]
+    assert [row["rollout"] for row in rows(folder)] == [0, 1, 2, 3, 4]
+    assert rows(folder)[4]["update"] == 8 and {"eval/accuracy", "probe/gap", "sync/seconds", "kl/ref", "policy/entropy"} <= rows(folder)[4].keys()
+    kept = [json.loads(line) for line in (folder / "samples" / "step-000003.jsonl").read_text().splitlines()]
+    assert len(kept) == 16 and {"problem", "completion", "reward", "parts", "advantage"} <= kept[0].keys()
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+    assert configs.load(str(folder / "config.yaml")) == configs.load(straight[1])
+
+
+def test_final_loads_in_transformers_and_in_vllm(straight, tmp_path):
+    from grpo.engines import Request, SamplingOptions
+    from grpo.engines.vllm import VllmEngine
+
+    final = straight[0] / "run" / "final"
+    model = models.load_model(final, "eager")
+    tokenizer = models.load_tokenizer(final)
+    engine = VllmEngine(
+        model_dir=str(final), settings=configs.Engine(kv_cache_gb=0.05), dtype="float32", max_model_len=64, log_file=tmp_path / "log", load_weights=True
+    )  # fmt: skip
+    try:
+        ids = tuple(tokenizer("12+34=\n")["input_ids"])
+        (completion,) = engine.generate([Request(prompt_ids=ids, seed=0)], SamplingOptions(max_tokens=4, temperature=0.0))[0]
+        import torch
+
+        assert completion.token_ids[0] == int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+    finally:
+        engine.close()
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path):
+    """2 rollouts, kill -9 during the third, resume: the same metrics, completions and weights as 4 at once."""
+    config = write_config(tmp_path / "config.yaml", configs.load(straight[1]).model_copy(update={"run_dir": str(tmp_path / "run")}))
+    process = start(config)
+    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000002").exists(), process)
+    child = psutil.Process(process.pid).children()[0]
+    process.kill()
+    process.communicate()
+    child.wait(timeout=5)
+    assert not (tmp_path / "run" / "final").exists()
+    run(config, "--resume")
+    metrics, samples, weights = outcome(tmp_path / "run")
+    expected_metrics, expected_samples, expected_weights = outcome(straight[0] / "run")
+    assert metrics == expected_metrics
+    assert samples == expected_samples
+    assert weights == expected_weights
+
+
+def test_interrupted_it_saves_leaves_no_process_and_goes_on_to_the_same_end(straight, tmp_path):
+    config = write_config(tmp_path / "config.yaml", configs.load(straight[1]).model_copy(update={"run_dir": str(tmp_path / "run")}))
+    process = start(config, "checkpoint.every=0", "logging.progress=line", start_new_session=True)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and child
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "saved; go on with --resume" in errors
+    assert not [p for p in psutil.process_iter() if p.pid != os.getpid() and str(tmp_path) in " ".join(_command(p))]
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    run(config, "--resume")
+    assert outcome(tmp_path / "run")[1:] == outcome(straight[0] / "run")[1:]
+
+
+def _command(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_killed_engine_ends_the_run_with_a_clear_error(tiny, tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny(), train={"rollouts": 500}))
+    process = start(config)
+    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000001").exists(), process)
+    psutil.Process(process.pid).children()[0].kill()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "the engine died during" in errors and "killed by SIGKILL" in errors
+    assert "Traceback" not in errors
+
+
+def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
+    """A user's own reward, the share of digits in the first tokens, rises by GRPO alone on a model with random weights."""
+    (tmp_path / "digits.py").write_text("def share(completion, problem):\n    return sum(c.isdigit() for c in completion.text) / 12\n")
+    sections = {"train": {"rollouts": 12, "problems": 8, "group_size": 8}, "learner": {"lr": 5e-3}, "rewards": {"digits:share": 1.0}}
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny(), **sections, checkpoint={"every": 0}))
+    run(config, cwd=tmp_path)
+    rewards = [row["reward/mean"] for row in rows(tmp_path / "run") if "reward/mean" in row]
+    assert rewards[-1] > 3 * rewards[0] + 0.1, rewards
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=nowhere/at/all"], "model.path=nowhere/at/all: no such directory"),
+        (["rewards={acuracy: 1}"], "rewards.acuracy: no such reward"),
+        (["data.name=jsonl", "data.options={}", "data.path=broken.jsonl"], "broken.jsonl: line 2"),
+        (["data.options={digitz: 2}"], "data.arithmetic.options: "),
+        (["prompt.max_tokens=1", "data.name=jsonl", "data.options={}", "data.path=good.jsonl"], "prompts are longer than prompt.max_tokens=1"),
+        (["prompt.template=chat"], "this tokenizer has no chat template"),
+        (["prompt.max_tokens=4000", "learner.micro_batch_tokens=9000"], "but the model's context is 2048"),
+        (["engine.kv_cache_gb=100000"], "the engine needs about"),
+        (["algorithm.loss=gpro"], "algorithm.loss.gpro: no such loss; have grpo"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(tiny, tmp_path, overrides, message):
+    (tmp_path / "broken.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": oops\n')
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(40)))
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    errors = run(config, *overrides, code=2, cwd=tmp_path)
+    assert message in errors and errors.startswith("grpo: ") and errors.count("\n") == 1
+    assert not (tmp_path / "run" / "engine.log").exists()

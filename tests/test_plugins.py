@@ -1,0 +1,108 @@
+"""Names in a config: files in folders, functions from outside, two kinds of reward."""
+
+import sys
+
+import pytest
+
+from grpo import plugins, rollout
+from grpo.types import Completion, Group, Problem, UserError, Verdict
+
+
+def group(*texts):
+    completions = tuple(Completion(token_ids=(1, 2), logprobs=(0.0, 0.0), text=t, finish_reason="stop", versions=((0, 0, 2),)) for t in texts)
+    problem = Problem(id="p7", question="2+2?", answer="4", source="s", meta={"level": 3})
+    return Group(problem=problem, prompt_ids=(5,), completions=completions)
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """Makes a module in a working directory of its own."""
+
+    def make(name, text):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    return make
+
+
+@pytest.mark.parametrize(("package", "function"), [("rewards", "reward"), ("data", "load"), ("grpo.losses", "loss")])
+def test_every_file_in_a_folder_has_its_function_and_a_first_line_that_says_what_it_is(package, function):
+    for name in plugins.names(package):
+        found = plugins.find(package, name, function, package)
+        assert found.__doc__ and found.__module__ == f"{package}.{name}"
+
+
+def test_a_wrong_name_lists_what_there_is_and_the_nearest():
+    with pytest.raises(UserError, match=r"rewards.acuracy: no such reward; have accuracy, .*did you mean accuracy\?"):
+        plugins.reward("acuracy")
+
+
+def test_a_reward_of_ours_sees_completion_and_problem(outside):
+    name = outside("mine_a", "def f(completion, problem): return len(completion.text) + problem.meta['level']")
+    assert plugins.reward(f"{name}:f")(group("ab", ""), "prompt") == [5, 3]
+
+
+def test_a_trl_reward_is_called_unchanged(outside):
+    text = "def f(prompts, completions, answer, completion_ids, **columns):\n"
+    text += "    return [float(c == a) + len(i) + columns['level'][0] for c, a, i in zip(completions, answer, completion_ids)]"
+    assert plugins.reward(f"{outside('mine_b', text)}:f")(group("4", "5"), "prompt") == [6.0, 5.0]
+    narrow = outside("mine_c", "def f(completions, answer): return [None for _ in completions]")
+    assert plugins.reward(f"{narrow}:f")(group("4"), "prompt") == [None]
+
+
+def test_trls_own_rewards_work():
+    pytest.importorskip("trl")
+    reward = plugins.reward("trl.rewards:get_soft_overlong_punishment".replace("get_soft_overlong_punishment", "think_format_reward"))
+    messages = [[{"role": "assistant", "content": "<think>a</think>b"}]]
+    import trl.rewards
+
+    assert trl.rewards.think_format_reward(messages) == [1.0]
+    with pytest.raises(RuntimeError, match="reward .*think_format_reward failed on the completions of problem p7"):
+        reward(group("<think>a</think>b"), "prompt")  # it wants messages; a string prompt gives strings
+
+
+def test_an_exception_stops_the_run_and_names_the_completion(outside):
+    name = outside("mine_d", "def f(completion, problem): return 1 / len(completion.text)")
+    with pytest.raises(RuntimeError, match=r"mine_d:f failed on completion 1 of problem p7: ZeroDivisionError"):
+        plugins.reward(f"{name}:f")(group("a", ""), "prompt")
+
+
+def test_a_users_own_data_folder_does_not_shadow_ours(outside, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("raise RuntimeError('shadowed')")
+    outside("mine_e", "def f(completion, problem): return 0.0")
+    plugins.reward("mine_e:f")
+    for module in [name for name in sys.modules if name == "data" or name.startswith("data.")]:
+        sys.modules.pop(module)
+    assert "arithmetic" in plugins.names("data")
+
+
+@pytest.mark.parametrize(("name", "message"), [("nowhere:f", "No module named 'nowhere'"), ("json:f", "has no function 'f'")])
+def test_what_cannot_be_imported_is_told(name, message):
+    with pytest.raises(UserError, match=message):
+        plugins.reward(name)
+
+
+class FakePrompts:
+    def text(self, problem):
+        return "prompt"
+
+
+def test_rewards_are_summed_by_weight_and_undecided_completions_have_none():
+    verdicts = [Verdict(value="correct"), Verdict(value="wrong"), Verdict(value="undecided")]
+    rewards = {"a": (lambda group, prompt: verdicts, 1.0), "b": (lambda group, prompt: [1.0, None, 1.0], 0.5)}
+    (scored,) = rollout.score([group("x", "y", "z")], rewards, FakePrompts())
+    assert scored.rewards == (1.5, 0.0, None)
+    assert scored.parts[1] == {"a": 0.0, "b": None}
+    metrics = rollout.describe([scored])
+    # means over those that have a value: a (1 + 0) / 2, b (1 + 1) / 2, reward (1.5 + 0) / 2; one of three is missing
+    assert (metrics["reward/a"], metrics["reward/b"], metrics["reward/mean"]) == (0.5, 1.0, 0.75)
+    assert metrics["reward/missing"] == pytest.approx(1 / 3) and metrics["reward/undecided"] == pytest.approx(1 / 3)
+    assert metrics["group/no_signal"] == 0.0 and metrics["completion/length"] == 2.0
+
+
+def test_a_groups_seed_depends_on_run_rollout_and_problem_alone():
+    assert rollout.seed_of(0, 3, "p7") == rollout.seed_of(0, 3, "p7")
+    assert len({rollout.seed_of(*key) for key in [(0, 3, "p7"), (1, 3, "p7"), (0, 4, "p7"), (0, 3, "p8")]}) == 4
