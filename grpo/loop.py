@@ -176,8 +176,11 @@ class Loop:
         if self.saved == self.rollout:
             return
         self.display.phase(self.rollout, "checkpoint")
-        state = {"updates": self.learner.updates, "position": self.rollout * self.config.train.problems, "seed": self.config.seed}
-        self.run.save(self.rollout, state | {"metrics": self.latest}, self.learner.save)
+        state = {
+            "updates": self.learner.updates, "position": self.rollout * self.config.train.problems, "seed": self.config.seed,
+            "first_gap": self.probe.first_gap, "metrics": self.latest,
+        }  # fmt: skip
+        self.run.save(self.rollout, state, self.learner.save)
         self.run.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
         self.saved = self.rollout
 

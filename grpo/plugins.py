@@ -13,7 +13,8 @@ from typing import Any
 from grpo.types import Group, Problem, UserError, Verdict
 
 KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}  # what a file's function is for
-RewardFunction = Callable[[Group, str], Sequence[float | Verdict | None]]
+Prompt = str | list[dict[str, str]]  # text, or the messages of a chat, as in TRL
+RewardFunction = Callable[[Group, Prompt], Sequence[float | Verdict | None]]
 
 
 def names(package: str) -> list[str]:
@@ -75,11 +76,12 @@ def _call(function: Callable[..., Any], name: str, group: Group, i: int) -> Any:
         raise RuntimeError(f"reward {name} failed on {where}: {error!r}; its text: {group.completions[i].text[:300]!r}") from error
 
 
-def _call_trl(function: Callable[..., Any], name: str, group: Group, prompt: str) -> list[float | None]:
+def _call_trl(function: Callable[..., Any], name: str, group: Group, prompt: Prompt) -> list[float | None]:
     size, problem = len(group.completions), group.problem
+    texts = [completion.text for completion in group.completions]
     columns: dict[str, Any] = {
         "prompts": [prompt] * size,
-        "completions": [completion.text for completion in group.completions],
+        "completions": texts if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in texts],
         "completion_ids": [list(completion.token_ids) for completion in group.completions],
     } | {key: [value] * size for key, value in (problem.meta | _columns(problem)).items()}
     parameters = inspect.signature(function).parameters

@@ -44,14 +44,22 @@ class Prompts:
         """Returns the prompt as text, with the prefilled `<think>` at its end if there is one."""
         settings = self._settings
         if settings.template == "chat":
-            system = SYSTEM.get(settings.system, settings.system) if settings.system else None
-            messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": problem.question}]
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(self.messages(problem), tokenize=False, add_generation_prompt=True)
         else:
             text = {"r1_zero": R1_ZERO, "plain": "{question}\n"}[settings.template].replace("{question}", problem.question)
         if settings.think_prefill and not text.rstrip().endswith("<think>"):
             text += " <think>" if settings.template == "r1_zero" else "<think>\n"
         return text
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """Returns a chat's messages: the system prompt, if any, and the question."""
+        system = self._settings.system
+        user = {"role": "user", "content": problem.question}
+        return [{"role": "system", "content": SYSTEM.get(system, system)}, user] if system else [user]
+
+    def for_rewards(self, problem: Problem) -> str | list[dict[str, str]]:
+        """Returns the prompt as TRL's reward functions expect it: messages for a chat template, else text."""
+        return self.messages(problem) if self._settings.template == "chat" else self.text(problem)
 
     def prefill(self, problem: Problem) -> str:
         """Returns the part of the prompt that belongs to the completion when it is judged: `<think>` and what follows it, or nothing."""

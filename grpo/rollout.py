@@ -45,7 +45,7 @@ def score(groups: Sequence[Group], rewards: Mapping[str, tuple[RewardFunction, f
 
 
 def _score(group: Group, rewards: Mapping[str, tuple[RewardFunction, float]], prompts: Prompts) -> ScoredGroup:
-    prompt = prompts.text(group.problem)
+    prompt = prompts.for_rewards(group.problem)
     columns = {name: function(group, prompt) for name, (function, _) in rewards.items()}
     totals, parts, verdicts = [], [], []
     for i in range(len(group.completions)):

@@ -11,7 +11,14 @@ from grpo import models
 from grpo.cli import QUIET
 
 os.environ.update(QUIET)
-TINY_SHAPE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+TINY_SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
 
 
 def pytest_collection_modifyitems(items):

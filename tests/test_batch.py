@@ -12,7 +12,10 @@ from grpo.types import Sample
 def sample(prompt, completion, advantage=1.0):
     n = len(completion)
     return Sample(
-        token_ids=(*prompt, *completion), prompt_length=len(prompt), advantages=(advantage,) * n, sampler_logprobs=tuple(-0.5 - i for i in range(n))
+        token_ids=(*prompt, *completion),
+        prompt_length=len(prompt),
+        advantages=(advantage,) * n,
+        sampler_logprobs=tuple(-0.5 - i for i in range(n)),
     )
 
 

@@ -90,6 +90,7 @@ def test_every_shipped_config_is_right_and_short(path):
 
 
 def test_importing_the_package_and_its_config_imports_nothing_heavy():
-    program = "import sys, grpo, grpo.types, grpo.config, grpo.cli; print(*[m for m in ('torch', 'vllm', 'transformers', 'deepspeed', 'datasets') if m in sys.modules])"
+    program = "import sys, grpo, grpo.types, grpo.config, grpo.cli; "
+    program += "print(*[m for m in ('torch', 'vllm', 'transformers', 'deepspeed', 'datasets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-
 from conftest import tiny_config
+
 from grpo import config as configs
 from grpo import models
 
@@ -25,7 +25,10 @@ def write_config(path: Path, config: configs.Config) -> str:
 
 
 def start(*arguments, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "grpo", "train", *arguments], stderr=subprocess.PIPE, text=True, **options)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # where digits.py lies
+    return subprocess.Popen(
+        [sys.executable, "-m", "grpo", "train", *arguments], stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
 
 
 def run(*arguments, code=0, **options) -> str:
@@ -56,14 +59,22 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-SECTIONS = {"train": {"rollouts": 4, "problems": 4, "group_size": 4, "updates_per_rollout": 2}, "eval": {"every": 2, "problems": 4}}
+SECTIONS = {
+    "train": {"rollouts": 4, "problems": 4, "group_size": 4, "updates_per_rollout": 2},
+    "eval": {"every": 2, "problems": 4},
+    "rewards": {"digits:share": 1.0, "accuracy": 1.0},
+}
 
 
 @pytest.fixture(scope="module")
 def straight(tiny, tmp_path_factory):
     """A run of 4 rollouts without an interruption, several updates each, with KL to the start, in bfloat16 with float32 masters."""
     folder = tmp_path_factory.mktemp("straight")
-    sections = SECTIONS | {"algorithm": {"kl_coef": 0.01}, "model": {"dtype": "bfloat16"}, "learner": {"zero_stage": 1, "warmup_updates": 2}}
+    sections = SECTIONS | {
+        "algorithm": {"kl_coef": 0.01},
+        "model": {"dtype": "bfloat16"},
+        "learner": {"zero_stage": 1, "warmup_updates": 2},
+    }
     config = write_config(folder / "config.yaml", tiny_config(folder / "run", tiny(), **sections))
     run(config)
     return folder, config
@@ -74,7 +85,11 @@ def test_a_run_leaves_what_the_readme_says(straight):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["status"] == "finished" and manifest["seed"] == 0 and "torch" in manifest["versions"]
     assert [row["rollout"] for row in rows(folder)] == [0, 1, 2, 3, 4]
-    assert rows(folder)[4]["update"] == 8 and {"eval/accuracy", "probe/gap", "sync/seconds", "kl/ref", "policy/entropy"} <= rows(folder)[4].keys()
+    assert sum(row.get("group/no_signal", 0) < 1 for row in rows(folder)) == 4
+    assert (
+        rows(folder)[4]["update"] == 8
+        and {"eval/accuracy", "probe/gap", "sync/seconds", "kl/ref", "policy/entropy"} <= rows(folder)[4].keys()
+    )
     kept = [json.loads(line) for line in (folder / "samples" / "step-000003.jsonl").read_text().splitlines()]
     assert len(kept) == 16 and {"problem", "completion", "reward", "parts", "advantage"} <= kept[0].keys()
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
@@ -88,9 +103,9 @@ def test_final_loads_in_transformers_and_in_vllm(straight, tmp_path):
     final = straight[0] / "run" / "final"
     model = models.load_model(final, "eager")
     tokenizer = models.load_tokenizer(final)
-    engine = VllmEngine(
-        model_dir=str(final), settings=configs.Engine(kv_cache_gb=0.05), dtype="float32", max_model_len=64, log_file=tmp_path / "log", load_weights=True
-    )  # fmt: skip
+    settings = configs.Engine(kv_cache_gb=0.05)
+    log = tmp_path / "log"
+    engine = VllmEngine(model_dir=str(final), settings=settings, dtype="float32", max_model_len=64, log_file=log, load_weights=True)
     try:
         ids = tuple(tokenizer("12+34=\n")["input_ids"])
         (completion,) = engine.generate([Request(prompt_ids=ids, seed=0)], SamplingOptions(max_tokens=4, temperature=0.0))[0]
@@ -150,11 +165,10 @@ def test_a_killed_engine_ends_the_run_with_a_clear_error(tiny, tmp_path):
 
 
 def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
-    """A user's own reward, the share of digits in the first tokens, rises by GRPO alone on a model with random weights."""
-    (tmp_path / "digits.py").write_text("def share(completion, problem):\n    return sum(c.isdigit() for c in completion.text) / 12\n")
+    """A user's own reward, the share of digits, rises by GRPO alone on a model with random weights."""
     sections = {"train": {"rollouts": 12, "problems": 8, "group_size": 8}, "learner": {"lr": 5e-3}, "rewards": {"digits:share": 1.0}}
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny(), **sections, checkpoint={"every": 0}))
-    run(config, cwd=tmp_path)
+    run(config)
     rewards = [row["reward/mean"] for row in rows(tmp_path / "run") if "reward/mean" in row]
     assert rewards[-1] > 3 * rewards[0] + 0.1, rewards
 
@@ -166,7 +180,10 @@ def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
         (["rewards={acuracy: 1}"], "rewards.acuracy: no such reward"),
         (["data.name=jsonl", "data.options={}", "data.path=broken.jsonl"], "broken.jsonl: line 2"),
         (["data.options={digitz: 2}"], "data.arithmetic.options: "),
-        (["prompt.max_tokens=1", "data.name=jsonl", "data.options={}", "data.path=good.jsonl"], "prompts are longer than prompt.max_tokens=1"),
+        (
+            ["prompt.max_tokens=1", "data.name=jsonl", "data.options={}", "data.path=good.jsonl"],
+            "prompts are longer than prompt.max_tokens=1",
+        ),
         (["prompt.template=chat"], "this tokenizer has no chat template"),
         (["prompt.max_tokens=4000", "learner.micro_batch_tokens=9000"], "but the model's context is 2048"),
         (["engine.kv_cache_gb=100000"], "the engine needs about"),

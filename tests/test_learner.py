@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-
 from conftest import tiny_config
+
 from grpo import config as configs
 from grpo import models
 from grpo.batch import micro_batches, token_weights
@@ -58,14 +58,16 @@ def test_logprobs_and_entropy_equal_transformers_at_a_temperature(tiny, kind):
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
 def test_update_equals_plain_adamw_and_a_checkpoint_continues_it_bit_for_bit(tiny, tmp_path, stage, dtype):
-    """Three updates with clipping, weight decay and warm-up, each split differently; in bfloat16 the float32 masters are compared loosely."""
+    """Three updates with clipping, weight decay and warm-up, each split differently; bfloat16 is compared loosely."""
     settings = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "warmup_updates": 2, "max_grad_norm": 0.5, "zero_stage": stage}
     config = tiny_config(tmp_path, tiny(), model={"dtype": dtype}, learner=settings)
     model = models.load_model(tiny(), "eager")
     reference = copy.deepcopy(model)
     learner = Learner(model, config, loss)
     rows = samples()
-    groups = [{"params": [p for p in reference.parameters() if (p.ndim >= 2) == wide], "weight_decay": 0.1 * wide} for wide in (True, False)]
+    groups = [
+        {"params": [p for p in reference.parameters() if (p.ndim >= 2) == wide], "weight_decay": 0.1 * wide} for wide in (True, False)
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
     for update, budget in enumerate((10_000, 100, 40)):
         report = learner.update(batches(rows, budget))

@@ -9,7 +9,9 @@ from grpo.types import Completion, Group, Problem, UserError, Verdict
 
 
 def group(*texts):
-    completions = tuple(Completion(token_ids=(1, 2), logprobs=(0.0, 0.0), text=t, finish_reason="stop", versions=((0, 0, 2),)) for t in texts)
+    completions = tuple(
+        Completion(token_ids=(1, 2), logprobs=(0.0, 0.0), text=t, finish_reason="stop", versions=((0, 0, 2),)) for t in texts
+    )
     problem = Problem(id="p7", question="2+2?", answer="4", source="s", meta={"level": 3})
     return Group(problem=problem, prompt_ids=(5,), completions=completions)
 
@@ -52,15 +54,11 @@ def test_a_trl_reward_is_called_unchanged(outside):
     assert plugins.reward(f"{narrow}:f")(group("4"), "prompt") == [None]
 
 
-def test_trls_own_rewards_work():
+def test_trls_own_rewards_take_a_chats_completions_as_messages():
     pytest.importorskip("trl")
-    reward = plugins.reward("trl.rewards:get_soft_overlong_punishment".replace("get_soft_overlong_punishment", "think_format_reward"))
-    messages = [[{"role": "assistant", "content": "<think>a</think>b"}]]
-    import trl.rewards
-
-    assert trl.rewards.think_format_reward(messages) == [1.0]
-    with pytest.raises(RuntimeError, match="reward .*think_format_reward failed on the completions of problem p7"):
-        reward(group("<think>a</think>b"), "prompt")  # it wants messages; a string prompt gives strings
+    reward = plugins.reward("trl.rewards:think_format_reward")
+    chat = [{"role": "user", "content": "2+2?"}]
+    assert reward(group("<think>a</think>b", "b"), chat) == [1.0, 0.0]
 
 
 def test_an_exception_stops_the_run_and_names_the_completion(outside):
@@ -86,7 +84,7 @@ def test_what_cannot_be_imported_is_told(name, message):
 
 
 class FakePrompts:
-    def text(self, problem):
+    def for_rewards(self, problem):
         return "prompt"
 
 

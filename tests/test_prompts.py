@@ -75,7 +75,9 @@ def test_what_cannot_be_rendered_is_told(tokenizer, settings, message):
 
 def test_prompts_that_are_too_long_are_counted_and_the_longest_named(tokenizer):
     problems = [Problem(id=f"p{n}", question="x" * n, answer="", source="") for n in (3, 30, 20)]
-    with pytest.raises(UserError, match=r"2 of 3 prompts are longer than prompt.max_tokens=10 \(p30 has 31 tokens\): raise it to 31, or drop"):
+    with pytest.raises(
+        UserError, match=r"2 of 3 prompts are longer than prompt.max_tokens=10 \(p30 has 31 tokens\): raise it to 31, or drop"
+    ):
         Prompts(configs.Prompt(template="plain", max_tokens=10), tokenizer).fitting(problems)
     dropped = Prompts(configs.Prompt(template="plain", max_tokens=10, overlong="drop"), tokenizer).fitting(problems)
     assert [problem.id for problem in dropped] == ["p3"]

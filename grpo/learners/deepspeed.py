@@ -152,8 +152,9 @@ def _perturb(weight: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(weight.shape, generator=generator).to(weight.device)
     factor = 1.2 if torch.rand((), generator=generator) < 0.5 else 0.8
-    spread = weight.float().std() if weight.numel() > 1 and weight.max() != weight.min() else weight.float().abs().mean().clamp(min=0.1)
-    return weight * factor + 0.1 * spread * noise  # a constant tensor (norms, fresh biases) has no spread of its own
+    constant = bool((weight == weight.flatten()[0]).all())  # norms and fresh biases have no spread of their own
+    spread = weight.float().abs().mean().clamp(min=1.0) if constant else weight.float().std()
+    return weight * factor + 0.1 * spread * noise
 
 
 def learning_rate(settings: configs.Learner, update: int, total_updates: int) -> float:

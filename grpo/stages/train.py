@@ -105,6 +105,7 @@ def _run(
         with quiet(run.path / "learner.log"):
             learner.load(checkpoint)
         loop.rollout = loop.saved = state["rollouts"]
+        probe.first_gap = state["first_gap"]
     if resume:
         run.cut(loop.rollout if checkpoint else -1)
         display.say(f"resumed after rollout {loop.rollout}" if checkpoint else "no checkpoint yet: starting again")
