@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo.types import Problem, UserError
+from grpo.types import Problem, Unreachable, UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -120,13 +120,16 @@ def _from_hub(hub: Hub) -> list[Row]:
     try:
         table = datasets.load_dataset(hub.id, hub.config, split=hub.split)
     except Exception as error:  # network, authorisation, cache: of many libraries, and all with one way out
-        raise UserError(f"{hub.id} could not be fetched from the hub: give data.path=FILE_OR_FOLDER ({_one_line(error)})") from error
+        raise Unreachable(f"{hub.id} could not be fetched from the hub: give data.path=FILE_OR_FOLDER ({_one_line(error)})") from error
     return [Row(f"{hub.id} {hub.split}: row {number}", dict(fields)) for number, fields in enumerate(table, start=1)]
 
 
 def _datasets() -> Any:
+    import logging
+
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     return datasets

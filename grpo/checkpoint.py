@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -62,13 +63,24 @@ class RunDirectory:
             raise UserError(f"run_dir={path}: there is a run in it: go on with --resume, or choose another run_dir")
         if resume and not self.manifest.exists():
             raise UserError(f"run_dir={path}: there is no run to resume")
-        self.samples.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"run_dir={path}: cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"run_dir={path}: another process is working on this run") from None
+        for leftover in [*self.checkpoints.glob(".*.partial"), *self.checkpoints.glob(".*.old")]:  # of a killed save or prune
+            shutil.rmtree(leftover)
+
+    def clear(self) -> None:
+        """Forgets a run that never began."""
+        self.manifest.unlink(missing_ok=True)
+        for name in ("model", "warm_start"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def update_manifest(self, **entries: Any) -> None:
         """Merges entries into manifest.json."""
@@ -116,7 +128,12 @@ class RunDirectory:
 
     def read_state(self, checkpoint: Path) -> dict[str, Any]:
         """Returns a checkpoint's state after comparing every file with its hash. Raises RunError naming the first that differs."""
-        state = json.loads((checkpoint / "state.json").read_text())
+        try:
+            state = json.loads((checkpoint / "state.json").read_text())
+        except (OSError, ValueError):
+            raise RunError(
+                f"{checkpoint / 'state.json'} is missing or damaged: remove {checkpoint} to resume from the one before it"
+            ) from None
         for name, expected in state["files"].items():
             if not (checkpoint / name).is_file() or _hash(checkpoint / name) != expected:
                 raise RunError(f"{checkpoint / name} is missing or damaged: remove {checkpoint} to resume from the one before it")
@@ -128,7 +145,7 @@ class RunDirectory:
         kept = set(found[-keep_last:])
         if keep_best:
             values = {path: json.loads((path / "state.json").read_text())["metrics"].get(keep_best) for path in found}
-            known = [path for path in found if values[path] is not None]
+            known = [path for path in found if values[path] is not None and math.isfinite(values[path])]
             kept |= {max(known, key=lambda path: values[path])} if known else set()
         for path in found:
             if path not in kept:

@@ -17,7 +17,11 @@ QUIET = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest  # those that came after an option
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:

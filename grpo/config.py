@@ -137,9 +137,8 @@ class Learner(Section):
 
 
 class Engine(Section):
-    name: str = "vllm"  # a file in grpo/engines/
     dtype: Literal["float32", "bfloat16"] | None = None  # default: model.dtype
-    kv_cache_gb: float | None = Field(None, gt=0)  # KV cache on a CPU; default 2. On a GPU set memory_fraction
+    kv_cache_gb: float = Field(2.0, gt=0)  # KV cache on a CPU; on a GPU set memory_fraction
     memory_fraction: float = Field(0.4, gt=0, lt=1)  # share of a GPU's memory
     max_sequences: int = Field(256, ge=1)  # decoded at once
     eager: bool | None = None  # no torch.compile and CUDA graphs; default: on a CPU (starts in 9 s instead of 58, no slower)
@@ -198,10 +197,19 @@ class Config(Section):
             raise ValueError("learner.zero_stage=0 keeps no float32 master weights: use zero_stage=1 or more, or model.dtype=float32")
         if self.learner.offload_optimizer and self.learner.zero_stage == 0:
             raise ValueError("learner.offload_optimizer needs learner.zero_stage 1, 2 or 3")
+        if self.probe.tokens >= self.max_sequence_tokens:
+            raise ValueError(
+                f"probe.tokens={self.probe.tokens} leave no room for a prompt in sequences of {self.max_sequence_tokens} tokens"
+            )
         if self.max_sequence_tokens > self.learner.micro_batch_tokens:
             raise ValueError(
                 f"one sequence can have prompt.max_tokens + sampling.max_tokens = {self.max_sequence_tokens} tokens, more than "
                 f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or shorten the sequences"
+            )
+        best, every = self.checkpoint.keep_best, self.checkpoint.every
+        if best and best.startswith("eval/") and (not self.eval.every or every % self.eval.every):
+            raise ValueError(
+                f"checkpoint.keep_best={best} is measured every {self.eval.every} rollouts: checkpoint.every must be a multiple"
             )
         if not self.rewards:
             raise ValueError("rewards is empty: nothing can be learned; try rewards={accuracy: 1.0, format: 0.1}")
@@ -224,6 +232,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file" + (f" (did you mean {file.parent / near[0]}?)" if near else ""))
     try:
         tree = yaml.load(file.read_text(), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -38,7 +38,8 @@ class Policy(nn.Module):
         return _scatter(logprobs, token_mask), _scatter(entropies, token_mask)
 
     def _head(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model.get_output_embeddings()(states).float() / self.temperature  # [chunk, V]
+        logits = self.model.get_output_embeddings()(states).float()  # [chunk, V]
+        logits = logits if self.temperature == 1 else logits / self.temperature
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
         with torch.no_grad():

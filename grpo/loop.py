@@ -73,10 +73,14 @@ class Loop:
             gap = self.probe.canary(version=0)
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
         row: dict[str, Any] = {"rollout": self.rollout, "update": self.learner.updates}
-        sync(self.engine, self.learner, self.learner.updates + 1)
+        sync(self.engine, self.learner, version=self.rollout + 1)  # version n sampled rollout n
         row["probe/gap"] = self.probe.check()
         if fresh:
-            self.evaluate(row)
+            if self.config.eval.every:
+                self.evaluate(row)
+            self.record(row)
+        elif self._due(self.config.eval.every) and not any(key.startswith("eval/") for key in self.latest):
+            self.evaluate(row)  # the interrupt came before it
             self.record(row)
 
     def train(self) -> None:
@@ -109,7 +113,7 @@ class Loop:
             with timer("sync"):
                 self.display.phase(self.rollout - 1, "sync")
                 self.engine.wake()
-                report = sync(self.engine, self.learner, self.learner.updates + 1)
+                report = sync(self.engine, self.learner, version=self.rollout + 1)
             with timer("probe"):
                 row |= {"sync/seconds": report.seconds, "sync/bytes": report.num_bytes, "probe/gap": self.probe.check()}
                 row["probe/gap_ratio"] = row["probe/gap"] / self.probe.first_gap if self.probe.first_gap else 1.0
@@ -124,10 +128,13 @@ class Loop:
     def update(self, samples: list[Sample]) -> dict[str, float]:
         """Makes the rollout's updates, one for each random mini-batch of its samples; returns their mean metrics."""
         config = self.config
-        if not any(any(sample.advantages) for sample in samples) and config.algorithm.kl_coef == 0:
-            return {"update/skipped": 1.0}  # no group has a signal: the gradient is zero, and Adam's momentum is not to act alone
         parts = minibatches(samples, config.train.updates_per_rollout, seed=rollouts.seed_of(config.seed, self.rollout, "mini-batches"))
+        if config.algorithm.kl_coef == 0:  # without a signal the gradient is zero, and Adam's momentum is not to act alone
+            parts = [part for part in parts if any(any(sample.advantages) for sample in part)]
         batches = [self._batches(part) for part in parts if part]
+        skipped = float(config.train.updates_per_rollout - len(batches))
+        if not batches:
+            return {"update/skipped": skipped}
         if len(batches) > 1:  # the policy moves between updates: its logprobs before the first one are the old ones
             batches = [self._attach(part, "old_logprobs", reference=False) for part in batches]
         if config.algorithm.kl_coef > 0:
@@ -136,7 +143,7 @@ class Loop:
         for number, part in enumerate(batches):
             reports.append(self.learner.update(part, self._update_progress(first=number == 0)))
         metrics = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
-        return metrics | {"update/skipped": 0.0, "mismatch/max_weight": max(report["mismatch/max_weight"] for report in reports)}
+        return metrics | {"update/skipped": skipped, "mismatch/max_weight": max(report["mismatch/max_weight"] for report in reports)}
 
     def _batches(self, samples: list[Sample]) -> list[Batch]:
         config = self.config

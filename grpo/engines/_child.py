@@ -22,7 +22,8 @@ def main(pipe_fd: int, parent_pid: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
     if os.getppid() != parent_pid:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group they are the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
     pipe = Connection(pipe_fd)
     server: Server | None = None
     while True:
@@ -106,10 +107,13 @@ class Server:
     def finish_weight_update(self, weight_version: str) -> int:
         """Returns the version that the engine has from here on. Cached prefixes belong to the old weights and go."""
         self._llm.finish_weight_update(weight_version=weight_version)
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("the prefix cache could not be emptied: requests are still running")
+        self.reset_cache()
         self._version = int(self._llm.get_weight_version())
         return self._version
+
+    def reset_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be emptied: requests are still running")
 
     def sleep(self) -> None:
         self._llm.sleep(level=2)

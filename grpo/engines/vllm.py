@@ -43,7 +43,8 @@ class VllmEngine:
         fds = [self._weights.fd] if self._weights else []
         self._child, self._pipe = _spawn(module, fds, log_file)
         llm = _llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda) | ({} if load_weights else {"load_format": "dummy"})
-        self._pipe.send(("start", {"llm": llm, "weights_fd": fds[0] if fds else None}))
+        with contextlib.suppress(BrokenPipeError):  # a child that is dead already is reported by wait_ready
+            self._pipe.send(("start", {"llm": llm, "weights_fd": fds[0] if fds else None}))
         self._waiting = True  # for the answer to `start`
 
     def wait_ready(self) -> dict[str, Any]:
@@ -100,6 +101,9 @@ class VllmEngine:
         self._trainer.send_weights()
         return client.acknowledged, sum(tensor.numel() * tensor.itemsize for _, tensor in tensors)
 
+    def reset_cache(self) -> None:
+        self._call("reset_cache", {})
+
     def sleep(self) -> None:
         if self._cuda and self._settings.sleep:
             self._call("sleep", {})
@@ -147,6 +151,7 @@ class VllmEngine:
                 on_progress(*value)
 
     def _lost(self, method: str) -> EngineError:
+        self._on_wait()  # a signal to the whole group may have reached the child before it could ignore it
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(timeout=5)
         code = self._child.returncode
@@ -210,7 +215,7 @@ def _llm_arguments(model_dir: str, settings: configs.Engine, dtype: str, max_mod
     if cuda:
         arguments |= {"gpu_memory_utilization": settings.memory_fraction, "enable_sleep_mode": settings.sleep}
     else:
-        arguments["kv_cache_memory_bytes"] = int((settings.kv_cache_gb or 2.0) * 2**30)
+        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
     return arguments
 
 
@@ -220,11 +225,11 @@ def check_memory(settings: configs.Engine, weight_bytes: int) -> None:
 
     if torch.cuda.is_available():
         return
-    needed = (settings.kv_cache_gb or 2.0) * 2**30 + 3 * weight_bytes + 1.5 * 2**30  # weights, packed weights, shared copy; libraries
+    needed = settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30  # weights, packed weights, shared copy; libraries
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"the engine needs about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb or 2.0:g} GB, three copies of the "
+            f"the engine needs about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb:g} GB, three copies of the "
             f"weights), {free / 2**30:.1f} GB are free: lower engine.kv_cache_gb or use a smaller model"
         )
 

@@ -11,19 +11,22 @@ from grpo.config import Config
 from grpo.metrics import quiet
 from grpo.prompts import R1_ZERO, Prompts, visible
 from grpo.stages.train import load_problems
-from grpo.types import Problem, UserError
+from grpo.types import Problem, Unreachable
 
 
 def dry_run(config: Config) -> None:
-    """Prints what a run would do. Raises UserError for what would stop it early; a tokenizer or data that is not here is only told."""
+    """Prints what a run would do. Raises UserError for what would stop it early; a tokenizer or data out of reach is only told."""
     print(configs.dump(config))
     print(arithmetic(config))
     for name in config.rewards:
         plugins.reward(name)
+    plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     problem = Problem(id="example", question="What is 2 + 3?", answer="5", source="example")
     try:
         problem = next(iter(load_problems(config.data, "train", config.seed).values()))[0]
-    except UserError as error:
+        if config.eval.every:
+            load_problems(config.eval.data or config.data, "test", config.seed)
+    except Unreachable as error:
         print(f"data: {error}")
     print(_prompt(config, problem))
 
@@ -48,11 +51,11 @@ def _prompt(config: Config, problem: Problem) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with quiet(Path(scratch) / "log"):
-                model_dir = models.resolve(config.model.path, config.model.revision, Path(scratch) / "model", config.seed)
+                model_dir = models.resolve(config.model.path, config.model.revision, Path(scratch) / "model", config.seed, weights=False)
                 tokenizer = models.load_tokenizer(model_dir)
                 prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
             models.check_context(model_dir, config.max_sequence_tokens)
-        except models.Unreachable as error:
+        except Unreachable as error:
             text = R1_ZERO.replace("{question}", problem.question) if config.prompt.template == "r1_zero" else problem.question
             return f"prompt ({config.prompt.template}; no tokenizer: {error}):\n{text}"
         ids = prompts.ids(problem)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import inspect
 import itertools
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ def train(config: Config, *, resume: bool) -> None:
         run.update_manifest(stage="train", status="running", seed=config.seed, started=now(), **provenance())
         try:
             _run(config, run, display, trackers, stack, resume=resume, **parts)
+        except UserError:
+            if not run.metrics.exists():  # nothing was done: the mended config may start here
+                run.clear()
+            raise
         except BaseException as error:
             run.update_manifest(status=f"stopped: {type(error).__name__}", ended=now())
             raise
@@ -73,7 +78,7 @@ def _run(
     signals = Signals()
     stack.callback(signals.restore)
     if config.model.warm_start:
-        model_dir = _warm_started(config.model.warm_start, run, model_dir, prompts, stream, display)
+        model_dir = _warm_started(config.model.warm_start, run, model_dir, prompts, stream, display, signals.check)
     dtype = config.engine.dtype or config.model.dtype
     vllm.check_memory(config.engine, models.num_weights(model_dir) * (2 if dtype == "bfloat16" else 4))
     display.phase(0, "starting the engine")
@@ -105,7 +110,7 @@ def _run(
         with quiet(run.path / "learner.log"):
             learner.load(checkpoint)
         loop.rollout = loop.saved = state["rollouts"]
-        probe.first_gap = state["first_gap"]
+        probe.first_gap, loop.latest = state["first_gap"], state["metrics"]
     if resume:
         run.cut(loop.rollout if checkpoint else -1)
         display.say(f"resumed after rollout {loop.rollout}" if checkpoint else "no checkpoint yet: starting again")
@@ -115,10 +120,9 @@ def _run(
     except Interrupted:
         if loop.rollout:
             loop.save()
-        display.say(f"stopped after rollout {loop.rollout}, saved; go on with --resume")
+        display.say(f"stopped after rollout {loop.rollout}{', saved; go on with --resume' if loop.rollout else ': nothing to save yet'}")
         raise
-    if config.checkpoint.every:
-        loop.save()
+    loop.save()
     with quiet(run.path / "learner.log"):
         weights = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights()}
         models.save_final(run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
@@ -131,9 +135,10 @@ def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequen
     for name, source in data.sources.items():
         load = plugins.find("data", name, "load", "data")
         try:
-            found[name] = load(split, seed=seed, path=source.path, **source.options)
+            inspect.signature(load).bind(split, seed=seed, path=source.path, **source.options)
         except TypeError as error:
             raise UserError(f"data.{name}.options: {error}") from None
+        found[name] = load(split, seed=seed, path=source.path, **source.options)
     return found
 
 
@@ -143,7 +148,8 @@ def _mixture(mixture: Any, data: configs.Data, problems: Mapping[str, Sequence[P
 
 
 def _warm_started(
-    settings: configs.WarmStart, run: RunDirectory, model_dir: Path, prompts: Prompts, stream: Any, display: Display
+    settings: configs.WarmStart, run: RunDirectory, model_dir: Path, prompts: Prompts, stream: Any, display: Display,
+    check: Callable[[], None],
 ) -> Path:  # fmt: skip
     from grpo.stages.warm_start import warm_start
 
@@ -152,6 +158,7 @@ def _warm_started(
         display.say(f"warm start: {settings.updates} supervised updates of {settings.batch_size} worked solutions")
 
         def show(update: int, loss: float) -> None:
+            check()
             display.phase(0, "warm start", f"{update}/{settings.updates}, loss {loss:.3f}")
 
         warm_start(model_dir, target, settings, prompts, stream.take, show)
@@ -181,8 +188,13 @@ def provenance() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    git = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {"versions": versions, "commit": git.stdout.strip() or None}
+    commit = None
+    if (Path(__file__).parents[2] / ".git").exists():  # not a repository that merely holds the installed package
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+            commit = done.stdout.strip() or None
+    return {"versions": versions, "commit": commit}
 
 
 def now() -> str:
