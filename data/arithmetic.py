@@ -37,9 +37,10 @@ def load(
 
     def one(random: Random) -> tuple[str, tuple[int, str, int]]:
         operation = random.choice(operations)
-        a, b = (random.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
-        low, high = sorted((a, b))
-        return f"{low}{operation}{high}", (high, operation, low) if operation == "-" else (a, operation, b)
+        low = 10 ** (digits - 1) if digits > 1 else 0
+        a, b = random.randrange(low, 10**digits), random.randrange(low, 10**digits)
+        small, large = sorted((a, b))
+        return f"{small}{operation}{large}", (large, operation, small) if operation == "-" else (a, operation, b)
 
     def make(i: int) -> Problem:
         a, operation, b = draw(one, "arithmetic", split, seed, i, digits, *operations)

