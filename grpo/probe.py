@@ -16,7 +16,7 @@ from grpo.learners.deepspeed import Learner
 from grpo.types import RunError, Sample
 
 PROMPT_TOKENS = 96  # three KV blocks on a CPU: the first two are found in the cache
-MAX_GAP = {True: 1e-3, False: 0.3}  # in float32: 1e-6 measured; in bfloat16: 0.03-0.06 on SmolLM2-135M
+MAX_GAP = {True: 1e-3, False: 0.2}  # in float32: 1e-6 measured; in bfloat16: 0.03-0.07 on SmolLM2-135M
 CANARY_SEED = 20_000
 
 
