@@ -196,4 +196,6 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(ti
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
     errors = run(config, *overrides, code=2, cwd=tmp_path)
     assert message in errors and errors.startswith("grpo: ") and errors.count("\n") == 1
-    assert not (tmp_path / "run" / "engine.log").exists()
+    assert (
+        not (tmp_path / "run" / "engine.log").exists() and not (tmp_path / "run" / "manifest.json").exists()
+    )  # the mended config can start
