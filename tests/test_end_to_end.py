@@ -181,7 +181,7 @@ def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
         (["data.name=jsonl", "data.options={}", "data.path=broken.jsonl"], "broken.jsonl: line 2"),
         (["data.options={digitz: 2}"], "data.arithmetic.options: "),
         (
-            ["prompt.max_tokens=1", "data.name=jsonl", "data.options={}", "data.path=good.jsonl"],
+            ["prompt.max_tokens=1", "probe.tokens=4", "data.name=jsonl", "data.options={}", "data.path=good.jsonl"],
             "prompts are longer than prompt.max_tokens=1",
         ),
         (["prompt.template=chat"], "this tokenizer has no chat template"),
@@ -196,6 +196,5 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(ti
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
     errors = run(config, *overrides, code=2, cwd=tmp_path)
     assert message in errors and errors.startswith("grpo: ") and errors.count("\n") == 1
-    assert (
-        not (tmp_path / "run" / "engine.log").exists() and not (tmp_path / "run" / "manifest.json").exists()
-    )  # the mended config can start
+    assert not (tmp_path / "run" / "engine.log").exists()
+    assert not (tmp_path / "run" / "manifest.json").exists()  # the mended config can start in the same place
