@@ -32,6 +32,8 @@ torch="$(grep -E '^torch==' "$lock")"
 if [[ "$GRPO_DEVICE" == cpu ]]; then
   # Torch first: any other package asking for plain `torch` takes the newest CUDA build. Most indexes have no +cpu builds.
   pip install --no-deps "$torch" || pip install --no-deps "$torch" --index-url https://download.pytorch.org/whl/cpu
+else
+  pip install "$torch" # with the CUDA libraries that it pins itself
 fi
 pip install --no-deps --no-build-isolation -r "$lock"
 # CUDA builds that the CPU wheel of vLLM asks for; with them no model of transformers can be imported.
