@@ -76,8 +76,7 @@ class Loop:
         sync(self.engine, self.learner, version=self.rollout + 1)  # version n sampled rollout n
         row["probe/gap"] = self.probe.check()
         if fresh:
-            if self.config.eval.every:
-                self.evaluate(row)
+            self.evaluate(row)
             self.record(row)
         elif self._due(self.config.eval.every) and not any(key.startswith("eval/") for key in self.latest):
             self.evaluate(row)  # the interrupt came before it

@@ -54,7 +54,7 @@ class Probe:
         A head, a layer or a kind of weight that does not arrive shows here, where one small optimizer step would hide it.
         """
         with self._learner.perturbed(CANARY_SEED):
-            self._engine.load_weights(self._learner.weights(), version)
+            sync(self._engine, self._learner, version)
             gap = self.gap()
         self._judge(gap, "the canary", "a weight does not arrive in the engine, or arrives in the wrong place")
         return gap

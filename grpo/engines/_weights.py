@@ -41,7 +41,7 @@ class SharedWeights:
         for name, tensor in weights:
             wanted = dtype if tensor.is_floating_point() else tensor.dtype
             num_bytes = tensor.numel() * wanted.itemsize
-            padded = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+            padded = _padded(num_bytes)
             words = self._map.words(offset, padded, grow=True)
             words[-ALIGNMENT // 8 :] = 0  # padding counts in the checksum
             words.view(torch.uint8)[:num_bytes].view(wanted).view(tensor.shape).copy_(tensor.detach())
@@ -63,7 +63,7 @@ class SharedWeightsReader:
     def read(self, specs: Iterable[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
         """Yields `(name, tensor)`. Raises RuntimeError naming the tensor whose bytes are not those that were sent."""
         for spec in specs:
-            words = self._map.words(spec.offset, -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT)
+            words = self._map.words(spec.offset, _padded(spec.num_bytes))
             if _checksum(words) != spec.checksum:
                 raise RuntimeError(f"weight transfer: the bytes of {spec.name} are not those that were sent (checksum)")
             yield spec.name, words.view(torch.uint8)[: spec.num_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
@@ -85,6 +85,10 @@ class _Mapping:
 
     def close(self) -> None:
         self._words = torch.empty(0, dtype=torch.int64)  # the mapping goes with its last view
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def _checksum(words: Tensor) -> int:
