@@ -21,15 +21,28 @@ def token_weights(lengths: Sequence[int], reduction: str, max_tokens: int) -> li
     return [{"sequence": 1 / (n * length), "token": 1 / total, "constant": 1 / (n * max_tokens)}[reduction] for length in lengths]
 
 
-def micro_batches(samples: Sequence[Sample], weights: Sequence[float], *, max_tokens: int, pad_id: int = 0) -> list[Batch]:
-    """Returns micro-batches of at most `max_tokens` padded tokens, samples sorted by length so that little is padding."""
-    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].token_ids))
-    batches, rows = [], list[int]()
+def micro_batches(
+    samples: Sequence[Sample], weights: Sequence[float], *, max_tokens: int, packed: bool = False, pad_id: int = 0
+) -> list[Batch]:
+    """Returns micro-batches of at most `max_tokens` tokens: padded ones, samples sorted by length so that few are padding; or, for a
+    packed stream (grpo/packing.py), a prompt's samples side by side, its tokens counted once."""
+    longest: dict[tuple[int, ...], int] = {}
+    prompts = [sample.token_ids[: sample.prompt_length] if packed else () for sample in samples]
+    for prompt, sample in zip(prompts, samples, strict=True):
+        longest[prompt] = max(longest.get(prompt, 0), sample.completion_length)
+    order = sorted(range(len(samples)), key=lambda i: (-longest[prompts[i]], prompts[i], -len(samples[i].token_ids)))
+    batches, rows, cost = [], list[int](), 0
     for i in order:
-        if rows and (len(rows) + 1) * len(samples[rows[0]].token_ids) > max_tokens:
+        if packed:
+            shared = bool(rows) and prompts[rows[-1]] == prompts[i]
+            after = cost + samples[i].completion_length + (0 if shared else samples[i].prompt_length)
+        else:
+            after = (len(rows) + 1) * len(samples[rows[0] if rows else i].token_ids)
+        if rows and after > max_tokens:
             batches.append(_collate(rows, samples, weights, pad_id))
-            rows = []
+            rows, after = [], len(samples[i].token_ids)
         rows.append(i)
+        cost = after
     return [*batches, _collate(rows, samples, weights, pad_id)] if rows else batches
 
 
@@ -52,8 +65,9 @@ def _collate(rows: Sequence[int], samples: Sequence[Sample], weights: Sequence[f
         if sample.sampler_logprobs is not None:
             sampler[row, completion] = torch.tensor(sample.sampler_logprobs)
     return Batch(
-        index=tuple(rows), input_ids=ids, attention_mask=attention, labels=labels, token_mask=mask, token_weights=weight,
-        advantages=advantage, sampler_logprobs=sampler,
+        index=tuple(rows), sequences=tuple(samples[i].token_ids for i in rows), prompt_lengths=tuple(samples[i].prompt_length for i in rows),
+        input_ids=ids, attention_mask=attention, labels=labels, token_mask=mask, token_weights=weight, advantages=advantage,
+        sampler_logprobs=sampler,
     )  # fmt: skip
 
 

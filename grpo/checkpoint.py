@@ -90,6 +90,8 @@ class RunDirectory:
         return json.loads(self.manifest.read_text()) if self.manifest.exists() else {}
 
     def append_metrics(self, row: dict[str, Any]) -> None:
+        """Adds one object; a number that is not finite is written as null, which every JSON reader knows."""
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

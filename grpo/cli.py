@@ -71,7 +71,8 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         train(config, resume=options.resume)
-    except Interrupted:
+    except Interrupted as error:
+        print(f"grpo: interrupted by {error}", file=sys.stderr)
         return 130
     return 0
 

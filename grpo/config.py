@@ -32,9 +32,13 @@ class Model(Section):
     path: str  # hub id, local Hugging Face directory, or `tiny-llama` / `tiny-qwen2` / `tiny-qwen3` (made on the spot, random weights)
     revision: str | None = None  # hub revision
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the forward pass; the optimizer's master weights are always float32
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = "packed"  # packed: ours, no padding, a group's prompt once
     gradient_checkpointing: bool = False  # one more forward pass for activations of one layer at a time
     warm_start: WarmStart | None = None
+
+    @property
+    def packed(self) -> bool:
+        return self.attention == "packed"
 
 
 class Source(Section):
@@ -131,8 +135,8 @@ class Learner(Section):
     max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO; 0 needs model.dtype float32
     offload_optimizer: bool = False  # optimizer states in CPU memory (GPU runs, ZeRO 1-3)
-    micro_batch_tokens: int = Field(8192, ge=1)  # padded tokens B x T in one forward and backward pass
-    logits_chunk_tokens: int = Field(2048, ge=1)  # completion positions whose [chunk, vocabulary] logits exist at once
+    micro_batch_tokens: int = Field(8192, ge=1)  # tokens in one forward and backward pass, padding included
+    logits_chunk_tokens: int = Field(512, ge=1)  # completion positions whose [chunk, vocabulary] logits exist at once
     threads: int | None = Field(None, ge=1)  # CPU threads; default: all cores
 
 

@@ -84,6 +84,7 @@ class Loop:
 
     def train(self) -> None:
         """Runs to the last rollout. On `Interrupted` the state is that of the last whole rollout."""
+        self.display.begin(self.rollout)
         while self.rollout < self.config.train.rollouts:
             self.step()
             if self._due(self.config.checkpoint.every):
@@ -147,7 +148,7 @@ class Loop:
     def _batches(self, samples: list[Sample]) -> list[Batch]:
         config = self.config
         weights = token_weights([sample.completion_length for sample in samples], config.algorithm.reduction, config.sampling.max_tokens)
-        return micro_batches(samples, weights, max_tokens=config.learner.micro_batch_tokens)
+        return micro_batches(samples, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed)
 
     def _attach(self, batches: list[Batch], name: str, *, reference: bool) -> list[Batch]:
         scores = self.learner.score(batches, reference=reference)

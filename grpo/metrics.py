@@ -25,8 +25,7 @@ class Display:
         self._mode = {"auto": "live" if self._console.is_terminal else "line"}.get(mode, mode)
         self._status = self._console.status("starting") if self._mode == "live" else None
         self._total = total
-        self._started = time.monotonic()
-        self._first: int | None = None
+        self._began: tuple[int, float] | None = None
         self._row: dict[str, Any] = {}
         if self._status:
             self._status.start()
@@ -35,11 +34,14 @@ class Display:
         if self._mode != "off":
             self._console.print(text, markup=False)
 
+    def begin(self, done: int) -> None:
+        """Marks where the work that the time left is reckoned from begins: after loading, at `done` steps when resumed."""
+        self._began = (done, time.monotonic())
+
     def phase(self, rollout: int, name: str, detail: str = "") -> None:
         """Shows what the run is doing now."""
         if self._status is None:
             return
-        self._first = rollout if self._first is None else self._first
         parts = [f"rollout {rollout + 1}/{self._total}", f"{name} {detail}".strip(), *self._numbers(), self._left(rollout)]
         self._status.update(" · ".join(part for part in parts if part).replace("[", "\\["))
 
@@ -62,21 +64,21 @@ class Display:
         return [text.format(self._row[key]) for key, text in shown.items() if self._row.get(key) is not None]
 
     def _left(self, rollout: int) -> str:
-        done = rollout - (self._first or 0)
-        if not done:
+        if self._began is None or rollout <= self._began[0]:
             return ""
-        left = (time.monotonic() - self._started) / done * (self._total - rollout)
+        left = (time.monotonic() - self._began[1]) / (rollout - self._began[0]) * (self._total - rollout)
         return f"{int(left // 60)}:{int(left % 60):02d} left"
 
 
 class Trackers:
     """TensorBoard, W&B and trackio, when asked for. Raises UserError for one that is not installed."""
 
-    def __init__(self, settings: configs.Logging, run_dir: Path, resolved: dict[str, Any]) -> None:
+    def __init__(self, settings: configs.Logging, run_dir: Path, run_id: str, resolved: dict[str, Any]) -> None:
+        """`run_id` is the run's own for life, so that a resumed run goes on in the same place and no two runs share one."""
         self._sinks: list[Any] = []
         for name in settings.trackers:
             try:
-                self._sinks.append(_open_tracker(name, settings.project, run_dir, resolved))
+                self._sinks.append(_open_tracker(name, settings.project, run_dir, run_id, resolved))
             except ImportError as error:
                 raise UserError(f"logging.trackers: {name} is not installed ({error}): pip install {name}") from None
 
@@ -93,7 +95,7 @@ class Trackers:
             close()
 
 
-def _open_tracker(name: str, project: str, run_dir: Path, resolved: dict[str, Any]) -> Any:
+def _open_tracker(name: str, project: str, run_dir: Path, run_id: str, resolved: dict[str, Any]) -> Any:
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -107,11 +109,11 @@ def _open_tracker(name: str, project: str, run_dir: Path, resolved: dict[str, An
     if name == "wandb":
         import wandb
 
-        run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=resolved, resume="allow", id=run_dir.name)
+        run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=resolved, resume="allow", id=run_id)
         return lambda row, step: run.log(row, step=step), run.finish
     import trackio
 
-    trackio.init(project=project, name=run_dir.name, config=resolved)
+    trackio.init(project=project, name=f"{run_dir.name}-{run_id}", config=resolved, resume="allow")
     return lambda row, step: trackio.log(row), trackio.finish
 
 

@@ -156,6 +156,8 @@ def load_model(model_dir: Path, attention: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from grpo import packing  # noqa: F401 - registers its attention
+
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
     except (OSError, ValueError, ImportError) as error:

@@ -23,12 +23,12 @@ CANARY_SEED = 20_000
 class Probe:
     def __init__(
         self, engine: Engine, learner: Learner, prompts: Sequence[tuple[int, ...]],
-        *, temperature: float, tokens: int, max_gap: float, micro_batch_tokens: int,
+        *, temperature: float, tokens: int, max_gap: float, micro_batch_tokens: int, packed: bool = False,
     ) -> None:  # fmt: skip
         self._engine, self._learner = engine, learner
         self._requests = [Request(prompt_ids=ids, seed=i) for i, ids in enumerate(prompts)]
         self._options = SamplingOptions(max_tokens=tokens, temperature=temperature, ignore_eos=True)
-        self._max_gap, self._micro_batch_tokens = max_gap, micro_batch_tokens
+        self._max_gap, self._micro_batch_tokens, self._packed = max_gap, micro_batch_tokens, packed
         self.first_gap: float | None = None
 
     def gap(self) -> float:
@@ -43,7 +43,7 @@ class Probe:
             )
             for request, completion in zip(self._requests, completions, strict=True)
         ]
-        batches = micro_batches(samples, [0.0] * len(samples), max_tokens=self._micro_batch_tokens)
+        batches = micro_batches(samples, [0.0] * len(samples), max_tokens=self._micro_batch_tokens, packed=self._packed)
         logprobs = self._learner.score(batches)
         gaps = [(ours - batch.sampler_logprobs)[batch.token_mask] for ours, batch in zip(logprobs, batches, strict=True)]
         return float(torch.cat(gaps).abs().mean())

@@ -109,10 +109,12 @@ class Batch:
         input_ids      5  6  7  8  0
         labels         6  7  8  0  0
         token_weights  0  w  w  0  0      the reduction: 0 on prompt, padding and dropped completions
-    `index` [B] tells which of the update's samples each row is.
+    `index` [B] tells which of the update's samples each row is; `sequences` [B] are its tokens without padding.
     """
 
     index: tuple[int, ...]
+    sequences: tuple[tuple[int, ...], ...]
+    prompt_lengths: tuple[int, ...]
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor

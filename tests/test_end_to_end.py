@@ -3,81 +3,21 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from conftest import tiny_config
 
 from grpo import config as configs
 from grpo import models
+from runs import again, outcome, rows, run, start, uninterrupted, wait_for, write_config
 
 pytestmark = pytest.mark.engine
 
 
-def write_config(path: Path, config: configs.Config) -> str:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return str(path)
-
-
-def start(*arguments, **options) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # where digits.py lies
-    return subprocess.Popen(
-        [sys.executable, "-m", "grpo", "train", *arguments], stderr=subprocess.PIPE, text=True, env=environment, **options
-    )
-
-
-def run(*arguments, code=0, **options) -> str:
-    process = start(*arguments, **options)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == code, errors
-    return errors
-
-
-def rows(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def outcome(run_dir):
-    """Everything of a run that must not depend on when it was interrupted: all but times."""
-    timed = ("time/", "seconds", "tokens_per_s")
-    metrics = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows(run_dir)]
-    samples = {path.name: path.read_text() for path in sorted((run_dir / "samples").iterdir())}
-    weights = (run_dir / "final" / "model.safetensors").read_bytes()
-    return metrics, samples, weights
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
-SECTIONS = {
-    "train": {"rollouts": 4, "problems": 4, "group_size": 4, "updates_per_rollout": 2},
-    "eval": {"every": 2, "problems": 4},
-    "rewards": {"digits:share": 1.0, "accuracy": 1.0},
-}
-
-
 @pytest.fixture(scope="module")
 def straight(tiny, tmp_path_factory):
-    """A run of 4 rollouts without an interruption, several updates each, with KL to the start, in bfloat16 with float32 masters."""
-    folder = tmp_path_factory.mktemp("straight")
-    sections = SECTIONS | {
-        "algorithm": {"kl_coef": 0.01},
-        "model": {"dtype": "bfloat16"},
-        "learner": {"zero_stage": 1, "warmup_updates": 2},
-    }
-    config = write_config(folder / "config.yaml", tiny_config(folder / "run", tiny(), **sections))
-    run(config)
-    return folder, config
+    return uninterrupted(tmp_path_factory.mktemp("straight"), tiny())
 
 
 def test_a_run_leaves_what_the_readme_says(straight):
@@ -118,7 +58,7 @@ def test_final_loads_in_transformers_and_in_vllm(straight, tmp_path):
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path):
     """2 rollouts, kill -9 during the third, resume: the same metrics, completions and weights as 4 at once."""
-    config = write_config(tmp_path / "config.yaml", configs.load(straight[1]).model_copy(update={"run_dir": str(tmp_path / "run")}))
+    config = again(straight, tmp_path)
     process = start(config)
     wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000002").exists(), process)
     child = psutil.Process(process.pid).children()[0]
@@ -135,7 +75,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path)
 
 
 def test_interrupted_it_saves_leaves_no_process_and_goes_on_to_the_same_end(straight, tmp_path):
-    config = write_config(tmp_path / "config.yaml", configs.load(straight[1]).model_copy(update={"run_dir": str(tmp_path / "run")}))
+    config = again(straight, tmp_path)
     process = start(config, "checkpoint.every=0", "logging.progress=line", start_new_session=True)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and child

@@ -1,7 +1,5 @@
 """The learner against plain torch: logprobs, the AdamW update, and a save that continues bit for bit, for every ZeRO stage and dtype."""
 
-import copy
-
 import pytest
 import torch
 from conftest import tiny_config
@@ -48,7 +46,7 @@ def test_logprobs_and_entropy_equal_transformers_at_a_temperature(tiny, kind):
     (batch,) = batches(rows, 10_000)
     with torch.no_grad():
         policy = Policy(model, temperature=0.7, chunk=16)
-        logprobs, entropies = policy(batch.input_ids, batch.attention_mask, batch.labels, batch.token_mask)
+        logprobs, entropies = policy(batch)
         for place, i in enumerate(batch.index):
             assert torch.allclose(logprobs[place][batch.token_mask[place]], naive_logprobs(model, rows[i], 0.7), atol=1e-5)
         logits = model(input_ids=torch.tensor([rows[batch.index[0]].token_ids])).logits[0, :-1] / 0.7
@@ -61,9 +59,8 @@ def test_update_equals_plain_adamw_and_a_checkpoint_continues_it_bit_for_bit(tin
     """Three updates with clipping, weight decay and warm-up, each split differently; bfloat16 is compared loosely."""
     settings = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "warmup_updates": 2, "max_grad_norm": 0.5, "zero_stage": stage}
     config = tiny_config(tmp_path, tiny(), model={"dtype": dtype}, learner=settings)
-    model = models.load_model(tiny(), "eager")
-    reference = copy.deepcopy(model)
-    learner = Learner(model, config, loss)
+    reference = models.load_model(tiny(), "eager")
+    learner = Learner(models.load_model(tiny(), "packed"), config, loss)
     rows = samples()
     groups = [
         {"params": [p for p in reference.parameters() if (p.ndim >= 2) == wide], "weight_decay": 0.1 * wide} for wide in (True, False)
@@ -94,6 +91,19 @@ def test_update_equals_plain_adamw_and_a_checkpoint_continues_it_bit_for_bit(tin
     assert learner.updates == 3
     learner.update(batches(rows, 100))
     assert all(torch.equal(after[name], weight) for name, weight in learner.weights())
+
+
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
+def test_gradient_checkpointing_changes_no_gradient(tiny, tmp_path, attention):
+    after = []
+    for checkpointing in (False, True):
+        config = tiny_config(tmp_path, tiny(), model={"gradient_checkpointing": checkpointing})
+        learner = Learner(models.load_model(tiny(), attention), config, loss)
+        report = learner.update(batches(samples(), 100))
+        after.append((report["policy/grad_norm"], {name: weight.clone() for name, weight in learner.weights()}))
+    assert learner._policy.model.is_gradient_checkpointing
+    assert after[0][0] == pytest.approx(after[1][0], rel=1e-6)
+    assert all(torch.allclose(after[0][1][name], weight, atol=1e-6) for name, weight in after[1][1].items())
 
 
 def test_perturbed_changes_every_weight_and_puts_it_back_bit_for_bit(tiny, tmp_path):

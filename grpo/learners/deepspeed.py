@@ -145,7 +145,7 @@ class Learner:
 
 
 def _forward(policy: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    return policy(batch.input_ids, batch.attention_mask, batch.labels, batch.token_mask)
+    return policy(batch)
 
 
 def _perturb(weight: Tensor, seed: int) -> Tensor:
@@ -175,7 +175,7 @@ def deepspeed_config(config: configs.Config, cuda: bool) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     optimizer = {"lr": settings.lr, "betas": list(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
     if not cuda:
-        optimizer["torch_adam"] = True  # no compiler run; the fused kernels are for GPUs
+        optimizer |= {"torch_adam": True, "fused": True}  # no compiler run, as DeepSpeed's own would need; one pass over the states
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

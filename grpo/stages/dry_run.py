@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from grpo import config as configs
@@ -21,14 +22,13 @@ def dry_run(config: Config) -> None:
     for name in config.rewards:
         plugins.reward(name)
     plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
-    problem = Problem(id="example", question="What is 2 + 3?", answer="5", source="example")
+    problems: list[Sequence[Problem]] = []
     try:
-        problem = next(iter(load_problems(config.data, "train", config.seed).values()))[0]
-        if config.eval.every:
-            load_problems(config.eval.data or config.data, "test", config.seed)
+        problems += load_problems(config.data, "train", config.seed).values()
+        problems += load_problems(config.eval.data or config.data, "test", config.seed).values() if config.eval.every else []
     except Unreachable as error:
         print(f"data: {error}")
-    print(_prompt(config, problem))
+    print(_prompt(config, problems or [[Problem(id="example", question="What is 2 + 3?", answer="5", source="example")]]))
 
 
 def arithmetic(config: Config) -> str:
@@ -47,7 +47,9 @@ def arithmetic(config: Config) -> str:
     )
 
 
-def _prompt(config: Config, problem: Problem) -> str:
+def _prompt(config: Config, problems: Sequence[Sequence[Problem]]) -> str:
+    """Returns the first prompt as text, after checking that every prompt fits."""
+    problem = problems[0][0]
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with quiet(Path(scratch) / "log"):
@@ -58,6 +60,8 @@ def _prompt(config: Config, problem: Problem) -> str:
         except Unreachable as error:
             text = R1_ZERO.replace("{question}", problem.question) if config.prompt.template == "r1_zero" else problem.question
             return f"prompt ({config.prompt.template}; no tokenizer: {error}):\n{text}"
+        for rows in problems:
+            prompts.fitting(rows)
         ids = prompts.ids(problem)
         ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
         stop = f", stop strings {', '.join(prompts.stop)}" if prompts.stop else ""

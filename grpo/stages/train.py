@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import inspect
 import itertools
+import secrets
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,9 +44,10 @@ def train(config: Config, *, resume: bool) -> None:
     display = Display(config.logging.progress, config.train.rollouts)
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
-        trackers = stack.enter_context(Trackers(config.logging, run.path, config.model_dump(mode="json")))
+        run_id = run.read_manifest().get("id") or secrets.token_hex(4)
+        trackers = stack.enter_context(Trackers(config.logging, run.path, run_id, config.model_dump(mode="json")))
         write_file(run.path / "config.yaml", configs.dump(config))
-        run.update_manifest(stage="train", status="running", seed=config.seed, started=now(), **provenance())
+        run.update_manifest(id=run_id, stage="train", status="running", seed=config.seed, started=now(), **provenance())
         try:
             _run(config, run, display, trackers, stack, resume=resume, **parts)
         except UserError:
@@ -97,7 +99,7 @@ def _run(
     probe = Probe(
         engine, learner, probe_prompts(drawn, config.probe.prompts, config.max_sequence_tokens - config.probe.tokens),
         temperature=config.sampling.temperature, tokens=config.probe.tokens, max_gap=config.probe.max_gap or MAX_GAP[exact],
-        micro_batch_tokens=config.learner.micro_batch_tokens,
+        micro_batch_tokens=config.learner.micro_batch_tokens, packed=config.model.packed,
     )  # fmt: skip
     test = _mixture(Mixture, config.eval.data or config.data, held_out, prompts, 0).take(0, config.eval.problems) if held_out else []
     loop = Loop(

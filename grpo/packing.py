@@ -1,0 +1,108 @@
+"""One stream without padding for a micro-batch: each distinct prompt once, then every completion; and the attention that reads it.
+
+Linear layers, norms and the head see [1, N]: no padding, and a group's prompt only once, so a group of 8 with prompts as long as its
+completions costs 9 lengths and not 16. The attention of each layer gathers the stream into padded rows, where a completion attends to
+its prompt and to itself. The gradient is that of the padded batch; only the order of sums differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "packed"  # model.attention; the key under which transformers finds `attend`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where everything lies in the stream. Q distinct prompts of at most P tokens; B completions of at most C inputs; N tokens.
+
+    With prompt (5, 6) and completions (7, 8), (9,): the stream is 5 6 7, for the last token of a completion predicts nothing.
+    """
+
+    ids: Tensor  # [1, N]
+    positions: Tensor  # [1, N]
+    predictors: Tensor  # stream places whose state predicts each completion token, row by row
+    prompts: Tensor  # [Q * P] stream places, 0 where padded
+    prompt_places: Tensor  # places of the stream's prompt part in [Q * P]
+    completions: Tensor  # [B * C] stream places, 0 where padded
+    completion_places: Tensor  # places of the stream's completion part in [B * C]
+    prompt_of: Tensor  # [B]
+    mask: Tensor  # [B, 1, C, P + C] bool: what a completion's inputs attend to
+    num_prompts: int
+    num_completions: int
+
+
+def layout(rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], device: torch.device) -> Layout:
+    """Returns the layout of sequences (prompt then completion, without padding)."""
+    prompts: dict[tuple[int, ...], int] = {}
+    prompt_of = [prompts.setdefault(tuple(row[:length]), len(prompts)) for row, length in zip(rows, prompt_lengths, strict=True)]
+    inputs = [row[length:-1] for row, length in zip(rows, prompt_lengths, strict=True)]
+    sizes, counts = [len(prompt) for prompt in prompts], [len(row) for row in inputs]
+    starts = _starts([*sizes, *counts])
+    ends = [starts[q] + size - 1 for q, size in enumerate(sizes)]
+    predictors = [
+        place
+        for q, start, count in zip(prompt_of, starts[len(sizes) :], counts, strict=True)
+        for place in (ends[q], *range(start, start + count))
+    ]
+    width, depth = max(sizes), max(counts)
+    seen = torch.arange(width) < torch.tensor([sizes[q] for q in prompt_of])[:, None]  # [B, P]
+    causal = torch.ones(depth, depth, dtype=torch.bool).tril()  # padded inputs see themselves, so no row of a softmax is empty
+    mask = torch.cat([seen[:, None].expand(-1, depth, -1), causal.expand(len(rows), -1, -1)], dim=-1)[:, None]
+    positions = [*(i for size in sizes for i in range(size)), *(prompt_lengths[b] + i for b, n in enumerate(counts) for i in range(n))]
+    prompt_index, prompt_places = _padded(starts[: len(sizes)], sizes, width)
+    completion_index, completion_places = _padded(starts[len(sizes) :], counts, depth)
+    put = lambda values: torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)  # noqa: E731
+    return Layout(
+        ids=put([token for part in (*prompts, *inputs) for token in part])[None], positions=put(positions)[None],
+        predictors=put(predictors), prompts=put(prompt_index), prompt_places=put(prompt_places), completions=put(completion_index),
+        completion_places=put(completion_places), prompt_of=put(prompt_of), mask=mask.to(device, non_blocking=True),
+        num_prompts=len(sizes), num_completions=len(rows),
+    )  # fmt: skip
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts[:-1]
+
+
+def _padded(starts: Sequence[int], sizes: Sequence[int], width: int) -> tuple[list[int], list[int]]:
+    """Returns the stream places of rows padded to `width` (0 where padded), and the places in the rows of what is not padding."""
+    index = [start + i if i < size else 0 for start, size in zip(starts, sizes, strict=True) for i in range(width)]
+    places = [row * width + i for row, size in enumerate(sizes) for i in range(size)]
+    return index, places
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *, packed: Layout, scaling: float,
+    dropout: float = 0.0, sliding_window: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, D]."""
+    longest = packed.mask.shape[-1]
+    if dropout or (sliding_window and sliding_window < longest) or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise NotImplementedError(f"model.attention={NAME} is plain causal attention; use sdpa or eager for {type(module).__name__}")
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [N, H, D]
+    rows = lambda states, places, count: states.index_select(0, places).unflatten(0, (count, -1)).transpose(1, 2)  # noqa: E731
+    flat = lambda out, places: out.transpose(1, 2).flatten(0, 1).index_select(0, places)  # noqa: E731
+    kp, vp = (rows(states, packed.prompts, packed.num_prompts) for states in (k, v))  # [Q, H, P, D]
+    qp = rows(q, packed.prompts, packed.num_prompts)
+    out = flat(F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, scale=scaling, enable_gqa=True), packed.prompt_places)
+    if packed.completions.numel():
+        qc, kc, vc = (rows(states, packed.completions, packed.num_completions) for states in (q, k, v))  # [B, H, C, D]
+        kc = torch.cat([kp.index_select(0, packed.prompt_of), kc], dim=2)
+        vc = torch.cat([vp.index_select(0, packed.prompt_of), vc], dim=2)
+        own = F.scaled_dot_product_attention(qc, kc, vc, attn_mask=packed.mask, scale=scaling, enable_gqa=True)
+        out = torch.cat([out, flat(own, packed.completion_places)])
+    return out[None], None
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,76 @@
+"""Helpers of the tests that start whole runs: `grpo train` in a process of its own, as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from conftest import tiny_config
+
+from grpo import config as configs
+
+
+def write_config(path: Path, config: configs.Config) -> str:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return str(path)
+
+
+def start(*arguments, command="train", **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # where digits.py lies
+    return subprocess.Popen(
+        [sys.executable, "-m", "grpo", command, *arguments], stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+def run(*arguments, code=0, **options) -> str:
+    process = start(*arguments, **options)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return errors
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(run_dir):
+    """Everything of a run that must not depend on when it was interrupted: all but times."""
+    timed = ("time/", "seconds", "tokens_per_s")
+    metrics = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows(run_dir)]
+    samples = {path.name: path.read_text() for path in sorted((run_dir / "samples").iterdir())}
+    weights = (run_dir / "final" / "model.safetensors").read_bytes()
+    return metrics, samples, weights
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+SECTIONS = {  # several updates a rollout, KL to the start, bfloat16 with float32 masters
+    "train": {"rollouts": 4, "problems": 4, "group_size": 4, "updates_per_rollout": 2},
+    "eval": {"every": 2, "problems": 4},
+    "rewards": {"digits:share": 1.0, "accuracy": 1.0},
+    "algorithm": {"kl_coef": 0.01},
+    "model": {"dtype": "bfloat16"},
+    "learner": {"zero_stage": 1, "warmup_updates": 2},
+}
+
+
+def uninterrupted(folder: Path, model_dir: Path, **train) -> tuple[Path, str]:
+    """Runs SECTIONS to the end without an interruption; returns the folder and its config."""
+    sections = SECTIONS | {"train": SECTIONS["train"] | train}
+    config = write_config(folder / "config.yaml", tiny_config(folder / "run", model_dir, **sections))
+    run(config)
+    return folder, config
+
+
+def again(straight: tuple[Path, str], folder: Path) -> str:
+    """Returns the config of the same run in another folder."""
+    return write_config(folder / "config.yaml", configs.load(straight[1]).model_copy(update={"run_dir": str(folder / "run")}))

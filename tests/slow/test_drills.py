@@ -1,0 +1,47 @@
+"""Drills of minutes: runs killed again and again, and a disk that fills up, end as if nothing had happened. `launch/test.sh --all`."""
+
+import random
+import resource
+import time
+
+import pytest
+
+from runs import again, outcome, rows, run, start, uninterrupted
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, tmp_path_factory):
+    return uninterrupted(tmp_path_factory.mktemp("straight"), tiny(), rollouts=8)
+
+
+def test_a_run_killed_at_random_moments_ends_like_one_that_never_was(straight, tmp_path):
+    config, chance = again(straight, tmp_path), random.Random(0)
+    for kill in range(8):
+        process = start(config, *(["--resume"] if (tmp_path / "run" / "manifest.json").exists() else []))
+        time.sleep(chance.uniform(8, 35))
+        process.kill()
+        _, errors = process.communicate()
+        done = max((row["rollout"] for row in rows(tmp_path / "run")), default=0) if (tmp_path / "run" / "metrics.jsonl").exists() else 0
+        print(f"kill {kill}: after rollout {done}, exit code {process.returncode}")
+        assert process.returncode in (-9, 0), errors
+        if process.returncode == 0:
+            break
+    else:
+        run(config, "--resume")
+    assert outcome(tmp_path / "run") == outcome(straight[0] / "run")
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_when_there_is_room(straight, tmp_path):
+    """Files larger than 700 kB cannot be written for a while: the weights still can, the optimizer's state cannot."""
+    config = again(straight, tmp_path)
+    run(config, "train.rollouts=2")
+    before = {file: file.read_bytes() for file in (tmp_path / "run" / "checkpoints" / "step-000002").rglob("*") if file.is_file()}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))  # noqa: E731
+    errors = run(config, "--resume", code=1, preexec_fn=limit)
+    assert "step-000003 could not be written" in errors and "step-000002" in errors and errors.startswith("grpo: ")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    assert all(file.read_bytes() == content for file, content in before.items())
+    run(config, "--resume")
+    assert outcome(tmp_path / "run") == outcome(straight[0] / "run")

@@ -1,0 +1,83 @@
+"""The packed stream against the padded batch: the same logprobs and gradients, each prompt once, no padding."""
+
+import pytest
+import torch
+
+from grpo import models, packing
+from grpo.batch import micro_batches
+from grpo.logprobs import Policy
+from grpo.types import Sample
+
+
+def test_golden_layout():
+    """Prompt (5, 6) with completions (7, 8) and (9,), prompt (4,) with (3, 2, 1): a last token predicts nothing and is left out."""
+    made = packing.layout([(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)], [2, 2, 1], torch.device("cpu"))
+    assert made.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
+    assert made.positions.tolist() == [[0, 1, 0, 2, 1, 2]]
+    # 7 and 9 are predicted by the 6 at place 1, 8 by the 7 at place 3; 3, 2, 1 by the 4, 3, 2 at places 2, 4, 5
+    assert made.predictors.tolist() == [1, 3, 1, 2, 4, 5]
+    assert made.prompts.tolist() == [0, 1, 2, 0] and made.prompt_places.tolist() == [0, 1, 2]
+    assert made.completions.tolist() == [3, 0, 0, 0, 4, 5] and made.completion_places.tolist() == [0, 4, 5]
+    assert made.prompt_of.tolist() == [0, 0, 1]
+    # prompt of two places, then two own places: the second completion input of row 2 sees 4, 3 and 2
+    assert made.mask[2, 0].tolist() == [[True, False, True, False], [True, False, True, True]]
+    assert made.mask[0, 0, 0].tolist() == [True, True, True, False]
+
+
+def groups(seed=0):
+    """Four prompts of 1 to 20 tokens, each with 1 to 4 completions of 1 to 12."""
+    generator = torch.Generator().manual_seed(seed)
+    integer = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    tokens = lambda count: tuple(torch.randint(7, 200, (count,), generator=generator).tolist())  # noqa: E731
+    samples = []
+    for _ in range(4):
+        prompt = tokens(integer(1, 21))
+        for i in range(integer(1, 5)):
+            completion = tokens(integer(1, 13))
+            samples.append(Sample(token_ids=prompt + completion, prompt_length=len(prompt), advantages=(i - 1.0,) * len(completion)))
+    return samples
+
+
+def scored(model, samples, max_tokens):
+    """Logprobs and entropies of every completion token in the samples' order, and the gradient of advantage x logprob."""
+    packed = model.config._attn_implementation == packing.NAME
+    policy, found = Policy(model, temperature=0.7, chunk=5), {}
+    for batch in micro_batches(samples, [1.0] * len(samples), max_tokens=max_tokens, packed=packed):
+        logprobs, entropies = policy(batch)
+        (logprobs * batch.advantages).sum().backward()
+        for row, i in enumerate(batch.index):
+            mask = batch.token_mask[row]
+            found[i] = torch.stack([logprobs[row][mask], entropies[row][mask]])
+    values = torch.cat([found[i] for i in range(len(samples))], dim=1)
+    return values, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", models.TINY)
+@pytest.mark.parametrize("max_tokens", [1000, 60])
+def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, max_tokens):
+    expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
+    values, ours = scored(models.load_model(tiny(kind), "packed"), groups(), max_tokens)
+    assert torch.allclose(values, expected, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(ours[name], gradient, atol=1e-5 * float(gradient.abs().max())), name
+
+
+def test_one_token_completions_need_no_completion_inputs(tiny):
+    samples = [Sample(token_ids=(9, 8, token), prompt_length=2, advantages=(1.0,)) for token in (10, 11)]
+    expected, _ = scored(models.load_model(tiny(), "eager"), samples, 100)
+    values, _ = scored(models.load_model(tiny(), "packed"), samples, 100)
+    assert torch.allclose(values, expected, atol=1e-5)
+
+
+def test_a_groups_samples_share_a_micro_batch_and_count_their_prompt_once():
+    samples = [Sample(token_ids=(prompt,) * 10 + (1,) * n, prompt_length=10, advantages=(1.0,) * n) for n in (3, 5) for prompt in (7, 8)]
+    batches = micro_batches(samples, [1.0] * 4, max_tokens=18, packed=True)
+    assert [sorted(samples[i].token_ids[0] for i in batch.index) for batch in batches] == [[7, 7], [8, 8]]
+    assert len(micro_batches(samples, [1.0] * 4, max_tokens=36, packed=True)) == 1
+    assert len(micro_batches(samples, [1.0] * 4, max_tokens=17, packed=True)) == 4
+
+
+def test_attention_that_is_not_plain_is_refused(tiny):
+    model = models.load_model(tiny(use_sliding_window=True, sliding_window=4, max_window_layers=0), "packed")
+    with pytest.raises(NotImplementedError, match=r"use sdpa or eager"):
+        scored(model, groups(), 1000)
