@@ -65,7 +65,8 @@ def _collate(rows: Sequence[int], samples: Sequence[Sample], weights: Sequence[f
         if sample.sampler_logprobs is not None:
             sampler[row, completion] = torch.tensor(sample.sampler_logprobs)
     return Batch(
-        index=tuple(rows), sequences=tuple(samples[i].token_ids for i in rows), prompt_lengths=tuple(samples[i].prompt_length for i in rows),
+        index=tuple(rows), sequences=tuple(samples[i].token_ids for i in rows),
+        prompt_lengths=tuple(samples[i].prompt_length for i in rows),
         input_ids=ids, attention_mask=attention, labels=labels, token_mask=mask, token_weights=weight, advantages=advantage,
         sampler_logprobs=sampler,
     )  # fmt: skip
