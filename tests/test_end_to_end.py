@@ -7,10 +7,10 @@ import signal
 import psutil
 import pytest
 from conftest import tiny_config
+from whole_runs import again, outcome, rows, run, start, uninterrupted, wait_for, write_config
 
 from grpo import config as configs
 from grpo import models
-from runs import again, outcome, rows, run, start, uninterrupted, wait_for, write_config
 
 pytestmark = pytest.mark.engine
 

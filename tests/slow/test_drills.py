@@ -5,8 +5,7 @@ import resource
 import time
 
 import pytest
-
-from runs import again, outcome, rows, run, start, uninterrupted
+from whole_runs import again, outcome, rows, run, start, uninterrupted
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
