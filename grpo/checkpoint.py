@@ -98,30 +98,30 @@ class RunDirectory:
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
         write_file(self.samples / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def cut(self, rollouts: int) -> None:
+    def cut(self, step: int) -> None:
         """Drops metrics and samples of work after a checkpoint, which will be done again: the same, on a CPU."""
         rows = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["rollout"] <= rollouts]
+        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
         write_file(self.metrics, "".join(row + "\n" for row in kept))
         for file in self.samples.glob("*-*.jsonl"):
-            if int(file.stem.rpartition("-")[2]) > rollouts:
+            if int(file.stem.rpartition("-")[2]) > step:
                 file.unlink()
 
     def latest(self) -> Path | None:
-        """Returns the checkpoint with the most rollouts."""
+        """Returns the checkpoint of the last step."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
-    def save(self, rollouts: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-        """Writes checkpoint `rollouts`: whatever `write(directory)` puts there, and `state` with a hash of every file.
+    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
+        """Writes checkpoint `step`: whatever `write(directory)` puts there, and `state` with a hash of every file.
 
         Raises RunError when it cannot be written (a full disk); earlier checkpoints are whole then.
         """
-        target = self.checkpoints / f"step-{rollouts:06d}"
+        target = self.checkpoints / f"step-{step:06d}"
         try:
             with replace_directory(target) as scratch:
                 write(scratch)
                 hashes = {str(file.relative_to(scratch)): _hash(file) for file in sorted(scratch.rglob("*")) if file.is_file()}
-                (scratch / "state.json").write_text(json.dumps(state | {"rollouts": rollouts, "files": hashes}, indent=2))
+                (scratch / "state.json").write_text(json.dumps(state | {"step": step, "files": hashes}, indent=2))
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             raise RunError(
                 f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the disk full? Last good: {self.latest()}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import traceback
+from typing import Any
 
 from grpo import __version__
 from grpo.types import RunError, UserError
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         warnings.simplefilter("ignore")
     try:
-        return _train(options)
+        return _run(options)
     except UserError as error:
         print(f"grpo: {error}", file=sys.stderr)
         return 2
@@ -49,28 +51,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="grpo", description="Reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train a model by GRPO", description="Train a model by GRPO.")
-    train.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.rollouts=5 data.path=DIR")
-    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    train.add_argument("--dry-run", action="store_true", help="check and show everything, start nothing")
+    for name, what in {"sft": "fine-tune on worked solutions", "train": "train by GRPO"}.items():
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.rollouts=5 data.path=DIR")
+        command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+        command.add_argument("--dry-run", action="store_true", help="check and show everything, start nothing")
     return parser
 
 
-def _train(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     from grpo import config as configs
+    from grpo.signals import Interrupted
 
-    config = configs.load(options.config, options.overrides)
+    kind: type[Any] = configs.SftConfig if options.command == "sft" else configs.Config
+    config = configs.load(options.config, options.overrides, kind)
     if options.dry_run:
         from grpo.stages.dry_run import dry_run
 
         dry_run(config)
         return 0
-    from grpo.loop import Interrupted
-    from grpo.stages.train import train
-
+    stage = importlib.import_module(f"grpo.stages.{options.command}")
     try:
-        train(config, resume=options.resume)
+        getattr(stage, options.command)(config, resume=options.resume)
     except Interrupted as error:
         print(f"grpo: interrupted by {error}", file=sys.stderr)
         return 130

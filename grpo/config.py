@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,21 +20,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class WarmStart(Section):
-    """A short supervised start on worked solutions, for a model made on the spot."""
-
-    updates: int = Field(120, ge=1)
-    batch_size: int = Field(64, ge=1)  # solutions an update
-    lr: float = Field(1e-3, gt=0)
-
-
 class Model(Section):
     path: str  # hub id, local Hugging Face directory, or `tiny-llama` / `tiny-qwen2` / `tiny-qwen3` (made on the spot, random weights)
     revision: str | None = None  # hub revision
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the forward pass; the optimizer's master weights are always float32
     attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = "packed"  # packed: ours, no padding, a group's prompt once
     gradient_checkpointing: bool = False  # one more forward pass for activations of one layer at a time
-    warm_start: WarmStart | None = None
+    warm_start: str | None = None  # config of a supervised start (`grpo sft`), made in the run's directory before its first rollout
 
     @property
     def packed(self) -> bool:
@@ -167,7 +159,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    every: int = Field(10, ge=0)  # rollouts; 0: only at the end
+    every: int = Field(10, ge=0)  # rollouts (sft: updates); 0: only at the end
     keep_last: int = Field(2, ge=1)
     keep_best: str | None = None  # metric whose highest checkpoint is kept too, e.g. eval/accuracy
 
@@ -178,29 +170,78 @@ class Logging(Section):
     progress: Literal["auto", "live", "line", "off"] = "auto"  # auto: live on a terminal, one line a rollout elsewhere
 
 
-class Config(Section):
+class Sft(Section):
+    updates: int = Field(ge=1)
+    batch_size: int = Field(32, ge=1)  # solutions an update
+    max_tokens: int = Field(1024, ge=2)  # longest prompt with its solution
+
+
+class SftLearner(Learner):
+    lr: float = Field(2e-5, gt=0)  # TRL's default
+
+
+class RunConfig(Section):
+    """What every stage's config has."""
+
     run_dir: str
     seed: int = Field(0, ge=0)
     model: Model
     data: Data
     prompt: Prompt = Prompt()
-    sampling: Sampling = Sampling()
-    rewards: dict[str, float] = {"accuracy": 1.0, "format": 0.1}  # a file in rewards/ or module:function -> weight
-    algorithm: Algorithm = Algorithm()
-    train: Train
     learner: Learner = Learner()
-    engine: Engine = Engine()
-    probe: Probe = Probe()
-    eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
 
     @model_validator(mode="after")
-    def _combinations(self) -> Config:
+    def _precision(self) -> RunConfig:
         if self.model.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError("learner.zero_stage=0 keeps no float32 master weights: use zero_stage=1 or more, or model.dtype=float32")
         if self.learner.offload_optimizer and self.learner.zero_stage == 0:
             raise ValueError("learner.offload_optimizer needs learner.zero_stage 1, 2 or 3")
+        return self
+
+
+class SftConfig(RunConfig):
+    """`grpo sft`: supervised fine-tuning on the problems' worked solutions."""
+
+    sft: Sft
+    learner: SftLearner = SftLearner()
+
+    @model_validator(mode="after")
+    def _fits(self) -> SftConfig:
+        if self.model.warm_start:
+            raise ValueError("model.warm_start is for `grpo train`")
+        if self.sft.max_tokens > self.learner.micro_batch_tokens:
+            raise ValueError(
+                f"one solution can have sft.max_tokens={self.sft.max_tokens} tokens, more than "
+                f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or lower sft.max_tokens"
+            )
+        return self
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.sft.max_tokens
+
+    @property
+    def micro_batch(self) -> int:
+        """Solutions in one forward and backward pass: the largest divisor of the batch within `learner.micro_batch_tokens`."""
+        most = self.learner.micro_batch_tokens // self.sft.max_tokens
+        return max(n for n in range(1, self.sft.batch_size + 1) if self.sft.batch_size % n == 0 and n <= most)
+
+
+class Config(RunConfig):
+    """`grpo train`."""
+
+    sampling: Sampling = Sampling()
+    rewards: dict[str, float] = {"accuracy": 1.0, "format": 0.1}  # a file in rewards/ or module:function -> weight
+    algorithm: Algorithm = Algorithm()
+    train: Train
+    engine: Engine = Engine()
+    probe: Probe = Probe()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
         if self.probe.tokens >= self.max_sequence_tokens:
             raise ValueError(
                 f"probe.tokens={self.probe.tokens} leave no room for a prompt in sequences of {self.max_sequence_tokens} tokens"
@@ -224,9 +265,12 @@ class Config(Section):
         return self.prompt.max_tokens + self.sampling.max_tokens
 
 
-def load(path: str, overrides: list[str] | None = None) -> Config:
+C = TypeVar("C", bound=RunConfig)
+
+
+def load(path: str, overrides: list[str] | None = None, kind: type[C] = Config) -> C:  # type: ignore[assignment]
     """Returns the checked config of a YAML file with `key.sub=value` overrides. Raises UserError with the way out."""
-    return parse(apply_overrides(read_yaml(path), overrides or []), where=path)
+    return parse(apply_overrides(read_yaml(path), overrides or []), path, kind)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -279,19 +323,19 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
     return tree
 
 
-def parse(tree: dict[str, Any], where: str = "config") -> Config:
+def parse(tree: dict[str, Any], where: str = "config", kind: type[C] = Config) -> C:  # type: ignore[assignment]
     """Returns the checked config of a plain tree. Raises UserError naming every wrong key, the nearest right one, and each wrong value."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(_explain(e, kind) for e in error.errors())) from None
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, kind: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         *parents, leaf = error["loc"]
-        fields = list(_section(parents).model_fields)
+        fields = list(_section(kind, parents).model_fields)
         near = difflib.get_close_matches(str(leaf), fields, n=1, cutoff=0.5)
         return f"{key}: no such key; have {', '.join(fields)}" + (f" (did you mean {near[0]}?)" if near else "")
     message = error["msg"].removeprefix("Value error, ")
@@ -300,9 +344,9 @@ def _explain(error: Any) -> str:
     return f"{key}: {message[0].lower() + message[1:]}, got {error['input']!r}"
 
 
-def _section(loc: list[Any]) -> type[BaseModel]:
+def _section(kind: type[BaseModel], loc: list[Any]) -> type[BaseModel]:
     """Returns the section class that a path of keys leads to."""
-    current: Any = Config
+    current: Any = kind
     for part in loc:
         if not (isinstance(current, type) and issubclass(current, BaseModel)):
             continue  # a key of a mapping: the value type was already taken
@@ -315,6 +359,6 @@ def _copy(tree: Any) -> Any:
     return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def dump(config: Config) -> str:
+def dump(config: RunConfig) -> str:
     """Returns the resolved config as YAML, every key present."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,35 +14,12 @@ from grpo.checkpoint import RunDirectory
 from grpo.config import Config
 from grpo.engines import Engine, SamplingOptions
 from grpo.learners.deepspeed import Learner
-from grpo.metrics import Display, Timer, Trackers
+from grpo.metrics import Display, Timer
 from grpo.plugins import RewardFunction
 from grpo.probe import Probe, sync
 from grpo.prompts import Prompts
+from grpo.signals import Signals
 from grpo.types import Batch, Problem, Sample, ScoredGroup
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run saves and stops."""
-
-
-class Signals:
-    """Turns SIGINT and SIGTERM into `Interrupted` at safe points; a second one ends the process the ordinary way."""
-
-    def __init__(self) -> None:
-        self._got: str | None = None
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self._got = signal.Signals(number).name
-        self.restore()
-
-    def check(self) -> None:
-        if self._got:
-            raise Interrupted(self._got)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(kw_only=True)
@@ -60,7 +36,7 @@ class Loop:
     held_out: list[Problem]
     probe: Probe
     display: Display
-    trackers: Trackers
+    record_row: Callable[[dict[str, Any]], None]
     signals: Signals
     rollout: int = 0  # rollouts done: whole, with their updates
     saved: int = -1  # the last checkpoint's rollouts
@@ -72,7 +48,7 @@ class Loop:
         if self.config.probe.canary:
             gap = self.probe.canary(version=0)
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
-        row: dict[str, Any] = {"rollout": self.rollout, "update": self.learner.updates}
+        row: dict[str, Any] = {"step": self.rollout, "rollout": self.rollout, "update": self.learner.updates}
         sync(self.engine, self.learner, version=self.rollout + 1)  # version n sampled rollout n
         row["probe/gap"] = self.probe.check()
         if fresh:
@@ -104,7 +80,7 @@ class Loop:
             self.display.phase(self.rollout, "rewards")
             scored = rollouts.score(groups, self.rewards, self.prompts)
         self.run.write_samples(f"step-{self.rollout + 1:06d}", sample_rows(scored, config.algorithm.advantage))
-        row = {"rollout": self.rollout + 1, **rollouts.describe(scored)}
+        row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(scored)}
         with timer("update"):
             row |= self.update(to_samples(scored, config.algorithm.advantage))
         self.rollout += 1
@@ -173,8 +149,7 @@ class Loop:
 
     def record(self, row: dict[str, Any]) -> None:
         self.latest = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-        self.run.append_metrics(row)
-        self.trackers.log(row)
+        self.record_row(row)
         if "reward/mean" in row:
             self.display.row(row)
 

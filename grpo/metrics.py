@@ -19,12 +19,12 @@ from grpo.types import UserError
 class Display:
     """Progress on standard error: `live` keeps a status line on a terminal, `line` prints one line a rollout, `off` nothing."""
 
-    def __init__(self, mode: str, total: int) -> None:
+    def __init__(self, mode: str, total: int, unit: str = "rollout") -> None:
         # A copy of stderr: libraries' output is sent elsewhere while models load.
         self._console = Console(file=os.fdopen(os.dup(2), "w"), highlight=False, soft_wrap=True)
         self._mode = {"auto": "live" if self._console.is_terminal else "line"}.get(mode, mode)
         self._status = self._console.status("starting") if self._mode == "live" else None
-        self._total = total
+        self._total, self._unit = total, unit
         self._began: tuple[int, float] | None = None
         self._row: dict[str, Any] = {}
         if self._status:
@@ -38,19 +38,19 @@ class Display:
         """Marks where the work that the time left is reckoned from begins: after loading, at `done` steps when resumed."""
         self._began = (done, time.monotonic())
 
-    def phase(self, rollout: int, name: str, detail: str = "") -> None:
+    def phase(self, step: int, name: str, detail: str = "") -> None:
         """Shows what the run is doing now."""
         if self._status is None:
             return
-        parts = [f"rollout {rollout + 1}/{self._total}", f"{name} {detail}".strip(), *self._numbers(), self._left(rollout)]
+        parts = [f"{self._unit} {min(step + 1, self._total)}/{self._total}", f"{name} {detail}".strip(), *self._numbers(), self._left(step)]
         self._status.update(" · ".join(part for part in parts if part).replace("[", "\\["))
 
     def row(self, row: dict[str, Any]) -> None:
-        """Prints a finished rollout's line."""
+        """Prints a finished step's line."""
         self._row = row
         if self._mode == "line":
             seconds = row.get("time/total_s", 0.0)
-            self.say(" · ".join([f"rollout {row['rollout']}/{self._total}", *self._numbers(), f"{seconds:.1f} s"]))
+            self.say(" · ".join([f"{self._unit} {row['step']}/{self._total}", *self._numbers(), f"{seconds:.1f} s"]))
 
     def close(self) -> None:
         if self._status:
@@ -58,15 +58,18 @@ class Display:
 
     def _numbers(self) -> list[str]:
         shown = {
-            "reward/mean": "reward {:.3f}", "reward/accuracy": "accuracy {:.1%}", "completion/length": "length {:.0f}",
+            "loss": "loss {:.3f}", "policy/token_accuracy": "token accuracy {:.1%}", "reward/mean": "reward {:.3f}",
+            "reward/accuracy": "accuracy {:.1%}", "completion/length": "length {:.0f}",
             "rollout/tokens_per_s": "{:,.0f} tok/s", "probe/gap": "gap {:.1e}",
         }  # fmt: skip
+        if "reward/mean" in self._row:
+            del shown["loss"]
         return [text.format(self._row[key]) for key, text in shown.items() if self._row.get(key) is not None]
 
-    def _left(self, rollout: int) -> str:
-        if self._began is None or rollout <= self._began[0]:
+    def _left(self, step: int) -> str:
+        if self._began is None or step <= self._began[0]:
             return ""
-        left = (time.monotonic() - self._began[1]) / (rollout - self._began[0]) * (self._total - rollout)
+        left = (time.monotonic() - self._began[1]) / (step - self._began[0]) * (self._total - step)
         return f"{int(left // 60)}:{int(left % 60):02d} left"
 
 
@@ -85,7 +88,7 @@ class Trackers:
     def log(self, row: dict[str, Any]) -> None:
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         for write, _ in self._sinks:
-            write(numbers, int(row["rollout"]))
+            write(numbers, int(row["step"]))
 
     def __enter__(self) -> Trackers:
         return self

@@ -75,6 +75,21 @@ class Prompts:
         ids = self._tokenizer(self.text(problem), add_special_tokens=self._settings.template != "chat")["input_ids"]
         return tuple(ids[:-1] if ids[-1] == self._tokenizer.eos_token_id and self._settings.template != "chat" else ids)
 
+    def target_ids(self, problem: Problem) -> tuple[int, ...]:
+        """Returns the tokens of a worked solution as SFT teaches it: thoughts and answer in their tags, then the end of the turn.
+
+        A solution with tags stands as it is; another is `<think>solution</think> <answer>answer</answer>`. What the prompt prefills
+        is not repeated. The end is the one that stops a completion: the chat template's end of turn, or EOS.
+        """
+        solution = problem.solution or ""
+        if "<think>" not in solution:
+            solution = f"<think>{solution}</think> <answer>{problem.answer}</answer>"
+        if self.prefill(problem):
+            solution = solution.lstrip().removeprefix("<think>").lstrip()
+        end = self._end_of_turn() or self._tokenizer.eos_token_id
+        ids = self._tokenizer(solution, add_special_tokens=False)["input_ids"]
+        return (*ids, *([] if end is None else [end]))
+
     def fitting(self, problems: Sequence[Problem]) -> Sequence[Problem]:
         """Returns the problems whose prompts fit `prompt.max_tokens`. Raises UserError if some do not, or drops them if so configured."""
         limit = self._settings.max_tokens

@@ -11,6 +11,7 @@ from whole_runs import again, outcome, rows, run, start, uninterrupted, wait_for
 
 from grpo import config as configs
 from grpo import models
+from grpo.cli import main
 
 pytestmark = pytest.mark.engine
 
@@ -130,11 +131,13 @@ def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
         (["algorithm.loss=gpro"], "algorithm.loss.gpro: no such loss; have grpo"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(tiny, tmp_path, overrides, message):
+def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(tiny, tmp_path, monkeypatch, capfd, overrides, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": oops\n')
     (tmp_path / "good.jsonl").write_text("".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(40)))
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
-    errors = run(config, *overrides, code=2, cwd=tmp_path)
+    assert main(["train", config, *overrides]) == 2
+    errors = capfd.readouterr().err
     assert message in errors and errors.startswith("grpo: ") and errors.count("\n") == 1
     assert not (tmp_path / "run" / "engine.log").exists()
     assert not (tmp_path / "run" / "manifest.json").exists()  # the mended config can start in the same place

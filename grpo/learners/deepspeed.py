@@ -28,8 +28,7 @@ class Learner:
 
     def __init__(self, model: nn.Module, config: configs.Config, loss: Loss, reference: nn.Module | None = None) -> None:
         """`model` has float32 weights. `reference`, for KL, is kept frozen in the forward pass's dtype."""
-        deepspeed = _quiet_deepspeed()
-        _init_process_group(deepspeed)
+        deepspeed = init_process_group()
         settings = config.learner
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -40,8 +39,11 @@ class Learner:
         self._total_updates = config.train.total_updates
         self._dtype = getattr(torch, config.model.dtype)
         policy = Policy(model, temperature=config.sampling.temperature, chunk=settings.logits_chunk_tokens)
+        ds_config = deepspeed_config(settings, config.model.dtype, torch.cuda.is_available())
         self._engine, *_ = deepspeed.initialize(
-            model=policy, model_parameters=_parameter_groups(model, settings), config=deepspeed_config(config, torch.cuda.is_available())
+            model=policy,
+            model_parameters=_parameter_groups(model, settings),
+            config=ds_config,
         )
         self._policy: Policy = self._engine.module
         self.device = self._engine.device
@@ -167,9 +169,8 @@ def learning_rate(settings: configs.Learner, update: int, total_updates: int) ->
     return settings.lr * (floor + (1 - floor) * decay)
 
 
-def deepspeed_config(config: configs.Config, cuda: bool) -> dict[str, Any]:
+def deepspeed_config(settings: configs.Learner, dtype: str, cuda: bool) -> dict[str, Any]:
     """Returns DeepSpeed's own config, built from ours."""
-    settings = config.learner
     zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -181,7 +182,7 @@ def deepspeed_config(config: configs.Config, cuda: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # the number of micro-batches varies: step() ends an update
         "optimizer": {"type": "AdamW", "params": optimizer},
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "gradient_clipping": settings.max_grad_norm,
@@ -197,17 +198,20 @@ def _parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
-def _init_process_group(deepspeed: Any) -> None:
+def init_process_group() -> Any:
+    """Joins the process group, a group of one without a launcher; returns DeepSpeed, with its chatter off."""
+    deepspeed = _quiet_deepspeed()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the learner runs on one rank only so far")
     if torch.distributed.is_initialized():
-        return
+        return deepspeed
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         os.environ.setdefault(name, value)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+    return deepspeed
 
 
 def _quiet_deepspeed() -> Any:

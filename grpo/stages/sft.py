@@ -1,0 +1,79 @@
+"""`grpo sft`: supervised fine-tuning on worked solutions, by TRL's SFTTrainer with DeepSpeed under it. R1's cold start.
+
+The trainer's own are the loss (cross-entropy over the solution's tokens alone, one mean over an update) and the loop. Ours are the
+prompts (those that GRPO will use), the order of the data, the learning rate, the run directory, checkpoints and metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo import models
+from grpo.config import SftConfig
+from grpo.metrics import quiet
+from grpo.prompts import Prompts
+from grpo.signals import Interrupted
+from grpo.stages._run import Stage, load_problems, mixture, open_stage, prepare
+from grpo.types import Problem, UserError
+
+
+def sft(config: SftConfig, *, resume: bool) -> None:
+    """Trains on `sft.updates x sft.batch_size` solutions and writes `final/`. Raises UserError, RunError, Interrupted (saved)."""
+    problems = load_problems(config.data, "train", config.seed)
+    with open_stage(config, "sft", total=config.sft.updates, unit="update", resume=resume) as stage:
+        _run(config, stage, problems, resume=resume)
+
+
+def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> None:
+    run, display = stage.run, stage.display
+    display.phase(0, "loading the model")
+    model_dir, tokenizer, prompts = prepare(config, run)
+    models.check_context(model_dir, config.sft.max_tokens)
+    stream = mixture(config.data, problems, prompts, config.seed)
+    chosen = stream.take(0, config.sft.updates * config.sft.batch_size)
+    checkpoint = run.latest() if resume else None
+    done = run.read_state(checkpoint)["step"] if checkpoint else 0
+    if resume:
+        run.cut(done if checkpoint else -1)
+        display.say(f"resumed after update {done}" if checkpoint else "no checkpoint yet: starting again")
+    with quiet(run.path / "learner.log"):
+        from grpo.learners.sft import SupervisedTrainer
+
+        latest: dict[str, Any] = {}
+
+        def on_update(row: dict[str, Any]) -> None:
+            latest.update(row)
+            stage.record(row)
+            display.row(row)
+            display.phase(row["step"], "update")
+
+        def save(update: int, write: Callable[[Path], None]) -> None:
+            display.phase(update, "checkpoint")
+            run.save(update, {"updates": update, "seed": config.seed, "metrics": latest}, write)
+            run.prune(config.checkpoint.keep_last, config.checkpoint.keep_best)
+
+        trainer = SupervisedTrainer(
+            config, model_dir, tokenizer, rows(chosen, prompts, config.sft.max_tokens), on_update=on_update, save=save,
+            stop=lambda: bool(stage.signals.got), scratch=run.checkpoints,
+        )  # fmt: skip
+        display.begin(done)
+        trainer.train(resume_from_checkpoint=str(checkpoint / f"checkpoint-{done}") if checkpoint else None)
+        if stage.signals.got:
+            display.say(f"stopped after update {trainer.state.global_step}, saved; go on with --resume")
+            raise Interrupted(stage.signals.got)
+        weights = trainer.weights()
+        models.save_final(run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
+    display.say(f"finished: {run.path / 'final'}")
+
+
+def rows(problems: list[Problem], prompts: Prompts, max_tokens: int) -> Iterator[dict[str, list[int]]]:
+    """Yields `input_ids` and `labels` (-100 on the prompt). Raises UserError naming a problem without a solution or too long."""
+    for problem in problems:
+        if problem.solution is None:
+            raise UserError(f"sft: problem {problem.id} has no worked solution to learn from")
+        prompt, target = prompts.ids(problem), prompts.target_ids(problem)
+        if len(prompt) + len(target) > max_tokens:
+            raise UserError(f"sft: {problem.id} has {len(prompt) + len(target)} tokens with its solution; sft.max_tokens is {max_tokens}")
+        yield {"input_ids": [*prompt, *target], "labels": [-100] * len(prompt) + list(target)}
