@@ -95,14 +95,18 @@ class RunDirectory:
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Returns the whole lines; a killed writer may have left half a one."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
         write_file(self.samples / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def cut(self, step: int) -> None:
         """Drops metrics and samples of work after a checkpoint, which will be done again: the same, on a CPU."""
-        rows = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-        write_file(self.metrics, "".join(row + "\n" for row in kept))
+        kept = [row for row in self.read_metrics() if row["step"] <= step]
+        write_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         for file in self.samples.glob("*-*.jsonl"):
             if int(file.stem.rpartition("-")[2]) > step:
                 file.unlink()

@@ -174,6 +174,7 @@ class Sft(Section):
     updates: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)  # solutions an update
     max_tokens: int = Field(1024, ge=2)  # longest prompt with its solution
+    stop_at: float | None = Field(None, gt=0, le=1)  # token accuracy, mean of the last 10 updates, at which a cold start is enough
 
 
 class SftLearner(Learner):

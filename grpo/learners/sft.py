@@ -35,7 +35,7 @@ class SupervisedTrainer(SFTTrainer):
     ) -> None:  # fmt: skip
         """`on_update(metrics)`; `save(update, write)`, where `write(directory)` writes; `stop()`: save after this update and end."""
         init_process_group()
-        self._config, self._on_update, self._keep, self._interrupted = config, on_update, save, stop
+        self._config, self._on_update, self._keep, self._ended = config, on_update, save, stop
         self._clock = time.monotonic()
         cuda = torch.cuda.is_available()
         settings, micro = config.learner, config.micro_batch
@@ -84,9 +84,9 @@ class SupervisedTrainer(SFTTrainer):
         self._on_update(row)
         every = self._config.checkpoint.every
         last = update == self._config.sft.updates
-        if self._interrupted() or last or (every and update % every == 0):
+        if self._ended() or last or (every and update % every == 0):
             self._keep(update, self._write)
-            self.control.should_training_stop = True if self._interrupted() else self.control.should_training_stop
+            self.control.should_training_stop = True if self._ended() else self.control.should_training_stop
         self._clock = time.monotonic()
 
     def _write(self, directory: Path) -> None:

@@ -6,6 +6,7 @@ prompts (those that GRPO will use), the order of the data, the learning rate, th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,11 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
         from grpo.learners.sft import SupervisedTrainer
 
         latest: dict[str, Any] = {}
+        accuracies = deque((row["policy/token_accuracy"] for row in run.read_metrics()), maxlen=10)
 
         def on_update(row: dict[str, Any]) -> None:
             latest.update(row)
+            accuracies.append(row["policy/token_accuracy"])
             stage.record(row)
             display.row(row)
             display.phase(row["step"], "update")
@@ -54,9 +57,13 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
             run.save(update, {"updates": update, "seed": config.seed, "metrics": latest}, write)
             run.prune(config.checkpoint.keep_last, config.checkpoint.keep_best)
 
+        def stop() -> bool:
+            enough = config.sft.stop_at is not None and len(accuracies) == 10 and sum(accuracies) / 10 >= config.sft.stop_at
+            return enough or bool(stage.signals.got)
+
         trainer = SupervisedTrainer(
             config, model_dir, tokenizer, rows(chosen, prompts, config.sft.max_tokens), on_update=on_update, save=save,
-            stop=lambda: bool(stage.signals.got), scratch=run.checkpoints,
+            stop=stop, scratch=run.checkpoints,
         )  # fmt: skip
         display.begin(done)
         trainer.train(resume_from_checkpoint=str(checkpoint / f"checkpoint-{done}") if checkpoint else None)
