@@ -7,6 +7,7 @@ from random import Random
 
 from data._files import check_split
 from data._procedural import Procedural, check_range, draw
+from data._stream import seeded
 from grpo.types import Problem, UserError
 
 VALUE: dict[str, Callable[[int, int], int]] = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
@@ -20,10 +21,12 @@ def load(
     digits: int = 3,
     operations: Sequence[str] = ("+",),
     terms: int = 2,
+    terse: float = 0.0,
     size: int = 100_000,
 ) -> Sequence[Problem]:
     """`size` problems like `347+85=`, both operands of exactly `digits` digits; differences are never negative.
 
+    `terse`: the share of solutions that only repeat the sum in their thoughts and guess, for a cold start of both habits.
     Problem i depends on (seed, i, options) alone. a+b and b+a are one content, which is in train or in test for every seed.
     """
     check_split("arithmetic", split)
@@ -34,6 +37,8 @@ def load(
     check_range("arithmetic", "terms", terms, 2, 2)
     check_range("arithmetic", "digits", digits, 1, 12)
     check_range("arithmetic", "size", size, 1, 10**9)
+    if not 0 <= terse <= 1:
+        raise UserError(f"data.arithmetic.terse: got {terse!r}; give a share in 0..1")
 
     def one(random: Random) -> tuple[str, tuple[int, str, int]]:
         operation = random.choice(operations)
@@ -45,7 +50,9 @@ def load(
     def make(i: int) -> Problem:
         a, operation, b = draw(one, "arithmetic", split, seed, i, digits, *operations)
         answer = str(VALUE[operation](a, b))
-        solution = f"<think>{scratchpad(a, operation, b)}</think><answer>{answer}</answer>"
+        guessed = terse > 0 and seeded("arithmetic", "terse", split, seed, i).random() < terse
+        working = f"{a}{operation}{b}" if guessed else scratchpad(a, operation, b)
+        solution = f"<think>{working}</think><answer>{answer}</answer>"
         question = f"{a}{operation}{b}="
         return Problem(id=f"arithmetic/{split}/{i}", question=question, answer=answer, source="arithmetic", solution=solution)
 

@@ -51,7 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="grpo", description="Reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, what in {"sft": "fine-tune on worked solutions", "train": "train by GRPO"}.items():
+    for name, what in {
+        "sft": "fine-tune on worked solutions",
+        "train": "train by GRPO",
+        "eval": "judge a train config's model on its held-out problems",
+        "bench": "measure each phase of a train config against this machine",
+    }.items():
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.rollouts=5 data.path=DIR")

@@ -155,7 +155,14 @@ class Eval(Section):
     every: int = Field(10, ge=0)  # rollouts; 0: never. Also before the first and after the last rollout
     problems: int = Field(200, ge=1)
     data: Data | None = None  # default: the test split of `data`
-    temperature: float = Field(0.0, ge=0)  # 0: greedy
+    temperature: float = Field(0.0, ge=0)  # 0: greedy; above 0 a greedy completion is judged beside the samples
+    samples: int = Field(1, ge=1)  # completions a problem, whose mean is reported
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> Eval:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples={self.samples} greedy completions would all be the same: set temperature above 0")
+        return self
 
 
 class Checkpoint(Section):

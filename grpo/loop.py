@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo import rollout as rollouts
+from grpo import roofline
 from grpo.advantages import group_advantages, to_samples
 from grpo.batch import micro_batches, token_weights
 from grpo.checkpoint import RunDirectory
@@ -19,7 +20,7 @@ from grpo.plugins import RewardFunction
 from grpo.probe import Probe, sync
 from grpo.prompts import Prompts
 from grpo.signals import Signals
-from grpo.types import Batch, Problem, Sample, ScoredGroup
+from grpo.types import Batch, Group, Problem, Sample, ScoredGroup
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,8 @@ class Loop:
     display: Display
     record_row: Callable[[dict[str, Any]], None]
     signals: Signals
+    machine: roofline.Machine
+    shape: roofline.Shape
     rollout: int = 0  # rollouts done: whole, with their updates
     saved: int = -1  # the last checkpoint's rollouts
     latest: dict[str, Any] = field(default_factory=dict)  # metrics that a checkpoint is judged by
@@ -49,6 +52,7 @@ class Loop:
             gap = self.probe.canary(version=0)
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
         row: dict[str, Any] = {"step": self.rollout, "rollout": self.rollout, "update": self.learner.updates}
+        row |= {"machine/gflops": self.machine.flops / 1e9, "machine/gb_per_s": self.machine.bandwidth / 1e9}
         sync(self.engine, self.learner, version=self.rollout + 1)  # version n sampled rollout n
         row["probe/gap"] = self.probe.check()
         if fresh:
@@ -70,9 +74,10 @@ class Loop:
         """One rollout and its updates, from problems to a line in the metrics."""
         config, timer = self.config, Timer()
         problems = self.take(self.rollout * config.train.problems, config.train.problems)
+        options = sampling_options(config, self.prompts, config.sampling.temperature)
         with timer("rollout"):
             groups = rollouts.sample(
-                self.engine, self.prompts, problems, self._options(config.sampling.temperature), group_size=config.train.group_size,
+                self.engine, self.prompts, problems, options, group_size=config.train.group_size,
                 run_seed=config.seed, rollout=self.rollout, on_progress=self._progress("rollout"),
             )  # fmt: skip
             self.engine.sleep()
@@ -97,9 +102,13 @@ class Loop:
                 with timer("eval"):
                     self.evaluate(row)
         finally:
-            row |= timer.metrics()
+            row |= timer.metrics() | self._bounds(groups, int(config.train.updates_per_rollout - row.get("update/skipped", 0)))
             row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
             self.record(row)
+
+    def _bounds(self, groups: list[Group], updates: int) -> dict[str, float]:
+        least = roofline.bounds(self.machine, self.shape, groups, updates=updates, reference=self.config.algorithm.kl_coef > 0)
+        return {f"bound/{phase}_s": seconds for phase, seconds in least.items()} | {"bound/total_s": sum(least.values())}
 
     def update(self, samples: list[Sample]) -> dict[str, float]:
         """Makes the rollout's updates, one for each random mini-batch of its samples; returns their mean metrics."""
@@ -135,14 +144,12 @@ class Loop:
         if not self.held_out:
             return
         settings = self.config.eval
-        groups = rollouts.sample(
-            self.engine, self.prompts, self.held_out, self._options(settings.temperature), group_size=1, run_seed=self.config.seed,
-            rollout=0, on_progress=self._progress("evaluation"),
+        found, scored = rollouts.evaluate(
+            self.engine, self.prompts, self.held_out, self.rewards, sampling_options(self.config, self.prompts, settings.temperature),
+            samples=settings.samples, run_seed=self.config.seed, on_progress=self._progress("evaluation"),
         )  # fmt: skip
-        scored = rollouts.score(groups, self.rewards, self.prompts)
         self.run.write_samples(f"eval-{self.rollout:06d}", sample_rows(scored, self.config.algorithm.advantage))
-        found = rollouts.describe(scored)
-        row |= {f"eval/{key.removeprefix('reward/')}": value for key, value in found.items() if key.startswith(("reward/", "completion/"))}
+        row |= found
         accuracy = row.get("eval/accuracy")
         if accuracy is not None:
             self.display.say(f"held-out accuracy after {self.rollout} rollouts: {accuracy:.1%} of {len(self.held_out)} problems")
@@ -169,13 +176,6 @@ class Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and (self.rollout % every == 0 or self.rollout == self.config.train.rollouts)
 
-    def _options(self, temperature: float) -> SamplingOptions:
-        sampling = self.config.sampling
-        return SamplingOptions(
-            max_tokens=sampling.max_tokens, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, stop=self.prompts.stop,
-            stop_token_ids=self.prompts.stop_token_ids,
-        )  # fmt: skip
-
     def _progress(self, phase: str) -> Callable[[int, int], None]:
         self.display.phase(self.rollout, phase)
         return lambda done, total: self.display.phase(self.rollout, phase, f"{done}/{total}")
@@ -187,6 +187,14 @@ class Loop:
             self.display.phase(self.rollout, "update", f"{done}/{total}")
 
         return show
+
+
+def sampling_options(config: Config, prompts: Prompts, temperature: float) -> SamplingOptions:
+    sampling = config.sampling
+    return SamplingOptions(
+        max_tokens=sampling.max_tokens, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, stop=prompts.stop,
+        stop_token_ids=prompts.stop_token_ids,
+    )  # fmt: skip
 
 
 def minibatches(samples: list[Sample], count: int, seed: int) -> list[list[Sample]]:

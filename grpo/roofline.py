@@ -1,0 +1,103 @@
+"""The least time that a rollout, an update and a sync can take on this machine, from its measured matrix rate and memory bandwidth.
+
+`time / bound` says how far a phase is from the machine, not from another program. Formulas: a decode step reads all weights and the
+KV cache, or computes 2 FLOP a weight and sequence, whichever is longer; training computes 6 FLOP a weight and token.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grpo.types import Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    flops: float  # matrix products in the policy's dtype, FLOP/s
+    bandwidth: float  # bytes/s read and written by a copy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What of a model the bounds need; `body` and `head` are weights that multiply each token."""
+
+    weights: int  # all of them
+    body: int  # without embeddings and head
+    head: int
+    layers: int
+    width: int  # attention heads x head size
+    kv_bytes: int  # of one token
+    weight_bytes: int  # of one weight, in the forward pass
+
+
+def measure(dtype: str, seconds: float = 0.3) -> Machine:
+    """Returns this machine's rates, the best of a few repetitions within about `seconds` each. Nothing else may run meanwhile."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    source = torch.empty(2**27, dtype=torch.uint8, device=device).zero_()
+    target = torch.empty_like(source)
+    return Machine(
+        flops=2 * size**3 / _best(lambda: a @ b, device, seconds),
+        bandwidth=2 * 2**27 / _best(lambda: target.copy_(source), device, seconds),
+    )
+
+
+def _best(work: object, device: torch.device, seconds: float) -> float:
+    best, end = float("inf"), time.monotonic() + seconds
+    while time.monotonic() < end:
+        start = time.perf_counter()
+        work()  # type: ignore[operator]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def shape(model_dir: Path, num_weights: int, dtype: str) -> Shape:
+    """Returns the shape of a dense model from its config.json."""
+    config = json.loads((model_dir / "config.json").read_text())
+    heads, embeddings = config["num_attention_heads"], config["vocab_size"] * config["hidden_size"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    tied, bytes_ = config.get("tie_word_embeddings", False), 2 if dtype == "bfloat16" else 4
+    return Shape(
+        weights=num_weights, body=num_weights - embeddings * (1 if tied else 2), head=embeddings, layers=config["num_hidden_layers"],
+        width=heads * size, kv_bytes=2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * size * bytes_,
+        weight_bytes=bytes_,
+    )  # fmt: skip
+
+
+def bounds(machine: Machine, model: Shape, groups: Sequence[Group], *, updates: int, reference: bool) -> dict[str, float]:
+    """Returns the least seconds of `rollout`, `update` and `sync` for what was sampled: prompts once a group, completions as long as
+    they are."""
+    prompts = [len(group.prompt_ids) for group in groups]
+    rows = [(len(group.prompt_ids), len(c.token_ids)) for group in groups for c in group.completions]
+    tokens = sum(length for _, length in rows)
+    attention = sum(prompt**2 for prompt in prompts) + sum((prompt + length) ** 2 - prompt**2 for prompt, length in rows)
+    forward = 2 * (model.body * (sum(prompts) + tokens) + model.head * tokens) + 2 * model.layers * model.width * attention
+    forwards = 3 + (1 if updates > 1 else 0) + (1 if reference else 0)  # backward is two; old and reference logprobs one each
+    copied = model.weights * model.weight_bytes
+    return {
+        "rollout": 2 * model.body * sum(prompts) / machine.flops + _decode(machine, model, rows),
+        "update": forwards * forward / machine.flops + updates * 30 * model.weights / machine.bandwidth,
+        "sync": 2 * copied / machine.bandwidth,
+    }
+
+
+def _decode(machine: Machine, model: Shape, rows: Sequence[tuple[int, int]]) -> float:
+    """Step t reads the weights and the cache of the sequences that are not done, or computes for them."""
+    ordered = sorted(rows, key=lambda row: row[1])
+    active, context, done, seconds = len(rows), sum(prompt for prompt, _ in rows), 0, 0.0
+    for t in range(ordered[-1][1]):
+        while ordered[done][1] <= t:
+            active, context, done = active - 1, context - ordered[done][0] - t, done + 1
+        read = model.weights * model.weight_bytes + model.kv_bytes * context
+        seconds += max(read / machine.bandwidth, 2 * (model.body + model.head) * active / machine.flops)
+        context += active
+    return seconds
