@@ -76,6 +76,7 @@ class Sampling(Section):
     temperature: float = Field(1.0, gt=0)  # R1-Zero: 1
     top_p: float = Field(1.0, gt=0, le=1)  # below 1 the sampler's distribution is not the policy's: ratios lose their meaning
     top_k: int = Field(0, ge=0)  # 0: off
+    ignore_eos: bool = False  # sample to max_tokens whatever comes: benchmarks
 
 
 class Algorithm(Section):

@@ -193,7 +193,7 @@ def sampling_options(config: Config, prompts: Prompts, temperature: float) -> Sa
     sampling = config.sampling
     return SamplingOptions(
         max_tokens=sampling.max_tokens, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, stop=prompts.stop,
-        stop_token_ids=prompts.stop_token_ids,
+        stop_token_ids=prompts.stop_token_ids, ignore_eos=sampling.ignore_eos,
     )  # fmt: skip
 
 

@@ -1,0 +1,118 @@
+"""`grpo sft`: TRL's trainer under our run directory equals plain torch, resumes bit for bit, and says what is wrong before it loads."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+from whole_runs import rows, run, start, wait_for
+
+from grpo import config as configs
+from grpo import models
+from grpo.learners.deepspeed import learning_rate
+from grpo.prompts import Prompts
+from grpo.stages._run import load_problems, mixture
+from grpo.stages.sft import rows as sft_rows
+from grpo.types import UserError
+
+
+def sft_config(run_dir, model_dir, **sections):
+    tree = tiny_config(run_dir, model_dir).model_dump(mode="json")
+    tree = {name: tree[name] for name in ("run_dir", "seed", "model", "data", "prompt", "logging")}
+    tree |= {
+        "sft": {"updates": 6, "batch_size": 4, "max_tokens": 64},
+        "learner": {"lr": 1e-2, "eps": 1e-3, "warmup_updates": 2, "schedule": "linear", "zero_stage": 0, "micro_batch_tokens": 128},
+        "checkpoint": {"every": 2},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return configs.parse(tree, kind=configs.SftConfig)
+
+
+def write(path, config):
+    path.write_text(configs.dump(config))
+    return str(path)
+
+
+def weights(run_dir):
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / "final" / "model.safetensors")
+
+
+def examples(config):
+    tokenizer = models.load_tokenizer(config.model.path)
+    prompts = Prompts(config.prompt, tokenizer)
+    problems = mixture(config.data, load_problems(config.data, "train", 0), prompts, 0)
+    return list(sft_rows(problems.take(0, config.sft.updates * config.sft.batch_size), prompts, config.sft.max_tokens))
+
+
+def test_it_equals_plain_adamw_on_the_solutions_tokens_with_one_mean_an_update(tiny, tmp_path):
+    """Two micro-batches an update; the loss is one mean over the update's solution tokens, EOS among them."""
+    config = sft_config(tmp_path / "run", tiny())
+    assert config.micro_batch == 2
+    run(write(tmp_path / "c.yaml", config), command="sft")
+    model = models.load_model(tiny(), "eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+    data, losses = examples(config), []
+    for update in range(6):
+        total, tokens = torch.zeros(()), 0
+        for row in data[4 * update : 4 * update + 4]:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+            logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            total = total - logprobs[labels >= 0].gather(1, labels[labels >= 0, None]).sum()
+            tokens += int((labels >= 0).sum())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.learner, update, 6)
+        optimizer.zero_grad()
+        (total / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(total.detach() / tokens))
+    assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)
+    assert [row["policy/lr"] for row in rows(tmp_path / "run")] == [learning_rate(config.learner, update, 6) for update in range(6)]
+    trained = weights(tmp_path / "run")
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(trained[name], parameter, atol=2e-5), name
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path):
+    sections = {"model": {"dtype": "bfloat16"}, "learner": {"zero_stage": 1}, "sft": {"updates": 40}, "checkpoint": {"every": 10}}
+    straight = sft_config(tmp_path / "straight", tiny(), **sections)
+    run(write(tmp_path / "a.yaml", straight), command="sft")
+    config = write(tmp_path / "b.yaml", sft_config(tmp_path / "run", tiny(), **sections))
+    process = start(config, command="sft")
+    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000010").exists(), process)
+    process.kill()
+    process.communicate()
+    run(config, "--resume", command="sft")
+    untimed = lambda folder: [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(folder)]  # noqa: E731
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "straight")
+    before, after = weights(tmp_path / "straight"), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "finished"
+
+
+def test_it_stops_when_it_is_good_enough_and_the_last_update_is_kept(tiny, tmp_path):
+    config = sft_config(tmp_path / "run", tiny(), sft={"updates": 60, "stop_at": 0.01})
+    run(write(tmp_path / "c.yaml", config), command="sft")
+    assert len(rows(tmp_path / "run")) == 10 and (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_solution_that_is_missing_or_too_long_is_named(tiny, tmp_path):
+    data = tmp_path / "bare.jsonl"
+    data.write_text('{"problem": "1+1", "answer": "2"}\n')
+    with pytest.raises(UserError, match="has no worked solution"):
+        examples(sft_config(tmp_path / "run", tiny(), data={"name": "jsonl", "path": str(data), "options": {}}))
+    with pytest.raises(UserError, match=r"tokens with its solution; sft.max_tokens is 12"):
+        examples(sft_config(tmp_path / "run", tiny(), sft={"max_tokens": 12}))
+
+
+def test_what_is_learned_is_the_prompt_and_the_completion_of_the_training(tiny, tmp_path):
+    """The ids are those that the engine will see: prompt, solution with its tags, EOS; labels only on what a completion holds."""
+    row = examples(sft_config(tmp_path / "run", tiny()))[0]
+    tokenizer = models.load_tokenizer(tiny())
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    text = tokenizer.decode(learned)
+    assert text.startswith("<think>") and text.endswith("</answer><eos>") and tokenizer.decode(row["input_ids"]).endswith(text)
+    assert row["labels"][: len(row["labels"]) - len(learned)] == [-100] * (len(row["labels"]) - len(learned))
