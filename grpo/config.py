@@ -5,14 +5,12 @@ Unknown keys are errors that name the nearest key; `key.sub=value` overrides com
 
 from __future__ import annotations
 
-import difflib
-import re
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from grpo.config_file import apply_overrides, explain, read_yaml
 from grpo.types import UserError
 
 
@@ -282,90 +280,12 @@ def load(path: str, overrides: list[str] | None = None, kind: type[C] = Config) 
     return parse(apply_overrides(read_yaml(path), overrides or []), path, kind)
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    file = Path(path)
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else [], n=1)
-        raise UserError(f"{path}: no such config file" + (f" (did you mean {file.parent / near[0]}?)" if near else ""))
-    try:
-        tree = yaml.load(file.read_text(), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, got {type(tree).__name__}")
-    return tree
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as text; this reads it as the number that everyone means. A key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.YAMLError(f"key {key!r} is given twice, line {node.value[i][0].start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
-
-
-def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Returns the tree with each `a.b=value` set; values are read as YAML: `train.rollouts=5 rewards={accuracy: 1.0}`."""
-    tree = _copy(tree)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"{override}: an override is key=value, e.g. train.rollouts=20")
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{override}: {parent} is a value, not a section")
-        try:
-            node[leaf] = yaml.load(value, Loader=_Loader) if value else None
-        except yaml.YAMLError as error:
-            raise UserError(f"{override}: the value is not YAML: {' '.join(str(error).split())}") from None
-    return tree
-
-
 def parse(tree: dict[str, Any], where: str = "config", kind: type[C] = Config) -> C:  # type: ignore[assignment]
     """Returns the checked config of a plain tree. Raises UserError naming every wrong key, the nearest right one, and each wrong value."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e, kind) for e in error.errors())) from None
-
-
-def _explain(error: Any, kind: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        *parents, leaf = error["loc"]
-        fields = list(_section(kind, parents).model_fields)
-        near = difflib.get_close_matches(str(leaf), fields, n=1, cutoff=0.5)
-        return f"{key}: no such key; have {', '.join(fields)}" + (f" (did you mean {near[0]}?)" if near else "")
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("missing", "value_error"):
-        return f"{key}: {'missing' if error['type'] == 'missing' else message}" if key else message
-    return f"{key}: {message[0].lower() + message[1:]}, got {error['input']!r}"
-
-
-def _section(kind: type[BaseModel], loc: list[Any]) -> type[BaseModel]:
-    """Returns the section class that a path of keys leads to."""
-    current: Any = kind
-    for part in loc:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            continue  # a key of a mapping: the value type was already taken
-        annotation = current.model_fields[part].annotation if part in current.model_fields else current
-        current = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), current)
-    return current
-
-
-def _copy(tree: Any) -> Any:
-    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+        raise UserError(f"{where}: " + "; ".join(explain(e, kind) for e in error.errors())) from None
 
 
 def dump(config: RunConfig) -> str:

@@ -21,7 +21,6 @@ from grpo.learners.deepspeed import deepspeed_config, init_process_group, learni
 
 METRICS = {
     "loss": "loss", "grad_norm": "policy/grad_norm", "entropy": "policy/entropy", "mean_token_accuracy": "policy/token_accuracy",
-    "num_tokens": "update/tokens_total",
 }  # fmt: skip
 
 
@@ -53,7 +52,9 @@ class SupervisedTrainer(SFTTrainer):
         # The packed stream is for groups of completions; on a CPU eager attention is faster than sdpa at these lengths.
         attention = ("sdpa" if cuda else "eager") if config.model.packed else config.model.attention
         model = models.load_model(model_dir, attention)
-        super().__init__(model=model, args=arguments, train_dataset=Dataset.from_list(list(rows)), processing_class=tokenizer)
+        taken = list(rows)
+        self._lengths = [sum(label != -100 for label in row["labels"]) for row in taken]
+        super().__init__(model=model, args=arguments, train_dataset=Dataset.from_list(taken), processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
 
     def weights(self) -> dict[str, Tensor]:
@@ -79,6 +80,8 @@ class SupervisedTrainer(SFTTrainer):
         settings = self._config.learner
         row: dict[str, Any] = {"step": update, "update": update}
         row |= {ours: float(logs[theirs]) for theirs, ours in METRICS.items() if theirs in logs}
+        size = self._config.sft.batch_size
+        row["update/tokens"] = sum(self._lengths[(update - 1) * size : update * size])  # TRL's own count starts anew at a resume
         row |= {"policy/lr": learning_rate(settings, update - 1, self._config.sft.updates), "time/total_s": time.monotonic() - self._clock}
         self._clock = time.monotonic()
         self._on_update(row)
