@@ -43,7 +43,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_last_good_one_s
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert run.latest() == good and run.read_state(good)["rollouts"] == 1
+    assert run.latest() == good and run.read_state(good)["step"] == 1
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-000001"]
 
 
@@ -84,13 +84,13 @@ def test_leftovers_of_a_killed_save_are_neither_found_nor_in_the_way(tmp_path):
 def test_metrics_and_samples_past_a_checkpoint_are_cut_off(tmp_path):
     run = run_directory(tmp_path)
     for rollout in range(5):
-        run.append_metrics({"rollout": rollout})
+        run.append_metrics({"step": rollout})
         run.write_samples(f"step-{rollout:06d}", [])
     run.write_samples("eval-000004", [])
     with run.metrics.open("a") as file:
-        file.write('{"rollout": 5, "rew')  # killed in the middle of a line
+        file.write('{"step": 5, "rew')  # killed in the middle of a line
     run.cut(2)
-    assert [json.loads(line)["rollout"] for line in run.metrics.read_text().splitlines()] == [0, 1, 2]
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [0, 1, 2]
     assert sorted(p.name for p in run.samples.iterdir()) == [f"step-00000{i}.jsonl" for i in range(3)]
 
 

@@ -10,7 +10,7 @@ import pytest
 from grpo import config as configs
 from grpo.metrics import Timer, Trackers
 
-ROW = {"rollout": 3, "reward/mean": 0.25, "reward/accuracy": 0.5, "completion/length": 12.0, "time/total_s": 2.0, "note": "not a number"}
+ROW = {"step": 3, "reward/mean": 0.25, "reward/accuracy": 0.5, "completion/length": 12.0, "time/total_s": 2.0, "note": "not a number"}
 STATUS = f"""
 import time
 from grpo.metrics import Display
@@ -51,11 +51,11 @@ def test_elsewhere_one_line_a_rollout():
     assert done.stderr.splitlines() == ["rollout 3/10 · reward 0.250 · accuracy 50.0% · length 12 · 2.0 s", "held-out accuracy [50 %]"]
 
 
-def test_tensorboard_gets_every_number_at_its_rollout(tmp_path):
+def test_tensorboard_gets_every_number_at_its_step(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
     with Trackers(configs.Logging(trackers=["tensorboard"]), tmp_path, "id", {}) as trackers:
         trackers.log(ROW)
-        trackers.log(ROW | {"rollout": 4, "reward/mean": 0.75})
+        trackers.log(ROW | {"step": 4, "reward/mean": 0.75})
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(3, 0.25), (4, 0.75)]
