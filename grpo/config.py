@@ -213,6 +213,7 @@ class SftConfig(RunConfig):
 
     sft: Sft
     learner: SftLearner = SftLearner()
+    checkpoint: Checkpoint = Checkpoint(every=100)
 
     @model_validator(mode="after")
     def _fits(self) -> SftConfig:
