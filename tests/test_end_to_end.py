@@ -37,6 +37,19 @@ def test_a_run_leaves_what_the_readme_says(straight):
     assert configs.load(str(folder / "config.yaml")) == configs.load(straight[1])
 
 
+def test_eval_judges_the_final_model_with_samples_and_greedily(straight, tmp_path):
+    final = straight[0] / "run" / "final"
+    overrides = [f"run_dir={tmp_path / 'eval'}", f"model.path={final}", "eval={every: 1, problems: 3, samples: 2, temperature: 1.0}"]
+    run(straight[1], *overrides, command="eval")
+    (row,) = rows(tmp_path / "eval")
+    kept = [json.loads(line) for line in (tmp_path / "eval" / "samples" / "eval-000000.jsonl").read_text().splitlines()]
+    assert len(kept) == 3 * 2 + 3
+    for prefix, part in (("eval/", kept[:6]), ("eval/greedy/", kept[6:])):
+        assert row[prefix + "digits:share"] == pytest.approx(sum(k["parts"]["digits:share"] for k in part) / len(part))
+    greedy = rows(straight[0] / "run")[-1]
+    assert greedy["eval/digits:share"] > 0 and json.loads((tmp_path / "eval" / "manifest.json").read_text())["status"] == "finished"
+
+
 def test_final_loads_in_transformers_and_in_vllm(straight, tmp_path):
     from grpo.engines import Request, SamplingOptions
     from grpo.engines.vllm import VllmEngine

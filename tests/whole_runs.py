@@ -19,7 +19,9 @@ def write_config(path: Path, config: configs.Config) -> str:
 
 
 def start(*arguments, command="train", **options) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # where digits.py lies
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a learner in the tests' own process
+    environment = {name: value for name, value in os.environ.items() if name not in ranks}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent)}  # where digits.py lies
     return subprocess.Popen(
         [sys.executable, "-m", "grpo", command, *arguments], stderr=subprocess.PIPE, text=True, env=environment, **options
     )

@@ -13,6 +13,8 @@ def eval(config: Config, *, resume: bool) -> None:
     """Writes `eval/` metrics and every completion into the run directory."""
     if resume:
         raise UserError("grpo eval: an evaluation is not resumed; start it again in another run_dir")
+    if config.model.warm_start:
+        raise UserError("grpo eval judges model.path as it is: give model.path=RUN/final, and model.warm_start= (nothing)")
     rewards = {name: (plugins.reward(name), weight) for name, weight in config.rewards.items()}
     data = config.eval.data or config.data
     problems = load_problems(data, "test", config.seed)

@@ -12,7 +12,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def straight(tiny, tmp_path_factory):
-    return uninterrupted(tmp_path_factory.mktemp("straight"), tiny(hidden_size=256, intermediate_size=512), rollouts=8)
+    model = tiny(hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4)  # 1M weights
+    return uninterrupted(tmp_path_factory.mktemp("straight"), model, rollouts=8)
 
 
 def test_a_run_killed_at_random_moments_ends_like_one_that_never_was(straight, tmp_path):
