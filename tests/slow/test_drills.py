@@ -1,11 +1,12 @@
 """Drills of minutes: runs killed again and again, and a disk that fills up, end as if nothing had happened. `launch/test.sh --all`."""
 
+import json
 import random
 import resource
 import time
 
 import pytest
-from whole_runs import again, outcome, rows, run, start, uninterrupted
+from whole_runs import again, outcome, run, start, uninterrupted, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -13,24 +14,29 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def straight(tiny, tmp_path_factory):
     model = tiny(hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4)  # 1M weights
-    return uninterrupted(tmp_path_factory.mktemp("straight"), model, rollouts=8)
+    return uninterrupted(tmp_path_factory.mktemp("straight"), model, rollouts=24)
 
 
 def test_a_run_killed_at_random_moments_ends_like_one_that_never_was(straight, tmp_path):
-    config, chance = again(straight, tmp_path), random.Random(0)
-    for kill in range(8):
-        process = start(config, *(["--resume"] if (tmp_path / "run" / "manifest.json").exists() else []))
-        time.sleep(chance.uniform(8, 35))
+    """Five kills, each within a second or so of a rollout's end: while it samples, updates, syncs, evaluates or saves."""
+    config, chance, run_dir, killed = again(straight, tmp_path), random.Random(0), tmp_path / "run", [-1]
+    for _ in range(5):
+        process = start(config, *(["--resume"] if len(killed) > 1 else []))
+        wait_for(lambda: last_step(run_dir) > killed[-1], process)
+        time.sleep(chance.uniform(0, 1.2))
         process.kill()
-        _, errors = process.communicate()
-        done = max((row["rollout"] for row in rows(tmp_path / "run")), default=0) if (tmp_path / "run" / "metrics.jsonl").exists() else 0
-        print(f"kill {kill}: after rollout {done}, exit code {process.returncode}")
-        assert process.returncode in (-9, 0), errors
-        if process.returncode == 0:
-            break
-    else:
-        run(config, "--resume")
-    assert outcome(tmp_path / "run") == outcome(straight[0] / "run")
+        process.communicate()
+        assert process.returncode == -9
+        killed.append(last_step(run_dir))
+    print("killed after rollouts", killed[1:])
+    assert killed[-1] < 24
+    run(config, "--resume")
+    assert outcome(run_dir) == outcome(straight[0] / "run")
+
+
+def last_step(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1] if (run_dir / "metrics.jsonl").exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_when_there_is_room(straight, tmp_path):
