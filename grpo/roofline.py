@@ -85,7 +85,7 @@ def bounds(machine: Machine, model: Shape, groups: Sequence[Group], *, updates: 
     copied = model.weights * model.weight_bytes
     return {
         "rollout": 2 * model.body * sum(prompts) / machine.flops + _decode(machine, model, rows),
-        "update": forwards * forward / machine.flops + updates * 30 * model.weights / machine.bandwidth,
+        "update": (forwards * forward / machine.flops + updates * 30 * model.weights / machine.bandwidth) if updates else 0.0,
         "sync": 2 * copied / machine.bandwidth,
     }
 

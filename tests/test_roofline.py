@@ -30,6 +30,10 @@ def test_several_updates_and_a_reference_cost_a_forward_pass_each():
     assert more["update"] - one["update"] == pytest.approx(2 * 0.3 + 9.0)
 
 
+def test_a_rollout_without_a_signal_has_no_update_to_bound():
+    assert bounds(MACHINE, SHAPE, [group(3, [1, 2])], updates=0, reference=False)["update"] == 0
+
+
 def test_a_prompt_is_counted_once_a_group():
     grouped = bounds(MACHINE, SHAPE, [group(50, [4, 4])], updates=1, reference=False)
     alone = bounds(MACHINE, SHAPE, [group(50, [4])] * 2, updates=1, reference=False)
