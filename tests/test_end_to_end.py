@@ -46,8 +46,7 @@ def test_eval_judges_the_final_model_with_samples_and_greedily(straight, tmp_pat
     assert len(kept) == 3 * 2 + 3
     for prefix, part in (("eval/", kept[:6]), ("eval/greedy/", kept[6:])):
         assert row[prefix + "digits:share"] == pytest.approx(sum(k["parts"]["digits:share"] for k in part) / len(part))
-    greedy = rows(straight[0] / "run")[-1]
-    assert greedy["eval/digits:share"] > 0 and json.loads((tmp_path / "eval" / "manifest.json").read_text())["status"] == "finished"
+    assert json.loads((tmp_path / "eval" / "manifest.json").read_text())["status"] == "finished"
 
 
 def test_final_loads_in_transformers_and_in_vllm(straight, tmp_path):
