@@ -51,6 +51,12 @@ def write_file(path: Path, text: str) -> None:
     scratch.rename(path)
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole lines of a metrics.jsonl, none without a file; a killed writer may have left half a line."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 class RunDirectory:
     """One run's files. Holds a lock on the directory for as long as the process lives."""
 
@@ -96,9 +102,7 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns the whole lines; a killed writer may have left half a one."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return read_metrics(self.metrics)
 
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
         write_file(self.samples / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -34,7 +34,8 @@ class Prompts:
             raise UserError("prompt.template=chat: this tokenizer has no chat template (a base model?): use r1_zero or plain")
         if settings.template != "chat" and settings.system:
             raise UserError(f"prompt.system is for chat templates; prompt.template is {settings.template}")
-        ends = {tokenizer.eos_token_id, *(eos_token_ids or []), self._end_of_turn()}
+        self._turn_end = self._end_of_turn()
+        ends = {tokenizer.eos_token_id, *(eos_token_ids or []), self._turn_end}
         self.stop_token_ids = tuple(sorted(end for end in ends if end is not None))
         if not self.stop_token_ids and not settings.stop:
             raise UserError("neither the tokenizer nor the model names an EOS token: completions would never end; set prompt.stop")
@@ -86,7 +87,7 @@ class Prompts:
             solution = f"<think>{solution}</think> <answer>{problem.answer}</answer>"
         if self.prefill(problem):
             solution = solution.lstrip().removeprefix("<think>").lstrip()
-        end = self._end_of_turn() or self._tokenizer.eos_token_id
+        end = self._turn_end or self._tokenizer.eos_token_id
         ids = self._tokenizer(solution, add_special_tokens=False)["input_ids"]
         return (*ids, *([] if end is None else [end]))
 

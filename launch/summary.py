@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from grpo.checkpoint import read_metrics
+
 POINTS = ("start", "after_sft", "after_grpo")
 
 
 def evaluations(run: Path) -> dict[str, tuple[dict[str, Any], Path]]:
     """The metrics and completions of the three evaluations."""
-    rows = [json.loads(line) for line in (run / "grpo" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "eval/accuracy" in row]
-    start = json.loads((run / "start" / "metrics.jsonl").read_text().splitlines()[0])
+    rows = [row for row in read_metrics(run / "grpo" / "metrics.jsonl") if "eval/accuracy" in row]
+    start = read_metrics(run / "start" / "metrics.jsonl")[0]
     samples = [run / "grpo" / "samples" / f"eval-{row['step']:06d}.jsonl" for row in (rows[0], rows[-1])]
     return dict(
         zip(POINTS, [(start, run / "start/samples/eval-000000.jsonl"), *zip((rows[0], rows[-1]), samples, strict=True)], strict=True)

@@ -58,7 +58,7 @@ class Learner:
         """Returns the logprobs [B, T] (float32, on the CPU) of each batch's completion tokens under the policy or the reference."""
         scorer = self._reference if reference else self._engine
         assert scorer is not None, "no reference model was loaded"
-        return [_forward(scorer, to_device(batch, self.device))[0].cpu() for batch in batches]
+        return [scorer(to_device(batch, self.device))[0].cpu() for batch in batches]
 
     def update(self, batches: Sequence[Batch], on_batch: Callable[[int, int], None] | None = None) -> dict[str, float]:
         """Makes one optimizer update with the gradient summed over micro-batches; returns its metrics.
@@ -75,7 +75,7 @@ class Learner:
         highest = 0.0
         for done, batch in enumerate(batches, start=1):
             batch = to_device(batch, self.device)
-            logprobs, entropies = _forward(self._engine, batch)
+            logprobs, entropies = self._engine(batch)
             per_token, report = self._loss(logprobs, batch, self._algorithm)
             loss = (batch.token_weights * per_token).sum()
             self._engine.backward(loss, scale_wrt_gas=False)
@@ -144,10 +144,6 @@ class Learner:
         if path is None:
             raise RunError(f"{directory}: DeepSpeed found no checkpoint to load")
         self.updates = state["updates"]
-
-
-def _forward(policy: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    return policy(batch)
 
 
 def _perturb(weight: Tensor, seed: int) -> Tensor:

@@ -83,13 +83,13 @@ class SupervisedTrainer(SFTTrainer):
         size = self._config.sft.batch_size
         row["update/tokens"] = sum(self._lengths[(update - 1) * size : update * size])  # TRL's own count starts anew at a resume
         row |= {"policy/lr": learning_rate(settings, update - 1, self._config.sft.updates), "time/total_s": time.monotonic() - self._clock}
-        self._clock = time.monotonic()
         self._on_update(row)
         every = self._config.checkpoint.every
         last = update == self._config.sft.updates
         if self._ended() or last or (every and update % every == 0):
             self._keep(update, self._write)
-            self.control.should_training_stop = True if self._ended() else self.control.should_training_stop
+            if self._ended():
+                self.control.should_training_stop = True
         self._clock = time.monotonic()
 
     def _write(self, directory: Path) -> None:

@@ -82,12 +82,12 @@ def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
         return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
 
 
-def start_engine(config: Config, stage: Stage, model_dir: Path, *, load_weights: bool = False) -> VllmEngine:
+def start_engine(config: Config, stage: Stage, model_dir: Path, num_weights: int, *, load_weights: bool = False) -> VllmEngine:
     """Starts the engine in the background; the stage closes it. Raises UserError when the memory cannot do."""
     from grpo.engines import vllm
 
     dtype = config.engine.dtype or config.model.dtype
-    vllm.check_memory(config.engine, models.num_weights(model_dir) * (2 if dtype == "bfloat16" else 4))
+    vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4))
     stage.display.phase(0, "starting the engine")
     engine = vllm.VllmEngine(
         model_dir=str(model_dir), settings=config.engine, dtype=dtype, max_model_len=config.max_sequence_tokens,

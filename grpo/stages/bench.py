@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from grpo.checkpoint import read_metrics
 from grpo.config import Config
 from grpo.stages.train import train
 from grpo.types import UserError
@@ -27,7 +27,7 @@ def bench(config: Config, *, resume: bool) -> None:
             "checkpoint": config.checkpoint.model_copy(update={"every": 0}),
         }
         train(config.model_copy(update=sections), resume=False, keep=False)
-        rows = [json.loads(line) for line in Path(scratch, "run", "metrics.jsonl").read_text().splitlines()]
+        rows = read_metrics(Path(scratch, "run", "metrics.jsonl"))
     print(table([row for row in rows if "time/total_s" in row and row["step"] > 1], rows[0]))
 
 

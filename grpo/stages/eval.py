@@ -22,7 +22,7 @@ def eval(config: Config, *, resume: bool) -> None:
         model_dir, _, prompts = prepare(config, stage.run)
         models.check_context(model_dir, config.max_sequence_tokens)
         chosen = held_out(mixture(data, problems, prompts, 0), config.eval.problems)
-        engine = start_engine(config, stage, model_dir, load_weights=True)
+        engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
         stage.display.begin(0)
         metrics, scored = rollout.evaluate(
             engine, prompts, chosen, rewards, sampling_options(config, prompts, config.eval.temperature), samples=config.eval.samples,

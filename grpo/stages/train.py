@@ -42,8 +42,9 @@ def _run(config: Config, stage: Stage, *, resume: bool, keep: bool, rewards: Any
     model_dir, tokenizer, prompts = prepare(config, run)
     models.check_context(model_dir, config.max_sequence_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
-    machine, shape = roofline.measure(config.model.dtype), roofline.shape(model_dir, models.num_weights(model_dir), config.model.dtype)
-    engine = start_engine(config, stage, model_dir)
+    num_weights = models.num_weights(model_dir)
+    machine, shape = roofline.measure(config.model.dtype), roofline.shape(model_dir, num_weights, config.model.dtype)
+    engine = start_engine(config, stage, model_dir, num_weights)
     with quiet(run.path / "learner.log"):
         model = models.load_model(model_dir, config.model.attention)
         reference = models.load_model(model_dir, config.model.attention) if config.algorithm.kl_coef > 0 else None
