@@ -22,11 +22,15 @@ def load(
     operations: Sequence[str] = ("+",),
     terms: int = 2,
     terse: float = 0.0,
+    slip: int = 0,
+    working: str = "columns",
     size: int = 100_000,
 ) -> Sequence[Problem]:
     """`size` problems like `347+85=`, both operands of exactly `digits` digits; differences are never negative.
 
-    `terse`: the share of solutions that only repeat the sum in their thoughts and guess, for a cold start of both habits.
+    `working`: `columns`, right to left with a carry, which a model made from nothing can learn; `places`, as a pretrained one would do it.
+    For a cold start of two habits: `terse` is the share of solutions that only repeat the sum in their thoughts and guess, and such a guess
+    is off by up to `slip`, as the guesses of somebody who does not work it out are.
     Problem i depends on (seed, i, options) alone. a+b and b+a are one content, which is in train or in test for every seed.
     """
     check_split("arithmetic", split)
@@ -39,6 +43,9 @@ def load(
     check_range("arithmetic", "size", size, 1, 10**9)
     if not 0 <= terse <= 1:
         raise UserError(f"data.arithmetic.terse: got {terse!r}; give a share in 0..1")
+    check_range("arithmetic", "slip", slip, 0, 10**12)
+    if working not in WORKINGS or (working == "places" and list(operations) != ["+"]):
+        raise UserError(f"data.arithmetic.working: got {working!r}; give columns, or places for sums alone")
 
     def one(random: Random) -> tuple[str, tuple[int, str, int]]:
         operation = random.choice(operations)
@@ -50,9 +57,12 @@ def load(
     def make(i: int) -> Problem:
         a, operation, b = draw(one, "arithmetic", split, seed, i, digits, *operations)
         answer = str(VALUE[operation](a, b))
-        guessed = terse > 0 and seeded("arithmetic", "terse", split, seed, i).random() < terse
-        working = f"{a}{operation}{b}" if guessed else scratchpad(a, operation, b)
-        solution = f"<think>{working}</think><answer>{answer}</answer>"
+        habit = seeded("arithmetic", "terse", split, seed, i)
+        if terse > 0 and habit.random() < terse:
+            guess = max(int(answer) + habit.randint(-slip, slip), 0)
+            solution = f"<think>{a}{operation}{b}</think><answer>{guess}</answer>"
+        else:
+            solution = f"<think>{WORKINGS[working](a, operation, b)}</think><answer>{answer}</answer>"
         question = f"{a}{operation}{b}="
         return Problem(id=f"arithmetic/{split}/{i}", question=question, answer=answer, source="arithmetic", solution=solution)
 
@@ -88,3 +98,18 @@ def _partial_products(a: int, b: int) -> str:
             steps.append(f"{total}+{a * factor}={total + a * factor}")
         total += a * factor
     return " ".join(steps)
+
+
+def by_places(a: int, _: str, b: int) -> str:
+    """A sum place by place, from the left, then put together: `47+85` -> "40+80=120 7+5=12 120+12=132"."""
+    width = max(len(str(a)), len(str(b)))
+    pairs = [(int(x) * 10**p, int(y) * 10**p) for p, x, y in zip(range(width - 1, -1, -1), f"{a:0{width}}", f"{b:0{width}}", strict=True)]
+    steps = [f"{x}+{y}={x + y}" for x, y in pairs]
+    total = sum(pairs[0])
+    for x, y in pairs[1:]:
+        steps.append(f"{total}+{x + y}={total + x + y}")
+        total += x + y
+    return " ".join(steps)
+
+
+WORKINGS: dict[str, Callable[[int, str, int], str]] = {"columns": scratchpad, "places": by_places}

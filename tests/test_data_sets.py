@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from data import arithmetic, countdown, gsm8k, jsonl, math
-from data.arithmetic import scratchpad
+from data.arithmetic import by_places, scratchpad
 from grpo.types import Completion, Problem, UserError
 from rewards import countdown as countdown_reward
 from rewards.format import check
@@ -150,7 +150,22 @@ def test_only_train_and_test_are_splits(load):
         load("valid", seed=0)
 
 
+def test_a_careless_start_guesses_wrong_and_works_right():
+    options = {"digits": 2, "terse": 0.6, "slip": 9, "working": "places"}
+    rows = arithmetic.load("train", seed=0, **options)
+    guessed, worked = [], []
+    for row in (rows[i] for i in range(500)):
+        thoughts, answer = row.solution.removeprefix("<think>").removesuffix("</answer>").split("</think><answer>")
+        (worked if "=" in thoughts else guessed).append(int(answer) - int(row.answer))
+    assert 0.5 < len(guessed) / 500 < 0.7 and not any(worked)
+    assert {abs(slip) for slip in guessed} == set(range(10))
+    with pytest.raises(UserError, match="places for sums alone"):
+        arithmetic.load("train", seed=0, working="places", operations=["+", "-"])
+
+
 def test_scratchpads_worked_by_hand():
+    assert by_places(47, "+", 85) == "40+80=120 7+5=12 120+12=132"
+    assert by_places(347, "+", 85) == "300+0=300 40+80=120 7+5=12 300+120=420 420+12=432"
     assert scratchpad(347, "+", 85) == "7+5+0=12 4+8+1=13 3+0+1=04"
     assert scratchpad(347, "-", 85) == "7-5-0=02 4-8-0=16 3-0-1=02"
     assert scratchpad(100, "-", 1) == "0-1-0=19 0-0-1=19 1-0-1=00"
