@@ -62,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.rollouts=5 data.path=DIR")
         command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
         command.add_argument("--dry-run", action="store_true", help="check and show everything, start nothing")
+    command = commands.add_parser("grade", help="verdicts on a file of answers, or on a run's samples by today's rules")
+    command.add_argument("path", metavar="PATH", help="JSONL with prediction or completion, and gold or answer; or a run directory")
+    command.add_argument("--explain", type=int, metavar="LINE", help="one line's verdict in detail")
+    command.add_argument("--output", metavar="FILE", help="every row with its verdict, as JSONL")
+    command.set_defaults(overrides=[])
     return parser
 
 
@@ -69,6 +74,11 @@ def _run(options: argparse.Namespace) -> int:
     from grpo import config as configs
     from grpo.signals import Interrupted
 
+    if options.command == "grade":
+        from grpo.stages.grade import grade
+
+        grade(options.path, explain=options.explain, output=options.output)
+        return 0
     kind: type[Any] = configs.SftConfig if options.command == "sft" else configs.Config
     config = configs.load(options.config, options.overrides, kind)
     if options.dry_run:

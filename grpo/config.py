@@ -5,10 +5,10 @@ Unknown keys are errors that name the nearest key; `key.sub=value` overrides com
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from grpo.config_file import apply_overrides, explain, read_yaml
 from grpo.types import UserError
@@ -75,6 +75,20 @@ class Sampling(Section):
     top_p: float = Field(1.0, gt=0, le=1)  # below 1 the sampler's distribution is not the policy's: ratios lose their meaning
     top_k: int = Field(0, ge=0)  # 0: off
     ignore_eos: bool = False  # sample to max_tokens whatever comes: benchmarks
+
+
+class Reward(Section):
+    """`accuracy: 1.0`, or with options of the reward's own function `length: {weight: 0.5, options: {max_tokens: 4096, buffer: 1024}}`."""
+
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+class RewardPool(Section):
+    """Processes for the rewards that may hang or crash: those whose file has a TIMEOUT_S."""
+
+    workers: int | None = Field(None, ge=1)  # default: the cores, up to 8
+    memory_gb: float = Field(4.0, gt=0)  # address space of each
 
 
 class Algorithm(Section):
@@ -237,11 +251,19 @@ class SftConfig(RunConfig):
         return max(n for n in range(1, self.sft.batch_size + 1) if self.sft.batch_size % n == 0 and n <= most)
 
 
+def _as_reward(value: Any) -> Any:
+    return {"weight": value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
 class Config(RunConfig):
     """`grpo train`."""
 
     sampling: Sampling = Sampling()
-    rewards: dict[str, float] = {"accuracy": 1.0, "format": 0.1}  # a file in rewards/ or module:function -> weight
+    rewards: dict[str, Annotated[Reward, BeforeValidator(_as_reward)]] = {
+        "accuracy": Reward(),
+        "format": Reward(weight=0.1),
+    }  # by file in rewards/
+    reward_pool: RewardPool = RewardPool()
     algorithm: Algorithm = Algorithm()
     train: Train
     engine: Engine = Engine()

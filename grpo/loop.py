@@ -21,6 +21,7 @@ from grpo.probe import Probe, sync
 from grpo.prompts import Prompts
 from grpo.signals import Signals
 from grpo.types import Batch, Group, Problem, Sample, ScoredGroup
+from rewards._pool import Pool
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,7 @@ class Loop:
     signals: Signals
     machine: roofline.Machine
     shape: roofline.Shape
+    pool: Pool
     rollout: int = 0  # rollouts done: whole, with their updates
     saved: int = -1  # the last checkpoint's rollouts
     latest: dict[str, Any] = field(default_factory=dict)  # metrics that a checkpoint is judged by
@@ -83,7 +85,7 @@ class Loop:
             self.engine.sleep()
         with timer("rewards"):
             self.display.phase(self.rollout, "rewards")
-            scored = rollouts.score(groups, self.rewards, self.prompts)
+            scored = rollouts.score(groups, self.rewards, self.prompts.for_rewards)
         self.run.write_samples(f"step-{self.rollout + 1:06d}", sample_rows(scored, config.algorithm.advantage))
         row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(scored)}
         with timer("update"):
@@ -102,6 +104,7 @@ class Loop:
                 with timer("eval"):
                     self.evaluate(row)
         finally:
+            row |= {f"verifier/{name}": float(count) for name, count in self.pool.counts.items()}
             row |= timer.metrics() | self._bounds(groups, int(config.train.updates_per_rollout - row.get("update/skipped", 0)))
             row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
             self.record(row)
@@ -210,13 +213,14 @@ def sample_rows(groups: list[ScoredGroup], advantage: str) -> list[dict[str, Any
     return [
         {
             "problem": scored.group.problem.id, "question": scored.group.problem.question, "answer": scored.group.problem.answer,
+            "meta": scored.group.problem.meta,
             "completion": completion.text, "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason,
-            "reward": reward, "parts": part, "verdict": verdict and verdict.value, "reason": verdict and verdict.reason,
+            "reward": reward, "parts": part, "faults": fault, "verdict": verdict and verdict.value, "reason": verdict and verdict.reason,
             "advantage": value, "version": completion.versions[0][0],
         }
         for scored in groups
-        for completion, reward, part, verdict, value in zip(
-            scored.group.completions, scored.rewards, scored.parts, scored.verdicts, group_advantages(scored.rewards, advantage),
-            strict=True,
+        for completion, reward, part, fault, verdict, value in zip(
+            scored.group.completions, scored.rewards, scored.parts, scored.faults, scored.verdicts,
+            group_advantages(scored.rewards, advantage), strict=True,
         )
     ]  # fmt: skip

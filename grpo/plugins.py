@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grpo.types import Group, Problem, UserError, Verdict
+from grpo.config import Reward
+from grpo.types import Group, Problem, Score, UserError, Verdict
+from rewards._pool import Failure, Pool
 
 KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}  # what a file's function is for
 Prompt = str | list[dict[str, str]]  # text, or the messages of a chat, as in TRL
-RewardFunction = Callable[[Group, Prompt], Sequence[float | Verdict | None]]
+RewardFunction = Callable[[Sequence[Group], Sequence[Prompt]], Sequence[Sequence[float | Score | Verdict | None]]]
 
 
 def names(package: str) -> list[str]:
@@ -53,30 +57,70 @@ def _outside(name: str, key: str) -> Callable[..., Any]:
     return getattr(module, function)
 
 
-def reward(name: str) -> RewardFunction:
+def rewards(chosen: Mapping[str, Reward], pool: Pool) -> dict[str, tuple[RewardFunction, float]]:
+    """Returns each reward's function for whole rollouts, and its weight. Raises UserError before anything is judged."""
+    return {name: (reward(name, spec.options, pool), spec.weight) for name, spec in chosen.items()}
+
+
+def reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
     """Returns a reward for whole groups from either of two kinds of function, told apart by their parameters:
 
-    ours `f(completion, problem) -> float | Verdict | None`, or TRL's `f(prompts, completions, **columns) -> list[float | None]`.
+    ours `f(completion, problem, **options) -> float | Score | Verdict | None`, or TRL's `f(prompts, completions, **columns) -> list`.
+    One whose file has a `TIMEOUT_S` runs in the pool; a `prepare(**options)` beside it is called here, once, and may refuse.
     """
     function = find("rewards", name, "reward", "rewards")
     parameters = inspect.signature(function).parameters
-    if "completions" in parameters:
-        return lambda group, prompt: _call_trl(function, name, group, prompt)
     if len(parameters) < 2:
         takes = ", ".join(parameters)
         raise UserError(f"rewards.{name}: takes ({takes}); expected f(completion, problem) or f(prompts, completions, **columns)")
-    return lambda group, prompt: [_call(function, name, group, i) for i in range(len(group.completions))]
-
-
-def _call(function: Callable[..., Any], name: str, group: Group, i: int) -> Any:
+    trl = "completions" in parameters
     try:
-        return function(group.completions[i], group.problem)
+        inspect.signature(function).bind_partial(**options) if trl else inspect.signature(function).bind(None, None, **options)
+    except TypeError as error:
+        raise UserError(f"rewards.{name}.options: {error}") from None
+    file = sys.modules[function.__module__]
+    getattr(file, "prepare", lambda **_: None)(**options)
+    if trl:
+        bound = functools.partial(function, **options)
+        return lambda groups, prompts: [_call_trl(bound, name, group, prompt) for group, prompt in zip(groups, prompts, strict=True)]
+    if limit := getattr(file, "TIMEOUT_S", None):
+        where = f"{function.__module__}:{function.__name__}"
+        return lambda groups, _: _call_in_pool(functools.partial(pool.map, where, timeout_s=limit, options=options), name, groups)
+    return lambda groups, _: [[_call(function, name, group, i, options) for i in range(len(group.completions))] for group in groups]
+
+
+def _call(function: Callable[..., Any], name: str, group: Group, i: int, options: Mapping[str, Any]) -> Any:
+    try:
+        return function(group.completions[i], group.problem, **options)
     except Exception as error:
-        where = f"completion {i} of problem {group.problem.id}"
-        raise RuntimeError(f"reward {name} failed on {where}: {error!r}; its text: {group.completions[i].text[:300]!r}") from error
+        raise _failed(name, group, i, repr(error)) from error
 
 
-def _call_trl(function: Callable[..., Any], name: str, group: Group, prompt: Prompt) -> list[float | None]:
+def _call_in_pool(map_calls: Callable[[list[Any]], list[Any]], name: str, groups: Sequence[Group]) -> list[list[Any]]:
+    """Returns what `_call` would for every completion."""
+    places = [(group, i) for group in groups for i in range(len(group.completions))]
+    light = [replace(group.completions[i], logprobs=(), versions=()) for group, i in places]
+    answers = map_calls([(completion, group.problem) for completion, (group, _) in zip(light, places, strict=True)])
+    for n, ((group, i), answer) in enumerate(zip(places, answers, strict=True)):
+        if isinstance(answer, Failure):
+            if answer.kind == "error":
+                raise _failed(name, group, i, answer.reason)
+            answers[n] = verdict_of(answer)
+    left = iter(answers)
+    return [[next(left) for _ in group.completions] for group in groups]
+
+
+def verdict_of(failure: Failure) -> Verdict:
+    """Returns what a call that was killed is worth: undecided when we lost it, wrong when it took too much."""
+    return Verdict(value="undecided" if failure.kind in ("lost", "error") else "wrong", reason=failure.reason)
+
+
+def _failed(name: str, group: Group, i: int, error: str) -> RuntimeError:
+    where = f"completion {i} of problem {group.problem.id}"
+    return RuntimeError(f"reward {name} failed on {where}: {error}; its text: {group.completions[i].text[:300]!r}")
+
+
+def _call_trl(function: functools.partial[Any], name: str, group: Group, prompt: Prompt) -> list[float | None]:
     size, problem = len(group.completions), group.problem
     texts = [completion.text for completion in group.completions]
     columns: dict[str, Any] = {
@@ -84,9 +128,10 @@ def _call_trl(function: Callable[..., Any], name: str, group: Group, prompt: Pro
         "completions": texts if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in texts],
         "completion_ids": [list(completion.token_ids) for completion in group.completions],
     } | {key: [value] * size for key, value in (problem.meta | _columns(problem)).items()}
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function.func).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         columns = {key: value for key, value in columns.items() if key in parameters}
+    columns = {key: value for key, value in columns.items() if key not in function.keywords}  # an option wins
     try:
         values = list(function(**columns))
     except Exception as error:

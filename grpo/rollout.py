@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from grpo.advantages import has_signal
 from grpo.engines import Engine, Request, SamplingOptions
-from grpo.plugins import RewardFunction
+from grpo.plugins import Prompt, RewardFunction
 from grpo.prompts import Prompts
-from grpo.types import Group, Problem, ScoredGroup, Verdict
+from grpo.types import Group, Problem, Score, ScoredGroup, Verdict
 
 
 def seed_of(run_seed: int, rollout: int, problem_id: str) -> int:
@@ -42,31 +44,38 @@ def sample(
     return groups
 
 
-def score(groups: Sequence[Group], rewards: Mapping[str, tuple[RewardFunction, float]], prompts: Prompts) -> list[ScoredGroup]:
-    """Returns the groups with rewards: the weighted sum of the functions that apply. `rewards`: name -> (function, weight)."""
-    return [_score(group, rewards, prompts) for group in groups]
+def score(
+    groups: Sequence[Group], rewards: Mapping[str, tuple[RewardFunction, float]], asked_as: Callable[[Problem], Prompt]
+) -> list[ScoredGroup]:
+    """Returns the groups with rewards: the weighted sum of the functions that apply. `rewards`: name -> (function, weight).
+
+    `asked_as`: the prompt that a problem's rewards are shown.
+    """
+    asked = [asked_as(group.problem) for group in groups]
+    columns = {name: function(groups, asked) for name, (function, _) in rewards.items()}
+    weights = {name: weight for name, (_, weight) in rewards.items()}
+    return [_score(group, {name: column[n] for name, column in columns.items()}, weights) for n, group in enumerate(groups)]
 
 
-def _score(group: Group, rewards: Mapping[str, tuple[RewardFunction, float]], prompts: Prompts) -> ScoredGroup:
-    prompt = prompts.for_rewards(group.problem)
-    columns = {name: function(group, prompt) for name, (function, _) in rewards.items()}
-    totals, parts, verdicts = [], [], []
+def _score(group: Group, columns: Mapping[str, Sequence[Any]], weights: Mapping[str, float]) -> ScoredGroup:
+    totals, parts, verdicts, faults = [], [], [], []
     for i in range(len(group.completions)):
         values = {name: column[i] for name, column in columns.items()}
         verdict = next((value for value in values.values() if isinstance(value, Verdict)), None)
         part = {name: _number(value) for name, value in values.items()}
         undecided = any(isinstance(value, Verdict) and value.value == "undecided" for value in values.values())
-        known = [rewards[name][1] * value for name, value in part.items() if value is not None]
+        known = [weights[name] * value for name, value in part.items() if value is not None]
         totals.append(None if undecided or not known else sum(known))
         parts.append(part)
         verdicts.append(verdict)
-    return ScoredGroup(group=group, rewards=tuple(totals), parts=tuple(parts), verdicts=tuple(verdicts))
+        faults.append({name: value.reason for name, value in values.items() if isinstance(value, Score) and value.reason})
+    return ScoredGroup(group=group, rewards=tuple(totals), parts=tuple(parts), verdicts=tuple(verdicts), faults=tuple(faults))
 
 
-def _number(value: float | Verdict | None) -> float | None:
+def _number(value: float | Score | Verdict | None) -> float | None:
     if isinstance(value, Verdict):
         return {"correct": 1.0, "wrong": 0.0, "undecided": None}[value.value]
-    return None if value is None else float(value)
+    return value.value if isinstance(value, Score) else None if value is None else float(value)
 
 
 def describe(groups: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -87,6 +96,8 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     for name in groups[0].parts[0]:
         values = [value for scored in groups for part in scored.parts if (value := part[name]) is not None]
         metrics[f"reward/{name}"] = _mean(values)
+    faults = Counter(f"{name}/{reason.replace(' ', '_')}" for scored in groups for fault in scored.faults for name, reason in fault.items())
+    metrics |= {fault: count / len(completions) for fault, count in sorted(faults.items())}
     verdicts = [verdict for scored in groups for verdict in scored.verdicts if verdict is not None]
     if verdicts:
         metrics["reward/undecided"] = _mean([float(verdict.value == "undecided") for verdict in verdicts])
@@ -108,7 +119,7 @@ def evaluate(
     passes = {"eval/": (options, samples)} | ({"eval/greedy/": (replace(options, temperature=0.0), 1)} if options.temperature > 0 else {})
     for prefix, (chosen, size) in passes.items():
         groups = sample(engine, prompts, problems, chosen, group_size=size, run_seed=run_seed, rollout=0, on_progress=on_progress)
-        scored = score(groups, rewards, prompts)
+        scored = score(groups, rewards, prompts.for_rewards)
         kept += scored
         found = describe(scored)
         wanted = {key: value for key, value in found.items() if key.startswith(("reward/", "completion/"))}

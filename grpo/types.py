@@ -72,16 +72,26 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A reward and, in a few fixed words, what kept it low: `Score(value=0.0, reason="no answer")`. Each reason becomes a metric."""
+
+    value: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
     """A group with its rewards [G]; `None` marks a completion without a reward, which is left out of the baseline and the update.
 
-    `parts` [G] hold each reward function's value, before weights: `{"accuracy": 1.0, "format": 0.0}`.
+    `parts` [G] hold each reward function's value, before weights: `{"accuracy": 1.0, "format": 0.0}`; `faults` [G] the reasons
+    of its scores: `{"format": "no answer"}`.
     """
 
     group: Group
     rewards: tuple[float | None, ...]
     parts: tuple[dict[str, float | None], ...]
     verdicts: tuple[Verdict | None, ...]
+    faults: tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,24 +6,32 @@ latex2sympy and math_verify. The prediction is hostile text: it is parsed, never
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from typing import Any
 
 from grpo.types import Verdict
 from rewards._exact import TooLarge, exact
-from rewards._latex import closing, normalise, split
+from rewards._latex import closing, normalise, split, words
 
 MAX_CHARS = 1000
 MAX_DEPTH = 30
 MAX_DEPTH_IN_SYMPY = 10  # its parser's time doubles with the depth
 MAX_BRACKETS = 8  # more than in the gold answer: a product of n brackets has 2^n terms
+MAX_BARS = 8  # |a||b|: which one opens is a search
 MAX_TERMS = 40
 MAX_EXPONENT = 400
 MAX_POWERED = 30  # product of the exponents on brackets: ((x+1)^5)^6
-HEAVY = re.compile(r"\\(?:sum|prod|i{1,3}nt|oint|lim|binom|det|begin|operatorname)(?![A-Za-z])|\d{3,}!|[)}!]!|\d{300}")
+HEAVY = re.compile(r"\\binom\{\d{4}|\\(?:sum|prod|i{1,3}nt|oint|lim|binom|det|begin|operatorname)(?![A-Za-z])|\d{3,}!|[)}!]!|\d{300}")
+LIGHT_FACTORIAL = re.compile(r"\((?:\d?[a-z](?: ?[+-] ?(?:\d|\d?[a-z]))?)\)!(?!!)")  # (2n)!, (d-k)!
+DIGITS = 100  # behind the point: a difference below is none
+POINTS = ((131, 211, 83, 59), (-113, 41, -167, 229), (307, -53, 71, -197), (23, 17, 29, 37))  # 97ths, where expressions are compared
 CORRECT = Verdict(value="correct")
-NAME = r"\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\([^()=,]{1,10}\))?|\\angle ?[A-Z]+|\([A-Za-z](?:, ?[A-Za-z])*\)"
+NAME = (
+    r"(?:\\(?:text|vec|overrightarrow)\{[A-Za-z]+\}|\\?[A-Za-z]+)(?:_\w|_\{\w+\})?(?:\([^()=,]{1,10}\))?"
+    r"|\\angle ?[A-Z]+|\([A-Za-z](?:, ?[A-Za-z])*\)"
+)
 VARIABLE = re.compile(rf"({NAME}) ?(=|\\in(?![a-z]))([^=<>]+)")
 RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in)(?![a-z])")
 BASE = re.compile(r"\(?([0-9A-Za-z]+)\)?_(\w|\{\d+\})")
@@ -65,8 +73,11 @@ def _same(predicted: str, expected: str) -> Verdict:
     glued = re.search(r"\d \d", predicted + "|" + expected) is not None  # 3 1/2 is not 31/2
     if predicted == expected or (not glued and predicted.replace(" ", "") == expected.replace(" ", "")):
         return CORRECT
+    if r"\text" in predicted + expected and words(predicted) == words(expected) and not re.search(r"[\\^_]", words(expected)):
+        return CORRECT
+    predicted, expected = _ascending(predicted), _ascending(expected)
     if _is_words(expected):
-        return CORRECT if _words(predicted) == _words(expected) else wrong("other words")
+        return CORRECT if words(predicted) == words(expected) else wrong("other words")
     predicted, expected = _without_variable(predicted, expected)
     if (bases := (BASE.fullmatch(predicted), BASE.fullmatch(expected))) != (None, None):
         values = [match and (match[1].lstrip("0"), match[2].strip("{}")) for match in bases]
@@ -124,6 +135,14 @@ def _without_variable(predicted: str, expected: str) -> tuple[str, str]:
     return predicted, expected
 
 
+def _ascending(text: str) -> str:
+    """A chain of relations from its small end: `f(4)>f(1)>=2` -> `2<=f(1)<f(4)`; other text as it is."""
+    pieces = re.split(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))", text)
+    if len(pieces) < 5 or {"<", r"\le"} & set(pieces):
+        return text
+    return " ".join({">": "<", r"\ge": r"\le"}.get(piece, piece.strip()) for piece in reversed(pieces))
+
+
 def _same_collection(predicted: str, expected: str) -> Verdict | None:
     """The verdict when gold is a list, set, tuple, interval, union or matrix; None when it is not or when sympy must decide."""
     (want_kind, want), (have_kind, have) = _elements(expected), _elements(predicted)
@@ -147,10 +166,15 @@ def _same_collection(predicted: str, expected: str) -> Verdict | None:
 
 def _elements(text: str) -> tuple[str, list[str]]:
     r"""Kind and elements: `\{1,2\}` -> ("set", ["1", "2"]), `(3,4]` -> ("(]", ["3", "4"]), `5` -> ("", ["5"]); `a \pm b` is two."""
-    matrix = re.fullmatch(r"\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}", text)
-    if matrix:
-        rows = [split(row, ("&",)) for row in matrix[2].split(r"\\") if row.strip()]
-        return f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
+    matrix = re.fullmatch(r"([^&]*?)\\begin\{([pb]?)matrix\}(.*)\\end\{\2matrix\}", text)
+    if matrix and "matrix}" not in matrix[3]:
+        rows = [split(row, ("&",)) for row in matrix[3].split(r"\\") if row.strip()]
+        factor = f"({matrix[1]}1)*" if matrix[1] in ("", "-") else f"({matrix[1]})*"
+        cells = [f"{factor}({cell})" if matrix[1] else cell for row in rows for cell in row]
+        return f"matrix {[len(row) for row in rows]}", cells
+    if (without := re.fullmatch(r"\\mathbb\{R\} ?(?:\\setminus|\\backslash|-) ?\\\{(.*)\\\}", text)) and len(without[1]) < 100:
+        gaps = sorted(split(without[1]), key=lambda gap: exact(gap) or 0)
+        return "union", [f"({a},{b})" for a, b in itertools.pairwise([r"-\infty", *gaps, r"\infty"])]
     if len(pieces := split(text, (r"\cup",))) > 1:
         return "union", pieces
     if text.startswith(r"\{") and closing(text, 1) == len(text) - 1:
@@ -174,16 +198,12 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _words(text: str) -> str:
-    r"""`\text{ (C) }`, `C.` and `c` -> "c"."""
-    text = " ".join(re.sub(r"\\text|[{}$]", "", text).casefold().split()).strip(" .")
-    return text[1:-1].strip() if re.fullmatch(r"\(\s*\w\s*\)", text) else text
-
-
 def _is_words(text: str) -> bool:
     """Words, or the letter of a choice: in `\\text{}` wholly, or four plain letters and more."""
     in_text = re.fullmatch(r"\s*\\text\{[^{}]*\}\s*", text)
-    return bool(in_text or re.fullmatch(r"\(?[A-H]\)?|(?i:yes|no|odd)|[A-Za-z][A-Za-z' -]{3,}", text)) and not re.search(r"\d", text)
+    return bool(in_text or re.fullmatch(r"\(?[A-H]\)?|(?i:yes|no|odd)|(?=.*[A-Za-z]{2})[A-Za-z][A-Za-z' -]{3,}", text)) and not re.search(
+        r"\d", text
+    )
 
 
 def _same_in_sympy(predicted: str, expected: str) -> Verdict:
@@ -203,9 +223,8 @@ def _same_in_sympy(predicted: str, expected: str) -> Verdict:
             same = bool(ratio.is_number and ratio.is_finite and not ratio.is_zero)
         elif isinstance(have, sympy.Eq) and not isinstance(want, sympy.logic.boolalg.Boolean):
             return wrong("an equation, not a value")
-        elif _is_constant(want) and _is_constant(have):  # 30 digits, relative: no absolute tolerance
-            a, b = sympy.N(want, 40), sympy.N(have, 40)
-            same = a == b or bool(abs(a - b) < 10**-30 * max(abs(a), abs(b)))
+        elif (identical := _identical(have, want)) is not None:
+            same = identical
         else:
             same = math_verify(want, have, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
     except Exception as error:  # whatever the prediction makes sympy raise is the prediction's fault
@@ -215,11 +234,13 @@ def _same_in_sympy(predicted: str, expected: str) -> Verdict:
 
 def _check_bounds(predicted: str, expected: str) -> None:
     """Raises TooLarge for a prediction that sympy could take long over, by rule and not by the clock."""
-    heavy = next((match for match in HEAVY.finditer(predicted) if match.group() not in expected), None)
+    heavy = next((match for match in HEAVY.finditer(LIGHT_FACTORIAL.sub("k", predicted)) if match.group() not in expected), None)
     if heavy:
         raise TooLarge(heavy.group()[:20])
     if _depth(predicted) > MAX_DEPTH_IN_SYMPY + _depth(expected):
         raise TooLarge("nested too deep")
+    if predicted.count("|") > MAX_BARS + expected.count("|"):
+        raise TooLarge("too many bars")
     if predicted.count("(") > MAX_BRACKETS + expected.count("("):
         raise TooLarge("too many brackets")
     if predicted.count("+") + predicted.count("-") > MAX_TERMS + expected.count("+") + expected.count("-"):
@@ -229,7 +250,7 @@ def _check_bounds(predicted: str, expected: str) -> None:
         exponent = match[2] or ""
         if exponent == "{":
             exponent = predicted[match.end() : closing(predicted, match.end() - 1)]
-        if re.search(r"[\d)}]\s*\^", exponent):
+        if re.search(r"[\d)}]\s*\^|\^.*\^", exponent):
             raise TooLarge("a tower of powers")
         largest = max((int(digits) for digits in re.findall(r"\d{1,9}", exponent)), default=1)
         powered *= max(largest, 1) if match[1] in ")}]" else 1
@@ -243,6 +264,7 @@ def _parse(text: str) -> Any:
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
+    text = re.sub(r"(?<=[A-Za-z])(?:'|\^\{ ?\\prime ?\}|\^ ?\\prime)", "_{p}", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # thousands; the commas of collections are split by now
     imaginary = re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", text) is not None
     config = ConversionConfig(lowercase_symbols=False)
@@ -252,5 +274,24 @@ def _parse(text: str) -> Any:
     return value.subs(sympy.Symbol("i"), sympy.I) if imaginary else value
 
 
-def _is_constant(value: Any) -> bool:
-    return bool(getattr(value, "is_number", False))
+def _identical(a: Any, b: Any) -> bool | None:
+    """Whether two expressions have one value, to 100 digits and at four points; None for sets, relations, and where too few points tell.
+
+    A point at which one of them is not defined makes no difference: (x^2-1)/(x-1) is x+1.
+    """
+    import sympy
+
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
+        return None
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    agreed = 0
+    for point in POINTS if symbols else [()]:
+        at = {symbol: sympy.Rational(point[i % len(point)] * (i // len(point) + 1), 97) for i, symbol in enumerate(symbols)}
+        x, y = a.subs(at), b.subs(at)
+        if not all((value := sympy.N(side, 5)).is_number and value.is_finite for side in (x, y)):
+            continue
+        difference = x - y
+        if difference != 0 and (difference.is_Rational or not abs(sympy.N(difference, 5, maxn=DIGITS + 20)) < sympy.Float(f"1e-{DIGITS}")):
+            return False
+        agreed += 1
+    return True if agreed >= min(2, len(symbols) + 1) else None

@@ -30,11 +30,14 @@ UNICODE: dict[str, str | int | None] = {
     },
     **{"\u00a0": " ", "\u202f": " ", "\u2009": " ", "∅": r"\emptyset ", "％": "%", "€": r"\text{euro}", "£": r"\text{pound}"},
     **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅛": r"\frac{1}{8}"},
-    **{char: f"^{{{digit}}}" for digit, char in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **{char: f"^{{{digit}}}" for digit, char in zip("0123456789-+n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", strict=True)},
     **{char: f"_{{{digit}}}" for digit, char in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+    **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width
 }
 SAME = [  # (what it is, what it becomes), in this order
+    (r",\s*\\!\s*(?=\d{3})", ","),
     (r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
+    (r"∛\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt[3]{\1}"),
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?|\\(?:display|text)style(?![A-Za-z])|\\!\s*|\\limits", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -52,13 +55,22 @@ SAME = [  # (what it is, what it becomes), in this order
     (r"^(\s*\$?)\s*\\approx(?![A-Za-z])", r"\1"),
     (r"\\phantom(?:\{[^{}]*\}|\s*.)", ""),
     (r"\*\*", "^"),
+    (r"_\{\s*\\?(\w+)\s*\}", r"_{\1}"),
+    (r"\\\\\[[^\[\]]{1,8}\]", r"\\\\"),  # a row's extra space
+    (r"([(\[]?)\s*\\begin\{array\}\s*\{[lcr| ]*\}([^()]*)\\end\{array\}\s*[)\]]?", r"\\begin{pmatrix}\2\\end{pmatrix}"),
+    (r"^\\text\{\s*([A-Z](?:\s*,\s*[A-Z])+)\s*\}$", r"\1"),
+    (r"\\text\{(\w+)\}_", r"\1_"),
+    (r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,4})$", r"\1\\times 10^{\2}"),
 ]
+DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\\text\{degree\}")
+REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\{(\d{1,20})\}")
+TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
 
 
 def normalise(text: str) -> str:
     """One spelling of an answer: `$\\dfrac12$.` -> `\\frac{1}{2}`, `10,\\!080` -> `10,080`, `90°` -> `90\\text{degree}`."""
     text = text.translate(str.maketrans(UNICODE))
-    text = re.sub(r"\}\^\{(?=\d\})", "", text) if re.search(r"\^\{\d\}\^\{\d\}", text) else text  # ¹⁰ is one exponent
+    text = re.sub(r"\}\^\{(?=[\dn]\})", "", text) if re.search(r"\^\{[\d+-]\}\^\{[\dn]\}", text) else text  # ¹⁰ is one exponent
     for pattern, plain in SAME:
         text = re.sub(pattern, plain, text)
     text = text.strip().rstrip(".。").strip()
@@ -66,6 +78,9 @@ def normalise(text: str) -> str:
         text = re.sub(r"(?<!\\)\$", "", text)
     if text[:2] in (r"\(", r"\[") and text[-2:] in (r"\)", r"\]"):
         text = text[2:-2]
+    text = REPEATING.sub(_repeating, text)
+    if TRIGONOMETRIC.search(text):
+        text = DEGREES.sub(r"(\1\\pi/180)", text)
     return braced(re.sub(r"\s+", " ", text.strip().rstrip("."))).strip()
 
 
@@ -119,3 +134,15 @@ def split(text: str, separators: tuple[str, ...] = (",", ";")) -> list[str]:
         depth += (text[i] in "([{") - (text[i] in ")]}")
         i += len(found) or 1
     return [*pieces, text[start:].strip()]
+
+
+def _repeating(match: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` -> `\frac{15}{90}`."""
+    whole, once, again = match.groups()
+    return rf"\frac{{{int(whole + once + again) - int(whole + once or 0)}}}{{{10 ** len(once) * (10 ** len(again) - 1)}}}"
+
+
+def words(text: str) -> str:
+    r"""`\text{ (C) }`, `C.` and `c` -> "c"."""
+    text = " ".join(re.sub(r"\\text|[{}$]", "", text).casefold().split()).strip(" .")
+    return text[1:-1].strip() if re.fullmatch(r"\(\s*\w\s*\)", text) else text

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from grpo.types import Completion, Problem, Verdict
 from rewards._equal import equal
+from rewards._latex import normalise
 from rewards._parse import TAGS, final_answer
 
-MAX_BARE = 200  # characters of an answer without tags or box
+TIMEOUT_S = 5.0  # in a worker of the pool; deterministic bounds come first, so that no answer should ever take as long
+MAX_BARE = 1000  # characters of an answer without tags or box
 
 
 def reward(completion: Completion, problem: Problem) -> Verdict:
@@ -16,7 +18,36 @@ def reward(completion: Completion, problem: Problem) -> Verdict:
 
 
 def verify(prediction: str, gold: str) -> Verdict:
-    """The verdict on a whole completion, or on a short bare answer: `verify("1/2", "0.5")` is correct."""
-    bare = len(prediction) <= MAX_BARE and not any(mark in prediction for mark in (*TAGS, r"\boxed"))
-    answer = prediction if bare else final_answer(prediction)
+    """The verdict on a whole completion, or on a bare answer: `verify("1/2", "0.5")` is correct. Never raises, never evaluates the text."""
+    answer = prediction if _is_bare(prediction) else final_answer(prediction)
     return Verdict(value="wrong", reason="no final answer") if answer is None else equal(answer, gold)
+
+
+def explain(prediction: str, gold: str) -> str:
+    """`verify` in words: where the answer was found, how both were read, and the verdict."""
+    verdict = verify(prediction, gold)
+    bare = _is_bare(prediction)
+    answer = prediction if bare else final_answer(prediction)
+    lines = {"answer": answer, "found": "a bare answer" if bare else "in the completion", "gold": gold}
+    if answer is not None and len(answer) <= MAX_BARE:
+        lines |= {"answer, normalised": normalise(answer), "gold, normalised": normalise(gold)}
+    lines |= {"verdict": f"{verdict.value}{verdict.reason and ': ' + verdict.reason}"}
+    return "\n".join(f"{name:20}{text!r}" if name != "verdict" else f"{name:20}{text}" for name, text in lines.items())
+
+
+def warm_up() -> None:
+    """Loads sympy and the LaTeX parser: not the time of the first answer."""
+    for example in (
+        r"\sqrt{2}+x^2-3xy",
+        r"\frac{a}{b}\cdot(1+\pi)",
+        r"\cos(2x)\log_2 3",
+        r"x\le 5",
+        r"(1,\infty)\cup[2,3]",
+        r"y=2x+e^{-t}",
+        r"|x|!",
+    ):
+        equal(example, example + "+1")  # its tables grow with what it meets
+
+
+def _is_bare(prediction: str) -> bool:
+    return len(prediction) <= MAX_BARE and not any(mark in prediction for mark in (*TAGS, r"\boxed"))

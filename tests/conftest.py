@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from grpo import models
 from grpo.cli import QUIET
 
 os.environ.update(QUIET)
+hypothesis.settings.register_profile("grpo", deadline=None)  # a busy machine is no bug
+hypothesis.settings.load_profile("grpo")
 TINY_SHAPE = {
     "num_hidden_layers": 2,
     "hidden_size": 64,

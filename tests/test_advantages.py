@@ -49,7 +49,7 @@ def scored(rewards_G):
     )
     group = Group(problem=Problem(id="p", question="", answer="", source=""), prompt_ids=(5, 6), completions=completions)
     none = (None,) * len(rewards_G)
-    return ScoredGroup(group=group, rewards=tuple(rewards_G), parts=({},) * len(rewards_G), verdicts=none)
+    return ScoredGroup(group=group, rewards=tuple(rewards_G), parts=({},) * len(rewards_G), verdicts=none, faults=({},) * len(rewards_G))
 
 
 def test_samples_repeat_the_advantage_over_a_completions_tokens_and_drop_the_undecided():

@@ -61,7 +61,7 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 def test_overrides_are_yaml_and_scientific_notation_is_a_number():
     tree = configs.apply_overrides(MINIMAL, ["learner.lr=3e-5", "rewards={accuracy: 1.0}", "model.warm_start="])
     config = configs.parse(tree)
-    assert config.learner.lr == 3e-5 and config.rewards == {"accuracy": 1.0} and config.model.warm_start is None
+    assert config.learner.lr == 3e-5 and config.rewards == {"accuracy": configs.Reward(weight=1.0)} and config.model.warm_start is None
     assert "learner" not in MINIMAL
 
 

@@ -1,13 +1,20 @@
 """The accuracy reward: equal in value and kind is correct, all else is wrong, and no text of a model makes it fail or run."""
 
+import json
+import threading
+from pathlib import Path
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.types import Completion, Problem
 from rewards._equal import equal
 from rewards._exact import TooLarge, exact
-from rewards.accuracy import reward, verify
+from rewards.accuracy import explain, reward, verify
+
+CASES = [json.loads(line) for line in (Path(__file__).parent / "verifier_cases.jsonl").read_text().splitlines()]
+ATTACKS = [json.loads(line) for line in (Path(__file__).parent / "verifier_hostile.jsonl").read_text().splitlines()]
 
 CORRECT = [
     (r"\frac12", "0.5"),
@@ -234,7 +241,7 @@ def test_deep_recursion_is_no_exception(prediction):
 
 def test_a_long_prediction_is_wrong_by_rule():
     assert equal("5" + " " * 10**6, "5").reason == "longer than 1000 characters"
-    assert verify("5" + " " * 300, "5").reason == "no final answer"
+    assert verify("5" + " " * 2000, "5").reason == "no final answer"
 
 
 @pytest.mark.parametrize(
@@ -284,3 +291,85 @@ def test_neighbours_are_never_equal(numerator, denominator):
 @given(st.text("0123456789.,/-+()[]{}\\$%= ^_abx", max_size=40))
 def test_any_text_gets_a_verdict_against_a_number(prediction):
     assert equal(prediction, "12345678.5").value == "wrong" or "5678" in prediction
+
+
+@pytest.mark.parametrize("category", sorted({case["category"] for case in CASES}))
+def test_the_labelled_cases(category):
+    """Written from the conventions by people who had not seen the verifier (tests/benchmarks/verifier_audit.py has the table)."""
+    cases = [case for case in CASES if case["category"] == category]
+    wrong = [(case, found) for case in cases if (found := verify(case["prediction"], case["gold"])).value != case["label"]]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("kind", sorted({case["kind"] for case in ATTACKS}))
+def test_hostile_text_gets_nothing_and_runs_nothing(kind, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def judge():  # in a thread: nothing here may need signals
+        for case in ATTACKS:
+            text = case.get("prefix", "") + case["prediction"] * case.get("repeat", 1) + case.get("suffix", "")
+            if case["kind"] == kind:
+                forms = (text, f"<think>x</think><answer>{text}</answer>")
+                found.extend((case, value) for form in forms if (value := verify(form, case["gold"]).value) != "wrong")
+
+    before = set(Path("/tmp").iterdir())
+    thread = threading.Thread(target=judge)
+    thread.start()
+    thread.join()
+    assert not found and not list(tmp_path.iterdir()) and Path("/tmp/pwned") not in set(Path("/tmp").iterdir()) - before
+
+
+numbers = st.one_of(
+    st.integers(-(10**6), 10**6).map(str),
+    st.tuples(st.integers(-99, 99), st.integers(1, 99)).map(lambda p: rf"\frac{{{p[0]}}}{{{p[1]}}}"),
+    st.tuples(st.integers(-999, 999), st.integers(0, 99)).map(lambda p: f"{p[0]}.{p[1]:02}"),
+    st.tuples(st.integers(2, 9), st.integers(2, 30)).map(lambda p: rf"{p[0]}\sqrt{{{p[1]}}}"),
+    st.integers(2, 40).map(lambda n: rf"\frac{{\pi}}{{{n}}}"),
+)
+terms = st.lists(
+    st.tuples(st.integers(1, 9), st.sampled_from(["x", "x^2", "y", "xy"])).map(lambda p: f"{p[0]}{p[1]}"), min_size=1, max_size=3
+)
+expressions = terms.map(" + ".join)
+elements = st.lists(numbers, min_size=2, max_size=3)
+answers = st.one_of(
+    numbers, expressions, elements.map(lambda e: f"({', '.join(e)})"), elements.map(lambda e: rf"\{{{', '.join(e)}\}}"),
+    st.tuples(st.sampled_from("(["), st.integers(-9, 0), st.integers(1, 9), st.sampled_from(")]")).map("{0[0]}{0[1]}, {0[2]}{0[3]}".format),
+    st.tuples(st.sampled_from(["x", "y"]), numbers).map(" = ".join),
+)  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(answers)
+def test_an_answer_equals_itself_and_its_noisy_spelling(answer):
+    noisy = answer.replace(r"\frac", r"\dfrac").replace("(", r"\left( ").replace(")", r" \right)").replace(", ", " ,\\, ")
+    for prediction in (
+        answer,
+        f"  {answer}\n",
+        f"${answer}$.",
+        noisy,
+        f"<think>so</think> <answer> {noisy} </answer>",
+        rf"It is \boxed{{{noisy}}}",
+    ):
+        assert verify(prediction, answer).value == "correct", prediction
+
+
+@settings(max_examples=200)
+@given(answers, answers)
+def test_equality_is_symmetric(a, b):
+    assert (equal(a, b).value == "correct") == (equal(b, a).value == "correct")
+
+
+@settings(max_examples=300)
+@given(
+    st.text(alphabet=st.sampled_from(r"0123456789xyz+-*/^_=<>(){}[]|!,.;:%$&\\ abcefinpqrstu√π°²½∞±"), max_size=40),
+    st.sampled_from(["5", r"\frac{1}{2}", "x^2+1", r"\{1,2\}", "B"]),
+)
+def test_scrambled_mathematics_gets_a_verdict(prediction, gold):
+    assert verify(prediction, gold).value in ("correct", "wrong")
+
+
+def test_explain_says_where_the_answer_was_found_and_how_it_was_read():
+    told = explain(r"<think>1</think><answer>$\dfrac12$.</answer>", "0.5")
+    assert "in the completion" in told and r"\\frac{1}{2}" in told and told.endswith("correct")
+    assert explain("no box", "0.5").endswith("wrong: cannot read the answer") or "wrong" in explain("no box", "0.5")

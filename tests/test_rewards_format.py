@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.types import Completion, Problem
+from grpo.types import Completion, Problem, Score
 from rewards._parse import TAGS, boxed, final_answer
 from rewards.format import check, reward
 
@@ -21,34 +21,34 @@ def completion(text: str) -> Completion:
 )
 def test_well_formed_completions_pass(text):
     assert check(text)
-    assert reward(completion(text), PROBLEM) == 1.0
+    assert reward(completion(text), PROBLEM) == Score(value=1.0)
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "0 times <think>"),
-        ("2", "0 times <think>"),
-        ("<think>1+1<answer>2</answer>", "0 times </think>"),
-        ("<think>1+1</think>2", "0 times <answer>"),
-        ("<think>1+1</think><answer>2", "0 times </answer>"),
-        (GOOD + "<answer>3</answer>", "2 times <answer>"),
-        (GOOD + GOOD, "2 times <think>"),
-        ("<think><think>1+1</think><answer>2</answer>", "2 times <think>"),
-        (GOOD + "</answer>", "2 times </answer>"),
-        ("<THINK>1+1</THINK><ANSWER>2</ANSWER>", "0 times <think>"),
-        ("<think>1+1</think><Answer>2</Answer>", "0 times <answer>"),
-        ("< think>1+1</think><answer>2</answer>", "0 times <think>"),
-        ("<think>1+1</think><answer>2</ answer>", "0 times </answer>"),
+        ("", "no think"),
+        ("2", "no think"),
+        ("<think>1+1<answer>2</answer>", "no think end"),
+        ("<think>1+1</think>2", "no answer"),
+        ("<think>1+1</think><answer>2", "no answer end"),
+        (GOOD + "<answer>3</answer>", "several answer"),
+        (GOOD + GOOD, "several think"),
+        ("<think><think>1+1</think><answer>2</answer>", "several think"),
+        (GOOD + "</answer>", "several answer end"),
+        ("<THINK>1+1</THINK><ANSWER>2</ANSWER>", "no think"),
+        ("<think>1+1</think><Answer>2</Answer>", "no answer"),
+        ("< think>1+1</think><answer>2</answer>", "no think"),
+        ("<think>1+1</think><answer>2</ answer>", "no answer end"),
         ("<answer>2</answer><think>1+1</think>", "tags out of order"),
         ("</think>1+1<think><answer>2</answer>", "tags out of order"),
         ("<think>1+1<answer>2</answer></think>", "tags out of order"),
         ("<think>1+1<answer></think>2</answer>", "tags out of order"),
-        ("Sure! " + GOOD, "text before <think>"),
-        (GOOD + " Done.", "text after </answer>"),
-        (GOOD + "\nDone.", "text after </answer>"),
-        ("Sure!\n" + GOOD, "text before <think>"),
-        ("<think>1+1</think> so <answer>2</answer>", "text between the parts"),
+        ("Sure! " + GOOD, "text before think"),
+        (GOOD + " Done.", "text after answer"),
+        (GOOD + "\nDone.", "text after answer"),
+        ("Sure!\n" + GOOD, "text before think"),
+        ("<think>1+1</think> so <answer>2</answer>", "text between"),
         ("<think></think><answer>2</answer>", "empty thoughts"),
         ("<think> \n\t</think><answer>2</answer>", "empty thoughts"),
         ("<think>1+1</think><answer>\n</answer>", "empty answer"),
@@ -58,13 +58,13 @@ def test_each_fault_is_named(text, reason):
     verdict = check(text)
     assert not verdict
     assert verdict.reason == reason
-    assert reward(completion(text), PROBLEM) == 0.0
+    assert reward(completion(text), PROBLEM) == Score(value=0.0, reason=reason)
 
 
 def test_a_prefilled_tag_is_put_back_before_judging():
     assert check("1+1</think><answer>2</answer>", prefilled=True)
     assert not check("1+1</think><answer>2</answer>")
-    assert check(GOOD, prefilled=True).reason == "2 times <think>"
+    assert check(GOOD, prefilled=True).reason == "several think"
 
 
 @given(st.lists(st.sampled_from([*TAGS, "x", " ", "\n", "\\boxed{", "}", "<", "/think>"]), max_size=14))

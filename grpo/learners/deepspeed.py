@@ -95,6 +95,7 @@ class Learner:
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
         if not math.isfinite(norm) or not math.isfinite(sums["loss"]):
             raise RunError(f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite; lower learner.lr")
+        return_freed_memory()
         loss_value = sums.pop("loss")
         return {name: value / tokens for name, value in sums.items()} | {
             "loss": loss_value, "policy/grad_norm": norm, "policy/lr": lr, "mismatch/max_weight": highest,
@@ -214,12 +215,19 @@ def init_process_group() -> Any:
 
 
 def _keep_freed_memory() -> None:
-    """glibc gives large tensors back to the system and faults them in again: a third of an SFT update on a CPU went there."""
+    """Within an update: glibc gives large tensors back to the system and faults them in again, a third of an SFT update on a CPU."""
     with contextlib.suppress(AttributeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end stays
         mallopt(-2, 1 << 28)  # M_TOP_PAD: and grows by 256 MiB
+
+
+def return_freed_memory() -> None:
+    """After an update: its holes, left to the next one, would grow with every length of sequence."""
+    if not torch.cuda.is_available():
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _quiet_deepspeed() -> Any:

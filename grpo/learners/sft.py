@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from grpo import models
 from grpo.config import SftConfig
-from grpo.learners.deepspeed import deepspeed_config, init_process_group, learning_rate
+from grpo.learners.deepspeed import deepspeed_config, init_process_group, learning_rate, return_freed_memory
 
 METRICS = {
     "loss": "loss", "grad_norm": "policy/grad_norm", "entropy": "policy/entropy", "mean_token_accuracy": "policy/token_accuracy",
@@ -76,6 +76,7 @@ class SupervisedTrainer(SFTTrainer):
         if "loss" not in logs:  # the trainer's closing summary
             return
         super().log(logs, start_time)
+        return_freed_memory()
         update = self.state.global_step
         settings = self._config.learner
         row: dict[str, Any] = {"step": update, "update": update}

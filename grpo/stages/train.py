@@ -12,6 +12,7 @@ from grpo.config import Config
 from grpo.metrics import quiet
 from grpo.signals import Interrupted
 from grpo.stages._run import Stage, held_out, load_problems, mixture, open_stage, prepare, start_engine
+from rewards._pool import Pool
 
 
 def train(config: Config, *, resume: bool, keep: bool = True) -> None:
@@ -19,20 +20,25 @@ def train(config: Config, *, resume: bool, keep: bool = True) -> None:
 
     Raises UserError before anything heavy is done, RunError when the run cannot go on, Interrupted after Ctrl-C or SIGTERM (saved).
     """
-    parts = {
-        "rewards": {name: (plugins.reward(name), weight) for name, weight in config.rewards.items()},
+    pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
+    parts: dict[str, Any] = {
+        "pool": pool,
+        "rewards": plugins.rewards(config.rewards, pool),
         "loss": plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss"),
         "problems": load_problems(config.data, "train", config.seed),
         "held_out_problems": load_problems(config.eval.data or config.data, "test", config.seed) if config.eval.every else {},
     }
     first = warm_start_config(config) if config.model.warm_start else None
     with open_stage(config, "train", total=config.train.rollouts, unit="rollout", resume=resume) as stage:
+        stage.stack.callback(pool.close)
         if first:
             config = config.model_copy(update={"model": config.model.model_copy(update={"path": _warm_started(first, stage)})})
         _run(config, stage, resume=resume, keep=keep, **parts)
 
 
-def _run(config: Config, stage: Stage, *, resume: bool, keep: bool, rewards: Any, loss: Any, problems: Any, held_out_problems: Any) -> None:
+def _run(
+    config: Config, stage: Stage, *, resume: bool, keep: bool, pool: Pool, rewards: Any, loss: Any, problems: Any, held_out_problems: Any
+) -> None:  # fmt: skip
     from grpo.learners.deepspeed import Learner
     from grpo.loop import Loop
     from grpo.probe import MAX_GAP, Probe, probe_prompts
@@ -63,7 +69,7 @@ def _run(config: Config, stage: Stage, *, resume: bool, keep: bool, rewards: Any
     loop = Loop(
         config=config, run=run, engine=engine, learner=learner, prompts=prompts, rewards=rewards, take=stream.take,
         held_out=test, probe=probe, display=display, record_row=stage.record, machine=machine, shape=shape,
-        signals=stage.signals,
+        signals=stage.signals, pool=pool,
     )  # fmt: skip
     checkpoint = run.latest() if resume else None
     if checkpoint:
@@ -93,10 +99,12 @@ def _run(config: Config, stage: Stage, *, resume: bool, keep: bool, rewards: Any
 
 
 def warm_start_config(config: Config) -> configs.SftConfig:
-    """Returns the config of the run's supervised start: it writes into the run's own directory, with the run's seed and progress."""
+    """Returns the config of the run's supervised start: it writes into the run's directory, with the run's seed, progress and data.path."""
     assert config.model.warm_start
     sft = configs.load(config.model.warm_start, kind=configs.SftConfig)
-    return sft.model_copy(update={"run_dir": str(Path(config.run_dir) / "warm_start"), "seed": config.seed, "logging": config.logging})
+    data = sft.data.model_copy(update={"path": sft.data.path or config.data.path})
+    own = {"run_dir": str(Path(config.run_dir) / "warm_start"), "seed": config.seed, "logging": config.logging, "data": data}
+    return sft.model_copy(update=own)
 
 
 def _warm_started(config: configs.SftConfig, stage: Stage) -> str:

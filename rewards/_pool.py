@@ -1,0 +1,216 @@
+"""Worker processes that judge completions, each call under a wall-clock limit enforced by killing. Works from any thread of any process.
+
+A worker is `python -m rewards._pool`, started when the first call comes and kept: between calls it waits on a pipe and costs nothing.
+It knows functions by name and answers with what they return; a call without an answer comes back as a `Failure`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal
+
+START_TIMEOUT_S = 120.0  # importing sympy from a cold disk
+RECYCLE = 5_000  # calls after which a worker is replaced: sympy's caches grow
+STARVED = 0.5  # a call that had less than this share of its time on a processor is our machine's failure, not its own
+
+
+_How = tuple[str, float, dict[str, Any]]  # function, time limit, options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a call has no answer: it raised an `error`; its own doing (`timeout`, `memory`, `crash`); or ours: `lost`, killed twice."""
+
+    kind: Literal["error", "timeout", "memory", "crash", "lost"]
+    reason: str
+
+
+class Pool:
+    """`Pool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` -> `[Verdict(value="correct")]`."""
+
+    def __init__(self, workers: int | None = None, *, memory_gb: float = 4.0) -> None:
+        """At most `workers` processes (default: the cores, up to 8) of `memory_gb` of address space each. Starts none yet."""
+        self._most = workers or min(os.cpu_count() or 1, 8)
+        self._memory_gb = memory_gb
+        self._workers: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self.counts: Counter[str] = Counter()  # calls, failures by kind (every try), restarts: since the start
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers; a later `map` starts new ones."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.end()
+
+    def map(
+        self, function: str, calls: Sequence[tuple[Any, ...]], *, timeout_s: float, options: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Returns, in order, what `module:function` returns for each call's arguments and the common `options`, or a `Failure`.
+
+        A call past its limit is killed. One whose worker was killed from outside, or had no processor, is made once more.
+        """
+        with self._lock:
+            if self._pid != os.getpid():  # forked: the workers are the parent's
+                self._pid, self._workers = os.getpid(), []
+            try:
+                return self._map((function, timeout_s, dict(options or {})), calls)
+            except BaseException:  # Ctrl-C too: what is half done must not answer the next call
+                self.close()
+                raise
+
+    def _map(self, how: _How, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        results: list[Any] = [None] * len(calls)
+        todo = deque((i, 1) for i in range(len(calls)))  # position, which try
+        self.counts["calls"] += len(calls)
+        while todo or any(worker.job for worker in self._workers):
+            self._hand_out(how, calls, todo)
+            busy = [worker for worker in self._workers if worker.job]
+            ready = wait([worker.pipe for worker in busy], max(min(worker.deadline for worker in busy) - time.monotonic(), 0))
+            for worker in busy:
+                if worker.pipe not in ready and time.monotonic() < worker.deadline:
+                    continue
+                answer = worker.answer() if worker.pipe in ready else worker.overdue()
+                if answer is None or worker.job is None:  # it has only loaded the function
+                    continue
+                (position, tries), worker.job = worker.job, None
+                if isinstance(answer, Failure) and answer.kind != "error":
+                    self.counts.update([answer.kind, "restarts"])
+                    self._workers.remove(worker)
+                    worker.end()
+                if isinstance(answer, Failure) and answer.kind in ("lost", "crash") and tries == 1:
+                    todo.appendleft((position, 2))
+                else:
+                    results[position] = answer
+        return results
+
+    def _hand_out(self, how: _How, calls: Sequence[tuple[Any, ...]], todo: deque[tuple[int, int]]) -> None:
+        for worker in [worker for worker in self._workers if not worker.job and worker.served >= RECYCLE]:
+            self._workers.remove(worker)
+            worker.end()
+        idle = [worker for worker in self._workers if not worker.job]
+        while todo and (idle or len(self._workers) < self._most):
+            if not idle:
+                idle = [_Worker(self._memory_gb)]
+                self._workers += idle
+            job = todo.popleft()
+            idle.pop().begin(job, how, calls[job[0]])
+
+
+class _Worker:
+    """One process; at its other end `main`."""
+
+    def __init__(self, memory_gb: float) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "rewards._pool", str(theirs.fileno()), str(int(memory_gb * 2**30))]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # a session of its own: Ctrl-C is the trainer's to handle
+        theirs.close()
+        self.pipe = Connection(ours.detach())
+        self.job: tuple[int, int] | None = None
+        self.deadline = 0.0
+        self.served = 0
+        self._timeout_s = 0.0
+        self._loaded: set[str] = set()
+        self._cpu_s = 0.0  # at the call's begin
+
+    def begin(self, job: tuple[int, int], how: _How, arguments: tuple[Any, ...]) -> None:
+        function, timeout_s, _ = how
+        self.job, self.served, self._timeout_s, self._cpu_s = job, self.served + 1, timeout_s, self._cpu()
+        self.deadline = time.monotonic() + (timeout_s if function in self._loaded else START_TIMEOUT_S)
+        self._loaded.add(function)
+        with contextlib.suppress(OSError):  # a dead worker is found out when its answer is read
+            self.pipe.send((how, arguments))
+
+    def answer(self) -> Any:
+        """What came over the pipe; None when the call's own time only begins now."""
+        try:
+            kind, value = self.pipe.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):
+            code = self._process.wait()
+            if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT):
+                return Failure(kind="lost", reason=f"its worker was killed by {signal.Signals(-code).name}")
+            return Failure(kind="crash", reason=f"its worker ended with code {code}")
+        if kind == "loaded":
+            self.deadline, self._cpu_s = time.monotonic() + self._timeout_s, self._cpu()
+            return None
+        return value
+
+    def overdue(self) -> Failure:
+        if self._cpu() - self._cpu_s < STARVED * self._timeout_s:
+            return Failure(kind="lost", reason=f"its worker got too little processor time in {self._timeout_s:g} s")
+        return Failure(kind="timeout", reason=f"longer than {self._timeout_s:g} s")
+
+    def end(self) -> None:
+        self.pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _cpu(self) -> float:
+        """Processor seconds of the worker so far."""
+        with contextlib.suppress(OSError):
+            return time.clock_gettime((~self._process.pid << 3) | 2)  # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3)
+        return self._cpu_s
+
+
+def main(pipe_fd: int, memory: int) -> None:
+    """A worker: answers calls until the pipe closes."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pipe = Connection(pipe_fd)
+    loaded: dict[str, Any] = {}
+    while True:
+        try:
+            (name, timeout_s, options), arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if name not in loaded:
+                module, _, attribute = name.partition(":")
+                loaded[name] = getattr(importlib.import_module(module), attribute)
+                getattr(sys.modules[module], "warm_up", lambda: None)()
+                pipe.send(("loaded", None))
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)  # without a parent to kill it, it ends by itself
+            answer = loaded[name](*arguments, **options)
+        except MemoryError:
+            answer = Failure(kind="memory", reason=f"more than {memory / 2**30:g} GB")
+        except Exception as error:
+            answer = Failure(kind="error", reason=f"{type(error).__name__}: {error}")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            pipe.send(("answer", answer))
+        except BrokenPipeError:
+            return
+
+
+if __name__ == "__main__":
+    from rewards import _pool  # its classes are pickled under the name that the parent knows
+
+    _pool.main(int(sys.argv[1]), int(sys.argv[2]))
