@@ -85,9 +85,11 @@ class Loop:
             self.engine.sleep()
         with timer("rewards"):
             self.display.phase(self.rollout, "rewards")
+            self.pool.counts.clear()  # an evaluation's are not this rollout's
             scored = rollouts.score(groups, self.rewards, self.prompts.for_rewards)
+            counts = {f"verifier/{name}": float(count) for name, count in self.pool.counts.items()}
         self.run.write_samples(f"step-{self.rollout + 1:06d}", sample_rows(scored, config.algorithm.advantage))
-        row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(scored)}
+        row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(scored), **counts}
         with timer("update"):
             row |= self.update(to_samples(scored, config.algorithm.advantage))
         self.rollout += 1
@@ -104,7 +106,6 @@ class Loop:
                 with timer("eval"):
                     self.evaluate(row)
         finally:
-            row |= {f"verifier/{name}": float(count) for name, count in self.pool.counts.items()}
             row |= timer.metrics() | self._bounds(groups, int(config.train.updates_per_rollout - row.get("update/skipped", 0)))
             row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
             self.record(row)

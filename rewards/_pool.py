@@ -49,7 +49,7 @@ class Pool:
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._pid = os.getpid()
-        self.counts: Counter[str] = Counter()  # calls, failures by kind (every try), restarts: since the start
+        self.counts: Counter[str] = Counter()  # calls, failures by kind (every try), restarts; whoever reads them may clear them
 
     def __enter__(self) -> Pool:
         return self
