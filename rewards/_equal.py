@@ -40,7 +40,11 @@ SYMBOL = r"(?<=[\d}]) ?(?:cm|mm|km|kg|ft|in|mph|m|g|s|h|L)(?![A-Za-z(])"
 UNIT = re.compile(
     rf"(.+?) ?(\\text\{{[^{{}}]*\}}|\\?%|(?<=[\d}})!]) (?!(?:{NO_UNIT})\b)[a-z]{{2}}|{SYMBOL})([ .^/{{}}23a-z]|\\text\{{[^{{}}]*\}})*"
 )
-UNIT_NAMES = {"$": "dollar", "percent": "%", "deg": "degree", "centimeter": "cm", "meter": "m", "kilometer": "km", "feet": "foot"}
+UNIT_NAMES = {
+    "$": "dollar", "percent": "%", "deg": "degree", "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km",
+    "kilometre": "km", "feet": "foot", "ft": "foot", "inche": "inch", "in": "inch", "hr": "hour", "h": "hour",
+    "min": "minute", "sec": "second", "mi": "mile",
+}  # fmt: skip
 FACTORS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -201,7 +205,7 @@ def _depth(text: str) -> int:
 def _is_words(text: str) -> bool:
     """Words, or the letter of a choice: in `\\text{}` wholly, or four plain letters and more."""
     in_text = re.fullmatch(r"\s*\\text\{[^{}]*\}\s*", text)
-    return bool(in_text or re.fullmatch(r"\(?[A-H]\)?|(?i:yes|no|odd)|(?=.*[A-Za-z]{2})[A-Za-z][A-Za-z' -]{3,}", text)) and not re.search(
+    return bool(in_text or re.fullmatch(r"\(?[A-H]\)?|(?i:yes|no|odd)|(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]{3,}", text)) and not re.search(
         r"\d", text
     )
 
@@ -213,11 +217,12 @@ def _same_in_sympy(predicted: str, expected: str) -> Verdict:
 
     logging.getLogger("math_verify.grader").setLevel(logging.ERROR)  # it warns that we set no time limit
     try:
-        want = _parse(expected)
+        imaginary = any(re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", text) for text in (predicted, expected))
+        want = _parse(expected, imaginary)
     except Exception as error:  # of antlr and sympy: gold answers come in every form
         return Verdict(value="undecided", reason=f"cannot read the gold answer: {type(error).__name__}")
     try:
-        have = _parse(predicted)
+        have = _parse(predicted, imaginary)
         if isinstance(want, sympy.Eq) and isinstance(have, sympy.Eq):  # equal up to moving terms and a factor
             ratio = sympy.simplify((have.lhs - have.rhs) / (want.lhs - want.rhs))
             same = bool(ratio.is_number and ratio.is_finite and not ratio.is_zero)
@@ -246,9 +251,9 @@ def _check_bounds(predicted: str, expected: str) -> None:
     if predicted.count("+") + predicted.count("-") > MAX_TERMS + expected.count("+") + expected.count("-"):
         raise TooLarge("too many terms")
     powered = 1
-    for match in re.finditer(r"(.)\s*\^\s*(\{|-?\d+)?", predicted):
+    for match in re.finditer(r"(.)\s*\^\s*([{(]|-?\d+)?", predicted):
         exponent = match[2] or ""
-        if exponent == "{":
+        if exponent in ("{", "("):
             exponent = predicted[match.end() : closing(predicted, match.end() - 1)]
         if re.search(r"[\d)}]\s*\^|\^.*\^", exponent):
             raise TooLarge("a tower of powers")
@@ -258,15 +263,14 @@ def _check_bounds(predicted: str, expected: str) -> None:
             raise TooLarge("a power")
 
 
-def _parse(text: str) -> Any:
-    """The sympy value of LaTeX, decimals exact. Raises whatever antlr and sympy raise."""
+def _parse(text: str, imaginary: bool) -> Any:
+    """The sympy value of LaTeX, decimals exact; `imaginary`: i is the unit, no symbol is real. Raises what antlr and sympy raise."""
     import sympy
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     text = re.sub(r"(?<=[A-Za-z])(?:'|\^\{ ?\\prime ?\}|\^ ?\\prime)", "_{p}", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # thousands; the commas of collections are split by now
-    imaginary = re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", text) is not None
     config = ConversionConfig(lowercase_symbols=False)
     value = latex2sympy(text, is_real=None if imaginary else True, normalization_config=None, conversion_config=config)
     floats = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 START_TIMEOUT_S = 120.0  # importing sympy from a cold disk
 RECYCLE = 5_000  # calls after which a worker is replaced: sympy's caches grow
+LOADED = object()  # what a worker's first message stands for: the call's own time begins
 STARVED = 0.5  # a call that had less than this share of its time on a processor is our machine's failure, not its own
 
 
@@ -68,11 +70,12 @@ class Pool:
     ) -> list[Any]:
         """Returns, in order, what `module:function` returns for each call's arguments and the common `options`, or a `Failure`.
 
-        A call past its limit is killed. One whose worker was killed from outside, or had no processor, is made once more.
+        A call past its limit is killed. One whose worker was killed from outside, crashed, or had no processor, is made once more.
+        Raises RuntimeError when a worker cannot load the function.
         """
+        if self._pid != os.getpid():  # forked: the workers, and whoever holds the lock, are the parent's
+            self._pid, self._workers, self._lock = os.getpid(), [], threading.Lock()
         with self._lock:
-            if self._pid != os.getpid():  # forked: the workers are the parent's
-                self._pid, self._workers = os.getpid(), []
             try:
                 return self._map((function, timeout_s, dict(options or {})), calls)
             except BaseException:  # Ctrl-C too: what is half done must not answer the next call
@@ -91,7 +94,7 @@ class Pool:
                 if worker.pipe not in ready and time.monotonic() < worker.deadline:
                     continue
                 answer = worker.answer() if worker.pipe in ready else worker.overdue()
-                if answer is None or worker.job is None:  # it has only loaded the function
+                if answer is LOADED or worker.job is None:
                     continue
                 (position, tries), worker.job = worker.job, None
                 if isinstance(answer, Failure) and answer.kind != "error":
@@ -122,7 +125,7 @@ class _Worker:
 
     def __init__(self, memory_gb: float) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "rewards._pool", str(theirs.fileno()), str(int(memory_gb * 2**30))]
+        command = [sys.executable, "-P", "-m", "rewards._pool", str(theirs.fileno()), str(int(memory_gb * 2**30))]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             command,
@@ -139,31 +142,38 @@ class _Worker:
         self.served = 0
         self._timeout_s = 0.0
         self._loaded: set[str] = set()
+        self._loading = ""  # the function that is being imported: what fails then is no call's fault
         self._cpu_s = 0.0  # at the call's begin
 
     def begin(self, job: tuple[int, int], how: _How, arguments: tuple[Any, ...]) -> None:
         function, timeout_s, _ = how
         self.job, self.served, self._timeout_s, self._cpu_s = job, self.served + 1, timeout_s, self._cpu()
-        self.deadline = time.monotonic() + (timeout_s if function in self._loaded else START_TIMEOUT_S)
+        self._loading = "" if function in self._loaded else function
+        self.deadline = time.monotonic() + (START_TIMEOUT_S if self._loading else timeout_s)
         self._loaded.add(function)
         with contextlib.suppress(OSError):  # a dead worker is found out when its answer is read
             self.pipe.send((how, arguments))
 
     def answer(self) -> Any:
-        """What came over the pipe; None when the call's own time only begins now."""
+        """What came over the pipe: the call's answer, or `LOADED`."""
         try:
             kind, value = self.pipe.recv()
         except (EOFError, OSError, pickle.UnpicklingError):
             code = self._process.wait()
             if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT):
                 return Failure(kind="lost", reason=f"its worker was killed by {signal.Signals(-code).name}")
+            if self._loading:
+                raise RuntimeError(f"a worker ended with code {code} while it loaded {self._loading}: see its message above") from None
             return Failure(kind="crash", reason=f"its worker ended with code {code}")
         if kind == "loaded":
+            self._loading = ""
             self.deadline, self._cpu_s = time.monotonic() + self._timeout_s, self._cpu()
-            return None
+            return LOADED
         return value
 
     def overdue(self) -> Failure:
+        if self._loading:
+            raise RuntimeError(f"a worker needs more than {START_TIMEOUT_S:g} s to load {self._loading}")
         if self._cpu() - self._cpu_s < STARVED * self._timeout_s:
             return Failure(kind="lost", reason=f"its worker got too little processor time in {self._timeout_s:g} s")
         return Failure(kind="timeout", reason=f"longer than {self._timeout_s:g} s")
@@ -193,9 +203,7 @@ def main(pipe_fd: int, memory: int) -> None:
             return
         try:
             if name not in loaded:
-                module, _, attribute = name.partition(":")
-                loaded[name] = getattr(importlib.import_module(module), attribute)
-                getattr(sys.modules[module], "warm_up", lambda: None)()
+                loaded[name] = _load(name)
                 pipe.send(("loaded", None))
             signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)  # without a parent to kill it, it ends by itself
             answer = loaded[name](*arguments, **options)
@@ -208,6 +216,20 @@ def main(pipe_fd: int, memory: int) -> None:
             pipe.send(("answer", answer))
         except BrokenPipeError:
             return
+        except Exception as error:  # pickle's: the answer is nothing that can be sent
+            pipe.send(("answer", Failure(kind="error", reason=f"its answer cannot be sent: {error}")))
+
+
+def _load(name: str) -> Any:
+    """The function, warmed up. Whatever fails ends the worker: it is no call's fault."""
+    try:
+        module, _, attribute = name.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        getattr(sys.modules[module], "warm_up", lambda: None)()
+        return found
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

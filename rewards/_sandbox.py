@@ -75,10 +75,12 @@ def run(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if code == REFUSED and process.stderr:
-            raise NoSandbox(process.stderr.read(2000).decode(errors="replace").strip())
+        told = ""
         if process.stderr:
-            process.stderr.close()
+            with process.stderr:  # the program's own goes nowhere: what comes is the sandbox's
+                told = process.stderr.read(2000).decode(errors="replace").strip() if code == REFUSED else ""
+        if told:
+            raise NoSandbox(told)
         out.seek(0)
         return Outcome(code, out.read(OUTPUT_BYTES).decode("utf-8", "replace"), timed_out)
 
@@ -86,6 +88,7 @@ def run(
 def _enter(spec: dict[str, Any]) -> None:
     """Turns this process into the sandboxed interpreter. Never returns."""
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: with the caller this process dies, and with it the namespace
     if spec["isolation"] == "namespaces":
         try:
             privileged = _namespaces(libc)

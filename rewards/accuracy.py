@@ -19,16 +19,14 @@ def reward(completion: Completion, problem: Problem) -> Verdict:
 
 def verify(prediction: str, gold: str) -> Verdict:
     """The verdict on a whole completion, or on a bare answer: `verify("1/2", "0.5")` is correct. Never raises, never evaluates the text."""
-    answer = prediction if _is_bare(prediction) else final_answer(prediction)
+    answer = _answer(prediction)
     return Verdict(value="wrong", reason="no final answer") if answer is None else equal(answer, gold)
 
 
 def explain(prediction: str, gold: str) -> str:
     """`verify` in words: where the answer was found, how both were read, and the verdict."""
-    verdict = verify(prediction, gold)
-    bare = _is_bare(prediction)
-    answer = prediction if bare else final_answer(prediction)
-    lines = {"answer": answer, "found": "a bare answer" if bare else "in the completion", "gold": gold}
+    verdict, answer = verify(prediction, gold), _answer(prediction)
+    lines = {"answer": answer, "found": "a bare answer" if answer is prediction else "in the completion", "gold": gold}
     if answer is not None and len(answer) <= MAX_BARE:
         lines |= {"answer, normalised": normalise(answer), "gold, normalised": normalise(gold)}
     lines |= {"verdict": f"{verdict.value}{verdict.reason and ': ' + verdict.reason}"}
@@ -49,5 +47,6 @@ def warm_up() -> None:
         equal(example, example + "+1")  # its tables grow with what it meets
 
 
-def _is_bare(prediction: str) -> bool:
-    return len(prediction) <= MAX_BARE and not any(mark in prediction for mark in (*TAGS, r"\boxed"))
+def _answer(prediction: str) -> str | None:
+    bare = len(prediction) <= MAX_BARE and not any(mark in prediction for mark in (*TAGS, r"\boxed"))
+    return prediction if bare else final_answer(prediction)

@@ -33,6 +33,8 @@ def letter(answer: str, choices: dict[str, str]) -> str | None:
         return None
     said = words(normalise(answer))
     texts = {name.upper(): words(normalise(str(text))) for name, text in choices.items()}
+    if said.upper() in texts:
+        return said.upper()
     named = [name for name, text in texts.items() if text == said]
     if len(named) == 1:
         return named[0]
@@ -42,4 +44,6 @@ def letter(answer: str, choices: dict[str, str]) -> str | None:
     chosen, rest = match[1].upper(), match[2].strip(" .")
     if rest and rest in texts.values() and rest != texts[chosen]:
         return None
-    return None if re.match(r"(?:(?:and|or) )?\(?[a-z]\)?(?:$|\W)", rest) and rest != texts.get(chosen) else chosen  # `A, B`
+    return (
+        None if re.match(r"(?:(?:and|or) )?\(?[a-z]\)?(?:$|[).,:;]| (?:and|or) )", rest) and rest != texts.get(chosen) else chosen
+    )  # `A, B`

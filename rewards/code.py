@@ -2,7 +2,8 @@
 
 Tests come with the problem, in `meta`: HumanEval's `test` and `entry_point`; MBPP's `test_list` and `test_setup_code`; or
 `io`, a list of `{"input": ..., "output": ...}` for programs that read and write. A program that ends before its tests (`exit(0)`) fails, so
-does a function that returns an object equal to everything. A program that searches the interpreter for its judge can still forge a pass.
+does a function that returns an object of its own class that is equal to everything. Function tests run in the program's interpreter, so a
+program that sets out to can still forge a pass (replace `exec`, read its judge's mark): read the samples. `io` tests are judged outside.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import time
 from typing import Literal
 
 from grpo.types import Completion, Problem, UserError, Verdict
@@ -19,12 +21,13 @@ from rewards._sandbox import NoSandbox, Outcome, run
 TIMEOUT_S = 120.0  # of the whole call, in a worker of the pool
 MAX_CHARS = 50_000
 JUDGE = """
-import json, os, sys
+import functools, json, os, sys
 program, setup, tests, check, token = json.loads({spec!r})
 space = {{"__name__": "__main__"}}
 exec(compile(setup, "setup", "exec"), space)
 before = set(space)
 exec(compile(program, "program", "exec"), space)
+judged = dict(space)  # the program's own calls stay as they are
 
 def honest(value, depth=0):
     own = type(value).__module__ == "__main__" and type(value).__eq__ is not object.__eq__
@@ -34,21 +37,23 @@ def honest(value, depth=0):
     return value
 
 def guarded(function):
-    return lambda *args, **kwargs: honest(function(*args, **kwargs))
+    return functools.wraps(function)(lambda *args, **kwargs: honest(function(*args, **kwargs)))
 
 for name in set(space) - before:
-    if type(space[name]).__name__ == "function":
-        space[name] = guarded(space[name])
-exec(compile(tests, "tests", "exec"), space)
+    if callable(space[name]) and not isinstance(space[name], type):
+        judged[name] = guarded(space[name])
+exec(compile(tests, "tests", "exec"), judged)
 if check:
-    space["check"](space[check])
+    judged["check"](judged[check])
 os.write(1, token.encode())
 os._exit(0)
 """
 
 
-def prepare(isolation: Literal["namespaces", "rlimits"] = "namespaces", **_: object) -> None:
-    """Raises UserError when this machine cannot make the sandbox."""
+def prepare(isolation: Literal["namespaces", "rlimits"] = "namespaces", timeout_s: float = 10.0, **_: object) -> None:
+    """Raises UserError when this machine cannot make the sandbox, or when the time limit is of no use."""
+    if not 0 < timeout_s <= TIMEOUT_S / 2:
+        raise UserError(f"rewards.code.options.timeout_s: got {timeout_s}; give up to {TIMEOUT_S / 2:g} seconds")
     if isolation not in ("namespaces", "rlimits"):
         raise UserError(f"rewards.code.options.isolation: got {isolation!r}; give namespaces or rlimits")
     try:
@@ -75,7 +80,10 @@ def reward(
     if program is None or len(program) > MAX_CHARS:
         return Verdict(value="wrong", reason="no program" if program is None else f"longer than {MAX_CHARS} characters")
     limits = {"timeout_s": timeout_s, "memory_mb": memory_mb, "isolation": isolation}
+    end = time.monotonic() + TIMEOUT_S - timeout_s - 10
     for number, pair in enumerate(meta.get("io") or []):
+        if time.monotonic() > end:
+            return Verdict(value="wrong", reason=f"took more than {TIMEOUT_S - timeout_s - 10:g} s for {number} inputs")
         outcome = run(program, str(pair["input"]), **limits)  # type: ignore[arg-type]
         if fault := _fault(outcome, _lines(outcome.output) == _lines(str(pair["output"]))):
             return Verdict(value="wrong", reason=f"input {number}: {fault}")
@@ -108,9 +116,8 @@ def _judged(program: str, problem: Problem, token: str) -> str:
     entry = str(meta.get("entry_point") or "")
     if entry and not re.search(rf"^def {re.escape(entry)}\b", program, re.MULTILINE):
         program = problem.question + program  # HumanEval: the completion goes on where the prompt ends
-    setup = "\n".join(
-        [*re.findall(r"^(?:from|import) .*$", problem.question if entry else "", re.MULTILINE), str(meta.get("test_setup_code") or "")]
-    )
+    before, found, _ = problem.question.partition(f"def {entry}(") if entry else ("", "", "")
+    setup = before if found else str(meta.get("test_setup_code") or "")  # the prompt's imports and helpers
     tests = str(meta.get("test") or "\n".join(meta.get("test_list") or []))
     return JUDGE.format(spec=json.dumps([program, setup, tests, entry if meta.get("test") else "", token]))
 

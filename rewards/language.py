@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from grpo.types import Completion, Problem
+from grpo.types import Completion, Problem, UserError
 
 SCRIPTS = {  # script -> its characters
     "latin": r"A-Za-z\u00c0-\u024f",
@@ -37,8 +37,14 @@ LANGUAGES: dict[str, set[str]] = {  # language -> the scripts it is written in
 }  # fmt: skip
 OWNERS = {word: [name for name, words in SMALL.items() if word in words.split()] for words in SMALL.values() for word in words.split()}
 FORMULA = re.compile(
-    r"\$[^$]*\$|\\\([^()]*\\\)|\\\[[^\[\]]*\\\]|```[^`]*```|`[^`]*`|\\[A-Za-z]+|https?:\S+|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
+    r"\$[^$]*\$|\\\([^()]*\\\)|\\\[[^\[\]]*\\\]|```[^`]*```|`[^`]*`|\\[A-Za-z]+|https?:\S+|(?<![A-Za-z])[A-Za-z\u0370-\u03ff](?![A-Za-z\u0370-\u03ff])"
 )
+
+
+def prepare(language: str | None = None) -> None:
+    """Raises UserError for a language that is not known."""
+    if language is not None and language not in LANGUAGES:
+        raise UserError(f"rewards.language.options.language: got {language!r}; have {', '.join(sorted(LANGUAGES))}")
 
 
 def reward(completion: Completion, problem: Problem, *, language: str | None = None) -> float:

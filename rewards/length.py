@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from grpo.types import Completion, Problem
+from grpo.types import Completion, Problem, UserError
+
+
+def prepare(max_tokens: int, buffer: int) -> None:
+    """Raises UserError for a buffer that is none."""
+    if not 0 < buffer <= max_tokens:
+        raise UserError(f"rewards.length.options: got buffer={buffer}, max_tokens={max_tokens}; give 0 < buffer <= max_tokens")
 
 
 def reward(completion: Completion, problem: Problem, *, max_tokens: int, buffer: int) -> float:

@@ -49,6 +49,8 @@ def judge(program, problem=SQUARE, **options):
         ("    return math.sqrt(x)", HUMAN),
         ("def root(x):\n    return math.sqrt(x)", HUMAN),
         ("from math import sqrt as s\ndef root(x): return s(x)", HUMAN),
+        ("def square(x):\n    square.calls += 1\n    return x * x\nsquare.calls = 0", SQUARE),
+        ("def deep(n): return n and 1 + deep(n - 1)\ndef square(x): return x * x + deep(800) - 800", SQUARE),
         ("a, b = map(int, input().split())\nprint(a + b)", ADD),
         ("if __name__ == '__main__':\n    print(sum(map(int, input().split())), end='')", ADD),
     ],
@@ -79,6 +81,7 @@ def test_wrong_programs_fail_and_say_how(program, problem, reason):
     [
         "import os; os._exit(0)",
         "import sys; sys.exit(0)",
+        "import sys; sys.exit(97)",
         "raise SystemExit",
         "import atexit, os; atexit.register(os._exit, 0)\ndef square(x): return 1",
         "class Any:\n    def __eq__(self, other): return True\ndef square(x): return Any()",

@@ -31,6 +31,8 @@ def die_once():
     return "alive"
 def fail(): raise KeyError("what")
 def pid(): return os.getpid()
+def nothing(): return None
+def unsendable(): return lambda: 1
 def grow(x, *, by=1): return x + by
 """
 
@@ -61,6 +63,7 @@ def fresh(calls):
 def test_answers_come_in_order(fresh):
     assert run(fresh, "double", *[(i,) for i in range(100)]) == [2 * i for i in range(100)]
     assert run(fresh, "grow", (1,), by=5) == [6]
+    assert run(fresh, "nothing", (), ()) == [None, None]
     assert run(fresh, "talk") == ["said"]  # what it prints is not the protocol
     assert len(set(run(fresh, "pid", *[()] * 50))) <= 2
 
@@ -96,6 +99,17 @@ def test_memory_crashes_and_exceptions_are_failures_of_the_call(fresh):
     assert run(fresh, "hoard")[0].kind == "memory"
     assert run(fresh, "crash")[0].kind == "crash"
     assert run(fresh, "fail") == [Failure(kind="error", reason="KeyError: 'what'")]
+    assert run(fresh, "unsendable")[0].kind == "error"
+
+
+def test_what_cannot_be_loaded_is_no_calls_fault(fresh, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="while it loaded pool_calls:absent"):
+        run(fresh, "absent")
+    (tmp_path / "elsewhere" / "rewards").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "rewards" / "__init__.py").write_text("raise RuntimeError('shadowed')")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with Pool(1) as pool:
+        assert pool.map("rewards.accuracy:verify", [("1", "1")], timeout_s=5) == [Verdict(value="correct")]
 
 
 def test_it_works_from_any_thread(fresh):

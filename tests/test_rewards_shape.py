@@ -87,7 +87,22 @@ def test_repeated_ngrams_are_counted():
 
 
 @pytest.mark.parametrize(
-    "answer", ["B", "b", "(B)", "\\text{B}", "B.", "(B) 42", "B: 42", "\\textbf{(B)}", "option B", "The answer is (B).", "$B$"]
+    "answer",
+    [
+        "B",
+        "b",
+        "(B)",
+        "\\text{B}",
+        "B.",
+        "(B) 42",
+        "B: 42",
+        "\\textbf{(B)}",
+        "option B",
+        "The answer is (B).",
+        "$B$",
+        "(B) x = 5",
+        "B. A triangle",
+    ],
 )
 def test_one_letter_in_many_spellings(answer):
     assert choice.letter(answer, {}) == "B"
@@ -112,5 +127,7 @@ def test_the_words_of_a_choice_are_its_letter():
         assert choice.reward(completion(f"<think>x</think><answer>{answer}</answer>"), problem).value == value
     by_text = Problem(id="t/2", question="?", answer="Berlin", source="t", meta={"choices": {"A": "Paris", "B": "Berlin"}})
     assert choice.reward(completion(r"\boxed{B}"), by_text).value == "correct"
+    letters = Problem(id="t/4", question="?", answer="A", source="t", meta={"choices": ["C", "D", "A", "K"]})
+    assert choice.reward(completion(r"\boxed{A}"), letters).value == "correct"
     unknown = Problem(id="t/3", question="?", answer="E", source="t", meta={"choices": ["Paris", "Berlin"]})
     assert choice.reward(completion(r"\boxed{B}"), unknown).value == "undecided"

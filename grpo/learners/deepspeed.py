@@ -53,6 +53,7 @@ class Learner:
             reference = reference.to(device=self.device, dtype=self._dtype).eval().requires_grad_(False)
             self._reference = Policy(reference, temperature=config.sampling.temperature, chunk=settings.logits_chunk_tokens)
         self.updates = 0
+        self._memory = FreedMemory()
 
     @torch.no_grad()
     def score(self, batches: Sequence[Batch], *, reference: bool = False) -> list[Tensor]:
@@ -95,7 +96,7 @@ class Learner:
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
         if not math.isfinite(norm) or not math.isfinite(sums["loss"]):
             raise RunError(f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite; lower learner.lr")
-        return_freed_memory()
+        self._memory.after_update()
         loss_value = sums.pop("loss")
         return {name: value / tokens for name, value in sums.items()} | {
             "loss": loss_value, "policy/grad_norm": norm, "policy/lr": lr, "mismatch/max_weight": highest,
@@ -196,11 +197,31 @@ def _parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
+class FreedMemory:
+    """On a CPU, what an update has freed is kept for the next: else glibc maps each large tensor anew, a third of an SFT update's time.
+
+    Sequences of unequal lengths leave holes that do not fit the next ones: when the process has grown by half since its first update,
+    they are given back.
+    """
+
+    def __init__(self) -> None:
+        self._libc = None if torch.cuda.is_available() or not hasattr(libc := ctypes.CDLL(None), "mallopt") else libc
+        self._most = 0.0
+        if self._libc:
+            for option, value in {-4: 0, -1: -1, -2: 1 << 28}.items():  # no mappings of their own; no trimming; grow by 256 MiB
+                self._libc.mallopt(option, value)
+
+    def after_update(self) -> None:
+        if self._libc:
+            resident = int(Path("/proc/self/statm").read_text().split()[1])
+            self._most = self._most or 1.5 * resident
+            if resident > self._most:
+                self._libc.malloc_trim(0)
+
+
 def init_process_group() -> Any:
     """Joins the process group, a group of one without a launcher; returns DeepSpeed, with its chatter off."""
     deepspeed = _quiet_deepspeed()
-    if not torch.cuda.is_available():
-        _keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the learner runs on one rank only so far")
     if torch.distributed.is_initialized():
@@ -212,22 +233,6 @@ def init_process_group() -> Any:
         os.environ.setdefault(name, value)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
     return deepspeed
-
-
-def _keep_freed_memory() -> None:
-    """Within an update: glibc gives large tensors back to the system and faults them in again, a third of an SFT update on a CPU."""
-    with contextlib.suppress(AttributeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end stays
-        mallopt(-2, 1 << 28)  # M_TOP_PAD: and grows by 256 MiB
-
-
-def return_freed_memory() -> None:
-    """After an update: its holes, left to the next one, would grow with every length of sequence."""
-    if not torch.cuda.is_available():
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _quiet_deepspeed() -> Any:

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from grpo import models
 from grpo.config import SftConfig
-from grpo.learners.deepspeed import deepspeed_config, init_process_group, learning_rate, return_freed_memory
+from grpo.learners.deepspeed import FreedMemory, deepspeed_config, init_process_group, learning_rate
 
 METRICS = {
     "loss": "loss", "grad_norm": "policy/grad_norm", "entropy": "policy/entropy", "mean_token_accuracy": "policy/token_accuracy",
@@ -34,6 +34,7 @@ class SupervisedTrainer(SFTTrainer):
     ) -> None:  # fmt: skip
         """`on_update(metrics)`; `save(update, write)`, where `write(directory)` writes; `stop()`: save after this update and end."""
         init_process_group()
+        self._memory = FreedMemory()
         self._config, self._on_update, self._keep, self._ended = config, on_update, save, stop
         self._clock = time.monotonic()
         cuda = torch.cuda.is_available()
@@ -76,7 +77,7 @@ class SupervisedTrainer(SFTTrainer):
         if "loss" not in logs:  # the trainer's closing summary
             return
         super().log(logs, start_time)
-        return_freed_memory()
+        self._memory.after_update()
         update = self.state.global_step
         settings = self._config.learner
         row: dict[str, Any] = {"step": update, "update": update}

@@ -31,7 +31,9 @@ def grade(path: str, *, explain: int | None = None, output: str | None = None) -
             raise UserError("grpo grade: --explain takes a line of a JSONL file")
         rows, told = regrade(Path(path))
     elif explain is not None:
-        rows = list(itertools.islice(read_rows(Path(path)), explain))
+        if output:
+            raise UserError("grpo grade: --explain shows one line; leave --output out")
+        rows = list(itertools.islice(read_rows(Path(path)), max(explain, 0)))
         if not 1 <= explain <= len(rows):
             raise UserError(f"{path}: has no line {explain}")
         told = accuracy.explain(field(rows[-1], PREDICTION), field(rows[-1], GOLD))
@@ -124,7 +126,7 @@ def _changes(rows: list[dict[str, Any]], scored: list[ScoredGroup]) -> tuple[lis
 
 def _sample_rows(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):  # splitlines knows more ends
         try:
             rows.append(json.loads(line))
         except ValueError as error:
