@@ -34,6 +34,7 @@ UNICODE: dict[str, str | int | None] = {
     **{char: f"_{{{digit}}}" for digit, char in enumerate("₀₁₂₃₄₅₆₇₈₉")},
     **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width
 }
+TABLE = str.maketrans(UNICODE)
 SAME = [  # (what it is, what it becomes), in this order
     (r",\s*\\!\s*(?=\d{3})", ","),
     (r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
@@ -69,7 +70,7 @@ TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
 
 def normalise(text: str) -> str:
     """One spelling of an answer: `$\\dfrac12$.` -> `\\frac{1}{2}`, `10,\\!080` -> `10,080`, `90°` -> `90\\text{degree}`."""
-    text = text.translate(str.maketrans(UNICODE))
+    text = text.translate(TABLE)
     text = re.sub(r"\}\^\{(?=[\dn]\})", "", text) if re.search(r"\^\{[\d+-]\}\^\{[\dn]\}", text) else text  # ¹⁰ is one exponent
     for pattern, plain in SAME:
         text = re.sub(pattern, plain, text)

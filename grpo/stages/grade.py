@@ -46,17 +46,7 @@ def grade(path: str, *, explain: int | None = None, output: str | None = None) -
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of a JSONL file that have a prediction and a gold answer. Raises UserError with the line's number."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip() and number == len(lines):
-            return
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: no JSON: {error}") from None
+    for number, row in _json_lines(path):
         for names in (PREDICTION, GOLD):
             if not isinstance(row, dict) or not any(isinstance(row.get(name), str) for name in names):
                 raise UserError(f"{path}, line {number}: needs text in {' or '.join(names)}")
@@ -93,7 +83,7 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
     if not files or not (run / "config.yaml").exists():
         raise UserError(f"{run}: is no run directory with samples and a config.yaml")
     config: configs.Config = configs.parse(yaml.safe_load((run / "config.yaml").read_text()), str(run / "config.yaml"))
-    rows = [row | {"file": file.stem} for file in files for row in _sample_rows(file)]
+    rows = [row | {"file": file.stem} for file in files for _, row in _json_lines(file)]
     groups = [list(rows_of) for _, rows_of in itertools.groupby(rows, key=lambda row: (row["file"], row["problem"]))]
     with Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb) as pool:
         rewards = plugins.rewards(config.rewards, pool)
@@ -124,14 +114,19 @@ def _changes(rows: list[dict[str, Any]], scored: list[ScoredGroup]) -> tuple[lis
     return new, "\n".join(lines)
 
 
-def _sample_rows(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):  # splitlines knows more ends
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields each line's number and value; an empty last line is none. Raises UserError with the line's number."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines knows more ends than JSONL has
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() and number == len(lines):
+            return
         try:
-            rows.append(json.loads(line))
+            yield number, json.loads(line)
         except ValueError as error:
-            raise UserError(f"{file}, line {number}: no JSON: {error}") from None
-    return rows
+            raise UserError(f"{path}, line {number}: no JSON: {error}") from None
 
 
 def _group(rows: list[dict[str, Any]]) -> Group:
