@@ -36,6 +36,7 @@ UNICODE: dict[str, str | int | None] = {
 }
 TABLE = str.maketrans(UNICODE)
 SAME = [  # (what it is, what it becomes), in this order
+    (r"^\s*(\*\*|__)(?=[^\s*_])(.*[^\s*_])\1\s*$", r"\2"),  # markdown's bold
     (r",\s*\\!\s*(?=\d{3})", ","),
     (r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
     (r"∛\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt[3]{\1}"),

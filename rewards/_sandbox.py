@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 READ_ONLY, NO_SUID, NO_DEVICES, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+PIVOT_ROOT, MOUNT_SETATTR = {"x86_64": 155, "aarch64": 41}, 442
 NOBODY = 65534
 OUTPUT_BYTES = 1 << 20
 REFUSED = 97  # exit code: the sandbox could not be made
@@ -92,10 +92,11 @@ def _enter(spec: dict[str, Any]) -> None:
     if spec["isolation"] == "namespaces":
         try:
             privileged = _namespaces(libc)
-            if child := os.fork():
-                _, status = os.waitpid(child, 0)
-                os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+            _fork_and_wait()
+            libc.prctl(1, signal.SIGKILL)  # this is process 1 of the namespace, ours: when it ends the kernel kills all the others,
+            libc.prctl(4, 0)  # PR_SET_DUMPABLE: and none of them can trace it
             _new_root(libc, spec["folder"], spec["prefixes"])
+            _fork_and_wait()
             if privileged:
                 os.setgroups([])
                 os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -124,6 +125,13 @@ def _enter(spec: dict[str, Any]) -> None:
         [sys.executable, "-I", "-B", "-c", "import os; exec(compile(os.fdopen(3).read(), 'program', 'exec'))"],
         {"PATH": "/usr/bin:/bin"},
     )
+
+
+def _fork_and_wait() -> None:
+    """Returns in a new child; the parent ends when the child does, with its code."""
+    if child := os.fork():
+        status = next(status for pid, status in iter(os.wait, None) if pid == child)  # orphans are process 1's too
+        os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
 def _namespaces(libc: Any) -> bool:
@@ -161,8 +169,9 @@ def _new_root(libc: Any, root: str, prefixes: list[str]) -> None:
         else:
             os.close(os.open(target, os.O_CREAT, 0o644))
         mount(path, target, None, BIND | RECURSIVE)
-        flags = os.statvfs(target).f_flag & 0x40F  # what the mount was made with must stay: nosuid, nodev, noexec, noatime
-        mount("none", target, None, BIND | REMOUNT | READ_ONLY | NO_SUID | flags)
+        attributes = (ctypes.c_uint64 * 4)(READ_ONLY | NO_SUID)  # to set; to clear; propagation; user namespace
+        call = libc.syscall(MOUNT_SETATTR, -100, target.encode(), ctypes.c_uint(0x8000), attributes, ctypes.c_size_t(32))  # recursive
+        _checked(call, f"mount_setattr {target} (Linux 5.12)")
     os.mkdir(root + "/sandbox")
     mount("tmpfs", root + "/sandbox", "tmpfs", NO_SUID | NO_DEVICES, f"size=16m,mode=777,uid={os.geteuid()}")
     with contextlib.suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w") as file:
