@@ -41,10 +41,13 @@ class Mixture:
     """An endless stream over `sources`: `Mixture({"gsm8k": problems}, {"gsm8k": 1.0}, seed=0)[position] -> Problem`.
 
     Within a source each epoch is a permutation seeded by (seed, name, epoch); between sources each block of 1000 positions
-    holds exact shares in an order seeded by (seed, block). Raises UserError for an empty source or a weight that is not positive.
+    holds exact shares in an order seeded by (seed, block). With `curriculum`, a field of the problems' meta, each source's first epoch
+    goes from its smallest value to its largest. Raises UserError for an empty source, a weight that is not positive, a missing field.
     """
 
-    def __init__(self, sources: Mapping[str, Sequence[Problem]], weights: Mapping[str, float], seed: int) -> None:
+    def __init__(
+        self, sources: Mapping[str, Sequence[Problem]], weights: Mapping[str, float], seed: int, curriculum: str | None = None
+    ) -> None:  # fmt: skip
         if not sources:
             raise UserError("data: no sources; give at least one")
         if sources.keys() != weights.keys():
@@ -60,7 +63,12 @@ class Mixture:
             raise UserError(f"data: {len(sources)} sources; at most {BLOCK} can be mixed")
         self._sources = dict(sources)
         self._shares = shares(weights)
-        self._seed = seed
+        self._seed, self._curriculum = seed, curriculum
+        if curriculum:
+            for name, source in sources.items():
+                bad = next((problem.id for problem in source if not isinstance(problem.meta.get(curriculum), (int, float))), None)
+                if bad:
+                    raise UserError(f"data.curriculum: problem {bad} of {name} has no number {curriculum!r} in its meta")
         self._block: tuple[int, list[tuple[str, int]]] = (-1, [])  # the current block only, as a cache
         self._epochs: dict[str, tuple[int, list[int]]] = {}  # the current permutation of each source, as a cache
 
@@ -94,5 +102,8 @@ class Mixture:
         if name not in self._epochs or self._epochs[name][0] != epoch:
             indices = list(range(len(self._sources[name])))
             seeded(self._seed, "epoch", name, epoch).shuffle(indices)
+            if self._curriculum and epoch == 0:
+                key = self._curriculum
+                indices.sort(key=lambda i: self._sources[name][i].meta[key])
             self._epochs[name] = (epoch, indices)
         return self._epochs[name][1]

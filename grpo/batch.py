@@ -11,13 +11,20 @@ from torch import Tensor
 from grpo.types import Batch, Sample
 
 
-def token_weights(lengths: Sequence[int], reduction: str, max_tokens: int) -> list[float]:
+def token_weights(samples: Sequence[Sample], reduction: str, max_tokens: int) -> list[float]:
     """Returns, for each completion of a whole update, the weight of each of its tokens; the loss is `(weights * per_token).sum()`.
 
-    Over N completions of lengths |o_i|: sequence `1 / (N |o_i|)` (DeepSeekMath 2402.03300 Eq. 3), token `1 / sum |o_i|` (DAPO
-    2503.14476 Eq. 8), constant `1 / (N max_tokens)` (Dr.GRPO 2503.20783). Micro-batches cannot change them.
+    Over N completions of lengths |o_i| in P groups: sequence `1 / (N |o_i|)` (DeepSeekMath 2402.03300 Eq. 3), token `1 / sum |o_i|`
+    (DAPO 2503.14476 Eq. 8), constant `1 / (N max_tokens)` (Dr.GRPO 2503.20783), prompt `1 / (P sum of the group's |o_i|)` (ScaleRL
+    2510.13786). Micro-batches cannot change them.
     """
+    lengths = [sample.completion_length for sample in samples]
     n, total = len(lengths), sum(lengths)
+    if reduction == "prompt":
+        tokens: dict[int, int] = {}
+        for sample, length in zip(samples, lengths, strict=True):
+            tokens[sample.group] = tokens.get(sample.group, 0) + length
+        return [1 / (len(tokens) * tokens[sample.group]) for sample in samples]
     return [{"sequence": 1 / (n * length), "token": 1 / total, "constant": 1 / (n * max_tokens)}[reduction] for length in lengths]
 
 

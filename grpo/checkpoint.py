@@ -2,8 +2,8 @@
 
     runs/NAME/  config.yaml  manifest.json  metrics.jsonl  samples/step-000010.jsonl  checkpoints/step-000020/  final/
 
-A checkpoint is taken between rollouts, where nothing is pending: the position in the data, every seed and the engine's weights are
-functions of the number of rollouts done, so they need no files.
+A checkpoint is taken between rollouts. Every seed and the engine's weights are functions of the number of rollouts done and need no
+files; the position in the data, carried groups and pass rates are in state.json.
 """
 
 from __future__ import annotations
@@ -81,6 +81,12 @@ class RunDirectory:
             raise UserError(f"run_dir={path}: another process is working on this run") from None
         for leftover in [*self.checkpoints.glob(".*.partial"), *self.checkpoints.glob(".*.old")]:  # of a killed save or prune
             shutil.rmtree(leftover)
+
+    @staticmethod
+    def status(folder: Path) -> str | None:
+        """Returns how the run in a folder ended, None when there is none."""
+        manifest = folder / "manifest.json"
+        return json.loads(manifest.read_text()).get("status") if manifest.exists() else None
 
     def clear(self) -> None:
         """Forgets a run that never began."""

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import traceback
-from typing import Any
+from pathlib import Path
 
 from grpo import __version__
 from grpo.types import RunError, UserError
@@ -54,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in {
         "sft": "fine-tune on worked solutions",
         "train": "train by GRPO",
-        "eval": "judge a train config's model on its held-out problems",
+        "collect": "sample completions and keep the right, readable ones as traces",
+        "distill": "a teacher's reasoning into a student: by text, by its distribution, or on-policy",
+        "eval": "judge a train config's model on its held-out problems; or `grpo eval RUN RUN`: compare two",
+        "pipeline": "run a chain of stages and judge the model of each",
         "bench": "measure each phase of a train config against this machine",
     }.items():
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
@@ -72,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from grpo import config as configs
+    from grpo.config_stages import KINDS
     from grpo.signals import Interrupted
 
     if options.command == "grade":
@@ -79,8 +83,12 @@ def _run(options: argparse.Namespace) -> int:
 
         grade(options.path, explain=options.explain, output=options.output)
         return 0
-    kind: type[Any] = configs.SftConfig if options.command == "sft" else configs.Config
-    config = configs.load(options.config, options.overrides, kind)
+    if options.command == "eval" and len(options.overrides) == 1 and Path(options.config).is_dir() and Path(options.overrides[0]).is_dir():
+        from grpo.stages.eval import compare
+
+        compare(options.config, options.overrides[0])
+        return 0
+    config = configs.load(options.config, options.overrides, KINDS[options.command])
     if options.dry_run:
         from grpo.stages.dry_run import dry_run
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from grpo.config_file import apply_overrides, explain, read_yaml
+from grpo.algorithm import Algorithm, fill
+from grpo.config_file import Section, apply_overrides, explain, read_yaml
 from grpo.types import UserError
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Lora(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)  # the addition is alpha / rank times B A
 
 
 class Model(Section):
@@ -24,6 +26,11 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the forward pass; the optimizer's master weights are always float32
     attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = "packed"  # packed: ours, no padding, a group's prompt once
     gradient_checkpointing: bool = False  # one more forward pass for activations of one layer at a time
+    teacher: str | None = None  # model that the KL is measured to, and that algorithm.advantage=teacher asks; default: the start model
+    lora: Lora | None = None  # train low-rank additions to all linear layers but the head; wants ten times the learning rate
+    float32_head: bool = False  # logits in float32, in the learner and in the engine (MiniMax-M1, ScaleRL)
+    router_aux_coef: float = Field(0.0, ge=0)  # mixtures of experts: weight of the load-balancing loss
+    freeze_router: bool = False  # mixtures of experts: the router stays as it is
     warm_start: str | None = None  # config of a supervised start (`grpo sft`), made in the run's directory before its first rollout
 
     @property
@@ -44,6 +51,7 @@ class Data(Section):
     options: dict[str, Any] = {}
     mixture: dict[str, Source] = {}  # ... or several, by name
     path: str | None = None  # local file or directory with the sets' files; default: the hub
+    curriculum: str | None = None  # field of the problems' meta by which the first epoch is sorted, smallest first
 
     @model_validator(mode="after")
     def _one_of(self) -> Data:
@@ -84,28 +92,21 @@ class Reward(Section):
     options: dict[str, Any] = {}
 
 
-class RewardPool(Section):
-    """Processes for the rewards that may hang or crash: those whose file has a TIMEOUT_S."""
+def _as_reward(value: Any) -> Any:
+    return {"weight": value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
+
+class RewardPool(Section):  # processes for the rewards whose file has a TIMEOUT_S
     workers: int | None = Field(None, ge=1)  # default: the cores, up to 8
     memory_gb: float = Field(4.0, gt=0)  # address space of each
-
-
-class Algorithm(Section):
-    preset: Literal["grpo"] = "grpo"  # DeepSeekMath 2402.03300 Eq. 3
-    advantage: Literal["group_std", "none"] = "group_std"  # (r - mean) / std in the group, or r - mean
-    loss: str = "grpo"  # a file in grpo/losses/ or module:function
-    reduction: Literal["sequence", "token", "constant"] = "sequence"  # mean of means, one mean over tokens, a constant length
-    clip_low: float = Field(0.2, gt=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = Field(0.2, gt=0)
-    kl_coef: float = Field(0.0, ge=0)  # k3 to the start model, in the loss; above 0 keeps a second copy of the weights
 
 
 class Train(Section):
     rollouts: int = Field(ge=1)  # times the policy is sampled
     problems: int = Field(32, ge=1)  # P: problems a rollout
     group_size: int = Field(8, ge=2)  # G: completions a problem
-    updates_per_rollout: int = Field(1, ge=1)  # mini-batches a rollout's completions are split into, one epoch
+    updates_per_rollout: int = Field(1, ge=1)  # mini-batches a rollout's completions are split into
+    epochs: int = Field(1, ge=1)  # times a rollout's completions are gone through
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Train:
@@ -126,7 +127,7 @@ class Train(Section):
 
     @property
     def total_updates(self) -> int:
-        return self.rollouts * self.updates_per_rollout
+        return self.rollouts * self.epochs * self.updates_per_rollout
 
 
 class Learner(Section):
@@ -190,15 +191,17 @@ class Logging(Section):
     progress: Literal["auto", "live", "line", "off"] = "auto"  # auto: live on a terminal, one line a rollout elsewhere
 
 
-class Sft(Section):
+class Soft(Section):
+    """Soft targets: the student's distribution is drawn to the teacher's at every token of given texts."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    temperature: float = Field(1.0, gt=0)  # of both distributions; the divergence counts T^2 times (Hinton)
+    beta: float = Field(0.5, gt=0, lt=1)  # jsd: 0 is forward, 1 reverse KL (GKD)
+    soft_weight: float = Field(1.0, ge=0)
+    hard_weight: float = Field(0.0, ge=0)  # of the cross-entropy of the text's own tokens
     updates: int = Field(ge=1)
-    batch_size: int = Field(32, ge=1)  # solutions an update
-    max_tokens: int = Field(1024, ge=2)  # longest prompt with its solution
-    stop_at: float | None = Field(None, gt=0, le=1)  # token accuracy, mean of the last 10 updates, at which a cold start is enough
-
-
-class SftLearner(Learner):
-    lr: float = Field(2e-5, gt=0)  # TRL's default
+    batch_size: int = Field(32, ge=1)  # texts an update
+    max_tokens: int = Field(1024, ge=2)  # longest prompt with its text
 
 
 class RunConfig(Section):
@@ -217,46 +220,15 @@ class RunConfig(Section):
     def _precision(self) -> RunConfig:
         if self.model.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError("learner.zero_stage=0 keeps no float32 master weights: use zero_stage=1 or more, or model.dtype=float32")
+        if self.model.lora and self.learner.zero_stage == 3:
+            raise ValueError("model.lora needs whole adapters: use learner.zero_stage 2 or less")
         if self.learner.offload_optimizer and self.learner.zero_stage == 0:
             raise ValueError("learner.offload_optimizer needs learner.zero_stage 1, 2 or 3")
         return self
 
 
-class SftConfig(RunConfig):
-    """`grpo sft`: supervised fine-tuning on the problems' worked solutions."""
-
-    sft: Sft
-    learner: SftLearner = SftLearner()
-    checkpoint: Checkpoint = Checkpoint(every=100)
-
-    @model_validator(mode="after")
-    def _fits(self) -> SftConfig:
-        if self.model.warm_start:
-            raise ValueError("model.warm_start is for `grpo train`")
-        if self.sft.max_tokens > self.learner.micro_batch_tokens:
-            raise ValueError(
-                f"one solution can have sft.max_tokens={self.sft.max_tokens} tokens, more than "
-                f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or lower sft.max_tokens"
-            )
-        return self
-
-    @property
-    def max_sequence_tokens(self) -> int:
-        return self.sft.max_tokens
-
-    @property
-    def micro_batch(self) -> int:
-        """Solutions in one forward and backward pass: the largest divisor of the batch within `learner.micro_batch_tokens`."""
-        most = self.learner.micro_batch_tokens // self.sft.max_tokens
-        return max(n for n in range(1, self.sft.batch_size + 1) if self.sft.batch_size % n == 0 and n <= most)
-
-
-def _as_reward(value: Any) -> Any:
-    return {"weight": value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-class Config(RunConfig):
-    """`grpo train`."""
+class SampledConfig(RunConfig):
+    """What the stages have that sample and judge."""
 
     sampling: Sampling = Sampling()
     rewards: dict[str, Annotated[Reward, BeforeValidator(_as_reward)]] = {
@@ -264,18 +236,51 @@ class Config(RunConfig):
         "format": Reward(weight=0.1),
     }  # by file in rewards/
     reward_pool: RewardPool = RewardPool()
+    engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _rewards(self) -> SampledConfig:
+        if "length" in self.rewards and not (options := self.rewards["length"].options):
+            options |= {"max_tokens": self.sampling.max_tokens, "buffer": max(1, self.sampling.max_tokens // 5)}  # DAPO's shares
+        if not self.rewards:
+            raise ValueError("rewards is empty: nothing can be learned; try rewards={accuracy: 1.0, format: 0.1}")
+        return self
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.prompt.max_tokens + self.sampling.max_tokens
+
+
+class Config(SampledConfig):
+    """`grpo train`."""
+
     algorithm: Algorithm = Algorithm()
     train: Train
-    engine: Engine = Engine()
     probe: Probe = Probe()
     eval: Eval = Eval()
 
+    @property
+    def total_updates(self) -> int:
+        return self.train.total_updates
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, tree: Any) -> Any:
+        return fill(tree) if isinstance(tree, dict) else tree
+
     @model_validator(mode="after")
     def _combinations(self) -> Config:
+        if self.algorithm.reference_reset and self.algorithm.kl_coef and self.model.lora:
+            raise ValueError("algorithm.reference_reset: with LoRA the reference is the model under it; train all weights instead")
+        if self.algorithm.reference_reset and self.algorithm.kl_coef and self.model.teacher:
+            raise ValueError("algorithm.reference_reset would overwrite model.teacher: set it to 0")
+        asked = self.algorithm.advantage == "teacher"
+        if (asked and not self.model.teacher) or (self.model.teacher and not asked and not self.algorithm.kl_coef):
+            raise ValueError("model.teacher and algorithm.advantage=teacher (preset on_policy_distill) go together")
+        if self.model.float32_head and self.learner.zero_stage == 3:
+            raise ValueError("model.float32_head needs the head whole: use learner.zero_stage 2 or less")
         if self.probe.tokens >= self.max_sequence_tokens:
-            raise ValueError(
-                f"probe.tokens={self.probe.tokens} leave no room for a prompt in sequences of {self.max_sequence_tokens} tokens"
-            )
+            raise ValueError(f"probe.tokens={self.probe.tokens}: no room for a prompt in sequences of {self.max_sequence_tokens} tokens")
         if self.max_sequence_tokens > self.learner.micro_batch_tokens:
             raise ValueError(
                 f"one sequence can have prompt.max_tokens + sampling.max_tokens = {self.max_sequence_tokens} tokens, more than "
@@ -286,16 +291,10 @@ class Config(RunConfig):
             raise ValueError(
                 f"checkpoint.keep_best={best} is measured every {self.eval.every} rollouts: checkpoint.every must be a multiple"
             )
-        if not self.rewards:
-            raise ValueError("rewards is empty: nothing can be learned; try rewards={accuracy: 1.0, format: 0.1}")
         return self
 
-    @property
-    def max_sequence_tokens(self) -> int:
-        return self.prompt.max_tokens + self.sampling.max_tokens
 
-
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C", bound=Section)
 
 
 def load(path: str, overrides: list[str] | None = None, kind: type[C] = Config) -> C:  # type: ignore[assignment]

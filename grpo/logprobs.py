@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from grpo import packing
+from grpo import moe, packing
+from grpo.config import Soft
+from grpo.divergence import divergence
 from grpo.types import Batch
 
 
@@ -20,37 +23,73 @@ class Policy(nn.Module):
     backward pass: memory is chunk x V, whatever the batch.
     """
 
-    def __init__(self, model: Any, *, temperature: float, chunk: int) -> None:
+    def __init__(
+        self, model: Any, *, temperature: float, chunk: int, float32_head: bool = False, entropy_gradient: bool = False,
+        router: bool = False, teacher: Policy | None = None, soft: Soft | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model: Any = model
         self.temperature = temperature
         self.chunk = chunk
+        self.float32_head, self.entropy_gradient = float32_head, entropy_gradient
+        self._teacher, self._soft = (teacher,), soft  # in a tuple: no part of this module
+        self.divergences: Tensor | None = None  # [B, T] of the last forward pass, from the teacher
+        self.router, self.balance_loss = router, torch.zeros(())  # the load-balancing loss of the last forward pass, with `router`
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns `(logprobs, entropies)`, both [B, T] float32, 0 where `token_mask` is not set; entropies carry no gradient.
+        """Returns `(logprobs, entropies)`, both [B, T] float32, 0 where `token_mask` is not set; entropies carry a gradient if asked.
 
         Position t predicts `labels[:, t]`. Temperature divides the logits, as the sampler does before its softmax.
         """
         states, targets = self._states(batch), batch.labels[batch.token_mask]  # [N, H], [N]
-        logprobs, entropies = [], []
+        weight = self.model.get_output_embeddings().weight.float() if self.float32_head else None
+        teacher = self._teacher[0]
+        if teacher is not None:
+            with torch.no_grad():
+                theirs = teacher._states(batch)
+        logprobs, entropies, divergences = [], [], []
         for start in range(0, len(states), self.chunk):
             piece = slice(start, start + self.chunk)
-            logprob, entropy = checkpoint(self._head, states[piece], targets[piece], use_reentrant=False)
+            logprob, entropy = checkpoint(self._head, states[piece], targets[piece], weight, use_reentrant=False)
             logprobs.append(logprob)
             entropies.append(entropy)
+            if teacher is not None:
+                divergences.append(checkpoint(self._divergence, states[piece], theirs[piece], use_reentrant=False))
+        self.divergences = _scatter(divergences, batch.token_mask) if teacher is not None else None
         return _scatter(logprobs, batch.token_mask), _scatter(entropies, batch.token_mask)
 
     def _states(self, batch: Batch) -> Tensor:
         """Returns the last hidden states that predict completion tokens, row by row."""
+        more = {"output_router_logits": True} if self.router else {}
+        mask: Tensor | None = None
         if self.model.config._attn_implementation != packing.NAME:
-            out = self.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            return out.last_hidden_state[batch.token_mask]
-        layout = packing.layout(batch.sequences, batch.prompt_lengths, batch.input_ids.device)
-        out = self.model.base_model(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, packed=layout)
-        return out.last_hidden_state[0].index_select(0, layout.predictors)
+            mask = batch.attention_mask
+            out = self.model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **more)
+            states = out.last_hidden_state[batch.token_mask]
+        else:
+            layout = packing.layout(batch.sequences, batch.prompt_lengths, batch.input_ids.device)
+            out = self.model.base_model(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, packed=layout, **more)
+            states = out.last_hidden_state[0].index_select(0, layout.predictors)
+        if self.router:
+            self.balance_loss = moe.balance_loss(self.model, out.router_logits, mask)
+        return states
 
-    def _head(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return _LogProbs.apply(self.model.get_output_embeddings()(states), targets, self.temperature)
+    def _divergence(self, states: Tensor, theirs: Tensor) -> Tensor:
+        """Returns the divergence from the teacher at each position, logits and all computed again in the backward pass."""
+        teacher, soft = self._teacher[0], self._soft
+        assert teacher is not None and soft is not None
+        own, its = (policy._logits(part) for policy, part in ((self, states), (teacher, theirs)))
+        return divergence(own, its, soft.divergence, soft.temperature, soft.beta)
+
+    def _head(self, states: Tensor, targets: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _LogProbs.apply(self._logits(states, weight), targets, self.temperature, self.entropy_gradient)
+
+    def _logits(self, states: Tensor, weight: Tensor | None = None) -> Tensor:
+        """`weight`: the head's in float32, made once for all chunks."""
+        head = self.model.get_output_embeddings()
+        if not self.float32_head:
+            return head(states)
+        return F.linear(states.float(), head.weight.float() if weight is None else weight, head.bias)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -61,7 +100,9 @@ class _LogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         logprobs, entropies, normalisers = (torch.empty(len(logits), device=logits.device) for _ in range(3))
         for rows, scaled in _row_blocks(logits, temperature):
             highest = scaled.amax(-1, keepdim=True)
@@ -71,21 +112,26 @@ class _LogProbs(torch.autograd.Function):
             normalisers[rows] = highest[:, 0] + total.log()
             logprobs[rows] = picked - normalisers[rows]
             entropies[rows] = normalisers[rows] - torch.linalg.vecdot(weights, scaled) / total
-        ctx.save_for_backward(logits, targets, normalisers)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(logits, targets, normalisers, entropies)
+        ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """d logprob / d logits = (onehot - softmax) / temperature."""
-        logits, targets, normalisers = ctx.saved_tensors
-        grad = grad[:, None] / ctx.temperature
+    def backward(ctx: Any, grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        """d logprob / d logits = (onehot - p) / temperature, d entropy / d logits = -p (log p + entropy) / temperature."""
+        logits, targets, normalisers, entropies = ctx.saved_tensors
+        grad, entropy_grad = grad[:, None] / ctx.temperature, entropy_grad[:, None] / ctx.temperature
         out = torch.empty_like(logits)
         for rows, scaled in _row_blocks(logits, ctx.temperature):
-            scaled.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows]).scatter_add_(-1, targets[rows, None], grad[rows])
+            factor = -grad[rows]
+            scaled.sub_(normalisers[rows, None])
+            if ctx.entropy_gradient:
+                factor = factor - entropy_grad[rows] * (scaled + entropies[rows, None])
+            scaled.exp_().mul_(factor).scatter_add_(-1, targets[rows, None], grad[rows])
             out[rows] = scaled.to(out.dtype)
-        return out, None, None
+        return out, None, None, None
 
 
 def _row_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from grpo import rollout as rollouts
 from grpo import roofline
-from grpo.advantages import group_advantages, to_samples
+from grpo.advantages import advantages, lengths, to_samples
 from grpo.batch import micro_batches, token_weights
 from grpo.checkpoint import RunDirectory
-from grpo.config import Config
+from grpo.config import Config, SampledConfig
 from grpo.engines import Engine, SamplingOptions
 from grpo.learners.deepspeed import Learner
+from grpo.losses import _terms
 from grpo.metrics import Display, Timer
 from grpo.plugins import RewardFunction
 from grpo.probe import Probe, sync
-from grpo.prompts import Prompts
+from grpo.prompts import Chat, Prompts
+from grpo.selection import Selection
 from grpo.signals import Signals
-from grpo.types import Batch, Group, Problem, Sample, ScoredGroup
+from grpo.types import Batch, Exhausted, Group, Problem, Sample, ScoredGroup
 from rewards._pool import Pool
 
 
@@ -34,7 +38,7 @@ class Loop:
     learner: Learner
     prompts: Prompts
     rewards: dict[str, tuple[RewardFunction, float]]
-    take: Callable[[int, int], list[Problem]]  # (position, n) -> training problems
+    selection: Selection
     held_out: list[Problem]
     probe: Probe
     display: Display
@@ -45,6 +49,8 @@ class Loop:
     pool: Pool
     rollout: int = 0  # rollouts done: whole, with their updates
     saved: int = -1  # the last checkpoint's rollouts
+    selected: dict[str, Any] = field(default_factory=dict)  # the selection's state after the last whole rollout
+    idle: int = 0  # rollouts in a row without an update
     latest: dict[str, Any] = field(default_factory=dict)  # metrics that a checkpoint is judged by
 
     def start(self, fresh: bool) -> None:
@@ -75,24 +81,27 @@ class Loop:
     def step(self) -> None:
         """One rollout and its updates, from problems to a line in the metrics."""
         config, timer = self.config, Timer()
-        problems = self.take(self.rollout * config.train.problems, config.train.problems)
-        options = sampling_options(config, self.prompts, config.sampling.temperature)
-        with timer("rollout"):
-            groups = rollouts.sample(
-                self.engine, self.prompts, problems, options, group_size=config.train.group_size,
-                run_seed=config.seed, rollout=self.rollout, on_progress=self._progress("rollout"),
-            )  # fmt: skip
-            self.engine.sleep()
-        with timer("rewards"):
-            self.display.phase(self.rollout, "rewards")
-            self.pool.counts.clear()  # an evaluation's are not this rollout's
-            scored = rollouts.score(groups, self.rewards, self.prompts.for_rewards)
-            counts = {f"verifier/{name}": float(count) for name, count in self.pool.counts.items()}
-        self.run.write_samples(f"step-{self.rollout + 1:06d}", sample_rows(scored, config.algorithm.advantage))
-        row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(scored), **counts}
+        self.pool.counts.clear()  # an evaluation's are not this rollout's
+        try:
+            fresh, used = self.selection.collect(lambda problems, number: self._sample(problems, number, timer))
+        except Exhausted:
+            self.run.write_samples(f"step-{self.rollout + 1:06d}", sample_rows(self.selection.fresh))
+            raise
+        self.engine.sleep()
+        row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(fresh)}
+        row |= {f"verifier/{name}": float(count) for name, count in self.pool.counts.items()}
+        row |= {"group/sampled": float(len(fresh)), "group/used": float(len(used)), "group/carried": float(len(self.selection.carried))}
+        if config.algorithm.advantage == "teacher":  # rewards are only measured: an undecided one leaves no completion out
+            used = [replace(scored, rewards=tuple(reward or 0.0 for reward in scored.rewards)) for scored in used]
         with timer("update"):
-            row |= self.update(to_samples(scored, config.algorithm.advantage))
+            penalties, kl = self._penalties(used)
+        values = advantages([scored.rewards for scored in used], lengths(used), config.algorithm.advantage, penalties)
+        self.run.write_samples(f"step-{self.rollout + 1:06d}", sample_rows(fresh, used, values))
+        with timer("update"):
+            row |= kl | self.update(to_samples(used, values, mask_truncated=config.algorithm.truncated == "mask"))
+        self.idle = 0 if row["update/made"] else self.idle + 1
         self.rollout += 1
+        self.selected = self.selection.state()
         row["update"] = self.learner.updates
         try:
             with timer("sync"):
@@ -106,42 +115,109 @@ class Loop:
                 with timer("eval"):
                     self.evaluate(row)
         finally:
-            row |= timer.metrics() | self._bounds(groups, int(config.train.updates_per_rollout - row.get("update/skipped", 0)))
+            row |= timer.metrics() | self._bounds([scored.group for scored in fresh], int(row["update/made"]))
             row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
             self.record(row)
+        if self.idle and config.algorithm.max_idle and self.idle % config.algorithm.max_idle == 0:
+            raise Exhausted(
+                f"{self.idle} rollouts in a row taught nothing: the completions of every group have equal rewards "
+                f"({row['reward/mean']:.3g} in the mean). The problems are too hard or too easy for this model, or a reward cannot read "
+                "its answers: see samples/"
+            )
+
+    def _sample(self, problems: list[Problem], number: int, timer: Timer) -> list[ScoredGroup]:
+        """Returns scored groups of problems: sampling `number` of this rollout."""
+        config = self.config
+        with timer("rollout"):
+            groups = rollouts.sample(
+                self.engine, self.prompts, problems, sampling_options(config, self.prompts, config.sampling.temperature),
+                group_size=config.train.group_size, run_seed=config.seed, rollout=f"{self.rollout}+{number}" if number else self.rollout,
+                on_progress=self._progress("rollout"),
+            )  # fmt: skip
+        with timer("rewards"):
+            self.display.phase(self.rollout, "rewards")
+            return rollouts.score(groups, self.rewards, self.prompts.for_rewards)
+
+    def _penalties(self, groups: list[ScoredGroup]) -> tuple[list[list[list[float]]] | None, dict[str, float]]:
+        """Returns, with the KL in the reward or with a teacher, what each token of each completion costs, and its mean before the
+        coefficient."""
+        algorithm = self.config.algorithm
+        teacher = algorithm.advantage == "teacher"
+        if not groups or not (teacher or (algorithm.kl_coef and algorithm.kl_in == "reward")):
+            return None, {}
+        coefficient, estimator = (1.0, "k1") if teacher else (algorithm.kl_coef, algorithm.kl_estimator)
+        zeros = [[(0.0,) * length for length in row] for row in lengths(groups)]
+        whole = [replace(scored, rewards=(0.0,) * len(scored.rewards)) for scored in groups]  # the undecided too: places stay
+        batches = self._batches(to_samples(whole, zeros))
+        scores = zip(batches, self.learner.score(batches), self.learner.score(batches, reference=True), strict=True)
+        found: dict[int, list[float]] = {}
+        for batch, (own, _), (ref, _) in scores:
+            costs = _terms.kl(own, ref, estimator)
+            found |= {i: costs[place][batch.token_mask[place]].tolist() for place, i in enumerate(batch.index)}
+        total = [cost for costs in found.values() for cost in costs]
+        rows = iter(sorted(found.items()))
+        penalties = [[[coefficient * cost for cost in next(rows)[1]] for _ in scored.rewards] for scored in groups]
+        return penalties, {"kl/ref": sum(total) / len(total)}
 
     def _bounds(self, groups: list[Group], updates: int) -> dict[str, float]:
         least = roofline.bounds(self.machine, self.shape, groups, updates=updates, reference=self.config.algorithm.kl_coef > 0)
         return {f"bound/{phase}_s": seconds for phase, seconds in least.items()} | {"bound/total_s": sum(least.values())}
 
     def update(self, samples: list[Sample]) -> dict[str, float]:
-        """Makes the rollout's updates, one for each random mini-batch of its samples; returns their mean metrics."""
-        config = self.config
-        parts = minibatches(samples, config.train.updates_per_rollout, seed=rollouts.seed_of(config.seed, self.rollout, "mini-batches"))
-        if config.algorithm.kl_coef == 0:  # without a signal the gradient is zero, and Adam's momentum is not to act alone
-            parts = [part for part in parts if any(any(sample.advantages) for sample in part)]
-        batches = [self._batches(part) for part in parts if part]
-        skipped = float(config.train.updates_per_rollout - len(batches))
-        if not batches:
-            return {"update/skipped": skipped}
-        if len(batches) > 1:  # the policy moves between updates: its logprobs before the first one are the old ones
-            batches = [self._attach(part, "old_logprobs", reference=False) for part in batches]
-        if config.algorithm.kl_coef > 0:
-            batches = [self._attach(part, "ref_logprobs", reference=True) for part in batches]
-        reports = []
-        for number, part in enumerate(batches):
-            reports.append(self.learner.update(part, self._update_progress(first=number == 0)))
+        """Makes the rollout's updates, one for each random mini-batch of its samples and epoch; returns their mean metrics."""
+        config, algorithm = self.config, self.config.algorithm
+        seed = rollouts.seed_of(config.seed, self.rollout, "mini-batches")
+        parts = minibatches(samples, config.train.updates_per_rollout, seed) if samples else []
+        # Without a signal KL, entropy bonus and momentum are not to act alone: they would move a policy that learns nothing.
+        parts = [part for part in parts if any(any(sample.advantages) for sample in part)]
+        batches = self._attach(parts)
+        order = [n for epoch in range(config.train.epochs) for n in _order(len(batches), seed, epoch)]
+        reports, before = [], self.learner.updates
+        for number, n in enumerate(order):
+            reports.append(self.learner.update(batches[n], self._update_progress(first=number == 0)))
+        every = algorithm.reference_reset
+        if every and algorithm.kl_coef and before // every != self.learner.updates // every:
+            self.learner.reset_reference(optimizer=algorithm.reset_optimizer)
+        counts = {
+            "update/made": float(len(reports)),
+            "update/skipped": float(config.train.epochs * config.train.updates_per_rollout - len(reports)),
+        }
+        if not reports:
+            return counts
         metrics = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
-        return metrics | {"update/skipped": skipped, "mismatch/max_weight": max(report["mismatch/max_weight"] for report in reports)}
+        return metrics | counts | {"mismatch/max_weight": max(report["mismatch/max_weight"] for report in reports)}
 
     def _batches(self, samples: list[Sample]) -> list[Batch]:
         config = self.config
-        weights = token_weights([sample.completion_length for sample in samples], config.algorithm.reduction, config.sampling.max_tokens)
+        weights = token_weights(samples, config.algorithm.reduction, config.sampling.max_tokens)
         return micro_batches(samples, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed)
 
-    def _attach(self, batches: list[Batch], name: str, *, reference: bool) -> list[Batch]:
-        scores = self.learner.score(batches, reference=reference)
-        return [replace(batch, **{name: logprobs}) for batch, logprobs in zip(batches, scores, strict=True)]  # type: ignore[arg-type]
+    def _attach(self, parts: list[list[Sample]]) -> list[list[Batch]]:
+        """Returns the mini-batches with what the recipe needs before the first update: old and reference logprobs, the top entropies."""
+        algorithm, epochs = self.config.algorithm, self.config.train.epochs
+        built = [self._batches(part) for part in parts]
+        batches = [batch for part in built for batch in part]
+        stale = [  # carried over: the weights that sampled it are gone
+            [part[i].version != self.rollout + 1 for i in batch.index] for part, made in zip(parts, built, strict=True) for batch in made
+        ]
+        if algorithm.top_entropy < 1 or (algorithm.old_logprobs == "learner" and (len(parts) * epochs > 1 or any(map(any, stale)))):
+            scores = self.learner.score(batches)
+            if algorithm.top_entropy < 1:
+                every = torch.cat([entropies[batch.token_mask] for batch, (_, entropies) in zip(batches, scores, strict=True)])
+                least = every.sort(descending=True).values[max(0, round(algorithm.top_entropy * len(every)) - 1)]
+                kept = [batch.advantages * (entropies >= least) for batch, (_, entropies) in zip(batches, scores, strict=True)]
+                batches = [replace(batch, advantages=advantage) for batch, advantage in zip(batches, kept, strict=True)]
+            batches = [
+                replace(batch, old_logprobs=torch.where(torch.tensor(rows)[:, None], batch.sampler_logprobs, logprobs))
+                for batch, (logprobs, _), rows in zip(batches, scores, stale, strict=True)
+            ]
+        if algorithm.old_logprobs == "sampler":
+            batches = [replace(batch, old_logprobs=batch.sampler_logprobs) for batch in batches]
+        if algorithm.kl_coef and algorithm.kl_in == "loss":
+            scores = self.learner.score(batches, reference=True)
+            batches = [replace(batch, ref_logprobs=logprobs) for batch, (logprobs, _) in zip(batches, scores, strict=True)]
+        left = iter(batches)
+        return [[next(left) for _ in part] for part in built]
 
     def evaluate(self, row: dict[str, Any]) -> None:
         """Adds accuracy and the other metrics on held-out problems to a row; keeps the completions."""
@@ -152,7 +228,7 @@ class Loop:
             self.engine, self.prompts, self.held_out, self.rewards, sampling_options(self.config, self.prompts, settings.temperature),
             samples=settings.samples, run_seed=self.config.seed, on_progress=self._progress("evaluation"),
         )  # fmt: skip
-        self.run.write_samples(f"eval-{self.rollout:06d}", sample_rows(scored, self.config.algorithm.advantage))
+        self.run.write_samples(f"eval-{self.rollout:06d}", sample_rows(scored))
         row |= found
         accuracy = row.get("eval/accuracy")
         if accuracy is not None:
@@ -170,8 +246,8 @@ class Loop:
             return
         self.display.phase(self.rollout, "checkpoint")
         state = {
-            "updates": self.learner.updates, "position": self.rollout * self.config.train.problems, "seed": self.config.seed,
-            "first_gap": self.probe.first_gap, "metrics": self.latest,
+            "updates": self.learner.updates, "seed": self.config.seed, "first_gap": self.probe.first_gap, "metrics": self.latest,
+            "selection": self.selected, "idle": self.idle,
         }  # fmt: skip
         self.run.save(self.rollout, state, self.learner.save)
         self.run.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
@@ -193,7 +269,7 @@ class Loop:
         return show
 
 
-def sampling_options(config: Config, prompts: Prompts, temperature: float) -> SamplingOptions:
+def sampling_options(config: SampledConfig, prompts: Prompts | Chat, temperature: float) -> SamplingOptions:
     sampling = config.sampling
     return SamplingOptions(
         max_tokens=sampling.max_tokens, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, stop=prompts.stop,
@@ -206,22 +282,28 @@ def minibatches(samples: list[Sample], count: int, seed: int) -> list[list[Sampl
     if count == 1:
         return [samples]
     order = random.Random(seed).sample(samples, len(samples))
-    return [order[i::count] for i in range(count)]
+    return [part for i in range(count) if (part := order[i::count])]
 
 
-def sample_rows(groups: list[ScoredGroup], advantage: str) -> list[dict[str, Any]]:
-    """Returns one JSON object a completion: what was asked, what came, and how it was judged."""
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """The mini-batches of an epoch: the first in their order, later ones shuffled."""
+    return random.Random(seed + epoch).sample(range(count), count) if epoch else list(range(count))
+
+
+def sample_rows(
+    groups: Sequence[ScoredGroup], used: Sequence[ScoredGroup] = (), values: Sequence[Sequence[tuple[float, ...]]] = ()
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Returns one JSON object a completion: what was asked, what came, and how it was judged; its advantage if it is used now."""
+    of_group = {id(scored): rows for scored, rows in zip(used, values, strict=True)}
     return [
         {
             "problem": scored.group.problem.id, "question": scored.group.problem.question, "answer": scored.group.problem.answer,
             "meta": scored.group.problem.meta,
             "completion": completion.text, "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason,
-            "reward": reward, "parts": part, "faults": fault, "verdict": verdict and verdict.value, "reason": verdict and verdict.reason,
-            "advantage": value, "version": completion.versions[0][0],
+            "reward": scored.rewards[i], "parts": scored.parts[i], "faults": scored.faults[i],
+            "verdict": (verdict := scored.verdicts[i]) and verdict.value, "reason": verdict and verdict.reason,
+            "advantage": of_group[id(scored)][i][0] if id(scored) in of_group else None, "version": completion.versions[0][0],
         }
         for scored in groups
-        for completion, reward, part, fault, verdict, value in zip(
-            scored.group.completions, scored.rewards, scored.parts, scored.faults, scored.verdicts,
-            group_advantages(scored.rewards, advantage), strict=True,
-        )
+        for i, completion in enumerate(scored.group.completions)
     ]  # fmt: skip

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-TINY = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
+TINY = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe", "tiny-deepseek-v3")
 TINY_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 # SmolLM2-135M-Instruct (Apache-2.0) also lies in a package, as GGUF Q4_1: the way to it where no model hub can be reached.
@@ -105,22 +105,27 @@ def make_tiny(kind: str, target: Path, seed: int, **overrides: Any) -> None:
     Wide and shallow: on two cores it learns worked sums in a quarter of the time of a 6-layer model of the same size.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     tokenizer = character_tokenizer()
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": 384, "intermediate_size": 832, "num_hidden_layers": 3, "num_attention_heads": 6,
         "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 2048, "tie_word_embeddings": True,
         "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-    } | overrides  # fmt: skip
-    config_class, model_class = {
-        "tiny-llama": (LlamaConfig, LlamaForCausalLM),
-        "tiny-qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "tiny-qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[kind]
+    }  # fmt: skip
+    more: dict[str, dict[str, Any]] = {
+        "tiny-qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 416},
+        "tiny-deepseek-v3": {
+            "num_key_value_heads": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 416, "n_group": 1,
+            "topk_group": 1, "first_k_dense_replace": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "q_lora_rank": 128,
+            "qk_nope_head_dim": 32, "v_head_dim": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+            "head_dim": 64,  # 512 + 64: vLLM's CPU kernel has no other
+        },
+    }  # fmt: skip
+    config = CONFIG_MAPPING[kind.removeprefix("tiny-").replace("-", "_")](**shape | more.get(kind, {}) | overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config_class(**shape))
+        model = AutoModelForCausalLM.from_config(config)
     with replace_directory(target) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -149,6 +154,18 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_dir)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={model_dir}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises UserError when two models do not mean the same by a token. Rows that pad a vocabulary (Qwen2.5's differ) do not matter."""
+    ours, theirs = tokenizer.get_vocab(), teacher.get_vocab()
+    differ = [token for token, i in ours.items() if theirs.get(token) != i]
+    if differ or len(ours) != len(theirs):
+        raise UserError(
+            f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} tokens, {len(differ)} of the student's are "
+            "not the teacher's): their distributions cannot be compared token by token; distil by text: `grpo collect` with the teacher, "
+            "then `grpo sft`"
+        )
 
 
 def load_model(model_dir: Path, attention: str) -> PreTrainedModel:
@@ -209,6 +226,8 @@ def save_final(target: Path, model_dir: Path, weights: dict[str, Any], tokenizer
         model = AutoModelForCausalLM.from_config(config)
     if (model_dir / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
+    buffers = {name for name, _ in model.named_buffers()}  # in their own dtype
+    state = {name: tensor if name in buffers else tensor.to(config.dtype) for name, tensor in weights.items()}
     with replace_directory(target) as scratch:
-        model.save_pretrained(scratch, state_dict={name: tensor.to(config.dtype) for name, tensor in weights.items()})
+        model.save_pretrained(scratch, state_dict=state)
         tokenizer.save_pretrained(scratch)

@@ -44,8 +44,8 @@ class Probe:
             for request, completion in zip(self._requests, completions, strict=True)
         ]
         batches = micro_batches(samples, [0.0] * len(samples), max_tokens=self._micro_batch_tokens, packed=self._packed)
-        logprobs = self._learner.score(batches)
-        gaps = [(ours - batch.sampler_logprobs)[batch.token_mask] for ours, batch in zip(logprobs, batches, strict=True)]
+        scores = self._learner.score(batches)
+        gaps = [(ours - batch.sampler_logprobs)[batch.token_mask] for (ours, _), batch in zip(scores, batches, strict=True)]
         return float(torch.cat(gaps).abs().mean())
 
     def canary(self, version: int) -> float:

@@ -58,9 +58,7 @@ class Prompts:
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """Returns a chat's messages: the system prompt, if any, and the question."""
-        system = self._settings.system
-        user = {"role": "user", "content": problem.question}
-        return [{"role": "system", "content": SYSTEM.get(system, system)}, user] if system else [user]
+        return Chat(self._settings).messages(problem)
 
     def for_rewards(self, problem: Problem) -> str | list[dict[str, str]]:
         """Returns the prompt as TRL's reward functions expect it: messages for a chat template, else text."""
@@ -120,6 +118,21 @@ class Prompts:
         after = self._tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)[2]
         ids = self._tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
         return ids[0] if ids and ids[0] in self._tokenizer.all_special_ids else None
+
+
+class Chat:
+    """What a model behind an endpoint is asked: messages. Its tokenizer is not known here, so it adds no tokens and refuses no prompt."""
+
+    def __init__(self, settings: configs.Prompt) -> None:
+        self.stop, self.stop_token_ids = tuple(settings.stop), tuple[int, ...]()
+        self._system = settings.system
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        user = {"role": "user", "content": problem.question}
+        return [{"role": "system", "content": SYSTEM.get(self._system, self._system)}, user] if self._system else [user]
+
+    def fitting(self, problems: Sequence[Problem]) -> Sequence[Problem]:
+        return problems
 
 
 def visible(text: str, tokenizer: Any) -> str:

@@ -15,7 +15,7 @@ from grpo.prompts import Prompts
 from grpo.types import Group, Problem, Score, ScoredGroup, Verdict
 
 
-def seed_of(run_seed: int, rollout: int, problem_id: str) -> int:
+def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
     """Returns a group's sampling seed; completion i has this plus i. A function of its arguments alone: a resume needs no sampler state."""
     digest = hashlib.blake2b(f"{run_seed}/{rollout}/{problem_id}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big")
@@ -23,7 +23,7 @@ def seed_of(run_seed: int, rollout: int, problem_id: str) -> int:
 
 def sample(
     engine: Engine, prompts: Prompts, problems: Sequence[Problem], options: SamplingOptions,
-    *, group_size: int, run_seed: int, rollout: int, on_progress: Callable[[int, int], None] | None = None,
+    *, group_size: int, run_seed: int, rollout: int | str, on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Group]:  # fmt: skip
     """Returns one group of `group_size` completions a problem, in order."""
     ids = [prompts.ids(problem) for problem in problems]

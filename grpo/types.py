@@ -26,6 +26,10 @@ class RunError(RuntimeError):
     """A run that cannot go on (lost engine, failed probe, full disk). The CLI prints it in one line and exits with 1."""
 
 
+class Exhausted(RunError):
+    """A run that has nothing left to learn from; the state after its last whole rollout is good and is saved."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One problem with a checkable answer: `Problem(id="gsm8k/train/7", question="2+2?", answer="4", source="gsm8k")`."""
@@ -98,13 +102,16 @@ class ScoredGroup:
 class Sample:
     """One trainable sequence [L]: prompt then completion. `prompt_length` tokens carry no loss.
 
-    `advantages` [completion length], `sampler_logprobs` [completion length] or None when there was no sampler.
+    `advantages` [completion length], `sampler_logprobs` [completion length] or None when there was no sampler. `group`: which of the
+    update's groups it belongs to; `version`: of the weights that sampled it.
     """
 
     token_ids: tuple[int, ...]
     prompt_length: int
     advantages: tuple[float, ...]
     sampler_logprobs: tuple[float, ...] | None = None
+    group: int = 0
+    version: int = 0
 
     @property
     def completion_length(self) -> int:

@@ -22,6 +22,7 @@ TINY_SHAPE = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
+MLA = {"tiny-deepseek-v3": {"num_key_value_heads": 2, "q_lora_rank": 32, "head_dim": 64}}
 
 
 def pytest_collection_modifyitems(items):
@@ -40,7 +41,7 @@ def tiny(tmp_path_factory):
         key = f"{kind}-{sorted(overrides.items())}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp(kind)
-            models.make_tiny(kind, made[key], 0, **(TINY_SHAPE | {"initializer_range": 0.1} | overrides))
+            models.make_tiny(kind, made[key], 0, **(TINY_SHAPE | {"initializer_range": 0.1} | MLA.get(kind, {}) | overrides))
         return made[key]
 
     return make
@@ -55,6 +56,7 @@ def tiny_config(run_dir, model_dir, **sections) -> configs.Config:
         "prompt": {"template": "plain", "max_tokens": 48},
         "sampling": {"max_tokens": 12},
         "rewards": {"accuracy": 1.0, "format": 0.1},
+        "algorithm": {"kl_coef": 0.0},
         "train": {"rollouts": 2, "problems": 4, "group_size": 4},
         "learner": {"lr": 1e-3, "zero_stage": 0, "micro_batch_tokens": 256},
         "engine": {"kv_cache_gb": 0.05, "max_sequences": 32, "timeout_s": 60},

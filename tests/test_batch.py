@@ -9,13 +9,14 @@ from grpo.batch import micro_batches, token_weights
 from grpo.types import Sample
 
 
-def sample(prompt, completion, advantage=1.0):
+def sample(prompt, completion, advantage=1.0, group=0):
     n = len(completion)
     return Sample(
         token_ids=(*prompt, *completion),
         prompt_length=len(prompt),
         advantages=(advantage,) * n,
         sampler_logprobs=tuple(-0.5 - i for i in range(n)),
+        group=group,
     )
 
 
@@ -39,16 +40,18 @@ def test_eos_that_is_also_the_padding_is_trained():
 
 
 def test_token_weights_are_the_published_reductions():
-    # lengths 2 and 3: sequence 1/(2*2), 1/(2*3); token 1/5; constant 1/(2*10)
-    assert token_weights([2, 3], "sequence", 10) == [1 / 4, 1 / 6]
-    assert token_weights([2, 3], "token", 10) == [1 / 5, 1 / 5]
-    assert token_weights([2, 3], "constant", 10) == [1 / 20, 1 / 20]
+    # lengths 2, 3 in group 0, 4 in group 1: sequence 1/(3*2), 1/(3*3), 1/(3*4); token 1/9; constant 1/(3*10); prompt 1/(2*5), 1/(2*4)
+    samples = [sample((1,), (2,) * n, group=group) for n, group in ((2, 0), (3, 0), (4, 1))]
+    assert token_weights(samples, "sequence", 10) == [1 / 6, 1 / 9, 1 / 12]
+    assert token_weights(samples, "token", 10) == [1 / 9] * 3
+    assert token_weights(samples, "constant", 10) == [1 / 30] * 3
+    assert token_weights(samples, "prompt", 10) == [1 / 10, 1 / 10, 1 / 8]
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(40, 200), st.sampled_from(["sequence", "token"]))
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(40, 200), st.sampled_from(["sequence", "token", "prompt"]))
 def test_micro_batches_keep_every_token_once_within_the_budget(lengths, budget, reduction):
-    samples = [sample((1,) * 5, (2,) * n) for n in lengths]
-    batches = micro_batches(samples, token_weights(lengths, reduction, 30), max_tokens=budget)
+    samples = [sample((1,) * 5, (2,) * n, group=i // 3) for i, n in enumerate(lengths)]
+    batches = micro_batches(samples, token_weights(samples, reduction, 30), max_tokens=budget)
     assert sorted(i for batch in batches for i in batch.index) == list(range(len(samples)))
     assert sum(int(batch.token_mask.sum()) for batch in batches) == sum(lengths)
     assert sum(float(batch.token_weights.sum()) for batch in batches) == pytest.approx(1, abs=1e-5)

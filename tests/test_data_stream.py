@@ -92,3 +92,13 @@ def test_a_mixture_that_cannot_be_is_the_users_error(sources, weights, words):
 def test_a_negative_position_is_no_position():
     with pytest.raises(IndexError):
         Mixture(SOURCES, WEIGHTS, seed=0)[-1]
+
+
+def test_a_curriculum_sorts_the_first_epoch_and_only_that():
+    problems = [Problem(id=str(i), question="", answer="", source="s", meta={"level": i % 3}) for i in range(30)]
+    stream = Mixture({"s": problems}, {"s": 1.0}, 0, "level")
+    first, second = ([problem.meta["level"] for problem in stream.take(start, 30)] for start in (0, 30))
+    assert first == sorted(first) and second != sorted(second)
+    assert [p.id for p in stream.take(0, 10)] != [p.id for p in problems if p.meta["level"] == 0]
+    with pytest.raises(UserError, match="problem 0 of s has no number 'difficulty' in its meta"):
+        Mixture({"s": problems}, {"s": 1.0}, 0, "difficulty")

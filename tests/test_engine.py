@@ -57,6 +57,18 @@ def test_groups_single_requests_and_repeats_agree(engine):
 
 
 @pytest.mark.engine
+def test_more_prompt_tokens_than_one_step_takes_are_sampled_like_a_few(engine):
+    """vLLM 0.32 ends in an error on a CPU when it cuts a prompt in pieces (its default) and a request has a seed."""
+    requests = [
+        Request(prompt_ids=tuple(10 + (i * 7 + j) % 180 for j in range(150)), seed=i) for i in range(40)
+    ]  # 32 at once: 4,800 tokens
+    options = SamplingOptions(max_tokens=3, ignore_eos=True)
+    together = engine.generate(requests, options)
+    alone = engine.generate(requests[-1:], options)
+    assert [c.token_ids for c in together[-1]] == [c.token_ids for c in alone[0]] and len(together) == 40
+
+
+@pytest.mark.engine
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_the_samplers_after_temperature(engine, tiny, temperature):
     (group,) = engine.generate([Request(prompt_ids=PROMPTS[0], seed=1, n=4)], SamplingOptions(max_tokens=8, temperature=temperature))
@@ -90,7 +102,7 @@ def test_a_stop_string_stays_in_the_text(engine, tiny):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("kind", models.TINY)
+@pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])  # its own test: test_end_to_end.py
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
     """The canary passes for the real sync, and a stale copy of any one tensor is seen: by its name, or by the gap."""

@@ -30,7 +30,7 @@ def samples(seed=0, count=10):
 
 
 def batches(rows, budget):
-    return micro_batches(rows, token_weights([row.completion_length for row in rows], "sequence", 20), max_tokens=budget)
+    return micro_batches(rows, token_weights(rows, "sequence", 20), max_tokens=budget)
 
 
 def naive_logprobs(model, row, temperature=1.0):
@@ -54,6 +54,25 @@ def test_logprobs_and_entropy_equal_transformers_at_a_temperature(tiny, kind):
     assert torch.allclose(entropies[0][batch.token_mask[0]], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("float32_head", [False, True])
+def test_logprobs_and_entropies_have_the_gradients_of_plain_autograd(tiny, float32_head):
+    model = models.load_model(tiny(), "eager")
+    rows = samples()
+    (batch,) = batches(rows, 10_000)
+    logprobs, entropies = Policy(model, temperature=0.7, chunk=7, float32_head=float32_head, entropy_gradient=True)(batch)
+    weights = torch.rand(2, *logprobs.shape, generator=torch.Generator().manual_seed(0))
+    (weights[0] * logprobs - 3 * weights[1] * entropies).sum().backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for place, i in enumerate(batch.index):
+        mask = batch.token_mask[place]
+        logits = model(input_ids=torch.tensor([rows[i].token_ids])).logits[0, :-1][rows[i].prompt_length - 1 :] / 0.7
+        own = logits.log_softmax(-1)
+        picked = own.gather(1, torch.tensor(rows[i].token_ids[rows[i].prompt_length :])[:, None])[:, 0]
+        (weights[0, place][mask] * picked + 3 * weights[1, place][mask] * (own.exp() * own).sum(-1)).sum().backward()
+    assert all(torch.allclose(found[name], parameter.grad, atol=1e-4) for name, parameter in model.named_parameters())
+
+
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
 def test_update_equals_plain_adamw_and_a_checkpoint_continues_it_bit_for_bit(tiny, tmp_path, stage, dtype):
     """Three updates with clipping, weight decay and warm-up, each split differently; bfloat16 is compared loosely."""
@@ -71,7 +90,7 @@ def test_update_equals_plain_adamw_and_a_checkpoint_continues_it_bit_for_bit(tin
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * min(1.0, (update + 1) / 2)
         value = torch.zeros(())
-        for row, weight in zip(rows, token_weights([row.completion_length for row in rows], "sequence", 20), strict=True):
+        for row, weight in zip(rows, token_weights(rows, "sequence", 20), strict=True):
             logprobs = naive_logprobs(reference, row)
             value = value - weight * (torch.exp(logprobs - logprobs.detach()) * torch.tensor(row.advantages)).sum()
         optimizer.zero_grad()

@@ -9,6 +9,7 @@ from whole_runs import rows, run, start, wait_for
 
 from grpo import config as configs
 from grpo import models
+from grpo.config_stages import SftConfig
 from grpo.learners.deepspeed import learning_rate
 from grpo.prompts import Prompts
 from grpo.stages._run import load_problems, mixture
@@ -26,7 +27,7 @@ def sft_config(run_dir, model_dir, **sections):
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}
-    return configs.parse(tree, kind=configs.SftConfig)
+    return configs.parse(tree, kind=SftConfig)
 
 
 def write(path, config):
@@ -45,6 +46,28 @@ def examples(config):
     prompts = Prompts(config.prompt, tokenizer)
     problems = mixture(config.data, load_problems(config.data, "train", 0), prompts, 0)
     return list(sft_rows(problems.take(0, config.sft.updates * config.sft.batch_size), prompts, config.sft.max_tokens))
+
+
+def test_adapters_are_trained_merged_and_saved(tiny, tmp_path):
+    from safetensors.torch import load_file
+
+    from grpo.stages.sft import sft
+
+    config = configs.parse(
+        {
+            "run_dir": str(tmp_path / "run"), "model": {"path": str(tiny()), "dtype": "float32", "lora": {"rank": 4}},
+            "data": {"name": "arithmetic", "options": {"digits": 1}}, "prompt": {"template": "plain", "max_tokens": 48},
+            "sft": {"updates": 2, "batch_size": 2, "max_tokens": 96}, "learner": {"lr": 1e-2, "zero_stage": 1},
+            "logging": {"progress": "off"},
+        },
+        kind=SftConfig,
+    )  # fmt: skip
+    sft(config, resume=False)
+    before, after = load_file(tiny() / "model.safetensors"), load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("_proj.weight")}
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_it_equals_plain_adamw_on_the_solutions_tokens_with_one_mean_an_update(tiny, tmp_path):

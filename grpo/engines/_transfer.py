@@ -1,7 +1,7 @@
 """vLLM's receiving end of a weight sync through shared memory: an engine of its weight-transfer interface (`weight_transfer_config`).
 
 Written after vLLM 0.32's IPC engine; what differs: no device synchronisation (the base class assumes an accelerator), every tensor is
-checked, a model that was not loaded completely is an error, and a tied output head is packed again.
+checked, a model that was not loaded completely is an error, and a tied output head and a layer's experts are packed again.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         retie_head(self.model)
+        repack_experts(self.model)
 
     def shutdown(self) -> None:
         pass
@@ -71,6 +72,14 @@ def retie_head(model: Any) -> None:
     if head is not None:
         head.weight = model.model.embed_tokens.weight
         head.quant_method.process_weights_after_loading(head)
+
+
+def repack_experts(model: Any) -> None:
+    """Brings a layer's experts into their kernel's layout: a reload leaves them as they were sent (vLLM 0.32, CPU)."""
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(module)
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)

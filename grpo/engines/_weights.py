@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+KEPT = "e_score_correction_bias"  # DeepSeek-V3's router adds it to scores in [0, 1]: in bfloat16 it would choose other experts
 ALIGNMENT = 64  # bytes; the checksum reads whole int64 words
 
 
@@ -36,10 +37,10 @@ class SharedWeights:
         self._map = _Mapping(self.fd)
 
     def write(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> list[TensorSpec]:
-        """Returns the layout of the copied weights. Floating-point tensors are cast to `dtype` on the way."""
+        """Returns the layout of the copied weights. Floating-point tensors are cast to `dtype` on the way, but KEPT."""
         specs, offset = [], 0
         for name, tensor in weights:
-            wanted = dtype if tensor.is_floating_point() else tensor.dtype
+            wanted = dtype if tensor.is_floating_point() and not name.endswith(KEPT) else tensor.dtype
             num_bytes = tensor.numel() * wanted.itemsize
             padded = _padded(num_bytes)
             words = self._map.words(offset, padded, grow=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grpo import config as configs
 from grpo.engines import EngineError, Request, SamplingOptions, SyncReport
-from grpo.engines._weights import SharedWeights
+from grpo.engines._weights import KEPT, SharedWeights
 from grpo.types import Completion, UserError
 
 
@@ -28,7 +28,8 @@ class VllmEngine:
 
     def __init__(
         self, *, model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, log_file: Path,
-        load_weights: bool = False, on_wait: Callable[[], None] = lambda: None, module: str = "grpo.engines._child",
+        load_weights: bool = False, float32_head: bool = False, on_wait: Callable[[], None] = lambda: None,
+        module: str = "grpo.engines._child",
     ) -> None:  # fmt: skip
         """`load_weights=False` starts from random weights: a sync must come first. `on_wait` is called five times a second while waiting
         and may raise. `module`: the child's program (tests put faults in)."""
@@ -42,7 +43,9 @@ class VllmEngine:
         self._version = -1
         fds = [self._weights.fd] if self._weights else []
         self._child, self._pipe = _spawn(module, fds, log_file)
-        llm = _llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda) | ({} if load_weights else {"load_format": "dummy"})
+        llm = _llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda)
+        llm |= {} if load_weights else {"load_format": "dummy"}
+        llm |= {"hf_overrides": {"head_dtype": "float32"}} if float32_head else {}
         with contextlib.suppress(BrokenPipeError):  # a child that is dead already is reported by wait_ready
             self._pipe.send(("start", {"llm": llm, "weights_fd": fds[0] if fds else None}))
         self._waiting = True  # for the answer to `start`
@@ -83,7 +86,7 @@ class VllmEngine:
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 
-        tensors = [(name, tensor.detach().to(self._dtype)) for name, tensor in weights]
+        tensors = [(name, tensor.detach() if name.endswith(KEPT) else tensor.detach().to(self._dtype)) for name, tensor in weights]
 
         class Source(WeightSource):
             def metadata(self) -> list[ParamMeta]:
@@ -216,6 +219,8 @@ def _llm_arguments(model_dir: str, settings: configs.Engine, dtype: str, max_mod
         arguments |= {"gpu_memory_utilization": settings.memory_fraction, "enable_sleep_mode": settings.sleep}
     else:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
+        # A prompt in pieces makes vLLM 0.32 take a random number back, which a CPU's generator cannot: whole prompts, as many as fit.
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, 4096)}
     return arguments
 
 

@@ -11,35 +11,57 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo import config as configs
+from grpo import lora, moe
 from grpo.batch import to_device
 from grpo.logprobs import Policy
+from grpo.losses._objective import Loss, objective
 from grpo.types import Batch, RunError, UserError
 
-Loss = Callable[[Tensor, Batch, configs.Algorithm], tuple[Tensor, dict[str, Tensor]]]
+if TYPE_CHECKING:
+    from grpo.config_stages import DistillConfig
 
 
 class Learner:
     """Scores and updates a policy. State: weights, optimizer, and `updates`, the number of optimizer updates made."""
 
-    def __init__(self, model: nn.Module, config: configs.Config, loss: Loss, reference: nn.Module | None = None) -> None:
-        """`model` has float32 weights. `reference`, for KL, is kept frozen in the forward pass's dtype."""
+    def __init__(
+        self, model: nn.Module, config: configs.Config | DistillConfig, loss: Loss, reference: nn.Module | None = None,
+        soft: configs.Soft | None = None,
+    ) -> None:  # fmt: skip
+        """`model` has float32 weights. `reference`, for KL, is kept frozen in the forward pass's dtype; with `soft` it is the teacher."""
         deepspeed = init_process_group()
         settings = config.learner
         if settings.threads:
             torch.set_num_threads(settings.threads)
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        moe.check(model, config.model.router_aux_coef, config.model.freeze_router)
         model.train()
         self._settings, self._algorithm, self._loss = settings, config.algorithm, loss
-        self._total_updates = config.train.total_updates
-        self._dtype = getattr(torch, config.model.dtype)
-        policy = Policy(model, temperature=config.sampling.temperature, chunk=settings.logits_chunk_tokens)
+        self._total_updates = config.total_updates
+        self._dtype, self._router_coef = getattr(torch, config.model.dtype), config.model.router_aux_coef
+        head: dict[str, Any] = {
+            "temperature": 1.0 if soft else config.sampling.temperature, "chunk": settings.logits_chunk_tokens,
+            "float32_head": config.model.float32_head,
+        }  # fmt: skip
+        self._reference: Policy | None = None
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        if reference is not None:
+            for parameter in reference.parameters():  # buffers (rotary frequencies) stay in float32, as DeepSpeed leaves the policy's
+                parameter.data = parameter.data.to(self._dtype)
+            reference = reference.to(self.device).eval().requires_grad_(False)
+            self._reference = Policy(reference, **head)
+        self._soft = soft
+        policy = Policy(
+            model, entropy_gradient=config.algorithm.entropy_coef != 0, router=self._router_coef > 0,
+            teacher=self._reference if soft else None, soft=soft, **head,
+        )  # fmt: skip
         ds_config = deepspeed_config(settings, config.model.dtype, torch.cuda.is_available())
         self._engine, *_ = deepspeed.initialize(
             model=policy,
@@ -47,20 +69,17 @@ class Learner:
             config=ds_config,
         )
         self._policy: Policy = self._engine.module
-        self.device = self._engine.device
-        self._reference: Policy | None = None
-        if reference is not None:
-            reference = reference.to(device=self.device, dtype=self._dtype).eval().requires_grad_(False)
-            self._reference = Policy(reference, temperature=config.sampling.temperature, chunk=settings.logits_chunk_tokens)
         self.updates = 0
+        self._reference_moved = False
         self._memory = FreedMemory()
 
     @torch.no_grad()
-    def score(self, batches: Sequence[Batch], *, reference: bool = False) -> list[Tensor]:
-        """Returns the logprobs [B, T] (float32, on the CPU) of each batch's completion tokens under the policy or the reference."""
-        scorer = self._reference if reference else self._engine
-        assert scorer is not None, "no reference model was loaded"
-        return [scorer(to_device(batch, self.device))[0].cpu() for batch in batches]
+    def score(self, batches: Sequence[Batch], *, reference: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """Returns logprobs and entropies [B, T] (float32, on the CPU) of each batch's completion tokens, by the policy or the reference."""
+        with lora.off(self._policy.model) if reference and self._reference is None else contextlib.nullcontext():
+            scorer = self._reference if reference and self._reference is not None else self._engine
+            scored = [scorer(to_device(batch, self.device)) for batch in batches]
+        return [(logprobs.cpu(), entropies.cpu()) for logprobs, entropies in scored]
 
     def update(self, batches: Sequence[Batch], on_batch: Callable[[int, int], None] | None = None) -> dict[str, float]:
         """Makes one optimizer update with the gradient summed over micro-batches; returns its metrics.
@@ -78,16 +97,23 @@ class Learner:
         for done, batch in enumerate(batches, start=1):
             batch = to_device(batch, self.device)
             logprobs, entropies = self._engine(batch)
-            per_token, report = self._loss(logprobs, batch, self._algorithm)
+            per_token, report = objective(logprobs, entropies, batch, self._algorithm, self._loss)
+            if self._soft is not None and self._policy.divergences is not None:
+                per_token = per_token + self._soft.soft_weight * self._soft.temperature**2 * self._policy.divergences
+                report["policy/divergence"] = self._policy.divergences
             loss = (batch.token_weights * per_token).sum()
+            if self._router_coef:
+                share = int(batch.token_mask.sum()) / tokens
+                loss = loss + self._router_coef * share * self._policy.balance_loss
+                report["router/balance"] = batch.token_mask * self._policy.balance_loss
             self._engine.backward(loss, scale_wrt_gas=False)
             mask = batch.token_mask
-            gap = (logprobs.detach() - batch.sampler_logprobs)[mask]
-            report |= {"policy/entropy": entropies, "mismatch/k3": torch.exp(gap) - 1 - gap, "mismatch/abs": gap.abs()}
+            rho = report["_rho"] = report["_rho"].detach()
+            report["_rho_squared"] = rho.square()
             for name, value in report.items():
                 sums[name] = sums.get(name, 0.0) + float((value.detach()[mask] if value.shape == mask.shape else value).sum())
             sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
-            highest = max(highest, float(torch.exp(gap).max()))
+            highest = max(highest, float(rho[mask].max()))
             if on_batch is not None:
                 on_batch(done, len(batches))
         norm = self._gradient_norm() if self._settings.zero_stage == 0 else None  # DeepSpeed keeps none without ZeRO
@@ -98,16 +124,30 @@ class Learner:
             raise RunError(f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite; lower learner.lr")
         self._memory.after_update()
         loss_value = sums.pop("loss")
+        effective = sums.pop("_rho") ** 2 / (sums.pop("_rho_squared") * tokens)  # PipelineRL 2509.19128: (sum w)^2 / (n sum w^2)
         return {name: value / tokens for name, value in sums.items()} | {
             "loss": loss_value, "policy/grad_norm": norm, "policy/lr": lr, "mismatch/max_weight": highest,
+            "mismatch/effective": effective,
             "update/tokens": tokens, "update/micro_batches": len(batches), "update/seconds": time.monotonic() - start,
         }  # fmt: skip
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every weight whole, under its Hugging Face name, in the forward pass's dtype; tied weights once. Copy before going on."""
+        """Yields every weight whole, under its Hugging Face name, in the forward pass's dtype, buffers in their own; tied weights once,
+        adapters merged.
+
+        Copy a tensor before going on.
+        """
+        adapted = lora.of(self._policy.model)
         for name, parameter in self._policy.model.named_parameters():
-            with self._whole(parameter):
-                yield name, parameter.data
+            if "lora_" in name:
+                continue
+            name = name.replace(".base_layer.", ".")
+            layer = adapted.get(name)
+            with self._whole(parameter, *(layer.parameters() if layer else ())):
+                weight = lora.merged(parameter.data, layer) if layer else parameter.data
+                yield from moe.hub_weights(self._policy.model, name, weight)
+        kept = self._policy.model.state_dict().keys()
+        yield from ((name, buffer) for name, buffer in self._policy.model.named_buffers() if name in kept)  # DeepSeek's router bias
 
     @contextlib.contextmanager
     def perturbed(self, seed: int) -> Iterator[None]:
@@ -130,23 +170,47 @@ class Learner:
     def _gradient_norm(self) -> float:
         return float(torch.nn.utils.get_total_norm([p.grad for p in self._policy.parameters() if p.grad is not None]))
 
-    def _whole(self, parameter: nn.Parameter, write: bool = False) -> Any:
-        """ZeRO-3 keeps parts of a parameter on each rank; within this context it is whole."""
+    def _whole(self, *parameters: nn.Parameter, write: bool = False) -> Any:
+        """ZeRO-3 keeps parts of a parameter on each rank; within this context they are whole."""
         if self._settings.zero_stage < 3:
             return contextlib.nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None)
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
 
     def save(self, directory: Path) -> None:
-        """Writes weights, optimizer state and the update counter."""
+        """Writes weights, optimizer state and the update counter; the reference too, once it is not the start model."""
         self._engine.save_checkpoint(str(directory), tag="learner", client_state={"updates": self.updates}, save_latest=False)
+        if self._reference_moved and self._reference is not None:
+            torch.save(self._reference.model.state_dict(), directory / "reference.pt")
+
+    def save_adapter(self, directory: Path) -> None:
+        lora.save(self._policy.model, directory)
 
     def load(self, directory: Path) -> None:
         path, state = self._engine.load_checkpoint(str(directory), tag="learner")
         if path is None:
             raise RunError(f"{directory}: DeepSpeed found no checkpoint to load")
         self.updates = state["updates"]
+        if (directory / "reference.pt").exists() and self._reference is not None:
+            self._reference.model.load_state_dict(torch.load(directory / "reference.pt", map_location=self.device))
+            self._reference_moved = True
+
+    @torch.no_grad()
+    def reset_reference(self, *, optimizer: bool) -> None:
+        """Makes the policy as it is the reference; `optimizer`: forgets Adam's moments too."""
+        assert self._reference is not None
+        for own, theirs in zip(self._policy.model.parameters(), self._reference.model.parameters(), strict=True):
+            with self._whole(own):
+                theirs.copy_(own)
+        self._reference_moved = True
+        if optimizer:
+            inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+            for state in inner.state.values():
+                for key, value in state.items():
+                    state[key] = value.zero_() if isinstance(value, Tensor) else 0  # DeepSpeed's own Adam counts steps in an int
+            for group in inner.param_groups:
+                group |= {"step": 0} if "step" in group else {}
 
 
 def _perturb(weight: Tensor, seed: int) -> Tensor:

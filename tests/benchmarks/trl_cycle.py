@@ -60,7 +60,8 @@ def ours(turn, model_dir: Path, folder: Path) -> None:
         {
             "run_dir": str(folder / "run"), "model": {"path": str(model_dir)}, "data": {"name": "jsonl", "path": str(data)},
             "prompt": {"template": "plain", "max_tokens": PROMPT_TOKENS}, "sampling": {"max_tokens": TOKENS, "ignore_eos": True},
-            "rewards": {"trl_cycle:digits_reward": 1.0}, "train": {"rollouts": 1000, "problems": PROMPTS, "group_size": GROUP},
+            "rewards": {"trl_cycle:digits_reward": 1.0}, "algorithm": {"kl_coef": 0.0},
+            "train": {"rollouts": 1000, "problems": PROMPTS, "group_size": GROUP},
             "learner": {"lr": 1e-6, "micro_batch_tokens": 2048}, "engine": {"kv_cache_gb": 1.0}, "eval": {"every": 0},
             "checkpoint": {"every": 0}, "logging": {"progress": "off"},
         }

@@ -6,7 +6,10 @@ import resource
 import time
 
 import pytest
-from whole_runs import again, outcome, run, start, uninterrupted, wait_for
+from conftest import tiny_config
+from whole_runs import SECTIONS, again, outcome, run, start, uninterrupted, wait_for, write_config
+
+from grpo.algorithm import PRESETS
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -51,3 +54,16 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on_whe
     assert all(file.read_bytes() == content for file, content in before.items())
     run(config, "--resume")
     assert outcome(tmp_path / "run") == outcome(straight[0] / "run")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_proves_its_sync_and_resumes_bit_for_bit(tiny, tmp_path, preset):
+    sections = SECTIONS | {"algorithm": {"preset": preset}, "train": {"rollouts": 3, "problems": 8, "group_size": 4}}
+    sections["learner"] = {"lr": 1e-4, "zero_stage": 1}
+    configs = [write_config(tmp_path / f"{name}.yaml", tiny_config(tmp_path / name, tiny(), **sections)) for name in "ab"]
+    run(configs[0])
+    run(configs[1], "train.rollouts=2", "eval.every=0")
+    run(configs[1], "--resume", "eval.every=0")
+    ours, theirs = outcome(tmp_path / "a"), outcome(tmp_path / "b")
+    drop = lambda metrics: [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in metrics if "reward/mean" in row]  # noqa: E731
+    assert drop(ours[0]) == drop(theirs[0]) and ours[2] == theirs[2]

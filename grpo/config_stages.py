@@ -1,0 +1,202 @@
+"""The configs of the stages around GRPO: supervised fine-tuning, rejection sampling, distillation, and the chain of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from grpo.algorithm import Algorithm
+from grpo.config import Checkpoint, Config, Eval, Learner, RunConfig, SampledConfig, Soft, Source, Train
+from grpo.config_file import Section
+
+
+class Sft(Section):
+    updates: int = Field(ge=1)
+    batch_size: int = Field(32, ge=1)  # solutions an update
+    max_tokens: int = Field(1024, ge=2)  # longest prompt with its solution
+    stop_at: float | None = Field(None, gt=0, le=1)  # token accuracy, mean of the last 10 updates, at which a cold start is enough
+
+
+class SftLearner(Learner):
+    lr: float = Field(2e-5, gt=0)  # TRL's default
+
+
+class SftConfig(RunConfig):
+    """`grpo sft`: supervised fine-tuning on the problems' worked solutions."""
+
+    sft: Sft
+    learner: SftLearner = SftLearner()
+    checkpoint: Checkpoint = Checkpoint(every=100)
+
+    @model_validator(mode="after")
+    def _fits(self) -> SftConfig:
+        if self.model.warm_start:
+            raise ValueError("model.warm_start is for `grpo train`")
+        if self.model.teacher:
+            raise ValueError("model.teacher is for train and distill")
+        if self.sft.max_tokens > self.learner.micro_batch_tokens:
+            raise ValueError(
+                f"one solution can have sft.max_tokens={self.sft.max_tokens} tokens, more than "
+                f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or lower sft.max_tokens"
+            )
+        return self
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.sft.max_tokens
+
+    @property
+    def micro_batch(self) -> int:
+        """Solutions in one forward and backward pass: the largest divisor of the batch within `learner.micro_batch_tokens`."""
+        most = self.learner.micro_batch_tokens // self.sft.max_tokens
+        return max(n for n in range(1, self.sft.batch_size + 1) if self.sft.batch_size % n == 0 and n <= most)
+
+
+class Teacher(Section):
+    """A model behind an OpenAI-compatible endpoint: a vLLM server, or a service."""
+
+    url: str  # e.g. http://localhost:8000/v1
+    model: str  # as it is served
+    api_key_env: str | None = None  # environment variable that holds the key
+    concurrency: int = Field(32, ge=1)  # requests at once
+    timeout_s: float = Field(1800, gt=0)  # of one completion
+    retries: int = Field(5, ge=0)
+
+
+class Collect(Section):
+    problems: int = Field(ge=1)  # of the training split, each once
+    samples: int = Field(4, ge=1)  # N: completions a problem
+    keep: int = Field(1, ge=1)  # K: traces a problem at most, the shortest first
+    chunk: int = Field(64, ge=1)  # problems sampled and written down at once
+    format: bool = True  # only well-formed traces
+    min_tokens: int = Field(1, ge=0)  # length of a trace
+    max_tokens: int | None = Field(None, ge=1)
+    language: float = Field(0.0, ge=0, le=1)  # least share of the thoughts in the question's language
+    repetition: float = Field(1.0, ge=0, le=1)  # most share of 20-grams of words that were there before
+    decontaminate: dict[str, Source] = {}  # evaluation sets whose test problems must not be among the traces
+    ngram: int = Field(10, ge=2)  # words in a row that count as an overlap (R1: 10)
+
+
+class CollectConfig(SampledConfig):
+    """`grpo collect`: rejection sampling."""
+
+    collect: Collect
+    teacher: Teacher | None = None  # default: model.path on an engine of our own
+
+    @model_validator(mode="after")
+    def _asked(self) -> CollectConfig:
+        if self.model.teacher:
+            raise ValueError("model.teacher is for train and distill: collect samples from model.path, or from teacher.url")
+        if self.teacher and (self.prompt.template != "chat" or self.prompt.think_prefill):
+            raise ValueError("teacher: an endpoint is asked by chat messages; set prompt.template=chat and no think_prefill")
+        return self
+
+
+class DistillConfig(SampledConfig):
+    """`grpo distill`: `model` is the student, `model.teacher` the teacher."""
+
+    way: Literal["sequence", "soft", "on_policy"]
+    soft: Soft | None = None  # way soft: on the solutions of `data` (worked ones, or the traces of `grpo collect`)
+    collect: Collect | None = None  # way sequence: what the teacher samples ...
+    sft: Sft | None = None  # ... and how the student learns from it
+    train: Train | None = None  # way on_policy: GRPO's loop, the advantage is log pi_teacher - log pi
+    eval: Eval = Eval()
+    learner: SftLearner = SftLearner()
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What a soft update has beside the divergence: cross-entropy of the text."""
+        return Algorithm(loss="cross_entropy")
+
+    @model_validator(mode="after")
+    def _complete(self) -> DistillConfig:
+        if self.model.warm_start:
+            raise ValueError("model.warm_start is for `grpo train`: fine-tune the student first and give its path")
+        if not self.model.teacher:
+            raise ValueError("model.teacher: none given; give the path of a model")
+        needed = {"sequence": ("collect", "sft"), "soft": ("soft",), "on_policy": ("train",)}[self.way]
+        if missing := [name for name in needed if getattr(self, name) is None]:
+            raise ValueError(f"way={self.way} needs the section {' and '.join(missing)}")
+        if self.soft and self.soft.max_tokens > self.learner.micro_batch_tokens:
+            raise ValueError(
+                f"one text can have soft.max_tokens={self.soft.max_tokens} tokens, more than "
+                f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or lower soft.max_tokens"
+            )
+        self.parts()
+        return self
+
+    def parts(self) -> dict[str, RunConfig]:
+        """Returns the configs of the stages that a way is made of, by their folder in run_dir ("": run_dir itself; soft: none)."""
+        tree = self.model_dump(mode="json")
+        common = {key: tree[key] for key in ("seed", "prompt", "checkpoint", "logging", "data")}
+        sampled = {key: tree[key] for key in ("sampling", "rewards", "reward_pool", "engine")}
+        if self.way == "sequence":
+            teacher = tree["model"] | {"path": self.model.teacher, "teacher": None, "lora": None, "revision": None}
+            student = {"model": tree["model"] | {"teacher": None}, "learner": tree["learner"], "sft": tree["sft"]}
+            traces = {"data": {"name": "traces", "path": f"{self.run_dir}/collect"}}
+            return {
+                "collect": CollectConfig(run_dir=f"{self.run_dir}/collect", model=teacher, collect=tree["collect"], **common, **sampled),
+                "sft": SftConfig(run_dir=f"{self.run_dir}/sft", **student, **common | traces),
+            }
+        if self.way == "soft":
+            return {}
+        rest = {key: tree[key] for key in ("run_dir", "model", "learner", "train", "eval")}
+        return {"": Config(algorithm={"preset": "on_policy_distill"}, **rest, **common, **sampled)}
+
+    @property
+    def total_updates(self) -> int:
+        assert self.soft is not None
+        return self.soft.updates
+
+
+class Step(Section):
+    """One stage of a pipeline: a command, its config, and what it takes from stages before it."""
+
+    command: Literal["sft", "train", "collect", "distill"]
+    config: str  # YAML file of that command
+    model: str | None = None  # stage whose final model this one starts from; default: the config's own
+    traces: str | None = None  # `collect` stage whose traces this one learns from
+    teacher: str | None = None  # stage whose final model is the teacher
+    set: dict[str, Any] = {}  # overrides: {train.rollouts: 5}
+
+
+class Judged(Section):
+    """How the model of every stage is judged."""
+
+    config: str  # a train config: its data, prompts, rewards and eval section
+    set: dict[str, Any] = {}
+    start: bool = True  # the first stage's own model too
+
+
+class PipelineConfig(Section):
+    """`grpo pipeline`: stages in their order, each in a folder of run_dir, and one table of all models on all evaluation sets."""
+
+    run_dir: str
+    seed: int = Field(0, ge=0)
+    stages: dict[str, Step] = Field(min_length=1)
+    eval: dict[str, Judged] = {}  # evaluation sets by name
+
+    @model_validator(mode="after")
+    def _order(self) -> PipelineConfig:
+        before: dict[str, Step] = {}
+        for name, step in self.stages.items():
+            if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in ("start", "samples", "checkpoints"):
+                raise ValueError(f"stages.{name}: a stage's name is a folder's: letters, digits and _, not start, samples or checkpoints")
+            if step.teacher and step.command not in ("train", "distill"):
+                raise ValueError(f"stages.{name}.teacher: `grpo {step.command}` has none")
+            for key in ("model", "traces", "teacher"):
+                wanted = getattr(step, key)
+                if wanted is not None and wanted not in before:
+                    raise ValueError(f"stages.{name}.{key}={wanted}: no stage of that name before it; have {', '.join(before) or 'none'}")
+                if wanted is not None and (before[wanted].command == "collect") != (key == "traces"):
+                    raise ValueError(f"stages.{name}.{key}={wanted}: that stage is a `grpo {before[wanted].command}`")
+            before[name] = step
+        return self
+
+
+KINDS: dict[str, type[Any]] = {  # a command's config
+    "sft": SftConfig, "train": Config, "collect": CollectConfig, "distill": DistillConfig, "eval": Config, "pipeline": PipelineConfig,
+    "bench": Config,
+}  # fmt: skip

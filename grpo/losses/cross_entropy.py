@@ -1,0 +1,13 @@
+"""Cross-entropy of given tokens: what supervised fine-tuning minimises, with a weight for each token in the place of an advantage."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from grpo.algorithm import Algorithm
+from grpo.types import Batch
+
+
+def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns -A log pi."""
+    return -batch.advantages * logprobs, {"policy/cross_entropy": -logprobs}
