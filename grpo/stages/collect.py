@@ -1,0 +1,166 @@
+"""`grpo collect`: rejection sampling. A model samples completions; what is right, well-formed and readable is kept as traces.jsonl.
+
+Source: DeepSeek-R1 2501.12948 section 2.3.3. Problems go chunk by chunk into samples/, each completion with the reason why it was dropped;
+a chunk that is written is not sampled again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from grpo import models, plugins, rollout
+from grpo.checkpoint import write_file
+from grpo.config import Data
+from grpo.config_stages import Collect, CollectConfig
+from grpo.loop import sample_rows, sampling_options
+from grpo.prompts import Chat
+from grpo.stages._run import Stage, load_problems, mixture, open_stage, prepare, start_engine
+from grpo.types import Group, Problem, ScoredGroup
+from rewards import format, language, repetition
+from rewards._pool import Pool
+
+WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")
+Sampler = Callable[[list[Problem]], list[Group]]
+
+
+def collect(config: CollectConfig, *, resume: bool) -> None:
+    """Writes traces.jsonl, which `data: {name: traces}` reads. Raises UserError, RunError, Interrupted (chunks that are done are kept)."""
+    pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
+    rewards = plugins.rewards(config.rewards, pool)
+    problems = load_problems(config.data, "train", config.seed)
+    known = _ngrams_of_sets(config)
+    chunks = -(-config.collect.problems // config.collect.chunk)
+    with open_stage(config, "collect", total=chunks, unit="chunk", resume=resume) as stage:
+        stage.stack.callback(pool.close)
+        chosen, sample, asked = _sampler(config, stage, problems)
+        clean = [problem for problem in chosen if not ngrams(problem.question, config.collect.ngram) & known]
+        done = max((row["step"] for row in stage.run.read_metrics()), default=0) if resume else 0
+        stage.run.cut(done)
+        stage.display.begin(done)
+        for number in range(done, -(-len(clean) // config.collect.chunk)):
+            part = clean[number * config.collect.chunk : (number + 1) * config.collect.chunk]
+            stage.signals.check()
+            scored = rollout.score(sample(part), rewards, asked)
+            rows = [row | {"dropped": why} for row, why in zip(sample_rows(scored), dropped(scored, config.collect), strict=True)]
+            stage.run.write_samples(f"chunk-{number + 1:06d}", rows)
+            row = {"step": number + 1, **rollout.describe(scored), "trace/kept": sum(not row["dropped"] for row in rows)}
+            stage.record(row)
+            stage.display.row(row)
+        counts = _write(stage, contaminated=len(chosen) - len(clean))
+        stage.run.update_manifest(traces="traces.jsonl", counts=counts)
+        stage.display.say(", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def _sampler(config: CollectConfig, stage: Stage, problems: Any) -> tuple[list[Problem], Sampler, Callable[[Problem], Any]]:
+    """Returns the problems, what samples groups of them, and how a problem is shown to the rewards."""
+    settings = config.collect
+    progress = lambda done, total: stage.display.phase(len(stage.run.read_metrics()), "sampling", f"{done}/{total}")  # noqa: E731
+    if config.teacher:
+        from grpo.engines.endpoint import Endpoint
+
+        endpoint = Endpoint(config.teacher, on_wait=stage.signals.check)
+        ask = Chat(config.prompt)
+        options = sampling_options(config, ask, config.sampling.temperature)
+
+        def from_endpoint(part: list[Problem]) -> list[Group]:
+            requests = [(ask.messages(problem), rollout.seed_of(config.seed, 0, problem.id), settings.samples) for problem in part]
+            answers = endpoint.generate(requests, options, progress)
+            return [Group(problem=problem, prompt_ids=(), completions=row) for problem, row in zip(part, answers, strict=True)]
+
+        return _first(mixture(config.data, problems, ask, config.seed), settings.problems), from_endpoint, ask.messages
+    model_dir, _, prompts = prepare(config, stage.run)
+    models.check_context(model_dir, config.max_sequence_tokens)
+    chosen = _first(mixture(config.data, problems, prompts, config.seed), settings.problems)
+    engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
+    own_options = sampling_options(config, prompts, config.sampling.temperature)
+
+    def from_engine(part: list[Problem]) -> list[Group]:
+        return rollout.sample(
+            engine, prompts, part, own_options, group_size=settings.samples, run_seed=config.seed, rollout=0, on_progress=progress
+        )
+
+    return chosen, from_engine, prompts.for_rewards
+
+
+def _first(stream: Any, count: int) -> list[Problem]:
+    """Returns the first `count` different problems of a stream, fewer when it has no more."""
+    found: dict[str, Problem] = {}
+    for position in range(10 * count):
+        problem = stream[position]
+        found.setdefault(problem.id, problem)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def dropped(groups: Sequence[ScoredGroup], settings: Collect) -> list[str]:
+    """Returns, for each completion in order, why it is no trace; "" for one that is kept: at most `keep` a problem, the shortest first."""
+    reasons: list[str] = []
+    for scored in groups:
+        found = [_fault(scored, i, settings) for i in range(len(scored.rewards))]
+        seen: set[str] = set()
+        kept = 0
+        lengths = [len(completion.token_ids) for completion in scored.group.completions]
+        for i in sorted(range(len(found)), key=lambda i: (lengths[i], i)):
+            text = " ".join(scored.group.completions[i].text.split())
+            if not found[i]:
+                found[i] = "duplicate" if text in seen else "over keep" if kept == settings.keep else ""
+                kept += not found[i]
+            seen.add(text)
+        reasons += found
+    return reasons
+
+
+def _fault(scored: ScoredGroup, i: int, settings: Collect) -> str:
+    completion, verdict, reward = scored.group.completions[i], scored.verdicts[i], scored.rewards[i]
+    thoughts = completion.text.partition("</think>")[0].replace("<think>", "")
+    length = len(completion.token_ids)
+    tests: dict[str, Callable[[], bool]] = {
+        "cut off": lambda: completion.finish_reason == "length",
+        "undecided": lambda: reward is None,
+        "wrong": lambda: verdict.value != "correct" if verdict else (reward or 0) <= 0,
+        "not well-formed": lambda: settings.format and not format.check(completion.text),
+        "too short": lambda: length < settings.min_tokens,
+        "too long": lambda: settings.max_tokens is not None and length > settings.max_tokens,
+        "language": lambda: language.share(thoughts, language.of(scored.group.problem.question)) < settings.language,
+        "repetition": lambda: repetition.repeated(completion.text, 20) > settings.repetition,
+    }
+    return next((name for name, test in tests.items() if test()), "")
+
+
+def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    """Returns the runs of n words of a text; a shorter text is one run."""
+    words = [word.lower() for word in WORD.findall(text)]
+    return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
+
+
+def _ngrams_of_sets(config: CollectConfig) -> set[tuple[str, ...]]:
+    sets = config.collect.decontaminate
+    if not sets:
+        return set()
+    loaded = load_problems(Data(mixture=sets, path=config.data.path), "test", config.seed)
+    return {run for problems in loaded.values() for problem in problems for run in ngrams(problem.question, config.collect.ngram)}
+
+
+def _write(stage: Stage, contaminated: int) -> dict[str, int]:
+    """Writes traces.jsonl from the samples of all chunks; returns the counts of what was kept and dropped."""
+    counts: Counter[str] = Counter({"kept": 0, "contaminated problems": contaminated})
+    lines, numbers = [], Counter[str]()
+    for file in sorted(stage.run.samples.glob("chunk-*.jsonl")):
+        for row in map(json.loads, file.read_text().splitlines()):
+            counts[row["dropped"] or "kept"] += 1
+            if not row["dropped"]:
+                number = numbers[row["problem"]]
+                numbers[row["problem"]] += 1
+                trace = {
+                    "id": f"{row['problem']}#{number}", "question": row["question"], "answer": row["answer"], "solution": row["completion"],
+                    "tokens": row["tokens"], "source": "collect",
+                    "messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["completion"]}],
+                }  # fmt: skip
+                lines.append(json.dumps(trace, ensure_ascii=False) + "\n")
+    write_file(stage.run.path / "traces.jsonl", "".join(lines))
+    return dict(counts)

@@ -1,0 +1,158 @@
+"""`grpo pipeline`: the chain of R1's stages from one YAML. Each stage is a command of its own, in a process and a folder of its own.
+
+A stage that is finished is not run again, one that was killed goes on, and the table of all models on all evaluation sets is the result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo import config as configs
+from grpo.checkpoint import RunDirectory, read_metrics, write_file
+from grpo.config_file import apply_overrides, read_yaml
+from grpo.config_stages import KINDS, Judged, PipelineConfig, Step
+from grpo.signals import Interrupted
+from grpo.stages._run import check_same
+from grpo.types import RunError, UserError
+
+
+def pipeline(config: PipelineConfig, *, resume: bool) -> None:
+    """Runs what is not finished, writes table.md and table.json. Raises UserError for any stage's mistake before the first one starts."""
+    steps = checked(config)
+    run = RunDirectory(config.run_dir, resume=resume or (Path(config.run_dir) / "manifest.json").exists())
+    run.update_manifest(stage="pipeline", status="running", seed=config.seed, stages=[name for name, *_ in steps])
+    for name, command, arguments in steps:
+        folder = Path(config.run_dir) / name
+        status = RunDirectory.status(folder)
+        if status == "finished":
+            check_same(folder, configs.load(arguments[0], arguments[1:], KINDS[command]))
+        else:
+            if command == "eval":  # an evaluation is not resumed
+                shutil.rmtree(folder, ignore_errors=True)
+            call = [command, *arguments, *(["--resume"] if command != "eval" and status is not None else [])]
+            print(f"== {name}: grpo {' '.join(call)}", file=sys.stderr, flush=True)
+            _call(call, name, run)
+    rows = table(config)
+    write_file(run.path / "table.json", json.dumps(rows, indent=2) + "\n")
+    write_file(run.path / "table.md", markdown(rows) + "\n")
+    run.update_manifest(status="finished")
+    print(markdown(rows))
+
+
+def checked(config: PipelineConfig) -> list[tuple[str, str, list[str]]]:
+    """Returns the plan. Raises UserError naming the stage whose config is wrong."""
+    steps = list(plan(config))
+    for name, command, arguments in steps:
+        try:
+            configs.load(arguments[0], arguments[1:], KINDS[command])
+        except UserError as error:
+            raise UserError(f"stage {name}: {error}") from None
+    return steps
+
+
+def plan(config: PipelineConfig) -> Iterator[tuple[str, str, list[str]]]:
+    """Yields `(folder, command, [config, override, ...])` of every stage and every evaluation, in order."""
+    first = next(iter(config.stages.values()))
+    for judged, settings in config.eval.items():
+        if settings.start:
+            own = str(_tree(first).get("model", {}).get("path"))
+            yield f"start-{judged}", "eval", _evaluation(config, f"start-{judged}", settings, own)
+    for name, step in config.stages.items():
+        yield name, step.command, [step.config, f"run_dir={config.run_dir}/{name}", f"seed={config.seed}", *_inherited(config, step)]
+        if step.command != "collect":
+            for judged, settings in config.eval.items():
+                yield f"{name}-{judged}", "eval", _evaluation(config, f"{name}-{judged}", settings, _final(config, name))
+
+
+def _inherited(config: PipelineConfig, step: Step) -> list[str]:
+    """Returns the overrides that carry what earlier stages left, then the step's own."""
+    found = []
+    if step.model:
+        found += [f"model.path={_final(config, step.model)}", *(["model.warm_start="] if step.command == "train" else [])]
+    if step.teacher:
+        found.append(f"model.teacher={_final(config, step.teacher)}")
+    if step.traces:
+        found.append(f"data={{name: traces, path: {config.run_dir}/{step.traces}}}")
+    return found + _overrides(step.set)
+
+
+def _evaluation(config: PipelineConfig, folder: str, settings: Judged, model: str) -> list[str]:
+    own = [f"run_dir={config.run_dir}/{folder}", f"seed={config.seed}", f"model.path={model}", "model.warm_start="]
+    return [settings.config, *own, *_overrides(settings.set)]
+
+
+def _final(config: PipelineConfig, name: str) -> str:
+    sequence = config.stages[name].command == "distill" and _tree(config.stages[name]).get("way") == "sequence"
+    return f"{config.run_dir}/{name}/{'sft/final' if sequence else 'final'}"
+
+
+def _tree(step: Step) -> dict[str, Any]:
+    """Returns what a step's YAML says, before what earlier stages add to it."""
+    return apply_overrides(read_yaml(step.config), _overrides(step.set))
+
+
+def _overrides(given: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}={'' if value is None else json.dumps(value) if isinstance(value, (dict, list)) else value}" for key, value in given.items()
+    ]
+
+
+def _call(arguments: list[str], name: str, run: RunDirectory) -> None:
+    """Runs a command to its end. Raises UserError, RunError or Interrupted as it ended."""
+    libc, got = ctypes.CDLL(None), list[int]()
+    process = subprocess.Popen(  # a process group of its own: a terminal's Ctrl-C reaches it once, from here
+        [sys.executable, "-m", "grpo", *arguments], preexec_fn=lambda: libc.prctl(1, signal.SIGTERM), process_group=0
+    )
+
+    def forward(number: int, _: Any) -> None:
+        got.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code or got:
+        run.update_manifest(status=f"stopped in {name}")
+        if code == 130 or got:
+            raise Interrupted(signal.Signals(got[0]).name if got else "a signal")
+        raise (UserError if code == 2 else RunError)(f"stage {name} ended with code {code}; go on with the same command")
+
+
+def table(config: PipelineConfig) -> list[dict[str, Any]]:
+    """Returns one row a model: its stage, and for each evaluation set the `eval/` metrics."""
+    names = [*(["start"] if any(judged.start for judged in config.eval.values()) else [])]
+    names += [name for name, step in config.stages.items() if step.command != "collect"]
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {"stage": name}
+        for judged in config.eval:
+            found = read_metrics(Path(config.run_dir) / f"{name}-{judged}" / "metrics.jsonl")
+            if found:
+                row[judged] = {key.removeprefix("eval/"): value for key, value in found[-1].items() if key.startswith("eval/")}
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Returns the table of accuracies (of the first metric where there is none), stages down, evaluation sets across."""
+    sets = list(dict.fromkeys(key for row in rows for key in row if key != "stage"))
+    lines = ["| stage | " + " | ".join(sets) + " |", "|---|" + "---|" * len(sets)]
+    for row in rows:
+        cells = []
+        for name in sets:
+            metrics = row.get(name)
+            value = metrics and metrics.get("accuracy", next(iter(metrics.values())))
+            cells.append("" if value is None else f"{value:.1%}")
+        lines.append(f"| {row['stage']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

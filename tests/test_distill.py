@@ -1,0 +1,171 @@
+"""Distillation: divergences against NumPy, the soft update against plain torch, and each of the three ways as a whole run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_config
+from test_loop import make_loop
+from whole_runs import rows, run
+
+from grpo import config as configs
+from grpo import models
+from grpo.batch import micro_batches, token_weights
+from grpo.config_stages import DistillConfig
+from grpo.divergence import divergence
+from grpo.learners.deepspeed import Learner
+from grpo.losses.cross_entropy import loss
+from grpo.types import Sample, UserError
+
+
+def probabilities(logits, temperature):
+    exponents = np.exp(logits / temperature - (logits / temperature).max(-1, keepdims=True))
+    return exponents / exponents.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)])
+def test_divergences_equal_numpy(kind, beta, temperature):
+    student, teacher = np.random.default_rng(0).normal(size=(2, 6, 11)) * 3
+    s, t = probabilities(student, temperature), probabilities(teacher, temperature)
+    kl = lambda p, q: (p * np.log(p / q)).sum(-1)  # noqa: E731
+    m = beta * t + (1 - beta) * s
+    expected = {"forward_kl": kl(t, s), "reverse_kl": kl(s, t), "jsd": beta * kl(t, m) + (1 - beta) * kl(s, m)}[kind]
+    found = divergence(torch.tensor(student), torch.tensor(teacher), kind, temperature, beta)
+    assert np.allclose(found.numpy(), expected, atol=1e-5)
+    padded = torch.nn.functional.pad(torch.tensor(teacher), (0, 3), value=5.0)  # a vocabulary padded to another size
+    assert torch.allclose(divergence(torch.tensor(student), padded, kind, temperature, beta), found)
+
+
+def texts(count=6):
+    generator = torch.Generator().manual_seed(1)
+    integer = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    made = []
+    for _ in range(count):
+        prompt, target = integer(2, 6), integer(1, 12)
+        ids = torch.randint(7, 200, (prompt + target,), generator=generator).tolist()
+        made.append(Sample(token_ids=tuple(ids), prompt_length=prompt, advantages=(0.3,) * target))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_a_soft_update_has_the_gradient_of_plain_torch_whatever_the_split(tiny, tmp_path, kind):
+    soft = configs.Soft(divergence=kind, temperature=2.0, soft_weight=0.7, hard_weight=0.3, updates=5)
+    teacher_dir = tiny(intermediate_size=128)
+    made = texts()
+    student, teacher = models.load_model(tiny(), "eager"), models.load_model(teacher_dir, "eager")
+    value, tokens = torch.zeros(()), sum(sample.completion_length for sample in made)
+    for sample in made:
+        ids = torch.tensor([sample.token_ids])
+        own, its = (model(input_ids=ids).logits[0, sample.prompt_length - 1 : -1] for model in (student, teacher))
+        picked = own.log_softmax(-1).gather(1, ids[0, sample.prompt_length :, None])[:, 0]
+        value = value + (0.7 * 4 * divergence(own, its.detach(), kind, 2.0) - 0.3 * picked).sum() / tokens
+    value.backward()
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in student.parameters()]))
+    for budget, attention in ((1000, "packed"), (20, "packed"), (40, "eager")):
+        config = tiny_config(tmp_path, tiny(), learner={"lr": 1e-12})
+        learner = Learner(models.load_model(tiny(), attention), config, loss, models.load_model(teacher_dir, attention), soft)
+        batches = micro_batches(made, token_weights(made, "token", 20), max_tokens=budget, packed=attention == "packed")
+        report = learner.update(batches)
+        assert report["loss"] == pytest.approx(float(value), rel=1e-4)
+        assert report["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_different_vocabularies_are_refused_with_the_way_out(tiny, tmp_path):
+    tokenizer = models.load_tokenizer(tiny())
+    other = models.load_tokenizer(tiny())
+    other.add_tokens(["<more>"])
+    models.check_same_vocabulary(tokenizer, tokenizer)
+    with pytest.raises(UserError, match=r"different vocabularies \(263 and 264 tokens.*distil by text: `grpo collect`"):
+        models.check_same_vocabulary(tokenizer, other)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"way": "soft"}, "way=soft needs the section soft"),
+        ({"way": "sequence", "collect": {"problems": 1}}, "way=sequence needs the section sft"),
+        ({"way": "soft", "soft": {"updates": 1}, "model": {"path": "tiny-qwen2"}}, "model.teacher: none given"),
+        ({"way": "sequence", "collect": {"problems": 1}, "sft": {"updates": 1, "max_tokens": 9000}}, "sft.max_tokens=9000"),
+        ({"way": "soft", "soft": {"updates": 1}, "algorithm": {"mismatch": "tis"}}, "algorithm"),
+        (
+            {"way": "on_policy", "train": {"rollouts": 1}, "model": {"path": "a", "teacher": "b", "warm_start": "c"}},
+            "fine-tune the student first",
+        ),
+    ],
+)
+def test_configs_that_cannot_work_are_refused(section, message):
+    tree = {"run_dir": "x", "data": {"name": "arithmetic"}, "model": {"path": "tiny-qwen2", "teacher": "tiny-qwen2"}}
+    with pytest.raises(UserError, match=message):
+        configs.parse(tree | section, kind=DistillConfig)
+
+
+def config_of(tmp_path, tiny, **sections):
+    tree = {
+        "run_dir": str(tmp_path / "run"), "model": {"path": str(tiny()), "teacher": str(tiny(intermediate_size=128)), "dtype": "float32"},
+        "data": {"name": "arithmetic", "options": {"digits": 1}}, "prompt": {"template": "plain", "max_tokens": 48},
+        "sampling": {"max_tokens": 12}, "engine": {"kv_cache_gb": 0.05, "timeout_s": 60}, "logging": {"progress": "off"},
+        "learner": {"lr": 1e-3, "zero_stage": 1, "micro_batch_tokens": 512},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | sections))
+    return str(tmp_path / "config.yaml")
+
+
+def test_soft_targets_draw_the_student_to_its_teacher_and_resume_bit_for_bit(tiny, tmp_path):
+    soft = {"updates": 8, "batch_size": 8, "max_tokens": 96, "hard_weight": 0.1}
+    config = config_of(tmp_path, tiny, way="soft", soft=soft, checkpoint={"every": 4})
+    run(config, command="distill")
+    metrics = rows(tmp_path / "run")
+    assert metrics[-1]["policy/divergence"] < 0.8 * metrics[0]["policy/divergence"]
+    final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+    for name in ("final/model.safetensors", "checkpoints/step-000008/state.json"):
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / "checkpoints" / "step-000008").rename(tmp_path / "gone")
+    run(config, "--resume", command="distill")
+    assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == final
+    assert [row["update"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_text_that_does_not_fit_is_told_before_a_model_is_loaded(tiny, tmp_path):
+    config = config_of(tmp_path, tiny, way="soft", soft={"updates": 3, "batch_size": 2, "max_tokens": 8})
+    assert "soft.max_tokens is 8" in run(config, command="distill", code=2)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_without_gold_answers_on_policy_distillation_uses_every_completion(tiny, tmp_path):
+    undecided = lambda completion, problem: None  # noqa: E731
+    teacher = {"model": {"teacher": "another"}, "algorithm": {"preset": "on_policy_distill"}}
+    loop = make_loop(tmp_path, tiny, reward=undecided, **teacher)
+    loop.step()
+    assert loop.latest["update/made"] == 1 and loop.latest["update/tokens"] == loop.latest["completion/tokens"]
+
+
+@pytest.mark.engine
+def test_distillation_by_text_collects_from_the_teacher_and_teaches_the_student(tiny, tmp_path):
+    sections = {
+        "collect": {"problems": 4, "samples": 4, "chunk": 4, "format": False}, "rewards": {"finished": 1.0},
+        "sft": {"updates": 2, "batch_size": 2, "max_tokens": 96}, "prompt": {"template": "plain", "max_tokens": 48, "stop": list("etao")},
+    }  # fmt: skip
+    config = config_of(tmp_path, tiny, way="sequence", **sections)
+    errors = run(config, command="distill", code=2)  # a random teacher writes no thoughts: said at the first trace
+    assert "no thoughts" in errors and (tmp_path / "run" / "collect" / "traces.jsonl").exists()
+    traces = tmp_path / "run" / "collect" / "traces.jsonl"
+    rows_of = [json.loads(line) for line in traces.read_text().splitlines()]
+    fixed = [{"id": row["id"], "question": row["question"], "solution": "<think>1</think> <answer>2</answer>"} for row in rows_of]
+    traces.write_text("".join(json.dumps(row) + "\n" for row in fixed))
+    run(config, command="distill")  # what is collected is not collected again
+    assert (tmp_path / "run" / "sft" / "final" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["final"] == "sft/final"
+
+
+@pytest.mark.engine
+def test_on_policy_the_student_comes_nearer_to_its_teacher(tiny, tmp_path):
+    sections = {"train": {"rollouts": 6, "problems": 8, "group_size": 8}, "eval": {"every": 0}, "rewards": {"finished": 1.0}}
+    run(
+        config_of(tmp_path, tiny, way="on_policy", learner={"lr": 5e-3, "zero_stage": 1, "micro_batch_tokens": 512}, **sections),
+        command="distill",
+    )
+    distances = [row["kl/ref"] for row in rows(tmp_path / "run") if "kl/ref" in row]
+    assert len(distances) == 6 and distances[-1] < 0.9 * distances[0]
