@@ -178,7 +178,7 @@ def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
         (["prompt.template=chat"], "this tokenizer has no chat template"),
         (["prompt.max_tokens=4000", "learner.micro_batch_tokens=9000"], "but the model's context is 2048"),
         (["engine.kv_cache_gb=100000"], "the engine needs about"),
-        (["algorithm.loss=gpro"], "algorithm.loss.gpro: no such loss; have grpo"),
+        (["algorithm.loss=gpro"], "algorithm.loss.gpro: no such loss; have cispo"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(tiny, tmp_path, monkeypatch, capfd, overrides, message):
