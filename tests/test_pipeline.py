@@ -8,8 +8,9 @@ from conftest import tiny_config
 from whole_runs import run, start, wait_for, write_config
 
 from grpo import config as configs
+from grpo.config_file import apply_overrides
 from grpo.config_stages import PipelineConfig, SftConfig
-from grpo.stages.pipeline import checked, markdown, plan
+from grpo.stages.pipeline import _overrides, checked, markdown, plan
 from grpo.types import UserError
 
 
@@ -77,6 +78,11 @@ def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_pat
 def test_a_mistake_in_any_stage_is_told_before_the_first_one_starts(stages, message):
     with pytest.raises(UserError, match=message):
         checked(chain(stages=stages))
+
+
+def test_what_a_stage_sets_arrives_as_it_was_written():
+    given = {"a": "Think: then answer", "b": "off", "c": "1", "d": 1e-5, "e": True, "f": [1, "x"], "g": {"h": "no"}, "i": None, "j": "a\nb"}
+    assert apply_overrides({}, _overrides(given)) == given
 
 
 def test_the_table_has_a_row_a_model():

@@ -100,9 +100,8 @@ def _tree(step: Step) -> dict[str, Any]:
 
 
 def _overrides(given: dict[str, Any]) -> list[str]:
-    return [
-        f"{key}={'' if value is None else json.dumps(value) if isinstance(value, (dict, list)) else value}" for key, value in given.items()
-    ]
+    """Returns command-line words that YAML reads back as the same values: quoted, so that "off" and "Think: then answer" stay strings."""
+    return [f"{key}={'' if value is None else json.dumps(value)}" for key, value in given.items()]
 
 
 def _call(arguments: list[str], name: str, run: RunDirectory) -> None:
