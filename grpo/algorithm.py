@@ -19,9 +19,8 @@ class Algorithm(Section):
     """A recipe: advantage x loss x reduction, and what is around them. What the config does not say is the preset's (PRESETS)."""
 
     preset: str = "grpo"  # a name in PRESETS
-    advantage: Literal["group_std", "batch_std", "centered_std", "none", "leave_one_out", "batch", "teacher"] = (
-        "group_std"  # grpo/advantages.py
-    )
+    # grpo/advantages.py
+    advantage: Literal["group_std", "batch_std", "centered_std", "none", "leave_one_out", "batch", "teacher"] = "group_std"
     loss: str = "grpo"  # a file in grpo/losses/ or module:function
     reduction: Literal["sequence", "token", "constant", "prompt"] = "sequence"  # grpo/batch.py: token_weights
     clip_low: float = Field(0.2, gt=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
@@ -45,9 +44,7 @@ class Algorithm(Section):
     pass_rate: tuple[float, float] | None = None  # a problem whose last pass rate is outside is not drawn again
     truncated: Literal["keep", "mask"] = "keep"  # mask: completions cut off by max_tokens count in the baseline only (DAPO)
     entropy_coef: float = 0.0  # bonus on the policy's entropy, in the loss
-    top_entropy: float = Field(
-        1.0, gt=0, le=1
-    )  # share of tokens, those of the highest entropy, that the advantage goes to (0.2: 2506.01939)
+    top_entropy: float = Field(1.0, gt=0, le=1)  # share of tokens, of the highest entropy, that the advantage goes to (2506.01939: 0.2)
 
     @model_validator(mode="after")
     def _meaning(self) -> Algorithm:

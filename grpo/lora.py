@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo import models
 from grpo.types import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from grpo.config import Lora
+    from grpo.config import Lora, RunConfig
 
 ADAPTER = "default"
 
@@ -39,6 +40,14 @@ def add(model: Any, settings: Lora, base: str, seed: int) -> None:
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, ADAPTER)
     model.peft_config = {ADAPTER: config}
+
+
+def load_policy(config: RunConfig, model_dir: Path, attention: str) -> Any:
+    """Returns the model to be trained, with adapters if the config asks for them."""
+    model = models.load_model(model_dir, attention)
+    if config.model.lora:
+        add(model, config.model.lora, config.model.path, config.seed)
+    return model
 
 
 def of(model: nn.Module) -> dict[str, Any]:

@@ -85,24 +85,24 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     known = [reward for reward in rewards if reward is not None]
     lengths = [len(completion.token_ids) for completion in completions]
     metrics = {
-        "reward/mean": _mean(known),
+        "reward/mean": mean(known),
         "reward/missing": 1 - len(known) / len(rewards),
-        "group/no_signal": _mean([float(not has_signal(scored.rewards)) for scored in groups]),
-        "completion/length": _mean(lengths),
+        "group/no_signal": mean([float(not has_signal(scored.rewards)) for scored in groups]),
+        "completion/length": mean(lengths),
         "completion/length_max": float(max(lengths)),
-        "completion/truncated": _mean([float(completion.finish_reason == "length") for completion in completions]),
+        "completion/truncated": mean([float(completion.finish_reason == "length") for completion in completions]),
         "completion/tokens": float(sum(lengths)),
     }
     for name in groups[0].parts[0]:
         values = [value for scored in groups for part in scored.parts if (value := part[name]) is not None]
-        metrics[f"reward/{name}"] = _mean(values)
+        metrics[f"reward/{name}"] = mean(values)
     faults = Counter(f"{name}/{reason.replace(' ', '_')}" for scored in groups for fault in scored.faults for name, reason in fault.items())
     metrics |= {fault: count / len(completions) for fault, count in sorted(faults.items())}
     verdicts = [verdict for scored in groups for verdict in scored.verdicts if verdict is not None]
     if verdicts:
-        metrics["reward/undecided"] = _mean([float(verdict.value == "undecided") for verdict in verdicts])
-        metrics["group/all_correct"] = _mean([float(all(v and v.value == "correct" for v in scored.verdicts)) for scored in groups])
-        metrics["group/all_wrong"] = _mean([float(all(v and v.value == "wrong" for v in scored.verdicts)) for scored in groups])
+        metrics["reward/undecided"] = mean([float(verdict.value == "undecided") for verdict in verdicts])
+        metrics["group/all_correct"] = mean([float(all(v and v.value == "correct" for v in scored.verdicts)) for scored in groups])
+        metrics["group/all_wrong"] = mean([float(all(v and v.value == "wrong" for v in scored.verdicts)) for scored in groups])
     return metrics
 
 
@@ -127,5 +127,6 @@ def evaluate(
     return metrics, kept
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Returns the mean, NaN of nothing."""
     return sum(values) / len(values) if values else float("nan")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from grpo import lora, models
+from grpo import lora
 from grpo.config_stages import SftConfig
 from grpo.learners.deepspeed import FreedMemory, deepspeed_config, init_process_group, learning_rate
 
@@ -52,24 +52,23 @@ class SupervisedTrainer(SFTTrainer):
         )  # fmt: skip
         # The packed stream is for groups of completions; on a CPU eager attention is faster than sdpa at these lengths.
         attention = ("sdpa" if cuda else "eager") if config.model.packed else config.model.attention
-        model = models.load_model(model_dir, attention)
-        if config.model.lora:
-            lora.add(model, config.model.lora, config.model.path, config.seed)
+        model = lora.load_policy(config, model_dir, attention)
         taken = list(rows)
         self._lengths = [sum(label != -100 for label in row["labels"]) for row in taken]
         super().__init__(model=model, args=arguments, train_dataset=Dataset.from_list(taken), processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Returns every weight whole, on the CPU, adapters merged."""
-        adapted, found = lora.of(self.model), {}  # type: ignore[arg-type]
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every weight whole, tied ones once, adapters merged."""
+        adapted = lora.of(self.model)  # type: ignore[arg-type]
         own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # type: ignore[union-attr] # tied: once
         for name, tensor in self.accelerator.get_state_dict(self.deepspeed).items():
             if name in own and "lora_" not in name:
                 name = name.replace(".base_layer.", ".")
-                whole = lora.merged(tensor, adapted[name]) if name in adapted else tensor
-                found[name] = whole.detach().cpu().clone()
-        return found
+                yield name, lora.merged(tensor, adapted[name]) if name in adapted else tensor
+
+    def save_adapter(self, directory: Path) -> None:
+        lora.save(self.model, directory)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         settings = self._config.learner

@@ -23,6 +23,7 @@ from grpo.metrics import Display, Trackers, quiet
 from grpo.prompts import Chat, Prompts
 from grpo.signals import Signals
 from grpo.types import Problem, UserError
+from rewards._pool import Pool
 
 if TYPE_CHECKING:
     from grpo.engines.vllm import VllmEngine
@@ -92,6 +93,44 @@ def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
         model_dir = models.resolve(config.model.path, config.model.revision, run.path / "model", config.seed)
         tokenizer = models.load_tokenizer(model_dir)
         return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+
+
+def load_teacher(config: RunConfig, run: RunDirectory, tokenizer: Any, tokens: int) -> Any:
+    """Returns `model.teacher`, of the student's vocabulary and with room for `tokens`. Raises UserError."""
+    assert config.model.teacher
+    teacher_dir = models.resolve(config.model.teacher, None, run.path / "teacher", config.seed)
+    models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
+    models.check_context(teacher_dir, tokens)
+    return models.load_model(teacher_dir, config.model.attention)
+
+
+def worked(
+    problems: Sequence[Problem], prompts: Prompts, max_tokens: int, section: str
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yields prompt and worked solution as tokens. Raises UserError naming a problem without a solution or too long for `section`."""
+    for problem in problems:
+        if problem.solution is None:
+            raise UserError(f"{section}: problem {problem.id} has no worked solution to learn from")
+        prompt, target = prompts.ids(problem), prompts.target_ids(problem)
+        if (length := len(prompt) + len(target)) > max_tokens:
+            raise UserError(f"{section}: {problem.id} has {length} tokens with its solution; {section}.max_tokens is {max_tokens}")
+        yield prompt, target
+
+
+def judges(config: SampledConfig) -> tuple[Pool, dict[str, tuple[plugins.RewardFunction, float]]]:
+    """Returns the rewards, checked, and the pool that the caller closes. Raises UserError."""
+    pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
+    return pool, plugins.rewards(config.rewards, pool)
+
+
+def write_final(stage: Stage, config: RunConfig, model_dir: Path, tokenizer: Any, learner: Any) -> None:
+    """Writes what was learned: `final/`, and `adapter/` where there are adapters. `learner` has weights() and save_adapter()."""
+    with quiet(stage.run.path / "learner.log"):
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights()}
+        models.save_final(stage.run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
+        if config.model.lora:
+            learner.save_adapter(stage.run.path / "adapter")
+    stage.display.say(f"finished: {stage.run.path / 'final'}")
 
 
 def start_engine(config: SampledConfig, stage: Stage, model_dir: Path, num_weights: int, *, load_weights: bool = False) -> VllmEngine:

@@ -6,31 +6,30 @@ a chunk that is written is not sampled again.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo import models, plugins, rollout
+from grpo import models, rollout
 from grpo.checkpoint import write_file
 from grpo.config import Data
 from grpo.config_stages import Collect, CollectConfig
 from grpo.loop import sample_rows, sampling_options
 from grpo.prompts import Chat
-from grpo.stages._run import Stage, load_problems, mixture, open_stage, prepare, start_engine
+from grpo.stages._run import Stage, judges, load_problems, mixture, open_stage, prepare, start_engine
 from grpo.types import Group, Problem, ScoredGroup
 from rewards import format, language, repetition
-from rewards._pool import Pool
 
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")
-Sampler = Callable[[list[Problem]], list[Group]]
+Sampler = Callable[[list[Problem], Callable[[int, int], None]], list[Group]]  # problems, progress
 
 
 def collect(config: CollectConfig, *, resume: bool) -> None:
     """Writes traces.jsonl, which `data: {name: traces}` reads. Raises UserError, RunError, Interrupted (chunks that are done are kept)."""
-    pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
-    rewards = plugins.rewards(config.rewards, pool)
+    pool, rewards = judges(config)
     problems = load_problems(config.data, "train", config.seed)
     known = _ngrams_of_sets(config)
     chunks = -(-config.collect.problems // config.collect.chunk)
@@ -44,7 +43,8 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
         for number in range(done, -(-len(clean) // config.collect.chunk)):
             part = clean[number * config.collect.chunk : (number + 1) * config.collect.chunk]
             stage.signals.check()
-            scored = rollout.score(sample(part), rewards, asked)
+            progress = functools.partial(_show, stage, number)
+            scored = rollout.score(sample(part, progress), rewards, asked)
             rows = [row | {"dropped": why} for row, why in zip(sample_rows(scored), dropped(scored, config.collect), strict=True)]
             stage.run.write_samples(f"chunk-{number + 1:06d}", rows)
             row = {"step": number + 1, **rollout.describe(scored), "trace/kept": sum(not row["dropped"] for row in rows)}
@@ -58,7 +58,6 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
 def _sampler(config: CollectConfig, stage: Stage, problems: Any) -> tuple[list[Problem], Sampler, Callable[[Problem], Any]]:
     """Returns the problems, what samples groups of them, and how a problem is shown to the rewards."""
     settings = config.collect
-    progress = lambda done, total: stage.display.phase(len(stage.run.read_metrics()), "sampling", f"{done}/{total}")  # noqa: E731
     if config.teacher:
         from grpo.engines.endpoint import Endpoint
 
@@ -66,7 +65,7 @@ def _sampler(config: CollectConfig, stage: Stage, problems: Any) -> tuple[list[P
         ask = Chat(config.prompt)
         options = sampling_options(config, ask, config.sampling.temperature)
 
-        def from_endpoint(part: list[Problem]) -> list[Group]:
+        def from_endpoint(part: list[Problem], progress: Callable[[int, int], None]) -> list[Group]:
             requests = [(ask.messages(problem), rollout.seed_of(config.seed, 0, problem.id), settings.samples) for problem in part]
             answers = endpoint.generate(requests, options, progress)
             return [Group(problem=problem, prompt_ids=(), completions=row) for problem, row in zip(part, answers, strict=True)]
@@ -78,12 +77,16 @@ def _sampler(config: CollectConfig, stage: Stage, problems: Any) -> tuple[list[P
     engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
     own_options = sampling_options(config, prompts, config.sampling.temperature)
 
-    def from_engine(part: list[Problem]) -> list[Group]:
+    def from_engine(part: list[Problem], progress: Callable[[int, int], None]) -> list[Group]:
         return rollout.sample(
             engine, prompts, part, own_options, group_size=settings.samples, run_seed=config.seed, rollout=0, on_progress=progress
         )
 
     return chosen, from_engine, prompts.for_rewards
+
+
+def _show(stage: Stage, number: int, done: int, total: int) -> None:
+    stage.display.phase(number, "sampling", f"{done}/{total}")
 
 
 def _first(stream: Any, count: int) -> list[Problem]:

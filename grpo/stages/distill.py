@@ -18,8 +18,8 @@ from grpo.config_stages import DistillConfig
 from grpo.metrics import Timer, quiet
 from grpo.prompts import Prompts
 from grpo.signals import Interrupted
-from grpo.stages._run import Stage, check_same, load_problems, mixture, open_stage, prepare
-from grpo.types import Problem, Sample, UserError
+from grpo.stages._run import Stage, check_same, load_problems, load_teacher, mixture, open_stage, prepare, worked, write_final
+from grpo.types import Problem, Sample
 
 
 def distill(config: DistillConfig, *, resume: bool) -> None:
@@ -66,20 +66,15 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
     from grpo.learners.deepspeed import Learner
 
     soft, run, display = config.soft, stage.run, stage.display
-    assert soft is not None and config.model.teacher is not None
+    assert soft is not None
     display.phase(0, "loading the models")
     model_dir, tokenizer, prompts = prepare(config, run)
     models.check_context(model_dir, soft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
     texts = samples(stream.take(0, soft.updates * soft.batch_size), prompts, soft.max_tokens, soft.hard_weight)
     with quiet(run.path / "learner.log"):
-        teacher_dir = models.resolve(config.model.teacher, None, run.path / "teacher", config.seed)
-        models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
-        models.check_context(teacher_dir, soft.max_tokens)
-        model, teacher = models.load_model(model_dir, config.model.attention), models.load_model(teacher_dir, config.model.attention)
-        if config.model.lora:
-            lora.add(model, config.model.lora, config.model.path, config.seed)
-        learner = Learner(model, config, loss, teacher, soft)
+        teacher = load_teacher(config, run, tokenizer, soft.max_tokens)
+        learner = Learner(lora.load_policy(config, model_dir, config.model.attention), config, loss, teacher, soft)
     checkpoint = run.latest() if resume else None
     if checkpoint:
         run.read_state(checkpoint)
@@ -116,22 +111,12 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         if config.checkpoint.every and learner.updates % config.checkpoint.every == 0:
             save()
     save()
-    with quiet(run.path / "learner.log"):
-        final = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights()}
-        models.save_final(run.path / "final", model_dir, final, tokenizer, config.model.dtype)
-        if config.model.lora:
-            learner.save_adapter(run.path / "adapter")
-    display.say(f"finished: {run.path / 'final'}")
+    write_final(stage, config, model_dir, tokenizer, learner)
 
 
 def samples(problems: list[Problem], prompts: Prompts, max_tokens: int, weight: float) -> list[Sample]:
     """Returns texts to learn from: prompt and worked solution. Raises UserError naming a problem without one, or too long."""
-    found = []
-    for problem in problems:
-        if problem.solution is None:
-            raise UserError(f"distill: problem {problem.id} has no solution to learn from; collect traces first (`grpo collect`)")
-        prompt, target = prompts.ids(problem), prompts.target_ids(problem)
-        if len(prompt) + len(target) > max_tokens:
-            raise UserError(f"distill: {problem.id} has {len(prompt) + len(target)} tokens; soft.max_tokens is {max_tokens}")
-        found.append(Sample(token_ids=prompt + target, prompt_length=len(prompt), advantages=(weight,) * len(target)))
-    return found
+    return [
+        Sample(token_ids=prompt + target, prompt_length=len(prompt), advantages=(weight,) * len(target))
+        for prompt, target in worked(problems, prompts, max_tokens, "soft")
+    ]

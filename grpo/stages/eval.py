@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo import models, plugins, rollout, statistics
+from grpo import models, rollout, statistics
 from grpo.checkpoint import write_file
 from grpo.config import Config
 from grpo.loop import sample_rows, sampling_options
-from grpo.stages._run import held_out, load_problems, open_stage, prepare, start_engine
+from grpo.rollout import mean
+from grpo.stages._run import held_out, judges, load_problems, open_stage, prepare, start_engine
 from grpo.types import ScoredGroup, UserError
 from rewards._parse import final_answer
-from rewards._pool import Pool
 
 
 def eval(config: Config, *, resume: bool) -> None:
@@ -23,8 +23,7 @@ def eval(config: Config, *, resume: bool) -> None:
         raise UserError("grpo eval: an evaluation is not resumed; start it again in another run_dir")
     if config.model.warm_start:
         raise UserError("grpo eval judges model.path as it is: give model.path=RUN/final, and model.warm_start= (nothing)")
-    pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
-    rewards = plugins.rewards(config.rewards, pool)
+    pool, rewards = judges(config)
     data = config.eval.data or config.data
     problems = load_problems(data, "test", config.seed)
     with open_stage(config, "eval", total=1, unit="evaluation", resume=False) as stage:
@@ -62,10 +61,10 @@ def summary(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     found = {"accuracy/low": low, "accuracy/high": high}
     if n > 1:
         for k in (2**power for power in range(n.bit_length()) if 2**power <= n):
-            found[f"pass@{k}"] = _mean([statistics.pass_at_k(len(row), sum(row), k) for row in right])
+            found[f"pass@{k}"] = mean([statistics.pass_at_k(len(row), sum(row), k) for row in right])
         answers = [[final_answer(completion.text) for completion in scored.group.completions] for scored in groups]
-        found[f"maj@{n}"] = _mean([statistics.majority(*pair) for pair in zip(answers, right, strict=True)])
-    found["undecided"] = _mean([float(value == "undecided") for row in verdicts for value in row])
+        found[f"maj@{n}"] = mean([statistics.majority(*pair) for pair in zip(answers, right, strict=True)])
+    found["undecided"] = mean([float(value == "undecided") for row in verdicts for value in row])
     lengths = [
         (ok, len(completion.token_ids))
         for scored, row in zip(groups, right, strict=True)
@@ -73,7 +72,7 @@ def summary(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     ]
     for name, wanted in (("right", True), ("wrong", False)):
         if of_kind := [float(length) for ok, length in lengths if ok == wanted]:
-            found[f"length/{name}"] = _mean(of_kind)
+            found[f"length/{name}"] = mean(of_kind)
     return found
 
 
@@ -86,7 +85,7 @@ def compare(first: str, second: str) -> None:
     found = statistics.paired([a[problem] for problem in common], [b[problem] for problem in common])
     for folder, rates in ((first, a), (second, b)):
         low, high = statistics.interval([rates[problem] for problem in common])
-        print(f"{folder:40} {_mean([rates[problem] for problem in common]):6.1%}  [{low:.1%}, {high:.1%}]")
+        print(f"{folder:40} {mean([rates[problem] for problem in common]):6.1%}  [{low:.1%}, {high:.1%}]")
     print(
         f"second less first: {found['difference']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}], p = {found['p']:.3g}, "
         f"{len(common)} problems: better on {found['better']:.0f}, worse on {found['worse']:.0f}, equal on {found['equal']:.0f}"
@@ -103,8 +102,4 @@ def _rates(folder: Path) -> dict[str, float]:
     for row in rows:
         values.setdefault(row["problem"], []).append(row["verdict"] == "correct")
     sampled = max(map(len, values.values()))
-    return {problem: _mean([float(ok) for ok in row[: max(1, sampled - 1)]]) for problem, row in values.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return {problem: mean([float(ok) for ok in row[: max(1, sampled - 1)]]) for problem, row in values.items()}

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo import lora, models
+from grpo import models
 from grpo.config_stages import SftConfig
 from grpo.metrics import quiet
 from grpo.prompts import Prompts
 from grpo.signals import Interrupted
-from grpo.stages._run import Stage, load_problems, mixture, open_stage, prepare
-from grpo.types import Problem, UserError
+from grpo.stages._run import Stage, load_problems, mixture, open_stage, prepare, worked, write_final
+from grpo.types import Problem
 
 
 def sft(config: SftConfig, *, resume: bool) -> None:
@@ -70,19 +70,10 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
         if stage.signals.got:
             display.say(f"stopped after update {trainer.state.global_step}, saved; go on with --resume")
             raise Interrupted(stage.signals.got)
-        weights = trainer.weights()
-        models.save_final(run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
-        if config.model.lora:
-            lora.save(trainer.model, run.path / "adapter")
-    display.say(f"finished: {run.path / 'final'}")
+    write_final(stage, config, model_dir, tokenizer, trainer)
 
 
 def rows(problems: list[Problem], prompts: Prompts, max_tokens: int) -> Iterator[dict[str, list[int]]]:
     """Yields `input_ids` and `labels` (-100 on the prompt). Raises UserError naming a problem without a solution or too long."""
-    for problem in problems:
-        if problem.solution is None:
-            raise UserError(f"sft: problem {problem.id} has no worked solution to learn from")
-        prompt, target = prompts.ids(problem), prompts.target_ids(problem)
-        if len(prompt) + len(target) > max_tokens:
-            raise UserError(f"sft: {problem.id} has {len(prompt) + len(target)} tokens with its solution; sft.max_tokens is {max_tokens}")
+    for prompt, target in worked(problems, prompts, max_tokens, "sft"):
         yield {"input_ids": [*prompt, *target], "labels": [-100] * len(prompt) + list(target)}

@@ -13,7 +13,7 @@ from grpo.config import Config
 from grpo.config_stages import SftConfig
 from grpo.metrics import quiet
 from grpo.signals import Interrupted
-from grpo.stages._run import Stage, held_out, load_problems, mixture, open_stage, prepare, start_engine
+from grpo.stages._run import Stage, held_out, judges, load_problems, load_teacher, mixture, open_stage, prepare, start_engine, write_final
 from grpo.types import Exhausted
 from rewards._pool import Pool
 
@@ -23,10 +23,10 @@ def train(config: Config, *, resume: bool, keep: bool = True) -> None:
 
     Raises UserError before anything heavy is done, RunError when the run cannot go on, Interrupted after Ctrl-C or SIGTERM (saved).
     """
-    pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
+    pool, rewards = judges(config)
     parts: dict[str, Any] = {
         "pool": pool,
-        "rewards": plugins.rewards(config.rewards, pool),
+        "rewards": rewards,
         "loss": plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss"),
         "problems": load_problems(config.data, "train", config.seed),
         "held_out_problems": load_problems(config.eval.data or config.data, "test", config.seed) if config.eval.every else {},
@@ -57,9 +57,7 @@ def _run(
     machine, shape = roofline.measure(config.model.dtype), roofline.shape(model_dir, num_weights, config.model.dtype)
     engine = start_engine(config, stage, model_dir, num_weights)
     with quiet(run.path / "learner.log"):
-        model = models.load_model(model_dir, config.model.attention)
-        if config.model.lora:
-            lora.add(model, config.model.lora, config.model.path, config.seed)
+        model = lora.load_policy(config, model_dir, config.model.attention)
         reference = _reference(config, run, model_dir, tokenizer)
         learner = Learner(model, config, loss, reference)
         engine.wait_ready()
@@ -101,20 +99,13 @@ def _run(
     if not keep:
         return
     loop.save()
-    with quiet(run.path / "learner.log"):
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights()}
-        models.save_final(run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
-        if config.model.lora:
-            learner.save_adapter(run.path / "adapter")
-    display.say(f"finished: {run.path / 'final'}")
+    write_final(stage, config, model_dir, tokenizer, learner)
 
 
 def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any:
     """Returns the model that the KL is measured to, or the teacher; None where there is none, or it lies under the adapters."""
     if config.model.teacher:
-        model_dir = models.resolve(config.model.teacher, None, run.path / "teacher", config.seed)
-        models.check_same_vocabulary(tokenizer, models.load_tokenizer(model_dir))
-        return models.load_model(model_dir, config.model.attention)
+        return load_teacher(config, run, tokenizer, config.max_sequence_tokens)
     own = config.algorithm.kl_coef > 0 and not config.model.lora
     return models.load_model(model_dir, config.model.attention) if own else None
 
