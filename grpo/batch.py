@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,5 +82,8 @@ def _collate(rows: Sequence[int], samples: Sequence[Sample], weights: Sequence[f
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Returns the batch with its tensors on a device."""
-    moved = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)})  # type: ignore[arg-type]
+    held = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)}
+    if batch.teacher_top is not None:
+        moved["teacher_top"] = tuple(part.to(device) for part in batch.teacher_top)
+    return replace(batch, **moved)

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": "train by GRPO",
         "collect": "sample completions and keep the right, readable ones as traces",
         "distill": "a teacher's reasoning into a student: by text, by its distribution, or on-policy",
+        "quantize": "write a finished model in int8 and int4, and judge it before and after",
         "eval": "judge a train config's model on its held-out problems; or `grpo eval RUN RUN`: compare two",
         "pipeline": "run a chain of stages and judge the model of each",
         "bench": "measure each phase of a train config against this machine",

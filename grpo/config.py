@@ -202,6 +202,15 @@ class Soft(Section):
     updates: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)  # texts an update
     max_tokens: int = Field(1024, ge=2)  # longest prompt with its text
+    teacher_topk: int | None = Field(None, ge=1)  # teacher's k likeliest tokens and the rest as one, from vLLM, on disk; default: in memory
+    hidden_weight: float = Field(0.0, ge=0)  # of the mean squared error of projected hidden states (FitNets 1412.6550)
+    hidden_layers: dict[int, int] = {}  # student's layer: teacher's, from 1; default: evenly spread (TinyBERT 1909.10351)
+
+    @model_validator(mode="after")
+    def _teacher(self) -> Soft:
+        if self.teacher_topk and (self.temperature != 1 or self.hidden_weight):
+            raise ValueError("teacher_topk: what is on disk is for temperature=1 and has no hidden states")
+        return self
 
 
 class RunConfig(Section):

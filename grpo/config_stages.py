@@ -151,10 +151,42 @@ class DistillConfig(SampledConfig):
         return self.soft.updates
 
 
+class Quantize(Section):
+    schemes: list[Literal["int8", "int8_tensor", "int4"]] = Field(["int8", "int4"], min_length=1)  # weights a channel, a tensor, a group
+    group_size: int = Field(32, ge=2)  # int4: weights that share a scale
+
+
+class QuantizeConfig(SampledConfig):
+    """`grpo quantize`: a finished model in fewer bits."""
+
+    quantize: Quantize = Quantize()
+    eval: Eval | None = None  # judges the model and every scheme, as `grpo eval` would
+
+    @model_validator(mode="after")
+    def _finished(self) -> QuantizeConfig:
+        if self.model.warm_start or self.model.teacher or self.model.lora:
+            raise ValueError("grpo quantize takes a finished model: no model.warm_start, model.teacher or model.lora")
+        self.judged()
+        return self
+
+    def judged(self) -> dict[str, Config]:
+        """Returns the evaluations by model: `parent`, then each scheme. None without `eval`."""
+        if self.eval is None:
+            return {}
+        tree = self.model_dump(mode="json", exclude={"quantize", "checkpoint", "learner"})
+        models = {"parent": self.model.path} | {scheme: f"{self.run_dir}/{scheme}" for scheme in self.quantize.schemes}
+        found = {}
+        for name, path in models.items():
+            engine = tree["engine"] | ({"dtype": "bfloat16"} if name == "int4" else {})  # its kernels know no float32
+            own = {"run_dir": f"{self.run_dir}/eval-{name}", "model": tree["model"] | {"path": path}, "engine": engine}
+            found[name] = Config(**tree | own, train=Train(rollouts=1))
+        return found
+
+
 class Step(Section):
     """One stage of a pipeline: a command, its config, and what it takes from stages before it."""
 
-    command: Literal["sft", "train", "collect", "distill"]
+    command: Literal["sft", "train", "collect", "distill", "quantize"]
     config: str  # YAML file of that command
     model: str | None = None  # stage whose final model this one starts from; default: the config's own
     traces: str | None = None  # `collect` stage whose traces this one learns from
@@ -190,13 +222,13 @@ class PipelineConfig(Section):
                 wanted = getattr(step, key)
                 if wanted is not None and wanted not in before:
                     raise ValueError(f"stages.{name}.{key}={wanted}: no stage of that name before it; have {', '.join(before) or 'none'}")
-                if wanted is not None and (before[wanted].command == "collect") != (key == "traces"):
-                    raise ValueError(f"stages.{name}.{key}={wanted}: that stage is a `grpo {before[wanted].command}`")
+                if wanted is not None and ((made := before[wanted].command) == "quantize" or (made == "collect") != (key == "traces")):
+                    raise ValueError(f"stages.{name}.{key}={wanted}: that stage is a `grpo {made}`")
             before[name] = step
         return self
 
 
 KINDS: dict[str, type[Any]] = {  # a command's config
-    "sft": SftConfig, "train": Config, "collect": CollectConfig, "distill": DistillConfig, "eval": Config, "pipeline": PipelineConfig,
-    "bench": Config,
+    "sft": SftConfig, "train": Config, "collect": CollectConfig, "distill": DistillConfig, "quantize": QuantizeConfig, "eval": Config,
+    "pipeline": PipelineConfig, "bench": Config,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Divergences between a teacher's and a student's distribution over the vocabulary, position by position. Logits [N, V] in, [N] out."""
+"""Divergences between a teacher's and a student's distribution over the vocabulary, position by position: [N]."""
 
 from __future__ import annotations
 
@@ -17,6 +17,26 @@ def divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float, 
     """
     size = min(student.shape[-1], teacher.shape[-1])
     s, t = (torch.log_softmax(logits[:, :size].float() / temperature, -1) for logits in (student, teacher))
+    return between(s, t, kind, beta)
+
+
+def top_divergence(student: Tensor, ids: Tensor, logprobs: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """The divergence at temperature 1 when of the teacher only its k likeliest tokens [N, k] are known: all others are one more token.
+
+    Never more than the whole divergence, and without the bias of a distribution that is cut off (2503.16870). `student` [N, V]: logits.
+    """
+    s = torch.log_softmax(student.float(), -1)
+    return between(_with_rest(s.gather(-1, ids)), _with_rest(logprobs.float()), kind, beta)
+
+
+def _with_rest(top: Tensor) -> Tensor:
+    """Returns log-probabilities [N, k + 1], the last one of all that is left."""
+    rest = (-torch.expm1(torch.logsumexp(top, -1, keepdim=True).clamp(max=-1e-7))).log()
+    return torch.cat([top, rest], -1)
+
+
+def between(s: Tensor, t: Tensor, kind: str, beta: float) -> Tensor:
+    """Returns the divergence of log-probabilities [N, V] of student and teacher."""
     if kind == "forward_kl":
         return _kl(t, s)
     if kind == "reverse_kl":

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from grpo import moe, packing
 from grpo.config import Soft
-from grpo.divergence import divergence
-from grpo.types import Batch
+from grpo.divergence import divergence, top_divergence
+from grpo.types import Batch, UserError
 
 
 class Policy(nn.Module):
@@ -34,6 +34,8 @@ class Policy(nn.Module):
         self.float32_head, self.entropy_gradient = float32_head, entropy_gradient
         self._teacher, self._soft = (teacher,), soft  # in a tuple: no part of this module
         self.divergences: Tensor | None = None  # [B, T] of the last forward pass, from the teacher
+        self.hidden_errors: Tensor | None = None  # [B, T] likewise: hidden states, with soft.hidden_weight
+        self.projections = nn.ModuleDict(_projections(model, teacher.model, soft) if teacher and soft and soft.hidden_weight else {})
         self.router, self.balance_loss = router, torch.zeros(())  # the load-balancing loss of the last forward pass, with `router`
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -41,38 +43,48 @@ class Policy(nn.Module):
 
         Position t predicts `labels[:, t]`. Temperature divides the logits, as the sampler does before its softmax.
         """
-        states, targets = self._states(batch), batch.labels[batch.token_mask]  # [N, H], [N]
+        states, hidden = self._states(batch)  # [N, H]
+        targets = batch.labels[batch.token_mask]  # [N]
         weight = self.model.get_output_embeddings().weight.float() if self.float32_head else None
-        teacher = self._teacher[0]
+        teacher, theirs = self._teacher[0], None
         if teacher is not None:
             with torch.no_grad():
-                theirs = teacher._states(batch)
-        logprobs, entropies, divergences = [], [], []
+                theirs, their_hidden = teacher._states(batch, [int(name.split("_")[1]) for name in self.projections])
+            errors = [
+                (project(own) - its).float().square().mean(-1)
+                for project, own, its in zip(self.projections.values(), hidden, their_hidden, strict=True)
+            ]
+            self.hidden_errors = _scatter([torch.stack(errors).mean(0)], batch.token_mask) if errors else None
+        logprobs, entropies, divergences = [], [], list[Tensor]()
         for start in range(0, len(states), self.chunk):
             piece = slice(start, start + self.chunk)
             logprob, entropy = checkpoint(self._head, states[piece], targets[piece], weight, use_reentrant=False)
             logprobs.append(logprob)
             entropies.append(entropy)
-            if teacher is not None:
+            if theirs is not None:
                 divergences.append(checkpoint(self._divergence, states[piece], theirs[piece], use_reentrant=False))
-        self.divergences = _scatter(divergences, batch.token_mask) if teacher is not None else None
+            elif batch.teacher_top is not None:
+                top = [part[piece] for part in batch.teacher_top]
+                divergences.append(checkpoint(self._top_divergence, states[piece], *top, use_reentrant=False))
+        self.divergences = _scatter(divergences, batch.token_mask) if divergences else None
         return _scatter(logprobs, batch.token_mask), _scatter(entropies, batch.token_mask)
 
-    def _states(self, batch: Batch) -> Tensor:
-        """Returns the last hidden states that predict completion tokens, row by row."""
-        more = {"output_router_logits": True} if self.router else {}
+    def _states(self, batch: Batch, layers: list[int] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Returns the last hidden states that predict completion tokens, row by row, and those of `layers` (default: the projected)."""
+        layers = [int(name.split("_")[0]) for name in self.projections] if layers is None else layers
+        more = ({"output_router_logits": True} if self.router else {}) | ({"output_hidden_states": True} if layers else {})
         mask: Tensor | None = None
         if self.model.config._attn_implementation != packing.NAME:
             mask = batch.attention_mask
             out = self.model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **more)
-            states = out.last_hidden_state[batch.token_mask]
+            chosen = lambda states: states[batch.token_mask]  # noqa: E731
         else:
             layout = packing.layout(batch.sequences, batch.prompt_lengths, batch.input_ids.device)
             out = self.model.base_model(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, packed=layout, **more)
-            states = out.last_hidden_state[0].index_select(0, layout.predictors)
+            chosen = lambda states: states[0].index_select(0, layout.predictors)  # noqa: E731
         if self.router:
             self.balance_loss = moe.balance_loss(self.model, out.router_logits, mask)
-        return states
+        return chosen(out.last_hidden_state), [chosen(out.hidden_states[layer]) for layer in layers]
 
     def _divergence(self, states: Tensor, theirs: Tensor) -> Tensor:
         """Returns the divergence from the teacher at each position, logits and all computed again in the backward pass."""
@@ -80,6 +92,10 @@ class Policy(nn.Module):
         assert teacher is not None and soft is not None
         own, its = (policy._logits(part) for policy, part in ((self, states), (teacher, theirs)))
         return divergence(own, its, soft.divergence, soft.temperature, soft.beta)
+
+    def _top_divergence(self, states: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+        assert self._soft is not None
+        return top_divergence(self._logits(states), ids, logprobs, self._soft.divergence, self._soft.beta)
 
     def _head(self, states: Tensor, targets: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         return _LogProbs.apply(self._logits(states, weight), targets, self.temperature, self.entropy_gradient)
@@ -132,6 +148,23 @@ class _LogProbs(torch.autograd.Function):
             scaled.exp_().mul_(factor).scatter_add_(-1, targets[rows, None], grad[rows])
             out[rows] = scaled.to(out.dtype)
         return out, None, None, None
+
+
+def _projections(student: Any, teacher: Any, soft: Soft) -> dict[str, nn.Module]:
+    """Returns the maps from the student's hidden states to the teacher's, by "own layer_its layer". Without a map of the layers, layer m
+    goes with m L_teacher / L_student (TinyBERT 1909.10351). Raises UserError for a layer that is not there."""
+    own, its = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    pairs = soft.hidden_layers or {m: round(m * its / own) for m in range(1, own + 1)}
+    for m, n in pairs.items():
+        if not (1 <= m <= own and 1 <= n <= its):
+            raise UserError(f"soft.hidden_layers: {m}: {n}; the student has layers 1 to {own}, the teacher 1 to {its}")
+    made = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for m, n in pairs.items():
+            made[f"{m}_{n}"] = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
+            nn.init.orthogonal_(made[f"{m}_{n}"].weight)
+    return made
 
 
 def _row_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:

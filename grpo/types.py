@@ -139,5 +139,6 @@ class Batch:
     token_weights: Tensor
     advantages: Tensor
     sampler_logprobs: Tensor
+    teacher_top: tuple[Tensor, Tensor] | None = None  # token ids and logprobs [N, k] of the teacher, for the N completion tokens in order
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None

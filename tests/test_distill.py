@@ -1,6 +1,7 @@
 """Distillation: divergences against NumPy, the soft update against plain torch, and each of the three ways as a whole run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from grpo import config as configs
 from grpo import models
 from grpo.batch import micro_batches, token_weights
 from grpo.config_stages import DistillConfig
-from grpo.divergence import divergence
+from grpo.divergence import divergence, top_divergence
 from grpo.learners.deepspeed import Learner
 from grpo.losses.cross_entropy import loss
 from grpo.types import Sample, UserError
@@ -37,6 +38,21 @@ def test_divergences_equal_numpy(kind, beta, temperature):
     assert np.allclose(found.numpy(), expected, atol=1e-5)
     padded = torch.nn.functional.pad(torch.tensor(teacher), (0, 3), value=5.0)  # a vocabulary padded to another size
     assert torch.allclose(divergence(torch.tensor(student), padded, kind, temperature, beta), found)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_likeliest_tokens_and_the_rest_come_within_a_thousandth_of_the_whole_divergence(kind):
+    """Of language models: 32 tokens that hold nearly all, a long tail of the rest in which student and teacher differ too."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(200, 5000, generator=generator) * 4
+    student, teacher = (common + torch.randn(200, 5000, generator=generator) * 0.3 for _ in range(2))
+    whole = divergence(student, teacher, kind, 1.0)
+    for k, within in ((512, 1e-3), (64, 1e-2)):
+        logprobs, ids = teacher.log_softmax(-1).topk(k)
+        found = top_divergence(student, ids, logprobs, kind)
+        assert bool((found <= whole + 1e-5).all()) and float((found - whole).abs().mean()) < within
+    logprobs, ids = teacher.log_softmax(-1).topk(5000)
+    assert torch.allclose(top_divergence(student, ids, logprobs, kind), whole, atol=1e-5)
 
 
 def texts(count=6):
@@ -82,9 +98,54 @@ def test_different_vocabularies_are_refused_with_the_way_out(tiny, tmp_path):
         models.check_same_vocabulary(tokenizer, other)
 
 
+@pytest.mark.parametrize("layers", [{}, {1: 3, 2: 1}])
+def test_hidden_states_are_matched_as_in_plain_torch_whatever_the_split(tiny, tmp_path, layers):
+    made, teacher_dir = texts(), tiny(intermediate_size=128, num_hidden_layers=4, hidden_size=128)
+    soft = configs.Soft(soft_weight=0.5, hidden_weight=0.2, hidden_layers=layers, updates=5)
+    pairs = layers or {1: 2, 2: 4}
+    student, teacher = models.load_model(tiny(), "eager"), models.load_model(teacher_dir, "eager")
+    config = lambda: tiny_config(tmp_path, tiny(), learner={"lr": 1e-12})  # noqa: E731
+    learners = [
+        (Learner(models.load_model(tiny(), attention), config(), loss, models.load_model(teacher_dir, attention), soft), budget, attention)
+        for budget, attention in ((1000, "packed"), (40, "eager"))
+    ]
+    maps = {name: layer.weight.detach().clone() for name, layer in learners[0][0]._policy.projections.items()}
+    assert list(maps) == [f"{m}_{n}" for m, n in pairs.items()]
+    value, tokens = torch.zeros(()), sum(sample.completion_length for sample in made)
+    for sample in made:
+        ids, span = torch.tensor([sample.token_ids]), slice(sample.prompt_length - 1, -1)
+        own, its = (model(input_ids=ids, output_hidden_states=True) for model in (student, teacher))
+        picked = own.logits[0, span].log_softmax(-1).gather(1, ids[0, sample.prompt_length :, None])[:, 0]
+        whole = divergence(own.logits[0, span], its.logits[0, span].detach(), "forward_kl", 1.0)
+        value = value + (0.5 * whole - 0.3 * picked).sum() / tokens
+        for m, n in pairs.items():
+            error = own.hidden_states[m][0, span] @ maps[f"{m}_{n}"].T - its.hidden_states[n][0, span].detach()
+            value = value + 0.2 * error.square().mean(-1).sum() / len(pairs) / tokens
+    value.backward()
+    gradient = dict(student.named_parameters())["model.layers.0.mlp.up_proj.weight"].grad
+    for learner, budget, attention in learners:
+        seen = []
+        own = dict(learner._policy.model.named_parameters())["model.layers.0.mlp.up_proj.weight"]
+        own.register_hook(lambda grad, seen=seen: seen.append(grad.clone()))
+        report = learner.update(micro_batches(made, token_weights(made, "token", 20), max_tokens=budget, packed=attention == "packed"))
+        assert report["loss"] == pytest.approx(float(value), rel=1e-4)
+        assert torch.allclose(torch.stack(seen).sum(0), gradient, atol=1e-6)
+        assert not any("project" in name for name, _ in learner.weights())
+
+
+def test_a_layer_that_is_not_there_is_told(tiny, tmp_path):
+    soft = configs.Soft(hidden_weight=1.0, hidden_layers={9: 1}, updates=1)
+    with pytest.raises(UserError, match="9: 1; the student has layers 1 to 2"):
+        Learner(models.load_model(tiny(), "eager"), tiny_config(tmp_path, tiny()), loss, models.load_model(tiny(), "eager"), soft)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
+        (
+            {"way": "soft", "soft": {"updates": 1, "teacher_topk": 8, "temperature": 2.0}},
+            "teacher_topk: what is on disk is for temperature=1",
+        ),
         ({"way": "soft"}, "way=soft needs the section soft"),
         ({"way": "sequence", "collect": {"problems": 1}}, "way=sequence needs the section sft"),
         ({"way": "soft", "soft": {"updates": 1}, "model": {"path": "tiny-qwen2"}}, "model.teacher: none given"),
@@ -126,6 +187,25 @@ def test_soft_targets_draw_the_student_to_its_teacher_and_resume_bit_for_bit(tin
     run(config, "--resume", command="distill")
     assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == final
     assert [row["update"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+
+
+@pytest.mark.engine
+def test_the_teachers_likeliest_tokens_are_asked_for_once_and_teach_as_the_whole_distribution(tiny, tmp_path):
+    soft = {"updates": 6, "batch_size": 8, "max_tokens": 96}
+    run(config_of(tmp_path, tiny, way="soft", soft=soft), command="distill")
+    whole = rows(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "whole")
+    config = config_of(tmp_path, tiny, way="soft", soft=soft | {"teacher_topk": 255}, checkpoint={"every": 3})
+    run(config, command="distill")
+    top = rows(tmp_path / "run")
+    for row, other in zip(top, whole, strict=True):
+        assert row["policy/divergence"] == pytest.approx(other["policy/divergence"], rel=0.02)
+    (file,) = (tmp_path / "run" / "teacher_top").glob("*.safetensors")
+    before = file.stat().st_mtime_ns
+    final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    run(config, "--resume", command="distill")
+    assert file.stat().st_mtime_ns == before and (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == final
 
 
 def test_a_text_that_does_not_fit_is_told_before_a_model_is_loaded(tiny, tmp_path):

@@ -87,6 +87,23 @@ class Server:
         )
         return [[self._completion(c) for c in output.outputs] for output in outputs]
 
+    def top_logprobs(self, sequences: list[tuple[tuple[int, ...], int]], k: int) -> list[tuple[Any, Any]]:
+        """Returns for `(token_ids, prompt_length)` the ids and logprobs [T, k] of the likeliest tokens at each of T completion places."""
+        import numpy as np
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=k, detokenize=False, flat_logprobs=True)
+        outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids, _ in sequences], params, use_tqdm=False)
+        found = []
+        for output, (ids, prompt_length) in zip(outputs, sequences, strict=True):
+            flat: Any = output.prompt_logprobs
+            starts = flat.start_indices[prompt_length : len(ids)]  # of k + 1 entries: the text's own token, then the likeliest
+            places = (np.asarray(starts)[:, None] + np.arange(1, k + 1)).ravel()
+            ranks, tokens, logprobs = (np.asarray(values)[places].reshape(-1, k) for values in (flat.ranks, flat.token_ids, flat.logprobs))
+            assert (ranks == np.arange(1, k + 1)).all(), "vLLM's flat logprobs are not the text's token and then the likeliest in order"
+            found.append((tokens.astype(np.int32), logprobs.astype(np.float16)))
+        return found
+
     def _completion(self, output: Any) -> tuple[Any, ...]:
         ids = tuple(output.token_ids)
         stopped_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)

@@ -28,11 +28,11 @@ class VllmEngine:
 
     def __init__(
         self, *, model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, log_file: Path,
-        load_weights: bool = False, float32_head: bool = False, on_wait: Callable[[], None] = lambda: None,
+        load_weights: bool = False, float32_head: bool = False, max_logprobs: int = 20, on_wait: Callable[[], None] = lambda: None,
         module: str = "grpo.engines._child",
     ) -> None:  # fmt: skip
         """`load_weights=False` starts from random weights: a sync must come first. `on_wait` is called five times a second while waiting
-        and may raise. `module`: the child's program (tests put faults in)."""
+        and may raise. `max_logprobs`: most that `top_logprobs` may ask for. `module`: the child's program (tests put faults in)."""
         self._on_wait = on_wait
         self._settings = settings
         self._log_file = log_file
@@ -45,6 +45,7 @@ class VllmEngine:
         self._child, self._pipe = _spawn(module, fds, log_file)
         llm = _llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda)
         llm |= {} if load_weights else {"load_format": "dummy"}
+        llm["max_logprobs"] = max_logprobs
         llm |= {"hf_overrides": {"head_dtype": "float32"}} if float32_head else {}
         with contextlib.suppress(BrokenPipeError):  # a child that is dead already is reported by wait_ready
             self._pipe.send(("start", {"llm": llm, "weights_fd": fds[0] if fds else None}))
@@ -65,6 +66,11 @@ class VllmEngine:
         )
         assert len(rows) == len(requests), f"got {len(rows)} groups for {len(requests)} requests"
         return [tuple(_completion(c) for c in row) for row in rows]
+
+    def top_logprobs(self, sequences: Sequence[tuple[tuple[int, ...], int]], k: int) -> list[tuple[Any, Any]]:
+        """Returns for each `(token_ids, prompt_length)` NumPy arrays [T, k], ids and logprobs of the k likeliest tokens at temperature 1 at
+        each of its T completion places."""
+        return self._call("top_logprobs", {"sequences": list(sequences), "k": k})
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         start = time.monotonic()

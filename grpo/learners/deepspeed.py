@@ -65,7 +65,7 @@ class Learner:
         ds_config = deepspeed_config(settings, config.model.dtype, torch.cuda.is_available())
         self._engine, *_ = deepspeed.initialize(
             model=policy,
-            model_parameters=_parameter_groups(model, settings),
+            model_parameters=_parameter_groups(policy, settings),
             config=ds_config,
         )
         self._policy: Policy = self._engine.module
@@ -101,6 +101,9 @@ class Learner:
             if self._soft is not None and self._policy.divergences is not None:
                 per_token = per_token + self._soft.soft_weight * self._soft.temperature**2 * self._policy.divergences
                 report["policy/divergence"] = self._policy.divergences
+                if self._policy.hidden_errors is not None:
+                    per_token = per_token + self._soft.hidden_weight * self._policy.hidden_errors
+                    report["policy/hidden"] = self._policy.hidden_errors
             loss = (batch.token_weights * per_token).sum()
             if self._router_coef:
                 share = int(batch.token_mask.sum()) / tokens

@@ -95,13 +95,13 @@ def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
         return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
 
 
-def load_teacher(config: RunConfig, run: RunDirectory, tokenizer: Any, tokens: int) -> Any:
-    """Returns `model.teacher`, of the student's vocabulary and with room for `tokens`. Raises UserError."""
+def find_teacher(config: RunConfig, run: RunDirectory, tokenizer: Any, tokens: int) -> Path:
+    """Returns the directory of `model.teacher`, of the student's vocabulary and with room for `tokens`. Raises UserError."""
     assert config.model.teacher
     teacher_dir = models.resolve(config.model.teacher, None, run.path / "teacher", config.seed)
     models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
     models.check_context(teacher_dir, tokens)
-    return models.load_model(teacher_dir, config.model.attention)
+    return teacher_dir
 
 
 def worked(
@@ -133,7 +133,10 @@ def write_final(stage: Stage, config: RunConfig, model_dir: Path, tokenizer: Any
     stage.display.say(f"finished: {stage.run.path / 'final'}")
 
 
-def start_engine(config: SampledConfig, stage: Stage, model_dir: Path, num_weights: int, *, load_weights: bool = False) -> VllmEngine:
+def start_engine(
+    config: SampledConfig, stage: Stage, model_dir: Path, num_weights: int, *, load_weights: bool = False, max_model_len: int | None = None,
+    max_logprobs: int = 20,
+) -> VllmEngine:  # fmt: skip
     """Starts the engine in the background; the stage closes it. Raises UserError when the memory cannot do."""
     from grpo.engines import vllm
 
@@ -141,9 +144,9 @@ def start_engine(config: SampledConfig, stage: Stage, model_dir: Path, num_weigh
     vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4))
     stage.display.phase(0, "starting the engine")
     engine = vllm.VllmEngine(
-        model_dir=str(model_dir), settings=config.engine, dtype=dtype, max_model_len=config.max_sequence_tokens,
-        log_file=stage.run.path / "engine.log", on_wait=stage.signals.check, load_weights=load_weights,
-        float32_head=config.model.float32_head,
+        model_dir=str(model_dir), settings=config.engine, dtype=dtype,
+        max_model_len=max_model_len or config.max_sequence_tokens, log_file=stage.run.path / "engine.log", on_wait=stage.signals.check,
+        load_weights=load_weights, float32_head=config.model.float32_head, max_logprobs=max_logprobs,
     )  # fmt: skip
     stage.stack.callback(engine.close)
     return engine

@@ -7,8 +7,9 @@ on_policy  the student samples, the teacher scores its tokens: reverse KL as the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo import lora, models, plugins
 from grpo.batch import micro_batches, token_weights
@@ -18,8 +19,24 @@ from grpo.config_stages import DistillConfig
 from grpo.metrics import Timer, quiet
 from grpo.prompts import Prompts
 from grpo.signals import Interrupted
-from grpo.stages._run import Stage, check_same, load_problems, load_teacher, mixture, open_stage, prepare, worked, write_final
-from grpo.types import Problem, Sample
+from grpo.stages._run import (
+    Stage,
+    check_same,
+    find_teacher,
+    load_problems,
+    mixture,
+    open_stage,
+    prepare,
+    start_engine,
+    worked,
+    write_final,
+)  # fmt: skip
+from grpo.types import Batch, Problem, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CACHED = 256  # texts a file
 
 
 def distill(config: DistillConfig, *, resume: bool) -> None:
@@ -73,7 +90,12 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
     stream = mixture(config.data, problems, prompts, config.seed)
     texts = samples(stream.take(0, soft.updates * soft.batch_size), prompts, soft.max_tokens, soft.hard_weight)
     with quiet(run.path / "learner.log"):
-        teacher = load_teacher(config, run, tokenizer, soft.max_tokens)
+        teacher_dir = find_teacher(config, run, tokenizer, soft.max_tokens)
+    top = TopLogprobs(run.path / "teacher_top", texts) if soft.teacher_topk else None
+    if top:
+        top.fill(config, stage, teacher_dir)
+    with quiet(run.path / "learner.log"):
+        teacher = None if top else models.load_model(teacher_dir, config.model.attention)
         learner = Learner(lora.load_policy(config, model_dir, config.model.attention), config, loss, teacher, soft)
     checkpoint = run.latest() if resume else None
     if checkpoint:
@@ -96,6 +118,7 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         part = texts[learner.updates * soft.batch_size : (learner.updates + 1) * soft.batch_size]
         weights = token_weights(part, "token", soft.max_tokens)
         batches = micro_batches(part, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed)
+        batches = [replace(batch, teacher_top=top.of(batch)) for batch in batches] if top else batches
         try:
             with timer("update"):
                 row = learner.update(batches, lambda *_: stage.signals.check())
@@ -112,6 +135,53 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
             save()
     save()
     write_final(stage, config, model_dir, tokenizer, learner)
+
+
+class TopLogprobs:
+    """What the teacher gives its likeliest tokens at each token of texts: asked from vLLM once, kept in files, read as needed."""
+
+    def __init__(self, folder: Path, texts: list[Sample]) -> None:
+        self._folder = folder
+        self._texts = list({text.token_ids: text for text in texts}.values())
+        self._places = {text.token_ids: divmod(i, CACHED) for i, text in enumerate(self._texts)}
+        self._open: dict[int, Any] = {}
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.safetensors"
+
+    def fill(self, config: DistillConfig, stage: Stage, teacher_dir: Path) -> None:
+        """Asks the teacher for what is not there yet; a file that is written is not asked for again. Raises Interrupted, EngineError."""
+        from safetensors.numpy import save_file
+
+        assert config.soft is not None and config.soft.teacher_topk is not None
+        missing = [number for number in range(-(-len(self._texts) // CACHED)) if not self._file(number).exists()]
+        if not missing:
+            return
+        self._folder.mkdir(exist_ok=True)
+        weights, k = models.num_weights(teacher_dir), config.soft.teacher_topk
+        engine = start_engine(
+            config, stage, teacher_dir, weights, load_weights=True, max_model_len=config.soft.max_tokens + 1, max_logprobs=k
+        )
+        for number in missing:
+            stage.display.phase(0, "the teacher's logprobs", f"{number * CACHED}/{len(self._texts)}")
+            part = self._texts[number * CACHED : (number + 1) * CACHED]
+            found = engine.top_logprobs([(text.token_ids, text.prompt_length) for text in part], k)
+            held = {f"{kind}.{i}": arrays[n] for i, arrays in enumerate(found) for n, kind in enumerate(("ids", "logprobs"))}
+            save_file(held, self._folder / ".partial")
+            (self._folder / ".partial").rename(self._file(number))
+        engine.close()
+
+    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns ids and logprobs [N, k] for the batch's completion tokens, row by row."""
+        import torch
+        from safetensors import safe_open
+
+        rows = []
+        for number, i in (self._places[sequence] for sequence in batch.sequences):
+            if number not in self._open:
+                self._open[number] = safe_open(str(self._file(number)), "pt")
+            rows.append([self._open[number].get_tensor(f"{kind}.{i}") for kind in ("ids", "logprobs")])
+        return torch.cat([ids.long() for ids, _ in rows]), torch.cat([logprobs for _, logprobs in rows])
 
 
 def samples(problems: list[Problem], prompts: Prompts, max_tokens: int, weight: float) -> list[Sample]:

@@ -11,7 +11,7 @@ from grpo import config as configs
 from grpo import models, plugins
 from grpo.algorithm import describe
 from grpo.config import Config, RunConfig, SampledConfig
-from grpo.config_stages import CollectConfig, DistillConfig, PipelineConfig, SftConfig
+from grpo.config_stages import CollectConfig, DistillConfig, PipelineConfig, QuantizeConfig, SftConfig
 from grpo.metrics import quiet
 from grpo.prompts import R1_ZERO, Prompts, visible
 from grpo.stages._run import load_problems
@@ -29,6 +29,7 @@ def dry_run(config: RunConfig | PipelineConfig) -> None:
         return
     print(configs.dump(config))
     kinds: dict[type, Any] = {Config: train_arithmetic, SftConfig: sft_arithmetic, CollectConfig: collect_arithmetic}
+    kinds[QuantizeConfig] = lambda part: f"schemes     {', '.join(part.quantize.schemes)}; int4 in groups of {part.quantize.group_size}"
     for part in (config.parts().values() if isinstance(config, DistillConfig) else ()) or [config]:
         print(kinds.get(type(part), soft_arithmetic)(part))
     held_out = None

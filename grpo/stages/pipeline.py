@@ -18,7 +18,7 @@ from typing import Any
 from grpo import config as configs
 from grpo.checkpoint import RunDirectory, read_metrics, write_file
 from grpo.config_file import apply_overrides, read_yaml
-from grpo.config_stages import KINDS, Judged, PipelineConfig, Step
+from grpo.config_stages import KINDS, Judged, PipelineConfig, Quantize, Step
 from grpo.signals import Interrupted
 from grpo.stages._run import check_same
 from grpo.types import RunError, UserError
@@ -67,9 +67,9 @@ def plan(config: PipelineConfig) -> Iterator[tuple[str, str, list[str]]]:
             yield f"start-{judged}", "eval", _evaluation(config, f"start-{judged}", settings, own)
     for name, step in config.stages.items():
         yield name, step.command, [step.config, f"run_dir={config.run_dir}/{name}", f"seed={config.seed}", *_inherited(config, step)]
-        if step.command != "collect":
+        for label, model in _models(config, name).items():
             for judged, settings in config.eval.items():
-                yield f"{name}-{judged}", "eval", _evaluation(config, f"{name}-{judged}", settings, _final(config, name))
+                yield f"{label}-{judged}", "eval", _evaluation(config, f"{label}-{judged}", settings, model)
 
 
 def _inherited(config: PipelineConfig, step: Step) -> list[str]:
@@ -87,6 +87,17 @@ def _inherited(config: PipelineConfig, step: Step) -> list[str]:
 def _evaluation(config: PipelineConfig, folder: str, settings: Judged, model: str) -> list[str]:
     own = [f"run_dir={config.run_dir}/{folder}", f"seed={config.seed}", f"model.path={model}", "model.warm_start="]
     return [settings.config, *own, *_overrides(settings.set)]
+
+
+def _models(config: PipelineConfig, name: str) -> dict[str, str]:
+    """Returns the models that a stage leaves, by their row of the table."""
+    step = config.stages[name]
+    if step.command == "collect":
+        return {}
+    if step.command == "quantize":
+        schemes = _tree(step).get("quantize", {}).get("schemes") or Quantize().schemes
+        return {f"{name}-{scheme}": f"{config.run_dir}/{name}/{scheme}" for scheme in schemes}
+    return {name: _final(config, name)}
 
 
 def _final(config: PipelineConfig, name: str) -> str:
@@ -131,7 +142,7 @@ def _call(arguments: list[str], name: str, run: RunDirectory) -> None:
 def table(config: PipelineConfig) -> list[dict[str, Any]]:
     """Returns one row a model: its stage, and for each evaluation set the `eval/` metrics."""
     names = [*(["start"] if any(judged.start for judged in config.eval.values()) else [])]
-    names += [name for name, step in config.stages.items() if step.command != "collect"]
+    names += [label for name in config.stages for label in _models(config, name)]
     rows = []
     for name in names:
         row: dict[str, Any] = {"stage": name}

@@ -13,7 +13,7 @@ from grpo.config import Config
 from grpo.config_stages import SftConfig
 from grpo.metrics import quiet
 from grpo.signals import Interrupted
-from grpo.stages._run import Stage, held_out, judges, load_problems, load_teacher, mixture, open_stage, prepare, start_engine, write_final
+from grpo.stages._run import Stage, find_teacher, held_out, judges, load_problems, mixture, open_stage, prepare, start_engine, write_final
 from grpo.types import Exhausted
 from rewards._pool import Pool
 
@@ -105,7 +105,7 @@ def _run(
 def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any:
     """Returns the model that the KL is measured to, or the teacher; None where there is none, or it lies under the adapters."""
     if config.model.teacher:
-        return load_teacher(config, run, tokenizer, config.max_sequence_tokens)
+        return models.load_model(find_teacher(config, run, tokenizer, config.max_sequence_tokens), config.model.attention)
     own = config.algorithm.kl_coef > 0 and not config.model.lora
     return models.load_model(model_dir, config.model.attention) if own else None
 

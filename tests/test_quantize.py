@@ -1,0 +1,89 @@
+"""Quantisation: the scales, what is refused, and a model in each scheme as the real vLLM serves it."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from compressed_tensors.quantization import QuantizationArgs
+from conftest import tiny_config
+from test_engine import PROMPTS, start
+from whole_runs import rows, run
+
+from grpo import config as configs
+from grpo import models
+from grpo.config_stages import QuantizeConfig
+from grpo.engines import Request, SamplingOptions
+from grpo.stages.quantize import best_scale, check, write_quantized
+from grpo.types import UserError
+
+
+def rounded(weight, scale, low, high):
+    return (weight / scale).round().clamp(low, high) * scale
+
+
+@pytest.mark.parametrize(("strategy", "shape"), [("tensor", (1,)), ("channel", (24, 1)), ("group", (24, 4))])
+def test_scales_are_those_of_the_largest_weight_and_no_clip_does_better(strategy, shape):
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    weight[3, 5] = 9.0  # one large weight: worth clipping at 4 bits
+    sized = {"group_size": 16} if strategy == "group" else {}
+    found = best_scale(weight, QuantizationArgs(num_bits=8, strategy=strategy, symmetric=True, **sized))
+    parts = {"tensor": weight.reshape(1, -1), "channel": weight.reshape(24, 1, 64), "group": weight.reshape(24, 4, 16)}[strategy]
+    assert found.shape == shape and torch.allclose(found, parts.abs().amax(-1) / 127.5)
+    four = best_scale(weight, QuantizationArgs(num_bits=4, strategy=strategy, symmetric=True, **sized))
+    error = lambda scale: (rounded(parts, scale[..., None], -8, 7) - parts).square().sum(-1)  # noqa: E731
+    widest = parts.abs().amax(-1) / 7.5
+    assert bool((error(four) <= error(widest) + 1e-6).all()) and float(error(four).sum()) < float(error(widest).sum())
+
+
+def test_what_cannot_be_quantised_is_told_before_a_weight_is_loaded(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"quantize.group_size=24 does not divide the 64 inputs of model.layers.0"):
+        check(tiny(), 24)
+    write_quantized(tiny(), tmp_path / "int8", "int8", 32, models.load_tokenizer(tiny()))
+    with pytest.raises(UserError, match="quantised already"):
+        check(tmp_path / "int8", 1)
+    tree = {"run_dir": "x", "data": {"name": "arithmetic"}, "model": {"path": "tiny-qwen2", "lora": {}}}
+    with pytest.raises(UserError, match="takes a finished model"):
+        configs.parse(tree, kind=QuantizeConfig)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("scheme", ["int8", "int8_tensor", "int4"])
+def test_vllm_serves_it_and_its_logprobs_are_near_the_parents(tiny, tmp_path, scheme):
+    write_quantized(tiny(), tmp_path / scheme, scheme, 32, models.load_tokenizer(tiny()))
+    engine = start(tmp_path / scheme, tmp_path, dtype="bfloat16", load_weights=True)
+    try:
+        options = SamplingOptions(max_tokens=12, ignore_eos=True)
+        completions = [c for (c,) in engine.generate([Request(prompt_ids=p, seed=i) for i, p in enumerate(PROMPTS)], options)]
+    finally:
+        engine.close()
+    parent = models.load_model(tiny(), "eager")
+    gaps = []
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        logits = parent(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        gaps.append((expected - torch.tensor(completion.logprobs)).abs().mean())
+    gap = float(torch.stack(gaps).mean())
+    assert gap < {"int8": 0.1, "int8_tensor": 0.15, "int4": 0.6}[scheme], gap
+
+
+@pytest.mark.engine
+def test_a_run_writes_every_scheme_and_one_table_and_goes_on_where_it_was_stopped(tiny, tmp_path):
+    config = tiny_config(tmp_path / "run", tiny()).model_dump(
+        mode="json", include={"run_dir", "model", "data", "prompt", "sampling", "engine"}
+    )
+    config |= {"quantize": {"schemes": ["int8", "int4"]}, "eval": {"problems": 4}, "rewards": {"accuracy": 1.0}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    run(str(tmp_path / "config.yaml"), command="quantize")
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["parent", "int8", "int4"]
+    sizes = [row["megabytes"] for row in json.loads((tmp_path / "run" / "table.json").read_text())]
+    assert sizes[0] > sizes[1] > sizes[2]
+    before = rows(tmp_path / "run" / "eval-int8")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["status"] == "finished" and manifest["final"] == "int8"
+    (tmp_path / "run" / "int4" / "model.safetensors").unlink()
+    (tmp_path / "run" / "int4").rename(tmp_path / "gone")
+    (tmp_path / "run" / "eval-int4" / "manifest.json").unlink()
+    run(str(tmp_path / "config.yaml"), "--resume", command="quantize")
+    assert (tmp_path / "run" / "table.md").read_text() == table and rows(tmp_path / "run" / "eval-int8") == before
