@@ -20,6 +20,14 @@ class Lora(Section):
     alpha: float = Field(32.0, gt=0)  # the addition is alpha / rank times B A
 
 
+class Rope(Section):
+    """A longer context by other rotary frequencies; written into the model's config, so that learner, engine and final model agree."""
+
+    type: Literal["yarn", "linear", "dynamic"] = "yarn"  # YaRN 2309.00071; linear: position interpolation 2306.15595
+    factor: float = Field(gt=1)  # times the context
+    original_tokens: int | None = Field(None, ge=1)  # context the model was trained at; default: its config's
+
+
 class Model(Section):
     path: str  # hub id, local Hugging Face directory, or `tiny-llama` / `tiny-qwen2` / `tiny-qwen3` (made on the spot, random weights)
     revision: str | None = None  # hub revision
@@ -28,6 +36,7 @@ class Model(Section):
     gradient_checkpointing: bool = False  # one more forward pass for activations of one layer at a time
     teacher: str | None = None  # model that the KL is measured to, and that algorithm.advantage=teacher asks; default: the start model
     lora: Lora | None = None  # train low-rank additions to all linear layers but the head; wants ten times the learning rate
+    rope: Rope | None = None  # a longer context; of a model that has none yet
     float32_head: bool = False  # logits in float32, in the learner and in the engine (MiniMax-M1, ScaleRL)
     router_aux_coef: float = Field(0.0, ge=0)  # mixtures of experts: weight of the load-balancing loss
     freeze_router: bool = False  # mixtures of experts: the router stays as it is
@@ -189,28 +198,6 @@ class Logging(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     project: str = "grpo"
     progress: Literal["auto", "live", "line", "off"] = "auto"  # auto: live on a terminal, one line a rollout elsewhere
-
-
-class Soft(Section):
-    """Soft targets: the student's distribution is drawn to the teacher's at every token of given texts."""
-
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    temperature: float = Field(1.0, gt=0)  # of both distributions; the divergence counts T^2 times (Hinton)
-    beta: float = Field(0.5, gt=0, lt=1)  # jsd: 0 is forward, 1 reverse KL (GKD)
-    soft_weight: float = Field(1.0, ge=0)
-    hard_weight: float = Field(0.0, ge=0)  # of the cross-entropy of the text's own tokens
-    updates: int = Field(ge=1)
-    batch_size: int = Field(32, ge=1)  # texts an update
-    max_tokens: int = Field(1024, ge=2)  # longest prompt with its text
-    teacher_topk: int | None = Field(None, ge=1)  # teacher's k likeliest tokens and the rest as one, from vLLM, on disk; default: in memory
-    hidden_weight: float = Field(0.0, ge=0)  # of the mean squared error of projected hidden states (FitNets 1412.6550)
-    hidden_layers: dict[int, int] = {}  # student's layer: teacher's, from 1; default: evenly spread (TinyBERT 1909.10351)
-
-    @model_validator(mode="after")
-    def _teacher(self) -> Soft:
-        if self.teacher_topk and (self.temperature != 1 or self.hidden_weight):
-            raise ValueError("teacher_topk: what is on disk is for temperature=1 and has no hidden states")
-        return self
 
 
 class RunConfig(Section):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from grpo.algorithm import Algorithm
-from grpo.config import Checkpoint, Config, Eval, Learner, RunConfig, SampledConfig, Soft, Source, Train
+from grpo.config import Checkpoint, Config, Eval, Learner, RunConfig, SampledConfig, Source, Train
 from grpo.config_file import Section
 
 
@@ -91,6 +91,28 @@ class CollectConfig(SampledConfig):
             raise ValueError("model.teacher is for train and distill: collect samples from model.path, or from teacher.url")
         if self.teacher and (self.prompt.template != "chat" or self.prompt.think_prefill):
             raise ValueError("teacher: an endpoint is asked by chat messages; set prompt.template=chat and no think_prefill")
+        return self
+
+
+class Soft(Section):
+    """Soft targets: the student's distribution is drawn to the teacher's at every token of given texts."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    temperature: float = Field(1.0, gt=0)  # of both distributions; the divergence counts T^2 times (Hinton)
+    beta: float = Field(0.5, gt=0, lt=1)  # jsd: 0 is forward, 1 reverse KL (GKD)
+    soft_weight: float = Field(1.0, ge=0)
+    hard_weight: float = Field(0.0, ge=0)  # of the cross-entropy of the text's own tokens
+    updates: int = Field(ge=1)
+    batch_size: int = Field(32, ge=1)  # texts an update
+    max_tokens: int = Field(1024, ge=2)  # longest prompt with its text
+    teacher_topk: int | None = Field(None, ge=1)  # teacher's k likeliest tokens and the rest as one, from vLLM, on disk; default: in memory
+    hidden_weight: float = Field(0.0, ge=0)  # of the mean squared error of projected hidden states (FitNets 1412.6550)
+    hidden_layers: dict[int, int] = {}  # student's layer: teacher's, from 1; default: evenly spread (TinyBERT 1909.10351)
+
+    @model_validator(mode="after")
+    def _teacher(self) -> Soft:
+        if self.teacher_topk and (self.temperature != 1 or self.hidden_weight):
+            raise ValueError("teacher_topk: what is on disk is for temperature=1 and has no hidden states")
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from grpo import moe, packing
-from grpo.config import Soft
 from grpo.divergence import divergence, top_divergence
 from grpo.types import Batch, UserError
+
+if TYPE_CHECKING:
+    from grpo.config_stages import Soft
 
 
 class Policy(nn.Module):
@@ -158,12 +160,13 @@ def _projections(student: Any, teacher: Any, soft: Soft) -> dict[str, nn.Module]
     for m, n in pairs.items():
         if not (1 <= m <= own and 1 <= n <= its):
             raise UserError(f"soft.hidden_layers: {m}: {n}; the student has layers 1 to {own}, the teacher 1 to {its}")
-    made = {}
+    made: dict[str, nn.Module] = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for m, n in pairs.items():
-            made[f"{m}_{n}"] = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
-            nn.init.orthogonal_(made[f"{m}_{n}"].weight)
+            projection = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
+            nn.init.orthogonal_(projection.weight)
+            made[f"{m}_{n}"] = projection
     return made
 
 

@@ -19,6 +19,8 @@ from grpo.types import Unreachable, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from grpo.config import Rope
+
 
 TINY = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe", "tiny-deepseek-v3")
 TINY_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -46,6 +48,30 @@ def resolve(path: str, revision: str | None, made_dir: Path, seed: int, *, weigh
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"model.path={path}: no such directory, and not a hub id (owner/name) nor one of {', '.join(TINY)}")
     return _from_hub(path, revision, weights)
+
+
+def extended(model_dir: Path, rope: Rope | None, target: Path) -> Path:
+    """Returns the model's directory, or with `rope` one at `target` with the same files and a longer context in its config.
+
+    Raises UserError when the model's context is extended already.
+    """
+    from transformers import AutoConfig
+
+    if rope is None:
+        return model_dir
+    config = AutoConfig.from_pretrained(model_dir)
+    before = dict(config.rope_parameters or {})
+    if before.get("rope_type", "default") != "default":
+        raise UserError(f"model.rope: the context of {model_dir} is extended already ({before}): leave model.rope out")
+    original = rope.original_tokens or config.max_position_embeddings
+    config.rope_parameters = before | {"rope_type": rope.type, "factor": rope.factor, "original_max_position_embeddings": original}
+    config.max_position_embeddings = int(original * rope.factor)
+    with replace_directory(target) as scratch:
+        for file in model_dir.iterdir():
+            if file.is_file() and file.name != "config.json":
+                (scratch / file.name).symlink_to(file.resolve())
+        config.save_pretrained(scratch)
+    return target
 
 
 def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-NAME = "packed"  # model.attention; the key under which transformers finds `attend`
+NAME, ROWS = "packed", "packed_rows"  # the keys under which transformers finds `attend` (model.attention) and `attend_rows`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,4 +105,21 @@ def attend(
     return out[None], None
 
 
+def attend_rows(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *, cu_seq_lens_q: Tensor, max_length_q: int,
+    scaling: float, dropout: float = 0.0, sliding_window: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The same for a stream of whole sequences one after another, as TRL's collator makes it: each attends to itself alone."""
+    if dropout or (sliding_window and sliding_window < max_length_q) or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise NotImplementedError(f"model.attention={NAME} is plain causal attention; use sdpa or eager for {type(module).__name__}")
+    starts, sizes = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
+    place = torch.arange(int(max_length_q), device=query.device)
+    places = (starts[:, None] + place).clamp(max=query.shape[2] - 1).flatten()
+    kept = (place < sizes[:, None]).flatten().nonzero()[:, 0]
+    rows = lambda states: states[0].transpose(0, 1).index_select(0, places).unflatten(0, (len(sizes), -1)).transpose(1, 2)  # noqa: E731
+    out = F.scaled_dot_product_attention(rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, kept)[None], None
+
+
 AttentionInterface.register(NAME, attend)
+AttentionInterface.register(ROWS, attend_rows)

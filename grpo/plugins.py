@@ -63,10 +63,11 @@ def rewards(chosen: Mapping[str, Reward], pool: Pool) -> dict[str, tuple[RewardF
 
 
 def reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
-    """Returns a reward for whole groups from either of two kinds of function, told apart by their parameters:
+    """Returns a reward for whole groups from any of these kinds of function, told apart by their parameters:
 
     ours `f(completion, problem, **options) -> float | Score | Verdict | None`, or TRL's `f(prompts, completions, **columns) -> list`.
-    One whose file has a `TIMEOUT_S` runs in the pool; a `prepare(**options)` beside it is called here, once, and may refuse.
+    A third, `f(groups, prompts, **options)`, sees a whole rollout: for rewards that ask a server. One whose file has a `TIMEOUT_S` runs in
+    the pool; a `prepare(**options)` beside it is called here, once, and may refuse.
     """
     function = find("rewards", name, "reward", "rewards")
     parameters = inspect.signature(function).parameters
@@ -80,6 +81,8 @@ def reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
         raise UserError(f"rewards.{name}.options: {error}") from None
     file = sys.modules[function.__module__]
     getattr(file, "prepare", lambda **_: None)(**options)
+    if "groups" in parameters:
+        return functools.partial(function, **options)
     if trl:
         bound = functools.partial(function, **options)
         return lambda groups, prompts: [_call_trl(bound, name, group, prompt) for group, prompt in zip(groups, prompts, strict=True)]

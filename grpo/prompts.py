@@ -19,6 +19,7 @@ SYSTEM = {
     "r1": "First think about the problem step by step inside <think> and </think>, then give only the final answer inside <answer> and "
     "</answer>, like this: <think>your reasoning</think> <answer>42</answer>"
 }
+EXAMPLE = Problem(id="example", question="What is 2 + 3?", answer="5", source="example")
 TEMPLATES = ("chat", "r1_zero", "plain")
 
 
@@ -40,7 +41,7 @@ class Prompts:
         if not self.stop_token_ids and not settings.stop:
             raise UserError("neither the tokenizer nor the model names an EOS token: completions would never end; set prompt.stop")
         try:
-            self.text(Problem(id="", question="?", answer="", source=""))
+            self.text(EXAMPLE)
         except Exception as error:  # a template is a program of somebody else's
             raise UserError(f"prompt: this tokenizer's chat template refuses it: {type(error).__name__}: {error}") from None
         self.stop = (*settings.stop, *(("</answer>",) if settings.template == "r1_zero" else ()))
@@ -88,6 +89,21 @@ class Prompts:
         end = self._turn_end or self._tokenizer.eos_token_id
         ids = self._tokenizer(solution, add_special_tokens=False)["input_ids"]
         return (*ids, *([] if end is None else [end]))
+
+    def saved_template(self) -> str:
+        """Returns the chat template that a trained model is saved with: a server that uses it prompts as the training did.
+
+        The tokenizer's own; without one, the template in use, around the last message. The `<think>` prefill is added if there is one.
+        """
+        own = self._tokenizer.chat_template
+        if own is None:
+            bos = "{{ bos_token }}" if self.ids(EXAMPLE)[0] == self._tokenizer.bos_token_id is not None else ""
+            text = self.text(EXAMPLE).replace(EXAMPLE.question, "{{ messages[-1]['content'] }}")
+            return bos + text.removesuffix("\n") + ("{{ '\\n' }}" if text.endswith("\n") else "")
+        shown = self._tokenizer.apply_chat_template(self.messages(EXAMPLE), tokenize=False, add_generation_prompt=True)
+        if self._settings.template != "chat" or not self._settings.think_prefill or shown.rstrip().endswith("<think>"):
+            return own
+        return own + "{%- if add_generation_prompt %}{{- '<think>\\n' }}{%- endif %}"
 
     def fitting(self, problems: Sequence[Problem]) -> Sequence[Problem]:
         """Returns the problems whose prompts fit `prompt.max_tokens`. Raises UserError if some do not, or drops them if so configured."""

@@ -11,8 +11,13 @@ TIMEOUT_S = 5.0  # in a worker of the pool; deterministic bounds come first, so 
 MAX_BARE = 1000  # characters of an answer without tags or box
 
 
-def reward(completion: Completion, problem: Problem) -> Verdict:
-    """The verdict on the completion's final answer; wrong when there is none. Source: DeepSeek-R1 2501.12948 section 2.2.2."""
+def reward(completion: Completion, problem: Problem) -> Verdict | None:
+    """The verdict on the completion's final answer; wrong when there is none. None for a prompt that has no gold answer.
+
+    Source: DeepSeek-R1 2501.12948 section 2.2.2.
+    """
+    if not problem.answer:
+        return None
     answer = final_answer(completion.text)
     return Verdict(value="wrong", reason="no final answer") if answer is None else equal(answer, problem.answer)
 

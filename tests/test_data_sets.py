@@ -40,6 +40,16 @@ def test_gsm8k_reads_the_local_schema_from_its_folder(tmp_path):
     ]
 
 
+def test_general_prompts_need_no_answers_and_are_all_for_training(tmp_path):
+    path = write(tmp_path / "general.jsonl", [{"prompt": f"Write about {n}."} for n in range(50)])
+    with pytest.raises(UserError, match="no field 'answer'"):
+        jsonl.load("train", seed=0, path=path)
+    problems = jsonl.load("train", seed=0, path=path, answers=False)
+    assert len(problems) == 50 and {problem.answer for problem in problems} == {""}
+    with pytest.raises(UserError, match="gives no test problems"):
+        jsonl.load("test", seed=0, path=path, answers=False)
+
+
 def test_gsm8k_reads_the_hubs_schema(tmp_path):
     path = write(tmp_path / "any.jsonl", [{"question": "Q?", "answer": "She has 2*600=<<2*600=1200>>1200.\n#### 1,200"}])
     assert gsm8k.load("train", seed=0, path=path) == [

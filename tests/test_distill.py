@@ -14,7 +14,7 @@ from whole_runs import rows, run
 from grpo import config as configs
 from grpo import models
 from grpo.batch import micro_batches, token_weights
-from grpo.config_stages import DistillConfig
+from grpo.config_stages import DistillConfig, Soft
 from grpo.divergence import divergence, top_divergence
 from grpo.learners.deepspeed import Learner
 from grpo.losses.cross_entropy import loss
@@ -68,7 +68,7 @@ def texts(count=6):
 
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 def test_a_soft_update_has_the_gradient_of_plain_torch_whatever_the_split(tiny, tmp_path, kind):
-    soft = configs.Soft(divergence=kind, temperature=2.0, soft_weight=0.7, hard_weight=0.3, updates=5)
+    soft = Soft(divergence=kind, temperature=2.0, soft_weight=0.7, hard_weight=0.3, updates=5)
     teacher_dir = tiny(intermediate_size=128)
     made = texts()
     student, teacher = models.load_model(tiny(), "eager"), models.load_model(teacher_dir, "eager")
@@ -101,7 +101,7 @@ def test_different_vocabularies_are_refused_with_the_way_out(tiny, tmp_path):
 @pytest.mark.parametrize("layers", [{}, {1: 3, 2: 1}])
 def test_hidden_states_are_matched_as_in_plain_torch_whatever_the_split(tiny, tmp_path, layers):
     made, teacher_dir = texts(), tiny(intermediate_size=128, num_hidden_layers=4, hidden_size=128)
-    soft = configs.Soft(soft_weight=0.5, hidden_weight=0.2, hidden_layers=layers, updates=5)
+    soft = Soft(soft_weight=0.5, hidden_weight=0.2, hidden_layers=layers, updates=5)
     pairs = layers or {1: 2, 2: 4}
     student, teacher = models.load_model(tiny(), "eager"), models.load_model(teacher_dir, "eager")
     config = lambda: tiny_config(tmp_path, tiny(), learner={"lr": 1e-12})  # noqa: E731
@@ -134,7 +134,7 @@ def test_hidden_states_are_matched_as_in_plain_torch_whatever_the_split(tiny, tm
 
 
 def test_a_layer_that_is_not_there_is_told(tiny, tmp_path):
-    soft = configs.Soft(hidden_weight=1.0, hidden_layers={9: 1}, updates=1)
+    soft = Soft(hidden_weight=1.0, hidden_layers={9: 1}, updates=1)
     with pytest.raises(UserError, match="9: 1; the student has layers 1 to 2"):
         Learner(models.load_model(tiny(), "eager"), tiny_config(tmp_path, tiny()), loss, models.load_model(tiny(), "eager"), soft)
 

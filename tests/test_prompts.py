@@ -40,6 +40,36 @@ def test_a_completion_ends_at_the_turns_end_of_a_chat_template_and_at_eos(chat):
     assert set(prompts.stop_token_ids) == {chat.eos_token_id, chat.convert_tokens_to_ids("<|im_end|>"), 9}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"template": "plain"},
+        {"template": "plain", "think_prefill": True},
+        {"template": "r1_zero"},
+        {"template": "r1_zero", "think_prefill": True},
+    ],
+)
+def test_a_base_model_is_saved_with_the_prompts_that_it_was_trained_on(tokenizer, settings):
+    prompts = Prompts(configs.Prompt(**settings), tokenizer)
+    tokenizer.chat_template = prompts.saved_template()
+    other = Problem(id="q", question="{{ 7 }} + 5?\n", answer="", source="")
+    for problem in (PROBLEM, other):
+        shown = tokenizer.apply_chat_template([{"role": "user", "content": problem.question}], tokenize=False, add_generation_prompt=True)
+        assert shown == prompts.text(problem)
+    assert Prompts(configs.Prompt(**settings), tokenizer).saved_template() == tokenizer.chat_template
+
+
+def test_a_chat_model_is_saved_with_its_prefill_once(chat):
+    prompts = Prompts(configs.Prompt(think_prefill=True), chat)
+    chat.chat_template = prompts.saved_template()
+    again = Prompts(configs.Prompt(think_prefill=True), chat)
+    assert again.text(PROBLEM) == prompts.text(PROBLEM) and again.saved_template() == chat.chat_template
+    whole = chat.apply_chat_template(
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>a</think> b"}], tokenize=False
+    )
+    assert whole.count("<think>") == 1
+
+
 def test_a_template_that_already_ends_in_think_is_not_prefilled_twice(chat):
     chat.chat_template = CHAT.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
     prompts = Prompts(configs.Prompt(think_prefill=True), chat)

@@ -70,9 +70,10 @@ def test_adapters_are_trained_merged_and_saved(tiny, tmp_path):
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_it_equals_plain_adamw_on_the_solutions_tokens_with_one_mean_an_update(tiny, tmp_path):
+@pytest.mark.parametrize("attention", ["packed", "eager"])
+def test_it_equals_plain_adamw_on_the_solutions_tokens_with_one_mean_an_update(tiny, tmp_path, attention):
     """Two micro-batches an update; the loss is one mean over the update's solution tokens, EOS among them."""
-    config = sft_config(tmp_path / "run", tiny())
+    config = sft_config(tmp_path / "run", tiny(), model={"attention": attention})
     assert config.micro_batch == 2
     run(write(tmp_path / "c.yaml", config), command="sft")
     model = models.load_model(tiny(), "eager")
@@ -97,6 +98,20 @@ def test_it_equals_plain_adamw_on_the_solutions_tokens_with_one_mean_an_update(t
     trained = weights(tmp_path / "run")
     for name, parameter in model.named_parameters():
         assert torch.allclose(trained[name], parameter, atol=2e-5), name
+
+
+def test_a_longer_context_is_in_the_model_that_is_trained_served_and_saved(tiny, tmp_path):
+    rope = {"type": "yarn", "factor": 4.0, "original_tokens": 512}
+    run(write(tmp_path / "c.yaml", sft_config(tmp_path / "run", tiny(), model={"rope": rope})), command="sft")
+    saved = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert saved["max_position_embeddings"] == 2048
+    assert saved["rope_parameters"].items() >= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}.items()
+    extended = models.extended(tiny(), configs.Rope(factor=4.0, original_tokens=512), tmp_path / "x")
+    plain, longer = (models.load_model(folder, "eager") for folder in (tiny(), extended))
+    ids = torch.arange(7, 47)[None]
+    assert not torch.allclose(plain(input_ids=ids).logits, longer(input_ids=ids).logits, atol=1e-3)
+    again = write(tmp_path / "d.yaml", sft_config(tmp_path / "again", tmp_path / "run" / "final", model={"rope": rope}))
+    assert "is extended already" in run(again, command="sft", code=2)
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path):

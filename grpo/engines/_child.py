@@ -93,7 +93,8 @@ class Server:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=k, detokenize=False, flat_logprobs=True)
-        outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids, _ in sequences], params, use_tqdm=False)
+        prompts: list[Any] = [{"prompt_token_ids": list(ids)} for ids, _ in sequences]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
         found = []
         for output, (ids, prompt_length) in zip(outputs, sequences, strict=True):
             flat: Any = output.prompt_logprobs

@@ -24,7 +24,7 @@ from grpo.losses._objective import Loss, objective
 from grpo.types import Batch, RunError, UserError
 
 if TYPE_CHECKING:
-    from grpo.config_stages import DistillConfig
+    from grpo.config_stages import DistillConfig, Soft
 
 
 class Learner:
@@ -32,7 +32,7 @@ class Learner:
 
     def __init__(
         self, model: nn.Module, config: configs.Config | DistillConfig, loss: Loss, reference: nn.Module | None = None,
-        soft: configs.Soft | None = None,
+        soft: Soft | None = None,
     ) -> None:  # fmt: skip
         """`model` has float32 weights. `reference`, for KL, is kept frozen in the forward pass's dtype; with `soft` it is the teacher."""
         deepspeed = init_process_group()

@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from grpo import lora
+from grpo import lora, packing
 from grpo.config_stages import SftConfig
 from grpo.learners.deepspeed import FreedMemory, deepspeed_config, init_process_group, learning_rate
 
@@ -47,12 +47,10 @@ class SupervisedTrainer(SFTTrainer):
             adam_beta2=settings.betas[1], adam_epsilon=settings.eps, max_grad_norm=settings.max_grad_norm, max_length=None,
             gradient_checkpointing=config.model.gradient_checkpointing, logging_steps=1, save_strategy="no", report_to=[],
             disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=cuda,
-            average_tokens_across_devices=True,
+            average_tokens_across_devices=True, padding_free=config.model.packed,
             deepspeed=_trainer_config(config, cuda),
         )  # fmt: skip
-        # The packed stream is for groups of completions; on a CPU eager attention is faster than sdpa at these lengths.
-        attention = ("sdpa" if cuda else "eager") if config.model.packed else config.model.attention
-        model = lora.load_policy(config, model_dir, attention)
+        model = lora.load_policy(config, model_dir, packing.ROWS if config.model.packed else config.model.attention)
         taken = list(rows)
         self._lengths = [sum(label != -100 for label in row["labels"]) for row in taken]
         super().__init__(model=model, args=arguments, train_dataset=Dataset.from_list(taken), processing_class=tokenizer)

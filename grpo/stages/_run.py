@@ -91,6 +91,7 @@ def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
     """Returns the model's directory, its tokenizer and its prompts. Raises UserError."""
     with quiet(run.path / "learner.log"):
         model_dir = models.resolve(config.model.path, config.model.revision, run.path / "model", config.seed)
+        model_dir = models.extended(model_dir, config.model.rope, run.path / "model_extended")
         tokenizer = models.load_tokenizer(model_dir)
         return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
 
@@ -126,6 +127,7 @@ def judges(config: SampledConfig) -> tuple[Pool, dict[str, tuple[plugins.RewardF
 def write_final(stage: Stage, config: RunConfig, model_dir: Path, tokenizer: Any, learner: Any) -> None:
     """Writes what was learned: `final/`, and `adapter/` where there are adapters. `learner` has weights() and save_adapter()."""
     with quiet(stage.run.path / "learner.log"):
+        tokenizer.chat_template = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir)).saved_template()
         weights = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights()}
         models.save_final(stage.run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
         if config.model.lora:

@@ -13,7 +13,7 @@ from grpo.algorithm import describe
 from grpo.config import Config, RunConfig, SampledConfig
 from grpo.config_stages import CollectConfig, DistillConfig, PipelineConfig, QuantizeConfig, SftConfig
 from grpo.metrics import quiet
-from grpo.prompts import R1_ZERO, Prompts, visible
+from grpo.prompts import EXAMPLE, R1_ZERO, Prompts, visible
 from grpo.stages._run import load_problems
 from grpo.stages.pipeline import checked
 from grpo.stages.train import warm_start_config
@@ -46,7 +46,7 @@ def dry_run(config: RunConfig | PipelineConfig) -> None:
         problems += load_problems(held_out, "test", config.seed).values() if held_out else []
     except Unreachable as error:
         print(f"data: {error}")
-    print(_prompt(config, problems or [[Problem(id="example", question="What is 2 + 3?", answer="5", source="example")]]))
+    print(_prompt(config, problems or [[EXAMPLE]]))
 
 
 def train_arithmetic(config: Config) -> str:
@@ -103,6 +103,7 @@ def _prompt(config: RunConfig, problems: Sequence[Sequence[Problem]]) -> str:
         try:
             with quiet(Path(scratch) / "log"):
                 model_dir = models.resolve(config.model.path, config.model.revision, Path(scratch) / "model", config.seed, weights=False)
+                model_dir = models.extended(model_dir, config.model.rope, Path(scratch) / "extended")
                 tokenizer = models.load_tokenizer(model_dir)
                 prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
             models.check_context(model_dir, config.max_sequence_tokens)  # type: ignore[attr-defined]
