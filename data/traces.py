@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data._files import Row, check_split, rows, unique
+from data._files import Hub, Row, check_split, rows, unique
 from grpo.types import Problem, UserError
 
 QUESTION, ANSWER = ("question", "problem", "prompt", "instruction"), ("solution", "completion", "response", "output", "content")
@@ -18,13 +18,16 @@ THOUGHTS = ("thinking", "reasoning_content", "reasoning", "think", "thought")
 MARKS = {r"<\|begin_of_thought\|>": "<think>", r"<\|end_of_thought\|>": "</think>", r"<\|(?:begin|end)_of_solution\|>": ""}
 
 
-def load(split: str, *, seed: int, path: str | None = None) -> Sequence[Problem]:
-    """The traces as problems whose solution holds `<think>...</think>` and what follows. Raises UserError naming a row without either."""
+def load(split: str, *, seed: int, path: str | None = None, hub: str | None = None, subset: str | None = None) -> Sequence[Problem]:
+    """The traces as problems whose solution holds `<think>...</think>` and what follows. Raises UserError naming a row without either.
+
+    Without `path`, those of the hub's data set `hub`, its train split: `options: {hub: open-r1/OpenR1-Math-220k, subset: default}`.
+    """
     check_split("traces", split)
-    if path is None:
-        raise UserError("data.traces: no data.path; give traces.jsonl, or the run directory of `grpo collect`")
+    if path is None and hub is None:
+        raise UserError("data.traces: no data.path; give traces.jsonl, the run directory of `grpo collect`, or options: {hub: OWNER/NAME}")
     problems = []
-    for number, row in enumerate(rows(path, stems=["traces"], hub=None)):
+    for number, row in enumerate(rows(path, stems=["traces"], hub=Hub(hub, subset, "train") if hub else None)):
         question, solution = _pair(row)
         own_id = row.fields.get("id")
         problems.append(

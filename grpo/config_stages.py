@@ -201,7 +201,8 @@ class QuantizeConfig(SampledConfig):
         for name, path in models.items():
             engine = tree["engine"] | ({"dtype": "bfloat16"} if name == "int4" else {})  # its kernels know no float32
             own = {"run_dir": f"{self.run_dir}/eval-{name}", "model": tree["model"] | {"path": path}, "engine": engine}
-            found[name] = Config(**tree | own, train=Train(rollouts=1))
+            learner = {"micro_batch_tokens": self.max_sequence_tokens}  # there is none
+            found[name] = Config(**tree | own, train=Train(rollouts=1), learner=learner)
         return found
 
 
