@@ -155,6 +155,11 @@ class RunDirectory:
                 raise RunError(f"{checkpoint / name} is missing or damaged: remove {checkpoint} to resume from the one before it")
         return state
 
+    def keep(self, checkpoint: Path, name: str) -> None:
+        """Keeps a checkpoint, whatever is pruned, as `kept/NAME`: linked, not copied."""
+        with replace_directory(self.path / "kept" / name) as scratch:
+            shutil.copytree(checkpoint, scratch, copy_function=os.link, dirs_exist_ok=True)
+
     def prune(self, keep_last: int, keep_best: str | None) -> None:
         """Removes all checkpoints but the last ones and the one whose state has the highest metric `keep_best`."""
         found = sorted(self.checkpoints.glob("step-*"))

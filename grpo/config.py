@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from grpo.algorithm import Algorithm, fill
 from grpo.config_file import Section, apply_overrides, explain, read_yaml
+from grpo.diagnosis import RULES
 from grpo.types import UserError
 
 
@@ -194,10 +195,17 @@ class Checkpoint(Section):
     keep_best: str | None = None  # metric whose highest checkpoint is kept too, e.g. eval/accuracy
 
 
+def _rule(name: str) -> str:
+    if name not in RULES:
+        raise ValueError(f"no such rule; have {', '.join(RULES)}")
+    return name
+
+
 class Logging(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     project: str = "grpo"
     progress: Literal["auto", "live", "line", "off"] = "auto"  # auto: live on a terminal, one line a rollout elsewhere
+    alarms: dict[Annotated[str, AfterValidator(_rule)], Literal["snapshot", "stop"]] = {}  # what a finding of grpo/diagnosis.py does
 
 
 class RunConfig(Section):

@@ -15,6 +15,7 @@ from grpo.advantages import advantages, lengths, to_samples
 from grpo.batch import micro_batches, token_weights
 from grpo.checkpoint import RunDirectory
 from grpo.config import Config, SampledConfig
+from grpo.diagnosis import Watch
 from grpo.engines import Engine, SamplingOptions
 from grpo.learners.deepspeed import Learner
 from grpo.losses import _terms
@@ -25,6 +26,7 @@ from grpo.prompts import Chat, Prompts
 from grpo.selection import Selection
 from grpo.signals import Signals
 from grpo.types import Batch, Exhausted, Group, Problem, Sample, ScoredGroup
+from rewards import language
 from rewards._pool import Pool
 
 
@@ -47,10 +49,12 @@ class Loop:
     machine: roofline.Machine
     shape: roofline.Shape
     pool: Pool
+    watch: Watch = field(default_factory=Watch)  # what is to be said of the numbers
     rollout: int = 0  # rollouts done: whole, with their updates
     saved: int = -1  # the last checkpoint's rollouts
     selected: dict[str, Any] = field(default_factory=dict)  # the selection's state after the last whole rollout
     idle: int = 0  # rollouts in a row without an update
+    alarms: list[tuple[str, str]] = field(default_factory=list)  # findings that ask for something to be done
     latest: dict[str, Any] = field(default_factory=dict)  # metrics that a checkpoint is judged by
 
     def start(self, fresh: bool) -> None:
@@ -75,6 +79,7 @@ class Loop:
         self.display.begin(self.rollout)
         while self.rollout < self.config.train.rollouts:
             self.step()
+            self.alarm()
             if self._due(self.config.checkpoint.every):
                 self.save()
 
@@ -89,6 +94,8 @@ class Loop:
             raise
         self.engine.sleep()
         row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(fresh)}
+        texts = [(scored.group.completions[0].text, scored.group.problem.question) for scored in fresh[:32]]
+        row["completion/language"] = rollouts.mean([language.share(text, language.of(question)) for text, question in texts])
         row |= {f"verifier/{name}": float(count) for name, count in self.pool.counts.items()}
         row |= {"group/sampled": float(len(fresh)), "group/used": float(len(used)), "group/carried": float(len(self.selection.carried))}
         if config.algorithm.advantage == "teacher":  # rewards are only measured: an undecided one leaves no completion out
@@ -117,6 +124,7 @@ class Loop:
         finally:
             row |= timer.metrics() | self._bounds([scored.group for scored in fresh], int(row["update/made"]))
             row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
+            row["idle/engine"], row["idle/learner"] = (1 - timer.seconds[part] / row["time/total_s"] for part in ("rollout", "update"))
             self.record(row)
         if self.idle and config.algorithm.max_idle and self.idle % config.algorithm.max_idle == 0:
             raise Exhausted(
@@ -239,6 +247,18 @@ class Loop:
         self.record_row(row)
         if "reward/mean" in row:
             self.display.row(row)
+        for finding in self.watch.see(row):
+            self.display.say(f"diagnosis, {finding.rule}: {finding.text}")
+            self.alarms += [(finding.rule, finding.text)] if finding.rule in self.config.logging.alarms else []
+
+    def alarm(self) -> None:
+        """Does what `logging.alarms` asks for: keeps a checkpoint beside the others, or stops the run (Exhausted: it is saved)."""
+        alarms, self.alarms = self.alarms, []
+        for rule, text in alarms:
+            self.save()
+            self.run.keep(self.run.latest(), f"alarm-{rule}")
+            if self.config.logging.alarms[rule] == "stop":
+                raise Exhausted(f"logging.alarms.{rule}: {text}")
 
     def save(self) -> None:
         """Writes a checkpoint of the last whole rollout, unless there is one."""

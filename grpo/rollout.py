@@ -78,13 +78,13 @@ def _number(value: float | Score | Verdict | None) -> float | None:
     return value.value if isinstance(value, Score) else None if value is None else float(value)
 
 
-def describe(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
     """Returns the metrics of scored groups: every `mean` is over completions, every `group/` share over groups."""
     completions = [completion for scored in groups for completion in scored.group.completions]
     rewards = [reward for scored in groups for reward in scored.rewards]
     known = [reward for reward in rewards if reward is not None]
     lengths = [len(completion.token_ids) for completion in completions]
-    metrics = {
+    metrics: dict[str, Any] = {
         "reward/mean": mean(known),
         "reward/missing": 1 - len(known) / len(rewards),
         "group/no_signal": mean([float(not has_signal(scored.rewards)) for scored in groups]),
@@ -92,6 +92,7 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         "completion/length_max": float(max(lengths)),
         "completion/truncated": mean([float(completion.finish_reason == "length") for completion in completions]),
         "completion/tokens": float(sum(lengths)),
+        "histogram/length": _histogram([length.bit_length() - 1 for length in lengths]),  # completions of 2^i to 2^(i+1) - 1 tokens
     }
     for name in groups[0].parts[0]:
         values = [value for scored in groups for part in scored.parts if (value := part[name]) is not None]
@@ -104,6 +105,11 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         metrics["group/all_correct"] = mean([float(all(v and v.value == "correct" for v in scored.verdicts)) for scored in groups])
         metrics["group/all_wrong"] = mean([float(all(v and v.value == "wrong" for v in scored.verdicts)) for scored in groups])
     return metrics
+
+
+def _histogram(places: Sequence[int]) -> list[int]:
+    counts = Counter(places)
+    return [counts[i] for i in range(max(places) + 1)]
 
 
 def evaluate(

@@ -93,7 +93,7 @@ def state(loop):
     kept = {
         key: value
         for key, value in rows[-1].items()
-        if not key.startswith(("time/", "bound/")) and "seconds" not in key and "per_s" not in key
+        if not key.startswith(("time/", "bound/", "idle/")) and "seconds" not in key and "per_s" not in key
     }
     return kept, {name: weight.clone() for name, weight in loop.learner.weights()}, loop.selection.state()
 

@@ -40,7 +40,7 @@ def rows(run_dir):
 
 def outcome(run_dir):
     """Everything of a run that must not depend on when it was interrupted: all but times."""
-    timed = ("time/", "seconds", "tokens_per_s", "machine/", "bound/")
+    timed = ("time/", "seconds", "tokens_per_s", "machine/", "bound/", "idle/")
     metrics = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows(run_dir)]
     samples = {path.name: path.read_text() for path in sorted((run_dir / "samples").iterdir())}
     weights = (run_dir / "final" / "model.safetensors").read_bytes()

@@ -11,6 +11,7 @@ from grpo import lora, models, plugins, roofline
 from grpo.algorithm import describe
 from grpo.config import Config
 from grpo.config_stages import SftConfig
+from grpo.diagnosis import Watch
 from grpo.metrics import quiet
 from grpo.signals import Interrupted
 from grpo.stages._run import Stage, find_teacher, held_out, judges, load_problems, mixture, open_stage, prepare, start_engine, write_final
@@ -84,6 +85,7 @@ def _run(
         loop.selection.load(state["selection"])
     if resume:
         run.cut(loop.rollout if checkpoint else -1)
+        loop.watch = Watch(run.read_metrics())
         display.say(f"resumed after rollout {loop.rollout}" if checkpoint else "no checkpoint yet: starting again")
     try:
         loop.start(fresh=checkpoint is None)

@@ -1,0 +1,93 @@
+"""What is said of a run's numbers: every rule on a run with its fault, and nothing on one that is well."""
+
+import math
+
+import pytest
+from test_loop import make_loop
+
+from grpo import config as configs
+from grpo.diagnosis import RULES, Watch, findings
+from grpo.types import Exhausted, UserError
+
+WELL = {
+    "reward/mean": 0.5, "reward/accuracy": 0.45, "reward/format": 0.9, "reward/undecided": 0.0, "group/all_wrong": 0.2,
+    "group/all_correct": 0.2, "group/no_signal": 0.4, "completion/truncated": 0.02, "completion/language": 1.0, "probe/gap_ratio": 1.1, "mismatch/abs": 0.03,
+    "mismatch/effective": 0.98, "loss": 0.01, "update/made": 2.0, "policy/entropy": 1.0, "policy/grad_norm": 0.4, "clip/low": 0.01,
+    "clip/high": 0.01, "kl/ref": 0.01, "time/rewards_s": 1.0, "time/total_s": 60.0,
+}  # fmt: skip
+
+
+def run(count=12, **changed):
+    """Rows of a run that is well but for what is changed: a value, or a function of the step."""
+    made = []
+    for step in range(1, count + 1):
+        values = {key.replace("__", "/"): value(step) if callable(value) else value for key, value in changed.items()}
+        made.append({"step": step} | WELL | {"reward/mean": 0.3 + 0.4 * step / count} | values)
+    return made
+
+
+FAULTS = {
+    "too_hard": (run(group__all_wrong=0.82, reward__undecided=0.08), "82% of groups are all wrong (8% undecided)"),
+    "too_easy": (run(group__all_correct=0.9), "90% of groups are all right"),
+    "no_signal": (run(group__no_signal=0.95), "95% of groups have equal rewards"),
+    "undecided": (run(reward__undecided=0.2), "20% of completions could not be judged"),
+    "truncated": (run(completion__truncated=0.5), "50% of completions are cut off"),
+    "stale_weights": (run(probe__gap_ratio=lambda step: 1.0 if step < 8 else 40.0), "look stale: the probe's gap is 40.0 times"),
+    "mismatch": (run(mismatch__abs=0.4), "engine and learner disagree"),
+    "zero_loss": (run(loss=1e-9, update__made=1.0), "a loss near 0 is expected"),
+    "entropy": (run(policy__entropy=lambda step: 1.0 / step**2), "entropy is collapsing"),
+    "clipped": (run(clip__low=0.2, clip__high=0.15), "35% of tokens are clipped"),
+    "gradient": (run(policy__grad_norm=lambda step: 0.4 if step < 12 else 9.0), "the gradient norm jumped to 9, 22 times"),
+    "format_only": (run(25, reward__accuracy=0.0, reward__format=0.95), "the format is learned and the answers stay wrong"),
+    "hacking": (run(eval__accuracy=lambda step: 0.6 - 0.04 * step), "rewards rise"),
+    "flat": (run(40, reward__mean=lambda step: 0.3 + 0.02 * math.sin(step)), "the reward has not moved in"),
+    "slow_rewards": (run(time__rewards_s=30.0), "50% of the time goes into rewards"),
+    "far": (run(kl__ref=3.0), "KL 3.0 a token"),
+    "language": (run(completion__language=0.6), "only 60% of the text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_speaks_once_of_its_own_fault_and_of_nothing_else(rule):
+    rows, text = FAULTS[rule]
+    (finding,) = findings(rows)
+    assert finding.rule == rule and text in finding.text
+    assert not [finding for finding in findings(rows[: finding.step - 1]) if finding.rule == rule]
+
+
+def test_a_run_that_is_well_is_left_in_peace():
+    assert findings(run(60)) == [] and findings([]) == []
+    learned = run(60, policy__entropy=lambda step: 1 / step, reward__mean=lambda step: min(1.1, step / 8), reward__accuracy=1.0)
+    assert findings(learned) == []  # entropy falls as answers become sure
+
+
+def test_missing_and_broken_numbers_say_nothing():
+    assert findings([{"step": i, "reward/mean": None} for i in range(20)]) == []
+    assert findings([{"step": i, "reward/mean": float("nan"), "group/all_wrong": float("nan")} for i in range(20)]) == []
+
+
+def test_a_resumed_run_does_not_repeat_itself():
+    rows, _ = FAULTS["undecided"]
+    watch = Watch(rows[:8])
+    assert [finding.rule for row in rows[8:] for finding in watch.see(row)] == []
+
+
+@pytest.mark.parametrize("action", ["snapshot", "stop"])
+def test_an_alarm_keeps_a_checkpoint_or_stops_with_one(tiny, tmp_path, action):
+    loop = make_loop(tmp_path, tiny, reward=lambda completion, problem: 0.0, logging={"alarms": {"no_signal": action}},
+                     train={"rollouts": 8, "problems": 4, "group_size": 4}, algorithm={"max_idle": 0})  # fmt: skip
+    if action == "stop":
+        with pytest.raises(Exhausted, match=r"logging.alarms.no_signal: 100% of groups have equal rewards"):
+            loop.train()
+        assert loop.rollout == 5
+    else:
+        loop.train()
+        assert loop.rollout == 8
+    kept = tmp_path / "kept" / "alarm-no_signal"
+    assert (kept / "state.json").exists() and loop.run.read_state(kept)["step"] == 5
+
+
+def test_an_alarm_of_no_rule_is_refused():
+    with pytest.raises(UserError, match=r"logging.alarms.*no such rule; have too_hard"):
+        configs.parse({"run_dir": "x", "model": {"path": "tiny-qwen2"}, "data": {"name": "arithmetic"}, "train": {"rollouts": 1},
+                       "logging": {"alarms": {"entropi": "stop"}}})  # fmt: skip
