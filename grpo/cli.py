@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--explain", type=int, metavar="LINE", help="one line's verdict in detail")
     command.add_argument("--output", metavar="FILE", help="every row with its verdict, as JSONL")
     command.set_defaults(overrides=[])
+    command = commands.add_parser("report", help="one HTML file about runs, without network; or follow a running one in the terminal")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run directories, laid over each other; a pipeline's: its stages")
+    command.add_argument("--output", metavar="FILE", help="default: report.html in the first run")
+    command.add_argument("--plots", metavar="FOLDER", help="every chart as SVG and PNG too")
+    command.add_argument("--follow", action="store_true", help="print a run's steps as they come, until it ends")
+    command.set_defaults(overrides=[])
     return parser
 
 
@@ -83,6 +89,14 @@ def _run(options: argparse.Namespace) -> int:
         from grpo.stages.grade import grade
 
         grade(options.path, explain=options.explain, output=options.output)
+        return 0
+    if options.command == "report":
+        from grpo.stages import report
+
+        if options.follow:
+            report.follow(options.runs[0])
+        else:
+            report.report(options.runs, output=options.output, plots=options.plots)
         return 0
     if options.command == "eval" and len(options.overrides) == 1 and Path(options.config).is_dir() and Path(options.overrides[0]).is_dir():
         from grpo.stages.eval import compare

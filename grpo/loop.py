@@ -256,7 +256,7 @@ class Loop:
         alarms, self.alarms = self.alarms, []
         for rule, text in alarms:
             self.save()
-            self.run.keep(self.run.latest(), f"alarm-{rule}")
+            self.run.keep(self.run.checkpoints / f"step-{self.rollout:06d}", f"alarm-{rule}")
             if self.config.logging.alarms[rule] == "stop":
                 raise Exhausted(f"logging.alarms.{rule}: {text}")
 

@@ -11,9 +11,9 @@ from grpo.types import Exhausted, UserError
 
 WELL = {
     "reward/mean": 0.5, "reward/accuracy": 0.45, "reward/format": 0.9, "reward/undecided": 0.0, "group/all_wrong": 0.2,
-    "group/all_correct": 0.2, "group/no_signal": 0.4, "completion/truncated": 0.02, "completion/language": 1.0, "probe/gap_ratio": 1.1, "mismatch/abs": 0.03,
-    "mismatch/effective": 0.98, "loss": 0.01, "update/made": 2.0, "policy/entropy": 1.0, "policy/grad_norm": 0.4, "clip/low": 0.01,
-    "clip/high": 0.01, "kl/ref": 0.01, "time/rewards_s": 1.0, "time/total_s": 60.0,
+    "group/all_correct": 0.2, "group/no_signal": 0.4, "completion/truncated": 0.02, "completion/language": 1.0,
+    "probe/gap_ratio": 1.1, "mismatch/abs": 0.03, "mismatch/effective": 0.98, "loss": 0.01, "update/made": 2.0, "policy/entropy": 1.0,
+    "policy/grad_norm": 0.4, "clip/low": 0.01, "clip/high": 0.01, "kl/ref": 0.01, "time/rewards_s": 1.0, "time/total_s": 60.0,
 }  # fmt: skip
 
 
