@@ -59,12 +59,16 @@ def _parser() -> argparse.ArgumentParser:
         "quantize": "write a finished model in int8 and int4, and judge it before and after",
         "eval": "judge a train config's model on its held-out problems; or `grpo eval RUN RUN`: compare two",
         "pipeline": "run a chain of stages and judge the model of each",
+        "doctor": "say what will go wrong with a train config, before it costs anything",
         "bench": "measure each phase of a train config against this machine",
     }.items():
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.rollouts=5 data.path=DIR")
         command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+        if name == "doctor":
+            command.add_argument("--no-sample", action="store_true", help="start no engine")
+            command.add_argument("--price", type=float, help="of an hour of the machine, for the cost of the run")
         command.add_argument("--dry-run", action="store_true", help="check and show everything, start nothing")
     command = commands.add_parser("grade", help="verdicts on a file of answers, or on a run's samples by today's rules")
     command.add_argument("path", metavar="PATH", help="JSONL with prediction or completion, and gold or answer; or a run directory")
@@ -104,6 +108,10 @@ def _run(options: argparse.Namespace) -> int:
         compare(options.config, options.overrides[0])
         return 0
     config = configs.load(options.config, options.overrides, KINDS[options.command])
+    if options.command == "doctor" and not options.dry_run:
+        from grpo.stages.doctor import doctor
+
+        return 2 if doctor(config, sample=not options.no_sample, price=options.price) else 0
     if options.dry_run:
         from grpo.stages.dry_run import dry_run
 

@@ -253,5 +253,5 @@ class PipelineConfig(Section):
 
 KINDS: dict[str, type[Any]] = {  # a command's config
     "sft": SftConfig, "train": Config, "collect": CollectConfig, "distill": DistillConfig, "quantize": QuantizeConfig, "eval": Config,
-    "pipeline": PipelineConfig, "bench": Config,
+    "pipeline": PipelineConfig, "bench": Config, "doctor": Config,
 }  # fmt: skip

@@ -1,0 +1,104 @@
+"""The doctor: each thing that will go wrong is told by its name, with the way out, before it costs anything."""
+
+import types
+
+import pytest
+from conftest import tiny_config
+from whole_runs import write_config
+
+from grpo import cli, models, roofline
+from grpo.config import Config
+from grpo.learners.deepspeed import Learner
+from grpo.losses.grpo import loss
+from grpo.stages import doctor
+from grpo.types import Problem
+
+
+def told(checks):
+    return {check.name: check for check in checks}
+
+
+def shape_of(tiny, dtype="float32"):
+    return roofline.shape(tiny(), models.num_weights(tiny()), dtype)
+
+
+def test_memory_that_is_not_there_is_told_with_every_part(tiny, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, tiny(), engine={"kv_cache_gb": 0.05, "max_sequences": 64})
+    found = told(doctor._memory(config, shape_of(tiny), tiny()))
+    assert found["memory"].level == "ok" and found["kv_cache"].level == "ok"
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**30))
+    found = told(doctor._memory(config, shape_of(tiny), tiny()))
+    assert found["memory"].level == "fail" and "activations" in found["memory"].text and "gradient_checkpointing" in found["memory"].way
+    long = tiny_config(
+        tmp_path, tiny(), engine={"kv_cache_gb": 0.0001}, sampling={"max_tokens": 1900}, learner={"micro_batch_tokens": 2000}
+    )
+    found = told(doctor._memory(long, shape_of(tiny), tiny()))
+    assert found["kv_cache"].level == "fail" and "give it" in found["kv_cache"].way
+
+
+def test_the_states_are_those_that_the_learner_really_holds(tiny, tmp_path):
+    config = tiny_config(tmp_path, tiny(), algorithm={"kl_coef": 0.1})
+    parts = doctor.memory(config, shape_of(tiny), 64, 262)
+    learner = Learner(models.load_model(tiny(), "eager"), config, loss, models.load_model(tiny(), "eager"))
+    own = sum(p.numel() * p.element_size() for p in learner._policy.model.parameters())
+    reference = sum(p.numel() * p.element_size() for p in learner._reference.model.parameters())
+    assert parts["weights"] == own and parts["reference"] == reference and parts["optimizer"] == 3 * own == 3 * parts["gradients"]
+    lora = tiny_config(tmp_path, tiny(), model={"path": str(tiny()), "dtype": "float32", "lora": {"rank": 4}})
+    assert doctor.memory(lora, shape_of(tiny), 64, 262)["optimizer"] < 0.5 * parts["optimizer"]
+
+
+def test_held_out_problems_that_are_in_the_training_data_are_counted():
+    question = "A farmer has twelve cows and buys three more at the market on Monday"
+    train = [Problem(id="a", question=f"Well. {question}. How many?", answer="15", source="s")]
+    judged = [
+        Problem(id="b", question=f"{question}; then?", answer="15", source="s"),
+        Problem(id="c", question="2 + 2?", answer="4", source="s"),
+    ]
+    (check,) = doctor._contamination(train, judged)
+    assert check.level == "warn" and check.text.startswith("1 of 2") and "b" in check.text
+    (check,) = doctor._contamination(train, judged[1:])
+    assert check.level == "ok"
+
+
+def test_a_disk_that_is_too_small_and_other_versions_are_told(tiny, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path / "new" / "run", tiny())
+    assert told(doctor._disk(config, 10**6))["disk"].level == "ok"
+    assert told(doctor._disk(config, 10**14))["disk"].level == "fail"
+    assert told(doctor._versions())["versions"].level == "ok"
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.0.1")
+    check = told(doctor._versions())["versions"]
+    assert check.level == "warn" and "torch 0.0.1 (tested: " in check.text
+
+
+def test_a_format_reward_that_the_prompt_does_not_ask_for_is_told(tiny, tmp_path):
+    config = tiny_config(tmp_path, tiny())
+    tokenizer = models.load_tokenizer(tiny())
+    problem = Problem(id="a", question="1 + 1?", answer="2", source="s")
+    prompts = doctor.Prompts(config.prompt, tokenizer)
+    assert told(doctor._prompt(config, prompts, tokenizer, problem))["tags"].level == "warn"
+    prefilled = tiny_config(tmp_path, tiny(), prompt={"template": "plain", "max_tokens": 48, "think_prefill": True})
+    found = told(doctor._prompt(prefilled, doctor.Prompts(prefilled.prompt, tokenizer), tokenizer, problem))
+    assert "tags" not in found and "<think>" in found["prompt"].text
+
+
+@pytest.mark.engine
+def test_it_samples_and_grades_with_the_real_engine_and_leaves_nothing_behind(tiny, tmp_path, capsys):
+    config = tiny_config(tmp_path / "run", tiny(), logging={"progress": "off"})
+    assert cli.main(["doctor", write_config(tmp_path / "c.yaml", config), "--price", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "8 problems by right answers of 8: 0:8" in out and "easier problems or a cold start" in out
+    assert "through the real way into the engine" in out and " at 2 an hour" in out and "nothing failed" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_different_vocabularies_fail_and_so_does_the_command(tiny, tmp_path, capsys):
+    other = tmp_path / "other"
+    models.make_tiny("tiny-qwen2", other, 0, vocab_size=300, hidden_size=64, num_hidden_layers=1)
+    tokenizer = models.load_tokenizer(other)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(other)
+    teacher = {"path": str(tiny()), "dtype": "float32", "teacher": str(other)}
+    config = tiny_config(tmp_path / "run", tiny(), model=teacher, algorithm={"preset": "on_policy_distill"})
+    assert isinstance(config, Config)
+    assert cli.main(["doctor", write_config(tmp_path / "c.yaml", config), "--no-sample"]) == 2
+    assert "fail  vocabulary" in capsys.readouterr().out
