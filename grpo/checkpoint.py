@@ -15,11 +15,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.types import RunError, UserError
+import numpy as np
+
+from grpo.types import RunError, Sample, UserError
 
 
 @contextlib.contextmanager
@@ -55,6 +57,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the whole lines of a metrics.jsonl, none without a file; a killed writer may have left half a line."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def read_update(folder: Path, step: int) -> list[Sample]:
+    """Returns the samples of a step's updates, as `RunDirectory.write_update` kept them. Raises UserError when it did not."""
+    file = folder / "samples" / f"step-{step:06d}.npz"
+    if not file.exists():
+        have = [int(path.stem.partition("-")[2]) for path in sorted(file.parent.glob("step-*.npz"))]
+        raise UserError(f"{folder}: step {step} was not kept for a replay; have {have} (logging.replay)")
+    with np.load(file) as columns:
+        held = {name: columns[name].tolist() for name in columns.files}
+    samples, token, place = [], 0, 0
+    for i, (length, prompt) in enumerate(zip(held["lengths"], held["prompts"], strict=True)):
+        own = slice(place, place + length - prompt)
+        samples.append(
+            Sample(
+                token_ids=tuple(held["ids"][token : token + length]), prompt_length=prompt, advantages=tuple(held["advantages"][own]),
+                sampler_logprobs=tuple(held["logprobs"][own]) or None, group=held["groups"][i], version=held["versions"][i],
+                reward=held["rewards"][i],
+            )
+        )  # fmt: skip
+        token, place = token + length, own.stop
+    return samples
 
 
 class RunDirectory:
@@ -112,6 +136,25 @@ class RunDirectory:
 
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
         write_file(self.samples / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def write_update(self, step: int, samples: Sequence[Sample], keep: int) -> None:
+        """Writes what a step's updates are made from, for `grpo replay`, and removes all but the last `keep` of these."""
+        if not keep:
+            return
+        columns: dict[str, Any] = {
+            "lengths": [len(sample.token_ids) for sample in samples], "prompts": [sample.prompt_length for sample in samples],
+            "groups": [sample.group for sample in samples], "versions": [sample.version for sample in samples],
+            "rewards": [sample.reward for sample in samples],
+            "ids": np.array([token for sample in samples for token in sample.token_ids], dtype=np.uint32),
+        }  # fmt: skip
+        for name, values in (("advantages", [s.advantages for s in samples]), ("logprobs", [s.sampler_logprobs or () for s in samples])):
+            columns[name] = np.array([value for row in values for value in row], dtype=np.float32)  # as a batch holds them
+        target = self.samples / f"step-{step:06d}.npz"
+        scratch = target.with_name(f".{target.name}")
+        np.savez_compressed(scratch, **columns)
+        scratch.rename(target)
+        for old in sorted(self.samples.glob("step-*.npz"))[:-keep]:
+            old.unlink()
 
     def cut(self, step: int) -> None:
         """Drops metrics and samples of work after a checkpoint, which will be done again: the same, on a CPU."""

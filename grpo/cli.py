@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--explain", type=int, metavar="LINE", help="one line's verdict in detail")
     command.add_argument("--output", metavar="FILE", help="every row with its verdict, as JSONL")
     command.set_defaults(overrides=[])
+    command = commands.add_parser("replay", help="a step's updates once more from what was kept of them, by the same recipe or another")
+    command.add_argument("run", metavar="RUN", help="run directory")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="another recipe: algorithm.preset=dr_grpo")
+    command.add_argument("--step", type=int, help="default: the one after the last checkpoint")
     command = commands.add_parser("report", help="one HTML file about runs, without network; or follow a running one in the terminal")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run directories, laid over each other; a pipeline's: its stages")
     command.add_argument("--output", metavar="FILE", help="default: report.html in the first run")
@@ -94,6 +98,10 @@ def _run(options: argparse.Namespace) -> int:
 
         grade(options.path, explain=options.explain, output=options.output)
         return 0
+    if options.command == "replay":
+        from grpo.stages.replay import replay
+
+        return 0 if replay(options.run, step=options.step, overrides=options.overrides) or options.overrides else 1
     if options.command == "report":
         from grpo.stages import report
 

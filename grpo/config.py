@@ -204,6 +204,7 @@ def _rule(name: str) -> str:
 class Logging(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     project: str = "grpo"
+    replay: int = Field(20, ge=0)  # last steps whose tokens and advantages are kept for `grpo replay`
     progress: Literal["auto", "live", "line", "off"] = "auto"  # auto: live on a terminal, one line a rollout elsewhere
     alarms: dict[Annotated[str, AfterValidator(_rule)], Literal["snapshot", "stop"]] = {}  # what a finding of grpo/diagnosis.py does
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,7 +90,7 @@ class Loop:
         try:
             fresh, used = self.selection.collect(lambda problems, number: self._sample(problems, number, timer))
         except Exhausted:
-            self.run.write_samples(f"step-{self.rollout + 1:06d}", sample_rows(self.selection.fresh))
+            self.run.write_samples(f"step-{self.rollout + 1:06d}", rollouts.sample_rows(self.selection.fresh))
             raise
         self.engine.sleep()
         row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(fresh)}
@@ -103,9 +103,11 @@ class Loop:
         with timer("update"):
             penalties, kl = self._penalties(used)
         values = advantages([scored.rewards for scored in used], lengths(used), config.algorithm.advantage, penalties)
-        self.run.write_samples(f"step-{self.rollout + 1:06d}", sample_rows(fresh, used, values))
+        self.run.write_samples(f"step-{self.rollout + 1:06d}", rollouts.sample_rows(fresh, used, values))
+        samples = to_samples(used, values, mask_truncated=config.algorithm.truncated == "mask")
+        self.run.write_update(self.rollout + 1, samples, config.logging.replay)
         with timer("update"):
-            row |= kl | self.update(to_samples(used, values, mask_truncated=config.algorithm.truncated == "mask"))
+            row |= kl | self.update(samples)
         self.idle = 0 if row["update/made"] else self.idle + 1
         self.rollout += 1
         self.selected = self.selection.state()
@@ -236,7 +238,7 @@ class Loop:
             self.engine, self.prompts, self.held_out, self.rewards, sampling_options(self.config, self.prompts, settings.temperature),
             samples=settings.samples, run_seed=self.config.seed, on_progress=self._progress("evaluation"),
         )  # fmt: skip
-        self.run.write_samples(f"eval-{self.rollout:06d}", sample_rows(scored))
+        self.run.write_samples(f"eval-{self.rollout:06d}", rollouts.sample_rows(scored))
         row |= found
         accuracy = row.get("eval/accuracy")
         if accuracy is not None:
@@ -308,22 +310,3 @@ def minibatches(samples: list[Sample], count: int, seed: int) -> list[list[Sampl
 def _order(count: int, seed: int, epoch: int) -> list[int]:
     """The mini-batches of an epoch: the first in their order, later ones shuffled."""
     return random.Random(seed + epoch).sample(range(count), count) if epoch else list(range(count))
-
-
-def sample_rows(
-    groups: Sequence[ScoredGroup], used: Sequence[ScoredGroup] = (), values: Sequence[Sequence[tuple[float, ...]]] = ()
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Returns one JSON object a completion: what was asked, what came, and how it was judged; its advantage if it is used now."""
-    of_group = {id(scored): rows for scored, rows in zip(used, values, strict=True)}
-    return [
-        {
-            "problem": scored.group.problem.id, "question": scored.group.problem.question, "answer": scored.group.problem.answer,
-            "meta": scored.group.problem.meta,
-            "completion": completion.text, "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason,
-            "reward": scored.rewards[i], "parts": scored.parts[i], "faults": scored.faults[i],
-            "verdict": (verdict := scored.verdicts[i]) and verdict.value, "reason": verdict and verdict.reason,
-            "advantage": of_group[id(scored)][i][0] if id(scored) in of_group else None, "version": completion.versions[0][0],
-        }
-        for scored in groups
-        for i, completion in enumerate(scored.group.completions)
-    ]  # fmt: skip

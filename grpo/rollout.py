@@ -107,6 +107,25 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
     return metrics
 
 
+def sample_rows(
+    groups: Sequence[ScoredGroup], used: Sequence[ScoredGroup] = (), values: Sequence[Sequence[tuple[float, ...]]] = ()
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Returns one JSON object a completion: what was asked, what came, and how it was judged; its advantage if it is used now."""
+    of_group = {id(scored): rows for scored, rows in zip(used, values, strict=True)}
+    return [
+        {
+            "problem": scored.group.problem.id, "question": scored.group.problem.question, "answer": scored.group.problem.answer,
+            "meta": scored.group.problem.meta,
+            "completion": completion.text, "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason,
+            "reward": scored.rewards[i], "parts": scored.parts[i], "faults": scored.faults[i],
+            "verdict": (verdict := scored.verdicts[i]) and verdict.value, "reason": verdict and verdict.reason,
+            "advantage": of_group[id(scored)][i][0] if id(scored) in of_group else None, "version": completion.versions[0][0],
+        }
+        for scored in groups
+        for i, completion in enumerate(scored.group.completions)
+    ]  # fmt: skip
+
+
 def _histogram(places: Sequence[int]) -> list[int]:
     counts = Counter(places)
     return [counts[i] for i in range(max(places) + 1)]

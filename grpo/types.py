@@ -112,6 +112,7 @@ class Sample:
     sampler_logprobs: tuple[float, ...] | None = None
     group: int = 0
     version: int = 0
+    reward: float = 0.0
 
     @property
     def completion_length(self) -> int:

@@ -17,7 +17,7 @@ from grpo import models, rollout
 from grpo.checkpoint import write_file
 from grpo.config import Data
 from grpo.config_stages import Collect, CollectConfig
-from grpo.loop import sample_rows, sampling_options
+from grpo.loop import sampling_options
 from grpo.prompts import Chat
 from grpo.stages._run import Stage, judges, load_problems, mixture, open_stage, prepare, start_engine
 from grpo.types import Group, Problem, ScoredGroup
@@ -45,7 +45,7 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
             stage.signals.check()
             progress = functools.partial(_show, stage, number)
             scored = rollout.score(sample(part, progress), rewards, asked)
-            rows = [row | {"dropped": why} for row, why in zip(sample_rows(scored), dropped(scored, config.collect), strict=True)]
+            rows = [row | {"dropped": why} for row, why in zip(rollout.sample_rows(scored), dropped(scored, config.collect), strict=True)]
             stage.run.write_samples(f"chunk-{number + 1:06d}", rows)
             row = {"step": number + 1, **rollout.describe(scored), "trace/kept": sum(not row["dropped"] for row in rows)}
             stage.record(row)

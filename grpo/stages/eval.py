@@ -10,7 +10,7 @@ from typing import Any
 from grpo import models, rollout, statistics
 from grpo.checkpoint import write_file
 from grpo.config import Config
-from grpo.loop import sample_rows, sampling_options
+from grpo.loop import sampling_options
 from grpo.rollout import mean
 from grpo.stages._run import held_out, judges, load_problems, open_stage, prepare, start_engine
 from grpo.types import ScoredGroup, UserError
@@ -37,7 +37,7 @@ def eval(config: Config, *, resume: bool) -> None:
             engine, prompts, chosen, rewards, sampling_options(config, prompts, config.eval.temperature), samples=config.eval.samples,
             run_seed=config.seed, on_progress=lambda done, total: stage.display.phase(0, "sampling", f"{done}/{total}"),
         )  # fmt: skip
-        stage.run.write_samples("eval-000000", sample_rows(scored))
+        stage.run.write_samples("eval-000000", rollout.sample_rows(scored))
         metrics |= {f"eval/{name}": value for name, value in summary(scored[: len(chosen)]).items()}
         stage.record({"step": 0, **metrics})
         shown = {name.removeprefix("eval/"): value for name, value in metrics.items() if not name.endswith(("tokens", "missing", "max"))}
