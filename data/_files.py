@@ -68,6 +68,29 @@ def text(row: Row, *names: str) -> str:
     return str(value).strip()
 
 
+def for_judging(name: str, split: str, read: Iterable[Row]) -> list[Problem]:
+    """The problems of a set that is for evaluation alone: fields problem | question, answer | final_answer (of several, the first).
+
+    Raises UserError for its train split: nothing may be learned from it.
+    """
+    check_split(name, split)
+    if split == "train":
+        raise UserError(f"data.{name}: a set to judge by (eval.data), not to learn from")
+    problems = []
+    for i, row in enumerate(read):
+        given = row.fields.get("answer", row.fields.get("final_answer"))
+        row = Row(row.place, row.fields | {"answer": given[0] if isinstance(given, list) and given else given})
+        solution = row.fields.get("solution")
+        meta = {key: row.fields[key] for key in ("subject", "level", "unit", "tolerance", "year") if row.fields.get(key) is not None}
+        problems.append(
+            Problem(
+                id=f"{name}/{i}", question=text(row, "problem", "question"), answer=text(row, "answer"), source=name,
+                solution=solution if isinstance(solution, str) else None, meta=meta,
+            )
+        )  # fmt: skip
+    return unique(problems)
+
+
 def unique(problems: Iterable[Problem]) -> list[Problem]:
     """The problems as a list. Raises UserError when two have one id: samples and seeds are keyed by it."""
     by_id: dict[str, Problem] = {}

@@ -13,7 +13,7 @@ from typing import Any
 from data._files import Hub, Row, check_split, rows, unique
 from grpo.types import Problem, UserError
 
-QUESTION, ANSWER = ("question", "problem", "prompt", "instruction"), ("solution", "completion", "response", "output", "content")
+QUESTION, ANSWER = ("question", "problem", "prompt", "instruction"), ("solution", "trace", "completion", "response", "output", "content")
 THOUGHTS = ("thinking", "reasoning_content", "reasoning", "think", "thought")
 MARKS = {r"<\|begin_of_thought\|>": "<think>", r"<\|end_of_thought\|>": "</think>", r"<\|(?:begin|end)_of_solution\|>": ""}
 

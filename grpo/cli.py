@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "collect": "sample completions and keep the right, readable ones as traces",
         "distill": "a teacher's reasoning into a student: by text, by its distribution, or on-policy",
         "quantize": "write a finished model in int8 and int4, and judge it before and after",
-        "eval": "judge a train config's model on its held-out problems; or `grpo eval RUN RUN`: compare two",
+        "eval": "judge a model by a config's prompts and rewards; or compare two: `grpo eval RUN RUN`; or ask it: --ask",
         "pipeline": "run a chain of stages and judge the model of each",
         "doctor": "say what will go wrong with a train config, before it costs anything",
         "bench": "measure each phase of a train config against this machine",
@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.rollouts=5 data.path=DIR")
         command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+        if name == "eval":
+            command.add_argument("--ask", metavar="TEXT", help="a problem for the model (run, directory or hub id) given in CONFIG's place")
         if name == "doctor":
             command.add_argument("--no-sample", action="store_true", help="start no engine")
             command.add_argument("--price", type=float, help="of an hour of the machine, for the cost of the run")
@@ -114,6 +116,11 @@ def _run(options: argparse.Namespace) -> int:
         from grpo.stages.eval import compare
 
         compare(options.config, options.overrides[0])
+        return 0
+    if options.command == "eval" and options.ask:
+        from grpo.stages.eval import ask
+
+        ask(options.config, options.ask)
         return 0
     config = configs.load(options.config, options.overrides, KINDS[options.command])
     if options.command == "doctor" and not options.dry_run:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from grpo.algorithm import Algorithm
-from grpo.config import Checkpoint, Config, Eval, Learner, RunConfig, SampledConfig, Source, Train
+from grpo.config import Checkpoint, Config, Data, Eval, Learner, RunConfig, SampledConfig, Source, Train
 from grpo.config_file import Section
 
 
@@ -173,6 +173,33 @@ class DistillConfig(SampledConfig):
         return self.soft.updates
 
 
+class EvalConfig(Config):
+    """`grpo eval`: a train config, of which it takes the model, the prompts, the rewards and the problems; or one without the training."""
+
+    train: Train = Train(rollouts=1)
+    endpoint: Teacher | None = None  # a model behind an OpenAI-compatible endpoint; default: model.path on an engine of our own
+    sets: dict[str, Data] = {}  # evaluation sets by name; default: eval.data, or the test split of data
+    chunk: int = Field(64, ge=1)  # problems sampled and written down at once
+
+    @model_validator(mode="after")
+    def _combinations(self) -> EvalConfig:
+        """Instead of what a training needs."""
+        if self.model.warm_start:
+            raise ValueError("grpo eval judges model.path as it is: give model.path=RUN, and model.warm_start= (nothing)")
+        if self.endpoint and (self.prompt.template != "chat" or self.prompt.think_prefill):
+            raise ValueError("endpoint: it is asked by chat messages; set prompt.template=chat and no think_prefill")
+        if bad := [name for name in self.sets if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name)]:
+            raise ValueError(f"sets.{bad[0]}: a set's name begins with a letter and has letters, digits, _ and . only")
+        return self
+
+    def by_protocol(self) -> EvalConfig:
+        """Returns the config with what `eval.protocol` says in the place of its own. Source: DeepSeek-R1 2501.12948 section 3."""
+        sampling: dict[str, Any] = {"r1": {"max_tokens": 32768, "top_p": 0.95}}.get(self.eval.protocol, {})
+        judged: dict[str, Any] = {"r1": {"temperature": 0.6}, "greedy": {"temperature": 0.0, "samples": 1}}.get(self.eval.protocol, {})
+        update = {"sampling": self.sampling.model_copy(update=sampling), "eval": self.eval.model_copy(update=judged)}
+        return self.model_copy(update=update)
+
+
 class Quantize(Section):
     schemes: list[Literal["int8", "int8_tensor", "int4"]] = Field(["int8", "int4"], min_length=1)  # weights a channel, a tensor, a group
     group_size: int = Field(32, ge=2)  # int4: weights that share a scale
@@ -191,7 +218,7 @@ class QuantizeConfig(SampledConfig):
         self.judged()
         return self
 
-    def judged(self) -> dict[str, Config]:
+    def judged(self) -> dict[str, EvalConfig]:
         """Returns the evaluations by model: `parent`, then each scheme. None without `eval`."""
         if self.eval is None:
             return {}
@@ -201,8 +228,7 @@ class QuantizeConfig(SampledConfig):
         for name, path in models.items():
             engine = tree["engine"] | ({"dtype": "bfloat16"} if name == "int4" else {})  # its kernels know no float32
             own = {"run_dir": f"{self.run_dir}/eval-{name}", "model": tree["model"] | {"path": path}, "engine": engine}
-            learner = {"micro_batch_tokens": self.max_sequence_tokens}  # there is none
-            found[name] = Config(**tree | own, train=Train(rollouts=1), learner=learner)
+            found[name] = EvalConfig(**tree | own)
         return found
 
 
@@ -252,6 +278,6 @@ class PipelineConfig(Section):
 
 
 KINDS: dict[str, type[Any]] = {  # a command's config
-    "sft": SftConfig, "train": Config, "collect": CollectConfig, "distill": DistillConfig, "quantize": QuantizeConfig, "eval": Config,
+    "sft": SftConfig, "train": Config, "collect": CollectConfig, "distill": DistillConfig, "quantize": QuantizeConfig, "eval": EvalConfig,
     "pipeline": PipelineConfig, "bench": Config, "doctor": Config,
 }  # fmt: skip

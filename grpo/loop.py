@@ -234,11 +234,11 @@ class Loop:
         if not self.held_out:
             return
         settings = self.config.eval
-        found, scored = rollouts.evaluate(
+        found, rows = rollouts.evaluate(
             self.engine, self.prompts, self.held_out, self.rewards, sampling_options(self.config, self.prompts, settings.temperature),
             samples=settings.samples, run_seed=self.config.seed, on_progress=self._progress("evaluation"),
         )  # fmt: skip
-        self.run.write_samples(f"eval-{self.rollout:06d}", rollouts.sample_rows(scored))
+        self.run.write_samples(f"eval-{self.rollout:06d}", rows)
         row |= found
         accuracy = row.get("eval/accuracy")
         if accuracy is not None:

@@ -17,7 +17,8 @@ from grpo.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from grpo.config import Lora, RunConfig
+    from grpo.config import RunConfig
+    from grpo.config_model import Lora
 
 ADAPTER = "default"
 

@@ -19,7 +19,7 @@ from grpo.types import Unreachable, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from grpo.config import Rope
+    from grpo.config_model import Rope
 
 
 TINY = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe", "tiny-deepseek-v3", "micro-qwen2")

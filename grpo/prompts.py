@@ -143,6 +143,9 @@ class Chat:
         self.stop, self.stop_token_ids = tuple(settings.stop), tuple[int, ...]()
         self._system = settings.system
 
+    def for_rewards(self, problem: Problem) -> list[dict[str, str]]:
+        return self.messages(problem)
+
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         user = {"role": "user", "content": problem.question}
         return [{"role": "system", "content": SYSTEM.get(self._system, self._system)}, user] if self._system else [user]

@@ -134,18 +134,18 @@ def _histogram(places: Sequence[int]) -> list[int]:
 def evaluate(
     engine: Engine, prompts: Prompts, problems: Sequence[Problem], rewards: Mapping[str, tuple[RewardFunction, float]],
     options: SamplingOptions, *, samples: int, run_seed: int, on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, float], list[ScoredGroup]]:  # fmt: skip
-    """Returns `eval/` metrics of held-out problems, means over `samples` completions each, and what they were computed from.
+) -> tuple[dict[str, float], list[dict[str, Any]]]:  # fmt: skip
+    """Returns `eval/` metrics of held-out problems, means over `samples` completions each, and the rows of `sample_rows`.
 
     Above temperature 0 a greedy completion a problem is judged too, as `eval/greedy/`. The seeds are the same at every call.
     """
     metrics: dict[str, float] = {}
-    kept: list[ScoredGroup] = []
+    kept: list[dict[str, Any]] = []
     passes = {"eval/": (options, samples)} | ({"eval/greedy/": (replace(options, temperature=0.0), 1)} if options.temperature > 0 else {})
     for prefix, (chosen, size) in passes.items():
         groups = sample(engine, prompts, problems, chosen, group_size=size, run_seed=run_seed, rollout=0, on_progress=on_progress)
         scored = score(groups, rewards, prompts.for_rewards)
-        kept += scored
+        kept += [row | {"greedy": prefix == "eval/greedy/"} for row in sample_rows(scored)]
         found = describe(scored)
         wanted = {key: value for key, value in found.items() if key.startswith(("reward/", "completion/"))}
         metrics |= {prefix + key.removeprefix("reward/"): value for key, value in wanted.items()}

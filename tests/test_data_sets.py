@@ -6,7 +6,7 @@ import re
 import datasets
 import pytest
 
-from data import arithmetic, countdown, gsm8k, jsonl, math
+from data import aime, amc, arithmetic, countdown, gsm8k, jsonl, math, minerva, olympiadbench
 from data.arithmetic import by_places, scratchpad
 from grpo.types import Completion, Problem, UserError
 from rewards import countdown as countdown_reward
@@ -38,6 +38,24 @@ def test_gsm8k_reads_the_local_schema_from_its_folder(tmp_path):
         Problem(id="gsm8k/test/0", question="1 and 1?", answer="2", source="gsm8k", solution="1+1=2"),
         Problem(id="gsm8k/test/1", question="Half of 4,000?", answer="2000", source="gsm8k"),
     ]
+
+
+def test_sets_to_judge_by_are_read_in_both_forms_and_refused_for_training(tmp_path):
+    write(tmp_path / "aime25.jsonl", [{"id": "a", "problem": "P?", "answer": "70", "source": "AIME 2025", "level": None}])
+    write(tmp_path / "amc23.jsonl", [{"question": "Q?", "answer": 27.5}])
+    write(tmp_path / "olympiad.jsonl", [{"question": "R?", "final_answer": ["$2$", "$3$"], "unit": "m", "solution": ["one", "two"]}])
+    write(tmp_path / "minerva.jsonl", [{"problem": "S?", "answer": "1.6", "solution": "So 1.6.", "subject": "Astronomy"}])
+    folder = str(tmp_path)
+    assert aime.load("test", seed=0, path=folder, year=2025) == [Problem(id="aime/0", question="P?", answer="70", source="aime")]
+    assert amc.load("test", seed=0, path=folder)[0].answer == "27.5"
+    (problem,) = olympiadbench.load("test", seed=0, path=folder)
+    assert problem.answer == "$2$" and problem.meta == {"unit": "m"} and problem.solution is None
+    assert minerva.load("test", seed=0, path=folder)[0].solution == "So 1.6."
+    for module in (aime, amc, minerva, olympiadbench):
+        with pytest.raises(UserError, match="a set to judge by"):
+            module.load("train", seed=0, path=str(tmp_path / "amc23.jsonl"))
+    with pytest.raises(UserError, match="got 1999; have 2024, 2025"):
+        aime.load("test", seed=0, path=folder, year=1999)
 
 
 def test_general_prompts_need_no_answers_and_are_all_for_training(tmp_path):

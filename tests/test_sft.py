@@ -9,6 +9,7 @@ from whole_runs import rows, run, start, wait_for
 
 from grpo import config as configs
 from grpo import models
+from grpo.config_model import Rope
 from grpo.config_stages import SftConfig
 from grpo.learners.deepspeed import learning_rate
 from grpo.prompts import Prompts
@@ -106,7 +107,7 @@ def test_a_longer_context_is_in_the_model_that_is_trained_served_and_saved(tiny,
     saved = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
     assert saved["max_position_embeddings"] == 2048
     assert saved["rope_parameters"].items() >= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}.items()
-    extended = models.extended(tiny(), configs.Rope(factor=4.0, original_tokens=512), tmp_path / "x")
+    extended = models.extended(tiny(), Rope(factor=4.0, original_tokens=512), tmp_path / "x")
     plain, longer = (models.load_model(folder, "eager") for folder in (tiny(), extended))
     ids = torch.arange(7, 47)[None]
     assert not torch.allclose(plain(input_ids=ids).logits, longer(input_ids=ids).logits, atol=1e-3)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from grpo.rollout import sample_rows
 from grpo.stages.eval import summary
 from grpo.statistics import interval, majority, paired, pass_at_k
 from grpo.types import Completion, Group, Problem, ScoredGroup, Verdict
@@ -56,7 +57,8 @@ def test_an_evaluations_summary():
     verdicts = tuple(Verdict(value=value) for value in ("correct", "correct", "wrong", "undecided"))
     group = Group(problem=Problem(id="p", question="", answer="5", source=""), prompt_ids=(), completions=completions)
     scored = ScoredGroup(group=group, rewards=(1.0, 1.0, 0.0, None), parts=({},) * 4, verdicts=verdicts, faults=({},) * 4)
-    found = summary([scored])
+    found = summary(sample_rows([scored]))
+    assert found["accuracy"] == 0.5 and 0 <= found["accuracy/low"] <= 0.5 <= found["accuracy/high"] <= 1
     # 2 of 4 right: pass@1 1/2, pass@2 1 - C(2,2)/C(4,2) = 5/6, pass@4 1
     assert (found["pass@1"], found["pass@2"], found["pass@4"], found["maj@4"]) == pytest.approx((0.5, 5 / 6, 1.0, 1.0))
     assert found["undecided"] == 0.25 and found["length/right"] == 1.5 and found["length/wrong"] == 3.5

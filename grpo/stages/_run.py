@@ -8,7 +8,7 @@ import importlib.metadata
 import inspect
 import secrets
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from grpo import config as configs
-from grpo import models, plugins
+from grpo import models, plugins, rollout
 from grpo.checkpoint import RunDirectory, write_file
 from grpo.config import RunConfig, SampledConfig
+from grpo.config_stages import EvalConfig, Teacher
+from grpo.loop import sampling_options
 from grpo.metrics import Display, Trackers, quiet
 from grpo.prompts import Chat, Prompts
 from grpo.signals import Signals
-from grpo.types import Problem, UserError
+from grpo.types import Group, Problem, UserError
 from rewards._pool import Pool
 
 if TYPE_CHECKING:
@@ -154,7 +156,35 @@ def start_engine(
     return engine
 
 
-def held_out(data: configs.Data, problems: Mapping[str, Sequence[Problem]], prompts: Prompts, count: int) -> list[Problem]:
+class Sampler:
+    """What collect and eval ask: a model on an engine of our own, or one behind an endpoint."""
+
+    def __init__(self, config: SampledConfig, stage: Stage, endpoint: Teacher | None) -> None:
+        self._config, self._endpoint = config, None
+        if endpoint:
+            from grpo.engines.endpoint import Endpoint
+
+            self._endpoint = Endpoint(endpoint, on_wait=stage.signals.check)
+            self.prompts: Prompts | Chat = Chat(config.prompt)
+        else:
+            model_dir, _, self.prompts = prepare(config, stage.run)
+            models.check_context(model_dir, config.max_sequence_tokens)
+            self._engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
+
+    def sample(self, problems: Sequence[Problem], count: int, temperature: float, on_progress: Callable[[int, int], None]) -> list[Group]:
+        """Returns `count` completions of each problem; their seeds are functions of the run's seed and the problem alone."""
+        options, seed = sampling_options(self._config, self.prompts, temperature), self._config.seed
+        if isinstance(self.prompts, Prompts):
+            return rollout.sample(
+                self._engine, self.prompts, problems, options, group_size=count, run_seed=seed, rollout=0, on_progress=on_progress
+            )
+        assert self._endpoint is not None
+        requests = [(self.prompts.messages(problem), rollout.seed_of(seed, 0, problem.id), count) for problem in problems]
+        answers = self._endpoint.generate(requests, options, on_progress)
+        return [Group(problem=problem, prompt_ids=(), completions=row) for problem, row in zip(problems, answers, strict=True)]
+
+
+def held_out(data: configs.Data, problems: Mapping[str, Sequence[Problem]], prompts: Prompts | Chat, count: int) -> list[Problem]:
     """Returns `count` problems to judge by, each once: the same for every seed, in no curriculum's order."""
     stream = mixture(data.model_copy(update={"curriculum": None}), problems, prompts, 0)
     return list({problem.id: problem for problem in stream.take(0, count)}.values())
@@ -191,7 +221,8 @@ def check_same(folder: Path, config: RunConfig) -> None:
 
     before = flat(yaml.safe_load((folder / "config.yaml").read_text()))
     after = flat(yaml.safe_load(configs.dump(config)))
-    free = [key for key in before.keys() | after.keys() if any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)]
+    names = [name for name in FREE_ON_RESUME if name != "eval" or not isinstance(config, EvalConfig)]
+    free = [key for key in before.keys() | after.keys() if any(key == name or key.startswith(name + ".") for name in names)]
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and key not in free)
     if changed:
         told = "; ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in changed)

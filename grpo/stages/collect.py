@@ -13,18 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo import models, rollout
+from grpo import rollout
 from grpo.checkpoint import write_file
 from grpo.config import Data
 from grpo.config_stages import Collect, CollectConfig
-from grpo.loop import sampling_options
-from grpo.prompts import Chat
-from grpo.stages._run import Stage, judges, load_problems, mixture, open_stage, prepare, start_engine
-from grpo.types import Group, Problem, ScoredGroup
+from grpo.stages._run import Sampler, Stage, judges, load_problems, mixture, open_stage
+from grpo.types import Problem, ScoredGroup
 from rewards import format, language, repetition
 
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")
-Sampler = Callable[[list[Problem], Callable[[int, int], None]], list[Group]]  # problems, progress
 
 
 def collect(config: CollectConfig, *, resume: bool) -> None:
@@ -35,7 +32,8 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
     chunks = -(-config.collect.problems // config.collect.chunk)
     with open_stage(config, "collect", total=chunks, unit="chunk", resume=resume) as stage:
         stage.stack.callback(pool.close)
-        chosen, sample, asked = _sampler(config, stage, problems)
+        sampler, settings = Sampler(config, stage, config.teacher), config.collect
+        chosen = _first(mixture(config.data, problems, sampler.prompts, config.seed), settings.problems)
         clean = [problem for problem in chosen if not ngrams(problem.question, config.collect.ngram) & known]
         done = max((row["step"] for row in stage.run.read_metrics()), default=0) if resume else 0
         stage.run.cut(done)
@@ -44,7 +42,8 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
             part = clean[number * config.collect.chunk : (number + 1) * config.collect.chunk]
             stage.signals.check()
             progress = functools.partial(_show, stage, number)
-            scored = rollout.score(sample(part, progress), rewards, asked)
+            groups = sampler.sample(part, settings.samples, config.sampling.temperature, progress)
+            scored = rollout.score(groups, rewards, sampler.prompts.for_rewards)
             rows = [row | {"dropped": why} for row, why in zip(rollout.sample_rows(scored), dropped(scored, config.collect), strict=True)]
             stage.run.write_samples(f"chunk-{number + 1:06d}", rows)
             row = {"step": number + 1, **rollout.describe(scored), "trace/kept": sum(not row["dropped"] for row in rows)}
@@ -53,36 +52,6 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
         counts = _write(stage, contaminated=len(chosen) - len(clean))
         stage.run.update_manifest(traces="traces.jsonl", counts=counts)
         stage.display.say(", ".join(f"{name} {count}" for name, count in counts.items()))
-
-
-def _sampler(config: CollectConfig, stage: Stage, problems: Any) -> tuple[list[Problem], Sampler, Callable[[Problem], Any]]:
-    """Returns the problems, what samples groups of them, and how a problem is shown to the rewards."""
-    settings = config.collect
-    if config.teacher:
-        from grpo.engines.endpoint import Endpoint
-
-        endpoint = Endpoint(config.teacher, on_wait=stage.signals.check)
-        ask = Chat(config.prompt)
-        options = sampling_options(config, ask, config.sampling.temperature)
-
-        def from_endpoint(part: list[Problem], progress: Callable[[int, int], None]) -> list[Group]:
-            requests = [(ask.messages(problem), rollout.seed_of(config.seed, 0, problem.id), settings.samples) for problem in part]
-            answers = endpoint.generate(requests, options, progress)
-            return [Group(problem=problem, prompt_ids=(), completions=row) for problem, row in zip(part, answers, strict=True)]
-
-        return _first(mixture(config.data, problems, ask, config.seed), settings.problems), from_endpoint, ask.messages
-    model_dir, _, prompts = prepare(config, stage.run)
-    models.check_context(model_dir, config.max_sequence_tokens)
-    chosen = _first(mixture(config.data, problems, prompts, config.seed), settings.problems)
-    engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
-    own_options = sampling_options(config, prompts, config.sampling.temperature)
-
-    def from_engine(part: list[Problem], progress: Callable[[int, int], None]) -> list[Group]:
-        return rollout.sample(
-            engine, prompts, part, own_options, group_size=settings.samples, run_seed=config.seed, rollout=0, on_progress=progress
-        )
-
-    return chosen, from_engine, prompts.for_rewards
 
 
 def _show(stage: Stage, number: int, done: int, total: int) -> None:

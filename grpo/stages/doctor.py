@@ -142,7 +142,7 @@ def memory(config: Config, shape: roofline.Shape, hidden: int, vocabulary: int) 
     """
     learner, tokens = config.learner, config.learner.micro_batch_tokens
     trained = shape.weights if not config.model.lora else shape.layers * 14 * hidden * config.model.lora.rank
-    states = {"weights": shape.weights * shape.weight_bytes, "gradients": 4 * trained, "optimizer": 12 * trained}
+    states: dict[str, float] = {"weights": shape.weights * shape.weight_bytes, "gradients": 4 * trained, "optimizer": 12 * trained}
     if config.model.teacher or (config.algorithm.kl_coef and not config.model.lora):
         states["reference"] = shape.weights * shape.weight_bytes
     if learner.offload_optimizer:
@@ -222,7 +222,7 @@ def _sample(
         stage.stack.callback(pool.close)
         engine = start_engine(config, stage, model_dir, weights, load_weights=True)
         with quiet(scratch / "log"):
-            model = models.load_model(model_dir, "eager")
+            model: Any = models.load_model(model_dir, "eager")
         if torch.cuda.is_available():
             model = model.cuda()
         synced = engine.load_weights(((name, weight.data) for name, weight in model.named_parameters()), 1).seconds

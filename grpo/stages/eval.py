@@ -1,79 +1,164 @@
-"""`grpo eval`: a train config's model on its held-out problems, sampled and judged as the training would; or two evaluations compared."""
+"""`grpo eval`: a model on held-out problems, by a train config's prompts and rewards or by a protocol; two evaluations compared."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo import models, rollout, statistics
 from grpo.checkpoint import write_file
-from grpo.config import Config
-from grpo.loop import sampling_options
+from grpo.config_stages import EvalConfig
 from grpo.rollout import mean
-from grpo.stages._run import held_out, judges, load_problems, open_stage, prepare, start_engine
-from grpo.types import ScoredGroup, UserError
+from grpo.stages._run import Sampler, Stage, held_out, judges, load_problems, open_stage
+from grpo.types import Problem, UserError
 from rewards._parse import final_answer
 
+Row = Mapping[str, Any]
+SHOWN = ("accuracy", "accuracy/low", "accuracy/high", "pass@1", "maj", "format", "undecided", "completion/truncated", "completion/length")
 
-def eval(config: Config, *, resume: bool) -> None:
-    """Writes `eval/` metrics, every completion and table.md into the run directory."""
-    if resume:
-        raise UserError("grpo eval: an evaluation is not resumed; start it again in another run_dir")
-    if config.model.warm_start:
-        raise UserError("grpo eval judges model.path as it is: give model.path=RUN/final, and model.warm_start= (nothing)")
+
+def eval(config: EvalConfig, *, resume: bool) -> None:
+    """Writes `eval/` metrics, every completion, table.md and table.json into the run directory. Raises UserError, RunError, Interrupted:
+    chunks that are done are kept."""
+    config = config.by_protocol()
+    if not config.endpoint:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": finished(config.model.path)})})
     pool, rewards = judges(config)
-    data = config.eval.data or config.data
-    problems = load_problems(data, "test", config.seed)
-    with open_stage(config, "eval", total=1, unit="evaluation", resume=False) as stage:
+    sets = config.sets or {"": config.eval.data or config.data}
+    loaded = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
+    with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as stage:
         stage.stack.callback(pool.close)
-        model_dir, _, prompts = prepare(config, stage.run)
-        models.check_context(model_dir, config.max_sequence_tokens)
-        chosen = held_out(data, problems, prompts, config.eval.problems)
-        engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
+        stage.run.cut(-1)  # one row, written at the end
+        sampler = Sampler(config, stage, config.endpoint)
         stage.display.begin(0)
-        metrics, scored = rollout.evaluate(
-            engine, prompts, chosen, rewards, sampling_options(config, prompts, config.eval.temperature), samples=config.eval.samples,
-            run_seed=config.seed, on_progress=lambda done, total: stage.display.phase(0, "sampling", f"{done}/{total}"),
-        )  # fmt: skip
-        stage.run.write_samples("eval-000000", rollout.sample_rows(scored))
-        metrics |= {f"eval/{name}": value for name, value in summary(scored[: len(chosen)]).items()}
+        metrics: dict[str, Any] = {}
+        table = {}
+        for done, (name, data) in enumerate(sets.items()):
+            chosen = held_out(data, loaded[name], sampler.prompts, config.eval.problems)
+            rows = _judge(config, stage, sampler, rewards, name, chosen, done)
+            prefix = f"eval/{name}/" if name else "eval/"
+            found = summary([row for row in rows if not row["greedy"]])
+            table[name or "all"] = found
+            metrics |= {prefix + key: value for key, value in found.items()}
+            if greedy := [row for row in rows if row["greedy"]]:
+                metrics |= {f"{prefix}greedy/{key}": value for key, value in summary(greedy).items()}
         stage.record({"step": 0, **metrics})
-        shown = {name.removeprefix("eval/"): value for name, value in metrics.items() if not name.endswith(("tokens", "missing", "max"))}
-        lines = ["| metric | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in shown.items())]
-        write_file(stage.run.path / "table.md", "\n".join(lines) + "\n")
-        for name, value in shown.items():
-            stage.display.say(f"{name:32} {value:.3f}")
+        write_file(stage.run.path / "table.json", json.dumps(table, indent=2) + "\n")
+        write_file(stage.run.path / "table.md", markdown(table) + "\n")
+        for key, value in metrics.items():
+            stage.display.say(f"{key.removeprefix('eval/'):32} {value:.3f}")
 
 
-def summary(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Returns what verdicts say beyond their mean: an interval over problems, pass@k, maj@n, undecided, length of right and wrong.
+def finished(path: str) -> str:
+    """Returns the model that a run directory's stage has left; any other path as it is."""
+    manifest = Path(path) / "manifest.json"
+    return str(Path(path) / json.loads(manifest.read_text()).get("final", "final")) if manifest.exists() else path
 
-    Undecided completions count as wrong here, and are counted. Nothing without verdicts.
-    """
-    verdicts = [[verdict.value for verdict in scored.verdicts if verdict is not None] for scored in groups]
-    if not all(verdicts):
-        return {}
-    right = [[value == "correct" for value in row] for row in verdicts]
+
+def _judge(
+    config: EvalConfig, stage: Stage, sampler: Sampler, rewards: Any, name: str, problems: Sequence[Problem], done: int
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Returns the rows of a set, chunk by chunk; a chunk that is written is not sampled again."""
+    settings, samples = config.eval, stage.run.samples
+    r1 = settings.protocol == "r1"
+    count = (64 if len(problems) <= 100 else 16) if r1 else settings.samples
+    passes = [(settings.temperature, count), *([(0.0, 1)] if settings.temperature and not r1 else [])]
+    label = name or "000000"
+    whole = samples / f"eval-{label}.jsonl"
+    parts = []
+    for number in range(-(-len(problems) // config.chunk)):
+        file = samples / f"part-{label}-{number:06d}.jsonl"
+        parts.append(file)
+        if whole.exists() or file.exists():
+            continue
+        part, rows = problems[number * config.chunk : (number + 1) * config.chunk], []
+        told = f"{name} {number * config.chunk}/{len(problems)}".strip()
+        for temperature, size in passes:
+            stage.signals.check()
+            groups = sampler.sample(
+                part,
+                size,
+                temperature,
+                lambda ready, total: stage.display.phase(done, "sampling", f"{told}, {ready}/{total}"),  # noqa: B023
+            )
+            scored = rollout.score(groups, rewards, sampler.prompts.for_rewards)
+            rows += [row | {"greedy": len(passes) > 1 and temperature == 0} for row in rollout.sample_rows(scored)]
+        stage.run.write_samples(file.stem, rows)
+    if not whole.exists():
+        write_file(whole, "".join(file.read_text() for file in parts))
+    for file in parts:
+        file.unlink(missing_ok=True)
+    return [json.loads(line) for line in whole.read_text().splitlines()]
+
+
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns what completions say. Accuracy is the mean over problems of the share that is right (pass@1), with its 95 % interval over
+    problems; an undecided completion counts as wrong, and is counted. Then pass@k, maj@n, and length of right and wrong ones."""
+    rewards = [row["reward"] for row in rows if row["reward"] is not None]
+    found = {"mean": mean(rewards), "completion/length": mean([row["tokens"] for row in rows])}
+    found["completion/truncated"] = mean([float(row["finish_reason"] == "length") for row in rows])
+    for name in rows[0]["parts"]:
+        found[name] = mean([row["parts"][name] for row in rows if row["parts"][name] is not None])
+    by_problem: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_problem[row["problem"]].append(row)
+    if any(row["verdict"] is None for row in rows):
+        return found
+    right = [[row["verdict"] == "correct" for row in group] for group in by_problem.values()]
     n = min(map(len, right))
-    low, high = statistics.interval([sum(row) / len(row) for row in right])
-    found = {"accuracy/low": low, "accuracy/high": high}
+    shares = [sum(row) / len(row) for row in right]
+    found["accuracy"] = mean(shares)
+    found["accuracy/low"], found["accuracy/high"] = statistics.interval(shares)
     if n > 1:
         for k in (2**power for power in range(n.bit_length()) if 2**power <= n):
             found[f"pass@{k}"] = mean([statistics.pass_at_k(len(row), sum(row), k) for row in right])
-        answers = [[final_answer(completion.text) for completion in scored.group.completions] for scored in groups]
+        answers = [[final_answer(row["completion"]) for row in group] for group in by_problem.values()]
         found[f"maj@{n}"] = mean([statistics.majority(*pair) for pair in zip(answers, right, strict=True)])
-    found["undecided"] = mean([float(value == "undecided") for row in verdicts for value in row])
-    lengths = [
-        (ok, len(completion.token_ids))
-        for scored, row in zip(groups, right, strict=True)
-        for ok, completion in zip(row, scored.group.completions, strict=True)
-    ]
+    found["undecided"] = mean([float(row["verdict"] == "undecided") for row in rows])
     for name, wanted in (("right", True), ("wrong", False)):
-        if of_kind := [float(length) for ok, length in lengths if ok == wanted]:
-            found[f"length/{name}"] = mean(of_kind)
+        if lengths := [float(row["tokens"]) for row in rows if (row["verdict"] == "correct") == wanted]:
+            found[f"length/{name}"] = mean(lengths)
     return found
+
+
+def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
+    """Returns the sets down and what is most asked for across; table.json has everything."""
+    columns = list(dict.fromkeys(key for row in table.values() for key in row if key in SHOWN or key.startswith(("pass@", "maj@"))))
+    lines = ["| set | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for name, row in table.items():
+        cells = [("" if key not in row else f"{row[key]:.1f}" if key.endswith("length") else f"{row[key]:.1%}") for key in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ask(model: str, question: str) -> None:
+    """Prints what a model thinks of a problem, and its answer. `model`: a run, whose prompts it takes, a directory or a hub id."""
+    import tempfile
+
+    from grpo import config as configs
+
+    file = Path(model) / "config.yaml"
+    tree = configs.read_yaml(str(file)) if file.exists() else {}
+    kept = {key: tree[key] for key in ("prompt", "sampling", "engine") if key in tree}
+    with tempfile.TemporaryDirectory(prefix="grpo-ask-") as scratch:
+        if not kept:
+            folder = models.resolve(finished(model), None, Path(scratch) / "model", 0)
+            kept["prompt"] = {"template": "chat" if models.load_tokenizer(folder).chat_template else "plain"}
+        own = {
+            "run_dir": f"{scratch}/run",
+            "model": {"path": finished(model)},
+            "data": {"name": "arithmetic"},
+            "logging": {"progress": "off"},
+        }
+        config = configs.parse(kept | own, kind=EvalConfig)
+        with open_stage(config, "ask", total=1, unit="question", resume=False) as stage:
+            problem = Problem(id="asked", question=question, answer="", source="asked")
+            (group,) = Sampler(config, stage, None).sample([problem], 1, 0.0, lambda *_: None)
+    thoughts, end, answer = group.completions[0].text.rpartition("</think>")
+    print(f"{thoughts}{end}\n" if end else "", answer.strip(), sep="")
 
 
 def compare(first: str, second: str) -> None:
@@ -97,9 +182,10 @@ def _rates(folder: Path) -> dict[str, float]:
     files = sorted((folder / "samples").glob("eval-*.jsonl"))
     if not files:
         raise UserError(f"{folder}: no evaluation in it (samples/eval-*.jsonl)")
-    values: dict[str, list[bool]] = {}
-    rows: list[dict[str, Any]] = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    numbered = [file for file in files if file.stem.removeprefix("eval-").isdecimal()]
+    rows = [json.loads(line) for file in numbered[-1:] or files for line in file.read_text().splitlines()]
+    values: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
-        values.setdefault(row["problem"], []).append(row["verdict"] == "correct")
-    sampled = max(map(len, values.values()))
-    return {problem: mean([float(ok) for ok in row[: max(1, sampled - 1)]]) for problem, row in values.items()}
+        if not row.get("greedy"):
+            values[row["problem"]].append(row["verdict"] == "correct")
+    return {problem: mean([float(ok) for ok in group]) for problem, group in values.items()}

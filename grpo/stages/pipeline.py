@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,9 +34,7 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
         if status == "finished":
             check_same(folder, configs.load(arguments[0], arguments[1:], KINDS[command]))
         else:
-            if command == "eval":  # an evaluation is not resumed
-                shutil.rmtree(folder, ignore_errors=True)
-            call = [command, *arguments, *(["--resume"] if command != "eval" and status is not None else [])]
+            call = [command, *arguments, *(["--resume"] if status is not None else [])]
             print(f"== {name}: grpo {' '.join(call)}", file=sys.stderr, flush=True)
             _call(call, name, run)
     rows = table(config)

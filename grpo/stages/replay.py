@@ -32,7 +32,7 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
     if not (path / "config.yaml").exists():
         raise UserError(f"{path}: no run in it (no config.yaml)")
     tree = yaml.safe_load((path / "config.yaml").read_text())
-    config = configs.parse(tree, str(path / "config.yaml"))
+    config: Config = configs.parse(tree, str(path / "config.yaml"))
     changed = config
     if overrides:
         recipe = any(override.startswith("algorithm.preset=") for override in overrides)  # it fills what the run's own has said

@@ -1,0 +1,41 @@
+"""The config's section about the model: where it comes from, and how it is held, extended and trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from grpo.config_file import Section
+
+
+class Lora(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)  # the addition is alpha / rank times B A
+
+
+class Rope(Section):
+    """A longer context by other rotary frequencies; written into the model's config, so that learner, engine and final model agree."""
+
+    type: Literal["yarn", "linear", "dynamic"] = "yarn"  # YaRN 2309.00071; linear: position interpolation 2306.15595
+    factor: float = Field(gt=1)  # times the context
+    original_tokens: int | None = Field(None, ge=1)  # context the model was trained at; default: its config's
+
+
+class Model(Section):
+    path: str  # hub id, local Hugging Face directory, or `tiny-llama` / `tiny-qwen2` / `tiny-qwen3` (made on the spot, random weights)
+    revision: str | None = None  # hub revision
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the forward pass; the optimizer's master weights are always float32
+    attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = "packed"  # packed: ours, no padding, a group's prompt once
+    gradient_checkpointing: bool = False  # one more forward pass for activations of one layer at a time
+    teacher: str | None = None  # model that the KL is measured to, and that algorithm.advantage=teacher asks; default: the start model
+    lora: Lora | None = None  # train low-rank additions to all linear layers but the head; wants ten times the learning rate
+    rope: Rope | None = None  # a longer context; of a model that has none yet
+    float32_head: bool = False  # logits in float32, in the learner and in the engine (MiniMax-M1, ScaleRL)
+    router_aux_coef: float = Field(0.0, ge=0)  # mixtures of experts: weight of the load-balancing loss
+    freeze_router: bool = False  # mixtures of experts: the router stays as it is
+    warm_start: str | None = None  # config of a supervised start (`grpo sft`), made in the run's directory before its first rollout
+
+    @property
+    def packed(self) -> bool:
+        return self.attention == "packed"
