@@ -160,8 +160,9 @@ class RunDirectory:
         """Drops metrics and samples of work after a checkpoint, which will be done again: the same, on a CPU."""
         kept = [row for row in self.read_metrics() if row["step"] <= step]
         write_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-        for file in self.samples.glob("*-*.jsonl"):
-            if int(file.stem.rpartition("-")[2]) > step:
+        for file in self.samples.glob("*-*.*"):
+            number = file.stem.rpartition("-")[2]
+            if number.isdecimal() and int(number) > step:
                 file.unlink()
 
     def latest(self) -> Path | None:

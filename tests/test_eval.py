@@ -67,12 +67,16 @@ def test_killed_between_chunks_it_goes_on_with_the_same_samples_and_the_same_tab
     wait_for(lambda: (samples / "part-easy-000001.jsonl").exists(), process)
     process.kill()
     process.communicate()
+    part = samples / "part-easy-000000.jsonl"
+    part.write_text(part.read_text().replace('"completion": "', '"completion": "KEPT', 1))
     assert "eval.temperature was 1.0, is 0.5" in run(config, "eval.temperature=0.5", "--resume", command="eval", code=2)
     run(config, "--resume", command="eval")
     names = ["eval-easy.jsonl", "eval-hard.jsonl"]
     assert sorted(path.name for path in samples.iterdir()) == names
     for name in names:
-        assert (samples / name).read_text() == (tmp_path / "a" / "run" / "samples" / name).read_text()
+        text = (samples / name).read_text()
+        assert text.count("KEPT") == (name == names[0])  # what was written was not sampled again
+        assert text.replace("KEPT", "") == (tmp_path / "a" / "run" / "samples" / name).read_text()
     assert (tmp_path / "run" / "table.md").read_text() == (tmp_path / "a" / "run" / "table.md").read_text()
     (row,) = rows(tmp_path / "run")
     kept = [json.loads(line) for line in (samples / "eval-hard.jsonl").read_text().splitlines()]

@@ -31,7 +31,7 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
     loaded = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as stage:
         stage.stack.callback(pool.close)
-        stage.run.cut(-1)  # one row, written at the end
+        write_file(stage.run.metrics, "")  # one row, written at the end
         sampler = Sampler(config, stage, config.endpoint)
         stage.display.begin(0)
         metrics: dict[str, Any] = {}

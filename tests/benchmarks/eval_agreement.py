@@ -1,0 +1,76 @@
+"""`grpo eval` beside plain transformers: the same model, prompts and greedy decoding on GSM8K's test problems.
+
+    .venv/bin/python tests/benchmarks/eval_agreement.py --data FOLDER [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--problems 200]
+
+Both are judged by the same verifier and with bfloat16 weights; what differs is the engine. Printed: accuracy of each with its interval,
+how many problems are judged alike, and how many completions are equal token for token up to the first near-tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from grpo import models, statistics
+from rewards.accuracy import verify
+
+BATCH = 32
+
+
+def by_grpo(model: str, folder: Path, scratch: Path, problems: int, tokens: int) -> list[dict]:
+    overrides = [
+        f"run_dir={scratch / 'run'}", f"model.path={model}", "model.warm_start=", f"data.path={folder}", "eval.protocol=greedy",
+        f"eval.problems={problems}", "prompt={template: chat, max_tokens: 512}", f"sampling.max_tokens={tokens}", "rewards={accuracy: 1.0}",
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "grpo", "eval", "configs/gsm8k_smollm2.yaml", *overrides], check=True, stderr=subprocess.DEVNULL)
+    file = next((scratch / "run" / "samples").glob("eval-*.jsonl"))
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def by_transformers(model_dir: Path, questions: list[str], tokens: int) -> list[str]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
+    ends = [tokenizer.eos_token_id, *models.eos_token_ids(model_dir)]
+    found = []
+    for start in range(0, len(questions), BATCH):
+        chats = [[{"role": "user", "content": question}] for question in questions[start : start + BATCH]]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        with torch.no_grad():
+            out = model.generate(
+                **inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=ends, temperature=None, top_p=None, top_k=None
+            )
+        found += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        print(f"transformers {len(found)}/{len(questions)}", file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=256)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        model_dir = models.resolve(options.model, None, Path(scratch) / "model", 0)
+        rows = by_grpo(options.model, options.data, Path(scratch), options.problems, options.tokens)
+        texts = by_transformers(model_dir, [row["question"] for row in rows], options.tokens)
+    ours = [row["verdict"] == "correct" for row in rows]
+    theirs = [verify(text, row["answer"]).value == "correct" for text, row in zip(texts, rows, strict=True)]
+    for name, right in (("grpo eval", ours), ("transformers", theirs)):
+        low, high = statistics.interval([float(ok) for ok in right])
+        print(f"{name:14} {sum(right) / len(right):6.1%}  [{low:.1%}, {high:.1%}] of {len(right)} problems")
+    same = sum(row["completion"].strip() == text.strip() for row, text in zip(rows, texts, strict=True))
+    print(f"judged alike {sum(a == b for a, b in zip(ours, theirs, strict=True))}, equal text {same}")
+
+
+if __name__ == "__main__":
+    main()
