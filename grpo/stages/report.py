@@ -132,7 +132,7 @@ def _phases(rows: Sequence[Mapping[str, Any]]) -> Any:
     total = sum(row["time/total_s"] for row in rows)
     shown = [phase for phase in PHASES if sum(row.get(f"time/{phase}_s") or 0.0 for row in rows) > 0.003 * total]
     axes.stackplot(steps, [[row.get(f"time/{phase}_s") or 0.0 for row in rows] for phase in shown], labels=shown, alpha=0.8)
-    axes.plot(steps, [row.get("bound/total_s") or 0.0 for row in rows], "--", color="#808080", label="this machine's bound")
+    axes.plot(steps, [row.get("bound/total_s") or 0.0 for row in rows], "--", color="#222222", label="this machine's bound")
     axes.set_xlabel("step")
     figure.legend(fontsize="x-small", frameon=False, ncols=4, loc="outside lower center")
     return figure
