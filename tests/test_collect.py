@@ -95,7 +95,7 @@ def test_traces_of_every_published_form_are_read(tmp_path, row):
     ("row", "message"),
     [
         ({"question": "2+3?", "solution": "5"}, "line 1: no thoughts"),
-        ({"question": "2+3?"}, "line 1: no solution or completion"),
+        ({"question": "2+3?"}, "line 1: no solution or trace or completion"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "expected one message of user, got 2"),
     ],
 )

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import yaml
 from conftest import tiny_config
 
@@ -42,9 +43,16 @@ def outcome(run_dir):
     """Everything of a run that must not depend on when it was interrupted: all but times."""
     timed = ("time/", "seconds", "tokens_per_s", "machine/", "bound/", "idle/")
     metrics = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows(run_dir)]
-    samples = {path.name: path.read_text() for path in sorted((run_dir / "samples").iterdir())}
+    samples = {path.name: _content(path) for path in sorted((run_dir / "samples").iterdir())}
     weights = (run_dir / "final" / "model.safetensors").read_bytes()
     return metrics, samples, weights
+
+
+def _content(path):
+    if path.suffix != ".npz":  # which holds the time of day
+        return path.read_text()
+    with np.load(path) as arrays:
+        return {name: arrays[name].tobytes() for name in arrays.files}
 
 
 def wait_for(condition, process, seconds=120):
