@@ -50,8 +50,9 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
             stage.display.say(f"judging {name}: {folder}")
             eval(part, resume=False)
         rows = [_row(name, model_dir if name == "parent" else stage.run.path / name, judged) for name in ("parent", *schemes)]
-        lines = ["| model | MB | accuracy | interval |", "|---|---|---|---|"]
-        lines += [f"| {row['model']} | {row['megabytes']:.1f} | {row['accuracy']} | {row['interval']} |" for row in rows]
+        columns = ("model", "megabytes", *(("accuracy", "interval") if judged else ()))
+        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
         write_file(stage.run.path / "table.md", "\n".join(lines) + "\n")
         write_file(stage.run.path / "table.json", json.dumps(rows, indent=2) + "\n")
         stage.run.update_manifest(final=schemes[0])
@@ -59,7 +60,7 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
 
 
 def _row(name: str, folder: Path, judged: dict[str, Any]) -> dict[str, Any]:
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+    size = round(sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6, 3)
     found = read_metrics(Path(judged[name].run_dir) / "metrics.jsonl")[-1] if judged else {}
     low, high = found.get("eval/accuracy/low"), found.get("eval/accuracy/high")
     return {
