@@ -16,7 +16,6 @@ from typing import Any, Literal
 import psutil
 
 from grpo import models, rollout, roofline
-from grpo.algorithm import describe
 from grpo.config import Config
 from grpo.loop import sampling_options
 from grpo.metrics import quiet
@@ -108,10 +107,10 @@ def _versions() -> Iterator[Check]:
 
 def _prompt(config: Config, prompts: Prompts, tokenizer: Any, problem: Problem) -> Iterator[Check]:
     ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
-    text = f"{config.algorithm.preset}: {describe(config.algorithm)}"
-    yield Check("ok", "recipe", text)
     yield Check("ok", "prompt", f"ends at {ends or 'no token'}{', ' + ', '.join(prompts.stop) if prompts.stop else ''}:\n"
                 + visible(prompts.text(problem), tokenizer))  # fmt: skip
+    if config.model.warm_start:
+        yield Check("warn", "warm_start", "what follows is of model.path, before its cold start", "grpo sft first, then model.path=RUN")
     if config.prompt.template == "chat" and len(prompts.stop_token_ids) == 1 and tokenizer.eos_token_id not in prompts.stop_token_ids:
         yield Check("warn", "eos", "the tokenizer's EOS is not among what ends a completion", "see prompt.stop")
     tags = "format" in config.rewards and not prompts.prefill(problem)
@@ -225,6 +224,7 @@ def _sample(
             model: Any = models.load_model(model_dir, "eager")
         if torch.cuda.is_available():
             model = model.cuda()
+        engine.wait_ready()  # else the sync's seconds are those of the start
         synced = engine.load_weights(((name, weight.data) for name, weight in model.named_parameters()), 1).seconds
         del model
         options = sampling_options(config, prompts, config.sampling.temperature)
@@ -254,8 +254,9 @@ def _samples(groups: Sequence[ScoredGroup], prompts: Prompts) -> Iterator[Check]
     ):
         share = found.get(key, 0.0)
         yield Check("warn" if share > most else "ok", name, f"{share:.0%}", way if share > most else "")
-    first = groups[0].group.completions[0]
-    yield Check("ok", "a completion", f"reward {groups[0].rewards[0]}, parts {groups[0].parts[0]}:\n{first.text[:600]}")
+    text = groups[0].group.completions[0].text[:600]
+    shown = "".join(one if one.isprintable() or one == "\n" else "\N{MIDDLE DOT}" for one in text)  # no terminal is told what to do
+    yield Check("ok", "a completion", f"reward {groups[0].rewards[0]}, parts {groups[0].parts[0]}:\n{shown}")
 
 
 def _time(config: Config, shape: roofline.Shape, groups: Sequence[ScoredGroup], rate: float, price: float | None) -> Iterator[Check]:
