@@ -59,6 +59,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns what a run's manifest.json says, nothing where there is none."""
+    file = folder / "manifest.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def read_update(folder: Path, step: int) -> list[Sample]:
     """Returns the samples of a step's updates, as `RunDirectory.write_update` kept them. Raises UserError when it did not."""
     file = folder / "samples" / f"step-{step:06d}.npz"
@@ -109,8 +115,7 @@ class RunDirectory:
     @staticmethod
     def status(folder: Path) -> str | None:
         """Returns how the run in a folder ended, None when there is none."""
-        manifest = folder / "manifest.json"
-        return json.loads(manifest.read_text()).get("status") if manifest.exists() else None
+        return read_manifest(folder).get("status")
 
     def clear(self) -> None:
         """Forgets a run that never began."""
@@ -123,7 +128,7 @@ class RunDirectory:
         write_file(self.manifest, json.dumps(self.read_manifest() | entries, indent=2) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
-        return json.loads(self.manifest.read_text()) if self.manifest.exists() else {}
+        return read_manifest(self.path)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Adds one object; a number that is not finite is written as null, which every JSON reader knows."""

@@ -19,6 +19,14 @@ class Sft(Section):
     stop_at: float | None = Field(None, gt=0, le=1)  # token accuracy, mean of the last 10 updates, at which a cold start is enough
 
 
+def _check_fits(what: str, key: str, tokens: int, learner: Learner) -> None:
+    if tokens > learner.micro_batch_tokens:
+        raise ValueError(
+            f"one {what} can have {key}={tokens} tokens, more than "
+            f"learner.micro_batch_tokens={learner.micro_batch_tokens}: raise it, or lower {key}"
+        )
+
+
 class SftLearner(Learner):
     lr: float = Field(2e-5, gt=0)  # TRL's default
 
@@ -36,11 +44,7 @@ class SftConfig(RunConfig):
             raise ValueError("model.warm_start is for `grpo train`")
         if self.model.teacher:
             raise ValueError("model.teacher is for train and distill")
-        if self.sft.max_tokens > self.learner.micro_batch_tokens:
-            raise ValueError(
-                f"one solution can have sft.max_tokens={self.sft.max_tokens} tokens, more than "
-                f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or lower sft.max_tokens"
-            )
+        _check_fits("solution", "sft.max_tokens", self.sft.max_tokens, self.learner)
         return self
 
     @property
@@ -141,11 +145,8 @@ class DistillConfig(SampledConfig):
         needed = {"sequence": ("collect", "sft"), "soft": ("soft",), "on_policy": ("train",)}[self.way]
         if missing := [name for name in needed if getattr(self, name) is None]:
             raise ValueError(f"way={self.way} needs the section {' and '.join(missing)}")
-        if self.soft and self.soft.max_tokens > self.learner.micro_batch_tokens:
-            raise ValueError(
-                f"one text can have soft.max_tokens={self.soft.max_tokens} tokens, more than "
-                f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or lower soft.max_tokens"
-            )
+        if self.soft:
+            _check_fits("text", "soft.max_tokens", self.soft.max_tokens, self.learner)
         self.parts()
         return self
 

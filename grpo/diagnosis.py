@@ -28,14 +28,16 @@ class Watch:
     """Follows a run: `see(row)` returns what the row adds to what was said."""
 
     def __init__(self, rows: Sequence[Row] = ()) -> None:
-        self._rows = list(rows)
-        self._told = {finding.rule for finding in findings(rows)} if rows else set[str]()
+        self._rows: list[Row] = []  # rollouts; the evaluation before the first is none
+        self._told: set[str] = set()
+        for row in rows:
+            self.see(row)
 
     def see(self, row: Row) -> list[Finding]:
         if "reward/mean" not in row:
             return []
         self._rows.append(row)
-        past = Past([row for row in self._rows if "reward/mean" in row])
+        past = Past(self._rows)
         spoken = {rule: speak(past) for rule, speak in RULES.items() if rule not in self._told}
         new = [Finding(int(row["step"]), rule, text) for rule, text in spoken.items() if text]
         self._told |= {finding.rule for finding in new}
@@ -86,15 +88,6 @@ def _too_hard(past: Past) -> str | None:
     )
 
 
-def _too_easy(past: Past) -> str | None:
-    if not past.now("group/all_correct") >= 0.8:
-        return None
-    return (
-        f"{past.now('group/all_correct'):.0%} of groups are all right: little is left to learn from these problems; take harder ones, or "
-        "algorithm.no_signal=resample"
-    )
-
-
 def _no_signal(past: Past) -> str | None:
     judged = [past.now(key) for key in ("group/all_wrong", "group/all_correct")]  # none where no reward is a verdict
     alike = past.now("group/no_signal") - sum(share for share in judged if not math.isnan(share))
@@ -103,31 +96,6 @@ def _no_signal(past: Past) -> str | None:
     return (
         f"{past.now('group/no_signal'):.0%} of groups have equal rewards though not all right or wrong: a reward may always give the same"
     )
-
-
-def _undecided(past: Past) -> str | None:
-    if not past.now("reward/undecided") >= 0.1:
-        return None
-    return (
-        f"{past.now('reward/undecided'):.0%} of completions could not be judged and teach nothing: the gold answers may be in a form the "
-        "verifier does not read; `grpo grade RUN` lists them"
-    )
-
-
-def _truncated(past: Past) -> str | None:
-    if not past.now("completion/truncated") >= 0.3:
-        return None
-    return (
-        f"{past.now('completion/truncated'):.0%} of completions are cut off at sampling.max_tokens: raise it, add a stop string, or "
-        "shorten them (rewards.length)"
-    )
-
-
-def _stale_weights(past: Past) -> str | None:
-    ratio = past.now("probe/gap_ratio", 1)
-    if not ratio >= 3:
-        return None
-    return f"engine weights look stale: the probe's gap is {ratio:.1f} times what it was at the start; see engine.log"
 
 
 def _mismatch(past: Past) -> str | None:
@@ -212,22 +180,40 @@ def _slow_rewards(past: Past) -> str | None:
     return f"{share:.0%} of the time goes into rewards: more reward_pool.workers, or a cheaper reward" if share >= 0.25 else None
 
 
-def _far(past: Past) -> str | None:
-    return (
-        f"the policy is far from its reference (KL {past.now('kl/ref'):.1f} a token): lower learner.lr, or raise algorithm.kl_coef"
-        if past.now("kl/ref") >= 1
-        else None
-    )
-
-
 def _language(past: Past) -> str | None:
     share = past.now("completion/language")
     return f"only {share:.0%} of the text is in the question's language: add the reward `language`" if share <= 0.8 else None
 
 
+def _above(key: str, least: float, text: str, window: int = WINDOW) -> Callable[[Past], str | None]:
+    """Returns a rule that speaks when a metric's mean is at least so much; `text` has a place for it."""
+    return lambda past: text.format(past.now(key, window)) if past.now(key, window) >= least else None
+
+
 RULES: dict[str, Callable[[Past], str | None]] = {
-    "too_hard": _too_hard, "too_easy": _too_easy, "no_signal": _no_signal, "undecided": _undecided, "truncated": _truncated,
-    "stale_weights": _stale_weights, "mismatch": _mismatch, "zero_loss": _zero_loss, "entropy": _entropy, "clipped": _clipped,
-    "gradient": _gradient, "format_only": _format_only, "hacking": _hacking, "flat": _flat, "slow_rewards": _slow_rewards, "far": _far,
+    "too_hard": _too_hard,
+    "too_easy": _above(
+        "group/all_correct", 0.8,
+        "{:.0%} of groups are all right: little is left to learn from these problems; take harder ones, or algorithm.no_signal=resample",
+    ),
+    "no_signal": _no_signal,
+    "undecided": _above(
+        "reward/undecided", 0.1,
+        "{:.0%} of completions could not be judged and teach nothing: the gold answers may be in a form the verifier does not read; "
+        "`grpo grade RUN` lists them",
+    ),
+    "truncated": _above(
+        "completion/truncated", 0.3,
+        "{:.0%} of completions are cut off at sampling.max_tokens: raise it, add a stop string, or shorten them (rewards.length)",
+    ),
+    "stale_weights": _above(
+        "probe/gap_ratio", 3,
+        "engine weights look stale: the probe's gap is {:.1f} times what it was at the start; see engine.log", window=1,
+    ),
+    "mismatch": _mismatch, "zero_loss": _zero_loss, "entropy": _entropy, "clipped": _clipped, "gradient": _gradient,
+    "format_only": _format_only, "hacking": _hacking, "flat": _flat, "slow_rewards": _slow_rewards,
+    "far": _above(
+        "kl/ref", 1, "the policy is far from its reference (KL {:.1f} a token): lower learner.lr, or raise algorithm.kl_coef"
+    ),
     "language": _language,
 }  # fmt: skip

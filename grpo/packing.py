@@ -82,14 +82,17 @@ def _padded(starts: Sequence[int], sizes: Sequence[int], width: int) -> tuple[li
     return index, places
 
 
+def _check_plain(module: nn.Module, longest: int, dropout: float, sliding_window: int | None, more: dict[str, Any]) -> None:
+    if dropout or (sliding_window and sliding_window < longest) or more.get("softcap") or more.get("s_aux") is not None:
+        raise NotImplementedError(f"model.attention={NAME} is plain causal attention; use sdpa or eager for {type(module).__name__}")
+
+
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *, packed: Layout, scaling: float,
     dropout: float = 0.0, sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, D]."""
-    longest = packed.mask.shape[-1]
-    if dropout or (sliding_window and sliding_window < longest) or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise NotImplementedError(f"model.attention={NAME} is plain causal attention; use sdpa or eager for {type(module).__name__}")
+    _check_plain(module, packed.mask.shape[-1], dropout, sliding_window, kwargs)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [N, H, D]
     rows = lambda states, places, count: states.index_select(0, places).unflatten(0, (count, -1)).transpose(1, 2)  # noqa: E731
     flat = lambda out, places: out.transpose(1, 2).flatten(0, 1).index_select(0, places)  # noqa: E731
@@ -110,8 +113,7 @@ def attend_rows(
     scaling: float, dropout: float = 0.0, sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The same for a stream of whole sequences one after another, as TRL's collator makes it: each attends to itself alone."""
-    if dropout or (sliding_window and sliding_window < max_length_q) or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise NotImplementedError(f"model.attention={NAME} is plain causal attention; use sdpa or eager for {type(module).__name__}")
+    _check_plain(module, int(max_length_q), dropout, sliding_window, kwargs)
     starts, sizes = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
     place = torch.arange(int(max_length_q), device=query.device)
     places = (starts[:, None] + place).clamp(max=query.shape[2] - 1).flatten()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import models, rollout, statistics
-from grpo.checkpoint import write_file
+from grpo.checkpoint import read_manifest, write_file
 from grpo.config_stages import EvalConfig
 from grpo.rollout import mean
 from grpo.stages._run import Sampler, Stage, held_out, judges, load_problems, open_stage
@@ -54,8 +54,8 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
 
 def finished(path: str) -> str:
     """Returns the model that a run directory's stage has left; any other path as it is."""
-    manifest = Path(path) / "manifest.json"
-    return str(Path(path) / json.loads(manifest.read_text()).get("final", "final")) if manifest.exists() else path
+    manifest = read_manifest(Path(path))
+    return str(Path(path) / manifest.get("final", "final")) if manifest else path
 
 
 def _judge(

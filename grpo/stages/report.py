@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from grpo.checkpoint import RunDirectory, read_metrics, write_file
+from grpo.checkpoint import RunDirectory, read_manifest, read_metrics, write_file
 from grpo.diagnosis import Watch, findings
 from grpo.types import UserError
 
@@ -60,7 +60,7 @@ def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> Non
     table = Path(runs[0]) / "table.json"
     parts = {
         "title": html.escape(", ".join(folders)), "facts": _facts(folders, rows), "findings": _findings(rows),
-        "stages": _stages(json.loads(table.read_text())) if table.exists() and "stages" in _manifest(Path(runs[0])) else "",
+        "stages": _stages(json.loads(table.read_text())) if table.exists() and "stages" in read_manifest(Path(runs[0])) else "",
         "charts": "\n".join(_figure(title, figure) for title, figure in made.items()), "data": pack(completions(folders)),
     }  # fmt: skip
     write_file(page, re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], TEMPLATE.read_text()))
@@ -71,7 +71,7 @@ def expand(runs: Sequence[str]) -> dict[str, Path]:
     """Returns the runs' folders by name; of a pipeline its stages that have metrics of their own. Raises UserError for one that is none."""
     found: dict[str, Path] = {}
     for run in map(Path, runs):
-        inside = [run / name for name in _manifest(run).get("stages", ())]
+        inside = [run / name for name in read_manifest(run).get("stages", ())]
         own = [folder for folder in (inside or [run]) if (folder / "metrics.jsonl").exists()]
         if not own:
             raise UserError(f"{run}: no run in it (no metrics.jsonl)")
@@ -80,11 +80,6 @@ def expand(runs: Sequence[str]) -> dict[str, Path]:
             if "-" not in folder.name or not inside:  # a pipeline's evaluations are in its table
                 found[name] = folder
     return found
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    file = folder / "manifest.json"
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -154,7 +149,7 @@ def _facts(folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str,
     lines = ["<tr><th>run</th><th>stage</th><th>status</th><th>model</th><th>data</th><th>recipe</th><th>seed</th><th>steps</th>"]
     lines[0] += "<th>held-out accuracy</th><th>commit</th></tr>"
     for name, folder in folders.items():
-        manifest = _manifest(folder)
+        manifest = read_manifest(folder)
         config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else {}
         judged = [value for _, value in _series(rows[name], "eval/accuracy")]
         cells = [
