@@ -19,7 +19,7 @@ from grpo.types import Unreachable, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from grpo.config_model import Rope
+    from grpo.config_model import Model, Rope
 
 
 TINY = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe", "tiny-deepseek-v3", "micro-qwen2")
@@ -48,6 +48,12 @@ def resolve(path: str, revision: str | None, made_dir: Path, seed: int, *, weigh
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"model.path={path}: no such directory, and not a hub id (owner/name) nor one of {', '.join(TINY)}")
     return _from_hub(path, revision, weights)
+
+
+def locate(settings: Model, folder: Path, seed: int, *, weights: bool = True) -> Path:
+    """Returns the directory of the config's model, its context extended if so configured; what has to be made is made in `folder`."""
+    model_dir = resolve(settings.path, settings.revision, folder / "model", seed, weights=weights)
+    return extended(model_dir, settings.rope, folder / "model_extended")
 
 
 def extended(model_dir: Path, rope: Rope | None, target: Path) -> Path:

@@ -92,8 +92,7 @@ def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: b
 def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
     """Returns the model's directory, its tokenizer and its prompts. Raises UserError."""
     with quiet(run.path / "learner.log"):
-        model_dir = models.resolve(config.model.path, config.model.revision, run.path / "model", config.seed)
-        model_dir = models.extended(model_dir, config.model.rope, run.path / "model_extended")
+        model_dir = models.locate(config.model, run.path, config.seed)
         tokenizer = models.load_tokenizer(model_dir)
         return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
 

@@ -55,8 +55,7 @@ def doctor(config: Config, *, sample: bool = True, price: float | None = None) -
     with tempfile.TemporaryDirectory(prefix="grpo-doctor-") as scratch:
         tell(_versions())
         with quiet(Path(scratch) / "log"):
-            model_dir = models.resolve(config.model.path, config.model.revision, Path(scratch) / "model", config.seed)
-            model_dir = models.extended(model_dir, config.model.rope, Path(scratch) / "extended")
+            model_dir = models.locate(config.model, Path(scratch), config.seed)
             tokenizer = models.load_tokenizer(model_dir)
             prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
             weights = models.num_weights(model_dir)

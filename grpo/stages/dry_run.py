@@ -102,8 +102,7 @@ def _prompt(config: RunConfig, problems: Sequence[Sequence[Problem]]) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with quiet(Path(scratch) / "log"):
-                model_dir = models.resolve(config.model.path, config.model.revision, Path(scratch) / "model", config.seed, weights=False)
-                model_dir = models.extended(model_dir, config.model.rope, Path(scratch) / "extended")
+                model_dir = models.locate(config.model, Path(scratch), config.seed, weights=False)
                 tokenizer = models.load_tokenizer(model_dir)
                 prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
             models.check_context(model_dir, config.max_sequence_tokens)  # type: ignore[attr-defined]
