@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/presets.py [--seeds 3] [--presets grpo dapo] [--folder runs/presets]
 
-All runs of a seed start from one cold start. A run that is finished is not done again. SHARED: the same batch arithmetic for all, so that
+All runs of a seed start from one cold start; the distilled one's teacher is the end of grpo's. A run that is finished is not done again. SHARED: the same batch arithmetic for all, so that
 only the recipe differs; recipes with mini-batches of their own (16 in R1 and DAPO) would need larger rollouts.
 """
 
@@ -60,6 +60,7 @@ def main() -> None:
         found = []
         for seed, start in enumerate(starts):
             overrides = [f"model.path={start / 'final'}", f"seed={seed}", f"algorithm={{preset: {preset}}}", *SHARED]
+            overrides += [f"model.teacher={options.folder / f'grpo-{seed}' / 'final'}"] if preset == "on_policy_distill" else []
             found.append(outcome(run("train", "configs/tiny.yaml", options.folder / f"{preset}-{seed}", *overrides)))
         known = [result for result in found if result]
         accuracies = [accuracy for accuracy, _ in known]
