@@ -30,16 +30,35 @@ def token_weights(samples: Sequence[Sample], reduction: str, max_tokens: int) ->
 
 
 def micro_batches(
-    samples: Sequence[Sample], weights: Sequence[float], *, max_tokens: int, packed: bool = False, pad_id: int = 0
-) -> list[Batch]:
+    samples: Sequence[Sample], weights: Sequence[float], *, max_tokens: int, packed: bool = False, pad_id: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> list[Batch]:  # fmt: skip
     """Returns micro-batches of at most `max_tokens` tokens: padded ones, samples sorted by length so that few are padding; or, for a
-    packed stream (grpo/packing.py), a prompt's samples side by side, its tokens counted once."""
+    packed stream (grpo/packing.py), a prompt's samples side by side, its tokens counted once.
+
+    `share` (rank, ranks): only this rank's part of them, the long ones dealt out evenly; every rank gets as many, so that all meet in each
+    exchange: the last may be `idle`, of weight 0.
+    """
+    rank, ranks = share
+    parts = _partition(samples, max_tokens, packed)
+    if ranks > 1:
+        parts.sort(key=lambda part: -part[1])
+    rounds = -(-len(parts) // ranks)
+    own = [n * ranks + (rank if n % 2 == 0 else ranks - 1 - rank) for n in range(rounds)]
+    made = [_collate(parts[i][0], samples, weights, pad_id) for i in own if i < len(parts)]
+    if len(made) < rounds:
+        made.append(replace(_collate(parts[-1][0], samples, [0.0] * len(samples), pad_id), idle=True))
+    return made
+
+
+def _partition(samples: Sequence[Sample], max_tokens: int, packed: bool) -> list[tuple[list[int], int]]:
+    """Returns the micro-batches as places of samples, with their tokens."""
     longest: dict[tuple[int, ...], int] = {}
     prompts = [sample.token_ids[: sample.prompt_length] if packed else () for sample in samples]
     for prompt, sample in zip(prompts, samples, strict=True):
         longest[prompt] = max(longest.get(prompt, 0), sample.completion_length)
     order = sorted(range(len(samples)), key=lambda i: (-longest[prompts[i]], prompts[i], -len(samples[i].token_ids)))
-    batches, rows, cost = [], list[int](), 0
+    parts, rows, cost = list[tuple[list[int], int]](), list[int](), 0
     for i in order:
         if packed:
             shared = bool(rows) and prompts[rows[-1]] == prompts[i]
@@ -47,11 +66,11 @@ def micro_batches(
         else:
             after = (len(rows) + 1) * len(samples[rows[0] if rows else i].token_ids)
         if rows and after > max_tokens:
-            batches.append(_collate(rows, samples, weights, pad_id))
+            parts.append((rows, cost))
             rows, after = [], len(samples[i].token_ids)
         rows.append(i)
         cost = after
-    return [*batches, _collate(rows, samples, weights, pad_id)] if rows else batches
+    return [*parts, (rows, cost)] if rows else parts
 
 
 def _collate(rows: Sequence[int], samples: Sequence[Sample], weights: Sequence[float], pad_id: int) -> Batch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -21,13 +22,28 @@ from typing import Any
 
 import numpy as np
 
+from grpo import ranks
 from grpo.types import RunError, Sample, UserError
+
+
+def scratch_of(target: Path) -> Path:
+    """Returns the directory that `replace_directory` writes into."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def _by_rank_0(method: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(method)
+    def run(*arguments: Any, **named: Any) -> None:
+        if ranks.rank() == 0:
+            method(*arguments, **named)
+
+    return run
 
 
 @contextlib.contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
     """Yields an empty directory beside `target`; when the block ends it is flushed and renamed to it. On an error nothing changes."""
-    scratch = target.with_name(f".{target.name}.partial")
+    scratch = scratch_of(target)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
@@ -88,13 +104,24 @@ def read_update(folder: Path, step: int) -> list[Sample]:
 
 
 class RunDirectory:
-    """One run's files. Holds a lock on the directory for as long as the process lives."""
+    """One run's files. Holds a lock on the directory for as long as the process lives. Only rank 0 writes; the others see and read."""
 
     def __init__(self, path: str, *, resume: bool) -> None:
         """Raises UserError when there is a run already (and `resume` is not set), none to resume, or another process works on it."""
         self.path = Path(path)
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
         self.metrics, self.manifest = self.path / "metrics.jsonl", self.path / "manifest.json"
+        ranks.first("the run directory", lambda: self._open(path, resume) if ranks.rank() == 0 else self._see(path))
+
+    def _see(self, path: str) -> None:
+        if not self.samples.exists():
+            raise UserError(f"run_dir={path}: not seen by rank {ranks.rank()}: it has to be on a file system that all nodes share")
+
+    def log_file(self, name: str) -> Path:
+        """Returns where this rank's `name` writes what it has to say."""
+        return self.path / (f"{name}.log" if ranks.rank() == 0 else f"logs/{name}-{ranks.rank()}.log")
+
+    def _open(self, path: str, resume: bool) -> None:
         if self.manifest.exists() and not resume:
             raise UserError(f"run_dir={path}: there is a run in it: go on with --resume, or choose another run_dir")
         if resume and not self.manifest.exists():
@@ -117,12 +144,14 @@ class RunDirectory:
         """Returns how the run in a folder ended, None when there is none."""
         return read_manifest(folder).get("status")
 
+    @_by_rank_0
     def clear(self) -> None:
         """Forgets a run that never began."""
         self.manifest.unlink(missing_ok=True)
         for name in ("model", "warm_start"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
+    @_by_rank_0
     def update_manifest(self, **entries: Any) -> None:
         """Merges entries into manifest.json."""
         write_file(self.manifest, json.dumps(self.read_manifest() | entries, indent=2) + "\n")
@@ -130,6 +159,7 @@ class RunDirectory:
     def read_manifest(self) -> dict[str, Any]:
         return read_manifest(self.path)
 
+    @_by_rank_0
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Adds one object; a number that is not finite is written as null, which every JSON reader knows."""
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
@@ -139,9 +169,11 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.metrics)
 
+    @_by_rank_0
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
         write_file(self.samples / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
+    @_by_rank_0
     def write_update(self, step: int, samples: Sequence[Sample], keep: int) -> None:
         """Writes what a step's updates are made from, for `grpo replay`, and removes all but the last `keep` of these."""
         if not keep:
@@ -163,12 +195,14 @@ class RunDirectory:
 
     def cut(self, step: int) -> None:
         """Drops metrics and samples of work after a checkpoint, which will be done again: the same, on a CPU."""
-        kept = [row for row in self.read_metrics() if row["step"] <= step]
-        write_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-        for file in self.samples.glob("*-*.*"):
-            number = file.stem.rpartition("-")[2]
-            if number.isdecimal() and int(number) > step:
-                file.unlink()
+        if ranks.rank() == 0:
+            kept = [row for row in self.read_metrics() if row["step"] <= step]
+            write_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            for file in self.samples.glob("*-*.*"):
+                number = file.stem.rpartition("-")[2]
+                if number.isdecimal() and int(number) > step:
+                    file.unlink()
+        ranks.gather("the cut", None)
 
     def latest(self) -> Path | None:
         """Returns the checkpoint of the last step."""
@@ -177,18 +211,29 @@ class RunDirectory:
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
         """Writes checkpoint `step`: whatever `write(directory)` puts there, and `state` with a hash of every file.
 
-        Raises RunError when it cannot be written (a full disk); earlier checkpoints are whole then.
+        All ranks write into it together. Raises RunError when it cannot be written (a full disk); earlier checkpoints are whole then.
         """
         target = self.checkpoints / f"step-{step:06d}"
+        if ranks.rank() > 0:
+            ranks.gather("the checkpoint's directory", None)
+            write(scratch_of(target))
+            ranks.gather("the other ranks' parts of the checkpoint", None)
+            ranks.gather("the checkpoint's end", None)
+            return target
         try:
             with replace_directory(target) as scratch:
+                ranks.gather("the checkpoint's directory", None)
                 write(scratch)
+                ranks.gather("the other ranks' parts of the checkpoint", None)
                 hashes = {str(file.relative_to(scratch)): _hash(file) for file in sorted(scratch.rglob("*")) if file.is_file()}
                 (scratch / "state.json").write_text(json.dumps(state | {"step": step, "files": hashes}, indent=2))
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            if isinstance(error, RunError):
+                raise
             raise RunError(
                 f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the disk full? Last good: {self.latest()}"
             ) from error
+        ranks.gather("the checkpoint's end", None)
         return target
 
     def read_state(self, checkpoint: Path) -> dict[str, Any]:
@@ -204,11 +249,13 @@ class RunDirectory:
                 raise RunError(f"{checkpoint / name} is missing or damaged: remove {checkpoint} to resume from the one before it")
         return state
 
+    @_by_rank_0
     def keep(self, checkpoint: Path, name: str) -> None:
         """Keeps a checkpoint, whatever is pruned, as `kept/NAME`: linked, not copied."""
         with replace_directory(self.path / "kept" / name) as scratch:
             shutil.copytree(checkpoint, scratch, copy_function=os.link, dirs_exist_ok=True)
 
+    @_by_rank_0
     def prune(self, keep_last: int, keep_best: str | None) -> None:
         """Removes all checkpoints but the last ones and the one whose state has the highest metric `keep_best`."""
         found = sorted(self.checkpoints.glob("step-*"))

@@ -32,12 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")
     try:
         return _run(options)
-    except UserError as error:
-        print(f"grpo: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"grpo: {error}", file=sys.stderr)
-        return 1
+    except (UserError, RunError) as error:
+        _tell(error)
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("grpo: interrupted", file=sys.stderr)
         return 130
@@ -45,6 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         print(f"grpo: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def _tell(error: Exception) -> None:
+    """Prints an error once: by the rank that has it; one that all of a node's ranks have, by the first."""
+    from grpo import ranks
+
+    if not hasattr(error, "heard") and (ranks.count() == 1 or ranks.local_rank() == 0 or isinstance(error, RunError)):
+        print(f"grpo: {f'rank {ranks.rank()}: ' if ranks.rank() else ''}{error}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,7 +141,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         getattr(stage, options.command)(config, resume=options.resume)
     except Interrupted as error:
-        print(f"grpo: interrupted by {error}", file=sys.stderr)
+        if not hasattr(error, "heard"):
+            print(f"grpo: interrupted by {error}", file=sys.stderr)
         return 130
     return 0
 

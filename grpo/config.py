@@ -122,7 +122,8 @@ class Learner(Section):
     offload_optimizer: bool = False  # optimizer states in CPU memory (GPU runs, ZeRO 1-3)
     micro_batch_tokens: int = Field(8192, ge=1)  # tokens in one forward and backward pass, padding included
     logits_chunk_tokens: int = Field(512, ge=1)  # completion positions whose [chunk, vocabulary] logits exist at once
-    threads: int | None = Field(None, ge=1)  # CPU threads; default: all cores
+    threads: int | None = Field(None, ge=1)  # CPU threads; default: all cores, shared among a machine's ranks
+    timeout_s: float = Field(1800, gt=0)  # longest wait of one rank for another
 
 
 class Engine(Section):

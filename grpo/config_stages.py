@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from grpo import ranks
 from grpo.algorithm import Algorithm
 from grpo.config import Checkpoint, Config, Data, Eval, Learner, RunConfig, SampledConfig, Source, Train
 from grpo.config_file import Section
@@ -53,9 +54,9 @@ class SftConfig(RunConfig):
 
     @property
     def micro_batch(self) -> int:
-        """Solutions in one forward and backward pass: the largest divisor of the batch within `learner.micro_batch_tokens`."""
-        most = self.learner.micro_batch_tokens // self.sft.max_tokens
-        return max(n for n in range(1, self.sft.batch_size + 1) if self.sft.batch_size % n == 0 and n <= most)
+        """Solutions in one forward and backward pass: the largest divisor of a rank's batch within `learner.micro_batch_tokens`."""
+        most, own = self.learner.micro_batch_tokens // self.sft.max_tokens, self.sft.batch_size // ranks.count()
+        return max(n for n in range(1, own + 1) if own % n == 0 and n <= most)
 
 
 class Teacher(Section):

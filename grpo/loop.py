@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from grpo import ranks, roofline
 from grpo import rollout as rollouts
-from grpo import roofline
 from grpo.advantages import advantages, lengths, to_samples
 from grpo.batch import micro_batches, token_weights
 from grpo.checkpoint import RunDirectory
@@ -24,8 +24,8 @@ from grpo.plugins import RewardFunction
 from grpo.probe import Probe, sync
 from grpo.prompts import Chat, Prompts
 from grpo.selection import Selection
-from grpo.signals import Signals
-from grpo.types import Batch, Exhausted, Group, Problem, Sample, ScoredGroup
+from grpo.signals import Interrupted, Signals
+from grpo.types import Batch, Exhausted, Group, Problem, RunError, Sample, ScoredGroup
 from rewards import language
 from rewards._pool import Pool
 
@@ -96,7 +96,8 @@ class Loop:
         row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(fresh)}
         texts = [(scored.group.completions[0].text, scored.group.problem.question) for scored in fresh[:32]]
         row["completion/language"] = rollouts.mean([language.share(text, language.of(question)) for text, question in texts])
-        row |= {f"verifier/{name}": float(count) for name, count in self.pool.counts.items()}
+        for counts in ranks.gather("the verifiers' counts", dict(self.pool.counts)):
+            row |= {f"verifier/{name}": row.get(f"verifier/{name}", 0.0) + count for name, count in counts.items()}
         row |= {"group/sampled": float(len(fresh)), "group/used": float(len(used)), "group/carried": float(len(self.selection.carried))}
         if config.algorithm.advantage == "teacher":  # rewards are only measured: an undecided one leaves no completion out
             used = [replace(scored, rewards=tuple(reward or 0.0 for reward in scored.rewards)) for scored in used]
@@ -112,10 +113,11 @@ class Loop:
         self.rollout += 1
         self.selected = self.selection.state()
         row["update"] = self.learner.updates
+        failed: Exception | None = None
         try:
             with timer("sync"):
                 self.display.phase(self.rollout - 1, "sync")
-                self.engine.wake()
+                ranks.together("the engines' waking", self.engine.wake)
                 report = sync(self.engine, self.learner, version=self.rollout + 1)
             with timer("probe"):
                 row |= {"sync/seconds": report.seconds, "sync/bytes": report.num_bytes, "probe/gap": self.probe.check()}
@@ -123,11 +125,14 @@ class Loop:
             if self._due(config.eval.every):
                 with timer("eval"):
                     self.evaluate(row)
-        finally:
-            row |= timer.metrics() | self._bounds([scored.group for scored in fresh], int(row["update/made"]))
-            row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
-            row["idle/engine"], row["idle/learner"] = (1 - timer.seconds[part] / row["time/total_s"] for part in ("rollout", "update"))
-            self.record(row)
+        except (RunError, Interrupted) as error:  # of all ranks: what was measured is written down first
+            failed = error
+        row |= timer.metrics() | self._bounds([scored.group for scored in fresh], int(row["update/made"]))
+        row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
+        row["idle/engine"], row["idle/learner"] = (1 - timer.seconds[part] / row["time/total_s"] for part in ("rollout", "update"))
+        self.record(row)
+        if failed:
+            raise failed
         if self.idle and config.algorithm.max_idle and self.idle % config.algorithm.max_idle == 0:
             raise Exhausted(
                 f"{self.idle} rollouts in a row taught nothing: the completions of every group have equal rewards "
@@ -138,15 +143,20 @@ class Loop:
     def _sample(self, problems: list[Problem], number: int, timer: Timer) -> list[ScoredGroup]:
         """Returns scored groups of problems: sampling `number` of this rollout."""
         config = self.config
-        with timer("rollout"):
-            groups = rollouts.sample(
-                self.engine, self.prompts, problems, sampling_options(config, self.prompts, config.sampling.temperature),
-                group_size=config.train.group_size, run_seed=config.seed, rollout=f"{self.rollout}+{number}" if number else self.rollout,
-                on_progress=self._progress("rollout"),
-            )  # fmt: skip
-        with timer("rewards"):
-            self.display.phase(self.rollout, "rewards")
-            return rollouts.score(groups, self.rewards, self.prompts.for_rewards)
+        name = f"{self.rollout}+{number}" if number else self.rollout
+
+        def own(share: slice) -> list[ScoredGroup]:
+            with timer("rollout"):
+                groups = rollouts.sample(
+                    self.engine, self.prompts, problems, sampling_options(config, self.prompts, config.sampling.temperature),
+                    group_size=config.train.group_size, run_seed=config.seed, rollout=name,
+                    on_progress=self._progress("rollout"), share=share,
+                )  # fmt: skip
+            with timer("rewards"):
+                self.display.phase(self.rollout, "rewards")
+                return rollouts.score(groups, self.rewards, self.prompts.for_rewards)
+
+        return ranks.spread("the rollout of the other ranks", own)
 
     def _penalties(self, groups: list[ScoredGroup]) -> tuple[list[list[list[float]]] | None, dict[str, float]]:
         """Returns, with the KL in the reward or with a teacher, what each token of each completion costs, and its mean before the
@@ -163,7 +173,8 @@ class Loop:
         found: dict[int, list[float]] = {}
         for batch, (own, _), (ref, _) in scores:
             costs = _terms.kl(own, ref, estimator)
-            found |= {i: costs[place][batch.token_mask[place]].tolist() for place, i in enumerate(batch.index)}
+            found |= {} if batch.idle else {i: costs[place][batch.token_mask[place]].tolist() for place, i in enumerate(batch.index)}
+        found = {i: costs for part in ranks.gather("the penalties", found) for i, costs in part.items()}
         total = [cost for costs in found.values() for cost in costs]
         rows = iter(sorted(found.items()))
         penalties = [[[coefficient * cost for cost in next(rows)[1]] for _ in scored.rewards] for scored in groups]
@@ -171,6 +182,7 @@ class Loop:
 
     def _bounds(self, groups: list[Group], updates: int) -> dict[str, float]:
         least = roofline.bounds(self.machine, self.shape, groups, updates=updates, reference=self.config.algorithm.kl_coef > 0)
+        least |= {phase: least[phase] / ranks.count() for phase in ("rollout", "update")}
         return {f"bound/{phase}_s": seconds for phase, seconds in least.items()} | {"bound/total_s": sum(least.values())}
 
     def update(self, samples: list[Sample]) -> dict[str, float]:
@@ -180,6 +192,7 @@ class Loop:
         parts = minibatches(samples, config.train.updates_per_rollout, seed) if samples else []
         # Without a signal KL, entropy bonus and momentum are not to act alone: they would move a policy that learns nothing.
         parts = [part for part in parts if any(any(sample.advantages) for sample in part)]
+        ranks.together("the update", self.signals.check)
         batches = self._attach(parts)
         order = [n for epoch in range(config.train.epochs) for n in _order(len(batches), seed, epoch)]
         reports, before = [], self.learner.updates
@@ -200,7 +213,9 @@ class Loop:
     def _batches(self, samples: list[Sample]) -> list[Batch]:
         config = self.config
         weights = token_weights(samples, config.algorithm.reduction, config.sampling.max_tokens)
-        return micro_batches(samples, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed)
+        return micro_batches(
+            samples, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed, share=(ranks.rank(), ranks.count())
+        )
 
     def _attach(self, parts: list[list[Sample]]) -> list[list[Batch]]:
         """Returns the mini-batches with what the recipe needs before the first update: old and reference logprobs, the top entropies."""
@@ -210,10 +225,12 @@ class Loop:
         stale = [  # carried over: the weights that sampled it are gone
             [part[i].version != self.rollout + 1 for i in batch.index] for part, made in zip(parts, built, strict=True) for batch in made
         ]
-        if algorithm.top_entropy < 1 or (algorithm.old_logprobs == "learner" and (len(parts) * epochs > 1 or any(map(any, stale)))):
+        carried = any(sample.version != self.rollout + 1 for part in parts for sample in part)  # on any rank: they score together
+        if algorithm.top_entropy < 1 or (algorithm.old_logprobs == "learner" and (len(parts) * epochs > 1 or carried)):
             scores = self.learner.score(batches)
             if algorithm.top_entropy < 1:
-                every = torch.cat([entropies[batch.token_mask] for batch, (_, entropies) in zip(batches, scores, strict=True)])
+                own = [entropies[batch.token_mask] for batch, (_, entropies) in zip(batches, scores, strict=True) if not batch.idle]
+                every = torch.cat([entropies for part in ranks.gather("the entropies", own) for entropies in part])
                 least = every.sort(descending=True).values[max(0, round(algorithm.top_entropy * len(every)) - 1)]
                 kept = [batch.advantages * (entropies >= least) for batch, (_, entropies) in zip(batches, scores, strict=True)]
                 batches = [replace(batch, advantages=advantage) for batch, advantage in zip(batches, kept, strict=True)]
@@ -245,6 +262,7 @@ class Loop:
             self.display.say(f"held-out accuracy after {self.rollout} rollouts: {accuracy:.1%} of {len(self.held_out)} problems")
 
     def record(self, row: dict[str, Any]) -> None:
+        row = ranks.gather("the other ranks' row", row)[0]  # times differ, what is made of them must not
         self.latest = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         self.record_row(row)
         if "reward/mean" in row:
@@ -284,7 +302,7 @@ class Loop:
 
     def _update_progress(self, first: bool) -> Callable[[int, int], None]:
         def show(done: int, total: int) -> None:
-            if first:  # nothing of the rollout's updates is applied yet: it can be given up
+            if first and ranks.count() == 1:  # nothing of the rollout's updates is applied yet: it can be given up
                 self.signals.check()
             self.display.phase(self.rollout, "update", f"{done}/{total}")
 

@@ -6,14 +6,17 @@ weights shows too (scoring given tokens would skip the cache).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
+from grpo import ranks
 from grpo.batch import micro_batches
 from grpo.engines import Engine, Request, SamplingOptions, SyncReport
 from grpo.learners.deepspeed import Learner
-from grpo.types import RunError, Sample
+from grpo.types import Completion, RunError, Sample
 
 PROMPT_TOKENS = 96  # three KV blocks on a CPU: the first two are found in the cache
 MAX_GAP = {True: 1e-3, False: 0.2}  # in float32: 1e-6 measured; in bfloat16: 0.03-0.07 on SmolLM2-135M
@@ -32,8 +35,8 @@ class Probe:
         self.first_gap: float | None = None
 
     def gap(self) -> float:
-        """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens."""
-        completions = [row[0] for row in self._engine.generate(self._requests, self._options)]
+        """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens, of the rank with the largest."""
+        completions = ranks.together("the probe's samples", self._sampled)[ranks.rank()]
         samples = [
             Sample(
                 token_ids=request.prompt_ids + completion.token_ids,
@@ -46,7 +49,11 @@ class Probe:
         batches = micro_batches(samples, [0.0] * len(samples), max_tokens=self._micro_batch_tokens, packed=self._packed)
         scores = self._learner.score(batches)
         gaps = [(ours - batch.sampler_logprobs)[batch.token_mask] for (ours, _), batch in zip(scores, batches, strict=True)]
-        return float(torch.cat(gaps).abs().mean())
+        own = float(torch.cat(gaps).abs().mean())
+        return max(ranks.gather("the probe of the other ranks", own), key=lambda gap: math.inf if math.isnan(gap) else gap)
+
+    def _sampled(self) -> list[Completion]:
+        return [row[0] for row in self._engine.generate(self._requests, self._options)]
 
     def canary(self, version: int) -> float:
         """Sends visibly perturbed weights through the real sync and compares; the caller must send the true ones next. Raises RunError.
@@ -75,8 +82,9 @@ class Probe:
 
 
 def sync(engine: Engine, learner: Learner, version: int) -> SyncReport:
-    """Sends the learner's weights to the engine under a version, which it acknowledges."""
-    return engine.load_weights(learner.weights(), version)
+    """Sends the learner's weights to the engine under a version, which it acknowledges. All ranks together, each to its own engine."""
+    reports = ranks.together("the weight sync of the other ranks", lambda: engine.load_weights(learner.weights(), version))
+    return replace(reports[0], seconds=max(report.seconds for report in reports))
 
 
 def probe_prompts(ids: Iterable[tuple[int, ...]], count: int, max_tokens: int) -> list[tuple[int, ...]]:

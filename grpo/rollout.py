@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from grpo import ranks
 from grpo.advantages import has_signal
 from grpo.engines import Engine, Request, SamplingOptions
 from grpo.plugins import Prompt, RewardFunction
@@ -24,8 +25,10 @@ def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
 def sample(
     engine: Engine, prompts: Prompts, problems: Sequence[Problem], options: SamplingOptions,
     *, group_size: int, run_seed: int, rollout: int | str, on_progress: Callable[[int, int], None] | None = None,
+    share: slice = slice(None),
 ) -> list[Group]:  # fmt: skip
-    """Returns one group of `group_size` completions a problem, in order."""
+    """Returns one group of `group_size` completions a problem, in order; only of the problems at `share`, with the seeds that they have
+    among all."""
     ids = [prompts.ids(problem) for problem in problems]
     seen: dict[str, int] = {}
     requests = []
@@ -34,9 +37,9 @@ def sample(
         key = f"{problem.id}#{again}" if again else problem.id
         requests.append(Request(prompt_ids=prompt_ids, seed=seed_of(run_seed, rollout, key), n=group_size))
     engine.reset_cache()  # a resumed run and one that was never interrupted find the same, empty one
-    completions = engine.generate(requests, options, on_progress)
+    completions = engine.generate(requests[share], options, on_progress)
     groups = []
-    for problem, prompt_ids, group in zip(problems, ids, completions, strict=True):
+    for problem, prompt_ids, group in zip(problems[share], ids[share], completions, strict=True):
         assert len(group) == group_size, f"got {len(group)} completions for {problem.id}, asked for {group_size}"
         prefill = prompts.prefill(problem)
         whole = tuple(replace(completion, text=prefill + completion.text) for completion in group)
@@ -143,8 +146,14 @@ def evaluate(
     kept: list[dict[str, Any]] = []
     passes = {"eval/": (options, samples)} | ({"eval/greedy/": (replace(options, temperature=0.0), 1)} if options.temperature > 0 else {})
     for prefix, (chosen, size) in passes.items():
-        groups = sample(engine, prompts, problems, chosen, group_size=size, run_seed=run_seed, rollout=0, on_progress=on_progress)
-        scored = score(groups, rewards, prompts.for_rewards)
+
+        def judged(share: slice, chosen: SamplingOptions = chosen, size: int = size) -> list[ScoredGroup]:
+            groups = sample(
+                engine, prompts, problems, chosen, group_size=size, run_seed=run_seed, rollout=0, on_progress=on_progress, share=share
+            )
+            return score(groups, rewards, prompts.for_rewards)
+
+        scored = ranks.spread("the evaluation of the other ranks", judged)
         kept += [row | {"greedy": prefix == "eval/greedy/"} for row in sample_rows(scored)]
         found = describe(scored)
         wanted = {key: value for key, value in found.items() if key.startswith(("reward/", "completion/"))}

@@ -141,5 +141,6 @@ class Batch:
     advantages: Tensor
     sampler_logprobs: Tensor
     teacher_top: tuple[Tensor, Tensor] | None = None  # token ids and logprobs [N, k] of the teacher, for the N completion tokens in order
+    idle: bool = False  # a rank that has nothing to do in an exchange does this one's work, of weight 0
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None

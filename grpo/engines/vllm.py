@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from grpo import config as configs
+from grpo import ranks
 from grpo.engines import EngineError, Request, SamplingOptions, SyncReport
 from grpo.engines._weights import KEPT, SharedWeights
 from grpo.types import Completion, UserError
+
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
 class VllmEngine:
@@ -197,8 +200,12 @@ def _spawn(module: str, fds: list[int], log_file: Path) -> tuple[subprocess.Pope
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # the learner's process group is not the engine's
-        environment.pop(name, None)
+    for name in [name for name in environment if name in GROUP or name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))]:
+        del environment[name]  # the learner's process group is not the engine's
+    if ranks.count() > 1:  # beside this rank's learner: its GPU, its share of the cores
+        own = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+        environment["CUDA_VISIBLE_DEVICES"] = own[ranks.local_rank()] if own else str(ranks.local_rank())
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks.local_count()))
     command = [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())]
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
@@ -230,17 +237,17 @@ def _llm_arguments(model_dir: str, settings: configs.Engine, dtype: str, max_mod
     return arguments
 
 
-def check_memory(settings: configs.Engine, weight_bytes: int) -> None:
-    """Raises UserError when the engine cannot fit beside what runs already (CPU only; vLLM itself checks a GPU)."""
+def check_memory(settings: configs.Engine, weight_bytes: int, count: int = 1) -> None:
+    """Raises UserError when `count` engines cannot fit beside what runs already (CPU only; vLLM itself checks a GPU)."""
     import psutil
 
     if torch.cuda.is_available():
         return
-    needed = settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30  # weights, packed weights, shared copy; libraries
+    needed = count * (settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30)  # weights, packed weights, shared copy; libraries
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"the engine needs about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb:g} GB, three copies of the "
+            f"{count} engine(s) need about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb:g} GB, three copies of the "
             f"weights), {free / 2**30:.1f} GB are free: lower engine.kv_cache_gb or use a smaller model"
         )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import logging
 import math
 import os
-import socket
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,14 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from grpo import config as configs
-from grpo import lora, moe
+from grpo import lora, moe, ranks
 from grpo.batch import to_device
 from grpo.logprobs import Policy
 from grpo.losses._objective import Loss, objective
-from grpo.types import Batch, RunError, UserError
+from grpo.types import Batch, RunError
 
 if TYPE_CHECKING:
     from grpo.config_stages import DistillConfig, Soft
+
+
+MAX_LOST = 3  # updates in a row with a gradient that is not finite; each is skipped
+BUCKET = 2**28  # bytes of weights that ZeRO-3 makes whole at once for the engine
 
 
 class Learner:
@@ -35,7 +40,7 @@ class Learner:
         soft: Soft | None = None,
     ) -> None:  # fmt: skip
         """`model` has float32 weights. `reference`, for KL, is kept frozen in the forward pass's dtype; with `soft` it is the teacher."""
-        deepspeed = init_process_group()
+        deepspeed = join()
         settings = config.learner
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -70,6 +75,7 @@ class Learner:
         )
         self._policy: Policy = self._engine.module
         self.updates = 0
+        self._lost = 0  # updates in a row that were skipped
         self._reference_moved = False
         self._memory = FreedMemory()
 
@@ -91,113 +97,181 @@ class Learner:
         lr = learning_rate(self._settings, self.updates, self._total_updates)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        tokens = sum(int(batch.token_mask.sum()) for batch in batches)
-        sums: dict[str, float] = {}
+        sums: dict[str, float] = {"tokens": 0.0, "loss": 0.0}
         highest = 0.0
+        tokens = self._tokens(batches)
         for done, batch in enumerate(batches, start=1):
-            batch = to_device(batch, self.device)
-            logprobs, entropies = self._engine(batch)
-            per_token, report = objective(logprobs, entropies, batch, self._algorithm, self._loss)
-            if self._soft is not None and self._policy.divergences is not None:
-                per_token = per_token + self._soft.soft_weight * self._soft.temperature**2 * self._policy.divergences
-                report["policy/divergence"] = self._policy.divergences
-                if self._policy.hidden_errors is not None:
-                    per_token = per_token + self._soft.hidden_weight * self._policy.hidden_errors
-                    report["policy/hidden"] = self._policy.hidden_errors
-            loss = (batch.token_weights * per_token).sum()
-            if self._router_coef:
-                share = int(batch.token_mask.sum()) / tokens
-                loss = loss + self._router_coef * share * self._policy.balance_loss
-                report["router/balance"] = batch.token_mask * self._policy.balance_loss
-            self._engine.backward(loss, scale_wrt_gas=False)
-            mask = batch.token_mask
-            rho = report["_rho"] = report["_rho"].detach()
-            report["_rho_squared"] = rho.square()
-            for name, value in report.items():
-                sums[name] = sums.get(name, 0.0) + float((value.detach()[mask] if value.shape == mask.shape else value).sum())
-            sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
-            highest = max(highest, float(rho[mask].max()))
+            loss, report = self._loss_of(to_device(batch, self.device), tokens)
+            self._engine.backward(loss * ranks.count(), scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks
+            if not batch.idle:
+                sums["loss"] += float(loss.detach())
+                highest = max(highest, float(report["_rho"].max()))
+                for name, value in report.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.sum())
             if on_batch is not None:
                 on_batch(done, len(batches))
-        norm = self._gradient_norm() if self._settings.zero_stage == 0 else None  # DeepSpeed keeps none without ZeRO
-        self._engine.step()
+        found = ranks.gather("the update's metrics", (sums, highest))
+        sums = {name: sum(one.get(name, 0.0) for one, _ in found) for name in max((one for one, _ in found), key=len)}
+        norm, applied = self._step()
         self.updates += 1
-        norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
-        if not math.isfinite(norm) or not math.isfinite(sums["loss"]):
-            raise RunError(f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite; lower learner.lr")
         self._memory.after_update()
-        loss_value = sums.pop("loss")
-        effective = sums.pop("_rho") ** 2 / (sums.pop("_rho_squared") * tokens)  # PipelineRL 2509.19128: (sum w)^2 / (n sum w^2)
+        self._lost = 0 if applied else self._lost + 1
+        if self._lost == MAX_LOST or not math.isfinite(sums["loss"]):
+            raise RunError(
+                f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite; {self._lost} in a row were skipped. "
+                "The last checkpoint is good: go on from it with --resume and a lower learner.lr"
+            )
+        loss_value, rho, squared = sums.pop("loss"), sums.pop("_rho"), sums.pop("_rho_squared")
+        del sums["tokens"]
         return {name: value / tokens for name, value in sums.items()} | {
-            "loss": loss_value, "policy/grad_norm": norm, "policy/lr": lr, "mismatch/max_weight": highest,
-            "mismatch/effective": effective,
+            "loss": loss_value, "policy/grad_norm": norm, "policy/lr": lr, "mismatch/max_weight": max(most for _, most in found),
+            "mismatch/effective": rho**2 / (squared * tokens),  # PipelineRL 2509.19128: (sum w)^2 / (n sum w^2)
             "update/tokens": tokens, "update/micro_batches": len(batches), "update/seconds": time.monotonic() - start,
+            "update/not_finite": float(not applied),
         }  # fmt: skip
+
+    def _loss_of(self, batch: Batch, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns a micro-batch's part of the update's loss, and what is to be told of its completion tokens."""
+        logprobs, entropies = self._engine(batch)
+        per_token, report = objective(logprobs, entropies, batch, self._algorithm, self._loss)
+        if self._soft is not None and self._policy.divergences is not None:
+            per_token = per_token + self._soft.soft_weight * self._soft.temperature**2 * self._policy.divergences
+            report["policy/divergence"] = self._policy.divergences
+            if self._policy.hidden_errors is not None:
+                per_token = per_token + self._soft.hidden_weight * self._policy.hidden_errors
+                report["policy/hidden"] = self._policy.hidden_errors
+        loss = (batch.token_weights * per_token).sum()
+        mask = batch.token_mask
+        if self._router_coef:
+            share = 0.0 if batch.idle else int(mask.sum()) / tokens
+            loss = loss + self._router_coef * share * self._policy.balance_loss
+            report["router/balance"] = mask * self._policy.balance_loss
+        report["_rho_squared"] = report["_rho"].square()
+        return loss, {name: value.detach()[mask] if value.shape == mask.shape else value.detach() for name, value in report.items()}
+
+    def _tokens(self, batches: Sequence[Batch]) -> int:
+        """Returns the completion tokens of an update's micro-batches on all ranks."""
+        return sum(ranks.gather("the update's tokens", sum(int(batch.token_mask.sum()) for batch in batches if not batch.idle)))
+
+    def _step(self) -> tuple[float, bool]:
+        """Applies the gradient unless it is not finite; returns its norm before clipping, and whether it was applied."""
+        if self._settings.zero_stage == 0:  # DeepSpeed tells no norm without ZeRO, and looks at nothing
+            gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
+            for gradient in gradients if ranks.count() > 1 else ():
+                torch.distributed.all_reduce(gradient, torch.distributed.ReduceOp.SUM)
+                gradient /= ranks.count()  # DeepSpeed takes the mean again, of equal ones
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if math.isfinite(norm):
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
+            return norm, math.isfinite(norm)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields every weight whole, under its Hugging Face name, in the forward pass's dtype, buffers in their own; tied weights once,
-        adapters merged.
-
-        Copy a tensor before going on.
+        adapters merged. Copy a tensor before going on: ZeRO-3 makes a bucket at a time whole. All ranks go through them together.
         """
         adapted = lora.of(self._policy.model)
-        for name, parameter in self._policy.model.named_parameters():
-            if "lora_" in name:
-                continue
-            name = name.replace(".base_layer.", ".")
-            layer = adapted.get(name)
-            with self._whole(parameter, *(layer.parameters() if layer else ())):
-                weight = lora.merged(parameter.data, layer) if layer else parameter.data
-                yield from moe.hub_weights(self._policy.model, name, weight)
+        for bucket in self._buckets():
+            with self._whole(*(parameter for _, parameter in bucket)):
+                for name, parameter in bucket:
+                    layer = adapted.get(name)
+                    weight = lora.merged(parameter.data, layer) if layer else parameter.data
+                    yield from moe.hub_weights(self._policy.model, name, weight)
         kept = self._policy.model.state_dict().keys()
         yield from ((name, buffer) for name, buffer in self._policy.model.named_buffers() if name in kept)  # DeepSeek's router bias
 
+    def _buckets(self) -> list[list[tuple[str, nn.Parameter]]]:
+        """Returns the model's weights by name, adapters aside, in parts of about BUCKET bytes."""
+        buckets: list[list[tuple[str, nn.Parameter]]] = [[]]
+        held = 0
+        for name, parameter in self._policy.model.named_parameters():
+            if "lora_" not in name:
+                size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.itemsize
+                if held and held + size > BUCKET:
+                    buckets, held = [*buckets, []], 0
+                buckets[-1].append((name.replace(".base_layer.", "."), parameter))
+                held += size
+        return buckets
+
     @contextlib.contextmanager
     def perturbed(self, seed: int) -> Iterator[None]:
-        """Within it every weight is visibly different (scaled by about 20 % and noisy by 10 %), seeded; after it, bit for bit as before."""
-        kept: dict[str, Tensor] = {}
+        """Within it every weight is visibly different (scaled by about 20 % and noisy by 10 %), seeded; after it, bit for bit as before.
+
+        Under ZeRO-3 each rank does it with its own part of a weight, and keeps no more than that.
+        """
+        split = self._settings.zero_stage == 3
+        kept: list[tuple[Tensor, Tensor]] = []
+        self._engine.empty_partition_cache()  # what ZeRO-3 still holds whole would not follow its parts
         try:
             with torch.no_grad():
-                for i, (name, parameter) in enumerate(self._policy.model.named_parameters()):
-                    with self._whole(parameter, write=True):
-                        kept[name] = parameter.data.clone()
-                        parameter.data.copy_(_perturb(parameter.data, seed + i))
+                for i, parameter in enumerate(self._policy.model.parameters()):
+                    held = parameter.ds_tensor if split else parameter.data
+                    kept.append((held, held.clone()))
+                    held.copy_(_perturb(held, seed + i + (100_000 * ranks.rank() if split else 0)))
             yield
         finally:
+            self._engine.empty_partition_cache()
             with torch.no_grad():
-                for name, parameter in self._policy.model.named_parameters():
-                    if name in kept:
-                        with self._whole(parameter, write=True):
-                            parameter.data.copy_(kept[name])
+                for held, before in kept:
+                    held.copy_(before)
 
-    def _gradient_norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self._policy.parameters() if p.grad is not None]))
-
-    def _whole(self, *parameters: nn.Parameter, write: bool = False) -> Any:
+    def _whole(self, *parameters: nn.Parameter) -> Any:
         """ZeRO-3 keeps parts of a parameter on each rank; within this context they are whole."""
         if self._settings.zero_stage < 3:
             return contextlib.nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
+        return deepspeed.zero.GatheredParameters(list(parameters))
 
     def save(self, directory: Path) -> None:
         """Writes weights, optimizer state and the update counter; the reference too, once it is not the start model."""
         self._engine.save_checkpoint(str(directory), tag="learner", client_state={"updates": self.updates}, save_latest=False)
-        if self._reference_moved and self._reference is not None:
+        if self._reference_moved and self._reference is not None and ranks.rank() == 0:
             torch.save(self._reference.model.state_dict(), directory / "reference.pt")
 
     def save_adapter(self, directory: Path) -> None:
         lora.save(self._policy.model, directory)
 
     def load(self, directory: Path) -> None:
-        path, state = self._engine.load_checkpoint(str(directory), tag="learner")
+        """Loads what `save` wrote on as many ranks, or on another number of them. Raises RunError."""
+        parts = len(list((directory / "learner").glob("*zero_pp_rank_*_optim_states.pt")))  # none without ZeRO: whole
+        if parts in (0, ranks.count()):
+            path, state = self._engine.load_checkpoint(str(directory), tag="learner")
+        else:
+            path, state = self._load_universal(directory)
         if path is None:
             raise RunError(f"{directory}: DeepSpeed found no checkpoint to load")
         self.updates = state["updates"]
         if (directory / "reference.pt").exists() and self._reference is not None:
             self._reference.model.load_state_dict(torch.load(directory / "reference.pt", map_location=self.device))
             self._reference_moved = True
+
+    def _load_universal(self, directory: Path) -> tuple[Any, Any]:
+        """Loads a checkpoint of another number of ranks: DeepSpeed's universal form of it, made beside it and removed again."""
+        from deepspeed.checkpoint import ds_to_universal
+
+        whole = directory.with_name(f".{directory.name}.universal.partial")
+        few = argparse.Namespace(num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
+        few.input_folder, few.output_folder = str(directory / "learner"), str(whole / "learner")
+        ranks.first("the universal checkpoint", lambda: ds_to_universal.main(few) if ranks.rank() == 0 else None)
+        self._engine._config.load_universal_checkpoint = True
+        groups = self._engine.optimizer.param_groups
+        decays = [group["weight_decay"] for group in groups]
+        try:
+            found = self._engine.load_checkpoint(str(whole), tag="learner")
+            for group, decay in zip(groups, decays, strict=True):  # under ZeRO-3 all get the first one's ...
+                group["weight_decay"] = decay
+            for state in getattr(self._engine.optimizer, "optimizer", self._engine.optimizer).state.values():
+                state |= {"step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else {}  # ... and share one counter
+            return found
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+            ranks.gather("the loaded checkpoint", None)
+            if ranks.rank() == 0:
+                shutil.rmtree(whole, ignore_errors=True)
 
     @torch.no_grad()
     def reset_reference(self, *, optimizer: bool) -> None:
@@ -286,18 +360,10 @@ class FreedMemory:
                 self._libc.malloc_trim(0)
 
 
-def init_process_group() -> Any:
-    """Joins the process group, a group of one without a launcher; returns DeepSpeed, with its chatter off."""
+def join() -> Any:
+    """Joins the process group; returns DeepSpeed, with its chatter off."""
     deepspeed = _quiet_deepspeed()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the learner runs on one rank only so far")
-    if torch.distributed.is_initialized():
-        return deepspeed
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
-        os.environ.setdefault(name, value)
+    ranks.join()
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
     return deepspeed
 

@@ -15,9 +15,9 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from grpo import lora, packing
+from grpo import lora, packing, ranks
 from grpo.config_stages import SftConfig
-from grpo.learners.deepspeed import FreedMemory, deepspeed_config, init_process_group, learning_rate
+from grpo.learners.deepspeed import FreedMemory, deepspeed_config, join, learning_rate
 
 METRICS = {
     "loss": "loss", "grad_norm": "policy/grad_norm", "entropy": "policy/entropy", "mean_token_accuracy": "policy/token_accuracy",
@@ -33,7 +33,7 @@ class SupervisedTrainer(SFTTrainer):
         scratch: Path,
     ) -> None:  # fmt: skip
         """`on_update(metrics)`; `save(update, write)`, where `write(directory)` writes; `stop()`: save after this update and end."""
-        init_process_group()
+        join()
         self._memory = FreedMemory()
         self._config, self._on_update, self._keep, self._ended = config, on_update, save, stop
         self._clock = time.monotonic()
@@ -42,7 +42,7 @@ class SupervisedTrainer(SFTTrainer):
         arguments = SFTConfig(
             output_dir=str(scratch), use_cpu=not cuda, bf16=config.model.dtype == "bfloat16", seed=config.seed,
             max_steps=config.sft.updates,
-            per_device_train_batch_size=micro, gradient_accumulation_steps=config.sft.batch_size // micro,
+            per_device_train_batch_size=micro, gradient_accumulation_steps=config.sft.batch_size // micro // ranks.count(),
             optim="adamw_torch_fused", learning_rate=settings.lr, weight_decay=settings.weight_decay, adam_beta1=settings.betas[0],
             adam_beta2=settings.betas[1], adam_epsilon=settings.eps, max_grad_norm=settings.max_grad_norm, max_length=None,
             gradient_checkpointing=config.model.gradient_checkpointing, logging_steps=1, save_strategy="no", report_to=[],
@@ -112,5 +112,5 @@ def _trainer_config(config: SftConfig, cuda: bool) -> dict[str, Any]:
     made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return made | {
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": config.sft.batch_size // config.micro_batch,
+        "gradient_accumulation_steps": config.sft.batch_size // config.micro_batch // ranks.count(),
     }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from grpo import config as configs
-from grpo import models, plugins, rollout
+from grpo import models, plugins, ranks, rollout
 from grpo.checkpoint import RunDirectory, write_file
 from grpo.config import RunConfig, SampledConfig
 from grpo.config_stages import EvalConfig, Teacher
@@ -65,17 +65,24 @@ def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: b
 
     Raises UserError when the directory holds a run (or none, or another one, with `resume`).
     """
+    if ranks.count() > 1:
+        if name not in ("train", "sft", "distill"):
+            raise UserError(f"grpo {name} is one process, whatever engines it asks: start it without torchrun or srun's tasks")
+        ranks.join(config.learner.timeout_s)
     run = RunDirectory(config.run_dir, resume=resume)
     if resume:
         check_same(run.path, config)
-    display = Display(config.logging.progress, total, unit)
+    leads = ranks.rank() == 0
+    display = Display(config.logging.progress if leads else "off", total, unit)
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         run_id = run.read_manifest().get("id") or secrets.token_hex(4)
-        trackers = stack.enter_context(Trackers(config.logging, run.path, run_id, config.model_dump(mode="json")))
+        logging = config.logging if leads else config.logging.model_copy(update={"trackers": []})
+        trackers = stack.enter_context(Trackers(logging, run.path, run_id, config.model_dump(mode="json")))
         signals = Signals()
         stack.callback(signals.restore)
-        write_file(run.path / "config.yaml", configs.dump(config))
+        if leads:
+            write_file(run.path / "config.yaml", configs.dump(config))
         run.update_manifest(id=run_id, stage=name, status="running", seed=config.seed, started=_now(), **_provenance())
         try:
             yield Stage(run=run, display=display, trackers=trackers, signals=signals, stack=stack)
@@ -86,13 +93,14 @@ def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: b
         except BaseException as error:
             run.update_manifest(status=f"stopped: {type(error).__name__}", ended=_now())
             raise
+        ranks.gather("the end", None)
         run.update_manifest(status="finished", ended=_now(), **({"final": "final"} if (run.path / "final").exists() else {}))
 
 
 def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
     """Returns the model's directory, its tokenizer and its prompts. Raises UserError."""
-    with quiet(run.path / "learner.log"):
-        model_dir = models.locate(config.model, run.path, config.seed)
+    with quiet(run.log_file("learner")):
+        model_dir = ranks.first("the model", lambda: models.locate(config.model, run.path, config.seed))
         tokenizer = models.load_tokenizer(model_dir)
         return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
 
@@ -127,12 +135,15 @@ def judges(config: SampledConfig) -> tuple[Pool, dict[str, tuple[plugins.RewardF
 
 def write_final(stage: Stage, config: RunConfig, model_dir: Path, tokenizer: Any, learner: Any) -> None:
     """Writes what was learned: `final/`, and `adapter/` where there are adapters. `learner` has weights() and save_adapter()."""
-    with quiet(stage.run.path / "learner.log"):
+    with quiet(stage.run.log_file("learner")):
         tokenizer.chat_template = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir)).saved_template()
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights()}
-        models.save_final(stage.run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
-        if config.model.lora:
-            learner.save_adapter(stage.run.path / "adapter")
+        leads = ranks.rank() == 0
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights() if leads}
+        if leads:
+            models.save_final(stage.run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
+            if config.model.lora:
+                learner.save_adapter(stage.run.path / "adapter")
+        ranks.gather("the finished model", None)
     stage.display.say(f"finished: {stage.run.path / 'final'}")
 
 
@@ -144,11 +155,11 @@ def start_engine(
     from grpo.engines import vllm
 
     dtype = config.engine.dtype or config.model.dtype
-    vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4))
+    vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4), ranks.local_count())
     stage.display.phase(0, "starting the engine")
     engine = vllm.VllmEngine(
         model_dir=str(model_dir), settings=config.engine, dtype=dtype,
-        max_model_len=max_model_len or config.max_sequence_tokens, log_file=stage.run.path / "engine.log", on_wait=stage.signals.check,
+        max_model_len=max_model_len or config.max_sequence_tokens, log_file=stage.run.log_file("engine"), on_wait=stage.signals.check,
         load_weights=load_weights, float32_head=config.model.float32_head, max_logprobs=max_logprobs,
     )  # fmt: skip
     stage.stack.callback(engine.close)

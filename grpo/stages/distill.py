@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo import lora, models, plugins
+from grpo import lora, models, plugins, ranks
 from grpo.batch import micro_batches, token_weights
 from grpo.checkpoint import RunDirectory
 from grpo.config import Config
@@ -89,18 +89,18 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
     models.check_context(model_dir, soft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
     texts = samples(stream.take(0, soft.updates * soft.batch_size), prompts, soft.max_tokens, soft.hard_weight)
-    with quiet(run.path / "learner.log"):
+    with quiet(run.log_file("learner")):
         teacher_dir = find_teacher(config, run, tokenizer, soft.max_tokens)
     top = TopLogprobs(run.path / "teacher_top", texts) if soft.teacher_topk else None
     if top:
         top.fill(config, stage, teacher_dir)
-    with quiet(run.path / "learner.log"):
+    with quiet(run.log_file("learner")):
         teacher = None if top else models.load_model(teacher_dir, config.model.attention)
         learner = Learner(lora.load_policy(config, model_dir, config.model.attention), config, loss, teacher, soft)
     checkpoint = run.latest() if resume else None
     if checkpoint:
         run.read_state(checkpoint)
-        with quiet(run.path / "learner.log"):
+        with quiet(run.log_file("learner")):
             learner.load(checkpoint)
     if resume:
         run.cut(learner.updates if checkpoint else -1)
@@ -117,11 +117,14 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         timer = Timer()
         part = texts[learner.updates * soft.batch_size : (learner.updates + 1) * soft.batch_size]
         weights = token_weights(part, "token", soft.max_tokens)
-        batches = micro_batches(part, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed)
+        batches = micro_batches(
+            part, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed, share=(ranks.rank(), ranks.count())
+        )
         batches = [replace(batch, teacher_top=top.of(batch)) for batch in batches] if top else batches
         try:
             with timer("update"):
-                row = learner.update(batches, lambda *_: stage.signals.check())
+                ranks.together("the update", stage.signals.check)
+                row = learner.update(batches, lambda *_: stage.signals.check() if ranks.count() == 1 else None)
         except Interrupted:
             save()
             display.say(f"stopped after update {learner.updates}, saved; go on with --resume")

@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo import models
+from grpo import models, ranks
 from grpo.config_stages import SftConfig
 from grpo.metrics import quiet
 from grpo.prompts import Prompts
 from grpo.signals import Interrupted
 from grpo.stages._run import Stage, load_problems, mixture, open_stage, prepare, worked, write_final
-from grpo.types import Problem
+from grpo.types import Problem, UserError
 
 
 def sft(config: SftConfig, *, resume: bool) -> None:
     """Trains on `sft.updates x sft.batch_size` solutions and writes `final/`. Raises UserError, RunError, Interrupted (saved)."""
+    if config.sft.batch_size % ranks.count():
+        raise UserError(f"sft.batch_size={config.sft.batch_size} cannot be split evenly over {ranks.count()} ranks")
     problems = load_problems(config.data, "train", config.seed)
     with open_stage(config, "sft", total=config.sft.updates, unit="update", resume=resume) as stage:
         _run(config, stage, problems, resume=resume)
@@ -39,10 +41,11 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
     if resume:
         run.cut(done if checkpoint else -1)
         display.say(f"resumed after update {done}" if checkpoint else "no checkpoint yet: starting again")
-    with quiet(run.path / "learner.log"):
+    with quiet(run.log_file("learner")):
         from grpo.learners.sft import SupervisedTrainer
 
         latest: dict[str, Any] = {}
+        stopped: list[str] = []  # by which signal, whichever rank has got it
         accuracies = deque((row["policy/token_accuracy"] for row in run.read_metrics()), maxlen=10)
 
         def on_update(row: dict[str, Any]) -> None:
@@ -59,7 +62,8 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
 
         def stop() -> bool:
             enough = config.sft.stop_at is not None and len(accuracies) == 10 and sum(accuracies) / 10 >= config.sft.stop_at
-            return enough or bool(stage.signals.got)
+            stopped[:] = [signal for signal in ranks.gather("the update", stage.signals.got) if signal]
+            return enough or bool(stopped)
 
         trainer = SupervisedTrainer(
             config, model_dir, tokenizer, rows(chosen, prompts, config.sft.max_tokens), on_update=on_update, save=save,
@@ -67,9 +71,9 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
         )  # fmt: skip
         display.begin(done)
         trainer.train(resume_from_checkpoint=str(checkpoint / f"checkpoint-{done}") if checkpoint else None)
-        if stage.signals.got:
+        if stopped:
             display.say(f"stopped after update {trainer.state.global_step}, saved; go on with --resume")
-            raise Interrupted(stage.signals.got)
+            raise Interrupted(stopped[0])
     write_final(stage, config, model_dir, tokenizer, trainer)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import config as configs
-from grpo import lora, models, plugins, roofline
+from grpo import lora, models, plugins, ranks, roofline
 from grpo.algorithm import describe
 from grpo.config import Config
 from grpo.config_stages import SftConfig
@@ -57,7 +57,7 @@ def _run(
     num_weights = models.num_weights(model_dir)
     machine, shape = roofline.measure(config.model.dtype), roofline.shape(model_dir, num_weights, config.model.dtype)
     engine = start_engine(config, stage, model_dir, num_weights)
-    with quiet(run.path / "learner.log"):
+    with quiet(run.log_file("learner")):
         model = lora.load_policy(config, model_dir, config.model.attention)
         reference = _reference(config, run, model_dir, tokenizer)
         learner = Learner(model, config, loss, reference)
@@ -78,7 +78,7 @@ def _run(
     checkpoint = run.latest() if resume else None
     if checkpoint:
         state = run.read_state(checkpoint)
-        with quiet(run.path / "learner.log"):
+        with quiet(run.log_file("learner")):
             learner.load(checkpoint)
         loop.rollout = loop.saved = state["step"]
         probe.first_gap, loop.latest, loop.idle = state["first_gap"], state["metrics"], state["idle"]
@@ -126,7 +126,7 @@ def _warm_started(config: SftConfig, stage: Stage) -> str:
     from grpo.stages.sft import sft
 
     target = Path(config.run_dir)
-    if not (target / "final").exists():
+    if not ranks.gather("the warm start", (target / "final").exists())[0]:
         stage.display.say(f"warm start: {config.sft.updates} supervised updates of {config.sft.batch_size} solutions")
         sft(config, resume=(target / "manifest.json").exists())
     return str(target / "final")

@@ -1,0 +1,116 @@
+"""The learner's ranks: who this process is, values from all to all, and work that is shared out.
+
+One process alone is a group of one and needs no torch here. What a rollout samples is on all ranks (`spread`), so every decision about
+it is made alike everywhere; weights, gradients and optimizer states are DeepSpeed's to share. Only rank 0 writes the run directory.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from grpo.signals import Interrupted
+from grpo.types import RunError, UserError
+
+T = TypeVar("T")
+_objects: Any = None  # gloo: Python values go over the CPU, whatever the gradients go over
+_limit = timedelta(minutes=30)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_count() -> int:
+    """Returns how many ranks share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
+
+
+def join(limit_s: float = 1800.0) -> None:
+    """Joins the process group, a group of one without a launcher. `limit_s`: the longest wait for another rank. Raises RunError."""
+    global _objects, _limit
+    import torch
+
+    if torch.distributed.is_initialized():
+        return
+    _limit = timedelta(seconds=limit_s)
+    if count() == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={local_rank()}, but this machine shows {torch.cuda.device_count()} GPUs: start one rank a GPU")
+        torch.cuda.set_device(local_rank())
+    elif "OMP_NUM_THREADS" not in os.environ or count() > 1:  # torchrun sets 1
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_count()))
+    try:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=_limit)
+        _objects = torch.distributed.new_group(backend="gloo", timeout=_limit) if count() > 1 else None
+    except (RuntimeError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        raise RunError(f"rank {rank()} of {count()}: no process group at {os.environ.get('MASTER_ADDR')}: {told}") from None
+
+
+def gather(what: str, value: T) -> list[T]:
+    """Returns every rank's value, in order. Raises RunError naming `what` it waited for and the ranks that did not come."""
+    if count() == 1:
+        return [value]
+    import torch
+
+    found: list[Any] = [None] * count()
+    try:
+        torch.distributed.monitored_barrier(_objects, timeout=_limit, wait_all_ranks=True)
+        torch.distributed.all_gather_object(found, value, group=_objects)
+    except RuntimeError as error:
+        raise RunError(f"rank {rank()}: another rank is lost, or did not come within {_limit}: waited for {what} ({error})") from None
+    return found
+
+
+def together(what: str, work: Callable[[], T]) -> list[T]:
+    """Returns what every rank's work returned. An exception of one rank is raised on all; the one that had it tells it (`heard`)."""
+    result, failed = None, None
+    try:
+        result = work()
+    except Exception as error:
+        if count() == 1:
+            raise
+        failed = error
+    known = failed is None or isinstance(failed, (UserError, RunError, Interrupted))
+    results = gather(what, (result, failed if known else RunError(f"{type(failed).__name__}: {failed}")))
+    if failed is not None:
+        raise failed
+    for number, (_, theirs) in enumerate(results):
+        if theirs is not None:
+            theirs.heard = number  # type: ignore[attr-defined]
+            raise theirs
+    return [result for result, _ in results]  # type: ignore[misc] # only a failure leaves None
+
+
+def spread(what: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
+    """Returns the whole of a list of which each rank makes its share: `work(share)` returns the items at `share` of the whole."""
+    parts = together(what, lambda: list(work(slice(rank(), None, count()))))
+    total = sum(map(len, parts))
+    return [parts[i % count()][i // count()] for i in range(total)]
+
+
+def first(what: str, work: Callable[[], T]) -> T:
+    """Rank 0 does the work before the others do it, which then find what it made (a download, a directory)."""
+    made: list[T] = []
+    together(what, lambda: made.append(work()) if rank() == 0 else None)
+    return made[0] if made else work()
