@@ -147,11 +147,20 @@ def test_an_interrupt_between_micro_batches_changes_nothing(tiny, tmp_path):
     assert all(torch.equal(before[name], weight) for name, weight in learner.weights())
 
 
-def test_an_update_that_is_not_finite_stops_the_run(tiny, tmp_path):
-    learner = Learner(models.load_model(tiny(), "eager"), tiny_config(tmp_path, tiny()), loss)
-    bad = [Sample(token_ids=(7, 8, 9), prompt_length=1, advantages=(float("nan"),) * 2)]
-    with pytest.raises(RunError, match="not finite"):
-        learner.update(batches(bad, 100))
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+def test_an_update_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_the_run(tiny, tmp_path, stage, dtype):
+    config = tiny_config(tmp_path, tiny(), model={"dtype": dtype}, learner={"zero_stage": stage})
+    learner = Learner(models.load_model(tiny(), "eager"), config, loss)
+    learner.update(batches(samples(), 1000))
+    before = {name: weight.clone() for name, weight in learner.weights()}
+    bad = batches([Sample(token_ids=(7, 8, 9), prompt_length=1, advantages=(float("nan"),) * 2)], 100)
+    assert learner.update(bad)["update/not_finite"] == 1 and learner.update(bad)["update/not_finite"] == 1
+    assert all(torch.equal(before[name], weight) for name, weight in learner.weights())
+    assert learner.update(batches(samples(), 1000))["update/not_finite"] == 0  # and what comes next is learned from
+    assert any(not torch.equal(before[name], weight) and weight.isfinite().all() for name, weight in learner.weights())
+    learner.update(bad), learner.update(bad)
+    with pytest.raises(RunError, match="not finite, 3 times in a row"):
+        learner.update(bad)
 
 
 def test_metrics_are_means_over_completion_tokens_whatever_the_split(tiny, tmp_path):

@@ -19,12 +19,14 @@ def write_config(path: Path, config: configs.Config) -> str:
     return str(path)
 
 
-def start(*arguments, command="train", **options) -> subprocess.Popen:
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a learner in the tests' own process
-    environment = {name: value for name, value in os.environ.items() if name not in ranks}
+def start(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
+    """Starts `grpo COMMAND ...`, with `ranks` above 1 under torchrun."""
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a learner in the tests' own process
+    environment = {name: value for name, value in os.environ.items() if name not in own}
     environment |= {"PYTHONPATH": str(Path(__file__).parent)}  # where digits.py lies
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, "-m", "grpo", command, *arguments], stderr=subprocess.PIPE, text=True, env=environment, **options
+        [sys.executable, *launcher, "-m", "grpo", command, *arguments], stderr=subprocess.PIPE, text=True, env=environment, **options
     )
 
 

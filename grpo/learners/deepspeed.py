@@ -115,10 +115,10 @@ class Learner:
         norm, applied = self._step()
         self.updates += 1
         self._memory.after_update()
-        self._lost = 0 if applied else self._lost + 1
-        if self._lost == MAX_LOST or not math.isfinite(sums["loss"]):
+        self._lost = 0 if applied and math.isfinite(sums["loss"]) else self._lost + 1
+        if self._lost == MAX_LOST:
             raise RunError(
-                f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite; {self._lost} in a row were skipped. "
+                f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite, {MAX_LOST} times in a row; each was skipped. "
                 "The last checkpoint is good: go on from it with --resume and a lower learner.lr"
             )
         loss_value, rho, squared = sums.pop("loss"), sums.pop("_rho"), sums.pop("_rho_squared")

@@ -2,8 +2,9 @@
 
     .venv/bin/python tests/benchmarks/presets.py [--seeds 3] [--presets grpo dapo] [--folder runs/presets]
 
-All runs of a seed start from one cold start; the distilled one's teacher is the end of grpo's. A run that is finished is not done again. SHARED: the same batch arithmetic for all, so that
-only the recipe differs; recipes with mini-batches of their own (16 in R1 and DAPO) would need larger rollouts.
+All runs of a seed start from one cold start; the distilled one's teacher is the end of grpo's. A run that is finished is not done again.
+SHARED: the same batch arithmetic for all, so that only the recipe differs; recipes with mini-batches of their own (16 in R1 and DAPO)
+would need larger rollouts.
 """
 
 from __future__ import annotations

@@ -1,0 +1,73 @@
+"""What each rank of a test's learner does: `python ranks_worker.py MODEL FOLDER`, alone or under torchrun. Rank 0 writes what came out."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from conftest import tiny_config
+from test_learner import COMBINATIONS, samples
+
+from grpo import models, ranks
+from grpo.batch import micro_batches, token_weights
+from grpo.learners.deepspeed import Learner
+from grpo.losses.grpo import loss
+
+UPDATES = 4
+
+
+def batches(seed):
+    rows = samples(seed, count=7)
+    return micro_batches(rows, token_weights(rows, "sequence", 20), max_tokens=60, share=(ranks.rank(), ranks.count()))
+
+
+def learner(model, folder, stage, dtype):
+    config = tiny_config(folder, model, model={"dtype": dtype}, learner={"zero_stage": stage, "weight_decay": 0.1, "max_grad_norm": 0.5})
+    return Learner(models.load_model(model, "eager"), config, loss)
+
+
+def weights(learner):
+    return {name: weight.float().clone() for name, weight in learner.weights()}
+
+
+def goes_on(learner, first, last):
+    rows = [learner.update(batches(seed)) for seed in range(first, last)]
+    return [{key: row[key] for key in ("loss", "policy/grad_norm", "policy/entropy", "update/tokens")} for row in rows]
+
+
+def main(model, folder):
+    """Trains by every ZeRO stage, half way from a fresh start and from there on; then from the other world's checkpoints, if they are
+    there; perturbs and restores."""
+    ranks.join(60)
+    found = {}
+    for stage, dtype in COMBINATIONS:
+        name = f"{stage}-{dtype}"
+        one = learner(model, folder, stage, dtype)
+        rows = goes_on(one, 0, UPDATES // 2)
+        ranks.first("the folder", lambda name=name: (folder / name).mkdir(parents=True, exist_ok=True))
+        one.save(folder / name)
+        rows += goes_on(one, UPDATES // 2, UPDATES)
+        before = weights(one)
+        with one.perturbed(5):
+            one.score(batches(0))
+            moved = weights(one)
+        after = weights(one)
+        found[name] = {
+            "rows": rows, "perturbed": all((moved[n] != before[n]).any().item() for n in before),
+            "restored": all(torch.equal(after[n], before[n]) for n in before),
+        }  # fmt: skip
+        if ranks.rank() == 0:
+            torch.save(before, folder / f"{name}.pt")
+        other = folder.parent / ("two" if ranks.count() == 1 else "one") / name
+        if other.exists():
+            two = learner(model, folder, stage, dtype)
+            two.load(other)
+            found[name]["resumed"] = goes_on(two, UPDATES // 2, UPDATES)
+            left = [path.name for path in other.parent.iterdir() if "universal" in path.name]
+            assert not left, left
+    if ranks.rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,183 @@
+"""Several ranks on one machine, over gloo: the same updates as one rank, checkpoints for any number, and no rank left waiting."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from test_learner import COMBINATIONS, samples
+from whole_runs import SECTIONS, rows, run, start, wait_for, write_config
+
+from grpo import ranks
+from grpo.batch import micro_batches, token_weights
+from grpo.types import RunError
+
+pytestmark = pytest.mark.engine
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def alone():
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in own} | {"PYTHONPATH": str(HERE)}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """Returns what one rank and what two have come to; the second ran, and the first again, beside the other's checkpoints."""
+    folder, model = tmp_path_factory.mktemp("ranks"), str(tiny())
+    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN), ("one", [sys.executable])):
+        (folder / name).mkdir(exist_ok=True)
+        command = [*launcher, str(HERE / "ranks_worker.py"), model, str(folder / name)]
+        done = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {name: json.loads((folder / name / "found.json").read_text()) for name in ("one", "two")}, folder
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+def test_two_ranks_make_the_updates_of_one(trained, stage, dtype):
+    """In float32 to 1e-5; in bfloat16 gradients are summed in another order, to 8 bits."""
+    found, folder = trained
+    name, rel = f"{stage}-{dtype}", 1e-5 if dtype == "float32" else 0.02
+    for one, two in zip(found["one"][name]["rows"], found["two"][name]["rows"], strict=True):
+        assert two == pytest.approx(one, rel=rel, abs=rel)
+    first, second = (torch.load(folder / side / f"{name}.pt") for side in ("one", "two"))
+    assert all(torch.allclose(first[n], second[n], atol=1e-4 if dtype == "float32" else 0.02) for n in first)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize("side", ["one", "two"])
+def test_a_checkpoint_of_another_number_of_ranks_goes_on_as_if_it_were_ours(trained, stage, dtype, side):
+    name, rel = f"{stage}-{dtype}", 1e-4 if dtype == "float32" else 0.02
+    other = trained[0]["two" if side == "one" else "one"][name]["rows"]
+    for then, now in zip(other[-2:], trained[0][side][name]["resumed"], strict=True):
+        assert now == pytest.approx(then, rel=rel, abs=rel)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+def test_the_canarys_perturbation_reaches_every_weight_and_leaves_none(trained, stage, dtype):
+    for side in ("one", "two"):
+        found = trained[0][side][f"{stage}-{dtype}"]
+        assert found["perturbed"] and found["restored"]
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.sampled_from([50, 100, 1000]), st.booleans())
+def test_every_sample_is_on_one_rank_and_all_have_as_many_micro_batches(count, size, budget, packed):
+    rows = samples(3, count)
+    weights = token_weights(rows, "token", 20)
+    shares = [micro_batches(rows, weights, max_tokens=budget, packed=packed, share=(rank, size)) for rank in range(size)]
+    assert len({len(batches) for batches in shares}) == 1
+    own = [batch for batches in shares for batch in batches if not batch.idle]
+    assert sorted(i for batch in own for i in batch.index) == list(range(count))
+    assert sum(float(batch.token_weights.sum()) for batch in own) == pytest.approx(1, abs=1e-5)
+    assert all(not batch.token_weights.any() for batches in shares for batch in batches if batch.idle)
+
+
+LOST = """
+import sys, time
+from grpo import ranks
+ranks.join(float(sys.argv[1]))
+ranks.gather("a first greeting", 1)
+if ranks.rank() == 1:
+    sys.argv[2] == "exit" and sys.exit(3)
+    if sys.argv[2] == "raise": ranks.together("a hard sum", lambda: 1 / 0)
+    time.sleep(60)
+ranks.together("a hard sum", lambda: 1)
+"""
+
+
+@pytest.mark.parametrize(("how", "told"), [("hang", "waited for a hard sum"), ("raise", "ZeroDivisionError: division by zero")])
+def test_a_rank_that_hangs_or_fails_is_told_by_the_others(tmp_path, how, told):
+    (tmp_path / "lost.py").write_text(LOST)
+    started = time.monotonic()
+    done = subprocess.run([*TORCHRUN, str(tmp_path / "lost.py"), "3", how], env=alone(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and told in done.stderr
+    assert time.monotonic() - started < 45
+
+
+def test_alone_there_is_nobody_to_wait_for():
+    assert ranks.gather("nobody", 5) == [5] and ranks.spread("nobody", lambda share: [1, 2, 3][share]) == [1, 2, 3]
+    with pytest.raises(ZeroDivisionError):
+        ranks.together("nobody", lambda: 1 / 0)
+    with pytest.raises(RunError, match="as it was"):
+        ranks.first("nobody", lambda: (_ for _ in ()).throw(RunError("as it was")))
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, tmp_path_factory):
+    """One rank's run and two ranks', of the same config."""
+    folder = tmp_path_factory.mktemp("straight")
+    made = SECTIONS | {"model": {"dtype": "float32"}, "learner": {"zero_stage": 2}, "checkpoint": {"keep_last": 9}}
+    for count in (1, 2):
+        config = write_config(folder / f"{count}.yaml", tiny_config(folder / f"run-{count}", tiny(), **made))
+        run(config, ranks=count)
+    return folder
+
+
+def curve(run_dir):
+    keys = ("reward/mean", "loss", "policy/grad_norm", "kl/ref", "policy/entropy", "completion/tokens", "eval/digits:share", "update")
+    return [{key: row[key] for key in keys if key in row} for row in rows(run_dir)]
+
+
+def test_two_ranks_with_an_engine_each_have_the_run_of_one(straight):
+    one, two = (curve(straight / f"run-{count}") for count in (1, 2))
+    assert len(one) == 5 and all(b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(one, two, strict=True))
+    samples = [(straight / f"run-{count}" / "samples" / "step-000003.jsonl").read_text().splitlines() for count in (1, 2)]
+    texts = [[(json.loads(line)["problem"], json.loads(line)["completion"]) for line in side] for side in samples]
+    assert texts[0] == texts[1]
+
+
+def test_a_killed_rank_ends_the_job_and_one_rank_goes_on_where_two_stopped(straight, tiny, tmp_path):
+    config = (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))
+    (tmp_path / "config.yaml").write_text(config)
+    process = start(str(tmp_path / "config.yaml"), ranks=2)
+    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000002").exists(), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (victim,) = [member for member in psutil.Process(process.pid).children() if member.environ().get("RANK") == "1"]
+    victim.kill()
+    started = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - started < 40
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    run(str(tmp_path / "config.yaml"), "--resume")
+    assert all(b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(curve(straight / "run-2"), curve(tmp_path / "run"), strict=True))
+
+
+def test_a_signal_to_the_launcher_saves_and_two_ranks_go_on(straight, tmp_path):
+    config = (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))
+    (tmp_path / "config.yaml").write_text(config)
+    process = start(str(tmp_path / "config.yaml"), "checkpoint.every=0", ranks=2)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and list((tmp_path / "run" / "checkpoints").glob("step-*")), errors
+    run(str(tmp_path / "config.yaml"), "--resume", ranks=2)
+    assert curve(straight / "run-2")[-1] == pytest.approx(curve(tmp_path / "run")[-1], rel=1e-3, abs=1e-4)
+
+
+def test_supervised_ranks_see_different_rows_and_make_the_updates_of_one(tiny, tmp_path):
+    sections = {
+        "prompt": {"template": "plain"}, "data": {"name": "arithmetic", "options": {"digits": 2}}, "logging": {"progress": "off"},
+        "sft": {"updates": 6, "batch_size": 8, "max_tokens": 96}, "learner": {"lr": 1e-3, "micro_batch_tokens": 200},
+        "model": {"path": str(tiny()), "dtype": "float32"},
+    }  # fmt: skip
+    for count in (1, 2):
+        (tmp_path / f"{count}.yaml").write_text(json.dumps(sections | {"run_dir": str(tmp_path / f"run-{count}")}))
+        run(str(tmp_path / f"{count}.yaml"), command="sft", ranks=count)
+    one, two = (rows(tmp_path / f"run-{count}") for count in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert (a["loss"], a["policy/grad_norm"]) == pytest.approx((b["loss"], b["policy/grad_norm"]), rel=1e-3)
+
+
+def test_what_runs_in_one_process_says_so(tiny, tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    assert "grpo eval is one process" in run(config, command="eval", ranks=2, code=1)
