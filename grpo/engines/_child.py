@@ -48,19 +48,18 @@ def main(pipe_fd: int, parent_pid: int) -> None:
 class Server:
     """The calls that the parent can make; their names are the messages."""
 
-    def __init__(self, pipe: Connection, llm: dict[str, Any], weights_fd: int | None) -> None:
+    def __init__(self, pipe: Connection, llm: dict[str, Any], backend: str) -> None:
         from vllm import LLM
 
-        if weights_fd is not None:
-            from grpo.engines._transfer import BACKEND
-        else:
-            BACKEND = "ipc"
+        from grpo.engines import _plugin
+
+        _plugin.register()
         self._pipe = pipe
         self._version = -1
-        self._llm = LLM(**llm, weight_transfer_config={"backend": BACKEND}, logprobs_mode="processed_logprobs")
+        self._llm = LLM(**llm, weight_transfer_config={"backend": backend}, logprobs_mode="processed_logprobs")
         self._tokenizer = self._llm.get_tokenizer()
-        if weights_fd is not None:
-            self._llm.init_weight_transfer_engine({"init_info": {"fd": weights_fd}})
+        if backend == _plugin.BACKEND:
+            self._llm.init_weight_transfer_engine({"init_info": {}})
 
     def describe(self) -> dict[str, Any]:
         import vllm

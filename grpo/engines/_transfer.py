@@ -1,4 +1,4 @@
-"""vLLM's receiving end of a weight sync through shared memory: an engine of its weight-transfer interface (`weight_transfer_config`).
+"""vLLM's receiving end of a weight sync through shared memory or a file: an engine of its weight-transfer interface (`weight_transfer_config`).
 
 Written after vLLM 0.32's IPC engine; what differs: no device synchronisation (the base class assumes an accelerator), every tensor is
 checked, a model that was not loaded completely is an error, and a tied output head and a layer's experts are packed again.
@@ -10,22 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from grpo.engines._weights import SharedWeightsReader, TensorSpec
 
-BACKEND = "grpo_shm"
-
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    fd: int
+    pass
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    specs: list[TensorSpec]
+    path: str  # of the memory or the file that the tensors lie in
+    specs: list[dict[str, Any]]  # a TensorSpec each
 
 
 class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -33,7 +31,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     update_info_cls = UpdateInfo
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self._reader = SharedWeightsReader(init_info.fd)
+        self._reader: SharedWeightsReader | None = None
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -42,8 +40,13 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
+        if self._reader is None or self._reader.path != update_info.path:
+            if self._reader is not None:
+                self._reader.close()
+            self._reader = SharedWeightsReader(update_info.path)
+        specs = [TensorSpec(**spec | {"shape": tuple(spec["shape"])}) for spec in update_info.specs]
         expected = {name for name, _ in self.model.named_parameters()}
-        loaded = self.model.load_weights(self._reader.read(update_info.specs))  # type: ignore[operator]
+        loaded = self.model.load_weights(self._reader.read(specs))  # type: ignore[operator]
         missing = sorted(expected - set(loaded))
         if _tied_head(self.model) is not None:
             missing = [name for name in missing if not name.endswith("lm_head.weight")]
@@ -80,6 +83,3 @@ def repack_experts(model: Any) -> None:
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
         if kernel is not None:
             kernel.fused_experts.process_weights_after_loading(module)
-
-
-WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)

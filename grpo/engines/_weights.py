@@ -1,6 +1,6 @@
-"""The carrier of weights between two processes of one machine without an accelerator: anonymous shared memory, read in place.
+"""The carrier of weights between processes without an accelerator in common: shared memory, or a file that all machines see; read in place.
 
-The memory is a memfd that the child inherits: it has no name, so nothing is left behind however either side dies.
+The memory is a memfd, which receivers open as /proc/PID/fd/N: it has no name, so nothing is left behind however either side dies.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,14 +31,29 @@ class TensorSpec:
 
 
 class SharedWeights:
-    """The sender's side: `fd` is inherited by the receiver; `write` copies a model into the memory and says where everything lies."""
+    """The sender's side: `write` copies a model into what lies at `path` and says where everything is. With a folder it is a file there, a
+    new one each time (a network file system shows a reader what was there when it opened)."""
 
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("grpo-weights", os.MFD_CLOEXEC)
-        self._map = _Mapping(self.fd)
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder, self._written = folder, 0
+        self._open()
+
+    def _open(self) -> None:
+        if self._folder is None:
+            fd = os.memfd_create("grpo-weights", os.MFD_CLOEXEC)
+            self.path = f"/proc/{os.getpid()}/fd/{fd}"
+        else:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._written += 1
+            self.path = str((self._folder / f"weights-{self._written}.bin").absolute())
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._fd, self._map = fd, _Mapping(fd)
 
     def write(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> list[TensorSpec]:
         """Returns the layout of the copied weights. Floating-point tensors are cast to `dtype` on the way, but KEPT."""
+        if self._folder is not None:
+            self.close()
+            self._open()
         specs, offset = [], 0
         for name, tensor in weights:
             wanted = dtype if tensor.is_floating_point() and not name.endswith(KEPT) else tensor.dtype
@@ -48,18 +64,23 @@ class SharedWeights:
             words.view(torch.uint8)[:num_bytes].view(wanted).view(tensor.shape).copy_(tensor.detach())
             specs.append(TensorSpec(name, str(wanted).removeprefix("torch."), tuple(tensor.shape), offset, num_bytes, _checksum(words)))
             offset += padded
+        if self._folder is not None:
+            os.fsync(self._fd)
         return specs
 
     def close(self) -> None:
         self._map.close()
-        os.close(self.fd)
+        os.close(self._fd)
+        if self._folder is not None:
+            Path(self.path).unlink(missing_ok=True)
 
 
 class SharedWeightsReader:
     """The receiver's side. Yields tensors that lie in the shared memory itself: copy what must outlive the next write."""
 
-    def __init__(self, fd: int) -> None:
-        self._map = _Mapping(fd)
+    def __init__(self, path: str) -> None:
+        self.path, self._fd = path, os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._map = _Mapping(self._fd)
 
     def read(self, specs: Iterable[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
         """Yields `(name, tensor)`. Raises RuntimeError naming the tensor whose bytes are not those that were sent."""
@@ -68,6 +89,10 @@ class SharedWeightsReader:
             if _checksum(words) != spec.checksum:
                 raise RuntimeError(f"weight transfer: the bytes of {spec.name} are not those that were sent (checksum)")
             yield spec.name, words.view(torch.uint8)[: spec.num_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._fd)
 
 
 class _Mapping:

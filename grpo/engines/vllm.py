@@ -20,6 +20,7 @@ from torch import Tensor
 from grpo import config as configs
 from grpo import ranks
 from grpo.engines import EngineError, Request, SamplingOptions, SyncReport
+from grpo.engines._plugin import BACKEND
 from grpo.engines._weights import KEPT, SharedWeights
 from grpo.types import Completion, UserError
 
@@ -44,14 +45,13 @@ class VllmEngine:
         self._weights = None if self._cuda else SharedWeights()
         self._trainer: Any = None  # vLLM's own sending side, CUDA IPC only
         self._version = -1
-        fds = [self._weights.fd] if self._weights else []
-        self._child, self._pipe = _spawn(module, fds, log_file)
-        llm = _llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda)
+        self._child, self._pipe = _spawn(module, log_file)
+        llm = llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda)
         llm |= {} if load_weights else {"load_format": "dummy"}
         llm["max_logprobs"] = max_logprobs
         llm |= {"hf_overrides": {"head_dtype": "float32"}} if float32_head else {}
         with contextlib.suppress(BrokenPipeError):  # a child that is dead already is reported by wait_ready
-            self._pipe.send(("start", {"llm": llm, "weights_fd": fds[0] if fds else None}))
+            self._pipe.send(("start", {"llm": llm, "backend": BACKEND if self._weights else "ipc"}))
         self._waiting = True  # for the answer to `start`
 
     def wait_ready(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class VllmEngine:
             specs = self._weights.write(weights, self._dtype)
             num_bytes = sum(spec.num_bytes for spec in specs)
             self._call("start_weight_update", {})
-            self._call("update_weights", {"update_info": {"specs": specs}})
+            self._call("update_weights", {"update_info": {"path": self._weights.path, "specs": [asdict(spec) for spec in specs]}})
             acknowledged = self._call("finish_weight_update", {"weight_version": str(version)})
         else:
             acknowledged, num_bytes = self._send_ipc(weights, version)
@@ -191,32 +191,35 @@ class _SyncClient:
         self.acknowledged = self._call("finish_weight_update", {"weight_version": str(self._version)})
 
 
-def _spawn(module: str, fds: list[int], log_file: Path) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Starts `python -m module` with one end of a pipe; not multiprocessing's spawn, which would run the user's script again."""
-    ours, theirs = Pipe()
-    environment = os.environ | {
+def environment() -> dict[str, str]:
+    """Returns what a vLLM process of ours runs in: none of the learner's process group; of several ranks, this one's GPU and cores."""
+    found = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    for name in [name for name in environment if name in GROUP or name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))]:
-        del environment[name]  # the learner's process group is not the engine's
+    for name in [name for name in found if name in GROUP or name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))]:
+        del found[name]  # the learner's process group is not the engine's
     if ranks.count() > 1:  # beside this rank's learner: its GPU, its share of the cores
         own = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-        environment["CUDA_VISIBLE_DEVICES"] = own[ranks.local_rank()] if own else str(ranks.local_rank())
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks.local_count()))
+        found["CUDA_VISIBLE_DEVICES"] = own[ranks.local_rank()] if own else str(ranks.local_rank())
+        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks.local_count()))
+    return found
+
+
+def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Starts `python -m module` with one end of a pipe; not multiprocessing's spawn, which would run the user's script again."""
+    ours, theirs = Pipe()
     command = [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())]
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
-        child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno(), *fds]
-        )
+        child = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()])
     theirs.close()
     return child, ours
 
 
-def _llm_arguments(model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, cuda: bool) -> dict[str, Any]:
+def llm_arguments(model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, cuda: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": model_dir,
         "dtype": dtype,
