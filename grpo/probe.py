@@ -10,13 +10,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import torch
-
 from grpo import ranks
 from grpo.batch import micro_batches
 from grpo.engines import Engine, Request, SamplingOptions, SyncReport
 from grpo.learners.deepspeed import Learner
-from grpo.types import Completion, RunError, Sample
+from grpo.types import RunError, Sample
 
 PROMPT_TOKENS = 96  # three KV blocks on a CPU: the first two are found in the cache
 MAX_GAP = {True: 1e-3, False: 0.2}  # in float32: 1e-6 measured; in bfloat16: 0.03-0.07 on SmolLM2-135M
@@ -35,25 +33,33 @@ class Probe:
         self.first_gap: float | None = None
 
     def gap(self) -> float:
-        """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens, of the rank with the largest."""
-        completions = ranks.together("the probe's samples", self._sampled)[ranks.rank()]
+        """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens: of all copies of the model the largest."""
+        copies = ranks.together("the probe's samples", lambda: self._engine.prove(self._requests, self._options))
+        every = [rows for of_rank in copies for rows in of_rank]
+        sampled = [(request, row[0], copy) for copy, rows in enumerate(every) for request, row in zip(self._requests, rows, strict=True)]
         samples = [
             Sample(
                 token_ids=request.prompt_ids + completion.token_ids,
                 prompt_length=len(request.prompt_ids),
                 advantages=(0.0,) * len(completion.token_ids),
                 sampler_logprobs=completion.logprobs,
+                group=copy,
             )
-            for request, completion in zip(self._requests, completions, strict=True)
+            for request, completion, copy in sampled
         ]
-        batches = micro_batches(samples, [0.0] * len(samples), max_tokens=self._micro_batch_tokens, packed=self._packed)
-        scores = self._learner.score(batches)
-        gaps = [(ours - batch.sampler_logprobs)[batch.token_mask] for (ours, _), batch in zip(scores, batches, strict=True)]
-        own = float(torch.cat(gaps).abs().mean())
-        return max(ranks.gather("the probe of the other ranks", own), key=lambda gap: math.inf if math.isnan(gap) else gap)
-
-    def _sampled(self) -> list[Completion]:
-        return [row[0] for row in self._engine.generate(self._requests, self._options)]
+        share = (ranks.rank(), ranks.count())
+        batches = micro_batches(samples, [0.0] * len(samples), max_tokens=self._micro_batch_tokens, packed=self._packed, share=share)
+        gaps: dict[int, list[float]] = {}
+        for (ours, _), batch in zip(self._learner.score(batches), batches, strict=True):
+            for place, i in enumerate(() if batch.idle else batch.index):
+                found = (ours[place] - batch.sampler_logprobs[place])[batch.token_mask[place]].abs()
+                gaps.setdefault(samples[i].group, []).extend(found.tolist())
+        whole: dict[int, list[float]] = {}
+        for part in ranks.gather("the probe of the other ranks", gaps):
+            for copy, values in part.items():
+                whole.setdefault(copy, []).extend(values)
+        means = [sum(values) / len(values) for values in whole.values()]
+        return next((gap for gap in means if math.isnan(gap)), max(means))
 
     def canary(self, version: int) -> float:
         """Sends visibly perturbed weights through the real sync and compares; the caller must send the true ones next. Raises RunError.

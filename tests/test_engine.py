@@ -205,7 +205,7 @@ def test_the_engine_dies_with_its_parent(tmp_path, tiny):
 
 def test_shared_weights_arrive_bit_for_bit_and_a_flipped_bit_is_named():
     sender = _weights.SharedWeights()
-    reader = _weights.SharedWeightsReader(os.dup(sender.fd))
+    reader = _weights.SharedWeightsReader(sender.path)
     weights = [("a", torch.randn(3, 5)), ("b", torch.randn(7)), ("count", torch.tensor([3]))]
     for scale in (1, 2):  # the second write reuses the memory
         sent = [(name, tensor * scale) for name, tensor in weights]

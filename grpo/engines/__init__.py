@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from grpo.types import Completion, RunError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -43,6 +44,15 @@ class SyncReport:
     num_bytes: int
 
 
+class Weights(Protocol):
+    """A model's weights by their Hugging Face names. Copy a tensor before going on to the next: they may be made one by one."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Returns names, dtypes and shapes without making anything whole."""
+
+
 class Engine(Protocol):
     """Samples, takes weights, frees its memory, goes away. Every wait has a limit; a lost engine raises EngineError."""
 
@@ -51,7 +61,10 @@ class Engine(Protocol):
     ) -> list[tuple[Completion, ...]]:
         """Returns each request's completions, in order. `on_progress(done, total)` counts finished completions."""
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+    def prove(self, requests: Sequence[Request], options: SamplingOptions) -> list[list[tuple[Completion, ...]]]:
+        """Returns what each copy of the model samples (one here; every server of a pool)."""
+
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
         """Replaces every weight and empties the prefix cache; completions carry `version` from here on."""
 
     def reset_cache(self) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's receiving end of a weight sync through shared memory or a file: an engine of its weight-transfer interface (`weight_transfer_config`).
+"""vLLM's receiving end of a weight sync through shared memory or a file: an engine of its weight-transfer interface.
 
 Written after vLLM 0.32's IPC engine; what differs: no device synchronisation (the base class assumes an accelerator), every tensor is
 checked, a model that was not loaded completely is an error, and a tied output head and a layer's experts are packed again.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import json
 import os
 import re
 import secrets
@@ -18,22 +19,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from grpo import config as configs
 from grpo import ranks
-from grpo.engines import EngineError, Request, SamplingOptions, SyncReport
+from grpo.engines import EngineError, Request, SamplingOptions, SyncReport, Weights
 from grpo.engines._plugin import BACKEND, TOKEN
 from grpo.engines._weights import SharedWeights
+from grpo.engines.vllm import environment, llm_arguments, weight_source
 from grpo.types import Completion, UserError
 
 T = TypeVar("T")
+COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 WATCH_S = 2.0  # between looks at the servers
 HEALTH_S = 20.0  # a server that says nothing for so long is lost
 GENERATED = re.compile(r"^vllm:generation_tokens_total\S* (\S+)$", re.MULTILINE)
@@ -84,68 +86,40 @@ class Pool:
     """An `Engine` of many. Rank 0 starts, watches and updates the servers; other ranks only ask them."""
 
     def __init__(
-        self, *, model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, run_dir: Path, decode: Callable[[Sequence[int]], str],
-        float32_head: bool = False, on_wait: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda _: None,
+        self, *, model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, run_dir: Path,
+        decode: Callable[[Sequence[int]], str], load_weights: bool = False, float32_head: bool = False,
+        on_wait: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """`decode` makes text of tokens. `on_wait` is called five times a second while waiting and may raise; `say` tells what is done
-        about lost servers. Raises UserError when a topology cannot be."""
-        import httpx
-
+        """`load_weights=False` starts from random weights: a sync must come first. `decode` makes text of tokens. `on_wait` is called five
+        times a second while waiting and may raise; `say` tells what is done about lost servers. Raises UserError for what cannot be."""
         assert settings.servers is not None
-        if not any(found.name == "grpo" for found in importlib.metadata.entry_points(group="vllm.general_plugins")):
-            raise UserError("engine.servers: vLLM does not see grpo's plugin: install the package again (./launch/setup.sh)")
         self._settings, self._pool, self._decode, self._on_wait, self._say = settings, settings.servers, decode, on_wait, say
         self._leads, self._dtype = ranks.rank() == 0, getattr(torch, dtype)
-        token = ranks.gather("the servers' token", secrets.token_hex(16) if self._pool.count else os.environ.get(self._pool.token_env, ""))[
-            0
-        ]
-        if self._pool.urls:
-            token = os.environ.get(self._pool.token_env, "")
-            if not token:
-                raise UserError(f"engine.servers.token_env: {self._pool.token_env} is not set; every server of urls asks for it")
-        cuda = torch.cuda.is_available()
-        self._transfer = self._pool.transfer
-        if self._transfer == "auto":
-            self._transfer = "nccl" if cuda else "file" if self._pool.urls else "memory"
-        if self._transfer == "nccl" and not cuda:
-            raise UserError("engine.servers.transfer=nccl needs GPUs on both sides: use memory (one machine) or file (a shared directory)")
-        folder = Path(self._pool.folder or run_dir / "weights")
-        self._weights = SharedWeights(folder if self._transfer == "file" else None) if self._leads and self._transfer != "nccl" else None
+        self._transfer = _transfer(self._pool, torch.cuda.is_available())
+        token = _token(self._pool)
+        folder = Path(self._pool.folder or run_dir / "weights") if self._transfer == "file" else None
+        self._weights = SharedWeights(folder) if self._leads and self._transfer != "nccl" else None
         self._specs: list[dict[str, Any]] = []
-        self._version, self._restarts, self._closed, self._nccl = -1, 0, False, None
+        self._version, self._restarts, self._closed = -1, 0, False
+        self._nccl: Any = None
         self._proof: tuple[Sequence[Request], SamplingOptions, list[tuple[Completion, ...]]] | None = None
         self.counts = {"lost": 0, "restarted": 0, "retried": 0}
-        arguments = _arguments(
-            model_dir, settings, dtype, max_model_len, cuda, float32_head, "nccl" if self._transfer == "nccl" else BACKEND
-        )
+        words = _arguments(model_dir, settings, dtype, max_model_len, float32_head)
+        words += ["--weight-transfer-config", json.dumps({"backend": "nccl" if self._transfer == "nccl" else BACKEND})]
+        words += ["--load-format", "auto" if load_weights else "dummy"]
         ports = ranks.gather("the servers' ports", [_free_port() for _ in range(self._pool.count)] if self._leads else [])[0]
         self._servers = [Server(url=url.rstrip("/"), heard=time.monotonic()) for url in self._pool.urls]
         for i, port in enumerate(ports):
             server = Server(url=f"http://127.0.0.1:{port}", log_file=run_dir / "logs" / f"server-{i}.log", heard=time.monotonic())
-            server.command = [
-                sys.executable,
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                *arguments,
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-            ]
-            server.environment = _environment(token, i, self._pool, cuda)
+            server.command = [*COMMAND, *words, "--host", "127.0.0.1", "--port", str(port)]
+            server.environment = _environment(token, i, self._pool)
             self._servers.append(server)
             if self._leads:
                 server.start()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="engine pool").start()
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {token}"}, limits=limits, timeout=settings.timeout_s, trust_env=False
-        )
-        self._changed = self._run(_made(asyncio.Condition))
-        self._sending = self._run(_made(asyncio.Lock))
-        if self._leads:
-            self._watching = [self._submit(self._watch(server)) for server in self._servers]
+        self._http, self._changed, self._sending = self._run(_made(token))
+        self._watching = [self._submit(self._watch(server)) for server in self._servers] if self._leads else []
 
     # ------------------------------------------------------------------ the caller's side: it waits, and looks at its signals
 
@@ -168,7 +142,7 @@ class Pool:
         self._proof = (requests, options, found[0])
         return found
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
         """Sends the weights to every server that is up; one that fails at it is lost, and gets them when it is back."""
         start = time.monotonic()
         if not self._leads:
@@ -201,7 +175,7 @@ class Pool:
 
     def close(self) -> None:
         self._closed = True
-        for task in getattr(self, "_watching", ()):
+        for task in self._watching:
             task.cancel()
         for server in self._servers if self._leads else ():
             server.kill()
@@ -239,7 +213,7 @@ class Pool:
         try:
             answer = await self._http.request(
                 method, server.url + path, content=None if body is None else msgspec.json.encode(body),
-                headers={"Content-Type": "application/json"}, timeout=httpx.Timeout(timeout_s or self._settings.timeout_s, connect=10, pool=None),
+                headers={"Content-Type": "application/json"}, timeout=httpx.Timeout(timeout_s or self._settings.timeout_s, connect=10),
             )  # fmt: skip
         except httpx.HTTPError as error:
             raise EngineError(f"{path} at {server.told()}: {type(error).__name__} {error}".rstrip()) from None
@@ -422,7 +396,7 @@ class Pool:
 
     async def _watched(self) -> None:
         """Raises what ended the watch over the servers: without it none would come back."""
-        for task in getattr(self, "_watching", ()):
+        for task in self._watching:
             if task.done() and not self._closed:
                 task.result()
 
@@ -430,8 +404,8 @@ class Pool:
         more: dict[str, Any] = {"stop": list(options.stop), "include_stop_str_in_output": True} if options.stop else {"detokenize": False}
         params = {
             "n": request.n, "seed": request.seed, "max_tokens": options.max_tokens, "temperature": options.temperature,
-            "top_p": options.top_p, "top_k": options.top_k, "stop_token_ids": list(options.stop_token_ids), "ignore_eos": options.ignore_eos,
-            "logprobs": 0, "skip_special_tokens": False, **more,
+            "top_p": options.top_p, "top_k": options.top_k, "stop_token_ids": list(options.stop_token_ids),
+            "ignore_eos": options.ignore_eos, "logprobs": 0, "skip_special_tokens": False, **more,
         }  # fmt: skip
         body = {"token_ids": list(request.prompt_ids), "sampling_params": params, "cache_salt": f"weights {version}"}
         answer = await self._call(server, "/inference/v1/generate", body)
@@ -467,13 +441,57 @@ class Pool:
         good = [rows for rows in found if not isinstance(rows, BaseException)]
         return good or await self._prove(requests, options)
 
-    def _send_nccl(self, weights: Iterable[tuple[str, Tensor]], version: int) -> int:
-        raise NotImplementedError
+    def _send_nccl(self, weights: Weights, version: int) -> int:
+        """GPUs apart: one NCCL group of this rank and every server's workers, made anew when a server has come back."""
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+
+        ready = [server for server in self._servers if server.up]
+        client, source = _NcclClient(self, ready, version), weight_source(weights, self._dtype)
+        if self._nccl is None:
+            address = socket.gethostbyname(socket.gethostname()) if self._pool.urls else "127.0.0.1"
+            size = 1 + len(ready) * self._pool.tensor_parallel
+            info = NCCLTrainerInitInfo(rank=0, master_address=address, master_port=_free_port(), world_size=size)
+            self._nccl = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
+        self._nccl.client, self._nccl.source = client, source
+        self._nccl.send_weights()
+        return source.num_bytes
+
+
+class _NcclClient:
+    """What vLLM's sending side calls (VLLMWeightSyncClient), for all servers at once."""
+
+    def __init__(self, pool: Pool, servers: Sequence[Server], version: int) -> None:
+        self._pool, self._servers, self._version = pool, servers, version
+
+    def _all(self, path: str, bodies: Sequence[Any]) -> None:
+        async def call() -> None:
+            await asyncio.gather(*(self._pool._call(*one) for one in zip(self._servers, [path] * len(bodies), bodies, strict=True)))
+
+        self._pool._submit(call()).result()  # each call has its limit
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        size = self._pool._pool.tensor_parallel
+        self._all(
+            "/init_weight_transfer_engine",
+            [{"init_info": init_info | {"rank_offset": 1 + i * size}} for i in range(len(self._servers))],
+        )
+
+    def start_weight_update(self) -> None:
+        self._all("/start_weight_update", [{}] * len(self._servers))
+
+    def update_weights(self, update_info: Any) -> None:
+        self._all("/update_weights", [{"update_info": update_info}] * len(self._servers))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        async def call() -> None:
+            await asyncio.gather(*(self._pool._finish(server, self._version) for server in self._servers))
+
+        self._pool._submit(call()).result()
 
 
 def difference(first: Sequence[tuple[Completion, ...]], second: Sequence[tuple[Completion, ...]]) -> float:
     """Returns the mean |difference of logprobs| of two samplings of the same requests, each as far as its tokens agree."""
-    gaps = []
+    gaps: list[float] = []
     for one, two in zip(first, second, strict=True):
         for a, b in zip(one, two, strict=True):
             for token, other, logprob, theirs in zip(a.token_ids, b.token_ids, a.logprobs, b.logprobs, strict=False):
@@ -488,8 +506,30 @@ def _number(version: str) -> int:
     return int(version) if version.lstrip("-").isdecimal() else -1
 
 
-async def _made(kind: Callable[[], T]) -> T:
-    return kind()
+async def _made(token: str) -> tuple[Any, asyncio.Condition, asyncio.Lock]:
+    """Returns what belongs to the loop that it is made in."""
+    import httpx
+
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    client = httpx.AsyncClient(headers={"Authorization": f"Bearer {token}"}, limits=limits, trust_env=False)
+    return client, asyncio.Condition(), asyncio.Lock()
+
+
+def _transfer(pool: configs.Servers, cuda: bool) -> str:
+    """Returns how weights reach the servers. Raises UserError."""
+    if not any(found.name == "grpo" for found in importlib.metadata.entry_points(group="vllm.general_plugins")):
+        raise UserError("engine.servers: vLLM does not see grpo's plugin: install the package again (./launch/setup.sh)")
+    if pool.transfer == "nccl" and not cuda:
+        raise UserError("engine.servers.transfer=nccl needs GPUs on both sides: use memory (one machine) or file (a shared directory)")
+    return pool.transfer if pool.transfer != "auto" else "nccl" if cuda else "file" if pool.urls else "memory"
+
+
+def _token(pool: configs.Servers) -> str:
+    """Returns what all requests bring: for `urls` the user's, else one made up for this run. Raises UserError."""
+    given = os.environ.get(pool.token_env, "")
+    if pool.urls and not given:
+        raise UserError(f"engine.servers.token_env: {pool.token_env} is not set; every server of urls asks for it (launch/server.sh)")
+    return ranks.gather("the servers' token", given or secrets.token_hex(16))[0]
 
 
 def _free_port() -> int:
@@ -498,17 +538,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _arguments(
-    model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, cuda: bool, float32_head: bool, backend: str
-) -> list[str]:  # fmt: skip
+def _arguments(model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, float32_head: bool) -> list[str]:
     """Returns the server's command line: that of the child process (grpo/engines/vllm.py), spelled as vLLM's options."""
-    from grpo.engines.vllm import llm_arguments
-
-    given = llm_arguments(model_dir, settings, dtype, max_model_len, cuda) | {"logprobs_mode": "processed_logprobs", "load_format": "dummy"}
     assert settings.servers is not None
+    given = llm_arguments(model_dir, settings, dtype, max_model_len, torch.cuda.is_available()) | {"logprobs_mode": "processed_logprobs"}
     given |= {"tensor_parallel_size": settings.servers.tensor_parallel, "uvicorn_log_level": "warning"}
     given.pop("enable_sleep_mode", None)
-    words = ["--enable-scale-out", "--middleware", "grpo.engines._plugin.Guard", "--weight-transfer-config", f'{{"backend": "{backend}"}}']
+    words = ["--enable-scale-out", "--middleware", "grpo.engines._plugin.Guard"]
     words += ["--hf-overrides", '{"head_dtype": "float32"}'] if float32_head else []
     for name, value in given.items():
         option = name.replace("_", "-")
@@ -516,23 +552,20 @@ def _arguments(
     return words
 
 
-def _environment(token: str, number: int, pool: configs.Servers, cuda: bool) -> dict[str, str]:
-    from grpo.engines.vllm import environment
-
+def _environment(token: str, number: int, pool: configs.Servers) -> dict[str, str]:
+    """Returns a local server's environment: its token, its GPUs (after those of the ranks) or its share of the cores. Raises UserError."""
     made = environment() | {TOKEN: token, "GRPO_ENGINE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    if cuda:
-        first = ranks.local_count() + number * pool.tensor_parallel  # the learner's ranks have the first GPUs
-        if first + pool.tensor_parallel > torch.cuda.device_count():
+    if torch.cuda.is_available():
+        size, here = pool.tensor_parallel, torch.cuda.device_count()
+        first = ranks.local_count() + number * size
+        if first + size > here:
             raise UserError(
-                f"{ranks.local_count()} learner ranks and {pool.count} servers of {pool.tensor_parallel} GPUs do not fit on this machine's "
-                f"{torch.cuda.device_count()}: lower engine.servers.count or the ranks"
+                f"{ranks.local_count()} learner ranks and {pool.count} servers of {size} GPUs do not fit on this machine's {here}: lower "
+                "engine.servers.count or the ranks"
             )
         own = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-        devices = range(first, first + pool.tensor_parallel)
-        made["CUDA_VISIBLE_DEVICES"] = ",".join(own[i] if own else str(i) for i in devices)
-    else:
-        cores = sorted(os.sched_getaffinity(0))
-        share = max(1, len(cores) // pool.count)
-        mine = [cores[(number * share + i) % len(cores)] for i in range(share)]
-        made |= {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, mine)), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    return made
+        return made | {"CUDA_VISIBLE_DEVICES": ",".join(own[i] if own else str(i) for i in range(first, first + size))}
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // pool.count)
+    mine = [str(cores[(number * share + i) % len(cores)]) for i in range(share)]
+    return made | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(mine), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from grpo import config as configs
 from grpo import ranks
-from grpo.engines import EngineError, Request, SamplingOptions, SyncReport
+from grpo.engines import EngineError, Request, SamplingOptions, SyncReport, Weights
 from grpo.engines._plugin import BACKEND
 from grpo.engines._weights import KEPT, SharedWeights
 from grpo.types import Completion, UserError
@@ -75,7 +75,10 @@ class VllmEngine:
         each of its T completion places."""
         return self._call("top_logprobs", {"sequences": list(sequences), "k": k})
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+    def prove(self, requests: Sequence[Request], options: SamplingOptions) -> list[list[tuple[Completion, ...]]]:
+        return [self.generate(requests, options)]
+
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
         start = time.monotonic()
         if self._weights is not None:
             specs = self._weights.write(weights, self._dtype)
@@ -90,28 +93,18 @@ class VllmEngine:
         self._version = version
         return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=num_bytes)
 
-    def _send_ipc(self, weights: Iterable[tuple[str, Tensor]], version: int) -> tuple[int, int]:
+    def _send_ipc(self, weights: Weights, version: int) -> tuple[int, int]:
         """One device: vLLM's CUDA IPC engine, in packed buffers, driven over our pipe."""
-        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 
-        tensors = [(name, tensor.detach() if name.endswith(KEPT) else tensor.detach().to(self._dtype)) for name, tensor in weights]
-
-        class Source(WeightSource):
-            def metadata(self) -> list[ParamMeta]:
-                return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
-
-            def __iter__(self) -> Any:
-                return iter(tensors)
-
-        client = _SyncClient(self._call, version)
+        client, source = _SyncClient(self._call, version), weight_source(weights, self._dtype)
         if self._trainer is None:
             self._trainer = IPCTrainerWeightTransferEngine.trainer_init(
-                IPCTrainerInitInfo(rank=0, packed=True), client=client, source=Source()
+                IPCTrainerInitInfo(rank=0, packed=True), client=client, source=source
             )
-        self._trainer.client, self._trainer.source = client, Source()
+        self._trainer.client, self._trainer.source = client, source
         self._trainer.send_weights()
-        return client.acknowledged, sum(tensor.numel() * tensor.itemsize for _, tensor in tensors)
+        return client.acknowledged, source.num_bytes
 
     def reset_cache(self) -> None:
         self._call("reset_cache", {})
@@ -170,6 +163,28 @@ class VllmEngine:
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         hint = " (out of memory? lower engine.kv_cache_gb or engine.max_sequences)" if code == -signal.SIGKILL else ""
         return EngineError(f"the engine died during `{method}`: {how}{hint}; its log: {self._log_file}")
+
+
+def weight_source(weights: Weights, dtype: torch.dtype) -> Any:
+    """Returns weights as vLLM's sending side wants them: what they are at once, themselves one by one, floating-point ones in `dtype`."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    def cast(name: str, of: torch.dtype) -> torch.dtype:
+        return dtype if of.is_floating_point and not name.endswith(KEPT) else of
+
+    class Source(WeightSource):
+        num_bytes = 0
+
+        def metadata(self) -> list[ParamMeta]:
+            found = [ParamMeta(name, cast(name, of), shape) for name, of, shape in weights.layout()]
+            self.num_bytes = sum(math.prod(meta.shape) * meta.dtype.itemsize for meta in found)
+            return found
+
+        def __iter__(self) -> Any:
+            for name, tensor in weights:
+                yield name, tensor.detach().to(cast(name, tensor.dtype))
+
+    return Source()
 
 
 class _SyncClient:

@@ -118,7 +118,8 @@ class Learner:
         self._lost = 0 if applied and math.isfinite(sums["loss"]) else self._lost + 1
         if self._lost == MAX_LOST:
             raise RunError(
-                f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite, {MAX_LOST} times in a row; each was skipped. "
+                f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite, {MAX_LOST} times in a row. "
+                "Each was skipped. "
                 "The last checkpoint is good: go on from it with --resume and a lower learner.lr"
             )
         loss_value, rho, squared = sums.pop("loss"), sums.pop("_rho"), sums.pop("_rho_squared")
@@ -169,10 +170,23 @@ class Learner:
         self._engine.step()
         return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every weight whole, under its Hugging Face name, in the forward pass's dtype, buffers in their own; tied weights once,
+    def weights(self) -> LearnerWeights:
+        """Returns every weight whole, under its Hugging Face name, in the forward pass's dtype, buffers in their own; tied weights once,
         adapters merged. Copy a tensor before going on: ZeRO-3 makes a bucket at a time whole. All ranks go through them together.
         """
+        return LearnerWeights(self)
+
+    def _layout(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        for name, parameter in (one for bucket in self._buckets() for one in bucket):
+            shaped = torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device="meta")
+            yield from ((n, weight.dtype, tuple(weight.shape)) for n, weight in moe.hub_weights(self._policy.model, name, shaped))
+        yield from ((name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self._own_buffers())
+
+    def _own_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        kept = self._policy.model.state_dict().keys()
+        return ((name, buffer) for name, buffer in self._policy.model.named_buffers() if name in kept)  # DeepSeek's router bias
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
         adapted = lora.of(self._policy.model)
         for bucket in self._buckets():
             with self._whole(*(parameter for _, parameter in bucket)):
@@ -180,8 +194,7 @@ class Learner:
                     layer = adapted.get(name)
                     weight = lora.merged(parameter.data, layer) if layer else parameter.data
                     yield from moe.hub_weights(self._policy.model, name, weight)
-        kept = self._policy.model.state_dict().keys()
-        yield from ((name, buffer) for name, buffer in self._policy.model.named_buffers() if name in kept)  # DeepSeek's router bias
+        yield from self._own_buffers()
 
     def _buckets(self) -> list[list[tuple[str, nn.Parameter]]]:
         """Returns the model's weights by name, adapters aside, in parts of about BUCKET bytes."""
@@ -288,6 +301,19 @@ class Learner:
                     state[key] = value.zero_() if isinstance(value, Tensor) else 0  # DeepSpeed's own Adam counts steps in an int
             for group in inner.param_groups:
                 group |= {"step": 0} if "step" in group else {}
+
+
+class LearnerWeights:
+    """A `Weights` (grpo/engines): `for name, tensor in weights`, `weights.layout()`."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._learner._weights()
+
+    def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        return list(self._learner._layout())
 
 
 def _perturb(weight: Tensor, seed: int) -> Tensor:

