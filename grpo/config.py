@@ -86,6 +86,7 @@ class Train(Section):
     group_size: int = Field(8, ge=2)  # G: completions a problem
     updates_per_rollout: int = Field(1, ge=1)  # mini-batches a rollout's completions are split into
     epochs: int = Field(1, ge=1)  # times a rollout's completions are gone through
+    max_staleness: int = Field(0, ge=0)  # versions that weights may be older than the learner's; above 0 rollouts go on during updates
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Train:
@@ -285,6 +286,8 @@ class Config(SampledConfig):
                 f"one sequence can have prompt.max_tokens + sampling.max_tokens = {self.max_sequence_tokens} tokens, more than "
                 f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or shorten the sequences"
             )
+        if self.train.max_staleness and not self.engine.servers:
+            raise ValueError("train.max_staleness needs servers, whose weights change while they sample: engine.servers={count: 1}")
         best, every = self.checkpoint.keep_best, self.checkpoint.every
         if best and best.startswith("eval/") and (not self.eval.every or every % self.eval.every):
             raise ValueError(

@@ -99,6 +99,9 @@ class Loop:
         for counts in ranks.gather("the verifiers' counts", dict(self.pool.counts)):
             row |= {f"verifier/{name}": row.get(f"verifier/{name}", 0.0) + count for name, count in counts.items()}
         row |= {"group/sampled": float(len(fresh)), "group/used": float(len(used)), "group/carried": float(len(self.selection.carried))}
+        row |= rollouts.staleness(fresh, self.rollout + 1) if config.train.max_staleness else {}
+        if self.selection.stream:
+            row["queue/ready"], row["queue/in_flight"] = map(float, self.selection.stream.depths())
         if config.algorithm.advantage == "teacher":  # rewards are only measured: an undecided one leaves no completion out
             used = [replace(scored, rewards=tuple(reward or 0.0 for reward in scored.rewards)) for scored in used]
         with timer("update"):
@@ -130,6 +133,9 @@ class Loop:
         row |= timer.metrics() | self._bounds([scored.group for scored in fresh], int(row["update/made"]))
         row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
         row["idle/engine"], row["idle/learner"] = (1 - timer.seconds[part] / row["time/total_s"] for part in ("rollout", "update"))
+        row |= {f"engine/{name}": float(count) for name, count in getattr(self.engine, "counts", {}).items()}
+        if config.train.max_staleness and hasattr(self.engine, "idle"):
+            row["idle/engine"] = self.engine.idle() / row["time/total_s"]
         self.record(row)
         if failed:
             raise failed
@@ -222,10 +228,15 @@ class Loop:
         algorithm, epochs = self.config.algorithm, self.config.train.epochs
         built = [self._batches(part) for part in parts]
         batches = [batch for part in built for batch in part]
-        stale = [  # carried over: the weights that sampled it are gone
-            [part[i].version != self.rollout + 1 for i in batch.index] for part, made in zip(parts, built, strict=True) for batch in made
+        # The weights that sampled it are gone. Without a correction of the mismatch the ratio is to what did sample it; with one the old
+        # logprobs are the learner's now, and the correction bridges the rest (decoupled PPO, AReaL 2505.24298).
+        older = algorithm.mismatch == "none"
+        stale = [
+            [older and part[i].version != self.rollout + 1 for i in batch.index]
+            for part, made in zip(parts, built, strict=True)
+            for batch in made
         ]
-        carried = any(sample.version != self.rollout + 1 for part in parts for sample in part)  # on any rank: they score together
+        carried = older and any(sample.version != self.rollout + 1 for part in parts for sample in part)  # on any rank: all score
         if algorithm.top_entropy < 1 or (algorithm.old_logprobs == "learner" and (len(parts) * epochs > 1 or carried)):
             scores = self.learner.score(batches)
             if algorithm.top_entropy < 1:

@@ -13,7 +13,7 @@ from grpo.advantages import has_signal
 from grpo.engines import Engine, Request, SamplingOptions
 from grpo.plugins import Prompt, RewardFunction
 from grpo.prompts import Prompts
-from grpo.types import Group, Problem, Score, ScoredGroup, Verdict
+from grpo.types import Completion, Group, Problem, Score, ScoredGroup, Verdict
 
 
 def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
@@ -41,10 +41,15 @@ def sample(
     groups = []
     for problem, prompt_ids, group in zip(problems[share], ids[share], completions, strict=True):
         assert len(group) == group_size, f"got {len(group)} completions for {problem.id}, asked for {group_size}"
-        prefill = prompts.prefill(problem)
-        whole = tuple(replace(completion, text=prefill + completion.text) for completion in group)
-        groups.append(Group(problem=problem, prompt_ids=prompt_ids, completions=whole))
+        groups.append(group_of(problem, prompt_ids, prompts, group))
     return groups
+
+
+def group_of(problem: Problem, prompt_ids: tuple[int, ...], prompts: Prompts, completions: Sequence[Completion]) -> Group:
+    """Returns completions as a group, what the prompt prefilled put back in front of their text."""
+    prefill = prompts.prefill(problem)
+    whole = tuple(replace(completion, text=prefill + completion.text) for completion in completions)
+    return Group(problem=problem, prompt_ids=prompt_ids, completions=whole)
 
 
 def score(
@@ -108,6 +113,19 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
         metrics["group/all_correct"] = mean([float(all(v and v.value == "correct" for v in scored.verdicts)) for scored in groups])
         metrics["group/all_wrong"] = mean([float(all(v and v.value == "wrong" for v in scored.verdicts)) for scored in groups])
     return metrics
+
+
+def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
+    """Returns how many versions older than the learner's the weights were that sampled each token: mean, most, and tokens by age."""
+    spans = [span for scored in groups for completion in scored.group.completions for span in completion.versions]
+    ages = Counter[int]()
+    for sampled, start, end in spans:
+        ages[version - sampled] += end - start
+    total = sum(ages.values())
+    return {
+        "staleness/mean": sum(age * count for age, count in ages.items()) / total, "staleness/max": float(max(ages)),
+        "histogram/staleness": [ages[age] for age in range(max(ages) + 1)],
+    }  # fmt: skip
 
 
 def sample_rows(

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.advantages import has_signal
 from grpo.algorithm import Algorithm
 from grpo.types import Completion, Exhausted, Group, Problem, ScoredGroup, UserError, Verdict
+
+if TYPE_CHECKING:
+    from grpo.stream import Stream
 
 MAX_SKIPPED = 10_000  # problems in a row that a filter may refuse
 
@@ -26,6 +29,8 @@ class Selection:
     carried: list[ScoredGroup] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)  # problem id -> share of its last group that was right
     fresh: list[ScoredGroup] = field(default_factory=list)  # what this rollout has sampled so far
+    stream: Stream | None = None  # with asynchronous rollouts, on rank 0: where groups come from, of problems that it draws itself
+    streamed: Callable[[int], list[ScoredGroup]] | None = None  # the next groups of it, on every rank
 
     def collect(self, sample: Callable[[list[Problem], int], list[ScoredGroup]]) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
         """Returns `(fresh, used)`: the groups sampled now, and those to learn from. `sample(problems, round)` samples and scores.
@@ -59,12 +64,12 @@ class Selection:
         return fresh, used[: self.size]
 
     def _scored(self, sample: Callable[[list[Problem], int], list[ScoredGroup]], count: int, number: int) -> list[ScoredGroup]:
-        scored = sample(self._draw(count), number)
+        scored = self.streamed(count) if self.streamed else sample(self.draw(count), number)
         if self.algorithm.drop_solved is not None or self.algorithm.pass_rate is not None:
             self.rates |= {each.group.problem.id: pass_rate(each) for each in scored}
         return scored
 
-    def _draw(self, count: int) -> list[Problem]:
+    def draw(self, count: int) -> list[Problem]:
         """Returns the next problems that no filter refuses. Raises Exhausted when there seem to be none."""
         drawn: list[Problem] = []
         refused = 0
@@ -93,11 +98,12 @@ class Selection:
         return low <= rate <= high and (self.algorithm.drop_solved is None or rate < self.algorithm.drop_solved)
 
     def state(self) -> dict[str, Any]:
-        return {"position": self.position, "carried": [asdict(scored) for scored in self.carried], "rates": dict(self.rates)}
+        streamed = {"stream": self.stream.state()} if self.stream else {}
+        return {"position": self.position, "carried": [asdict(scored) for scored in self.carried], "rates": dict(self.rates)} | streamed
 
     def load(self, state: dict[str, Any]) -> None:
         self.position, self.rates = state["position"], dict(state["rates"])
-        self.carried = [_scored_group(tree) for tree in state["carried"]]
+        self.carried = [scored_group(tree) for tree in state["carried"]]
 
 
 def teaches(scored: ScoredGroup) -> bool:
@@ -114,7 +120,7 @@ def pass_rate(scored: ScoredGroup) -> float:
     return sum(right) / len(right) if right else 0.0
 
 
-def _scored_group(tree: dict[str, Any]) -> ScoredGroup:
+def scored_group(tree: dict[str, Any]) -> ScoredGroup:
     """Returns what `asdict` and JSON made a tree of."""
     group = tree["group"]
     completions = tuple(

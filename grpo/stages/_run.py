@@ -151,20 +151,21 @@ def start_engine(
 ) -> Any:  # fmt: skip
     """Starts the engine in the background: a child process, or `engine.servers`; the stage closes it. `max_logprobs`: of a child that is
     asked for likeliest tokens too. Raises UserError when the memory cannot do."""
-    from grpo.engines import server, vllm
+    from grpo.engines import pool, vllm
 
-    dtype, pool = config.engine.dtype or config.model.dtype, config.engine.servers if max_logprobs is None else None
-    vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4), pool.count if pool else ranks.local_count())
+    dtype, servers = config.engine.dtype or config.model.dtype, config.engine.servers if max_logprobs is None else None
+    vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4), servers.count if servers else ranks.local_count())
     stage.display.phase(0, "starting the engine")
     common: dict[str, Any] = {
         "model_dir": str(model_dir), "settings": config.engine, "dtype": dtype, "load_weights": load_weights,
-        "max_model_len": max_model_len or config.max_sequence_tokens, "float32_head": config.model.float32_head, "on_wait": stage.signals.check,
+        "max_model_len": max_model_len or config.max_sequence_tokens, "float32_head": config.model.float32_head,
+        "on_wait": stage.signals.check,
     }  # fmt: skip
     engine: Any
-    if pool:
+    if servers:
         tokenizer = models.load_tokenizer(model_dir)
         decode: Any = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        engine = server.Pool(**common, run_dir=stage.run.path, decode=decode, say=stage.display.say)
+        engine = pool.Pool(**common, run_dir=stage.run.path, decode=decode, say=stage.display.say)
     else:
         engine = vllm.VllmEngine(**common, log_file=stage.run.log_file("engine"), max_logprobs=max_logprobs or 20)
     stage.stack.callback(engine.close)

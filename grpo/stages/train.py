@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo import config as configs
-from grpo import lora, models, plugins, ranks, roofline
+from grpo import lora, models, plugins, ranks, rollout, roofline
 from grpo.algorithm import describe
 from grpo.config import Config
 from grpo.config_stages import SftConfig
 from grpo.diagnosis import Watch
+from grpo.engines import Request
 from grpo.metrics import quiet
 from grpo.signals import Interrupted
 from grpo.stages._run import Stage, find_teacher, held_out, judges, load_problems, mixture, open_stage, prepare, start_engine, write_final
-from grpo.types import Exhausted
+from grpo.types import Completion, Exhausted, Problem, ScoredGroup
 from rewards._pool import Pool
+
+if TYPE_CHECKING:
+    from grpo.loop import Loop
 
 
 def train(config: Config, *, resume: bool, keep: bool = True) -> None:
@@ -89,6 +93,8 @@ def _run(
         display.say(f"resumed after rollout {loop.rollout}" if checkpoint else "no checkpoint yet: starting again")
     try:
         loop.start(fresh=checkpoint is None)
+        if config.train.max_staleness:
+            _stream(loop, stage, state["selection"].get("stream") if checkpoint else None)
         loop.train()
     except (Interrupted, Exhausted) as error:
         if loop.rollout:
@@ -102,6 +108,37 @@ def _run(
         return
     loop.save()
     write_final(stage, config, model_dir, tokenizer, learner)
+
+
+def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
+    """Puts asynchronous rollouts under the loop's selection: on rank 0, which gives every rank what it takes."""
+    from grpo.loop import sampling_options
+    from grpo.selection import scored_group
+    from grpo.stream import Stream
+
+    config, prompts, selection = loop.config, loop.prompts, loop.selection
+    engine: Any = loop.engine
+    options, train = sampling_options(config, prompts, config.sampling.temperature), config.train
+
+    def request(problem: Problem, number: int) -> Request:
+        seed = rollout.seed_of(config.seed, f"stream/{number}", problem.id)
+        return Request(prompt_ids=prompts.ids(problem), seed=seed, n=train.group_size)
+
+    def finish(problem: Problem, request: Request, completions: tuple[Completion, ...]) -> ScoredGroup:
+        group = rollout.group_of(problem, request.prompt_ids, prompts, completions)
+        return rollout.score([group], loop.rewards, prompts.for_rewards)[0]
+
+    if ranks.rank() == 0:
+        stream = selection.stream = Stream(
+            begin=lambda one: engine.begin(one, options), request=request, finish=finish, draw=lambda: selection.draw(1)[0],
+            ahead=train.problems * train.max_staleness, timeout_s=config.engine.timeout_s, on_wait=stage.signals.check,
+            last=None if config.algorithm.no_signal == "resample" else train.problems * train.rollouts,
+        )  # fmt: skip
+        stage.stack.callback(stream.close)
+        if state:
+            stream.load(state, scored_group)
+    take = selection.stream.take if selection.stream else lambda count: []
+    selection.streamed = lambda count: ranks.together("the groups to learn from next", lambda: take(count))[0]
 
 
 def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any:
