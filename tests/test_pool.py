@@ -1,0 +1,249 @@
+"""Two real vLLM servers: what they sample, who may ask them, what is done when one is killed, hangs or gets broken weights."""
+
+import json
+import os
+import signal
+import time
+
+import httpx
+import psutil
+import pytest
+from conftest import tiny_config
+from test_engine import PROMPTS
+from whole_runs import rows, run, start, wait_for, write_config
+
+from grpo import config as configs
+from grpo import models
+from grpo.engines import EngineError, Request, SamplingOptions, fleet
+from grpo.engines._plugin import TOKEN
+from grpo.engines.pool import Pool
+from grpo.engines.vllm import VllmEngine
+from grpo.types import UserError
+
+pytestmark = pytest.mark.engine
+REQUESTS = [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS * 3)]
+OPTIONS = SamplingOptions(max_tokens=24, ignore_eos=True)
+
+
+def settings(**servers):
+    return configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=100, servers=configs.Servers(**({"count": 2} | servers)))
+
+
+class Weights(dict):
+    def __iter__(self):
+        return iter(self.items())
+
+    def layout(self):
+        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()]
+
+
+def weights(model_dir, scale=1.0):
+    model = models.load_model(model_dir, "eager")
+    return Weights({name: scale * parameter.detach() for name, parameter in model.named_parameters()})
+
+
+def pool_of(model_dir, folder, said=None, **servers):
+    tokenizer = models.load_tokenizer(model_dir)
+    return Pool(
+        model_dir=str(model_dir), settings=settings(**servers), dtype="float32", max_model_len=160, run_dir=folder,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False), say=(said if said is not None else []).append,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def said():
+    return []
+
+
+@pytest.fixture(scope="module")
+def pool(tiny, tmp_path_factory, said):
+    pool = pool_of(tiny(), tmp_path_factory.mktemp("pool"), said)
+    pool.wait_ready()
+    pool.load_weights(weights(tiny()), 1)
+    yield pool
+    pool.close()
+
+
+def test_two_servers_sample_what_one_child_process_samples(pool, tiny, tmp_path):
+    engine = VllmEngine(
+        model_dir=str(tiny()), settings=settings(), dtype="float32", max_model_len=160, log_file=tmp_path / "log", load_weights=True
+    )
+    expected = engine.generate(REQUESTS, OPTIONS)
+    engine.close()
+    done = []
+    found = pool.generate(REQUESTS, OPTIONS, lambda *progress: done.append(progress))
+    assert done[-1] == (36, 36) and all(server.tokens != 0 for server in pool._servers)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [(c.token_ids, c.text, c.finish_reason) for c in ours] == [(c.token_ids, c.text, c.finish_reason) for c in theirs]
+        assert all(c.versions == ((1, 0, 24),) for c in ours)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_every_route_asks_for_the_token_and_pickles_are_not_served(pool):
+    url, token = pool._servers[0].url, pool._servers[0].environment[TOKEN]
+    for method, path in (
+        ("GET", "/health"),
+        ("POST", "/update_weights"),
+        ("POST", "/inference/v1/generate"),
+        ("POST", "/pause"),
+        ("GET", "/docs"),
+    ):
+        assert httpx.request(method, url + path).status_code == 401
+        assert httpx.request(method, url + path, headers={"Authorization": "Bearer " + token[:-1]}).status_code == 401
+    right = {"Authorization": f"Bearer {token}"}
+    assert httpx.post(url + "/collective_rpc", headers=right, json={"method": "x"}).status_code == 403
+    assert httpx.get(url + "/health", headers=right).status_code == 200
+    assert url.startswith("http://127.0.0.1:")
+
+
+def test_new_weights_reach_every_server_and_their_prefixes_are_not_those_of_the_old(pool, tiny):
+    before = pool.prove(REQUESTS[:4], OPTIONS)
+    pool.load_weights(weights(tiny(), 0.7), 2)
+    after = pool.prove(REQUESTS[:4], OPTIONS)
+    assert len(after) == 2 and fleet.difference(after[0], after[1]) < 1e-4 < fleet.difference(before[0], after[0])
+    pool.load_weights(weights(tiny()), 3)
+    assert fleet.difference(before[0], pool.prove(REQUESTS[:4], OPTIONS)[1]) < 1e-4
+
+
+def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again(pool, tiny, said, monkeypatch):
+    write = pool._weights.write
+
+    def broken(*arguments):
+        specs = write(*arguments)
+        pool._weights._map.words(specs[3].offset, 8)[0] ^= 1 << 17
+        return specs
+
+    monkeypatch.setattr(pool._weights, "write", broken)
+    with pytest.raises(EngineError, match=r"the bytes of \S+ are not those that were sent"):
+        pool.load_weights(weights(tiny()), 4)
+    monkeypatch.undo()
+    wait(lambda: all(server.up for server in pool._servers))
+    pool.load_weights(weights(tiny()), 5)
+    assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 2
+
+
+def test_a_server_killed_in_the_middle_of_a_rollout_costs_only_what_it_was_doing(pool, said):
+    expected = pool.generate(REQUESTS, OPTIONS)
+    pool.prove(REQUESTS[:4], OPTIONS)
+    victim, seen = pool._servers[0], len(said)
+    family = [psutil.Process(victim.process.pid), *psutil.Process(victim.process.pid).children(recursive=True)]
+    future = pool._submit(pool._generate(REQUESTS, OPTIONS, None))
+    wait(lambda: victim.load)
+    family[0].kill()
+    assert [[c.token_ids for c in row] for row in future.result(60)] == [[c.token_ids for c in row] for row in expected]
+    assert pool.counts["retried"] > 0
+    assert not psutil.wait_procs(family[1:], timeout=10)[1]  # its core and worker go with it
+    wait(lambda: victim.up)
+    assert "killed by SIGKILL" in said[seen] and "is back with weights 5" in said[-1]
+    assert [[c.token_ids for c in row] for row in pool.generate(REQUESTS, OPTIONS)] == [[c.token_ids for c in row] for row in expected]
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_started_again(pool, said, monkeypatch):
+    monkeypatch.setattr(fleet, "HEALTH_S", 4.0)
+    victim = pool._servers[1]
+    os.killpg(victim.process.pid, signal.SIGSTOP)
+    assert len(pool.generate(REQUESTS, OPTIONS)) == len(REQUESTS)
+    wait(lambda: victim.up)
+    assert any("no answer for 4 s" in text for text in said)
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_back(pool, tiny, said, monkeypatch):
+    update = pool._update
+
+    async def killing(server, version):
+        if server is pool._servers[0] and server.version >= 0:
+            server.process.kill()
+        await update(server, version)
+
+    monkeypatch.setattr(pool, "_update", killing)
+    pool.load_weights(weights(tiny(), 0.9), 6)
+    assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 1
+    wait(lambda: pool._servers[0].up)
+    assert fleet.difference(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any("weights 6 did not reach" in text for text in said)
+
+
+def wait(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="needs GPUs on both sides"):
+        pool_of(tiny(), tmp_path, transfer="nccl")
+    monkeypatch.delenv("GRPO_ENGINE_TOKEN", raising=False)
+    with pytest.raises(UserError, match="GRPO_ENGINE_TOKEN is not set"):
+        pool_of(tiny(), tmp_path, count=0, urls=["http://127.0.0.1:9"])
+    for servers, message in (({}, "give count"), ({"urls": ["http://x"], "transfer": "memory"}, "reaches this machine only")):
+        with pytest.raises(UserError, match=message):
+            configs.parse(
+                {"engine": {"servers": servers}} | json.loads(json.dumps(tiny_config(tmp_path, tiny()).model_dump(exclude={"engine"})))
+            )
+
+
+def pooled(folder, model, **sections):
+    made = {
+        "train": {"rollouts": 4, "problems": 4, "group_size": 4}, "rewards": {"digits:share": 1.0}, "eval": {"every": 2, "problems": 4},
+        "engine": {"servers": {"count": 2}, "timeout_s": 100},
+    }  # fmt: skip
+    return tiny_config(folder, model, **(made | sections))
+
+
+def test_a_run_on_a_pool_is_proved_and_survives_a_killed_server(tiny, tmp_path):
+    config = write_config(
+        tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), train={"rollouts": 40, "problems": 4, "group_size": 4})
+    )
+    process = start(config, "logging.progress=line")
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 3, process)
+    servers = [p for p in psutil.Process(process.pid).children() if "api_server" in " ".join(p.cmdline())]
+    assert len(servers) == 2
+    servers[0].kill()
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    found = rows(tmp_path / "run")
+    assert found[-1]["engine/lost"] == 1 and max(row["probe/gap"] for row in found) < 1e-4 and "killed by SIGKILL" in errors
+    assert [row["rollout"] for row in found] == list(range(41))
+
+
+def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_group(tiny, tmp_path):
+    made = {
+        "train": {"rollouts": 12, "problems": 4, "group_size": 4, "max_staleness": 2},
+        "checkpoint": {"every": 1, "keep_last": 20},
+        "eval": {"every": 0},
+    }
+    made |= {"sampling": {"max_tokens": 40, "ignore_eos": True}, "engine": {"servers": {"count": 1}, "timeout_s": 100}}
+    config = write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), **made))
+    process = start(config)
+    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000004").exists(), process)
+    process.kill()
+    process.communicate()
+    last = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    waiting = json.loads((last / "state.json").read_text())["selection"]["stream"]["items"]
+    assert waiting
+    run(config, "--resume")
+    found = rows(tmp_path / "run")[1:]
+    assert len(found) == 12 and all(row["staleness/max"] <= 2 for row in found) and max(row["staleness/max"] for row in found) >= 1
+    assert (
+        all(0 <= row["idle/engine"] <= 1 for row in found) and {"queue/ready", "queue/in_flight", "histogram/staleness"} <= found[0].keys()
+    )
+    kept = [
+        json.loads(line) for file in sorted((tmp_path / "run" / "samples").glob("step-*.jsonl")) for line in file.read_text().splitlines()
+    ]
+    order = list(dict.fromkeys(row["problem"] for row in kept))
+    assert len(kept) == 12 * 16
+    step = int(last.name.partition("-")[2])
+    used = [row["problem"] for row in kept[16 * step :: 4]][: len(waiting)]
+    assert used == [item["problem"]["id"] for item in waiting], order
+
+
+def test_staleness_needs_servers(tiny, tmp_path):
+    with pytest.raises(UserError, match="max_staleness needs servers"):
+        tiny_config(tmp_path, tiny(), train={"rollouts": 1, "max_staleness": 1})
+
+
+def test_nothing_is_left_running(tmp_path):
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path.parent) in " ".join(p.info["cmdline"] or ())]
