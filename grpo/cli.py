@@ -73,8 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
         if name == "eval":
             command.add_argument("--ask", metavar="TEXT", help="a problem for the model (run, directory or hub id) given in CONFIG's place")
+        if name == "bench":
+            command.add_argument(
+                "--simulate", metavar="DEVICE", help="run nothing: reckon 1 to 1,024 of a100, h100, h200, or of a run's machine"
+            )
+            command.add_argument("--mean", type=float, help="with --simulate: tokens of a completion in the mean")
         if name == "doctor":
             command.add_argument("--no-sample", action="store_true", help="start no engine")
+            command.add_argument("--gpus", action="store_true", help="only a table: what the run needs of 1 to 64 GPUs")
             command.add_argument("--price", type=float, help="of an hour of the machine, for the cost of the run")
         command.add_argument("--dry-run", action="store_true", help="check and show everything, start nothing")
     command = commands.add_parser("grade", help="verdicts on a file of answers, or on a run's samples by today's rules")
@@ -131,7 +137,12 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "doctor" and not options.dry_run:
         from grpo.stages.doctor import doctor
 
-        return 2 if doctor(config, sample=not options.no_sample, price=options.price) else 0
+        return 2 if doctor(config, sample=not options.no_sample, price=options.price, gpus=options.gpus) else 0
+    if options.command == "bench" and options.simulate:
+        from grpo.stages.bench import simulate
+
+        print(simulate(config, options.simulate, options.mean))
+        return 0
     if options.dry_run:
         from grpo.stages.dry_run import dry_run
 

@@ -133,6 +133,7 @@ class Servers(Section):
     count: int = Field(0, ge=0)  # local ones, started and watched by rank 0
     urls: list[str] = []  # others: http://HOST:PORT
     tensor_parallel: int = Field(1, ge=1)  # GPUs of a server
+    cores: list[int] | None = None  # on a CPU: cores that the local servers share; default: all
     transfer: Literal["auto", "memory", "file", "nccl"] = "auto"  # how weights go there; auto: nccl on GPUs, else memory, with urls file
     folder: str | None = None  # transfer file: a directory that all machines see; default: the run's
     token_env: str = "GRPO_ENGINE_TOKEN"  # environment variable with the token of `urls`; local servers get one of their own

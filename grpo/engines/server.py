@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +19,8 @@ from pathlib import Path
 import torch
 
 from grpo import config as configs
-from grpo import ranks
-from grpo.engines._plugin import TOKEN
+from grpo import models, ranks
+from grpo.engines._plugin import BACKEND, TOKEN
 from grpo.engines.vllm import environment, llm_arguments
 from grpo.types import Completion, UserError
 
@@ -96,7 +98,7 @@ def environment_of(token: str, number: int, pool: configs.Servers) -> dict[str, 
             )
         own = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
         return made | {"CUDA_VISIBLE_DEVICES": ",".join(own[i] if own else str(i) for i in range(first, first + size))}
-    cores = sorted(os.sched_getaffinity(0))
+    cores = pool.cores or sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // pool.count)
     mine = [str(cores[(number * share + i) % len(cores)]) for i in range(share)]
     return made | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(mine), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
@@ -136,3 +138,26 @@ def difference(first: Sequence[tuple[Completion, ...]], second: Sequence[tuple[C
                     break
                 gaps.append(abs(logprob - theirs))
     return sum(gaps) / len(gaps)
+
+
+def main(config_file: str, port: str, overrides: list[str]) -> None:
+    """Becomes a server for `engine.servers.urls` of this train config: on this node's GPUs, open to the network, guarded by the token."""
+    config: configs.Config = configs.load(config_file, overrides)
+    if not os.environ.get(TOKEN):
+        raise UserError(f"{TOKEN} is not set: choose one for all servers and the trainer")
+    settings = config.engine.model_copy(update={"servers": config.engine.servers or configs.Servers(urls=["here"])})
+    model_dir = models.locate(config.model, Path(tempfile.mkdtemp(prefix="grpo-server-")), config.seed)
+    words = arguments(
+        str(model_dir), settings, config.engine.dtype or config.model.dtype, config.max_sequence_tokens, config.model.float32_head
+    )
+    backend = "nccl" if transfer_of(settings.servers or configs.Servers(urls=["here"]), torch.cuda.is_available()) == "nccl" else BACKEND
+    words += ["--weight-transfer-config", json.dumps({"backend": backend}), "--load-format", "dummy"]
+    made = environment() | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", TOKEN: os.environ[TOKEN]}
+    os.execve(sys.executable, [*COMMAND, *words, "--host", "0.0.0.0", "--port", port], made)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    except UserError as error:
+        sys.exit(f"grpo: {error}")

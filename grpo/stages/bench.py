@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from grpo import models, roofline
 from grpo.checkpoint import read_metrics
 from grpo.config import Config
+from grpo.metrics import quiet
 from grpo.stages.train import train
 from grpo.types import UserError
 
@@ -29,6 +31,31 @@ def bench(config: Config, *, resume: bool) -> None:
         train(config.model_copy(update=sections), resume=False, keep=False)
         rows = read_metrics(Path(scratch, "run", "metrics.jsonl"))
     print(table([row for row in rows if "time/total_s" in row and row["step"] > 1], rows[0]))
+
+
+def simulate(config: Config, device: str, mean: float | None) -> str:
+    """Returns what a step would take on 1 to 1,024 of a device (grpo/simulate.py), or on machines like the one of a run directory, at its
+    measured rates and lengths. `mean`: completion length; default a quarter of sampling.max_tokens, or the run's. Raises UserError."""
+    from grpo import simulate as s
+
+    count, longest, metrics = config.train.completions, config.sampling.max_tokens, Path(device) / "metrics.jsonl"
+    with tempfile.TemporaryDirectory(prefix="grpo-simulate-") as scratch, quiet(Path(scratch) / "log"):
+        model_dir = models.locate(config.model, Path(scratch), config.seed, weights=False)
+        shape = roofline.shape(model_dir, models.num_weights(model_dir), config.model.dtype)
+    prompt, passes = config.prompt.max_tokens / 2, int(config.algorithm.kl_coef > 0) + int(config.train.updates_per_rollout > 1)
+    if metrics.exists():
+        rows = [row for row in read_metrics(metrics) if "time/rollout_s" in row and row["bound/update_s"]]
+        rates, mean = s.measured(rows, read_metrics(metrics)[0]), mean or statistics.mean(row["completion/length"] for row in rows)
+    elif device in s.DEVICES:
+        rates, mean = s.DEVICES[device], mean or longest / 4
+    else:
+        raise UserError(f"--simulate {device}: neither a run directory nor one of {', '.join(s.DEVICES)}")
+    work = s.Work(
+        lengths=s.lengths(count, mean, longest), prompt=round(prompt), updates=config.train.updates_per_rollout, forwards=passes,
+        concurrency=config.engine.max_sequences, checkpointing=config.model.gradient_checkpointing,
+        tensor_parallel=config.engine.servers.tensor_parallel if config.engine.servers else 1,
+    )  # fmt: skip
+    return "\n".join([f"{count} completions of {mean:,.0f} tokens in the mean, at most {longest:,}", *s.table(rates, shape, work)])
 
 
 def table(rows: list[dict[str, Any]], first: dict[str, Any]) -> str:

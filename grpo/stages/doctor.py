@@ -26,6 +26,7 @@ from grpo.stages.dry_run import train_arithmetic
 from grpo.types import Problem, ScoredGroup, UserError
 
 GB = 2**30
+GPUS = (1, 2, 4, 8, 16, 32, 64)
 SAMPLED = 8  # problems, and completions of each
 USUAL = 2.5  # times the roofline's bound, as measured (docs/benchmarks.md)
 
@@ -41,8 +42,9 @@ class Check:
         return f"{self.level:5} {self.name:14} {self.text}" + (f"\n{'':20} -> {self.way}" if self.way else "")
 
 
-def doctor(config: Config, *, sample: bool = True, price: float | None = None) -> int:
-    """Prints every finding as it is made; returns how many failed. `price`: of an hour of the machine. Raises UserError, EngineError."""
+def doctor(config: Config, *, sample: bool = True, price: float | None = None, gpus: bool = False) -> int:
+    """Prints every finding as it is made; returns how many failed. `price`: of an hour of the machine; `gpus`: only what the run needs of
+    how many. Raises UserError, EngineError."""
     failed = 0
 
     def tell(checks: Iterator[Check]) -> None:
@@ -61,6 +63,10 @@ def doctor(config: Config, *, sample: bool = True, price: float | None = None) -
             weights = models.num_weights(model_dir)
         models.check_context(model_dir, config.max_sequence_tokens)
         shape = roofline.shape(model_dir, weights, config.model.dtype)
+        if gpus:
+            raw = json.loads((model_dir / "config.json").read_text())
+            print("\n".join(sizing(config, shape, raw["hidden_size"], raw["vocab_size"])))
+            return 0
         train = load_problems(config.data, "train", config.seed)
         own = config.eval.data or config.data
         judged = held_out(own, load_problems(own, "test", config.seed), prompts, config.eval.problems) if config.eval.every else []
@@ -132,8 +138,8 @@ def _teacher(config: Config, tokenizer: Any, scratch: Path) -> Iterator[Check]:
             yield Check("fail", "vocabulary", str(error), "grpo distill, way=sequence")
 
 
-def memory(config: Config, shape: roofline.Shape, hidden: int, vocabulary: int) -> dict[str, float]:
-    """Returns bytes by part: what the learner and the engine hold at the longest sequences. Estimates, within a third of what is measured.
+def memory(config: Config, shape: roofline.Shape, hidden: int, vocabulary: int, ranks: int = 1) -> dict[str, float]:
+    """Returns bytes by part: what one of `ranks` learners holds at the longest sequences. Estimates, within a third of what is measured.
 
     Mixed-precision Adam: 2 + 4 + 4 + 8 bytes a weight (ZeRO 1910.02054 section 3.1, float32 gradients); activations 34 bytes a token,
     hidden unit and layer without checkpointing (2205.05198 Eq. 2, without its attention matrices), 2 with it.
@@ -145,10 +151,30 @@ def memory(config: Config, shape: roofline.Shape, hidden: int, vocabulary: int) 
         states["reference"] = shape.weights * shape.weight_bytes
     if learner.offload_optimizer:
         states.pop("optimizer")
+    for part, stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):  # ZeRO's stages share these out
+        if part in states and learner.zero_stage >= stage:
+            states[part] /= ranks
     per_layer = 2 if config.model.gradient_checkpointing else 34
     states["activations"] = tokens * hidden * (shape.layers * per_layer + 34)
     states["logits"] = learner.logits_chunk_tokens * vocabulary * 10
     return states
+
+
+def sizing(
+    config: Config, shape: roofline.Shape, hidden: int, vocabulary: int, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
+) -> list[str]:
+    """Returns a table in markdown: for each number of learner GPUs what a learner holds, what an engine beside it does, and what of it an
+    80 GB GPU has room for: both at once, or in turns (engine.sleep)."""
+    lines = ["| GPUs | learner, GB a GPU | engine: weights | cache of all its sequences | on 80 GB |", "|---|---|---|---|---|"]
+    engine = shape.weights * shape.weight_bytes / GB
+    for count in gpus:
+        own = sum(memory(config, shape, hidden, vocabulary, count).values()) / GB
+        sequences = min(config.engine.max_sequences, -(-config.train.completions // count))
+        cache = sequences * config.max_sequence_tokens * shape.kv_bytes / GB
+        room = "both" if own + engine + cache < 76 else "both, part of the cache" if own + engine + cache / 8 < 76 else (
+            "in turns" if max(own, engine + cache / 8) < 76 else "no")  # fmt: skip
+        lines.append(f"| {count} | {own:.1f} | {engine:.1f} | {cache:.1f} | {room} |")
+    return lines
 
 
 def _memory(config: Config, shape: roofline.Shape, model_dir: Path) -> Iterator[Check]:
@@ -224,7 +250,7 @@ def _sample(
         if torch.cuda.is_available():
             model = model.cuda()
         engine.wait_ready()  # else the sync's seconds are those of the start
-        synced = engine.load_weights(((name, weight.data) for name, weight in model.named_parameters()), 1).seconds
+        synced = engine.load_weights(Held(model), 1).seconds
         del model
         options = sampling_options(config, prompts, config.sampling.temperature)
         start = time.monotonic()
@@ -233,6 +259,19 @@ def _sample(
         scored = rollout.score(groups, rewards, prompts.for_rewards)
     tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
     return scored, tokens / seconds, synced
+
+
+class Held:
+    """A model's weights as an engine takes them (grpo.engines.Weights)."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return ((name, weight.data) for name, weight in self._model.named_parameters())
+
+    def layout(self) -> list[tuple[str, Any, tuple[int, ...]]]:
+        return [(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
 
 
 def _samples(groups: Sequence[ScoredGroup], prompts: Prompts) -> Iterator[Check]:

@@ -1,0 +1,100 @@
+"""What lies in launch/ is well-formed: shell scripts, the Slurm job's header, the Kubernetes job; the server's command line."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_config
+from whole_runs import write_config
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_are_strict(script):
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    assert "set -euo pipefail" in script.read_text() and os.access(script, os.X_OK)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "--exclude=SC1091", str(script)], check=True)
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh", "server.sh"])
+def test_scripts_say_how_they_are_used(script):
+    done = subprocess.run([str(LAUNCH / script)], capture_output=True, text=True)
+    assert done.returncode == 2 and "launch/" in done.stdout + done.stderr
+
+
+FAKES = {  # a cluster of three nodes; srun shows what it was asked, and ends at once unless the job is to be preempted
+    "scontrol": '[ "$1" = show ] && printf "n1\\nn2\\nn3\\n" || echo "scontrol $*" >>"$LOG"',
+    "srun": 'printf "%s\\n" "srun $*" >>"$LOG"\ncase "$*" in *learner*) [ -z "$HOLD" ] || { trap "exit 1" TERM; sleep 20 & wait; } ;; esac',
+}
+
+
+def slurm(tmp_path, **environment):
+    for name, body in FAKES.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_ID": "7"}
+    return subprocess.Popen(
+        ["bash", str(LAUNCH / "slurm.sh"), "train", "configs/tiny.yaml", "seed=1"], env=os.environ | given | {"HOLD": ""} | environment
+    )
+
+
+def test_the_slurm_job_shares_its_nodes_among_learners_and_servers(tmp_path):
+    assert slurm(tmp_path, ENGINE_NODES="1", TENSOR_PARALLEL="4").wait(30) == 0
+    asked = (tmp_path / "log").read_text().splitlines()
+    (learner,) = [line for line in asked if "slurm-%j-learner" in line]
+    servers = [line for line in asked if "server.sh" in line]
+    assert "--nodelist=n1,n2" in learner and "--nnodes=2" in learner and "--rdzv-endpoint=n1:29500" in learner and "seed=1" in learner
+    assert "engine.servers={urls: [http://n3:8000,http://n3:8001], tensor_parallel: 4}" in learner and "--resume" not in learner
+    assert len(servers) == 2 and all("--nodelist=n3" in line for line in servers)
+    assert sorted(re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", " ".join(servers))) == ["0,1,2,3", "4,5,6,7"]
+
+
+def test_a_preempted_job_goes_back_into_the_queue_and_a_requeued_one_resumes(tmp_path):
+    process = slurm(tmp_path, HOLD="1", SLURM_RESTART_COUNT="2")
+    while not (tmp_path / "log").exists():
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.terminate()
+    assert process.wait(30) != 0
+    asked = (tmp_path / "log").read_text()
+    assert "scontrol requeue 7" in asked and "--resume" in asked
+
+
+def test_no_node_left_to_learn_is_refused(tmp_path):
+    assert slurm(tmp_path, ENGINE_NODES="3").wait(30) == 2
+
+
+def test_the_kubernetes_job_has_what_the_api_asks_for():
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    assert (service["apiVersion"], service["kind"], service["spec"]["clusterIP"]) == ("v1", "Service", "None")
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    spec = job["spec"]
+    assert set(spec) <= {"completionMode", "completions", "parallelism", "backoffLimit", "template"} and spec["completionMode"] == "Indexed"
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["restartPolicy"] in ("Never", "OnFailure") and pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in pod["volumes"]}
+    assert {"name", "image", "command", "args", "resources"} <= set(container)
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment["NODES"] == str(spec["completions"]) == str(spec["parallelism"])
+    assert (LAUNCH.parent / environment["CONFIG"]).exists()
+    assert subprocess.run(["bash", "-n", "-c", container["args"][0]]).returncode == 0
+    assert set(re.findall(r"\$\{?([A-Z_]+)", container["args"][0])) <= environment.keys() | {"JOB_COMPLETION_INDEX"}
+
+
+def test_a_server_without_a_token_does_not_start(tiny, tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    environment = {name: value for name, value in os.environ.items() if name != "GRPO_ENGINE_TOKEN"}
+    command = [sys.executable, "-m", "grpo.engines.server", config, "8123"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "grpo: GRPO_ENGINE_TOKEN is not set" in done.stderr

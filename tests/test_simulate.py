@@ -1,0 +1,76 @@
+"""The simulator: limits that must hold, a real step's published seconds, and what is known of splits."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.roofline import Shape
+from grpo.simulate import DEVICES, Rates, Work, best_split, decode_seconds, lengths, measured, simulate, table
+
+H100 = DEVICES["h100"]
+
+
+def shape(hidden, layers, kv_heads, vocabulary, weights, tied):
+    embeddings = vocabulary * hidden
+    return Shape(weights=weights, body=weights - embeddings * (1 if tied else 2), head=embeddings, layers=layers, width=hidden,
+                 kv_bytes=2 * layers * kv_heads * 128 * 2, weight_bytes=2)  # fmt: skip
+
+
+QWEN_1_5B = shape(1536, 28, 2, 151_936, 1_543_714_304, True)
+QWEN_7B = shape(3584, 28, 4, 152_064, 7_615_616_512, False)
+
+
+def test_a_published_step_within_a_third():
+    """TRL with colocated vLLM, Qwen2.5-1.5B, 8 x 8 completions of at most 256 tokens, one H100: 0.752 s, 1.27 s with the old logprobs."""
+    step = simulate(H100, QWEN_1_5B, Work(lengths=lengths(64, 180, 256, 0.4), prompt=105, forwards=1), learners=1, engines=0)
+    assert step.rollout == pytest.approx(0.752, rel=1 / 3) and step.update == pytest.approx(0.298 + 0.301 + 0.653, rel=1 / 3)
+
+
+def test_by_hand():
+    # One sequence of 10 tokens: 10 steps that each read all weights. 100 bytes / (10 bytes/s) = 10 s a step at a decode share of 1.
+    model = Shape(weights=50, body=40, head=10, layers=1, width=1, kv_bytes=0, weight_bytes=2)
+    rates = Rates(flops=1e9, bandwidth=10, network=1, decode=1.0, update=1.0)
+    work = Work(lengths=(10,), prompt=5)
+    assert decode_seconds(rates, model, [10], work) == pytest.approx(100)
+    # Two at once share the reading; a third waits for the first to end: 4 + 6 steps beside, then 1 more alone.
+    two = Work(lengths=(4, 10, 7), prompt=5, concurrency=2)
+    assert decode_seconds(rates, model, [4, 10, 7], two) == pytest.approx(110)
+
+
+@given(st.integers(1, 8), st.floats(50, 2000), st.booleans())
+def test_more_engines_never_take_longer_and_an_asynchronous_step_is_its_longer_side(power, mean, asynchronous):
+    work = Work(lengths=lengths(512, mean, 4096), prompt=100)
+    few, many = (simulate(H100, QWEN_7B, work, learners=8, engines=2**n, asynchronous=asynchronous) for n in (power - 1, power))
+    assert many.rollout <= few.rollout * 1.02
+    step = simulate(H100, QWEN_7B, work, learners=8, engines=2**power, asynchronous=True)
+    assert step.seconds == pytest.approx(max(step.rollout, step.update) + step.sync)
+    assert min(step.idle) <= step.sync / step.seconds + 1e-9
+
+
+def test_long_completions_want_most_devices_to_sample():
+    """AReaL 2505.24298: three quarters on generation beat an even split, at long completions."""
+    work = Work(lengths=lengths(4096, 8000, 32_000), prompt=150, checkpointing=True)
+    even = simulate(H100, QWEN_7B, work, learners=64, engines=64, asynchronous=True)
+    best = best_split(H100, QWEN_7B, work, 128, asynchronous=True)
+    assert best.engines > best.learners and best.seconds < even.seconds
+    assert best.seconds < best_split(H100, QWEN_7B, work, 128, asynchronous=False).seconds
+
+
+def test_a_straggler_costs_a_synchronous_step_its_whole_length_and_an_asynchronous_one_its_share():
+    usual, one_long = lengths(512, 500, 1000), (*lengths(511, 500, 1000), 30_000)
+    for asynchronous, most in ((False, 1e9), (True, 1.2)):
+        steps = [
+            simulate(H100, QWEN_7B, Work(lengths=rows, prompt=100), learners=8, engines=8, asynchronous=asynchronous).rollout
+            for rows in (usual, one_long)
+        ]
+        assert (steps[1] > 5 * steps[0]) == (not asynchronous) and steps[1] < most * steps[0]
+
+
+def test_a_runs_metrics_give_rates_that_give_back_its_seconds():
+    row = {"bound/rollout_s": 1.0, "time/rollout_s": 4.0, "bound/update_s": 2.0, "time/update_s": 5.0}
+    rates = measured([row, row], {"machine/gflops": 200.0, "machine/gb_per_s": 20.0})
+    assert (rates.flops, rates.bandwidth, rates.decode, rates.update) == (200e9, 20e9, 0.25, 0.4)
+
+
+def test_the_table_has_every_size():
+    assert len(table(H100, QWEN_1_5B, Work(lengths=lengths(64, 100, 256), prompt=50))) == 2 + 11
