@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -10,6 +11,19 @@ import torch
 from torch import Tensor
 
 from grpo.types import Batch, Sample
+
+
+def minibatches(samples: list[Sample], count: int, seed: int) -> list[list[Sample]]:
+    """Returns the samples in `count` random parts of nearly equal size (one part: in their order)."""
+    if count == 1:
+        return [samples]
+    order = random.Random(seed).sample(samples, len(samples))
+    return [part for i in range(count) if (part := order[i::count])]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """Returns the mini-batches of an epoch: the first in their order, later ones shuffled."""
+    return random.Random(seed + epoch).sample(range(count), count) if epoch else list(range(count))
 
 
 def token_weights(samples: Sequence[Sample], reduction: str, max_tokens: int) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,17 +11,17 @@ import torch
 from grpo import ranks, roofline
 from grpo import rollout as rollouts
 from grpo.advantages import advantages, lengths, to_samples
-from grpo.batch import micro_batches, token_weights
+from grpo.batch import epoch_order, micro_batches, minibatches, token_weights
 from grpo.checkpoint import RunDirectory
-from grpo.config import Config, SampledConfig
+from grpo.config import Config
 from grpo.diagnosis import Watch
-from grpo.engines import Engine, SamplingOptions
+from grpo.engines import Engine
 from grpo.learners.deepspeed import Learner
 from grpo.losses import _terms
 from grpo.metrics import Display, Timer
 from grpo.plugins import RewardFunction
 from grpo.probe import Probe, sync
-from grpo.prompts import Chat, Prompts
+from grpo.prompts import Prompts
 from grpo.selection import Selection
 from grpo.signals import Interrupted, Signals
 from grpo.types import Batch, Exhausted, Group, Problem, RunError, Sample, ScoredGroup
@@ -154,7 +153,7 @@ class Loop:
         def own(share: slice) -> list[ScoredGroup]:
             with timer("rollout"):
                 groups = rollouts.sample(
-                    self.engine, self.prompts, problems, sampling_options(config, self.prompts, config.sampling.temperature),
+                    self.engine, self.prompts, problems, rollouts.sampling_options(config, self.prompts, config.sampling.temperature),
                     group_size=config.train.group_size, run_seed=config.seed, rollout=name,
                     on_progress=self._progress("rollout"), share=share,
                 )  # fmt: skip
@@ -200,7 +199,7 @@ class Loop:
         parts = [part for part in parts if any(any(sample.advantages) for sample in part)]
         ranks.together("the update", self.signals.check)
         batches = self._attach(parts)
-        order = [n for epoch in range(config.train.epochs) for n in _order(len(batches), seed, epoch)]
+        order = [n for epoch in range(config.train.epochs) for n in epoch_order(len(batches), seed, epoch)]
         reports, before = [], self.learner.updates
         for number, n in enumerate(order):
             reports.append(self.learner.update(batches[n], self._update_progress(first=number == 0)))
@@ -263,8 +262,8 @@ class Loop:
             return
         settings = self.config.eval
         found, rows = rollouts.evaluate(
-            self.engine, self.prompts, self.held_out, self.rewards, sampling_options(self.config, self.prompts, settings.temperature),
-            samples=settings.samples, run_seed=self.config.seed, on_progress=self._progress("evaluation"),
+            self.engine, self.prompts, self.held_out, self.rewards,
+            rollouts.sampling_options(self.config, self.prompts, settings.temperature), samples=settings.samples, run_seed=self.config.seed, on_progress=self._progress("evaluation"),
         )  # fmt: skip
         self.run.write_samples(f"eval-{self.rollout:06d}", rows)
         row |= found
@@ -318,24 +317,3 @@ class Loop:
             self.display.phase(self.rollout, "update", f"{done}/{total}")
 
         return show
-
-
-def sampling_options(config: SampledConfig, prompts: Prompts | Chat, temperature: float) -> SamplingOptions:
-    sampling = config.sampling
-    return SamplingOptions(
-        max_tokens=sampling.max_tokens, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, stop=prompts.stop,
-        stop_token_ids=prompts.stop_token_ids, ignore_eos=sampling.ignore_eos,
-    )  # fmt: skip
-
-
-def minibatches(samples: list[Sample], count: int, seed: int) -> list[list[Sample]]:
-    """Returns the samples in `count` random parts of nearly equal size (one part: in their order)."""
-    if count == 1:
-        return [samples]
-    order = random.Random(seed).sample(samples, len(samples))
-    return [part for i in range(count) if (part := order[i::count])]
-
-
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    """The mini-batches of an epoch: the first in their order, later ones shuffled."""
-    return random.Random(seed + epoch).sample(range(count), count) if epoch else list(range(count))

@@ -6,20 +6,32 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo import ranks
 from grpo.advantages import has_signal
 from grpo.engines import Engine, Request, SamplingOptions
 from grpo.plugins import Prompt, RewardFunction
-from grpo.prompts import Prompts
+from grpo.prompts import Chat, Prompts
 from grpo.types import Completion, Group, Problem, Score, ScoredGroup, Verdict
+
+if TYPE_CHECKING:
+    from grpo.config import SampledConfig
 
 
 def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
     """Returns a group's sampling seed; completion i has this plus i. A function of its arguments alone: a resume needs no sampler state."""
     digest = hashlib.blake2b(f"{run_seed}/{rollout}/{problem_id}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big")
+
+
+def sampling_options(config: SampledConfig, prompts: Prompts | Chat, temperature: float) -> SamplingOptions:
+    """Returns how a config samples."""
+    sampling = config.sampling
+    return SamplingOptions(
+        max_tokens=sampling.max_tokens, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, stop=prompts.stop,
+        stop_token_ids=prompts.stop_token_ids, ignore_eos=sampling.ignore_eos,
+    )  # fmt: skip
 
 
 def sample(

@@ -7,7 +7,8 @@ from conftest import tiny_config
 from grpo import config as configs
 from grpo import models
 from grpo.batch import micro_batches, token_weights
-from grpo.learners.deepspeed import Learner, learning_rate
+from grpo.learners._setup import learning_rate
+from grpo.learners.deepspeed import Learner
 from grpo.logprobs import Policy
 from grpo.losses.grpo import loss
 from grpo.types import RunError, Sample

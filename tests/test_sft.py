@@ -11,7 +11,7 @@ from grpo import config as configs
 from grpo import models
 from grpo.config_model import Rope
 from grpo.config_stages import SftConfig
-from grpo.learners.deepspeed import learning_rate
+from grpo.learners._setup import learning_rate
 from grpo.prompts import Prompts
 from grpo.stages._run import load_problems, mixture
 from grpo.stages.sft import rows as sft_rows

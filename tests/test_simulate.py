@@ -1,11 +1,15 @@
 """The simulator: limits that must hold, a real step's published seconds, and what is known of splits."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo import config as configs
 from grpo.roofline import Shape
 from grpo.simulate import DEVICES, Rates, Work, best_split, decode_seconds, lengths, measured, simulate, table
+from grpo.stages.doctor import sizing
 
 H100 = DEVICES["h100"]
 
@@ -16,8 +20,30 @@ def shape(hidden, layers, kv_heads, vocabulary, weights, tied):
                  kv_bytes=2 * layers * kv_heads * 128 * 2, weight_bytes=2)  # fmt: skip
 
 
-QWEN_1_5B = shape(1536, 28, 2, 151_936, 1_543_714_304, True)
-QWEN_7B = shape(3584, 28, 4, 152_064, 7_615_616_512, False)
+QWEN = {  # Qwen2.5: hidden, layers, KV heads, vocabulary, weights, tied
+    "0.5B": (896, 24, 1, 151_936, 494_032_768, True), "1.5B": (1536, 28, 2, 151_936, 1_543_714_304, True),
+    "7B": (3584, 28, 4, 152_064, 7_615_616_512, False), "14B": (5120, 48, 8, 152_064, 14_770_033_664, False),
+    "32B": (5120, 64, 8, 152_064, 32_763_876_352, False),
+}  # fmt: skip
+QWEN_1_5B, QWEN_7B = shape(*QWEN["1.5B"]), shape(*QWEN["7B"])
+ROOT = Path(__file__).parent.parent
+
+
+def sized():
+    """The rows of docs/cluster.md: what the models need of 1 to 64 GPUs."""
+    overrides = ["learner.offload_optimizer=false", "sampling.max_tokens=8192", "learner.micro_batch_tokens=16384", "learner.zero_stage=3"]
+    config = configs.load(str(ROOT / "configs" / "r1_zero_math_7b.yaml"), [*overrides, "train={problems: 128, group_size: 8, rollouts: 1}"])
+    return [
+        f"| {name} {row}"
+        for name, numbers in QWEN.items()
+        for row in sizing(config, shape(*numbers), numbers[0], numbers[3], (1, 8, 16, 64))[2:]
+    ]
+
+
+def test_the_page_has_what_the_doctor_and_the_simulator_reckon():
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    work = Work(lengths=lengths(1024, 2000, 8192), prompt=200, checkpointing=True)
+    assert "\n".join(sized()) in text and "\n".join(table(H100, QWEN_7B, work, (1, 8, 16, 32, 64, 256, 1024))) in text
 
 
 def test_a_published_step_within_a_third():

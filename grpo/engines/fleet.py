@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -17,11 +16,11 @@ import torch
 
 from grpo import config as configs
 from grpo import ranks
-from grpo.engines import EngineError, Request, SamplingOptions, Weights
+from grpo.engines import EngineError, Request, SamplingOptions
+from grpo.engines._nccl import NcclSender
 from grpo.engines._plugin import BACKEND
 from grpo.engines._weights import SharedWeights
 from grpo.engines.server import COMMAND, Server, arguments, difference, environment_of, free_port, token_of, transfer_of
-from grpo.engines.vllm import weight_source
 from grpo.types import Completion, UserError
 
 T = TypeVar("T")
@@ -50,7 +49,7 @@ class Fleet:
         self._specs: list[dict[str, Any]] = []
         self._version, self._restarts, self._closed = -1, 0, False
         self._idle_s, self._idle_since = 0.0, time.monotonic() if self._leads else None
-        self._nccl: Any = None
+        self._nccl = NcclSender(self, None if self._pool.urls else "127.0.0.1", self._pool.tensor_parallel)
         self._proof: tuple[Sequence[Request], SamplingOptions, list[tuple[Completion, ...]]] | None = None
         self.counts = {"lost": 0, "restarted": 0, "retried": 0}
         words = arguments(model_dir, settings, dtype, max_model_len, float32_head)
@@ -204,7 +203,7 @@ class Fleet:
                     raise EngineError(f"the server did not start within {self._settings.start_timeout_s:g} s: {server.told()}") from None
                 await asyncio.sleep(0.2)
         if self._transfer == "nccl":
-            self._nccl = None  # its group is of other processes: a new one at the next sync, until then this server waits
+            self._nccl.forget()  # until the next sync this server waits
             return
         async with self._sending:
             await self._call(server, "/init_weight_transfer_engine", {"init_info": {}})
@@ -257,21 +256,6 @@ class Fleet:
             raise EngineError(f"{server.told()} acknowledged weight version {held}, sent {version}")
         server.version = version
 
-    def _send_nccl(self, weights: Weights, version: int) -> int:
-        """GPUs apart: one NCCL group of this rank and every server's workers, made anew when a server has come back."""
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
-
-        ready = [server for server in self._servers if server.up]
-        client, source = _NcclClient(self, ready, version), weight_source(weights, self._dtype)
-        if self._nccl is None:
-            address = socket.gethostbyname(socket.gethostname()) if self._pool.urls else "127.0.0.1"
-            size = 1 + len(ready) * self._pool.tensor_parallel
-            info = NCCLTrainerInitInfo(rank=0, master_address=address, master_port=free_port(), world_size=size)
-            self._nccl = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
-        self._nccl.client, self._nccl.source = client, source
-        self._nccl.send_weights()
-        return source.num_bytes
-
     def close(self) -> None:
         self._closed = True
         for task in self._watching:
@@ -284,43 +268,6 @@ class Fleet:
         if self._weights is not None:
             self._weights.close()
             self._weights = None
-
-
-class _NcclClient:
-    """What vLLM's sending side calls (VLLMWeightSyncClient), for all servers at once."""
-
-    def __init__(self, fleet: Fleet, servers: Sequence[Server], version: int) -> None:
-        self._fleet, self._servers, self._version = fleet, servers, version
-
-    def _all(self, path: str, bodies: Sequence[Any], servers: Sequence[Server] | None = None) -> None:
-        found = self._servers if servers is None else servers
-
-        async def call() -> None:
-            await asyncio.gather(*(self._fleet._call(server, path, body) for server, body in zip(found, bodies, strict=True)))
-
-        self._fleet._submit(call()).result()  # each call has its limit
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        size = self._fleet._pool.tensor_parallel
-        self._all(
-            "/init_weight_transfer_engine",
-            [{"init_info": init_info | {"rank_offset": 1 + i * size}} for i in range(len(self._servers))],
-        )
-
-    def start_weight_update(self) -> None:
-        self._busy = [server for server in self._servers if server.load]
-        self._all("/pause?mode=keep", [{}] * len(self._busy), self._busy)
-        self._all("/start_weight_update", [{}] * len(self._servers))
-
-    def update_weights(self, update_info: Any) -> None:
-        self._all("/update_weights", [{"update_info": update_info}] * len(self._servers))
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        async def call() -> None:
-            await asyncio.gather(*(self._fleet._finish(server, self._version) for server in self._servers))
-
-        self._fleet._submit(call()).result()
-        self._all("/resume", [{}] * len(self._busy), self._busy)
 
 
 async def _made(token: str) -> tuple[Any, asyncio.Condition, asyncio.Lock]:

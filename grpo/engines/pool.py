@@ -57,7 +57,8 @@ class Pool(Fleet):
         self._run(self._sending.acquire(), self._settings.timeout_s)
         try:
             if self._transfer == "nccl":
-                num_bytes = self._send_nccl(weights, version)
+                ready = [server for server in self._servers if server.up]
+                num_bytes = self._nccl.send(ready, weights, self._dtype, version)
             else:
                 assert self._weights is not None
                 specs = self._weights.write(weights, self._dtype)

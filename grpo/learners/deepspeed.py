@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 from grpo import config as configs
 from grpo import lora, moe, ranks
 from grpo.batch import to_device
+from grpo.learners._setup import FreedMemory, deepspeed_config, join, learning_rate, parameter_groups
 from grpo.logprobs import Policy
 from grpo.losses._objective import Loss, objective
 from grpo.types import Batch, RunError
@@ -70,7 +68,7 @@ class Learner:
         ds_config = deepspeed_config(settings, config.model.dtype, torch.cuda.is_available())
         self._engine, *_ = deepspeed.initialize(
             model=policy,
-            model_parameters=_parameter_groups(policy, settings),
+            model_parameters=parameter_groups(policy, settings),
             config=ds_config,
         )
         self._policy: Policy = self._engine.module
@@ -97,9 +95,10 @@ class Learner:
         lr = learning_rate(self._settings, self.updates, self._total_updates)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        sums: dict[str, float] = {"tokens": 0.0, "loss": 0.0}
+        sums: dict[str, float] = {"loss": 0.0}
         highest = 0.0
-        tokens = self._tokens(batches)
+        own = sum(int(batch.token_mask.sum()) for batch in batches if not batch.idle)
+        tokens = sum(ranks.gather("the update's tokens", own))
         for done, batch in enumerate(batches, start=1):
             loss, report = self._loss_of(to_device(batch, self.device), tokens)
             self._engine.backward(loss * ranks.count(), scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks
@@ -123,7 +122,6 @@ class Learner:
                 "The last checkpoint is good: go on from it with --resume and a lower learner.lr"
             )
         loss_value, rho, squared = sums.pop("loss"), sums.pop("_rho"), sums.pop("_rho_squared")
-        del sums["tokens"]
         return {name: value / tokens for name, value in sums.items()} | {
             "loss": loss_value, "policy/grad_norm": norm, "policy/lr": lr, "mismatch/max_weight": max(most for _, most in found),
             "mismatch/effective": rho**2 / (squared * tokens),  # PipelineRL 2509.19128: (sum w)^2 / (n sum w^2)
@@ -149,10 +147,6 @@ class Learner:
             report["router/balance"] = mask * self._policy.balance_loss
         report["_rho_squared"] = report["_rho"].square()
         return loss, {name: value.detach()[mask] if value.shape == mask.shape else value.detach() for name, value in report.items()}
-
-    def _tokens(self, batches: Sequence[Batch]) -> int:
-        """Returns the completion tokens of an update's micro-batches on all ranks."""
-        return sum(ranks.gather("the update's tokens", sum(int(batch.token_mask.sum()) for batch in batches if not batch.idle)))
 
     def _step(self) -> tuple[float, bool]:
         """Applies the gradient unless it is not finite; returns its norm before clipping, and whether it was applied."""
@@ -323,81 +317,3 @@ def _perturb(weight: Tensor, seed: int) -> Tensor:
     constant = bool((weight == weight.flatten()[0]).all())  # norms and fresh biases have no spread of their own
     spread = weight.float().abs().mean().clamp(min=1.0) if constant else weight.float().std()
     return weight * factor + 0.1 * spread * noise
-
-
-def learning_rate(settings: configs.Learner, update: int, total_updates: int) -> float:
-    """Returns the learning rate of update 0, 1, ...: linear warm-up, then constant, linear or cosine down to `min_lr_ratio`. No state."""
-    if update < settings.warmup_updates:
-        return settings.lr * (update + 1) / settings.warmup_updates
-    progress = (update - settings.warmup_updates) / max(1, total_updates - settings.warmup_updates)
-    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[settings.schedule]
-    floor = 1.0 if settings.schedule == "constant" else settings.min_lr_ratio
-    return settings.lr * (floor + (1 - floor) * decay)
-
-
-def deepspeed_config(settings: configs.Learner, dtype: str, cuda: bool) -> dict[str, Any]:
-    """Returns DeepSpeed's own config, built from ours."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
-    if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    optimizer = {"lr": settings.lr, "betas": list(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
-    if not cuda:
-        optimizer |= {"torch_adam": True, "fused": True}  # no compiler run, as DeepSpeed's own would need; one pass over the states
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # the number of micro-batches varies: step() ends an update
-        "optimizer": {"type": "AdamW", "params": optimizer},
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": zero,
-        "gradient_clipping": settings.max_grad_norm,
-        "steps_per_print": None,
-    }
-
-
-def _parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[str, Any]]:
-    """Weight decay is for matrices; norms and biases have none."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-class FreedMemory:
-    """On a CPU, what an update has freed is kept for the next: else glibc maps each large tensor anew, a third of an SFT update's time.
-
-    Sequences of unequal lengths leave holes that do not fit the next ones: when the process has grown by half since its first update,
-    they are given back.
-    """
-
-    def __init__(self) -> None:
-        self._libc = None if torch.cuda.is_available() or not hasattr(libc := ctypes.CDLL(None), "mallopt") else libc
-        self._most = 0.0
-        if self._libc:
-            for option, value in {-4: 0, -1: -1, -2: 1 << 28}.items():  # no mappings of their own; no trimming; grow by 256 MiB
-                self._libc.mallopt(option, value)
-
-    def after_update(self) -> None:
-        if self._libc:
-            resident = int(Path("/proc/self/statm").read_text().split()[1])
-            self._most = self._most or 1.5 * resident
-            if resident > self._most:
-                self._libc.malloc_trim(0)
-
-
-def join() -> Any:
-    """Joins the process group; returns DeepSpeed, with its chatter off."""
-    deepspeed = _quiet_deepspeed()
-    ranks.join()
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
-    return deepspeed
-
-
-def _quiet_deepspeed() -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    return deepspeed

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from grpo import lora, packing, ranks
 from grpo.config_stages import SftConfig
-from grpo.learners.deepspeed import FreedMemory, deepspeed_config, join, learning_rate
+from grpo.learners._setup import FreedMemory, deepspeed_config, join, learning_rate
 
 METRICS = {
     "loss": "loss", "grad_norm": "policy/grad_norm", "entropy": "policy/entropy", "mean_token_accuracy": "policy/token_accuracy",

@@ -21,9 +21,9 @@ from grpo import models, plugins, ranks, rollout
 from grpo.checkpoint import RunDirectory, write_file
 from grpo.config import RunConfig, SampledConfig
 from grpo.config_stages import EvalConfig, Teacher
-from grpo.loop import sampling_options
 from grpo.metrics import Display, Trackers, quiet
 from grpo.prompts import Chat, Prompts
+from grpo.rollout import sampling_options
 from grpo.signals import Signals
 from grpo.types import Group, Problem, UserError
 from rewards._pool import Pool as Workers

@@ -17,9 +17,9 @@ import psutil
 
 from grpo import models, rollout, roofline
 from grpo.config import Config
-from grpo.loop import sampling_options
 from grpo.metrics import quiet
 from grpo.prompts import Prompts, visible
+from grpo.rollout import sampling_options
 from grpo.stages._run import held_out, judges, load_problems, mixture, open_stage, start_engine
 from grpo.stages.collect import ngrams
 from grpo.stages.dry_run import train_arithmetic

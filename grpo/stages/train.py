@@ -112,7 +112,7 @@ def _run(
 
 def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
     """Puts asynchronous rollouts under the loop's selection: on rank 0, which gives every rank what it takes."""
-    from grpo.loop import sampling_options
+    from grpo.rollout import sampling_options
     from grpo.selection import scored_group
     from grpo.stream import Stream
 

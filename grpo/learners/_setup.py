@@ -1,0 +1,94 @@
+"""What a learner is set up with: the process group, DeepSpeed's own config, the learning rate, what of the memory is kept."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo import config as configs
+from grpo import ranks
+
+
+def learning_rate(settings: configs.Learner, update: int, total_updates: int) -> float:
+    """Returns the learning rate of update 0, 1, ...: linear warm-up, then constant, linear or cosine down to `min_lr_ratio`. No state."""
+    if update < settings.warmup_updates:
+        return settings.lr * (update + 1) / settings.warmup_updates
+    progress = (update - settings.warmup_updates) / max(1, total_updates - settings.warmup_updates)
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[settings.schedule]
+    floor = 1.0 if settings.schedule == "constant" else settings.min_lr_ratio
+    return settings.lr * (floor + (1 - floor) * decay)
+
+
+def deepspeed_config(settings: configs.Learner, dtype: str, cuda: bool) -> dict[str, Any]:
+    """Returns DeepSpeed's own config, built from ours."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    optimizer = {"lr": settings.lr, "betas": list(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
+    if not cuda:
+        optimizer |= {"torch_adam": True, "fused": True}  # no compiler run, as DeepSpeed's own would need; one pass over the states
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # the number of micro-batches varies: step() ends an update
+        "optimizer": {"type": "AdamW", "params": optimizer},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "gradient_clipping": settings.max_grad_norm,
+        "steps_per_print": None,
+    }
+
+
+def parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[str, Any]]:
+    """Weight decay is for matrices; norms and biases have none."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class FreedMemory:
+    """On a CPU, what an update has freed is kept for the next: else glibc maps each large tensor anew, a third of an SFT update's time.
+
+    Sequences of unequal lengths leave holes that do not fit the next ones: when the process has grown by half since its first update,
+    they are given back.
+    """
+
+    def __init__(self) -> None:
+        self._libc = None if torch.cuda.is_available() or not hasattr(libc := ctypes.CDLL(None), "mallopt") else libc
+        self._most = 0.0
+        if self._libc:
+            for option, value in {-4: 0, -1: -1, -2: 1 << 28}.items():  # no mappings of their own; no trimming; grow by 256 MiB
+                self._libc.mallopt(option, value)
+
+    def after_update(self) -> None:
+        if self._libc:
+            resident = int(Path("/proc/self/statm").read_text().split()[1])
+            self._most = self._most or 1.5 * resident
+            if resident > self._most:
+                self._libc.malloc_trim(0)
+
+
+def join() -> Any:
+    """Joins the process group; returns DeepSpeed, with its chatter off."""
+    deepspeed = _quiet_deepspeed()
+    ranks.join()
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _quiet_deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
