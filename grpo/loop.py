@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -84,10 +85,12 @@ class Loop:
 
     def step(self) -> None:
         """One rollout and its updates, from problems to a line in the metrics."""
-        config, timer = self.config, Timer()
+        config, timer, stream = self.config, Timer(), self.selection.stream
         self.pool.counts.clear()  # an evaluation's are not this rollout's
+        _ = stream and stream.idle()  # nor is what was idle before it
         try:
-            fresh, used = self.selection.collect(lambda problems, number: self._sample(problems, number, timer))
+            with timer("rollout") if self.selection.streamed else contextlib.nullcontext():  # what is waited for
+                fresh, used = self.selection.collect(lambda problems, number: self._sample(problems, number, timer))
         except Exhausted:
             self.run.write_samples(f"step-{self.rollout + 1:06d}", rollouts.sample_rows(self.selection.fresh))
             raise
@@ -98,9 +101,8 @@ class Loop:
         for counts in ranks.gather("the verifiers' counts", dict(self.pool.counts)):
             row |= {f"verifier/{name}": row.get(f"verifier/{name}", 0.0) + count for name, count in counts.items()}
         row |= {"group/sampled": float(len(fresh)), "group/used": float(len(used)), "group/carried": float(len(self.selection.carried))}
-        row |= rollouts.staleness(fresh, self.rollout + 1) if config.train.max_staleness else {}
-        if self.selection.stream:
-            row["queue/ready"], row["queue/in_flight"] = map(float, self.selection.stream.depths())
+        if config.train.max_staleness:
+            row |= rollouts.staleness(fresh, self.rollout + 1) | (stream.depths() if stream else {})
         if config.algorithm.advantage == "teacher":  # rewards are only measured: an undecided one leaves no completion out
             used = [replace(scored, rewards=tuple(reward or 0.0 for reward in scored.rewards)) for scored in used]
         with timer("update"):
@@ -133,8 +135,8 @@ class Loop:
         row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
         row["idle/engine"], row["idle/learner"] = (1 - timer.seconds[part] / row["time/total_s"] for part in ("rollout", "update"))
         row |= {f"engine/{name}": float(count) for name, count in getattr(self.engine, "counts", {}).items()}
-        if config.train.max_staleness and hasattr(self.engine, "idle"):
-            row["idle/engine"] = self.engine.idle() / row["time/total_s"]
+        if stream:
+            row["idle/engine"] = min(1.0, stream.idle() / row["time/total_s"])
         self.record(row)
         if failed:
             raise failed
@@ -263,7 +265,8 @@ class Loop:
         settings = self.config.eval
         found, rows = rollouts.evaluate(
             self.engine, self.prompts, self.held_out, self.rewards,
-            rollouts.sampling_options(self.config, self.prompts, settings.temperature), samples=settings.samples, run_seed=self.config.seed, on_progress=self._progress("evaluation"),
+            rollouts.sampling_options(self.config, self.prompts, settings.temperature), samples=settings.samples,
+            run_seed=self.config.seed, on_progress=self._progress("evaluation"),
         )  # fmt: skip
         self.run.write_samples(f"eval-{self.rollout:06d}", rows)
         row |= found

@@ -31,13 +31,14 @@ class Stream:
     def __init__(
         self, *, begin: Callable[[Request], Any], request: Callable[[Problem, int], Request],
         finish: Callable[[Problem, Request, tuple[Completion, ...]], ScoredGroup], draw: Callable[[], Problem],
-        ahead: int, last: int | None, timeout_s: float, on_wait: Callable[[], None],
+        ahead: int, last: int | None, timeout_s: float, on_wait: Callable[[], None], idle: Callable[[], float] = lambda: 0.0,
     ) -> None:  # fmt: skip
         """`begin(request)` returns a future of completions; `request(problem, number)` makes one; `finish` scores, in a thread of ours;
         `draw()` gives the next problem. `ahead`: groups that are begun and not used; `last`: how many the run needs, if that is known.
-        `on_wait` is called five times a second while `take` waits, and may raise."""
+        `on_wait` is called five times a second while `take` waits, and may raise. `idle()`: the engine's idle seconds since it was asked."""
         self._begin, self._request, self._finish, self._draw = begin, request, finish, draw
         self._ahead, self._last, self._timeout_s, self._on_wait = ahead, last, timeout_s, on_wait
+        self.idle = idle
         self._items: list[_Item] = []
         self._number = 0
         self._changed = threading.Condition()
@@ -64,11 +65,11 @@ class Stream:
             self._fill(0)
         return [item.scored for item in taken if item.scored]
 
-    def depths(self) -> tuple[int, int]:
+    def depths(self) -> dict[str, float]:
         """Returns how many groups wait to be used, and how many are in flight."""
         with self._changed:
-            ready = sum(item.scored is not None for item in self._items)
-            return ready, len(self._items) - ready
+            ready = float(sum(item.scored is not None for item in self._items))
+            return {"queue/ready": ready, "queue/in_flight": len(self._items) - ready}
 
     def state(self) -> dict[str, Any]:
         """Returns what a resume needs, in the order in which it is used."""

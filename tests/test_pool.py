@@ -72,7 +72,8 @@ def test_two_servers_sample_what_one_child_process_samples(pool, tiny, tmp_path)
     engine.close()
     done = []
     found = pool.generate(REQUESTS, OPTIONS, lambda *progress: done.append(progress))
-    assert done[-1] == (36, 36) and all(server.tokens != 0 for server in pool._servers)
+    made = [pool._run(pool._call(server, "/metrics", method="GET")) for server in pool._servers]
+    assert done[-1] == (36, 36) and all(float(fleet.GENERATED.search(text)[1]) > 0 for text in made)  # both had work
     for ours, theirs in zip(found, expected, strict=True):
         assert [(c.token_ids, c.text, c.finish_reason) for c in ours] == [(c.token_ids, c.text, c.finish_reason) for c in theirs]
         assert all(c.versions == ((1, 0, 24),) for c in ours)
@@ -118,8 +119,8 @@ def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again
     with pytest.raises(EngineError, match=r"the bytes of \S+ are not those that were sent"):
         pool.load_weights(weights(tiny()), 4)
     monkeypatch.undo()
+    pool.load_weights(weights(tiny()), 5)  # nobody is there to take them: who comes back gets them
     wait(lambda: all(server.up for server in pool._servers))
-    pool.load_weights(weights(tiny()), 5)
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 2
 
 
@@ -195,7 +196,10 @@ def pooled(folder, model, **sections):
 
 def test_a_run_on_a_pool_is_proved_and_survives_a_killed_server(tiny, tmp_path):
     config = write_config(
-        tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), train={"rollouts": 40, "problems": 4, "group_size": 4})
+        tmp_path / "config.yaml",
+        pooled(
+            tmp_path / "run", tiny(), eval={"every": 0}, checkpoint={"every": 0}, train={"rollouts": 20, "problems": 8, "group_size": 4}
+        ),
     )
     process = start(config, "logging.progress=line")
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 3, process)
@@ -206,7 +210,7 @@ def test_a_run_on_a_pool_is_proved_and_survives_a_killed_server(tiny, tmp_path):
     assert process.returncode == 0, errors
     found = rows(tmp_path / "run")
     assert found[-1]["engine/lost"] == 1 and max(row["probe/gap"] for row in found) < 1e-4 and "killed by SIGKILL" in errors
-    assert [row["rollout"] for row in found] == list(range(41))
+    assert [row["rollout"] for row in found] == list(range(21))
 
 
 def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_group(tiny, tmp_path):
@@ -243,7 +247,3 @@ def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_g
 def test_staleness_needs_servers(tiny, tmp_path):
     with pytest.raises(UserError, match="max_staleness needs servers"):
         tiny_config(tmp_path, tiny(), train={"rollouts": 1, "max_staleness": 1})
-
-
-def test_nothing_is_left_running(tmp_path):
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path.parent) in " ".join(p.info["cmdline"] or ())]

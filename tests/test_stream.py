@@ -73,7 +73,7 @@ def test_while_the_learner_updates_the_engine_has_something_to_do():
     flow = stream(engine, ahead=4)
     flow.take(4)
     time.sleep(0.1)
-    assert flow.depths() == (4, 0)  # sampled and scored meanwhile
+    assert flow.depths() == {"queue/ready": 4, "queue/in_flight": 0}  # sampled and scored meanwhile
     flow.close()
 
 

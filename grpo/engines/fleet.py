@@ -149,12 +149,16 @@ class Fleet:
     async def _watch(self, server: Server) -> None:
         """Brings a server up, looks after it, and brings it up again when it is lost, for as long as the pool is there."""
         while True:
-            await self._bring_up(server)
-            server.heard = server.moved = time.monotonic()
-            server.tokens = -1.0
-            server.up = True
-            await self._notify()
-            why = await self._until_lost(server)
+            try:
+                await self._bring_up(server)
+                server.heard = server.moved = time.monotonic()
+                server.tokens, server.up = -1.0, True
+                await self._notify()
+                why = await self._until_lost(server)
+            except EngineError as error:
+                if self._version < 0:  # nothing has run yet: a server that does not start is the user's to mend
+                    raise
+                why = str(error)
             server.up, server.version = False, -1
             self.counts["lost"] += 1
             self._say(f"engine: lost {server.told()}: {why}")

@@ -132,7 +132,7 @@ def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
         stream = selection.stream = Stream(
             begin=lambda one: engine.begin(one, options), request=request, finish=finish, draw=lambda: selection.draw(1)[0],
             ahead=train.problems * train.max_staleness, timeout_s=config.engine.timeout_s, on_wait=stage.signals.check,
-            last=None if config.algorithm.no_signal == "resample" else train.problems * train.rollouts,
+            idle=engine.idle, last=None if config.algorithm.no_signal == "resample" else train.problems * train.rollouts,
         )  # fmt: skip
         stage.stack.callback(stream.close)
         if state:
