@@ -135,8 +135,7 @@ class Loop:
         row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
         row["idle/engine"], row["idle/learner"] = (1 - timer.seconds[part] / row["time/total_s"] for part in ("rollout", "update"))
         row |= {f"engine/{name}": float(count) for name, count in getattr(self.engine, "counts", {}).items()}
-        if stream:
-            row["idle/engine"] = min(1.0, stream.idle() / row["time/total_s"])
+        row |= {"idle/engine": min(1.0, stream.idle() / row["time/total_s"])} if stream else {}
         self.record(row)
         if failed:
             raise failed
@@ -188,8 +187,8 @@ class Loop:
         return penalties, {"kl/ref": sum(total) / len(total)}
 
     def _bounds(self, groups: list[Group], updates: int) -> dict[str, float]:
-        least = roofline.bounds(self.machine, self.shape, groups, updates=updates, reference=self.config.algorithm.kl_coef > 0)
-        least |= {phase: least[phase] / ranks.count() for phase in ("rollout", "update")}
+        reference = self.config.algorithm.kl_coef > 0
+        least = roofline.bounds(self.machine, self.shape, groups, updates=updates, reference=reference, ranks=ranks.count())
         return {f"bound/{phase}_s": seconds for phase, seconds in least.items()} | {"bound/total_s": sum(least.values())}
 
     def update(self, samples: list[Sample]) -> dict[str, float]:
@@ -229,8 +228,7 @@ class Loop:
         algorithm, epochs = self.config.algorithm, self.config.train.epochs
         built = [self._batches(part) for part in parts]
         batches = [batch for part in built for batch in part]
-        # The weights that sampled it are gone. Without a correction of the mismatch the ratio is to what did sample it; with one the old
-        # logprobs are the learner's now, and the correction bridges the rest (decoupled PPO, AReaL 2505.24298).
+        # The weights that sampled it are gone: the ratio is to what did, or the mismatch's correction bridges it (AReaL 2505.24298).
         older = algorithm.mismatch == "none"
         stale = [
             [older and part[i].version != self.rollout + 1 for i in batch.index]

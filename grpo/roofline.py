@@ -73,9 +73,9 @@ def shape(model_dir: Path, num_weights: int, dtype: str) -> Shape:
     )  # fmt: skip
 
 
-def bounds(machine: Machine, model: Shape, groups: Sequence[Group], *, updates: int, reference: bool) -> dict[str, float]:
+def bounds(machine: Machine, model: Shape, groups: Sequence[Group], *, updates: int, reference: bool, ranks: int = 1) -> dict[str, float]:
     """Returns the least seconds of `rollout`, `update` and `sync` for what was sampled: prompts once a group, completions as long as
-    they are."""
+    they are; rollout and update shared among `ranks`."""
     prompts = [len(group.prompt_ids) for group in groups]
     rows = [(len(group.prompt_ids), len(c.token_ids)) for group in groups for c in group.completions]
     tokens = sum(length for _, length in rows)
@@ -84,8 +84,8 @@ def bounds(machine: Machine, model: Shape, groups: Sequence[Group], *, updates: 
     forwards = 3 + (1 if updates > 1 else 0) + (1 if reference else 0)  # backward is two; old and reference logprobs one each
     copied = model.weights * model.weight_bytes
     return {
-        "rollout": 2 * model.body * sum(prompts) / machine.flops + _decode(machine, model, rows),
-        "update": (forwards * forward / machine.flops + updates * 30 * model.weights / machine.bandwidth) if updates else 0.0,
+        "rollout": (2 * model.body * sum(prompts) / machine.flops + _decode(machine, model, rows)) / ranks,
+        "update": (forwards * forward / machine.flops + updates * 30 * model.weights / machine.bandwidth) / ranks if updates else 0.0,
         "sync": 2 * copied / machine.bandwidth,
     }
 

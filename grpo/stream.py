@@ -35,7 +35,7 @@ class Stream:
     ) -> None:  # fmt: skip
         """`begin(request)` returns a future of completions; `request(problem, number)` makes one; `finish` scores, in a thread of ours;
         `draw()` gives the next problem. `ahead`: groups that are begun and not used; `last`: how many the run needs, if that is known.
-        `on_wait` is called five times a second while `take` waits, and may raise. `idle()`: the engine's idle seconds since it was asked."""
+        `on_wait` is called five times a second while `take` waits, and may raise. `idle()`: the engine's idle seconds since asked."""
         self._begin, self._request, self._finish, self._draw = begin, request, finish, draw
         self._ahead, self._last, self._timeout_s, self._on_wait = ahead, last, timeout_s, on_wait
         self.idle = idle

@@ -1,0 +1,66 @@
+"""Asynchronous against synchronous rollouts, engine on one core and learner on the other; a pool of one server against the child.
+
+    .venv/bin/python tests/benchmarks/async_rollouts.py [--rollouts 8] [--folder runs/async_bench]
+
+Ideal is the longer of a synchronous step's two phases; seconds are medians over the steps after the second. The model is the
+quickstart's after its cold start, with completions of one length so that the phases are balanced (--tokens, --updates).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+KINDS = {
+    "sync": ["engine.servers={count: 1, cores: [1]}"],
+    "async": ["engine.servers={count: 1, cores: [1]}", "train.max_staleness=1"],
+}
+BOTH = {"child": [], "pool": ["engine.servers={count: 1}"]}
+
+
+def run(name: str, folder: Path, options: argparse.Namespace, overrides: list[str], cores: set[int]) -> list[dict[str, float]]:
+    target = folder / name
+    subprocess.run(["rm", "-rf", str(target)], check=True)
+    train = {"rollouts": options.rollouts, "problems": options.problems, "group_size": 8, "epochs": options.epochs}
+    common = [
+        f"run_dir={target}", f"train={json.dumps(train)}", "model.warm_start=", "eval.every=0", "checkpoint.every=0", f"seed={options.seed}",
+        f"sampling={{max_tokens: {options.tokens}, ignore_eos: true}}", "rewards={accuracy: 1.0, format: 0.1}", f"model.path={options.model}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "grpo", "train", "configs/tiny.yaml", *common, *overrides]
+    subprocess.run(command, check=True, preexec_fn=lambda: os.sched_setaffinity(0, cores), stderr=subprocess.DEVNULL)
+    return [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()][3:]
+
+
+def median(rows: list[dict[str, float]], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--problems", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="tiny-qwen2")
+    parser.add_argument("--folder", type=Path, default=Path("runs/async_bench"))
+    options = parser.parse_args()
+    found = {name: run(name, options.folder, options, [*more, "learner.threads=1"], {0}) for name, more in KINDS.items()}
+    rollout, update = (median(found["sync"], f"time/{phase}_s") for phase in ("rollout", "update"))
+    sync, other = median(found["sync"], "time/total_s"), median(found["async"], "time/total_s")
+    print(f"synchronous: {sync:.2f} s a step: rollout {rollout:.2f}, update {update:.2f}, rest {sync - rollout - update:.2f}")
+    print(f"asynchronous: {other:.2f} s a step; ideal {max(rollout, update):.2f} s: {max(rollout, update) / other:.0%} of its rate")
+    stale, idle = median(found["async"], "staleness/mean"), [median(found["async"], f"idle/{side}") for side in ("engine", "learner")]
+    print(f"staleness {stale:.2f} in the mean; idle: engine {idle[0]:.0%}, learner {idle[1]:.0%}")
+    both = {name: run(name, options.folder, options, more, {0, 1}) for name, more in BOTH.items()}
+    child, pool = (median(both[name], "time/rollout_s") for name in BOTH)
+    print(f"rollout on two cores: child process {child:.2f} s, one server over HTTP {pool:.2f} s: {pool / child - 1:+.0%}")
+
+
+if __name__ == "__main__":
+    main()
