@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         import warnings
 
         warnings.simplefilter("ignore")
+    from grpo import ranks
+
     try:
+        ranks.adopt_srun()
         return _run(options)
     except (UserError, RunError) as error:
         _tell(error)

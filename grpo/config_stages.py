@@ -258,6 +258,7 @@ class PipelineConfig(Section):
 
     run_dir: str
     seed: int = Field(0, ge=0)
+    ranks: int = Field(1, ge=1)  # learner ranks of sft, train and distill, on this machine
     stages: dict[str, Step] = Field(min_length=1)
     eval: dict[str, Judged] = {}  # evaluation sets by name
 

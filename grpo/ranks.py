@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -35,6 +36,19 @@ def local_rank() -> int:
 def local_count() -> int:
     """Returns how many ranks share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
+
+
+def adopt_srun() -> None:
+    """Takes the place in the group from `srun`, which sets variables of its own; torchrun and deepspeed set torch's."""
+    given = os.environ
+    if "RANK" in given or int(given.get("SLURM_STEP_NUM_TASKS", "1")) < 2:  # a batch script is no step
+        return
+    hosts = subprocess.run(["scontrol", "show", "hostnames", given["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True)
+    per_node = given.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
+    given |= {
+        "RANK": given["SLURM_PROCID"], "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"], "LOCAL_RANK": given["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": per_node, "MASTER_ADDR": hosts.stdout.split()[0], "MASTER_PORT": str(20_000 + int(given["SLURM_JOB_ID"]) % 20_000),
+    }  # fmt: skip
 
 
 def join(limit_s: float = 1800.0) -> None:

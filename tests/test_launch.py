@@ -69,6 +69,34 @@ def test_a_preempted_job_goes_back_into_the_queue_and_a_requeued_one_resumes(tmp
     assert "scontrol requeue 7" in asked and "--resume" in asked
 
 
+def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, monkeypatch):
+    from grpo import ranks
+
+    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'n1\\nn2\\n'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm = {
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_JOB_ID": "7",
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    ranks.adopt_srun()
+    assert ranks.count() == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    ranks.adopt_srun()
+    assert (ranks.rank(), ranks.count(), ranks.local_rank(), ranks.local_count()) == (3, 4, 1, 2)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n1", "20007")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name)
+
+
 def test_no_node_left_to_learn_is_refused(tmp_path):
     assert slurm(tmp_path, ENGINE_NODES="3").wait(30) == 2
 

@@ -178,8 +178,11 @@ class Fleet:
                 return "a request to it failed"
             if server.process is not None and server.process.poll() is not None:
                 return "its process ended"
-            with contextlib.suppress(EngineError):
+            try:
                 await self._call(server, "/health", timeout_s=WATCH_S, method="GET")
+            except EngineError as error:
+                if ": 503" in str(error):
+                    return "it says that its engine is dead"
             if time.monotonic() - server.heard > HEALTH_S:
                 return f"no answer for {HEALTH_S:g} s"
             with contextlib.suppress(EngineError):

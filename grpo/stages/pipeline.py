@@ -36,7 +36,7 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
         else:
             call = [command, *arguments, *(["--resume"] if status is not None else [])]
             print(f"== {name}: grpo {' '.join(call)}", file=sys.stderr, flush=True)
-            _call(call, name, run)
+            _call(call, name, run, config.ranks if command in ("sft", "train", "distill") else 1)
     rows = table(config)
     write_file(run.path / "table.json", json.dumps(rows, indent=2) + "\n")
     write_file(run.path / "table.md", markdown(rows) + "\n")
@@ -112,11 +112,12 @@ def _overrides(given: dict[str, Any]) -> list[str]:
     return [f"{key}={'' if value is None else json.dumps(value)}" for key, value in given.items()]
 
 
-def _call(arguments: list[str], name: str, run: RunDirectory) -> None:
+def _call(arguments: list[str], name: str, run: RunDirectory, ranks: int) -> None:
     """Runs a command to its end. Raises UserError, RunError or Interrupted as it ended."""
     libc, got = ctypes.CDLL(None), list[int]()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     process = subprocess.Popen(  # a process group of its own: a terminal's Ctrl-C reaches it once, from here
-        [sys.executable, "-m", "grpo", *arguments], preexec_fn=lambda: libc.prctl(1, signal.SIGTERM), process_group=0
+        [sys.executable, *launcher, "-m", "grpo", *arguments], preexec_fn=lambda: libc.prctl(1, signal.SIGTERM), process_group=0
     )
 
     def forward(number: int, _: Any) -> None:

@@ -28,8 +28,9 @@ def run(name: str, folder: Path, options: argparse.Namespace, overrides: list[st
     subprocess.run(["rm", "-rf", str(target)], check=True)
     train = {"rollouts": options.rollouts, "problems": options.problems, "group_size": 8, "epochs": options.epochs}
     common = [
-        f"run_dir={target}", f"train={json.dumps(train)}", "model.warm_start=", "eval.every=0", "checkpoint.every=0", f"seed={options.seed}",
-        f"sampling={{max_tokens: {options.tokens}, ignore_eos: true}}", "rewards={accuracy: 1.0, format: 0.1}", f"model.path={options.model}",
+        f"run_dir={target}", f"train={json.dumps(train)}", f"model.path={options.model}", "model.warm_start=", f"seed={options.seed}",
+        f"sampling={{max_tokens: {options.tokens}, ignore_eos: true}}", "rewards={accuracy: 1.0, format: 0.1}", "eval.every=0",
+        "checkpoint.every=0",
     ]  # fmt: skip
     command = [sys.executable, "-m", "grpo", "train", "configs/tiny.yaml", *common, *overrides]
     subprocess.run(command, check=True, preexec_fn=lambda: os.sched_setaffinity(0, cores), stderr=subprocess.DEVNULL)
