@@ -47,7 +47,8 @@ def adopt_srun() -> None:
     per_node = given.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
     given |= {
         "RANK": given["SLURM_PROCID"], "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"], "LOCAL_RANK": given["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": per_node, "MASTER_ADDR": hosts.stdout.split()[0], "MASTER_PORT": str(20_000 + int(given["SLURM_JOB_ID"]) % 20_000),
+        "LOCAL_WORLD_SIZE": per_node, "MASTER_ADDR": hosts.stdout.split()[0],
+        "MASTER_PORT": str(20_000 + int(given["SLURM_JOB_ID"]) % 20_000),
     }  # fmt: skip
 
 
