@@ -41,11 +41,11 @@ def run(command: str, config: str, folder: Path, *overrides: str) -> Path:
 
 
 def outcome(folder: Path) -> tuple[float, float | None] | None:
-    """Returns the last held-out accuracy, and the first rollout with 90 % of its completions right."""
+    """Returns the last held-out accuracy, greedy, and the first rollout after which it was 90 %: it is measured every fourth."""
     if (folder / "failed").exists():
         return None
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    reached = next((row["rollout"] for row in rows if row.get("reward/accuracy", 0) >= 0.9), None)
+    reached = next((row["rollout"] for row in rows if row.get("eval/accuracy", 0) >= 0.9), None)
     return [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1], reached
 
 
