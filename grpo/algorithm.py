@@ -135,7 +135,7 @@ PRESETS = {
         _CISPO
         | _algorithm(advantage="centered_std", reduction="prompt", old_logprobs="sampler", no_signal="drop", drop_solved=0.9)
         | {"model.float32_head": True},
-        "without its asynchronous rollouts and forced ends of thoughts",
+        "its k = 8 steps off-policy: train.max_staleness; without forced ends of thoughts",
     ),
     "sapo": Preset("SAPO 2511.20347", _algorithm(advantage="group_std", loss="sapo", reduction="sequence", kl_coef=0.0)),
     "gmpo": Preset(
