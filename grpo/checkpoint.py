@@ -208,6 +208,15 @@ class RunDirectory:
         """Returns the checkpoint of the last step."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
+    def last_state(self) -> tuple[Path | None, dict[str, Any]]:
+        """Returns the last checkpoint and its state, on all ranks what rank 0 sees. Raises RunError for one that is damaged."""
+
+        def read() -> tuple[Path | None, dict[str, Any]]:
+            found = self.latest() if ranks.rank() == 0 else None
+            return found, self.read_state(found) if found else {}
+
+        return ranks.together("the last checkpoint", read)[0]
+
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
         """Writes checkpoint `step`: whatever `write(directory)` puts there, and `state` with a hash of every file.
 

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.rollouts=5 data.path=DIR")
         command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+        command.add_argument("--auto-resume", action="store_true", help="the same if there is a run, else begin: for jobs that come back")
         if name == "eval":
             command.add_argument("--ask", metavar="TEXT", help="a problem for the model (run, directory or hub id) given in CONFIG's place")
         if name == "bench":
@@ -151,6 +152,12 @@ def _run(options: argparse.Namespace) -> int:
 
         dry_run(config)
         return 0
+    if options.auto_resume:
+        from grpo import ranks
+
+        if ranks.count() > 1:
+            ranks.join()
+        options.resume = ranks.gather("the run directory", (Path(config.run_dir) / "manifest.json").exists())[0]
     stage = importlib.import_module(f"grpo.stages.{options.command}")
     try:
         getattr(stage, options.command)(config, resume=options.resume)

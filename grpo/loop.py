@@ -94,7 +94,7 @@ class Loop:
         except Exhausted:
             self.run.write_samples(f"step-{self.rollout + 1:06d}", rollouts.sample_rows(self.selection.fresh))
             raise
-        self.engine.sleep()
+        ranks.together("the engines' sleep", self.engine.sleep)
         row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(fresh)}
         texts = [(scored.group.completions[0].text, scored.group.problem.question) for scored in fresh[:32]]
         row["completion/language"] = rollouts.mean([language.share(text, language.of(question)) for text, question in texts])
@@ -130,6 +130,8 @@ class Loop:
                 with timer("eval"):
                     self.evaluate(row)
         except (RunError, Interrupted) as error:  # of all ranks: what was measured is written down first
+            if isinstance(error, ranks.Alone):
+                raise
             failed = error
         row |= timer.metrics() | self._bounds([scored.group for scored in fresh], int(row["update/made"]))
         row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
@@ -207,10 +209,8 @@ class Loop:
         every = algorithm.reference_reset
         if every and algorithm.kl_coef and before // every != self.learner.updates // every:
             self.learner.reset_reference(optimizer=algorithm.reset_optimizer)
-        counts = {
-            "update/made": float(len(reports)),
-            "update/skipped": float(config.train.epochs * config.train.updates_per_rollout - len(reports)),
-        }
+        counts = {"update/made": float(len(reports))}
+        counts["update/skipped"] = float(config.train.epochs * config.train.updates_per_rollout - len(reports))
         if not reports:
             return counts
         metrics = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}

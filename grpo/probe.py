@@ -89,7 +89,11 @@ class Probe:
 
 def sync(engine: Engine, learner: Learner, version: int) -> SyncReport:
     """Sends the learner's weights to the engine under a version, which it acknowledges. All ranks together, each to its own engine."""
-    reports = ranks.together("the weight sync of the other ranks", lambda: engine.load_weights(learner.weights(), version))
+    try:
+        report = engine.load_weights(learner.weights(), version)
+    except Exception as error:
+        raise ranks.Alone(str(error)) if ranks.count() > 1 else error from None  # the others are in an exchange that it has left
+    reports = ranks.gather("the weight sync of the other ranks", report)
     return replace(reports[0], seconds=max(report.seconds for report in reports))
 
 

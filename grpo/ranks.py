@@ -21,6 +21,10 @@ _objects: Any = None  # gloo: Python values go over the CPU, whatever the gradie
 _limit = timedelta(minutes=30)
 
 
+class Alone(RunError):
+    """What one rank met in the middle of an exchange: it cannot tell the others, it ends, and with it the job."""
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

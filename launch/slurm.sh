@@ -17,6 +17,8 @@ set -euo pipefail
 (($# >= 2)) || { echo "usage: sbatch launch/slurm.sh COMMAND CONFIG [key=value ...]" >&2; exit 2; }
 config="$2"
 engine_nodes="${ENGINE_NODES:-0}" size="${TENSOR_PARALLEL:-1}" gpus="${SLURM_GPUS_PER_NODE:-8}"
+gpus="${gpus##*:}" # a100:8
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from sbatch
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 learners=$((${#nodes[@]} - engine_nodes))
 ((learners >= 1)) || { echo "slurm.sh: ENGINE_NODES=$engine_nodes of ${#nodes[@]} nodes leaves none to learn" >&2; exit 2; }
@@ -36,7 +38,6 @@ if ((engine_nodes > 0)); then
   done
   more+=("engine.servers={urls: [$(IFS=,; echo "${urls[*]}")], tensor_parallel: $size}")
 fi
-if ((${SLURM_RESTART_COUNT:-0} > 0)); then more+=(--resume); fi
 
 # Slurm sends TERM to this script ten minutes before the end: the ranks save, and the job goes back into the queue.
 preempted=0
@@ -44,7 +45,7 @@ srun --overlap --nodes="$learners" --ntasks="$learners" --nodelist="$(IFS=,; ech
   --output="runs/slurm-%j-learner-%N.log" \
   .venv/bin/python -m torch.distributed.run --nnodes="$learners" --nproc-per-node="$gpus" --shutdown-timeout=500 \
   --rdzv-backend=c10d --rdzv-endpoint="${nodes[0]}:29500" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-  --no-python .venv/bin/grpo "$@" "${more[@]}" &
+  --no-python .venv/bin/grpo "$@" "${more[@]}" --auto-resume &
 learner=$!
 trap 'preempted=1; kill -TERM "$learner"' TERM
 code=0

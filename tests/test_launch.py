@@ -53,20 +53,20 @@ def test_the_slurm_job_shares_its_nodes_among_learners_and_servers(tmp_path):
     (learner,) = [line for line in asked if "slurm-%j-learner" in line]
     servers = [line for line in asked if "server.sh" in line]
     assert "--nodelist=n1,n2" in learner and "--nnodes=2" in learner and "--rdzv-endpoint=n1:29500" in learner and "seed=1" in learner
-    assert "engine.servers={urls: [http://n3:8000,http://n3:8001], tensor_parallel: 4}" in learner and "--resume" not in learner
+    assert "engine.servers={urls: [http://n3:8000,http://n3:8001], tensor_parallel: 4}" in learner and learner.endswith("--auto-resume")
     assert len(servers) == 2 and all("--nodelist=n3" in line for line in servers)
     assert sorted(re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", " ".join(servers))) == ["0,1,2,3", "4,5,6,7"]
 
 
-def test_a_preempted_job_goes_back_into_the_queue_and_a_requeued_one_resumes(tmp_path):
-    process = slurm(tmp_path, HOLD="1", SLURM_RESTART_COUNT="2")
+def test_a_preempted_job_goes_back_into_the_queue(tmp_path):
+    process = slurm(tmp_path, HOLD="1")
     while not (tmp_path / "log").exists():
         assert process.poll() is None
     time.sleep(0.5)
     process.terminate()
     assert process.wait(30) != 0
     asked = (tmp_path / "log").read_text()
-    assert "scontrol requeue 7" in asked and "--resume" in asked
+    assert "scontrol requeue 7" in asked
 
 
 def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, monkeypatch):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import torch
 
-from grpo.engines import Weights
+from grpo.engines import EngineError, Weights
 from grpo.engines.server import Server, free_port
 from grpo.engines.vllm import weight_source
 
@@ -18,28 +21,57 @@ if TYPE_CHECKING:
 
 
 class NcclSender:
-    """Sends to the servers that are up. `forget` it when one has come back: its processes are others."""
+    """Sends to the servers that are up. The group is made anew when they are not the processes that it was made of."""
 
-    def __init__(self, fleet: Fleet, address: str | None, tensor_parallel: int) -> None:
+    def __init__(self, fleet: Fleet, tensor_parallel: int) -> None:
         self._fleet, self._size = fleet, tensor_parallel
         self._trainer: Any = None
-        self._address = address or socket.gethostbyname(socket.gethostname())
+        self._members: list[tuple[str, int]] = []
 
-    def forget(self) -> None:
-        self._trainer = None
+    def send(
+        self, servers: Sequence[Server], weights: Weights, dtype: torch.dtype, version: int, limit_s: float, on_wait: Callable[[], None]
+    ) -> int:
+        """Returns how many bytes each server got. Raises EngineError, also when a server is lost on the way and the others wait for it."""
+        client, source = _Client(self._fleet, servers, version, self._size), weight_source(weights, dtype)
+        failed: list[BaseException] = []
 
-    def send(self, servers: Sequence[Server], weights: Weights, dtype: torch.dtype, version: int) -> int:
-        """Returns how many bytes each server got. Raises EngineError."""
+        def work() -> None:
+            try:
+                torch.cuda.set_device(torch.cuda.current_device())
+                self._join(servers, client, source)
+                self._trainer.client, self._trainer.source = client, source
+                self._trainer.send_weights()
+            except BaseException as error:
+                failed.append(error)
+
+        thread, deadline = threading.Thread(target=work, daemon=True), time.monotonic() + limit_s
+        thread.start()
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(0.2)
+            on_wait()
+        if failed or thread.is_alive():
+            self._members = []
+            why = str(failed[0]) if failed else f"not done within {limit_s:g} s"
+            raise EngineError(f"weights {version} to {len(servers)} servers by NCCL: {why}")
+        return source.num_bytes
+
+    def _join(self, servers: Sequence[Server], client: _Client, source: Any) -> None:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-        client, source = _Client(self._fleet, servers, version, self._size), weight_source(weights, dtype)
-        if self._trainer is None:
+        members = [(server.url, server.starts) for server in servers]
+        if members != self._members:
             size = 1 + len(servers) * self._size
-            info = NCCLTrainerInitInfo(rank=0, master_address=self._address, master_port=free_port(), world_size=size)
+            info = NCCLTrainerInitInfo(rank=0, master_address=_seen_by(servers[0]), master_port=free_port(), world_size=size)
             self._trainer = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
-        self._trainer.client, self._trainer.source = client, source
-        self._trainer.send_weights()
-        return source.num_bytes
+            self._members = members
+
+
+def _seen_by(server: Server) -> str:
+    """Returns the address of this machine on the way to a server."""
+    url = urlsplit(server.url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect((url.hostname or "127.0.0.1", url.port or 80))  # sends nothing
+        return str(way.getsockname()[0])
 
 
 class _Client:
@@ -48,11 +80,9 @@ class _Client:
     def __init__(self, fleet: Fleet, servers: Sequence[Server], version: int, size: int) -> None:
         self._fleet, self._servers, self._version, self._size = fleet, servers, version, size
 
-    def _all(self, path: str, bodies: Sequence[Any], servers: Sequence[Server] | None = None) -> None:
-        found = self._servers if servers is None else servers
-
+    def _all(self, path: str, bodies: Sequence[Any]) -> None:
         async def call() -> None:
-            await asyncio.gather(*(self._fleet._call(server, path, body) for server, body in zip(found, bodies, strict=True)))
+            await asyncio.gather(*(self._fleet._call(server, path, body) for server, body in zip(self._servers, bodies, strict=True)))
 
         self._fleet._submit(call()).result()  # each call has its limit
 
@@ -61,8 +91,9 @@ class _Client:
         self._all("/init_weight_transfer_engine", own)
 
     def start_weight_update(self) -> None:
-        self._busy = [server for server in self._servers if server.load]
-        self._all("/pause?mode=keep", [{}] * len(self._busy), self._busy)
+        for server in self._servers:
+            server.version = -1  # nothing is asked of it from here on
+        self._all("/pause?mode=keep", [{}] * len(self._servers))
         self._all("/start_weight_update", [{}] * len(self._servers))
 
     def update_weights(self, update_info: Any) -> None:
@@ -73,4 +104,4 @@ class _Client:
             await asyncio.gather(*(self._fleet._finish(server, self._version) for server in self._servers))
 
         self._fleet._submit(call()).result()
-        self._all("/resume", [{}] * len(self._busy), self._busy)
+        self._all("/resume", [{}] * len(self._servers))

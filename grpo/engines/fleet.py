@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -46,10 +47,11 @@ class Fleet:
         token = token_of(self._pool)
         folder = Path(self._pool.folder or run_dir / "weights") if self._transfer == "file" else None
         self._weights = SharedWeights(folder) if self._leads and self._transfer != "nccl" else None
+        self._salt = ranks.gather("the caches' salt", secrets.token_hex(8))[0]  # another run's prefixes are not ours
         self._specs: list[dict[str, Any]] = []
         self._version, self._restarts, self._closed = -1, 0, False
         self._idle_s, self._idle_since = 0.0, time.monotonic() if self._leads else None
-        self._nccl = NcclSender(self, None if self._pool.urls else "127.0.0.1", self._pool.tensor_parallel)
+        self._nccl = NcclSender(self, self._pool.tensor_parallel)
         self._proof: tuple[Sequence[Request], SamplingOptions, list[tuple[Completion, ...]]] | None = None
         self.counts = {"lost": 0, "restarted": 0, "retried": 0}
         words = arguments(model_dir, settings, dtype, max_model_len, float32_head)
@@ -112,11 +114,12 @@ class Fleet:
             "top_p": options.top_p, "top_k": options.top_k, "stop_token_ids": list(options.stop_token_ids),
             "ignore_eos": options.ignore_eos, "logprobs": 0, "skip_special_tokens": False, **more,
         }  # fmt: skip
-        body = {"token_ids": list(request.prompt_ids), "sampling_params": params, "cache_salt": f"weights {version}"}
+        body = {"token_ids": list(request.prompt_ids), "sampling_params": params, "cache_salt": f"{self._salt} {version}"}
         answer = await self._call(server, "/inference/v1/generate", body)
         found = tuple(self._completion(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"]))
-        if len(found) != request.n or (version >= 0 and any(v[0] < 0 for completion in found for v in completion.versions)):
-            raise EngineError(f"{server.url}: {len(found)} of {request.n} completions, or from weights that we did not send")
+        ended = all(completion.finish_reason in ("stop", "length") for completion in found)
+        if len(found) != request.n or not ended or (version >= 0 and any(v[0] < 0 for one in found for v in one.versions)):
+            raise EngineError(f"{server.url}: {len(found)} of {request.n} completions, or broken off, or from weights that we did not send")
         return found
 
     def _completion(self, choice: dict[str, Any]) -> Completion:
@@ -151,14 +154,18 @@ class Fleet:
         while True:
             try:
                 await self._bring_up(server)
-                server.heard = server.moved = time.monotonic()
-                server.tokens, server.up = -1.0, True
+                async with self._sending:  # a sync may have gone by meanwhile
+                    if self._transfer != "nccl" and server.version != self._version:
+                        await self._update(server, self._version)
+                    server.heard = server.moved = time.monotonic()
+                    server.tokens, server.up, server.starts = -1.0, True, server.starts + 1
                 await self._notify()
                 why = await self._until_lost(server)
             except EngineError as error:
                 if self._version < 0:  # nothing has run yet: a server that does not start is the user's to mend
                     raise
                 why = str(error)
+                await asyncio.sleep(WATCH_S)
             server.up, server.version = False, -1
             self.counts["lost"] += 1
             self._say(f"engine: lost {server.told()}: {why}")
@@ -188,7 +195,7 @@ class Fleet:
             with contextlib.suppress(EngineError):
                 found = GENERATED.search(await self._call(server, "/metrics", timeout_s=WATCH_S, method="GET"))
                 made = float(found[1]) if found else 0.0
-                if made != server.tokens or not server.load:
+                if made != server.tokens or not server.load or server.version != self._version:  # it may be taking weights
                     server.tokens, server.moved = made, time.monotonic()
             if time.monotonic() - server.moved > self._pool.stall_s:
                 return f"it made no token for {self._pool.stall_s:g} s (engine.servers.stall_s)"
@@ -209,14 +216,20 @@ class Fleet:
                 elif time.monotonic() > deadline and server.local:
                     raise EngineError(f"the server did not start within {self._settings.start_timeout_s:g} s: {server.told()}") from None
                 await asyncio.sleep(0.2)
-        if self._transfer == "nccl":
-            self._nccl.forget()  # until the next sync this server waits
+        if not server.local:  # it may have been left in the middle of something
+            for path in ("/abort_requests", "/finish_weight_update", "/resume"):
+                with contextlib.suppress(EngineError):
+                    await self._call(server, path, {}, timeout_s=60)
+        if self._transfer == "nccl":  # until the next sync it waits
             return
         async with self._sending:
             await self._call(server, "/init_weight_transfer_engine", {"init_info": {}})
             if self._version < 0:
                 return
+            await self._call(server, "/pause?mode=abort", {})  # what other ranks asked too early, of random weights
             await self._update(server, self._version)
+            await self._call(server, "/reset_prefix_cache", {})
+            await self._call(server, "/resume", {})
         if self._proof is not None:
             requests, options, expected = self._proof
             found = [await self._ask(server, request, options, self._version) for request in requests]

@@ -57,8 +57,7 @@ class Pool(Fleet):
         self._run(self._sending.acquire(), self._settings.timeout_s)
         try:
             if self._transfer == "nccl":
-                ready = [server for server in self._servers if server.up]
-                num_bytes = self._nccl.send(ready, weights, self._dtype, version)
+                num_bytes = self._by_nccl(weights, version)
             else:
                 assert self._weights is not None
                 specs = self._weights.write(weights, self._dtype)
@@ -70,6 +69,25 @@ class Pool(Fleet):
             self._loop.call_soon_threadsafe(self._sending.release)
         self._submit(self._notify())
         return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=num_bytes)
+
+    def _by_nccl(self, weights: Weights, version: int) -> int:
+        """A server that is lost on the way is left out of a second try; it gets weights with the next sync."""
+        for last in (False, True):
+            ready = [server for server in self._servers if server.up]
+            if not ready:
+                raise EngineError(f"weights {version}: no server is up: {', '.join(server.told() for server in self._servers)}")
+            try:
+                return self._nccl.send(ready, weights, self._dtype, version, self._settings.timeout_s, lambda: None)
+            except EngineError as error:
+                if last:
+                    raise
+                self._say(f"engine: {error}; once more without those that are lost")
+                for server in ready:
+                    try:
+                        self._run(self._call(server, "/health", timeout_s=10, method="GET"), 15)
+                    except EngineError:
+                        server.up = False
+        raise AssertionError
 
     def begin(self, request: Request, options: SamplingOptions) -> Future[tuple[Completion, ...]]:
         """Begins a request without waiting for it. Weights may change while it is sampled: its completions tell which."""
@@ -116,6 +134,10 @@ class Pool(Fleet):
         for attempt in range(tries + 1):
             server = await self._free(request.n)
             try:
+                if not self._leads and self._version >= 0:  # rank 0 may be bringing it up
+                    held = await self._call(server, "/weight_info", method="GET")
+                    if held["weight_version"] != str(self._version):
+                        raise EngineError(f"{server.url} has weights {held['weight_version']}, not {self._version}")
                 return await self._ask(server, request, options, self._version)
             except EngineError as error:
                 self.counts["retried"] += 1
@@ -147,6 +169,8 @@ class Pool(Fleet):
                     server.moved = max(server.moved, time.monotonic()) if server.load == count else server.moved
                     return server
                 await self._watched()
+                if self._transfer == "nccl" and self._leads and all(s.up for s in self._servers):
+                    raise EngineError("every server was lost; by NCCL they get weights with the next sync only: go on with --resume")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), 1.0)
 

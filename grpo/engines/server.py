@@ -38,6 +38,7 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
     up: bool = False
     version: int = -1
+    starts: int = 0  # how often it was started here, or came up
     load: int = 0  # completions asked for and not there yet
     heard: float = 0.0  # when it last answered
     tokens: float = -1.0  # made since its start, at the last look ...

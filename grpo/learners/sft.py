@@ -60,7 +60,8 @@ class SupervisedTrainer(SFTTrainer):
         """Yields every weight whole, tied ones once, adapters merged."""
         adapted = lora.of(self.model)  # type: ignore[arg-type]
         own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # type: ignore[union-attr] # tied: once
-        for name, tensor in self.accelerator.get_state_dict(self.deepspeed).items():
+        whole = self.accelerator.get_state_dict(self.deepspeed) or {}  # ZeRO-3 gives it to rank 0 alone
+        for name, tensor in whole.items():
             if name in own and "lora_" not in name:
                 name = name.replace(".base_layer.", ".")
                 yield name, lora.merged(tensor, adapted[name]) if name in adapted else tensor

@@ -37,6 +37,8 @@ FREE_ON_RESUME = (
     "probe",
     "engine",
     "reward_pool",
+    "learner.timeout_s",
+    "learner.threads",
     "train.rollouts",
     "algorithm.max_rounds",
     "algorithm.max_idle",
@@ -66,7 +68,7 @@ def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: b
     if ranks.count() > 1:
         if name not in ("train", "sft", "distill"):
             raise UserError(f"grpo {name} is one process, whatever engines it asks: start it without torchrun or srun's tasks")
-        ranks.join(config.learner.timeout_s)
+        ranks.join(max(config.learner.timeout_s, config.engine.timeout_s + 60 if isinstance(config, SampledConfig) else 0))
     run = RunDirectory(config.run_dir, resume=resume)
     if resume:
         check_same(run.path, config)

@@ -31,7 +31,7 @@ from grpo.stages._run import (
     worked,
     write_final,
 )  # fmt: skip
-from grpo.types import Batch, Problem, Sample
+from grpo.types import Batch, Problem, Sample, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +48,8 @@ def _sequence(config: DistillConfig, resume: bool) -> None:
     from grpo.stages.collect import collect
     from grpo.stages.sft import sft
 
+    if ranks.count() > 1:
+        raise UserError("grpo distill, way=sequence, begins with `grpo collect`, which is one process: start it without torchrun")
     with open_stage(config, "distill", total=2, unit="stage", resume=resume) as stage:
         for name, part in config.parts().items():
             folder = Path(config.run_dir) / name
@@ -93,13 +95,12 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         teacher_dir = find_teacher(config, run, tokenizer, soft.max_tokens)
     top = TopLogprobs(run.path / "teacher_top", texts) if soft.teacher_topk else None
     if top:
-        top.fill(config, stage, teacher_dir)
+        ranks.together("the teacher's logprobs", lambda: top.fill(config, stage, teacher_dir) if ranks.rank() == 0 else None)
     with quiet(run.log_file("learner")):
         teacher = None if top else models.load_model(teacher_dir, config.model.attention)
         learner = Learner(lora.load_policy(config, model_dir, config.model.attention), config, loss, teacher, soft)
-    checkpoint = run.latest() if resume else None
+    checkpoint, _ = run.last_state() if resume else (None, {})
     if checkpoint:
-        run.read_state(checkpoint)
         with quiet(run.log_file("learner")):
             learner.load(checkpoint)
     if resume:
@@ -107,9 +108,12 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         display.say(f"resumed after update {learner.updates}" if checkpoint else "no checkpoint yet: starting again")
     display.begin(learner.updates)
     row: dict[str, Any] = {}
+    saved = learner.updates if checkpoint else -1
 
     def save() -> None:
-        if run.latest() != run.checkpoints / f"step-{learner.updates:06d}":
+        nonlocal saved
+        if saved != learner.updates:
+            saved = learner.updates
             run.save(learner.updates, {"updates": learner.updates, "seed": config.seed, "metrics": row}, learner.save)
             run.prune(config.checkpoint.keep_last, config.checkpoint.keep_best)
 

@@ -36,7 +36,7 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
         else:
             call = [command, *arguments, *(["--resume"] if status is not None else [])]
             print(f"== {name}: grpo {' '.join(call)}", file=sys.stderr, flush=True)
-            _call(call, name, run, config.ranks if command in ("sft", "train", "distill") else 1)
+            _call(call, name, run, _ranks(config, name, command))
     rows = table(config)
     write_file(run.path / "table.json", json.dumps(rows, indent=2) + "\n")
     write_file(run.path / "table.md", markdown(rows) + "\n")
@@ -110,6 +110,12 @@ def _tree(step: Step) -> dict[str, Any]:
 def _overrides(given: dict[str, Any]) -> list[str]:
     """Returns command-line words that YAML reads back as the same values: quoted, so that "off" and "Think: then answer" stay strings."""
     return [f"{key}={'' if value is None else json.dumps(value)}" for key, value in given.items()]
+
+
+def _ranks(config: PipelineConfig, name: str, command: str) -> int:
+    """Returns on how many ranks a stage runs: those that only learn on as many as there are."""
+    sequence = command == "distill" and _tree(config.stages[name]).get("way") == "sequence"
+    return config.ranks if command in ("sft", "train", "distill") and not sequence else 1
 
 
 def _call(arguments: list[str], name: str, run: RunDirectory, ranks: int) -> None:

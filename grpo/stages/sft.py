@@ -36,8 +36,8 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
     models.check_context(model_dir, config.sft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
     chosen = stream.take(0, config.sft.updates * config.sft.batch_size)
-    checkpoint = run.latest() if resume else None
-    done = run.read_state(checkpoint)["step"] if checkpoint else 0
+    checkpoint, state = run.last_state() if resume else (None, {})
+    done = state["step"] if checkpoint else 0
     if resume:
         run.cut(done if checkpoint else -1)
         display.say(f"resumed after update {done}" if checkpoint else "no checkpoint yet: starting again")
@@ -46,7 +46,7 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
 
         latest: dict[str, Any] = {}
         stopped: list[str] = []  # by which signal, whichever rank has got it
-        accuracies = deque((row["policy/token_accuracy"] for row in run.read_metrics()), maxlen=10)
+        accuracies = deque((row["policy/token_accuracy"] for row in ranks.gather("the metrics so far", run.read_metrics())[0]), maxlen=10)
 
         def on_update(row: dict[str, Any]) -> None:
             latest.update(row)

@@ -79,9 +79,8 @@ def _run(
         selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=stream.take), held_out=test, probe=probe,
         display=display, record_row=stage.record, machine=machine, shape=shape, signals=stage.signals, pool=pool,
     )  # fmt: skip
-    checkpoint = run.latest() if resume else None
+    checkpoint, state = run.last_state() if resume else (None, {})
     if checkpoint:
-        state = run.read_state(checkpoint)
         with quiet(run.log_file("learner")):
             learner.load(checkpoint)
         loop.rollout = loop.saved = state["step"]
@@ -89,7 +88,7 @@ def _run(
         loop.selection.load(state["selection"])
     if resume:
         run.cut(loop.rollout if checkpoint else -1)
-        loop.watch = Watch(run.read_metrics())
+        loop.watch = Watch(ranks.gather("the metrics so far", run.read_metrics())[0])
         display.say(f"resumed after rollout {loop.rollout}" if checkpoint else "no checkpoint yet: starting again")
     try:
         loop.start(fresh=checkpoint is None)
