@@ -152,6 +152,7 @@ def test_a_killed_rank_ends_the_job_and_one_rank_goes_on_where_two_stopped(strai
     assert all(b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(curve(straight / "run-2"), curve(tmp_path / "run"), strict=True))
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_and_two_ranks_go_on(straight, tmp_path):
     config = (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))
     (tmp_path / "config.yaml").write_text(config)

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -28,9 +28,7 @@ class NcclSender:
         self._trainer: Any = None
         self._members: list[tuple[str, int]] = []
 
-    def send(
-        self, servers: Sequence[Server], weights: Weights, dtype: torch.dtype, version: int, limit_s: float, on_wait: Callable[[], None]
-    ) -> int:
+    def send(self, servers: Sequence[Server], weights: Weights, *, dtype: torch.dtype, version: int, limit_s: float) -> int:
         """Returns how many bytes each server got. Raises EngineError, also when a server is lost on the way and the others wait for it."""
         client, source = _Client(self._fleet, servers, version, self._size), weight_source(weights, dtype)
         failed: list[BaseException] = []
@@ -48,7 +46,6 @@ class NcclSender:
         thread.start()
         while thread.is_alive() and time.monotonic() < deadline:
             thread.join(0.2)
-            on_wait()
         if failed or thread.is_alive():
             self._members = []
             why = str(failed[0]) if failed else f"not done within {limit_s:g} s"

@@ -77,7 +77,7 @@ class Pool(Fleet):
             if not ready:
                 raise EngineError(f"weights {version}: no server is up: {', '.join(server.told() for server in self._servers)}")
             try:
-                return self._nccl.send(ready, weights, self._dtype, version, self._settings.timeout_s, lambda: None)
+                return self._nccl.send(ready, weights, dtype=self._dtype, version=version, limit_s=self._settings.timeout_s)
             except EngineError as error:
                 if last:
                     raise
