@@ -267,7 +267,7 @@ def check_memory(settings: configs.Engine, weight_bytes: int, count: int = 1) ->
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"{count} engine(s) need about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb:g} GB, three copies of the "
+            f"{'the engine needs' if count == 1 else f'{count} engines need'} about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb:g} GB, three copies of the "
             f"weights), {free / 2**30:.1f} GB are free: lower engine.kv_cache_gb or use a smaller model"
         )
 
