@@ -266,8 +266,9 @@ def check_memory(settings: configs.Engine, weight_bytes: int, count: int = 1) ->
     needed = count * (settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30)  # weights, packed weights, shared copy; libraries
     free = psutil.virtual_memory().available
     if needed > free:
+        who = "the engine needs" if count == 1 else f"{count} engines need"
         raise UserError(
-            f"{'the engine needs' if count == 1 else f'{count} engines need'} about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb:g} GB, three copies of the "
+            f"{who} about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb:g} GB, three copies of the "
             f"weights), {free / 2**30:.1f} GB are free: lower engine.kv_cache_gb or use a smaller model"
         )
 
