@@ -203,19 +203,23 @@ def test_the_engine_dies_with_its_parent(tmp_path, tiny):
     child.wait(timeout=5)
 
 
-def test_shared_weights_arrive_bit_for_bit_and_a_flipped_bit_is_named():
-    sender = _weights.SharedWeights()
-    reader = _weights.SharedWeightsReader(sender.path)
+@pytest.mark.parametrize("file", [False, True])
+def test_shared_weights_arrive_bit_for_bit_and_a_flipped_bit_is_named(tmp_path, file):
+    """Through memory, read in place; or through a file in a directory, a new one each time."""
+    sender = _weights.SharedWeights(tmp_path / "weights" if file else None)
     weights = [("a", torch.randn(3, 5)), ("b", torch.randn(7)), ("count", torch.tensor([3]))]
     for scale in (1, 2):  # the second write reuses the memory
         sent = [(name, tensor * scale) for name, tensor in weights]
         specs = sender.write(sent, torch.bfloat16)
+        reader = _weights.SharedWeightsReader(sender.path)
         got = dict(reader.read(specs))
         assert all(torch.equal(got[name], tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor) for name, tensor in sent)
     got["b"].view(torch.int16)[2] ^= 1
     with pytest.raises(RuntimeError, match="the bytes of b are not those"):
         list(reader.read(specs))
+    assert not file or len(list((tmp_path / "weights").iterdir())) == 1
     sender.close()
+    assert not file or not list((tmp_path / "weights").iterdir())
 
 
 def test_too_little_memory_is_told_before_the_engine_starts():
