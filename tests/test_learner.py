@@ -1,5 +1,9 @@
 """The learner against plain torch: logprobs, the AdamW update, and a save that continues bit for bit, for every ZeRO stage and dtype."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -169,6 +173,15 @@ def test_metrics_are_means_over_completion_tokens_whatever_the_split(tiny, tmp_p
     whole, split = learner.update(batches(samples(), 10_000)), learner.update(batches(samples(), 40))
     for name in ("policy/entropy", "mismatch/abs", "ratio/mean", "policy/grad_norm", "loss"):
         assert split[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+
+
+def test_no_operator_is_compiled(tmp_path):
+    """DeepSpeed's lock on that outlives a killed process: whoever starts later would wait for ever."""
+    program = "from grpo.learners._setup import join; join(); print('joined')"
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert "joined" in done.stdout and not list(tmp_path.iterdir()), done.stderr
 
 
 def test_learning_rate_golden_numbers():

@@ -91,4 +91,6 @@ def _quiet_deepspeed() -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # An operator for inference on CPUs, compiled at every start under a lock that a killed process leaves behind for all who come after.
+    deepspeed.comm.torch.build_shm_op = lambda: None
     return deepspeed
