@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import math
 import os
@@ -92,5 +93,5 @@ def _quiet_deepspeed() -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # An operator for inference on CPUs, compiled at every start under a lock that a killed process leaves behind for all who come after.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010 - deepspeed.comm.torch is torch
     return deepspeed
