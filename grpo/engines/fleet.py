@@ -137,10 +137,7 @@ class Fleet:
 
     async def _all_up(self) -> None:
         while not all(server.up for server in self._servers):
-            for server, task in zip(self._servers, self._watching, strict=True):
-                if task.done():
-                    task.result()
-                    raise EngineError(f"the server {server.told()} cannot be watched any more")
+            await self._watched()
             await asyncio.sleep(0.1)
 
     async def _watched(self) -> None:

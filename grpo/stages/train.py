@@ -111,13 +111,12 @@ def _run(
 
 def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
     """Puts asynchronous rollouts under the loop's selection: on rank 0, which gives every rank what it takes."""
-    from grpo.rollout import sampling_options
     from grpo.selection import scored_group
     from grpo.stream import Stream
 
     config, prompts, selection = loop.config, loop.prompts, loop.selection
     engine: Any = loop.engine
-    options, train = sampling_options(config, prompts, config.sampling.temperature), config.train
+    options, train = rollout.sampling_options(config, prompts, config.sampling.temperature), config.train
 
     def request(problem: Problem, number: int) -> Request:
         seed = rollout.seed_of(config.seed, f"stream/{number}", problem.id)

@@ -3,7 +3,7 @@
     .venv/bin/python tests/slow/soak.py --kills 50 [--seed 0] [--async] [--folder runs/soak]
 
 Every problem of the stream is learned from once and in its order, whatever was killed when, and the held-out accuracy is what it is
-without kills. Half an hour for 50 kills on 2 cores; not part of the suite.
+without kills. Not part of the suite; it has not been run to its end yet.
 """
 
 from __future__ import annotations
