@@ -68,8 +68,9 @@ def text(row: Row, *names: str) -> str:
     return str(value).strip()
 
 
-def for_judging(name: str, split: str, read: Iterable[Row]) -> list[Problem]:
-    """The problems of a set that is for evaluation alone: fields problem | question, answer | final_answer (of several, the first).
+def for_judging(name: str, split: str, read: Iterable[Row], part: str = "") -> list[Problem]:
+    """The problems of a set that is for evaluation alone: fields problem | question, answer | final_answer (of several, the first). `part`
+    of the set: in the ids, which two parts must not share.
 
     Raises UserError for its train split: nothing may be learned from it.
     """
@@ -84,7 +85,7 @@ def for_judging(name: str, split: str, read: Iterable[Row]) -> list[Problem]:
         meta = {key: row.fields[key] for key in ("subject", "level", "unit", "tolerance", "year") if row.fields.get(key) is not None}
         problems.append(
             Problem(
-                id=f"{name}/{i}", question=text(row, "problem", "question"), answer=text(row, "answer"), source=name,
+                id=f"{name}/{part}{i}", question=text(row, "problem", "question"), answer=text(row, "answer"), source=name,
                 solution=solution if isinstance(solution, str) else None, meta=meta,
             )
         )  # fmt: skip

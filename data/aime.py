@@ -14,4 +14,4 @@ def load(split: str, *, seed: int, path: str | None = None, year: int = 2024) ->
     """The problems of a year, 2024 or 2025. `path`: aime24.jsonl or aime25.jsonl, or their folder; None: the hub."""
     if year not in HUBS:
         raise UserError(f"data.aime.year: got {year}; have {', '.join(map(str, HUBS))}")
-    return for_judging("aime", split, rows(path, stems=[f"aime{year % 100}", f"aime_{year}"], hub=HUBS[year]))
+    return for_judging("aime", split, rows(path, stems=[f"aime{year % 100}", f"aime_{year}"], hub=HUBS[year]), f"{year}/")

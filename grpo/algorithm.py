@@ -54,8 +54,6 @@ class Algorithm(Section):
             raise ValueError("kl_unbiased is for kl_in=loss: in the reward no gradient passes through the KL")
         if self.kl_unbiased and self.kl_estimator == "k2":
             raise ValueError("kl_unbiased with k2: the ratio times k2 does not have the KL's gradient; use k1 or k3")
-        if self.dual_clip is not None and self.loss in EQUATIONS and self.loss != "grpo":
-            raise ValueError(f"dual_clip is loss grpo's; loss {self.loss} has none")
         if self.advantage == "teacher" and (self.no_signal != "keep" or (self.kl_coef and self.kl_in == "reward")):
             raise ValueError("advantage=teacher asks no rewards: no_signal is keep, and a KL goes into the loss")
         if self.mismatch == "none" and (self.mismatch_min is not None or self.mismatch_max is not None):
@@ -164,9 +162,17 @@ def fill(tree: dict[str, Any]) -> dict[str, Any]:
             filled.setdefault(key, value)
         elif isinstance(filled.get(key) or {}, dict):
             filled[key] = {leaf: value} | (filled.get(key) or {})
+    if isinstance(section, dict):
+        loss = filled["algorithm"].get("loss", Algorithm.model_fields["loss"].default)
+        for leaf, losses in BOUNDS.items():
+            usual = PRESETS[name].settings.get(f"algorithm.{leaf}", Algorithm.model_fields[leaf].default)
+            if str(loss) in EQUATIONS and loss not in losses and section.get(leaf, usual) != usual:
+                raise ValueError(f"algorithm.{leaf}: loss {loss} has none; it is of {', '.join(losses)}: leave it out, or at {usual}")
     return filled
 
 
+_CLIPPED = ("grpo", "gspo", "gmpo")
+BOUNDS = {"clip_low": _CLIPPED, "clip_high": _CLIPPED, "dual_clip": ("grpo",), "ratio_max": ("cispo",)}  # whose they are
 EQUATIONS = {  # of what is maximised at each token; r = pi / pi_old, sg: without a gradient
     "grpo": "min(r A, clip(r, {low:.6g}, {high:.6g}) A)",
     "gspo": "min(s A, clip(s, {low:.6g}, {high:.6g}) A), s = (pi(o) / pi_old(o))^(1/|o|)",

@@ -62,7 +62,8 @@ def micro_batches(
     made = [_collate(parts[i][0], samples, weights, pad_id) for i in own if i < len(parts)]
     if len(made) < rounds:
         made.append(replace(_collate(parts[-1][0], samples, [0.0] * len(samples), pad_id), idle=True))
-    return made
+    tokens = [sum(samples[i].completion_length for i in part) for part, _ in parts]
+    return [replace(batch, most=max(tokens[n * ranks : (n + 1) * ranks])) for n, batch in enumerate(made)]
 
 
 def _partition(samples: Sequence[Sample], max_tokens: int, packed: bool) -> list[tuple[list[int], int]]:

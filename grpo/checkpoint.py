@@ -144,6 +144,10 @@ class RunDirectory:
         """Returns how the run in a folder ended, None when there is none."""
         return read_manifest(folder).get("status")
 
+    def began(self) -> bool:
+        """Returns whether anything was done that is worth keeping: a step, a part of a stage within, a quantised model."""
+        return self.metrics.exists() or any(next(self.path.glob(name), None) for name in ("*/manifest.json", "int*/config.json"))
+
     @_by_rank_0
     def clear(self) -> None:
         """Forgets a run that never began."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -48,15 +50,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _tell(error: Exception) -> None:
-    """Prints an error once: by the rank that has it; one that all of a node's ranks have, by the first."""
+    """Prints an error once: by the rank that has it; one that all of a node's ranks have, by the first.
+
+    A launcher ends all ranks as soon as one has ended: those that leave the word to another wait for that end.
+    """
     from grpo import ranks
 
-    if not hasattr(error, "heard") and (ranks.count() == 1 or ranks.local_rank() == 0 or isinstance(error, RunError)):
+    heard = hasattr(error, "heard")
+    if heard or (ranks.local_rank() > 0 and isinstance(error, UserError)):
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(30)
+    if not heard:
         print(f"grpo: {f'rank {ranks.rank()}: ' if ranks.rank() else ''}{error}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="grpo", description="Reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed.")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it; LOCAL_RANK is what counts
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in {

@@ -122,6 +122,7 @@ class Learner(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO; 0 needs model.dtype float32
     offload_optimizer: bool = False  # optimizer states in CPU memory (GPU runs, ZeRO 1-3)
     micro_batch_tokens: int = Field(8192, ge=1)  # tokens in one forward and backward pass, padding included
+    sequence_parallel: int = Field(1, ge=1)  # ranks that share one pass: long sequences (DeepSpeed's Ulysses); GRPO, soft targets
     logits_chunk_tokens: int = Field(512, ge=1)  # completion positions whose [chunk, vocabulary] logits exist at once
     threads: int | None = Field(None, ge=1)  # CPU threads; default: all cores, shared among a machine's ranks
     timeout_s: float = Field(1800, gt=0)  # longest wait of one rank for another
@@ -278,6 +279,7 @@ class Config(SampledConfig):
         asked = self.algorithm.advantage == "teacher"
         if (asked and not self.model.teacher) or (self.model.teacher and not asked and not self.algorithm.kl_coef):
             raise ValueError("model.teacher and algorithm.advantage=teacher (preset on_policy_distill) go together")
+        self.model.check_shared(self.learner.sequence_parallel)
         if self.model.float32_head and self.learner.zero_stage == 3:
             raise ValueError("model.float32_head needs the head whole: use learner.zero_stage 2 or less")
         if self.probe.tokens >= self.max_sequence_tokens:

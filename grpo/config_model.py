@@ -39,3 +39,8 @@ class Model(Section):
     @property
     def packed(self) -> bool:
         return self.attention == "packed"
+
+    def check_shared(self, sequence_parallel: int) -> None:
+        """Raises ValueError for a model whose sequences ranks cannot share."""
+        if sequence_parallel > 1 and (not self.packed or self.router_aux_coef):
+            raise ValueError("learner.sequence_parallel needs model.attention=packed, and no model.router_aux_coef")

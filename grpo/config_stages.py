@@ -45,6 +45,8 @@ class SftConfig(RunConfig):
             raise ValueError("model.warm_start is for `grpo train`")
         if self.model.teacher:
             raise ValueError("model.teacher is for train and distill")
+        if self.learner.sequence_parallel > 1:
+            raise ValueError("learner.sequence_parallel is for train and for distill's ways soft and on_policy")
         _check_fits("solution", "sft.max_tokens", self.sft.max_tokens, self.learner)
         return self
 
@@ -75,6 +77,7 @@ class Collect(Section):
     samples: int = Field(4, ge=1)  # N: completions a problem
     keep: int = Field(1, ge=1)  # K: traces a problem at most, the shortest first
     chunk: int = Field(64, ge=1)  # problems sampled and written down at once
+    right: bool = True  # only right traces; false: all, e.g. a student's own texts for soft targets
     format: bool = True  # only well-formed traces
     min_tokens: int = Field(1, ge=0)  # length of a trace
     max_tokens: int | None = Field(None, ge=1)
@@ -147,6 +150,7 @@ class DistillConfig(SampledConfig):
         if missing := [name for name in needed if getattr(self, name) is None]:
             raise ValueError(f"way={self.way} needs the section {' and '.join(missing)}")
         if self.soft:
+            self.model.check_shared(self.learner.sequence_parallel)
             _check_fits("text", "soft.max_tokens", self.soft.max_tokens, self.learner)
         self.parts()
         return self
@@ -229,7 +233,8 @@ class QuantizeConfig(SampledConfig):
         found = {}
         for name, path in models.items():
             engine = tree["engine"] | ({"dtype": "bfloat16"} if name == "int4" else {})  # its kernels know no float32
-            own = {"run_dir": f"{self.run_dir}/eval-{name}", "model": tree["model"] | {"path": path}, "engine": engine}
+            model = tree["model"] | {"path": path} | ({} if name == "parent" else {"rope": None})  # theirs have it in their config
+            own = {"run_dir": f"{self.run_dir}/eval-{name}", "model": model, "engine": engine}
             found[name] = EvalConfig(**tree | own)
         return found
 

@@ -133,7 +133,10 @@ def _clipped(past: Past) -> str | None:
     share = past.now("clip/low") + past.now("clip/high")
     if not share >= 0.2:
         return None
-    return f"{share:.0%} of tokens are clipped: the policy moves far within a rollout; lower learner.lr, or make fewer updates a rollout"
+    return (
+        f"{share:.0%} of tokens are clipped: the policy moves far within a rollout (of gspo a third is usual); lower learner.lr, or make "
+        "fewer updates a rollout"
+    )
 
 
 def _gradient(past: Past) -> str | None:
@@ -185,6 +188,15 @@ def _language(past: Past) -> str | None:
     return f"only {share:.0%} of the text is in the question's language: add the reward `language`" if share <= 0.8 else None
 
 
+def _waiting(past: Past) -> str | None:
+    if math.isnan(past.now("staleness/mean")):  # without asynchronous rollouts one side always waits
+        return None
+    for side, cure in (("learner", "more servers, or fewer learner ranks"), ("engine", "fewer servers, or a larger train.max_staleness")):
+        if (share := past.now(f"idle/{side}")) >= 0.4:
+            return f"the {side} waits {share:.0%} of the time: {cure} (grpo bench CONFIG --simulate RUN finds the split)"
+    return None
+
+
 def _above(key: str, least: float, text: str, window: int = WINDOW) -> Callable[[Past], str | None]:
     """Returns a rule that speaks when a metric's mean is at least so much; `text` has a place for it."""
     return lambda past: text.format(past.now(key, window)) if past.now(key, window) >= least else None
@@ -207,11 +219,12 @@ RULES: dict[str, Callable[[Past], str | None]] = {
         "{:.0%} of completions are cut off at sampling.max_tokens: raise it, add a stop string, or shorten them (rewards.length)",
     ),
     "stale_weights": _above(
-        "probe/gap_ratio", 3,
-        "engine weights look stale: the probe's gap is {:.1f} times what it was at the start; see engine.log", window=1,
+        "probe/gap_share", 0.5,
+        "engine weights look stale: the probe's gap is {:.0%} of what stops the run; see engine.log, or it is low precision: engine.dtype",
+        window=1,
     ),
     "mismatch": _mismatch, "zero_loss": _zero_loss, "entropy": _entropy, "clipped": _clipped, "gradient": _gradient,
-    "format_only": _format_only, "hacking": _hacking, "flat": _flat, "slow_rewards": _slow_rewards,
+    "format_only": _format_only, "hacking": _hacking, "flat": _flat, "slow_rewards": _slow_rewards, "waiting": _waiting,
     "far": _above(
         "kl/ref", 1, "the policy is far from its reference (KL {:.1f} a token): lower learner.lr, or raise algorithm.kl_coef"
     ),

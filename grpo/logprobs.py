@@ -27,12 +27,13 @@ class Policy(nn.Module):
 
     def __init__(
         self, model: Any, *, temperature: float, chunk: int, float32_head: bool = False, entropy_gradient: bool = False,
-        router: bool = False, teacher: Policy | None = None, soft: Soft | None = None,
+        router: bool = False, teacher: Policy | None = None, soft: Soft | None = None, ulysses: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model: Any = model
         self.temperature = temperature
         self.chunk = chunk
+        self.ulysses = ulysses  # of ranks that share a stream (grpo/learners/ulysses.py)
         self.float32_head, self.entropy_gradient = float32_head, entropy_gradient
         self._teacher, self._soft = (teacher,), soft  # in a tuple: no part of this module
         self.divergences: Tensor | None = None  # [B, T] of the last forward pass, from the teacher
@@ -45,20 +46,20 @@ class Policy(nn.Module):
 
         Position t predicts `labels[:, t]`. Temperature divides the logits, as the sampler does before its softmax.
         """
-        states, hidden = self._states(batch)  # [N, H]
-        targets = batch.labels[batch.token_mask]  # [N]
+        states, hidden, mask = self._states(batch)  # [N, H]
+        targets, own = batch.labels[mask], mask[batch.token_mask]  # [N]
         weight = self.model.get_output_embeddings().weight.float() if self.float32_head else None
         teacher, theirs = self._teacher[0], None
         if teacher is not None:
             with torch.no_grad():
-                theirs, their_hidden = teacher._states(batch, [int(name.split("_")[1]) for name in self.projections])
+                theirs, their_hidden, _ = teacher._states(batch, [int(name.split("_")[1]) for name in self.projections])
             errors = [
                 (project(own) - its).float().square().mean(-1)
                 for project, own, its in zip(self.projections.values(), hidden, their_hidden, strict=True)
             ]
-            self.hidden_errors = _scatter([torch.stack(errors).mean(0)], batch.token_mask) if errors else None
+            self.hidden_errors = self._grid([torch.stack(errors).mean(0)], mask) if errors else None
         logprobs, entropies, divergences = [], [], list[Tensor]()
-        for start in range(0, len(states), self.chunk):
+        for start in range(0, max(len(states), batch.most), self.chunk):  # past the last state the head has nothing to do
             piece = slice(start, start + self.chunk)
             logprob, entropy = checkpoint(self._head, states[piece], targets[piece], weight, use_reentrant=False)
             logprobs.append(logprob)
@@ -66,27 +67,36 @@ class Policy(nn.Module):
             if theirs is not None:
                 divergences.append(checkpoint(self._divergence, states[piece], theirs[piece], use_reentrant=False))
             elif batch.teacher_top is not None:
-                top = [part[piece] for part in batch.teacher_top]
+                top = [part[own][piece] for part in batch.teacher_top]
                 divergences.append(checkpoint(self._top_divergence, states[piece], *top, use_reentrant=False))
-        self.divergences = _scatter(divergences, batch.token_mask) if divergences else None
-        return _scatter(logprobs, batch.token_mask), _scatter(entropies, batch.token_mask)
+        self.divergences = self._grid(divergences, mask) if divergences else None
+        return self._grid(logprobs, mask), self._grid(entropies, mask)
 
-    def _states(self, batch: Batch, layers: list[int] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Returns the last hidden states that predict completion tokens, row by row, and those of `layers` (default: the projected)."""
+    def _grid(self, pieces: list[Tensor], mask: Tensor) -> Tensor:
+        grid = _scatter(pieces, mask)
+        return grid if self.ulysses is None else self.ulysses.whole(grid)
+
+    def _states(self, batch: Batch, layers: list[int] | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Returns the last hidden states that predict completion tokens, row by row, those of `layers` (default: the projected), and the
+        tokens' places [B, T]: all of them, or this rank's."""
         layers = [int(name.split("_")[0]) for name in self.projections] if layers is None else layers
         more = ({"output_router_logits": True} if self.router else {}) | ({"output_hidden_states": True} if layers else {})
         mask: Tensor | None = None
+        places = batch.token_mask
         if self.model.config._attn_implementation != packing.NAME:
             mask = batch.attention_mask
             out = self.model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **more)
             chosen = lambda states: states[batch.token_mask]  # noqa: E731
         else:
             layout = packing.layout(batch.sequences, batch.prompt_lengths, batch.input_ids.device)
+            if self.ulysses is not None:
+                layout, own = self.ulysses.part(layout)
+                places = torch.zeros_like(places).masked_scatter_(places, own)
             out = self.model.base_model(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, packed=layout, **more)
             chosen = lambda states: states[0].index_select(0, layout.predictors)  # noqa: E731
         if self.router:
             self.balance_loss = moe.balance_loss(self.model, out.router_logits, mask)
-        return chosen(out.last_hidden_state), [chosen(out.hidden_states[layer]) for layer in layers]
+        return chosen(out.last_hidden_state), [chosen(out.hidden_states[layer]) for layer in layers], places
 
     def _divergence(self, states: Tensor, theirs: Tensor) -> Tensor:
         """Returns the divergence from the teacher at each position, logits and all computed again in the backward pass."""
@@ -172,7 +182,7 @@ def _projections(student: Any, teacher: Any, soft: Soft) -> dict[str, nn.Module]
 
 def _row_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
     """Yields `(rows, logits[rows] / temperature)` in float32, in one buffer that is used again."""
-    size = min(len(logits), max(1, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else 2**20)  # on a CPU 4 MB
+    size = max(1, min(len(logits), 2**20 // logits.shape[1] if logits.device.type == "cpu" else 2**20))  # on a CPU 4 MB
     buffer = torch.empty(size, logits.shape[1], device=logits.device)
     for start in range(0, len(logits), size):
         rows = slice(start, min(start + size, len(logits)))

@@ -61,12 +61,12 @@ class Loop:
         """Proves the way from learner to engine and puts the true weights there; a fresh run is evaluated before it learns."""
         self.display.phase(self.rollout, "canary")
         if self.config.probe.canary:
-            gap = self.probe.canary(version=0)
+            gap = self.probe.canary(0, self.signals)
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
         row: dict[str, Any] = {"step": self.rollout, "rollout": self.rollout, "update": self.learner.updates}
         row |= {"machine/gflops": self.machine.flops / 1e9, "machine/gb_per_s": self.machine.bandwidth / 1e9}
-        sync(self.engine, self.learner, version=self.rollout + 1)  # version n sampled rollout n
-        row["probe/gap"] = self.probe.check()
+        sync(self.engine, self.learner, self.rollout + 1, self.signals)  # version n sampled rollout n
+        row |= self.probe.check()
         if fresh:
             self.evaluate(row)
             self.record(row)
@@ -110,6 +110,7 @@ class Loop:
         values = advantages([scored.rewards for scored in used], lengths(used), config.algorithm.advantage, penalties)
         self.run.write_samples(f"step-{self.rollout + 1:06d}", rollouts.sample_rows(fresh, used, values))
         samples = to_samples(used, values, mask_truncated=config.algorithm.truncated == "mask")
+        row["histogram/advantage"] = rollouts.advantage_histogram(samples)
         self.run.write_update(self.rollout + 1, samples, config.logging.replay)
         with timer("update"):
             row |= kl | self.update(samples)
@@ -122,10 +123,9 @@ class Loop:
             with timer("sync"):
                 self.display.phase(self.rollout - 1, "sync")
                 ranks.together("the engines' waking", self.engine.wake)
-                report = sync(self.engine, self.learner, version=self.rollout + 1)
+                report = sync(self.engine, self.learner, self.rollout + 1, self.signals)
             with timer("probe"):
-                row |= {"sync/seconds": report.seconds, "sync/bytes": report.num_bytes, "probe/gap": self.probe.check()}
-                row["probe/gap_ratio"] = row["probe/gap"] / self.probe.first_gap if self.probe.first_gap else 1.0
+                row |= {"sync/seconds": report.seconds, "sync/bytes": report.num_bytes} | self.probe.check()
             if self._due(config.eval.every):
                 with timer("eval"):
                     self.evaluate(row)
@@ -167,26 +167,29 @@ class Loop:
         return ranks.spread("the rollout of the other ranks", own)
 
     def _penalties(self, groups: list[ScoredGroup]) -> tuple[list[list[list[float]]] | None, dict[str, float]]:
-        """Returns, with the KL in the reward or with a teacher, what each token of each completion costs, and its mean before the
-        coefficient."""
-        algorithm = self.config.algorithm
-        teacher = algorithm.advantage == "teacher"
-        if not groups or not (teacher or (algorithm.kl_coef and algorithm.kl_in == "reward")):
-            return None, {}
-        coefficient, estimator = (1.0, "k1") if teacher else (algorithm.kl_coef, algorithm.kl_estimator)
+        """Returns the groups' `costs`, nested as they are, and the mean cost of a token before its coefficient."""
         zeros = [[(0.0,) * length for length in row] for row in lengths(groups)]
         whole = [replace(scored, rewards=(0.0,) * len(scored.rewards)) for scored in groups]  # the undecided too: places stay
-        batches = self._batches(to_samples(whole, zeros))
+        if (costs := self.costs(to_samples(whole, zeros))) is None:
+            return None, {}
+        every, rows = [cost for row in costs for cost in row], iter(costs)
+        coefficient = 1.0 if self.config.algorithm.advantage == "teacher" else self.config.algorithm.kl_coef
+        return [[next(rows) for _ in scored.rewards] for scored in groups], {"kl/ref": sum(every) / len(every) / coefficient}
+
+    def costs(self, samples: list[Sample]) -> list[list[float]] | None:
+        """Returns, with the KL in the reward or with a teacher, what each completion token of each sample costs; otherwise None."""
+        algorithm = self.config.algorithm
+        if not samples or not ((teacher := algorithm.advantage == "teacher") or (algorithm.kl_coef and algorithm.kl_in == "reward")):
+            return None
+        coefficient, estimator = (1.0, "k1") if teacher else (algorithm.kl_coef, algorithm.kl_estimator)
+        batches = self._batches(samples)
         scores = zip(batches, self.learner.score(batches), self.learner.score(batches, reference=True), strict=True)
         found: dict[int, list[float]] = {}
         for batch, (own, _), (ref, _) in scores:
-            costs = _terms.kl(own, ref, estimator)
+            costs = coefficient * _terms.kl(own, ref, estimator)
             found |= {} if batch.idle else {i: costs[place][batch.token_mask[place]].tolist() for place, i in enumerate(batch.index)}
-        found = {i: costs for part in ranks.gather("the penalties", found) for i, costs in part.items()}
-        total = [cost for costs in found.values() for cost in costs]
-        rows = iter(sorted(found.items()))
-        penalties = [[[coefficient * cost for cost in next(rows)[1]] for _ in scored.rewards] for scored in groups]
-        return penalties, {"kl/ref": sum(total) / len(total)}
+        found = {i: row for part in ranks.gather("the penalties", found) for i, row in part.items()}
+        return [found[i] for i in range(len(samples))]
 
     def _bounds(self, groups: list[Group], updates: int) -> dict[str, float]:
         reference = self.config.algorithm.kl_coef > 0
@@ -220,7 +223,7 @@ class Loop:
         config = self.config
         weights = token_weights(samples, config.algorithm.reduction, config.sampling.max_tokens)
         return micro_batches(
-            samples, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed, share=(ranks.rank(), ranks.count())
+            samples, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed, share=self.learner.share
         )
 
     def _attach(self, parts: list[list[Sample]]) -> list[list[Batch]]:
@@ -229,14 +232,11 @@ class Loop:
         built = [self._batches(part) for part in parts]
         batches = [batch for part in built for batch in part]
         # The weights that sampled it are gone: the ratio is to what did, or the mismatch's correction bridges it (AReaL 2505.24298).
-        older = algorithm.mismatch == "none"
-        stale = [
-            [older and part[i].version != self.rollout + 1 for i in batch.index]
-            for part, made in zip(parts, built, strict=True)
-            for batch in made
-        ]
-        carried = older and any(sample.version != self.rollout + 1 for part in parts for sample in part)  # on any rank: all score
-        if algorithm.top_entropy < 1 or (algorithm.old_logprobs == "learner" and (len(parts) * epochs > 1 or carried)):
+        older, now = algorithm.mismatch == "none", self.rollout + 1
+        stale = [[older and part[i].version != now for i in batch.index] for part, made in zip(parts, built, strict=True) for batch in made]
+        versions = {sample.version for part in parts for sample in part} if older else {now}  # of all ranks, which score together
+        wanted = algorithm.old_logprobs == "learner" and (len(parts) * epochs > 1 or versions != {now})
+        if algorithm.top_entropy < 1 or (wanted and now in versions):
             scores = self.learner.score(batches)
             if algorithm.top_entropy < 1:
                 own = [entropies[batch.token_mask] for batch, (_, entropies) in zip(batches, scores, strict=True) if not batch.idle]
@@ -248,7 +248,7 @@ class Loop:
                 replace(batch, old_logprobs=torch.where(torch.tensor(rows)[:, None], batch.sampler_logprobs, logprobs))
                 for batch, (logprobs, _), rows in zip(batches, scores, stale, strict=True)
             ]
-        if algorithm.old_logprobs == "sampler":
+        if algorithm.old_logprobs == "sampler" or (wanted and now not in versions):
             batches = [replace(batch, old_logprobs=batch.sampler_logprobs) for batch in batches]
         if algorithm.kl_coef and algorithm.kl_in == "loss":
             scores = self.learner.score(batches, reference=True)
@@ -297,8 +297,8 @@ class Loop:
             return
         self.display.phase(self.rollout, "checkpoint")
         state = {
-            "updates": self.learner.updates, "seed": self.config.seed, "first_gap": self.probe.first_gap, "metrics": self.latest,
-            "selection": self.selected, "idle": self.idle,
+            "updates": self.learner.updates, "seed": self.config.seed, "metrics": self.latest, "selection": self.selected,
+            "idle": self.idle,
         }  # fmt: skip
         self.run.save(self.rollout, state, self.learner.save)
         self.run.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)

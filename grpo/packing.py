@@ -7,7 +7,7 @@ its prompt and to itself. The gradient is that of the padded batch; only the ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Layout:
     mask: Tensor  # [B, 1, C, P + C] bool: what a completion's inputs attend to
     num_prompts: int
     num_completions: int
+    through: Callable[..., tuple[Tensor, None]] | None = None  # the attention of ranks that share the stream (grpo/learners/ulysses.py)
 
 
 def layout(rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], device: torch.device) -> Layout:
@@ -91,7 +92,11 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *, packed: Layout, scaling: float,
     dropout: float = 0.0, sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, D]."""
+    """transformers' attention interface: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, D]. What is at the stream's end
+    and in no row gets 0."""
+    if packed.through is not None:
+        more = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+        return packed.through(module, query, key, value, attention_mask, packed=packed, **kwargs | more)
     _check_plain(module, packed.mask.shape[-1], dropout, sliding_window, kwargs)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [N, H, D]
     rows = lambda states, places, count: states.index_select(0, places).unflatten(0, (count, -1)).transpose(1, 2)  # noqa: E731
@@ -105,7 +110,7 @@ def attend(
         vc = torch.cat([vp.index_select(0, packed.prompt_of), vc], dim=2)
         own = F.scaled_dot_product_attention(qc, kc, vc, attn_mask=packed.mask, scale=scaling, enable_gqa=True)
         out = torch.cat([out, flat(own, packed.completion_places)])
-    return out[None], None
+    return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - len(out)))[None], None
 
 
 def attend_rows(

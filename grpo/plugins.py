@@ -96,7 +96,7 @@ def _call(function: Callable[..., Any], name: str, group: Group, i: int, options
     try:
         return function(group.completions[i], group.problem, **options)
     except Exception as error:
-        raise _failed(name, group, i, repr(error)) from error
+        raise failed(name, group, i, repr(error)) from error
 
 
 def _call_in_pool(map_calls: Callable[[list[Any]], list[Any]], name: str, groups: Sequence[Group]) -> list[list[Any]]:
@@ -107,7 +107,7 @@ def _call_in_pool(map_calls: Callable[[list[Any]], list[Any]], name: str, groups
     for n, ((group, i), answer) in enumerate(zip(places, answers, strict=True)):
         if isinstance(answer, Failure):
             if answer.kind == "error":
-                raise _failed(name, group, i, answer.reason)
+                raise failed(name, group, i, answer.reason)
             answers[n] = verdict_of(answer)
     left = iter(answers)
     return [[next(left) for _ in group.completions] for group in groups]
@@ -118,7 +118,8 @@ def verdict_of(failure: Failure) -> Verdict:
     return Verdict(value="undecided" if failure.kind in ("lost", "error") else "wrong", reason=failure.reason)
 
 
-def _failed(name: str, group: Group, i: int, error: str) -> RuntimeError:
+def failed(name: str, group: Group, i: int, error: str) -> RuntimeError:
+    """Returns the error that names a reward and the completion on which it failed."""
     where = f"completion {i} of problem {group.problem.id}"
     return RuntimeError(f"reward {name} failed on {where}: {error}; its text: {group.completions[i].text[:300]!r}")
 

@@ -6,6 +6,7 @@ weights shows too (scoring given tokens would skip the cache).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from grpo import ranks
 from grpo.batch import micro_batches
 from grpo.engines import Engine, Request, SamplingOptions, SyncReport
 from grpo.learners.deepspeed import Learner
+from grpo.signals import Signals
 from grpo.types import RunError, Sample
 
 PROMPT_TOKENS = 96  # three KV blocks on a CPU: the first two are found in the cache
@@ -30,7 +32,6 @@ class Probe:
         self._requests = [Request(prompt_ids=ids, seed=i) for i, ids in enumerate(prompts)]
         self._options = SamplingOptions(max_tokens=tokens, temperature=temperature, ignore_eos=True)
         self._max_gap, self._micro_batch_tokens, self._packed = max_gap, micro_batch_tokens, packed
-        self.first_gap: float | None = None
 
     def gap(self) -> float:
         """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens: of all copies of the model the largest."""
@@ -47,8 +48,8 @@ class Probe:
             )
             for request, completion, copy in sampled
         ]
-        share = (ranks.rank(), ranks.count())
-        batches = micro_batches(samples, [0.0] * len(samples), max_tokens=self._micro_batch_tokens, packed=self._packed, share=share)
+        budget, share = self._micro_batch_tokens, self._learner.share
+        batches = micro_batches(samples, [0.0] * len(samples), max_tokens=budget, packed=self._packed, share=share)
         gaps: dict[int, list[float]] = {}
         for (ours, _), batch in zip(self._learner.score(batches), batches, strict=True):
             for place, i in enumerate(() if batch.idle else batch.index):
@@ -61,23 +62,22 @@ class Probe:
         means = [sum(values) / len(values) for values in whole.values()]
         return next((gap for gap in means if math.isnan(gap)), max(means))
 
-    def canary(self, version: int) -> float:
+    def canary(self, version: int, signals: Signals | None = None) -> float:
         """Sends visibly perturbed weights through the real sync and compares; the caller must send the true ones next. Raises RunError.
 
         A head, a layer or a kind of weight that does not arrive shows here, where one small optimizer step would hide it.
         """
         with self._learner.perturbed(CANARY_SEED):
-            sync(self._engine, self._learner, version)
+            sync(self._engine, self._learner, version, signals)
             gap = self.gap()
         self._judge(gap, "the canary", "a weight does not arrive in the engine, or arrives in the wrong place")
         return gap
 
-    def check(self) -> float:
-        """Returns the gap after a sync. Raises RunError past the threshold."""
+    def check(self) -> dict[str, float]:
+        """Returns the gap after a sync, and what it is of the one that stops the run. Raises RunError past that."""
         gap = self.gap()
         self._judge(gap, "the probe", "stale or wrong weights in the engine, or a stale prefix cache")
-        self.first_gap = self.first_gap or gap
-        return gap
+        return {"probe/gap": gap, "probe/gap_share": gap / self._max_gap}
 
     def _judge(self, gap: float, what: str, meaning: str) -> None:
         if not gap <= self._max_gap:
@@ -87,10 +87,12 @@ class Probe:
             )
 
 
-def sync(engine: Engine, learner: Learner, version: int) -> SyncReport:
-    """Sends the learner's weights to the engine under a version, which it acknowledges. All ranks together, each to its own engine."""
+def sync(engine: Engine, learner: Learner, version: int, signals: Signals | None = None) -> SyncReport:
+    """Sends the learner's weights to the engine under a version, which it acknowledges. All ranks together, each to its own engine; none
+    of several is interrupted by `signals` before all are through."""
     try:
-        report = engine.load_weights(learner.weights(), version)
+        with signals.held() if signals and ranks.count() > 1 else contextlib.nullcontext():
+            report = engine.load_weights(learner.weights(), version)
     except Exception as error:
         raise ranks.Alone(str(error)) if ranks.count() > 1 else error from None  # the others are in an exchange that it has left
     reports = ranks.gather("the weight sync of the other ranks", report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ def local_rank() -> int:
 
 def local_count() -> int:
     """Returns how many ranks share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or count())  # torchrun's name, deepspeed's
 
 
 def adopt_srun() -> None:
@@ -73,8 +74,8 @@ def join(limit_s: float = 1800.0) -> None:
             os.environ.setdefault(name, value)
     cuda = torch.cuda.is_available()
     if cuda:
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(f"LOCAL_RANK={local_rank()}, but this machine shows {torch.cuda.device_count()} GPUs: start one rank a GPU")
+        if local_count() > torch.cuda.device_count():
+            raise UserError(f"{local_count()} ranks on this machine, which shows {torch.cuda.device_count()} GPUs: start one rank a GPU")
         torch.cuda.set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ or count() > 1:  # torchrun sets 1
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_count()))
@@ -119,6 +120,26 @@ def together(what: str, work: Callable[[], T]) -> list[T]:
             theirs.heard = number  # type: ignore[attr-defined]
             raise theirs
     return [result for result, _ in results]  # type: ignore[misc] # only a failure leaves None
+
+
+def sum_seconds(num_bytes: int, tries: int = 5) -> float:
+    """Returns the seconds in which all ranks sum `num_bytes` of float32: the largest of the ranks' medians."""
+    import torch
+
+    values, taken = torch.zeros(num_bytes // 4, device="cuda" if torch.cuda.is_available() else "cpu"), []
+    for _ in range(tries + 1):  # the first makes the connections
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        torch.distributed.all_reduce(values)
+        if values.is_cuda:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return max(gather("the interconnect", sorted(taken[1:])[tries // 2]))
+
+
+def share(size: int) -> tuple[tuple[int, int], bool]:
+    """Returns `(n, of how many parts)` for work of which `size` neighbours share a part, and whether this one tells what came of it."""
+    return (rank() // size, count() // size), rank() % size == 0
 
 
 def spread(what: str, work: Callable[[slice], Sequence[T]]) -> list[T]:

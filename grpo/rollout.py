@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from grpo import ranks
 from grpo.advantages import has_signal
 from grpo.engines import Engine, Request, SamplingOptions
-from grpo.plugins import Prompt, RewardFunction
+from grpo.plugins import Prompt, RewardFunction, failed
 from grpo.prompts import Chat, Prompts
-from grpo.types import Completion, Group, Problem, Score, ScoredGroup, Verdict
+from grpo.types import Completion, Group, Problem, Sample, Score, ScoredGroup, Verdict
 
 if TYPE_CHECKING:
     from grpo.config import SampledConfig
@@ -84,6 +85,9 @@ def _score(group: Group, columns: Mapping[str, Sequence[Any]], weights: Mapping[
         verdict = next((value for value in values.values() if isinstance(value, Verdict)), None)
         part = {name: _number(value) for name, value in values.items()}
         undecided = any(isinstance(value, Verdict) and value.value == "undecided" for value in values.values())
+        for name, value in part.items():
+            if value is not None and not math.isfinite(value):
+                raise failed(name, group, i, f"it gave {value}")
         known = [weights[name] * value for name, value in part.items() if value is not None]
         totals.append(None if undecided or not known else sum(known))
         parts.append(part)
@@ -159,9 +163,15 @@ def sample_rows(
     ]  # fmt: skip
 
 
-def _histogram(places: Sequence[int]) -> list[int]:
+def advantage_histogram(samples: Sequence[Sample]) -> list[int]:
+    """Returns samples by the mean advantage of their tokens: bins of 0.5 around -4 to 4, the outer ones hold what lies beyond."""
+    means = [mean(sample.advantages) for sample in samples]
+    return _histogram([round(2 * max(-4.0, min(4.0, each))) + 8 for each in means if each == each], 17)
+
+
+def _histogram(places: Sequence[int], size: int = 0) -> list[int]:
     counts = Counter(places)
-    return [counts[i] for i in range(max(places) + 1)]
+    return [counts[i] for i in range(size or max(places) + 1)]
 
 
 def evaluate(

@@ -1,4 +1,5 @@
-"""The least time that a rollout, an update and a sync can take on this machine, from its measured matrix rate and memory bandwidth.
+"""The least time that a rollout, an update and a sync can take on this machine, from its measured matrix rate and memory bandwidth; and
+what memory learner and engine need.
 
 `time / bound` says how far a phase is from the machine, not from another program. Formulas: a decode step reads all weights and the
 KV cache, or computes 2 FLOP a weight and sequence, whichever is longer; training computes 6 FLOP a weight and token.
@@ -14,7 +15,10 @@ from pathlib import Path
 
 import torch
 
+from grpo.config import Config
 from grpo.types import Group
+
+GB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,3 +105,40 @@ def _decode(machine: Machine, model: Shape, rows: Sequence[tuple[int, int]]) -> 
         seconds += max(read / machine.bandwidth, 2 * (model.body + model.head) * active / machine.flops)
         context += active
     return seconds
+
+
+def memory(config: Config, shape: Shape, hidden: int, vocabulary: int, ranks: int = 1) -> dict[str, float]:
+    """Returns bytes by part: what one of `ranks` learners holds at the longest sequences. Estimates, within a third of what is measured.
+
+    Mixed-precision Adam: 2 + 4 + 4 + 8 bytes a weight (ZeRO 1910.02054 section 3.1, float32 gradients); activations 34 bytes a token,
+    hidden unit and layer without checkpointing (2205.05198 Eq. 2, without its attention matrices), 2 with it.
+    """
+    learner, tokens = config.learner, config.learner.micro_batch_tokens // config.learner.sequence_parallel
+    trained = shape.weights if not config.model.lora else shape.layers * 14 * hidden * config.model.lora.rank
+    states: dict[str, float] = {"weights": shape.weights * shape.weight_bytes, "gradients": 4 * trained, "optimizer": 12 * trained}
+    if config.model.teacher or (config.algorithm.kl_coef and not config.model.lora):
+        states["reference"] = shape.weights * shape.weight_bytes
+    if learner.offload_optimizer:
+        states.pop("optimizer")
+    for part, stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):  # ZeRO's stages share these out
+        if part in states and learner.zero_stage >= stage:
+            states[part] /= ranks
+    per_layer = 2 if config.model.gradient_checkpointing else 34
+    states["activations"] = tokens * hidden * (shape.layers * per_layer + 34)
+    states["logits"] = learner.logits_chunk_tokens * vocabulary * 10
+    return states
+
+
+def sizing(config: Config, shape: Shape, hidden: int, vocabulary: int, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)) -> list[str]:
+    """Returns a table in markdown: for each number of learner GPUs what a learner holds, what an engine beside it does, and what of it an
+    80 GB GPU has room for: both at once, or in turns (engine.sleep)."""
+    lines = ["| GPUs | learner, GB a GPU | engine: weights | cache of all its sequences | on 80 GB |", "|---|---|---|---|---|"]
+    engine = shape.weights * shape.weight_bytes / GB
+    for count in gpus:
+        own = sum(memory(config, shape, hidden, vocabulary, count).values()) / GB
+        sequences = min(config.engine.max_sequences, -(-config.train.completions // count))
+        cache = sequences * config.max_sequence_tokens * shape.kv_bytes / GB
+        room = "both" if own + engine + cache < 76 else "both, part of the cache" if own + engine + cache / 8 < 76 else (
+            "in turns" if max(own, engine + cache / 8) < 76 else "no")  # fmt: skip
+        lines.append(f"| {count} | {own:.1f} | {engine:.1f} | {cache:.1f} | {room} |")
+    return lines

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -15,6 +17,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.got: str | None = None
+        self._held = False
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -22,8 +25,17 @@ class Signals:
         self.restore()
 
     def check(self) -> None:
-        if self.got:
+        if self.got and not self._held:
             raise Interrupted(self.got)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No check interrupts what is done within: an exchange of several ranks, which one of them must not leave."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def restore(self) -> None:
         for number, handler in self._before.items():

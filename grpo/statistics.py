@@ -20,17 +20,14 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
-    """Returns what the most frequent answer of a problem is worth; a tie is drawn: the share of tied answers that are right.
+    """Returns what the most frequent answer of a problem is worth; a tie is drawn: 1 / tied answers, if the right one is among them.
 
-    An answer is as right as most of its completions (a verifier may judge one text in two ways). No answer is an answer nobody gives.
+    Right answers are one answer however they are spelled, wrong ones by their spelling. No answer is an answer nobody gives.
     """
-    counts = Counter(answer for answer in answers if answer is not None)
-    if not counts:
-        return 0.0
-    most = max(counts.values())
+    counts = Counter(ok or answer for answer, ok in zip(answers, right, strict=True) if ok or answer is not None)
+    most = max(counts.values(), default=0)
     tied = [answer for answer, count in counts.items() if count == most]
-    worth = [np.mean([ok for answer, ok in zip(answers, right, strict=True) if answer == one]) > 0.5 for one in tied]
-    return float(np.mean(worth))
+    return (True in tied) / len(tied) if tied else 0.0
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:

@@ -142,5 +142,6 @@ class Batch:
     sampler_logprobs: Tensor
     teacher_top: tuple[Tensor, Tensor] | None = None  # token ids and logprobs [N, k] of the teacher, for the N completion tokens in order
     idle: bool = False  # a rank that has nothing to do in an exchange does this one's work, of weight 0
+    most: int = 1  # the most completion tokens that a rank has at this time: all run the head as often (ZeRO-3 makes it whole each time)
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None

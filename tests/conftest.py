@@ -7,11 +7,12 @@ import hypothesis
 import pytest
 import torch
 
-from grpo import config as configs
-from grpo import models
 from grpo.cli import QUIET
 
-os.environ.update(QUIET)
+os.environ.update(QUIET | {"HF_HUB_OFFLINE": "1"})  # before anything of the hub is imported: no test asks it
+from grpo import config as configs
+from grpo import models
+
 hypothesis.settings.register_profile("grpo", deadline=None)  # a busy machine is no bug
 hypothesis.settings.load_profile("grpo")
 TINY_SHAPE = {

@@ -18,7 +18,7 @@ def install():
         import vllm
 
         vllm.LLM.reset_prefix_cache = lambda self, *args, **kwargs: True
-    elif FAULT in ("swapped", "missing layer", "stale layer", "flipped bit"):
+    elif FAULT in ("swapped", "missing layer", "stale layer", "flipped bit", "zeroed"):
         read = _transfer.SharedWeightsReader.read
         kept = {}
 
@@ -28,6 +28,8 @@ def install():
             rows = list(read(self, specs))
             if FAULT == "missing layer":
                 rows = [(name, tensor) for name, tensor in rows if ".layers.1." not in name]
+            if FAULT == "zeroed":
+                rows = [(name, tensor.zero_() if name.endswith("layers.0.self_attn.v_proj.weight") else tensor) for name, tensor in rows]
             if FAULT == "swapped":
                 one, two = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
                 tensors = dict(rows)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from grpo import models, ranks
 from grpo.batch import micro_batches, token_weights
 from grpo.learners.deepspeed import Learner
 from grpo.losses.grpo import loss
+from grpo.losses.gspo import loss as gspo
+from grpo.types import Sample
 
 UPDATES = 4
 
@@ -22,8 +25,29 @@ def batches(seed):
 
 
 def learner(model, folder, stage, dtype):
-    config = tiny_config(folder, model, model={"dtype": dtype}, learner={"zero_stage": stage, "weight_decay": 0.1, "max_grad_norm": 0.5})
+    more = {"weight_decay": 0.1, "max_grad_norm": 0.5, "logits_chunk_tokens": 8}  # ranks have unequal numbers of such chunks
+    config = tiny_config(folder, model, model={"dtype": dtype}, learner={"zero_stage": stage, **more})
     return Learner(models.load_model(model, "eager"), config, loss)
+
+
+def shared(model, folder, stage):
+    """Returns what updates say, and their weights, where all ranks share each micro-batch: of the packed model, with all that a loss can
+    have."""
+    algorithm = {"preset": "gspo", "entropy_coef": 0.01, "kl_coef": 0.1}
+    config = tiny_config(
+        folder, model, model={"gradient_checkpointing": True}, algorithm=algorithm,
+        learner={"zero_stage": stage, "sequence_parallel": ranks.count()},
+    )  # fmt: skip
+    one = Learner(models.load_model(model, "packed"), config, gspo, models.load_model(model, "packed"))
+    long = Sample(token_ids=tuple(range(7, 60)), prompt_length=52, advantages=(1.0,), sampler_logprobs=(-5.0,))
+    rows = []
+    for seed in range(UPDATES):
+        given = [*samples(seed, count=7), long]  # the first half of the last one's stream predicts nothing
+        made = micro_batches(given, token_weights(given, "sequence", 20), max_tokens=60, packed=True, share=one.share)
+        made = [replace(b, ref_logprobs=ref) for b, (ref, _) in zip(made, one.score(made, reference=True), strict=True)]
+        rows.append(one.update(made))
+    kept = ("loss", "policy/grad_norm", "policy/entropy", "kl/ref", "update/tokens", "mismatch/effective", "mismatch/max_weight")
+    return [{key: row[key] for key in kept} for row in rows], weights(one)
 
 
 def weights(learner):
@@ -65,6 +89,11 @@ def main(model, folder):
             found[name]["resumed"] = goes_on(two, UPDATES // 2, UPDATES)
             left = [path.name for path in other.parent.iterdir() if "universal" in path.name]
             assert not left, left
+    for stage in (1, 3):
+        rows, after = shared(model, folder, stage)
+        found[f"shared-{stage}"] = {"rows": rows}
+        if ranks.rank() == 0:
+            torch.save(after, folder / f"shared-{stage}.pt")
     if ranks.rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
 

@@ -39,6 +39,8 @@ def test_the_resolved_config_is_the_same_config():
     config = configs.parse(TREE | {"algorithm": {"preset": "dapo"}})
     assert configs.parse(config.model_dump(mode="json")) == config
     assert config.rewards["length"].options == {"max_tokens": 1024, "buffer": 204}
+    config = configs.parse(TREE | {"algorithm": {"preset": "dapo", "loss": "cispo"}})  # the preset's clip_high is not the user's
+    assert configs.parse(config.model_dump(mode="json")) == config
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,10 @@ def test_the_resolved_config_is_the_same_config():
         ({"old_logprobs": "sampler", "mismatch": "tis"}, "holds the mismatch already"),
         ({"reset_optimizer": True}, "goes with reference_reset"),
         ({"kl_unbiased": True, "kl_estimator": "k2"}, "does not have the KL's gradient"),
-        ({"preset": "cispo", "dual_clip": 4.0}, "dual_clip is loss grpo's"),
+        ({"preset": "cispo", "dual_clip": 4.0}, "dual_clip: loss cispo has none; it is of grpo: leave it out, or at None"),
+        ({"loss": ["grpo"]}, "algorithm.loss: input should be a valid string"),
+        ({"preset": "sapo", "clip_high": 0.3}, "clip_high: loss sapo has none; it is of grpo, gspo, gmpo"),
+        ({"ratio_max": 2.0}, "ratio_max: loss grpo has none; it is of cispo"),
         ({"mismatch_max": 2.0}, "choose one with mismatch"),
         ({"preset": "on_policy_distill"}, "model.teacher and algorithm.advantage=teacher"),
     ],

@@ -3,10 +3,15 @@
 import json
 import resource
 import signal
+from pathlib import Path
 
 import pytest
+import yaml
+from conftest import tiny_config
 
+from grpo import config as configs
 from grpo.checkpoint import RunDirectory, replace_directory, write_file
+from grpo.stages._run import check_same, open_stage
 from grpo.types import RunError, UserError
 
 
@@ -106,3 +111,30 @@ def test_two_processes_cannot_work_on_one_run(tmp_path):
     run = run_directory(tmp_path)
     with pytest.raises(UserError, match="another process is working on this run"):
         RunDirectory(str(run.path), resume=True)
+
+
+def test_a_run_of_an_older_version_goes_on_and_a_changed_key_is_named(tmp_path):
+    config = tiny_config(tmp_path, "tiny-qwen2")
+    written = yaml.safe_load(configs.dump(config))
+    del written["learner"]["sequence_parallel"]  # a key that came later
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    check_same(tmp_path, config)
+    written["learner"]["lr"] = 0.5
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    with pytest.raises(UserError, match=r"its config is another one: learner.lr was 0.5, is 0.001"):
+        check_same(tmp_path, config)
+
+
+def test_a_mistake_that_shows_late_keeps_what_is_done_and_is_in_the_manifest(tiny, tmp_path):
+    """Before anything was done a run is forgotten; a part of a stage within, or a step, is not."""
+    for name in (None, "warm_start/manifest.json", "int8/config.json", "metrics.jsonl"):
+        config = tiny_config(tmp_path / str(name).replace("/", "-"), tiny())
+        file = name and Path(config.run_dir) / name
+        with pytest.raises(UserError, match="too late"), open_stage(config, "train", total=1, unit="step", resume=False) as stage:
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("")
+            raise UserError("too late")
+        assert stage.run.manifest.exists() == bool(file) and (file is None or file.exists())
+        assert file is None or stage.run.read_manifest()["status"] == "stopped: UserError"
+        del stage  # and with it the lock

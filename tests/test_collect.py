@@ -51,6 +51,8 @@ def test_every_reason_to_drop_a_completion():
     settings = Collect(problems=1, min_tokens=3, max_tokens=200, language=0.8, repetition=0.5)
     for expected, (text, value, reason) in cases.items():
         assert dropped([scored(text, values=[value], reasons=[reason])], settings) == [expected]
+        own = settings.model_copy(update={"right": False})  # a student's own texts, for soft targets
+        assert dropped([scored(text, values=[value], reasons=[reason])], own) == ["" if value != "correct" else expected]
 
 
 def test_the_shortest_are_kept_without_duplicates():

@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grpo import cli
 from grpo import config as configs
 from grpo.config_stages import KINDS
 from grpo.types import UserError
 
 ROOT = Path(__file__).parent.parent
+OF_OTHER_STAGES = {  # what they leave, in place of which here something else must do
+    "tiny_collect": ["model.path=tiny-qwen2"],
+    "tiny_quantize": ["model.path=tiny-qwen2"],
+    "tiny_distill": ["data={name: arithmetic}"],
+}
 MINIMAL = {"run_dir": "runs/x", "model": {"path": "tiny-qwen2"}, "data": {"name": "arithmetic"}, "train": {"rollouts": 3}}
 
 
@@ -30,6 +36,7 @@ def with_(**overrides):
         ({"train__updates_per_rollout": "5", "train__problems": "4"}, "4 problems x 8 completions = 32 .* near values that work: 4, 8"),
         ({"learner__zero_stage": "0"}, "zero_stage=0 keeps no float32 master weights"),
         ({"learner__micro_batch_tokens": "100"}, "one sequence can have .* = 1536 tokens"),
+        ({"learner__sequence_parallel": "2", "model__attention": "sdpa"}, "sequence_parallel needs model.attention=packed"),
         ({"sampling__temperature": "hot"}, "sampling.temperature: input should be a valid number.*got 'hot'"),
         ({"rewards": "{}"}, "rewards is empty"),
     ],
@@ -86,7 +93,7 @@ def test_a_mixtures_sets_inherit_the_path():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_config_is_right_and_short(path):
+def test_every_shipped_config_is_right_and_short(path, capsys, monkeypatch):
     keys = yaml.safe_load(path.read_text()).keys()
     command = next(
         (
@@ -103,6 +110,10 @@ def test_every_shipped_config_is_right_and_short(path):
         "train",
     )
     configs.load(str(path), kind=KINDS[command])
+    monkeypatch.chdir(ROOT)
+    assert cli.main([command, str(path), *OF_OTHER_STAGES.get(path.stem, []), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert ("grpo train" if command == "pipeline" else "run_dir") in told
     assert len(path.read_text().splitlines()) <= 45
 
 

@@ -46,7 +46,7 @@ def test_sets_to_judge_by_are_read_in_both_forms_and_refused_for_training(tmp_pa
     write(tmp_path / "olympiad.jsonl", [{"question": "R?", "final_answer": ["$2$", "$3$"], "unit": "m", "solution": ["one", "two"]}])
     write(tmp_path / "minerva.jsonl", [{"problem": "S?", "answer": "1.6", "solution": "So 1.6.", "subject": "Astronomy"}])
     folder = str(tmp_path)
-    assert aime.load("test", seed=0, path=folder, year=2025) == [Problem(id="aime/0", question="P?", answer="70", source="aime")]
+    assert aime.load("test", seed=0, path=folder, year=2025) == [Problem(id="aime/2025/0", question="P?", answer="70", source="aime")]
     assert amc.load("test", seed=0, path=folder)[0].answer == "27.5"
     (problem,) = olympiadbench.load("test", seed=0, path=folder)
     assert problem.answer == "$2$" and problem.meta == {"unit": "m"} and problem.solution is None

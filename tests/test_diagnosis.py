@@ -12,7 +12,7 @@ from grpo.types import Exhausted, UserError
 WELL = {
     "reward/mean": 0.5, "reward/accuracy": 0.45, "reward/format": 0.9, "reward/undecided": 0.0, "group/all_wrong": 0.2,
     "group/all_correct": 0.2, "group/no_signal": 0.4, "completion/truncated": 0.02, "completion/language": 1.0,
-    "probe/gap_ratio": 1.1, "mismatch/abs": 0.03, "mismatch/effective": 0.98, "loss": 0.01, "update/made": 2.0, "policy/entropy": 1.0,
+    "probe/gap_share": 0.3, "mismatch/abs": 0.03, "mismatch/effective": 0.98, "loss": 0.01, "update/made": 2.0, "policy/entropy": 1.0,
     "policy/grad_norm": 0.4, "clip/low": 0.01, "clip/high": 0.01, "kl/ref": 0.01, "time/rewards_s": 1.0, "time/total_s": 60.0,
 }  # fmt: skip
 
@@ -32,7 +32,7 @@ FAULTS = {
     "no_signal": (run(group__no_signal=0.95), "95% of groups have equal rewards"),
     "undecided": (run(reward__undecided=0.2), "20% of completions could not be judged"),
     "truncated": (run(completion__truncated=0.5), "50% of completions are cut off"),
-    "stale_weights": (run(probe__gap_ratio=lambda step: 1.0 if step < 8 else 40.0), "look stale: the probe's gap is 40.0 times"),
+    "stale_weights": (run(probe__gap_share=lambda step: 0.3 if step < 8 else 0.8), "look stale: the probe's gap is 80% of what stops"),
     "mismatch": (run(mismatch__abs=0.4), "engine and learner disagree"),
     "zero_loss": (run(loss=1e-9, update__made=1.0), "a loss near 0 is expected"),
     "entropy": (run(policy__entropy=lambda step: 1.0 / step**2), "entropy is collapsing"),
@@ -42,6 +42,7 @@ FAULTS = {
     "hacking": (run(eval__accuracy=lambda step: 0.6 - 0.04 * step), "rewards rise"),
     "flat": (run(40, reward__mean=lambda step: 0.3 + 0.02 * math.sin(step)), "the reward has not moved in"),
     "slow_rewards": (run(time__rewards_s=30.0), "50% of the time goes into rewards"),
+    "waiting": (run(staleness__mean=0.4, idle__engine=0.05, idle__learner=0.6), "the learner waits 60% of the time: more servers"),
     "far": (run(kl__ref=3.0), "KL 3.0 a token"),
     "language": (run(completion__language=0.6), "only 60% of the text"),
 }  # fmt: skip

@@ -235,7 +235,7 @@ def test_distillation_by_text_collects_from_the_teacher_and_teaches_the_student(
     rows_of = [json.loads(line) for line in traces.read_text().splitlines()]
     fixed = [{"id": row["id"], "question": row["question"], "solution": "<think>1</think> <answer>2</answer>"} for row in rows_of]
     traces.write_text("".join(json.dumps(row) + "\n" for row in fixed))
-    run(config, command="distill")  # what is collected is not collected again
+    run(config, "--resume", command="distill")  # what is collected is not collected again
     assert (tmp_path / "run" / "sft" / "final" / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["final"] == "sft/final"
 

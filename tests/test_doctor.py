@@ -38,13 +38,13 @@ def test_memory_that_is_not_there_is_told_with_every_part(tiny, tmp_path, monkey
 
 def test_the_states_are_those_that_the_learner_really_holds(tiny, tmp_path):
     config = tiny_config(tmp_path, tiny(), algorithm={"kl_coef": 0.1})
-    parts = doctor.memory(config, shape_of(tiny), 64, 262)
+    parts = roofline.memory(config, shape_of(tiny), 64, 262)
     learner = Learner(models.load_model(tiny(), "eager"), config, loss, models.load_model(tiny(), "eager"))
     own = sum(p.numel() * p.element_size() for p in learner._policy.model.parameters())
     reference = sum(p.numel() * p.element_size() for p in learner._reference.model.parameters())
     assert parts["weights"] == own and parts["reference"] == reference and parts["optimizer"] == 3 * own == 3 * parts["gradients"]
     lora = tiny_config(tmp_path, tiny(), model={"path": str(tiny()), "dtype": "float32", "lora": {"rank": 4}})
-    assert doctor.memory(lora, shape_of(tiny), 64, 262)["optimizer"] < 0.5 * parts["optimizer"]
+    assert roofline.memory(lora, shape_of(tiny), 64, 262)["optimizer"] < 0.5 * parts["optimizer"]
 
 
 def test_held_out_problems_that_are_in_the_training_data_are_counted():

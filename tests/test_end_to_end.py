@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
 
 import psutil
 import pytest
@@ -78,7 +80,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path)
     process.communicate()
     child.wait(timeout=5)
     assert not (tmp_path / "run" / "final").exists()
-    run(config, "--resume")
+    run(config, "--auto-resume")
     metrics, samples, weights = outcome(tmp_path / "run")
     expected_metrics, expected_samples, expected_weights = outcome(straight[0] / "run")
     assert metrics == expected_metrics
@@ -94,6 +96,15 @@ def recipe(kind):
         "rewards": {"digits:share": 1.0, "length": 0.1}, "eval": {"every": 0}, "learner": {"lr": 1e-3, "zero_stage": 1},
         "train": {"rollouts": 3, "problems": 4, "group_size": 4, "updates_per_rollout": 2},
     }  # fmt: skip
+
+
+def test_a_benchmark_prints_each_phase_beside_its_bound_and_leaves_nothing(tiny, tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    process = start(config, "train.rollouts=1", command="bench", stdout=subprocess.PIPE)
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert all(re.search(rf"^{phase} .*\d", out, re.MULTILINE) for phase in ("rollout", "update", "sync", "probe")), out
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["tiny-qwen2", "tiny-qwen3-moe"])

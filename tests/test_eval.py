@@ -9,7 +9,7 @@ from whole_runs import rows, run, start, wait_for
 
 from grpo import config as configs
 from grpo.config_stages import EvalConfig
-from grpo.stages.eval import finished, markdown, summary
+from grpo.stages.eval import compare, finished, markdown, summary
 from grpo.types import UserError
 
 
@@ -53,6 +53,25 @@ def test_the_table_has_a_row_a_set():
     found = {"accuracy": 0.5, "accuracy/low": 0.25, "accuracy/high": 0.75, "completion/length": 30.25}
     table = markdown({"a": found | {"pass@2": 0.6}, "b": found})
     assert table.splitlines()[2:] == ["| a | 50.0% | 25.0% | 75.0% | 30.2 | 60.0% |", "| b | 50.0% | 25.0% | 75.0% | 30.2 |  |"]
+
+
+def test_two_evaluations_are_compared_set_by_set(tmp_path, capsys):
+    def judged(run, **sets):
+        (tmp_path / run / "samples").mkdir(parents=True)
+        for name, verdicts in sets.items():
+            lines = [json.dumps({"problem": f"p{i}", "verdict": verdict}) + "\n" for i, verdict in enumerate(verdicts)]
+            (tmp_path / run / "samples" / f"eval-{name}.jsonl").write_text("".join(lines))
+        return str(tmp_path / run)
+
+    right, wrong = ["correct"] * 4, ["wrong"] * 4
+    a = judged("a", easy=right, hard=wrong)
+    compare(a, judged("b", easy=[*right[:3], "wrong"], hard=["correct", *wrong[:3]]))
+    out = capsys.readouterr().out
+    assert "worse: p3 -100%" in out and "better: p0 +100%" in out and out.count("4 problems") == 2
+    compare(judged("c", **{"000000": right}), judged("d", one=wrong))  # a run's own set has no name
+    assert "second less first: -100.0%" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no verdicts"):
+        compare(a, judged("e", easy=[None]))
 
 
 @pytest.mark.engine

@@ -75,7 +75,8 @@ def make_loop(tmp_path, tiny, resume=False, reward=None, take=None, kind="tiny-q
             stop=(), stop_token_ids=(),
         ),
         selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=take), held_out=[],
-        probe=SimpleNamespace(first_gap=None, check=lambda: 0.0, canary=lambda version: 0.0), signals=SimpleNamespace(check=lambda: None),
+        probe=SimpleNamespace(check=lambda: {"probe/gap": 0.0}, canary=lambda version, signals: 0.0),
+        signals=SimpleNamespace(check=lambda: None),
         display=SimpleNamespace(phase=lambda *_: None, begin=lambda *_: None, say=lambda *_: None, row=lambda *_: None),
         record_row=lambda row: loop.run.append_metrics(row), machine=roofline.Machine(flops=1e9, bandwidth=1e9),
         shape=roofline.shape(tiny(kind), 100_000, "float32"), pool=Pool(),
@@ -176,6 +177,9 @@ def test_carried_groups_have_the_samplers_logprobs_as_old_ones(tiny, tmp_path):
         mask = batch.token_mask[place]
         expected = batch.sampler_logprobs if samples[i].group == 0 else scored[0]
         assert torch.equal(batch.old_logprobs[place][mask], expected[place][mask])
+    loop.learner.score = None  # of samples that are all older there is nothing to score
+    ((batch,),) = loop._attach([[replace(sample, version=-7) for sample in samples]])
+    assert torch.equal(batch.old_logprobs, batch.sampler_logprobs)
 
 
 def test_all_groups_without_signal_skip_the_update_count_it_and_stop_by_rule(tiny, tmp_path):

@@ -5,8 +5,9 @@ import torch
 
 from grpo import models, packing
 from grpo.batch import micro_batches
+from grpo.learners.ulysses import Ulysses
 from grpo.logprobs import Policy
-from grpo.types import Sample
+from grpo.types import Sample, UserError
 
 
 def test_golden_layout():
@@ -22,6 +23,15 @@ def test_golden_layout():
     # prompt of two places, then two own places: the second completion input of row 2 sees 4, 3 and 2
     assert made.mask[2, 0].tolist() == [[True, False, True, False], [True, False, True, True]]
     assert made.mask[0, 0, 0].tolist() == [True, True, True, False]
+
+
+def test_ranks_and_heads_that_cannot_share_a_stream_are_named(tiny, monkeypatch):
+    model = models.load_model(tiny(), "packed")
+    with pytest.raises(UserError, match="sequence_parallel=2 does not divide the 1 ranks"):
+        Ulysses(model, 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="cannot share out Qwen2ForCausalLM's 2 heads with 1"):
+        Ulysses(model, 3)
 
 
 def groups(seed=0):

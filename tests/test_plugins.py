@@ -107,6 +107,12 @@ def test_rewards_are_summed_by_weight_and_undecided_completions_have_none():
     assert metrics["group/no_signal"] == 0.0 and metrics["completion/length"] == 2.0
 
 
+def test_a_reward_that_is_no_number_names_the_completion():
+    values = {"odd": (lambda groups, prompts: [[1.0, float("nan")]], 1.0)}
+    with pytest.raises(RuntimeError, match="odd failed on completion 1 of problem p7: it gave nan"):
+        rollout.score([group("a", "b")], values, asked_as)
+
+
 def test_what_kept_a_score_low_is_a_metric():
     scores = [Score(value=0.0, reason="no answer"), Score(value=1.0), Score(value=0.0, reason="no answer")]
     (scored,) = rollout.score([group("x", "y", "z")], {"format": (lambda groups, prompts: [scores], 1.0)}, asked_as)

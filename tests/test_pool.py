@@ -1,9 +1,15 @@
 """Two real vLLM servers: what they sample, who may ask them, what is done when one is killed, hangs or gets broken weights."""
 
+import asyncio
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -17,10 +23,12 @@ from grpo import models
 from grpo.engines import EngineError, Request, SamplingOptions, fleet
 from grpo.engines._plugin import TOKEN
 from grpo.engines.pool import Pool
+from grpo.engines.server import Server, free_port
 from grpo.engines.vllm import VllmEngine
 from grpo.types import UserError
 
 pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parents[1]
 REQUESTS = [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS * 3)]
 OPTIONS = SamplingOptions(max_tokens=24, ignore_eos=True)
 
@@ -42,10 +50,10 @@ def weights(model_dir, scale=1.0):
     return Weights({name: scale * parameter.detach() for name, parameter in model.named_parameters()})
 
 
-def pool_of(model_dir, folder, said=None, **servers):
+def pool_of(model_dir, run_dir, said=None, **servers):
     tokenizer = models.load_tokenizer(model_dir)
     return Pool(
-        model_dir=str(model_dir), settings=settings(**servers), dtype="float32", max_model_len=160, run_dir=folder,
+        model_dir=str(model_dir), settings=settings(**servers), dtype="float32", max_model_len=160, run_dir=run_dir,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False), say=(said if said is not None else []).append,
     )  # fmt: skip
 
@@ -166,6 +174,82 @@ def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_bac
     assert fleet.difference(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any("weights 6 did not reach" in text for text in said)
 
 
+@pytest.mark.slow
+def test_a_port_taken_meanwhile_costs_a_start_and_weights_go_through_files(tiny, tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken, free = other.getsockname()[1], fleet.free_port
+        ports = iter([taken])
+        monkeypatch.setattr(fleet, "free_port", lambda: next(ports, None) or free())
+        pool = pool_of(tiny(), tmp_path, count=1, transfer="file", folder=str(tmp_path / "weights"))
+        try:
+            assert pool.wait_ready()["servers"] == [pool._servers[0].url] != [f"http://127.0.0.1:{taken}"]
+            pool.load_weights(weights(tiny()), 1)
+            (before,) = pool.prove(REQUESTS[:4], OPTIONS)
+            pool.load_weights(weights(tiny(), 0.7), 2)
+            (after,) = pool.prove(REQUESTS[:4], OPTIONS)
+            assert after[0][0].versions[0][0] == 2 and fleet.difference(before, after) > 1e-4
+            assert len(list((tmp_path / "weights").iterdir())) == 1
+        finally:
+            pool.close()
+        assert not list((tmp_path / "weights").iterdir())
+
+
+def test_a_server_whose_trainer_was_killed_while_it_started_ends():
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    program = f"""import os, subprocess; from grpo.engines._plugin import _end_with
+print(subprocess.Popen(['sleep', '60']).pid, flush=True); _end_with(os.getppid(), {dead.pid})"""
+    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    core = int(server.stdout.readline())
+    assert server.wait(timeout=60) == -signal.SIGKILL
+    wait(lambda: not psutil.pid_exists(core) or psutil.Process(core).status() == psutil.STATUS_ZOMBIE, seconds=5)
+
+
+def bare(*loads):
+    """A pool of servers that are up, without servers."""
+    made = object.__new__(Pool)
+    made._servers = [Server(url=f"s{i}", up=True, version=1, load=load) for i, load in enumerate(loads)]
+    made._leads, made._version, made._watching, made._transfer, made._idle_since, made._idle_s = True, 1, [], "memory", None, 0.0
+    made._settings, made._pool = SimpleNamespace(max_sequences=8, start_timeout_s=1.0), SimpleNamespace(retries=2)
+    made._changed, made.counts = asyncio.Condition(), {"retried": 0}
+    return made
+
+
+def test_a_request_goes_where_the_least_is_to_do_and_waits_where_all_is_full():
+    async def drill():
+        pool = bare(6, 2)
+        assert [(await pool._free(size)).url for size in (4, 2)] == ["s1", "s0"]  # loads are now 8 and 6
+        waiting = asyncio.ensure_future(pool._free(4))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        pool._servers[1].load -= 4
+        await pool._notify()
+        assert (await asyncio.wait_for(waiting, 5)).url == "s1" and pool._servers[1].load == 6
+
+    asyncio.run(drill())
+
+
+def test_a_request_that_fails_everywhere_is_asked_again_so_often_and_no_more():
+    asked = []
+
+    async def drill():
+        pool = bare(0, 0, 0, 0)
+
+        async def ask(server, request, options, version):
+            asked.append((server.url, request.seed))
+            raise EngineError("broken off")
+
+        pool._ask = ask
+        with pytest.raises(EngineError, match=r"a request failed 3 times \(engine.servers.retries\): the last time, broken off"):
+            await pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS)
+        assert not any(server.load for server in pool._servers) and sum(server.up for server in pool._servers) == 1
+
+    asyncio.run(drill())
+    assert asked == [("s0", 7), ("s1", 7), ("s2", 7)]
+
+
 def wait(condition, seconds=90):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -213,13 +297,36 @@ def test_a_run_on_a_pool_is_proved_and_survives_a_killed_server(tiny, tmp_path):
     assert [row["rollout"] for row in found] == list(range(21))
 
 
+def test_servers_of_somebody_else_train_and_judge_the_model_that_they_are_sent(tiny, tmp_path, monkeypatch):
+    """launch/server.sh, by URL: weights go through files, a wrong token is told, and an evaluation is not of what the server holds."""
+    port = free_port()
+    urls = {"servers": {"urls": [f"http://127.0.0.1:{port}"]}}
+    config = write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), engine=urls))
+    monkeypatch.setenv(TOKEN, "secret")
+    with (tmp_path / "server.log").open("w") as log:
+        command = [str(ROOT / "launch" / "server.sh"), config, str(port), "engine.kv_cache_gb=0.05"]
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        run(config)
+        assert len(rows(tmp_path / "run")) == 5 and max(row["probe/gap"] for row in rows(tmp_path / "run")) < 1e-4
+        run(config, f"run_dir={tmp_path / 'theirs'}", "eval.problems=8", command="eval")  # the model before the training
+        run(config, f"run_dir={tmp_path / 'ours'}", "eval.problems=8", "engine.servers=null", command="eval")
+        judged = [(tmp_path / name / "samples" / "eval-000000.jsonl").read_text().splitlines() for name in ("theirs", "ours")]
+        assert [json.loads(line)["completion"] for line in judged[0]] == [json.loads(line)["completion"] for line in judged[1]]
+        monkeypatch.setenv(TOKEN, "guess")
+        assert "refuses our token (401): set GRPO_ENGINE_TOKEN" in run(config, f"run_dir={tmp_path / 'wrong'}", code=2)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
 def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_group(tiny, tmp_path):
     made = {
         "train": {"rollouts": 12, "problems": 4, "group_size": 4, "max_staleness": 2},
         "checkpoint": {"every": 1, "keep_last": 20},
         "eval": {"every": 0},
     }
-    made |= {"sampling": {"max_tokens": 40, "ignore_eos": True}, "engine": {"servers": {"count": 1}, "timeout_s": 100}}
+    made |= {"sampling": {"max_tokens": 40, "ignore_eos": True}, "engine": {"servers": {"count": 2}, "timeout_s": 100}}
     config = write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), **made))
     process = start(config)
     wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000004").exists(), process)

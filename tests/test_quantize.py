@@ -73,12 +73,16 @@ def test_a_run_writes_every_scheme_and_one_table_and_goes_on_where_it_was_stoppe
         mode="json", include={"run_dir", "model", "data", "prompt", "sampling", "engine"}
     )
     config |= {"quantize": {"schemes": ["int8", "int4"]}, "eval": {"problems": 4}, "rewards": {"accuracy": 1.0}}
+    config["model"]["rope"] = {"type": "yarn", "factor": 2.0}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     run(str(tmp_path / "config.yaml"), command="quantize")
     table = (tmp_path / "run" / "table.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["parent", "int8", "int4"]
     sizes = [row["megabytes"] for row in json.loads((tmp_path / "run" / "table.json").read_text())]
     assert sizes[0] > sizes[1] > sizes[2]
+    for scheme in ("int8", "int4"):  # a longer context is the quantised model's too
+        written = json.loads((tmp_path / "run" / scheme / "config.json").read_text())
+        assert written["rope_parameters"]["rope_type"] == "yarn", written
     before = rows(tmp_path / "run" / "eval-int8")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "finished" and manifest["final"] == "int8"

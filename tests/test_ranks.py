@@ -1,12 +1,16 @@
 """Several ranks on one machine, over gloo: the same updates as one rank, checkpoints for any number, and no rank left waiting."""
 
+import base64
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,10 +19,12 @@ from conftest import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from test_learner import COMBINATIONS, samples
-from whole_runs import SECTIONS, rows, run, start, wait_for, write_config
+from whole_runs import OF_RANKS, SECTIONS, rows, run, start, wait_for, write_config
 
-from grpo import ranks
+from grpo import ranks, signals
 from grpo.batch import micro_batches, token_weights
+from grpo.engines import SyncReport
+from grpo.probe import sync
 from grpo.types import RunError
 
 pytestmark = pytest.mark.engine
@@ -27,8 +33,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def alone():
-    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in own} | {"PYTHONPATH": str(HERE)}
+    return {name: value for name, value in os.environ.items() if name not in OF_RANKS} | {"PYTHONPATH": str(HERE)}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,16 @@ def test_two_ranks_make_the_updates_of_one(trained, stage, dtype):
         assert two == pytest.approx(one, rel=rel, abs=rel)
     first, second = (torch.load(folder / side / f"{name}.pt") for side in ("one", "two"))
     assert all(torch.allclose(first[n], second[n], atol=1e-4 if dtype == "float32" else 0.02) for n in first)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_that_share_each_sequence_make_the_updates_of_one(trained, stage):
+    """Ulysses: attention by heads, all else by slices of the stream; the loss is of whole sequences (GSPO)."""
+    found, folder = trained
+    for one, two in zip(*(found[side][f"shared-{stage}"]["rows"] for side in ("one", "two")), strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    first, second = (torch.load(folder / side / f"shared-{stage}.pt") for side in ("one", "two"))
+    assert all(torch.allclose(first[n], second[n], atol=1e-4) for n in first)
 
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
@@ -165,6 +180,15 @@ def test_a_signal_to_the_launcher_saves_and_two_ranks_go_on(straight, tmp_path):
     assert curve(straight / "run-2")[-1] == pytest.approx(curve(tmp_path / "run")[-1], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["engine.servers={count: 2}"], ["learner.sequence_parallel=2"]], ids=["servers", "shared"])
+def test_two_ranks_with_servers_or_with_shared_sequences_have_the_run_of_one(straight, tmp_path, more):
+    config = (straight / "1.yaml").read_text().replace(str(straight / "run-1"), str(tmp_path / "run"))
+    (tmp_path / "config.yaml").write_text(config)
+    run(str(tmp_path / "config.yaml"), *more, ranks=2)
+    assert all(b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(curve(straight / "run-1"), curve(tmp_path / "run"), strict=True))
+
+
 def test_supervised_ranks_see_different_rows_and_make_the_updates_of_one(tiny, tmp_path):
     sections = {
         "prompt": {"template": "plain"}, "data": {"name": "arithmetic", "options": {"digits": 2}}, "logging": {"progress": "off"},
@@ -179,6 +203,46 @@ def test_supervised_ranks_see_different_rows_and_make_the_updates_of_one(tiny, t
         assert (a["loss"], a["policy/grad_norm"]) == pytest.approx((b["loss"], b["policy/grad_norm"]), rel=1e-3)
 
 
+def test_the_doctor_tells_what_lies_between_the_ranks(tiny, tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    process = start(config, command="doctor", ranks=2, stdout=subprocess.PIPE)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (found,) = re.findall(r"^ok +interconnect +2 ranks sum 67 MB in ([\d.]+) ms \(([\d.]+) GB/s\), 4 bytes in (\d+) us$", out, re.MULTILINE)
+    many, rate, few = map(float, found)
+    assert 1e3 * many > few > 0 and rate * many == pytest.approx(67.1, rel=0.1)  # of two ranks each sends all bytes once
+
+
+def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
+    """It gives --local_rank, and the number of ranks here by another name than torchrun."""
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={port}"]
+    done = subprocess.run([*launcher, "--module", "grpo", "doctor", config], env=alone(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "2 ranks sum 67 MB" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_signal_waits_for_the_end_of_a_sync_of_several_ranks(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "gather", lambda what, value: [value])
+    watched = signals.Signals()
+
+    def load_weights(weights, version):
+        os.kill(os.getpid(), signal.SIGTERM)
+        watched.check()  # as an engine does while it waits
+        return SyncReport(version=version, seconds=1.0, num_bytes=0)
+
+    try:
+        assert sync(SimpleNamespace(load_weights=load_weights), SimpleNamespace(weights=lambda: ()), 3, watched).version == 3
+        with pytest.raises(signals.Interrupted, match="SIGTERM"):
+            watched.check()
+    finally:
+        watched.restore()
+
+
 def test_what_runs_in_one_process_says_so(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
-    assert "grpo eval is one process" in run(config, command="eval", ranks=2, code=1)
+    assert run(config, command="eval", ranks=2, code=1).count("grpo eval is one process") == 1

@@ -1,6 +1,10 @@
 """A step made again from what was kept of it: the same bits, another recipe, and what is said when it cannot be done."""
 
+import re
+import shutil
+
 import pytest
+import yaml
 from test_loop import make_loop
 
 from grpo import config as configs
@@ -33,6 +37,27 @@ def test_by_another_recipe_it_differs_where_the_recipe_does(folder, capsys):
     out = capsys.readouterr().out
     assert "dr_grpo" in out and "differs" in out
     assert main(["replay", str(folder), "algorithm.preset=dr_grpo"]) == 0
+
+
+def test_a_recipe_with_costs_in_the_reward_or_a_teacher_gets_them(tiny, folder, capsys):
+    for preset, more in (("rloo", []), ("reinforce_pp", []), ("on_policy_distill", [f"model.teacher={tiny(intermediate_size=128)}"])):
+        assert not replay(str(folder), step=4, overrides=[f"algorithm.preset={preset}", *more])
+        out = capsys.readouterr().out
+        assert preset in out and "loss" in out
+    norms = []
+    for coefficient in (1, 100):  # the KL is in the advantages
+        assert not replay(str(folder), step=4, overrides=["algorithm.kl_in=reward", f"algorithm.kl_coef={coefficient}"])
+        norms += re.findall(r"^policy/grad_norm +\S+ +(\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(set(norms)) == 2
+    with pytest.raises(UserError, match="truncated=mask"):
+        replay(str(folder), step=4, overrides=["algorithm.truncated=mask"])
+
+
+def test_another_loss_comes_with_its_own_bounds(folder, tmp_path, capsys):
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree | {"algorithm": tree["algorithm"] | {"clip_high": 0.28}}))
+    assert not replay(str(tmp_path / "run"), step=4, overrides=["algorithm.loss=cispo"])
 
 
 def test_the_last_steps_are_kept_whole(folder):

@@ -25,7 +25,8 @@ def make_run(folder, steps=4, groups=5, size=4, text="plain", **row):
         for step in range(1, steps + 1):
             values = {"step": step, "reward/mean": step / steps, "reward/accuracy": step / steps, "eval/accuracy": 0.5 + 0.1 * step,
                       "completion/length": 30.0, "time/rollout_s": 1.0, "time/update_s": 2.0, "time/total_s": 3.2,
-                      "bound/total_s": 1.0}  # fmt: skip
+                      "bound/total_s": 1.0,
+                      "histogram/length": [0, 4, 16 - step], "histogram/advantage": [0] * 7 + [3, 10, 3] + [0] * 7}  # fmt: skip
             file.write(json.dumps(values | row) + "\n")
     for step in range(1, steps + 1):
         lines = [
@@ -45,14 +46,27 @@ def page_of(*runs, **options):
 
 
 def test_a_page_has_the_runs_facts_findings_charts_and_completions_and_asks_no_network(tmp_path, capsys):
-    page = page_of(make_run(tmp_path / "a", 12, **{"reward/undecided": 0.4}), make_run(tmp_path / "b"))
+    page = page_of(make_run(tmp_path / "a", 12, **{"reward/undecided": 0.4, "reward/mine:brevity": 0.1}), make_run(tmp_path / "b"))
     assert "60.0% to 170.0%" in page and "tiny-qwen2" in page and "40% of completions could not be judged" in page
+    assert "mine:brevity" in page and 'href="."' in page and 'href="../b"' in page
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert {"Reward", "Held-out accuracy", "Seconds a phase, a", "Seconds a phase, b"} <= set(titles)
+    assert {"Reward", "Held-out accuracy", "Seconds a phase, a", "Seconds a phase, b", "Completions by tokens, a", "Rewards"} <= set(titles)
     assert not re.search(r"(src|href)=.?https?:", page)
     packed = re.search(r"id=data>(.*?)</script>", page)[1]
     data = json.loads(gzip.decompress(base64.b64decode(packed)))
     assert len(data["rows"]) == 16 * 20 and data["files"][0] == "a step-000001" and len(data["problems"]) == 5
+
+
+def test_a_histogram_shows_the_bins_that_are_in_use_by_what_they_hold(tmp_path):
+    rows = report.read_metrics(make_run(tmp_path / "a") / "metrics.jsonl")
+    rows[1]["histogram/length"] = [0]  # a step without one keeps its place
+    made = report.charts({"a": rows})
+    lengths, values = (made[f"Completions by {what}"].axes[0] for what in ("tokens", "advantage"))
+    assert [tick.get_text() for tick in lengths.get_yticklabels()] == ["2", "4"]
+    assert [tick.get_text() for tick in values.get_yticklabels()] == ["-0.5", "0", "0.5"]
+    image = lengths.images[0].get_array()
+    assert image.shape == (2, 4, 4) and image[1, 3, 3] == pytest.approx((12 / 16) ** 0.5) and not image[:, 1, 3].any()
+    assert lengths.images[0].get_extent() == [0.5, 4.5, 0.5, 2.5]
 
 
 def test_hostile_text_stays_text(tmp_path):

@@ -1,17 +1,30 @@
 """The simulator: limits that must hold, a real step's published seconds, and what is known of splits."""
 
+import re
 from pathlib import Path
 
 import pytest
+from conftest import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_runs import write_config
 
+from grpo import cli
 from grpo import config as configs
-from grpo.roofline import Shape
+from grpo.roofline import Shape, sizing
 from grpo.simulate import DEVICES, Rates, Work, best_split, decode_seconds, lengths, measured, simulate, table
-from grpo.stages.doctor import sizing
 
 H100 = DEVICES["h100"]
+
+
+def test_the_commands_print_the_tables(tiny, tmp_path, capsys):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    assert cli.main(["bench", config, "--simulate", "h100", "--mean", "8"]) == 0
+    table = capsys.readouterr().out
+    assert cli.main(["doctor", config, "--gpus"]) == 0
+    sizes = [re.findall(r"^\| (\d+) \|", out, re.MULTILINE) for out in (table, capsys.readouterr().out)]
+    assert sizes == [["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1024"], ["1", "2", "4", "8", "16", "32", "64"]]
+    assert not (tmp_path / "run").exists()
 
 
 def shape(hidden, layers, kv_heads, vocabulary, weights, tied):

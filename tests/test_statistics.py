@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -23,6 +24,18 @@ def test_majority_and_its_tie_rule():
     assert majority(["5", "7", "7"], [True, False, False]) == 0.0
     assert majority(["5", "7", None], [True, False, False]) == 0.5  # drawn between the two
     assert majority([None, None], [False, False]) == 0.0
+    assert majority(["1/2", "7", "0.5", "7", "7"], [True, False, True, False, False]) == 0.0
+    assert majority(["1/2", "7", "0.5", "7", None], [True, False, True, False, False]) == 0.5  # one answer, spelled in two ways
+
+
+def test_majority_equals_drawing_among_the_most_frequent():
+    chance = random.Random(0)
+    for _ in range(50):
+        answers = [chance.choice(["5", "6", "7", None]) for _ in range(chance.randint(1, 7))]
+        right = [answer == "5" for answer in answers]
+        given = [answer for answer in answers if answer]
+        drawn = [max(chance.sample(given, len(given)), key=given.count) == "5" for _ in range(1000)] if given else [False]
+        assert majority(answers, right) == pytest.approx(sum(drawn) / len(drawn), abs=0.06)
 
 
 def test_the_interval_is_the_normal_one_for_many_problems():

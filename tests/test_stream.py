@@ -9,10 +9,10 @@ from concurrent.futures import Future
 import pytest
 
 from grpo.engines import EngineError, Request
-from grpo.rollout import staleness
+from grpo.rollout import advantage_histogram, staleness
 from grpo.selection import scored_group
 from grpo.stream import Stream
-from grpo.types import Completion, Group, Problem, ScoredGroup
+from grpo.types import Completion, Group, Problem, Sample, ScoredGroup
 
 
 class Engine:
@@ -129,3 +129,9 @@ def test_staleness_counts_tokens_by_the_age_of_their_weights():
         faults=({},),
     )
     assert staleness([group], 5) == {"staleness/mean": (2 * 2 + 3 * 1) / 5, "staleness/max": 2.0, "histogram/staleness": [0, 3, 2]}
+
+
+def test_advantages_are_counted_by_completion():
+    values = [(1.0, 1.0), (-1.0,), (), (0.2, -0.2), (9.0,), (float("-inf"),), (float("nan"),)]
+    bins = advantage_histogram([Sample(token_ids=(1,), prompt_length=1, advantages=advantages) for advantages in values])
+    assert len(bins) == 17 and {(i - 8) / 2: count for i, count in enumerate(bins) if count} == {-4: 1, -1: 1, 0: 1, 1: 1, 4: 1}

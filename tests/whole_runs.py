@@ -13,6 +13,8 @@ from conftest import tiny_config
 
 from grpo import config as configs
 
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a learner in the tests' own process
+
 
 def write_config(path: Path, config: configs.Config) -> str:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -21,8 +23,7 @@ def write_config(path: Path, config: configs.Config) -> str:
 
 def start(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
     """Starts `grpo COMMAND ...`, with `ranks` above 1 under torchrun."""
-    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a learner in the tests' own process
-    environment = {name: value for name, value in os.environ.items() if name not in own}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
     environment |= {"PYTHONPATH": str(Path(__file__).parent)}  # where digits.py lies
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.Popen(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import os
+import signal
 import threading
 import time
 from typing import Any
@@ -26,16 +27,19 @@ def register() -> None:
 
     with contextlib.suppress(ValueError):  # registered already
         WeightTransferEngineFactory.register_engine(BACKEND, "grpo.engines._transfer", "SharedMemoryTransfer")
-    if os.environ.get("GRPO_ENGINE"):  # one of ours, not just any vLLM of this environment
-        parent = os.getppid()
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if trainer := os.environ.get("GRPO_ENGINE"):  # one of ours, not just any vLLM of this environment
+        threading.Thread(target=_end_with, args=(os.getppid(), int(trainer)), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """vLLM's processes outlive each other when killed: a core without its server, a server without its trainer."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def _end_with(parent: int, trainer: int) -> None:
+    """vLLM's processes outlive each other when killed: a core without its server, a server without its trainer, which may have been killed
+    while this one was still importing. The group is the server's own; a core of it that still waits for a first word (5 minutes) ends too.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        while os.getppid() == parent:
+            os.kill(trainer, 0)
+            time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
 
 
 class Guard:

@@ -21,7 +21,7 @@ from grpo.engines import EngineError, Request, SamplingOptions
 from grpo.engines._nccl import NcclSender
 from grpo.engines._plugin import BACKEND
 from grpo.engines._weights import SharedWeights
-from grpo.engines.server import COMMAND, Server, arguments, difference, environment_of, free_port, token_of, transfer_of
+from grpo.engines.server import COMMAND, Server, arguments, cores_of, difference, environment_of, free_port, token_of, transfer_of
 from grpo.types import Completion, UserError
 
 T = TypeVar("T")
@@ -62,7 +62,8 @@ class Fleet:
         for i, port in enumerate(ports):
             server = Server(url=f"http://127.0.0.1:{port}", log_file=run_dir / "logs" / f"server-{i}.log", heard=time.monotonic())
             server.command = [*COMMAND, *words, "--host", "127.0.0.1", "--port", str(port)]
-            server.environment = environment_of(token, i, self._pool)
+            server.cores = cores_of(i, self._pool)
+            server.environment = environment_of(token, i, self._pool, server.cores)
             self._servers.append(server)
             if self._leads:
                 server.start()

@@ -35,6 +35,7 @@ class Server:
     log_file: Path | None = None
     command: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    cores: frozenset[int] = frozenset()  # those of this machine that it is held to
     process: subprocess.Popen[bytes] | None = None
     up: bool = False
     version: int = -1
@@ -56,8 +57,9 @@ class Server:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+                self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=(lambda: os.sched_setaffinity(0, self.cores)) if self.cores else None,
+            )  # fmt: skip
 
     def kill(self) -> None:
         if self.process is not None:
@@ -86,9 +88,18 @@ def arguments(model_dir: str, settings: configs.Engine, dtype: str, max_model_le
     return words
 
 
-def environment_of(token: str, number: int, pool: configs.Servers) -> dict[str, str]:
-    """Returns a local server's environment: its token, its GPUs (after those of the ranks) or its share of the cores. Raises UserError."""
-    made = environment() | {TOKEN: token, "GRPO_ENGINE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+def cores_of(number: int, pool: configs.Servers) -> frozenset[int]:
+    """Returns a local server's share of the cores; on a machine with GPUs, where it is held to none: no cores."""
+    if torch.cuda.is_available():
+        return frozenset()
+    cores = pool.cores or sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // pool.count)
+    return frozenset(cores[(number * share + i) % len(cores)] for i in range(share))
+
+
+def environment_of(token: str, number: int, pool: configs.Servers, cores: frozenset[int]) -> dict[str, str]:
+    """Returns a local server's environment: its token, its GPUs (after those of the ranks) or its cores. Raises UserError."""
+    made = _base(pool.tensor_parallel) | {TOKEN: token, "GRPO_ENGINE": str(os.getpid())}
     if torch.cuda.is_available():
         size, here = pool.tensor_parallel, torch.cuda.device_count()
         first = ranks.local_count() + number * size
@@ -99,10 +110,14 @@ def environment_of(token: str, number: int, pool: configs.Servers) -> dict[str, 
             )
         own = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
         return made | {"CUDA_VISIBLE_DEVICES": ",".join(own[i] if own else str(i) for i in range(first, first + size))}
-    cores = pool.cores or sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // pool.count)
-    mine = [str(cores[(number * share + i) % len(cores)]) for i in range(share)]
-    return made | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(mine), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    bound = ",".join(map(str, sorted(cores)))
+    return made | {"OMP_NUM_THREADS": str(len(cores)), "VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+
+
+def _base(tensor_parallel: int) -> dict[str, str]:
+    """On a CPU the model runs in the process that schedules: two would poll each other, and for a second after the last request."""
+    apart = torch.cuda.is_available() or tensor_parallel > 1
+    return environment() | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if apart else "0"}
 
 
 def free_port() -> int:
@@ -153,7 +168,7 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
     )
     backend = "nccl" if transfer_of(settings.servers or configs.Servers(urls=["here"]), torch.cuda.is_available()) == "nccl" else BACKEND
     words += ["--weight-transfer-config", json.dumps({"backend": backend}), "--load-format", "dummy"]
-    made = environment() | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", TOKEN: os.environ[TOKEN]}
+    made = _base(settings.servers.tensor_parallel if settings.servers else 1) | {TOKEN: os.environ[TOKEN]}
     os.execve(sys.executable, [*COMMAND, *words, "--host", "0.0.0.0", "--port", port], made)
 
 

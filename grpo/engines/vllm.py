@@ -79,9 +79,7 @@ class VllmEngine:
         return [self.generate(requests, options)]
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        start, on_wait = time.monotonic(), self._on_wait
-        if ranks.count() > 1:  # a rank that gave up here would leave the others in the middle of an exchange
-            self._on_wait = lambda: None
+        start = time.monotonic()
         if self._weights is not None:
             specs = self._weights.write(weights, self._dtype)
             num_bytes = sum(spec.num_bytes for spec in specs)
@@ -92,7 +90,7 @@ class VllmEngine:
             acknowledged, num_bytes = self._send_ipc(weights, version)
         if acknowledged != version:
             raise EngineError(f"the engine acknowledged weight version {acknowledged}, sent {version}")
-        self._version, self._on_wait = version, on_wait
+        self._version = version
         return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=num_bytes)
 
     def _send_ipc(self, weights: Weights, version: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grpo import config as configs
 from grpo import lora, moe, ranks
 from grpo.batch import to_device
+from grpo.learners import ulysses
 from grpo.learners._setup import FreedMemory, deepspeed_config, join, learning_rate, parameter_groups
 from grpo.logprobs import Policy
 from grpo.losses._objective import Loss, objective
@@ -59,19 +60,16 @@ class Learner:
             for parameter in reference.parameters():  # buffers (rotary frequencies) stay in float32, as DeepSpeed leaves the policy's
                 parameter.data = parameter.data.to(self._dtype)
             reference = reference.to(self.device).eval().requires_grad_(False)
-            self._reference = Policy(reference, **head)
+            self._reference = Policy(reference, ulysses=ulysses.shared(reference, settings.sequence_parallel), **head)
         self._soft = soft
         policy = Policy(
             model, entropy_gradient=config.algorithm.entropy_coef != 0, router=self._router_coef > 0,
-            teacher=self._reference if soft else None, soft=soft, **head,
+            teacher=self._reference if soft else None, soft=soft, ulysses=ulysses.shared(model, settings.sequence_parallel), **head,
         )  # fmt: skip
         ds_config = deepspeed_config(settings, config.model.dtype, torch.cuda.is_available())
-        self._engine, *_ = deepspeed.initialize(
-            model=policy,
-            model_parameters=parameter_groups(policy, settings),
-            config=ds_config,
-        )
+        self._engine, *_ = deepspeed.initialize(model=policy, model_parameters=parameter_groups(policy, settings), config=ds_config)
         self._policy: Policy = self._engine.module
+        self.share, self._tells = ranks.share(settings.sequence_parallel)  # of an update's micro-batches
         self.updates = 0
         self._lost = 0  # updates in a row that were skipped
         self._reference_moved = False
@@ -97,12 +95,12 @@ class Learner:
             group["lr"] = lr
         sums: dict[str, float] = {"loss": 0.0}
         highest = 0.0
-        own = sum(int(batch.token_mask.sum()) for batch in batches if not batch.idle)
+        own = sum(int(batch.token_mask.sum()) for batch in batches if not batch.idle and self._tells)
         tokens = sum(ranks.gather("the update's tokens", own))
         for done, batch in enumerate(batches, start=1):
             loss, report = self._loss_of(to_device(batch, self.device), tokens)
             self._engine.backward(loss * ranks.count(), scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks
-            if not batch.idle:
+            if self._tells and not batch.idle:
                 sums["loss"] += float(loss.detach())
                 highest = max(highest, float(report["_rho"].max()))
                 for name, value in report.items():

@@ -7,6 +7,7 @@ import datetime
 import functools
 import importlib.metadata
 import inspect
+import itertools
 import secrets
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from grpo import config as configs
-from grpo import models, plugins, ranks, rollout
+from grpo import models, moe, plugins, ranks, rollout
 from grpo.checkpoint import RunDirectory, write_file
 from grpo.config import RunConfig, SampledConfig
 from grpo.config_stages import EvalConfig, Teacher
@@ -86,12 +87,12 @@ def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: b
         run.update_manifest(id=run_id, stage=name, status="running", seed=config.seed, started=_now(), **_provenance())
         try:
             yield Stage(run=run, display=display, trackers=trackers, signals=signals, stack=stack)
-        except UserError:
-            if not run.metrics.exists():
-                run.clear()
-            raise
         except BaseException as error:
-            run.update_manifest(status=f"stopped: {type(error).__name__}", ended=_now())
+            signals.restore()  # what is closed now may take a while: a signal ends it the ordinary way
+            if isinstance(error, UserError) and not resume and not run.began():
+                run.clear()
+            else:
+                run.update_manifest(status=f"stopped: {type(error).__name__}", ended=_now())
             raise
         ranks.gather("the end", None)
         run.update_manifest(status="finished", ended=_now(), **({"final": "final"} if (run.path / "final").exists() else {}))
@@ -175,6 +176,33 @@ def start_engine(
     return engine
 
 
+def send_weights(engine: Any, model_dir: Path) -> float:
+    """Sends a directory's weights to an engine that is up, or coming; returns the seconds of the sync."""
+    import torch
+
+    model: Any = models.load_model(model_dir, "eager")
+    if torch.cuda.is_available():
+        model = model.cuda()
+    engine.wait_ready()
+    return engine.load_weights(Held(model), 1).seconds
+
+
+class Held:
+    """A model's weights as an engine takes them (grpo.engines.Weights)."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        kept = self._model.state_dict().keys()
+        buffers = ((name, buffer) for name, buffer in self._model.named_buffers() if name in kept)
+        for name, weight in itertools.chain(self._model.named_parameters(), buffers):
+            yield from moe.hub_weights(self._model, name, weight.data)
+
+    def layout(self) -> list[tuple[str, Any, tuple[int, ...]]]:
+        return [(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
+
+
 class Sampler:
     """What collect and eval ask: a model on an engine of our own, or one behind an endpoint."""
 
@@ -189,6 +217,9 @@ class Sampler:
             model_dir, _, self.prompts = prepare(config, stage.run)
             models.check_context(model_dir, config.max_sequence_tokens)
             self._engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
+            if config.engine.servers and config.engine.servers.urls:  # they hold random weights, or another run's
+                with quiet(stage.run.log_file("learner")):
+                    send_weights(self._engine, model_dir)
 
     def sample(self, problems: Sequence[Problem], count: int, temperature: float, on_progress: Callable[[int, int], None]) -> list[Group]:
         """Returns `count` completions of each problem; their seeds are functions of the run's seed and the problem alone."""
@@ -238,7 +269,10 @@ def check_same(folder: Path, config: RunConfig) -> None:
             return {prefix: tree}
         return {key: leaf for name, value in tree.items() for key, leaf in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
 
-    before = flat(yaml.safe_load((folder / "config.yaml").read_text()))
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    with contextlib.suppress(UserError):  # by an older version: a key that it did not have was what is now the default
+        written = yaml.safe_load(configs.dump(configs.parse(written, kind=type(config))))
+    before = flat(written)
     after = flat(yaml.safe_load(configs.dump(config)))
     names = [name for name in FREE_ON_RESUME if name != "eval" or not isinstance(config, EvalConfig)]
     free = [key for key in before.keys() | after.keys() if any(key == name or key.startswith(name + ".") for name in names)]

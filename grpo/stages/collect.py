@@ -93,8 +93,8 @@ def _fault(scored: ScoredGroup, i: int, settings: Collect) -> str:
     length = len(completion.token_ids)
     tests: dict[str, Callable[[], bool]] = {
         "cut off": lambda: completion.finish_reason == "length",
-        "undecided": lambda: reward is None,
-        "wrong": lambda: verdict.value != "correct" if verdict else (reward or 0) <= 0,
+        "undecided": lambda: settings.right and reward is None,
+        "wrong": lambda: settings.right and (verdict.value != "correct" if verdict else (reward or 0) <= 0),
         "not well-formed": lambda: settings.format and not format.check(completion.text),
         "too short": lambda: length < settings.min_tokens,
         "too long": lambda: settings.max_tokens is not None and length > settings.max_tokens,

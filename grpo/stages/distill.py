@@ -122,7 +122,7 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         part = texts[learner.updates * soft.batch_size : (learner.updates + 1) * soft.batch_size]
         weights = token_weights(part, "token", soft.max_tokens)
         batches = micro_batches(
-            part, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed, share=(ranks.rank(), ranks.count())
+            part, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed, share=learner.share
         )
         batches = [replace(batch, teacher_top=top.of(batch)) for batch in batches] if top else batches
         try:

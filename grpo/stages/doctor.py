@@ -15,19 +15,19 @@ from typing import Any, Literal
 
 import psutil
 
-from grpo import models, rollout, roofline
+from grpo import models, ranks, rollout, roofline
 from grpo.config import Config
 from grpo.metrics import quiet
 from grpo.prompts import Prompts, visible
 from grpo.rollout import sampling_options
-from grpo.stages._run import held_out, judges, load_problems, mixture, open_stage, start_engine
+from grpo.stages._run import held_out, judges, load_problems, mixture, open_stage, send_weights, start_engine
 from grpo.stages.collect import ngrams
 from grpo.stages.dry_run import train_arithmetic
 from grpo.types import Problem, ScoredGroup, UserError
 
 GB = 2**30
-GPUS = (1, 2, 4, 8, 16, 32, 64)
 SAMPLED = 8  # problems, and completions of each
+SUMMED = 2**26  # bytes
 USUAL = 2.5  # times the roofline's bound, as measured (docs/benchmarks.md)
 
 
@@ -53,6 +53,8 @@ def doctor(config: Config, *, sample: bool = True, price: float | None = None, g
             print(check, flush=True)
             failed += check.level == "fail"
 
+    if ranks.count() > 1 and not gpus:
+        return _between(config)
     print(train_arithmetic(config))
     with tempfile.TemporaryDirectory(prefix="grpo-doctor-") as scratch:
         tell(_versions())
@@ -65,7 +67,7 @@ def doctor(config: Config, *, sample: bool = True, price: float | None = None, g
         shape = roofline.shape(model_dir, weights, config.model.dtype)
         if gpus:
             raw = json.loads((model_dir / "config.json").read_text())
-            print("\n".join(sizing(config, shape, raw["hidden_size"], raw["vocab_size"])))
+            print("\n".join(roofline.sizing(config, shape, raw["hidden_size"], raw["vocab_size"])))
             return 0
         train = load_problems(config.data, "train", config.seed)
         own = config.eval.data or config.data
@@ -86,6 +88,18 @@ def doctor(config: Config, *, sample: bool = True, price: float | None = None, g
             tell(_time(config, shape, groups, rate, price))
     print(f"{failed} failed" if failed else "nothing failed")
     return failed
+
+
+def _between(config: Config) -> int:
+    """Under torchrun: what lies between the ranks. The rate is nccl-tests' bus bandwidth, 2 (n - 1) / n of the bytes a second."""
+    ranks.join(config.learner.timeout_s)
+    wait, seconds = ranks.sum_seconds(4), ranks.sum_seconds(SUMMED)
+    if ranks.rank() == 0:
+        rate = 2 * (ranks.count() - 1) / ranks.count() * SUMMED / seconds
+        told = f"{ranks.count()} ranks sum {SUMMED / 1e6:.0f} MB in {1e3 * seconds:.1f} ms ({rate / 1e9:.2f} GB/s)"
+        told += f", 4 bytes in {1e6 * wait:.0f} us"
+        print(Check("ok", "interconnect", told, "all else: grpo doctor without torchrun"), flush=True)
+    return 0
 
 
 def _versions() -> Iterator[Check]:
@@ -138,50 +152,11 @@ def _teacher(config: Config, tokenizer: Any, scratch: Path) -> Iterator[Check]:
             yield Check("fail", "vocabulary", str(error), "grpo distill, way=sequence")
 
 
-def memory(config: Config, shape: roofline.Shape, hidden: int, vocabulary: int, ranks: int = 1) -> dict[str, float]:
-    """Returns bytes by part: what one of `ranks` learners holds at the longest sequences. Estimates, within a third of what is measured.
-
-    Mixed-precision Adam: 2 + 4 + 4 + 8 bytes a weight (ZeRO 1910.02054 section 3.1, float32 gradients); activations 34 bytes a token,
-    hidden unit and layer without checkpointing (2205.05198 Eq. 2, without its attention matrices), 2 with it.
-    """
-    learner, tokens = config.learner, config.learner.micro_batch_tokens
-    trained = shape.weights if not config.model.lora else shape.layers * 14 * hidden * config.model.lora.rank
-    states: dict[str, float] = {"weights": shape.weights * shape.weight_bytes, "gradients": 4 * trained, "optimizer": 12 * trained}
-    if config.model.teacher or (config.algorithm.kl_coef and not config.model.lora):
-        states["reference"] = shape.weights * shape.weight_bytes
-    if learner.offload_optimizer:
-        states.pop("optimizer")
-    for part, stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):  # ZeRO's stages share these out
-        if part in states and learner.zero_stage >= stage:
-            states[part] /= ranks
-    per_layer = 2 if config.model.gradient_checkpointing else 34
-    states["activations"] = tokens * hidden * (shape.layers * per_layer + 34)
-    states["logits"] = learner.logits_chunk_tokens * vocabulary * 10
-    return states
-
-
-def sizing(
-    config: Config, shape: roofline.Shape, hidden: int, vocabulary: int, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
-) -> list[str]:
-    """Returns a table in markdown: for each number of learner GPUs what a learner holds, what an engine beside it does, and what of it an
-    80 GB GPU has room for: both at once, or in turns (engine.sleep)."""
-    lines = ["| GPUs | learner, GB a GPU | engine: weights | cache of all its sequences | on 80 GB |", "|---|---|---|---|---|"]
-    engine = shape.weights * shape.weight_bytes / GB
-    for count in gpus:
-        own = sum(memory(config, shape, hidden, vocabulary, count).values()) / GB
-        sequences = min(config.engine.max_sequences, -(-config.train.completions // count))
-        cache = sequences * config.max_sequence_tokens * shape.kv_bytes / GB
-        room = "both" if own + engine + cache < 76 else "both, part of the cache" if own + engine + cache / 8 < 76 else (
-            "in turns" if max(own, engine + cache / 8) < 76 else "no")  # fmt: skip
-        lines.append(f"| {count} | {own:.1f} | {engine:.1f} | {cache:.1f} | {room} |")
-    return lines
-
-
 def _memory(config: Config, shape: roofline.Shape, model_dir: Path) -> Iterator[Check]:
     import torch
 
     raw = json.loads((model_dir / "config.json").read_text())
-    parts = memory(config, shape, raw["hidden_size"], raw["vocab_size"])
+    parts = roofline.memory(config, shape, raw["hidden_size"], raw["vocab_size"])
     needed = sum(parts.values())
     told = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
     cuda = torch.cuda.is_available()
@@ -237,8 +212,6 @@ def _sample(
     config: Config, scratch: Path, model_dir: Path, prompts: Prompts, problems: Sequence[Problem], weights: int
 ) -> tuple[list[ScoredGroup], float, float]:
     """Returns scored groups from the real engine, tokens a second, and the seconds of a real sync."""
-    import torch
-
     logging = config.logging.model_copy(update={"trackers": []})
     own = config.model_copy(update={"run_dir": str(scratch / "run"), "logging": logging})
     with open_stage(own, "doctor", total=1, unit="check", resume=False) as stage:
@@ -246,12 +219,7 @@ def _sample(
         stage.stack.callback(pool.close)
         engine = start_engine(config, stage, model_dir, weights, load_weights=True)
         with quiet(scratch / "log"):
-            model: Any = models.load_model(model_dir, "eager")
-        if torch.cuda.is_available():
-            model = model.cuda()
-        engine.wait_ready()  # else the sync's seconds are those of the start
-        synced = engine.load_weights(Held(model), 1).seconds
-        del model
+            synced = send_weights(engine, model_dir)
         options = sampling_options(config, prompts, config.sampling.temperature)
         start = time.monotonic()
         groups = rollout.sample(engine, prompts, list(problems), options, group_size=SAMPLED, run_seed=config.seed, rollout="doctor")
@@ -259,19 +227,6 @@ def _sample(
         scored = rollout.score(groups, rewards, prompts.for_rewards)
     tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
     return scored, tokens / seconds, synced
-
-
-class Held:
-    """A model's weights as an engine takes them (grpo.engines.Weights)."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        return ((name, weight.data) for name, weight in self._model.named_parameters())
-
-    def layout(self) -> list[tuple[str, Any, tuple[int, ...]]]:
-        return [(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
 
 
 def _samples(groups: Sequence[ScoredGroup], prompts: Prompts) -> Iterator[Check]:

@@ -17,7 +17,8 @@ from grpo.types import Problem, UserError
 from rewards._parse import final_answer
 
 Row = Mapping[str, Any]
-SHOWN = ("accuracy", "accuracy/low", "accuracy/high", "pass@1", "maj", "format", "undecided", "completion/truncated", "completion/length")
+SHOWN = ("accuracy", "accuracy/low", "accuracy/high", "pass@1", "maj", "format", "undecided", "completion/truncated", "completion/length",
+         "length/right", "length/wrong")  # fmt: skip
 
 
 def eval(config: EvalConfig, *, resume: bool) -> None:
@@ -31,8 +32,8 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
     loaded = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as stage:
         stage.stack.callback(pool.close)
-        write_file(stage.run.metrics, "")  # one row, written at the end
         sampler = Sampler(config, stage, config.endpoint)
+        write_file(stage.run.metrics, "")  # one row, written at the end
         stage.display.begin(0)
         metrics: dict[str, Any] = {}
         table = {}
@@ -129,7 +130,7 @@ def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
     columns = list(dict.fromkeys(key for row in table.values() for key in row if key in SHOWN or key.startswith(("pass@", "maj@"))))
     lines = ["| set | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for name, row in table.items():
-        cells = [("" if key not in row else f"{row[key]:.1f}" if key.endswith("length") else f"{row[key]:.1%}") for key in columns]
+        cells = [("" if key not in row else f"{row[key]:.1f}" if "length" in key else f"{row[key]:.1%}") for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -162,30 +163,42 @@ def ask(model: str, question: str) -> None:
 
 
 def compare(first: str, second: str) -> None:
-    """Prints how two evaluations of the same problems differ: paired bootstrap over problems, and where each is better."""
+    """Prints how two evaluations of the same problems differ, set by set: paired bootstrap over problems, and where each is better."""
     a, b = (_rates(Path(folder)) for folder in (first, second))
-    common = [problem for problem in a if problem in b]
-    if not common:
+    if not a.keys() & b.keys():  # a run's own set has no name
+        a, b = ({"": {problem: rate for rates in each.values() for problem, rate in rates.items()}} for each in (a, b))
+    common = {name: [problem for problem in a[name] if problem in b[name]] for name in a if name in b}
+    if not any(common.values()):
         raise UserError(f"{first} and {second} have no problem in common")
-    found = statistics.paired([a[problem] for problem in common], [b[problem] for problem in common])
-    for folder, rates in ((first, a), (second, b)):
-        low, high = statistics.interval([rates[problem] for problem in common])
-        print(f"{folder:40} {mean([rates[problem] for problem in common]):6.1%}  [{low:.1%}, {high:.1%}]")
-    print(
-        f"second less first: {found['difference']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}], p = {found['p']:.3g}, "
-        f"{len(common)} problems: better on {found['better']:.0f}, worse on {found['worse']:.0f}, equal on {found['equal']:.0f}"
-    )
+    for name, problems in ((name, problems) for name, problems in common.items() if problems):
+        ours, theirs = ([rates[name][problem] for problem in problems] for rates in (a, b))
+        found = statistics.paired(ours, theirs)
+        for folder, rates in ((first, ours), (second, theirs)):
+            low, high = statistics.interval(rates)
+            print(f"{f'{folder} {name}'.strip():40} {mean(rates):6.1%}  [{low:.1%}, {high:.1%}]")
+        print(
+            f"second less first: {found['difference']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}], p = {found['p']:.3g}, "
+            f"{len(problems)} problems: better on {found['better']:.0f}, worse on {found['worse']:.0f}, equal on {found['equal']:.0f}"
+        )
+        changes = sorted((y - x, problem) for x, y, problem in zip(ours, theirs, problems, strict=True) if x != y)
+        for told, most in (("better", [one for one in reversed(changes) if one[0] > 0]), ("worse", [one for one in changes if one[0] < 0])):
+            if most:
+                print(f"  {told}: {', '.join(f'{problem} {change:+.0%}' for change, problem in most[:8])}{', ...' if most[8:] else ''}")
 
 
-def _rates(folder: Path) -> dict[str, float]:
-    """Returns the pass rate of each problem in an evaluation's, or a run's last, samples (greedy ones left out where there are others)."""
-    files = sorted((folder / "samples").glob("eval-*.jsonl"))
+def _rates(folder: Path) -> dict[str, dict[str, float]]:
+    """Returns, set by set, the pass rate of each problem in an evaluation's, or a run's last, samples (greedy ones left out where there
+    are others)."""
+    files = {file.stem.removeprefix("eval-"): file for file in sorted((folder / "samples").glob("eval-*.jsonl"))}
     if not files:
         raise UserError(f"{folder}: no evaluation in it (samples/eval-*.jsonl)")
-    numbered = [file for file in files if file.stem.removeprefix("eval-").isdecimal()]
-    rows = [json.loads(line) for file in numbered[-1:] or files for line in file.read_text().splitlines()]
-    values: dict[str, list[bool]] = defaultdict(list)
-    for row in rows:
-        if not row.get("greedy"):
-            values[row["problem"]].append(row["verdict"] == "correct")
-    return {problem: mean([float(ok) for ok in group]) for problem, group in values.items()}
+    numbered = [name for name in files if name.isdecimal()]
+    values: dict[str, dict[str, list[bool]]] = {}
+    for name in numbered[-1:] or files:
+        of_set = values.setdefault("" if numbered else name, defaultdict(list))
+        for row in map(json.loads, files[name].read_text().splitlines()):
+            if row["verdict"] is None:
+                raise UserError(f"{folder}: its rewards give no verdicts, there is no accuracy to compare")
+            if not row.get("greedy"):
+                of_set[row["problem"]].append(row["verdict"] == "correct")
+    return {name: {problem: mean([float(ok) for ok in group]) for problem, group in of_set.items()} for name, of_set in values.items()}

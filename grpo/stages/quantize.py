@@ -32,7 +32,7 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
     schemes, judged = config.quantize.schemes, config.judged()
     with open_stage(config, "quantize", total=len(schemes), unit="scheme", resume=resume) as stage:
         with quiet(stage.run.path / "learner.log"):
-            model_dir = models.resolve(config.model.path, config.model.revision, stage.run.path / "model", config.seed)
+            model_dir = models.locate(config.model, stage.run.path, config.seed)
             tokenizer = models.load_tokenizer(model_dir)
             check(model_dir, config.quantize.group_size if "int4" in schemes else 1)
         for done, scheme in enumerate(schemes):

@@ -7,18 +7,21 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from grpo import config as configs
 from grpo import lora, models, plugins
 from grpo.advantages import advantages
-from grpo.algorithm import describe
+from grpo.algorithm import BOUNDS, describe
 from grpo.checkpoint import read_metrics, read_update
 from grpo.config import Config
 from grpo.metrics import quiet
 from grpo.types import Sample, UserError
+
+if TYPE_CHECKING:
+    from grpo.loop import Loop
 
 SHOWN = ("loss", "policy/grad_norm", "policy/entropy", "ratio/mean", "clip/low", "clip/high", "kl/ref", "mismatch/abs", "update/tokens")
 
@@ -36,7 +39,9 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
     changed = config
     if overrides:
         recipe = any(override.startswith("algorithm.preset=") for override in overrides)  # it fills what the run's own has said
-        changed = configs.parse(configs.apply_overrides(tree | {"algorithm": {}} if recipe else tree, overrides))
+        bounds = BOUNDS if any(override.startswith("algorithm.loss=") for override in overrides) else ()  # another loss has its own
+        own = {} if recipe else {key: value for key, value in tree["algorithm"].items() if key not in bounds}
+        changed = configs.parse(configs.apply_overrides(tree | {"algorithm": own}, overrides))
     rows = {row["step"]: row for row in read_metrics(path / "metrics.jsonl") if "update/made" in row}
     have = sorted(int(checkpoint.name.partition("-")[2]) for checkpoint in (path / "checkpoints").glob("step-*"))
     step = step or max((one + 1 for one in [0, *have] if one + 1 in rows), default=0)
@@ -44,14 +49,17 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
         raise UserError(f"{path}: no step {step} to replay; it has {len(rows)}")
     if step > 1 and step - 1 not in have:
         raise UserError(f"{path}: step {step} needs the checkpoint of step {step - 1}; have {have} (checkpoint.every=1 keeps them)")
+    other = changed.algorithm != config.algorithm or changed.model.teacher != config.model.teacher
+    if other and "mask" in (config.algorithm.truncated, changed.algorithm.truncated):
+        raise UserError("truncated=mask: what was cut off counts in the means but is not kept; such a step has no other recipe")
     samples = read_update(path, step)
     checkpoint = path / "checkpoints" / f"step-{step - 1:06d}" if step > 1 else None
-    found = _update(changed, path, samples, step, checkpoint, other=changed is not config)
+    found = _update(changed, path, samples, step, checkpoint, other=other)
     before = rows[step]
     print(describe(changed.algorithm))
     print(f"{'step ' + str(step):20}{'then':>16}{'now':>16}")
     for key in SHOWN:
-        if key in found or key in before:
+        if key in found:
             then, now = (f"{row[key]:.9g}" if key in row else "" for row in (before, found))
             print(f"{key:20}{then:>16}{now:>16}{'' if then == now else '  differs'}")
     return all(before.get(key) == found.get(key) for key in ("loss", "policy/grad_norm"))
@@ -79,16 +87,19 @@ def _update(config: Config, path: Path, samples: list[Sample], step: int, checkp
             ("run", "engine", "prompts", "rewards", "selection", "held_out", "probe", "record_row", "machine", "shape", "pool")
         )
         loop = Loop(config=config, learner=learner, display=nothing, signals=nothing, rollout=step - 1, **parts)
-        return loop.update(_judged(samples, config) if other else samples)
+        return loop.update(_judged(samples, loop) if other else samples)
 
 
-def _judged(samples: list[Sample], config: Config) -> list[Sample]:
-    """Returns the samples with the advantages of another recipe, from the same rewards (penalties in the reward are left out)."""
+def _judged(samples: list[Sample], loop: Loop) -> list[Sample]:
+    """Returns the samples with the advantages of another recipe, from the same rewards."""
     groups: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.group].append(sample)
     rewards = [[sample.reward for sample in group] for group in groups.values()]
     lengths = [[sample.completion_length for sample in group] for group in groups.values()]
-    values = advantages(rewards, lengths, config.algorithm.advantage)
+    costs = loop.costs([sample for group in groups.values() for sample in group])
+    rows = iter(costs or ())
+    penalties = [[next(rows) for _ in group] for group in groups.values()] if costs else None
+    values = advantages(rewards, lengths, loop.config.algorithm.advantage, penalties)
     pairs = (pair for group, rows in zip(groups.values(), values, strict=True) for pair in zip(group, rows, strict=True))
     return [replace(sample, advantages=own) for sample, own in pairs]

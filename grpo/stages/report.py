@@ -7,12 +7,14 @@ import gzip
 import html
 import io
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -26,7 +28,7 @@ MAX_TEXT = 40_000  # of one completion
 CHARTS: dict[str, list[str]] = {  # title -> metrics, those that a run has
     "Reward": ["reward/mean"],
     "Held-out accuracy": ["eval/accuracy"],
-    "Reward parts": ["reward/accuracy", "reward/format", "reward/language", "reward/length", "reward/countdown", "reward/preference"],
+    "Rewards": [],  # each of the run's own
     "Share of groups": ["group/all_correct", "group/all_wrong", "group/no_signal"],
     "Share of completions": ["completion/truncated", "reward/undecided", "reward/missing"],
     "Tokens a completion": ["completion/length", "completion/length_max"],
@@ -41,6 +43,11 @@ CHARTS: dict[str, list[str]] = {  # title -> metrics, those that a run has
     "Sampled tokens a second": ["rollout/tokens_per_s"],
     "Idle share": ["idle/engine", "idle/learner"],
 }  # fmt: skip
+HISTOGRAMS: dict[str, tuple[str, Callable[[int], str]]] = {  # title -> metric, what bin i holds
+    "Completions by tokens": ("histogram/length", lambda i: str(2**i)),
+    "Completions by advantage": ("histogram/advantage", lambda i: f"{(i - 8) / 2:g}"),
+    "Tokens by age": ("histogram/staleness", str),
+}  # fmt: skip
 PHASES = ("rollout", "rewards", "update", "sync", "probe", "eval", "rest")
 
 
@@ -54,12 +61,12 @@ def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> Non
         target.mkdir(parents=True, exist_ok=True)
         for title, figure in made.items():
             for kind in ("svg", "png"):
-                figure.savefig(target / f"{title.lower().replace(' ', '_')}.{kind}", dpi=200)
+                figure.savefig(target / f"{re.sub('[ /]+', '_', title.lower())}.{kind}", dpi=200)
         print(f"{len(made)} charts in {target}")
     page = Path(output) if output else Path(runs[0]) / "report.html"
     table = Path(runs[0]) / "table.json"
     parts = {
-        "title": html.escape(", ".join(folders)), "facts": _facts(folders, rows), "findings": _findings(rows),
+        "title": html.escape(", ".join(folders)), "facts": _facts(folders, rows, page.parent), "findings": _findings(rows),
         "stages": _stages(json.loads(table.read_text())) if table.exists() and "stages" in read_manifest(Path(runs[0])) else "",
         "charts": "\n".join(_figure(title, figure) for title, figure in made.items()), "data": pack(completions(folders)),
     }  # fmt: skip
@@ -93,8 +100,10 @@ def charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     from matplotlib.figure import Figure
 
     made: dict[str, Any] = {}
+    of_rewards = {key for run in rows.values() for row in run for key in row if key.startswith("reward/")}
+    of_rewards -= {key for metrics in CHARTS.values() for key in metrics}
     for title, metrics in CHARTS.items():
-        present = [key for key in metrics if any(_series(run, key) for run in rows.values())]
+        present = [key for key in metrics or sorted(of_rewards) if any(_series(run, key) for run in rows.values())]
         if not present:
             continue
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
@@ -112,10 +121,33 @@ def charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         axes.grid(alpha=0.2)
         made[title] = figure
     for name, run in rows.items():
-        timed = [row for row in run if "time/rollout_s" in row]
-        if timed:
-            made[f"Seconds a phase{f', {name}' if len(rows) > 1 else ''}"] = _phases(timed)
+        of_run = f", {name}" if len(rows) > 1 else ""
+        for title, (key, told) in HISTOGRAMS.items():
+            if counts := {row["step"]: row[key] for row in run if sum(row.get(key, ()))}:
+                made[title + of_run] = _heat(counts, told)
+        if timed := [row for row in run if "time/rollout_s" in row]:
+            made[f"Seconds a phase{of_run}"] = _phases(timed)
     return made
+
+
+def _heat(counts: Mapping[int, Sequence[int]], told: Callable[[int], str]) -> Any:
+    """Returns a histogram over the run: a column a step, the fuller the larger the share. `counts`: by step; `told`: what bin i holds."""
+    from matplotlib.figure import Figure
+
+    steps, size = range(min(counts), max(counts) + 1), max(map(len, counts.values()))
+    columns = [counts.get(step, ()) for step in steps]
+    shares = [[column[i] / sum(column) if i < len(column) else 0.0 for column in columns] for i in range(size)]
+    used = [i for i in range(size) if any(shares[i])]
+    shown = range(used[0], used[-1] + 1)
+    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+    axes = figure.subplots()
+    extent = (steps[0] - 0.5, steps[-1] + 0.5, shown[0] - 0.5, shown[-1] + 0.5)
+    drawn = [[(0.12, 0.47, 0.71, share**0.5) for share in shares[i]] for i in shown]  # of none the page's own colour is left
+    axes.imshow(drawn, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
+    ticks = shown[:: -(-len(shown) // 9)]
+    axes.set_yticks(list(ticks), [told(i) for i in ticks])
+    axes.set_xlabel("step")
+    return figure
 
 
 def _phases(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -145,7 +177,7 @@ def _figure(title: str, figure: Any) -> str:
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
 
 
-def _facts(folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _facts(folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str, Any]]], beside: Path) -> str:
     lines = ["<tr><th>run</th><th>stage</th><th>status</th><th>model</th><th>data</th><th>recipe</th><th>seed</th><th>steps</th>"]
     lines[0] += "<th>held-out accuracy</th><th>commit</th></tr>"
     for name, folder in folders.items():
@@ -153,13 +185,14 @@ def _facts(folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str,
         config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else {}
         judged = [value for _, value in _series(rows[name], "eval/accuracy")]
         cells = [
-            name, manifest.get("stage", ""), manifest.get("status", ""), config.get("model", {}).get("path", ""),
+            manifest.get("stage", ""), manifest.get("status", ""), config.get("model", {}).get("path", ""),
             config.get("data", {}).get("name") or ", ".join(config.get("data", {}).get("mixture", {})),
             config.get("algorithm", {}).get("preset", ""), manifest.get("seed", ""), max([0, *(row["step"] for row in rows[name])]),
             f"{judged[0]:.1%} to {judged[-1]:.1%}" if len(judged) > 1 else f"{judged[0]:.1%}" if judged else "",
             str(manifest.get("commit") or "")[:10],
         ]  # fmt: skip
-        lines.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+        link = f'<td><a href="{html.escape(quote(os.path.relpath(folder, beside)))}">{html.escape(name)}</a></td>'
+        lines.append(f"<tr>{link}" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
     return "\n".join(lines)
 
 

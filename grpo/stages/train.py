@@ -84,7 +84,7 @@ def _run(
         with quiet(run.log_file("learner")):
             learner.load(checkpoint)
         loop.rollout = loop.saved = state["step"]
-        probe.first_gap, loop.latest, loop.idle = state["first_gap"], state["metrics"], state["idle"]
+        loop.latest, loop.idle = state["metrics"], state["idle"]
         loop.selection.load(state["selection"])
     if resume:
         run.cut(loop.rollout if checkpoint else -1)

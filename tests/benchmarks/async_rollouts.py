@@ -1,9 +1,10 @@
 """Asynchronous against synchronous rollouts, engine on one core and learner on the other; a pool of one server against the child.
 
-    .venv/bin/python tests/benchmarks/async_rollouts.py [--rollouts 8] [--folder runs/async_bench]
+    .venv/bin/python tests/benchmarks/async_rollouts.py [--model runs/quickstart/sft/final] [--rollouts 8]
+    .venv/bin/python tests/benchmarks/async_rollouts.py --part http --model HuggingFaceTB/SmolLM2-135M-Instruct --problems 8 --tokens 64
 
 Ideal is the longer of a synchronous step's two phases; seconds are medians over the steps after the second. The model is the
-quickstart's after its cold start, with completions of one length so that the phases are balanced (--tokens, --updates).
+quickstart's after its cold start, with completions of one length so that the phases are balanced (--tokens, --epochs).
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ def run(name: str, folder: Path, options: argparse.Namespace, overrides: list[st
     common = [
         f"run_dir={target}", f"train={json.dumps(train)}", f"model.path={options.model}", "model.warm_start=", f"seed={options.seed}",
         f"sampling={{max_tokens: {options.tokens}, ignore_eos: true}}", "rewards={accuracy: 1.0, format: 0.1}", "eval.every=0",
-        "checkpoint.every=0",
+        "checkpoint={every: 0, keep_best: null}", "logging.progress=off",
     ]  # fmt: skip
     command = [sys.executable, "-m", "grpo", "train", "configs/tiny.yaml", *common, *overrides]
-    subprocess.run(command, check=True, preexec_fn=lambda: os.sched_setaffinity(0, cores), stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, preexec_fn=lambda: os.sched_setaffinity(0, cores))
     return [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()][3:]
 
 
@@ -49,8 +50,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="tiny-qwen2")
+    parser.add_argument("--part", choices=["async", "http"], help="default: both")
     parser.add_argument("--folder", type=Path, default=Path("runs/async_bench"))
     options = parser.parse_args()
+    if options.part in (None, "async"):
+        asynchronous(options)
+    if options.part in (None, "http"):
+        both = {name: run(name, options.folder, options, more, {0, 1}) for name, more in BOTH.items()}
+        child, pool = (median(both[name], "time/rollout_s") for name in BOTH)
+        print(f"rollout on two cores: child process {child:.2f} s, one server over HTTP {pool:.2f} s: {pool / child - 1:+.0%}")
+
+
+def asynchronous(options: argparse.Namespace) -> None:
     found = {name: run(name, options.folder, options, [*more, "learner.threads=1"], {0}) for name, more in KINDS.items()}
     rollout, update = (median(found["sync"], f"time/{phase}_s") for phase in ("rollout", "update"))
     sync, other = median(found["sync"], "time/total_s"), median(found["async"], "time/total_s")
@@ -58,9 +69,6 @@ def main() -> None:
     print(f"asynchronous: {other:.2f} s a step; ideal {max(rollout, update):.2f} s: {max(rollout, update) / other:.0%} of its rate")
     stale, idle = median(found["async"], "staleness/mean"), [median(found["async"], f"idle/{side}") for side in ("engine", "learner")]
     print(f"staleness {stale:.2f} in the mean; idle: engine {idle[0]:.0%}, learner {idle[1]:.0%}")
-    both = {name: run(name, options.folder, options, more, {0, 1}) for name, more in BOTH.items()}
-    child, pool = (median(both[name], "time/rollout_s") for name in BOTH)
-    print(f"rollout on two cores: child process {child:.2f} s, one server over HTTP {pool:.2f} s: {pool / child - 1:+.0%}")
 
 
 if __name__ == "__main__":

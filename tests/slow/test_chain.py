@@ -48,7 +48,7 @@ def write_chain(folder, model, teacher):
         "stages": stages,
         "eval": {"sums": {"config": file("judge"), "start": False, "set": {"chunk": 2}}},
     }
-    (folder / "chain.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "chain.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     return str(folder / "chain.yaml"), folder / "run"
 
 
