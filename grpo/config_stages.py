@@ -174,6 +174,10 @@ class DistillConfig(SampledConfig):
         return {"": Config(algorithm={"preset": "on_policy_distill"}, **rest, **common, **sampled)}
 
     @property
+    def max_sequence_tokens(self) -> int:
+        return self.soft.max_tokens if self.soft and self.way == "soft" else super().max_sequence_tokens
+
+    @property
     def total_updates(self) -> int:
         assert self.soft is not None
         return self.soft.updates
@@ -287,5 +291,11 @@ class PipelineConfig(Section):
 
 KINDS: dict[str, type[Any]] = {  # a command's config
     "sft": SftConfig, "train": Config, "collect": CollectConfig, "distill": DistillConfig, "quantize": QuantizeConfig, "eval": EvalConfig,
-    "pipeline": PipelineConfig, "bench": Config, "doctor": Config,
+    "pipeline": PipelineConfig, "bench": Config,
 }  # fmt: skip
+SECTIONS = {"stages": "pipeline", "way": "distill", "collect": "collect", "quantize": "quantize", "sft": "sft"}  # whose they are
+
+
+def command_of(tree: dict[str, Any]) -> str:
+    """Returns the command that a config's sections are of; `train` when none is another's."""
+    return next((command for key, command in SECTIONS.items() if key in tree), "train")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,8 +108,9 @@ def _decode(machine: Machine, model: Shape, rows: Sequence[tuple[int, int]]) -> 
     return seconds
 
 
-def memory(config: Config, shape: Shape, hidden: int, vocabulary: int, ranks: int = 1) -> dict[str, float]:
-    """Returns bytes by part: what one of `ranks` learners holds at the longest sequences. Estimates, within a third of what is measured.
+def memory(config: Any, shape: Shape, hidden: int, vocabulary: int, ranks: int = 1, reference: int | None = None) -> dict[str, float]:
+    """Returns bytes by part: what one of `ranks` learners of a stage holds at the longest sequences; `reference`: the teacher's weights.
+    Estimates, within a third of what is measured.
 
     Mixed-precision Adam: 2 + 4 + 4 + 8 bytes a weight (ZeRO 1910.02054 section 3.1, float32 gradients); activations 34 bytes a token,
     hidden unit and layer without checkpointing (2205.05198 Eq. 2, without its attention matrices), 2 with it.
@@ -116,8 +118,8 @@ def memory(config: Config, shape: Shape, hidden: int, vocabulary: int, ranks: in
     learner, tokens = config.learner, config.learner.micro_batch_tokens // config.learner.sequence_parallel
     trained = shape.weights if not config.model.lora else shape.layers * 14 * hidden * config.model.lora.rank
     states: dict[str, float] = {"weights": shape.weights * shape.weight_bytes, "gradients": 4 * trained, "optimizer": 12 * trained}
-    if config.model.teacher or (config.algorithm.kl_coef and not config.model.lora):
-        states["reference"] = shape.weights * shape.weight_bytes
+    if config.model.teacher or (getattr(config, "algorithm", None) and config.algorithm.kl_coef and not config.model.lora):
+        states["reference"] = (reference or shape.weights) * shape.weight_bytes
     if learner.offload_optimizer:
         states.pop("optimizer")
     for part, stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):  # ZeRO's stages share these out

@@ -9,7 +9,7 @@ import yaml
 
 from grpo import cli
 from grpo import config as configs
-from grpo.config_stages import KINDS
+from grpo.config_stages import KINDS, command_of
 from grpo.types import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -94,27 +94,23 @@ def test_a_mixtures_sets_inherit_the_path():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_is_right_and_short(path, capsys, monkeypatch):
-    keys = yaml.safe_load(path.read_text()).keys()
-    command = next(
-        (
-            name
-            for key, name in {
-                "stages": "pipeline",
-                "way": "distill",
-                "collect": "collect",
-                "quantize": "quantize",
-                "sft": "sft",
-            }.items()
-            if key in keys
-        ),
-        "train",
-    )
+    keys = yaml.safe_load(path.read_text())
+    command = command_of(keys)
     configs.load(str(path), kind=KINDS[command])
     monkeypatch.chdir(ROOT)
     assert cli.main([command, str(path), *OF_OTHER_STAGES.get(path.stem, []), "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert ("grpo train" if command == "pipeline" else "run_dir") in told
     assert len(path.read_text().splitlines()) <= 45
+
+
+def test_an_evaluation_shows_what_it_would_do(tiny, tmp_path, capsys):
+    config = {"run_dir": str(tmp_path / "run"), "model": {"path": str(tiny()), "dtype": "float32"}, "data": {"name": "arithmetic"}}
+    config |= {"prompt": {"template": "plain", "max_tokens": 48}, "sampling": {"max_tokens": 16}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["eval", str(tmp_path / "c.yaml"), "eval={protocol: greedy, problems: 7}", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "1 completions of at most 16 tokens at temperature 0" in told and "at most 7 problems" in told and "prompt (" in told
 
 
 def test_importing_the_package_and_its_config_imports_nothing_heavy():

@@ -1,8 +1,10 @@
 """The doctor: each thing that will go wrong is told by its name, with the way out, before it costs anything."""
 
+import re
 import types
 
 import pytest
+import yaml
 from conftest import tiny_config
 from whole_runs import write_config
 
@@ -10,7 +12,7 @@ from grpo import cli, models, roofline
 from grpo.config import Config
 from grpo.learners.deepspeed import Learner
 from grpo.losses.grpo import loss
-from grpo.stages import doctor
+from grpo.stages import _checks
 from grpo.types import Problem
 
 
@@ -24,15 +26,15 @@ def shape_of(tiny, dtype="float32"):
 
 def test_memory_that_is_not_there_is_told_with_every_part(tiny, tmp_path, monkeypatch):
     config = tiny_config(tmp_path, tiny(), engine={"kv_cache_gb": 0.05, "max_sequences": 64})
-    found = told(doctor._memory(config, shape_of(tiny), tiny()))
+    found = told(_checks.memory(config, shape_of(tiny), tiny(), 1))
     assert found["memory"].level == "ok" and found["kv_cache"].level == "ok"
-    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**30))
-    found = told(doctor._memory(config, shape_of(tiny), tiny()))
+    monkeypatch.setattr(_checks.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**30))
+    found = told(_checks.memory(config, shape_of(tiny), tiny(), 1))
     assert found["memory"].level == "fail" and "activations" in found["memory"].text and "gradient_checkpointing" in found["memory"].way
     long = tiny_config(
         tmp_path, tiny(), engine={"kv_cache_gb": 0.0001}, sampling={"max_tokens": 1900}, learner={"micro_batch_tokens": 2000}
     )
-    found = told(doctor._memory(long, shape_of(tiny), tiny()))
+    found = told(_checks.memory(long, shape_of(tiny), tiny(), 1))
     assert found["kv_cache"].level == "fail" and "give it" in found["kv_cache"].way
 
 
@@ -54,19 +56,24 @@ def test_held_out_problems_that_are_in_the_training_data_are_counted():
         Problem(id="b", question=f"{question}; then?", answer="15", source="s"),
         Problem(id="c", question="2 + 2?", answer="4", source="s"),
     ]
-    (check,) = doctor._contamination(train, judged)
+    (check,) = _checks.contamination(train, judged)
     assert check.level == "warn" and check.text.startswith("1 of 2") and "b" in check.text
-    (check,) = doctor._contamination(train, judged[1:])
+    (check,) = _checks.contamination(train, judged[1:])
     assert check.level == "ok"
+    short = [Problem(id="d", question="2  + 2?", answer="4", source="other"), Problem(id="e", question="2 - 2?", answer="0", source="s")]
+    (check,) = _checks.contamination(short, judged[1:])
+    assert check.text.startswith("1 of 1")  # a short question is compared as a whole ...
+    (check,) = _checks.contamination(short[1:], judged[1:])
+    assert check.level == "ok"  # ... not by its words
 
 
 def test_a_disk_that_is_too_small_and_other_versions_are_told(tiny, tmp_path, monkeypatch):
     config = tiny_config(tmp_path / "new" / "run", tiny())
-    assert told(doctor._disk(config, 10**6))["disk"].level == "ok"
-    assert told(doctor._disk(config, 10**14))["disk"].level == "fail"
-    assert told(doctor._versions())["versions"].level == "ok"
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.0.1")
-    check = told(doctor._versions())["versions"]
+    assert told(_checks.disk(config, 10**6))["disk"].level == "ok"
+    assert told(_checks.disk(config, 10**14))["disk"].level == "fail"
+    assert told(_checks.versions())["versions"].level == "ok"
+    monkeypatch.setattr(_checks.importlib.metadata, "version", lambda name: "0.0.1")
+    check = told(_checks.versions())["versions"]
     assert check.level == "warn" and "torch 0.0.1 (tested: " in check.text
 
 
@@ -74,11 +81,11 @@ def test_a_format_reward_that_the_prompt_does_not_ask_for_is_told(tiny, tmp_path
     config = tiny_config(tmp_path, tiny())
     tokenizer = models.load_tokenizer(tiny())
     problem = Problem(id="a", question="1 + 1?", answer="2", source="s")
-    prompts = doctor.Prompts(config.prompt, tokenizer)
-    assert told(doctor._prompt(config, prompts, tokenizer, problem))["tags"].level == "warn"
+    prompts = _checks.Prompts(config.prompt, tokenizer)
+    assert told(_checks.prompt(config, prompts, tokenizer, problem))["tags"].level == "warn"
     prefilled = tiny_config(tmp_path, tiny(), prompt={"template": "plain", "max_tokens": 48, "think_prefill": True})
-    found = told(doctor._prompt(prefilled, doctor.Prompts(prefilled.prompt, tokenizer), tokenizer, problem))
-    assert "tags" not in found and "<think>" in found["prompt"].text
+    found = told(_checks.prompt(prefilled, _checks.Prompts(prefilled.prompt, tokenizer), tokenizer, problem))
+    assert "tags" not in found and "<think>" in found["prompt"].text and "padding" in found["prompt"].text
 
 
 @pytest.mark.engine
@@ -102,3 +109,36 @@ def test_different_vocabularies_fail_and_so_does_the_command(tiny, tmp_path, cap
     assert isinstance(config, Config)
     assert cli.main(["doctor", write_config(tmp_path / "c.yaml", config), "--no-sample"]) == 2
     assert "fail  vocabulary" in capsys.readouterr().out
+
+
+def doctored(tmp_path, capsys, tree, *options, code=0):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "logging": {"progress": "off"}} | tree))
+    assert cli.main(["doctor", str(tmp_path / "c.yaml"), *options]) == code
+    assert not (tmp_path / "run").exists()
+    return capsys.readouterr().out
+
+
+def test_every_stage_has_its_doctor(tiny, tmp_path, capsys):
+    model, data = {"path": str(tiny()), "dtype": "float32"}, {"name": "arithmetic"}
+    prompt = {"template": "plain", "max_tokens": 48}
+    learned = {"model": model, "data": data, "prompt": prompt, "sft": {"updates": 2, "batch_size": 2, "max_tokens": 8}}
+    out = doctored(tmp_path, capsys, learned, code=2)
+    assert re.search("fail  solutions .* of more than max_tokens=8", out) and "engine" not in out and "ok    memory" in out
+    good = {"sft": {"updates": 2, "batch_size": 2, "max_tokens": 256}}
+    assert "nothing failed" in (out := doctored(tmp_path, capsys, learned | good)) and "contamination" not in out
+    lines = "".join(f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}\n' for i in range(4))
+    (tmp_path / "mine.jsonl").write_text(lines)
+    own = {"name": "jsonl", "path": str(tmp_path / "mine.jsonl")}
+    assert "4 problems have none" in doctored(tmp_path, capsys, learned | {"data": own}, code=2)
+    sampled = {"model": model, "data": own, "prompt": prompt, "sampling": {"max_tokens": 16}, "engine": {"kv_cache_gb": 0.05}}
+    collect = {"problems": 4, "samples": 2, "decontaminate": {"jsonl": {"path": own["path"], "options": {"test_path": own["path"]}}}}
+    out = doctored(tmp_path, capsys, sampled | {"collect": collect}, "--no-sample")
+    assert "4 of 4 held-out problems" in out and "learner" not in out
+    taught = sampled | {"model": model | {"teacher": str(tiny("tiny-qwen2"))}, "data": data}
+    soft = taught | {"way": "soft", "soft": {"updates": 1, "batch_size": 2, "max_tokens": 256}}
+    out = doctored(tmp_path, capsys, soft)
+    assert "ok    vocabulary" in out and "reference" in out and "ok    solutions" in out
+    text = taught | {"way": "sequence", "collect": {"problems": 4}, "sft": {"updates": 1, "batch_size": 2, "max_tokens": 256}, "data": own}
+    out = doctored(tmp_path, capsys, text, "--no-sample")
+    assert "collect:" in out and "sft:" in out and "nothing failed" in out  # its traces are still to come
+    assert "ok    disk" in doctored(tmp_path, capsys, sampled | {"quantize": {}}, "--no-sample")

@@ -216,17 +216,17 @@ class Sampler:
         else:
             model_dir, _, self.prompts = prepare(config, stage.run)
             models.check_context(model_dir, config.max_sequence_tokens)
-            self._engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
+            self.engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
             if config.engine.servers and config.engine.servers.urls:  # they hold random weights, or another run's
                 with quiet(stage.run.log_file("learner")):
-                    send_weights(self._engine, model_dir)
+                    send_weights(self.engine, model_dir)
 
     def sample(self, problems: Sequence[Problem], count: int, temperature: float, on_progress: Callable[[int, int], None]) -> list[Group]:
         """Returns `count` completions of each problem; their seeds are functions of the run's seed and the problem alone."""
         options, seed = sampling_options(self._config, self.prompts, temperature), self._config.seed
         if isinstance(self.prompts, Prompts):
             return rollout.sample(
-                self._engine, self.prompts, problems, options, group_size=count, run_seed=seed, rollout=0, on_progress=on_progress
+                self.engine, self.prompts, problems, options, group_size=count, run_seed=seed, rollout=0, on_progress=on_progress
             )
         assert self._endpoint is not None
         requests = [(self.prompts.messages(problem), rollout.seed_of(seed, 0, problem.id), count) for problem in problems]

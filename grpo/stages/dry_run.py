@@ -10,11 +10,12 @@ from typing import Any
 from grpo import config as configs
 from grpo import models, plugins
 from grpo.algorithm import describe
-from grpo.config import Config, RunConfig, SampledConfig
-from grpo.config_stages import CollectConfig, DistillConfig, PipelineConfig, QuantizeConfig, SftConfig
+from grpo.config import Config, Data, RunConfig, SampledConfig
+from grpo.config_stages import CollectConfig, DistillConfig, EvalConfig, PipelineConfig, QuantizeConfig, SftConfig
 from grpo.metrics import quiet
 from grpo.prompts import EXAMPLE, R1_ZERO, Prompts, visible
 from grpo.stages._run import load_problems
+from grpo.stages.eval import finished
 from grpo.stages.pipeline import checked
 from grpo.stages.train import warm_start_config
 from grpo.types import Problem, Unreachable
@@ -28,25 +29,38 @@ def dry_run(config: RunConfig | PipelineConfig) -> None:
             print(f"{name:24} grpo {command} {' '.join(arguments)}")
         return
     print(configs.dump(config))
-    kinds: dict[type, Any] = {Config: train_arithmetic, SftConfig: sft_arithmetic, CollectConfig: collect_arithmetic}
-    kinds[QuantizeConfig] = lambda part: f"schemes     {', '.join(part.quantize.schemes)}; int4 in groups of {part.quantize.group_size}"
-    for part in (config.parts().values() if isinstance(config, DistillConfig) else ()) or [config]:
-        print(kinds.get(type(part), soft_arithmetic)(part))
-    held_out = None
+    print(arithmetic(config))
+    judged: list[Data] = []
     if isinstance(config, SampledConfig):
         plugins.rewards(config.rewards, Pool())
-    if isinstance(config, Config):
+    if isinstance(config, EvalConfig):
+        judged = list(config.sets.values()) or [config.eval.data or config.data]
+        model = config.model.model_copy(update={"path": finished(config.model.path)})
+        config = config.by_protocol().model_copy(update={"model": model})
+    elif isinstance(config, Config):
         plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
         if config.model.warm_start:
             print(f"warm start  {config.model.warm_start}\n{sft_arithmetic(warm_start_config(config))}")
-        held_out = (config.eval.data or config.data) if config.eval.every else None
+        judged = [config.eval.data or config.data] if config.eval.every else []
     problems: list[Sequence[Problem]] = []
     try:
-        problems += load_problems(config.data, "train", config.seed).values()
-        problems += load_problems(held_out, "test", config.seed).values() if held_out else []
+        problems += [] if isinstance(config, EvalConfig) else load_problems(config.data, "train", config.seed).values()
+        for data in judged:
+            problems += load_problems(data, "test", config.seed).values()
     except Unreachable as error:
         print(f"data: {error}")
     print(_prompt(config, problems or [[EXAMPLE]]))
+
+
+def arithmetic(config: RunConfig) -> str:
+    """Returns the batch arithmetic of a stage in plain words."""
+    kinds: dict[type, Any] = {
+        Config: train_arithmetic, SftConfig: sft_arithmetic, CollectConfig: collect_arithmetic, EvalConfig: eval_arithmetic,
+        QuantizeConfig: lambda part: f"schemes     {', '.join(part.quantize.schemes)}; int4 in groups of {part.quantize.group_size}",
+        DistillConfig: soft_arithmetic,
+    }  # fmt: skip
+    parts = (list(config.parts().values()) if isinstance(config, DistillConfig) else []) or [config]
+    return "\n".join(kinds[type(part)](part) for part in parts)
 
 
 def train_arithmetic(config: Config) -> str:
@@ -93,6 +107,16 @@ def collect_arithmetic(config: CollectConfig) -> str:
         f"a chunk     {collect.chunk} problems x {collect.samples} completions, at most {collect.keep} kept a problem\n"
         f"the run     {collect.problems:,} problems, {collect.problems * collect.samples:,} completions, at most "
         f"{collect.problems * collect.samples * config.sampling.max_tokens:,} tokens, from {source}"
+    )
+
+
+def eval_arithmetic(config: EvalConfig) -> str:
+    """Returns the arithmetic of the samples in plain words."""
+    settings, sampling = config.by_protocol().eval, config.by_protocol().sampling
+    samples = "64 (sets of at most 100 problems) or 16" if settings.protocol == "r1" else str(settings.samples)
+    return (
+        f"a problem   {samples} completions of at most {sampling.max_tokens} tokens at temperature {settings.temperature:g}\n"
+        f"the sets    {', '.join(config.sets) or 'one'}, at most {settings.problems} problems each"
     )
 
 
