@@ -101,7 +101,8 @@ def to_samples(
     return [
         Sample(
             token_ids=scored.group.prompt_ids + completion.token_ids, prompt_length=len(scored.group.prompt_ids), advantages=value,
-            sampler_logprobs=completion.logprobs, group=number, version=completion.versions[0][0], reward=reward,
+            sampler_logprobs=completion.logprobs, group=number, reward=reward,
+            versions=tuple(version for version, start, end in completion.versions for _ in range(start, end)),
         )
         for number, (scored, rows) in enumerate(zip(groups, values, strict=True))
         for completion, reward, value in zip(scored.group.completions, scored.rewards, rows, strict=True)

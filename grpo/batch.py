@@ -94,6 +94,7 @@ def _collate(rows: Sequence[int], samples: Sequence[Sample], weights: Sequence[f
     ids, labels = torch.full((len(rows), length), pad_id), torch.full((len(rows), length), pad_id)
     attention, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.bool)
     weight, advantage, sampler = (torch.zeros(len(rows), length) for _ in range(3))
+    versions = torch.full((len(rows), length), -1)
     for row, i in enumerate(rows):
         sample = samples[i]
         end = len(sample.token_ids)
@@ -106,11 +107,13 @@ def _collate(rows: Sequence[int], samples: Sequence[Sample], weights: Sequence[f
         advantage[row, completion] = torch.tensor(sample.advantages)
         if sample.sampler_logprobs is not None:
             sampler[row, completion] = torch.tensor(sample.sampler_logprobs)
+        if sample.versions is not None:
+            versions[row, completion] = torch.tensor(sample.versions)
     return Batch(
         index=tuple(rows), sequences=tuple(samples[i].token_ids for i in rows),
         prompt_lengths=tuple(samples[i].prompt_length for i in rows),
         input_ids=ids, attention_mask=attention, labels=labels, token_mask=mask, token_weights=weight, advantages=advantage,
-        sampler_logprobs=sampler,
+        sampler_logprobs=sampler, versions=versions,
     )  # fmt: skip
 
 

@@ -95,8 +95,8 @@ def read_update(folder: Path, step: int) -> list[Sample]:
         samples.append(
             Sample(
                 token_ids=tuple(held["ids"][token : token + length]), prompt_length=prompt, advantages=tuple(held["advantages"][own]),
-                sampler_logprobs=tuple(held["logprobs"][own]) or None, group=held["groups"][i], version=held["versions"][i],
-                reward=held["rewards"][i],
+                sampler_logprobs=tuple(held["logprobs"][own]) or None, versions=tuple(held["token_versions"][own]) or None,
+                group=held["groups"][i], reward=held["rewards"][i],
             )
         )  # fmt: skip
         token, place = token + length, own.stop
@@ -184,8 +184,8 @@ class RunDirectory:
             return
         columns: dict[str, Any] = {
             "lengths": [len(sample.token_ids) for sample in samples], "prompts": [sample.prompt_length for sample in samples],
-            "groups": [sample.group for sample in samples], "versions": [sample.version for sample in samples],
-            "rewards": [sample.reward for sample in samples],
+            "groups": [sample.group for sample in samples], "rewards": [sample.reward for sample in samples],
+            "token_versions": np.array([version for sample in samples for version in sample.versions or ()], dtype=np.int32),
             "ids": np.array([token for sample in samples for token in sample.token_ids], dtype=np.uint32),
         }  # fmt: skip
         for name, values in (("advantages", [s.advantages for s in samples]), ("logprobs", [s.sampler_logprobs or () for s in samples])):

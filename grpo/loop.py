@@ -231,10 +231,9 @@ class Loop:
         algorithm, epochs = self.config.algorithm, self.config.train.epochs
         built = [self._batches(part) for part in parts]
         batches = [batch for part in built for batch in part]
-        # The weights that sampled it are gone: the ratio is to what did, or the mismatch's correction bridges it (AReaL 2505.24298).
+        # The weights that sampled a token are gone: the ratio is to what did, or the mismatch's correction bridges it (AReaL 2505.24298).
         older, now = algorithm.mismatch == "none", self.rollout + 1
-        stale = [[older and part[i].version != now for i in batch.index] for part, made in zip(parts, built, strict=True) for batch in made]
-        versions = {sample.version for part in parts for sample in part} if older else {now}  # of all ranks, which score together
+        versions = {version for part in parts for sample in part for version in sample.versions or ()} if older else {now}  # of all ranks
         wanted = algorithm.old_logprobs == "learner" and (len(parts) * epochs > 1 or versions != {now})
         if algorithm.top_entropy < 1 or (wanted and now in versions):
             scores = self.learner.score(batches)
@@ -245,8 +244,8 @@ class Loop:
                 kept = [batch.advantages * (entropies >= least) for batch, (_, entropies) in zip(batches, scores, strict=True)]
                 batches = [replace(batch, advantages=advantage) for batch, advantage in zip(batches, kept, strict=True)]
             batches = [
-                replace(batch, old_logprobs=torch.where(torch.tensor(rows)[:, None], batch.sampler_logprobs, logprobs))
-                for batch, (logprobs, _), rows in zip(batches, scores, stale, strict=True)
+                replace(batch, old_logprobs=logprobs.where(batch.versions == now, batch.sampler_logprobs) if older else logprobs)
+                for batch, (logprobs, _) in zip(batches, scores, strict=True)
             ]
         if algorithm.old_logprobs == "sampler" or (wanted and now not in versions):
             batches = [replace(batch, old_logprobs=batch.sampler_logprobs) for batch in batches]

@@ -102,16 +102,16 @@ class ScoredGroup:
 class Sample:
     """One trainable sequence [L]: prompt then completion. `prompt_length` tokens carry no loss.
 
-    `advantages` [completion length], `sampler_logprobs` [completion length] or None when there was no sampler. `group`: which of the
-    update's groups it belongs to; `version`: of the weights that sampled it.
+    `advantages` [completion length]; `sampler_logprobs` and `versions` (of the weights that sampled a token) [completion length] or None
+    when there was no sampler. `group`: which of the update's groups it belongs to.
     """
 
     token_ids: tuple[int, ...]
     prompt_length: int
     advantages: tuple[float, ...]
     sampler_logprobs: tuple[float, ...] | None = None
+    versions: tuple[int, ...] | None = None
     group: int = 0
-    version: int = 0
     reward: float = 0.0
 
     @property
@@ -140,6 +140,7 @@ class Batch:
     token_weights: Tensor
     advantages: Tensor
     sampler_logprobs: Tensor
+    versions: Tensor  # of the weights that sampled a token; -1 where nothing did
     teacher_top: tuple[Tensor, Tensor] | None = None  # token ids and logprobs [N, k] of the teacher, for the N completion tokens in order
     idle: bool = False  # a rank that has nothing to do in an exchange does this one's work, of weight 0
     most: int = 1  # the most completion tokens that a rank has at this time: all run the head as often (ZeRO-3 makes it whole each time)

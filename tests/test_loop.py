@@ -170,15 +170,19 @@ def test_carried_groups_have_the_samplers_logprobs_as_old_ones(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, algorithm={"no_signal": "resample"})
     _, used = loop.selection.collect(lambda problems, number: loop._sample(problems, number, lambda _: contextlib.nullcontext()))
     samples = to_samples(used, advantages([scored.rewards for scored in used], lengths(used), "none"))
-    samples = [replace(sample, version=-7) if sample.group == 0 else sample for sample in samples]
+    now = loop.rollout + 1
+    assert all(set(sample.versions) == {now} for sample in samples) and all(len(sample.versions) > 1 for sample in samples)
+    samples = [replace(sample, versions=(7, *sample.versions[1:])) if sample.group == 0 else sample for sample in samples]
     ((batch,),) = loop._attach([samples])
     (scored,) = loop.learner.score([batch])
     for place, i in enumerate(batch.index):
         mask = batch.token_mask[place]
-        expected = batch.sampler_logprobs if samples[i].group == 0 else scored[0]
-        assert torch.equal(batch.old_logprobs[place][mask], expected[place][mask])
+        expected = scored[0][place][mask].clone()
+        if samples[i].group == 0:  # its first token was made by other weights, the rest by today's
+            expected[0] = batch.sampler_logprobs[place][mask][0]
+        assert torch.equal(batch.old_logprobs[place][mask], expected)
     loop.learner.score = None  # of samples that are all older there is nothing to score
-    ((batch,),) = loop._attach([[replace(sample, version=-7) for sample in samples]])
+    ((batch,),) = loop._attach([[replace(sample, versions=(7,) * len(sample.versions)) for sample in samples]])
     assert torch.equal(batch.old_logprobs, batch.sampler_logprobs)
 
 
