@@ -119,6 +119,7 @@ class Learner(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
+    skip_grad_norm: float = Field(1e4, gt=0)  # an update with a larger one is skipped, as one that is not finite; the third in a row stops
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO; 0 needs model.dtype float32
     offload_optimizer: bool = False  # optimizer states in CPU memory (GPU runs, ZeRO 1-3)
     micro_batch_tokens: int = Field(8192, ge=1)  # tokens in one forward and backward pass, padding included
@@ -315,6 +316,5 @@ def parse(tree: dict[str, Any], where: str = "config", kind: type[C] = Config) -
         raise UserError(f"{where}: " + "; ".join(explain(e, kind) for e in error.errors())) from None
 
 
-def dump(config: RunConfig) -> str:
-    """Returns the resolved config as YAML, every key present."""
+def dump(config: RunConfig) -> str:  # every key present
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

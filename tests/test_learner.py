@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,8 +165,21 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_th
     assert learner.update(batches(samples(), 1000))["update/not_finite"] == 0  # and what comes next is learned from
     assert any(not torch.equal(before[name], weight) and weight.isfinite().all() for name, weight in learner.weights())
     learner.update(bad), learner.update(bad)
-    with pytest.raises(RunError, match="not finite, 3 times in a row"):
+    with pytest.raises(RunError, match=r"not finite or above .*, 3 times in a row"):
         learner.update(bad)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+def test_an_update_with_an_exploding_gradient_is_skipped_with_its_norm(tiny, tmp_path, stage, dtype):
+    config = tiny_config(tmp_path, tiny(), model={"dtype": dtype}, learner={"zero_stage": stage, "skip_grad_norm": 100.0})
+    learner = Learner(models.load_model(tiny(), "eager"), config, loss)
+    usual = learner.update(batches(samples(), 1000))
+    before = {name: weight.clone() for name, weight in learner.weights()}
+    large = [replace(sample, advantages=tuple(1e4 * value for value in sample.advantages)) for sample in samples()]
+    skipped = learner.update(batches(large, 1000))
+    assert skipped["update/not_finite"] == 1 and 100 < skipped["policy/grad_norm"] < 1e6 * usual["policy/grad_norm"]
+    assert all(torch.equal(before[name], weight) for name, weight in learner.weights())
+    assert learner.update(batches(samples(), 1000))["update/not_finite"] == 0
 
 
 def test_metrics_are_means_over_completion_tokens_whatever_the_split(tiny, tmp_path):

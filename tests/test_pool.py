@@ -327,6 +327,7 @@ def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_g
         "eval": {"every": 0},
     }
     made |= {"sampling": {"max_tokens": 40, "ignore_eos": True}, "engine": {"servers": {"count": 2}, "timeout_s": 100}}
+    made["algorithm"] = {"mismatch": "tis"}
     config = write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), **made))
     process = start(config)
     wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000004").exists(), process)
@@ -335,8 +336,9 @@ def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_g
     last = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     waiting = json.loads((last / "state.json").read_text())["selection"]["stream"]["items"]
     assert waiting
-    run(config, "--resume")
+    run(config, "--resume", ranks=2)
     found = rows(tmp_path / "run")[1:]
+    assert all(0 < row["mismatch/weight"] <= 2 and row["update/made"] == 1 for row in found)
     assert len(found) == 12 and all(row["staleness/max"] <= 2 for row in found) and max(row["staleness/max"] for row in found) >= 1
     assert (
         all(0 <= row["idle/engine"] <= 1 for row in found) and {"queue/ready", "queue/in_flight", "histogram/staleness"} <= found[0].keys()

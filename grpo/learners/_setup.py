@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,36 @@ def parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[s
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+class NormLimit:
+    """Makes DeepSpeed skip an update with a gradient norm above `limit` as one that is not finite; `norm` is the last one.
+
+    Each of its optimizers has a method of its own from which it gets the norm: there, too large becomes infinite.
+    """
+
+    def __init__(self, optimizer: Any, limit: float) -> None:
+        self.norm, self._limit = math.inf, limit
+        for name, limited in {
+            "_get_norm_groups": self._of_groups,  # ZeRO-3
+            "scaled_global_norm": self._of_groups,  # ZeRO-1 and 2
+            "get_grads_for_norm": self._of_gradients,  # ZeRO-1 in bfloat16
+        }.items():
+            if found := getattr(optimizer, name, None):
+                setattr(optimizer, name, functools.partial(limited, found))
+
+    def _of_groups(self, found: Callable[..., Any]) -> Any:
+        norms = found()
+        values = torch.as_tensor(norms)
+        self.norm = float(values.norm()) if bool((values >= 0).all()) else math.inf  # -1 stands for one that is not finite
+        return norms if self.norm <= self._limit else [norm * math.inf for norm in norms] if isinstance(norms, list) else norms * math.inf
+
+    def _of_gradients(self, found: Callable[..., Any], **options: Any) -> Any:
+        if options:  # asked once more, for clipping
+            return found(**options)
+        gradients, experts = found()
+        self.norm = float(torch.nn.utils.get_total_norm(gradients))
+        return (gradients if self.norm <= self._limit else [torch.full_like(gradients[0], math.inf)]), experts
 
 
 class FreedMemory:

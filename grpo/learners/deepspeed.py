@@ -18,7 +18,7 @@ from grpo import config as configs
 from grpo import lora, moe, ranks
 from grpo.batch import to_device
 from grpo.learners import ulysses
-from grpo.learners._setup import FreedMemory, deepspeed_config, join, learning_rate, parameter_groups
+from grpo.learners._setup import FreedMemory, NormLimit, deepspeed_config, join, learning_rate, parameter_groups
 from grpo.logprobs import Policy
 from grpo.losses._objective import Loss, objective
 from grpo.types import Batch, RunError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from grpo.config_stages import DistillConfig, Soft
 
 
-MAX_LOST = 3  # updates in a row with a gradient that is not finite; each is skipped
+MAX_LOST = 3  # updates in a row whose gradient is not finite, or too large; each is skipped
 BUCKET = 2**28  # bytes of weights that ZeRO-3 makes whole at once for the engine
 
 
@@ -69,6 +69,7 @@ class Learner:
         ds_config = deepspeed_config(settings, config.model.dtype, torch.cuda.is_available())
         self._engine, *_ = deepspeed.initialize(model=policy, model_parameters=parameter_groups(policy, settings), config=ds_config)
         self._policy: Policy = self._engine.module
+        self._limit = NormLimit(self._engine.optimizer, settings.skip_grad_norm)
         self.share, self._tells = ranks.share(settings.sequence_parallel)  # of an update's micro-batches
         self.updates = 0
         self._lost = 0  # updates in a row that were skipped
@@ -115,9 +116,9 @@ class Learner:
         self._lost = 0 if applied and math.isfinite(sums["loss"]) else self._lost + 1
         if self._lost == MAX_LOST:
             raise RunError(
-                f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite, {MAX_LOST} times in a row. "
-                "Each was skipped. "
-                "The last checkpoint is good: go on from it with --resume and a lower learner.lr"
+                f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite or above learner.skip_grad_norm="
+                f"{self._settings.skip_grad_norm:g}, {MAX_LOST} times in a row. Each was skipped. The last checkpoint is good: go on "
+                "from it with --resume and a lower learner.lr"
             )
         loss_value, rho, squared = sums.pop("loss"), sums.pop("_rho"), sums.pop("_rho_squared")
         return {name: value / tokens for name, value in sums.items()} | {
@@ -147,20 +148,21 @@ class Learner:
         return loss, {name: value.detach()[mask] if value.shape == mask.shape else value.detach() for name, value in report.items()}
 
     def _step(self) -> tuple[float, bool]:
-        """Applies the gradient unless it is not finite; returns its norm before clipping, and whether it was applied."""
+        """Applies the gradient unless it is not finite or too large; returns its norm before clipping, and whether it was applied."""
         if self._settings.zero_stage == 0:  # DeepSpeed tells no norm without ZeRO, and looks at nothing
             gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
             for gradient in gradients if ranks.count() > 1 else ():
                 torch.distributed.all_reduce(gradient, torch.distributed.ReduceOp.SUM)
                 gradient /= ranks.count()  # DeepSpeed takes the mean again, of equal ones
             norm = float(torch.nn.utils.get_total_norm(gradients))
-            if math.isfinite(norm):
+            if applied := norm <= self._settings.skip_grad_norm:
                 self._engine.step()
             else:
                 self._engine.zero_grad()
-            return norm, math.isfinite(norm)
+            return norm, applied
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
+        applied = bool(self._engine.was_step_applied())
+        return float(self._engine.get_global_grad_norm()) if applied else self._limit.norm, applied
 
     def weights(self) -> LearnerWeights:
         """Returns every weight whole, under its Hugging Face name, in the forward pass's dtype, buffers in their own; tied weights once,
