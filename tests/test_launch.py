@@ -1,5 +1,6 @@
 """What lies in launch/ is well-formed: shell scripts, the Slurm job's header, the Kubernetes job; the server's command line."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -103,6 +104,9 @@ def test_no_node_left_to_learn_is_refused(tmp_path):
 
 def test_the_kubernetes_job_has_what_the_api_asks_for():
     service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    if importlib.util.find_spec("kubernetes_validate"):  # 100 MB of schemas: .ci/run installs them, launch/setup.sh does not
+        validate = importlib.import_module("kubernetes_validate").validate
+        assert validate(service, "1.30", strict=True) and validate(job, "1.30", strict=True)
     assert (service["apiVersion"], service["kind"], service["spec"]["clusterIP"]) == ("v1", "Service", "None")
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     spec = job["spec"]

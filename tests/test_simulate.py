@@ -65,6 +65,22 @@ def test_a_published_step_within_a_third():
     assert step.rollout == pytest.approx(0.752, rel=1 / 3) and step.update == pytest.approx(0.298 + 0.301 + 0.653, rel=1 / 3)
 
 
+@pytest.mark.parametrize(("sequences", "milliseconds"), [(32, 2.6), (64, 3.0), (128, 4.3)])
+def test_published_decode_steps_within_a_quarter(sequences, milliseconds):
+    """The same model and GPU: per position of the longest sample, slots occupied by 0.66 to 0.40 (recipes 4.1, 4.2)."""
+    work = Work(lengths=lengths(sequences, 180, 256, 0.4), prompt=105)
+    seconds = decode_seconds(H100, QWEN_1_5B, work.lengths, work)
+    assert 1e3 * seconds / max(work.lengths) == pytest.approx(milliseconds, rel=0.25)
+
+
+@pytest.mark.parametrize(("weights", "seconds"), [(106e9, 3.47), (235e9, 6.22)])
+def test_published_syncs_of_large_models_within_a_factor_of_two(weights, seconds):
+    """checkpoint-engine on 8 x H800, broadcast: GLM-4.5-Air and Qwen3-235B in bfloat16 (recipes 4.3)."""
+    model = shape(5120, 94, 4, 151_936, int(weights), False)
+    step = simulate(H100, model, Work(lengths=(100,) * 64, prompt=100), learners=8, engines=8)
+    assert seconds / 2 < step.sync < 2 * seconds
+
+
 def test_by_hand():
     # One sequence of 10 tokens: 10 steps that each read all weights. 100 bytes / (10 bytes/s) = 10 s a step at a decode share of 1.
     model = Shape(weights=50, body=40, head=10, layers=1, width=1, kv_bytes=0, weight_bytes=2)
