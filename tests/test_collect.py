@@ -11,7 +11,8 @@ import urllib.request
 
 import pytest
 import yaml
-from whole_runs import rows, run
+from test_eval import eval_config
+from whole_runs import rows, run, start
 
 from data import traces
 from grpo.config_stages import Collect, Teacher
@@ -190,6 +191,20 @@ def test_a_teacher_behind_an_endpoint(server, tiny, tmp_path):
     config = config_of(tmp_path, tiny(), teacher={"url": server, "model": "teacher"}, prompt={"template": "chat", "stop": list("etao")})
     run(config, command="collect")
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]["kept"] > 0
+
+
+@pytest.mark.engine
+def test_the_same_answers_come_from_a_directory_from_an_endpoint_and_to_one_who_asks(server, tiny, tmp_path):
+    made, shown = {}, ["eval={protocol: greedy, problems: 4}", "sampling.max_tokens=12"]
+    for name, more in {"own": [], "endpoint": [f"endpoint={{url: {server}, model: teacher}}", "prompt.template=chat"]}.items():
+        run(eval_config(tmp_path, tiny()), f"run_dir={tmp_path / name}", *shown, *more, command="eval")
+        made[name] = [json.loads(line) for line in (tmp_path / name / "samples" / "eval-000000.jsonl").read_text().splitlines()]
+        assert rows(tmp_path / name)[0]["eval/accuracy"] == 0 and (tmp_path / name / "table.md").exists()
+    texts = {name: [row["completion"].replace("\ufffd", "") for row in found] for name, found in made.items()}  # bytes that are no text
+    assert texts["own"] == texts["endpoint"] and len(texts["own"]) == 4 and any(texts["own"])
+    shutil.copytree(tiny(), tmp_path / "own" / "final")
+    process = start(str(tmp_path / "own"), "--ask", made["own"][0]["question"], command="eval", stdout=subprocess.PIPE)
+    assert process.communicate(timeout=120)[0].strip() == made["own"][0]["completion"].strip()
 
 
 @pytest.mark.engine

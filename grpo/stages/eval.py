@@ -150,7 +150,7 @@ def ask(model: str, question: str) -> None:
             kept["prompt"] = {"template": "chat" if models.load_tokenizer(folder).chat_template else "plain"}
         own = {
             "run_dir": f"{scratch}/run",
-            "model": {"path": finished(model)},
+            "model": {"path": finished(model), "dtype": tree.get("model", {}).get("dtype", "bfloat16")},
             "data": {"name": "arithmetic"},
             "logging": {"progress": "off"},
         }
