@@ -1,11 +1,8 @@
-"""The configuration: one YAML a run, typed and checked before anything heavy is imported.
-
-Unknown keys are errors that name the nearest key; `key.sub=value` overrides come from the command line; derived numbers are properties.
-"""
+"""The configuration: one YAML a run, typed and checked before anything heavy is imported; derived numbers are properties."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
@@ -210,6 +207,7 @@ class Logging(Section):
 class RunConfig(Section):
     """What every stage's config has."""
 
+    supervised: ClassVar[bool] = False  # learns from texts, and nothing samples from it meanwhile
     run_dir: str
     seed: int = Field(0, ge=0)
     model: Model
@@ -225,6 +223,8 @@ class RunConfig(Section):
             raise ValueError("learner.zero_stage=0 keeps no float32 master weights: use zero_stage=1 or more, or model.dtype=float32")
         if self.model.lora and self.learner.zero_stage == 3:
             raise ValueError("model.lora needs whole adapters: use learner.zero_stage 2 or less")
+        if self.model.qat and (self.model.lora or not self.supervised):
+            raise ValueError("model.qat is for grpo sft, and for grpo distill by way=sequence or soft, without LoRA")
         if self.learner.offload_optimizer and self.learner.zero_stage == 0:
             raise ValueError("learner.offload_optimizer needs learner.zero_stage 1, 2 or 3")
         return self
@@ -294,9 +294,7 @@ class Config(SampledConfig):
             raise ValueError("train.max_staleness needs servers, whose weights change while they sample: engine.servers={count: 1}")
         best, every = self.checkpoint.keep_best, self.checkpoint.every
         if best and best.startswith("eval/") and (not self.eval.every or every % self.eval.every):
-            raise ValueError(
-                f"checkpoint.keep_best={best} is measured every {self.eval.every} rollouts: checkpoint.every must be a multiple"
-            )
+            raise ValueError(f"checkpoint.keep_best={best}: checkpoint.every={every} must be a multiple of eval.every={self.eval.every}")
         return self
 
 

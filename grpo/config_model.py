@@ -14,6 +14,13 @@ class Lora(Section):
     alpha: float = Field(32.0, gt=0)  # the addition is alpha / rank times B A
 
 
+class Qat(Section):
+    """Quantisation-aware training: the forward pass rounds as `grpo quantize` will. For sft, and for distill's ways sequence and soft."""
+
+    scheme: Literal["int8", "int8_tensor", "int4"] = "int4"
+    group_size: int = Field(32, ge=2)  # int4
+
+
 class Rope(Section):
     """A longer context by other rotary frequencies; written into the model's config, so that learner, engine and final model agree."""
 
@@ -31,6 +38,7 @@ class Model(Section):
     teacher: str | None = None  # model that the KL is measured to, and that algorithm.advantage=teacher asks; default: the start model
     lora: Lora | None = None  # train low-rank additions to all linear layers but the head; wants ten times the learning rate
     rope: Rope | None = None  # a longer context; of a model that has none yet
+    qat: Qat | None = None  # learn with the rounding of fewer bits in the forward pass
     float32_head: bool = False  # logits in float32, in the learner and in the engine (MiniMax-M1, ScaleRL)
     router_aux_coef: float = Field(0.0, ge=0)  # mixtures of experts: weight of the load-balancing loss
     freeze_router: bool = False  # mixtures of experts: the router stays as it is

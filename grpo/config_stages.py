@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,6 +35,7 @@ class SftLearner(Learner):
 class SftConfig(RunConfig):
     """`grpo sft`: supervised fine-tuning on the problems' worked solutions."""
 
+    supervised: ClassVar[bool] = True
     sft: Sft
     learner: SftLearner = SftLearner()
     checkpoint: Checkpoint = Checkpoint(every=100)
@@ -127,6 +128,7 @@ class Soft(Section):
 class DistillConfig(SampledConfig):
     """`grpo distill`: `model` is the student, `model.teacher` the teacher."""
 
+    supervised: ClassVar[bool] = True  # but on_policy, whose part is a train config
     way: Literal["sequence", "soft", "on_policy"]
     soft: Soft | None = None  # way soft: on the solutions of `data` (worked ones, or the traces of `grpo collect`)
     collect: Collect | None = None  # way sequence: what the teacher samples ...
@@ -161,7 +163,7 @@ class DistillConfig(SampledConfig):
         common = {key: tree[key] for key in ("seed", "prompt", "checkpoint", "logging", "data")}
         sampled = {key: tree[key] for key in ("sampling", "rewards", "reward_pool", "engine")}
         if self.way == "sequence":
-            teacher = tree["model"] | {"path": self.model.teacher, "teacher": None, "lora": None, "revision": None}
+            teacher = tree["model"] | {"path": self.model.teacher, "teacher": None, "lora": None, "qat": None, "revision": None}
             student = {"model": tree["model"] | {"teacher": None}, "learner": tree["learner"], "sft": tree["sft"]}
             traces = {"data": {"name": "traces", "path": f"{self.run_dir}/collect"}}
             return {

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo import models
+from grpo import models, rounding
 from grpo.types import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def add(model: Any, settings: Lora, base: str, seed: int) -> None:
 def load_policy(config: RunConfig, model_dir: Path, attention: str) -> Any:
     """Returns the model to be trained, with adapters if the config asks for them."""
     model = models.load_model(model_dir, attention)
+    if config.model.qat:
+        rounding.learn_rounded(model, config.model.qat.scheme, config.model.qat.group_size)
     if config.model.lora:
         add(model, config.model.lora, config.model.path, config.seed)
     return model

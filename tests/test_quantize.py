@@ -1,6 +1,7 @@
 """Quantisation: the scales, what is refused, and a model in each scheme as the real vLLM serves it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,18 @@ import yaml
 from compressed_tensors.quantization import QuantizationArgs
 from conftest import tiny_config
 from test_engine import PROMPTS, start
+from test_learner import batches, samples
+from transformers import AutoModelForCausalLM
 from whole_runs import rows, run
 
 from grpo import config as configs
 from grpo import models
-from grpo.config_stages import QuantizeConfig
+from grpo.config_stages import DistillConfig, QuantizeConfig
 from grpo.engines import Request, SamplingOptions
-from grpo.stages.quantize import best_scale, check, write_quantized
+from grpo.learners.deepspeed import Learner
+from grpo.losses import cross_entropy
+from grpo.rounding import best_scale, learn_rounded, linear_layers
+from grpo.stages.quantize import check, write_quantized
 from grpo.types import UserError
 
 
@@ -45,6 +51,61 @@ def test_what_cannot_be_quantised_is_told_before_a_weight_is_loaded(tiny, tmp_pa
     tree = {"run_dir": "x", "data": {"name": "arithmetic"}, "model": {"path": "tiny-qwen2", "lora": {}}}
     with pytest.raises(UserError, match="takes a finished model"):
         configs.parse(tree, kind=QuantizeConfig)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_tensor", "int4"])
+def test_learning_with_rounding_computes_what_is_written(tiny, tmp_path, scheme):
+    write_quantized(tiny(), tmp_path / scheme, scheme, 32, models.load_tokenizer(tiny()))
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / scheme, dtype=torch.float32, attn_implementation="eager")
+    plain, aware = models.load_model(tiny(), "eager"), models.load_model(tiny(), "eager")
+    learn_rounded(aware, scheme, 32)
+    ids = torch.tensor([list(range(40, 80))])
+    found, expected = aware(ids).logits, written(ids).logits
+    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(plain(ids).logits, expected, atol=1e-2)
+    assert aware.state_dict().keys() == plain.state_dict().keys()
+    found.logsumexp(-1).sum().backward()
+    assert all(layer.weight.grad.abs().sum() > 0 for _, layer in linear_layers(aware))
+
+
+def test_a_model_that_learned_with_rounding_at_last_is_better_rounded(tiny, tmp_path):
+    taught = [replace(sample, advantages=(1.0,) * len(sample.advantages)) for sample in samples(count=30)]
+    batch = batches(taught, 100_000)
+
+    def learned(model, lr):
+        settings = {"lr": lr, "zero_stage": 0, "schedule": "linear"}
+        config = tiny_config(tmp_path, tiny(), learner=settings, algorithm={"loss": "cross_entropy"}, train={"rollouts": 60})
+        learner = Learner(model, config, cross_entropy.loss)
+        for _ in range(60):
+            learner.update(batch)
+        return learner
+
+    start_of_both, ends = models.load_model(tiny(), "eager"), {}
+    learned(start_of_both, 3e-3)
+    for scheme in (None, "int4"):
+        model = models.load_model(tiny(), "eager")
+        model.load_state_dict(start_of_both.state_dict())
+        if scheme:
+            learn_rounded(model, scheme, 32)
+        learner = learned(model, 1e-4)
+        if not scheme:
+            learn_rounded(model, "int4", 32)
+        (logprobs, _), mask = learner.score(batch)[0], batch[0].token_mask
+        ends[scheme] = -float(logprobs[mask].mean())
+    assert ends["int4"] < 0.8 * ends[None], ends  # 0.17 and 0.24
+
+
+def test_rounding_while_learning_is_for_what_nothing_samples_from(tiny, tmp_path):
+    qat = {"path": str(tiny()), "dtype": "float32", "qat": {"scheme": "int4"}}
+    with pytest.raises(UserError, match=r"model\.qat is for grpo sft, and for grpo distill"):
+        tiny_config(tmp_path, tiny(), model=qat)
+    with pytest.raises(UserError, match=r"model\.qat\.group_size=24 does not divide the 64 inputs"):
+        learn_rounded(models.load_model(tiny(), "eager"), "int4", 24)
+    tree = {"run_dir": str(tmp_path), "model": qat | {"teacher": str(tiny())}, "data": {"name": "arithmetic"}, "way": "sequence"}
+    config = configs.parse(tree | {"collect": {"problems": 4}, "sft": {"updates": 1}}, kind=DistillConfig)
+    collect, sft = config.parts().values()
+    assert collect.model.qat is None and sft.model.qat.scheme == "int4"
+    with pytest.raises(UserError, match=r"model\.qat is for"):
+        configs.parse(tree | {"way": "on_policy", "train": {"rollouts": 1}}, kind=DistillConfig)
 
 
 @pytest.mark.engine

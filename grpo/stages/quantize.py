@@ -9,20 +9,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo import models
 from grpo.checkpoint import RunDirectory, read_metrics, replace_directory, write_file
 from grpo.config_stages import QuantizeConfig
 from grpo.metrics import quiet
+from grpo.rounding import arguments, best_scale, check_groups, linear_layers
 from grpo.stages._run import check_same, open_stage
 from grpo.types import UserError
-
-if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationArgs
-    from torch import Tensor
-
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a 4-bit range that are tried
 
 
 def quantize(config: QuantizeConfig, *, resume: bool) -> None:
@@ -79,16 +74,7 @@ def check(model_dir: Path, group_size: int) -> None:
         raise UserError(f"model.path={model_dir}: is quantised already")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    for name, layer in linear_layers(model):
-        if layer.in_features % group_size:
-            raise UserError(f"quantize.group_size={group_size} does not divide the {layer.in_features} inputs of {name}: try 32 or 64")
-
-
-def linear_layers(model: Any) -> list[tuple[str, Any]]:
-    """Returns what is rounded: every linear layer but the output head. A mixture's experts are no linear layers and stay."""
-    import torch
-
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    check_groups(model, "quantize.group_size", group_size)
 
 
 def write_quantized(model_dir: Path, target: Path, scheme: str, group_size: int, tokenizer: Any) -> None:
@@ -109,42 +95,3 @@ def write_quantized(model_dir: Path, target: Path, scheme: str, group_size: int,
         model.save_pretrained(scratch)
         compressor.update_config(str(scratch))
         tokenizer.save_pretrained(scratch)
-
-
-def arguments(scheme: str, group_size: int) -> tuple[QuantizationArgs, QuantizationArgs | None]:
-    """Returns how weights are rounded, and activations where they are."""
-    from compressed_tensors.quantization import QuantizationArgs
-
-    by_token = QuantizationArgs(num_bits=8, strategy="token", symmetric=True, dynamic=True)
-    return {
-        "int8": (QuantizationArgs(num_bits=8, strategy="channel", symmetric=True), by_token),
-        "int8_tensor": (QuantizationArgs(num_bits=8, strategy="tensor", symmetric=True), by_token),
-        "int4": (QuantizationArgs(num_bits=4, strategy="group", group_size=group_size, symmetric=True), None),
-    }[scheme]
-
-
-def best_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
-    """Returns the scales of a weight [out, in]: [1], [out, 1] or [out, groups], each clipped where its own squared error is least."""
-    import torch
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    weight = weight.float()
-    parts = {
-        "tensor": lambda w: w.reshape(1, 1, -1), "channel": lambda w: w.unsqueeze(1),
-        "group": lambda w: w.unflatten(1, (-1, args.group_size or 1)),
-    }[args.strategy]  # [.., .., values of one scale]  # fmt: skip
-    low, high = parts(weight).amin(-1), parts(weight).amax(-1)
-    best: Tensor | None = None
-    least = torch.empty(())
-    for clip in CLIPS if args.num_bits == 4 else (1.0,):
-        scale, zero = calculate_qparams(low * clip, high * clip, args)
-        if args.strategy == "tensor":
-            scale, zero = scale.reshape(1), zero.reshape(1)
-        error = (parts(fake_quantize(weight, scale, zero, args)) - parts(weight)).square().sum(-1).reshape(scale.shape)
-        if best is None:
-            best, least = scale, error
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    assert best is not None
-    return best
