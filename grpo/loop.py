@@ -16,7 +16,7 @@ from grpo.batch import epoch_order, micro_batches, minibatches, token_weights
 from grpo.checkpoint import RunDirectory
 from grpo.config import Config
 from grpo.diagnosis import Watch
-from grpo.engines import Engine
+from grpo.engines import Engine, EngineError
 from grpo.learners.deepspeed import Learner
 from grpo.losses import _terms
 from grpo.metrics import Display, Timer
@@ -52,6 +52,7 @@ class Loop:
     watch: Watch = field(default_factory=Watch)  # what is to be said of the numbers
     rollout: int = 0  # rollouts done: whole, with their updates
     saved: int = -1  # the last checkpoint's rollouts
+    whole: bool = True  # nothing of another rollout is in the learner, and nothing speaks against its weights: it can be saved
     selected: dict[str, Any] = field(default_factory=dict)  # the selection's state after the last whole rollout
     idle: int = 0  # rollouts in a row without an update
     alarms: list[tuple[str, str]] = field(default_factory=list)  # findings that ask for something to be done
@@ -107,6 +108,7 @@ class Loop:
             used = [replace(scored, rewards=tuple(reward or 0.0 for reward in scored.rewards)) for scored in used]
         with timer("update"):
             penalties, kl = self._penalties(used)
+        self.whole = False
         values = advantages([scored.rewards for scored in used], lengths(used), config.algorithm.advantage, penalties)
         self.run.write_samples(f"step-{self.rollout + 1:06d}", rollouts.sample_rows(fresh, used, values))
         samples = to_samples(used, values, mask_truncated=config.algorithm.truncated == "mask")
@@ -129,10 +131,11 @@ class Loop:
             if self._due(config.eval.every):
                 with timer("eval"):
                     self.evaluate(row)
+            self.whole = True
         except (RunError, Interrupted) as error:  # of all ranks: what was measured is written down first
+            self.whole, failed = isinstance(error, EngineError), error
             if isinstance(error, ranks.Alone):
                 raise
-            failed = error
         row |= timer.metrics() | self._bounds([scored.group for scored in fresh], int(row["update/made"]))
         row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
         row["idle/engine"], row["idle/learner"] = (1 - timer.seconds[part] / row["time/total_s"] for part in ("rollout", "update"))
@@ -142,11 +145,9 @@ class Loop:
         if failed:
             raise failed
         if self.idle and config.algorithm.max_idle and self.idle % config.algorithm.max_idle == 0:
-            raise Exhausted(
-                f"{self.idle} rollouts in a row taught nothing: the completions of every group have equal rewards "
-                f"({row['reward/mean']:.3g} in the mean). The problems are too hard or too easy for this model, or a reward cannot read "
-                "its answers: see samples/"
-            )
+            told = f"the completions of every group have equal rewards ({row['reward/mean']:.3g} in the mean). The problems are too hard or"
+            told += " too easy for this model, or a reward cannot read its answers: see samples/"
+            raise Exhausted(f"{self.idle} rollouts in a row taught nothing: {told}")
 
     def _sample(self, problems: list[Problem], number: int, timer: Timer) -> list[ScoredGroup]:
         """Returns scored groups of problems: sampling `number` of this rollout."""
@@ -295,10 +296,8 @@ class Loop:
         if self.saved == self.rollout:
             return
         self.display.phase(self.rollout, "checkpoint")
-        state = {
-            "updates": self.learner.updates, "seed": self.config.seed, "metrics": self.latest, "selection": self.selected,
-            "idle": self.idle,
-        }  # fmt: skip
+        state: dict[str, Any] = {"updates": self.learner.updates, "seed": self.config.seed, "metrics": self.latest}
+        state |= {"selection": self.selected, "idle": self.idle}
         self.run.save(self.rollout, state, self.learner.save)
         self.run.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
         self.saved = self.rollout

@@ -156,12 +156,14 @@ def _command(process):
         return []
 
 
-def test_a_killed_engine_ends_the_run_with_a_clear_error(tiny, tmp_path):
-    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny(), train={"rollouts": 500}))
-    process = start(config)
-    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000001").exists(), process)
+def test_a_killed_engine_ends_the_run_with_a_clear_error_and_costs_only_what_it_was_doing(tiny, tmp_path):
+    config = tiny_config(tmp_path / "run", tiny(), train={"rollouts": 500}, checkpoint={"every": 0})
+    process = start(write_config(tmp_path / "config.yaml", config))
+    wait_for(lambda: (tmp_path / "run" / "samples" / "step-000003.jsonl").exists(), process)
     psutil.Process(process.pid).children()[0].kill()
     _, errors = process.communicate(timeout=30)
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert int(saved.name.partition("-")[2]) >= max(2, len(list((tmp_path / "run" / "samples").glob("step-*.jsonl"))) - 1)
     assert process.returncode == 1 and "the engine died during" in errors and "killed by SIGKILL" in errors
     assert "Traceback" not in errors
 

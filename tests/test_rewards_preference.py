@@ -5,6 +5,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import tiny_config
+from whole_runs import rows, run, start, wait_for, write_config
 
 from grpo.types import Completion, Group, Problem, RunError, UserError
 from rewards.preference import prepare, reward
@@ -94,3 +96,19 @@ def test_what_cannot_work_is_told_before_the_run(server, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             prepare(**{"url": url} | options)
+
+
+@pytest.mark.engine
+def test_an_endpoint_that_goes_down_in_a_run_costs_what_was_being_done(server, tiny, tmp_path):
+    url, _, handler = server
+    judged = {"preference": {"weight": 1.0, "options": {"url": url, "model": "rm", "kind": "classify", "everywhere": True, "retries": 0}}}
+    sections = {"train": {"rollouts": 6, "problems": 2, "group_size": 2}, "checkpoint": {"every": 0}, "eval": {"every": 0}}
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny(), rewards=judged, **sections))
+    process = start(config)
+    wait_for(lambda: (tmp_path / "run" / "samples" / "step-000002.jsonl").exists(), process)
+    handler.fail = True
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and f"rewards.preference: {url}: BadRequestError" in errors
+    handler.fail = False
+    run(config, "--resume")
+    assert [row["step"] for row in rows(tmp_path / "run") if "reward/preference" in row] == [1, 2, 3, 4, 5, 6]

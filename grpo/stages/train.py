@@ -16,7 +16,7 @@ from grpo.engines import Request
 from grpo.metrics import quiet
 from grpo.signals import Interrupted
 from grpo.stages._run import Stage, find_teacher, held_out, judges, load_problems, mixture, open_stage, prepare, start_engine, write_final
-from grpo.types import Completion, Exhausted, Problem, ScoredGroup
+from grpo.types import Completion, Exhausted, Problem, RunError, ScoredGroup
 from rewards._pool import Pool
 
 if TYPE_CHECKING:
@@ -95,18 +95,26 @@ def _run(
         if config.train.max_staleness:
             _stream(loop, stage, state["selection"].get("stream") if checkpoint else None)
         loop.train()
-    except (Interrupted, Exhausted) as error:
-        if loop.rollout:
-            loop.save()
-        if isinstance(error, Interrupted):
-            display.say(
-                f"stopped after rollout {loop.rollout}{', saved; go on with --resume' if loop.rollout else ': nothing to save yet'}"
-            )
+    except Exception as error:
+        if isinstance(error, Interrupted | Exhausted) or (loop.whole and _of_all(error)):
+            told = ": nothing to save yet"
+            if loop.rollout:
+                try:
+                    loop.save()
+                    told = ", saved; go on with --resume"
+                except RunError as second:
+                    told = f", not saved: {second}"
+            display.say(f"stopped after rollout {loop.rollout}{told}")
         raise
     if not keep:
         return
     loop.save()
     write_final(stage, config, model_dir, tokenizer, learner)
+
+
+def _of_all(error: Exception) -> bool:
+    """Returns whether every rank has met an error, so that all can write a checkpoint together."""
+    return ranks.count() == 1 or (isinstance(error, RunError) and not isinstance(error, ranks.Alone))
 
 
 def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
