@@ -11,12 +11,14 @@ from test_learner import COMBINATIONS, samples
 
 from grpo import models, ranks
 from grpo.batch import micro_batches, token_weights
+from grpo.learners import deepspeed
 from grpo.learners.deepspeed import Learner
 from grpo.losses.grpo import loss
 from grpo.losses.gspo import loss as gspo
 from grpo.types import Sample
 
 UPDATES = 4
+deepspeed.BUCKET = 2**14  # bytes: ZeRO-3 makes the model whole in many parts
 
 
 def batches(seed):

@@ -182,6 +182,20 @@ def test_an_update_with_an_exploding_gradient_is_skipped_with_its_norm(tiny, tmp
     assert learner.update(batches(samples(), 1000))["update/not_finite"] == 0
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_makes_the_same_updates(tiny, tmp_path, stage):
+    ends = {}
+    for offload in (False, True):
+        settings = {"lr": 1e-2, "zero_stage": stage, "offload_optimizer": offload, "skip_grad_norm": 1000.0}
+        learner = Learner(
+            models.load_model(tiny(), "eager"), tiny_config(tmp_path, tiny(), model={"dtype": "bfloat16"}, learner=settings), loss
+        )
+        norms = [learner.update(batches(samples(), 1000))["policy/grad_norm"] for _ in range(3)]
+        large = [replace(sample, advantages=tuple(1e4 * value for value in sample.advantages)) for sample in samples()]
+        ends[offload] = [*norms, learner.update(batches(large, 1000))["update/not_finite"]]
+    assert ends[True] == pytest.approx(ends[False], rel=1e-3) and ends[True][-1] == 1 and ends[True][0] != ends[True][1]
+
+
 def test_metrics_are_means_over_completion_tokens_whatever_the_split(tiny, tmp_path):
     learner = Learner(models.load_model(tiny(), "eager"), tiny_config(tmp_path, tiny(), learner={"lr": 1e-12}), loss)
     whole, split = learner.update(batches(samples(), 10_000)), learner.update(batches(samples(), 40))
