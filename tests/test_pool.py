@@ -260,6 +260,8 @@ def wait(condition, seconds=90):
 def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs GPUs on both sides"):
         pool_of(tiny(), tmp_path, transfer="nccl")
+    with pytest.raises(UserError, match="tensor_parallel=3 does not divide the model's 2 heads"):
+        pool_of(tiny(), tmp_path, tensor_parallel=3)
     monkeypatch.delenv("GRPO_ENGINE_TOKEN", raising=False)
     with pytest.raises(UserError, match="GRPO_ENGINE_TOKEN is not set"):
         pool_of(tiny(), tmp_path, count=0, urls=["http://127.0.0.1:9"])
@@ -295,6 +297,15 @@ def test_a_run_on_a_pool_is_proved_and_survives_a_killed_server(tiny, tmp_path):
     found = rows(tmp_path / "run")
     assert found[-1]["engine/lost"] == 1 and max(row["probe/gap"] for row in found) < 1e-4 and "killed by SIGKILL" in errors
     assert [row["rollout"] for row in found] == list(range(21))
+
+
+@pytest.mark.slow
+def test_a_server_of_two_workers_that_share_each_layer_gets_its_weights(tiny, tmp_path):
+    split = {"servers": {"count": 1, "tensor_parallel": 2}, "timeout_s": 100}
+    run(write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), engine=split)))
+    found = rows(tmp_path / "run")
+    assert len(found) == 5 and max(row["probe/gap"] for row in found) < 1e-4
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in " ".join(p.info["cmdline"] or [])]
 
 
 def test_servers_of_somebody_else_train_and_judge_the_model_that_they_are_sent(tiny, tmp_path, monkeypatch):

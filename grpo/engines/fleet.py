@@ -21,7 +21,18 @@ from grpo.engines import EngineError, Request, SamplingOptions
 from grpo.engines._nccl import NcclSender
 from grpo.engines._plugin import BACKEND
 from grpo.engines._weights import SharedWeights
-from grpo.engines.server import COMMAND, Server, arguments, cores_of, difference, environment_of, free_port, token_of, transfer_of
+from grpo.engines.server import (
+    COMMAND,
+    Server,
+    arguments,
+    check_split,
+    cores_of,
+    difference,
+    environment_of,
+    free_port,
+    token_of,
+    transfer_of,
+)
 from grpo.types import Completion, UserError
 
 T = TypeVar("T")
@@ -44,6 +55,7 @@ class Fleet:
         self._settings, self._pool, self._decode, self._on_wait, self._say = settings, settings.servers, decode, on_wait, say
         self._leads, self._dtype = ranks.rank() == 0, getattr(torch, dtype)
         self._transfer = transfer_of(self._pool, torch.cuda.is_available())
+        check_split(model_dir, self._pool.tensor_parallel)
         token = token_of(self._pool)
         folder = Path(self._pool.folder or run_dir / "weights") if self._transfer == "file" else None
         self._weights = SharedWeights(folder) if self._leads and self._transfer != "nccl" else None

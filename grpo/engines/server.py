@@ -88,6 +88,14 @@ def arguments(model_dir: str, settings: configs.Engine, dtype: str, max_model_le
     return words
 
 
+def check_split(model_dir: str, size: int) -> None:
+    """Raises UserError for a model whose attention heads `size` GPUs cannot share."""
+    config = json.loads((Path(model_dir) / "config.json").read_text())
+    heads, shared = config.get("num_attention_heads", size), config.get("num_key_value_heads") or size
+    if heads % size or (shared % size and size % shared):
+        raise UserError(f"engine.servers.tensor_parallel={size} does not divide the model's {heads} heads and {shared} key-value heads")
+
+
 def cores_of(number: int, pool: configs.Servers) -> frozenset[int]:
     """Returns a local server's share of the cores; on a machine with GPUs, where it is held to none: no cores."""
     if torch.cuda.is_available():
@@ -110,8 +118,9 @@ def environment_of(token: str, number: int, pool: configs.Servers, cores: frozen
             )
         own = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
         return made | {"CUDA_VISIBLE_DEVICES": ",".join(own[i] if own else str(i) for i in range(first, first + size))}
-    bound = ",".join(map(str, sorted(cores)))
-    return made | {"OMP_NUM_THREADS": str(len(cores)), "VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    own, share = sorted(map(str, cores)), max(1, len(cores) // pool.tensor_parallel)  # of each of its workers
+    bound = "|".join(",".join((2 * own)[i * share % len(own) :][:share]) for i in range(pool.tensor_parallel))
+    return made | {"OMP_NUM_THREADS": str(share), "VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 
 
 def _base(tensor_parallel: int) -> dict[str, str]:
