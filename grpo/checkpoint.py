@@ -89,6 +89,9 @@ def read_update(folder: Path, step: int) -> list[Sample]:
         raise UserError(f"{folder}: step {step} was not kept for a replay; have {have} (logging.replay)")
     with np.load(file) as columns:
         held = {name: columns[name].tolist() for name in columns.files}
+    if "token_versions" not in held:  # of an older run: one a sample
+        sizes = zip(held["lengths"], held["prompts"], held["versions"], strict=True)
+        held["token_versions"] = [version for length, prompt, version in sizes for _ in range(length - prompt)]
     samples, token, place = [], 0, 0
     for i, (length, prompt) in enumerate(zip(held["lengths"], held["prompts"], strict=True)):
         own = slice(place, place + length - prompt)

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "quantize": "write a finished model in int8 and int4, and judge it before and after",
         "eval": "judge a model by a config's prompts and rewards; or compare two: `grpo eval RUN RUN`; or ask it: --ask",
         "pipeline": "run a chain of stages and judge the model of each",
-        "doctor": "say what will go wrong with a config of any stage, before it costs anything",
+        "doctor": "say what will go wrong with a stage's config, before it costs anything",
         "bench": "measure each phase of a train config against this machine",
     }.items():
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
@@ -147,7 +147,8 @@ def _run(options: argparse.Namespace) -> int:
 
         ask(options.config, options.ask)
         return 0
-    asked = command_of(configs.read_yaml(options.config)) if options.command == "doctor" else options.command
+    doctored = options.command == "doctor"
+    asked = command_of(configs.apply_overrides(configs.read_yaml(options.config), options.overrides)) if doctored else options.command
     config = configs.load(options.config, options.overrides, KINDS[asked])
     if options.command == "doctor" and not options.dry_run:
         from grpo.stages.doctor import doctor

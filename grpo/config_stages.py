@@ -295,7 +295,9 @@ KINDS: dict[str, type[Any]] = {  # a command's config
     "sft": SftConfig, "train": Config, "collect": CollectConfig, "distill": DistillConfig, "quantize": QuantizeConfig, "eval": EvalConfig,
     "pipeline": PipelineConfig, "bench": Config,
 }  # fmt: skip
-SECTIONS = {"stages": "pipeline", "way": "distill", "collect": "collect", "quantize": "quantize", "sft": "sft"}  # whose they are
+SECTIONS = {  # whose they are
+    "stages": "pipeline", "way": "distill", "collect": "collect", "quantize": "quantize", "sft": "sft", "sets": "eval", "endpoint": "eval",
+}  # fmt: skip
 
 
 def command_of(tree: dict[str, Any]) -> str:

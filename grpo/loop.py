@@ -25,7 +25,7 @@ from grpo.probe import Probe, sync
 from grpo.prompts import Prompts
 from grpo.selection import Selection
 from grpo.signals import Interrupted, Signals
-from grpo.types import Batch, Exhausted, Group, Problem, RunError, Sample, ScoredGroup
+from grpo.types import Batch, Exhausted, Group, Problem, Sample, ScoredGroup
 from rewards import language
 from rewards._pool import Pool
 
@@ -128,13 +128,13 @@ class Loop:
                 report = sync(self.engine, self.learner, self.rollout + 1, self.signals)
             with timer("probe"):
                 row |= {"sync/seconds": report.seconds, "sync/bytes": report.num_bytes} | self.probe.check()
+            self.whole = True
             if self._due(config.eval.every):
                 with timer("eval"):
                     self.evaluate(row)
-            self.whole = True
-        except (RunError, Interrupted) as error:  # of all ranks: what was measured is written down first
-            self.whole, failed = isinstance(error, EngineError), error
-            if isinstance(error, ranks.Alone):
+        except Exception as error:  # what was measured is written down first, where all ranks have met it
+            self.whole, failed = self.whole or isinstance(error, EngineError), error
+            if ranks.count() > 1 and not (hasattr(error, "of_all") or isinstance(error, Interrupted)):
                 raise
         row |= timer.metrics() | self._bounds([scored.group for scored in fresh], int(row["update/made"]))
         row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]

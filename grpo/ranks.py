@@ -103,7 +103,8 @@ def gather(what: str, value: T) -> list[T]:
 
 
 def together(what: str, work: Callable[[], T]) -> list[T]:
-    """Returns what every rank's work returned. An exception of one rank is raised on all; the one that had it tells it (`heard`)."""
+    """Returns what every rank's work returned. An exception of one rank is raised on all (`of_all`); the one that had it tells it, the
+    others have `heard` it."""
     result, failed = None, None
     try:
         result = work()
@@ -113,12 +114,13 @@ def together(what: str, work: Callable[[], T]) -> list[T]:
         failed = error
     known = failed is None or isinstance(failed, (UserError, RunError, Interrupted))
     results = gather(what, (result, failed if known else RunError(f"{type(failed).__name__}: {failed}")))
-    if failed is not None:
-        raise failed
     for number, (_, theirs) in enumerate(results):
         if theirs is not None:
-            theirs.heard = number  # type: ignore[attr-defined]
-            raise theirs
+            met: Any = failed or theirs
+            met.of_all = True  # every rank raises one now
+            if failed is None:
+                met.heard = number
+            raise met
     return [result for result, _ in results]  # type: ignore[misc] # only a failure leaves None
 
 

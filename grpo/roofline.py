@@ -122,6 +122,8 @@ def memory(config: Any, shape: Shape, hidden: int, vocabulary: int, ranks: int =
         states["reference"] = (reference or shape.weights) * shape.weight_bytes
     if learner.offload_optimizer:
         states.pop("optimizer")
+    if config.model.qat and not config.model.gradient_checkpointing:
+        states["rounded"] = shape.body * shape.weight_bytes  # of every layer, until its backward pass, on every rank
     for part, stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):  # ZeRO's stages share these out
         if part in states and learner.zero_stage >= stage:
             states[part] /= ranks

@@ -42,7 +42,7 @@ def best_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    weight = weight.float()
+    dtype, weight = weight.dtype, weight.float()
     parts = {
         "tensor": lambda w: w.reshape(1, 1, -1), "channel": lambda w: w.unsqueeze(1),
         "group": lambda w: w.unflatten(1, (-1, args.group_size or 1)),
@@ -52,6 +52,7 @@ def best_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
     least = torch.empty(())
     for clip in CLIPS if args.num_bits == 4 else (1.0,):
         scale, zero = calculate_qparams(low * clip, high * clip, args)
+        scale = scale.to(dtype).float()  # as it will be written, beside weights of that precision
         if args.strategy == "tensor":
             scale, zero = scale.reshape(1), zero.reshape(1)
         error = (parts(fake_quantize(weight, scale, zero, args)) - parts(weight)).square().sum(-1).reshape(scale.shape)
@@ -86,11 +87,19 @@ def _forward(layer: Any, weights: QuantizationArgs, activations: QuantizationArg
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
     with torch.no_grad():
-        scale = best_scale(layer.weight, weights)
-        weight = fake_quantize(layer.weight.float(), scale, torch.zeros_like(scale), weights).to(layer.weight.dtype)
+        weight = rounded_weight(layer.weight, weights)
         rounded = x if activations is None else fake_quantize(x, *compute_dynamic_scales_and_zp(x, activations, layer), activations)
     weight, x = _through(layer.weight, weight), _through(x, rounded)
     return torch.nn.functional.linear(x, weight, layer.bias)
+
+
+def rounded_weight(weight: Tensor, args: QuantizationArgs) -> Tensor:
+    """Returns the weight as it will be once quantised, in its own dtype."""
+    import torch
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    scale = best_scale(weight, args)
+    return fake_quantize(weight.float(), scale, torch.zeros_like(scale), args).to(weight.dtype)
 
 
 def _through(value: Tensor, rounded: Tensor) -> Tensor:

@@ -119,9 +119,12 @@ def test_a_run_of_an_older_version_goes_on_and_a_changed_key_is_named(tmp_path):
     del written["learner"]["sequence_parallel"]  # a key that came later
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     check_same(tmp_path, config)
-    written["learner"]["lr"] = 0.5
+    written["learner"]["lr"] = 0.5  # what a run that stopped may need
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-    with pytest.raises(UserError, match=r"its config is another one: learner.lr was 0.5, is 0.001"):
+    check_same(tmp_path, config)
+    written["learner"]["weight_decay"] = 0.5
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    with pytest.raises(UserError, match=r"its config is another one: learner.weight_decay was 0.5, is 0.0"):
         check_same(tmp_path, config)
 
 

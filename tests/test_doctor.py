@@ -49,21 +49,22 @@ def test_the_states_are_those_that_the_learner_really_holds(tiny, tmp_path):
     assert roofline.memory(lora, shape_of(tiny), 64, 262)["optimizer"] < 0.5 * parts["optimizer"]
 
 
-def test_held_out_problems_that_are_in_the_training_data_are_counted():
+def test_held_out_problems_that_are_in_the_training_data_are_counted(tiny, tmp_path):
+    config = tiny_config(tmp_path, tiny())
     question = "A farmer has twelve cows and buys three more at the market on Monday"
     train = [Problem(id="a", question=f"Well. {question}. How many?", answer="15", source="s")]
     judged = [
         Problem(id="b", question=f"{question}; then?", answer="15", source="s"),
         Problem(id="c", question="2 + 2?", answer="4", source="s"),
     ]
-    (check,) = _checks.contamination(train, judged)
+    (check,) = _checks.contamination(config, train, judged)
     assert check.level == "warn" and check.text.startswith("1 of 2") and "b" in check.text
-    (check,) = _checks.contamination(train, judged[1:])
+    (check,) = _checks.contamination(config, train, judged[1:])
     assert check.level == "ok"
     short = [Problem(id="d", question="2  + 2?", answer="4", source="other"), Problem(id="e", question="2 - 2?", answer="0", source="s")]
-    (check,) = _checks.contamination(short, judged[1:])
+    (check,) = _checks.contamination(config, short, judged[1:])
     assert check.text.startswith("1 of 1")  # a short question is compared as a whole ...
-    (check,) = _checks.contamination(short[1:], judged[1:])
+    (check,) = _checks.contamination(config, short[1:], judged[1:])
     assert check.level == "ok"  # ... not by its words
 
 
@@ -141,4 +142,7 @@ def test_every_stage_has_its_doctor(tiny, tmp_path, capsys):
     text = taught | {"way": "sequence", "collect": {"problems": 4}, "sft": {"updates": 1, "batch_size": 2, "max_tokens": 256}, "data": own}
     out = doctored(tmp_path, capsys, text, "--no-sample")
     assert "collect:" in out and "sft:" in out and "nothing failed" in out  # its traces are still to come
-    assert "ok    disk" in doctored(tmp_path, capsys, sampled | {"quantize": {}}, "--no-sample")
+    assert "engine" not in doctored(tmp_path, capsys, sampled | {"quantize": {}}, "--no-sample")
+    sets = {"sets": {"one": {"name": "arithmetic"}}, "data": {"name": "arithmetic"}, "rewards": {"accuracy": 1.0}}
+    out = doctored(tmp_path, capsys, sampled | sets, "eval.problems=9", "--no-sample")
+    assert "of 9 held-out problems" in out and "learner" not in out

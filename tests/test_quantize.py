@@ -19,7 +19,7 @@ from grpo.config_stages import DistillConfig, QuantizeConfig
 from grpo.engines import Request, SamplingOptions
 from grpo.learners.deepspeed import Learner
 from grpo.losses import cross_entropy
-from grpo.rounding import best_scale, learn_rounded, linear_layers
+from grpo.rounding import arguments, best_scale, learn_rounded, linear_layers, rounded_weight
 from grpo.stages.quantize import check, write_quantized
 from grpo.types import UserError
 
@@ -51,6 +51,17 @@ def test_what_cannot_be_quantised_is_told_before_a_weight_is_loaded(tiny, tmp_pa
     tree = {"run_dir": "x", "data": {"name": "arithmetic"}, "model": {"path": "tiny-qwen2", "lora": {}}}
     with pytest.raises(UserError, match="takes a finished model"):
         configs.parse(tree, kind=QuantizeConfig)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_tensor", "int4"])
+def test_the_rounded_weights_are_those_written_in_bfloat16_too(tiny, tmp_path, scheme):
+    models.load_model(tiny(), "eager").to(torch.bfloat16).save_pretrained(tmp_path / "own")
+    write_quantized(tmp_path / "own", tmp_path / scheme, scheme, 32, models.load_tokenizer(tiny()))
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / scheme, dtype="auto")
+    written(torch.tensor([[40, 41]]))  # unpacks its weights
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype="auto")
+    for (name, layer), (_, theirs) in zip(linear_layers(own), linear_layers(written), strict=True):
+        assert torch.equal(rounded_weight(layer.weight.data, arguments(scheme, 32)[0]), theirs.weight), name
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8_tensor", "int4"])

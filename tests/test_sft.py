@@ -155,3 +155,18 @@ def test_what_is_learned_is_the_prompt_and_the_completion_of_the_training(tiny, 
     text = tokenizer.decode(learned)
     assert text.startswith("<think>") and text.endswith("</answer><eos>") and tokenizer.decode(row["input_ids"]).endswith(text)
     assert row["labels"][: len(row["labels"]) - len(learned)] == [-100] * (len(row["labels"]) - len(learned))
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bfloat16"), (2, "float32")])
+def test_updates_with_exploding_gradients_are_skipped_and_the_third_stops_the_run(tiny, tmp_path, stage, dtype):
+    learner = {"zero_stage": stage, "skip_grad_norm": 1e-6}
+    config = sft_config(tmp_path / "run", tiny(), learner=learner, model={"dtype": dtype}, checkpoint={"every": 1})
+    errors = run(write(tmp_path / "config.yaml", config), command="sft", code=1)
+    assert "not finite or above learner.skip_grad_norm=1e-06, 3 times in a row" in errors and "Traceback" not in errors
+    found = rows(tmp_path / "run")
+    assert len(found) == 2 and all(row["update/not_finite"] == 1 and row["policy/grad_norm"] > 1e-6 for row in found)
+    first, second = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    last = [torch.load(next(folder.rglob("mp_rank_00_model_states.pt")), weights_only=False)["module"] for folder in (first, second)]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    run(write(tmp_path / "config.yaml", config), "--resume", "learner.skip_grad_norm=1000", command="sft")
+    assert [row["update/not_finite"] for row in rows(tmp_path / "run")] == [1, 1, 0, 0, 0, 0]

@@ -138,6 +138,8 @@ class Fleet:
     def _completion(self, choice: dict[str, Any]) -> Completion:
         ids, stopped = tuple(choice["token_ids"]), choice["finish_reason"] == "stop" and not isinstance(choice["stop_reason"], str)
         spans = tuple((_number(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"] or ())
+        if spans and [0, *(end for _, _, end in spans)] != [*(start for _, start, _ in spans), len(ids)]:
+            raise EngineError(f"the versions of a completion's {len(ids)} tokens have gaps: {spans}")
         return Completion(
             token_ids=ids, logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
             text=self._decode(ids[:-1] if stopped else ids), finish_reason=choice["finish_reason"],

@@ -17,6 +17,7 @@ from torch import nn
 
 from grpo import config as configs
 from grpo import ranks
+from grpo.types import RunError
 
 
 def learning_rate(settings: configs.Learner, update: int, total_updates: int) -> float:
@@ -56,6 +57,18 @@ def parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[s
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+MAX_LOST = 3  # updates in a row whose gradient is not finite, or too large; each is skipped
+
+
+def not_finite(update: int, loss: float, norm: float, settings: configs.Learner) -> RunError:
+    """Returns the error that ends a run whose updates were skipped, or spoiled its weights."""
+    return RunError(
+        f"update {update}: loss {loss}, gradient norm {norm}: not finite or above learner.skip_grad_norm={settings.skip_grad_norm:g}, "
+        f"{MAX_LOST if settings.zero_stage else 1} times in a row. The last checkpoint is good: go on from it with --resume and a lower "
+        "learner.lr (or, if such norms are usual here, a higher skip_grad_norm)"
+    )
 
 
 class NormLimit:

@@ -18,7 +18,7 @@ from grpo import config as configs
 from grpo import lora, moe, ranks
 from grpo.batch import to_device
 from grpo.learners import ulysses
-from grpo.learners._setup import FreedMemory, NormLimit, deepspeed_config, join, learning_rate, parameter_groups
+from grpo.learners._setup import MAX_LOST, FreedMemory, NormLimit, deepspeed_config, join, learning_rate, not_finite, parameter_groups
 from grpo.logprobs import Policy
 from grpo.losses._objective import Loss, objective
 from grpo.types import Batch, RunError
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from grpo.config_stages import DistillConfig, Soft
 
 
-MAX_LOST = 3  # updates in a row whose gradient is not finite, or too large; each is skipped
 BUCKET = 2**28  # bytes of weights that ZeRO-3 makes whole at once for the engine
 
 
@@ -115,11 +114,7 @@ class Learner:
         self._memory.after_update()
         self._lost = 0 if applied and math.isfinite(sums["loss"]) else self._lost + 1
         if self._lost == MAX_LOST:
-            raise RunError(
-                f"update {self.updates}: loss {sums['loss']}, gradient norm {norm}: not finite or above learner.skip_grad_norm="
-                f"{self._settings.skip_grad_norm:g}, {MAX_LOST} times in a row. Each was skipped. The last checkpoint is good: go on "
-                "from it with --resume and a lower learner.lr"
-            )
+            raise not_finite(self.updates, sums["loss"], norm, self._settings)
         loss_value, rho, squared = sums.pop("loss"), sums.pop("_rho"), sums.pop("_rho_squared")
         return {name: value / tokens for name, value in sums.items()} | {
             "loss": loss_value, "policy/grad_norm": norm, "policy/lr": lr, "mismatch/max_weight": max(most for _, most in found),

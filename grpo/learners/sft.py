@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from grpo import lora, packing, ranks
 from grpo.config_stages import SftConfig
-from grpo.learners._setup import FreedMemory, deepspeed_config, join, learning_rate
+from grpo.learners._setup import MAX_LOST, FreedMemory, NormLimit, deepspeed_config, join, learning_rate, not_finite
 
 METRICS = {
     "loss": "loss", "grad_norm": "policy/grad_norm", "entropy": "policy/entropy", "mean_token_accuracy": "policy/token_accuracy",
@@ -37,6 +38,8 @@ class SupervisedTrainer(SFTTrainer):
         self._memory = FreedMemory()
         self._config, self._on_update, self._keep, self._ended = config, on_update, save, stop
         self._clock = time.monotonic()
+        self._limit: NormLimit | None = None
+        self._lost = 0  # updates in a row that were skipped
         cuda = torch.cuda.is_available()
         settings, micro = config.learner, config.micro_batch
         arguments = SFTConfig(
@@ -77,6 +80,12 @@ class SupervisedTrainer(SFTTrainer):
         )
         return self.lr_scheduler
 
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        if self._limit is None:  # DeepSpeed's optimizer is there now
+            engine: Any = self.deepspeed
+            self._limit = NormLimit(engine.optimizer, self._config.learner.skip_grad_norm)
+        return super().training_step(*arguments, **named)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
 
@@ -89,6 +98,7 @@ class SupervisedTrainer(SFTTrainer):
         settings = self._config.learner
         row: dict[str, Any] = {"step": update, "update": update}
         row |= {ours: float(logs[theirs]) for theirs, ours in METRICS.items() if theirs in logs}
+        row |= self._skipped(row)
         size = self._config.sft.batch_size
         row["update/tokens"] = sum(self._lengths[(update - 1) * size : update * size])  # TRL's own count starts anew at a resume
         row |= {"policy/lr": learning_rate(settings, update - 1, self._config.sft.updates), "time/total_s": time.monotonic() - self._clock}
@@ -100,6 +110,16 @@ class SupervisedTrainer(SFTTrainer):
             if self._ended():
                 self.control.should_training_stop = True
         self._clock = time.monotonic()
+
+    def _skipped(self, row: dict[str, Any]) -> dict[str, float]:
+        """Returns whether the update was skipped, and its norm; without ZeRO nothing is, and its weights are lost. Raises RunError."""
+        assert self._limit is not None
+        engine: Any = self.deepspeed
+        applied = bool(engine.was_step_applied()) and math.isfinite(row["loss"])
+        self._lost = 0 if applied else self._lost + 1
+        if self._lost == (MAX_LOST if self._config.learner.zero_stage else 1):
+            raise not_finite(row["update"], row["loss"], self._limit.norm, self._config.learner)
+        return {"update/not_finite": float(not applied)} | ({} if applied else {"policy/grad_norm": self._limit.norm})
 
     def _write(self, directory: Path) -> None:
         self.args.output_dir = str(directory)

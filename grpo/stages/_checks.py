@@ -15,7 +15,7 @@ import psutil
 
 from grpo import models, rollout, roofline
 from grpo.config import Config, RunConfig, SampledConfig
-from grpo.config_stages import CollectConfig, DistillConfig, QuantizeConfig, SftConfig
+from grpo.config_stages import CollectConfig, DistillConfig, EvalConfig, QuantizeConfig, SftConfig
 from grpo.prompts import Prompts, visible
 from grpo.stages.collect import ngrams
 from grpo.types import Problem, ScoredGroup, UserError
@@ -102,8 +102,13 @@ def memory(config: RunConfig, shape: roofline.Shape, model_dir: Path, reference:
     import torch
 
     raw = json.loads((model_dir / "config.json").read_text())
-    learns, sampled = not isinstance(config, CollectConfig | QuantizeConfig), isinstance(config, Config | CollectConfig | QuantizeConfig)
+    learns = not isinstance(config, CollectConfig | QuantizeConfig | EvalConfig)
+    judges = isinstance(config, QuantizeConfig) and config.eval is not None
+    asked = isinstance(config, DistillConfig) and bool(config.soft and config.soft.teacher_topk)  # the teacher, on an engine; in turns
+    sampled = isinstance(config, Config | CollectConfig) or judges
     parts = roofline.memory(config, shape, raw["hidden_size"], raw["vocab_size"], reference=reference) if learns else {}
+    if asked:
+        parts.pop("reference", None)
     cuda = torch.cuda.is_available()
     there = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().available
     told, needed = [], 0.0
@@ -153,8 +158,11 @@ def disk(config: RunConfig, weights: int) -> Iterator[Check]:
     )  # fmt: skip
 
 
-def contamination(problems: Sequence[Problem], judged: Sequence[Problem], n: int = 10) -> Iterator[Check]:
+def contamination(config: RunConfig, problems: Sequence[Problem], judged: Sequence[Problem]) -> Iterator[Check]:
     """Runs of n words that a held-out problem shares with a training one, as R1 filtered its data; shorter questions as a whole."""
+    n = config.collect.ngram if isinstance(config, CollectConfig) else 10
+    way = "judge on another set, or leave those out: such accuracy is partly memory"
+    way = "grpo collect leaves out what overlaps" if isinstance(config, CollectConfig) else way
     known = {run for problem in problems for run in ngrams(problem.question, n)}
     questions = {_plain(problem.question) for problem in problems}
 
@@ -166,7 +174,7 @@ def contamination(problems: Sequence[Problem], judged: Sequence[Problem], n: int
     yield Check(
         "warn" if bad else "ok", "contamination", f"{len(bad)} of {len(judged)} held-out problems share {n} words in a row, or all, with "
         f"one of {len(problems)} training problems" + (f": {', '.join(bad[:3])}" if bad else ""),
-        "judge on another set, or leave those out: such accuracy is partly memory" if bad else "",
+        way if bad else "",
     )  # fmt: skip
 
 

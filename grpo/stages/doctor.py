@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo import models, ranks, rollout, roofline
 from grpo.config import Config, Data, RunConfig
-from grpo.config_stages import CollectConfig, DistillConfig, PipelineConfig, SftConfig
+from grpo.config_stages import CollectConfig, DistillConfig, EvalConfig, PipelineConfig, SftConfig
 from grpo.metrics import quiet
 from grpo.prompts import Chat, Prompts
 from grpo.stages import _checks
@@ -99,12 +99,12 @@ def _findings(config: RunConfig, scratch: Path, sample: bool, price: float | Non
         yield from _checks.memory(config, shape, model_dir, reference)
     yield from _checks.disk(config, weights)
     if judged := _judged(config, prompts):
-        yield from _checks.contamination(problems, judged)
+        yield from _checks.contamination(config, problems, judged)
     if not sample or not isinstance(config, Config | CollectConfig):
         return
     groups, rate, synced = _sample(config, scratch, model_dir, problems[: 1 if asked else SAMPLED], weights)
     yield from _checks.samples(groups)
-    if isinstance(config, Config):
+    if isinstance(config, Config) and not isinstance(config, EvalConfig):
         told = f"{synced:.2f} s for {weights * shape.weight_bytes / 1e9:.2f} GB, through the real way into the engine"
         yield Check("ok", "sync", told)
         yield from _time(config, shape, groups, rate, price)
@@ -127,8 +127,9 @@ def _judged(config: RunConfig, prompts: Prompts | Chat) -> list[Problem]:
         return [problem for rows in sets.values() for problem in rows]
     if not isinstance(config, Config) or not config.eval.every:
         return []
-    own = config.eval.data or config.data
-    return held_out(own, load_problems(own, "test", config.seed), prompts, config.eval.problems)
+    sets_of_eval = list(config.sets.values()) if isinstance(config, EvalConfig) else []
+    judged = sets_of_eval or [config.eval.data or config.data]
+    return [p for own in judged for p in held_out(own, load_problems(own, "test", config.seed), prompts, config.eval.problems)]
 
 
 def _between(config: Config) -> int:
@@ -154,7 +155,7 @@ def _sample(
         stage.stack.callback(pool.close)
         sampler = Sampler(own, stage, config.teacher if isinstance(config, CollectConfig) else None)
         synced = 0.0
-        if isinstance(config, Config):
+        if isinstance(config, Config) and not isinstance(config, EvalConfig):
             with quiet(scratch / "log"):
                 synced = send_weights(sampler.engine, model_dir)
         start = time.monotonic()

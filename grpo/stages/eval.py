@@ -148,12 +148,9 @@ def ask(model: str, question: str) -> None:
         if not kept:
             folder = models.resolve(finished(model), None, Path(scratch) / "model", 0)
             kept["prompt"] = {"template": "chat" if models.load_tokenizer(folder).chat_template else "plain"}
-        own = {
-            "run_dir": f"{scratch}/run",
-            "model": {"path": finished(model), "dtype": tree.get("model", {}).get("dtype", "bfloat16")},
-            "data": {"name": "arithmetic"},
-            "logging": {"progress": "off"},
-        }
+        dtype = "bfloat16" if "quantize" in tree else tree.get("model", {}).get("dtype", "bfloat16")  # int4's kernels know no other
+        own = {"run_dir": f"{scratch}/run", "data": {"name": "arithmetic"}, "logging": {"progress": "off"}}
+        own |= {"model": {"path": finished(model), "dtype": dtype}}
         config = configs.parse(kept | own, kind=EvalConfig)
         with open_stage(config, "ask", total=1, unit="question", resume=False) as stage:
             problem = Problem(id="asked", question=question, answer="", source="asked")

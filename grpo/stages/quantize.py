@@ -87,10 +87,13 @@ def write_quantized(model_dir: Path, target: Path, scheme: str, group_size: int,
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)}
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
-    for _, layer in linear_layers(model):
-        layer.weight_scale.data.copy_(best_scale(layer.weight.data, weights))
+    scales = {layer: best_scale(layer.weight.data, weights) for _, layer in linear_layers(model)}
+    for layer, scale in scales.items():  # weight / scale in float32: in bfloat16 it would round to other steps
+        layer.weight.data, layer.weight_scale.data = layer.weight.data.float(), scale
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
+    for layer in scales:
+        layer.weight_scale.data = layer.weight_scale.data.to(model.dtype)
     with replace_directory(target) as scratch:
         model.save_pretrained(scratch)
         compressor.update_config(str(scratch))

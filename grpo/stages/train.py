@@ -114,7 +114,7 @@ def _run(
 
 def _of_all(error: Exception) -> bool:
     """Returns whether every rank has met an error, so that all can write a checkpoint together."""
-    return ranks.count() == 1 or (isinstance(error, RunError) and not isinstance(error, ranks.Alone))
+    return ranks.count() == 1 or hasattr(error, "of_all")
 
 
 def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
