@@ -134,7 +134,7 @@ class Loop:
                     self.evaluate(row)
         except Exception as error:  # what was measured is written down first, where all ranks have met it
             self.whole, failed = self.whole or isinstance(error, EngineError), error
-            if ranks.count() > 1 and not (hasattr(error, "of_all") or isinstance(error, Interrupted)):
+            if not (ranks.of_all(error) or isinstance(error, Interrupted)):
                 raise
         row |= timer.metrics() | self._bounds([scored.group for scored in fresh], int(row["update/made"]))
         row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from grpo import ranks
 from grpo.batch import micro_batches
@@ -81,10 +82,12 @@ class Probe:
 
     def _judge(self, gap: float, what: str, meaning: str) -> None:
         if not gap <= self._max_gap:
-            raise RunError(
+            error: Any = RunError(
                 f"{what} found that engine and learner disagree: mean |difference of logprobs| {gap:.4g}, allowed {self._max_gap:g}. "
                 f"Either {meaning}, or this model's low-precision noise is larger: see probe.max_gap, or try engine.dtype=float32"
             )
+            error.of_all = True  # the gap is the same on all ranks
+            raise error
 
 
 def sync(engine: Engine, learner: Learner, version: int, signals: Signals | None = None) -> SyncReport:

@@ -124,6 +124,11 @@ def together(what: str, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in results]  # type: ignore[misc] # only a failure leaves None
 
 
+def of_all(error: Exception) -> bool:
+    """Returns whether every rank has met an error, so that all can still do something together: write a checkpoint, say."""
+    return count() == 1 or hasattr(error, "of_all")
+
+
 def sum_seconds(num_bytes: int, tries: int = 5) -> float:
     """Returns the seconds in which all ranks sum `num_bytes` of float32: the largest of the ranks' medians."""
     import torch

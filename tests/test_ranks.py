@@ -167,6 +167,18 @@ def test_a_killed_rank_ends_the_job_and_one_rank_goes_on_where_two_stopped(strai
     assert all(b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(curve(straight / "run-2"), curve(tmp_path / "run"), strict=True))
 
 
+def test_a_reward_that_fails_on_one_rank_costs_the_rollout_and_no_more(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CALLS", "16")  # of rank 1: half of four groups of four a rollout
+    made = SECTIONS | {"model": {"dtype": "float32"}, "checkpoint": {"every": 0}, "eval": {"every": 0}}
+    made |= {"rewards": {"digits:share_until_the_third": 1.0}, "train": {"rollouts": 4, "problems": 4, "group_size": 4}}
+    errors = run(write_config(tmp_path / "c.yaml", tiny_config(tmp_path / "run", tiny(), **made)), ranks=2, code=1)
+    assert "reward digits:share_until_the_third failed on completion" in errors and "ValueError: no more" in errors
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000002"]
+    monkeypatch.setenv("CALLS", "1000")
+    run(str(tmp_path / "c.yaml"), "--resume", ranks=2)
+    assert [row["rollout"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
+
+
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_and_two_ranks_go_on(straight, tmp_path):
     config = (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))

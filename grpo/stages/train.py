@@ -96,7 +96,7 @@ def _run(
             _stream(loop, stage, state["selection"].get("stream") if checkpoint else None)
         loop.train()
     except Exception as error:
-        if isinstance(error, Interrupted | Exhausted) or (loop.whole and _of_all(error)):
+        if isinstance(error, Interrupted | Exhausted) or (loop.whole and ranks.of_all(error)):
             told = ": nothing to save yet"
             if loop.rollout:
                 try:
@@ -110,11 +110,6 @@ def _run(
         return
     loop.save()
     write_final(stage, config, model_dir, tokenizer, learner)
-
-
-def _of_all(error: Exception) -> bool:
-    """Returns whether every rank has met an error, so that all can write a checkpoint together."""
-    return ranks.count() == 1 or hasattr(error, "of_all")
 
 
 def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
