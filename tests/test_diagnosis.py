@@ -1,13 +1,15 @@
 """What is said of a run's numbers: every rule on a run with its fault, and nothing on one that is well."""
 
 import math
+import time
+from dataclasses import replace
 
 import pytest
 from test_loop import make_loop
 
 from grpo import config as configs
 from grpo.diagnosis import RULES, Watch, findings
-from grpo.types import Exhausted, UserError
+from grpo.types import Exhausted, Problem, UserError, Verdict
 
 WELL = {
     "reward/mean": 0.5, "reward/accuracy": 0.45, "reward/format": 0.9, "reward/undecided": 0.0, "group/all_wrong": 0.2,
@@ -54,6 +56,78 @@ def test_each_rule_speaks_once_of_its_own_fault_and_of_nothing_else(rule):
     (finding,) = findings(rows)
     assert finding.rule == rule and text in finding.text
     assert not [finding for finding in findings(rows[: finding.step - 1]) if finding.rule == rule]
+
+
+def completing(loop, **changed):
+    """Every completion of the loop's engine is as it would be, but for what is changed."""
+    made = loop.engine._completion
+    loop.engine._completion = lambda seed: replace(made(seed), **changed)
+
+
+def rewarded(loop, **functions):
+    """Rewards by name, of the loop, a completion and its problem."""
+    loop.rewards = {
+        name: (lambda groups, _, f=f: [[f(loop, c, group.problem) for c in group.completions] for group in groups], 1.0)
+        for name, f in functions.items()
+    }
+
+
+def even(loop, completion, problem):
+    return float(completion.token_ids[0] % 2 == 0)
+
+
+def judge(value):
+    return lambda loop, completion, problem: Verdict(value=value)
+
+
+def seldom_decided(loop, completion, problem):
+    return Verdict(value="undecided" if completion.token_ids[0] % 3 else "correct")
+
+
+def hacked(loop):
+    loop.held_out = [Problem(id=f"p{i}", question="", answer="", source="held out") for i in range(8)]
+    rewarded(
+        loop,
+        accuracy=lambda loop, c, p: Verdict(value="correct" if p.source == "held out" and loop.rollout < 3 else "wrong"),
+        length=lambda loop, c, p: float(len(c.token_ids) > 8 - loop.rollout),
+    )
+
+
+EVERY = {"rollouts": 5, "problems": 4, "group_size": 4}
+REAL = {  # what is done to a loop, and its config; each makes real rollouts and updates
+    "too_hard": (lambda loop: rewarded(loop, accuracy=judge("wrong")), {}),
+    "too_easy": (lambda loop: rewarded(loop, accuracy=judge("correct")), {}),
+    "undecided": (lambda loop: rewarded(loop, accuracy=seldom_decided), {}),
+    "no_signal": (lambda loop: rewarded(loop, kind=lambda *_: 0.5), {}),
+    "truncated": (lambda loop: completing(loop, finish_reason="length"), {}),
+    "mismatch": (lambda loop: None, {}),  # the engine's logprobs are of no model
+    "zero_loss": (lambda loop: None, {"algorithm": {"kl_coef": 0.0}}),
+    "clipped": (lambda loop: None, {"algorithm": {"clip_low": 1e-4, "clip_high": 1e-4}, "learner": {"lr": 1e-2},
+                                    "train": EVERY | {"updates_per_rollout": 4}}),
+    "far": (lambda loop: None, {"learner": {"lr": 0.1}, "algorithm": {"kl_coef": 1e-6}}),
+    "gradient": (lambda loop: rewarded(loop, even=lambda loop, c, p: even(loop, c, p) * (99 if loop.rollout == 12 else 1)),
+                 {"algorithm": {"advantage": "none"}, "train": EVERY | {"rollouts": 13}, "learner": {"lr": 1e-9}}),
+    "format_only": (lambda loop: rewarded(loop, format=lambda loop, c, p: 1.0, accuracy=judge("wrong"), even=even),
+                    {"train": EVERY | {"rollouts": 20}}),
+    "hacking": (hacked, {"train": EVERY | {"rollouts": 8}, "eval": {"every": 1}}),
+    "flat": (lambda loop: None, {"train": EVERY | {"rollouts": 40}, "learner": {"lr": 1e-9}}),
+    "slow_rewards": (lambda loop: rewarded(loop, even=lambda *a: time.sleep(0.05) or even(*a)), {}),
+    "language": (lambda loop: completing(loop, text="我们先把两个数相加然后得到最后的答案"), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", REAL)
+def test_a_real_loop_with_the_fault_is_told_of_it(tiny, tmp_path, rule):
+    prepare, sections = REAL[rule]
+    named = lambda at, n: [Problem(id=f"p{(at + i) % 40}", question="How many apples are there?", answer="", source="t") for i in range(n)]  # noqa: E731
+    loop = make_loop(
+        tmp_path, tiny, take=named, **({"train": EVERY} | sections | {"algorithm": {"max_idle": 0} | sections.get("algorithm", {})})
+    )
+    said = []
+    loop.display.say = said.append
+    prepare(loop)
+    loop.train()
+    assert any(text.startswith(f"diagnosis, {rule}: ") for text in said), said
 
 
 def test_a_run_that_is_well_is_left_in_peace():
