@@ -142,6 +142,8 @@ def disk(config: RunConfig, weights: int) -> Iterator[Check]:
     kept, models_kept, tokens = 0, 0, 0
     if isinstance(config, CollectConfig):
         tokens = config.collect.problems * config.collect.samples * config.sampling.max_tokens
+    elif isinstance(config, EvalConfig):
+        tokens = config.eval.problems * (len(config.sets) or 1) * config.eval.samples * config.sampling.max_tokens
     elif isinstance(config, QuantizeConfig):
         models_kept = len(config.quantize.schemes)
     else:
@@ -153,7 +155,7 @@ def disk(config: RunConfig, weights: int) -> Iterator[Check]:
     enough = needed < free
     yield Check(
         "ok" if enough else "fail", "disk",
-        f"{needed / GB:.1f} GB for {kept} checkpoints and all samples at their longest, {free / GB:.1f} GB free",
+        f"{needed / GB:.1f} GB for {kept} checkpoints, {models_kept} models and all samples at their longest, {free / GB:.1f} GB free",
         "" if enough else "another run_dir, a lower checkpoint.keep_last",
     )  # fmt: skip
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from grpo import models, ranks, rollout, roofline
 from grpo.config import Config, Data, RunConfig
-from grpo.config_stages import CollectConfig, DistillConfig, EvalConfig, PipelineConfig, SftConfig
+from grpo.config_stages import CollectConfig, DistillConfig, EvalConfig, PipelineConfig, SftConfig, Teacher
 from grpo.metrics import quiet
 from grpo.prompts import Chat, Prompts
 from grpo.stages import _checks
 from grpo.stages._checks import SAMPLED, Check
 from grpo.stages._run import Sampler, held_out, judges, load_problems, mixture, open_stage, send_weights
 from grpo.stages.dry_run import arithmetic
+from grpo.stages.eval import finished
 from grpo.types import Problem, ScoredGroup, UserError
 
 SUMMED = 2**26  # bytes
@@ -74,17 +75,21 @@ def _model(config: RunConfig, scratch: Path) -> tuple[Path, Any, Prompts, int]:
 def _findings(config: RunConfig, scratch: Path, sample: bool, price: float | None, *, to_come: bool) -> Iterator[Check]:
     """Yields what is found of one stage. `to_come`: what it learns from is not there yet."""
     scratch.mkdir(exist_ok=True)
+    if isinstance(config, EvalConfig):
+        config = config.by_protocol()
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": finished(config.model.path)})})
     yield Check("ok", "batch", arithmetic(config))
     yield from _checks.versions()
-    train = load_problems(config.data, "train", config.seed)
-    asked = isinstance(config, CollectConfig) and config.teacher
+    train = {} if isinstance(config, EvalConfig) else load_problems(config.data, "train", config.seed)
+    asked = _endpoint(config)
     prompts: Prompts | Chat = Chat(config.prompt)
     model_dir, weights = scratch, 0
     if not asked:
         model_dir, tokenizer, prompts, weights = _model(config, scratch)
         models.check_context(model_dir, config.max_sequence_tokens)  # type: ignore[attr-defined]
-    stream = mixture(config.data, train, prompts, config.seed)
-    problems = list({problem.id: problem for problem in stream.take(0, drawn(config))}.values())
+    judged = _judged(config, prompts)
+    stream = mixture(config.data, train, prompts, config.seed) if train else None
+    problems = list({problem.id: problem for problem in stream.take(0, drawn(config))}.values()) if stream else judged
     if isinstance(prompts, Prompts):
         shape = roofline.shape(model_dir, weights, config.model.dtype)
         yield from _checks.prompt(config, prompts, tokenizer, problems[0])
@@ -98,16 +103,20 @@ def _findings(config: RunConfig, scratch: Path, sample: bool, price: float | Non
             yield from _checks.solutions(config, problems, prompts)
         yield from _checks.memory(config, shape, model_dir, reference)
     yield from _checks.disk(config, weights)
-    if judged := _judged(config, prompts):
+    if judged and stream:
         yield from _checks.contamination(config, problems, judged)
     if not sample or not isinstance(config, Config | CollectConfig):
         return
-    groups, rate, synced = _sample(config, scratch, model_dir, problems[: 1 if asked else SAMPLED], weights)
+    groups, rate, synced = _sample(config, scratch, asked, model_dir, problems[: 1 if asked else SAMPLED], weights)
     yield from _checks.samples(groups)
     if isinstance(config, Config) and not isinstance(config, EvalConfig):
         told = f"{synced:.2f} s for {weights * shape.weight_bytes / 1e9:.2f} GB, through the real way into the engine"
         yield Check("ok", "sync", told)
         yield from _time(config, shape, groups, rate, price)
+
+
+def _endpoint(config: RunConfig) -> Teacher | None:
+    return config.teacher if isinstance(config, CollectConfig) else config.endpoint if isinstance(config, EvalConfig) else None
 
 
 def drawn(config: RunConfig) -> int:
@@ -125,10 +134,9 @@ def _judged(config: RunConfig, prompts: Prompts | Chat) -> list[Problem]:
         named = config.collect.decontaminate
         sets = load_problems(Data(mixture=named, path=config.data.path), "test", config.seed) if named else {}
         return [problem for rows in sets.values() for problem in rows]
-    if not isinstance(config, Config) or not config.eval.every:
+    if not isinstance(config, Config) or not (config.eval.every or isinstance(config, EvalConfig)):
         return []
-    sets_of_eval = list(config.sets.values()) if isinstance(config, EvalConfig) else []
-    judged = sets_of_eval or [config.eval.data or config.data]
+    judged = (list(config.sets.values()) if isinstance(config, EvalConfig) else []) or [config.eval.data or config.data]
     return [p for own in judged for p in held_out(own, load_problems(own, "test", config.seed), prompts, config.eval.problems)]
 
 
@@ -145,7 +153,7 @@ def _between(config: Config) -> int:
 
 
 def _sample(
-    config: Config | CollectConfig, scratch: Path, model_dir: Path, problems: Sequence[Problem], weights: int
+    config: Config | CollectConfig, scratch: Path, asked: Teacher | None, model_dir: Path, problems: Sequence[Problem], weights: int
 ) -> tuple[list[ScoredGroup], float, float]:
     """Returns scored groups from the real engine or endpoint, tokens a second, and the seconds of a real sync (0 without)."""
     logging = config.logging.model_copy(update={"trackers": []})
@@ -153,7 +161,7 @@ def _sample(
     with open_stage(own, "doctor", total=1, unit="check", resume=False) as stage:
         pool, rewards = judges(config)
         stage.stack.callback(pool.close)
-        sampler = Sampler(own, stage, config.teacher if isinstance(config, CollectConfig) else None)
+        sampler = Sampler(own, stage, asked)
         synced = 0.0
         if isinstance(config, Config) and not isinstance(config, EvalConfig):
             with quiet(scratch / "log"):
