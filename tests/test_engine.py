@@ -226,21 +226,3 @@ def test_shared_weights_arrive_bit_for_bit_and_a_flipped_bit_is_named(tmp_path, 
 def test_too_little_memory_is_told_before_the_engine_starts():
     with pytest.raises(UserError, match=r"KV cache 100000 GB.*lower engine.kv_cache_gb"):
         check_memory(configs.Engine(kv_cache_gb=100_000), weight_bytes=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.engine
-def test_weights_reach_a_gpu_engine_by_cuda_ipc_and_survive_sleep(tiny, tmp_path):
-    engine = start(tiny(), tmp_path, dtype="bfloat16")
-    try:
-        learner, probe = put_together(engine, tiny(), tmp_path)
-        probe._max_gap = MAX_GAP[False]
-        probe.canary(version=0)
-        sync(engine, learner, version=1)
-        probe.check()
-        engine.sleep()
-        engine.wake()
-        sync(engine, learner, version=2)
-        probe.check()
-    finally:
-        engine.close()
