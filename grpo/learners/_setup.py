@@ -62,11 +62,11 @@ def parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[s
 MAX_LOST = 3  # updates in a row whose gradient is not finite, or too large; each is skipped
 
 
-def not_finite(update: int, loss: float, norm: float, settings: configs.Learner) -> RunError:
+def not_finite(update: int, loss: float, norm: float, settings: configs.Learner, times: int = MAX_LOST) -> RunError:
     """Returns the error that ends a run whose updates were skipped, or spoiled its weights."""
     return RunError(
         f"update {update}: loss {loss}, gradient norm {norm}: not finite or above learner.skip_grad_norm={settings.skip_grad_norm:g}, "
-        f"{MAX_LOST if settings.zero_stage else 1} times in a row. The last checkpoint is good: go on from it with --resume and a lower "
+        f"{times} times in a row. The last checkpoint is good: go on from it with --resume and a lower "
         "learner.lr (or, if such norms are usual here, a higher skip_grad_norm)"
     )
 

@@ -117,8 +117,9 @@ class SupervisedTrainer(SFTTrainer):
         engine: Any = self.deepspeed
         applied = bool(engine.was_step_applied()) and math.isfinite(row["loss"])
         self._lost = 0 if applied else self._lost + 1
-        if self._lost == (MAX_LOST if self._config.learner.zero_stage else 1):
-            raise not_finite(row["update"], row["loss"], self._limit.norm, self._config.learner)
+        most = MAX_LOST if self._config.learner.zero_stage else 1
+        if self._lost == most:
+            raise not_finite(row["update"], row["loss"], self._limit.norm, self._config.learner, most)
         return {"update/not_finite": float(not applied)} | ({} if applied else {"policy/grad_norm": self._limit.norm})
 
     def _write(self, directory: Path) -> None:
