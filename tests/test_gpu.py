@@ -77,7 +77,8 @@ def test_weights_reach_the_engine_by_cuda_ipc_and_survive_sleep(tiny, tmp_path):
 @pytest.mark.engine
 @pytest.mark.parametrize("more", [[], ["learner.zero_stage=3", "model.gradient_checkpointing=true"], ["engine.sleep=false"]])
 def test_a_run_on_one_gpu_is_proved_at_every_step(tiny, tmp_path, more):
-    config = tiny_config(tmp_path / "run", tiny(), model={"dtype": "bfloat16"}, train={"rollouts": 3, "problems": 4, "group_size": 4})
+    trained = {"rollouts": 3, "problems": 4, "group_size": 4}
+    config = tiny_config(tmp_path / "run", tiny(), model={"dtype": "bfloat16"}, learner={"zero_stage": 1}, train=trained)
     run(write_config(tmp_path / "config.yaml", config), "engine.memory_fraction=0.2", *more)
     found = rows(tmp_path / "run")
     assert len(found) == 4 and max(row["probe/gap"] for row in found) < MAX_GAP[False]
@@ -90,6 +91,7 @@ def test_weights_go_to_a_server_on_another_gpu_by_nccl(tiny, tmp_path, staleness
         pytest.skip("needs two GPUs")
     pool = {"servers": {"count": 1, "transfer": "nccl"}, "timeout_s": 200, "memory_fraction": 0.2}
     trained = {"rollouts": 3, "problems": 4, "group_size": 4, "max_staleness": staleness}
-    config = tiny_config(tmp_path / "run", tiny(), model={"dtype": "bfloat16"}, engine=pool, train=trained)
+    sections = {"model": {"dtype": "bfloat16"}, "learner": {"zero_stage": 1}, "engine": pool, "train": trained}
+    config = tiny_config(tmp_path / "run", tiny(), **sections)
     run(write_config(tmp_path / "config.yaml", config))
     assert max(row["probe/gap"] for row in rows(tmp_path / "run")) < MAX_GAP[False]
