@@ -314,5 +314,6 @@ def parse(tree: dict[str, Any], where: str = "config", kind: type[C] = Config) -
         raise UserError(f"{where}: " + "; ".join(explain(e, kind) for e in error.errors())) from None
 
 
-def dump(config: RunConfig) -> str:  # every key present
+def dump(config: RunConfig) -> str:
+    """Returns the resolved config as YAML, every key present."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

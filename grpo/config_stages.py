@@ -204,6 +204,11 @@ class EvalConfig(Config):
             raise ValueError(f"sets.{bad[0]}: a set's name begins with a letter and has letters, digits, _ and . only")
         return self
 
+    @property
+    def judged(self) -> dict[str, Data]:
+        """The evaluation sets by name; "" for one that has none."""
+        return self.sets or {"": self.eval.data or self.data}
+
     def by_protocol(self) -> EvalConfig:
         """Returns the config with what `eval.protocol` says in the place of its own. Source: DeepSeek-R1 2501.12948 section 3."""
         sampling: dict[str, Any] = {"r1": {"max_tokens": 32768, "top_p": 0.95}}.get(self.eval.protocol, {})

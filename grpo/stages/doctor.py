@@ -18,7 +18,7 @@ from grpo.stages import _checks
 from grpo.stages._checks import SAMPLED, Check
 from grpo.stages._run import Sampler, held_out, judges, load_problems, mixture, open_stage, send_weights
 from grpo.stages.dry_run import arithmetic
-from grpo.stages.eval import finished
+from grpo.stages.eval import of_finished
 from grpo.types import Problem, ScoredGroup, UserError
 
 SUMMED = 2**26  # bytes
@@ -76,8 +76,7 @@ def _findings(config: RunConfig, scratch: Path, sample: bool, price: float | Non
     """Yields what is found of one stage. `to_come`: what it learns from is not there yet."""
     scratch.mkdir(exist_ok=True)
     if isinstance(config, EvalConfig):
-        config = config.by_protocol()
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": finished(config.model.path)})})
+        config = of_finished(config.by_protocol())
     yield Check("ok", "batch", arithmetic(config))
     yield from _checks.versions()
     train = {} if isinstance(config, EvalConfig) else load_problems(config.data, "train", config.seed)
@@ -89,7 +88,7 @@ def _findings(config: RunConfig, scratch: Path, sample: bool, price: float | Non
         models.check_context(model_dir, config.max_sequence_tokens)  # type: ignore[attr-defined]
     judged = _judged(config, prompts)
     stream = mixture(config.data, train, prompts, config.seed) if train else None
-    problems = list({problem.id: problem for problem in stream.take(0, drawn(config))}.values()) if stream else judged
+    problems = list({problem.id: problem for problem in stream.take(0, _drawn(config))}.values()) if stream else judged
     if isinstance(prompts, Prompts):
         shape = roofline.shape(model_dir, weights, config.model.dtype)
         yield from _checks.prompt(config, prompts, tokenizer, problems[0])
@@ -119,7 +118,7 @@ def _endpoint(config: RunConfig) -> Teacher | None:
     return config.teacher if isinstance(config, CollectConfig) else config.endpoint if isinstance(config, EvalConfig) else None
 
 
-def drawn(config: RunConfig) -> int:
+def _drawn(config: RunConfig) -> int:
     """Returns how many problems are looked at: those that the run draws, at most 2,000."""
     count = config.train.rollouts * config.train.problems if isinstance(config, Config) else 0
     count = config.sft.updates * config.sft.batch_size if isinstance(config, SftConfig) else count
@@ -136,7 +135,7 @@ def _judged(config: RunConfig, prompts: Prompts | Chat) -> list[Problem]:
         return [problem for rows in sets.values() for problem in rows]
     if not isinstance(config, Config) or not (config.eval.every or isinstance(config, EvalConfig)):
         return []
-    judged = (list(config.sets.values()) if isinstance(config, EvalConfig) else []) or [config.eval.data or config.data]
+    judged = config.judged.values() if isinstance(config, EvalConfig) else [config.eval.data or config.data]
     return [p for own in judged for p in held_out(own, load_problems(own, "test", config.seed), prompts, config.eval.problems)]
 
 

@@ -15,7 +15,7 @@ from grpo.config_stages import CollectConfig, DistillConfig, EvalConfig, Pipelin
 from grpo.metrics import quiet
 from grpo.prompts import EXAMPLE, R1_ZERO, Prompts, visible
 from grpo.stages._run import load_problems
-from grpo.stages.eval import finished
+from grpo.stages.eval import of_finished
 from grpo.stages.pipeline import checked
 from grpo.stages.train import warm_start_config
 from grpo.types import Problem, Unreachable
@@ -34,9 +34,8 @@ def dry_run(config: RunConfig | PipelineConfig) -> None:
     if isinstance(config, SampledConfig):
         plugins.rewards(config.rewards, Pool())
     if isinstance(config, EvalConfig):
-        judged = list(config.sets.values()) or [config.eval.data or config.data]
-        model = config.model.model_copy(update={"path": finished(config.model.path)})
-        config = config.by_protocol().model_copy(update={"model": model})
+        judged = list(config.judged.values())
+        config = of_finished(config.by_protocol())
     elif isinstance(config, Config):
         plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
         if config.model.warm_start:
@@ -112,7 +111,8 @@ def collect_arithmetic(config: CollectConfig) -> str:
 
 def eval_arithmetic(config: EvalConfig) -> str:
     """Returns the arithmetic of the samples in plain words."""
-    settings, sampling = config.by_protocol().eval, config.by_protocol().sampling
+    config = config.by_protocol()
+    settings, sampling = config.eval, config.sampling
     samples = "64 (sets of at most 100 problems) or 16" if settings.protocol == "r1" else str(settings.samples)
     return (
         f"a problem   {samples} completions of at most {sampling.max_tokens} tokens at temperature {settings.temperature:g}\n"

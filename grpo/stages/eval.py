@@ -26,9 +26,9 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
     chunks that are done are kept."""
     config = config.by_protocol()
     if not config.endpoint:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": finished(config.model.path)})})
+        config = of_finished(config)
     pool, rewards = judges(config)
-    sets = config.sets or {"": config.eval.data or config.data}
+    sets = config.judged
     loaded = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as stage:
         stage.stack.callback(pool.close)
@@ -57,6 +57,11 @@ def finished(path: str) -> str:
     """Returns the model that a run directory's stage has left; any other path as it is."""
     manifest = read_manifest(Path(path))
     return str(Path(path) / manifest.get("final", "final")) if manifest else path
+
+
+def of_finished(config: EvalConfig) -> EvalConfig:
+    """Returns the config with the model that its run directory has left, where model.path is one."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": finished(config.model.path)})})
 
 
 def _judge(
