@@ -255,13 +255,18 @@ def llm_arguments(model_dir: str, settings: configs.Engine, dtype: str, max_mode
     return arguments
 
 
+def cpu_bytes(settings: configs.Engine, weight_bytes: int) -> float:
+    """Returns what an engine needs on a CPU: its cache; weights, packed weights, shared copy; libraries."""
+    return settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30
+
+
 def check_memory(settings: configs.Engine, weight_bytes: int, count: int = 1) -> None:
     """Raises UserError when `count` engines cannot fit beside what runs already (CPU only; vLLM itself checks a GPU)."""
     import psutil
 
     if torch.cuda.is_available():
         return
-    needed = count * (settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30)  # weights, packed weights, shared copy; libraries
+    needed = count * cpu_bytes(settings, weight_bytes)
     free = psutil.virtual_memory().available
     if needed > free:
         who = "the engine needs" if count == 1 else f"{count} engines need"

@@ -101,6 +101,8 @@ def memory(config: RunConfig, shape: roofline.Shape, model_dir: Path, reference:
     """Of the learner and the engine, where the stage has them. `reference`: the teacher's weights, or the policy's own number."""
     import torch
 
+    from grpo.engines import vllm
+
     raw = json.loads((model_dir / "config.json").read_text())
     learns = not isinstance(config, CollectConfig | QuantizeConfig | EvalConfig)
     judges = isinstance(config, QuantizeConfig) and config.eval is not None
@@ -116,8 +118,9 @@ def memory(config: RunConfig, shape: roofline.Shape, model_dir: Path, reference:
         needed = sum(parts.values())
         told.append(f"learner {needed / GB:.1f} GB ({', '.join(f'{name} {size / GB:.2f}' for name, size in parts.items())})")
     if isinstance(config, SampledConfig) and sampled:
-        cache = config.engine.memory_fraction * there - shape.weights * shape.weight_bytes if cuda else config.engine.kv_cache_gb * GB
-        engine = config.engine.memory_fraction * there if cuda else cache + 3 * shape.weights * shape.weight_bytes + 1.5 * GB
+        weights = shape.weights * shape.weight_bytes
+        engine = config.engine.memory_fraction * there if cuda else vllm.cpu_bytes(config.engine, weights)
+        cache = engine - weights if cuda else config.engine.kv_cache_gb * GB
         needed = max(needed, engine) if cuda and config.engine.sleep else needed + engine
         told.append(f"engine {engine / GB:.1f} GB")
     fits = needed < 0.95 * there
