@@ -26,6 +26,16 @@ TINY_SHAPE = {
 MLA = {"tiny-deepseek-v3": {"num_key_value_heads": 2, "q_lora_rank": 32, "head_dim": 64}}
 
 
+class Weights(dict):
+    """Named tensors as a learner gives them to a sync."""
+
+    def __iter__(self):
+        return iter(self.items())
+
+    def layout(self):
+        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()]
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

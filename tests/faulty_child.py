@@ -3,6 +3,8 @@
 import os
 import sys
 
+import torch
+
 from grpo.engines import _child
 
 FAULT = os.environ["GRPO_TEST_FAULT"]
@@ -11,7 +13,6 @@ FAULT = os.environ["GRPO_TEST_FAULT"]
 def install():
     from grpo.engines import _transfer
 
-    transfer = _transfer.SharedMemoryTransfer
     if FAULT == "stale head":  # vLLM 0.32's own fault with tied embeddings on a CPU
         _transfer.retie_head = lambda model: None
     elif FAULT == "stale cache":
@@ -19,13 +20,14 @@ def install():
 
         vllm.LLM.reset_prefix_cache = lambda self, *args, **kwargs: True
     elif FAULT in ("swapped", "missing layer", "stale layer", "flipped bit", "zeroed"):
-        read = _transfer.SharedWeightsReader.read
+        passing = _transfer.Arrivals._passing
         kept = {}
 
-        def faulty(self, specs):
+        def faulty(self, weights):
+            rows = [(name, tensor.clone()) for name, tensor in weights]
             if FAULT == "flipped bit":
-                self._map.words(specs[3].offset, 64)[5] ^= 1 << 17
-            rows = list(read(self, specs))
+                rows[3][1].view(torch.uint8).view(-1)[21] ^= 4
+            rows = list(passing(self, rows))  # what is done after it no checksum sees
             if FAULT == "missing layer":
                 rows = [(name, tensor) for name, tensor in rows if ".layers.1." not in name]
             if FAULT == "zeroed":
@@ -40,8 +42,7 @@ def install():
                 rows = [(name, kept[name] if ".layers.1." in name else tensor) for name, tensor in rows]
             return iter(rows)
 
-        _transfer.SharedWeightsReader.read = faulty
-    return transfer
+        _transfer.Arrivals._passing = faulty
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The real vLLM in its child process: what it samples, the weights that it holds, how it dies."""
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import Weights, tiny_config
+from safetensors.torch import load_file
 
 from grpo import config as configs
 from grpo import models
@@ -121,7 +124,7 @@ def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
         with learner.perturbed(seed=20_000):
             sent = {name: weight.clone() for name, weight in learner.weights()}
             for stale in sent:
-                engine.load_weights([(name, true[name] if name == stale else weight) for name, weight in sent.items()], version=2)
+                engine.load_weights(Weights(sent | {stale: true[stale]}), version=2)
                 assert probe.gap() > MAX_GAP[True], f"a stale {stale} is not seen"
     finally:
         engine.close()
@@ -204,23 +207,86 @@ def test_the_engine_dies_with_its_parent(tmp_path, tiny):
     child.wait(timeout=5)
 
 
+class Loader(torch.nn.Module):
+    """A model that only takes weights: its own are the `names`."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.loaded = {}
+        for name in names:
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
+
+    def load_weights(self, weights):
+        arrived = {name: tensor.clone() for name, tensor in weights}
+        self.loaded |= arrived
+        return arrived.keys()
+
+
 @pytest.mark.parametrize("file", [False, True])
-def test_shared_weights_arrive_bit_for_bit_and_a_flipped_bit_is_named(tmp_path, file):
-    """Through memory, read in place; or through a file in a directory, a new one each time."""
+def test_weights_arrive_bit_for_bit_through_memory_or_a_file_of_safetensors(tmp_path, file):
+    """Read in place; a file is a new one each time."""
     sender = _weights.SharedWeights(tmp_path / "weights" if file else None)
-    weights = [("a", torch.randn(3, 5)), ("b", torch.randn(7)), ("count", torch.tensor([3]))]
+    kept = f"gate_{_weights.KEPT}"
+    weights = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7, 3).T,
+        "count": torch.tensor([3]),
+        kept: torch.randn(4),
+        "scalar": torch.tensor(2.5),
+    }
     for scale in (1, 2):  # the second write reuses the memory
-        sent = [(name, tensor * scale) for name, tensor in weights]
-        specs = sender.write(sent, torch.bfloat16)
-        reader = _weights.SharedWeightsReader(sender.path)
-        got = dict(reader.read(specs))
-        assert all(torch.equal(got[name], tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor) for name, tensor in sent)
-    got["b"].view(torch.int16)[2] ^= 1
-    with pytest.raises(RuntimeError, match="the bytes of b are not those"):
-        list(reader.read(specs))
+        told = sender.write(_weights.Sent(Weights({name: tensor * scale for name, tensor in weights.items()}), torch.bfloat16))
+        assert told["names"] == [*weights, _weights.CHECKSUMS]
+        model = Loader(weights)
+        _weights.Arrivals(model).load_weights(_weights.read(**told))
+        for name, tensor in weights.items():
+            wanted = torch.bfloat16 if tensor.is_floating_point() and name != kept else tensor.dtype
+            assert torch.equal(model.loaded[name], (tensor * scale).to(wanted)) and model.loaded[name].dtype == wanted
+    assert load_file(told["path"]).keys() == {*weights, _weights.CHECKSUMS}
     assert not file or len(list((tmp_path / "weights").iterdir())) == 1
     sender.close()
     assert not file or not list((tmp_path / "weights").iterdir())
+
+
+def test_a_full_disk_is_an_error_before_weights_are_written(tmp_path):
+    sender = _weights.SharedWeights(tmp_path / "weights")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(EngineError, match=r"no room for 0.00 GB of weights: .*weights-2.safetensors: File too large"):
+            sender.write(_weights.Sent(Weights(a=torch.randn(1000)), torch.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sender.close()
+
+
+@pytest.mark.parametrize("bucket", [1, 2, 100])
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (None, None),
+        ("flipped", "the bytes of b are not those that were sent"),
+        ("swapped", "the bytes of a, b are not those that were sent"),
+        ("lost", "3 tensors arrived, 4 were sent"),
+        ("unknown", "1 weights of the engine's model did not arrive: more"),
+    ],
+)
+def test_what_arrives_in_buckets_is_held_to_the_checksums_that_come_last(bucket, fault, error):
+    """As by CUDA IPC and NCCL: packed in a buffer, where a tensor may begin at any byte."""
+    weights = Weights(a=torch.randn(3, 3), b=torch.randn(3, 3), c=torch.randn(9), d=torch.randn(1))
+    sent = list(_weights.Sent(weights, torch.bfloat16))
+    packed = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in sent]).split([tensor.nbytes for _, tensor in sent])
+    rows = [(name, part.view(tensor.dtype).view(tensor.shape)) for (name, tensor), part in zip(sent, packed, strict=True)]
+    if fault == "flipped":
+        rows[1][1].view(torch.uint8)[1, 1] ^= 1
+    elif fault == "swapped":
+        rows[0], rows[1] = ("a", rows[1][1]), ("b", rows[0][1])
+    elif fault == "lost":
+        del rows[1]
+    arrivals = _weights.Arrivals(Loader([*weights.keys(), *(["more"] if fault == "unknown" else [])]))
+    with pytest.raises(RuntimeError, match=error) if fault else contextlib.nullcontext():
+        for i in range(0, len(rows), bucket):
+            arrivals.load_weights(rows[i : i + bucket])
 
 
 def test_too_little_memory_is_told_before_the_engine_starts():

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
-from conftest import tiny_config
+from conftest import Weights, tiny_config
 from test_engine import PROMPTS
 from whole_runs import rows, run, start, wait_for, write_config
 
@@ -35,14 +35,6 @@ OPTIONS = SamplingOptions(max_tokens=24, ignore_eos=True)
 
 def settings(**servers):
     return configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=100, servers=configs.Servers(**({"count": 2} | servers)))
-
-
-class Weights(dict):
-    def __iter__(self):
-        return iter(self.items())
-
-    def layout(self):
-        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()]
 
 
 def weights(model_dir, scale=1.0):
@@ -118,10 +110,10 @@ def test_new_weights_reach_every_server_and_their_prefixes_are_not_those_of_the_
 def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again(pool, tiny, said, monkeypatch):
     write = pool._weights.write
 
-    def broken(*arguments):
-        specs = write(*arguments)
-        pool._weights._map.words(specs[3].offset, 8)[0] ^= 1 << 17
-        return specs
+    def broken(sent):
+        told = write(sent)
+        pool._weights._bytes[pool._weights._bytes.numel() // 2] ^= 4
+        return told
 
     monkeypatch.setattr(pool._weights, "write", broken)
     with pytest.raises(EngineError, match=r"the bytes of \S+ are not those that were sent"):

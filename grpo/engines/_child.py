@@ -56,9 +56,9 @@ class Server:
         _plugin.register()
         self._pipe = pipe
         self._version = -1
-        self._llm = LLM(**llm, weight_transfer_config={"backend": backend}, logprobs_mode="processed_logprobs")
+        self._llm = LLM(**llm, weight_transfer_config={"backend": f"grpo_{backend}"}, logprobs_mode="processed_logprobs")
         self._tokenizer = self._llm.get_tokenizer()
-        if backend == _plugin.BACKEND:
+        if backend != "ipc":
             self._llm.init_weight_transfer_engine({"init_info": {}})
 
     def describe(self) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from grpo.engines import EngineError, Weights
+from grpo.engines import EngineError
+from grpo.engines._weights import Sent
 from grpo.engines.server import Server, free_port
-from grpo.engines.vllm import weight_source
 
 if TYPE_CHECKING:
     from grpo.engines.fleet import Fleet
@@ -28,16 +28,16 @@ class NcclSender:
         self._trainer: Any = None
         self._members: list[tuple[str, int]] = []
 
-    def send(self, servers: Sequence[Server], weights: Weights, *, dtype: torch.dtype, version: int, limit_s: float) -> int:
-        """Returns how many bytes each server got. Raises EngineError, also when a server is lost on the way and the others wait for it."""
-        client, source = _Client(self._fleet, servers, version, self._size), weight_source(weights, dtype)
+    def send(self, servers: Sequence[Server], sent: Sent, *, version: int, limit_s: float) -> None:
+        """Raises EngineError, also when a server is lost on the way and the others wait for it."""
+        client = _Client(self._fleet, servers, version, self._size)
         failed: list[BaseException] = []
 
         def work() -> None:
             try:
                 torch.cuda.set_device(torch.cuda.current_device())
-                self._join(servers, client, source)
-                self._trainer.client, self._trainer.source = client, source
+                self._join(servers, client, sent)
+                self._trainer.client, self._trainer.source = client, sent
                 self._trainer.send_weights()
             except BaseException as error:
                 failed.append(error)
@@ -50,9 +50,8 @@ class NcclSender:
             self._members = []
             why = str(failed[0]) if failed else f"not done within {limit_s:g} s"
             raise EngineError(f"weights {version} to {len(servers)} servers by NCCL: {why}")
-        return source.num_bytes
 
-    def _join(self, servers: Sequence[Server], client: _Client, source: Any) -> None:
+    def _join(self, servers: Sequence[Server], client: Any, source: Any) -> None:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
         members = [(server.url, server.starts) for server in servers]

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 TOKEN = "GRPO_ENGINE_TOKEN"  # environment variable: what every request has to bring
-BACKEND = "grpo_shm"
+BACKENDS = {"memory": "MemoryTransfer", "file": "MemoryTransfer", "ipc": "IpcTransfer", "nccl": "NcclTransfer"}  # of _transfer.py
 ROUTES = (
     "/health", "/metrics", "/inference/v1/generate", "/reset_prefix_cache", "/pause", "/resume", "/abort_requests", "/weight_info",
     "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update",
@@ -25,8 +25,9 @@ def register() -> None:
     """Called by vLLM in each of its processes (entry point `vllm.general_plugins`)."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    with contextlib.suppress(ValueError):  # registered already
-        WeightTransferEngineFactory.register_engine(BACKEND, "grpo.engines._transfer", "SharedMemoryTransfer")
+    for name, engine in BACKENDS.items():
+        with contextlib.suppress(ValueError):  # registered already
+            WeightTransferEngineFactory.register_engine(f"grpo_{name}", "grpo.engines._transfer", engine)
     if trainer := os.environ.get("GRPO_ENGINE"):  # one of ours, not just any vLLM of this environment
         threading.Thread(target=_end_with, args=(os.getppid(), int(trainer)), daemon=True).start()
 

@@ -1,7 +1,7 @@
-"""vLLM's receiving end of a weight sync through shared memory or a file: an engine of its weight-transfer interface.
+"""The receiving ends of a weight sync, in vLLM's processes: engines of its weight-transfer interface that believe nothing.
 
-Written after vLLM 0.32's IPC engine; what differs: no device synchronisation (the base class assumes an accelerator), every tensor is
-checked, a model that was not loaded completely is an error, and a tied output head and a layer's experts are packed again.
+`MemoryTransfer` is written after vLLM 0.32's IPC engine; what differs: no device synchronisation (the base class assumes an accelerator),
+and a tied output head and a layer's experts are packed again.
 """
 
 from __future__ import annotations
@@ -10,9 +10,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from grpo.engines._weights import SharedWeightsReader, TensorSpec
+from grpo.engines._weights import Arrivals, read, tied_head
+
+
+class Checked:
+    """Before an engine of vLLM's: all that it receives passes `Arrivals` (grpo/engines/_weights.py)."""
+
+    model: Any
+
+    def start_weight_update(self) -> None:
+        super().start_weight_update()  # type: ignore[misc]
+        self._arrivals = Arrivals(self.model)
+
+    def receive_weights(self, update_info: Any) -> None:
+        model, self.model = self.model, self._arrivals
+        try:
+            super().receive_weights(update_info)  # type: ignore[misc]
+        finally:
+            self.model = model
+
+
+class IpcTransfer(Checked, IPCWeightTransferEngine):
+    pass
+
+
+class NcclTransfer(Checked, NCCLWeightTransferEngine):
+    pass
 
 
 @dataclass
@@ -23,15 +50,15 @@ class InitInfo(WeightTransferInitInfo):
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
     path: str  # of the memory or the file that the tensors lie in
-    specs: list[dict[str, Any]]  # a TensorSpec each
+    names: list[str]  # in the order in which they were sent
 
 
-class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
+class _MemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self._reader: SharedWeightsReader | None = None
+        pass
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -40,18 +67,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        if self._reader is None or self._reader.path != update_info.path:
-            if self._reader is not None:
-                self._reader.close()
-            self._reader = SharedWeightsReader(update_info.path)
-        specs = [TensorSpec(**spec | {"shape": tuple(spec["shape"])}) for spec in update_info.specs]
-        expected = {name for name, _ in self.model.named_parameters()}
-        loaded = self.model.load_weights(self._reader.read(specs))  # type: ignore[operator]
-        missing = sorted(expected - set(loaded))
-        if _tied_head(self.model) is not None:
-            missing = [name for name in missing if not name.endswith("lm_head.weight")]
-        if missing:
-            raise RuntimeError(f"weight transfer: {len(missing)} weights of the engine's model did not arrive: {', '.join(missing[:5])}")
+        self.model.load_weights(read(update_info.path, update_info.names))  # type: ignore[operator]
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -62,16 +78,13 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         pass
 
 
-def _tied_head(model: Any) -> Any:
-    """Returns the output head if it shares the embedding's weight (vLLM then keeps a second, packed copy on a CPU)."""
-    config = getattr(model, "config", None)
-    head = getattr(model, "lm_head", None)
-    return head if head is not None and getattr(config, "tie_word_embeddings", False) else None
+class MemoryTransfer(Checked, _MemoryTransfer):
+    pass
 
 
 def retie_head(model: Any) -> None:
     """Points a tied head at the embedding's new weight and packs it again: a reload leaves its packed copy as it was (vLLM 0.32, CPU)."""
-    head = _tied_head(model)
+    head = tied_head(model)
     if head is not None:
         head.weight = model.model.embed_tokens.weight
         head.quant_method.process_weights_after_loading(head)

@@ -1,38 +1,90 @@
-"""The carrier of weights between processes without an accelerator in common: shared memory, or a file that all machines see; read in place.
+"""What a weight sync sends, how its arrival is checked, and its carrier where there is no accelerator in common: shared memory or a file.
 
-The memory is a memfd, which receivers open as /proc/PID/fd/N: it has no name, so nothing is left behind however either side dies.
+Both are laid out as safetensors. The memory is a memfd, which receivers open as /proc/PID/fd/N: it has no name, so nothing is left behind
+however either side dies.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from grpo.engines import EngineError
+
+if TYPE_CHECKING:
+    from grpo.engines import Weights
+
+CHECKSUMS = "grpo.checksums"  # the last tensor of a sync: the others' checksums in the order sent, as bytes, which lie anywhere
 KEPT = "e_score_correction_bias"  # DeepSeek-V3's router adds it to scores in [0, 1]: in bfloat16 it would choose other experts
-ALIGNMENT = 64  # bytes; the checksum reads whole int64 words
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Returns, [] on the tensor's device, its bytes as int64 words summed modulo 2^64: any flipped bit changes it."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = data.numel() // 8 * 8
+    words = data[:whole].view(torch.int64).sum()
+    return words if whole == data.numel() else words + data[whole:].sum()
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Where a tensor lies in the shared memory. `checksum`: its bytes as int64 words, summed modulo 2^64 (any flipped bit changes it)."""
+class Meta:
+    """A tensor to come, as vLLM's `ParamMeta`."""
 
     name: str
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-    checksum: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Sent:
+    """Weights as a sync sends them (vLLM's `WeightSource`): floating-point ones in `dtype`, but KEPT; last, made on the way, CHECKSUMS."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+
+    def metadata(self) -> list[Meta]:
+        found = [Meta(name, self._cast(name, of), shape) for name, of, shape in self._weights.layout()]
+        return [*found, Meta(CHECKSUMS, torch.uint8, (8 * len(found),))]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(meta.num_bytes for meta in self.metadata())
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        sums = []
+        for name, tensor in self._weights:
+            cast = tensor.detach().to(self._cast(name, tensor.dtype))
+            sums.append(checksum(cast))
+            yield name, cast
+        if sums[0].is_cuda:
+            torch.cuda.synchronize()  # vLLM's sending side takes turns between streams
+        yield CHECKSUMS, torch.stack(sums).view(torch.uint8)
+
+    def _cast(self, name: str, of: torch.dtype) -> torch.dtype:
+        return self._dtype if of.is_floating_point and not name.endswith(KEPT) else of
 
 
 class SharedWeights:
-    """The sender's side: `write` copies a model into what lies at `path` and says where everything is. With a folder it is a file there, a
-    new one each time (a network file system shows a reader what was there when it opened)."""
+    """The sender's side: `write` copies a model into what lies at `path`. With a folder it is a file there, a new one each time (a network
+    file system shows a reader what was there when it opened)."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder, self._written = folder, 0
@@ -40,82 +92,114 @@ class SharedWeights:
 
     def _open(self) -> None:
         if self._folder is None:
-            fd = os.memfd_create("grpo-weights", os.MFD_CLOEXEC)
-            self.path = f"/proc/{os.getpid()}/fd/{fd}"
+            self._fd = os.memfd_create("grpo-weights", os.MFD_CLOEXEC)
+            self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
         else:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._written += 1
-            self.path = str((self._folder / f"weights-{self._written}.bin").absolute())
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        self._fd, self._map = fd, _Mapping(fd)
+            self.path = str((self._folder / f"weights-{self._written}.safetensors").absolute())
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._bytes = torch.empty(0, dtype=torch.uint8)
 
-    def write(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> list[TensorSpec]:
-        """Returns the layout of the copied weights. Floating-point tensors are cast to `dtype` on the way, but KEPT."""
+    def write(self, sent: Sent) -> dict[str, Any]:
+        """Returns what receivers are to be told (`UpdateInfo` in grpo/engines/_transfer.py)."""
         if self._folder is not None:
             self.close()
             self._open()
-        specs, offset = [], 0
-        for name, tensor in weights:
-            wanted = dtype if tensor.is_floating_point() and not name.endswith(KEPT) else tensor.dtype
-            num_bytes = tensor.numel() * wanted.itemsize
-            padded = _padded(num_bytes)
-            words = self._map.words(offset, padded, grow=True)
-            words[-ALIGNMENT // 8 :] = 0  # padding counts in the checksum
-            words.view(torch.uint8)[:num_bytes].view(wanted).view(tensor.shape).copy_(tensor.detach())
-            specs.append(TensorSpec(name, str(wanted).removeprefix("torch."), tuple(tensor.shape), offset, num_bytes, _checksum(words)))
-            offset += padded
+        metadata = sent.metadata()
+        header, places = _layout(metadata)
+        size = max(end for _, end in places.values())
+        if self._bytes.numel() != size:
+            self._allocate(size)
+            self._bytes = torch.frombuffer(mmap.mmap(self._fd, size), dtype=torch.uint8)
+        self._bytes[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        for name, tensor in sent:
+            start, end = places.pop(name)
+            self._bytes[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        assert not places, f"weights that were announced and not sent: {', '.join(places)}"
         if self._folder is not None:
             os.fsync(self._fd)
-        return specs
+        return {"path": self.path, "names": [meta.name for meta in metadata]}
+
+    def _allocate(self, size: int) -> None:
+        if self._folder is None:
+            os.ftruncate(self._fd, size)
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:  # here and not, by SIGBUS, at a write through the mapping
+            raise EngineError(f"no room for {size / 2**30:.2f} GB of weights: {self.path}: {error.strerror}") from None
 
     def close(self) -> None:
-        self._map.close()
+        self._bytes = torch.empty(0, dtype=torch.uint8)  # the mapping goes with its last view
         os.close(self._fd)
         if self._folder is not None:
             Path(self.path).unlink(missing_ok=True)
 
 
-class SharedWeightsReader:
-    """The receiver's side. Yields tensors that lie in the shared memory itself: copy what must outlive the next write."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self._fd = path, os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._map = _Mapping(self._fd)
-
-    def read(self, specs: Iterable[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
-        """Yields `(name, tensor)`. Raises RuntimeError naming the tensor whose bytes are not those that were sent."""
-        for spec in specs:
-            words = self._map.words(spec.offset, _padded(spec.num_bytes))
-            if _checksum(words) != spec.checksum:
-                raise RuntimeError(f"weight transfer: the bytes of {spec.name} are not those that were sent (checksum)")
-            yield spec.name, words.view(torch.uint8)[: spec.num_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
-
-    def close(self) -> None:
-        self._map.close()
-        os.close(self._fd)
+def _layout(metadata: Sequence[Meta]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Returns the header of a safetensors file, and where in the file each tensor starts and ends: wide ones first, so all are aligned."""
+    header: dict[str, object] = {}
+    places, end = {}, 0
+    for meta in sorted(metadata, key=lambda meta: -meta.dtype.itemsize):
+        start, end = end, end + meta.num_bytes
+        header[meta.name] = {"dtype": DTYPES[meta.dtype], "shape": meta.shape, "data_offsets": (start, end)}
+        places[meta.name] = (start, end)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    shift = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: (start + shift, end + shift) for name, (start, end) in places.items()}
 
 
-class _Mapping:
-    """A shared memory file seen as int64 words; mapped anew when it grew."""
+def read(path: str, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yields what was written, in this order. The tensors lie in the memory itself: copy what must outlive the next write."""
+    from safetensors import safe_open
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._words = torch.empty(0, dtype=torch.int64)
-
-    def words(self, offset: int, num_bytes: int, grow: bool = False) -> Tensor:
-        if offset + num_bytes > self._words.numel() * 8:
-            if grow:
-                os.ftruncate(self._fd, max(2 * self._words.numel() * 8, offset + num_bytes))
-            self._words = torch.frombuffer(mmap.mmap(self._fd, os.fstat(self._fd).st_size), dtype=torch.int64)
-        return self._words[offset // 8 : (offset + num_bytes) // 8]
-
-    def close(self) -> None:
-        self._words = torch.empty(0, dtype=torch.int64)  # the mapping goes with its last view
+    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        for name in names:
+            yield name, file.get_tensor(name)
 
 
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+class Arrivals:
+    """Stands where an engine loads weights into its model, and holds them to the checksums that come last."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._expected = {name for name, _ in model.named_parameters()}
+        self._loaded: set[str] = set()
+        self._sums: dict[str, Tensor] = {}
+        self._sent: Tensor | None = None
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises RuntimeError naming the tensors whose bytes are not those that were sent, and those of the model that did not arrive."""
+        self._loaded |= set(self._model.load_weights(self._passing(weights)))
+        if self._sent is None:
+            return
+        if self._sent.is_cuda:
+            torch.cuda.synchronize()  # vLLM's receiving side takes turns between streams
+        found, sent = torch.stack(list(self._sums.values())).tolist(), self._sent.view(torch.int64).tolist()
+        if len(found) != len(sent):
+            raise RuntimeError(f"weight transfer: {len(found)} tensors arrived, {len(sent)} were sent")
+        wrong = [name for name, one, other in zip(self._sums, found, sent, strict=True) if one != other]
+        if wrong:
+            raise RuntimeError(f"weight transfer: the bytes of {', '.join(wrong[:5])} are not those that were sent (checksum)")
+        missing = sorted(self._expected - self._loaded)
+        if tied_head(self._model) is not None:
+            missing = [name for name in missing if not name.endswith("lm_head.weight")]
+        if missing:
+            raise RuntimeError(f"weight transfer: {len(missing)} weights of the engine's model did not arrive: {', '.join(missing[:5])}")
+
+    def _passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            if name == CHECKSUMS:
+                self._sent = tensor.clone()
+            else:
+                self._sums[name] = checksum(tensor)
+                yield name, tensor
 
 
-def _checksum(words: Tensor) -> int:
-    return int(words.sum())
+def tied_head(model: Any) -> Any:
+    """Returns the output head if it shares the embedding's weight (vLLM then keeps a second, packed copy on a CPU)."""
+    config = getattr(model, "config", None)
+    head = getattr(model, "lm_head", None)
+    return head if head is not None and getattr(config, "tie_word_embeddings", False) else None

@@ -19,7 +19,6 @@ from grpo import config as configs
 from grpo import ranks
 from grpo.engines import EngineError, Request, SamplingOptions
 from grpo.engines._nccl import NcclSender
-from grpo.engines._plugin import BACKEND
 from grpo.engines._weights import SharedWeights
 from grpo.engines.server import (
     COMMAND,
@@ -60,14 +59,14 @@ class Fleet:
         folder = Path(self._pool.folder or run_dir / "weights") if self._transfer == "file" else None
         self._weights = SharedWeights(folder) if self._leads and self._transfer != "nccl" else None
         self._salt = ranks.gather("the caches' salt", secrets.token_hex(8))[0]  # another run's prefixes are not ours
-        self._specs: list[dict[str, Any]] = []
+        self._update_info: dict[str, Any] = {}  # of the weights sent last
         self._version, self._restarts, self._closed = -1, 0, False
         self._idle_s, self._idle_since = 0.0, time.monotonic() if self._leads else None
         self._nccl = NcclSender(self, self._pool.tensor_parallel)
         self._proof: tuple[Sequence[Request], SamplingOptions, list[tuple[Completion, ...]]] | None = None
         self.counts = {"lost": 0, "restarted": 0, "retried": 0}
         words = arguments(model_dir, settings, dtype, max_model_len, float32_head)
-        words += ["--weight-transfer-config", json.dumps({"backend": "nccl" if self._transfer == "nccl" else BACKEND})]
+        words += ["--weight-transfer-config", json.dumps({"backend": f"grpo_{self._transfer}"})]
         words += ["--load-format", "auto" if load_weights else "dummy"]
         ports = ranks.gather("the servers' ports", [free_port() for _ in range(self._pool.count)] if self._leads else [])[0]
         self._servers = [Server(url=url.rstrip("/"), heard=time.monotonic()) for url in self._pool.urls]
@@ -264,11 +263,10 @@ class Fleet:
             raise EngineError(f"weights {version} reached no server: {errors[0]}")
 
     async def _update(self, server: Server, version: int) -> None:
-        assert self._weights is not None
         server.version = -1
         async with self._held(server):
             await self._call(server, "/start_weight_update", {})
-            await self._call(server, "/update_weights", {"update_info": {"path": self._weights.path, "specs": self._specs}})
+            await self._call(server, "/update_weights", {"update_info": self._update_info})
             await self._finish(server, version)
 
     @contextlib.asynccontextmanager

@@ -11,11 +11,11 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
 from typing import Any
 
 from grpo import ranks
 from grpo.engines import EngineError, Request, SamplingOptions, SyncReport, Weights
+from grpo.engines._weights import Sent
 from grpo.engines.fleet import Fleet
 from grpo.engines.server import Server
 from grpo.types import Completion
@@ -48,7 +48,7 @@ class Pool(Fleet):
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         """Sends the weights to every server that is up; one that fails at it is lost, and gets them when it is back."""
-        start = time.monotonic()
+        start, sent = time.monotonic(), Sent(weights, self._dtype)
         if not self._leads:
             for _ in weights:  # ZeRO-3: all ranks make them whole together
                 pass
@@ -56,28 +56,25 @@ class Pool(Fleet):
             return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=0)
         self._run(self._sending.acquire(), self._settings.timeout_s)
         try:
-            if self._transfer == "nccl":
-                num_bytes = self._by_nccl(weights, version)
+            if self._weights is None:
+                self._by_nccl(sent, version)
             else:
-                assert self._weights is not None
-                specs = self._weights.write(weights, self._dtype)
-                num_bytes = sum(spec.num_bytes for spec in specs)
-                self._specs = [asdict(spec) for spec in specs]
+                self._update_info = self._weights.write(sent)
                 self._run(self._update_all(version), self._settings.timeout_s)
             self._version = version
         finally:
             self._loop.call_soon_threadsafe(self._sending.release)
         self._submit(self._notify())
-        return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=num_bytes)
+        return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=sent.num_bytes)
 
-    def _by_nccl(self, weights: Weights, version: int) -> int:
+    def _by_nccl(self, sent: Sent, version: int) -> None:
         """A server that is lost on the way is left out of a second try; it gets weights with the next sync."""
         for last in (False, True):
             ready = [server for server in self._servers if server.up]
             if not ready:
                 raise EngineError(f"weights {version}: no server is up: {', '.join(server.told() for server in self._servers)}")
             try:
-                return self._nccl.send(ready, weights, dtype=self._dtype, version=version, limit_s=self._settings.timeout_s)
+                return self._nccl.send(ready, sent, version=version, limit_s=self._settings.timeout_s)
             except EngineError as error:
                 if last:
                     raise

@@ -20,7 +20,7 @@ import torch
 
 from grpo import config as configs
 from grpo import models, ranks
-from grpo.engines._plugin import BACKEND, TOKEN
+from grpo.engines._plugin import TOKEN
 from grpo.engines.vllm import environment, llm_arguments
 from grpo.types import Completion, UserError
 
@@ -175,7 +175,7 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
     words = arguments(
         str(model_dir), settings, config.engine.dtype or config.model.dtype, config.max_sequence_tokens, config.model.float32_head
     )
-    backend = "nccl" if transfer_of(settings.servers or configs.Servers(urls=["here"]), torch.cuda.is_available()) == "nccl" else BACKEND
+    backend = f"grpo_{transfer_of(settings.servers or configs.Servers(urls=['here']), torch.cuda.is_available())}"
     words += ["--weight-transfer-config", json.dumps({"backend": backend}), "--load-format", "dummy"]
     made = _base(settings.servers.tensor_parallel if settings.servers else 1) | {TOKEN: os.environ[TOKEN]}
     os.execve(sys.executable, [*COMMAND, *words, "--host", "0.0.0.0", "--port", port], made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import subprocess
@@ -20,8 +19,7 @@ import torch
 from grpo import config as configs
 from grpo import ranks
 from grpo.engines import EngineError, Request, SamplingOptions, SyncReport, Weights
-from grpo.engines._plugin import BACKEND
-from grpo.engines._weights import KEPT, SharedWeights
+from grpo.engines._weights import Sent, SharedWeights
 from grpo.types import Completion, UserError
 
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -51,7 +49,7 @@ class VllmEngine:
         llm["max_logprobs"] = max_logprobs
         llm |= {"hf_overrides": {"head_dtype": "float32"}} if float32_head else {}
         with contextlib.suppress(BrokenPipeError):  # a child that is dead already is reported by wait_ready
-            self._pipe.send(("start", {"llm": llm, "backend": BACKEND if self._weights else "ipc"}))
+            self._pipe.send(("start", {"llm": llm, "backend": "memory" if self._weights else "ipc"}))
         self._waiting = True  # for the answer to `start`
 
     def wait_ready(self) -> dict[str, Any]:
@@ -79,32 +77,31 @@ class VllmEngine:
         return [self.generate(requests, options)]
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        start = time.monotonic()
+        start, sent = time.monotonic(), Sent(weights, self._dtype)
         if self._weights is not None:
-            specs = self._weights.write(weights, self._dtype)
-            num_bytes = sum(spec.num_bytes for spec in specs)
             self._call("start_weight_update", {})
-            self._call("update_weights", {"update_info": {"path": self._weights.path, "specs": [asdict(spec) for spec in specs]}})
+            self._call("update_weights", {"update_info": self._weights.write(sent)})
             acknowledged = self._call("finish_weight_update", {"weight_version": str(version)})
         else:
-            acknowledged, num_bytes = self._send_ipc(weights, version)
+            acknowledged = self._send_ipc(sent, version)
         if acknowledged != version:
             raise EngineError(f"the engine acknowledged weight version {acknowledged}, sent {version}")
         self._version = version
-        return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=num_bytes)
+        return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=sent.num_bytes)
 
-    def _send_ipc(self, weights: Weights, version: int) -> tuple[int, int]:
+    def _send_ipc(self, sent: Sent, version: int) -> int:
         """One device: vLLM's CUDA IPC engine, in packed buffers, driven over our pipe."""
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 
-        client, source = _SyncClient(self._call, version), weight_source(weights, self._dtype)
+        client: Any = _SyncClient(self._call, version)
+        source: Any = sent
         if self._trainer is None:
-            self._trainer = IPCTrainerWeightTransferEngine.trainer_init(
-                IPCTrainerInitInfo(rank=0, packed=True), client=client, source=source
-            )
+            size = max(2**30, *(meta.num_bytes for meta in sent.metadata()))  # a 7B model's embedding is larger
+            info = IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=size)
+            self._trainer = IPCTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
         self._trainer.client, self._trainer.source = client, source
         self._trainer.send_weights()
-        return client.acknowledged, source.num_bytes
+        return int(client.acknowledged)
 
     def reset_cache(self) -> None:
         self._call("reset_cache", {})
@@ -163,28 +160,6 @@ class VllmEngine:
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         hint = " (out of memory? lower engine.kv_cache_gb or engine.max_sequences)" if code == -signal.SIGKILL else ""
         return EngineError(f"the engine died during `{method}`: {how}{hint}; its log: {self._log_file}")
-
-
-def weight_source(weights: Weights, dtype: torch.dtype) -> Any:
-    """Returns weights as vLLM's sending side wants them: what they are at once, themselves one by one, floating-point ones in `dtype`."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-    def cast(name: str, of: torch.dtype) -> torch.dtype:
-        return dtype if of.is_floating_point and not name.endswith(KEPT) else of
-
-    class Source(WeightSource):
-        num_bytes = 0
-
-        def metadata(self) -> list[ParamMeta]:
-            found = [ParamMeta(name, cast(name, of), shape) for name, of, shape in weights.layout()]
-            self.num_bytes = sum(math.prod(meta.shape) * meta.dtype.itemsize for meta in found)
-            return found
-
-        def __iter__(self) -> Any:
-            for name, tensor in weights:
-                yield name, tensor.detach().to(cast(name, tensor.dtype))
-
-    return Source()
 
 
 class _SyncClient:
