@@ -134,7 +134,7 @@ class Servers(Section):
     tensor_parallel: int = Field(1, ge=1)  # GPUs of a server
     cores: list[int] | None = None  # on a CPU: cores that the local servers share; default: all
     transfer: Literal["auto", "memory", "file", "nccl"] = "auto"  # how weights go there; auto: nccl on GPUs, else memory, with urls file
-    folder: str | None = None  # transfer file: a directory that all machines see; default: the run's
+    folder: str | None = None  # transfer file: a directory that all machines see; default: in the run's
     token_env: str = "GRPO_ENGINE_TOKEN"  # environment variable with the token of `urls`; local servers get one of their own
     retries: int = Field(3, ge=0)  # of a request, with the same seed, on whatever server is there
     restarts: int = Field(20, ge=0)  # of local servers, in a run

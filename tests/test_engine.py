@@ -225,6 +225,8 @@ class Loader(torch.nn.Module):
 @pytest.mark.parametrize("file", [False, True])
 def test_weights_arrive_bit_for_bit_through_memory_or_a_file_of_safetensors(tmp_path, file):
     """Read in place; a file is a new one each time."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "weights-7.safetensors").touch()  # left by a trainer that was killed
     sender = _weights.SharedWeights(tmp_path / "weights" if file else None)
     kept = f"gate_{_weights.KEPT}"
     weights = {

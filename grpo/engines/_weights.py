@@ -83,11 +83,13 @@ class Sent:
 
 
 class SharedWeights:
-    """The sender's side: `write` copies a model into what lies at `path`. With a folder it is a file there, a new one each time (a network
-    file system shows a reader what was there when it opened)."""
+    """The sender's side: `write` copies a model into what lies at `path`. With a folder, which nobody else uses, it is a file there,
+    a new one each time (a network file system shows a reader what was there when it opened)."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder, self._written = folder, 0
+        for left in folder.glob("weights-*.safetensors") if folder else ():  # by a trainer that was killed
+            left.unlink(missing_ok=True)
         self._open()
 
     def _open(self) -> None:

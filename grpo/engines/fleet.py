@@ -56,8 +56,10 @@ class Fleet:
         self._transfer = transfer_of(self._pool, torch.cuda.is_available())
         check_split(model_dir, self._pool.tensor_parallel)
         token = token_of(self._pool)
-        folder = Path(self._pool.folder or run_dir / "weights") if self._transfer == "file" else None
-        self._weights = SharedWeights(folder) if self._leads and self._transfer != "nccl" else None
+        ours = str(run_dir.resolve()).strip("/").replace("/", "-")  # other runs may have the same folder
+        folder = Path(self._pool.folder, ours) if self._pool.folder else run_dir / "weights"
+        carried = self._leads and self._transfer != "nccl"
+        self._weights = SharedWeights(folder if self._transfer == "file" else None) if carried else None
         self._salt = ranks.gather("the caches' salt", secrets.token_hex(8))[0]  # another run's prefixes are not ours
         self._update_info: dict[str, Any] = {}  # of the weights sent last
         self._version, self._restarts, self._closed = -1, 0, False

@@ -4,7 +4,8 @@
     .venv/bin/python tests/benchmarks/async_rollouts.py --part http --model HuggingFaceTB/SmolLM2-135M-Instruct --problems 8 --tokens 64
 
 Ideal is the longer of a synchronous step's two phases; seconds are medians over the steps after the second. The model is the
-quickstart's after its cold start, with completions of one length so that the phases are balanced (--tokens, --epochs).
+quickstart's after its cold start, with completions of one length so that the phases are balanced (--tokens, --epochs). The second part
+samples only, in turns, and quotes the ratio of the pairs.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from grpo import config as configs
+from grpo import models
+from grpo.engines import Request, SamplingOptions
+from grpo.engines.pool import Pool
+from grpo.engines.vllm import VllmEngine
 
 KINDS = {
     "sync": ["engine.servers={count: 1, cores: [1]}"],
     "async": ["engine.servers={count: 1, cores: [1]}", "train.max_staleness=1"],
 }
-BOTH = {"child": [], "pool": ["engine.servers={count: 1}"]}
 
 
 def run(name: str, folder: Path, options: argparse.Namespace, overrides: list[str], cores: set[int]) -> list[dict[str, float]]:
@@ -56,9 +64,7 @@ def main() -> None:
     if options.part in (None, "async"):
         asynchronous(options)
     if options.part in (None, "http"):
-        both = {name: run(name, options.folder, options, more, {0, 1}) for name, more in BOTH.items()}
-        child, pool = (median(both[name], "time/rollout_s") for name in BOTH)
-        print(f"rollout on two cores: child process {child:.2f} s, one server over HTTP {pool:.2f} s: {pool / child - 1:+.0%}")
+        over_http(options)
 
 
 def asynchronous(options: argparse.Namespace) -> None:
@@ -69,6 +75,38 @@ def asynchronous(options: argparse.Namespace) -> None:
     print(f"asynchronous: {other:.2f} s a step; ideal {max(rollout, update):.2f} s: {max(rollout, update) / other:.0%} of its rate")
     stale, idle = median(found["async"], "staleness/mean"), [median(found["async"], f"idle/{side}") for side in ("engine", "learner")]
     print(f"staleness {stale:.2f} in the mean; idle: engine {idle[0]:.0%}, learner {idle[1]:.0%}")
+
+
+def over_http(options: argparse.Namespace) -> None:
+    """The same requests in turns by a child process and by a server, each with all cores: whatever else the machine does falls on both."""
+    chance, seconds = random.Random(options.seed), {"child": [], "pool": []}
+    folder = options.folder / "http"
+    model_dir = models.locate(configs.Model(path=options.model), folder, options.seed)
+    tokenizer, settings = models.load_tokenizer(model_dir), configs.Engine(kv_cache_gb=0.5, max_sequences=64)
+    common = {"model_dir": str(model_dir), "dtype": "bfloat16", "max_model_len": 64 + options.tokens, "load_weights": True}
+    served = settings.model_copy(update={"servers": configs.Servers(count=1)})
+    engines = {
+        "child": VllmEngine(settings=settings, log_file=folder / "engine.log", **common),
+        "pool": Pool(settings=served, run_dir=folder, decode=tokenizer.decode, **common),
+    }
+    try:
+        for engine in engines.values():
+            engine.wait_ready()
+        for i in range(options.rollouts + 2):
+            prompts = [tuple(chance.randrange(100, len(tokenizer)) for _ in range(50)) for _ in range(options.problems)]
+            requests = [Request(prompt_ids=prompt, seed=1000 * i + 8 * k, n=8) for k, prompt in enumerate(prompts)]
+            for name in ("child", "pool") if i % 2 else ("pool", "child"):
+                start = time.monotonic()
+                engines[name].generate(requests, SamplingOptions(max_tokens=options.tokens, ignore_eos=True))
+                seconds[name].append(time.monotonic() - start)
+    finally:
+        for engine in engines.values():
+            engine.close()
+    ratios = [pool / child for child, pool in zip(seconds["child"][2:], seconds["pool"][2:], strict=True)]
+    child, pool = (statistics.median(found[2:]) for found in seconds.values())
+    print(f"rollout on all cores: child process {child:.2f} s, one server over HTTP {pool:.2f} s; of {len(ratios)} pairs the median is "
+          f"{statistics.median(ratios) - 1:+.1%}, the middle half {statistics.quantiles(ratios)[0] - 1:+.1%} to "
+          f"{statistics.quantiles(ratios)[2] - 1:+.1%}")  # fmt: skip
 
 
 if __name__ == "__main__":
