@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ class RunDirectory:
                 write(scratch)
                 ranks.gather("the other ranks' parts of the checkpoint", None)
                 hashes = {str(file.relative_to(scratch)): _hash(file) for file in sorted(scratch.rglob("*")) if file.is_file()}
-                (scratch / "state.json").write_text(json.dumps(state | {"step": step, "files": hashes}, indent=2))
+                (scratch / "state.json").write_text(json.dumps(state | {"step": step, "files": hashes}, default=_fields))
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             if isinstance(error, RunError):
                 raise
@@ -285,6 +286,11 @@ class RunDirectory:
                 trash = path.with_name(f".{path.name}.old")
                 path.rename(trash)  # at once: no half-removed directory has a checkpoint's name
                 shutil.rmtree(trash)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Returns a dataclass as json writes it, field by field: the groups that a state holds."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def _hash(file: Path) -> str:

@@ -166,9 +166,10 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.auto_resume:
         from grpo import ranks
+        from grpo.stages._run import longest_wait_s
 
         if ranks.count() > 1:
-            ranks.join()
+            ranks.join(longest_wait_s(config))
         options.resume = ranks.gather("the run directory", (Path(config.run_dir) / "manifest.json").exists())[0]
     stage = importlib.import_module(f"grpo.stages.{options.command}")
     try:

@@ -139,6 +139,7 @@ class Servers(Section):
     retries: int = Field(3, ge=0)  # of a request, with the same seed, on whatever server is there
     restarts: int = Field(20, ge=0)  # of local servers, in a run
     stall_s: float = Field(120, gt=0)  # a server that is asked something and makes no token for so long is lost
+    sync_timeout_s: float = Field(600, gt=0)  # a server that has not taken new weights by then is lost
 
     @model_validator(mode="after")
     def _some(self) -> Servers:

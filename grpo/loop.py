@@ -103,7 +103,7 @@ class Loop:
             row |= {f"verifier/{name}": row.get(f"verifier/{name}", 0.0) + count for name, count in counts.items()}
         row |= {"group/sampled": float(len(fresh)), "group/used": float(len(used)), "group/carried": float(len(self.selection.carried))}
         if config.train.max_staleness:
-            row |= rollouts.staleness(fresh, self.rollout + 1) | (stream.depths() if stream else {})
+            row |= rollouts.staleness(used or fresh, self.rollout + 1) | (stream.depths() if stream else {})
         if config.algorithm.advantage == "teacher":  # rewards are only measured: an undecided one leaves no completion out
             used = [replace(scored, rewards=tuple(reward or 0.0 for reward in scored.rewards)) for scored in used]
         with timer("update"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grpo.advantages import has_signal
@@ -99,7 +99,7 @@ class Selection:
 
     def state(self) -> dict[str, Any]:
         streamed = {"stream": self.stream.state()} if self.stream else {}
-        return {"position": self.position, "carried": [asdict(scored) for scored in self.carried], "rates": dict(self.rates)} | streamed
+        return {"position": self.position, "carried": self.carried, "rates": dict(self.rates)} | streamed
 
     def load(self, state: dict[str, Any]) -> None:
         self.position, self.rates = state["position"], dict(state["rates"])
@@ -121,7 +121,7 @@ def pass_rate(scored: ScoredGroup) -> float:
 
 
 def scored_group(tree: dict[str, Any]) -> ScoredGroup:
-    """Returns what `asdict` and JSON made a tree of."""
+    """Returns what a checkpoint made a tree of."""
     group = tree["group"]
     completions = tuple(
         Completion(**row | {key: tuple(row[key]) for key in ("token_ids", "logprobs")} | {"versions": tuple(map(tuple, row["versions"]))})

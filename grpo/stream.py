@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from grpo.engines import EngineError, Request
@@ -72,9 +72,9 @@ class Stream:
             return {"queue/ready": ready, "queue/in_flight": len(self._items) - ready}
 
     def state(self) -> dict[str, Any]:
-        """Returns what a resume needs, in the order in which it is used."""
+        """Returns what a resume needs, in the order in which it is used: values that a checkpoint writes (grpo/checkpoint.py)."""
         with self._changed:
-            items = [{"number": i.number, "problem": asdict(i.problem), "scored": i.scored and asdict(i.scored)} for i in self._items]
+            items = [{"number": item.number, "problem": item.problem, "scored": item.scored} for item in self._items]
             return {"number": self._number, "items": items}
 
     def load(self, state: dict[str, Any], scored_group: Callable[[dict[str, Any]], ScoredGroup]) -> None:

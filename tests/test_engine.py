@@ -255,7 +255,7 @@ def test_a_full_disk_is_an_error_before_weights_are_written(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(EngineError, match=r"no room for 0.00 GB of weights: .*weights-2.safetensors: File too large"):
+        with pytest.raises(EngineError, match=r"no room for 0.00 GB of weights at .*weights-2.safetensors: File too large"):
             sender.write(_weights.Sent(Weights(a=torch.randn(1000)), torch.float32))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

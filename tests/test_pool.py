@@ -1,12 +1,14 @@
 """Two real vLLM servers: what they sample, who may ask them, what is done when one is killed, hangs or gets broken weights."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +21,10 @@ from test_engine import PROMPTS
 from whole_runs import rows, run, start, wait_for, write_config
 
 from grpo import config as configs
-from grpo import models
-from grpo.engines import EngineError, Request, SamplingOptions, fleet
+from grpo import models, ranks
+from grpo.engines import EngineError, RefusedError, Request, SamplingOptions, fleet
+from grpo.engines import pool as pool_module
+from grpo.engines._nccl import NcclSender
 from grpo.engines._plugin import TOKEN
 from grpo.engines.pool import Pool
 from grpo.engines.server import Server, free_port
@@ -205,7 +209,7 @@ def bare(*loads):
     made._servers = [Server(url=f"s{i}", up=True, version=1, load=load) for i, load in enumerate(loads)]
     made._leads, made._version, made._watching, made._transfer, made._idle_since, made._idle_s = True, 1, [], "memory", None, 0.0
     made._settings, made._pool = SimpleNamespace(max_sequences=8, start_timeout_s=1.0), SimpleNamespace(retries=2)
-    made._changed, made.counts = asyncio.Condition(), {"retried": 0}
+    made._changed, made._sending, made.counts = asyncio.Condition(), asyncio.Lock(), {"retried": 0}
     return made
 
 
@@ -242,6 +246,138 @@ def test_a_request_that_fails_everywhere_is_asked_again_so_often_and_no_more():
     assert asked == [("s0", 7), ("s1", 7), ("s2", 7)]
 
 
+def test_a_request_that_is_refused_costs_no_server_and_is_not_asked_again():
+    async def drill():
+        pool = bare(0, 0)
+
+        async def ask(server, request, options, version):
+            raise RefusedError("400 the prompt is too long")
+
+        pool._ask = ask
+        with pytest.raises(RefusedError, match="too long"):
+            await pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS)
+        assert all(server.up and not server.load for server in pool._servers)
+
+    asyncio.run(drill())
+
+
+def test_what_a_lost_machine_was_asked_is_asked_elsewhere_though_its_connection_stays_open():
+    async def drill():
+        pool = bare(0, 0)
+
+        async def ask(server, request, options, version):
+            if server.url == "s0":
+                await asyncio.sleep(1000)
+            return server.url
+
+        pool._ask = ask
+        asked = asyncio.ensure_future(pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS))
+        await asyncio.sleep(0.1)
+        pool._servers[0].up = False  # the watch over it says so
+        assert await asyncio.wait_for(asked, 10) == "s1"
+
+    asyncio.run(drill())
+
+
+def test_a_rank_that_does_not_watch_the_servers_asks_others_than_the_one_that_failed(monkeypatch):
+    monkeypatch.setattr(pool_module, "AVOID_S", 1000)
+    asked = []
+
+    async def drill():
+        pool = bare(0, 0, 0)
+        pool._leads, pool._version = False, -1
+
+        async def ask(server, request, options, version):
+            asked.append(server.url)
+            if server.url == "s0":
+                raise EngineError("nobody there")
+            return server.url
+
+        pool._ask = ask
+        for _ in range(3):
+            assert await asyncio.wait_for(pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS), 10) == "s1"
+
+    asyncio.run(drill())
+    assert asked == ["s0", "s1", "s1", "s1"]
+
+
+def test_by_nccl_a_full_pool_is_waited_for_and_one_without_weights_is_an_error():
+    async def drill():
+        pool = bare(8, 8)
+        pool._transfer = "nccl"
+        waiting = asyncio.ensure_future(pool._free(4))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        for server in pool._servers:
+            server.version = -1
+        async with pool._sending:  # a sync is under way
+            await pool._notify()
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+        await pool._notify()
+        with pytest.raises(EngineError, match="every server was lost"):
+            await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(drill())
+
+
+def test_a_server_that_fails_in_a_transfer_by_nccl_ends_it_at_once_though_the_learner_waits_in_the_group():
+    class Trainer:
+        """vLLM's sending side: it hears of the failure when its broadcast is over, which waits for all."""
+
+        def __init__(self):
+            self.ended = threading.Event()
+
+        def send_weights(self):
+            threading.Thread(target=self.tell).start()
+            assert self.ended.wait(60)
+
+        def tell(self):
+            with contextlib.suppress(EngineError):
+                self.client.update_weights({})
+
+        def shutdown(self):
+            self.ended.set()
+
+    async def call(server, path, body):
+        raise EngineError(f"{path} at {server.url}: broken off")
+
+    async def run_in_loop():
+        loop = asyncio.get_running_loop()
+        fleet = SimpleNamespace(_call=call, _submit=lambda work: asyncio.run_coroutine_threadsafe(work, loop), _on_wait=lambda: None)
+        sender, trainer = NcclSender(fleet, 1), Trainer()
+        sender._join = lambda *_: setattr(sender, "_trainer", trainer)
+        servers = [Server(url="s0"), Server(url="s1")]
+        start = time.monotonic()
+        with pytest.raises(EngineError, match="weights 3 to 2 servers by NCCL: /update_weights at s0: broken off"):
+            await asyncio.to_thread(sender.send, servers, None, version=3, limit_s=50)
+        assert time.monotonic() - start < 10 and trainer.ended.is_set() and sender._trainer is None
+
+    asyncio.run(run_in_loop())
+
+
+@pytest.mark.slow
+def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_again(pool, tiny, said):
+    """Its HTTP side still says that it is well."""
+    pool.load_weights(weights(tiny()), 20)
+    pool.prove(REQUESTS[:4], OPTIONS)
+    wait(lambda: all(server.up for server in pool._servers))
+    victim, was = pool._servers[1], pool._pool
+    (core,) = [p for p in psutil.Process(victim.process.pid).children(recursive=True) if "EngineCore" in p.name()]
+    core.suspend()
+    pool._pool = was.model_copy(update={"sync_timeout_s": 5.0})
+    try:
+        start = time.monotonic()
+        pool.load_weights(weights(tiny(), 0.7), 21)
+        assert time.monotonic() - start < 15 and pool._servers[0].version == 21
+    finally:
+        pool._pool = was
+    assert any("did not take weights 21 within 5 s" in line for line in said)
+    wait(lambda: victim.up)
+    first, second = pool.prove(REQUESTS[:4], OPTIONS)
+    assert fleet.difference(first, second) < 1e-4
+
+
 def wait(condition, seconds=90):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -252,6 +388,11 @@ def wait(condition, seconds=90):
 def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs GPUs on both sides"):
         pool_of(tiny(), tmp_path, transfer="nccl")
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "count", lambda: 4)
+        patch.setattr(ranks, "local_count", lambda: 2)
+        with pytest.raises(UserError, match=r"engine.servers.count: ranks on several machines do not reach rank 0's own: use urls"):
+            pool_of(tiny(), tmp_path)
     with pytest.raises(UserError, match="tensor_parallel=3 does not divide the model's 2 heads"):
         pool_of(tiny(), tmp_path, tensor_parallel=3)
     monkeypatch.delenv("GRPO_ENGINE_TOKEN", raising=False)

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from grpo import checkpoint
 from grpo.engines import EngineError, Request
 from grpo.rollout import advantage_histogram, staleness
 from grpo.selection import scored_group
@@ -81,7 +82,7 @@ def test_a_resume_uses_what_was_finished_and_begins_again_what_was_not():
     engine = Engine(wait=0.05)
     flow = stream(engine)
     first = ids(flow.take(4))
-    state = json.loads(json.dumps(flow.state()))
+    state = json.loads(json.dumps(flow.state(), default=checkpoint._fields))
     flow.close()
     finished = {row["number"] for row in state["items"] if row["scored"]}
     assert len(state["items"]) == 8

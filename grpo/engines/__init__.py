@@ -17,6 +17,10 @@ class EngineError(RunError):
     """The engine died, failed or did not answer in time."""
 
 
+class RefusedError(EngineError):
+    """The engine is there and does not do what it was asked: asking again, or another one, would not help."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """Sample `n` completions of one prompt; completion i has seed `seed + i`, so a group, single requests and retries agree."""

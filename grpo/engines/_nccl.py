@@ -6,11 +6,9 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-import torch
 
 from grpo.engines import EngineError
 from grpo.engines._weights import Sent
@@ -30,12 +28,11 @@ class NcclSender:
 
     def send(self, servers: Sequence[Server], sent: Sent, *, version: int, limit_s: float) -> None:
         """Raises EngineError, also when a server is lost on the way and the others wait for it."""
-        client = _Client(self._fleet, servers, version, self._size)
         failed: list[BaseException] = []
+        client = _Client(self._fleet, servers, version, self._size, failed)
 
         def work() -> None:
             try:
-                torch.cuda.set_device(torch.cuda.current_device())
                 self._join(servers, client, sent)
                 self._trainer.client, self._trainer.source = client, sent
                 self._trainer.send_weights()
@@ -44,10 +41,15 @@ class NcclSender:
 
         thread, deadline = threading.Thread(target=work, daemon=True), time.monotonic() + limit_s
         thread.start()
-        while thread.is_alive() and time.monotonic() < deadline:
-            thread.join(0.2)
+        try:
+            while thread.is_alive() and not failed and time.monotonic() < deadline:
+                thread.join(0.2)
+                self._fleet._on_wait()
+        except BaseException:
+            self._leave()
+            raise
         if failed or thread.is_alive():
-            self._members = []
+            self._leave()
             why = str(failed[0]) if failed else f"not done within {limit_s:g} s"
             raise EngineError(f"weights {version} to {len(servers)} servers by NCCL: {why}")
 
@@ -56,10 +58,18 @@ class NcclSender:
 
         members = [(server.url, server.starts) for server in servers]
         if members != self._members:
+            self._leave()
             size = 1 + len(servers) * self._size
             info = NCCLTrainerInitInfo(rank=0, master_address=_seen_by(servers[0]), master_port=free_port(), world_size=size)
             self._trainer = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
             self._members = members
+
+    def _leave(self) -> None:
+        """Aborts the group: what still waits in it for somebody who is gone goes on."""
+        self._members = []
+        if self._trainer is not None:
+            self._trainer.shutdown()
+            self._trainer = None
 
 
 def _seen_by(server: Server) -> str:
@@ -73,14 +83,21 @@ def _seen_by(server: Server) -> str:
 class _Client:
     """What vLLM's sending side calls (VLLMWeightSyncClient), for all servers at once."""
 
-    def __init__(self, fleet: Fleet, servers: Sequence[Server], version: int, size: int) -> None:
-        self._fleet, self._servers, self._version, self._size = fleet, servers, version, size
+    def __init__(self, fleet: Fleet, servers: Sequence[Server], version: int, size: int, failed: list[BaseException]) -> None:
+        self._fleet, self._servers, self._version, self._size, self._failed = fleet, servers, version, size, failed
 
     def _all(self, path: str, bodies: Sequence[Any]) -> None:
-        async def call() -> None:
-            await asyncio.gather(*(self._fleet._call(server, path, body) for server, body in zip(self._servers, bodies, strict=True)))
+        self._wait(*(self._fleet._call(server, path, body) for server, body in zip(self._servers, bodies, strict=True)))
 
-        self._fleet._submit(call()).result()  # each call has its limit
+    def _wait(self, *calls: Coroutine[Any, Any, Any]) -> None:
+        async def all_of_them() -> None:
+            await asyncio.gather(*calls)
+
+        try:
+            self._fleet._submit(all_of_them()).result()  # each call has its limit, and ends with the fleet
+        except BaseException as error:
+            self._failed.append(error)  # at once: vLLM asks for it after a broadcast that may wait for the server that is lost
+            raise
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         own = [{"init_info": init_info | {"rank_offset": 1 + i * self._size}} for i in range(len(self._servers))]
@@ -96,8 +113,5 @@ class _Client:
         self._all("/update_weights", [{"update_info": update_info}] * len(self._servers))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        async def call() -> None:
-            await asyncio.gather(*(self._fleet._finish(server, self._version) for server in self._servers))
-
-        self._fleet._submit(call()).result()
+        self._wait(*(self._fleet._finish(server, self._version) for server in self._servers))
         self._all("/resume", [{}] * len(self._servers))

@@ -93,6 +93,7 @@ class SharedWeights:
         self._open()
 
     def _open(self) -> None:
+        self._fd, self._bytes = -1, torch.empty(0, dtype=torch.uint8)
         if self._folder is None:
             self._fd = os.memfd_create("grpo-weights", os.MFD_CLOEXEC)
             self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
@@ -101,19 +102,23 @@ class SharedWeights:
             self._written += 1
             self.path = str((self._folder / f"weights-{self._written}.safetensors").absolute())
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def write(self, sent: Sent) -> dict[str, Any]:
-        """Returns what receivers are to be told (`UpdateInfo` in grpo/engines/_transfer.py)."""
-        if self._folder is not None:
-            self.close()
-            self._open()
+        """Returns what receivers are to be told (`UpdateInfo` in grpo/engines/_transfer.py). Raises EngineError where there is no room."""
         metadata = sent.metadata()
         header, places = _layout(metadata)
         size = max(end for _, end in places.values())
-        if self._bytes.numel() != size:
-            self._allocate(size)
-            self._bytes = torch.frombuffer(mmap.mmap(self._fd, size), dtype=torch.uint8)
+        try:
+            if self._folder is not None:
+                self.close()
+                self._open()
+            if self._bytes.numel() != size:
+                os.ftruncate(self._fd, size)
+                if self._folder is not None:
+                    os.posix_fallocate(self._fd, 0, size)  # a full disk is an error here, and not SIGBUS at a write through the mapping
+                self._bytes = torch.frombuffer(mmap.mmap(self._fd, size), dtype=torch.uint8)
+        except OSError as error:
+            raise EngineError(f"no room for {size / 2**30:.2f} GB of weights at {self.path}: {error.strerror}") from None
         self._bytes[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         for name, tensor in sent:
             start, end = places.pop(name)
@@ -123,18 +128,11 @@ class SharedWeights:
             os.fsync(self._fd)
         return {"path": self.path, "names": [meta.name for meta in metadata]}
 
-    def _allocate(self, size: int) -> None:
-        if self._folder is None:
-            os.ftruncate(self._fd, size)
-            return
-        try:
-            os.posix_fallocate(self._fd, 0, size)
-        except OSError as error:  # here and not, by SIGBUS, at a write through the mapping
-            raise EngineError(f"no room for {size / 2**30:.2f} GB of weights: {self.path}: {error.strerror}") from None
-
     def close(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)  # the mapping goes with its last view
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
         if self._folder is not None:
             Path(self.path).unlink(missing_ok=True)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import re
 import secrets
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -17,7 +19,7 @@ import torch
 
 from grpo import config as configs
 from grpo import ranks
-from grpo.engines import EngineError, Request, SamplingOptions
+from grpo.engines import EngineError, RefusedError, Request, SamplingOptions
 from grpo.engines._nccl import NcclSender
 from grpo.engines._weights import SharedWeights
 from grpo.engines.server import (
@@ -25,6 +27,7 @@ from grpo.engines.server import (
     Server,
     arguments,
     check_split,
+    completion_of,
     cores_of,
     difference,
     environment_of,
@@ -53,10 +56,14 @@ class Fleet:
         assert settings.servers is not None
         self._settings, self._pool, self._decode, self._on_wait, self._say = settings, settings.servers, decode, on_wait, say
         self._leads, self._dtype = ranks.rank() == 0, getattr(torch, dtype)
+        if self._pool.count and ranks.count() > ranks.local_count():
+            raise UserError(
+                "engine.servers.count: these servers listen on one machine and the ranks are on several: use urls (launch/server.sh)"
+            )
         self._transfer = transfer_of(self._pool, torch.cuda.is_available())
         check_split(model_dir, self._pool.tensor_parallel)
         token = token_of(self._pool)
-        ours = str(run_dir.resolve()).strip("/").replace("/", "-")  # other runs may have the same folder
+        ours = hashlib.sha256(f"{socket.gethostname()} {run_dir.resolve()}".encode()).hexdigest()[:16]  # other runs may have this folder
         folder = Path(self._pool.folder, ours) if self._pool.folder else run_dir / "weights"
         carried = self._leads and self._transfer != "nccl"
         self._weights = SharedWeights(folder if self._transfer == "file" else None) if carried else None
@@ -118,7 +125,8 @@ class Fleet:
         if answer.status_code in (401, 403):
             raise UserError(f"{server.url}{path} refuses our token ({answer.status_code}): set {self._pool.token_env} to the server's own")
         if answer.status_code != 200:
-            raise EngineError(f"{path} at {server.told()}: {answer.status_code} {answer.text[:300]}")
+            kind = RefusedError if 400 <= answer.status_code < 500 else EngineError
+            raise kind(f"{path} at {server.told()}: {answer.status_code} {answer.text[:300]}")
         return msgspec.json.decode(answer.content) if "json" in answer.headers.get("content-type", "") else answer.text
 
     async def _ask(self, server: Server, request: Request, options: SamplingOptions, version: int) -> tuple[Completion, ...]:
@@ -130,22 +138,12 @@ class Fleet:
         }  # fmt: skip
         body = {"token_ids": list(request.prompt_ids), "sampling_params": params, "cache_salt": f"{self._salt} {version}"}
         answer = await self._call(server, "/inference/v1/generate", body)
-        found = tuple(self._completion(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"]))
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        found = tuple(completion_of(choice, self._decode, self._version) for choice in choices)
         ended = all(completion.finish_reason in ("stop", "length") for completion in found)
         if len(found) != request.n or not ended or (version >= 0 and any(v[0] < 0 for one in found for v in one.versions)):
             raise EngineError(f"{server.url}: {len(found)} of {request.n} completions, or broken off, or from weights that we did not send")
         return found
-
-    def _completion(self, choice: dict[str, Any]) -> Completion:
-        ids, stopped = tuple(choice["token_ids"]), choice["finish_reason"] == "stop" and not isinstance(choice["stop_reason"], str)
-        spans = tuple((_number(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"] or ())
-        if spans and [0, *(end for _, _, end in spans)] != [*(start for _, start, _ in spans), len(ids)]:
-            raise EngineError(f"the versions of a completion's {len(ids)} tokens have gaps: {spans}")
-        return Completion(
-            token_ids=ids, logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
-            text=self._decode(ids[:-1] if stopped else ids), finish_reason=choice["finish_reason"],
-            versions=spans or ((self._version, 0, len(ids)),),
-        )  # fmt: skip
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -235,7 +233,7 @@ class Fleet:
                     await self._call(server, path, {}, timeout_s=60)
         if self._transfer == "nccl":  # until the next sync it waits
             return
-        async with self._sending:
+        async with self._sending, self._taking(server, self._version):
             await self._call(server, "/init_weight_transfer_engine", {"init_info": {}})
             if self._version < 0:
                 return
@@ -251,25 +249,23 @@ class Fleet:
                 raise EngineError(f"{server.told()} came back and disagrees with the others: mean |difference of logprobs| {gap:.4g}")
             self._say(f"engine: {server.url} is back with weights {self._version} (gap {gap:.1e})")
 
-    async def _update_all(self, version: int) -> None:
-        """Updates the servers that are up, all at once. Raises EngineError when none could be."""
-        found = [server for server in self._servers if server.up]
-        errors = await asyncio.gather(*(self._update(server, version) for server in found), return_exceptions=True)
-        for server, error in zip(found, errors, strict=True):
-            if isinstance(error, EngineError):
-                self._say(f"engine: weights {version} did not reach {server.url}: {error}")
-                server.up = False
-            elif error is not None:
-                raise error
-        if (errors and all(errors)) or (found and not any(server.up for server in self._servers)):
-            raise EngineError(f"weights {version} reached no server: {errors[0]}")
-
     async def _update(self, server: Server, version: int) -> None:
         server.version = -1
-        async with self._held(server):
+        async with self._taking(server, version), self._held(server):
             await self._call(server, "/start_weight_update", {})
             await self._call(server, "/update_weights", {"update_info": self._update_info})
             await self._finish(server, version)
+
+    @contextlib.asynccontextmanager
+    async def _taking(self, server: Server, version: int) -> AsyncIterator[None]:
+        """Limits a sync: of a hung engine's server /health may still answer. Raises EngineError."""
+        limit = self._pool.sync_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                yield
+        except TimeoutError:
+            told = f"{server.told()} did not take weights {version} within {limit:g} s (engine.servers.sync_timeout_s)"
+            raise EngineError(told) from None
 
     @contextlib.asynccontextmanager
     async def _held(self, server: Server) -> AsyncIterator[None]:
@@ -288,6 +284,14 @@ class Fleet:
             raise EngineError(f"{server.told()} acknowledged weight version {held}, sent {version}")
         server.version = version
 
+    async def _end(self) -> None:
+        """Nobody may be left waiting for an answer: a thread that did would keep this process from ending."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=2) if left else None
+        await self._http.aclose()
+
     def close(self) -> None:
         self._closed = True
         for task in self._watching:
@@ -295,7 +299,7 @@ class Fleet:
         for server in self._servers if self._leads else ():
             server.kill()
         with contextlib.suppress(Exception):
-            self._submit(self._http.aclose()).result(5)
+            self._submit(self._end()).result(5)
         self._loop.call_soon_threadsafe(self._loop.stop)
         if self._weights is not None:
             self._weights.close()
@@ -309,7 +313,3 @@ async def _made(token: str) -> tuple[Any, asyncio.Condition, asyncio.Lock]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     client = httpx.AsyncClient(headers={"Authorization": f"Bearer {token}"}, limits=limits, trust_env=False)
     return client, asyncio.Condition(), asyncio.Lock()
-
-
-def _number(version: str) -> int:
-    return int(version) if version.lstrip("-").isdecimal() else -1

@@ -14,11 +14,13 @@ from concurrent.futures import Future
 from typing import Any
 
 from grpo import ranks
-from grpo.engines import EngineError, Request, SamplingOptions, SyncReport, Weights
+from grpo.engines import EngineError, RefusedError, Request, SamplingOptions, SyncReport, Weights
 from grpo.engines._weights import Sent
-from grpo.engines.fleet import Fleet
+from grpo.engines.fleet import HEALTH_S, Fleet
 from grpo.engines.server import Server
 from grpo.types import Completion
+
+AVOID_S = 10.0  # for so long a rank that does not watch the servers asks others than the one that failed
 
 
 class Pool(Fleet):
@@ -55,12 +57,13 @@ class Pool(Fleet):
             self._version = version
             return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=0)
         self._run(self._sending.acquire(), self._settings.timeout_s)
+        self._proof = None  # of other weights: who comes back now is proved with all
         try:
             if self._weights is None:
                 self._by_nccl(sent, version)
             else:
                 self._update_info = self._weights.write(sent)
-                self._run(self._update_all(version), self._settings.timeout_s)
+                self._run(self._update_all(version), self._pool.sync_timeout_s + 60)
             self._version = version
         finally:
             self._loop.call_soon_threadsafe(self._sending.release)
@@ -74,17 +77,36 @@ class Pool(Fleet):
             if not ready:
                 raise EngineError(f"weights {version}: no server is up: {', '.join(server.told() for server in self._servers)}")
             try:
-                return self._nccl.send(ready, sent, version=version, limit_s=self._settings.timeout_s)
+                return self._nccl.send(ready, sent, version=version, limit_s=self._pool.sync_timeout_s)
             except EngineError as error:
-                if last:
+                for server in ready:
+                    self._run(self._settle(server), 60)
+                if last or ranks.count() > 1:  # ZeRO-3 makes the weights whole with all ranks, once
                     raise
                 self._say(f"engine: {error}; once more without those that are lost")
-                for server in ready:
-                    try:
-                        self._run(self._call(server, "/health", timeout_s=10, method="GET"), 15)
-                    except EngineError:
-                        server.up = False
         raise AssertionError
+
+    async def _update_all(self, version: int) -> None:
+        """Updates the servers that are up, all at once. Raises EngineError when all that are there refuse them."""
+        found = [server for server in self._servers if server.up]
+        errors = await asyncio.gather(*(self._update(server, version) for server in found), return_exceptions=True)
+        for server, error in zip(found, errors, strict=True):
+            if isinstance(error, EngineError):
+                self._say(f"engine: weights {version} did not reach {server.url}: {error}")
+                server.up = False
+            elif error is not None:
+                raise error
+        if errors and all(isinstance(error, EngineError) and ": 500" in str(error) for error in errors):
+            raise EngineError(f"weights {version} were refused by every server: {errors[0]}")  # who is lost gets them when it is back
+
+    async def _settle(self, server: Server) -> None:
+        """Ends a transfer that failed; a server whose engine does not answer then is lost."""
+        with contextlib.suppress(EngineError):
+            await self._call(server, "/finish_weight_update", {}, timeout_s=20)
+        try:
+            await self._call(server, "/weight_info", timeout_s=20, method="GET")
+        except EngineError:
+            server.up = False
 
     def begin(self, request: Request, options: SamplingOptions) -> Future[tuple[Completion, ...]]:
         """Begins a request without waiting for it. Weights may change while it is sampled: its completions tell which."""
@@ -130,19 +152,23 @@ class Pool(Fleet):
         tries = self._pool.retries + (0 if self._leads else int(self._settings.start_timeout_s))  # rank 0 alone knows which is up
         for attempt in range(tries + 1):
             server = await self._free(request.n)
+            starts = server.starts
             try:
                 if not self._leads and self._version >= 0:  # rank 0 may be bringing it up
                     held = await self._call(server, "/weight_info", method="GET")
                     if held["weight_version"] != str(self._version):
                         raise EngineError(f"{server.url} has weights {held['weight_version']}, not {self._version}")
-                return await self._ask(server, request, options, self._version)
+                return await self._ask_while_up(server, request, options)
+            except RefusedError:
+                raise
             except EngineError as error:
                 self.counts["retried"] += 1
-                if self._leads:
+                if not self._leads:
+                    server.avoid = time.monotonic() + AVOID_S
+                    await asyncio.sleep(1.0)
+                elif server.starts == starts:  # and not back already
                     server.up = False
                     await self._notify()
-                else:
-                    await asyncio.sleep(1.0)
                 if attempt == tries:
                     raise EngineError(f"a request failed {attempt + 1} times (engine.servers.retries): the last time, {error}") from None
             finally:
@@ -152,21 +178,39 @@ class Pool(Fleet):
                 await self._notify()
         raise AssertionError
 
+    async def _ask_while_up(self, server: Server, request: Request, options: SamplingOptions) -> tuple[Completion, ...]:
+        """As `_ask`; given up when the server is lost meanwhile: a machine that is gone breaks no connection."""
+        starts, asked = server.starts, asyncio.ensure_future(self._ask(server, request, options, self._version))
+        try:
+            while not (await asyncio.wait({asked}, timeout=1.0 if self._leads else HEALTH_S))[0]:
+                if not self._leads:
+                    await self._call(server, "/health", timeout_s=HEALTH_S, method="GET")
+                elif not server.up or server.starts != starts:
+                    raise EngineError(f"{server.told()} was lost")
+            return asked.result()
+        finally:
+            asked.cancel()
+
     async def _free(self, count: int) -> Server:
         """Returns the server with the least to do once it has room for `count` completions (or nothing to do), and counts them to it."""
         async with self._changed:
             while True:
-                ready = [s for s in self._servers if not self._leads or (s.up and s.version == self._version)]
+                now = time.monotonic()
+                if self._leads:
+                    ready = [s for s in self._servers if s.up and s.version == self._version]
+                else:
+                    ready = [s for s in self._servers if s.avoid <= now] or self._servers
                 room = [s for s in ready if not s.load or s.load + count <= self._settings.max_sequences]
                 if room:
                     server = min(room, key=lambda s: s.load)
                     server.load += count
                     if self._idle_since is not None:
-                        self._idle_s, self._idle_since = self._idle_s + time.monotonic() - self._idle_since, None
-                    server.moved = max(server.moved, time.monotonic()) if server.load == count else server.moved
+                        self._idle_s, self._idle_since = self._idle_s + now - self._idle_since, None
+                    server.moved = max(server.moved, now) if server.load == count else server.moved
                     return server
                 await self._watched()
-                if self._transfer == "nccl" and self._leads and all(s.up for s in self._servers):
+                behind = self._leads and not ready and all(s.up for s in self._servers)
+                if self._transfer == "nccl" and behind and not self._sending.locked():
                     raise EngineError("every server was lost; by NCCL they get weights with the next sync only: go on with --resume")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), 1.0)

@@ -12,14 +12,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from grpo import config as configs
 from grpo import models, ranks
+from grpo.engines import EngineError
 from grpo.engines._plugin import TOKEN
 from grpo.engines.vllm import environment, llm_arguments
 from grpo.types import Completion, UserError
@@ -44,6 +46,7 @@ class Server:
     heard: float = 0.0  # when it last answered
     tokens: float = -1.0  # made since its start, at the last look ...
     moved: float = 0.0  # ... and when that number last changed
+    avoid: float = 0.0  # where it is not watched: not to be asked before then
 
     @property
     def local(self) -> bool:
@@ -150,6 +153,22 @@ def token_of(pool: configs.Servers) -> str:
     if pool.urls and not given:
         raise UserError(f"engine.servers.token_env: {pool.token_env} is not set; every server of urls asks for it (launch/server.sh)")
     return ranks.gather("the servers' token", given or secrets.token_hex(16))[0]
+
+
+def completion_of(choice: dict[str, Any], decode: Callable[[Sequence[int]], str], version: int) -> Completion:
+    """Returns a completion of a server's answer; `version`: of its tokens where the server tells none. Raises EngineError."""
+    ids, stopped = tuple(choice["token_ids"]), choice["finish_reason"] == "stop" and not isinstance(choice["stop_reason"], str)
+    spans = tuple((number_of(span["version"]), span["start"], span["end"]) for span in choice["weight_versions"] or ())
+    if spans and [0, *(end for _, _, end in spans)] != [*(start for _, start, _ in spans), len(ids)]:
+        raise EngineError(f"the versions of a completion's {len(ids)} tokens have gaps: {spans}")
+    return Completion(
+        token_ids=ids, logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+        text=decode(ids[:-1] if stopped else ids), finish_reason=choice["finish_reason"], versions=spans or ((version, 0, len(ids)),),
+    )  # fmt: skip
+
+
+def number_of(version: str) -> int:
+    return int(version) if version.lstrip("-").isdecimal() else -1
 
 
 def difference(first: Sequence[tuple[Completion, ...]], second: Sequence[tuple[Completion, ...]]) -> float:

@@ -79,8 +79,9 @@ class VllmEngine:
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         start, sent = time.monotonic(), Sent(weights, self._dtype)
         if self._weights is not None:
+            told = self._weights.write(sent)
             self._call("start_weight_update", {})
-            self._call("update_weights", {"update_info": self._weights.write(sent)})
+            self._call("update_weights", {"update_info": told})
             acknowledged = self._call("finish_weight_update", {"weight_version": str(version)})
         else:
             acknowledged = self._send_ipc(sent, version)

@@ -30,14 +30,13 @@ def learning_rate(settings: configs.Learner, update: int, total_updates: int) ->
     return settings.lr * (floor + (1 - floor) * decay)
 
 
-def deepspeed_config(settings: configs.Learner, dtype: str, cuda: bool) -> dict[str, Any]:
+def deepspeed_config(settings: configs.Learner, dtype: str) -> dict[str, Any]:
     """Returns DeepSpeed's own config, built from ours."""
     zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     optimizer = {"lr": settings.lr, "betas": list(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
-    if not cuda:
-        optimizer |= {"torch_adam": True, "fused": True}  # no compiler run, as DeepSpeed's own would need; one pass over the states
+    optimizer |= {"torch_adam": True, "fused": True}  # no compiler run (nvcc), as DeepSpeed's own would need; one pass over the states
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -65,7 +65,7 @@ class Learner:
             model, entropy_gradient=config.algorithm.entropy_coef != 0, router=self._router_coef > 0,
             teacher=self._reference if soft else None, soft=soft, ulysses=ulysses.shared(model, settings.sequence_parallel), **head,
         )  # fmt: skip
-        ds_config = deepspeed_config(settings, config.model.dtype, torch.cuda.is_available())
+        ds_config = deepspeed_config(settings, config.model.dtype)
         self._engine, *_ = deepspeed.initialize(model=policy, model_parameters=parameter_groups(policy, settings), config=ds_config)
         self._policy: Policy = self._engine.module
         self._limit = NormLimit(self._engine.optimizer, settings.skip_grad_norm)

@@ -129,8 +129,9 @@ class SupervisedTrainer(SFTTrainer):
 
 def _trainer_config(config: SftConfig, cuda: bool) -> dict[str, Any]:
     """Returns DeepSpeed's config for transformers' Trainer, which makes the optimizer and counts micro-batches itself."""
-    made = deepspeed_config(config.learner, config.model.dtype, cuda)
+    made = deepspeed_config(config.learner, config.model.dtype)
     del made["optimizer"], made["managed_gradient_accumulation"]
+    made["zero_force_ds_cpu_optimizer"] = False  # offloaded, the states are torch's too
     made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return made | {
         "train_micro_batch_size_per_gpu": config.micro_batch,

@@ -63,6 +63,11 @@ class Stage:
         self.trackers.log(row)
 
 
+def longest_wait_s(config: RunConfig) -> float:
+    """Returns how long a rank waits for another, which may be busy with an update or with an engine."""
+    return max(config.learner.timeout_s, config.engine.timeout_s + 60 if isinstance(config, SampledConfig) else 0)
+
+
 @contextlib.contextmanager
 def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: bool) -> Iterator[Stage]:
     """Yields the stage's run. The manifest says how it ended; a user's mistake before anything was done leaves no run behind.
@@ -72,7 +77,7 @@ def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: b
     if ranks.count() > 1:
         if name not in ("train", "sft", "distill"):
             raise UserError(f"grpo {name} is one process, whatever engines it asks: start it without torchrun or srun's tasks")
-        ranks.join(max(config.learner.timeout_s, config.engine.timeout_s + 60 if isinstance(config, SampledConfig) else 0))
+        ranks.join(longest_wait_s(config))
     run = RunDirectory(config.run_dir, resume=resume)
     if resume:
         check_same(run.path, config)

@@ -72,6 +72,7 @@ def table(rows: list[dict[str, Any]], first: dict[str, Any]) -> str:
         seconds, least = median(f"time/{phase}_s"), median(f"bound/{phase}_s")
         lines.append(f"{phase:12}{seconds:9.2f}{seconds / total:8.1%}" + (f"{least:9.2f}{seconds / least:8.1f}" if least else ""))
     lines.append(f"{'all':12}{total:9.2f}{1:8.1%}{median('bound/total_s'):9.2f}{total / median('bound/total_s'):8.1f}")
+    lines.append(f"weights     {median('sync/bytes') / 1e9:.2f} GB to the engine in {median('sync/seconds'):.3f} s of the sync")
     lines.append(
         f"wasted      {median('group/no_signal'):.0%} of groups without signal, {median('completion/truncated'):.0%} of completions cut off"
     )
