@@ -26,6 +26,33 @@ def test_scripts_parse_and_are_strict(script):
         subprocess.run(["shellcheck", "--exclude=SC1091", str(script)], check=True)
 
 
+def test_a_server_that_dies_is_started_again_and_a_mistake_or_a_signal_ends_it(tmp_path):
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "server.sh", tmp_path / "launch")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/bash\necho started >>"$LOG"; [[ -n "$CODE" ]] && exit "$CODE"; exec sleep 60\n')
+    python.chmod(0o755)
+    log, command = tmp_path / "log", [str(tmp_path / "launch" / "server.sh"), "config.yaml", "8000"]
+    for code, restarts, starts in (("9", "1", 2), ("2", "1", 1), ("0", "0", 1)):
+        log.unlink(missing_ok=True)
+        made = os.environ | {"LOG": str(log), "CODE": code, "RESTARTS": restarts}
+        assert subprocess.run(command, env=made, capture_output=True).returncode == int(code)
+        assert len(log.read_text().splitlines()) == starts
+    log.unlink()
+    server = subprocess.Popen(command, env=os.environ | {"LOG": str(log), "CODE": ""})
+    wait_until(log.exists)
+    server.terminate()
+    assert server.wait(10) == 143 and len(log.read_text().splitlines()) == 1
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh", "server.sh"])
 def test_scripts_say_how_they_are_used(script):
     done = subprocess.run([str(LAUNCH / script)], capture_output=True, text=True)
@@ -50,6 +77,7 @@ def slurm(tmp_path, **environment):
 
 def test_the_slurm_job_shares_its_nodes_among_learners_and_servers(tmp_path):
     assert slurm(tmp_path, ENGINE_NODES="1", TENSOR_PARALLEL="4").wait(30) == 0
+    wait_until(lambda: len((tmp_path / "log").read_text().splitlines()) >= 3)  # the servers' steps are begun in the background
     asked = (tmp_path / "log").read_text().splitlines()
     (learner,) = [line for line in asked if "slurm-%j-learner" in line]
     servers = [line for line in asked if "server.sh" in line]
@@ -129,4 +157,4 @@ def test_a_server_without_a_token_does_not_start(tiny, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "GRPO_ENGINE_TOKEN"}
     command = [sys.executable, "-m", "grpo.engines.server", config, "8123"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "grpo: GRPO_ENGINE_TOKEN is not set" in done.stderr
+    assert done.returncode == 2 and "grpo: GRPO_ENGINE_TOKEN is not set" in done.stderr

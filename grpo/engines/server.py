@@ -204,4 +204,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2], sys.argv[3:])
     except UserError as error:
-        sys.exit(f"grpo: {error}")
+        print(f"grpo: {error}", file=sys.stderr)
+        sys.exit(2)
