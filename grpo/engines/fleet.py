@@ -57,9 +57,7 @@ class Fleet:
         self._settings, self._pool, self._decode, self._on_wait, self._say = settings, settings.servers, decode, on_wait, say
         self._leads, self._dtype = ranks.rank() == 0, getattr(torch, dtype)
         if self._pool.count and ranks.count() > ranks.local_count():
-            raise UserError(
-                "engine.servers.count: these servers listen on one machine and the ranks are on several: use urls (launch/server.sh)"
-            )
+            raise UserError("engine.servers.count: ranks on several machines do not reach rank 0's own: use urls (launch/server.sh)")
         self._transfer = transfer_of(self._pool, torch.cuda.is_available())
         check_split(model_dir, self._pool.tensor_parallel)
         token = token_of(self._pool)
