@@ -6,13 +6,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 (($# >= 2)) || { sed -n '2,5s/^# //p' "$0"; exit 2; }
-server=""
-trap 'RESTARTS=0; [[ -z "$server" ]] || kill -TERM "$server"' TERM INT
-for ((left = ${RESTARTS:-20}; left >= 0; left--)); do
+server="" stopped=0 code=143
+trap 'stopped=1; [[ -z "$server" ]] || kill -TERM "$server" 2>/dev/null || true' TERM INT
+for ((left = ${RESTARTS:-20}; left >= 0 && !stopped; left--)); do
   .venv/bin/python -m grpo.engines.server "$@" &
   server=$! code=0
+  ((!stopped)) || kill -TERM "$server" 2>/dev/null || true # the signal came before its number was known
   wait "$server" || code=$?
-  ((code != 2 && left > 0 && ${RESTARTS:-20} > 0)) || break
+  if ((stopped)); then wait "$server" || code=$?; fi # the trap ended the first wait
+  ((code != 2 && left > 0 && !stopped)) || break
   echo "server.sh: the server ended with code $code; starting it again" >&2
   sleep 5
 done

@@ -25,6 +25,7 @@ class NcclSender:
         self._fleet, self._size = fleet, tensor_parallel
         self._trainer: Any = None
         self._members: list[tuple[str, int]] = []
+        self.stuck = False  # whether a transfer that was given up still goes through the weights
 
     def send(self, servers: Sequence[Server], sent: Sent, *, version: int, limit_s: float) -> None:
         """Raises EngineError, also when a server is lost on the way and the others wait for it."""
@@ -34,6 +35,7 @@ class NcclSender:
         def work() -> None:
             try:
                 self._join(servers, client, sent)
+                client.check()
                 self._trainer.client, self._trainer.source = client, sent
                 self._trainer.send_weights()
             except BaseException as error:
@@ -45,13 +47,18 @@ class NcclSender:
             while thread.is_alive() and not failed and time.monotonic() < deadline:
                 thread.join(0.2)
                 self._fleet._on_wait()
-        except BaseException:
-            self._leave()
+            if thread.is_alive() and not failed:
+                failed.append(EngineError(f"not done within {limit_s:g} s"))
+        except BaseException as error:
+            failed.append(error)
             raise
-        if failed or thread.is_alive():
-            self._leave()
-            why = str(failed[0]) if failed else f"not done within {limit_s:g} s"
-            raise EngineError(f"weights {version} to {len(servers)} servers by NCCL: {why}")
+        finally:
+            if failed:
+                self._leave()
+                thread.join(20)
+                self.stuck = thread.is_alive()
+        if failed:
+            raise EngineError(f"weights {version} to {len(servers)} servers by NCCL: {failed[0]}")
 
     def _join(self, servers: Sequence[Server], client: Any, source: Any) -> None:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
@@ -61,8 +68,8 @@ class NcclSender:
             self._leave()
             size = 1 + len(servers) * self._size
             info = NCCLTrainerInitInfo(rank=0, master_address=_seen_by(servers[0]), master_port=free_port(), world_size=size)
-            self._trainer = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
-            self._members = members
+            trainer = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
+            self._trainer, self._members = trainer, members
 
     def _leave(self) -> None:
         """Aborts the group: what still waits in it for somebody who is gone goes on."""
@@ -89,10 +96,19 @@ class _Client:
     def _all(self, path: str, bodies: Sequence[Any]) -> None:
         self._wait(*(self._fleet._call(server, path, body) for server, body in zip(self._servers, bodies, strict=True)))
 
+    def check(self) -> None:
+        """Raises what the transfer was given up for."""
+        if self._failed:
+            raise EngineError(f"given up: {self._failed[0]}")
+
     def _wait(self, *calls: Coroutine[Any, Any, Any]) -> None:
         async def all_of_them() -> None:
             await asyncio.gather(*calls)
 
+        if self._failed:
+            for call in calls:
+                call.close()
+        self.check()
         try:
             self._fleet._submit(all_of_them()).result()  # each call has its limit, and ends with the fleet
         except BaseException as error:

@@ -229,6 +229,7 @@ class Fleet:
             for path in ("/abort_requests", "/finish_weight_update", "/resume"):
                 with contextlib.suppress(EngineError):
                     await self._call(server, path, {}, timeout_s=60)
+            await self._call(server, "/weight_info", timeout_s=60, method="GET")  # asks the engine: it may hang while /health answers
         if self._transfer == "nccl":  # until the next sync it waits
             return
         async with self._sending, self._taking(server, self._version):
@@ -241,7 +242,8 @@ class Fleet:
             await self._call(server, "/resume", {})
         if self._proof is not None:
             requests, options, expected = self._proof
-            found = [await self._ask(server, request, options, self._version) for request in requests]
+            async with self._taking(server, self._version):
+                found = [await self._ask(server, request, options, self._version) for request in requests]
             gap = difference(expected, found)
             if not gap < 0.5:
                 raise EngineError(f"{server.told()} came back and disagrees with the others: mean |difference of logprobs| {gap:.4g}")
@@ -262,7 +264,7 @@ class Fleet:
             async with asyncio.timeout(limit):
                 yield
         except TimeoutError:
-            told = f"{server.told()} did not take weights {version} within {limit:g} s (engine.servers.sync_timeout_s)"
+            told = f"{server.told()} was not done with weights {version} within {limit:g} s (engine.servers.sync_timeout_s)"
             raise EngineError(told) from None
 
     @contextlib.asynccontextmanager

@@ -56,7 +56,7 @@ class Pool(Fleet):
                 pass
             self._version = version
             return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=0)
-        self._run(self._sending.acquire(), self._settings.timeout_s)
+        self._run(self._sending.acquire(), self._settings.timeout_s + self._pool.sync_timeout_s)
         self._proof = None  # of other weights: who comes back now is proved with all
         try:
             if self._weights is None:
@@ -81,7 +81,7 @@ class Pool(Fleet):
             except EngineError as error:
                 for server in ready:
                     self._run(self._settle(server), 60)
-                if last or ranks.count() > 1:  # ZeRO-3 makes the weights whole with all ranks, once
+                if last or self._nccl.stuck or ranks.count() > 1:  # ZeRO-3 makes the weights whole with all ranks, once
                     raise
                 self._say(f"engine: {error}; once more without those that are lost")
         raise AssertionError
@@ -96,8 +96,16 @@ class Pool(Fleet):
                 server.up = False
             elif error is not None:
                 raise error
-        if errors and all(isinstance(error, EngineError) and ": 500" in str(error) for error in errors):
+        refused = bool(errors) and all(isinstance(error, EngineError) and ": 500" in str(error) for error in errors)
+        if refused and all(await asyncio.gather(*(self._healthy(server) for server in found))):
             raise EngineError(f"weights {version} were refused by every server: {errors[0]}")  # who is lost gets them when it is back
+
+    async def _healthy(self, server: Server) -> bool:
+        try:
+            await self._call(server, "/health", timeout_s=10, method="GET")
+        except EngineError:
+            return False
+        return True
 
     async def _settle(self, server: Server) -> None:
         """Ends a transfer that failed; a server whose engine does not answer then is lost."""
@@ -155,7 +163,7 @@ class Pool(Fleet):
             starts = server.starts
             try:
                 if not self._leads and self._version >= 0:  # rank 0 may be bringing it up
-                    held = await self._call(server, "/weight_info", method="GET")
+                    held = await self._call(server, "/weight_info", timeout_s=60, method="GET")
                     if held["weight_version"] != str(self._version):
                         raise EngineError(f"{server.url} has weights {held['weight_version']}, not {self._version}")
                 return await self._ask_while_up(server, request, options)
@@ -217,7 +225,14 @@ class Pool(Fleet):
 
     async def _prove(self, requests: Sequence[Request], options: SamplingOptions) -> list[list[tuple[Completion, ...]]]:
         async def by(server: Server) -> list[tuple[Completion, ...]]:
-            return list(await asyncio.gather(*(self._ask(server, request, options, self._version) for request in requests)))
+            return list(await asyncio.gather(*(one(server, request) for request in requests)))
+
+        async def one(server: Server, request: Request) -> tuple[Completion, ...]:
+            server.load += request.n  # watched, then, for a stall
+            try:
+                return await self._ask_while_up(server, request, options)
+            finally:
+                server.load -= request.n
 
         ready = [server for server in self._servers if server.up and server.version == self._version]
         while not ready:

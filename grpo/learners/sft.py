@@ -51,7 +51,7 @@ class SupervisedTrainer(SFTTrainer):
             gradient_checkpointing=config.model.gradient_checkpointing, logging_steps=1, save_strategy="no", report_to=[],
             disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=cuda,
             average_tokens_across_devices=True, padding_free=config.model.packed,
-            deepspeed=_trainer_config(config, cuda),
+            deepspeed=_trainer_config(config),
         )  # fmt: skip
         model = lora.load_policy(config, model_dir, packing.ROWS if config.model.packed else config.model.attention)
         taken = list(rows)
@@ -127,7 +127,7 @@ class SupervisedTrainer(SFTTrainer):
         Trainer._save_checkpoint(self, self.model, trial=None)  # type: ignore[arg-type] # SFTTrainer's own adds a model card
 
 
-def _trainer_config(config: SftConfig, cuda: bool) -> dict[str, Any]:
+def _trainer_config(config: SftConfig) -> dict[str, Any]:
     """Returns DeepSpeed's config for transformers' Trainer, which makes the optimizer and counts micro-batches itself."""
     made = deepspeed_config(config.learner, config.model.dtype)
     del made["optimizer"], made["managed_gradient_accumulation"]

@@ -63,9 +63,13 @@ class Stage:
         self.trackers.log(row)
 
 
-def longest_wait_s(config: RunConfig) -> float:
+def longest_wait_s(config: Any) -> float:
     """Returns how long a rank waits for another, which may be busy with an update or with an engine."""
-    return max(config.learner.timeout_s, config.engine.timeout_s + 60 if isinstance(config, SampledConfig) else 0)
+    waits = [config.learner.timeout_s if isinstance(config, RunConfig) else 1800.0]
+    if isinstance(config, SampledConfig):
+        servers = config.engine.servers
+        waits.append(config.engine.timeout_s + 60 + (2 * servers.sync_timeout_s + 60 if servers else 0))
+    return max(waits)
 
 
 @contextlib.contextmanager
