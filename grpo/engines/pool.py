@@ -96,16 +96,8 @@ class Pool(Fleet):
                 server.up = False
             elif error is not None:
                 raise error
-        refused = bool(errors) and all(isinstance(error, EngineError) and ": 500" in str(error) for error in errors)
-        if refused and all(await asyncio.gather(*(self._healthy(server) for server in found))):
+        if errors and all(isinstance(error, EngineError) and ": 500" in str(error) for error in errors):
             raise EngineError(f"weights {version} were refused by every server: {errors[0]}")  # who is lost gets them when it is back
-
-    async def _healthy(self, server: Server) -> bool:
-        try:
-            await self._call(server, "/health", timeout_s=10, method="GET")
-        except EngineError:
-            return False
-        return True
 
     async def _settle(self, server: Server) -> None:
         """Ends a transfer that failed; a server whose engine does not answer then is lost."""
