@@ -88,7 +88,9 @@ class Policy(nn.Module):
             out = self.model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **more)
             chosen = lambda states: states[batch.token_mask]  # noqa: E731
         else:
-            layout = packing.layout(batch.sequences, batch.prompt_lengths, batch.input_ids.device)
+            device = batch.input_ids.device
+            kernel = packing.has_kernel(self.model.config, self.model.dtype, device)
+            layout = packing.layout(batch.sequences, batch.prompt_lengths, device, kernel=kernel)
             if self.ulysses is not None:
                 layout, own = self.ulysses.part(layout)
                 places = torch.zeros_like(places).masked_scatter_(places, own)
@@ -124,22 +126,15 @@ class _LogProbs(torch.autograd.Function):
     """Logits [N, V] -> log-probabilities and entropies [N] of targets, in float32; the gradient keeps the logits' dtype.
 
     Plain autograd makes ten passes over the vocabulary. On a CPU the few that are left go row block by row block, within the cache:
-    together four times as fast as whole, where they took longer than the head's matrix product.
+    together four times as fast as whole, where they took longer than the head's matrix product. On a GPU: grpo/logprob_kernels.py.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        logprobs, entropies, normalisers = (torch.empty(len(logits), device=logits.device) for _ in range(3))
-        for rows, scaled in _row_blocks(logits, temperature):
-            highest = scaled.amax(-1, keepdim=True)
-            picked = scaled.gather(-1, targets[rows, None])[:, 0]
-            weights = torch.exp(scaled - highest)
-            total = weights.sum(-1)
-            normalisers[rows] = highest[:, 0] + total.log()
-            logprobs[rows] = picked - normalisers[rows]
-            entropies[rows] = normalisers[rows] - torch.linalg.vecdot(weights, scaled) / total
+        values = logprob_kernels().values if logits.is_cuda else _values
+        logprobs, entropies, normalisers = values(logits, targets, temperature=temperature)
         ctx.save_for_backward(logits, targets, normalisers, entropies)
         ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
         if not entropy_gradient:
@@ -148,18 +143,55 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        """d logprob / d logits = (onehot - p) / temperature, d entropy / d logits = -p (log p + entropy) / temperature."""
         logits, targets, normalisers, entropies = ctx.saved_tensors
-        grad, entropy_grad = grad[:, None] / ctx.temperature, entropy_grad[:, None] / ctx.temperature
-        out = torch.empty_like(logits)
-        for rows, scaled in _row_blocks(logits, ctx.temperature):
-            factor = -grad[rows]
-            scaled.sub_(normalisers[rows, None])
-            if ctx.entropy_gradient:
-                factor = factor - entropy_grad[rows] * (scaled + entropies[rows, None])
-            scaled.exp_().mul_(factor).scatter_add_(-1, targets[rows, None], grad[rows])
-            out[rows] = scaled.to(out.dtype)
-        return out, None, None, None
+        gradient = logprob_kernels().gradient if logits.is_cuda else _gradient
+        entropy_grad_or_none = entropy_grad if ctx.entropy_gradient else None
+        logits_grad = gradient(logits, targets, normalisers, entropies, grad, entropy_grad_or_none, temperature=ctx.temperature)
+        return logits_grad, None, None, None
+
+
+def logprob_kernels() -> Any:
+    """Returns the module of Triton kernels, which comes with PyTorch for CUDA."""
+    from grpo import logprob_kernels
+
+    return logprob_kernels
+
+
+def _values(logits: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `values` of grpo/logprob_kernels.py."""
+    logprobs, entropies, normalisers = (torch.empty(len(logits), device=logits.device) for _ in range(3))
+    for rows, scaled in _row_blocks(logits, temperature):
+        highest = scaled.amax(-1, keepdim=True)
+        picked = scaled.gather(-1, targets[rows, None])[:, 0]
+        weights = torch.exp(scaled - highest)
+        total = weights.sum(-1)
+        normalisers[rows] = highest[:, 0] + total.log()
+        logprobs[rows] = picked - normalisers[rows]
+        entropies[rows] = normalisers[rows] - torch.linalg.vecdot(weights, scaled) / total
+    return logprobs, entropies, normalisers
+
+
+def _gradient(
+    logits: Tensor,
+    targets: Tensor,
+    normalisers: Tensor,
+    entropies: Tensor,
+    grad: Tensor,
+    entropy_grad: Tensor | None,
+    *,
+    temperature: float,
+) -> Tensor:
+    """As `gradient` of grpo/logprob_kernels.py."""
+    out = torch.empty_like(logits)
+    grad = grad[:, None] / temperature
+    for rows, scaled in _row_blocks(logits, temperature):
+        factor = -grad[rows]
+        scaled.sub_(normalisers[rows, None])
+        if entropy_grad is not None:
+            factor = factor - entropy_grad[rows, None] / temperature * (scaled + entropies[rows, None])
+        scaled.exp_().mul_(factor).scatter_add_(-1, targets[rows, None], grad[rows])
+        out[rows] = scaled.to(out.dtype)
+    return out
 
 
 def _projections(student: Any, teacher: Any, soft: Soft) -> dict[str, nn.Module]:

@@ -1,10 +1,12 @@
 """The packed stream against the padded batch: the same logprobs and gradients, each prompt once, no padding."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from grpo import models, packing
-from grpo.batch import micro_batches
+from grpo.batch import micro_batches, to_device
 from grpo.learners.ulysses import Ulysses
 from grpo.logprobs import Policy
 from grpo.types import Sample, UserError
@@ -17,12 +19,42 @@ def test_golden_layout():
     assert made.positions.tolist() == [[0, 1, 0, 2, 1, 2]]
     # 7 and 9 are predicted by the 6 at place 1, 8 by the 7 at place 3; 3, 2, 1 by the 4, 3, 2 at places 2, 4, 5
     assert made.predictors.tolist() == [1, 3, 1, 2, 4, 5]
-    assert made.prompts.tolist() == [0, 1, 2, 0] and made.prompt_places.tolist() == [0, 1, 2]
-    assert made.completions.tolist() == [3, 0, 0, 0, 4, 5] and made.completion_places.tolist() == [0, 4, 5]
-    assert made.prompt_of.tolist() == [0, 0, 1]
+    rows = made.rows
+    assert made.spans is None
+    assert rows.prompts.tolist() == [0, 1, 2, 0] and rows.prompt_places.tolist() == [0, 1, 2]
+    assert rows.completions.tolist() == [3, 0, 0, 0, 4, 5] and rows.completion_places.tolist() == [0, 4, 5]
+    assert rows.prompt_of.tolist() == [0, 0, 1]
     # prompt of two places, then two own places: the second completion input of row 2 sees 4, 3 and 2
-    assert made.mask[2, 0].tolist() == [[True, False, True, False], [True, False, True, True]]
-    assert made.mask[0, 0, 0].tolist() == [True, True, True, False]
+    assert rows.mask[2, 0].tolist() == [[True, False, True, False], [True, False, True, True]]
+    assert rows.mask[0, 0, 0].tolist() == [True, True, True, False]
+
+
+def test_golden_spans():
+    """The layout above for the variable-length kernel: each completion's keys are its prompt's and its own; (9,) has no input."""
+    made = packing.layout([(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)], [2, 2, 1], torch.device("cpu"), kernel=True)
+    spans = made.spans
+    assert made.rows is None and made.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
+    assert spans.query_starts.tolist() == [0, 2, 3, 4, 6]  # (5 6), (4), (7), (3 2)
+    assert spans.keys.tolist() == [0, 1, 2, 0, 1, 3, 2, 4, 5]  # (5 6), (4), (5 6 7), (4 3 2)
+    assert spans.key_starts.tolist() == [0, 2, 3, 6, 9]
+    assert (spans.num_queries, spans.max_queries, spans.max_keys) == (6, 2, 3)
+
+
+def plain_varlen_attention(query, key, value, query_starts, key_starts, max_queries, max_keys, scale):
+    """torch.nn.attention.varlen.varlen_attn with window_size=(-1, 0), one sequence after another, in any dtype."""
+    outputs = []
+    queries, keys = (list(pairwise(starts.tolist())) for starts in (query_starts, key_starts))
+    assert max_queries == max(end - start for start, end in queries) and max_keys == max(end - start for start, end in keys)
+    for (query_start, query_end), (key_start, key_end) in zip(queries, keys, strict=True):
+        q = query[query_start:query_end]  # [T, Hq, D]
+        group = q.shape[1] // key.shape[1]
+        k = key[key_start:key_end].repeat_interleave(group, dim=1)  # [S, Hq, D]
+        v = value[key_start:key_end].repeat_interleave(group, dim=1)
+        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+        scores = torch.einsum("thd,shd->hts", q, k) * scale
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hts,shd->thd", weights, v))
+    return torch.cat(outputs)
 
 
 def test_ranks_and_heads_that_cannot_share_a_stream_are_named(tiny, monkeypatch):
@@ -48,11 +80,12 @@ def groups(seed=0):
     return samples
 
 
-def scored(model, samples, max_tokens):
+def scored(model, samples, max_tokens, device="cpu"):
     """Logprobs and entropies of every completion token in the samples' order, and the gradient of advantage x logprob."""
     packed = model.config._attn_implementation == packing.NAME
     policy, found = Policy(model, temperature=0.7, chunk=5), {}
     for batch in micro_batches(samples, [1.0] * len(samples), max_tokens=max_tokens, packed=packed):
+        batch = to_device(batch, torch.device(device))
         logprobs, entropies = policy(batch)
         (logprobs * batch.advantages).sum().backward()
         for row, i in enumerate(batch.index):
@@ -67,6 +100,31 @@ def scored(model, samples, max_tokens):
 def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, max_tokens):
     expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
     values, ours = scored(models.load_model(tiny(kind), "packed"), groups(), max_tokens)
+    assert torch.allclose(values, expected, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(ours[name], gradient, atol=1e-5 * float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])  # its values are narrower than its keys
+@pytest.mark.parametrize("max_tokens", [1000, 60])
+def test_spans_equal_padded_in_logprobs_entropies_and_gradients(tiny, monkeypatch, kind, max_tokens):
+    """What a GPU's kernel is given, computed in plain PyTorch."""
+    expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
+    monkeypatch.setattr(packing, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(packing, "_varlen_attention", lambda: plain_varlen_attention)
+    values, ours = scored(models.load_model(tiny(kind), "packed"), groups(), max_tokens)
+    assert torch.allclose(values, expected, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(ours[name], gradient, atol=1e-5 * float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe"])
+def test_fused_norms_compute_what_transformers_norms_do(tiny, kind):
+    expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
+    model = models.load_model(tiny(kind), "eager")
+    fused = models.use_fused_norms(model)
+    assert fused == sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
+    values, ours = scored(model, groups(), 1000)
     assert torch.allclose(values, expected, atol=1e-5)
     for name, gradient in gradients.items():
         assert torch.allclose(ours[name], gradient, atol=1e-5 * float(gradient.abs().max())), name

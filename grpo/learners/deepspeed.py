@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from grpo import config as configs
-from grpo import lora, moe, ranks
+from grpo import lora, models, moe, ranks
 from grpo.batch import to_device
 from grpo.learners import ulysses
+from grpo.learners._perturb import jittered, perturbed
+from grpo.learners._reports import summed
 from grpo.learners._setup import MAX_LOST, FreedMemory, NormLimit, deepspeed_config, join, learning_rate, not_finite, parameter_groups
 from grpo.logprobs import Policy
 from grpo.losses._objective import Loss, objective
@@ -55,10 +57,14 @@ class Learner:
         }  # fmt: skip
         self._reference: Policy | None = None
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda":
+            models.use_fused_norms(model)
         if reference is not None:
             for parameter in reference.parameters():  # buffers (rotary frequencies) stay in float32, as DeepSpeed leaves the policy's
                 parameter.data = parameter.data.to(self._dtype)
             reference = reference.to(self.device).eval().requires_grad_(False)
+            if self.device.type == "cuda":
+                models.use_fused_norms(reference)
             self._reference = Policy(reference, ulysses=ulysses.shared(reference, settings.sequence_parallel), **head)
         self._soft = soft
         policy = Policy(
@@ -93,20 +99,19 @@ class Learner:
         lr = learning_rate(self._settings, self.updates, self._total_updates)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        sums: dict[str, float] = {"loss": 0.0}
-        highest = 0.0
+        reports: list[dict[str, Tensor]] = []  # of each micro-batch, on the device: to read a value waits for all that runs there
         own = sum(int(batch.token_mask.sum()) for batch in batches if not batch.idle and self._tells)
         tokens = sum(ranks.gather("the update's tokens", own))
         for done, batch in enumerate(batches, start=1):
             loss, report = self._loss_of(to_device(batch, self.device), tokens)
             self._engine.backward(loss * ranks.count(), scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks
             if self._tells and not batch.idle:
-                sums["loss"] += float(loss.detach())
-                highest = max(highest, float(report["_rho"].max()))
-                for name, value in report.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.sum())
+                reports.append(
+                    {name: value.sum() for name, value in report.items()} | {"loss": loss.detach(), "_highest": report["_rho"].max()}
+                )
             if on_batch is not None:
                 on_batch(done, len(batches))
+        sums, highest = summed(reports)
         found = ranks.gather("the update's metrics", (sums, highest))
         sums = {name: sum(one.get(name, 0.0) for one, _ in found) for name in max((one for one, _ in found), key=len)}
         norm, applied = self._step()
@@ -199,8 +204,9 @@ class Learner:
         return buckets
 
     @contextlib.contextmanager
-    def perturbed(self, seed: int) -> Iterator[None]:
+    def perturbed(self, seed: int, *, jitter: bool = False) -> Iterator[None]:
         """Within it every weight is visibly different (scaled by about 20 % and noisy by 10 %), seeded; after it, bit for bit as before.
+        With `jitter` each weight of the same perturbation moves by up to one more step of bfloat16.
 
         Under ZeRO-3 each rank does it with its own part of a weight, and keeps no more than that.
         """
@@ -212,7 +218,10 @@ class Learner:
                 for i, parameter in enumerate(self._policy.model.parameters()):
                     held = parameter.ds_tensor if split else parameter.data
                     kept.append((held, held.clone()))
-                    held.copy_(_perturb(held, seed + i + (100_000 * ranks.rank() if split else 0)))
+                    number = seed + i + (100_000 * ranks.rank() if split else 0)
+                    held.copy_(perturbed(held, number))
+                    if jitter:
+                        held.copy_(jittered(held, number))
             yield
         finally:
             self._engine.empty_partition_cache()
@@ -303,12 +312,3 @@ class LearnerWeights:
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         return list(self._learner._layout())
-
-
-def _perturb(weight: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-    factor = 1.2 if torch.rand((), generator=generator) < 0.5 else 0.8
-    constant = bool((weight == weight.flatten()[0]).all())  # norms and fresh biases have no spread of their own
-    spread = weight.float().abs().mean().clamp(min=1.0) if constant else weight.float().std()
-    return weight * factor + 0.1 * spread * noise
