@@ -12,6 +12,9 @@ from typing import Any
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from grpo.engines._weights import Arrivals, read, tied_head
@@ -34,11 +37,36 @@ class Checked:
             self.model = model
 
 
-class IpcTransfer(Checked, IPCWeightTransferEngine):
+class InPlace(Checked):
+    """On a GPU most models are loaded straight into the parameters that their CUDA graphs read.
+
+    vLLM's layer-wise reload puts a layer's new weights together beside the old ones, processes and copies them. A model whose weights are
+    used as they are loaded does not need that; it took 60 of 105 ms of a sync of 338 tensors.
+    """
+
+    def start_weight_update(self) -> None:
+        if loads_in_place(self.model):
+            self._arrivals = Arrivals(self.model)
+        else:
+            super().start_weight_update()
+
+
+def loads_in_place(model: Any) -> bool:
+    """Returns whether no layer of a model on a GPU packs, shuffles, quantises or derives anything of its weights once they are loaded."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+            return False
+        if hasattr(module, "process_weights_after_loading") and type(module) is not Attention:  # Attention: its scales, which are not sent
+            return False
+    return True
+
+
+class IpcTransfer(InPlace, IPCWeightTransferEngine):
     pass
 
 
-class NcclTransfer(Checked, NCCLWeightTransferEngine):
+class NcclTransfer(InPlace, NCCLWeightTransferEngine):
     pass
 
 

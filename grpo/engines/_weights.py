@@ -33,12 +33,12 @@ DTYPES = {
 
 def checksum(tensor: Tensor) -> Tensor:
     """Returns, [] on the tensor's device, its bytes as int64 words summed modulo 2^64: any flipped bit changes it."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()
+    flat = tensor.detach().reshape(-1)
+    if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0:
+        return flat.view(torch.int64).sum()
+    data = flat.view(torch.uint8).clone()  # a new storage begins at a multiple of 8
     whole = data.numel() // 8 * 8
-    words = data[:whole].view(torch.int64).sum()
-    return words if whole == data.numel() else words + data[whole:].sum()
+    return data[:whole].view(torch.int64).sum() + data[whole:].sum()
 
 
 @dataclass(frozen=True, slots=True)

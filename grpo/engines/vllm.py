@@ -42,6 +42,7 @@ class VllmEngine:
         self._cuda = torch.cuda.is_available()
         self._weights = None if self._cuda else SharedWeights()
         self._trainer: Any = None  # vLLM's own sending side, CUDA IPC only
+        self._slept_bytes = 0  # of the GPU's memory, which the engine gave away when it fell asleep and wants back
         self._version = -1
         self._child, self._pipe = _spawn(module, log_file)
         llm = llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda)
@@ -50,12 +51,14 @@ class VllmEngine:
         llm |= {"hf_overrides": {"head_dtype": "float32"}} if float32_head else {}
         with contextlib.suppress(BrokenPipeError):  # a child that is dead already is reported by wait_ready
             self._pipe.send(("start", {"llm": llm, "backend": "memory" if self._weights else "ipc"}))
-        self._waiting = True  # for the answer to `start`
+        self._description: dict[str, Any] | None = None  # None until the child has answered `start`
 
     def wait_ready(self) -> dict[str, Any]:
-        """Returns what the child says of itself once it can sample."""
-        self._waiting = False
-        return self._receive("start", self._settings.start_timeout_s, None)
+        """Returns what the child says of itself once it can sample; again, if it has said so already."""
+        if self._description is None:
+            self._description = {}  # a failed start raises once and is not waited for again
+            self._description = self._receive("start", self._settings.start_timeout_s, None)
+        return self._description
 
     def generate(
         self, requests: Sequence[Request], options: SamplingOptions, on_progress: Callable[[int, int], None] | None = None
@@ -109,10 +112,18 @@ class VllmEngine:
 
     def sleep(self) -> None:
         if self._cuda and self._settings.sleep:
+            free_before, _ = torch.cuda.mem_get_info()
             self._call("sleep", {})
+            free_after, _ = torch.cuda.mem_get_info()
+            self._slept_bytes = max(0, free_after - free_before)
 
     def wake(self) -> None:
         if self._cuda and self._settings.sleep:
+            # PyTorch keeps what the update has freed. It is given back where the engine has no room without it, and only there: to get it
+            # again costs the next update milliseconds per GB.
+            free, _ = torch.cuda.mem_get_info()
+            if free < 1.05 * self._slept_bytes:
+                torch.cuda.empty_cache()
             self._call("wake", {})
 
     def close(self) -> None:
@@ -126,8 +137,7 @@ class VllmEngine:
             self._weights = None
 
     def _call(self, method: str, arguments: dict[str, Any], on_progress: Callable[[int, int], None] | None = None) -> Any:
-        if self._waiting:
-            self.wait_ready()
+        self.wait_ready()
         try:
             self._pipe.send((method, arguments))
         except (BrokenPipeError, ConnectionResetError):

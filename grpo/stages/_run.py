@@ -193,9 +193,9 @@ def send_weights(engine: Any, model_dir: Path) -> float:
     import torch
 
     model: Any = models.load_model(model_dir, "eager")
+    engine.wait_ready()
     if torch.cuda.is_available():
         model = model.cuda()
-    engine.wait_ready()
     return engine.load_weights(Held(model), 1).seconds
 
 
