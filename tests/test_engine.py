@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from grpo import config as configs
 from grpo import models
+from grpo import probe as probe_module
 from grpo.engines import EngineError, Request, SamplingOptions, _weights
 from grpo.engines.vllm import VllmEngine, check_memory
 from grpo.learners.deepspeed import Learner
@@ -102,6 +103,53 @@ def test_a_stop_string_stays_in_the_text(engine, tiny):
     options = SamplingOptions(max_tokens=12, ignore_eos=True, stop=(mark,))
     (stopped,) = engine.generate([Request(prompt_ids=PROMPTS[2], seed=9)], options)[0]
     assert stopped.finish_reason == "stop" and stopped.text == free.text[: free.text.index(mark) + 1]
+
+
+def test_only_models_that_use_their_weights_as_loaded_are_loaded_in_place():
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    from grpo.engines._transfer import loads_in_place
+
+    class Layer(torch.nn.Module):
+        def __init__(self, quant_method):
+            super().__init__()
+            self.quant_method = quant_method
+
+    class PackedMethod(UnquantizedLinearMethod):
+        """Packs the weight in process_weights_after_loading."""
+
+    class LatentAttention(torch.nn.Module):
+        def process_weights_after_loading(self, dtype):
+            """Derives matrices of a weight."""
+
+    plain = [Layer(UnquantizedLinearMethod()), Layer(UnquantizedEmbeddingMethod()), Layer(None), torch.nn.LayerNorm(4)]
+    assert loads_in_place(torch.nn.Sequential(*plain))
+    for other in (Layer(PackedMethod()), LatentAttention()):
+        assert not loads_in_place(torch.nn.Sequential(*plain, torch.nn.Sequential(other)))
+
+
+@pytest.mark.engine
+def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(tiny, tmp_path, monkeypatch):
+    """On an H200 a healthy SmolLM2-135M was stopped: its canary's gap was 0.53, by the noise of bfloat16 alone."""
+    model_dir = tiny("tiny-llama", num_hidden_layers=24, initializer_range=0.2)
+    config = tiny_config(tmp_path, model_dir, model={"dtype": "bfloat16"}, learner={"zero_stage": 1})
+    engine = start(model_dir, tmp_path, dtype="bfloat16")
+    try:
+        learner = Learner(models.load_model(model_dir, "eager"), config, loss)
+        limits = {"tokens": 16, "max_gap": MAX_GAP[False], "micro_batch_tokens": 1024, "rounds": True}
+        probe = Probe(engine, learner, probe_prompts(PROMPTS, 4, 96), temperature=1.0, **limits)
+        seeds = probe_module.CANARY_SEEDS[:4]
+        noises = [probe._rounding_noise(seed) for seed in seeds]
+        monkeypatch.setattr(probe_module, "CANARY_SEEDS", [seeds[noises.index(max(noises))]])
+        monkeypatch.setattr(probe_module, "NOISE_FACTOR", 0)
+        with pytest.raises(RunError, match="the canary found that engine and learner disagree"):
+            probe.canary(version=0)
+        monkeypatch.undo()
+        monkeypatch.setattr(probe_module, "CANARY_SEEDS", seeds)
+        assert probe.canary(version=1) < probe_module.NOISE_FACTOR * min(noises)
+    finally:
+        engine.close()
 
 
 @pytest.mark.engine

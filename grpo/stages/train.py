@@ -47,6 +47,8 @@ def train(config: Config, *, resume: bool, keep: bool = True) -> None:
 def _run(
     config: Config, stage: Stage, *, resume: bool, keep: bool, pool: Pool, rewards: Any, loss: Any, problems: Any, held_out_problems: Any
 ) -> None:  # fmt: skip
+    import torch
+
     from grpo.learners.deepspeed import Learner
     from grpo.loop import Loop
     from grpo.probe import MAX_GAP, Probe, probe_prompts
@@ -64,6 +66,9 @@ def _run(
     with quiet(run.log_file("learner")):
         model = lora.load_policy(config, model_dir, config.model.attention)
         reference = _reference(config, run, model_dir, tokenizer)
+        if torch.cuda.is_available() and not config.engine.servers:
+            # The engine measures the GPU's free memory while it starts: what a learner took meanwhile would be missing in its KV cache.
+            engine.wait_ready()
         learner = Learner(model, config, loss, reference)
         engine.wait_ready()
     exact = (config.engine.dtype or config.model.dtype) == config.model.dtype == "float32"
@@ -71,7 +76,7 @@ def _run(
     probe = Probe(
         engine, learner, probe_prompts(drawn, config.probe.prompts, config.max_sequence_tokens - config.probe.tokens),
         temperature=config.sampling.temperature, tokens=config.probe.tokens, max_gap=config.probe.max_gap or MAX_GAP[exact],
-        micro_batch_tokens=config.learner.micro_batch_tokens, packed=config.model.packed,
+        micro_batch_tokens=config.learner.micro_batch_tokens, packed=config.model.packed, rounds=not exact,
     )  # fmt: skip
     test = held_out(config.eval.data or config.data, held_out_problems, prompts, config.eval.problems) if held_out_problems else []
     loop = Loop(
