@@ -1,0 +1,30 @@
+"""The engine's child (grpo/engines/_child.py), which prints the seconds of each call."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from grpo.engines._child import Server, main
+
+TIMED = ("generate", "start_weight_update", "update_weights", "finish_weight_update", "sleep", "wake")
+
+
+def time_calls(name: str) -> None:
+    plain = getattr(Server, name)
+
+    def call(self: Server, **arguments: Any) -> Any:
+        begun = time.perf_counter()
+        result = plain(self, **arguments)
+        size = f" of {sum(n for _, _, n in arguments['requests'])}" if name == "generate" else ""
+        print(f"TIMED {name}{size}: {time.perf_counter() - begun:.4f} s", flush=True)
+        return result
+
+    setattr(Server, name, call)
+
+
+if __name__ == "__main__":
+    for timed in TIMED:
+        time_calls(timed)
+    main(int(sys.argv[1]), int(sys.argv[2]))
