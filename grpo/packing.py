@@ -41,7 +41,7 @@ class Spans:
     """The stream as R sequences of different lengths: the prompts, then the completions that have inputs.
 
     The queries are the stream itself. The keys of a completion are its prompt's and its own, so they are longer: K places in all.
-    With prompt (5, 6) and completion (7, 8), (9,): the stream is 5 6 7, queries are (5 6), (7) and keys (5 6), (5 6 7).
+    With prompt (5, 6) and completions (7, 8), (9,): the stream is 5 6 7, queries are (5 6), (7) and keys (5 6), (5 6 7).
     """
 
     query_starts: Tensor  # [R + 1] int32
@@ -62,7 +62,7 @@ class Layout:
     ids: Tensor  # [1, N]
     positions: Tensor  # [1, N]
     predictors: Tensor  # stream places whose state predicts each completion token, row by row
-    longest: int  # tokens of the longest prompt and the longest completion
+    longest: int  # tokens of the longest prompt plus inputs of the longest completion
     rows: Rows | None  # one of the two: see `layout`
     spans: Spans | None
     through: Callable[..., tuple[Tensor, None]] | None = None  # the attention of ranks that share the stream (grpo/learners/ulysses.py)
@@ -70,10 +70,16 @@ class Layout:
 
 def has_kernel(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Returns whether FlashAttention's variable-length kernel takes this model's attention (`config`: transformers')."""
+    if getattr(config, "kv_lora_rank", None):  # DeepSeek's values are narrower than its keys
+        return False
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    narrow = head_size % 8 == 0 and head_size <= 256
-    equal_heads = not getattr(config, "kv_lora_rank", None)  # DeepSeek's values are narrower than its keys
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and narrow and equal_heads
+    return _kernel_takes(head_size, dtype, device)
+
+
+def _kernel_takes(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return head_size % 8 == 0 and head_size <= 256
 
 
 def layout(rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], device: torch.device, *, kernel: bool = False) -> Layout:
@@ -222,7 +228,8 @@ def attend_rows(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The same for a stream of whole sequences one after another, as TRL's collator makes it: each attends to itself alone."""
     _check_plain(module, int(max_length_q), dropout, sliding_window, kwargs)
-    if query.is_cuda and query.dtype != torch.float32:
+    size = query.shape[-1]
+    if value.shape[-1] == size and _kernel_takes(size, query.dtype, query.device):
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [N, H, D]
         starts = cu_seq_lens_q.int()
         return _varlen_attention()(q, k, v, starts, starts, int(max_length_q), int(max_length_q), scale=scaling)[None], None

@@ -22,7 +22,8 @@ from grpo.types import Batch, RunError, Sample
 PROMPT_TOKENS = 96  # three KV blocks on a CPU: the first two are found in the cache
 MAX_GAP = {True: 1e-3, False: 0.2}  # in float32: 1e-6 measured; in bfloat16: 0.03-0.07 on SmolLM2-135M
 CANARY_SEEDS = tuple(20_000 + 1_000 * draw for draw in range(8))
-NOISE_FACTOR = 3  # the canary's limit is at least this times its perturbation's rounding noise
+NOISE_FACTOR = 2.5  # the canary's limit is at least this times its perturbation's rounding noise ...
+MOST_RAISED = 2.0  # ... and at most this times the probe's limit: beyond it a stale kind of weight would not show
 
 
 class Probe:
@@ -76,7 +77,7 @@ class Probe:
         with self._learner.perturbed(seed):
             sync(self._engine, self._learner, version, signals)
             gap = self.gap()
-        limit = max(self._max_gap, NOISE_FACTOR * noise)
+        limit = min(max(self._max_gap, NOISE_FACTOR * noise), MOST_RAISED * self._max_gap)
         self._judge(gap, "the canary", "a weight does not arrive in the engine, or arrives in the wrong place", limit)
         return gap
 
@@ -93,13 +94,13 @@ class Probe:
             noise = self._rounding_noise(seed)
             if noise < least_noise:
                 best_seed, least_noise = seed, noise
-            if least_noise <= self._max_gap / 2:
+            if NOISE_FACTOR * least_noise <= self._max_gap:
                 break
         return best_seed, least_noise if math.isfinite(least_noise) else 0.0
 
     def _rounding_noise(self, seed: int) -> float:
-        """Returns the mean |difference of logprobs| that the learner finds on the prompts' second halves when every perturbed weight moves
-        by up to one bfloat16 step: within a factor of two of what computing in bfloat16 does."""
+        """Returns the mean |difference of logprobs| that the learner finds on the prompts' second halves when the perturbed weights are
+        jittered: within a factor of two of what computing in bfloat16 does."""
         samples = []
         for request in self._requests:
             length = len(request.prompt_ids)

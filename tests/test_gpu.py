@@ -93,7 +93,7 @@ def test_weights_reach_the_engine_by_cuda_ipc_and_survive_sleep(tiny, tmp_path):
     engine.wait_ready()  # before anything else takes memory
     try:
         learner, probe = put_together(engine, tiny(), tmp_path)
-        probe._max_gap = MAX_GAP[False]
+        probe._max_gap, probe._rounds = MAX_GAP[False], True
         probe.canary(version=0)
         sync(engine, learner, version=1)
         probe.check()

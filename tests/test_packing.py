@@ -1,6 +1,8 @@
 """The packed stream against the padded batch: the same logprobs and gradients, each prompt once, no padding."""
 
+import inspect
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,12 +112,46 @@ def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, ma
 def test_spans_equal_padded_in_logprobs_entropies_and_gradients(tiny, monkeypatch, kind, max_tokens):
     """What a GPU's kernel is given, computed in plain PyTorch."""
     expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return plain_varlen_attention(*arguments, **options)
+
     monkeypatch.setattr(packing, "has_kernel", lambda *_: True)
-    monkeypatch.setattr(packing, "_varlen_attention", lambda: plain_varlen_attention)
-    values, ours = scored(models.load_model(tiny(kind), "packed"), groups(), max_tokens)
+    monkeypatch.setattr(packing, "_varlen_attention", lambda: counted)
+    model = models.load_model(tiny(kind), "packed")
+    values, ours = scored(model, groups(), max_tokens)
+    assert len(calls) >= model.config.num_hidden_layers
     assert torch.allclose(values, expected, atol=1e-5)
     for name, gradient in gradients.items():
         assert torch.allclose(ours[name], gradient, atol=1e-5 * float(gradient.abs().max())), name
+
+
+def test_the_kernel_is_called_causally_with_arguments_that_this_pytorch_has():
+    from torch.nn.attention.varlen import varlen_attn
+
+    options, parameters = packing._varlen_attention().keywords, inspect.signature(varlen_attn).parameters
+    assert options["window_size"] == (-1, 0) and options.keys() | {"scale"} <= parameters.keys()
+    assert options.get("enable_gqa", False) == ("enable_gqa" in parameters)
+
+
+@pytest.mark.parametrize(
+    "config, dtype, capability, expected",
+    [
+        ({"head_dim": 64}, torch.bfloat16, (9, 0), True),
+        ({"head_dim": None, "hidden_size": 1536, "num_attention_heads": 12}, torch.bfloat16, (8, 0), True),
+        ({"head_dim": 64}, torch.float32, (9, 0), False),
+        ({"head_dim": 64}, torch.bfloat16, (7, 5), False),
+        ({"head_dim": 20}, torch.bfloat16, (9, 0), False),
+        ({"head_dim": 512}, torch.bfloat16, (9, 0), False),
+        ({"head_dim": 64, "kv_lora_rank": 512}, torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_the_kernel_is_for_what_it_can_compute(monkeypatch, config, dtype, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert packing.has_kernel(SimpleNamespace(**config), dtype, torch.device("cuda")) == expected
+    assert not packing.has_kernel(SimpleNamespace(**config), dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe"])

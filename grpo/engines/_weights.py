@@ -36,7 +36,7 @@ def checksum(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0:
         return flat.view(torch.int64).sum()
-    data = flat.view(torch.uint8).clone()  # a new storage begins at a multiple of 8
+    data = flat.view(torch.uint8).clone()  # a new storage begins at a multiple of 8 bytes
     whole = data.numel() // 8 * 8
     return data[:whole].view(torch.int64).sum() + data[whole:].sum()
 

@@ -42,6 +42,7 @@ class VllmEngine:
         self._cuda = torch.cuda.is_available()
         self._weights = None if self._cuda else SharedWeights()
         self._trainer: Any = None  # vLLM's own sending side, CUDA IPC only
+        self._packed_bytes = 2**30  # the buffer that weights are sent in
         self._slept_bytes = 0  # of the GPU's memory, which the engine gave away when it fell asleep and wants back
         self._version = -1
         self._child, self._pipe = _spawn(module, log_file)
@@ -100,8 +101,9 @@ class VllmEngine:
         client: Any = _SyncClient(self._call, version)
         source: Any = sent
         if self._trainer is None:
-            size = max(2**30, *(meta.num_bytes for meta in sent.metadata()))  # a 7B model's embedding is larger
-            info = IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=size)
+            largest = max(meta.num_bytes for meta in sent.metadata())
+            self._packed_bytes = max(self._packed_bytes, largest)  # a 7B model's embedding has more than 1 GiB
+            info = IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=self._packed_bytes)
             self._trainer = IPCTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
         self._trainer.client, self._trainer.source = client, source
         self._trainer.send_weights()
@@ -119,10 +121,10 @@ class VllmEngine:
 
     def wake(self) -> None:
         if self._cuda and self._settings.sleep:
-            # PyTorch keeps what the update has freed. It is given back where the engine has no room without it, and only there: to get it
-            # again costs the next update milliseconds per GB.
+            # PyTorch keeps what the update has freed. It is given back only where the engine has no room without it, because getting it
+            # again costs the next update time. The sync that follows needs a buffer on each side too.
             free, _ = torch.cuda.mem_get_info()
-            if free < 1.05 * self._slept_bytes:
+            if free < self._slept_bytes + 2 * self._packed_bytes + 2**29:
                 torch.cuda.empty_cache()
             self._call("wake", {})
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def perturbed(weight: Tensor, seed: int) -> Tensor:
-    """Returns the weight scaled by 0.8 or 1.2, with noise of a tenth of its spread, on its own device."""
+    """Returns the weight scaled by 0.8 or 1.2, with noise of a tenth of its spread. GPUs of one kind, and CPUs, draw the same numbers."""
     generator = torch.Generator(device=weight.device).manual_seed(seed)
     noise = torch.randn(weight.shape, generator=generator, device=weight.device)
     factor = 1.2 if torch.rand((), generator=generator, device=weight.device) < 0.5 else 0.8
@@ -17,7 +17,7 @@ def perturbed(weight: Tensor, seed: int) -> Tensor:
 
 
 def jittered(weight: Tensor, seed: int) -> Tensor:
-    """Returns the weight moved at random by up to the distance between two bfloat16 numbers."""
+    """Returns the weight changed at random by up to 2^-8 of itself. In bfloat16 about a third of its elements move, by one step."""
     generator = torch.Generator(device=weight.device).manual_seed(seed)
     steps = 2 * torch.rand(weight.shape, generator=generator, device=weight.device) - 1
     return weight * (1 + 2**-8 * steps)

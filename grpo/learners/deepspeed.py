@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 BUCKET = 2**28  # bytes of weights that ZeRO-3 makes whole at once for the engine
+JITTER_SEEDS = 50_000_000  # the seeds from here on are not those of perturbations
 
 
 class Learner:
@@ -206,7 +207,7 @@ class Learner:
     @contextlib.contextmanager
     def perturbed(self, seed: int, *, jitter: bool = False) -> Iterator[None]:
         """Within it every weight is visibly different (scaled by about 20 % and noisy by 10 %), seeded; after it, bit for bit as before.
-        With `jitter` each weight of the same perturbation moves by up to one more step of bfloat16.
+        With `jitter` the weights of the same perturbation are `jittered`.
 
         Under ZeRO-3 each rank does it with its own part of a weight, and keeps no more than that.
         """
@@ -221,7 +222,7 @@ class Learner:
                     number = seed + i + (100_000 * ranks.rank() if split else 0)
                     held.copy_(perturbed(held, number))
                     if jitter:
-                        held.copy_(jittered(held, number))
+                        held.copy_(jittered(held, JITTER_SEEDS + number))
             yield
         finally:
             self._engine.empty_partition_cache()
