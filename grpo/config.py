@@ -167,7 +167,7 @@ class Probe(Section):
     canary: bool = True  # a perturbed copy of the weights goes through the real sync at the start
     prompts: int = Field(4, ge=1)  # sequences scored by engine and learner after each sync
     tokens: int = Field(16, ge=1)  # sampled for each
-    max_gap: float | None = Field(None, gt=0)  # mean |difference of logprobs| that stops a run (canary: twice it); 1e-3, bfloat16: 0.2
+    max_gap: float | None = Field(None, gt=0)  # mean |difference of logprobs| that stops a run (canary: up to 2x); 1e-3, bfloat16: 0.2
 
 
 class Eval(Section):

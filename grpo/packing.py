@@ -141,11 +141,19 @@ def _spans(sizes: Sequence[int], counts: Sequence[int], prompt_of: Sequence[int]
             keys += range(start, start + count)
             query_lengths.append(count)
             key_lengths.append(sizes[prompt] + count)
-    bounds = lambda lengths: _index([*_starts(lengths), sum(lengths)], device).int()  # noqa: E731
     return Spans(
-        query_starts=bounds(query_lengths), keys=_index(keys, device), key_starts=bounds(key_lengths),
-        num_queries=sum(query_lengths), max_queries=max(query_lengths), max_keys=max(key_lengths),
-    )  # fmt: skip
+        query_starts=_bounds(query_lengths, device),
+        keys=_index(keys, device),
+        key_starts=_bounds(key_lengths, device),
+        num_queries=sum(query_lengths),
+        max_queries=max(query_lengths),
+        max_keys=max(key_lengths),
+    )
+
+
+def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Returns [R + 1] int32: where each of R sequences starts, and where the last one ends."""
+    return _index([*_starts(lengths), sum(lengths)], device).int()
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
@@ -184,11 +192,9 @@ def attend(
 
 def _attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> Tensor:
     """Returns [num_queries, Hq, D] from query [N, Hq, D], key and value [N, Hkv, D]."""
-    own_queries = query[: spans.num_queries]
+    queries = query[: spans.num_queries]
     keys, values = key.index_select(0, spans.keys), value.index_select(0, spans.keys)
-    return _varlen_attention()(
-        own_queries, keys, values, spans.query_starts, spans.key_starts, spans.max_queries, spans.max_keys, scale=scale
-    )
+    return _varlen_attention()(queries, keys, values, spans.query_starts, spans.key_starts, spans.max_queries, spans.max_keys, scale=scale)
 
 
 @functools.cache

@@ -147,7 +147,7 @@ def test_only_models_that_use_their_weights_as_loaded_are_loaded_in_place():
 
 @pytest.mark.engine
 def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(tiny, tmp_path, monkeypatch):
-    """On an H200 a healthy SmolLM2-135M was stopped: its canary's gap was 0.53, by the noise of bfloat16 alone."""
+    """On an H200 the canary stopped SmolLM2-135M with a gap of 0.53, which the noise of bfloat16 alone can cause."""
     model_dir = tiny("tiny-llama", num_hidden_layers=24, initializer_range=0.2)
     config = tiny_config(tmp_path, model_dir, model={"dtype": "bfloat16"}, learner={"zero_stage": 1})
     engine = start(model_dir, tmp_path, dtype="bfloat16")

@@ -16,9 +16,6 @@ from grpo.losses.grpo import loss
 from grpo.probe import MAX_GAP, sync
 from grpo.types import Sample
 
-if torch.cuda.is_available():
-    from grpo import logprob_kernels
-
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -74,6 +71,8 @@ def test_gradients_of_the_packed_stream_are_those_of_float32_on_a_cpu(tiny, kind
 
 
 def test_logprob_kernels_are_pytorchs_operations():
+    from grpo import logprob_kernels
+
     generator = torch.Generator(DEVICE).manual_seed(0)
     logits = 4 * torch.randn(5, 49_153, device=DEVICE, generator=generator)
     targets = torch.randint(0, 49_153, (5,), device=DEVICE, generator=generator)

@@ -97,14 +97,18 @@ def scored(model, samples, max_tokens, device="cpu"):
     return values, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def assert_close(values, gradients, expected_values, expected_gradients):
+    assert torch.allclose(values, expected_values, atol=1e-5)
+    for name, expected in expected_gradients.items():
+        assert torch.allclose(gradients[name], expected, atol=1e-5 * float(expected.abs().max())), name
+
+
 @pytest.mark.parametrize("kind", models.TINY)
 @pytest.mark.parametrize("max_tokens", [1000, 60])
 def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, max_tokens):
     expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
     values, ours = scored(models.load_model(tiny(kind), "packed"), groups(), max_tokens)
-    assert torch.allclose(values, expected, atol=1e-5)
-    for name, gradient in gradients.items():
-        assert torch.allclose(ours[name], gradient, atol=1e-5 * float(gradient.abs().max())), name
+    assert_close(values, ours, expected, gradients)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])  # its values are narrower than its keys
@@ -123,9 +127,7 @@ def test_spans_equal_padded_in_logprobs_entropies_and_gradients(tiny, monkeypatc
     model = models.load_model(tiny(kind), "packed")
     values, ours = scored(model, groups(), max_tokens)
     assert len(calls) >= model.config.num_hidden_layers
-    assert torch.allclose(values, expected, atol=1e-5)
-    for name, gradient in gradients.items():
-        assert torch.allclose(ours[name], gradient, atol=1e-5 * float(gradient.abs().max())), name
+    assert_close(values, ours, expected, gradients)
 
 
 def test_the_kernel_is_called_causally_with_arguments_that_this_pytorch_has():
@@ -161,9 +163,7 @@ def test_fused_norms_compute_what_transformers_norms_do(tiny, kind):
     fused = models.use_fused_norms(model)
     assert fused == sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
     values, ours = scored(model, groups(), 1000)
-    assert torch.allclose(values, expected, atol=1e-5)
-    for name, gradient in gradients.items():
-        assert torch.allclose(ours[name], gradient, atol=1e-5 * float(gradient.abs().max())), name
+    assert_close(values, ours, expected, gradients)
 
 
 def test_one_token_completions_need_no_completion_inputs(tiny):
