@@ -1,1 +1,4 @@
-"""Problem sets: one file each, with `load(split, *, seed, path, **options) -> Sequence[Problem]`."""
+"""Problem sets.
+
+One file each, with `load(split, *, seed, path, **options) -> Sequence[Problem]`.
+"""

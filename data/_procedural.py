@@ -1,4 +1,7 @@
-"""Problem sets that are drawn, not stored: problem i comes from (seed, i) alone, and train and test share no content."""
+"""Problem sets that are drawn, not stored.
+
+Problem i comes from (seed, i) alone, and train and test share no content.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,15 @@ class Procedural(Sequence[Problem]):
         return self._make(index % self._size)
 
 
-def draw(draw_one: Callable[[Random], tuple[str, T] | None], name: str, split: str, *key: object) -> T:
-    """The first draw that falls into `split`. `draw_one` returns (canonical content, value), or None to draw again.
+def draw(
+    draw_one: Callable[[Random], tuple[str, T] | None], name: str, split: str, *key: object
+) -> T:
+    """The first draw that falls into `split`.
 
-    The content decides the split, whatever the seed: one tenth of all contents is test. Raises UserError when no draw fits.
+    `draw_one` returns (canonical content, value), or None to draw again.
+
+    The content decides the split, whatever the seed: one tenth of all contents is test. Raises
+    UserError when no draw fits.
     """
     random = seeded(name, split, *key)
     for _ in range(TRIES):

@@ -1,6 +1,9 @@
-"""Which problem stands at which position of a run: a pure function of (seed, position), so a resume needs no state.
+"""Which problem stands at which position of a run.
 
-Knows nothing of what a problem is about. Sources are interleaved in blocks with exact shares; each goes through its own permutations.
+A pure function of (seed, position), so a resume needs no state.
+
+Knows nothing of what a problem is about. Sources are interleaved in blocks with exact shares; each
+goes through its own permutations.
 """
 
 from __future__ import annotations
@@ -26,37 +29,55 @@ def stable_hash(text: str) -> int:
 
 
 def shares(weights: Mapping[str, float], block: int = BLOCK) -> dict[str, int]:
-    """Positions of one block for each source, by largest remainder: `{"a": 2, "b": 1}` -> `{"a": 667, "b": 333}`; never 0."""
+    """Positions of one block for each source, by largest remainder.
+
+    `{"a": 2, "b": 1}` -> `{"a": 667, "b": 333}`; never 0.
+    """
     total = sum(map(Fraction, weights.values()))
     exact = {name: Fraction(weight) * block / total for name, weight in weights.items()}
     counts = {name: max(1, int(share)) for name, share in exact.items()}
     while (missing := block - sum(counts.values())) != 0:  # fewer rounds than there are sources
         sign = 1 if missing > 0 else -1
-        name = max((name for name in counts if counts[name] + sign >= 1), key=lambda name: sign * (exact[name] - counts[name]))
+        name = max(
+            (name for name in counts if counts[name] + sign >= 1),
+            key=lambda name: sign * (exact[name] - counts[name]),
+        )
         counts[name] += sign
     return counts
 
 
 class Mixture:
-    """An endless stream over `sources`: `Mixture({"gsm8k": problems}, {"gsm8k": 1.0}, seed=0)[position] -> Problem`.
+    """An endless stream over `sources`.
 
-    Within a source each epoch is a permutation seeded by (seed, name, epoch); between sources each block of 1000 positions
-    holds exact shares in an order seeded by (seed, block). With `curriculum`, a field of the problems' meta, each source's first epoch
-    goes from its smallest value to its largest. Raises UserError for an empty source, a weight that is not positive, a missing field.
+    `Mixture({"gsm8k": problems}, {"gsm8k": 1.0}, seed=0)[position] -> Problem`.
+
+    Within a source each epoch is a permutation seeded by (seed, name, epoch); between sources each
+    block of 1000 positions holds exact shares in an order seeded by (seed, block). With
+    `curriculum`, a field of the problems' meta, each source's first epoch goes from its smallest
+    value to its largest. Raises UserError for an empty source, a weight that is not positive, a
+    missing field.
     """
 
     def __init__(
-        self, sources: Mapping[str, Sequence[Problem]], weights: Mapping[str, float], seed: int, curriculum: str | None = None
-    ) -> None:  # fmt: skip
+        self,
+        sources: Mapping[str, Sequence[Problem]],
+        weights: Mapping[str, float],
+        seed: int,
+        curriculum: str | None = None,
+    ) -> None:
         if not sources:
             raise UserError("data: no sources; give at least one")
         if sources.keys() != weights.keys():
             raise UserError(
-                f"data: weights for {', '.join(sorted(weights))} but sources {', '.join(sorted(sources))}; give each one weight"
+                f"data: weights for {', '.join(sorted(weights))} but sources "
+                f"{', '.join(sorted(sources))}; give each one weight"
             )
         for name, weight in weights.items():
             if not 0 < weight < float("inf"):
-                raise UserError(f"data.{name}: weight is {weight}; give a positive number or leave the source out")
+                raise UserError(
+                    f"data.{name}: weight is {weight}; give a positive number or leave the source "
+                    "out"
+                )
             if len(sources[name]) == 0:
                 raise UserError(f"data.{name}: no problems; check its path and options")
         if len(sources) > BLOCK:
@@ -66,11 +87,23 @@ class Mixture:
         self._seed, self._curriculum = seed, curriculum
         if curriculum:
             for name, source in sources.items():
-                bad = next((problem.id for problem in source if not isinstance(problem.meta.get(curriculum), (int, float))), None)
+                bad = next(
+                    (
+                        problem.id
+                        for problem in source
+                        if not isinstance(problem.meta.get(curriculum), (int, float))
+                    ),
+                    None,
+                )
                 if bad:
-                    raise UserError(f"data.curriculum: problem {bad} of {name} has no number {curriculum!r} in its meta")
-        self._block: tuple[int, list[tuple[str, int]]] = (-1, [])  # the current block only, as a cache
-        self._epochs: dict[str, tuple[int, list[int]]] = {}  # the current permutation of each source, as a cache
+                    raise UserError(
+                        f"data.curriculum: problem {bad} of {name} has no number {curriculum!r} "
+                        "in its meta"
+                    )
+        # the current block only, as a cache
+        self._block: tuple[int, list[tuple[str, int]]] = (-1, [])
+        # the current permutation of each source, as a cache
+        self._epochs: dict[str, tuple[int, list[int]]] = {}
 
     def __getitem__(self, position: int) -> Problem:
         if position < 0:
@@ -86,7 +119,9 @@ class Mixture:
         return [self[position + i] for i in range(n)]
 
     def _order(self, block: int) -> list[tuple[str, int]]:
-        """(source, how many of that source stand before in the block) for each position of the block."""
+        """(source, how many of that source stand before in the block) for each position of the
+        block.
+        """
         if self._block[0] != block:
             names = [name for name in sorted(self._shares) for _ in range(self._shares[name])]
             seeded(self._seed, "block", block).shuffle(names)

@@ -1,4 +1,6 @@
-"""Sums, differences and products of two numbers, with a worked solution that a character model of a few million weights can learn."""
+"""Sums, differences and products of two numbers, with a worked solution that a character model of a
+few million weights can learn.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,11 @@ from data._procedural import Procedural, check_range, draw
 from data._stream import seeded
 from grpo.types import Problem, UserError
 
-VALUE: dict[str, Callable[[int, int], int]] = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+VALUE: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+}
 
 
 def load(
@@ -26,12 +32,15 @@ def load(
     working: str = "columns",
     size: int = 100_000,
 ) -> Sequence[Problem]:
-    """`size` problems like `347+85=`, both operands of exactly `digits` digits; differences are never negative.
+    """`size` problems like `347+85=`, both operands of exactly `digits` digits.
 
-    `working`: `columns`, right to left with a carry, which a model made from nothing can learn; `places`, as a pretrained one would do it.
-    For a cold start of two habits: `terse` is the share of solutions that only repeat the sum in their thoughts and guess, and such a guess
-    is off by up to `slip`, as the guesses of somebody who does not work it out are.
-    Problem i depends on (seed, i, options) alone. a+b and b+a are one content, which is in train or in test for every seed.
+    Differences are never negative.
+
+    `working`: `columns`, right to left with a carry, which a model made from nothing can learn;
+    `places`, as a pretrained one would do it. For a cold start of two habits: `terse` is the share
+    of solutions that only repeat the sum in their thoughts and guess, and such a guess is off by up
+    to `slip`, as the guesses of somebody who does not work it out are. Problem i depends on (seed,
+    i, options) alone. a+b and b+a are one content, which is in train or in test for every seed.
     """
     check_split("arithmetic", split)
     if path is not None:
@@ -45,14 +54,20 @@ def load(
         raise UserError(f"data.arithmetic.terse: got {terse!r}; give a share in 0..1")
     check_range("arithmetic", "slip", slip, 0, 10**12)
     if working not in WORKINGS or (working == "places" and list(operations) != ["+"]):
-        raise UserError(f"data.arithmetic.working: got {working!r}; give columns, or places for sums alone")
+        raise UserError(
+            f"data.arithmetic.working: got {working!r}; give columns, or places for sums alone"
+        )
 
     def one(random: Random) -> tuple[str, tuple[int, str, int]]:
         operation = random.choice(operations)
         low = 10 ** (digits - 1) if digits > 1 else 0
         a, b = random.randrange(low, 10**digits), random.randrange(low, 10**digits)
         small, large = sorted((a, b))
-        return f"{small}{operation}{large}", (large, operation, small) if operation == "-" else (a, operation, b)
+        return f"{small}{operation}{large}", (large, operation, small) if operation == "-" else (
+            a,
+            operation,
+            b,
+        )
 
     def make(i: int) -> Problem:
         a, operation, b = draw(one, "arithmetic", split, seed, i, digits, *operations)
@@ -62,17 +77,28 @@ def load(
             guess = max(int(answer) + habit.randint(-slip, slip), 0)
             solution = f"<think>{a}{operation}{b}</think><answer>{guess}</answer>"
         else:
-            solution = f"<think>{WORKINGS[working](a, operation, b)}</think><answer>{answer}</answer>"
+            solution = (
+                f"<think>{WORKINGS[working](a, operation, b)}</think><answer>{answer}</answer>"
+            )
         question = f"{a}{operation}{b}="
-        return Problem(id=f"arithmetic/{split}/{i}", question=question, answer=answer, source="arithmetic", solution=solution)
+        return Problem(
+            id=f"arithmetic/{split}/{i}",
+            question=question,
+            answer=answer,
+            source="arithmetic",
+            solution=solution,
+        )
 
     return Procedural(size, make)
 
 
 def scratchpad(a: int, operation: str, b: int) -> str:
-    """The working, right to left. `347+85` -> "7+5+0=12 4+8+1=13 3+0+1=04": digit, digit, carry = new carry and digit.
+    """The working, right to left.
 
-    `347-85` -> "7-5-0=02 4-8-0=16 3-0-1=02" with borrows for carries; `34*12` -> "34*2=68 34*10=340 68+340=408", the total kept.
+    `347+85` -> "7+5+0=12 4+8+1=13 3+0+1=04": digit, digit, carry = new carry and digit.
+
+    `347-85` -> "7-5-0=02 4-8-0=16 3-0-1=02" with borrows for carries; `34*12` -> "34*2=68 34*10=340
+    68+340=408", the total kept.
     """
     if operation == "*":
         return _partial_products(a, b)
@@ -101,9 +127,15 @@ def _partial_products(a: int, b: int) -> str:
 
 
 def by_places(a: int, _: str, b: int) -> str:
-    """A sum place by place, from the left, then put together: `47+85` -> "40+80=120 7+5=12 120+12=132"."""
+    """A sum place by place, from the left, then put together.
+
+    `47+85` -> "40+80=120 7+5=12 120+12=132".
+    """
     width = max(len(str(a)), len(str(b)))
-    pairs = [(int(x) * 10**p, int(y) * 10**p) for p, x, y in zip(range(width - 1, -1, -1), f"{a:0{width}}", f"{b:0{width}}", strict=True)]
+    pairs = [
+        (int(x) * 10**p, int(y) * 10**p)
+        for p, x, y in zip(range(width - 1, -1, -1), f"{a:0{width}}", f"{b:0{width}}", strict=True)
+    ]
     steps = [f"{x}+{y}={x + y}" for x, y in pairs]
     total = sum(pairs[0])
     for x, y in pairs[1:]:

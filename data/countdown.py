@@ -1,4 +1,7 @@
-"""Countdown: make a target from given numbers, each used exactly once, with + - * /. Solvable by construction."""
+"""Countdown: make a target from given numbers, each used exactly once, with + - * /.
+
+Solvable by construction.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,11 @@ def load(
     max_target: int = 100,
     size: int = 100_000,
 ) -> Sequence[Problem]:
-    """`size` problems with min_numbers..max_numbers numbers in 1..max_number and a target in 1..max_target, in TinyZero's words.
+    """`size` problems with min_numbers..max_numbers numbers in 1..max_number and a target in
+    1..max_target, in TinyZero's words.
 
-    Problem i depends on (seed, i, options) alone. The same numbers and target are in train or in test for every seed.
+    Problem i depends on (seed, i, options) alone. The same numbers and target are in train or in
+    test for every seed.
     """
     check_split("countdown", split)
     if path is not None:
@@ -46,16 +51,25 @@ def load(
     check_range("countdown", "size", size, 1, 10**9)
 
     def one(random: Random) -> tuple[str, Drawn] | None:
-        drawn = _draw(random, [random.randint(1, max_number) for _ in range(random.randint(min_numbers, max_numbers))])
+        drawn = _draw(
+            random,
+            [
+                random.randint(1, max_number)
+                for _ in range(random.randint(min_numbers, max_numbers))
+            ],
+        )
         if drawn is None or not 1 <= drawn.target <= max_target:
             return None
         return f"{sorted(drawn.numbers)} {drawn.target}", drawn
 
     def make(i: int) -> Problem:
-        numbers, target, expression, steps = draw(one, "countdown", split, seed, i, min_numbers, max_numbers, max_number, max_target)
+        numbers, target, expression, steps = draw(
+            one, "countdown", split, seed, i, min_numbers, max_numbers, max_number, max_target
+        )
         return Problem(
             id=f"countdown/{split}/{i}",
-            question=f"Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic operations "
+            question=f"Using the numbers {numbers}, create an equation that "
+            f"equals {target}. You can use basic arithmetic operations "
             "(+, -, *, /) and each number can only be used once.",
             answer=expression,
             source="countdown",
@@ -67,11 +81,14 @@ def load(
 
 
 def _draw(random: Random, numbers: list[int]) -> Drawn | None:
-    """A random expression over all the numbers, or None when it divides by zero or is no integer."""
+    """A random expression over all the numbers; None if it divides by zero or is no integer."""
     terms = [(Fraction(n), str(n)) for n in numbers]
     steps = []
     while len(terms) > 1:
-        (a, left), (b, right) = terms.pop(random.randrange(len(terms))), terms.pop(random.randrange(len(terms)))
+        (a, left), (b, right) = (
+            terms.pop(random.randrange(len(terms))),
+            terms.pop(random.randrange(len(terms))),
+        )
         operation = random.choice("+-*/")
         if operation == "/" and b == 0:
             return None
@@ -79,7 +96,11 @@ def _draw(random: Random, numbers: list[int]) -> Drawn | None:
         steps.append(f"{_show(a)}{operation}{_show(b)}={value}")
         terms.append((value, f"({left} {operation} {right})"))
     value, expression = terms[0]
-    return Drawn(numbers, int(value), expression[1:-1], " ".join(steps)) if value.denominator == 1 else None
+    return (
+        Drawn(numbers, int(value), expression[1:-1], " ".join(steps))
+        if value.denominator == 1
+        else None
+    )
 
 
 def _show(value: Fraction) -> str:

@@ -1,4 +1,4 @@
-"""GSM8K: 7,473 train and 1,319 test word problems with an integer answer (Cobbe et al. 2110.14168)."""
+"""GSM8K: 7,473 train and 1,319 test word problems with an integer answer (arXiv 2110.14168)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from grpo.types import Problem, UserError
 
 
 def load(split: str, *, seed: int, path: str | None = None) -> Sequence[Problem]:
-    """The problems of a split, in file order. `path`: gsm8k_train.jsonl / gsm8k_test.jsonl or their folder; None: the hub."""
+    """The problems of a split, in file order.
+
+    `path`: gsm8k_train.jsonl / gsm8k_test.jsonl or their folder; None: the hub.
+    """
     check_split("gsm8k", split)
     problems = []
-    for i, row in enumerate(rows(path, stems=[f"gsm8k_{split}"], hub=Hub("openai/gsm8k", "main", split))):
+    for i, row in enumerate(
+        rows(path, stems=[f"gsm8k_{split}"], hub=Hub("openai/gsm8k", "main", split))
+    ):
         question, answer = text(row, "problem", "question"), text(row, "answer")
         solution = row.fields.get("solution")
         if "####" in answer:  # the hub's form: the worked solution, then `#### 42`
@@ -22,5 +27,13 @@ def load(split: str, *, seed: int, path: str | None = None) -> Sequence[Problem]
         answer = answer.strip().replace(",", "")
         if not answer:
             raise UserError(f"{row.place}: nothing after '####' in the field 'answer'")
-        problems.append(Problem(id=f"gsm8k/{split}/{i}", question=question, answer=answer, source="gsm8k", solution=solution))
+        problems.append(
+            Problem(
+                id=f"gsm8k/{split}/{i}",
+                question=question,
+                answer=answer,
+                source="gsm8k",
+                solution=solution,
+            )
+        )
     return unique(problems)

@@ -1,4 +1,6 @@
-"""Minerva: 272 undergraduate problems of MIT OpenCourseWare in science and mathematics (Lewkowycz et al. 2206.14858). To judge by."""
+"""Minerva: 272 undergraduate problems of MIT OpenCourseWare in science and mathematics (Lewkowycz
+et al. 2206.14858). To judge by.
+"""
 
 from __future__ import annotations
 
@@ -10,4 +12,8 @@ from grpo.types import Problem
 
 def load(split: str, *, seed: int, path: str | None = None) -> Sequence[Problem]:
     """The problems. `path`: minerva.jsonl or its folder; None: the hub."""
-    return for_judging("minerva", split, rows(path, stems=["minerva", "minerva_math"], hub=Hub("math-ai/minervamath", None, "test")))
+    return for_judging(
+        "minerva",
+        split,
+        rows(path, stems=["minerva", "minerva_math"], hub=Hub("math-ai/minervamath", None, "test")),
+    )

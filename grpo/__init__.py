@@ -1,3 +1,5 @@
-"""grpo: reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed, from a laptop's CPU to a cluster."""
+"""grpo: reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed, from a laptop's CPU
+to a cluster.
+"""
 
 __version__ = "0.1.0"

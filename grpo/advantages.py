@@ -1,4 +1,7 @@
-"""Advantages of completions from their rewards. Pure functions of plain numbers; `None` rewards are left out."""
+"""Advantages of completions from their rewards.
+
+Pure functions of plain numbers; `None` rewards are left out.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,39 @@ from collections.abc import Sequence
 from grpo.types import Sample, ScoredGroup
 
 EPSILON = 1e-6
-Penalties = Sequence[Sequence[Sequence[float]]]  # a group's completions' tokens: what each token costs
+# a group's completions' tokens: what each token costs
+Penalties = Sequence[Sequence[Sequence[float]]]
 
 
 def advantages(
-    rewards_PG: Sequence[Sequence[float | None]], lengths_PG: Sequence[Sequence[int]], kind: str, penalties: Penalties | None = None
+    rewards_PG: Sequence[Sequence[float | None]],
+    lengths_PG: Sequence[Sequence[int]],
+    kind: str,
+    penalties: Penalties | None = None,
 ) -> list[list[tuple[float, ...]]]:
-    """Returns the advantage of each completion's tokens, groups and completions in order. With r the reward less all its penalties:
+    """Returns the advantage of each completion's tokens, groups and completions in order.
 
-    group_std      (r - mean) / (std + 1e-6), mean and std of the group    DeepSeekMath 2402.03300 section 4.1.2
-    none           r - mean                                                Dr.GRPO 2503.20783
-    leave_one_out  r - mean of the others                                  RLOO 2402.14740 Eq. 8
-    batch_std      (r - mean of the group) / (std of all r + 1e-6)         Lite-PPO 2508.08221
-    centered_std   (r - mean of the group) / (std of all of these + 1e-6)  ScaleRL 2510.13786, REINFORCE++-baseline 2501.03262
-    batch          (R_t - mean) / (std + 1e-6) over all tokens of the batch, R_t the reward less the penalties from t on
-                                                                           REINFORCE++ 2501.03262 Eq. 8-10
-    teacher        less the token's penalty, log(pi / pi_teacher)          GKD 2306.13649, with discount 0
-    `advantages([[1, 0, 0, 1]], [[1] * 4], "group_std")` is +-1 (up to 1e-6). A completion without a reward gets 0 and enters no mean.
-    A group whose rewards are all equal (decided by max == min, not by an epsilon), or that has one reward, gets 0. Ours: population std.
+    With r the reward less all its penalties:
+
+    group_std      (r - mean) / (std + 1e-6), mean and std of the group
+                   DeepSeekMath 2402.03300 section 4.1.2
+    none           r - mean
+                   Dr.GRPO 2503.20783
+    leave_one_out  r - mean of the others
+                   RLOO 2402.14740 Eq. 8
+    batch_std      (r - mean of the group) / (std of all r + 1e-6)
+                   Lite-PPO 2508.08221
+    centered_std   (r - mean of the group) / (std of all of these + 1e-6)
+                   ScaleRL 2510.13786, REINFORCE++-baseline 2501.03262
+    batch          (R_t - mean) / (std + 1e-6) over all tokens of the batch, R_t the reward less
+                   the penalties from t on
+                   REINFORCE++ 2501.03262 Eq. 8-10
+    teacher        less the token's penalty, log(pi / pi_teacher)
+                   GKD 2306.13649, with discount 0
+
+    `advantages([[1, 0, 0, 1]], [[1] * 4], "group_std")` is +-1 (up to 1e-6). A completion without a
+    reward gets 0 and enters no mean. A group whose rewards are all equal (decided by max == min,
+    not by an epsilon), or that has one reward, gets 0. Ours: population std.
     """
     if penalties is None:
         penalties = [[()] * len(lengths) for lengths in lengths_PG]
@@ -33,13 +51,25 @@ def advantages(
     if kind == "batch":
         return _batch(rewards_PG, lengths_PG, penalties)
     totals = [
-        [None if reward is None else reward - sum(cost) for reward, cost in zip(rewards, costs, strict=True)]
+        [
+            None if reward is None else reward - sum(cost)
+            for reward, cost in zip(rewards, costs, strict=True)
+        ]
         for rewards, costs in zip(rewards_PG, penalties, strict=True)
     ]
     known = [[total for total in group if total is not None] for group in totals]
-    spread = _mean_std([total - (_mean_std(group)[0] if kind == "centered_std" else 0) for group in known for total in group])[1]
+    spread = _mean_std(
+        [
+            total - (_mean_std(group)[0] if kind == "centered_std" else 0)
+            for group in known
+            for total in group
+        ]
+    )[1]
     return [
-        [(value,) * length for value, length in zip(_of_group(group, kind, spread), lengths, strict=True)]
+        [
+            (value,) * length
+            for value, length in zip(_of_group(group, kind, spread), lengths, strict=True)
+        ]
         for group, lengths in zip(totals, lengths_PG, strict=True)
     ]
 
@@ -49,18 +79,27 @@ def _of_group(rewards_G: Sequence[float | None], kind: str, spread: float) -> li
     if not has_signal(rewards_G):
         return [0.0] * len(rewards_G)
     mean, std = _mean_std(known)
-    scale = {"group_std": std + EPSILON, "none": 1.0, "leave_one_out": 1 - 1 / len(known)}.get(kind, spread + EPSILON)
+    scale = {"group_std": std + EPSILON, "none": 1.0, "leave_one_out": 1 - 1 / len(known)}.get(
+        kind, spread + EPSILON
+    )
     return [0.0 if reward is None else (reward - mean) / scale for reward in rewards_G]
 
 
 def _batch(
-    rewards_PG: Sequence[Sequence[float | None]], lengths_PG: Sequence[Sequence[int]], penalties: Penalties
-) -> list[list[tuple[float, ...]]]:  # fmt: skip
+    rewards_PG: Sequence[Sequence[float | None]],
+    lengths_PG: Sequence[Sequence[int]],
+    penalties: Penalties,
+) -> list[list[tuple[float, ...]]]:
     returns = [
-        [None if reward is None else _returns(reward, cost or (0.0,) * length) for reward, length, cost in zip(*rows, strict=True)]
+        [
+            None if reward is None else _returns(reward, cost or (0.0,) * length)
+            for reward, length, cost in zip(*rows, strict=True)
+        ]
         for rows in zip(rewards_PG, lengths_PG, penalties, strict=True)
     ]
-    known = [value for group in returns for tokens in group if tokens is not None for value in tokens]
+    known = [
+        value for group in returns for tokens in group if tokens is not None for value in tokens
+    ]
     mean, std = _mean_std(known)
     scale = std + EPSILON if known and max(known) != min(known) else float("inf")
     return [
@@ -92,24 +131,40 @@ def has_signal(rewards_G: Sequence[float | None]) -> bool:
 
 
 def to_samples(
-    groups: Sequence[ScoredGroup], values: Sequence[Sequence[tuple[float, ...]]], *, mask_truncated: bool = False
+    groups: Sequence[ScoredGroup],
+    values: Sequence[Sequence[tuple[float, ...]]],
+    *,
+    mask_truncated: bool = False,
 ) -> list[Sample]:
-    """Returns one sample for each completion that has a reward, groups in order; `values` are their advantages.
+    """Returns one sample for each completion that has a reward, groups in order.
 
-    `mask_truncated` leaves out those that were cut off, whose rewards have counted in the means (overlong filtering, DAPO 2503.14476).
+    `values` are their advantages.
+
+    `mask_truncated` leaves out those that were cut off, whose rewards have counted in the means
+    (overlong filtering, DAPO 2503.14476).
     """
     return [
         Sample(
-            token_ids=scored.group.prompt_ids + completion.token_ids, prompt_length=len(scored.group.prompt_ids), advantages=value,
-            sampler_logprobs=completion.logprobs, group=number, reward=reward,
-            versions=tuple(version for version, start, end in completion.versions for _ in range(start, end)),
+            token_ids=scored.group.prompt_ids + completion.token_ids,
+            prompt_length=len(scored.group.prompt_ids),
+            advantages=value,
+            sampler_logprobs=completion.logprobs,
+            group=number,
+            reward=reward,
+            versions=tuple(
+                version for version, start, end in completion.versions for _ in range(start, end)
+            ),
         )
         for number, (scored, rows) in enumerate(zip(groups, values, strict=True))
-        for completion, reward, value in zip(scored.group.completions, scored.rewards, rows, strict=True)
+        for completion, reward, value in zip(
+            scored.group.completions, scored.rewards, rows, strict=True
+        )
         if reward is not None and not (mask_truncated and completion.finish_reason == "length")
-    ]  # fmt: skip
+    ]
 
 
 def lengths(groups: Sequence[ScoredGroup]) -> list[list[int]]:
     """Returns each completion's tokens."""
-    return [[len(completion.token_ids) for completion in scored.group.completions] for scored in groups]
+    return [
+        [len(completion.token_ids) for completion in scored.group.completions] for scored in groups
+    ]

@@ -1,9 +1,16 @@
-"""The run directory and its checkpoints: written aside, flushed to disk, renamed. What has its final name is whole.
+"""The run directory and its checkpoints: written aside, flushed to disk, renamed.
 
-    runs/NAME/  config.yaml  manifest.json  metrics.jsonl  samples/step-000010.jsonl  checkpoints/step-000020/  final/
+What has its final name is whole.
 
-A checkpoint is taken between rollouts. Every seed and the engine's weights are functions of the number of rollouts done and need no
-files; the position in the data, carried groups and pass rates are in state.json.
+    runs/NAME/
+        config.yaml  manifest.json  metrics.jsonl
+        samples/step-000010.jsonl
+        checkpoints/step-000020/
+        final/
+
+A checkpoint is taken between rollouts. Every seed and the engine's weights are functions of the
+number of rollouts done and need no files; the position in the data, carried groups and pass rates
+are in state.json.
 """
 
 from __future__ import annotations
@@ -43,7 +50,10 @@ def _by_rank_0(method: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
-    """Yields an empty directory beside `target`; when the block ends it is flushed and renamed to it. On an error nothing changes."""
+    """Yields an empty directory beside `target`.
+
+    When the block ends it is flushed and renamed to it. On an error nothing changes.
+    """
     scratch = scratch_of(target)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -71,7 +81,10 @@ def write_file(path: Path, text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of a metrics.jsonl, none without a file; a killed writer may have left half a line."""
+    """Returns the whole lines of a metrics.jsonl, none without a file.
+
+    A killed writer may have left half a line.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -83,51 +96,79 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_update(folder: Path, step: int) -> list[Sample]:
-    """Returns the samples of a step's updates, as `RunDirectory.write_update` kept them. Raises UserError when it did not."""
+    """Returns the samples of a step's updates, as `RunDirectory.write_update` kept them.
+
+    Raises UserError when it did not.
+    """
     file = folder / "samples" / f"step-{step:06d}.npz"
     if not file.exists():
         have = [int(path.stem.partition("-")[2]) for path in sorted(file.parent.glob("step-*.npz"))]
-        raise UserError(f"{folder}: step {step} was not kept for a replay; have {have} (logging.replay)")
+        raise UserError(
+            f"{folder}: step {step} was not kept for a replay; have {have} (logging.replay)"
+        )
     with np.load(file) as columns:
         held = {name: columns[name].tolist() for name in columns.files}
     if "token_versions" not in held:  # of an older run: one a sample
         sizes = zip(held["lengths"], held["prompts"], held["versions"], strict=True)
-        held["token_versions"] = [version for length, prompt, version in sizes for _ in range(length - prompt)]
+        held["token_versions"] = [
+            version for length, prompt, version in sizes for _ in range(length - prompt)
+        ]
     samples, token, place = [], 0, 0
     for i, (length, prompt) in enumerate(zip(held["lengths"], held["prompts"], strict=True)):
         own = slice(place, place + length - prompt)
         samples.append(
             Sample(
-                token_ids=tuple(held["ids"][token : token + length]), prompt_length=prompt, advantages=tuple(held["advantages"][own]),
-                sampler_logprobs=tuple(held["logprobs"][own]) or None, versions=tuple(held["token_versions"][own]) or None,
-                group=held["groups"][i], reward=held["rewards"][i],
+                token_ids=tuple(held["ids"][token : token + length]),
+                prompt_length=prompt,
+                advantages=tuple(held["advantages"][own]),
+                sampler_logprobs=tuple(held["logprobs"][own]) or None,
+                versions=tuple(held["token_versions"][own]) or None,
+                group=held["groups"][i],
+                reward=held["rewards"][i],
             )
-        )  # fmt: skip
+        )
         token, place = token + length, own.stop
     return samples
 
 
 class RunDirectory:
-    """One run's files. Holds a lock on the directory for as long as the process lives. Only rank 0 writes; the others see and read."""
+    """One run's files.
+
+    Holds a lock on the directory for as long as the process lives. Only rank 0 writes; the others
+    see and read.
+    """
 
     def __init__(self, path: str, *, resume: bool) -> None:
-        """Raises UserError when there is a run already (and `resume` is not set), none to resume, or another process works on it."""
+        """Raises UserError when there is a run already (and `resume` is not set), none to resume,
+        or another process works on it.
+        """
         self.path = Path(path)
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
         self.metrics, self.manifest = self.path / "metrics.jsonl", self.path / "manifest.json"
-        ranks.first("the run directory", lambda: self._open(path, resume) if ranks.rank() == 0 else self._see(path))
+        ranks.first(
+            "the run directory",
+            lambda: self._open(path, resume) if ranks.rank() == 0 else self._see(path),
+        )
 
     def _see(self, path: str) -> None:
         if not self.samples.exists():
-            raise UserError(f"run_dir={path}: not seen by rank {ranks.rank()}: it has to be on a file system that all nodes share")
+            raise UserError(
+                f"run_dir={path}: not seen by rank {ranks.rank()}: it has to be on a file system "
+                "that all nodes share"
+            )
 
     def log_file(self, name: str) -> Path:
         """Returns where this rank's `name` writes what it has to say."""
-        return self.path / (f"{name}.log" if ranks.rank() == 0 else f"logs/{name}-{ranks.rank()}.log")
+        return self.path / (
+            f"{name}.log" if ranks.rank() == 0 else f"logs/{name}-{ranks.rank()}.log"
+        )
 
     def _open(self, path: str, resume: bool) -> None:
         if self.manifest.exists() and not resume:
-            raise UserError(f"run_dir={path}: there is a run in it: go on with --resume, or choose another run_dir")
+            raise UserError(
+                f"run_dir={path}: there is a run in it: go on with --resume, or choose another "
+                "run_dir"
+            )
         if resume and not self.manifest.exists():
             raise UserError(f"run_dir={path}: there is no run to resume")
         try:
@@ -140,7 +181,8 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"run_dir={path}: another process is working on this run") from None
-        for leftover in [*self.checkpoints.glob(".*.partial"), *self.checkpoints.glob(".*.old")]:  # of a killed save or prune
+        # of a killed save or prune
+        for leftover in [*self.checkpoints.glob(".*.partial"), *self.checkpoints.glob(".*.old")]:
             shutil.rmtree(leftover)
 
     @staticmethod
@@ -149,8 +191,13 @@ class RunDirectory:
         return read_manifest(folder).get("status")
 
     def began(self) -> bool:
-        """Returns whether anything was done that is worth keeping: a step, a part of a stage within, a quantised model."""
-        return self.metrics.exists() or any(next(self.path.glob(name), None) for name in ("*/manifest.json", "int*/config.json"))
+        """Returns whether anything was done that is worth keeping.
+
+        A step, a part of a stage within, a quantised model.
+        """
+        return self.metrics.exists() or any(
+            next(self.path.glob(name), None) for name in ("*/manifest.json", "int*/config.json")
+        )
 
     @_by_rank_0
     def clear(self) -> None:
@@ -169,8 +216,14 @@ class RunDirectory:
 
     @_by_rank_0
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Adds one object; a number that is not finite is written as null, which every JSON reader knows."""
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        """Adds one object.
+
+        A number that is not finite is written as null, which every JSON reader knows.
+        """
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -179,21 +232,36 @@ class RunDirectory:
 
     @_by_rank_0
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
-        write_file(self.samples / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_file(
+            self.samples / f"{name}.jsonl",
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        )
 
     @_by_rank_0
     def write_update(self, step: int, samples: Sequence[Sample], keep: int) -> None:
-        """Writes what a step's updates are made from, for `grpo replay`, and removes all but the last `keep` of these."""
+        """Writes what a step's updates are made from, for `grpo replay`, and removes all but the
+        last `keep` of these.
+        """
         if not keep:
             return
         columns: dict[str, Any] = {
-            "lengths": [len(sample.token_ids) for sample in samples], "prompts": [sample.prompt_length for sample in samples],
-            "groups": [sample.group for sample in samples], "rewards": [sample.reward for sample in samples],
-            "token_versions": np.array([version for sample in samples for version in sample.versions or ()], dtype=np.int32),
-            "ids": np.array([token for sample in samples for token in sample.token_ids], dtype=np.uint32),
-        }  # fmt: skip
-        for name, values in (("advantages", [s.advantages for s in samples]), ("logprobs", [s.sampler_logprobs or () for s in samples])):
-            columns[name] = np.array([value for row in values for value in row], dtype=np.float32)  # as a batch holds them
+            "lengths": [len(sample.token_ids) for sample in samples],
+            "prompts": [sample.prompt_length for sample in samples],
+            "groups": [sample.group for sample in samples],
+            "rewards": [sample.reward for sample in samples],
+            "token_versions": np.array(
+                [version for sample in samples for version in sample.versions or ()], dtype=np.int32
+            ),
+            "ids": np.array(
+                [token for sample in samples for token in sample.token_ids], dtype=np.uint32
+            ),
+        }
+        for name, values in (
+            ("advantages", [s.advantages for s in samples]),
+            ("logprobs", [s.sampler_logprobs or () for s in samples]),
+        ):
+            # as a batch holds them
+            columns[name] = np.array([value for row in values for value in row], dtype=np.float32)
         target = self.samples / f"step-{step:06d}.npz"
         scratch = target.with_name(f".{target.name}")
         np.savez_compressed(scratch, **columns)
@@ -202,7 +270,10 @@ class RunDirectory:
             old.unlink()
 
     def cut(self, step: int) -> None:
-        """Drops metrics and samples of work after a checkpoint, which will be done again: the same, on a CPU."""
+        """Drops metrics and samples of work after a checkpoint, which will be done again.
+
+        The same, on a CPU.
+        """
         if ranks.rank() == 0:
             kept = [row for row in self.read_metrics() if row["step"] <= step]
             write_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
@@ -217,7 +288,10 @@ class RunDirectory:
         return max(self.checkpoints.glob("step-*"), default=None)
 
     def last_state(self) -> tuple[Path | None, dict[str, Any]]:
-        """Returns the last checkpoint and its state, on all ranks what rank 0 sees. Raises RunError for one that is damaged."""
+        """Returns the last checkpoint and its state, on all ranks what rank 0 sees.
+
+        Raises RunError for one that is damaged.
+        """
 
         def read() -> tuple[Path | None, dict[str, Any]]:
             found = self.latest() if ranks.rank() == 0 else None
@@ -226,9 +300,12 @@ class RunDirectory:
         return ranks.together("the last checkpoint", read)[0]
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-        """Writes checkpoint `step`: whatever `write(directory)` puts there, and `state` with a hash of every file.
+        """Writes checkpoint `step`.
 
-        All ranks write into it together. Raises RunError when it cannot be written (a full disk); earlier checkpoints are whole then.
+        Whatever `write(directory)` puts there, and `state` with a hash of every file.
+
+        All ranks write into it together. Raises RunError when it cannot be written (a full disk);
+        earlier checkpoints are whole then.
         """
         target = self.checkpoints / f"step-{step:06d}"
         if ranks.rank() > 0:
@@ -242,28 +319,42 @@ class RunDirectory:
                 ranks.gather("the checkpoint's directory", None)
                 write(scratch)
                 ranks.gather("the other ranks' parts of the checkpoint", None)
-                hashes = {str(file.relative_to(scratch)): _hash(file) for file in sorted(scratch.rglob("*")) if file.is_file()}
-                (scratch / "state.json").write_text(json.dumps(state | {"step": step, "files": hashes}, default=_fields))
+                hashes = {
+                    str(file.relative_to(scratch)): _hash(file)
+                    for file in sorted(scratch.rglob("*"))
+                    if file.is_file()
+                }
+                (scratch / "state.json").write_text(
+                    json.dumps(state | {"step": step, "files": hashes}, default=_fields)
+                )
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             if isinstance(error, RunError):
                 raise
             raise RunError(
-                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the disk full? Last good: {self.latest()}"
+                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the "
+                f"disk full? Last good: {self.latest()}"
             ) from error
         ranks.gather("the checkpoint's end", None)
         return target
 
     def read_state(self, checkpoint: Path) -> dict[str, Any]:
-        """Returns a checkpoint's state after comparing every file with its hash. Raises RunError naming the first that differs."""
+        """Returns a checkpoint's state after comparing every file with its hash.
+
+        Raises RunError naming the first that differs.
+        """
         try:
-            state = json.loads((checkpoint / "state.json").read_text())
+            state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
         except (OSError, ValueError):
             raise RunError(
-                f"{checkpoint / 'state.json'} is missing or damaged: remove {checkpoint} to resume from the one before it"
+                f"{checkpoint / 'state.json'} is missing or damaged: remove {checkpoint} to "
+                "resume from the one before it"
             ) from None
         for name, expected in state["files"].items():
             if not (checkpoint / name).is_file() or _hash(checkpoint / name) != expected:
-                raise RunError(f"{checkpoint / name} is missing or damaged: remove {checkpoint} to resume from the one before it")
+                raise RunError(
+                    f"{checkpoint / name} is missing or damaged: remove {checkpoint} to resume "
+                    "from the one before it"
+                )
         return state
 
     @_by_rank_0
@@ -274,12 +365,19 @@ class RunDirectory:
 
     @_by_rank_0
     def prune(self, keep_last: int, keep_best: str | None) -> None:
-        """Removes all checkpoints but the last ones and the one whose state has the highest metric `keep_best`."""
+        """Removes all checkpoints but the last ones and the one whose state has the highest metric
+        `keep_best`.
+        """
         found = sorted(self.checkpoints.glob("step-*"))
         kept = set(found[-keep_last:])
         if keep_best:
-            values = {path: json.loads((path / "state.json").read_text())["metrics"].get(keep_best) for path in found}
-            known = [path for path in found if values[path] is not None and math.isfinite(values[path])]
+            values = {
+                path: json.loads((path / "state.json").read_text())["metrics"].get(keep_best)
+                for path in found
+            }
+            known = [
+                path for path in found if values[path] is not None and math.isfinite(values[path])
+            ]
             kept |= {max(known, key=lambda path: values[path])} if known else set()
         for path in found:
             if path not in kept:

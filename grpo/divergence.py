@@ -1,4 +1,6 @@
-"""Divergences between a teacher's and a student's distribution over the vocabulary, position by position: [N]."""
+"""Divergences between a teacher's and a student's distribution over the vocabulary, position by
+position: [N].
+"""
 
 from __future__ import annotations
 
@@ -8,22 +10,34 @@ import torch
 from torch import Tensor
 
 
-def divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float, beta: float = 0.5) -> Tensor:
-    """Returns, in float32 and at a temperature T:
+def divergence(
+    student: Tensor, teacher: Tensor, kind: str, temperature: float, beta: float = 0.5
+) -> Tensor:
+    """Returns the divergence at each position, in float32 and at a temperature T.
 
-    forward_kl KL(t || s)   reverse_kl KL(s || t)   jsd beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s
-    Source: Hinton 1503.02531 (forward; the caller multiplies by T^2); GKD 2306.13649 Eq. 1 (jsd). Of two vocabularies that are padded to
-    different sizes (Qwen2.5) the common part counts.
+    forward_kl  KL(t || s)
+    reverse_kl  KL(s || t)
+    jsd         beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s
+
+    Of two vocabularies that are padded to different sizes (Qwen2.5) the common part counts.
+    Source: Hinton 1503.02531 (forward; the caller multiplies by T^2); GKD 2306.13649 Eq. 1 (jsd).
     """
     size = min(student.shape[-1], teacher.shape[-1])
-    s, t = (torch.log_softmax(logits[:, :size].float() / temperature, -1) for logits in (student, teacher))
+    s, t = (
+        torch.log_softmax(logits[:, :size].float() / temperature, -1)
+        for logits in (student, teacher)
+    )
     return between(s, t, kind, beta)
 
 
-def top_divergence(student: Tensor, ids: Tensor, logprobs: Tensor, kind: str, beta: float = 0.5) -> Tensor:
-    """The divergence at temperature 1 when of the teacher only its k likeliest tokens [N, k] are known: all others are one more token.
+def top_divergence(
+    student: Tensor, ids: Tensor, logprobs: Tensor, kind: str, beta: float = 0.5
+) -> Tensor:
+    """The divergence at temperature 1 when of the teacher only its k likeliest tokens [N, k] are
+    known: all others are one more token.
 
-    Never more than the whole divergence, and without the bias of a distribution that is cut off (2503.16870). `student` [N, V]: logits.
+    Never more than the whole divergence, and without the bias of a distribution that is cut off
+    (2503.16870). `student` [N, V]: logits.
     """
     s = torch.log_softmax(student.float(), -1)
     return between(_with_rest(s.gather(-1, ids)), _with_rest(logprobs.float()), kind, beta)

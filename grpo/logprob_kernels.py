@@ -1,7 +1,10 @@
-"""Log-probabilities and entropies of given tokens on a GPU: Triton kernels that read the logits once.
+"""Log-probabilities and entropies of given tokens on a GPU.
 
-A logit is read once for the values and once for the gradient, and nothing of the vocabulary's size but the gradient is written. The same in
-PyTorch's own operations (grpo/logprobs.py) takes eight passes over float32 copies. Computed in float32, whatever the logits' dtype.
+Triton kernels that read the logits once.
+
+A logit is read once for the values and once for the gradient, and nothing of the vocabulary's size
+but the gradient is written. The same in PyTorch's own operations (grpo/logprobs.py) takes eight
+passes over float32 copies. Computed in float32, whatever the logits' dtype.
 """
 
 from __future__ import annotations
@@ -16,12 +19,26 @@ LOWEST = -1e30  # in place of logits past the end of a row: exp() of it is 0, an
 
 
 def values(logits: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three float32 tensors [N] for logits [N, V] divided by the temperature: log-probabilities of `targets` [N], entropies, and
-    the logarithms of the softmax's denominators."""
-    logprobs, entropies, normalisers = (torch.empty(len(logits), device=logits.device) for _ in range(3))
+    """Returns three float32 tensors [N] for logits [N, V] divided by the temperature.
+
+    log-probabilities of `targets` [N], entropies, and the logarithms of the softmax's denominators.
+    """
+    logprobs, entropies, normalisers = (
+        torch.empty(len(logits), device=logits.device) for _ in range(3)
+    )
     if len(logits):
         _values[(len(logits),)](
-            logits, targets, logprobs, entropies, normalisers, logits.stride(0), logits.shape[1], temperature, LOWEST, BLOCK, num_warps=8
+            logits,
+            targets,
+            logprobs,
+            entropies,
+            normalisers,
+            logits.stride(0),
+            logits.shape[1],
+            temperature,
+            LOWEST,
+            BLOCK,
+            num_warps=8,
         )
     return logprobs, entropies, normalisers
 
@@ -36,9 +53,11 @@ def gradient(
     *,
     temperature: float,
 ) -> Tensor:
-    """Returns the gradient [N, V], in the logits' dtype, of sum(grad x logprobs) + sum(entropy_grad x entropies).
+    """Returns the gradient [N, V], in the logits' dtype, of sum(grad x logprobs) + sum(entropy_grad
+    x entropies).
 
-    d logprob / d logit = (onehot - p) / temperature, d entropy / d logit = -p (log p + entropy) / temperature.
+    d logprob / d logit = (onehot - p) / temperature, d entropy / d logit = -p (log p + entropy) /
+    temperature.
     """
     out = torch.empty_like(logits)
     if len(logits):
@@ -46,17 +65,42 @@ def gradient(
         with_entropy = entropy_grad is not None
         entropy_grads = grad if entropy_grad is None else entropy_grad  # not read without
         _gradient[grid](
-            logits, targets, normalisers, entropies, grad.contiguous(), entropy_grads.contiguous(), out,
-            logits.stride(0), out.stride(0), logits.shape[1], temperature, with_entropy, BLOCK, num_warps=8,
-        )  # fmt: skip
+            logits,
+            targets,
+            normalisers,
+            entropies,
+            grad.contiguous(),
+            entropy_grads.contiguous(),
+            out,
+            logits.stride(0),
+            out.stride(0),
+            logits.shape[1],
+            temperature,
+            with_entropy,
+            BLOCK,
+            num_warps=8,
+        )
     return out
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _values(  # type: ignore[no-untyped-def]
-    logits, targets, logprobs, entropies, normalisers, stride, vocabulary, temperature, lowest, block: tl.constexpr
+    logits,
+    targets,
+    logprobs,
+    entropies,
+    normalisers,
+    stride,
+    vocabulary,
+    temperature,
+    lowest,
+    block: tl.constexpr,
 ):
-    """One program per row. The maximum is not known before the row's end: sums are scaled down whenever it rises (online softmax)."""
+    """One program per row.
+
+    The maximum is not known before the row's end: sums are scaled down whenever it rises (online
+    softmax).
+    """
     row = tl.program_id(0).to(tl.int64)
     first = logits + row * stride
     highest = lowest
@@ -64,7 +108,10 @@ def _values(  # type: ignore[no-untyped-def]
     weighted = 0.0  # sum of exp(logit - highest) x logit
     for start in range(0, vocabulary, block):
         places = start + tl.arange(0, block)
-        scaled = tl.load(first + places, mask=places < vocabulary, other=lowest).to(tl.float32) / temperature
+        scaled = (
+            tl.load(first + places, mask=places < vocabulary, other=lowest).to(tl.float32)
+            / temperature
+        )
         rising = tl.maximum(highest, tl.max(scaled, 0))
         weights = tl.exp(scaled - rising)
         shrunk = tl.exp(highest - rising)
@@ -78,21 +125,36 @@ def _values(  # type: ignore[no-untyped-def]
     tl.store(entropies + row, normaliser - weighted / total)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _gradient(  # type: ignore[no-untyped-def]
-    logits, targets, normalisers, entropies, grads, entropy_grads, out, stride, out_stride, vocabulary, temperature,
-    with_entropy: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
+    logits,
+    targets,
+    normalisers,
+    entropies,
+    grads,
+    entropy_grads,
+    out,
+    stride,
+    out_stride,
+    vocabulary,
+    temperature,
+    with_entropy: tl.constexpr,
+    block: tl.constexpr,
+):
     """One program per row and block of the vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1) * block + tl.arange(0, block)
     inside = places < vocabulary
     grad = tl.load(grads + row) / temperature
-    scaled = tl.load(logits + row * stride + places, mask=inside, other=0.0).to(tl.float32) / temperature
+    scaled = (
+        tl.load(logits + row * stride + places, mask=inside, other=0.0).to(tl.float32) / temperature
+    )
     log_probabilities = scaled - tl.load(normalisers + row)
     factor = -grad
     if with_entropy:
-        factor = -grad - tl.load(entropy_grads + row) / temperature * (log_probabilities + tl.load(entropies + row))
+        factor = -grad - tl.load(entropy_grads + row) / temperature * (
+            log_probabilities + tl.load(entropies + row)
+        )
     result = tl.exp(log_probabilities) * factor
     result = tl.where(places == tl.load(targets + row), result + grad, result)
     tl.store(out + row * out_stride + places, result.to(out.dtype.element_ty), mask=inside)

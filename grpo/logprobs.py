@@ -1,4 +1,7 @@
-"""The policy as the learner sees it: tokens in, log-probabilities of the completion tokens out, never a [B, T, V] tensor."""
+"""The policy as the learner sees it.
+
+Tokens in, log-probabilities of the completion tokens out, never a [B, T, V] tensor.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,26 @@ if TYPE_CHECKING:
 
 
 class Policy(nn.Module):
-    """A causal language model that returns log-probabilities and entropies of given tokens at a temperature.
+    """A causal language model that returns log-probabilities and entropies of given tokens at a
+    temperature.
 
-    The output head runs only where `token_mask` is set, `chunk` positions at a time, and its logits are computed again in the
-    backward pass: memory is chunk x V, whatever the batch.
+    The output head runs only where `token_mask` is set, `chunk` positions at a time, and its logits
+    are computed again in the backward pass: memory is chunk x V, whatever the batch.
     """
 
     def __init__(
-        self, model: Any, *, temperature: float, chunk: int, float32_head: bool = False, entropy_gradient: bool = False,
-        router: bool = False, teacher: Policy | None = None, soft: Soft | None = None, ulysses: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        *,
+        temperature: float,
+        chunk: int,
+        float32_head: bool = False,
+        entropy_gradient: bool = False,
+        router: bool = False,
+        teacher: Policy | None = None,
+        soft: Soft | None = None,
+        ulysses: Any = None,
+    ) -> None:
         super().__init__()
         self.model: Any = model
         self.temperature = temperature
@@ -37,14 +50,23 @@ class Policy(nn.Module):
         self.float32_head, self.entropy_gradient = float32_head, entropy_gradient
         self._teacher, self._soft = (teacher,), soft  # in a tuple: no part of this module
         self.divergences: Tensor | None = None  # [B, T] of the last forward pass, from the teacher
-        self.hidden_errors: Tensor | None = None  # [B, T] likewise: hidden states, with soft.hidden_weight
-        self.projections = nn.ModuleDict(_projections(model, teacher.model, soft) if teacher and soft and soft.hidden_weight else {})
-        self.router, self.balance_loss = router, torch.zeros(())  # the load-balancing loss of the last forward pass, with `router`
+        # [B, T] likewise: hidden states, with soft.hidden_weight
+        self.hidden_errors: Tensor | None = None
+        self.projections = nn.ModuleDict(
+            _projections(model, teacher.model, soft)
+            if teacher and soft and soft.hidden_weight
+            else {}
+        )
+        # the load-balancing loss of the last forward pass, with `router`
+        self.router, self.balance_loss = router, torch.zeros(())
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns `(logprobs, entropies)`, both [B, T] float32, 0 where `token_mask` is not set; entropies carry a gradient if asked.
+        """Returns `(logprobs, entropies)`, both [B, T] float32, 0 where `token_mask` is not set.
 
-        Position t predicts `labels[:, t]`. Temperature divides the logits, as the sampler does before its softmax.
+        Entropies carry a gradient if asked.
+
+        Position t predicts `labels[:, t]`. Temperature divides the logits, as the sampler does
+        before its softmax.
         """
         states, hidden, mask = self._states(batch)  # [N, H]
         targets, own = batch.labels[mask], mask[batch.token_mask]  # [N]
@@ -52,23 +74,34 @@ class Policy(nn.Module):
         teacher, theirs = self._teacher[0], None
         if teacher is not None:
             with torch.no_grad():
-                theirs, their_hidden, _ = teacher._states(batch, [int(name.split("_")[1]) for name in self.projections])
+                theirs, their_hidden, _ = teacher._states(
+                    batch, [int(name.split("_")[1]) for name in self.projections]
+                )
             errors = [
                 (project(own) - its).float().square().mean(-1)
-                for project, own, its in zip(self.projections.values(), hidden, their_hidden, strict=True)
+                for project, own, its in zip(
+                    self.projections.values(), hidden, their_hidden, strict=True
+                )
             ]
             self.hidden_errors = self._grid([torch.stack(errors).mean(0)], mask) if errors else None
         logprobs, entropies, divergences = [], [], list[Tensor]()
-        for start in range(0, max(len(states), batch.most), self.chunk):  # past the last state the head has nothing to do
+        # past the last state the head has nothing to do
+        for start in range(0, max(len(states), batch.most), self.chunk):
             piece = slice(start, start + self.chunk)
-            logprob, entropy = checkpoint(self._head, states[piece], targets[piece], weight, use_reentrant=False)
+            logprob, entropy = checkpoint(
+                self._head, states[piece], targets[piece], weight, use_reentrant=False
+            )
             logprobs.append(logprob)
             entropies.append(entropy)
             if theirs is not None:
-                divergences.append(checkpoint(self._divergence, states[piece], theirs[piece], use_reentrant=False))
+                divergences.append(
+                    checkpoint(self._divergence, states[piece], theirs[piece], use_reentrant=False)
+                )
             elif batch.teacher_top is not None:
                 top = [part[own][piece] for part in batch.teacher_top]
-                divergences.append(checkpoint(self._top_divergence, states[piece], *top, use_reentrant=False))
+                divergences.append(
+                    checkpoint(self._top_divergence, states[piece], *top, use_reentrant=False)
+                )
         self.divergences = self._grid(divergences, mask) if divergences else None
         return self._grid(logprobs, mask), self._grid(entropies, mask)
 
@@ -76,17 +109,29 @@ class Policy(nn.Module):
         grid = _scatter(pieces, mask)
         return grid if self.ulysses is None else self.ulysses.whole(grid)
 
-    def _states(self, batch: Batch, layers: list[int] | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Returns the last hidden states that predict completion tokens, row by row, those of `layers` (default: the projected), and the
-        tokens' places [B, T]: all of them, or this rank's."""
-        layers = [int(name.split("_")[0]) for name in self.projections] if layers is None else layers
-        more = ({"output_router_logits": True} if self.router else {}) | ({"output_hidden_states": True} if layers else {})
+    def _states(
+        self, batch: Batch, layers: list[int] | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Returns the last hidden states that predict completion tokens, row by row, those of
+        `layers` (default: the projected), and the tokens' places [B, T]: all of them, or this
+        rank's.
+        """
+        layers = (
+            [int(name.split("_")[0]) for name in self.projections] if layers is None else layers
+        )
+        more = ({"output_router_logits": True} if self.router else {}) | (
+            {"output_hidden_states": True} if layers else {}
+        )
         mask: Tensor | None = None
         places = batch.token_mask
         if self.model.config._attn_implementation != packing.NAME:
             mask = batch.attention_mask
-            out = self.model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **more)
-            chosen = lambda states: states[batch.token_mask]  # noqa: E731
+            out = self.model.base_model(
+                input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **more
+            )
+
+            def chosen(states: Tensor) -> Tensor:
+                return states[batch.token_mask]
         else:
             device = batch.input_ids.device
             kernel = packing.has_kernel(self.model.config, self.model.dtype, device)
@@ -94,14 +139,29 @@ class Policy(nn.Module):
             if self.ulysses is not None:
                 layout, own = self.ulysses.part(layout)
                 places = torch.zeros_like(places).masked_scatter_(places, own)
-            out = self.model.base_model(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, packed=layout, **more)
-            chosen = lambda states: states[0].index_select(0, layout.predictors)  # noqa: E731
+            out = self.model.base_model(
+                input_ids=layout.ids,
+                position_ids=layout.positions,
+                use_cache=False,
+                packed=layout,
+                **more,
+            )
+
+            def chosen(states: Tensor) -> Tensor:
+                return states[0].index_select(0, layout.predictors)
+
         if self.router:
             self.balance_loss = moe.balance_loss(self.model, out.router_logits, mask)
-        return chosen(out.last_hidden_state), [chosen(out.hidden_states[layer]) for layer in layers], places
+        return (
+            chosen(out.last_hidden_state),
+            [chosen(out.hidden_states[layer]) for layer in layers],
+            places,
+        )
 
     def _divergence(self, states: Tensor, theirs: Tensor) -> Tensor:
-        """Returns the divergence from the teacher at each position, logits and all computed again in the backward pass."""
+        """Returns the divergence from the teacher at each position, logits and all computed again
+        in the backward pass.
+        """
         teacher, soft = self._teacher[0], self._soft
         assert teacher is not None and soft is not None
         own, its = (policy._logits(part) for policy, part in ((self, states), (teacher, theirs)))
@@ -109,30 +169,46 @@ class Policy(nn.Module):
 
     def _top_divergence(self, states: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
         assert self._soft is not None
-        return top_divergence(self._logits(states), ids, logprobs, self._soft.divergence, self._soft.beta)
+        return top_divergence(
+            self._logits(states), ids, logprobs, self._soft.divergence, self._soft.beta
+        )
 
-    def _head(self, states: Tensor, targets: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _LogProbs.apply(self._logits(states, weight), targets, self.temperature, self.entropy_gradient)
+    def _head(
+        self, states: Tensor, targets: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        logits = self._logits(states, weight)
+        logprobs: Tensor
+        entropies: Tensor
+        logprobs, entropies = _LogProbs.apply(  # type: ignore[no-untyped-call]
+            logits, targets, self.temperature, self.entropy_gradient
+        )
+        return logprobs, entropies
 
     def _logits(self, states: Tensor, weight: Tensor | None = None) -> Tensor:
         """`weight`: the head's in float32, made once for all chunks."""
         head = self.model.get_output_embeddings()
         if not self.float32_head:
-            return head(states)
-        return F.linear(states.float(), head.weight.float() if weight is None else weight, head.bias)
+            logits: Tensor = head(states)
+            return logits
+        return F.linear(
+            states.float(), head.weight.float() if weight is None else weight, head.bias
+        )
 
 
 class _LogProbs(torch.autograd.Function):
-    """Logits [N, V] -> log-probabilities and entropies [N] of targets, in float32; the gradient keeps the logits' dtype.
+    """Logits [N, V] -> log-probabilities and entropies [N] of targets, in float32.
 
-    Plain autograd makes ten passes over the vocabulary. On a CPU the few that are left go row block by row block, within the cache:
-    together four times as fast as whole, where they took longer than the head's matrix product. On a GPU: grpo/logprob_kernels.py.
+    The gradient keeps the logits' dtype.
+
+    Plain autograd makes ten passes over the vocabulary. On a CPU the few that are left go row block
+    by row block, within the cache: together four times as fast as whole, where they took longer
+    than the head's matrix product. On a GPU: grpo/logprob_kernels.py.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         values = logprob_kernels().values if logits.is_cuda else _values
         logprobs, entropies, normalisers = values(logits, targets, temperature=temperature)
         ctx.save_for_backward(logits, targets, normalisers, entropies)
@@ -142,11 +218,19 @@ class _LogProbs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets, normalisers, entropies = ctx.saved_tensors
         gradient = logprob_kernels().gradient if logits.is_cuda else _gradient
         entropy_grad_or_none = entropy_grad if ctx.entropy_gradient else None
-        logits_grad = gradient(logits, targets, normalisers, entropies, grad, entropy_grad_or_none, temperature=ctx.temperature)
+        logits_grad = gradient(
+            logits,
+            targets,
+            normalisers,
+            entropies,
+            grad,
+            entropy_grad_or_none,
+            temperature=ctx.temperature,
+        )
         return logits_grad, None, None, None
 
 
@@ -157,9 +241,13 @@ def logprob_kernels() -> Any:
     return logprob_kernels
 
 
-def _values(logits: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _values(
+    logits: Tensor, targets: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `values` of grpo/logprob_kernels.py."""
-    logprobs, entropies, normalisers = (torch.empty(len(logits), device=logits.device) for _ in range(3))
+    logprobs, entropies, normalisers = (
+        torch.empty(len(logits), device=logits.device) for _ in range(3)
+    )
     for rows, scaled in _row_blocks(logits, temperature):
         highest = scaled.amax(-1, keepdim=True)
         picked = scaled.gather(-1, targets[rows, None])[:, 0]
@@ -188,25 +276,35 @@ def _gradient(
         factor = -grad[rows]
         scaled.sub_(normalisers[rows, None])
         if entropy_grad is not None:
-            factor = factor - entropy_grad[rows, None] / temperature * (scaled + entropies[rows, None])
+            factor = factor - entropy_grad[rows, None] / temperature * (
+                scaled + entropies[rows, None]
+            )
         scaled.exp_().mul_(factor).scatter_add_(-1, targets[rows, None], grad[rows])
         out[rows] = scaled.to(out.dtype)
     return out
 
 
 def _projections(student: Any, teacher: Any, soft: Soft) -> dict[str, nn.Module]:
-    """Returns the maps from the student's hidden states to the teacher's, by "own layer_its layer". Without a map of the layers, layer m
-    goes with m L_teacher / L_student (TinyBERT 1909.10351). Raises UserError for a layer that is not there."""
+    """Returns the maps from the student's hidden states to the teacher's, by "own layer_its layer".
+
+    Without a map of the layers, layer m goes with m L_teacher / L_student (TinyBERT 1909.10351).
+    Raises UserError for a layer that is not there.
+    """
     own, its = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     pairs = soft.hidden_layers or {m: round(m * its / own) for m in range(1, own + 1)}
     for m, n in pairs.items():
         if not (1 <= m <= own and 1 <= n <= its):
-            raise UserError(f"soft.hidden_layers: {m}: {n}; the student has layers 1 to {own}, the teacher 1 to {its}")
+            raise UserError(
+                f"soft.hidden_layers: {m}: {n}; the student has layers 1 to {own}, the teacher 1 "
+                f"to {its}"
+            )
     made: dict[str, nn.Module] = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for m, n in pairs.items():
-            projection = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
+            projection = nn.Linear(
+                student.config.hidden_size, teacher.config.hidden_size, bias=False
+            )
             nn.init.orthogonal_(projection.weight)
             made[f"{m}_{n}"] = projection
     return made
@@ -214,7 +312,10 @@ def _projections(student: Any, teacher: Any, soft: Soft) -> dict[str, nn.Module]
 
 def _row_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
     """Yields `(rows, logits[rows] / temperature)` in float32, in one buffer that is used again."""
-    size = max(1, min(len(logits), 2**20 // logits.shape[1] if logits.device.type == "cpu" else 2**20))  # on a CPU 4 MB
+    # on a CPU 4 MB
+    size = max(
+        1, min(len(logits), 2**20 // logits.shape[1] if logits.device.type == "cpu" else 2**20)
+    )
     buffer = torch.empty(size, logits.shape[1], device=logits.device)
     for start in range(0, len(logits), size):
         rows = slice(start, min(start + size, len(logits)))

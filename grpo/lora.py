@@ -1,7 +1,9 @@
-"""LoRA through peft: adapters inside the model, merged on the way to the engine, saved beside the merged model.
+"""LoRA through peft.
 
-Merged weights go through the one sync that canary and probe prove, at the model's own speed; vLLM's adapters would need a second way
-in and slow every decoding step.
+Adapters inside the model, merged on the way to the engine, saved beside the merged model.
+
+Merged weights go through the one sync that canary and probe prove, at the model's own speed; vLLM's
+adapters would need a second way in and slow every decoding step.
 """
 
 from __future__ import annotations
@@ -24,12 +26,18 @@ ADAPTER = "default"
 
 
 def add(model: Any, settings: Lora, base: str, seed: int) -> None:
-    """Puts adapters on every linear layer but the head, in place, and freezes the rest. `base`: where the model came from, to be noted."""
+    """Puts adapters on every linear layer but the head, in place, and freezes the rest.
+
+    `base`: where the model came from, to be noted.
+    """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
     if any(parameter.ndim == 3 for parameter in model.parameters()):
-        raise UserError("model.lora: this model keeps a layer's experts in one tensor, which adapters do not reach: train all weights")
+        raise UserError(
+            "model.lora: this model keeps a layer's experts in one tensor, which adapters do not "
+            "reach: train all weights"
+        )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type] # a float is as good
@@ -54,17 +62,25 @@ def load_policy(config: RunConfig, model_dir: Path, attention: str) -> Any:
 
 
 def of(model: nn.Module) -> dict[str, Any]:
-    """Returns the layers with adapters by the hub's name of their weight; none in a model without."""
+    """Returns the layers with adapters by the hub's name of their weight.
+
+    None in a model without.
+    """
     if not hasattr(model, "peft_config"):
         return {}
     from peft.tuners.lora import LoraLayer
 
-    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def merged(weight: Tensor, layer: Any) -> Tensor:
     """Returns the weight with its adapter's addition, computed in float32."""
-    return (weight.float() + layer.get_delta_weight(ADAPTER).float().to(weight.device)).to(weight.dtype)
+    delta: Tensor = layer.get_delta_weight(ADAPTER).float().to(weight.device)
+    return (weight.float() + delta).to(weight.dtype)
 
 
 @contextlib.contextmanager
@@ -88,6 +104,9 @@ def save(model: Any, target: Path) -> None:
 
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {
+        f"base_model.model.{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+    }
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config[ADAPTER].save_pretrained(target)

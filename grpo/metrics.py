@@ -1,4 +1,7 @@
-"""What a person sees of a run: one line a rollout or a live status, and the same numbers in metrics.jsonl and in trackers."""
+"""What a person sees of a run.
+
+One line a rollout or a live status, and the same numbers in metrics.jsonl and in trackers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from grpo.types import UserError
 
 
 class Display:
-    """Progress on standard error: `live` keeps a status line on a terminal, `line` prints one line a rollout, `off` nothing."""
+    """Progress on standard error.
+
+    `live` keeps a status line on a terminal, `line` prints one line a rollout, `off` nothing.
+    """
 
     def __init__(self, mode: str, total: int, unit: str = "rollout") -> None:
         # A copy of stderr: libraries' output is sent elsewhere while models load.
@@ -35,14 +41,22 @@ class Display:
             self._console.print(text, markup=False)
 
     def begin(self, done: int) -> None:
-        """Marks where the work that the time left is reckoned from begins: after loading, at `done` steps when resumed."""
+        """Marks where the work that the time left is reckoned from begins.
+
+        After loading, at `done` steps when resumed.
+        """
         self._began = (done, time.monotonic())
 
     def phase(self, step: int, name: str, detail: str = "") -> None:
         """Shows what the run is doing now."""
         if self._status is None:
             return
-        parts = [f"{self._unit} {min(step + 1, self._total)}/{self._total}", f"{name} {detail}".strip(), *self._numbers(), self._left(step)]
+        parts = [
+            f"{self._unit} {min(step + 1, self._total)}/{self._total}",
+            f"{name} {detail}".strip(),
+            *self._numbers(),
+            self._left(step),
+        ]
         self._status.update(" · ".join(part for part in parts if part).replace("[", "\\["))
 
     def row(self, row: dict[str, Any]) -> None:
@@ -50,7 +64,15 @@ class Display:
         self._row = row
         if self._mode == "line":
             seconds = row.get("time/total_s", 0.0)
-            self.say(" · ".join([f"{self._unit} {row['step']}/{self._total}", *self._numbers(), f"{seconds:.1f} s"]))
+            self.say(
+                " · ".join(
+                    [
+                        f"{self._unit} {row['step']}/{self._total}",
+                        *self._numbers(),
+                        f"{seconds:.1f} s",
+                    ]
+                )
+            )
 
     def close(self) -> None:
         if self._status:
@@ -58,13 +80,21 @@ class Display:
 
     def _numbers(self) -> list[str]:
         shown = {
-            "loss": "loss {:.3f}", "policy/token_accuracy": "token accuracy {:.1%}", "reward/mean": "reward {:.3f}",
-            "reward/accuracy": "accuracy {:.1%}", "completion/length": "length {:.0f}",
-            "rollout/tokens_per_s": "{:,.0f} tok/s", "probe/gap": "gap {:.1e}",
-        }  # fmt: skip
+            "loss": "loss {:.3f}",
+            "policy/token_accuracy": "token accuracy {:.1%}",
+            "reward/mean": "reward {:.3f}",
+            "reward/accuracy": "accuracy {:.1%}",
+            "completion/length": "length {:.0f}",
+            "rollout/tokens_per_s": "{:,.0f} tok/s",
+            "probe/gap": "gap {:.1e}",
+        }
         if "reward/mean" in self._row:
             del shown["loss"]
-        return [text.format(self._row[key]) for key, text in shown.items() if self._row.get(key) is not None]
+        return [
+            text.format(self._row[key])
+            for key, text in shown.items()
+            if self._row.get(key) is not None
+        ]
 
     def _left(self, step: int) -> str:
         if self._began is None or step <= self._began[0]:
@@ -74,16 +104,25 @@ class Display:
 
 
 class Trackers:
-    """TensorBoard, W&B and trackio, when asked for. Raises UserError for one that is not installed."""
+    """TensorBoard, W&B and trackio, when asked for.
 
-    def __init__(self, settings: configs.Logging, run_dir: Path, run_id: str, resolved: dict[str, Any]) -> None:
-        """`run_id` is the run's own for life, so that a resumed run goes on in the same place and no two runs share one."""
+    Raises UserError for one that is not installed.
+    """
+
+    def __init__(
+        self, settings: configs.Logging, run_dir: Path, run_id: str, resolved: dict[str, Any]
+    ) -> None:
+        """`run_id` is the run's own for life, so that a resumed run goes on in the same place and
+        no two runs share one.
+        """
         self._sinks: list[Any] = []
         for name in settings.trackers:
             try:
                 self._sinks.append(_open_tracker(name, settings.project, run_dir, run_id, resolved))
             except ImportError as error:
-                raise UserError(f"logging.trackers: {name} is not installed ({error}): pip install {name}") from None
+                raise UserError(
+                    f"logging.trackers: {name} is not installed ({error}): pip install {name}"
+                ) from None
 
     def log(self, row: dict[str, Any]) -> None:
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
@@ -98,7 +137,9 @@ class Trackers:
             close()
 
 
-def _open_tracker(name: str, project: str, run_dir: Path, run_id: str, resolved: dict[str, Any]) -> Any:
+def _open_tracker(
+    name: str, project: str, run_dir: Path, run_id: str, resolved: dict[str, Any]
+) -> Any:
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -112,7 +153,14 @@ def _open_tracker(name: str, project: str, run_dir: Path, run_id: str, resolved:
     if name == "wandb":
         import wandb
 
-        run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=resolved, resume="allow", id=run_id)
+        run = wandb.init(
+            project=project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=resolved,
+            resume="allow",
+            id=run_id,
+        )
         return lambda row, step: run.log(row, step=step), run.finish
     import trackio
 
@@ -121,7 +169,10 @@ def _open_tracker(name: str, project: str, run_dir: Path, run_id: str, resolved:
 
 
 class Timer:
-    """Seconds a phase, exclusive and in order: `with timer("rollout"): ...` -> timer.seconds["rollout"]."""
+    """Seconds a phase, exclusive and in order.
+
+    `with timer("rollout"): ...` -> timer.seconds["rollout"].
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,9 +1,13 @@
-"""One stream without padding for a micro-batch: each distinct prompt once, then every completion; and the attention that reads it.
+"""One stream without padding for a micro-batch.
 
-Linear layers, norms and the head see [1, N]: no padding, and a group's prompt only once, so a group of 8 with prompts as long as its
-completions costs 9 lengths and not 16. A completion attends to its prompt and to itself. On a GPU, FlashAttention's variable-length
-kernel reads the stream as it is, with the keys of each completion gathered behind those of its prompt (`Spans`). Elsewhere attention
-gathers the stream into padded rows (`Rows`). The gradient is that of the padded batch; only the order of sums differs.
+Each distinct prompt once, then every completion; and the attention that reads it.
+
+Linear layers, norms and the head see [1, N]: no padding, and a group's prompt only once, so a group
+of 8 with prompts as long as its completions costs 9 lengths and not 16. A completion attends to its
+prompt and to itself. On a GPU, FlashAttention's variable-length kernel reads the stream as it is,
+with the keys of each completion gathered behind those of its prompt (`Spans`). Elsewhere attention
+gathers the stream into padded rows (`Rows`). The gradient is that of the padded batch; only the
+order of sums differs.
 """
 
 from __future__ import annotations
@@ -19,12 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-NAME, ROWS = "packed", "packed_rows"  # the keys under which transformers finds `attend` (model.attention) and `attend_rows`
+# the keys under which transformers finds `attend` (model.attention) and `attend_rows`
+NAME, ROWS = "packed", "packed_rows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """The stream in padded rows: Q prompts of at most P tokens, B completions of at most C inputs."""
+    """The stream in padded rows.
+
+    Q prompts of at most P tokens, B completions of at most C inputs.
+    """
 
     prompts: Tensor  # [Q * P] stream places, 0 where padded
     prompt_places: Tensor  # places of the stream's prompt part in [Q * P]
@@ -38,10 +46,13 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spans:
-    """The stream as R sequences of different lengths: the prompts, then the completions that have inputs.
+    """The stream as R sequences of different lengths.
 
-    The queries are the stream itself. The keys of a completion are its prompt's and its own, so they are longer: K places in all.
-    With prompt (5, 6) and completions (7, 8), (9,): the stream is 5 6 7, queries are (5 6), (7) and keys (5 6), (5 6 7).
+    The prompts, then the completions that have inputs.
+
+    The queries are the stream itself. The keys of a completion are its prompt's and its own, so
+    they are longer: K places in all. With prompt (5, 6) and completions (7, 8), (9,): the stream is
+    5 6 7, queries are (5 6), (7) and keys (5 6), (5 6 7).
     """
 
     query_starts: Tensor  # [R + 1] int32
@@ -54,9 +65,12 @@ class Spans:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where everything lies in the stream of N tokens: each distinct prompt once, then the inputs of every completion.
+    """Where everything lies in the stream of N tokens.
 
-    With prompt (5, 6) and completions (7, 8), (9,): the stream is 5 6 7, for the last token of a completion predicts nothing.
+    Each distinct prompt once, then the inputs of every completion.
+
+    With prompt (5, 6) and completions (7, 8), (9,): the stream is 5 6 7, for the last token of a
+    completion predicts nothing.
     """
 
     ids: Tensor  # [1, N]
@@ -65,28 +79,48 @@ class Layout:
     longest: int  # tokens of the longest prompt plus inputs of the longest completion
     rows: Rows | None  # one of the two: see `layout`
     spans: Spans | None
-    through: Callable[..., tuple[Tensor, None]] | None = None  # the attention of ranks that share the stream (grpo/learners/ulysses.py)
+    # the attention of ranks that share the stream (grpo/learners/ulysses.py)
+    through: Callable[..., tuple[Tensor, None]] | None = None
 
 
 def has_kernel(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    """Returns whether FlashAttention's variable-length kernel takes this model's attention (`config`: transformers')."""
+    """Returns whether FlashAttention's variable-length kernel takes this model's attention
+    (`config`: transformers').
+    """
     if getattr(config, "kv_lora_rank", None):  # DeepSeek's values are narrower than its keys
         return False
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return _kernel_takes(head_size, dtype, device)
 
 
 def _kernel_takes(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
+    if (
+        device.type != "cuda"
+        or dtype != torch.bfloat16
+        or torch.cuda.get_device_capability(device) < (8, 0)
+    ):
         return False
     return head_size % 8 == 0 and head_size <= 256
 
 
-def layout(rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], device: torch.device, *, kernel: bool = False) -> Layout:
-    """Returns the layout of sequences (prompt then completion, without padding): with `spans` for FlashAttention's kernel, if `kernel` is
-    set, otherwise with padded `rows`."""
+def layout(
+    rows: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    device: torch.device,
+    *,
+    kernel: bool = False,
+) -> Layout:
+    """Returns the layout of sequences (prompt then completion, without padding).
+
+    With `spans` for FlashAttention's kernel, if `kernel` is set, otherwise with padded `rows`.
+    """
     prompts: dict[tuple[int, ...], int] = {}
-    prompt_of = [prompts.setdefault(tuple(row[:length]), len(prompts)) for row, length in zip(rows, prompt_lengths, strict=True)]
+    prompt_of = [
+        prompts.setdefault(tuple(row[:length]), len(prompts))
+        for row, length in zip(rows, prompt_lengths, strict=True)
+    ]
     inputs = [row[length:-1] for row, length in zip(rows, prompt_lengths, strict=True)]
     sizes, counts = [len(prompt) for prompt in prompts], [len(row) for row in inputs]
     starts = _starts([*sizes, *counts])
@@ -96,7 +130,10 @@ def layout(rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], device:
         for q, start, count in zip(prompt_of, starts[len(sizes) :], counts, strict=True)
         for place in (ends[q], *range(start, start + count))
     ]
-    positions = [*(i for size in sizes for i in range(size)), *(prompt_lengths[b] + i for b, n in enumerate(counts) for i in range(n))]
+    positions = [
+        *(i for size in sizes for i in range(size)),
+        *(prompt_lengths[b] + i for b, n in enumerate(counts) for i in range(n)),
+    ]
     return Layout(
         ids=_index([token for part in (*prompts, *inputs) for token in part], device)[None],
         positions=_index(positions, device)[None],
@@ -111,25 +148,42 @@ def _index(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
 
 
-def _rows(sizes: Sequence[int], counts: Sequence[int], prompt_of: Sequence[int], device: torch.device) -> Rows:
-    """Arguments: tokens of each prompt, inputs of each completion, the prompt of each completion."""
+def _rows(
+    sizes: Sequence[int], counts: Sequence[int], prompt_of: Sequence[int], device: torch.device
+) -> Rows:
+    """Arguments.
+
+    Tokens of each prompt, inputs of each completion, the prompt of each completion.
+    """
     starts = _starts([*sizes, *counts])
     width, depth = max(sizes), max(counts)
     seen = torch.arange(width) < torch.tensor([sizes[q] for q in prompt_of])[:, None]  # [B, P]
-    causal = torch.ones(depth, depth, dtype=torch.bool).tril()  # padded inputs see themselves, so no row of a softmax is empty
-    mask = torch.cat([seen[:, None].expand(-1, depth, -1), causal.expand(len(counts), -1, -1)], dim=-1)[:, None]
+    # padded inputs see themselves, so no row of a softmax is empty
+    causal = torch.ones(depth, depth, dtype=torch.bool).tril()
+    mask = torch.cat(
+        [seen[:, None].expand(-1, depth, -1), causal.expand(len(counts), -1, -1)], dim=-1
+    )[:, None]
     prompt_index, prompt_places = _padded(starts[: len(sizes)], sizes, width)
     completion_index, completion_places = _padded(starts[len(sizes) :], counts, depth)
     return Rows(
-        prompts=_index(prompt_index, device), prompt_places=_index(prompt_places, device),
-        completions=_index(completion_index, device), completion_places=_index(completion_places, device),
-        prompt_of=_index(prompt_of, device), mask=mask.to(device, non_blocking=True),
-        num_prompts=len(sizes), num_completions=len(counts),
-    )  # fmt: skip
+        prompts=_index(prompt_index, device),
+        prompt_places=_index(prompt_places, device),
+        completions=_index(completion_index, device),
+        completion_places=_index(completion_places, device),
+        prompt_of=_index(prompt_of, device),
+        mask=mask.to(device, non_blocking=True),
+        num_prompts=len(sizes),
+        num_completions=len(counts),
+    )
 
 
-def _spans(sizes: Sequence[int], counts: Sequence[int], prompt_of: Sequence[int], device: torch.device) -> Spans:
-    """Arguments as of `_rows`. A completion without inputs (one token) has no queries and is left out."""
+def _spans(
+    sizes: Sequence[int], counts: Sequence[int], prompt_of: Sequence[int], device: torch.device
+) -> Spans:
+    """Arguments as of `_rows`.
+
+    A completion without inputs (one token) has no queries and is left out.
+    """
     starts = _starts([*sizes, *counts])
     keys = list(range(sum(sizes)))
     query_lengths, key_lengths = list(sizes), list(sizes)
@@ -164,29 +218,67 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 def _padded(starts: Sequence[int], sizes: Sequence[int], width: int) -> tuple[list[int], list[int]]:
-    """Returns the stream places of rows padded to `width` (0 where padded), and the places in the rows of what is not padding."""
-    index = [start + i if i < size else 0 for start, size in zip(starts, sizes, strict=True) for i in range(width)]
+    """Returns the stream places of rows padded to `width` (0 where padded), and the places in the
+    rows of what is not padding.
+    """
+    index = [
+        start + i if i < size else 0
+        for start, size in zip(starts, sizes, strict=True)
+        for i in range(width)
+    ]
     places = [row * width + i for row, size in enumerate(sizes) for i in range(size)]
     return index, places
 
 
-def _check_plain(module: nn.Module, longest: int, dropout: float, sliding_window: int | None, more: dict[str, Any]) -> None:
-    if dropout or (sliding_window and sliding_window < longest) or more.get("softcap") or more.get("s_aux") is not None:
-        raise NotImplementedError(f"model.attention={NAME} is plain causal attention; use sdpa or eager for {type(module).__name__}")
+def _check_plain(
+    module: nn.Module,
+    longest: int,
+    dropout: float,
+    sliding_window: int | None,
+    more: dict[str, Any],
+) -> None:
+    if (
+        dropout
+        or (sliding_window and sliding_window < longest)
+        or more.get("softcap")
+        or more.get("s_aux") is not None
+    ):
+        raise NotImplementedError(
+            f"model.attention={NAME} is plain causal attention; use sdpa or eager for "
+            f"{type(module).__name__}"
+        )
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *, packed: Layout, scaling: float,
-    dropout: float = 0.0, sliding_window: int | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, D]. What is at the stream's end
-    and in no row gets 0."""
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *,
+    packed: Layout,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention interface of transformers.
+
+    Query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, D]. What is at the stream's end
+    and in no row gets 0.
+    """
     if packed.through is not None:
         more = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
-        return packed.through(module, query, key, value, attention_mask, packed=packed, **kwargs | more)
+        return packed.through(
+            module, query, key, value, attention_mask, packed=packed, **kwargs | more
+        )
     _check_plain(module, packed.longest, dropout, sliding_window, kwargs)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [N, H, D]
-    out = _attend_spans(q, k, v, packed.spans, scaling) if packed.spans is not None else _attend_padded(q, k, v, packed.rows, scaling)
+    out = (
+        _attend_spans(q, k, v, packed.spans, scaling)
+        if packed.spans is not None
+        else _attend_padded(q, k, v, packed.rows, scaling)
+    )
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - len(out)))[None], None
 
 
@@ -194,14 +286,27 @@ def _attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale
     """Returns [num_queries, Hq, D] from query [N, Hq, D], key and value [N, Hkv, D]."""
     queries = query[: spans.num_queries]
     keys, values = key.index_select(0, spans.keys), value.index_select(0, spans.keys)
-    return _varlen_attention()(queries, keys, values, spans.query_starts, spans.key_starts, spans.max_queries, spans.max_keys, scale=scale)
+    out: Tensor = _varlen_attention()(
+        queries,
+        keys,
+        values,
+        spans.query_starts,
+        spans.key_starts,
+        spans.max_queries,
+        spans.max_keys,
+        scale=scale,
+    )
+    return out
 
 
 @functools.cache
 def _varlen_attention() -> Callable[..., Any]:
-    """Returns PyTorch's variable-length FlashAttention, causal: the last query of a sequence attends to all of its keys.
+    """Returns PyTorch's variable-length FlashAttention, causal.
 
-    PyTorch 2.13 asks for `enable_gqa` where several query heads share a key head; 2.11 has no such argument and accepts them.
+    The last query of a sequence attends to all of its keys.
+
+    PyTorch 2.13 asks for `enable_gqa` where several query heads share a key head; 2.11 has no such
+    argument and accepts them.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -212,39 +317,77 @@ def _varlen_attention() -> Callable[..., Any]:
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, packed: Rows | None, scaling: float) -> Tensor:
-    """Returns [prompt and completion tokens, Hq, D] from query [N, Hq, D], key and value [N, Hkv, D]."""
+    """Returns [prompt and completion tokens, Hq, D] from query [N, Hq, D], key and value [N, Hkv,
+    D].
+    """
     assert packed is not None
-    rows = lambda states, places, count: states.index_select(0, places).unflatten(0, (count, -1)).transpose(1, 2)  # noqa: E731
-    flat = lambda out, places: out.transpose(1, 2).flatten(0, 1).index_select(0, places)  # noqa: E731
+
+    def rows(states: Tensor, places: Tensor, count: int) -> Tensor:
+        padded: Tensor = states.index_select(0, places).unflatten(0, (count, -1))
+        return padded.transpose(1, 2)
+
+    def flat(out: Tensor, places: Tensor) -> Tensor:
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, places)
+
     kp, vp = (rows(states, packed.prompts, packed.num_prompts) for states in (k, v))  # [Q, H, P, D]
     qp = rows(q, packed.prompts, packed.num_prompts)
-    out = flat(F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, scale=scaling, enable_gqa=True), packed.prompt_places)
+    out = flat(
+        F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, scale=scaling, enable_gqa=True),
+        packed.prompt_places,
+    )
     if packed.completions.numel():
-        qc, kc, vc = (rows(states, packed.completions, packed.num_completions) for states in (q, k, v))  # [B, H, C, D]
+        # [B, H, C, D]
+        qc, kc, vc = (
+            rows(states, packed.completions, packed.num_completions) for states in (q, k, v)
+        )
         kc = torch.cat([kp.index_select(0, packed.prompt_of), kc], dim=2)
         vc = torch.cat([vp.index_select(0, packed.prompt_of), vc], dim=2)
-        own = F.scaled_dot_product_attention(qc, kc, vc, attn_mask=packed.mask, scale=scaling, enable_gqa=True)
+        own = F.scaled_dot_product_attention(
+            qc, kc, vc, attn_mask=packed.mask, scale=scaling, enable_gqa=True
+        )
         out = torch.cat([out, flat(own, packed.completion_places)])
     return out
 
 
 def attend_rows(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *, cu_seq_lens_q: Tensor, max_length_q: int,
-    scaling: float, dropout: float = 0.0, sliding_window: int | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """The same for a stream of whole sequences one after another, as TRL's collator makes it: each attends to itself alone."""
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The same for a stream of whole sequences one after another, as TRL's collator makes it.
+
+    Each attends to itself alone.
+    """
     _check_plain(module, int(max_length_q), dropout, sliding_window, kwargs)
     size = query.shape[-1]
     if value.shape[-1] == size and _kernel_takes(size, query.dtype, query.device):
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [N, H, D]
         starts = cu_seq_lens_q.int()
-        return _varlen_attention()(q, k, v, starts, starts, int(max_length_q), int(max_length_q), scale=scaling)[None], None
+        return _varlen_attention()(
+            q, k, v, starts, starts, int(max_length_q), int(max_length_q), scale=scaling
+        )[None], None
     starts, sizes = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
     place = torch.arange(int(max_length_q), device=query.device)
     places = (starts[:, None] + place).clamp(max=query.shape[2] - 1).flatten()
     kept = (place < sizes[:, None]).flatten().nonzero()[:, 0]
-    rows = lambda states: states[0].transpose(0, 1).index_select(0, places).unflatten(0, (len(sizes), -1)).transpose(1, 2)  # noqa: E731
-    out = F.scaled_dot_product_attention(rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=True)
+
+    def rows(states: Tensor) -> Tensor:
+        chosen = states[0].transpose(0, 1).index_select(0, places)
+        padded: Tensor = chosen.unflatten(0, (len(sizes), -1))
+        return padded.transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=True
+    )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, kept)[None], None
 
 

@@ -1,7 +1,9 @@
-"""Proof that the engine holds the learner's weights: both score the same tokens, after every sync, and once with a canary.
+"""Proof that the engine holds the learner's weights.
 
-The engine's side is what it samples with: prompts of more than one KV block, always the same, so that a prefix cached under older
-weights shows too (scoring given tokens would skip the cache).
+Both score the same tokens, after every sync, and once with a canary.
+
+The engine's side is what it samples with: prompts of more than one KV block, always the same, so
+that a prefix cached under older weights shows too (scoring given tokens would skip the cache).
 """
 
 from __future__ import annotations
@@ -20,18 +22,33 @@ from grpo.signals import Signals
 from grpo.types import Batch, RunError, Sample
 
 PROMPT_TOKENS = 96  # three KV blocks on a CPU: the first two are found in the cache
-MAX_GAP = {True: 1e-3, False: 0.2}  # in float32: 1e-6 measured; in bfloat16: 0.03-0.07 on SmolLM2-135M
+# in float32: 1e-6 measured; in bfloat16: 0.03-0.07 on SmolLM2-135M
+MAX_GAP = {True: 1e-3, False: 0.2}
 CANARY_SEEDS = tuple(20_000 + 1_000 * draw for draw in range(8))
-NOISE_FACTOR = 2.5  # the canary's limit is at least this times its perturbation's rounding noise ...
-MOST_RAISED = 2.0  # ... and at most this times the probe's limit: beyond it a stale kind of weight would not show
+# the canary's limit is at least this times its perturbation's rounding noise ...
+NOISE_FACTOR = 2.5
+# ... and at most this times the probe's limit: beyond it a stale kind of weight would not show
+MOST_RAISED = 2.0
 
 
 class Probe:
     def __init__(
-        self, engine: Engine, learner: Learner, prompts: Sequence[tuple[int, ...]],
-        *, temperature: float, tokens: int, max_gap: float, micro_batch_tokens: int, packed: bool = False, rounds: bool = False,
-    ) -> None:  # fmt: skip
-        """`rounds`: engine or learner computes in less than float32, so that the two differ by rounding."""
+        self,
+        engine: Engine,
+        learner: Learner,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        temperature: float,
+        tokens: int,
+        max_gap: float,
+        micro_batch_tokens: int,
+        packed: bool = False,
+        rounds: bool = False,
+    ) -> None:
+        """`rounds`.
+
+        Engine or learner computes in less than float32, so that the two differ by rounding.
+        """
         self._engine, self._learner = engine, learner
         self._requests = [Request(prompt_ids=ids, seed=i) for i, ids in enumerate(prompts)]
         self._options = SamplingOptions(max_tokens=tokens, temperature=temperature, ignore_eos=True)
@@ -41,10 +58,19 @@ class Probe:
         self._rounds = rounds
 
     def gap(self) -> float:
-        """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens: of all copies of the model the largest."""
-        copies = ranks.together("the probe's samples", lambda: self._engine.prove(self._requests, self._options))
+        """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens.
+
+        Of all copies of the model the largest.
+        """
+        copies = ranks.together(
+            "the probe's samples", lambda: self._engine.prove(self._requests, self._options)
+        )
         every = [rows for of_rank in copies for rows in of_rank]
-        sampled = [(request, row[0], copy) for copy, rows in enumerate(every) for request, row in zip(self._requests, rows, strict=True)]
+        sampled = [
+            (request, row[0], copy)
+            for copy, rows in enumerate(every)
+            for request, row in zip(self._requests, rows, strict=True)
+        ]
         samples = [
             Sample(
                 token_ids=request.prompt_ids + completion.token_ids,
@@ -69,23 +95,33 @@ class Probe:
         return next((gap for gap in means if math.isnan(gap)), max(means))
 
     def canary(self, version: int, signals: Signals | None = None) -> float:
-        """Sends visibly perturbed weights through the real sync and compares; the caller must send the true ones next. Raises RunError.
+        """Sends visibly perturbed weights through the real sync and compares.
 
-        A head, a layer or a kind of weight that does not arrive shows here, where one small optimizer step would hide it.
+        The caller must send the true ones next. Raises RunError.
+
+        A head, a layer or a kind of weight that does not arrive shows here, where one small
+        optimizer step would hide it.
         """
         seed, noise = self._quiet_perturbation()
         with self._learner.perturbed(seed):
             sync(self._engine, self._learner, version, signals)
             gap = self.gap()
         limit = min(max(self._max_gap, NOISE_FACTOR * noise), MOST_RAISED * self._max_gap)
-        self._judge(gap, "the canary", "a weight does not arrive in the engine, or arrives in the wrong place", limit)
+        self._judge(
+            gap,
+            "the canary",
+            "a weight does not arrive in the engine, or arrives in the wrong place",
+            limit,
+        )
         return gap
 
     def _quiet_perturbation(self) -> tuple[int, float]:
-        """Returns the seed of a perturbation under which rounding changes little, and by how much it changes a logprob.
+        """Returns the seed of a perturbation under which rounding changes little, and by how much
+        it changes a logprob.
 
-        In bfloat16 some perturbations make a model so sensitive that two right implementations disagree: on SmolLM2-135M the noise of
-        twelve of them lay between 0.03 and 0.7, where a stale kind of weight shows as 0.2 to 2.
+        In bfloat16 some perturbations make a model so sensitive that two right implementations
+        disagree: on SmolLM2-135M the noise of twelve of them lay between 0.03 and 0.7, where a
+        stale kind of weight shows as 0.2 to 2.
         """
         if not self._rounds:
             return CANARY_SEEDS[0], 0.0
@@ -99,14 +135,22 @@ class Probe:
         return best_seed, least_noise if math.isfinite(least_noise) else 0.0
 
     def _rounding_noise(self, seed: int) -> float:
-        """Returns the mean |difference of logprobs| that the learner finds on the prompts' second halves when the perturbed weights are
-        jittered: within a factor of two of what computing in bfloat16 does."""
+        """Returns the mean |difference of logprobs| that the learner finds on the prompts' second
+        halves when the perturbed weights are jittered: within a factor of two of what computing in
+        bfloat16 does.
+        """
         samples = []
         for request in self._requests:
             length = len(request.prompt_ids)
             start = length // 2
             if start:
-                samples.append(Sample(token_ids=request.prompt_ids, prompt_length=start, advantages=(0.0,) * (length - start)))
+                samples.append(
+                    Sample(
+                        token_ids=request.prompt_ids,
+                        prompt_length=start,
+                        advantages=(0.0,) * (length - start),
+                    )
+                )
         if not samples:  # prompts of one token
             return 0.0
         batches = self._batches(samples)
@@ -118,7 +162,9 @@ class Probe:
         for batch, (one, _), (other, _) in zip(batches, before, after, strict=True):
             if not batch.idle:
                 differences += (one - other)[batch.token_mask].abs().tolist()
-        gathered = [value for part in ranks.gather("the canary's noise", differences) for value in part]
+        gathered = [
+            value for part in ranks.gather("the canary's noise", differences) for value in part
+        ]
         return sum(gathered) / len(gathered)
 
     def _batches(self, samples: list[Sample]) -> list[Batch]:
@@ -127,34 +173,52 @@ class Probe:
         return micro_batches(samples, weights, max_tokens=budget, packed=self._packed, share=share)
 
     def check(self) -> dict[str, float]:
-        """Returns the gap after a sync, and what it is of the one that stops the run. Raises RunError past that."""
+        """Returns the gap after a sync, and what it is of the one that stops the run.
+
+        Raises RunError past that.
+        """
         gap = self.gap()
-        self._judge(gap, "the probe", "stale or wrong weights in the engine, or a stale prefix cache", self._max_gap)
+        self._judge(
+            gap,
+            "the probe",
+            "stale or wrong weights in the engine, or a stale prefix cache",
+            self._max_gap,
+        )
         return {"probe/gap": gap, "probe/gap_share": gap / self._max_gap}
 
     def _judge(self, gap: float, what: str, meaning: str, limit: float) -> None:
         if not gap <= limit:
             error: Any = RunError(
-                f"{what} found that engine and learner disagree: mean |difference of logprobs| {gap:.4g}, allowed {limit:.3g}. "
-                f"Either {meaning}, or this model's low-precision noise is larger: see probe.max_gap, or try engine.dtype=float32"
+                f"{what} found that engine and learner disagree: mean |difference of logprobs| "
+                f"{gap:.4g}, allowed {limit:.3g}. "
+                f"Either {meaning}, or this model's low-precision noise is larger: see "
+                "probe.max_gap, or try engine.dtype=float32"
             )
             error.of_all = True  # the gap is the same on all ranks
             raise error
 
 
-def sync(engine: Engine, learner: Learner, version: int, signals: Signals | None = None) -> SyncReport:
-    """Sends the learner's weights to the engine under a version, which it acknowledges. All ranks together, each to its own engine; none
-    of several is interrupted by `signals` before all are through."""
+def sync(
+    engine: Engine, learner: Learner, version: int, signals: Signals | None = None
+) -> SyncReport:
+    """Sends the learner's weights to the engine under a version, which it acknowledges.
+
+    All ranks together, each to its own engine; none of several is interrupted by `signals` before
+    all are through.
+    """
     try:
         with signals.held() if signals and ranks.count() > 1 else contextlib.nullcontext():
             report = engine.load_weights(learner.weights(), version)
     except Exception as error:
-        raise ranks.Alone(str(error)) if ranks.count() > 1 else error from None  # the others are in an exchange that it has left
+        # the others are in an exchange that it has left
+        raise ranks.Alone(str(error)) if ranks.count() > 1 else error from None
     reports = ranks.gather("the weight sync of the other ranks", report)
     return replace(reports[0], seconds=max(report.seconds for report in reports))
 
 
-def probe_prompts(ids: Iterable[tuple[int, ...]], count: int, max_tokens: int) -> list[tuple[int, ...]]:
+def probe_prompts(
+    ids: Iterable[tuple[int, ...]], count: int, max_tokens: int
+) -> list[tuple[int, ...]]:
     """Returns `count` prompts of up to PROMPT_TOKENS tokens, joined from real prompts."""
     prompts: list[tuple[int, ...]] = []
     current: tuple[int, ...] = ()

@@ -1,4 +1,7 @@
-"""Problems become groups of completions, groups become scored groups. Knows engines and rewards by their interfaces only; no torch."""
+"""Problems become groups of completions, groups become scored groups.
+
+Knows engines and rewards by their interfaces only; no torch.
+"""
 
 from __future__ import annotations
 
@@ -21,44 +24,74 @@ if TYPE_CHECKING:
 
 
 def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
-    """Returns a group's sampling seed; completion i has this plus i. A function of its arguments alone: a resume needs no sampler state."""
+    """Returns a group's sampling seed; completion i has this plus i.
+
+    A function of its arguments alone: a resume needs no sampler state.
+    """
     digest = hashlib.blake2b(f"{run_seed}/{rollout}/{problem_id}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big")
 
 
-def sampling_options(config: SampledConfig, prompts: Prompts | Chat, temperature: float) -> SamplingOptions:
+def sampling_options(
+    config: SampledConfig, prompts: Prompts | Chat, temperature: float
+) -> SamplingOptions:
     """Returns how a config samples."""
     sampling = config.sampling
     return SamplingOptions(
-        max_tokens=sampling.max_tokens, temperature=temperature, top_p=sampling.top_p, top_k=sampling.top_k, stop=prompts.stop,
-        stop_token_ids=prompts.stop_token_ids, ignore_eos=sampling.ignore_eos,
-    )  # fmt: skip
+        max_tokens=sampling.max_tokens,
+        temperature=temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop=prompts.stop,
+        stop_token_ids=prompts.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+    )
 
 
 def sample(
-    engine: Engine, prompts: Prompts, problems: Sequence[Problem], options: SamplingOptions,
-    *, group_size: int, run_seed: int, rollout: int | str, on_progress: Callable[[int, int], None] | None = None,
+    engine: Engine,
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    options: SamplingOptions,
+    *,
+    group_size: int,
+    run_seed: int,
+    rollout: int | str,
+    on_progress: Callable[[int, int], None] | None = None,
     share: slice = slice(None),
-) -> list[Group]:  # fmt: skip
-    """Returns one group of `group_size` completions a problem, in order; only of the problems at `share`, with the seeds that they have
-    among all."""
+) -> list[Group]:
+    """Returns one group of `group_size` completions a problem, in order.
+
+    Only of the problems at `share`, with the seeds that they have among all.
+    """
     ids = [prompts.ids(problem) for problem in problems]
     seen: dict[str, int] = {}
     requests = []
     for problem, prompt_ids in zip(problems, ids, strict=True):
-        again = seen[problem.id] = seen.get(problem.id, -1) + 1  # a small set comes round within a rollout: other samples then
+        # a small set comes round within a rollout: other samples then
+        again = seen[problem.id] = seen.get(problem.id, -1) + 1
         key = f"{problem.id}#{again}" if again else problem.id
-        requests.append(Request(prompt_ids=prompt_ids, seed=seed_of(run_seed, rollout, key), n=group_size))
-    engine.reset_cache()  # a resumed run and one that was never interrupted find the same, empty one
+        requests.append(
+            Request(prompt_ids=prompt_ids, seed=seed_of(run_seed, rollout, key), n=group_size)
+        )
+    # a resumed run and one that was never interrupted find the same, empty one
+    engine.reset_cache()
     completions = engine.generate(requests[share], options, on_progress)
     groups = []
     for problem, prompt_ids, group in zip(problems[share], ids[share], completions, strict=True):
-        assert len(group) == group_size, f"got {len(group)} completions for {problem.id}, asked for {group_size}"
+        assert len(group) == group_size, (
+            f"got {len(group)} completions for {problem.id}, asked for {group_size}"
+        )
         groups.append(group_of(problem, prompt_ids, prompts, group))
     return groups
 
 
-def group_of(problem: Problem, prompt_ids: tuple[int, ...], prompts: Prompts, completions: Sequence[Completion]) -> Group:
+def group_of(
+    problem: Problem,
+    prompt_ids: tuple[int, ...],
+    prompts: Prompts,
+    completions: Sequence[Completion],
+) -> Group:
     """Returns completions as a group, what the prompt prefilled put back in front of their text."""
     prefill = prompts.prefill(problem)
     whole = tuple(replace(completion, text=prefill + completion.text) for completion in completions)
@@ -66,25 +99,36 @@ def group_of(problem: Problem, prompt_ids: tuple[int, ...], prompts: Prompts, co
 
 
 def score(
-    groups: Sequence[Group], rewards: Mapping[str, tuple[RewardFunction, float]], asked_as: Callable[[Problem], Prompt]
+    groups: Sequence[Group],
+    rewards: Mapping[str, tuple[RewardFunction, float]],
+    asked_as: Callable[[Problem], Prompt],
 ) -> list[ScoredGroup]:
-    """Returns the groups with rewards: the weighted sum of the functions that apply. `rewards`: name -> (function, weight).
+    """Returns the groups with rewards: the weighted sum of the functions that apply.
+
+    `rewards`: name -> (function, weight).
 
     `asked_as`: the prompt that a problem's rewards are shown.
     """
     asked = [asked_as(group.problem) for group in groups]
     columns = {name: function(groups, asked) for name, (function, _) in rewards.items()}
     weights = {name: weight for name, (_, weight) in rewards.items()}
-    return [_score(group, {name: column[n] for name, column in columns.items()}, weights) for n, group in enumerate(groups)]
+    return [
+        _score(group, {name: column[n] for name, column in columns.items()}, weights)
+        for n, group in enumerate(groups)
+    ]
 
 
-def _score(group: Group, columns: Mapping[str, Sequence[Any]], weights: Mapping[str, float]) -> ScoredGroup:
+def _score(
+    group: Group, columns: Mapping[str, Sequence[Any]], weights: Mapping[str, float]
+) -> ScoredGroup:
     totals, parts, verdicts, faults = [], [], [], []
     for i in range(len(group.completions)):
         values = {name: column[i] for name, column in columns.items()}
         verdict = next((value for value in values.values() if isinstance(value, Verdict)), None)
         part = {name: _number(value) for name, value in values.items()}
-        undecided = any(isinstance(value, Verdict) and value.value == "undecided" for value in values.values())
+        undecided = any(
+            isinstance(value, Verdict) and value.value == "undecided" for value in values.values()
+        )
         for name, value in part.items():
             if value is not None and not math.isfinite(value):
                 raise failed(name, group, i, f"it gave {value}")
@@ -92,8 +136,20 @@ def _score(group: Group, columns: Mapping[str, Sequence[Any]], weights: Mapping[
         totals.append(None if undecided or not known else sum(known))
         parts.append(part)
         verdicts.append(verdict)
-        faults.append({name: value.reason for name, value in values.items() if isinstance(value, Score) and value.reason})
-    return ScoredGroup(group=group, rewards=tuple(totals), parts=tuple(parts), verdicts=tuple(verdicts), faults=tuple(faults))
+        faults.append(
+            {
+                name: value.reason
+                for name, value in values.items()
+                if isinstance(value, Score) and value.reason
+            }
+        )
+    return ScoredGroup(
+        group=group,
+        rewards=tuple(totals),
+        parts=tuple(parts),
+        verdicts=tuple(verdicts),
+        faults=tuple(faults),
+    )
 
 
 def _number(value: float | Score | Verdict | None) -> float | None:
@@ -103,7 +159,10 @@ def _number(value: float | Score | Verdict | None) -> float | None:
 
 
 def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
-    """Returns the metrics of scored groups: every `mean` is over completions, every `group/` share over groups."""
+    """Returns the metrics of scored groups.
+
+    Every `mean` is over completions, every `group/` share over groups.
+    """
     completions = [completion for scored in groups for completion in scored.group.completions]
     rewards = [reward for scored in groups for reward in scored.rewards]
     known = [reward for reward in rewards if reward is not None]
@@ -114,59 +173,102 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
         "group/no_signal": mean([float(not has_signal(scored.rewards)) for scored in groups]),
         "completion/length": mean(lengths),
         "completion/length_max": float(max(lengths)),
-        "completion/truncated": mean([float(completion.finish_reason == "length") for completion in completions]),
+        "completion/truncated": mean(
+            [float(completion.finish_reason == "length") for completion in completions]
+        ),
         "completion/tokens": float(sum(lengths)),
-        "histogram/length": _histogram([length.bit_length() - 1 for length in lengths]),  # completions of 2^i to 2^(i+1) - 1 tokens
+        # completions of 2^i to 2^(i+1) - 1 tokens
+        "histogram/length": _histogram([length.bit_length() - 1 for length in lengths]),
     }
     for name in groups[0].parts[0]:
-        values = [value for scored in groups for part in scored.parts if (value := part[name]) is not None]
+        values = [
+            value for scored in groups for part in scored.parts if (value := part[name]) is not None
+        ]
         metrics[f"reward/{name}"] = mean(values)
-    faults = Counter(f"{name}/{reason.replace(' ', '_')}" for scored in groups for fault in scored.faults for name, reason in fault.items())
+    faults = Counter(
+        f"{name}/{reason.replace(' ', '_')}"
+        for scored in groups
+        for fault in scored.faults
+        for name, reason in fault.items()
+    )
     metrics |= {fault: count / len(completions) for fault, count in sorted(faults.items())}
     verdicts = [verdict for scored in groups for verdict in scored.verdicts if verdict is not None]
     if verdicts:
-        metrics["reward/undecided"] = mean([float(verdict.value == "undecided") for verdict in verdicts])
-        metrics["group/all_correct"] = mean([float(all(v and v.value == "correct" for v in scored.verdicts)) for scored in groups])
-        metrics["group/all_wrong"] = mean([float(all(v and v.value == "wrong" for v in scored.verdicts)) for scored in groups])
+        metrics["reward/undecided"] = mean(
+            [float(verdict.value == "undecided") for verdict in verdicts]
+        )
+        metrics["group/all_correct"] = mean(
+            [float(all(v and v.value == "correct" for v in scored.verdicts)) for scored in groups]
+        )
+        metrics["group/all_wrong"] = mean(
+            [float(all(v and v.value == "wrong" for v in scored.verdicts)) for scored in groups]
+        )
     return metrics
 
 
 def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
-    """Returns how many versions older than the learner's the weights were that sampled each token: mean, most, and tokens by age."""
-    spans = [span for scored in groups for completion in scored.group.completions for span in completion.versions]
+    """Returns how many versions older than the learner's the weights were that sampled each token.
+
+    Mean, most, and tokens by age.
+    """
+    spans = [
+        span
+        for scored in groups
+        for completion in scored.group.completions
+        for span in completion.versions
+    ]
     ages = Counter[int]()
     for sampled, start, end in spans:
         ages[version - sampled] += end - start
     total = sum(ages.values())
     return {
-        "staleness/mean": sum(age * count for age, count in ages.items()) / total, "staleness/max": float(max(ages)),
+        "staleness/mean": sum(age * count for age, count in ages.items()) / total,
+        "staleness/max": float(max(ages)),
         "histogram/staleness": [ages[age] for age in range(max(ages) + 1)],
-    }  # fmt: skip
+    }
 
 
 def sample_rows(
-    groups: Sequence[ScoredGroup], used: Sequence[ScoredGroup] = (), values: Sequence[Sequence[tuple[float, ...]]] = ()
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Returns one JSON object a completion: what was asked, what came, and how it was judged; its advantage if it is used now."""
+    groups: Sequence[ScoredGroup],
+    used: Sequence[ScoredGroup] = (),
+    values: Sequence[Sequence[tuple[float, ...]]] = (),
+) -> list[dict[str, Any]]:
+    """Returns one JSON object a completion.
+
+    What was asked, what came, and how it was judged; its advantage if it is used now.
+    """
     of_group = {id(scored): rows for scored, rows in zip(used, values, strict=True)}
     return [
         {
-            "problem": scored.group.problem.id, "question": scored.group.problem.question, "answer": scored.group.problem.answer,
+            "problem": scored.group.problem.id,
+            "question": scored.group.problem.question,
+            "answer": scored.group.problem.answer,
             "meta": scored.group.problem.meta,
-            "completion": completion.text, "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason,
-            "reward": scored.rewards[i], "parts": scored.parts[i], "faults": scored.faults[i],
-            "verdict": (verdict := scored.verdicts[i]) and verdict.value, "reason": verdict and verdict.reason,
-            "advantage": of_group[id(scored)][i][0] if id(scored) in of_group else None, "version": completion.versions[0][0],
+            "completion": completion.text,
+            "tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "reward": scored.rewards[i],
+            "parts": scored.parts[i],
+            "faults": scored.faults[i],
+            "verdict": (verdict := scored.verdicts[i]) and verdict.value,
+            "reason": verdict and verdict.reason,
+            "advantage": of_group[id(scored)][i][0] if id(scored) in of_group else None,
+            "version": completion.versions[0][0],
         }
         for scored in groups
         for i, completion in enumerate(scored.group.completions)
-    ]  # fmt: skip
+    ]
 
 
 def advantage_histogram(samples: Sequence[Sample]) -> list[int]:
-    """Returns samples by the mean advantage of their tokens: bins of 0.5 around -4 to 4, the outer ones hold what lies beyond."""
+    """Returns samples by the mean advantage of their tokens.
+
+    Bins of 0.5 around -4 to 4, the outer ones hold what lies beyond.
+    """
     means = [mean(sample.advantages) for sample in samples]
-    return _histogram([round(2 * max(-4.0, min(4.0, each))) + 8 for each in means if each == each], 17)
+    return _histogram(
+        [round(2 * max(-4.0, min(4.0, each))) + 8 for each in means if each == each], 17
+    )
 
 
 def _histogram(places: Sequence[int], size: int = 0) -> list[int]:
@@ -175,28 +277,51 @@ def _histogram(places: Sequence[int], size: int = 0) -> list[int]:
 
 
 def evaluate(
-    engine: Engine, prompts: Prompts, problems: Sequence[Problem], rewards: Mapping[str, tuple[RewardFunction, float]],
-    options: SamplingOptions, *, samples: int, run_seed: int, on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:  # fmt: skip
-    """Returns `eval/` metrics of held-out problems, means over `samples` completions each, and the rows of `sample_rows`.
+    engine: Engine,
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    rewards: Mapping[str, tuple[RewardFunction, float]],
+    options: SamplingOptions,
+    *,
+    samples: int,
+    run_seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Returns `eval/` metrics of held-out problems, means over `samples` completions each, and the
+    rows of `sample_rows`.
 
-    Above temperature 0 a greedy completion a problem is judged too, as `eval/greedy/`. The seeds are the same at every call.
+    Above temperature 0 a greedy completion a problem is judged too, as `eval/greedy/`. The seeds
+    are the same at every call.
     """
     metrics: dict[str, float] = {}
     kept: list[dict[str, Any]] = []
-    passes = {"eval/": (options, samples)} | ({"eval/greedy/": (replace(options, temperature=0.0), 1)} if options.temperature > 0 else {})
+    passes = {"eval/": (options, samples)} | (
+        {"eval/greedy/": (replace(options, temperature=0.0), 1)} if options.temperature > 0 else {}
+    )
     for prefix, (chosen, size) in passes.items():
 
-        def judged(share: slice, chosen: SamplingOptions = chosen, size: int = size) -> list[ScoredGroup]:
+        def judged(
+            share: slice, chosen: SamplingOptions = chosen, size: int = size
+        ) -> list[ScoredGroup]:
             groups = sample(
-                engine, prompts, problems, chosen, group_size=size, run_seed=run_seed, rollout=0, on_progress=on_progress, share=share
+                engine,
+                prompts,
+                problems,
+                chosen,
+                group_size=size,
+                run_seed=run_seed,
+                rollout=0,
+                on_progress=on_progress,
+                share=share,
             )
             return score(groups, rewards, prompts.for_rewards)
 
         scored = ranks.spread("the evaluation of the other ranks", judged)
         kept += [row | {"greedy": prefix == "eval/greedy/"} for row in sample_rows(scored)]
         found = describe(scored)
-        wanted = {key: value for key, value in found.items() if key.startswith(("reward/", "completion/"))}
+        wanted = {
+            key: value for key, value in found.items() if key.startswith(("reward/", "completion/"))
+        }
         metrics |= {prefix + key.removeprefix("reward/"): value for key, value in wanted.items()}
     return metrics, kept
 

@@ -1,6 +1,9 @@
-"""Which problems are drawn, and which groups are learned from: dynamic sampling with carried groups, pass rates, filters.
+"""Which problems are drawn, and which groups are learned from.
 
-State over time, all of it in the checkpoint: the position in the data, groups sampled and not yet used, and each problem's pass rate.
+Dynamic sampling with carried groups, pass rates, filters.
+
+State over time, all of it in the checkpoint: the position in the data, groups sampled and not yet
+used, and each problem's pass rate.
 """
 
 from __future__ import annotations
@@ -27,21 +30,34 @@ class Selection:
     take: Callable[[int, int], list[Problem]]  # (position, n) -> training problems
     position: int = 0
     carried: list[ScoredGroup] = field(default_factory=list)
-    rates: dict[str, float] = field(default_factory=dict)  # problem id -> share of its last group that was right
+    # problem id -> share of its last group that was right
+    rates: dict[str, float] = field(default_factory=dict)
     fresh: list[ScoredGroup] = field(default_factory=list)  # what this rollout has sampled so far
-    stream: Stream | None = None  # with asynchronous rollouts, on rank 0: where groups come from, of problems that it draws itself
-    streamed: Callable[[int], list[ScoredGroup]] | None = None  # the next groups of it, on every rank
+    # with asynchronous rollouts, on rank 0: where groups come from, of problems that it draws
+    # itself
+    stream: Stream | None = None
+    # the next groups of it, on every rank
+    streamed: Callable[[int], list[ScoredGroup]] | None = None
 
-    def collect(self, sample: Callable[[list[Problem], int], list[ScoredGroup]]) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
-        """Returns `(fresh, used)`: the groups sampled now, and those to learn from. `sample(problems, round)` samples and scores.
+    def collect(
+        self, sample: Callable[[list[Problem], int], list[ScoredGroup]]
+    ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+        """Returns `(fresh, used)`: the groups sampled now, and those to learn from.
 
-        `resample` (DAPO 2503.14476 Eq. 11) goes on until `size` groups have right and wrong completions. What is left over is not thrown
-        away: it is carried to the next rollout. Raises Exhausted after `max_rounds`.
+        `sample(problems, round)` samples and scores.
+
+        `resample` (DAPO 2503.14476 Eq. 11) goes on until `size` groups have right and wrong
+        completions. What is left over is not thrown away: it is carried to the next rollout. Raises
+        Exhausted after `max_rounds`.
         """
         fresh = self.fresh = []
         if self.algorithm.no_signal != "resample":
             fresh += self._scored(sample, self.size, 0)
-            return fresh, [scored for scored in fresh if self.algorithm.no_signal == "keep" or has_signal(scored.rewards)]
+            return fresh, [
+                scored
+                for scored in fresh
+                if self.algorithm.no_signal == "keep" or has_signal(scored.rewards)
+            ]
         used = self.carried
         for number in range(self.algorithm.max_rounds):
             missing = self.size - len(used)
@@ -52,25 +68,35 @@ class Selection:
             fresh += found
             used = used + [scored for scored in found if teaches(scored)]
         if len(used) < self.size:
-            known = [[reward for reward in scored.rewards if reward is not None] for scored in fresh]
+            known = [
+                [reward for reward in scored.rewards if reward is not None] for scored in fresh
+            ]
             low = sum(max(rewards, default=0) <= 0 for rewards in known)
             raise Exhausted(
-                f"algorithm.no_signal=resample: {len(fresh)} groups in {self.algorithm.max_rounds} samplings gave {len(used)} of "
-                f"{self.size} that are neither all right nor all wrong ({low} have no reward above 0): the problems are too hard or "
-                "too easy for this model, or a reward cannot read its answers (see samples/); change the data, raise "
+                f"algorithm.no_signal=resample: {len(fresh)} groups in "
+                f"{self.algorithm.max_rounds} samplings gave {len(used)} of "
+                f"{self.size} that are neither all right nor all wrong ({low} have no reward "
+                "above 0): the problems are too hard or "
+                "too easy for this model, or a reward cannot read its answers (see samples/); "
+                "change the data, raise "
                 "max_rounds, or set no_signal=keep"
             )
         self.carried = used[self.size :]
         return fresh, used[: self.size]
 
-    def _scored(self, sample: Callable[[list[Problem], int], list[ScoredGroup]], count: int, number: int) -> list[ScoredGroup]:
+    def _scored(
+        self, sample: Callable[[list[Problem], int], list[ScoredGroup]], count: int, number: int
+    ) -> list[ScoredGroup]:
         scored = self.streamed(count) if self.streamed else sample(self.draw(count), number)
         if self.algorithm.drop_solved is not None or self.algorithm.pass_rate is not None:
             self.rates |= {each.group.problem.id: pass_rate(each) for each in scored}
         return scored
 
     def draw(self, count: int) -> list[Problem]:
-        """Returns the next problems that no filter refuses. Raises Exhausted when there seem to be none."""
+        """Returns the next problems that no filter refuses.
+
+        Raises Exhausted when there seem to be none.
+        """
         drawn: list[Problem] = []
         refused = 0
         while len(drawn) < count:
@@ -81,7 +107,8 @@ class Selection:
                 refused = 0
             elif (refused := refused + 1) == MAX_SKIPPED:
                 raise Exhausted(
-                    f"algorithm.drop_solved and pass_rate refuse the last {refused} problems: the model has learned what this data can "
+                    f"algorithm.drop_solved and pass_rate refuse the last {refused} problems: the "
+                    "model has learned what this data can "
                     "teach, or the bounds are too narrow"
                 )
         return drawn
@@ -93,13 +120,21 @@ class Selection:
         if rate is None:
             return True
         if not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-            raise UserError(f"problem {problem.id}: meta.pass_rate is {rate!r}; give a share in [0, 1]")
+            raise UserError(
+                f"problem {problem.id}: meta.pass_rate is {rate!r}; give a share in [0, 1]"
+            )
         low, high = self.algorithm.pass_rate or (0.0, 1.0)
-        return low <= rate <= high and (self.algorithm.drop_solved is None or rate < self.algorithm.drop_solved)
+        return low <= rate <= high and (
+            self.algorithm.drop_solved is None or rate < self.algorithm.drop_solved
+        )
 
     def state(self) -> dict[str, Any]:
         streamed = {"stream": self.stream.state()} if self.stream else {}
-        return {"position": self.position, "carried": self.carried, "rates": dict(self.rates)} | streamed
+        return {
+            "position": self.position,
+            "carried": self.carried,
+            "rates": dict(self.rates),
+        } | streamed
 
     def load(self, state: dict[str, Any]) -> None:
         self.position, self.rates = state["position"], dict(state["rates"])
@@ -107,16 +142,28 @@ class Selection:
 
 
 def teaches(scored: ScoredGroup) -> bool:
-    """Returns whether a group has right and wrong completions; without verdicts, different rewards."""
+    """Returns whether a group has right and wrong completions.
+
+    Without verdicts, different rewards.
+    """
     values = {verdict.value for verdict in scored.verdicts if verdict is not None}
     return {"correct", "wrong"} <= values if values else has_signal(scored.rewards)
 
 
 def pass_rate(scored: ScoredGroup) -> float:
-    """Returns the share of a group that was right; without a verdict, of those with the highest reward when rewards differ, else 0."""
-    verdicts = [verdict.value == "correct" for verdict in scored.verdicts if verdict is not None and verdict.value != "undecided"]
+    """Returns the share of a group that was right.
+
+    Without a verdict, of those with the highest reward when rewards differ, else 0.
+    """
+    verdicts = [
+        verdict.value == "correct"
+        for verdict in scored.verdicts
+        if verdict is not None and verdict.value != "undecided"
+    ]
     known = [reward for reward in scored.rewards if reward is not None]
-    right: Sequence[bool] = verdicts or [has_signal(known) and reward == max(known) for reward in known]
+    right: Sequence[bool] = verdicts or [
+        has_signal(known) and reward == max(known) for reward in known
+    ]
     return sum(right) / len(right) if right else 0.0
 
 
@@ -124,11 +171,21 @@ def scored_group(tree: dict[str, Any]) -> ScoredGroup:
     """Returns what a checkpoint made a tree of."""
     group = tree["group"]
     completions = tuple(
-        Completion(**row | {key: tuple(row[key]) for key in ("token_ids", "logprobs")} | {"versions": tuple(map(tuple, row["versions"]))})
+        Completion(
+            **row
+            | {key: tuple(row[key]) for key in ("token_ids", "logprobs")}
+            | {"versions": tuple(map(tuple, row["versions"]))}
+        )
         for row in group["completions"]
     )
     return ScoredGroup(
-        group=Group(problem=Problem(**group["problem"]), prompt_ids=tuple(group["prompt_ids"]), completions=completions),
-        rewards=tuple(tree["rewards"]), parts=tuple(tree["parts"]), faults=tuple(tree["faults"]),
+        group=Group(
+            problem=Problem(**group["problem"]),
+            prompt_ids=tuple(group["prompt_ids"]),
+            completions=completions,
+        ),
+        rewards=tuple(tree["rewards"]),
+        parts=tuple(tree["parts"]),
+        faults=tuple(tree["faults"]),
         verdicts=tuple(verdict and Verdict(**verdict) for verdict in tree["verdicts"]),
-    )  # fmt: skip
+    )

@@ -13,12 +13,18 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into `Interrupted` at safe points; a second one ends the process the ordinary way."""
+    """Turns SIGINT and SIGTERM into `Interrupted` at safe points.
+
+    A second one ends the process the ordinary way.
+    """
 
     def __init__(self) -> None:
         self.got: str | None = None
         self._held = False
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def _handle(self, number: int, frame: Any) -> None:
         self.got = signal.Signals(number).name
@@ -30,7 +36,10 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """No check interrupts what is done within: an exchange of several ranks, which one of them must not leave."""
+        """No check interrupts what is done within.
+
+        An exchange of several ranks, which one of them must not leave.
+        """
         self._held = True
         try:
             yield

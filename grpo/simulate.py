@@ -1,7 +1,10 @@
-"""`grpo bench CONFIG --simulate DEVICE`: step time, idle shares and the best split of 1 to 1,024 GPUs, reckoned from rates, not run.
+"""`grpo bench CONFIG --simulate DEVICE`.
 
-Decoding reads weights and cache once a step or computes, whichever is longer (the roofline of grpo/roofline.py), and a sequence that ends
-makes room for the next; an update is 6 FLOPs a weight and token, 8 with gradient checkpointing; ZeRO exchanges 8 bytes a weight twice.
+Step time, idle shares and the best split of 1 to 1,024 GPUs, reckoned from rates, not run.
+
+Decoding reads weights and cache once a step or computes, whichever is longer (the roofline of
+grpo/roofline.py), and a sequence that ends makes room for the next; an update is 6 FLOPs a weight
+and token, 8 with gradient checkpointing; ZeRO exchanges 8 bytes a weight twice.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ class Rates:
     flops: float  # a second, in bfloat16
     bandwidth: float  # memory, bytes a second
     network: float  # to other devices, bytes a second
-    decode: float = 0.31  # 1.5B on an H100 under vLLM: 3.2 times the roofline (recipes: published step of 2.27 s)
+    # 1.5B on an H100 under vLLM: 3.2 times the roofline (recipes: published step of 2.27 s)
+    decode: float = 0.31
     update: float = 0.25  # model FLOPs utilisation of RL updates: 15-35 % are published
 
 
@@ -50,7 +54,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Seconds of a step and its phases; `learners` of the devices learn, the rest sample (all do both when colocated)."""
+    """Seconds of a step and its phases.
+
+    `learners` of the devices learn, the rest sample (all do both when colocated).
+    """
 
     seconds: float
     rollout: float
@@ -66,28 +73,55 @@ class Step:
 
 
 def measured(rows: Sequence[dict[str, float]], first: dict[str, float]) -> Rates:
-    """Returns the rates of a run, from its metrics: the machine's own, and what share of the bounds its phases reached."""
-    share = {phase: median(row[f"bound/{phase}_s"] / row[f"time/{phase}_s"] for row in rows) for phase in ("rollout", "update")}
+    """Returns the rates of a run, from its metrics.
+
+    The machine's own, and what share of the bounds its phases reached.
+    """
+    share = {
+        phase: median(row[f"bound/{phase}_s"] / row[f"time/{phase}_s"] for row in rows)
+        for phase in ("rollout", "update")
+    }
     flops, bandwidth = first["machine/gflops"] * 1e9, first["machine/gb_per_s"] * 1e9
-    return Rates(flops=flops, bandwidth=bandwidth, network=bandwidth, decode=share["rollout"], update=share["update"])
+    return Rates(
+        flops=flops,
+        bandwidth=bandwidth,
+        network=bandwidth,
+        decode=share["rollout"],
+        update=share["update"],
+    )
 
 
 def lengths(count: int, mean: float, longest: int, spread: float = 0.8) -> tuple[int, ...]:
-    """Returns quantiles of a log-normal distribution of that mean, cut off at `longest`; no chance in it."""
+    """Returns quantiles of a log-normal distribution of that mean, cut off at `longest`.
+
+    No chance in it.
+    """
     normal = NormalDist(math.log(mean) - spread**2 / 2, spread)
-    return tuple(max(1, min(longest, round(math.exp(normal.inv_cdf((i + 0.5) / count))))) for i in range(count))
+    return tuple(
+        max(1, min(longest, round(math.exp(normal.inv_cdf((i + 0.5) / count)))))
+        for i in range(count)
+    )
 
 
 def decode_seconds(rates: Rates, model: Shape, own: Sequence[int], work: Work) -> float:
-    """Returns how long one engine takes for completions of these lengths: from one's end to the next, with all that run meanwhile."""
+    """Returns how long one engine takes for completions of these lengths.
+
+    From one's end to the next, with all that run meanwhile.
+    """
     waiting, running, now, context, seconds = list(own)[::-1], list[int](), 0, 0, 0.0
     while waiting or running:
         while waiting and len(running) < work.concurrency:
             heapq.heappush(running, now + waiting.pop())
             context += work.prompt
         steps = running[0] - now
-        per_step = _token_step(rates, model, len(running), context + len(running) * steps / 2, work.tensor_parallel)
-        seconds, now, context = seconds + steps * per_step, running[0], context + len(running) * steps
+        per_step = _token_step(
+            rates, model, len(running), context + len(running) * steps / 2, work.tensor_parallel
+        )
+        seconds, now, context = (
+            seconds + steps * per_step,
+            running[0],
+            context + len(running) * steps,
+        )
         while running and running[0] == now:
             heapq.heappop(running)
             context -= round(context / (len(running) + 1))
@@ -95,19 +129,38 @@ def decode_seconds(rates: Rates, model: Shape, own: Sequence[int], work: Work) -
 
 
 def _token_step(rates: Rates, model: Shape, active: float, context: float, size: int) -> float:
-    read = (model.weights * model.weight_bytes + model.kv_bytes * context) / (rates.bandwidth * size)
+    read = (model.weights * model.weight_bytes + model.kv_bytes * context) / (
+        rates.bandwidth * size
+    )
     return max(read, 2 * (model.body + model.head) * active / (rates.flops * size)) / rates.decode
 
 
-def simulate(rates: Rates, model: Shape, work: Work, *, learners: int, engines: int, asynchronous: bool = False) -> Step:
-    """Returns a step on `learners` + `engines` devices; with `engines` 0 all do both in turns. Asynchronous: rollouts never drain, and
-    both sides work at once."""
+def simulate(
+    rates: Rates,
+    model: Shape,
+    work: Work,
+    *,
+    learners: int,
+    engines: int,
+    asynchronous: bool = False,
+) -> Step:
+    """Returns a step on `learners` + `engines` devices; with `engines` 0 all do both in turns.
+
+    Asynchronous: rollouts never drain, and both sides work at once.
+    """
     replicas = max(1, (engines or learners) // work.tensor_parallel)
     tokens = sum(work.lengths)
     if asynchronous:
         active = min(work.concurrency, len(work.lengths) / replicas)
         mean = tokens / len(work.lengths)
-        rollout = tokens / replicas / active * _token_step(rates, model, active, active * (work.prompt + mean / 2), work.tensor_parallel)
+        rollout = (
+            tokens
+            / replicas
+            / active
+            * _token_step(
+                rates, model, active, active * (work.prompt + mean / 2), work.tensor_parallel
+            )
+        )
     else:
         own = sorted(work.lengths)[replicas // 2 :: replicas] or [max(work.lengths)]
         rollout = decode_seconds(rates, model, [*own[:-1], max(work.lengths)], work)
@@ -116,24 +169,44 @@ def simulate(rates: Rates, model: Shape, work: Work, *, learners: int, engines: 
     exchanged = 2 * 8 * model.weights * (learners - 1) / learners / rates.network
     update = passes * model.weights * trained / (learners * rates.flops * rates.update)
     update += work.updates * (exchanged + 30 * model.weights / learners / rates.bandwidth)
-    sync = model.weights * model.weight_bytes / (rates.bandwidth / 2 if not engines else rates.network)
+    sync = (
+        model.weights * model.weight_bytes / (rates.bandwidth / 2 if not engines else rates.network)
+    )
     seconds = (max(rollout, update) if asynchronous else rollout + update) + sync
-    return Step(seconds=seconds, rollout=rollout, update=update, sync=sync, learners=learners, engines=engines)
+    return Step(
+        seconds=seconds,
+        rollout=rollout,
+        update=update,
+        sync=sync,
+        learners=learners,
+        engines=engines,
+    )
 
 
 def best_split(rates: Rates, model: Shape, work: Work, devices: int, *, asynchronous: bool) -> Step:
     """Returns the fastest step with `devices` shared out between learners and engines."""
-    parts = sorted({max(1, round(devices * share / 32)) for share in range(1, 32)} & set(range(1, devices)))
+    parts = sorted(
+        {max(1, round(devices * share / 32)) for share in range(1, 32)} & set(range(1, devices))
+    )
     return min(
-        (simulate(rates, model, work, learners=part, engines=devices - part, asynchronous=asynchronous) for part in parts),
+        (
+            simulate(
+                rates, model, work, learners=part, engines=devices - part, asynchronous=asynchronous
+            )
+            for part in parts
+        ),
         key=lambda step: step.seconds,
     )
 
 
 def table(rates: Rates, model: Shape, work: Work, sizes: Sequence[int] = SIZES) -> list[str]:
-    """Returns a markdown table: colocated, synchronous with the best split, asynchronous with the best split."""
+    """Returns a markdown table.
+
+    Colocated, synchronous with the best split, asynchronous with the best split.
+    """
     lines = [
-        "| GPUs | colocated | split, in turns | asynchronous | learn : sample | idle: learners, engines |",
+        "| GPUs | colocated | split, in turns | asynchronous | learn : sample | idle: learners, "
+        "engines |",
         "|---|---|---|---|---|---|",
     ]
     for devices in sizes:
@@ -141,9 +214,12 @@ def table(rates: Rates, model: Shape, work: Work, sizes: Sequence[int] = SIZES) 
         if devices < 2:
             lines.append(f"| {devices} | {together.seconds:.1f} s | | | | |")
             continue
-        split, both = (best_split(rates, model, work, devices, asynchronous=way) for way in (False, True))
+        split, both = (
+            best_split(rates, model, work, devices, asynchronous=way) for way in (False, True)
+        )
         lines.append(
-            f"| {devices} | {together.seconds:.1f} s | {split.seconds:.1f} s | {both.seconds:.1f} s | {both.learners} : {both.engines} | "
+            f"| {devices} | {together.seconds:.1f} s | {split.seconds:.1f} s | {both.seconds:.1f} "
+            f"s | {both.learners} : {both.engines} | "
             f"{both.idle[0]:.0%}, {both.idle[1]:.0%} |"
         )
     return lines

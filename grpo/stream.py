@@ -1,8 +1,12 @@
-"""Asynchronous rollouts: groups are sampled and scored while the learner updates; each is used in the order in which it was begun.
+"""Asynchronous rollouts.
 
-First begun, first used: whatever finishes early waits its turn, so short completions are not learned from more often than long ones, and
-a group is at most `max_staleness` versions old when it is used. Weights change in flight; each token tells which sampled it
-(PipelineRL 2509.19128). What is finished and not used is part of the checkpoint, what is in flight is begun again after a resume.
+Groups are sampled and scored while the learner updates; each is used in the order in which it was
+begun.
+
+First begun, first used: whatever finishes early waits its turn, so short completions are not
+learned from more often than long ones, and a group is at most `max_staleness` versions old when it
+is used. Weights change in flight; each token tells which sampled it (PipelineRL 2509.19128). What
+is finished and not used is part of the checkpoint, what is in flight is begun again after a resume.
 """
 
 from __future__ import annotations
@@ -29,13 +33,31 @@ class _Item:
 
 class Stream:
     def __init__(
-        self, *, begin: Callable[[Request], Any], request: Callable[[Problem, int], Request],
-        finish: Callable[[Problem, Request, tuple[Completion, ...]], ScoredGroup], draw: Callable[[], Problem],
-        ahead: int, last: int | None, timeout_s: float, on_wait: Callable[[], None], idle: Callable[[], float] = lambda: 0.0,
-    ) -> None:  # fmt: skip
-        """`begin(request)` returns a future of completions; `request(problem, number)` makes one; `finish` scores, in a thread of ours;
-        `draw()` gives the next problem. `ahead`: groups that are begun and not used; `last`: how many the run needs, if that is known.
-        `on_wait` is called five times a second while `take` waits, and may raise. `idle()`: the engine's idle seconds since asked."""
+        self,
+        *,
+        begin: Callable[[Request], Any],
+        request: Callable[[Problem, int], Request],
+        finish: Callable[[Problem, Request, tuple[Completion, ...]], ScoredGroup],
+        draw: Callable[[], Problem],
+        ahead: int,
+        last: int | None,
+        timeout_s: float,
+        on_wait: Callable[[], None],
+        idle: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """Starts the thread that scores.
+
+        Args:
+            begin: starts a request and returns a future of its completions.
+            request: makes the request of a problem and its number in the stream.
+            finish: scores a group, in a thread of ours.
+            draw: gives the next problem.
+            ahead: groups that are begun and not used.
+            last: how many groups the run needs, if that is known.
+            timeout_s: longest wait for a group.
+            on_wait: called five times a second while `take` waits; may raise.
+            idle: the engine's idle seconds since asked.
+        """
         self._begin, self._request, self._finish, self._draw = begin, request, finish, draw
         self._ahead, self._last, self._timeout_s, self._on_wait = ahead, last, timeout_s, on_wait
         self.idle = idle
@@ -49,7 +71,10 @@ class Stream:
         self._scorer.start()
 
     def take(self, count: int) -> list[ScoredGroup]:
-        """Returns the `count` groups that were begun first, and begins as many more. Raises what a reward or an engine raised."""
+        """Returns the `count` groups that were begun first, and begins as many more.
+
+        Raises what a reward or an engine raised.
+        """
         deadline = time.monotonic() + self._timeout_s
         with self._changed:
             self._fill(count)
@@ -59,7 +84,10 @@ class Stream:
                     raise self._failed
                 if time.monotonic() > deadline:
                     missing = sum(item.scored is None for item in self._items[:count])
-                    raise EngineError(f"{missing} of the {count} groups to learn from next were not there within {self._timeout_s:g} s")
+                    raise EngineError(
+                        f"{missing} of the {count} groups to learn from next were not there "
+                        f"within {self._timeout_s:g} s"
+                    )
                 self._changed.wait(0.2)
             taken, self._items = self._items[:count], self._items[count:]
             self._fill(0)
@@ -72,17 +100,32 @@ class Stream:
             return {"queue/ready": ready, "queue/in_flight": len(self._items) - ready}
 
     def state(self) -> dict[str, Any]:
-        """Returns what a resume needs, in the order in which it is used: values that a checkpoint writes (grpo/checkpoint.py)."""
+        """Returns what a resume needs, in the order in which it is used.
+
+        Values that a checkpoint writes (grpo/checkpoint.py).
+        """
         with self._changed:
-            items = [{"number": item.number, "problem": item.problem, "scored": item.scored} for item in self._items]
+            items = [
+                {"number": item.number, "problem": item.problem, "scored": item.scored}
+                for item in self._items
+            ]
             return {"number": self._number, "items": items}
 
-    def load(self, state: dict[str, Any], scored_group: Callable[[dict[str, Any]], ScoredGroup]) -> None:
-        """Takes up a checkpoint's state: what was finished is used, what was in flight is begun again, with its seeds."""
+    def load(
+        self, state: dict[str, Any], scored_group: Callable[[dict[str, Any]], ScoredGroup]
+    ) -> None:
+        """Takes up a checkpoint's state.
+
+        What was finished is used, what was in flight is begun again, with its seeds.
+        """
         with self._changed:
             self._number = state["number"]
             for row in state["items"]:
-                item = _Item(row["number"], Problem(**row["problem"]), row["scored"] and scored_group(row["scored"]))
+                item = _Item(
+                    row["number"],
+                    Problem(**row["problem"]),
+                    row["scored"] and scored_group(row["scored"]),
+                )
                 self._items.append(item)
                 if item.scored is None:
                     self._start(item)
@@ -97,7 +140,9 @@ class Stream:
         self._scorer.join(timeout=5)
 
     def _fill(self, least: int) -> None:
-        while len(self._items) < max(least, self._ahead) and (self._last is None or self._number < self._last or len(self._items) < least):
+        while len(self._items) < max(least, self._ahead) and (
+            self._last is None or self._number < self._last or len(self._items) < least
+        ):
             item = _Item(self._number, self._draw())
             self._number += 1
             self._items.append(item)

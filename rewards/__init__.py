@@ -1,1 +1,4 @@
-"""Rule-based rewards: one file each, with `reward(completion, problem) -> float | Verdict | None`."""
+"""Rule-based rewards.
+
+One file each, with `reward(completion, problem) -> float | Verdict | None`.
+"""

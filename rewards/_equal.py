@@ -1,7 +1,10 @@
-"""Are two answers equal in value and kind? Pure and without a clock: text in, verdict out, the same each time.
+"""Are two answers equal in value and kind?
 
-The order: spelling, size bounds (too large is wrong by rule), words, exact numbers, collections, and sympy last, through
-latex2sympy and math_verify. The prediction is hostile text: it is parsed, never evaluated as code.
+Pure and without a clock: text in, verdict out, the same each time.
+
+The order: spelling, size bounds (too large is wrong by rule), words, exact numbers, collections,
+and sympy last, through latex2sympy and math_verify. The prediction is hostile text: it is parsed,
+never evaluated as code.
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ MAX_BARS = 8  # |a||b|: which one opens is a search
 MAX_TERMS = 40
 MAX_EXPONENT = 400
 MAX_POWERED = 30  # product of the exponents on brackets: ((x+1)^5)^6
-HEAVY = re.compile(r"\\binom\{\d{4}|\\(?:sum|prod|i{1,3}nt|oint|lim|binom|det|begin|operatorname)(?![A-Za-z])|\d{3,}!|[)}!]!|\d{300}")
+HEAVY = re.compile(
+    r"\\binom\{\d{4}|\\(?:sum|prod|i{1,3}nt|oint|lim|binom|det|begin|operatorname)(?![A-Za-z])|\d{3,}!|[)}!]!|\d{300}"
+)
 LIGHT_FACTORIAL = re.compile(r"\((?:\d?[a-z](?: ?[+-] ?(?:\d|\d?[a-z]))?)\)!(?!!)")  # (2n)!, (d-k)!
 DIGITS = 100  # behind the point: a difference below is none
-POINTS = ((131, 211, 83, 59), (-113, 41, -167, 229), (307, -53, 71, -197), (23, 17, 29, 37))  # 97ths, where expressions are compared
+# 97ths, where expressions are compared
+POINTS = ((131, 211, 83, 59), (-113, 41, -167, 229), (307, -53, 71, -197), (23, 17, 29, 37))
 CORRECT = Verdict(value="correct")
 NAME = (
     r"(?:\\(?:text|vec|overrightarrow)\{[A-Za-z]+\}|\\?[A-Za-z]+)(?:_\w|_\{\w+\})?(?:\([^()=,]{1,10}\))?"
@@ -38,13 +44,29 @@ BASE = re.compile(r"\(?([0-9A-Za-z]+)\)?_(\w|\{\d+\})")
 NO_UNIT = "pi|sqrt|sin|cos|tan|cot|sec|log|ln|exp|mod"
 SYMBOL = r"(?<=[\d}]) ?(?:cm|mm|km|kg|ft|in|mph|m|g|s|h|L)(?![A-Za-z(])"
 UNIT = re.compile(
-    rf"(.+?) ?(\\text\{{[^{{}}]*\}}|\\?%|(?<=[\d}})!]) (?!(?:{NO_UNIT})\b)[a-z]{{2}}|{SYMBOL})([ .^/{{}}23a-z]|\\text\{{[^{{}}]*\}})*"
+    rf"(.+?) ?(\\text\{{[^{{}}]*\}}|\\?%|(?<=[\d}})!]) (?!(?:{NO_UNIT})\b)[a-z]{{2}}|{SYMBOL})([ "
+    rf".^/{{}}23a-z]|\\text\{{[^{{}}]*\}})*"
 )
 UNIT_NAMES = {
-    "$": "dollar", "percent": "%", "deg": "degree", "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km",
-    "kilometre": "km", "feet": "foot", "ft": "foot", "inche": "inch", "in": "inch", "hr": "hour", "h": "hour",
-    "min": "minute", "sec": "second", "mi": "mile",
-}  # fmt: skip
+    "$": "dollar",
+    "percent": "%",
+    "deg": "degree",
+    "centimeter": "cm",
+    "centimetre": "cm",
+    "meter": "m",
+    "metre": "m",
+    "kilometer": "km",
+    "kilometre": "km",
+    "feet": "foot",
+    "ft": "foot",
+    "inche": "inch",
+    "in": "inch",
+    "hr": "hour",
+    "h": "hour",
+    "min": "minute",
+    "sec": "second",
+    "mi": "mile",
+}
 FACTORS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -75,9 +97,15 @@ def equal(prediction: str, gold: str) -> Verdict:
 def _same(predicted: str, expected: str) -> Verdict:
     """`equal` on normalised text; calls itself on the elements of collections."""
     glued = re.search(r"\d \d", predicted + "|" + expected) is not None  # 3 1/2 is not 31/2
-    if predicted == expected or (not glued and predicted.replace(" ", "") == expected.replace(" ", "")):
+    if predicted == expected or (
+        not glued and predicted.replace(" ", "") == expected.replace(" ", "")
+    ):
         return CORRECT
-    if r"\text" in predicted + expected and words(predicted) == words(expected) and not re.search(r"[\\^_]", words(expected)):
+    if (
+        r"\text" in predicted + expected
+        and words(predicted) == words(expected)
+        and not re.search(r"[\\^_]", words(expected))
+    ):
         return CORRECT
     predicted, expected = _ascending(predicted), _ascending(expected)
     if _is_words(expected):
@@ -93,7 +121,10 @@ def _same(predicted: str, expected: str) -> Verdict:
 
 
 def _same_number(predicted: str, expected: str) -> Verdict | None:
-    """The verdict when gold is a plain number, perhaps with a unit; None when it is not, or when only sympy can read the other."""
+    """The verdict when gold is a plain number, perhaps with a unit.
+
+    None when it is not, or when only sympy can read the other.
+    """
     (want, want_unit), (have, have_unit) = _with_unit(expected), _with_unit(predicted)
     if want_unit and have_unit and want_unit != have_unit:
         return wrong(f"unit {have_unit}, not {want_unit}")
@@ -110,7 +141,9 @@ def _same_number(predicted: str, expected: str) -> Verdict | None:
 
 
 def _with_unit(text: str) -> tuple[str, str]:
-    r"""`5.4 \text{ cents}` -> ("5.4", "cent"), `\$36` -> ("36", "dollar"), `3 million` -> (`3*1000000`, "")."""
+    r"""`5.4 \text{ cents}` -> ("5.4", "cent"), `\$36` -> ("36", "dollar"), `3 million` ->
+    (`3*1000000`, "").
+    """
     money = re.match(r"(-?)\s*\\?\$\s*(?=[\d.-])", text)
     text = money[1] + text[money.end() :] if money else text
     match = UNIT.fullmatch(text)
@@ -140,19 +173,32 @@ def _without_variable(predicted: str, expected: str) -> tuple[str, str]:
 
 
 def _ascending(text: str) -> str:
-    """A chain of relations from its small end: `f(4)>f(1)>=2` -> `2<=f(1)<f(4)`; other text as it is."""
+    """A chain of relations from its small end.
+
+    `f(4)>f(1)>=2` -> `2<=f(1)<f(4)`; other text as it is.
+    """
     pieces = re.split(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))", text)
     if len(pieces) < 5 or {"<", r"\le"} & set(pieces):
         return text
-    return " ".join({">": "<", r"\ge": r"\le"}.get(piece, piece.strip()) for piece in reversed(pieces))
+    return " ".join(
+        {">": "<", r"\ge": r"\le"}.get(piece, piece.strip()) for piece in reversed(pieces)
+    )
 
 
 def _same_collection(predicted: str, expected: str) -> Verdict | None:
-    """The verdict when gold is a list, set, tuple, interval, union or matrix; None when it is not or when sympy must decide."""
+    """The verdict when gold is a list, set, tuple, interval, union or matrix.
+
+    None when it is not or when sympy must decide.
+    """
     (want_kind, want), (have_kind, have) = _elements(expected), _elements(predicted)
     if want_kind == "" or (have_kind == "" and RELATION.search(predicted)):
-        return wrong("a collection, not one value") if want_kind == "" and have_kind in ("list", "set", "union") else None
-    unordered = {"list", "set"} if not RELATION.search(predicted + expected) else {"list", "union"}  # x<1 or x>3
+        return (
+            wrong("a collection, not one value")
+            if want_kind == "" and have_kind in ("list", "set", "union")
+            else None
+        )
+    # x<1 or x>3
+    unordered = {"list", "set"} if not RELATION.search(predicted + expected) else {"list", "union"}
     if have_kind != want_kind and {have_kind, want_kind} != unordered:
         return wrong(f"{have_kind or 'one value'}, not {want_kind}")
     if len(have) != len(want):
@@ -163,22 +209,33 @@ def _same_collection(predicted: str, expected: str) -> Verdict | None:
         verdicts = [_same(candidate, element) for candidate in have]
         found = next((i for i, verdict in enumerate(verdicts) if verdict.value == "correct"), None)
         if found is None:
-            return next((v for v in verdicts if v.value == "undecided"), wrong(f"no element equals {element}"))
+            return next(
+                (v for v in verdicts if v.value == "undecided"),
+                wrong(f"no element equals {element}"),
+            )
         del have[found]
     return CORRECT
 
 
 def _elements(text: str) -> tuple[str, list[str]]:
-    r"""Kind and elements: `\{1,2\}` -> ("set", ["1", "2"]), `(3,4]` -> ("(]", ["3", "4"]), `5` -> ("", ["5"]); `a \pm b` is two."""
+    r"""Kind and elements.
+
+    `\{1,2\}` -> ("set", ["1", "2"]), `(3,4]` -> ("(]", ["3", "4"]), `5` -> ("", ["5"]); `a \pm b`
+    is two.
+    """
     matrix = re.fullmatch(r"([^&]*?)\\begin\{([pb]?)matrix\}(.*)\\end\{\2matrix\}", text)
     if matrix and "matrix}" not in matrix[3]:
         rows = [split(row, ("&",)) for row in matrix[3].split(r"\\") if row.strip()]
         factor = f"({matrix[1]}1)*" if matrix[1] in ("", "-") else f"({matrix[1]})*"
         cells = [f"{factor}({cell})" if matrix[1] else cell for row in rows for cell in row]
         return f"matrix {[len(row) for row in rows]}", cells
-    if (without := re.fullmatch(r"\\mathbb\{R\} ?(?:\\setminus|\\backslash|-) ?\\\{(.*)\\\}", text)) and len(without[1]) < 100:
+    if (
+        without := re.fullmatch(r"\\mathbb\{R\} ?(?:\\setminus|\\backslash|-) ?\\\{(.*)\\\}", text)
+    ) and len(without[1]) < 100:
         gaps = sorted(split(without[1]), key=lambda gap: exact(gap) or 0)
-        return "union", [f"({a},{b})" for a, b in itertools.pairwise([r"-\infty", *gaps, r"\infty"])]
+        return "union", [
+            f"({a},{b})" for a, b in itertools.pairwise([r"-\infty", *gaps, r"\infty"])
+        ]
     if len(pieces := split(text, (r"\cup",))) > 1:
         return "union", pieces
     if text.startswith(r"\{") and closing(text, 1) == len(text) - 1:
@@ -191,7 +248,11 @@ def _elements(text: str) -> tuple[str, list[str]]:
 
 
 def _signs(text: str) -> list[str]:
-    return [text.replace(r"\pm", sign).replace(r"\mp", "-+"[sign == "-"]) for sign in "+-"] if text.count(r"\pm") == 1 else [text]
+    return (
+        [text.replace(r"\pm", sign).replace(r"\mp", "-+"[sign == "-"]) for sign in "+-"]
+        if text.count(r"\pm") == 1
+        else [text]
+    )
 
 
 def _depth(text: str) -> int:
@@ -203,11 +264,14 @@ def _depth(text: str) -> int:
 
 
 def _is_words(text: str) -> bool:
-    """Words, or the letter of a choice: in `\\text{}` wholly, or four plain letters and more."""
+    r"""Words, or the letter of a choice: in `\text{}` wholly, or four plain letters and more."""
     in_text = re.fullmatch(r"\s*\\text\{[^{}]*\}\s*", text)
-    return bool(in_text or re.fullmatch(r"\(?[A-H]\)?|(?i:yes|no|odd)|(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]{3,}", text)) and not re.search(
-        r"\d", text
-    )
+    return bool(
+        in_text
+        or re.fullmatch(
+            r"\(?[A-H]\)?|(?i:yes|no|odd)|(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]{3,}", text
+        )
+    ) and not re.search(r"\d", text)
 
 
 def _same_in_sympy(predicted: str, expected: str) -> Verdict:
@@ -215,15 +279,21 @@ def _same_in_sympy(predicted: str, expected: str) -> Verdict:
     import sympy
     from math_verify import verify as math_verify
 
-    logging.getLogger("math_verify.grader").setLevel(logging.ERROR)  # it warns that we set no time limit
+    # it warns that we set no time limit
+    logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
     try:
-        imaginary = any(re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", text) for text in (predicted, expected))
+        imaginary = any(
+            re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", text) for text in (predicted, expected)
+        )
         want = _parse(expected, imaginary)
     except Exception as error:  # of antlr and sympy: gold answers come in every form
-        return Verdict(value="undecided", reason=f"cannot read the gold answer: {type(error).__name__}")
+        return Verdict(
+            value="undecided", reason=f"cannot read the gold answer: {type(error).__name__}"
+        )
     try:
         have = _parse(predicted, imaginary)
-        if isinstance(want, sympy.Eq) and isinstance(have, sympy.Eq):  # equal up to moving terms and a factor
+        # equal up to moving terms and a factor
+        if isinstance(want, sympy.Eq) and isinstance(have, sympy.Eq):
             ratio = sympy.simplify((have.lhs - have.rhs) / (want.lhs - want.rhs))
             same = bool(ratio.is_number and ratio.is_finite and not ratio.is_zero)
         elif isinstance(have, sympy.Eq) and not isinstance(want, sympy.logic.boolalg.Boolean):
@@ -231,15 +301,27 @@ def _same_in_sympy(predicted: str, expected: str) -> Verdict:
         elif (identical := _identical(have, want)) is not None:
             same = identical
         else:
-            same = math_verify(want, have, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
-    except Exception as error:  # whatever the prediction makes sympy raise is the prediction's fault
+            same = math_verify(
+                want, have, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+            )
+    # whatever the prediction makes sympy raise is the prediction's fault
+    except Exception as error:
         return wrong(f"cannot read the answer: {type(error).__name__}")
     return CORRECT if same else wrong("another value")
 
 
 def _check_bounds(predicted: str, expected: str) -> None:
-    """Raises TooLarge for a prediction that sympy could take long over, by rule and not by the clock."""
-    heavy = next((match for match in HEAVY.finditer(LIGHT_FACTORIAL.sub("k", predicted)) if match.group() not in expected), None)
+    """Raises TooLarge for a prediction that sympy could take long over, by rule and not by the
+    clock.
+    """
+    heavy = next(
+        (
+            match
+            for match in HEAVY.finditer(LIGHT_FACTORIAL.sub("k", predicted))
+            if match.group() not in expected
+        ),
+        None,
+    )
     if heavy:
         raise TooLarge(heavy.group()[:20])
     if _depth(predicted) > MAX_DEPTH_IN_SYMPY + _depth(expected):
@@ -248,7 +330,9 @@ def _check_bounds(predicted: str, expected: str) -> None:
         raise TooLarge("too many bars")
     if predicted.count("(") > MAX_BRACKETS + expected.count("("):
         raise TooLarge("too many brackets")
-    if predicted.count("+") + predicted.count("-") > MAX_TERMS + expected.count("+") + expected.count("-"):
+    if predicted.count("+") + predicted.count("-") > MAX_TERMS + expected.count(
+        "+"
+    ) + expected.count("-"):
         raise TooLarge("too many terms")
     powered = 1
     for match in re.finditer(r"(.)\s*\^\s*([{(]|-?\d+)?", predicted):
@@ -264,22 +348,33 @@ def _check_bounds(predicted: str, expected: str) -> None:
 
 
 def _parse(text: str, imaginary: bool) -> Any:
-    """The sympy value of LaTeX, decimals exact; `imaginary`: i is the unit, no symbol is real. Raises what antlr and sympy raise."""
+    """The sympy value of LaTeX, decimals exact; `imaginary`: i is the unit, no symbol is real.
+
+    Raises what antlr and sympy raise.
+    """
     import sympy
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     text = re.sub(r"(?<=[A-Za-z])(?:'|\^\{ ?\\prime ?\}|\^ ?\\prime)", "_{p}", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # thousands; the commas of collections are split by now
+    # thousands; the commas of collections are split by now
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     config = ConversionConfig(lowercase_symbols=False)
-    value = latex2sympy(text, is_real=None if imaginary else True, normalization_config=None, conversion_config=config)
+    value = latex2sympy(
+        text,
+        is_real=None if imaginary else True,
+        normalization_config=None,
+        conversion_config=config,
+    )
     floats = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}
     value = value.xreplace(floats)
     return value.subs(sympy.Symbol("i"), sympy.I) if imaginary else value
 
 
 def _identical(a: Any, b: Any) -> bool | None:
-    """Whether two expressions have one value, to 100 digits and at four points; None for sets, relations, and where too few points tell.
+    """Whether two expressions have one value, to 100 digits and at four points.
+
+    None for sets, relations, and where too few points tell.
 
     A point at which one of them is not defined makes no difference: (x^2-1)/(x-1) is x+1.
     """
@@ -290,12 +385,18 @@ def _identical(a: Any, b: Any) -> bool | None:
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     agreed = 0
     for point in POINTS if symbols else [()]:
-        at = {symbol: sympy.Rational(point[i % len(point)] * (i // len(point) + 1), 97) for i, symbol in enumerate(symbols)}
+        at = {
+            symbol: sympy.Rational(point[i % len(point)] * (i // len(point) + 1), 97)
+            for i, symbol in enumerate(symbols)
+        }
         x, y = a.subs(at), b.subs(at)
         if not all((value := sympy.N(side, 5)).is_number and value.is_finite for side in (x, y)):
             continue
         difference = x - y
-        if difference != 0 and (difference.is_Rational or not abs(sympy.N(difference, 5, maxn=DIGITS + 20)) < sympy.Float(f"1e-{DIGITS}")):
+        if difference != 0 and (
+            difference.is_Rational
+            or not abs(sympy.N(difference, 5, maxn=DIGITS + 20)) < sympy.Float(f"1e-{DIGITS}")
+        ):
             return False
         agreed += 1
     return True if agreed >= min(2, len(symbols) + 1) else None

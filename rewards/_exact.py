@@ -1,6 +1,9 @@
-"""Exact values of plain numbers and arithmetic in LaTeX, as fractions: `\\frac{1}{2^{99}}`, `3\\frac{1}{2}`, `1,000`, `3.2\\times10^5`.
+r"""Exact values of plain numbers and arithmetic in LaTeX, as fractions.
 
-Reads normalised text only (see `_equal.normalise`). Recursive descent with bounds on size; knows no variables and no functions.
+`\frac{1}{2^{99}}`, `3\frac{1}{2}`, `1,000`, `3.2\times10^5`.
+
+Reads normalised text only (see `_equal.normalise`). Recursive descent with bounds on size; knows no
+variables and no functions.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ class TooLarge(ValueError):
 
 
 def exact(text: str) -> Fraction | None:
-    """The value of an arithmetic expression in numbers alone, or None for anything else. Raises TooLarge."""
+    """The value of an arithmetic expression in numbers alone, or None for anything else.
+
+    Raises TooLarge.
+    """
     if re.fullmatch(r"-?\d+ \d+/\d+", text):  # a mixed number, 3 1/2
         text = re.sub(r" (\d+)/(\d+)", r"\\frac{\1}{\2}", text)
     elif re.fullmatch(r"-?\d{1,3}( \d{3})+", text):  # 1 000 000
@@ -63,7 +69,9 @@ class _Reader:
     def total(self) -> Fraction:
         value = self.product()
         while self.peek() in ("+", "-"):
-            value = _bounded(value + self.product() if self.next() == "+" else value - self.product())
+            value = _bounded(
+                value + self.product() if self.next() == "+" else value - self.product()
+            )
         return value
 
     def product(self) -> Fraction:
@@ -103,7 +111,10 @@ class _Reader:
         token = self.next()
         if token[:1].isdecimal() or (token[:1] == "." and len(token) > 1):
             value = Fraction(token.replace(",", ""))
-            return value + self.atom() if self.peek() == r"\frac" and value.denominator == 1 else value  # mixed
+            # mixed
+            return (
+                value + self.atom() if self.peek() == r"\frac" and value.denominator == 1 else value
+            )
         if token == r"\frac":
             return self.atom() / self.atom()
         if token in CLOSING:

@@ -1,4 +1,7 @@
-"""One spelling for each answer: what unicode, LaTeX and habit write differently. Text in, text out; knows nothing of values."""
+"""One spelling for each answer: what unicode, LaTeX and habit write differently.
+
+Text in, text out; knows nothing of values.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,23 @@ UNICODE: dict[str, str | int | None] = {
         "°": r"^\circ ",
         "θ": r"\theta ",
     },
-    **{"\u00a0": " ", "\u202f": " ", "\u2009": " ", "∅": r"\emptyset ", "％": "%", "€": r"\text{euro}", "£": r"\text{pound}"},
-    **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅛": r"\frac{1}{8}"},
+    **{
+        "\u00a0": " ",
+        "\u202f": " ",
+        "\u2009": " ",
+        "∅": r"\emptyset ",
+        "％": "%",
+        "€": r"\text{euro}",
+        "£": r"\text{pound}",
+    },
+    **{
+        "½": r"\frac{1}{2}",
+        "⅓": r"\frac{1}{3}",
+        "⅔": r"\frac{2}{3}",
+        "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}",
+        "⅛": r"\frac{1}{8}",
+    },
     **{char: f"^{{{digit}}}" for digit, char in zip("0123456789-+n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", strict=True)},
     **{char: f"_{{{digit}}}" for digit, char in enumerate("₀₁₂₃₄₅₆₇₈₉")},
     **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width
@@ -40,7 +58,10 @@ SAME = [  # (what it is, what it becomes), in this order
     (r",\s*\\!\s*(?=\d{3})", ","),
     (r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
     (r"∛\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt[3]{\1}"),
-    (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?|\\(?:display|text)style(?![A-Za-z])|\\!\s*|\\limits", ""),
+    (
+        r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?|\\(?:display|text)style(?![A-Za-z])|\\!\s*|\\limits",
+        "",
+    ),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:mbox|textbf|textit|textrm|mathrm|mathbf|emph)\s*\{", r"\\text{"),
@@ -59,7 +80,10 @@ SAME = [  # (what it is, what it becomes), in this order
     (r"\*\*", "^"),
     (r"_\{\s*\\?(\w+)\s*\}", r"_{\1}"),
     (r"\\\\\[[^\[\]]{1,8}\]", r"\\\\"),  # a row's extra space
-    (r"([(\[]?)\s*\\begin\{array\}\s*\{[lcr| ]*\}([^()]*)\\end\{array\}\s*[)\]]?", r"\\begin{pmatrix}\2\\end{pmatrix}"),
+    (
+        r"([(\[]?)\s*\\begin\{array\}\s*\{[lcr| ]*\}([^()]*)\\end\{array\}\s*[)\]]?",
+        r"\\begin{pmatrix}\2\\end{pmatrix}",
+    ),
     (r"^\\text\{\s*([A-Z](?:\s*,\s*[A-Z])+)\s*\}$", r"\1"),
     (r"\\text\{(\w+)\}_", r"\1_"),
     (r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,4})$", r"\1\\times 10^{\2}"),
@@ -70,9 +94,17 @@ TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
 
 
 def normalise(text: str) -> str:
-    """One spelling of an answer: `$\\dfrac12$.` -> `\\frac{1}{2}`, `10,\\!080` -> `10,080`, `90°` -> `90\\text{degree}`."""
+    r"""One spelling of an answer.
+
+    `$\dfrac12$.` -> `\frac{1}{2}`, `10,\!080` -> `10,080`, `90°` -> `90\text{degree}`.
+    """
     text = text.translate(TABLE)
-    text = re.sub(r"\}\^\{(?=[\dn]\})", "", text) if re.search(r"\^\{[\d+-]\}\^\{[\dn]\}", text) else text  # ¹⁰ is one exponent
+    # ¹⁰ is one exponent
+    text = (
+        re.sub(r"\}\^\{(?=[\dn]\})", "", text)
+        if re.search(r"\^\{[\d+-]\}\^\{[\dn]\}", text)
+        else text
+    )
     for pattern, plain in SAME:
         text = re.sub(pattern, plain, text)
     text = text.strip().rstrip(".。").strip()
@@ -87,7 +119,10 @@ def normalise(text: str) -> str:
 
 
 def braced(text: str) -> str:
-    r"""Arguments in braces: `\frac12` -> `\frac{1}{2}`, `\frac{270}7`, `\sqrt2`, `\sqrt[3]5` likewise."""
+    r"""Arguments in braces.
+
+    `\frac12` -> `\frac{1}{2}`, `\frac{270}7`, `\sqrt2`, `\sqrt[3]5` likewise.
+    """
     out: list[str] = []
     i = 0
     pending = 0  # arguments that the command before still takes
@@ -107,8 +142,14 @@ def braced(text: str) -> str:
             token, i, pending = "{" + braced(text[i:end]) + "}", end + 1, pending - 1
         elif pending and not command:
             token, pending = "{" + token + "}", pending - 1
-        elif pending:  # `\frac\pi2`: the command is the argument; a command with arguments of its own is left as it is
-            token, pending = ("{" + token + "}", pending - 1) if token not in (r"\frac", r"\sqrt") else (token, 0)
+        # `\frac\pi2`: the command is the argument; a command with arguments of its own is left as
+        # it is
+        elif pending:
+            token, pending = (
+                ("{" + token + "}", pending - 1)
+                if token not in (r"\frac", r"\sqrt")
+                else (token, 0)
+            )
         if token in (r"\frac", r"\sqrt"):
             pending = 2 if token == r"\frac" else 1
         out.append(token)
@@ -116,7 +157,9 @@ def braced(text: str) -> str:
 
 
 def closing(text: str, start: int) -> int:
-    """Where the bracket at `start` is closed by its own kind of brace or by any of ) and ]; -1 if nowhere."""
+    """Where the bracket at `start` is closed by its own kind of brace or by any of ) and ]; -1 if
+    nowhere.
+    """
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")
@@ -141,7 +184,9 @@ def split(text: str, separators: tuple[str, ...] = (",", ";")) -> list[str]:
 def _repeating(match: re.Match[str]) -> str:
     r"""`0.1\overline{6}` -> `\frac{15}{90}`."""
     whole, once, again = match.groups()
-    return rf"\frac{{{int(whole + once + again) - int(whole + once or 0)}}}{{{10 ** len(once) * (10 ** len(again) - 1)}}}"
+    numerator = int(whole + once + again) - int(whole + once or 0)
+    denominator = 10 ** len(once) * (10 ** len(again) - 1)
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
 def words(text: str) -> str:

@@ -1,7 +1,10 @@
-"""Worker processes that judge completions, each call under a wall-clock limit enforced by killing. Works from any thread of any process.
+"""Worker processes that judge completions, each call under a wall-clock limit enforced by killing.
 
-A worker is `python -m rewards._pool`, started when the first call comes and kept: between calls it waits on a pipe and costs nothing.
-It knows functions by name and answers with what they return; a call without an answer comes back as a `Failure`.
+Works from any thread of any process.
+
+A worker is `python -m rewards._pool`, started when the first call comes and kept: between calls it
+waits on a pipe and costs nothing. It knows functions by name and answers with what they return; a
+call without an answer comes back as a `Failure`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from typing import Any, Literal
 START_TIMEOUT_S = 120.0  # importing sympy from a cold disk
 RECYCLE = 5_000  # calls after which a worker is replaced: sympy's caches grow
 LOADED = object()  # what a worker's first message stands for: the call's own time begins
-STARVED = 0.5  # a call that had less than this share of its time on a processor is our machine's failure, not its own
+# a call that had less than this share of its time on a processor is our machine's failure, not its
+# own
+STARVED = 0.5
 
 
 _How = tuple[str, float, dict[str, Any]]  # function, time limit, options
@@ -35,23 +40,32 @@ _How = tuple[str, float, dict[str, Any]]  # function, time limit, options
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a call has no answer: it raised an `error`; its own doing (`timeout`, `memory`, `crash`); or ours: `lost`, killed twice."""
+    """Why a call has no answer.
+
+    It raised an `error`; its own doing (`timeout`, `memory`, `crash`); or ours: `lost`, killed
+    twice.
+    """
 
     kind: Literal["error", "timeout", "memory", "crash", "lost"]
     reason: str
 
 
 class Pool:
-    """`Pool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` -> `[Verdict(value="correct")]`."""
+    """`Pool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` ->
+    `[Verdict(value="correct")]`.
+    """
 
     def __init__(self, workers: int | None = None, *, memory_gb: float = 4.0) -> None:
-        """At most `workers` processes (default: the cores, up to 8) of `memory_gb` of address space each. Starts none yet."""
+        """At most `workers` processes (default: the cores, up to 8) of `memory_gb` of address space
+        each. Starts none yet.
+        """
         self._most = workers or min(os.cpu_count() or 1, 8)
         self._memory_gb = memory_gb
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._pid = os.getpid()
-        self.counts: Counter[str] = Counter()  # calls, failures by kind (every try), restarts; whoever reads them may clear them
+        # calls, failures by kind (every try), restarts; whoever reads them may clear them
+        self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> Pool:
         return self
@@ -66,14 +80,21 @@ class Pool:
             worker.end()
 
     def map(
-        self, function: str, calls: Sequence[tuple[Any, ...]], *, timeout_s: float, options: Mapping[str, Any] | None = None
+        self,
+        function: str,
+        calls: Sequence[tuple[Any, ...]],
+        *,
+        timeout_s: float,
+        options: Mapping[str, Any] | None = None,
     ) -> list[Any]:
-        """Returns, in order, what `module:function` returns for each call's arguments and the common `options`, or a `Failure`.
+        """Returns, in order, what `module:function` returns for each call's arguments and the
+        common `options`, or a `Failure`.
 
-        A call past its limit is killed. One whose worker was killed from outside, crashed, or had no processor, is made once more.
-        Raises RuntimeError when a worker cannot load the function.
+        A call past its limit is killed. One whose worker was killed from outside, crashed, or had
+        no processor, is made once more. Raises RuntimeError when a worker cannot load the function.
         """
-        if self._pid != os.getpid():  # forked: the workers, and whoever holds the lock, are the parent's
+        # forked: the workers, and whoever holds the lock, are the parent's
+        if self._pid != os.getpid():
             self._pid, self._workers, self._lock = os.getpid(), [], threading.Lock()
         with self._lock:
             try:
@@ -89,7 +110,10 @@ class Pool:
         while todo or any(worker.job for worker in self._workers):
             self._hand_out(how, calls, todo)
             busy = [worker for worker in self._workers if worker.job]
-            ready = wait([worker.pipe for worker in busy], max(min(worker.deadline for worker in busy) - time.monotonic(), 0))
+            ready = wait(
+                [worker.pipe for worker in busy],
+                max(min(worker.deadline for worker in busy) - time.monotonic(), 0),
+            )
             for worker in busy:
                 if worker.pipe not in ready and time.monotonic() < worker.deadline:
                     continue
@@ -107,8 +131,12 @@ class Pool:
                     results[position] = answer
         return results
 
-    def _hand_out(self, how: _How, calls: Sequence[tuple[Any, ...]], todo: deque[tuple[int, int]]) -> None:
-        for worker in [worker for worker in self._workers if not worker.job and worker.served >= RECYCLE]:
+    def _hand_out(
+        self, how: _How, calls: Sequence[tuple[Any, ...]], todo: deque[tuple[int, int]]
+    ) -> None:
+        for worker in [
+            worker for worker in self._workers if not worker.job and worker.served >= RECYCLE
+        ]:
             self._workers.remove(worker)
             worker.end()
         idle = [worker for worker in self._workers if not worker.job]
@@ -125,8 +153,18 @@ class _Worker:
 
     def __init__(self, memory_gb: float) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "rewards._pool", str(theirs.fileno()), str(int(memory_gb * 2**30))]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path), "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "rewards._pool",
+            str(theirs.fileno()),
+            str(int(memory_gb * 2**30)),
+        ]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
+            "OMP_NUM_THREADS": "1",
+        }
         self._process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],
@@ -142,12 +180,18 @@ class _Worker:
         self.served = 0
         self._timeout_s = 0.0
         self._loaded: set[str] = set()
-        self._loading = ""  # the function that is being imported: what fails then is no call's fault
+        # the function that is being imported: what fails then is no call's fault
+        self._loading = ""
         self._cpu_s = 0.0  # at the call's begin
 
     def begin(self, job: tuple[int, int], how: _How, arguments: tuple[Any, ...]) -> None:
         function, timeout_s, _ = how
-        self.job, self.served, self._timeout_s, self._cpu_s = job, self.served + 1, timeout_s, self._cpu()
+        self.job, self.served, self._timeout_s, self._cpu_s = (
+            job,
+            self.served + 1,
+            timeout_s,
+            self._cpu(),
+        )
         self._loading = "" if function in self._loaded else function
         self.deadline = time.monotonic() + (START_TIMEOUT_S if self._loading else timeout_s)
         self._loaded.add(function)
@@ -161,9 +205,14 @@ class _Worker:
         except (EOFError, OSError, pickle.UnpicklingError):
             code = self._process.wait()
             if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT):
-                return Failure(kind="lost", reason=f"its worker was killed by {signal.Signals(-code).name}")
+                return Failure(
+                    kind="lost", reason=f"its worker was killed by {signal.Signals(-code).name}"
+                )
             if self._loading:
-                raise RuntimeError(f"a worker ended with code {code} while it loaded {self._loading}: see its message above") from None
+                raise RuntimeError(
+                    f"a worker ended with code {code} while it loaded {self._loading}: see its "
+                    "message above"
+                ) from None
             return Failure(kind="crash", reason=f"its worker ended with code {code}")
         if kind == "loaded":
             self._loading = ""
@@ -173,9 +222,14 @@ class _Worker:
 
     def overdue(self) -> Failure:
         if self._loading:
-            raise RuntimeError(f"a worker needs more than {START_TIMEOUT_S:g} s to load {self._loading}")
+            raise RuntimeError(
+                f"a worker needs more than {START_TIMEOUT_S:g} s to load {self._loading}"
+            )
         if self._cpu() - self._cpu_s < STARVED * self._timeout_s:
-            return Failure(kind="lost", reason=f"its worker got too little processor time in {self._timeout_s:g} s")
+            return Failure(
+                kind="lost",
+                reason=f"its worker got too little processor time in {self._timeout_s:g} s",
+            )
         return Failure(kind="timeout", reason=f"longer than {self._timeout_s:g} s")
 
     def end(self) -> None:
@@ -186,7 +240,8 @@ class _Worker:
     def _cpu(self) -> float:
         """Processor seconds of the worker so far."""
         with contextlib.suppress(OSError):
-            return time.clock_gettime((~self._process.pid << 3) | 2)  # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3)
+            # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3)
+            return time.clock_gettime((~self._process.pid << 3) | 2)
         return self._cpu_s
 
 
@@ -205,7 +260,8 @@ def main(pipe_fd: int, memory: int) -> None:
             if name not in loaded:
                 loaded[name] = _load(name)
                 pipe.send(("loaded", None))
-            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)  # without a parent to kill it, it ends by itself
+            # without a parent to kill it, it ends by itself
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
             answer = loaded[name](*arguments, **options)
         except MemoryError:
             answer = Failure(kind="memory", reason=f"more than {memory / 2**30:g} GB")
@@ -217,7 +273,9 @@ def main(pipe_fd: int, memory: int) -> None:
         except BrokenPipeError:
             return
         except Exception as error:  # pickle's: the answer is nothing that can be sent
-            pipe.send(("answer", Failure(kind="error", reason=f"its answer cannot be sent: {error}")))
+            pipe.send(
+                ("answer", Failure(kind="error", reason=f"its answer cannot be sent: {error}"))
+            )
 
 
 def _load(name: str) -> Any:

@@ -1,9 +1,13 @@
-"""Code reward: does the completion's program pass its tests? Run in a sandbox (see _sandbox.py for what it stops), one process a test run.
+"""Code reward: does the completion's program pass its tests?
 
-Tests come with the problem, in `meta`: HumanEval's `test` and `entry_point`; MBPP's `test_list` and `test_setup_code`; or
-`io`, a list of `{"input": ..., "output": ...}` for programs that read and write. A program that ends before its tests (`exit(0)`) fails, so
-does a function that returns an object of its own class that is equal to everything. Function tests run in the program's interpreter, so a
-program that sets out to can still forge a pass (replace `exec`, read its judge's mark): read the samples. `io` tests are judged outside.
+Run in a sandbox (see _sandbox.py for what it stops), one process a test run.
+
+Tests come with the problem, in `meta`: HumanEval's `test` and `entry_point`; MBPP's `test_list` and
+`test_setup_code`; or `io`, a list of `{"input": ..., "output": ...}` for programs that read and
+write. A program that ends before its tests (`exit(0)`) fails, so does a function that returns an
+object of its own class that is equal to everything. Function tests run in the program's
+interpreter, so a program that sets out to can still forge a pass (replace `exec`, read its judge's
+mark): read the samples. `io` tests are judged outside.
 """
 
 from __future__ import annotations
@@ -32,7 +36,13 @@ judged = dict(space)  # the program's own calls stay as they are
 def honest(value, depth=0):
     own = type(value).__module__ == "__main__" and type(value).__eq__ is not object.__eq__
     assert not own and depth < 50, "an object with an equality of its own"
-    for part in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, tuple, set, frozenset)) else ():
+    if isinstance(value, dict):
+        parts = [*value, *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = value
+    else:
+        parts = ()
+    for part in parts:
         honest(part, depth + 1)
     return value
 
@@ -50,18 +60,28 @@ os._exit(0)
 """
 
 
-def prepare(isolation: Literal["namespaces", "rlimits"] = "namespaces", timeout_s: float = 10.0, **_: object) -> None:
-    """Raises UserError when this machine cannot make the sandbox, or when the time limit is of no use."""
+def prepare(
+    isolation: Literal["namespaces", "rlimits"] = "namespaces", timeout_s: float = 10.0, **_: object
+) -> None:
+    """Raises UserError when this machine cannot make the sandbox, or when the time limit is of no
+    use.
+    """
     if not 0 < timeout_s <= TIMEOUT_S / 2:
-        raise UserError(f"rewards.code.options.timeout_s: got {timeout_s}; give up to {TIMEOUT_S / 2:g} seconds")
+        raise UserError(
+            f"rewards.code.options.timeout_s: got {timeout_s}; give up to {TIMEOUT_S / 2:g} seconds"
+        )
     if isolation not in ("namespaces", "rlimits"):
-        raise UserError(f"rewards.code.options.isolation: got {isolation!r}; give namespaces or rlimits")
+        raise UserError(
+            f"rewards.code.options.isolation: got {isolation!r}; give namespaces or rlimits"
+        )
     try:
         outcome = run("print(6 * 7)", timeout_s=30, isolation=isolation)
     except NoSandbox as error:
         raise UserError(
-            f"rewards.code: this system forbids the namespaces of the sandbox ({error}). Allow user namespaces "
-            "(sysctl user.max_user_namespaces, docker --security-opt seccomp=unconfined), or run completions without a sandbox, "
+            f"rewards.code: this system forbids the namespaces of the sandbox ({error}). Allow "
+            "user namespaces "
+            "(sysctl user.max_user_namespaces, docker --security-opt seccomp=unconfined), or run "
+            "completions without a sandbox, "
             "at your own risk: options: {isolation: rlimits}"
         ) from None
     if outcome.output != "42\n":
@@ -69,21 +89,34 @@ def prepare(isolation: Literal["namespaces", "rlimits"] = "namespaces", timeout_
 
 
 def reward(
-    completion: Completion, problem: Problem, *, timeout_s: float = 10.0, memory_mb: int = 1024,
+    completion: Completion,
+    problem: Problem,
+    *,
+    timeout_s: float = 10.0,
+    memory_mb: int = 1024,
     isolation: Literal["namespaces", "rlimits"] = "namespaces",
-) -> Verdict | None:  # fmt: skip
-    """The verdict on the completion's program, or None for a problem without tests. `timeout_s`: of each run (`io`: of each pair)."""
+) -> Verdict | None:
+    """The verdict on the completion's program, or None for a problem without tests.
+
+    `timeout_s`: of each run (`io`: of each pair).
+    """
     meta = problem.meta
     if not any(meta.get(key) for key in ("test", "test_list", "io")):
         return None
     program = extract(completion.text)
     if program is None or len(program) > MAX_CHARS:
-        return Verdict(value="wrong", reason="no program" if program is None else f"longer than {MAX_CHARS} characters")
+        return Verdict(
+            value="wrong",
+            reason="no program" if program is None else f"longer than {MAX_CHARS} characters",
+        )
     limits = {"timeout_s": timeout_s, "memory_mb": memory_mb, "isolation": isolation}
     end = time.monotonic() + TIMEOUT_S - timeout_s - 10
     for number, pair in enumerate(meta.get("io") or []):
         if time.monotonic() > end:
-            return Verdict(value="wrong", reason=f"took more than {TIMEOUT_S - timeout_s - 10:g} s for {number} inputs")
+            return Verdict(
+                value="wrong",
+                reason=f"took more than {TIMEOUT_S - timeout_s - 10:g} s for {number} inputs",
+            )
         outcome = run(program, str(pair["input"]), **limits)  # type: ignore[arg-type]
         if fault := _fault(outcome, _lines(outcome.output) == _lines(str(pair["output"]))):
             return Verdict(value="wrong", reason=f"input {number}: {fault}")
@@ -96,7 +129,10 @@ def reward(
 
 
 def extract(text: str) -> str | None:
-    """The program of a completion: the last fenced block of its answer, or the whole of what stands in `<answer>` tags."""
+    """The program of a completion.
+
+    The last fenced block of its answer, or the whole of what stands in `<answer>` tags.
+    """
     answer = final_answer(text) if "<answer>" in visible(text) else None
     blocks: list[str] = []
     block: list[str] | None = None
@@ -111,15 +147,21 @@ def extract(text: str) -> str | None:
 
 
 def _judged(program: str, problem: Problem, token: str) -> str:
-    """The source that runs a program and its function tests, and prints the token when all have passed."""
+    """The source that runs a program and its function tests, and prints the token when all have
+    passed.
+    """
     meta = problem.meta
     entry = str(meta.get("entry_point") or "")
     if entry and not re.search(rf"^def {re.escape(entry)}\b", program, re.MULTILINE):
-        program = problem.question + program  # HumanEval: the completion goes on where the prompt ends
+        # HumanEval: the completion goes on where the prompt ends
+        program = problem.question + program
     before, found, _ = problem.question.partition(f"def {entry}(") if entry else ("", "", "")
-    setup = before if found else str(meta.get("test_setup_code") or "")  # the prompt's imports and helpers
+    # the prompt's imports and helpers
+    setup = before if found else str(meta.get("test_setup_code") or "")
     tests = str(meta.get("test") or "\n".join(meta.get("test_list") or []))
-    return JUDGE.format(spec=json.dumps([program, setup, tests, entry if meta.get("test") else "", token]))
+    return JUDGE.format(
+        spec=json.dumps([program, setup, tests, entry if meta.get("test") else "", token])
+    )
 
 
 def _fault(outcome: Outcome, right: bool) -> str:

@@ -1,4 +1,7 @@
-"""Countdown reward: does the answer make the target from the given numbers, each used exactly once? Parsed, never evaluated."""
+"""Countdown reward: does the answer make the target from the given numbers, each used exactly once?
+
+Parsed, never evaluated.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,24 @@ from grpo.types import Completion, Problem, Verdict
 from rewards._parse import final_answer
 
 MAX_CHARS = 200
-SYMBOLS = {"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", r"\times": "*", r"\cdot": "*", r"\div": "/", "$": ""}
+SYMBOLS = {
+    "×": "*",
+    "·": "*",
+    "÷": "/",
+    "−": "-",
+    "–": "-",
+    r"\times": "*",
+    r"\cdot": "*",
+    r"\div": "/",
+    "$": "",
+}
 
 
 def reward(completion: Completion, problem: Problem) -> Verdict | None:
-    """The verdict on the final answer, or None for a problem that is no countdown. Needs `meta` with `numbers` and `target`."""
+    """The verdict on the final answer, or None for a problem that is no countdown.
+
+    Needs `meta` with `numbers` and `target`.
+    """
     if "numbers" not in problem.meta or "target" not in problem.meta:
         return None
     answer = final_answer(completion.text)
@@ -24,7 +40,10 @@ def reward(completion: Completion, problem: Problem) -> Verdict | None:
 
 
 def check(answer: str, numbers: list[int], target: int) -> Verdict:
-    """The verdict on an expression: `check("(7 - 3) * 5 = 20", [3, 5, 7], 20)` is correct. Exact fractions, + - * / only."""
+    """The verdict on an expression: `check("(7 - 3) * 5 = 20", [3, 5, 7], 20)` is correct.
+
+    Exact fractions, + - * / only.
+    """
     if len(answer) > MAX_CHARS:
         return Verdict(value="wrong", reason=f"longer than {MAX_CHARS} characters")
     for symbol, plain in SYMBOLS.items():
@@ -41,11 +60,18 @@ def check(answer: str, numbers: list[int], target: int) -> Verdict:
         return Verdict(value="wrong", reason=f"{type(error).__name__}: {error}")
     if Counter(used) != Counter(numbers):
         return Verdict(value="wrong", reason=f"uses {sorted(used)}")
-    return Verdict(value="correct") if value == target else Verdict(value="wrong", reason=f"makes {value}")
+    return (
+        Verdict(value="correct")
+        if value == target
+        else Verdict(value="wrong", reason=f"makes {value}")
+    )
 
 
 def _value(node: ast.expr, used: list[int]) -> Fraction:
-    """The exact value; collects the numbers on the way. Raises ValueError for anything but the four operations on integers."""
+    """The exact value; collects the numbers on the way.
+
+    Raises ValueError for anything but the four operations on integers.
+    """
     match node:
         case ast.Constant(value=int(number)):
             used.append(number)
@@ -54,7 +80,9 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
             return -_value(operand, used)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
             return _value(operand, used)
-        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div() as operation, right=right):
+        case ast.BinOp(
+            left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div() as operation, right=right
+        ):
             a, b = _value(left, used), _value(right, used)
             match operation:
                 case ast.Add():

@@ -1,4 +1,7 @@
-"""Format reward: 1.0 for exactly `<think>...</think><answer>...</answer>`. A plain parser; knows nothing of right answers."""
+"""Format reward: 1.0 for exactly `<think>...</think><answer>...</answer>`.
+
+A plain parser; knows nothing of right answers.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from rewards._parse import TAGS
 class FormatVerdict:
     """`FormatVerdict(ok=False, reason="text after answer")`; true when well-formed.
 
-    The reasons, in the order in which they are looked for: `no think`, `several think`, and so on for the four tags (`think end`,
-    `answer`, `answer end`); `tags out of order`; `text before think`, `empty thoughts`, `text between`, `empty answer`,
-    `text after answer`.
+    The reasons, in the order in which they are looked for: `no think`, `several think`, and so on
+    for the four tags (`think end`, `answer`, `answer end`); `tags out of order`; `text before
+    think`, `empty thoughts`, `text between`, `empty answer`, `text after answer`.
     """
 
     ok: bool
@@ -25,7 +28,9 @@ class FormatVerdict:
 
 
 def reward(completion: Completion, problem: Problem) -> Score:
-    """1.0 when the completion is well-formed, else 0.0 and why. Source: DeepSeek-R1 2501.12948 section 2.2.2; ours: every rule of `check`.
+    """1.0 when the completion is well-formed, else 0.0 and why.
+
+    Source: DeepSeek-R1 2501.12948 section 2.2.2; ours: every rule of `check`.
 
     A `<think>` that the prompt ended in stands in front of the completion's text already.
     """
@@ -34,9 +39,11 @@ def reward(completion: Completion, problem: Problem) -> Score:
 
 
 def check(completion: str, prefilled: bool = False) -> FormatVerdict:
-    """Whether the four tags stand exactly once, lower case and in order, both parts filled, only white space outside.
+    """Whether the four tags stand exactly once, lower case and in order, both parts filled, only
+    white space outside.
 
-    `prefilled`: the opening `<think>` stood at the end of the prompt and is put back in front. Linear in the text.
+    `prefilled`: the opening `<think>` stood at the end of the prompt and is put back in front.
+    Linear in the text.
     """
     text = "<think>" + completion if prefilled else completion
     for tag, name in zip(TAGS, ("think", "think end", "answer", "answer end"), strict=True):
@@ -52,5 +59,7 @@ def check(completion: str, prefilled: bool = False) -> FormatVerdict:
         "empty answer": (text[answer + len("<answer>") : answer_end], True),
         "text after answer": (text[answer_end + len("</answer>") :], False),
     }
-    fault = next((fault for fault, (part, filled) in parts.items() if bool(part.strip()) != filled), "")
+    fault = next(
+        (fault for fault, (part, filled) in parts.items() if bool(part.strip()) != filled), ""
+    )
     return FormatVerdict(ok=not fault, reason=fault)

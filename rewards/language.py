@@ -1,6 +1,10 @@
-"""Language reward: the share of the thoughts that is in the prompt's language, by script and small words. Deterministic; no model.
+"""Language reward.
 
-R1's second stage pays for it so that chains of thought do not mix languages (DeepSeek-R1 2501.12948 section 2.3.2).
+The share of the thoughts that is in the prompt's language, by script and small words.
+Deterministic; no model.
+
+R1's second stage pays for it so that chains of thought do not mix languages (DeepSeek-R1 2501.12948
+section 2.3.2).
 """
 
 from __future__ import annotations
@@ -22,20 +26,43 @@ SCRIPTS = {  # script -> its characters
     "thai": r"\u0e00-\u0e7f",
     "hebrew": r"\u0590-\u05ff",
 }
-PATTERN = re.compile("|".join(f"(?P<{name}>[{chars}]{'' if name in ('han', 'kana') else '+'})" for name, chars in SCRIPTS.items()))
+PATTERN = re.compile(
+    "|".join(
+        f"(?P<{name}>[{chars}]{'' if name in ('han', 'kana') else '+'})"
+        for name, chars in SCRIPTS.items()
+    )
+)
 SMALL = {  # words that only one of these languages writes so, and writes all the time
-    "en": "the of and to is that it for as with was are be this have from or but not by what all we when can there an which if then so",
-    "de": "der die das und ist nicht ein eine mit für auf den dem wir auch sich von zu wenn dann also daher gilt sind wird haben",
-    "fr": "le la les et est une des du que dans pour qui sur avec pas nous donc alors ce cette sont au par plus ou mais on",
-    "es": "el los las y es una que para con por del se como más pero su entonces si lo esto está son al porque cuando hay",
-    "it": "il gli e è una che di per con non del della sono anche come più quindi allora questo se ma dei abbiamo",
-    "pt": "o os e é uma que para com não do da dos das em por mais como mas então se isso são ao temos",
-}  # fmt: skip
+    "en": "the of and to is that it for as with was are be this have "
+    "from or but not by what all we when can there an which if then so",
+    "de": "der die das und ist nicht ein eine mit für auf den dem wir "
+    "auch sich von zu wenn dann also daher gilt sind wird haben",
+    "fr": "le la les et est une des du que dans pour qui sur avec "
+    "pas nous donc alors ce cette sont au par plus ou mais on",
+    "es": "el los las y es una que para con por del se como más "
+    "pero su entonces si lo esto está son al porque cuando hay",
+    "it": "il gli e è una che di per con non del della sono "
+    "anche come più quindi allora questo se ma dei abbiamo",
+    "pt": "o os e é uma que para com não do da dos das "
+    "em por mais como mas então se isso são ao temos",
+}
 LANGUAGES: dict[str, set[str]] = {  # language -> the scripts it is written in
-    "zh": {"han"}, "ja": {"han", "kana"}, "ko": {"hangul"}, "ru": {"cyrillic"}, "ar": {"arabic"}, "hi": {"devanagari"}, "el": {"greek"},
-    "th": {"thai"}, "he": {"hebrew"}, **{name: {"latin"} for name in SMALL},
-}  # fmt: skip
-OWNERS = {word: [name for name, words in SMALL.items() if word in words.split()] for words in SMALL.values() for word in words.split()}
+    "zh": {"han"},
+    "ja": {"han", "kana"},
+    "ko": {"hangul"},
+    "ru": {"cyrillic"},
+    "ar": {"arabic"},
+    "hi": {"devanagari"},
+    "el": {"greek"},
+    "th": {"thai"},
+    "he": {"hebrew"},
+    **{name: {"latin"} for name in SMALL},
+}
+OWNERS = {
+    word: [name for name, words in SMALL.items() if word in words.split()]
+    for words in SMALL.values()
+    for word in words.split()
+}
 FORMULA = re.compile(
     r"\$[^$]*\$|\\\([^()]*\\\)|\\\[[^\[\]]*\\\]|```[^`]*```|`[^`]*`|\\[A-Za-z]+|https?:\S+|(?<![A-Za-z])[A-Za-z\u0370-\u03ff](?![A-Za-z\u0370-\u03ff])"
 )
@@ -44,11 +71,16 @@ FORMULA = re.compile(
 def prepare(language: str | None = None) -> None:
     """Raises UserError for a language that is not known."""
     if language is not None and language not in LANGUAGES:
-        raise UserError(f"rewards.language.options.language: got {language!r}; have {', '.join(sorted(LANGUAGES))}")
+        raise UserError(
+            f"rewards.language.options.language: got {language!r}; have "
+            f"{', '.join(sorted(LANGUAGES))}"
+        )
 
 
 def reward(completion: Completion, problem: Problem, *, language: str | None = None) -> float:
-    """0 to 1: the share of the thoughts' words in `language` (default: the question's). 1 without words: formulas are of no language.
+    """0 to 1: the share of the thoughts' words in `language` (default: the question's).
+
+    1 without words: formulas are of no language.
 
     Source: DeepSeek-R1 2501.12948 section 2.3.2, which does not say how languages are told apart.
     """
@@ -57,9 +89,12 @@ def reward(completion: Completion, problem: Problem, *, language: str | None = N
 
 
 def share(text: str, language: str) -> float:
-    """The share of a text's words in a language: `share("So x 是 the answer", "en")` is 3/4. A Han character counts as a word.
+    """The share of a text's words in a language: `share("So x 是 the answer", "en")` is 3/4.
 
-    Of words in Latin letters, as many are foreign as there are foreign words among the small ones ("the", "und", "est").
+    A Han character counts as a word.
+
+    Of words in Latin letters, as many are foreign as there are foreign words among the small ones
+    ("the", "und", "est").
     """
     counts, small = _counts(text)
     total = sum(counts.values())
@@ -86,7 +121,10 @@ def of(text: str) -> str:
 
 
 def _counts(text: str) -> tuple[Counter[str], Counter[str]]:
-    """Words by script, and small words by language; formulas, code, links and single letters left out."""
+    """Words by script, and small words by language.
+
+    Formulas, code, links and single letters left out.
+    """
     counts: Counter[str] = Counter()
     small: Counter[str] = Counter()
     for match in PATTERN.finditer(FORMULA.sub(" ", text)):

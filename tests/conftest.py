@@ -9,7 +9,8 @@ import torch
 
 from grpo.cli import QUIET
 
-os.environ.update(QUIET | {"HF_HUB_OFFLINE": "1"})  # before anything of the hub is imported: no test asks it
+# before anything of the hub is imported: no test asks it
+os.environ.update(QUIET | {"HF_HUB_OFFLINE": "1"})
 from grpo import config as configs
 from grpo import models
 
@@ -45,14 +46,21 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Returns `make(kind, **overrides) -> directory` of a model with about 100,000 random weights, big enough to have opinions."""
+    """Returns `make(kind, **overrides) -> directory` of a model with about 100,000 random weights,
+    big enough to have opinions.
+    """
     made: dict[str, Path] = {}
 
     def make(kind: str = "tiny-qwen2", **overrides) -> Path:
         key = f"{kind}-{sorted(overrides.items())}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp(kind)
-            models.make_tiny(kind, made[key], 0, **(TINY_SHAPE | {"initializer_range": 0.1} | MLA.get(kind, {}) | overrides))
+            models.make_tiny(
+                kind,
+                made[key],
+                0,
+                **(TINY_SHAPE | {"initializer_range": 0.1} | MLA.get(kind, {}) | overrides),
+            )
         return made[key]
 
     return make
@@ -76,5 +84,9 @@ def tiny_config(run_dir, model_dir, **sections) -> configs.Config:
         "logging": {"progress": "off"},
     }
     for name, section in sections.items():
-        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) and name != "rewards" else section
+        tree[name] = (
+            {**tree.get(name, {}), **section}
+            if isinstance(section, dict) and name != "rewards"
+            else section
+        )
     return configs.parse(tree)

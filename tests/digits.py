@@ -1,4 +1,7 @@
-"""A user's own reward, as it could lie in a working directory: the share of digits among twelve characters."""
+"""A user's own reward, as it could lie in a working directory.
+
+The share of digits among twelve characters.
+"""
 
 import os
 
@@ -7,9 +10,12 @@ def share(completion, problem):
     return sum(char.isdigit() for char in completion.text) / 12
 
 
-def share_until_the_third(completion, problem, calls=[]):  # noqa: B006 - counts the calls of a process
+CALLS = []  # of share_until_the_third in this process
+
+
+def share_until_the_third(completion, problem):
     """Fails on one of two ranks, after two rollouts and the evaluation before them."""
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) > int(os.environ["CALLS"]):
+    CALLS.append(1)
+    if os.environ["RANK"] == "1" and len(CALLS) > int(os.environ["CALLS"]):
         raise ValueError("no more")
     return share(completion, problem)

@@ -1,4 +1,7 @@
-"""An engine process with one fault put in, named by GRPO_TEST_FAULT: what the canary, the probe and the transfer's checks must see."""
+"""An engine process with one fault put in, named by GRPO_TEST_FAULT.
+
+What the canary, the probe and the transfer's checks must see.
+"""
 
 import os
 import sys
@@ -31,15 +34,28 @@ def install():
             if FAULT == "missing layer":
                 rows = [(name, tensor) for name, tensor in rows if ".layers.1." not in name]
             if FAULT == "zeroed":
-                rows = [(name, tensor.zero_() if name.endswith("layers.0.self_attn.v_proj.weight") else tensor) for name, tensor in rows]
+                rows = [
+                    (
+                        name,
+                        tensor.zero_()
+                        if name.endswith("layers.0.self_attn.v_proj.weight")
+                        else tensor,
+                    )
+                    for name, tensor in rows
+                ]
             if FAULT == "swapped":
-                one, two = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+                one, two = (
+                    "model.layers.0.mlp.gate_proj.weight",
+                    "model.layers.0.mlp.up_proj.weight",
+                )
                 tensors = dict(rows)
                 rows = [(name, tensors[{one: two, two: one}.get(name, name)]) for name, _ in rows]
             if FAULT == "stale layer":  # every update brings the first one's layer
                 for name, tensor in rows:
                     kept.setdefault(name, tensor.clone())
-                rows = [(name, kept[name] if ".layers.1." in name else tensor) for name, tensor in rows]
+                rows = [
+                    (name, kept[name] if ".layers.1." in name else tensor) for name, tensor in rows
+                ]
             return iter(rows)
 
         _transfer.Arrivals._passing = faulty

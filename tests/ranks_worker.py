@@ -1,4 +1,7 @@
-"""What each rank of a test's learner does: `python ranks_worker.py MODEL FOLDER`, alone or under torchrun. Rank 0 writes what came out."""
+"""What each rank of a test's learner does.
+
+`python ranks_worker.py MODEL FOLDER`, alone or under torchrun. Rank 0 writes what came out.
+"""
 
 import json
 import sys
@@ -23,32 +26,63 @@ deepspeed.BUCKET = 2**14  # bytes: ZeRO-3 makes the model whole in many parts
 
 def batches(seed):
     rows = samples(seed, count=7)
-    return micro_batches(rows, token_weights(rows, "sequence", 20), max_tokens=60, share=(ranks.rank(), ranks.count()))
+    return micro_batches(
+        rows,
+        token_weights(rows, "sequence", 20),
+        max_tokens=60,
+        share=(ranks.rank(), ranks.count()),
+    )
 
 
 def learner(model, folder, stage, dtype):
-    more = {"weight_decay": 0.1, "max_grad_norm": 0.5, "logits_chunk_tokens": 8}  # ranks have unequal numbers of such chunks
-    config = tiny_config(folder, model, model={"dtype": dtype}, learner={"zero_stage": stage, **more})
+    # ranks have unequal numbers of such chunks
+    more = {"weight_decay": 0.1, "max_grad_norm": 0.5, "logits_chunk_tokens": 8}
+    config = tiny_config(
+        folder, model, model={"dtype": dtype}, learner={"zero_stage": stage, **more}
+    )
     return Learner(models.load_model(model, "eager"), config, loss)
 
 
 def shared(model, folder, stage):
-    """Returns what updates say, and their weights, where all ranks share each micro-batch: of the packed model, with all that a loss can
-    have."""
+    """Returns what updates say, and their weights, where all ranks share each micro-batch.
+
+    Of the packed model, with all that a loss can have.
+    """
     algorithm = {"preset": "gspo", "entropy_coef": 0.01, "kl_coef": 0.1}
     config = tiny_config(
-        folder, model, model={"gradient_checkpointing": True}, algorithm=algorithm,
+        folder,
+        model,
+        model={"gradient_checkpointing": True},
+        algorithm=algorithm,
         learner={"zero_stage": stage, "sequence_parallel": ranks.count()},
-    )  # fmt: skip
-    one = Learner(models.load_model(model, "packed"), config, gspo, models.load_model(model, "packed"))
-    long = Sample(token_ids=tuple(range(7, 60)), prompt_length=52, advantages=(1.0,), sampler_logprobs=(-5.0,))
+    )
+    one = Learner(
+        models.load_model(model, "packed"), config, gspo, models.load_model(model, "packed")
+    )
+    long = Sample(
+        token_ids=tuple(range(7, 60)), prompt_length=52, advantages=(1.0,), sampler_logprobs=(-5.0,)
+    )
     rows = []
     for seed in range(UPDATES):
-        given = [*samples(seed, count=7), long]  # the first half of the last one's stream predicts nothing
-        made = micro_batches(given, token_weights(given, "sequence", 20), max_tokens=60, packed=True, share=one.share)
-        made = [replace(b, ref_logprobs=ref) for b, (ref, _) in zip(made, one.score(made, reference=True), strict=True)]
+        # the first half of the last one's stream predicts nothing
+        given = [*samples(seed, count=7), long]
+        made = micro_batches(
+            given, token_weights(given, "sequence", 20), max_tokens=60, packed=True, share=one.share
+        )
+        made = [
+            replace(b, ref_logprobs=ref)
+            for b, (ref, _) in zip(made, one.score(made, reference=True), strict=True)
+        ]
         rows.append(one.update(made))
-    kept = ("loss", "policy/grad_norm", "policy/entropy", "kl/ref", "update/tokens", "mismatch/effective", "mismatch/max_weight")
+    kept = (
+        "loss",
+        "policy/grad_norm",
+        "policy/entropy",
+        "kl/ref",
+        "update/tokens",
+        "mismatch/effective",
+        "mismatch/max_weight",
+    )
     return [{key: row[key] for key in kept} for row in rows], weights(one)
 
 
@@ -58,19 +92,26 @@ def weights(learner):
 
 def goes_on(learner, first, last):
     rows = [learner.update(batches(seed)) for seed in range(first, last)]
-    return [{key: row[key] for key in ("loss", "policy/grad_norm", "policy/entropy", "update/tokens")} for row in rows]
+    return [
+        {key: row[key] for key in ("loss", "policy/grad_norm", "policy/entropy", "update/tokens")}
+        for row in rows
+    ]
 
 
 def main(model, folder):
-    """Trains by every ZeRO stage, half way from a fresh start and from there on; then from the other world's checkpoints, if they are
-    there; perturbs and restores."""
+    """Trains by every ZeRO stage, half way from a fresh start and from there on.
+
+    Then from the other world's checkpoints, if they are there; perturbs and restores.
+    """
     ranks.join(60)
     found = {}
     for stage, dtype in COMBINATIONS:
         name = f"{stage}-{dtype}"
         one = learner(model, folder, stage, dtype)
         rows = goes_on(one, 0, UPDATES // 2)
-        ranks.first("the folder", lambda name=name: (folder / name).mkdir(parents=True, exist_ok=True))
+        ranks.first(
+            "the folder", lambda name=name: (folder / name).mkdir(parents=True, exist_ok=True)
+        )
         one.save(folder / name)
         rows += goes_on(one, UPDATES // 2, UPDATES)
         before = weights(one)
@@ -79,9 +120,10 @@ def main(model, folder):
             moved = weights(one)
         after = weights(one)
         found[name] = {
-            "rows": rows, "perturbed": all((moved[n] != before[n]).any().item() for n in before),
+            "rows": rows,
+            "perturbed": all((moved[n] != before[n]).any().item() for n in before),
             "restored": all(torch.equal(after[n], before[n]) for n in before),
-        }  # fmt: skip
+        }
         if ranks.rank() == 0:
             torch.save(before, folder / f"{name}.pt")
         other = folder.parent / ("two" if ranks.count() == 1 else "one") / name

@@ -10,7 +10,9 @@ from grpo.advantages import advantages, has_signal, lengths, to_samples
 from grpo.types import Completion, Group, Problem, ScoredGroup
 
 GROUP_KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std")
-rewards = st.lists(st.one_of(st.none(), st.sampled_from([0.0, 0.1, 0.3, 0.9, 1.0, 1.1])), min_size=1, max_size=12)
+rewards = st.lists(
+    st.one_of(st.none(), st.sampled_from([0.0, 0.1, 0.3, 0.9, 1.0, 1.1])), min_size=1, max_size=12
+)
 
 
 def of_group(rewards_G, kind):
@@ -19,9 +21,12 @@ def of_group(rewards_G, kind):
 
 
 def test_golden_numbers():
-    # mean 0.5, population std 0.5 -> +-1; mean 0.25, std sqrt(3)/4 = 0.4330 -> 0.75/0.4330 = 1.7320, -0.25/0.4330 = -0.5774
+    # mean 0.5, population std 0.5 -> +-1; mean 0.25, std sqrt(3)/4 = 0.4330 -> 0.75/0.4330 =
+    # 1.7320, -0.25/0.4330 = -0.5774
     assert of_group([1, 0, 0, 1], "group_std") == pytest.approx([1, -1, -1, 1], abs=1e-5)
-    assert of_group([1, 0, 0, 0], "group_std") == pytest.approx([1.7320, -0.5774, -0.5774, -0.5774], abs=1e-4)
+    assert of_group([1, 0, 0, 0], "group_std") == pytest.approx(
+        [1.7320, -0.5774, -0.5774, -0.5774], abs=1e-4
+    )
     assert of_group([1, 0, 0, 0], "none") == [0.75, -0.25, -0.25, -0.25]
     # the mean of the others is 0 for the first, 1/3 for the rest
     assert of_group([1, 0, 0, 0], "leave_one_out") == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
@@ -30,20 +35,27 @@ def test_golden_numbers():
 def test_batch_std_is_that_of_all_rewards_and_the_baseline_the_groups():
     # all rewards 1 0 0 0 | 1 1 1 0: mean 0.5, std 0.5; group means 0.25 and 0.75
     found = advantages([[1, 0, 0, 0], [1, 1, 1, 0]], [[1] * 4] * 2, "batch_std")
-    assert [value for row in found for (value,) in row] == pytest.approx([1.5, -0.5, -0.5, -0.5, 0.5, 0.5, 0.5, -1.5], abs=1e-5)
+    assert [value for row in found for (value,) in row] == pytest.approx(
+        [1.5, -0.5, -0.5, -0.5, 0.5, 0.5, 0.5, -1.5], abs=1e-5
+    )
 
 
 def test_centered_std_is_that_of_what_is_left_of_the_rewards():
     # 1 0 0 0 | 1 1 1 0, less the means 0.25 and 0.75: 0.75 -0.25 x3 | 0.25 x3 -0.75: std sqrt(3)/4
     found = advantages([[1, 0, 0, 0], [1, 1, 1, 0]], [[1] * 4] * 2, "centered_std")
-    assert found[0][0][0] == pytest.approx(1.7320, abs=1e-4) and found[1][0][0] == pytest.approx(0.5774, abs=1e-4)
+    assert found[0][0][0] == pytest.approx(1.7320, abs=1e-4) and found[1][0][0] == pytest.approx(
+        0.5774, abs=1e-4
+    )
 
 
 def test_batch_normalises_the_return_of_every_token():
     # rewards 1 and 0, penalties 0.5 0.5 and 0: returns 0 0.5 and 0: mean 1/6, std sqrt(2)/6
     found = advantages([[1, 0]], [[2, 1]], "batch", [[[0.5, 0.5], [0.0]]])
     assert [*found[0][0], *found[0][1]] == pytest.approx([-0.7071, 1.4142, -0.7071], abs=1e-4)
-    assert advantages([[1, None], [1, 1]], [[1, 2], [1, 1]], "batch") == [[(0.0,), (0.0, 0.0)], [(0.0,), (0.0,)]]
+    assert advantages([[1, None], [1, 1]], [[1, 2], [1, 1]], "batch") == [
+        [(0.0,), (0.0, 0.0)],
+        [(0.0,), (0.0,)],
+    ]
 
 
 def test_penalties_lower_a_completions_reward_before_the_baseline():
@@ -87,12 +99,28 @@ def test_unequal_groups_stay_relative_to_themselves(groups):
 
 def scored(rewards_G):
     completions = tuple(
-        Completion(token_ids=(7, 8, 9)[: i + 1], logprobs=(-1.0,) * (i + 1), text="", finish_reason="stop", versions=((0, 0, i + 1),))
+        Completion(
+            token_ids=(7, 8, 9)[: i + 1],
+            logprobs=(-1.0,) * (i + 1),
+            text="",
+            finish_reason="stop",
+            versions=((0, 0, i + 1),),
+        )
         for i in range(len(rewards_G))
     )
-    group = Group(problem=Problem(id="p", question="", answer="", source=""), prompt_ids=(5, 6), completions=completions)
+    group = Group(
+        problem=Problem(id="p", question="", answer="", source=""),
+        prompt_ids=(5, 6),
+        completions=completions,
+    )
     none = (None,) * len(rewards_G)
-    return ScoredGroup(group=group, rewards=tuple(rewards_G), parts=({},) * len(rewards_G), verdicts=none, faults=({},) * len(rewards_G))
+    return ScoredGroup(
+        group=group,
+        rewards=tuple(rewards_G),
+        parts=({},) * len(rewards_G),
+        verdicts=none,
+        faults=({},) * len(rewards_G),
+    )
 
 
 def test_samples_repeat_the_advantage_over_a_completions_tokens_and_drop_the_undecided():
@@ -107,6 +135,10 @@ def test_samples_repeat_the_advantage_over_a_completions_tokens_and_drop_the_und
 def test_a_masked_completion_counts_in_the_baseline_only():
     whole = scored([1.0, 0.0])
     cut = replace(whole.group.completions[1], finish_reason="length")
-    groups = [replace(whole, group=replace(whole.group, completions=(whole.group.completions[0], cut)))]
-    (sample,) = to_samples(groups, advantages([whole.rewards], lengths(groups), "none"), mask_truncated=True)
+    groups = [
+        replace(whole, group=replace(whole.group, completions=(whole.group.completions[0], cut)))
+    ]
+    (sample,) = to_samples(
+        groups, advantages([whole.rewards], lengths(groups), "none"), mask_truncated=True
+    )
     assert sample.advantages == (0.5,)

@@ -1,4 +1,8 @@
-"""Checkpoints: what has its final name is whole, whatever happens while it is written; nothing is kept that should not be."""
+"""Checkpoints.
+
+What has its final name is whole, whatever happens while it is written; nothing is kept that should
+not be.
+"""
 
 import json
 import resource
@@ -22,7 +26,11 @@ def run_directory(tmp_path, **options):
 
 
 def save(run, rollouts, content="weights", **metrics):
-    return run.save(rollouts, {"metrics": metrics}, lambda directory: write_file(directory / "weights.bin", content))
+    return run.save(
+        rollouts,
+        {"metrics": metrics},
+        lambda directory: write_file(directory / "weights.bin", content),
+    )
 
 
 def test_an_error_while_writing_leaves_the_old_directory_whole_and_nothing_beside_it(tmp_path):
@@ -43,7 +51,10 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_last_good_one_s
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(RunError, match=r"step-000002 could not be written .*is the disk full\? Last good: .*step-000001"):
+        with pytest.raises(
+            RunError,
+            match=r"step-000002 could not be written .*is the disk full\? Last good: .*step-000001",
+        ):
             save(run, 2, "x" * 2_000_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -96,7 +107,9 @@ def test_metrics_and_samples_past_a_checkpoint_are_cut_off(tmp_path):
         file.write('{"step": 5, "rew')  # killed in the middle of a line
     run.cut(2)
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [0, 1, 2]
-    assert sorted(p.name for p in run.samples.iterdir()) == [f"step-00000{i}.jsonl" for i in range(3)]
+    assert sorted(p.name for p in run.samples.iterdir()) == [
+        f"step-00000{i}.jsonl" for i in range(3)
+    ]
 
 
 def test_a_run_directory_is_taken_once(tmp_path):
@@ -124,7 +137,9 @@ def test_a_run_of_an_older_version_goes_on_and_a_changed_key_is_named(tmp_path):
     check_same(tmp_path, config)
     written["learner"]["weight_decay"] = 0.5
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-    with pytest.raises(UserError, match=r"its config is another one: learner.weight_decay was 0.5, is 0.0"):
+    with pytest.raises(
+        UserError, match=r"its config is another one: learner.weight_decay was 0.5, is 0.0"
+    ):
         check_same(tmp_path, config)
 
 
@@ -133,7 +148,10 @@ def test_a_mistake_that_shows_late_keeps_what_is_done_and_is_in_the_manifest(tin
     for name in (None, "warm_start/manifest.json", "int8/config.json", "metrics.jsonl"):
         config = tiny_config(tmp_path / str(name).replace("/", "-"), tiny())
         file = name and Path(config.run_dir) / name
-        with pytest.raises(UserError, match="too late"), open_stage(config, "train", total=1, unit="step", resume=False) as stage:
+        with (
+            pytest.raises(UserError, match="too late"),
+            open_stage(config, "train", total=1, unit="step", resume=False) as stage,
+        ):
             if file:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text("")

@@ -1,4 +1,6 @@
-"""Configs: every mistake is one line that names the key and the way out, before anything heavy is imported."""
+"""Configs: every mistake is one line that names the key and the way out, before anything heavy is
+imported.
+"""
 
 import subprocess
 import sys
@@ -18,11 +20,18 @@ OF_OTHER_STAGES = {  # what they leave, in place of which here something else mu
     "tiny_quantize": ["model.path=tiny-qwen2"],
     "tiny_distill": ["data={name: arithmetic}"],
 }
-MINIMAL = {"run_dir": "runs/x", "model": {"path": "tiny-qwen2"}, "data": {"name": "arithmetic"}, "train": {"rollouts": 3}}
+MINIMAL = {
+    "run_dir": "runs/x",
+    "model": {"path": "tiny-qwen2"},
+    "data": {"name": "arithmetic"},
+    "train": {"rollouts": 3},
+}
 
 
 def with_(**overrides):
-    return configs.apply_overrides(MINIMAL, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+    return configs.apply_overrides(
+        MINIMAL, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,14 +39,29 @@ def with_(**overrides):
     [
         ({"model__dtyp": "float32"}, r"model.dtyp: no such key; have .*did you mean dtype\?"),
         ({"rewars": "{}"}, r"rewars: no such key.*did you mean rewards\?"),
-        ({"data__mixture": "{gsm8k: {wieght: 1}}", "data__name": ""}, r"data.mixture.gsm8k.wieght: no such key.*did you mean weight\?"),
+        (
+            {"data__mixture": "{gsm8k: {wieght: 1}}", "data__name": ""},
+            r"data.mixture.gsm8k.wieght: no such key.*did you mean weight\?",
+        ),
         ({"data__mixture": "{gsm8k: {}}"}, "data: give either name"),
-        ({"train__group_size": "1"}, "train.group_size: input should be greater than or equal to 2, got 1"),
-        ({"train__updates_per_rollout": "5", "train__problems": "4"}, "4 problems x 8 completions = 32 .* near values that work: 4, 8"),
+        (
+            {"train__group_size": "1"},
+            "train.group_size: input should be greater than or equal to 2, got 1",
+        ),
+        (
+            {"train__updates_per_rollout": "5", "train__problems": "4"},
+            "4 problems x 8 completions = 32 .* near values that work: 4, 8",
+        ),
         ({"learner__zero_stage": "0"}, "zero_stage=0 keeps no float32 master weights"),
         ({"learner__micro_batch_tokens": "100"}, "one sequence can have .* = 1536 tokens"),
-        ({"learner__sequence_parallel": "2", "model__attention": "sdpa"}, "sequence_parallel needs model.attention=packed"),
-        ({"sampling__temperature": "hot"}, "sampling.temperature: input should be a valid number.*got 'hot'"),
+        (
+            {"learner__sequence_parallel": "2", "model__attention": "sdpa"},
+            "sequence_parallel needs model.attention=packed",
+        ),
+        (
+            {"sampling__temperature": "hot"},
+            "sampling.temperature: input should be a valid number.*got 'hot'",
+        ),
         ({"rewards": "{}"}, "rewards is empty"),
     ],
 )
@@ -53,7 +77,11 @@ def test_a_missing_section_is_named():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "not YAML"), ("- 1", "a config is a mapping"), ("seed: 1\nseed: 2", "key 'seed' is given twice, line 2")],
+    [
+        ("a: [1", "not YAML"),
+        ("- 1", "a config is a mapping"),
+        ("seed: 1\nseed: 2", "key 'seed' is given twice, line 2"),
+    ],
 )
 def test_broken_yaml_is_told(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
@@ -68,9 +96,15 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 
 
 def test_overrides_are_yaml_and_scientific_notation_is_a_number():
-    tree = configs.apply_overrides(MINIMAL, ["learner.lr=3e-5", "rewards={accuracy: 1.0}", "model.warm_start="])
+    tree = configs.apply_overrides(
+        MINIMAL, ["learner.lr=3e-5", "rewards={accuracy: 1.0}", "model.warm_start="]
+    )
     config = configs.parse(tree)
-    assert config.learner.lr == 3e-5 and config.rewards == {"accuracy": configs.Reward(weight=1.0)} and config.model.warm_start is None
+    assert (
+        config.learner.lr == 3e-5
+        and config.rewards == {"accuracy": configs.Reward(weight=1.0)}
+        and config.model.warm_start is None
+    )
     assert "learner" not in MINIMAL
 
 
@@ -88,8 +122,15 @@ def test_a_dumped_config_is_the_same_config():
 
 
 def test_a_mixtures_sets_inherit_the_path():
-    config = configs.parse(with_(data__name="", data__path="/d", data__mixture="{gsm8k: {weight: 3}, math: {path: /m}}"))
-    assert {name: source.path for name, source in config.data.sources.items()} == {"gsm8k": "/d", "math": "/m"}
+    config = configs.parse(
+        with_(
+            data__name="", data__path="/d", data__mixture="{gsm8k: {weight: 3}, math: {path: /m}}"
+        )
+    )
+    assert {name: source.path for name, source in config.data.sources.items()} == {
+        "gsm8k": "/d",
+        "math": "/m",
+    }
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.stem)
@@ -105,16 +146,34 @@ def test_every_shipped_config_is_right_and_short(path, capsys, monkeypatch):
 
 
 def test_an_evaluation_shows_what_it_would_do(tiny, tmp_path, capsys):
-    config = {"run_dir": str(tmp_path / "run"), "model": {"path": str(tiny()), "dtype": "float32"}, "data": {"name": "arithmetic"}}
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(tiny()), "dtype": "float32"},
+        "data": {"name": "arithmetic"},
+    }
     config |= {"prompt": {"template": "plain", "max_tokens": 48}, "sampling": {"max_tokens": 16}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    assert cli.main(["eval", str(tmp_path / "c.yaml"), "eval={protocol: greedy, problems: 7}", "--dry-run"]) == 0
+    assert (
+        cli.main(
+            ["eval", str(tmp_path / "c.yaml"), "eval={protocol: greedy, problems: 7}", "--dry-run"]
+        )
+        == 0
+    )
     told = capsys.readouterr().out
-    assert "1 completions of at most 16 tokens at temperature 0" in told and "at most 7 problems" in told and "prompt (" in told
+    assert (
+        "1 completions of at most 16 tokens at temperature 0" in told
+        and "at most 7 problems" in told
+        and "prompt (" in told
+    )
 
 
 def test_importing_the_package_and_its_config_imports_nothing_heavy():
     program = "import sys, grpo, grpo.types, grpo.config, grpo.cli; "
-    program += "print(*[m for m in ('torch', 'vllm', 'transformers', 'deepspeed', 'datasets') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program += (
+        "print(*[m for m in ('torch', 'vllm', 'transformers', 'deepspeed', 'datasets') if m in "
+        "sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == ""

@@ -17,8 +17,19 @@ GSM8K = [
     {"id": "x1", "problem": "Half of 4,000?", "answer": 2000, "solution": None},
 ]
 MATH = [
-    {"problem": "Double 1?", "answer": "2", "level": 1, "subject": "Algebra", "solution": "It is $\\boxed{2}$."},
-    {"problem": "Half?", "solution": "So $\\boxed{\\frac{1}{2}}$.", "level": "Level 5", "type": "Geometry"},
+    {
+        "problem": "Double 1?",
+        "answer": "2",
+        "level": 1,
+        "subject": "Algebra",
+        "solution": "It is $\\boxed{2}$.",
+    },
+    {
+        "problem": "Half?",
+        "solution": "So $\\boxed{\\frac{1}{2}}$.",
+        "level": "Level 5",
+        "type": "Geometry",
+    },
     {"problem": "None?", "solution": "So $\\boxed{}$.", "level": "Level ?", "type": "Geometry"},
 ]
 
@@ -29,24 +40,46 @@ def write(path, rows):
 
 
 def completion(text: str) -> Completion:
-    return Completion(token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),))
+    return Completion(
+        token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),)
+    )
 
 
 def test_gsm8k_reads_the_local_schema_from_its_folder(tmp_path):
     write(tmp_path / "gsm8k_test.jsonl", GSM8K)
     assert gsm8k.load("test", seed=0, path=str(tmp_path)) == [
-        Problem(id="gsm8k/test/0", question="1 and 1?", answer="2", source="gsm8k", solution="1+1=2"),
+        Problem(
+            id="gsm8k/test/0", question="1 and 1?", answer="2", source="gsm8k", solution="1+1=2"
+        ),
         Problem(id="gsm8k/test/1", question="Half of 4,000?", answer="2000", source="gsm8k"),
     ]
 
 
 def test_sets_to_judge_by_are_read_in_both_forms_and_refused_for_training(tmp_path):
-    write(tmp_path / "aime25.jsonl", [{"id": "a", "problem": "P?", "answer": "70", "source": "AIME 2025", "level": None}])
+    write(
+        tmp_path / "aime25.jsonl",
+        [{"id": "a", "problem": "P?", "answer": "70", "source": "AIME 2025", "level": None}],
+    )
     write(tmp_path / "amc23.jsonl", [{"question": "Q?", "answer": 27.5}])
-    write(tmp_path / "olympiad.jsonl", [{"question": "R?", "final_answer": ["$2$", "$3$"], "unit": "m", "solution": ["one", "two"]}])
-    write(tmp_path / "minerva.jsonl", [{"problem": "S?", "answer": "1.6", "solution": "So 1.6.", "subject": "Astronomy"}])
+    write(
+        tmp_path / "olympiad.jsonl",
+        [
+            {
+                "question": "R?",
+                "final_answer": ["$2$", "$3$"],
+                "unit": "m",
+                "solution": ["one", "two"],
+            }
+        ],
+    )
+    write(
+        tmp_path / "minerva.jsonl",
+        [{"problem": "S?", "answer": "1.6", "solution": "So 1.6.", "subject": "Astronomy"}],
+    )
     folder = str(tmp_path)
-    assert aime.load("test", seed=0, path=folder, year=2025) == [Problem(id="aime/2025/0", question="P?", answer="70", source="aime")]
+    assert aime.load("test", seed=0, path=folder, year=2025) == [
+        Problem(id="aime/2025/0", question="P?", answer="70", source="aime")
+    ]
     assert amc.load("test", seed=0, path=folder)[0].answer == "27.5"
     (problem,) = olympiadbench.load("test", seed=0, path=folder)
     assert problem.answer == "$2$" and problem.meta == {"unit": "m"} and problem.solution is None
@@ -69,9 +102,18 @@ def test_general_prompts_need_no_answers_and_are_all_for_training(tmp_path):
 
 
 def test_gsm8k_reads_the_hubs_schema(tmp_path):
-    path = write(tmp_path / "any.jsonl", [{"question": "Q?", "answer": "She has 2*600=<<2*600=1200>>1200.\n#### 1,200"}])
+    path = write(
+        tmp_path / "any.jsonl",
+        [{"question": "Q?", "answer": "She has 2*600=<<2*600=1200>>1200.\n#### 1,200"}],
+    )
     assert gsm8k.load("train", seed=0, path=path) == [
-        Problem(id="gsm8k/train/0", question="Q?", answer="1200", source="gsm8k", solution="She has 2*600=1200.")
+        Problem(
+            id="gsm8k/train/0",
+            question="Q?",
+            answer="1200",
+            source="gsm8k",
+            solution="She has 2*600=1200.",
+        )
     ]
 
 
@@ -84,8 +126,15 @@ def test_parquet_gives_the_same_problems_as_jsonl(tmp_path):
 
 def test_a_file_that_changed_is_read_anew(tmp_path):
     for answer in ("1", "2"):
-        datasets.Dataset.from_list([{"question": "Q?", "answer": answer}]).to_parquet(tmp_path / "mine.parquet")
-        assert jsonl.load("train", seed=0, path=str(tmp_path / "mine.parquet"), test_fraction=0.0)[0].answer == answer
+        datasets.Dataset.from_list([{"question": "Q?", "answer": answer}]).to_parquet(
+            tmp_path / "mine.parquet"
+        )
+        assert (
+            jsonl.load("train", seed=0, path=str(tmp_path / "mine.parquet"), test_fraction=0.0)[
+                0
+            ].answer
+            == answer
+        )
 
 
 def test_math_keeps_level_and_subject_and_opens_the_box_where_there_is_no_answer(tmp_path):
@@ -98,26 +147,48 @@ def test_math_keeps_level_and_subject_and_opens_the_box_where_there_is_no_answer
 
 def test_math_levels_select_and_ids_stay(tmp_path):
     path = write(tmp_path / "math500.jsonl", MATH[:2])
-    assert [problem.id for problem in math.load("test", seed=0, path=path, levels=[4, 5])] == ["math/test/1"]
+    assert [problem.id for problem in math.load("test", seed=0, path=path, levels=[4, 5])] == [
+        "math/test/1"
+    ]
     with pytest.raises(UserError, match="levels"):
         math.load("test", seed=0, path=path, levels=[6])
 
 
 def test_own_file_takes_any_question_name_and_keeps_further_fields(tmp_path):
     rows = [
-        {"prompt": "Q?", "answer": 4.5, "id": 7, "source": "mine", "when": "2024-01-01", "numbers": [1]},
+        {
+            "prompt": "Q?",
+            "answer": 4.5,
+            "id": 7,
+            "source": "mine",
+            "when": "2024-01-01",
+            "numbers": [1],
+        },
         {"question": "R?", "answer": "a"},
     ]
-    problems = jsonl.load("train", seed=0, path=write(tmp_path / "mine.jsonl", rows), test_fraction=0.0)
+    problems = jsonl.load(
+        "train", seed=0, path=write(tmp_path / "mine.jsonl", rows), test_fraction=0.0
+    )
     assert problems == [
-        Problem(id="7", question="Q?", answer="4.5", source="mine", meta={"when": "2024-01-01", "numbers": [1]}),
+        Problem(
+            id="7",
+            question="Q?",
+            answer="4.5",
+            source="mine",
+            meta={"when": "2024-01-01", "numbers": [1]},
+        ),
         Problem(id="jsonl/train/1", question="R?", answer="a", source="jsonl"),
     ]
 
 
 def test_own_file_holds_a_share_of_its_questions_out(tmp_path):
-    path = write(tmp_path / "mine.jsonl", [{"question": f"{i}?", "answer": "1"} for i in range(1000)])
-    train, test = ({problem.question for problem in jsonl.load(split, seed=0, path=path)} for split in ("train", "test"))
+    path = write(
+        tmp_path / "mine.jsonl", [{"question": f"{i}?", "answer": "1"} for i in range(1000)]
+    )
+    train, test = (
+        {problem.question for problem in jsonl.load(split, seed=0, path=path)}
+        for split in ("train", "test")
+    )
     assert len(train) + len(test) == 1000
     assert not train & test
     assert 70 < len(test) < 130
@@ -127,20 +198,32 @@ def test_own_test_file_leaves_the_train_file_whole(tmp_path):
     path = write(tmp_path / "mine.jsonl", [{"question": f"{i}?", "answer": "1"} for i in range(50)])
     test_path = write(tmp_path / "held.jsonl", [{"question": "held?", "answer": "2"}])
     assert len(jsonl.load("train", seed=0, path=path, test_path=test_path)) == 50
-    assert [problem.answer for problem in jsonl.load("test", seed=0, path=path, test_path=test_path)] == ["2"]
+    assert [
+        problem.answer for problem in jsonl.load("test", seed=0, path=path, test_path=test_path)
+    ] == ["2"]
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"question": "Q?", "answer": "1"}\n{"question": "R?", answer}\n', "line 2: Expecting property name"),
+        (
+            '{"question": "Q?", "answer": "1"}\n{"question": "R?", answer}\n',
+            "line 2: Expecting property name",
+        ),
         ('{"question": "Q?", "answer": "1"}\n\n{"question": "R?"}\n', "line 3: no field 'answer'"),
         ('{"question": "Q?", "answer": null}\n', "line 1: field 'answer' is empty"),
         ('{"question": " ", "answer": "1"}\n', "line 1: field 'question' is empty"),
         ('{"question": "Q?", "answer": [1]}\n', "line 1: field 'answer' is a list"),
-        ('{"ask": "Q?", "answer": "1"}\n', "line 1: no field 'problem' or 'question' or 'prompt'; have ask, answer"),
+        (
+            '{"ask": "Q?", "answer": "1"}\n',
+            "line 1: no field 'problem' or 'question' or 'prompt'; have ask, answer",
+        ),
         ('["Q?", "1"]\n', "line 1: got a list"),
-        ('{"question": "Q?", "answer": "1", "id": "a"}\n{"question": "R?", "answer": "1", "id": "a"}\n', "id 'a' appears twice"),
+        (
+            '{"question": "Q?", "answer": "1", "id": "a"}\n{"question": "R?", "answer": "1", '
+            '"id": "a"}\n',
+            "id 'a' appears twice",
+        ),
         ("", "no rows"),
     ],
 )
@@ -153,7 +236,9 @@ def test_a_fault_in_a_file_names_its_line(tmp_path, content, words):
 
 
 def test_a_missing_path_says_what_was_looked_for(tmp_path):
-    with pytest.raises(UserError, match=r"none of gsm8k_train\.jsonl, gsm8k_train\.json, gsm8k_train\.parquet"):
+    with pytest.raises(
+        UserError, match=r"none of gsm8k_train\.jsonl, gsm8k_train\.json, gsm8k_train\.parquet"
+    ):
         gsm8k.load("train", seed=0, path=str(tmp_path))
     with pytest.raises(UserError, match="no such file or folder"):
         gsm8k.load("train", seed=0, path=str(tmp_path / "nowhere.jsonl"))
@@ -167,12 +252,17 @@ def test_an_unreachable_hub_gives_the_way_out(monkeypatch):
         raise ConnectionError("Couldn't reach\nthe hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match=r"openai/gsm8k could not be fetched from the hub: give data\.path=.*Couldn't reach\)") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"openai/gsm8k could not be fetched from the hub: give data\.path=.*Couldn't reach\)",
+    ) as caught:
         gsm8k.load("train", seed=0)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("load", [gsm8k.load, math.load, jsonl.load, arithmetic.load, countdown.load])
+@pytest.mark.parametrize(
+    "load", [gsm8k.load, math.load, jsonl.load, arithmetic.load, countdown.load]
+)
 def test_only_train_and_test_are_splits(load):
     with pytest.raises(UserError, match="no split 'valid'; have train, test"):
         load("valid", seed=0)
@@ -183,7 +273,9 @@ def test_a_careless_start_guesses_wrong_and_works_right():
     rows = arithmetic.load("train", seed=0, **options)
     guessed, worked = [], []
     for row in (rows[i] for i in range(500)):
-        thoughts, answer = row.solution.removeprefix("<think>").removesuffix("</answer>").split("</think><answer>")
+        thoughts, answer = (
+            row.solution.removeprefix("<think>").removesuffix("</answer>").split("</think><answer>")
+        )
         (worked if "=" in thoughts else guessed).append(int(answer) - int(row.answer))
     assert 0.5 < len(guessed) / 500 < 0.7 and not any(worked)
     assert {abs(slip) for slip in guessed} == set(range(10))
@@ -203,8 +295,14 @@ def test_scratchpads_worked_by_hand():
 def test_worked_solutions_of_arithmetic_are_right():
     for problem in arithmetic.load("train", seed=0, operations=("+", "-", "*"))[:2000]:
         a, operation, b = re.fullmatch(r"(\d+)([-+*])(\d+)=", problem.question).groups()
-        assert int(problem.answer) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operation] >= 0
-        thoughts, answer = re.fullmatch(r"<think>(.+)</think><answer>(\d+)</answer>", problem.solution).groups()
+        assert (
+            int(problem.answer)
+            == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operation]
+            >= 0
+        )
+        thoughts, answer = re.fullmatch(
+            r"<think>(.+)</think><answer>(\d+)</answer>", problem.solution
+        ).groups()
         assert answer == problem.answer
         assert check(problem.solution)
         steps = [step.split("=") for step in thoughts.split()]
@@ -219,8 +317,15 @@ def test_worked_solutions_of_arithmetic_are_right():
                 x, y, c = map(int, left.split(operation))
                 assert c == carry
                 carry, digit = map(int, right)
-                assert x + y + c == 10 * carry + digit if operation == "+" else x - y - c == digit - 10 * carry
-            assert int(str(carry if operation == "+" else 0) + "".join(right[1] for _, right in reversed(steps))) == int(answer)
+                assert (
+                    x + y + c == 10 * carry + digit
+                    if operation == "+"
+                    else x - y - c == digit - 10 * carry
+                )
+            assert int(
+                str(carry if operation == "+" else 0)
+                + "".join(right[1] for _, right in reversed(steps))
+            ) == int(answer)
 
 
 @pytest.mark.parametrize("load", [arithmetic.load, countdown.load])
@@ -245,7 +350,11 @@ def test_a_drawn_problem_depends_on_seed_and_index_alone(load):
 def test_train_and_test_share_no_content_whatever_the_seed(load, options):
     def content(problem):
         numbers = problem.meta.get("numbers") or map(int, re.findall(r"\d+", problem.question))
-        return tuple(sorted(numbers)), problem.meta.get("target"), re.findall(r"[-+*]", problem.question)[0]
+        return (
+            tuple(sorted(numbers)),
+            problem.meta.get("target"),
+            re.findall(r"[-+*]", problem.question)[0],
+        )
 
     def contents(split, seed):
         return {content(problem) for problem in load(split, seed=seed, size=1500, **options)}
@@ -272,8 +381,10 @@ def test_every_countdown_problem_is_solved_by_its_own_answer():
 def test_countdown_speaks_in_tinyzeros_words():
     problem = countdown.load("train", seed=0)[0]
     assert problem.question == (
-        f"Using the numbers {problem.meta['numbers']}, create an equation that equals {problem.meta['target']}. "
-        "You can use basic arithmetic operations (+, -, *, /) and each number can only be used once."
+        f"Using the numbers {problem.meta['numbers']}, create an equation that equals "
+        f"{problem.meta['target']}. "
+        "You can use basic arithmetic operations (+, -, *, /) and each number can only be used "
+        "once."
     )
 
 
@@ -295,5 +406,8 @@ def test_options_that_cannot_be_are_the_users_error(load, options, words):
 
 def test_countdown_without_any_problem_of_a_split_says_so():
     with pytest.raises(UserError, match=r"no (train|test) problem in 10000 draws"):
-        for split in ("train", "test"):  # 1 and 1 only make 2 or 1: too few contents for both splits
-            countdown.load(split, seed=0, min_numbers=2, max_numbers=2, max_number=1, max_target=1)[0]
+        # 1 and 1 only make 2 or 1: too few contents for both splits
+        for split in ("train", "test"):
+            countdown.load(split, seed=0, min_numbers=2, max_numbers=2, max_number=1, max_target=1)[
+                0
+            ]

@@ -12,7 +12,9 @@ from grpo.types import Problem, UserError
 
 
 def source(name: str, n: int) -> list[Problem]:
-    return [Problem(id=f"{name}/train/{i}", question="?", answer="0", source=name) for i in range(n)]
+    return [
+        Problem(id=f"{name}/train/{i}", question="?", answer="0", source=name) for i in range(n)
+    ]
 
 
 SOURCES = {"a": source("a", 7), "b": source("b", 300), "c": source("c", 1000)}
@@ -38,7 +40,9 @@ def test_shares_fill_a_block(weights):
 
 def test_every_block_holds_the_exact_shares_in_an_order_of_its_own():
     stream = Mixture(SOURCES, WEIGHTS, seed=3)
-    blocks = [[problem.source for problem in stream.take(block * BLOCK, BLOCK)] for block in range(3)]
+    blocks = [
+        [problem.source for problem in stream.take(block * BLOCK, BLOCK)] for block in range(3)
+    ]
     for names in blocks:
         assert Counter(names) == {"a": 33, "b": 667, "c": 300}
     assert blocks[0] != blocks[1] != blocks[2]
@@ -53,7 +57,11 @@ def test_epochs_of_a_source_are_different_permutations():
 
 
 def test_every_source_of_a_mixture_is_gone_through_before_it_repeats():
-    ids = [problem.id for problem in Mixture(SOURCES, WEIGHTS, seed=1).take(0, 5000) if problem.source == "b"]
+    ids = [
+        problem.id
+        for problem in Mixture(SOURCES, WEIGHTS, seed=1).take(0, 5000)
+        if problem.source == "b"
+    ]
     for start in range(0, len(ids) - 300, 300):
         assert len(set(ids[start : start + 300])) == 300
 
@@ -95,9 +103,14 @@ def test_a_negative_position_is_no_position():
 
 
 def test_a_curriculum_sorts_the_first_epoch_and_only_that():
-    problems = [Problem(id=str(i), question="", answer="", source="s", meta={"level": i % 3}) for i in range(30)]
+    problems = [
+        Problem(id=str(i), question="", answer="", source="s", meta={"level": i % 3})
+        for i in range(30)
+    ]
     stream = Mixture({"s": problems}, {"s": 1.0}, 0, "level")
-    first, second = ([problem.meta["level"] for problem in stream.take(start, 30)] for start in (0, 30))
+    first, second = (
+        [problem.meta["level"] for problem in stream.take(start, 30)] for start in (0, 30)
+    )
     assert first == sorted(first) and second != sorted(second)
     assert [p.id for p in stream.take(0, 10)] != [p.id for p in problems if p.meta["level"] == 0]
     with pytest.raises(UserError, match="problem 0 of s has no number 'difficulty' in its meta"):

@@ -1,4 +1,7 @@
-"""Whole runs with the real vLLM and the real DeepSpeed: they learn, they resume bit for bit, they end cleanly however they end."""
+"""Whole runs with the real vLLM and the real DeepSpeed.
+
+They learn, they resume bit for bit, they end cleanly however they end.
+"""
 
 import json
 import os
@@ -27,28 +30,51 @@ def straight(tiny, tmp_path_factory):
 def test_a_run_leaves_what_the_readme_says(straight):
     folder = straight[0] / "run"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["status"] == "finished" and manifest["seed"] == 0 and "torch" in manifest["versions"]
+    assert (
+        manifest["status"] == "finished"
+        and manifest["seed"] == 0
+        and "torch" in manifest["versions"]
+    )
     assert [row["rollout"] for row in rows(folder)] == [0, 1, 2, 3, 4]
     assert all(row["group/no_signal"] < 1 for row in rows(folder)[1:])
     assert (
         rows(folder)[4]["update"] == 8
-        and {"eval/accuracy", "probe/gap", "sync/seconds", "kl/ref", "policy/entropy"} <= rows(folder)[4].keys()
+        and {"eval/accuracy", "probe/gap", "sync/seconds", "kl/ref", "policy/entropy"}
+        <= rows(folder)[4].keys()
     )
-    kept = [json.loads(line) for line in (folder / "samples" / "step-000003.jsonl").read_text().splitlines()]
-    assert len(kept) == 16 and {"problem", "completion", "reward", "parts", "advantage"} <= kept[0].keys()
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+    kept = [
+        json.loads(line)
+        for line in (folder / "samples" / "step-000003.jsonl").read_text().splitlines()
+    ]
+    assert (
+        len(kept) == 16
+        and {"problem", "completion", "reward", "parts", "advantage"} <= kept[0].keys()
+    )
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-000003",
+        "step-000004",
+    ]
     assert configs.load(str(folder / "config.yaml")) == configs.load(straight[1])
 
 
 def test_eval_judges_the_final_model_with_samples_and_greedily(straight, tmp_path):
     final = straight[0] / "run" / "final"
-    overrides = [f"run_dir={tmp_path / 'eval'}", f"model.path={final}", "eval={every: 1, problems: 3, samples: 2, temperature: 1.0}"]
+    overrides = [
+        f"run_dir={tmp_path / 'eval'}",
+        f"model.path={final}",
+        "eval={every: 1, problems: 3, samples: 2, temperature: 1.0}",
+    ]
     run(straight[1], *overrides, command="eval")
     (row,) = rows(tmp_path / "eval")
-    kept = [json.loads(line) for line in (tmp_path / "eval" / "samples" / "eval-000000.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line)
+        for line in (tmp_path / "eval" / "samples" / "eval-000000.jsonl").read_text().splitlines()
+    ]
     assert len(kept) == 3 * 2 + 3
     for prefix, part in (("eval/", kept[:6]), ("eval/greedy/", kept[6:])):
-        assert row[prefix + "digits:share"] == pytest.approx(sum(k["parts"]["digits:share"] for k in part) / len(part))
+        assert row[prefix + "digits:share"] == pytest.approx(
+            sum(k["parts"]["digits:share"] for k in part) / len(part)
+        )
     assert json.loads((tmp_path / "eval" / "manifest.json").read_text())["status"] == "finished"
 
 
@@ -61,17 +87,31 @@ def test_final_loads_in_transformers_and_in_vllm(straight, tmp_path):
     tokenizer = models.load_tokenizer(final)
     settings = configs.Engine(kv_cache_gb=0.05)
     log = tmp_path / "log"
-    engine = VllmEngine(model_dir=str(final), settings=settings, dtype="float32", max_model_len=64, log_file=log, load_weights=True)
+    engine = VllmEngine(
+        model_dir=str(final),
+        settings=settings,
+        dtype="float32",
+        max_model_len=64,
+        log_file=log,
+        load_weights=True,
+    )
     try:
         ids = tuple(tokenizer("12+34=\n")["input_ids"])
-        (completion,) = engine.generate([Request(prompt_ids=ids, seed=0)], SamplingOptions(max_tokens=4, temperature=0.0))[0]
-        assert completion.token_ids[0] == int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        (completion,) = engine.generate(
+            [Request(prompt_ids=ids, seed=0)], SamplingOptions(max_tokens=4, temperature=0.0)
+        )[0]
+        assert completion.token_ids[0] == int(
+            model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()
+        )
     finally:
         engine.close()
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path):
-    """2 rollouts, kill -9 during the third, resume: the same metrics, completions and weights as 4 at once."""
+    """2 rollouts, kill -9 during the third, resume.
+
+    The same metrics, completions and weights as 4 at once.
+    """
     config = again(straight, tmp_path)
     process = start(config)
     wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000002").exists(), process)
@@ -89,13 +129,23 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path)
 
 
 def recipe(kind):
-    """DAPO with a reference, two updates a rollout, in bfloat16: adapters on a dense model, the balance loss on Qwen3's experts."""
-    model = {"tiny-qwen2": {"lora": {"rank": 4}}, "tiny-qwen3-moe": {"router_aux_coef": 0.01}, "tiny-deepseek-v3": {"freeze_router": True}}
+    """DAPO with a reference, two updates a rollout, in bfloat16.
+
+    Adapters on a dense model, the balance loss on Qwen3's experts.
+    """
+    model = {
+        "tiny-qwen2": {"lora": {"rank": 4}},
+        "tiny-qwen3-moe": {"router_aux_coef": 0.01},
+        "tiny-deepseek-v3": {"freeze_router": True},
+    }
     return {
-        "model": {"dtype": "bfloat16", "float32_head": True, **model[kind]}, "algorithm": {"preset": "dapo", "kl_coef": 0.01},
-        "rewards": {"digits:share": 1.0, "length": 0.1}, "eval": {"every": 0}, "learner": {"lr": 1e-3, "zero_stage": 1},
+        "model": {"dtype": "bfloat16", "float32_head": True, **model[kind]},
+        "algorithm": {"preset": "dapo", "kl_coef": 0.01},
+        "rewards": {"digits:share": 1.0, "length": 0.1},
+        "eval": {"every": 0},
+        "learner": {"lr": 1e-3, "zero_stage": 1},
         "train": {"rollouts": 3, "problems": 4, "group_size": 4, "updates_per_rollout": 2},
-    }  # fmt: skip
+    }
 
 
 def test_a_benchmark_prints_each_phase_beside_its_bound_and_leaves_nothing(tiny, tmp_path):
@@ -103,14 +153,25 @@ def test_a_benchmark_prints_each_phase_beside_its_bound_and_leaves_nothing(tiny,
     process = start(config, "train.rollouts=1", command="bench", stdout=subprocess.PIPE)
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert all(re.search(rf"^{phase} .*\d", out, re.MULTILINE) for phase in ("rollout", "update", "sync", "probe")), out
+    assert all(
+        re.search(rf"^{phase} .*\d", out, re.MULTILINE)
+        for phase in ("rollout", "update", "sync", "probe")
+    ), out
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["tiny-qwen2", "tiny-qwen3-moe"])
 def test_adapters_experts_and_dynamic_sampling_resume_bit_for_bit(tiny, tmp_path, kind):
-    """2 rollouts and a resume equal 3; the canary and every probe hold; the adapter and the merged model are there."""
-    paths = [write_config(tmp_path / f"{name}.yaml", tiny_config(tmp_path / name, tiny(kind), **recipe(kind))) for name in "ab"]
+    """2 rollouts and a resume equal 3.
+
+    The canary and every probe hold; the adapter and the merged model are there.
+    """
+    paths = [
+        write_config(
+            tmp_path / f"{name}.yaml", tiny_config(tmp_path / name, tiny(kind), **recipe(kind))
+        )
+        for name in "ab"
+    ]
     run(paths[0])
     run(paths[1], "train.rollouts=2")
     run(paths[1], "--resume")
@@ -118,17 +179,24 @@ def test_adapters_experts_and_dynamic_sampling_resume_bit_for_bit(tiny, tmp_path
     last = rows(tmp_path / "a")[-1]
     assert last["probe/gap"] < 0.2 and last["kl/ref"] >= 0 and last["update/made"] == 2
     assert ("router/balance" in last) == (kind == "tiny-qwen3-moe")
-    assert (tmp_path / "a" / "adapter" / "adapter_model.safetensors").exists() == (kind == "tiny-qwen2")
+    assert (tmp_path / "a" / "adapter" / "adapter_model.safetensors").exists() == (
+        kind == "tiny-qwen2"
+    )
     if kind == "tiny-qwen3-moe":
         names = models.load_model(tmp_path / "a" / "final", "eager").state_dict().keys()
         assert names == models.load_model(tiny(kind), "eager").state_dict().keys()
 
 
 def test_deepseek_v3s_attention_in_vllms_cpu_build_is_seen_to_be_wrong(tiny, tmp_path):
-    """vLLM 0.32's CPU kernel for MLA is off by 0.2 in the mean logprob, or NaN, even for weights that it read from disk: in float32, where
-    1e-6 is usual, the canary stops the run. The learner's side of DeepSeek-V3: tests/test_loop.py; the engine's needs a GPU."""
+    """vLLM 0.32's CPU kernel for MLA is off by 0.2 in the mean logprob, or NaN, even for weights
+    that it read from disk: in float32, where 1e-6 is usual, the canary stops the run. The learner's
+    side of DeepSeek-V3: tests/test_loop.py; the engine's needs a GPU.
+    """
     sections = recipe("tiny-deepseek-v3") | {"model": {"dtype": "float32", "freeze_router": True}}
-    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny("tiny-deepseek-v3"), **sections))
+    config = write_config(
+        tmp_path / "config.yaml",
+        tiny_config(tmp_path / "run", tiny("tiny-deepseek-v3"), **sections),
+    )
     if torch.cuda.is_available():
         run(config)
         assert rows(tmp_path / "run")[-1]["probe/gap"] < 0.2
@@ -139,11 +207,18 @@ def test_deepseek_v3s_attention_in_vllms_cpu_build_is_seen_to_be_wrong(tiny, tmp
 def test_interrupted_it_saves_leaves_no_process_and_goes_on_to_the_same_end(straight, tmp_path):
     config = again(straight, tmp_path)
     process = start(config, "checkpoint.every=0", "logging.progress=line", start_new_session=True)
-    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 2, process)
+    wait_for(
+        lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 2,
+        process,
+    )
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and child
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved; go on with --resume" in errors
-    assert not [p for p in psutil.process_iter() if p.pid != os.getpid() and str(tmp_path) in " ".join(_command(p))]
+    assert not [
+        p
+        for p in psutil.process_iter()
+        if p.pid != os.getpid() and str(tmp_path) in " ".join(_command(p))
+    ]
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
     run(config, "--resume")
     assert outcome(tmp_path / "run")[1:] == outcome(straight[0] / "run")[1:]
@@ -156,22 +231,37 @@ def _command(process):
         return []
 
 
-def test_a_killed_engine_ends_the_run_with_a_clear_error_and_costs_only_what_it_was_doing(tiny, tmp_path):
+def test_a_killed_engine_ends_the_run_with_a_clear_error_and_costs_only_what_it_was_doing(
+    tiny, tmp_path
+):
     config = tiny_config(tmp_path / "run", tiny(), train={"rollouts": 500}, checkpoint={"every": 0})
     process = start(write_config(tmp_path / "config.yaml", config))
     wait_for(lambda: (tmp_path / "run" / "samples" / "step-000003.jsonl").exists(), process)
     psutil.Process(process.pid).children()[0].kill()
     _, errors = process.communicate(timeout=30)
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
-    assert int(saved.name.partition("-")[2]) >= max(2, len(list((tmp_path / "run" / "samples").glob("step-*.jsonl"))) - 1)
-    assert process.returncode == 1 and "the engine died during" in errors and "killed by SIGKILL" in errors
+    assert int(saved.name.partition("-")[2]) >= max(
+        2, len(list((tmp_path / "run" / "samples").glob("step-*.jsonl"))) - 1
+    )
+    assert (
+        process.returncode == 1
+        and "the engine died during" in errors
+        and "killed by SIGKILL" in errors
+    )
     assert "Traceback" not in errors
 
 
 def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
-    """A user's own reward, the share of digits, rises by GRPO alone on a model with random weights."""
-    sections = {"train": {"rollouts": 12, "problems": 8, "group_size": 8}, "learner": {"lr": 5e-3}, "rewards": {"digits:share": 1.0}}
-    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny(), **sections, checkpoint={"every": 0}))
+    """A user's own reward, the share of digits, rises by GRPO alone from random weights."""
+    sections = {
+        "train": {"rollouts": 12, "problems": 8, "group_size": 8},
+        "learner": {"lr": 5e-3},
+        "rewards": {"digits:share": 1.0},
+    }
+    config = write_config(
+        tmp_path / "config.yaml",
+        tiny_config(tmp_path / "run", tiny(), **sections, checkpoint={"every": 0}),
+    )
     run(config)
     rewards = [row["reward/mean"] for row in rows(tmp_path / "run") if "reward/mean" in row]
     assert rewards[-1] > 3 * rewards[0] + 0.1, rewards
@@ -185,22 +275,36 @@ def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
         (["data.name=jsonl", "data.options={}", "data.path=broken.jsonl"], "broken.jsonl: line 2"),
         (["data.options={digitz: 2}"], "data.arithmetic.options: "),
         (
-            ["prompt.max_tokens=1", "probe.tokens=4", "data.name=jsonl", "data.options={}", "data.path=good.jsonl"],
+            [
+                "prompt.max_tokens=1",
+                "probe.tokens=4",
+                "data.name=jsonl",
+                "data.options={}",
+                "data.path=good.jsonl",
+            ],
             "prompts are longer than prompt.max_tokens=1",
         ),
         (["prompt.template=chat"], "this tokenizer has no chat template"),
-        (["prompt.max_tokens=4000", "learner.micro_batch_tokens=9000"], "but the model's context is 2048"),
+        (
+            ["prompt.max_tokens=4000", "learner.micro_batch_tokens=9000"],
+            "but the model's context is 2048",
+        ),
         (["engine.kv_cache_gb=100000"], "the engine needs about"),
         (["algorithm.loss=gpro"], "algorithm.loss.gpro: no such loss; have cispo"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(tiny, tmp_path, monkeypatch, capfd, overrides, message):
+def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(
+    tiny, tmp_path, monkeypatch, capfd, overrides, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": oops\n')
-    (tmp_path / "good.jsonl").write_text("".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(40)))
+    (tmp_path / "good.jsonl").write_text(
+        "".join(json.dumps({"problem": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(40))
+    )
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
     assert main(["train", config, *overrides]) == 2
     errors = capfd.readouterr().err
     assert message in errors and errors.startswith("grpo: ") and errors.count("\n") == 1
     assert not (tmp_path / "run" / "engine.log").exists()
-    assert not (tmp_path / "run" / "manifest.json").exists()  # the mended config can start in the same place
+    # the mended config can start in the same place
+    assert not (tmp_path / "run" / "manifest.json").exists()

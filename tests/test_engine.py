@@ -25,20 +25,34 @@ from grpo.losses.grpo import loss
 from grpo.probe import MAX_GAP, Probe, probe_prompts, sync
 from grpo.types import RunError, UserError
 
-PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]  # printable ASCII
+# printable ASCII
+PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
 SETTINGS = configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
 
 
 def start(model_dir, tmp_path, dtype="float32", **options) -> VllmEngine:
     return VllmEngine(
-        model_dir=str(model_dir), settings=SETTINGS, dtype=dtype, max_model_len=160, log_file=tmp_path / "engine.log", **options
+        model_dir=str(model_dir),
+        settings=SETTINGS,
+        dtype=dtype,
+        max_model_len=160,
+        log_file=tmp_path / "engine.log",
+        **options,
     )
 
 
 def put_together(engine, model_dir, tmp_path):
     """Returns a learner on the model and a probe between the two, in float32."""
     learner = Learner(models.load_model(model_dir, "eager"), tiny_config(tmp_path, model_dir), loss)
-    probe = Probe(engine, learner, probe_prompts(PROMPTS, 4, 96), temperature=1.0, tokens=8, max_gap=MAX_GAP[True], micro_batch_tokens=1024)
+    probe = Probe(
+        engine,
+        learner,
+        probe_prompts(PROMPTS, 4, 96),
+        temperature=1.0,
+        tokens=8,
+        max_gap=MAX_GAP[True],
+        micro_batch_tokens=1024,
+    )
     return learner, probe
 
 
@@ -52,30 +66,45 @@ def engine(tiny, tmp_path_factory):
 @pytest.mark.engine
 def test_groups_single_requests_and_repeats_agree(engine):
     options = SamplingOptions(max_tokens=8, ignore_eos=True)
-    groups = engine.generate([Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options)
-    again = engine.generate([Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options)
+    groups = engine.generate(
+        [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options
+    )
+    again = engine.generate(
+        [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options
+    )
     assert groups == again
-    single = [engine.generate([Request(prompt_ids=PROMPTS[1], seed=100 + i)], options)[0][0] for i in range(3)]
+    single = [
+        engine.generate([Request(prompt_ids=PROMPTS[1], seed=100 + i)], options)[0][0]
+        for i in range(3)
+    ]
     assert [c.token_ids for c in single] == [c.token_ids for c in groups[1]]
     assert len({c.token_ids for c in groups[1]}) == 3
 
 
 @pytest.mark.engine
 def test_more_prompt_tokens_than_one_step_takes_are_sampled_like_a_few(engine):
-    """vLLM 0.32 ends in an error on a CPU when it cuts a prompt in pieces (its default) and a request has a seed."""
+    """vLLM 0.32 ends in an error on a CPU when it cuts a prompt in pieces (its default) and a
+    request has a seed.
+    """
     requests = [
-        Request(prompt_ids=tuple(10 + (i * 7 + j) % 180 for j in range(150)), seed=i) for i in range(40)
+        Request(prompt_ids=tuple(10 + (i * 7 + j) % 180 for j in range(150)), seed=i)
+        for i in range(40)
     ]  # 32 at once: 4,800 tokens
     options = SamplingOptions(max_tokens=3, ignore_eos=True)
     together = engine.generate(requests, options)
     alone = engine.generate(requests[-1:], options)
-    assert [c.token_ids for c in together[-1]] == [c.token_ids for c in alone[0]] and len(together) == 40
+    assert [c.token_ids for c in together[-1]] == [c.token_ids for c in alone[0]] and len(
+        together
+    ) == 40
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_the_samplers_after_temperature(engine, tiny, temperature):
-    (group,) = engine.generate([Request(prompt_ids=PROMPTS[0], seed=1, n=4)], SamplingOptions(max_tokens=8, temperature=temperature))
+    (group,) = engine.generate(
+        [Request(prompt_ids=PROMPTS[0], seed=1, n=4)],
+        SamplingOptions(max_tokens=8, temperature=temperature),
+    )
     model = models.load_model(tiny(), "eager")
     for completion in group:
         ids = torch.tensor([PROMPTS[0] + completion.token_ids])
@@ -87,10 +116,15 @@ def test_logprobs_are_the_samplers_after_temperature(engine, tiny, temperature):
 
 @pytest.mark.engine
 def test_stop_reasons_eos_kept_in_tokens_and_not_in_text(engine):
-    free, *_ = engine.generate([Request(prompt_ids=PROMPTS[0], seed=5)], SamplingOptions(max_tokens=12, ignore_eos=True))[0]
+    free, *_ = engine.generate(
+        [Request(prompt_ids=PROMPTS[0], seed=5)], SamplingOptions(max_tokens=12, ignore_eos=True)
+    )[0]
     assert free.finish_reason == "length" and len(free.token_ids) == 12
     end = free.token_ids[4]
-    (stopped,) = engine.generate([Request(prompt_ids=PROMPTS[0], seed=5)], SamplingOptions(max_tokens=12, stop_token_ids=(end,)))[0]
+    (stopped,) = engine.generate(
+        [Request(prompt_ids=PROMPTS[0], seed=5)],
+        SamplingOptions(max_tokens=12, stop_token_ids=(end,)),
+    )[0]
     first = free.token_ids.index(end)
     assert stopped.finish_reason == "stop" and stopped.token_ids == free.token_ids[: first + 1]
     assert stopped.text == free.text[: len(stopped.text)] and len(stopped.logprobs) == first + 1
@@ -98,11 +132,15 @@ def test_stop_reasons_eos_kept_in_tokens_and_not_in_text(engine):
 
 @pytest.mark.engine
 def test_a_stop_string_stays_in_the_text(engine, tiny):
-    free, *_ = engine.generate([Request(prompt_ids=PROMPTS[2], seed=9)], SamplingOptions(max_tokens=12, ignore_eos=True))[0]
+    free, *_ = engine.generate(
+        [Request(prompt_ids=PROMPTS[2], seed=9)], SamplingOptions(max_tokens=12, ignore_eos=True)
+    )[0]
     mark = next(char for char in free.text[3:] if char.isascii() and char.isalnum())
     options = SamplingOptions(max_tokens=12, ignore_eos=True, stop=(mark,))
     (stopped,) = engine.generate([Request(prompt_ids=PROMPTS[2], seed=9)], options)[0]
-    assert stopped.finish_reason == "stop" and stopped.text == free.text[: free.text.index(mark) + 1]
+    assert (
+        stopped.finish_reason == "stop" and stopped.text == free.text[: free.text.index(mark) + 1]
+    )
 
 
 def test_only_models_that_use_their_weights_as_loaded_are_loaded_in_place():
@@ -138,7 +176,12 @@ def test_only_models_that_use_their_weights_as_loaded_are_loaded_in_place():
         layer.impl = object.__new__(implementation)
         return layer
 
-    plain = [Layer(UnquantizedLinearMethod()), Layer(UnquantizedEmbeddingMethod()), Layer(None), torch.nn.LayerNorm(4)]
+    plain = [
+        Layer(UnquantizedLinearMethod()),
+        Layer(UnquantizedEmbeddingMethod()),
+        Layer(None),
+        torch.nn.LayerNorm(4),
+    ]
     plain.append(attention(PlainImplementation))
     assert loads_in_place(torch.nn.Sequential(*plain))
     for other in (Layer(PackedMethod()), LatentAttention(), attention(DerivingImplementation)):
@@ -146,19 +189,32 @@ def test_only_models_that_use_their_weights_as_loaded_are_loaded_in_place():
 
 
 @pytest.mark.engine
-def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(tiny, tmp_path, monkeypatch):
-    """On an H200 the canary stopped SmolLM2-135M with a gap of 0.53, which the noise of bfloat16 alone can cause."""
+def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(
+    tiny, tmp_path, monkeypatch
+):
+    """On an H200 the canary stopped SmolLM2-135M with a gap of 0.53, which the noise of bfloat16
+    alone can cause.
+    """
     model_dir = tiny("tiny-llama", num_hidden_layers=24, initializer_range=0.2)
-    config = tiny_config(tmp_path, model_dir, model={"dtype": "bfloat16"}, learner={"zero_stage": 1})
+    config = tiny_config(
+        tmp_path, model_dir, model={"dtype": "bfloat16"}, learner={"zero_stage": 1}
+    )
     engine = start(model_dir, tmp_path, dtype="bfloat16")
     try:
         learner = Learner(models.load_model(model_dir, "eager"), config, loss)
-        limits = {"tokens": 16, "max_gap": MAX_GAP[False], "micro_batch_tokens": 1024, "rounds": True}
+        limits = {
+            "tokens": 16,
+            "max_gap": MAX_GAP[False],
+            "micro_batch_tokens": 1024,
+            "rounds": True,
+        }
         probe = Probe(engine, learner, probe_prompts(PROMPTS, 4, 96), temperature=1.0, **limits)
         seeds = probe_module.CANARY_SEEDS[:4]
         noises = [probe._rounding_noise(seed) for seed in seeds]
         monkeypatch.setattr(probe_module, "CANARY_SEEDS", [seeds[noises.index(max(noises))]])
-        with pytest.raises(RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.4"):
+        with pytest.raises(
+            RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.4"
+        ):
             probe.canary(version=0)
         monkeypatch.setattr(probe_module, "CANARY_SEEDS", seeds)
         assert probe.canary(version=1) < 2 * min(noises) < 0.4
@@ -167,10 +223,14 @@ def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(tiny, t
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])  # its own test: test_end_to_end.py
+# its own test: test_end_to_end.py
+@pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
-    """The canary passes for the real sync, and a stale copy of any one tensor is seen: by its name, or by the gap."""
+    """The canary passes for the real sync, and a stale copy of any one tensor is seen.
+
+    By its name, or by the gap.
+    """
     model_dir = tiny(kind, tie_word_embeddings=tied)
     engine = start(model_dir, tmp_path)
     try:
@@ -178,7 +238,9 @@ def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
         assert probe.canary(version=0) < 1e-4
         report = sync(engine, learner, version=1)
         assert report.version == 1 and probe.check()["probe/gap"] < 1e-4
-        (group,) = engine.generate([Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=4))
+        (group,) = engine.generate(
+            [Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=4)
+        )
         assert group[0].versions == ((1, 0, len(group[0].token_ids)),)
         true = {name: weight.clone() for name, weight in learner.weights()}
         if tied:
@@ -205,7 +267,9 @@ def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
         ("stale cache", "the probe found"),
     ],
 )
-def test_a_fault_in_the_sync_is_seen_before_the_first_rollout(tiny, tmp_path, monkeypatch, fault, message):
+def test_a_fault_in_the_sync_is_seen_before_the_first_rollout(
+    tiny, tmp_path, monkeypatch, fault, message
+):
     monkeypatch.setenv("GRPO_TEST_FAULT", fault)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     engine = start(tiny(), tmp_path, module="faulty_child")
@@ -227,7 +291,9 @@ def test_a_stale_head_is_seen_in_bfloat16_too(tiny, tmp_path, monkeypatch):
     try:
         _, probe = put_together(engine, tiny(), tmp_path)
         probe._max_gap, probe._rounds = MAX_GAP[False], True
-        with pytest.raises(RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.2"):
+        with pytest.raises(
+            RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.2"
+        ):
             probe.canary(version=0)
     finally:
         engine.close()
@@ -240,7 +306,9 @@ def test_a_killed_engine_is_an_error_that_says_so(tiny, tmp_path):
         engine.wait_ready()
         psutil.Process(engine._child.pid).kill()
         with pytest.raises(EngineError, match="killed by SIGKILL"):
-            engine.generate([Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=100))
+            engine.generate(
+                [Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=100)
+            )
     finally:
         engine.close()
 
@@ -270,12 +338,18 @@ def test_an_engine_that_dies_at_start_says_how(tmp_path, monkeypatch):
 @pytest.mark.engine
 def test_the_engine_dies_with_its_parent(tmp_path, tiny):
     program = (
-        "import sys, time; from pathlib import Path; from grpo import config; from grpo.engines.vllm import VllmEngine\n"
-        "engine = VllmEngine(model_dir=sys.argv[1], settings=config.Engine(kv_cache_gb=0.05), dtype='float32', max_model_len=64,"
+        "import sys, time; from pathlib import Path; from grpo import config; from "
+        "grpo.engines.vllm import VllmEngine\n"
+        "engine = VllmEngine(model_dir=sys.argv[1], settings=config.Engine(kv_cache_gb=0.05), "
+        "dtype='float32', max_model_len=64,"
         " log_file=Path(sys.argv[2]))\n"
         "print(engine._child.pid, flush=True); time.sleep(60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program, str(tiny()), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tiny()), str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     child = psutil.Process(int(parent.stdout.readline()))
     time.sleep(1)
     parent.kill()
@@ -313,13 +387,20 @@ def test_weights_arrive_bit_for_bit_through_memory_or_a_file_of_safetensors(tmp_
         "scalar": torch.tensor(2.5),
     }
     for scale in (1, 2):  # the second write reuses the memory
-        told = sender.write(_weights.Sent(Weights({name: tensor * scale for name, tensor in weights.items()}), torch.bfloat16))
+        told = sender.write(
+            _weights.Sent(
+                Weights({name: tensor * scale for name, tensor in weights.items()}), torch.bfloat16
+            )
+        )
         assert told["names"] == [*weights, _weights.CHECKSUMS]
         model = Loader(weights)
         _weights.Arrivals(model).load_weights(_weights.read(**told))
         for name, tensor in weights.items():
             wanted = torch.bfloat16 if tensor.is_floating_point() and name != kept else tensor.dtype
-            assert torch.equal(model.loaded[name], (tensor * scale).to(wanted)) and model.loaded[name].dtype == wanted
+            assert (
+                torch.equal(model.loaded[name], (tensor * scale).to(wanted))
+                and model.loaded[name].dtype == wanted
+            )
     assert load_file(told["path"]).keys() == {*weights, _weights.CHECKSUMS}
     assert not file or len(list((tmp_path / "weights").iterdir())) == 1
     sender.close()
@@ -331,7 +412,10 @@ def test_a_full_disk_is_an_error_before_weights_are_written(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(EngineError, match=r"no room for 0.00 GB of weights at .*weights-2.safetensors: File too large"):
+        with pytest.raises(
+            EngineError,
+            match=r"no room for 0.00 GB of weights at .*weights-2.safetensors: File too large",
+        ):
             sender.write(_weights.Sent(Weights(a=torch.randn(1000)), torch.float32))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -353,15 +437,22 @@ def test_what_arrives_in_buckets_is_held_to_the_checksums_that_come_last(bucket,
     """As by CUDA IPC and NCCL: packed in a buffer, where a tensor may begin at any byte."""
     weights = Weights(a=torch.randn(3, 3), b=torch.randn(3, 3), c=torch.randn(9), d=torch.randn(1))
     sent = list(_weights.Sent(weights, torch.bfloat16))
-    packed = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in sent]).split([tensor.nbytes for _, tensor in sent])
-    rows = [(name, part.view(tensor.dtype).view(tensor.shape)) for (name, tensor), part in zip(sent, packed, strict=True)]
+    packed = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in sent]).split(
+        [tensor.nbytes for _, tensor in sent]
+    )
+    rows = [
+        (name, part.view(tensor.dtype).view(tensor.shape))
+        for (name, tensor), part in zip(sent, packed, strict=True)
+    ]
     if fault == "flipped":
         rows[1][1].view(torch.uint8)[1, 1] ^= 1
     elif fault == "swapped":
         rows[0], rows[1] = ("a", rows[1][1]), ("b", rows[0][1])
     elif fault == "lost":
         del rows[1]
-    arrivals = _weights.Arrivals(Loader([*weights.keys(), *(["more"] if fault == "unknown" else [])]))
+    arrivals = _weights.Arrivals(
+        Loader([*weights.keys(), *(["more"] if fault == "unknown" else [])])
+    )
     with pytest.raises(RuntimeError, match=error) if fault else contextlib.nullcontext():
         for i in range(0, len(rows), bucket):
             arrivals.load_weights(rows[i : i + bucket])

@@ -1,4 +1,8 @@
-"""Evaluation: protocols, several sets, chunks that are not sampled again, a model behind an endpoint, one problem asked."""
+"""Evaluation.
+
+Protocols, several sets, chunks that are not sampled again, a model behind an endpoint, one problem
+asked.
+"""
 
 import json
 
@@ -15,18 +19,38 @@ from grpo.types import UserError
 
 def eval_config(tmp_path, model_dir, **sections):
     tree = tiny_config(tmp_path / "run", model_dir).model_dump(mode="json")
-    tree = {name: tree[name] for name in ("run_dir", "seed", "model", "data", "prompt", "sampling", "engine", "logging")}
-    tree |= {"rewards": {"accuracy": 1.0, "format": 0.1}, "eval": {"problems": 6, "samples": 2, "temperature": 1.0}, **sections}
+    tree = {
+        name: tree[name]
+        for name in ("run_dir", "seed", "model", "data", "prompt", "sampling", "engine", "logging")
+    }
+    tree |= {
+        "rewards": {"accuracy": 1.0, "format": 0.1},
+        "eval": {"problems": 6, "samples": 2, "temperature": 1.0},
+        **sections,
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     return str(tmp_path / "config.yaml")
 
 
 def test_protocols_set_what_they_name_and_nothing_of_a_training_is_asked_for(tiny, tmp_path):
-    config = configs.load(eval_config(tmp_path, tiny()), ["eval.protocol=r1"], EvalConfig).by_protocol()
-    assert (config.sampling.max_tokens, config.sampling.top_p, config.eval.temperature) == (32768, 0.95, 0.6)
-    greedy = configs.load(eval_config(tmp_path, tiny()), ["eval.protocol=greedy"], EvalConfig).by_protocol()
-    assert (greedy.eval.temperature, greedy.eval.samples, greedy.sampling.max_tokens) == (0.0, 1, 12)
-    own = configs.load(eval_config(tmp_path, tiny()), ["sampling.max_tokens=30000"], EvalConfig)  # more than a learner could take
+    config = configs.load(
+        eval_config(tmp_path, tiny()), ["eval.protocol=r1"], EvalConfig
+    ).by_protocol()
+    assert (config.sampling.max_tokens, config.sampling.top_p, config.eval.temperature) == (
+        32768,
+        0.95,
+        0.6,
+    )
+    greedy = configs.load(
+        eval_config(tmp_path, tiny()), ["eval.protocol=greedy"], EvalConfig
+    ).by_protocol()
+    assert (greedy.eval.temperature, greedy.eval.samples, greedy.sampling.max_tokens) == (
+        0.0,
+        1,
+        12,
+    )
+    # more than a learner could take
+    own = configs.load(eval_config(tmp_path, tiny()), ["sampling.max_tokens=30000"], EvalConfig)
     assert own.by_protocol() == own
 
 
@@ -46,20 +70,34 @@ def test_what_cannot_work_is_told(tiny, tmp_path, override, message):
 
 def test_a_run_directory_stands_for_the_model_that_it_left(tmp_path):
     (tmp_path / "manifest.json").write_text('{"final": "sft/final"}')
-    assert finished(str(tmp_path)) == f"{tmp_path}/sft/final" and finished("owner/name") == "owner/name"
+    assert (
+        finished(str(tmp_path)) == f"{tmp_path}/sft/final"
+        and finished("owner/name") == "owner/name"
+    )
 
 
 def test_the_table_has_a_row_a_set():
-    found = {"accuracy": 0.5, "accuracy/low": 0.25, "accuracy/high": 0.75, "completion/length": 30.25}
+    found = {
+        "accuracy": 0.5,
+        "accuracy/low": 0.25,
+        "accuracy/high": 0.75,
+        "completion/length": 30.25,
+    }
     table = markdown({"a": found | {"pass@2": 0.6}, "b": found})
-    assert table.splitlines()[2:] == ["| a | 50.0% | 25.0% | 75.0% | 30.2 | 60.0% |", "| b | 50.0% | 25.0% | 75.0% | 30.2 |  |"]
+    assert table.splitlines()[2:] == [
+        "| a | 50.0% | 25.0% | 75.0% | 30.2 | 60.0% |",
+        "| b | 50.0% | 25.0% | 75.0% | 30.2 |  |",
+    ]
 
 
 def test_two_evaluations_are_compared_set_by_set(tmp_path, capsys):
     def judged(run, **sets):
         (tmp_path / run / "samples").mkdir(parents=True)
         for name, verdicts in sets.items():
-            lines = [json.dumps({"problem": f"p{i}", "verdict": verdict}) + "\n" for i, verdict in enumerate(verdicts)]
+            lines = [
+                json.dumps({"problem": f"p{i}", "verdict": verdict}) + "\n"
+                for i, verdict in enumerate(verdicts)
+            ]
             (tmp_path / run / "samples" / f"eval-{name}.jsonl").write_text("".join(lines))
         return str(tmp_path / run)
 
@@ -76,7 +114,10 @@ def test_two_evaluations_are_compared_set_by_set(tmp_path, capsys):
 
 @pytest.mark.engine
 def test_killed_between_chunks_it_goes_on_with_the_same_samples_and_the_same_table(tiny, tmp_path):
-    sets = {"easy": {"name": "arithmetic", "options": {"digits": 1}}, "hard": {"name": "arithmetic", "options": {"digits": 2}}}
+    sets = {
+        "easy": {"name": "arithmetic", "options": {"digits": 1}},
+        "hard": {"name": "arithmetic", "options": {"digits": 2}},
+    }
     model = tiny()
     (tmp_path / "a").mkdir()
     run(eval_config(tmp_path / "a", model, sets=sets, chunk=2), command="eval")
@@ -88,7 +129,9 @@ def test_killed_between_chunks_it_goes_on_with_the_same_samples_and_the_same_tab
     process.communicate()
     part = samples / "part-easy-000000.jsonl"
     part.write_text(part.read_text().replace('"completion": "', '"completion": "KEPT', 1))
-    assert "eval.temperature was 1.0, is 0.5" in run(config, "eval.temperature=0.5", "--resume", command="eval", code=2)
+    assert "eval.temperature was 1.0, is 0.5" in run(
+        config, "eval.temperature=0.5", "--resume", command="eval", code=2
+    )
     run(config, "--resume", command="eval")
     names = ["eval-easy.jsonl", "eval-hard.jsonl"]
     assert sorted(path.name for path in samples.iterdir()) == names
@@ -96,16 +139,25 @@ def test_killed_between_chunks_it_goes_on_with_the_same_samples_and_the_same_tab
         text = (samples / name).read_text()
         assert text.count("KEPT") == (name == names[0])  # what was written was not sampled again
         assert text.replace("KEPT", "") == (tmp_path / "a" / "run" / "samples" / name).read_text()
-    assert (tmp_path / "run" / "table.md").read_text() == (tmp_path / "a" / "run" / "table.md").read_text()
+    assert (tmp_path / "run" / "table.md").read_text() == (
+        tmp_path / "a" / "run" / "table.md"
+    ).read_text()
     (row,) = rows(tmp_path / "run")
     kept = [json.loads(line) for line in (samples / "eval-hard.jsonl").read_text().splitlines()]
-    assert row["eval/hard/accuracy"] == summary([one for one in kept if not one["greedy"]])["accuracy"] and "eval/easy/greedy/mean" in row
+    assert (
+        row["eval/hard/accuracy"] == summary([one for one in kept if not one["greedy"]])["accuracy"]
+        and "eval/easy/greedy/mean" in row
+    )
     assert "second less first: +0.0%" in _printed(tmp_path)
     assert _printed(tmp_path, str(model), "--ask", "1+1=").strip()
 
 
 def _printed(tmp_path, *arguments):
-    process = start(*(arguments or (str(tmp_path / "run"), str(tmp_path / "a" / "run"))), command="eval", stdout=-1)
+    process = start(
+        *(arguments or (str(tmp_path / "run"), str(tmp_path / "a" / "run"))),
+        command="eval",
+        stdout=-1,
+    )
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return out

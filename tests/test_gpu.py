@@ -1,4 +1,7 @@
-"""What only a CUDA device shows: `launch/test.sh -m gpu`. Seconds and throughput: tests/benchmarks/gpu_cycle.py."""
+"""What only a CUDA device shows: `launch/test.sh -m gpu`.
+
+Seconds and throughput: tests/benchmarks/gpu_cycle.py.
+"""
 
 import pytest
 import torch
@@ -34,7 +37,9 @@ def test_updates_in_bfloat16_are_those_of_float32(tiny, tmp_path, stage, offload
         learner.save(tmp_path / dtype)
         learner.update(packed)
         learner.load(tmp_path / dtype)
-        assert all(torch.equal(moved[name], weight.float().cpu()) for name, weight in learner.weights())
+        assert all(
+            torch.equal(moved[name], weight.float().cpu()) for name, weight in learner.weights()
+        )
     assert ends["bfloat16"] == pytest.approx(ends["float32"], rel=0.05)
 
 
@@ -44,16 +49,26 @@ def test_logprobs_of_8k_tokens_are_the_same_by_every_attention(tiny, attention):
         pytest.importorskip("flash_attn")
     generator = torch.Generator().manual_seed(0)
     prompt = tuple(torch.randint(10, 200, (100,), generator=generator).tolist())
-    ids = [prompt + tuple(torch.randint(10, 200, (length,), generator=generator).tolist()) for length in (8000, 3000)]
-    long = [Sample(token_ids=each, prompt_length=100, advantages=(1.0,) * (len(each) - 100)) for each in ids]
+    ids = [
+        prompt + tuple(torch.randint(10, 200, (length,), generator=generator).tolist())
+        for length in (8000, 3000)
+    ]
+    long = [
+        Sample(token_ids=each, prompt_length=100, advantages=(1.0,) * (len(each) - 100))
+        for each in ids
+    ]
     found = {}
     for way, dtype in (("eager", torch.float32), (attention, torch.bfloat16)):
         (batch,) = micro_batches(long, [1.0] * 2, max_tokens=20_000, packed=way == "packed")
-        policy = Policy(models.load_model(tiny(), way).to(DEVICE, dtype), temperature=1.0, chunk=512)
+        policy = Policy(
+            models.load_model(tiny(), way).to(DEVICE, dtype), temperature=1.0, chunk=512
+        )
         with torch.no_grad():
             logprobs, _ = policy(to_device(batch, DEVICE))
         order = torch.tensor(batch.index).argsort()
-        found[way] = torch.cat([logprobs[i][batch.token_mask[i].to(DEVICE)] for i in order.tolist()]).float()
+        found[way] = torch.cat(
+            [logprobs[i][batch.token_mask[i].to(DEVICE)] for i in order.tolist()]
+        ).float()
     assert (found[attention] - found["eager"]).abs().mean() < 0.05
 
 
@@ -67,7 +82,9 @@ def test_gradients_of_the_packed_stream_are_those_of_float32_on_a_cpu(tiny, kind
     assert (found.cpu() - values)[0].abs().mean() < 0.03  # 0.011 measured on an H200
     whole = float(torch.nn.utils.get_total_norm(gradients.values()))
     for name, gradient in gradients.items():
-        assert (ours[name].float().cpu() - gradient).norm() < 0.05 * gradient.norm() + 0.001 * whole, name
+        assert (
+            ours[name].float().cpu() - gradient
+        ).norm() < 0.05 * gradient.norm() + 0.001 * whole, name
 
 
 def test_logprob_kernels_are_pytorchs_operations():
@@ -77,7 +94,10 @@ def test_logprob_kernels_are_pytorchs_operations():
     logits = 4 * torch.randn(5, 49_153, device=DEVICE, generator=generator)
     targets = torch.randint(0, 49_153, (5,), device=DEVICE, generator=generator)
     grad, entropy_grad = torch.randn(2, 5, device=DEVICE, generator=generator)
-    expected, found = (values(logits, targets, temperature=0.7) for values in (logprobs._values, logprob_kernels.values))
+    expected, found = (
+        values(logits, targets, temperature=0.7)
+        for values in (logprobs._values, logprob_kernels.values)
+    )
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
     for wanted in (None, entropy_grad):
@@ -106,10 +126,19 @@ def test_weights_reach_the_engine_by_cuda_ipc_and_survive_sleep(tiny, tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("more", [[], ["learner.zero_stage=3", "model.gradient_checkpointing=true"], ["engine.sleep=false"]])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["learner.zero_stage=3", "model.gradient_checkpointing=true"], ["engine.sleep=false"]],
+)
 def test_a_run_on_one_gpu_is_proved_at_every_step(tiny, tmp_path, more):
     trained = {"rollouts": 3, "problems": 4, "group_size": 4}
-    config = tiny_config(tmp_path / "run", tiny(), model={"dtype": "bfloat16"}, learner={"zero_stage": 1}, train=trained)
+    config = tiny_config(
+        tmp_path / "run",
+        tiny(),
+        model={"dtype": "bfloat16"},
+        learner={"zero_stage": 1},
+        train=trained,
+    )
     run(write_config(tmp_path / "config.yaml", config), "engine.memory_fraction=0.2", *more)
     found = rows(tmp_path / "run")
     assert len(found) == 4 and max(row["probe/gap"] for row in found) < MAX_GAP[False]
@@ -122,7 +151,12 @@ def test_weights_go_to_a_server_on_another_gpu_by_nccl(tiny, tmp_path, staleness
         pytest.skip("needs two GPUs")
     pool = {"servers": {"count": 1, "transfer": "nccl"}, "timeout_s": 200, "memory_fraction": 0.2}
     trained = {"rollouts": 3, "problems": 4, "group_size": 4, "max_staleness": staleness}
-    sections = {"model": {"dtype": "bfloat16"}, "learner": {"zero_stage": 1}, "engine": pool, "train": trained}
+    sections = {
+        "model": {"dtype": "bfloat16"},
+        "learner": {"zero_stage": 1},
+        "engine": pool,
+        "train": trained,
+    }
     config = tiny_config(tmp_path / "run", tiny(), **sections)
     run(write_config(tmp_path / "config.yaml", config))
     assert max(row["probe/gap"] for row in rows(tmp_path / "run")) < MAX_GAP[False]

@@ -9,23 +9,37 @@ from grpo.cli import main
 
 ROWS = [
     {"prediction": "1/2", "gold": "0.5", "label": "correct"},
-    {"completion": "<think>x</think><answer>3</answer>", "answer": "4", "label": "wrong", "id": "kept"},
+    {
+        "completion": "<think>x</think><answer>3</answer>",
+        "answer": "4",
+        "label": "wrong",
+        "id": "kept",
+    },
     {"prediction": "7", "gold": "8", "label": "correct"},
 ]
 
 
 def write(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
 def test_a_file_of_answers(tmp_path, capsys):
-    assert main(["grade", write(tmp_path / "a.jsonl", ROWS), "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert (
+        main(["grade", write(tmp_path / "a.jsonl", ROWS), "--output", str(tmp_path / "out.jsonl")])
+        == 0
+    )
     told = capsys.readouterr().out
     assert "3 answers: 2 wrong, 1 correct" in told and "2  wrong: another number" in told
-    assert "against 3 labels: 66.7% agree, 0 false positives, 1 false negatives, 0 undecided" in told
+    assert (
+        "against 3 labels: 66.7% agree, 0 false positives, 1 false negatives, 0 undecided" in told
+    )
     graded = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["verdict"] for row in graded] == ["correct", "wrong", "wrong"] and graded[1]["id"] == "kept"
+    assert [row["verdict"] for row in graded] == ["correct", "wrong", "wrong"] and graded[1][
+        "id"
+    ] == "kept"
 
 
 def test_one_line_in_detail(tmp_path, capsys):
@@ -61,11 +75,32 @@ def test_what_is_not_there_is_told(tmp_path, capsys):
 
 def test_an_old_run_under_todays_rules(tmp_path, capsys):
     (tmp_path / "samples").mkdir()
-    config = {"run_dir": "x", "model": {"path": "m"}, "data": {"name": "countdown"}, "train": {"rollouts": 1}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"rewards": {"countdown": 1.0, "format": 0.1}}))
-    texts = ["<think>a</think><answer>(7-3)*5</answer>", "<think>a</think><answer>7*3</answer> so", "<think>a</think><answer>7</answer>"]
-    common = {"problem": "p", "question": "Make 20.", "answer": "(7-3)*5", "meta": {"numbers": [3, 5, 7], "target": 20}, "tokens": 9}
-    then = [{"countdown": 1.0, "format": 1.0}, {"countdown": 0.0, "format": 1.0}, {"countdown": 1.0, "format": 1.0}]
+    config = {
+        "run_dir": "x",
+        "model": {"path": "m"},
+        "data": {"name": "countdown"},
+        "train": {"rollouts": 1},
+    }
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(config | {"rewards": {"countdown": 1.0, "format": 0.1}})
+    )
+    texts = [
+        "<think>a</think><answer>(7-3)*5</answer>",
+        "<think>a</think><answer>7*3</answer> so",
+        "<think>a</think><answer>7</answer>",
+    ]
+    common = {
+        "problem": "p",
+        "question": "Make 20.",
+        "answer": "(7-3)*5",
+        "meta": {"numbers": [3, 5, 7], "target": 20},
+        "tokens": 9,
+    }
+    then = [
+        {"countdown": 1.0, "format": 1.0},
+        {"countdown": 0.0, "format": 1.0},
+        {"countdown": 1.0, "format": 1.0},
+    ]
     rows = [
         common | {"completion": text, "finish_reason": "stop", "reward": 1.1, "parts": parts}
         for text, parts in zip(texts, then, strict=True)
@@ -74,7 +109,12 @@ def test_an_old_run_under_todays_rules(tmp_path, capsys):
     assert main(["grade", str(tmp_path), "--output", str(tmp_path / "out.jsonl")]) == 0
     told = capsys.readouterr().out
     assert "3 completions of 1 groups" in told
-    assert "countdown    0.6667 then, 0.3333 now, 1 changed" in told and "format       1.0000 then, 0.6667 now, 1 changed" in told
+    assert (
+        "countdown    0.6667 then, 0.3333 now, 1 changed" in told
+        and "format       1.0000 then, 0.6667 now, 1 changed" in told
+    )
     assert "step-000001 p: 1.0 -> 0.0 (uses [7])" in told
     graded = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["reward"] for row in graded] == [1.1, 0.0, 0.1] and graded[2]["parts_then"] == then[2]
+    assert [row["reward"] for row in graded] == [1.1, 0.0, 0.1] and graded[2]["parts_then"] == then[
+        2
+    ]

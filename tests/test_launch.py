@@ -1,4 +1,7 @@
-"""What lies in launch/ is well-formed: shell scripts, the Slurm job's header, the Kubernetes job; the server's command line."""
+"""What lies in launch/ is well-formed.
+
+Shell scripts, the Slurm job's header, the Kubernetes job; the server's command line.
+"""
 
 import importlib.util
 import os
@@ -31,7 +34,9 @@ def test_a_server_that_dies_is_started_again_and_a_mistake_or_a_signal_ends_it(t
     shutil.copy(LAUNCH / "server.sh", tmp_path / "launch")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     python = tmp_path / ".venv" / "bin" / "python"
-    python.write_text('#!/bin/bash\necho started >>"$LOG"; [[ -n "$CODE" ]] && exit "$CODE"; exec sleep 60\n')
+    python.write_text(
+        '#!/bin/bash\necho started >>"$LOG"; [[ -n "$CODE" ]] && exit "$CODE"; exec sleep 60\n'
+    )
     python.chmod(0o755)
     log, command = tmp_path / "log", [str(tmp_path / "launch" / "server.sh"), "config.yaml", "8000"]
     for code, restarts, starts in (("9", "1", 2), ("2", "1", 1), ("0", "0", 1)):
@@ -59,9 +64,12 @@ def test_scripts_say_how_they_are_used(script):
     assert done.returncode == 2 and "launch/" in done.stdout + done.stderr
 
 
-FAKES = {  # a cluster of three nodes; srun shows what it was asked, and ends at once unless the job is to be preempted
+# a cluster of three nodes; srun shows what it was asked, and ends at once unless the job is to be
+# preempted
+FAKES = {
     "scontrol": '[ "$1" = show ] && printf "n1\\nn2\\nn3\\n" || echo "scontrol $*" >>"$LOG"',
-    "srun": 'printf "%s\\n" "srun $*" >>"$LOG"\ncase "$*" in *learner*) [ -z "$HOLD" ] || { trap "exit 1" TERM; sleep 20 & wait; } ;; esac',
+    "srun": 'printf "%s\\n" "srun $*" >>"$LOG"\ncase "$*" in *learner*) [ '
+    '-z "$HOLD" ] || { trap "exit 1" TERM; sleep 20 & wait; } ;; esac',
 }
 
 
@@ -69,22 +77,40 @@ def slurm(tmp_path, **environment):
     for name, body in FAKES.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_ID": "7"}
+    given = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        "SLURM_JOB_NODELIST": "n[1-3]",
+        "SLURM_JOB_ID": "7",
+    }
     return subprocess.Popen(
-        ["bash", str(LAUNCH / "slurm.sh"), "train", "configs/tiny.yaml", "seed=1"], env=os.environ | given | {"HOLD": ""} | environment
+        ["bash", str(LAUNCH / "slurm.sh"), "train", "configs/tiny.yaml", "seed=1"],
+        env=os.environ | given | {"HOLD": ""} | environment,
     )
 
 
 def test_the_slurm_job_shares_its_nodes_among_learners_and_servers(tmp_path):
     assert slurm(tmp_path, ENGINE_NODES="1", TENSOR_PARALLEL="4").wait(30) == 0
-    wait_until(lambda: len((tmp_path / "log").read_text().splitlines()) >= 3)  # the servers' steps are begun in the background
+    # the servers' steps are begun in the background
+    wait_until(lambda: len((tmp_path / "log").read_text().splitlines()) >= 3)
     asked = (tmp_path / "log").read_text().splitlines()
     (learner,) = [line for line in asked if "slurm-%j-learner" in line]
     servers = [line for line in asked if "server.sh" in line]
-    assert "--nodelist=n1,n2" in learner and "--nnodes=2" in learner and "--rdzv-endpoint=n1:29500" in learner and "seed=1" in learner
-    assert "engine.servers={urls: [http://n3:8000,http://n3:8001], tensor_parallel: 4}" in learner and learner.endswith("--auto-resume")
+    assert (
+        "--nodelist=n1,n2" in learner
+        and "--nnodes=2" in learner
+        and "--rdzv-endpoint=n1:29500" in learner
+        and "seed=1" in learner
+    )
+    assert (
+        "engine.servers={urls: [http://n3:8000,http://n3:8001], tensor_parallel: 4}" in learner
+        and learner.endswith("--auto-resume")
+    )
     assert len(servers) == 2 and all("--nodelist=n3" in line for line in servers)
-    assert sorted(re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", " ".join(servers))) == ["0,1,2,3", "4,5,6,7"]
+    assert sorted(re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", " ".join(servers))) == [
+        "0,1,2,3",
+        "4,5,6,7",
+    ]
 
 
 def test_a_preempted_job_goes_back_into_the_queue(tmp_path):
@@ -103,7 +129,14 @@ def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, mo
 
     (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'n1\\nn2\\n'\n")
     (tmp_path / "scontrol").chmod(0o755)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -122,7 +155,14 @@ def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, mo
     ranks.adopt_srun()
     assert (ranks.rank(), ranks.count(), ranks.local_rank(), ranks.local_count()) == (3, 4, 1, 2)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n1", "20007")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         monkeypatch.delenv(name)
 
 
@@ -132,24 +172,39 @@ def test_no_node_left_to_learn_is_refused(tmp_path):
 
 def test_the_kubernetes_job_has_what_the_api_asks_for():
     service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
-    if importlib.util.find_spec("kubernetes_validate"):  # 100 MB of schemas: .ci/run installs them, launch/setup.sh does not
+    # 100 MB of schemas: .ci/run installs them, launch/setup.sh does not
+    if importlib.util.find_spec("kubernetes_validate"):
         validate = importlib.import_module("kubernetes_validate").validate
         assert validate(service, "1.30", strict=True) and validate(job, "1.30", strict=True)
-    assert (service["apiVersion"], service["kind"], service["spec"]["clusterIP"]) == ("v1", "Service", "None")
+    assert (service["apiVersion"], service["kind"], service["spec"]["clusterIP"]) == (
+        "v1",
+        "Service",
+        "None",
+    )
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     spec = job["spec"]
-    assert set(spec) <= {"completionMode", "completions", "parallelism", "backoffLimit", "template"} and spec["completionMode"] == "Indexed"
+    assert (
+        set(spec) <= {"completionMode", "completions", "parallelism", "backoffLimit", "template"}
+        and spec["completionMode"] == "Indexed"
+    )
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
-    assert pod["restartPolicy"] in ("Never", "OnFailure") and pod["subdomain"] == service["metadata"]["name"]
+    assert (
+        pod["restartPolicy"] in ("Never", "OnFailure")
+        and pod["subdomain"] == service["metadata"]["name"]
+    )
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} <= {
+        volume["name"] for volume in pod["volumes"]
+    }
     assert {"name", "image", "command", "args", "resources"} <= set(container)
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert environment["NODES"] == str(spec["completions"]) == str(spec["parallelism"])
     assert (LAUNCH.parent / environment["CONFIG"]).exists()
     assert subprocess.run(["bash", "-n", "-c", container["args"][0]]).returncode == 0
-    assert set(re.findall(r"\$\{?([A-Z_]+)", container["args"][0])) <= environment.keys() | {"JOB_COMPLETION_INDEX"}
+    assert set(re.findall(r"\$\{?([A-Z_]+)", container["args"][0])) <= environment.keys() | {
+        "JOB_COMPLETION_INDEX"
+    }
 
 
 def test_a_server_without_a_token_does_not_start(tiny, tmp_path):

@@ -1,4 +1,7 @@
-"""The Triton kernels on a CPU: computed by Triton's interpreter, and compiled for a GPU that is not there."""
+"""The Triton kernels on a CPU.
+
+Computed by Triton's interpreter, and compiled for a GPU that is not there.
+"""
 
 import importlib.util
 import os
@@ -11,7 +14,9 @@ import torch
 
 from grpo import logprobs
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
 
 
 def compare(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
@@ -23,7 +28,9 @@ def compare(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
     grad, entropy_grad = torch.randn(2, rows, generator=generator)
     expected = logprobs._values(logits, targets, temperature=0.7)
-    for one, other in zip(logprob_kernels.values(logits, targets, temperature=0.7), expected, strict=True):
+    for one, other in zip(
+        logprob_kernels.values(logits, targets, temperature=0.7), expected, strict=True
+    ):
         assert torch.allclose(one, other, atol=1e-5)
     for wanted in (None, entropy_grad):
         arguments = (logits, targets, expected[2], expected[1], grad, wanted)
@@ -42,8 +49,14 @@ def compare_all() -> None:
 
 def test_values_and_gradients_are_those_of_pytorchs_operations():
     """In a process of its own: Triton decides when it is imported whether it interprets."""
-    command = [sys.executable, "-c", "import test_logprob_kernels; test_logprob_kernels.compare_all()"]
-    subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent, check=True)
+    command = [
+        sys.executable,
+        "-c",
+        "import test_logprob_kernels; test_logprob_kernels.compare_all()",
+    ]
+    subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent, check=True
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -55,13 +68,45 @@ def test_the_kernels_compile_for_a_hopper_gpu(dtype):
     from grpo import logprob_kernels
 
     logits, floats, numbers = f"*{dtype}", "*fp32", "i32"
-    values = {"logits": logits, "targets": "*i64", "logprobs": floats, "entropies": floats, "normalisers": floats}
-    values |= {"stride": numbers, "vocabulary": numbers, "temperature": "fp32", "lowest": "fp32", "block": "constexpr"}
-    gradient = {"logits": logits, "targets": "*i64", "normalisers": floats, "entropies": floats, "grads": floats, "entropy_grads": floats}
-    gradient |= {"out": logits, "stride": numbers, "out_stride": numbers, "vocabulary": numbers, "temperature": "fp32"}
+    values = {
+        "logits": logits,
+        "targets": "*i64",
+        "logprobs": floats,
+        "entropies": floats,
+        "normalisers": floats,
+    }
+    values |= {
+        "stride": numbers,
+        "vocabulary": numbers,
+        "temperature": "fp32",
+        "lowest": "fp32",
+        "block": "constexpr",
+    }
+    gradient = {
+        "logits": logits,
+        "targets": "*i64",
+        "normalisers": floats,
+        "entropies": floats,
+        "grads": floats,
+        "entropy_grads": floats,
+    }
+    gradient |= {
+        "out": logits,
+        "stride": numbers,
+        "out_stride": numbers,
+        "vocabulary": numbers,
+        "temperature": "fp32",
+    }
     gradient |= {"with_entropy": "constexpr", "block": "constexpr"}
     kernels = [(logprob_kernels._values, values, {})]
-    kernels += [(logprob_kernels._gradient, gradient, {"with_entropy": with_entropy}) for with_entropy in (False, True)]
+    kernels += [
+        (logprob_kernels._gradient, gradient, {"with_entropy": with_entropy})
+        for with_entropy in (False, True)
+    ]
     for kernel, signature, constants in kernels:
-        source = ASTSource(kernel, signature=signature, constexprs=constants | {"block": logprob_kernels.BLOCK})
-        assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["cubin"]
+        source = ASTSource(
+            kernel, signature=signature, constexprs=constants | {"block": logprob_kernels.BLOCK}
+        )
+        assert triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
+        ).asm["cubin"]

@@ -1,5 +1,8 @@
-"""The loop with a real learner and an engine that draws tokens at random: every preset trains and resumes bit for bit, and what the
-sampling schemes do with groups. (With the real engine: tests/test_end_to_end.py and tests/slow.)"""
+"""The loop with a real learner and an engine that draws tokens at random.
+
+Every preset trains and resumes bit for bit, and what the sampling schemes do with groups. (With the
+real engine: tests/test_end_to_end.py and tests/slow.)
+"""
 
 import contextlib
 import json
@@ -24,12 +27,18 @@ from rewards._pool import Pool
 
 
 class RandomEngine:
-    """Tokens are a function of the seed; of a completion that begins with an even one the reward is 1."""
+    """Tokens are a function of the seed.
+
+    Of a completion that begins with an even one the reward is 1.
+    """
 
     version = -1
 
     def generate(self, requests, options, on_progress=None):
-        return [tuple(self._completion(request.seed + i) for i in range(request.n)) for request in requests]
+        return [
+            tuple(self._completion(request.seed + i) for i in range(request.n))
+            for request in requests
+        ]
 
     def prove(self, requests, options):
         return [self.generate(requests, options)]
@@ -39,7 +48,13 @@ class RandomEngine:
         ids = tuple(generator.randrange(10, 200) for _ in range(generator.randrange(2, 9)))
         logprobs = tuple(-4 - generator.random() for _ in ids)
         reason = "length" if len(ids) == 8 else "stop"
-        return Completion(token_ids=ids, logprobs=logprobs, text="", finish_reason=reason, versions=((self.version, 0, len(ids)),))
+        return Completion(
+            token_ids=ids,
+            logprobs=logprobs,
+            text="",
+            finish_reason=reason,
+            versions=((self.version, 0, len(ids)),),
+        )
 
     def load_weights(self, weights, version):
         self.weights = {name: weight.clone() for name, weight in weights}
@@ -62,25 +77,53 @@ def make_loop(tmp_path, tiny, resume=False, reward=None, take=None, kind="tiny-q
     if config.model.lora:
         lora.add(model, config.model.lora, "tiny", config.seed)
     elif config.algorithm.kl_coef or config.model.teacher:
-        reference = models.load_model(tiny(kind, intermediate_size=128) if config.model.teacher else tiny(kind), "packed")
-    learner = Learner(model, config, plugins.find("grpo.losses", config.algorithm.loss, "loss", "loss"), reference)
+        reference = models.load_model(
+            tiny(kind, intermediate_size=128) if config.model.teacher else tiny(kind), "packed"
+        )
+    learner = Learner(
+        model, config, plugins.find("grpo.losses", config.algorithm.loss, "loss", "loss"), reference
+    )
     reward = reward or (lambda completion, problem: float(completion.token_ids[0] % 2 == 0))
-    rewards = {"even": (lambda groups, _: [[reward(c, group.problem) for c in group.completions] for group in groups], 1.0)}
-    problem = lambda i: Problem(id=f"p{i % 40}", question="", answer="", source="t")  # noqa: E731
+    rewards = {
+        "even": (
+            lambda groups, _: [
+                [reward(c, group.problem) for c in group.completions] for group in groups
+            ],
+            1.0,
+        )
+    }
+
+    def problem(i):
+        return Problem(id=f"p{i % 40}", question="", answer="", source="t")
+
     take = take or (lambda position, n: [problem(position + i) for i in range(n)])
     loop = Loop(
-        config=config, run=RunDirectory(str(tmp_path), resume=resume), engine=RandomEngine(), learner=learner, rewards=rewards,
+        config=config,
+        run=RunDirectory(str(tmp_path), resume=resume),
+        engine=RandomEngine(),
+        learner=learner,
+        rewards=rewards,
         prompts=SimpleNamespace(
-            ids=lambda problem: (5, 6, 7 + int(problem.id[1:])), prefill=lambda problem: "", for_rewards=lambda problem: "",
-            stop=(), stop_token_ids=(),
+            ids=lambda problem: (5, 6, 7 + int(problem.id[1:])),
+            prefill=lambda problem: "",
+            for_rewards=lambda problem: "",
+            stop=(),
+            stop_token_ids=(),
         ),
-        selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=take), held_out=[],
-        probe=SimpleNamespace(check=lambda: {"probe/gap": 0.0}, canary=lambda version, signals: 0.0),
+        selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=take),
+        held_out=[],
+        probe=SimpleNamespace(
+            check=lambda: {"probe/gap": 0.0}, canary=lambda version, signals: 0.0
+        ),
         signals=SimpleNamespace(check=lambda: None),
-        display=SimpleNamespace(phase=lambda *_: None, begin=lambda *_: None, say=lambda *_: None, row=lambda *_: None),
-        record_row=lambda row: loop.run.append_metrics(row), machine=roofline.Machine(flops=1e9, bandwidth=1e9),
-        shape=roofline.shape(tiny(kind), 100_000, "float32"), pool=Pool(),
-    )  # fmt: skip
+        display=SimpleNamespace(
+            phase=lambda *_: None, begin=lambda *_: None, say=lambda *_: None, row=lambda *_: None
+        ),
+        record_row=lambda row: loop.run.append_metrics(row),
+        machine=roofline.Machine(flops=1e9, bandwidth=1e9),
+        shape=roofline.shape(tiny(kind), 100_000, "float32"),
+        pool=Pool(),
+    )
     if resume:
         state = loop.run.read_state(loop.run.latest())
         learner.load(loop.run.latest())
@@ -93,19 +136,31 @@ def make_loop(tmp_path, tiny, resume=False, reward=None, take=None, kind="tiny-q
 
 
 def state(loop):
-    rows = [json.loads(line) for line in loop.run.metrics.read_text().splitlines() if "reward/mean" in line]
+    rows = [
+        json.loads(line)
+        for line in loop.run.metrics.read_text().splitlines()
+        if "reward/mean" in line
+    ]
     kept = {
         key: value
         for key, value in rows[-1].items()
-        if not key.startswith(("time/", "bound/", "idle/")) and "seconds" not in key and "per_s" not in key
+        if not key.startswith(("time/", "bound/", "idle/"))
+        and "seconds" not in key
+        and "per_s" not in key
     }
-    return kept, {name: weight.clone() for name, weight in loop.learner.weights()}, loop.selection.state()
+    return (
+        kept,
+        {name: weight.clone() for name, weight in loop.learner.weights()},
+        loop.selection.state(),
+    )
 
 
 @pytest.mark.parametrize("extra", [*PRESETS, "everything", "lora"])
 def test_two_rollouts_and_a_resume_equal_three_bit_for_bit(tiny, tmp_path, extra):
     sections = (
-        {"algorithm": {"preset": extra}, "train": {"rollouts": 3, "problems": 4, "group_size": 4}} if extra in PRESETS else SPECIAL[extra]
+        {"algorithm": {"preset": extra}, "train": {"rollouts": 3, "problems": 4, "group_size": 4}}
+        if extra in PRESETS
+        else SPECIAL[extra]
     )
     sections = {"algorithm": None} | sections  # not the tests' own kl_coef
     if extra == "on_policy_distill":
@@ -122,13 +177,21 @@ def test_two_rollouts_and_a_resume_equal_three_bit_for_bit(tiny, tmp_path, extra
     ours, theirs = state(straight), state(second)
     assert ours[0] == theirs[0] and ours[2] == theirs[2]
     assert all(torch.equal(weight, theirs[1][name]) for name, weight in ours[1].items())
-    assert any(not torch.equal(weight, first.engine.weights[name]) for name, weight in theirs[1].items())
+    assert any(
+        not torch.equal(weight, first.engine.weights[name]) for name, weight in theirs[1].items()
+    )
     assert ours[0]["update/made"] > 0 and ours[0]["policy/grad_norm"] > 0
 
 
 SPECIAL = {
     "everything": {
-        "train": {"rollouts": 3, "problems": 4, "group_size": 4, "updates_per_rollout": 2, "epochs": 2},
+        "train": {
+            "rollouts": 3,
+            "problems": 4,
+            "group_size": 4,
+            "updates_per_rollout": 2,
+            "epochs": 2,
+        },
         "algorithm": {
             "kl_coef": 0.1,
             "kl_unbiased": True,
@@ -143,12 +206,21 @@ SPECIAL = {
             "dual_clip": 4.0,
         },
     },
-    "lora": {"model": {"lora": {"rank": 4}}, "algorithm": {"kl_coef": 0.1}, "learner": {"lr": 1e-2, "zero_stage": 1}},
+    "lora": {
+        "model": {"lora": {"rank": 4}},
+        "algorithm": {"kl_coef": 0.1},
+        "learner": {"lr": 1e-2, "zero_stage": 1},
+    },
 }
 
 
 def test_dynamic_sampling_carries_what_is_left_and_uses_every_accepted_group_once(tiny, tmp_path):
-    loop = make_loop(tmp_path, tiny, algorithm={"no_signal": "resample"}, train={"rollouts": 12, "problems": 4, "group_size": 2})
+    loop = make_loop(
+        tmp_path,
+        tiny,
+        algorithm={"no_signal": "resample"},
+        train={"rollouts": 12, "problems": 4, "group_size": 2},
+    )
     used, accepted, carried = [], [], []
     collect = loop.selection.collect
 
@@ -163,16 +235,27 @@ def test_dynamic_sampling_carries_what_is_left_and_uses_every_accepted_group_onc
     loop.selection.collect = watched
     loop.train()
     assert any(carried), "this seed shows nothing"
-    assert [id(scored) for scored in accepted] == [id(scored) for scored in [*used, *loop.selection.carried]]
+    assert [id(scored) for scored in accepted] == [
+        id(scored) for scored in [*used, *loop.selection.carried]
+    ]
 
 
 def test_carried_groups_have_the_samplers_logprobs_as_old_ones(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, algorithm={"no_signal": "resample"})
-    _, used = loop.selection.collect(lambda problems, number: loop._sample(problems, number, lambda _: contextlib.nullcontext()))
-    samples = to_samples(used, advantages([scored.rewards for scored in used], lengths(used), "none"))
+    _, used = loop.selection.collect(
+        lambda problems, number: loop._sample(problems, number, lambda _: contextlib.nullcontext())
+    )
+    samples = to_samples(
+        used, advantages([scored.rewards for scored in used], lengths(used), "none")
+    )
     now = loop.rollout + 1
-    assert all(set(sample.versions) == {now} for sample in samples) and all(len(sample.versions) > 1 for sample in samples)
-    samples = [replace(sample, versions=(7, *sample.versions[1:])) if sample.group == 0 else sample for sample in samples]
+    assert all(set(sample.versions) == {now} for sample in samples) and all(
+        len(sample.versions) > 1 for sample in samples
+    )
+    samples = [
+        replace(sample, versions=(7, *sample.versions[1:])) if sample.group == 0 else sample
+        for sample in samples
+    ]
     ((batch,),) = loop._attach([samples])
     (scored,) = loop.learner.score([batch])
     for place, i in enumerate(batch.index):
@@ -182,12 +265,16 @@ def test_carried_groups_have_the_samplers_logprobs_as_old_ones(tiny, tmp_path):
             expected[0] = batch.sampler_logprobs[place][mask][0]
         assert torch.equal(batch.old_logprobs[place][mask], expected)
     loop.learner.score = None  # of samples that are all older there is nothing to score
-    ((batch,),) = loop._attach([[replace(sample, versions=(7,) * len(sample.versions)) for sample in samples]])
+    ((batch,),) = loop._attach(
+        [[replace(sample, versions=(7,) * len(sample.versions)) for sample in samples]]
+    )
     assert torch.equal(batch.old_logprobs, batch.sampler_logprobs)
 
 
 def test_all_groups_without_signal_skip_the_update_count_it_and_stop_by_rule(tiny, tmp_path):
-    loop = make_loop(tmp_path, tiny, reward=lambda *_: 1.0, algorithm={"max_idle": 2}, train={"rollouts": 5})
+    loop = make_loop(
+        tmp_path, tiny, reward=lambda *_: 1.0, algorithm={"max_idle": 2}, train={"rollouts": 5}
+    )
     before = {name: weight.clone() for name, weight in loop.learner.weights()}
     loop.step()
     assert loop.latest["update/made"] == 0 and loop.latest["update/skipped"] == 1
@@ -197,24 +284,44 @@ def test_all_groups_without_signal_skip_the_update_count_it_and_stop_by_rule(tin
 
 
 def test_dynamic_sampling_gives_up_with_an_error_that_says_what_it_saw(tiny, tmp_path):
-    loop = make_loop(tmp_path, tiny, reward=lambda *_: 0.0, algorithm={"no_signal": "resample", "max_rounds": 3})
-    with pytest.raises(RunError, match=r"12 groups in 3 samplings gave 0 of 4 that are neither .* \(12 have no reward above 0\)"):
+    loop = make_loop(
+        tmp_path, tiny, reward=lambda *_: 0.0, algorithm={"no_signal": "resample", "max_rounds": 3}
+    )
+    with pytest.raises(
+        RunError,
+        match=r"12 groups in 3 samplings gave 0 of 4 that "
+        r"are neither .* \(12 have no reward above 0\)",
+    ):
         loop.step()
-    assert len((tmp_path / "samples" / "step-000001.jsonl").read_text().splitlines()) == 12 * 4  # what it saw
+    # what it saw
+    assert len((tmp_path / "samples" / "step-000001.jsonl").read_text().splitlines()) == 12 * 4
 
 
 def test_dynamic_sampling_wants_right_and_wrong_completions_not_unequal_lengths():
     both, right = (
-        [Verdict(value=value) for value in values] for values in (("correct", "wrong", "undecided"), ("correct", "correct", "undecided"))
+        [Verdict(value=value) for value in values]
+        for values in (("correct", "wrong", "undecided"), ("correct", "correct", "undecided"))
     )
-    group = lambda verdicts, rewards: ScoredGroup(group=None, rewards=rewards, parts=(), verdicts=tuple(verdicts), faults=())  # noqa: E731
+
+    def group(verdicts, rewards):
+        return ScoredGroup(
+            group=None, rewards=rewards, parts=(), verdicts=tuple(verdicts), faults=()
+        )
+
     assert teaches(group(both, (1.0, 0.0, None))) and not teaches(group(right, (1.0, 0.5, None)))
-    assert teaches(group([None] * 2, (1.0, 0.5))) and pass_rate(group(right, (1.0, 0.5, None))) == 1.0
+    assert (
+        teaches(group([None] * 2, (1.0, 0.5))) and pass_rate(group(right, (1.0, 0.5, None))) == 1.0
+    )
 
 
 def test_a_pass_rate_in_the_data_counts_only_when_it_is_asked_for(tiny, tmp_path):
     def take(position, n):
-        return [Problem(id=f"p{position + i}", question="", answer="", source="t", meta={"pass_rate": 75}) for i in range(n)]
+        return [
+            Problem(
+                id=f"p{position + i}", question="", answer="", source="t", meta={"pass_rate": 75}
+            )
+            for i in range(n)
+        ]
 
     make_loop(tmp_path / "a", tiny, take=take).step()
     with pytest.raises(UserError, match=r"problem p0: meta\.pass_rate is 75; give a share"):
@@ -230,17 +337,29 @@ def test_without_a_signal_the_kl_does_not_update_alone(tiny, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_before_the_first_update_the_reference_is_the_policy_to_the_bit(tiny, tmp_path, dtype):
     loop = make_loop(tmp_path, tiny, model={"dtype": dtype}, algorithm={"kl_coef": 0.1})
-    _, used = loop.selection.collect(lambda problems, number: loop._sample(problems, number, lambda _: contextlib.nullcontext()))
-    batches = loop._batches(to_samples(used, advantages([scored.rewards for scored in used], lengths(used), "none")))
-    for (own, _), (ref, _) in zip(loop.learner.score(batches), loop.learner.score(batches, reference=True), strict=True):
+    _, used = loop.selection.collect(
+        lambda problems, number: loop._sample(problems, number, lambda _: contextlib.nullcontext())
+    )
+    batches = loop._batches(
+        to_samples(used, advantages([scored.rewards for scored in used], lengths(used), "none"))
+    )
+    for (own, _), (ref, _) in zip(
+        loop.learner.score(batches), loop.learner.score(batches, reference=True), strict=True
+    ):
         assert torch.equal(own, ref)
 
 
 def test_a_reset_optimizer_has_no_moments_and_no_steps_whatever_its_kind(tiny, tmp_path):
-    loop = make_loop(tmp_path, tiny, algorithm={"kl_coef": 0.1, "reference_reset": 1, "reset_optimizer": True})
+    loop = make_loop(
+        tmp_path, tiny, algorithm={"kl_coef": 0.1, "reference_reset": 1, "reset_optimizer": True}
+    )
     optimizer = getattr(loop.learner._engine.optimizer, "optimizer", loop.learner._engine.optimizer)
     loop.step()
-    assert all(float(torch.as_tensor(value).abs().max()) == 0 for state in optimizer.state.values() for value in state.values())
+    assert all(
+        float(torch.as_tensor(value).abs().max()) == 0
+        for state in optimizer.state.values()
+        for value in state.values()
+    )
     for state in optimizer.state.values():
         state["step"] = 7  # as DeepSpeed's FusedAdam keeps it
     loop.learner.reset_reference(optimizer=True)
@@ -248,16 +367,27 @@ def test_a_reset_optimizer_has_no_moments_and_no_steps_whatever_its_kind(tiny, t
 
 
 def test_solved_problems_are_not_drawn_again(tiny, tmp_path):
-    solved = lambda completion, problem: float(problem.id in ("p0", "p2") or completion.token_ids[0] % 2 == 0)  # noqa: E731
+    def solved(completion, problem):
+        return float(problem.id in ("p0", "p2") or completion.token_ids[0] % 2 == 0)
+
     problems = [Problem(id=f"p{i}", question="", answer="", source="t") for i in range(4)]
-    take = lambda position, n: [problems[(position + i) % 4] for i in range(n)]  # noqa: E731
+
+    def take(position, n):
+        return [problems[(position + i) % 4] for i in range(n)]
+
     loop = make_loop(
-        tmp_path, tiny, reward=lambda c, p: 1.0 if p.id in ("p0", "p2") else solved(c, p), take=take, algorithm={"pass_rate": [0.0, 0.9]}
+        tmp_path,
+        tiny,
+        reward=lambda c, p: 1.0 if p.id in ("p0", "p2") else solved(c, p),
+        take=take,
+        algorithm={"pass_rate": [0.0, 0.9]},
     )
     drawn = []
     loop.selection.take = lambda position, n: take(position, n)
     sample = loop._sample
-    loop._sample = lambda problems, number, timer: drawn.append([p.id for p in problems]) or sample(problems, number, timer)
+    loop._sample = lambda problems, number, timer: (
+        drawn.append([p.id for p in problems]) or sample(problems, number, timer)
+    )
     loop.step()
     loop.selection.rates |= {"p0": 1.0, "p2": 1.0, "p1": 0.5, "p3": 0.5}
     loop.step()
@@ -268,17 +398,28 @@ def test_solved_problems_are_not_drawn_again(tiny, tmp_path):
 
 
 def test_no_signal_drop_leaves_such_groups_out_of_the_normaliser(tiny, tmp_path):
-    reward = lambda completion, problem: 1.0 if problem.id in ("p0", "p1") else float(completion.token_ids[0] % 2 == 0)  # noqa: E731
+    def reward(completion, problem):
+        return 1.0 if problem.id in ("p0", "p1") else float(completion.token_ids[0] % 2 == 0)
+
     tokens = {}
     for no_signal in ("keep", "drop"):
-        loop = make_loop(tmp_path / no_signal, tiny, reward=reward, algorithm={"no_signal": no_signal})
+        loop = make_loop(
+            tmp_path / no_signal, tiny, reward=reward, algorithm={"no_signal": no_signal}
+        )
         loop.step()
         tokens[no_signal] = (loop.latest["group/used"], loop.latest["update/tokens"])
-    assert tokens["keep"][0] == 4 and tokens["drop"][0] <= 2 and tokens["drop"][1] < tokens["keep"][1]
+    assert (
+        tokens["keep"][0] == 4 and tokens["drop"][0] <= 2 and tokens["drop"][1] < tokens["keep"][1]
+    )
 
 
 def test_top_entropy_gives_an_advantage_to_that_share_of_tokens(tiny, tmp_path):
-    loop = make_loop(tmp_path, tiny, reward=lambda completion, _: float(sum(completion.token_ids)), algorithm={"top_entropy": 0.25})
+    loop = make_loop(
+        tmp_path,
+        tiny,
+        reward=lambda completion, _: float(sum(completion.token_ids)),
+        algorithm={"top_entropy": 0.25},
+    )
     found = []
     update = loop.learner.update
     loop.learner.update = lambda batches, show: found.extend(batches) or update(batches, show)
@@ -289,19 +430,27 @@ def test_top_entropy_gives_an_advantage_to_that_share_of_tokens(tiny, tmp_path):
 
 def test_the_reference_is_the_policy_after_a_reset_and_before_it_the_start(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, algorithm={"kl_coef": 0.1, "reference_reset": 2})
-    reference = lambda: [p.clone() for p in loop.learner._reference.model.parameters()]  # noqa: E731
+
+    def reference():
+        return [p.clone() for p in loop.learner._reference.model.parameters()]
+
     start = reference()
     loop.step()
     assert all(torch.equal(a, b) for a, b in zip(start, reference(), strict=True))
     loop.step()
-    assert all(torch.equal(a, b) for a, b in zip(loop.learner._policy.model.parameters(), reference(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loop.learner._policy.model.parameters(), reference(), strict=True)
+    )
 
 
 def test_a_lora_reference_is_the_model_under_the_adapters(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, **SPECIAL["lora"])
     loop.step()
     base = dict(models.load_model(tiny(), "packed").named_parameters())
-    changed = {name for name, weight in loop.learner.weights() if not torch.equal(weight, base[name])}
+    changed = {
+        name for name, weight in loop.learner.weights() if not torch.equal(weight, base[name])
+    }
     assert changed == {name for name in base if "_proj" in name and not name.endswith("bias")}
     loop.step()
     assert loop.latest["kl/ref"] > 0
@@ -313,33 +462,50 @@ def test_a_lora_adapter_is_saved_as_peft_reads_it(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, **SPECIAL["lora"])
     loop.step()
     loop.learner.save_adapter(tmp_path / "adapter")
-    loaded = peft.PeftModel.from_pretrained(models.load_model(tiny(), "eager"), tmp_path / "adapter").merge_and_unload()
+    loaded = peft.PeftModel.from_pretrained(
+        models.load_model(tiny(), "eager"), tmp_path / "adapter"
+    ).merge_and_unload()
     theirs = dict(loaded.named_parameters())
-    assert all(torch.allclose(weight, theirs[name], atol=1e-6) for name, weight in loop.learner.weights())
+    assert all(
+        torch.allclose(weight, theirs[name], atol=1e-6) for name, weight in loop.learner.weights()
+    )
 
 
 @pytest.mark.parametrize("kind", ["tiny-qwen3-moe", "tiny-deepseek-v3"])
-def test_mixtures_of_experts_train_send_the_hubs_names_and_keep_a_frozen_router(tiny, tmp_path, kind):
+def test_mixtures_of_experts_train_send_the_hubs_names_and_keep_a_frozen_router(
+    tiny, tmp_path, kind
+):
     from safetensors.torch import load_file
 
     loop = make_loop(tmp_path, tiny, kind=kind, model={"freeze_router": True})
     before = load_file(tiny(kind) / "model.safetensors")
     loop.step()
     assert loop.engine.weights.keys() == before.keys()
-    same = {name for name, weight in loop.engine.weights.items() if torch.equal(weight, before[name])}
+    same = {
+        name for name, weight in loop.engine.weights.items() if torch.equal(weight, before[name])
+    }
     routers = {name for name in before if ".mlp.gate." in name}
     assert routers and routers == same
 
 
 def test_the_balance_loss_is_switch_transformers_and_reaches_the_router(tiny, tmp_path):
     loops = [
-        make_loop(tmp_path / name, tiny, kind="tiny-qwen3-moe", model={"router_aux_coef": coef}, reward=reward)
+        make_loop(
+            tmp_path / name,
+            tiny,
+            kind="tiny-qwen3-moe",
+            model={"router_aux_coef": coef},
+            reward=reward,
+        )
         for name, coef, reward in [("a", 0.0, None), ("b", 10.0, None)]
     ]
     for loop in loops:
         loop.step()
-    assert "router/balance" not in loops[0].latest and 2 <= loops[1].latest["router/balance"] < 4  # 2 experts a token of 4: at least 2
-    gates = [[w for name, w in loop.engine.weights.items() if ".mlp.gate." in name] for loop in loops]
+    # 2 experts a token of 4: at least 2
+    assert "router/balance" not in loops[0].latest and 2 <= loops[1].latest["router/balance"] < 4
+    gates = [
+        [w for name, w in loop.engine.weights.items() if ".mlp.gate." in name] for loop in loops
+    ]
     assert any(not torch.equal(a, b) for a, b in zip(*gates, strict=True))
 
 
@@ -350,6 +516,8 @@ def test_the_balance_loss_is_switch_transformers_and_reaches_the_router(tiny, tm
         ("tiny-deepseek-v3", {"router_aux_coef": 0.1}, "balances its experts without a loss"),
     ],
 )
-def test_router_options_that_a_model_has_no_use_for_are_refused(tiny, tmp_path, kind, model, message):
+def test_router_options_that_a_model_has_no_use_for_are_refused(
+    tiny, tmp_path, kind, model, message
+):
     with pytest.raises(UserError, match=message):
         make_loop(tmp_path, tiny, kind=kind, model=model)

@@ -10,7 +10,14 @@ import pytest
 from grpo import config as configs
 from grpo.metrics import Timer, Trackers
 
-ROW = {"step": 3, "reward/mean": 0.25, "reward/accuracy": 0.5, "completion/length": 12.0, "time/total_s": 2.0, "note": "not a number"}
+ROW = {
+    "step": 3,
+    "reward/mean": 0.25,
+    "reward/accuracy": 0.5,
+    "completion/length": 12.0,
+    "time/total_s": 2.0,
+    "note": "not a number",
+}
 STATUS = f"""
 import time
 from grpo.metrics import Display
@@ -29,7 +36,12 @@ display.close()
 
 def on_terminal(program: str) -> str:
     parent, child = pty.openpty()
-    subprocess.run([sys.executable, "-c", program], stderr=child, check=True, env=os.environ | {"TERM": "xterm", "COLUMNS": "150"})
+    subprocess.run(
+        [sys.executable, "-c", program],
+        stderr=child,
+        check=True,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "150"},
+    )
     os.close(child)
     text = b""
     while True:
@@ -42,23 +54,36 @@ def on_terminal(program: str) -> str:
 def test_on_a_terminal_a_status_line_shows_phase_numbers_and_time_left_since_the_resume():
     """A run resumed after 2 of 10 rollouts, one done in 2 minutes: 7 to go, 14 minutes."""
     text = on_terminal(STATUS)
-    assert "rollout 4/10 · update 1/4 · reward 0.250 · accuracy 50.0% · length 12 · 14:00 left" in text
+    assert (
+        "rollout 4/10 · update 1/4 · reward 0.250 · accuracy 50.0% · length 12 · 14:00 left" in text
+    )
     assert "held-out accuracy [50 %]" in text
 
 
 def test_elsewhere_one_line_a_rollout():
-    done = subprocess.run([sys.executable, "-c", STATUS], stderr=subprocess.PIPE, text=True, check=True)
-    assert done.stderr.splitlines() == ["rollout 3/10 · reward 0.250 · accuracy 50.0% · length 12 · 2.0 s", "held-out accuracy [50 %]"]
+    done = subprocess.run(
+        [sys.executable, "-c", STATUS], stderr=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stderr.splitlines() == [
+        "rollout 3/10 · reward 0.250 · accuracy 50.0% · length 12 · 2.0 s",
+        "held-out accuracy [50 %]",
+    ]
 
 
 def test_tensorboard_gets_every_number_at_its_step(tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed",
+    )
     with Trackers(configs.Logging(trackers=["tensorboard"]), tmp_path, "id", {}) as trackers:
         trackers.log(ROW)
         trackers.log(ROW | {"step": 4, "reward/mean": 0.75})
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(3, 0.25), (4, 0.75)]
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [
+        (3, 0.25),
+        (4, 0.75),
+    ]
     assert "note" not in events.Tags()["scalars"]
 
 

@@ -1,4 +1,7 @@
-"""The packed stream against the padded batch: the same logprobs and gradients, each prompt once, no padding."""
+"""The packed stream against the padded batch.
+
+The same logprobs and gradients, each prompt once, no padding.
+"""
 
 import inspect
 from itertools import pairwise
@@ -15,25 +18,39 @@ from grpo.types import Sample, UserError
 
 
 def test_golden_layout():
-    """Prompt (5, 6) with completions (7, 8) and (9,), prompt (4,) with (3, 2, 1): a last token predicts nothing and is left out."""
+    """Prompt (5, 6) with completions (7, 8) and (9,), prompt (4,) with (3, 2, 1).
+
+    A last token predicts nothing and is left out.
+    """
     made = packing.layout([(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)], [2, 2, 1], torch.device("cpu"))
     assert made.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
     assert made.positions.tolist() == [[0, 1, 0, 2, 1, 2]]
-    # 7 and 9 are predicted by the 6 at place 1, 8 by the 7 at place 3; 3, 2, 1 by the 4, 3, 2 at places 2, 4, 5
+    # 7 and 9 are predicted by the 6 at place 1, 8 by the 7 at place 3; 3, 2, 1 by the 4, 3, 2 at
+    # places 2, 4, 5
     assert made.predictors.tolist() == [1, 3, 1, 2, 4, 5]
     rows = made.rows
     assert made.spans is None
     assert rows.prompts.tolist() == [0, 1, 2, 0] and rows.prompt_places.tolist() == [0, 1, 2]
-    assert rows.completions.tolist() == [3, 0, 0, 0, 4, 5] and rows.completion_places.tolist() == [0, 4, 5]
+    assert rows.completions.tolist() == [3, 0, 0, 0, 4, 5] and rows.completion_places.tolist() == [
+        0,
+        4,
+        5,
+    ]
     assert rows.prompt_of.tolist() == [0, 0, 1]
-    # prompt of two places, then two own places: the second completion input of row 2 sees 4, 3 and 2
+    # prompt of two places, then two own places: the second completion input of row 2 sees 4, 3 and
+    # 2
     assert rows.mask[2, 0].tolist() == [[True, False, True, False], [True, False, True, True]]
     assert rows.mask[0, 0, 0].tolist() == [True, True, True, False]
 
 
 def test_golden_spans():
-    """The layout above for the variable-length kernel: each completion's keys are its prompt's and its own; (9,) has no input."""
-    made = packing.layout([(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)], [2, 2, 1], torch.device("cpu"), kernel=True)
+    """The layout above for the variable-length kernel.
+
+    Each completion's keys are its prompt's and its own; (9,) has no input.
+    """
+    made = packing.layout(
+        [(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)], [2, 2, 1], torch.device("cpu"), kernel=True
+    )
     spans = made.spans
     assert made.rows is None and made.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
     assert spans.query_starts.tolist() == [0, 2, 3, 4, 6]  # (5 6), (4), (7), (3 2)
@@ -42,11 +59,17 @@ def test_golden_spans():
     assert (spans.num_queries, spans.max_queries, spans.max_keys) == (6, 2, 3)
 
 
-def plain_varlen_attention(query, key, value, query_starts, key_starts, max_queries, max_keys, scale):
-    """torch.nn.attention.varlen.varlen_attn with window_size=(-1, 0), one sequence after another, in any dtype."""
+def plain_varlen_attention(
+    query, key, value, query_starts, key_starts, max_queries, max_keys, scale
+):
+    """torch.nn.attention.varlen.varlen_attn with window_size=(-1, 0), one sequence after another,
+    in any dtype.
+    """
     outputs = []
     queries, keys = (list(pairwise(starts.tolist())) for starts in (query_starts, key_starts))
-    assert max_queries == max(end - start for start, end in queries) and max_keys == max(end - start for start, end in keys)
+    assert max_queries == max(end - start for start, end in queries) and max_keys == max(
+        end - start for start, end in keys
+    )
     for (query_start, query_end), (key_start, key_end) in zip(queries, keys, strict=True):
         q = query[query_start:query_end]  # [T, Hq, D]
         group = q.shape[1] // key.shape[1]
@@ -71,19 +94,32 @@ def test_ranks_and_heads_that_cannot_share_a_stream_are_named(tiny, monkeypatch)
 def groups(seed=0):
     """Four prompts of 1 to 20 tokens, each with 1 to 4 completions of 1 to 12."""
     generator = torch.Generator().manual_seed(seed)
-    integer = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
-    tokens = lambda count: tuple(torch.randint(7, 200, (count,), generator=generator).tolist())  # noqa: E731
+
+    def integer(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def tokens(count):
+        return tuple(torch.randint(7, 200, (count,), generator=generator).tolist())
+
     samples = []
     for _ in range(4):
         prompt = tokens(integer(1, 21))
         for i in range(integer(1, 5)):
             completion = tokens(integer(1, 13))
-            samples.append(Sample(token_ids=prompt + completion, prompt_length=len(prompt), advantages=(i - 1.0,) * len(completion)))
+            samples.append(
+                Sample(
+                    token_ids=prompt + completion,
+                    prompt_length=len(prompt),
+                    advantages=(i - 1.0,) * len(completion),
+                )
+            )
     return samples
 
 
 def scored(model, samples, max_tokens, device="cpu"):
-    """Logprobs and entropies of every completion token in the samples' order, and the gradient of advantage x logprob."""
+    """Logprobs and entropies of every completion token in the samples' order, and the gradient of
+    advantage x logprob.
+    """
     packed = model.config._attn_implementation == packing.NAME
     policy, found = Policy(model, temperature=0.7, chunk=5), {}
     for batch in micro_batches(samples, [1.0] * len(samples), max_tokens=max_tokens, packed=packed):
@@ -100,7 +136,9 @@ def scored(model, samples, max_tokens, device="cpu"):
 def assert_close(values, gradients, expected_values, expected_gradients):
     assert torch.allclose(values, expected_values, atol=1e-5)
     for name, expected in expected_gradients.items():
-        assert torch.allclose(gradients[name], expected, atol=1e-5 * float(expected.abs().max())), name
+        assert torch.allclose(gradients[name], expected, atol=1e-5 * float(expected.abs().max())), (
+            name
+        )
 
 
 @pytest.mark.parametrize("kind", models.TINY)
@@ -111,9 +149,12 @@ def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, ma
     assert_close(values, ours, expected, gradients)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])  # its values are narrower than its keys
+# its values are narrower than its keys
+@pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])
 @pytest.mark.parametrize("max_tokens", [1000, 60])
-def test_spans_equal_padded_in_logprobs_entropies_and_gradients(tiny, monkeypatch, kind, max_tokens):
+def test_spans_equal_padded_in_logprobs_entropies_and_gradients(
+    tiny, monkeypatch, kind, max_tokens
+):
     """What a GPU's kernel is given, computed in plain PyTorch."""
     expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
     calls = []
@@ -133,7 +174,10 @@ def test_spans_equal_padded_in_logprobs_entropies_and_gradients(tiny, monkeypatc
 def test_the_kernel_is_called_causally_with_arguments_that_this_pytorch_has():
     from torch.nn.attention.varlen import varlen_attn
 
-    options, parameters = packing._varlen_attention().keywords, inspect.signature(varlen_attn).parameters
+    options, parameters = (
+        packing._varlen_attention().keywords,
+        inspect.signature(varlen_attn).parameters,
+    )
     assert options["window_size"] == (-1, 0) and options.keys() | {"scale"} <= parameters.keys()
     assert options.get("enable_gqa", False) == ("enable_gqa" in parameters)
 
@@ -142,7 +186,12 @@ def test_the_kernel_is_called_causally_with_arguments_that_this_pytorch_has():
     "config, dtype, capability, expected",
     [
         ({"head_dim": 64}, torch.bfloat16, (9, 0), True),
-        ({"head_dim": None, "hidden_size": 1536, "num_attention_heads": 12}, torch.bfloat16, (8, 0), True),
+        (
+            {"head_dim": None, "hidden_size": 1536, "num_attention_heads": 12},
+            torch.bfloat16,
+            (8, 0),
+            True,
+        ),
         ({"head_dim": 64}, torch.float32, (9, 0), False),
         ({"head_dim": 64}, torch.bfloat16, (7, 5), False),
         ({"head_dim": 20}, torch.bfloat16, (9, 0), False),
@@ -167,21 +216,32 @@ def test_fused_norms_compute_what_transformers_norms_do(tiny, kind):
 
 
 def test_one_token_completions_need_no_completion_inputs(tiny):
-    samples = [Sample(token_ids=(9, 8, token), prompt_length=2, advantages=(1.0,)) for token in (10, 11)]
+    samples = [
+        Sample(token_ids=(9, 8, token), prompt_length=2, advantages=(1.0,)) for token in (10, 11)
+    ]
     expected, _ = scored(models.load_model(tiny(), "eager"), samples, 100)
     values, _ = scored(models.load_model(tiny(), "packed"), samples, 100)
     assert torch.allclose(values, expected, atol=1e-5)
 
 
 def test_a_groups_samples_share_a_micro_batch_and_count_their_prompt_once():
-    samples = [Sample(token_ids=(prompt,) * 10 + (1,) * n, prompt_length=10, advantages=(1.0,) * n) for n in (3, 5) for prompt in (7, 8)]
+    samples = [
+        Sample(token_ids=(prompt,) * 10 + (1,) * n, prompt_length=10, advantages=(1.0,) * n)
+        for n in (3, 5)
+        for prompt in (7, 8)
+    ]
     batches = micro_batches(samples, [1.0] * 4, max_tokens=18, packed=True)
-    assert [sorted(samples[i].token_ids[0] for i in batch.index) for batch in batches] == [[7, 7], [8, 8]]
+    assert [sorted(samples[i].token_ids[0] for i in batch.index) for batch in batches] == [
+        [7, 7],
+        [8, 8],
+    ]
     assert len(micro_batches(samples, [1.0] * 4, max_tokens=36, packed=True)) == 1
     assert len(micro_batches(samples, [1.0] * 4, max_tokens=17, packed=True)) == 4
 
 
 def test_attention_that_is_not_plain_is_refused(tiny):
-    model = models.load_model(tiny(use_sliding_window=True, sliding_window=4, max_window_layers=0), "packed")
+    model = models.load_model(
+        tiny(use_sliding_window=True, sliding_window=4, max_window_layers=0), "packed"
+    )
     with pytest.raises(NotImplementedError, match=r"use sdpa or eager"):
         scored(model, groups(), 1000)

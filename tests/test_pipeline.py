@@ -1,4 +1,8 @@
-"""The chain of stages: its plan, its mistakes before anything starts, and a whole chain that is killed in a stage and goes on."""
+"""The chain of stages.
+
+Its plan, its mistakes before anything starts, and a whole chain that is killed in a stage and goes
+on.
+"""
 
 import json
 
@@ -21,38 +25,73 @@ def chain(**sections):
 def test_a_plan_hands_on_models_and_traces_and_judges_every_model():
     stages = {
         "cold": {"command": "sft", "config": "configs/tiny_sft.yaml"},
-        "rl": {"command": "train", "config": "configs/tiny.yaml", "model": "cold", "set": {"train.rollouts": 2}},
+        "rl": {
+            "command": "train",
+            "config": "configs/tiny.yaml",
+            "model": "cold",
+            "set": {"train.rollouts": 2},
+        },
         "traces": {"command": "collect", "config": "configs/tiny_collect.yaml", "model": "rl"},
         "again": {"command": "sft", "config": "configs/tiny_sft.yaml", "traces": "traces"},
     }
     steps = {
         name: (command, arguments)
-        for name, command, arguments in checked(chain(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}}))
+        for name, command, arguments in checked(
+            chain(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}})
+        )
     }
     assert list(steps) == ["start-s", "cold", "cold-s", "rl", "rl-s", "traces", "again", "again-s"]
     assert steps["rl"] == (
         "train",
-        ["configs/tiny.yaml", "run_dir=runs/x/rl", "seed=3", "model.path=runs/x/cold/final", "model.warm_start=", "train.rollouts=2"],
+        [
+            "configs/tiny.yaml",
+            "run_dir=runs/x/rl",
+            "seed=3",
+            "model.path=runs/x/cold/final",
+            "model.warm_start=",
+            "train.rollouts=2",
+        ],
     )
     assert "data={name: traces, path: runs/x/traces}" in steps["again"][1]
-    assert steps["start-s"][1][3] == "model.path=tiny-qwen2" and steps["rl-s"][1][3] == "model.path=runs/x/rl/final"
+    assert (
+        steps["start-s"][1][3] == "model.path=tiny-qwen2"
+        and steps["rl-s"][1][3] == "model.path=runs/x/rl/final"
+    )
 
 
 def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_path):
-    (tmp_path / "d.yaml").write_text("way: soft\nmodel: {path: tiny-qwen2}\nsoft: {updates: 1}\nprompt: {template: plain}\n")
+    (tmp_path / "d.yaml").write_text(
+        "way: soft\nmodel: {path: tiny-qwen2}\nsoft: {updates: 1}\nprompt: {template: plain}\n"
+    )
     stages = {
         "rl": {"command": "train", "config": "configs/tiny.yaml"},
         "traces": {"command": "collect", "config": "configs/tiny_collect.yaml", "model": "rl"},
-        "small": {"command": "distill", "config": str(tmp_path / "d.yaml"), "teacher": "rl", "traces": "traces"},
+        "small": {
+            "command": "distill",
+            "config": str(tmp_path / "d.yaml"),
+            "teacher": "rl",
+            "traces": "traces",
+        },
     }
-    steps = {name: arguments for name, _, arguments in checked(chain(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}}))}
-    assert "model.teacher=runs/x/rl/final" in steps["small"] and "model.path=runs/x/small/final" in steps["small-s"]
+    steps = {
+        name: arguments
+        for name, _, arguments in checked(
+            chain(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}})
+        )
+    }
+    assert (
+        "model.teacher=runs/x/rl/final" in steps["small"]
+        and "model.path=runs/x/small/final" in steps["small-s"]
+    )
 
 
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({"a-b": {"command": "sft", "config": "configs/tiny_sft.yaml"}}, "stages.a-b: a stage's name is a folder's"),
+        (
+            {"a-b": {"command": "sft", "config": "configs/tiny_sft.yaml"}},
+            "stages.a-b: a stage's name is a folder's",
+        ),
         (
             {
                 "a": {"command": "train", "config": "configs/tiny.yaml"},
@@ -71,8 +110,14 @@ def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_pat
             },
             "stages.b.traces=a: that stage is a `grpo sft`",
         ),
-        ({"a": {"command": "sft", "config": "configs/tiny_sft.yaml", "set": {"sft.update": 1}}}, "stage a: .*sft.update"),
-        ({"a": {"command": "sft", "config": "configs/none.yaml"}}, "configs/none.yaml: no such config file"),
+        (
+            {"a": {"command": "sft", "config": "configs/tiny_sft.yaml", "set": {"sft.update": 1}}},
+            "stage a: .*sft.update",
+        ),
+        (
+            {"a": {"command": "sft", "config": "configs/none.yaml"}},
+            "configs/none.yaml: no such config file",
+        ),
     ],
 )
 def test_a_mistake_in_any_stage_is_told_before_the_first_one_starts(stages, message):
@@ -81,27 +126,55 @@ def test_a_mistake_in_any_stage_is_told_before_the_first_one_starts(stages, mess
 
 
 def test_what_a_stage_sets_arrives_as_it_was_written():
-    given = {"a": "Think: then answer", "b": "off", "c": "1", "d": 1e-5, "e": True, "f": [1, "x"], "g": {"h": "no"}, "i": None, "j": "a\nb"}
+    given = {
+        "a": "Think: then answer",
+        "b": "off",
+        "c": "1",
+        "d": 1e-5,
+        "e": True,
+        "f": [1, "x"],
+        "g": {"h": "no"},
+        "i": None,
+        "j": "a\nb",
+    }
     assert apply_overrides({}, _overrides(given)) == given
 
 
 def test_the_table_has_a_row_a_model():
-    rows = [{"stage": "start", "a": {"accuracy": 0.5}, "b": {"accuracy": 0.25}}, {"stage": "rl", "a": {"accuracy": 1.0}}]
-    assert markdown(rows).splitlines() == ["| stage | a | b |", "|---|---|---|", "| start | 50.0% | 25.0% |", "| rl | 100.0% |  |"]
-    assert next(plan(chain(stages={"a": {"command": "sft", "config": "configs/tiny_sft.yaml"}})))[0] == "a"
+    rows = [
+        {"stage": "start", "a": {"accuracy": 0.5}, "b": {"accuracy": 0.25}},
+        {"stage": "rl", "a": {"accuracy": 1.0}},
+    ]
+    assert markdown(rows).splitlines() == [
+        "| stage | a | b |",
+        "|---|---|---|",
+        "| start | 50.0% | 25.0% |",
+        "| rl | 100.0% |  |",
+    ]
+    assert (
+        next(plan(chain(stages={"a": {"command": "sft", "config": "configs/tiny_sft.yaml"}})))[0]
+        == "a"
+    )
 
 
 @pytest.mark.engine
 def test_a_chain_killed_in_a_stage_goes_on_and_is_not_begun_again(tiny, tmp_path):
     model = str(tiny())
     supervised = {
-        "run_dir": "x", "model": {"path": model, "dtype": "float32"}, "data": {"name": "arithmetic", "options": {"digits": 1}},
-        "prompt": {"template": "plain", "max_tokens": 48}, "sft": {"updates": 3, "batch_size": 2, "max_tokens": 96},
-        "learner": {"zero_stage": 1}, "logging": {"progress": "off"},
-    }  # fmt: skip
+        "run_dir": "x",
+        "model": {"path": model, "dtype": "float32"},
+        "data": {"name": "arithmetic", "options": {"digits": 1}},
+        "prompt": {"template": "plain", "max_tokens": 48},
+        "sft": {"updates": 3, "batch_size": 2, "max_tokens": 96},
+        "learner": {"zero_stage": 1},
+        "logging": {"progress": "off"},
+    }
     configs.parse(supervised, kind=SftConfig)
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(supervised))
-    train = write_config(tmp_path / "train.yaml", tiny_config("x", model, train={"rollouts": 2}, eval={"every": 1, "problems": 3}))
+    train = write_config(
+        tmp_path / "train.yaml",
+        tiny_config("x", model, train={"rollouts": 2}, eval={"every": 1, "problems": 3}),
+    )
     tree = {
         "run_dir": str(tmp_path / "run"),
         "stages": {
@@ -116,13 +189,22 @@ def test_a_chain_killed_in_a_stage_goes_on_and_is_not_begun_again(tiny, tmp_path
     wait_for(lambda: (tmp_path / "run" / "rl" / "checkpoints" / "step-000001").exists(), process)
     process.kill()
     process.communicate()
-    unfinished = tmp_path / "run" / "cold-sums" / "manifest.json"  # as if it had been killed there too
+    # as if it had been killed there too
+    unfinished = tmp_path / "run" / "cold-sums" / "manifest.json"
     unfinished.write_text(unfinished.read_text().replace('"finished"', '"running"'))
     cold = (tmp_path / "run" / "cold" / "manifest.json").read_text()
     errors = run(config, command="pipeline")
-    assert "== rl: " in errors and "--resume" in errors and "== cold: " not in errors and "== cold-sums: " in errors
+    assert (
+        "== rl: " in errors
+        and "--resume" in errors
+        and "== cold: " not in errors
+        and "== cold-sums: " in errors
+    )
     assert (tmp_path / "run" / "cold" / "manifest.json").read_text() == cold
     table = json.loads((tmp_path / "run" / "table.json").read_text())
-    assert [row["stage"] for row in table] == ["cold", "rl"] and all("accuracy" in row["sums"] for row in table)
+    assert [row["stage"] for row in table] == ["cold", "rl"] and all(
+        "accuracy" in row["sums"] for row in table
+    )
     assert (tmp_path / "run" / "table.md").read_text().startswith("| stage | sums |")
-    assert "seed was 0, is 1" in run(config, "seed=1", command="pipeline", code=2)  # what is finished was another run
+    # what is finished was another run
+    assert "seed was 0, is 1" in run(config, "seed=1", command="pipeline", code=2)

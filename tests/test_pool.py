@@ -1,4 +1,7 @@
-"""Two real vLLM servers: what they sample, who may ask them, what is done when one is killed, hangs or gets broken weights."""
+"""Two real vLLM servers.
+
+What they sample, who may ask them, what is done when one is killed, hangs or gets broken weights.
+"""
 
 import asyncio
 import contextlib
@@ -38,20 +41,32 @@ OPTIONS = SamplingOptions(max_tokens=24, ignore_eos=True)
 
 
 def settings(**servers):
-    return configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=100, servers=configs.Servers(**({"count": 2} | servers)))
+    return configs.Engine(
+        kv_cache_gb=0.05,
+        max_sequences=32,
+        timeout_s=100,
+        servers=configs.Servers(**({"count": 2} | servers)),
+    )
 
 
 def weights(model_dir, scale=1.0):
     model = models.load_model(model_dir, "eager")
-    return Weights({name: scale * parameter.detach() for name, parameter in model.named_parameters()})
+    return Weights(
+        {name: scale * parameter.detach() for name, parameter in model.named_parameters()}
+    )
 
 
 def pool_of(model_dir, run_dir, said=None, **servers):
     tokenizer = models.load_tokenizer(model_dir)
     return Pool(
-        model_dir=str(model_dir), settings=settings(**servers), dtype="float32", max_model_len=160, run_dir=run_dir,
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False), say=(said if said is not None else []).append,
-    )  # fmt: skip
+        model_dir=str(model_dir),
+        settings=settings(**servers),
+        dtype="float32",
+        max_model_len=160,
+        run_dir=run_dir,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        say=(said if said is not None else []).append,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +85,24 @@ def pool(tiny, tmp_path_factory, said):
 
 def test_two_servers_sample_what_one_child_process_samples(pool, tiny, tmp_path):
     engine = VllmEngine(
-        model_dir=str(tiny()), settings=settings(), dtype="float32", max_model_len=160, log_file=tmp_path / "log", load_weights=True
+        model_dir=str(tiny()),
+        settings=settings(),
+        dtype="float32",
+        max_model_len=160,
+        log_file=tmp_path / "log",
+        load_weights=True,
     )
     expected = engine.generate(REQUESTS, OPTIONS)
     engine.close()
     done = []
     found = pool.generate(REQUESTS, OPTIONS, lambda *progress: done.append(progress))
     made = [pool._run(pool._call(server, "/metrics", method="GET")) for server in pool._servers]
-    assert done[-1] == (36, 36) and all(float(fleet.GENERATED.search(text)[1]) > 0 for text in made)  # both had work
+    # both had work
+    assert done[-1] == (36, 36) and all(float(fleet.GENERATED.search(text)[1]) > 0 for text in made)
     for ours, theirs in zip(found, expected, strict=True):
-        assert [(c.token_ids, c.text, c.finish_reason) for c in ours] == [(c.token_ids, c.text, c.finish_reason) for c in theirs]
+        assert [(c.token_ids, c.text, c.finish_reason) for c in ours] == [
+            (c.token_ids, c.text, c.finish_reason) for c in theirs
+        ]
         assert all(c.versions == ((1, 0, 24),) for c in ours)
         for a, b in zip(ours, theirs, strict=True):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
@@ -95,9 +118,16 @@ def test_every_route_asks_for_the_token_and_pickles_are_not_served(pool):
         ("GET", "/docs"),
     ):
         assert httpx.request(method, url + path).status_code == 401
-        assert httpx.request(method, url + path, headers={"Authorization": "Bearer " + token[:-1]}).status_code == 401
+        assert (
+            httpx.request(
+                method, url + path, headers={"Authorization": "Bearer " + token[:-1]}
+            ).status_code
+            == 401
+        )
     right = {"Authorization": f"Bearer {token}"}
-    assert httpx.post(url + "/collective_rpc", headers=right, json={"method": "x"}).status_code == 403
+    assert (
+        httpx.post(url + "/collective_rpc", headers=right, json={"method": "x"}).status_code == 403
+    )
     assert httpx.get(url + "/health", headers=right).status_code == 200
     assert url.startswith("http://127.0.0.1:")
 
@@ -106,12 +136,16 @@ def test_new_weights_reach_every_server_and_their_prefixes_are_not_those_of_the_
     before = pool.prove(REQUESTS[:4], OPTIONS)
     pool.load_weights(weights(tiny(), 0.7), 2)
     after = pool.prove(REQUESTS[:4], OPTIONS)
-    assert len(after) == 2 and fleet.difference(after[0], after[1]) < 1e-4 < fleet.difference(before[0], after[0])
+    assert len(after) == 2 and fleet.difference(after[0], after[1]) < 1e-4 < fleet.difference(
+        before[0], after[0]
+    )
     pool.load_weights(weights(tiny()), 3)
     assert fleet.difference(before[0], pool.prove(REQUESTS[:4], OPTIONS)[1]) < 1e-4
 
 
-def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again(pool, tiny, said, monkeypatch):
+def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again(
+    pool, tiny, said, monkeypatch
+):
     write = pool._weights.write
 
     def broken(sent):
@@ -132,16 +166,23 @@ def test_a_server_killed_in_the_middle_of_a_rollout_costs_only_what_it_was_doing
     expected = pool.generate(REQUESTS, OPTIONS)
     pool.prove(REQUESTS[:4], OPTIONS)
     victim, seen = pool._servers[0], len(said)
-    family = [psutil.Process(victim.process.pid), *psutil.Process(victim.process.pid).children(recursive=True)]
+    family = [
+        psutil.Process(victim.process.pid),
+        *psutil.Process(victim.process.pid).children(recursive=True),
+    ]
     future = pool._submit(pool._generate(REQUESTS, OPTIONS, None))
     wait(lambda: victim.load)
     family[0].kill()
-    assert [[c.token_ids for c in row] for row in future.result(60)] == [[c.token_ids for c in row] for row in expected]
+    assert [[c.token_ids for c in row] for row in future.result(60)] == [
+        [c.token_ids for c in row] for row in expected
+    ]
     assert pool.counts["retried"] > 0
     assert not psutil.wait_procs(family[1:], timeout=10)[1]  # its core and worker go with it
     wait(lambda: victim.up)
     assert "killed by SIGKILL" in said[seen] and "is back with weights 5" in said[-1]
-    assert [[c.token_ids for c in row] for row in pool.generate(REQUESTS, OPTIONS)] == [[c.token_ids for c in row] for row in expected]
+    assert [[c.token_ids for c in row] for row in pool.generate(REQUESTS, OPTIONS)] == [
+        [c.token_ids for c in row] for row in expected
+    ]
 
 
 @pytest.mark.slow
@@ -155,7 +196,9 @@ def test_a_server_that_hangs_is_started_again(pool, said, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_back(pool, tiny, said, monkeypatch):
+def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_back(
+    pool, tiny, said, monkeypatch
+):
     update = pool._update
 
     async def killing(server, version):
@@ -167,11 +210,15 @@ def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_bac
     pool.load_weights(weights(tiny(), 0.9), 6)
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 1
     wait(lambda: pool._servers[0].up)
-    assert fleet.difference(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any("weights 6 did not reach" in text for text in said)
+    assert fleet.difference(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any(
+        "weights 6 did not reach" in text for text in said
+    )
 
 
 @pytest.mark.slow
-def test_a_port_taken_meanwhile_costs_a_start_and_weights_go_through_files(tiny, tmp_path, monkeypatch):
+def test_a_port_taken_meanwhile_costs_a_start_and_weights_go_through_files(
+    tiny, tmp_path, monkeypatch
+):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -180,7 +227,11 @@ def test_a_port_taken_meanwhile_costs_a_start_and_weights_go_through_files(tiny,
         monkeypatch.setattr(fleet, "free_port", lambda: next(ports, None) or free())
         pool = pool_of(tiny(), tmp_path, count=1, transfer="file", folder=str(tmp_path / "weights"))
         try:
-            assert pool.wait_ready()["servers"] == [pool._servers[0].url] != [f"http://127.0.0.1:{taken}"]
+            assert (
+                pool.wait_ready()["servers"]
+                == [pool._servers[0].url]
+                != [f"http://127.0.0.1:{taken}"]
+            )
             pool.load_weights(weights(tiny()), 1)
             (before,) = pool.prove(REQUESTS[:4], OPTIONS)
             pool.load_weights(weights(tiny(), 0.7), 2)
@@ -197,18 +248,37 @@ def test_a_server_whose_trainer_was_killed_while_it_started_ends():
     dead.wait()
     program = f"""import os, subprocess; from grpo.engines._plugin import _end_with
 print(subprocess.Popen(['sleep', '60']).pid, flush=True); _end_with(os.getppid(), {dead.pid})"""
-    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     core = int(server.stdout.readline())
     assert server.wait(timeout=60) == -signal.SIGKILL
-    wait(lambda: not psutil.pid_exists(core) or psutil.Process(core).status() == psutil.STATUS_ZOMBIE, seconds=5)
+    wait(
+        lambda: (
+            not psutil.pid_exists(core) or psutil.Process(core).status() == psutil.STATUS_ZOMBIE
+        ),
+        seconds=5,
+    )
 
 
 def bare(*loads):
     """A pool of servers that are up, without servers."""
     made = object.__new__(Pool)
-    made._servers = [Server(url=f"s{i}", up=True, version=1, load=load) for i, load in enumerate(loads)]
-    made._leads, made._version, made._watching, made._transfer, made._idle_since, made._idle_s = True, 1, [], "memory", None, 0.0
-    made._settings, made._pool = SimpleNamespace(max_sequences=8, start_timeout_s=1.0), SimpleNamespace(retries=2)
+    made._servers = [
+        Server(url=f"s{i}", up=True, version=1, load=load) for i, load in enumerate(loads)
+    ]
+    made._leads, made._version, made._watching, made._transfer, made._idle_since, made._idle_s = (
+        True,
+        1,
+        [],
+        "memory",
+        None,
+        0.0,
+    )
+    made._settings, made._pool = (
+        SimpleNamespace(max_sequences=8, start_timeout_s=1.0),
+        SimpleNamespace(retries=2),
+    )
     made._changed, made._sending, made.counts = asyncio.Condition(), asyncio.Lock(), {"retried": 0}
     return made
 
@@ -216,7 +286,8 @@ def bare(*loads):
 def test_a_request_goes_where_the_least_is_to_do_and_waits_where_all_is_full():
     async def drill():
         pool = bare(6, 2)
-        assert [(await pool._free(size)).url for size in (4, 2)] == ["s1", "s0"]  # loads are now 8 and 6
+        # loads are now 8 and 6
+        assert [(await pool._free(size)).url for size in (4, 2)] == ["s1", "s0"]
         waiting = asyncio.ensure_future(pool._free(4))
         await asyncio.sleep(0.05)
         assert not waiting.done()
@@ -238,9 +309,15 @@ def test_a_request_that_fails_everywhere_is_asked_again_so_often_and_no_more():
             raise EngineError("broken off")
 
         pool._ask = ask
-        with pytest.raises(EngineError, match=r"a request failed 3 times \(engine.servers.retries\): the last time, broken off"):
+        with pytest.raises(
+            EngineError,
+            match=r"a request failed 3 times \(engine.servers.retries\): the last time, broken off",
+        ):
             await pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS)
-        assert not any(server.load for server in pool._servers) and sum(server.up for server in pool._servers) == 1
+        assert (
+            not any(server.load for server in pool._servers)
+            and sum(server.up for server in pool._servers) == 1
+        )
 
     asyncio.run(drill())
     assert asked == [("s0", 7), ("s1", 7), ("s2", 7)]
@@ -295,7 +372,10 @@ def test_a_rank_that_does_not_watch_the_servers_asks_others_than_the_one_that_fa
 
         pool._ask = ask
         for _ in range(3):
-            assert await asyncio.wait_for(pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS), 10) == "s1"
+            assert (
+                await asyncio.wait_for(pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS), 10)
+                == "s1"
+            )
 
     asyncio.run(drill())
     assert asked == ["s0", "s1", "s1", "s1"]
@@ -321,9 +401,12 @@ def test_by_nccl_a_full_pool_is_waited_for_and_one_without_weights_is_an_error()
     asyncio.run(drill())
 
 
-def test_a_server_that_fails_in_a_transfer_by_nccl_ends_it_at_once_though_the_learner_waits_in_the_group():
+def test_a_server_that_fails_in_a_transfer_by_nccl_ends_it_though_the_learner_waits():
     class Trainer:
-        """vLLM's sending side: it hears of the failure when its broadcast is over, which waits for all."""
+        """vLLM's sending side.
+
+        It hears of the failure when its broadcast is over, which waits for all.
+        """
 
         def __init__(self):
             self.ended = threading.Event()
@@ -344,12 +427,18 @@ def test_a_server_that_fails_in_a_transfer_by_nccl_ends_it_at_once_though_the_le
 
     async def run_in_loop():
         loop = asyncio.get_running_loop()
-        fleet = SimpleNamespace(_call=call, _submit=lambda work: asyncio.run_coroutine_threadsafe(work, loop), _on_wait=lambda: None)
+        fleet = SimpleNamespace(
+            _call=call,
+            _submit=lambda work: asyncio.run_coroutine_threadsafe(work, loop),
+            _on_wait=lambda: None,
+        )
         sender, trainer = NcclSender(fleet, 1), Trainer()
         sender._join = lambda *_: setattr(sender, "_trainer", trainer)
         servers = [Server(url="s0"), Server(url="s1")]
         start = time.monotonic()
-        with pytest.raises(EngineError, match="weights 3 to 2 servers by NCCL: /update_weights at s0: broken off"):
+        with pytest.raises(
+            EngineError, match="weights 3 to 2 servers by NCCL: /update_weights at s0: broken off"
+        ):
             await asyncio.to_thread(sender.send, servers, None, version=3, limit_s=50)
         assert time.monotonic() - start < 10 and trainer.ended.is_set() and sender._trainer is None
 
@@ -357,13 +446,19 @@ def test_a_server_that_fails_in_a_transfer_by_nccl_ends_it_at_once_though_the_le
 
 
 @pytest.mark.slow
-def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_again(pool, tiny, said):
+def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_again(
+    pool, tiny, said
+):
     """Its HTTP side still says that it is well."""
     pool.load_weights(weights(tiny()), 20)
     pool.prove(REQUESTS[:4], OPTIONS)
     wait(lambda: all(server.up for server in pool._servers))
     victim, was = pool._servers[1], pool._pool
-    (core,) = [p for p in psutil.Process(victim.process.pid).children(recursive=True) if "EngineCore" in p.name()]
+    (core,) = [
+        p
+        for p in psutil.Process(victim.process.pid).children(recursive=True)
+        if "EngineCore" in p.name()
+    ]
     core.suspend()
     pool._pool = was.model_copy(update={"sync_timeout_s": 10.0})
     try:
@@ -376,14 +471,21 @@ def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_aga
     wait(lambda: victim.up)
     first, second = pool.prove(REQUESTS[:4], OPTIONS)
     assert fleet.difference(first, second) < 1e-4
-    (core,) = [p for p in psutil.Process(victim.process.pid).children(recursive=True) if "EngineCore" in p.name()]
+    (core,) = [
+        p
+        for p in psutil.Process(victim.process.pid).children(recursive=True)
+        if "EngineCore" in p.name()
+    ]
     core.suspend()
     pool._pool = was.model_copy(update={"stall_s": 10.0})
     try:
         (only,) = pool.prove(REQUESTS[:4], OPTIONS)  # the other one's samples
     finally:
         pool._pool = was
-    assert any("it made no token for 10 s" in line for line in said) and fleet.difference(first, only) < 1e-4
+    assert (
+        any("it made no token for 10 s" in line for line in said)
+        and fleet.difference(first, only) < 1e-4
+    )
 
 
 def wait(condition, seconds=90):
@@ -399,25 +501,37 @@ def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(ranks, "count", lambda: 4)
         patch.setattr(ranks, "local_count", lambda: 2)
-        with pytest.raises(UserError, match=r"engine.servers.count: ranks on several machines do not reach rank 0's own: use urls"):
+        with pytest.raises(
+            UserError,
+            match=r"engine.servers.count: ranks on several "
+            r"machines do not reach rank 0's own: use urls",
+        ):
             pool_of(tiny(), tmp_path)
     with pytest.raises(UserError, match="tensor_parallel=3 does not divide the model's 2 heads"):
         pool_of(tiny(), tmp_path, tensor_parallel=3)
     monkeypatch.delenv("GRPO_ENGINE_TOKEN", raising=False)
     with pytest.raises(UserError, match="GRPO_ENGINE_TOKEN is not set"):
         pool_of(tiny(), tmp_path, count=0, urls=["http://127.0.0.1:9"])
-    for servers, message in (({}, "give count"), ({"urls": ["http://x"], "transfer": "memory"}, "reaches this machine only")):
+    for servers, message in (
+        ({}, "give count"),
+        ({"urls": ["http://x"], "transfer": "memory"}, "reaches this machine only"),
+    ):
         with pytest.raises(UserError, match=message):
             configs.parse(
-                {"engine": {"servers": servers}} | json.loads(json.dumps(tiny_config(tmp_path, tiny()).model_dump(exclude={"engine"})))
+                {"engine": {"servers": servers}}
+                | json.loads(
+                    json.dumps(tiny_config(tmp_path, tiny()).model_dump(exclude={"engine"}))
+                )
             )
 
 
 def pooled(folder, model, **sections):
     made = {
-        "train": {"rollouts": 4, "problems": 4, "group_size": 4}, "rewards": {"digits:share": 1.0}, "eval": {"every": 2, "problems": 4},
+        "train": {"rollouts": 4, "problems": 4, "group_size": 4},
+        "rewards": {"digits:share": 1.0},
+        "eval": {"every": 2, "problems": 4},
         "engine": {"servers": {"count": 2}, "timeout_s": 100},
-    }  # fmt: skip
+    }
     return tiny_config(folder, model, **(made | sections))
 
 
@@ -425,18 +539,31 @@ def test_a_run_on_a_pool_is_proved_and_survives_a_killed_server(tiny, tmp_path):
     config = write_config(
         tmp_path / "config.yaml",
         pooled(
-            tmp_path / "run", tiny(), eval={"every": 0}, checkpoint={"every": 0}, train={"rollouts": 20, "problems": 8, "group_size": 4}
+            tmp_path / "run",
+            tiny(),
+            eval={"every": 0},
+            checkpoint={"every": 0},
+            train={"rollouts": 20, "problems": 8, "group_size": 4},
         ),
     )
     process = start(config, "logging.progress=line")
-    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 3, process)
-    servers = [p for p in psutil.Process(process.pid).children() if "api_server" in " ".join(p.cmdline())]
+    wait_for(
+        lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 3,
+        process,
+    )
+    servers = [
+        p for p in psutil.Process(process.pid).children() if "api_server" in " ".join(p.cmdline())
+    ]
     assert len(servers) == 2
     servers[0].kill()
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     found = rows(tmp_path / "run")
-    assert found[-1]["engine/lost"] == 1 and max(row["probe/gap"] for row in found) < 1e-4 and "killed by SIGKILL" in errors
+    assert (
+        found[-1]["engine/lost"] == 1
+        and max(row["probe/gap"] for row in found) < 1e-4
+        and "killed by SIGKILL" in errors
+    )
     assert [row["rollout"] for row in found] == list(range(21))
 
 
@@ -446,11 +573,21 @@ def test_a_server_of_two_workers_that_share_each_layer_gets_its_weights(tiny, tm
     run(write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), engine=split)))
     found = rows(tmp_path / "run")
     assert len(found) == 5 and max(row["probe/gap"] for row in found) < 1e-4
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in " ".join(p.info["cmdline"] or [])]
+    assert not [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(tmp_path / "run") in " ".join(p.info["cmdline"] or [])
+    ]
 
 
-def test_servers_of_somebody_else_train_and_judge_the_model_that_they_are_sent(tiny, tmp_path, monkeypatch):
-    """launch/server.sh, by URL: weights go through files, a wrong token is told, and an evaluation is not of what the server holds."""
+def test_servers_of_somebody_else_train_and_judge_the_model_that_they_are_sent(
+    tiny, tmp_path, monkeypatch
+):
+    """launch/server.sh, by URL.
+
+    Weights go through files, a wrong token is told, and an evaluation is not of what the server
+    holds.
+    """
     port = free_port()
     urls = {"servers": {"urls": [f"http://127.0.0.1:{port}"]}}
     config = write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), engine=urls))
@@ -460,25 +597,47 @@ def test_servers_of_somebody_else_train_and_judge_the_model_that_they_are_sent(t
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         run(config)
-        assert len(rows(tmp_path / "run")) == 5 and max(row["probe/gap"] for row in rows(tmp_path / "run")) < 1e-4
-        run(config, f"run_dir={tmp_path / 'theirs'}", "eval.problems=8", command="eval")  # the model before the training
-        run(config, f"run_dir={tmp_path / 'ours'}", "eval.problems=8", "engine.servers=null", command="eval")
-        judged = [(tmp_path / name / "samples" / "eval-000000.jsonl").read_text().splitlines() for name in ("theirs", "ours")]
-        assert [json.loads(line)["completion"] for line in judged[0]] == [json.loads(line)["completion"] for line in judged[1]]
+        assert (
+            len(rows(tmp_path / "run")) == 5
+            and max(row["probe/gap"] for row in rows(tmp_path / "run")) < 1e-4
+        )
+        # the model before the training
+        run(config, f"run_dir={tmp_path / 'theirs'}", "eval.problems=8", command="eval")
+        run(
+            config,
+            f"run_dir={tmp_path / 'ours'}",
+            "eval.problems=8",
+            "engine.servers=null",
+            command="eval",
+        )
+        judged = [
+            (tmp_path / name / "samples" / "eval-000000.jsonl").read_text().splitlines()
+            for name in ("theirs", "ours")
+        ]
+        assert [json.loads(line)["completion"] for line in judged[0]] == [
+            json.loads(line)["completion"] for line in judged[1]
+        ]
         monkeypatch.setenv(TOKEN, "guess")
-        assert "refuses our token (401): set GRPO_ENGINE_TOKEN" in run(config, f"run_dir={tmp_path / 'wrong'}", code=2)
+        assert "refuses our token (401): set GRPO_ENGINE_TOKEN" in run(
+            config, f"run_dir={tmp_path / 'wrong'}", code=2
+        )
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
-def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_group(tiny, tmp_path):
+def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_group(
+    tiny, tmp_path
+):
     made = {
         "train": {"rollouts": 12, "problems": 4, "group_size": 4, "max_staleness": 2},
         "checkpoint": {"every": 1, "keep_last": 20},
         "eval": {"every": 0},
     }
-    made |= {"sampling": {"max_tokens": 40, "ignore_eos": True}, "engine": {"servers": {"count": 2}, "timeout_s": 100}}
+    made |= {
+        "sampling": {"max_tokens": 40, "ignore_eos": True},
+        "engine": {"servers": {"count": 2}, "timeout_s": 100},
+    }
     made["algorithm"] = {"mismatch": "tis"}
     config = write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), **made))
     process = start(config)
@@ -491,12 +650,19 @@ def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_g
     run(config, "--resume", ranks=2)
     found = rows(tmp_path / "run")[1:]
     assert all(0 < row["mismatch/weight"] <= 2 and row["update/made"] == 1 for row in found)
-    assert len(found) == 12 and all(row["staleness/max"] <= 2 for row in found) and max(row["staleness/max"] for row in found) >= 1
     assert (
-        all(0 <= row["idle/engine"] <= 1 for row in found) and {"queue/ready", "queue/in_flight", "histogram/staleness"} <= found[0].keys()
+        len(found) == 12
+        and all(row["staleness/max"] <= 2 for row in found)
+        and max(row["staleness/max"] for row in found) >= 1
+    )
+    assert (
+        all(0 <= row["idle/engine"] <= 1 for row in found)
+        and {"queue/ready", "queue/in_flight", "histogram/staleness"} <= found[0].keys()
     )
     kept = [
-        json.loads(line) for file in sorted((tmp_path / "run" / "samples").glob("step-*.jsonl")) for line in file.read_text().splitlines()
+        json.loads(line)
+        for file in sorted((tmp_path / "run" / "samples").glob("step-*.jsonl"))
+        for line in file.read_text().splitlines()
     ]
     order = list(dict.fromkeys(row["problem"] for row in kept))
     assert len(kept) == 12 * 16

@@ -29,7 +29,10 @@ def chat(tokenizer):
 
 def test_chat_template_with_system_prompt_and_prefill(chat):
     prompts = Prompts(configs.Prompt(system="Think.", think_prefill=True), chat)
-    expected = "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    expected = (
+        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nWhat is 2 + "
+        "3?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
     assert prompts.text(PROBLEM) == expected and prompts.prefill(PROBLEM) == "<think>\n"
     assert chat.decode(prompts.ids(PROBLEM)) == expected
 
@@ -37,7 +40,11 @@ def test_chat_template_with_system_prompt_and_prefill(chat):
 def test_a_completion_ends_at_the_turns_end_of_a_chat_template_and_at_eos(chat):
     # a base model's EOS is often not the token that its chat template ends a turn with
     prompts = Prompts(configs.Prompt(), chat, eos_token_ids=[9])
-    assert set(prompts.stop_token_ids) == {chat.eos_token_id, chat.convert_tokens_to_ids("<|im_end|>"), 9}
+    assert set(prompts.stop_token_ids) == {
+        chat.eos_token_id,
+        chat.convert_tokens_to_ids("<|im_end|>"),
+        9,
+    }
 
 
 @pytest.mark.parametrize(
@@ -54,18 +61,28 @@ def test_a_base_model_is_saved_with_the_prompts_that_it_was_trained_on(tokenizer
     tokenizer.chat_template = prompts.saved_template()
     other = Problem(id="q", question="{{ 7 }} + 5?\n", answer="", source="")
     for problem in (PROBLEM, other):
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": problem.question}], tokenize=False, add_generation_prompt=True)
+        shown = tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem.question}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
         assert shown == prompts.text(problem)
-    assert Prompts(configs.Prompt(**settings), tokenizer).saved_template() == tokenizer.chat_template
+    assert (
+        Prompts(configs.Prompt(**settings), tokenizer).saved_template() == tokenizer.chat_template
+    )
 
 
 def test_a_chat_model_is_saved_with_its_prefill_once(chat):
     prompts = Prompts(configs.Prompt(think_prefill=True), chat)
     chat.chat_template = prompts.saved_template()
     again = Prompts(configs.Prompt(think_prefill=True), chat)
-    assert again.text(PROBLEM) == prompts.text(PROBLEM) and again.saved_template() == chat.chat_template
+    assert (
+        again.text(PROBLEM) == prompts.text(PROBLEM)
+        and again.saved_template() == chat.chat_template
+    )
     whole = chat.apply_chat_template(
-        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>a</think> b"}], tokenize=False
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>a</think> b"}],
+        tokenize=False,
     )
     assert whole.count("<think>") == 1
 
@@ -79,9 +96,13 @@ def test_a_template_that_already_ends_in_think_is_not_prefilled_twice(chat):
 def test_r1_zero_is_the_papers_text_and_stops_at_the_answers_end(tokenizer):
     prompts = Prompts(configs.Prompt(template="r1_zero"), tokenizer)
     text = prompts.text(PROBLEM)
-    assert text.startswith("A conversation between User and Assistant. The User asks a question and the Assistant solves it.")
+    assert text.startswith(
+        "A conversation between User and Assistant. The User asks a question and the Assistant "
+        "solves it."
+    )
     assert text.endswith("User: What is 2 + 3? Assistant:")
-    assert prompts.stop == ("</answer>",) and prompts.prefill(PROBLEM) == ""  # the tags quoted in the prompt are no prefill
+    # the tags quoted in the prompt are no prefill
+    assert prompts.stop == ("</answer>",) and prompts.prefill(PROBLEM) == ""
 
 
 def test_a_question_with_braces_is_left_as_it_is(tokenizer):
@@ -106,10 +127,14 @@ def test_what_cannot_be_rendered_is_told(tokenizer, settings, message):
 def test_prompts_that_are_too_long_are_counted_and_the_longest_named(tokenizer):
     problems = [Problem(id=f"p{n}", question="x" * n, answer="", source="") for n in (3, 30, 20)]
     with pytest.raises(
-        UserError, match=r"2 of 3 prompts are longer than prompt.max_tokens=10 \(p30 has 31 tokens\): raise it to 31, or drop"
+        UserError,
+        match=r"2 of 3 prompts are longer than "
+        r"prompt.max_tokens=10 \(p30 has 31 tokens\): raise it to 31, or drop",
     ):
         Prompts(configs.Prompt(template="plain", max_tokens=10), tokenizer).fitting(problems)
-    dropped = Prompts(configs.Prompt(template="plain", max_tokens=10, overlong="drop"), tokenizer).fitting(problems)
+    dropped = Prompts(
+        configs.Prompt(template="plain", max_tokens=10, overlong="drop"), tokenizer
+    ).fitting(problems)
     assert [problem.id for problem in dropped] == ["p3"]
 
 

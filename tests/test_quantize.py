@@ -1,4 +1,7 @@
-"""Quantisation: the scales, what is refused, and a model in each scheme as the real vLLM serves it."""
+"""Quantisation.
+
+The scales, what is refused, and a model in each scheme as the real vLLM serves it.
+"""
 
 import json
 from dataclasses import replace
@@ -28,27 +31,48 @@ def rounded(weight, scale, low, high):
     return (weight / scale).round().clamp(low, high) * scale
 
 
-@pytest.mark.parametrize(("strategy", "shape"), [("tensor", (1,)), ("channel", (24, 1)), ("group", (24, 4))])
+@pytest.mark.parametrize(
+    ("strategy", "shape"), [("tensor", (1,)), ("channel", (24, 1)), ("group", (24, 4))]
+)
 def test_scales_are_those_of_the_largest_weight_and_no_clip_does_better(strategy, shape):
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
     weight[3, 5] = 9.0  # one large weight: worth clipping at 4 bits
     sized = {"group_size": 16} if strategy == "group" else {}
-    found = best_scale(weight, QuantizationArgs(num_bits=8, strategy=strategy, symmetric=True, **sized))
-    parts = {"tensor": weight.reshape(1, -1), "channel": weight.reshape(24, 1, 64), "group": weight.reshape(24, 4, 16)}[strategy]
+    found = best_scale(
+        weight, QuantizationArgs(num_bits=8, strategy=strategy, symmetric=True, **sized)
+    )
+    parts = {
+        "tensor": weight.reshape(1, -1),
+        "channel": weight.reshape(24, 1, 64),
+        "group": weight.reshape(24, 4, 16),
+    }[strategy]
     assert found.shape == shape and torch.allclose(found, parts.abs().amax(-1) / 127.5)
-    four = best_scale(weight, QuantizationArgs(num_bits=4, strategy=strategy, symmetric=True, **sized))
-    error = lambda scale: (rounded(parts, scale[..., None], -8, 7) - parts).square().sum(-1)  # noqa: E731
+    four = best_scale(
+        weight, QuantizationArgs(num_bits=4, strategy=strategy, symmetric=True, **sized)
+    )
+
+    def error(scale):
+        return (rounded(parts, scale[..., None], -8, 7) - parts).square().sum(-1)
+
     widest = parts.abs().amax(-1) / 7.5
-    assert bool((error(four) <= error(widest) + 1e-6).all()) and float(error(four).sum()) < float(error(widest).sum())
+    assert bool((error(four) <= error(widest) + 1e-6).all()) and float(error(four).sum()) < float(
+        error(widest).sum()
+    )
 
 
 def test_what_cannot_be_quantised_is_told_before_a_weight_is_loaded(tiny, tmp_path):
-    with pytest.raises(UserError, match=r"quantize.group_size=24 does not divide the 64 inputs of model.layers.0"):
+    with pytest.raises(
+        UserError, match=r"quantize.group_size=24 does not divide the 64 inputs of model.layers.0"
+    ):
         check(tiny(), 24)
     write_quantized(tiny(), tmp_path / "int8", "int8", 32, models.load_tokenizer(tiny()))
     with pytest.raises(UserError, match="quantised already"):
         check(tmp_path / "int8", 1)
-    tree = {"run_dir": "x", "data": {"name": "arithmetic"}, "model": {"path": "tiny-qwen2", "lora": {}}}
+    tree = {
+        "run_dir": "x",
+        "data": {"name": "arithmetic"},
+        "model": {"path": "tiny-qwen2", "lora": {}},
+    }
     with pytest.raises(UserError, match="takes a finished model"):
         configs.parse(tree, kind=QuantizeConfig)
 
@@ -61,30 +85,44 @@ def test_the_rounded_weights_are_those_written_in_bfloat16_too(tiny, tmp_path, s
     written(torch.tensor([[40, 41]]))  # unpacks its weights
     own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype="auto")
     for (name, layer), (_, theirs) in zip(linear_layers(own), linear_layers(written), strict=True):
-        assert torch.equal(rounded_weight(layer.weight.data, arguments(scheme, 32)[0]), theirs.weight), name
+        assert torch.equal(
+            rounded_weight(layer.weight.data, arguments(scheme, 32)[0]), theirs.weight
+        ), name
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8_tensor", "int4"])
 def test_learning_with_rounding_computes_what_is_written(tiny, tmp_path, scheme):
     write_quantized(tiny(), tmp_path / scheme, scheme, 32, models.load_tokenizer(tiny()))
-    written = AutoModelForCausalLM.from_pretrained(tmp_path / scheme, dtype=torch.float32, attn_implementation="eager")
+    written = AutoModelForCausalLM.from_pretrained(
+        tmp_path / scheme, dtype=torch.float32, attn_implementation="eager"
+    )
     plain, aware = models.load_model(tiny(), "eager"), models.load_model(tiny(), "eager")
     learn_rounded(aware, scheme, 32)
     ids = torch.tensor([list(range(40, 80))])
     found, expected = aware(ids).logits, written(ids).logits
-    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(plain(ids).logits, expected, atol=1e-2)
+    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(
+        plain(ids).logits, expected, atol=1e-2
+    )
     assert aware.state_dict().keys() == plain.state_dict().keys()
     found.logsumexp(-1).sum().backward()
     assert all(layer.weight.grad.abs().sum() > 0 for _, layer in linear_layers(aware))
 
 
 def test_a_model_that_learned_with_rounding_at_last_is_better_rounded(tiny, tmp_path):
-    taught = [replace(sample, advantages=(1.0,) * len(sample.advantages)) for sample in samples(count=30)]
+    taught = [
+        replace(sample, advantages=(1.0,) * len(sample.advantages)) for sample in samples(count=30)
+    ]
     batch = batches(taught, 100_000)
 
     def learned(model, lr):
         settings = {"lr": lr, "zero_stage": 0, "schedule": "linear"}
-        config = tiny_config(tmp_path, tiny(), learner=settings, algorithm={"loss": "cross_entropy"}, train={"rollouts": 60})
+        config = tiny_config(
+            tmp_path,
+            tiny(),
+            learner=settings,
+            algorithm={"loss": "cross_entropy"},
+            train={"rollouts": 60},
+        )
         learner = Learner(model, config, cross_entropy.loss)
         for _ in range(60):
             learner.update(batch)
@@ -111,8 +149,15 @@ def test_rounding_while_learning_is_for_what_nothing_samples_from(tiny, tmp_path
         tiny_config(tmp_path, tiny(), model=qat)
     with pytest.raises(UserError, match=r"model\.qat\.group_size=24 does not divide the 64 inputs"):
         learn_rounded(models.load_model(tiny(), "eager"), "int4", 24)
-    tree = {"run_dir": str(tmp_path), "model": qat | {"teacher": str(tiny())}, "data": {"name": "arithmetic"}, "way": "sequence"}
-    config = configs.parse(tree | {"collect": {"problems": 4}, "sft": {"updates": 1}}, kind=DistillConfig)
+    tree = {
+        "run_dir": str(tmp_path),
+        "model": qat | {"teacher": str(tiny())},
+        "data": {"name": "arithmetic"},
+        "way": "sequence",
+    }
+    config = configs.parse(
+        tree | {"collect": {"problems": 4}, "sft": {"updates": 1}}, kind=DistillConfig
+    )
     collect, sft = config.parts().values()
     assert collect.model.qat is None and sft.model.qat.scheme == "int4"
     with pytest.raises(UserError, match=r"model\.qat is for"):
@@ -126,14 +171,23 @@ def test_vllm_serves_it_and_its_logprobs_are_near_the_parents(tiny, tmp_path, sc
     engine = start(tmp_path / scheme, tmp_path, dtype="bfloat16", load_weights=True)
     try:
         options = SamplingOptions(max_tokens=12, ignore_eos=True)
-        completions = [c for (c,) in engine.generate([Request(prompt_ids=p, seed=i) for i, p in enumerate(PROMPTS)], options)]
+        completions = [
+            c
+            for (c,) in engine.generate(
+                [Request(prompt_ids=p, seed=i) for i, p in enumerate(PROMPTS)], options
+            )
+        ]
     finally:
         engine.close()
     parent = models.load_model(tiny(), "eager")
     gaps = []
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        logits = parent(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        logits = parent(input_ids=torch.tensor([prompt + completion.token_ids])).logits[
+            0, len(prompt) - 1 : -1
+        ]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[
+            :, 0
+        ]
         gaps.append((expected - torch.tensor(completion.logprobs)).abs().mean())
     gap = float(torch.stack(gaps).mean())
     assert gap < {"int8": 0.1, "int8_tensor": 0.15, "int4": 0.6}[scheme], gap
@@ -144,12 +198,20 @@ def test_a_run_writes_every_scheme_and_one_table_and_goes_on_where_it_was_stoppe
     config = tiny_config(tmp_path / "run", tiny()).model_dump(
         mode="json", include={"run_dir", "model", "data", "prompt", "sampling", "engine"}
     )
-    config |= {"quantize": {"schemes": ["int8", "int4"]}, "eval": {"problems": 4}, "rewards": {"accuracy": 1.0}}
+    config |= {
+        "quantize": {"schemes": ["int8", "int4"]},
+        "eval": {"problems": 4},
+        "rewards": {"accuracy": 1.0},
+    }
     config["model"]["rope"] = {"type": "yarn", "factor": 2.0}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     run(str(tmp_path / "config.yaml"), command="quantize")
     table = (tmp_path / "run" / "table.md").read_text()
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["parent", "int8", "int4"]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        "parent",
+        "int8",
+        "int4",
+    ]
     sizes = [row["megabytes"] for row in json.loads((tmp_path / "run" / "table.json").read_text())]
     assert sizes[0] > sizes[1] > sizes[2]
     for scheme in ("int8", "int4"):  # a longer context is the quantised model's too
@@ -162,4 +224,6 @@ def test_a_run_writes_every_scheme_and_one_table_and_goes_on_where_it_was_stoppe
     (tmp_path / "run" / "int4").rename(tmp_path / "gone")
     (tmp_path / "run" / "eval-int4" / "manifest.json").unlink()
     run(str(tmp_path / "config.yaml"), "--resume", command="quantize")
-    assert (tmp_path / "run" / "table.md").read_text() == table and rows(tmp_path / "run" / "eval-int8") == before
+    assert (tmp_path / "run" / "table.md").read_text() == table and rows(
+        tmp_path / "run" / "eval-int8"
+    ) == before

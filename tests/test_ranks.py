@@ -1,4 +1,7 @@
-"""Several ranks on one machine, over gloo: the same updates as one rank, checkpoints for any number, and no rank left waiting."""
+"""Several ranks on one machine, over gloo.
+
+The same updates as one rank, checkpoints for any number, and no rank left waiting.
+"""
 
 import base64
 import json
@@ -33,19 +36,26 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def alone():
-    return {name: value for name, value in os.environ.items() if name not in OF_RANKS} | {"PYTHONPATH": str(HERE)}
+    return {name: value for name, value in os.environ.items() if name not in OF_RANKS} | {
+        "PYTHONPATH": str(HERE)
+    }
 
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
-    """Returns what one rank and what two have come to; the second ran, and the first again, beside the other's checkpoints."""
+    """Returns what one rank and what two have come to.
+
+    The second ran, and the first again, beside the other's checkpoints.
+    """
     folder, model = tmp_path_factory.mktemp("ranks"), str(tiny())
     for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN), ("one", [sys.executable])):
         (folder / name).mkdir(exist_ok=True)
         command = [*launcher, str(HERE / "ranks_worker.py"), model, str(folder / name)]
         done = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    return {name: json.loads((folder / name / "found.json").read_text()) for name in ("one", "two")}, folder
+    return {
+        name: json.loads((folder / name / "found.json").read_text()) for name in ("one", "two")
+    }, folder
 
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
@@ -56,14 +66,22 @@ def test_two_ranks_make_the_updates_of_one(trained, stage, dtype):
     for one, two in zip(found["one"][name]["rows"], found["two"][name]["rows"], strict=True):
         assert two == pytest.approx(one, rel=rel, abs=rel)
     first, second = (torch.load(folder / side / f"{name}.pt") for side in ("one", "two"))
-    assert all(torch.allclose(first[n], second[n], atol=1e-4 if dtype == "float32" else 0.02) for n in first)
+    assert all(
+        torch.allclose(first[n], second[n], atol=1e-4 if dtype == "float32" else 0.02)
+        for n in first
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_that_share_each_sequence_make_the_updates_of_one(trained, stage):
-    """Ulysses: attention by heads, all else by slices of the stream; the loss is of whole sequences (GSPO)."""
+    """Ulysses: attention by heads, all else by slices of the stream.
+
+    The loss is of whole sequences (GSPO).
+    """
     found, folder = trained
-    for one, two in zip(*(found[side][f"shared-{stage}"]["rows"] for side in ("one", "two")), strict=True):
+    for one, two in zip(
+        *(found[side][f"shared-{stage}"]["rows"] for side in ("one", "two")), strict=True
+    ):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
     first, second = (torch.load(folder / side / f"shared-{stage}.pt") for side in ("one", "two"))
     assert all(torch.allclose(first[n], second[n], atol=1e-4) for n in first)
@@ -71,7 +89,9 @@ def test_two_ranks_that_share_each_sequence_make_the_updates_of_one(trained, sta
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
 @pytest.mark.parametrize("side", ["one", "two"])
-def test_a_checkpoint_of_another_number_of_ranks_goes_on_as_if_it_were_ours(trained, stage, dtype, side):
+def test_a_checkpoint_of_another_number_of_ranks_goes_on_as_if_it_were_ours(
+    trained, stage, dtype, side
+):
     name, rel = f"{stage}-{dtype}", 1e-4 if dtype == "float32" else 0.02
     other = trained[0]["two" if side == "one" else "one"][name]["rows"]
     for then, now in zip(other[-2:], trained[0][side][name]["resumed"], strict=True):
@@ -86,15 +106,22 @@ def test_the_canarys_perturbation_reaches_every_weight_and_leaves_none(trained, 
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.sampled_from([50, 100, 1000]), st.booleans())
-def test_every_sample_is_on_one_rank_and_all_have_as_many_micro_batches(count, size, budget, packed):
+def test_every_sample_is_on_one_rank_and_all_have_as_many_micro_batches(
+    count, size, budget, packed
+):
     rows = samples(3, count)
     weights = token_weights(rows, "token", 20)
-    shares = [micro_batches(rows, weights, max_tokens=budget, packed=packed, share=(rank, size)) for rank in range(size)]
+    shares = [
+        micro_batches(rows, weights, max_tokens=budget, packed=packed, share=(rank, size))
+        for rank in range(size)
+    ]
     assert len({len(batches) for batches in shares}) == 1
     own = [batch for batches in shares for batch in batches if not batch.idle]
     assert sorted(i for batch in own for i in batch.index) == list(range(count))
     assert sum(float(batch.token_weights.sum()) for batch in own) == pytest.approx(1, abs=1e-5)
-    assert all(not batch.token_weights.any() for batches in shares for batch in batches if batch.idle)
+    assert all(
+        not batch.token_weights.any() for batches in shares for batch in batches if batch.idle
+    )
 
 
 LOST = """
@@ -110,17 +137,28 @@ ranks.together("a hard sum", lambda: 1)
 """
 
 
-@pytest.mark.parametrize(("how", "told"), [("hang", "waited for a hard sum"), ("raise", "ZeroDivisionError: division by zero")])
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("hang", "waited for a hard sum"), ("raise", "ZeroDivisionError: division by zero")],
+)
 def test_a_rank_that_hangs_or_fails_is_told_by_the_others(tmp_path, how, told):
     (tmp_path / "lost.py").write_text(LOST)
     started = time.monotonic()
-    done = subprocess.run([*TORCHRUN, str(tmp_path / "lost.py"), "3", how], env=alone(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "lost.py"), "3", how],
+        env=alone(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1 and told in done.stderr
     assert time.monotonic() - started < 45
 
 
 def test_alone_there_is_nobody_to_wait_for():
-    assert ranks.gather("nobody", 5) == [5] and ranks.spread("nobody", lambda share: [1, 2, 3][share]) == [1, 2, 3]
+    assert ranks.gather("nobody", 5) == [5] and ranks.spread(
+        "nobody", lambda share: [1, 2, 3][share]
+    ) == [1, 2, 3]
     with pytest.raises(ZeroDivisionError):
         ranks.together("nobody", lambda: 1 / 0)
     with pytest.raises(RunError, match="as it was"):
@@ -131,49 +169,99 @@ def test_alone_there_is_nobody_to_wait_for():
 def straight(tiny, tmp_path_factory):
     """One rank's run and two ranks', of the same config."""
     folder = tmp_path_factory.mktemp("straight")
-    made = SECTIONS | {"model": {"dtype": "float32"}, "learner": {"zero_stage": 2}, "checkpoint": {"keep_last": 9}}
+    made = SECTIONS | {
+        "model": {"dtype": "float32"},
+        "learner": {"zero_stage": 2},
+        "checkpoint": {"keep_last": 9},
+    }
     for count in (1, 2):
-        config = write_config(folder / f"{count}.yaml", tiny_config(folder / f"run-{count}", tiny(), **made))
+        config = write_config(
+            folder / f"{count}.yaml", tiny_config(folder / f"run-{count}", tiny(), **made)
+        )
         run(config, ranks=count)
     return folder
 
 
 def curve(run_dir):
-    keys = ("reward/mean", "loss", "policy/grad_norm", "kl/ref", "policy/entropy", "completion/tokens", "eval/digits:share", "update")
+    keys = (
+        "reward/mean",
+        "loss",
+        "policy/grad_norm",
+        "kl/ref",
+        "policy/entropy",
+        "completion/tokens",
+        "eval/digits:share",
+        "update",
+    )
     return [{key: row[key] for key in keys if key in row} for row in rows(run_dir)]
 
 
 def test_two_ranks_with_an_engine_each_have_the_run_of_one(straight):
     one, two = (curve(straight / f"run-{count}") for count in (1, 2))
-    assert len(one) == 5 and all(b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(one, two, strict=True))
-    samples = [(straight / f"run-{count}" / "samples" / "step-000003.jsonl").read_text().splitlines() for count in (1, 2)]
-    texts = [[(json.loads(line)["problem"], json.loads(line)["completion"]) for line in side] for side in samples]
+    assert len(one) == 5 and all(
+        b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(one, two, strict=True)
+    )
+    samples = [
+        (straight / f"run-{count}" / "samples" / "step-000003.jsonl").read_text().splitlines()
+        for count in (1, 2)
+    ]
+    texts = [
+        [(json.loads(line)["problem"], json.loads(line)["completion"]) for line in side]
+        for side in samples
+    ]
     assert texts[0] == texts[1]
 
 
-def test_a_killed_rank_ends_the_job_and_one_rank_goes_on_where_two_stopped(straight, tiny, tmp_path):
-    config = (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))
+def test_a_killed_rank_ends_the_job_and_one_rank_goes_on_where_two_stopped(
+    straight, tiny, tmp_path
+):
+    config = (
+        (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))
+    )
     (tmp_path / "config.yaml").write_text(config)
     process = start(str(tmp_path / "config.yaml"), ranks=2)
     wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000002").exists(), process)
     family = psutil.Process(process.pid).children(recursive=True)
-    (victim,) = [member for member in psutil.Process(process.pid).children() if member.environ().get("RANK") == "1"]
+    (victim,) = [
+        member
+        for member in psutil.Process(process.pid).children()
+        if member.environ().get("RANK") == "1"
+    ]
     victim.kill()
     started = time.monotonic()
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - started < 40
     assert not psutil.wait_procs(family, timeout=10)[1]
     run(str(tmp_path / "config.yaml"), "--resume")
-    assert all(b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(curve(straight / "run-2"), curve(tmp_path / "run"), strict=True))
+    assert all(
+        b == pytest.approx(a, rel=1e-3, abs=1e-4)
+        for a, b in zip(curve(straight / "run-2"), curve(tmp_path / "run"), strict=True)
+    )
 
 
 def test_a_reward_that_fails_on_one_rank_costs_the_rollout_and_no_more(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("CALLS", "16")  # of rank 1: half of four groups of four a rollout
-    made = SECTIONS | {"model": {"dtype": "float32"}, "checkpoint": {"every": 0}, "eval": {"every": 0}}
-    made |= {"rewards": {"digits:share_until_the_third": 1.0}, "train": {"rollouts": 4, "problems": 4, "group_size": 4}}
-    errors = run(write_config(tmp_path / "c.yaml", tiny_config(tmp_path / "run", tiny(), **made)), ranks=2, code=1)
-    assert "reward digits:share_until_the_third failed on completion" in errors and "ValueError: no more" in errors
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000002"]
+    made = SECTIONS | {
+        "model": {"dtype": "float32"},
+        "checkpoint": {"every": 0},
+        "eval": {"every": 0},
+    }
+    made |= {
+        "rewards": {"digits:share_until_the_third": 1.0},
+        "train": {"rollouts": 4, "problems": 4, "group_size": 4},
+    }
+    errors = run(
+        write_config(tmp_path / "c.yaml", tiny_config(tmp_path / "run", tiny(), **made)),
+        ranks=2,
+        code=1,
+    )
+    assert (
+        "reward digits:share_until_the_third failed on completion" in errors
+        and "ValueError: no more" in errors
+    )
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == [
+        "step-000002"
+    ]
     monkeypatch.setenv("CALLS", "1000")
     run(str(tmp_path / "c.yaml"), "--resume", ranks=2)
     assert [row["rollout"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
@@ -181,38 +269,65 @@ def test_a_reward_that_fails_on_one_rank_costs_the_rollout_and_no_more(tiny, tmp
 
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_and_two_ranks_go_on(straight, tmp_path):
-    config = (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))
+    config = (
+        (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))
+    )
     (tmp_path / "config.yaml").write_text(config)
     process = start(str(tmp_path / "config.yaml"), "checkpoint.every=0", ranks=2)
-    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 2, process)
+    wait_for(
+        lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 2,
+        process,
+    )
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and list((tmp_path / "run" / "checkpoints").glob("step-*")), errors
+    assert process.returncode != 0 and list((tmp_path / "run" / "checkpoints").glob("step-*")), (
+        errors
+    )
     run(str(tmp_path / "config.yaml"), "--resume", ranks=2)
-    assert curve(straight / "run-2")[-1] == pytest.approx(curve(tmp_path / "run")[-1], rel=1e-3, abs=1e-4)
+    assert curve(straight / "run-2")[-1] == pytest.approx(
+        curve(tmp_path / "run")[-1], rel=1e-3, abs=1e-4
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [["engine.servers={count: 2}"], ["learner.sequence_parallel=2"]], ids=["servers", "shared"])
-def test_two_ranks_with_servers_or_with_shared_sequences_have_the_run_of_one(straight, tmp_path, more):
-    config = (straight / "1.yaml").read_text().replace(str(straight / "run-1"), str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    "more",
+    [["engine.servers={count: 2}"], ["learner.sequence_parallel=2"]],
+    ids=["servers", "shared"],
+)
+def test_two_ranks_with_servers_or_with_shared_sequences_have_the_run_of_one(
+    straight, tmp_path, more
+):
+    config = (
+        (straight / "1.yaml").read_text().replace(str(straight / "run-1"), str(tmp_path / "run"))
+    )
     (tmp_path / "config.yaml").write_text(config)
     run(str(tmp_path / "config.yaml"), *more, ranks=2)
-    assert all(b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(curve(straight / "run-1"), curve(tmp_path / "run"), strict=True))
+    assert all(
+        b == pytest.approx(a, rel=1e-3, abs=1e-4)
+        for a, b in zip(curve(straight / "run-1"), curve(tmp_path / "run"), strict=True)
+    )
 
 
 def test_supervised_ranks_see_different_rows_and_make_the_updates_of_one(tiny, tmp_path):
     sections = {
-        "prompt": {"template": "plain"}, "data": {"name": "arithmetic", "options": {"digits": 2}}, "logging": {"progress": "off"},
-        "sft": {"updates": 6, "batch_size": 8, "max_tokens": 96}, "learner": {"lr": 1e-3, "micro_batch_tokens": 200},
+        "prompt": {"template": "plain"},
+        "data": {"name": "arithmetic", "options": {"digits": 2}},
+        "logging": {"progress": "off"},
+        "sft": {"updates": 6, "batch_size": 8, "max_tokens": 96},
+        "learner": {"lr": 1e-3, "micro_batch_tokens": 200},
         "model": {"path": str(tiny()), "dtype": "float32"},
-    }  # fmt: skip
+    }
     for count in (1, 2):
-        (tmp_path / f"{count}.yaml").write_text(json.dumps(sections | {"run_dir": str(tmp_path / f"run-{count}")}))
+        (tmp_path / f"{count}.yaml").write_text(
+            json.dumps(sections | {"run_dir": str(tmp_path / f"run-{count}")})
+        )
         run(str(tmp_path / f"{count}.yaml"), command="sft", ranks=count)
     one, two = (rows(tmp_path / f"run-{count}") for count in (1, 2))
     for a, b in zip(one, two, strict=True):
-        assert (a["loss"], a["policy/grad_norm"]) == pytest.approx((b["loss"], b["policy/grad_norm"]), rel=1e-3)
+        assert (a["loss"], a["policy/grad_norm"]) == pytest.approx(
+            (b["loss"], b["policy/grad_norm"]), rel=1e-3
+        )
 
 
 def test_the_doctor_tells_what_lies_between_the_ranks(tiny, tmp_path):
@@ -220,9 +335,15 @@ def test_the_doctor_tells_what_lies_between_the_ranks(tiny, tmp_path):
     process = start(config, command="doctor", ranks=2, stdout=subprocess.PIPE)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    (found,) = re.findall(r"^ok +interconnect +2 ranks sum 67 MB in ([\d.]+) ms \(([\d.]+) GB/s\), 4 bytes in (\d+) us$", out, re.MULTILINE)
+    (found,) = re.findall(
+        r"^ok +interconnect +2 ranks sum 67 MB in ([\d.]+) ms \(([\d.]+) GB/s\), 4 bytes in (\d+) "
+        r"us$",
+        out,
+        re.MULTILINE,
+    )
     many, rate, few = map(float, found)
-    assert 1e3 * many > few > 0 and rate * many == pytest.approx(67.1, rel=0.1)  # of two ranks each sends all bytes once
+    # of two ranks each sends all bytes once
+    assert 1e3 * many > few > 0 and rate * many == pytest.approx(67.1, rel=0.1)
 
 
 def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
@@ -232,8 +353,20 @@ def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={port}"]
-    done = subprocess.run([*launcher, "--module", "grpo", "doctor", config], env=alone(), capture_output=True, text=True, timeout=120)
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.launch",
+        f"--world_info={world}",
+        f"--master_port={port}",
+    ]
+    done = subprocess.run(
+        [*launcher, "--module", "grpo", "doctor", config],
+        env=alone(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and "2 ranks sum 67 MB" in done.stdout, done.stderr[-2000:]
 
 
@@ -248,7 +381,15 @@ def test_a_signal_waits_for_the_end_of_a_sync_of_several_ranks(monkeypatch):
         return SyncReport(version=version, seconds=1.0, num_bytes=0)
 
     try:
-        assert sync(SimpleNamespace(load_weights=load_weights), SimpleNamespace(weights=lambda: ()), 3, watched).version == 3
+        assert (
+            sync(
+                SimpleNamespace(load_weights=load_weights),
+                SimpleNamespace(weights=lambda: ()),
+                3,
+                watched,
+            ).version
+            == 3
+        )
         with pytest.raises(signals.Interrupted, match="SIGTERM"):
             watched.check()
     finally:

@@ -1,4 +1,7 @@
-"""The accuracy reward: equal in value and kind is correct, all else is wrong, and no text of a model makes it fail or run."""
+"""The accuracy reward.
+
+Equal in value and kind is correct, all else is wrong, and no text of a model makes it fail or run.
+"""
 
 import json
 import threading
@@ -13,8 +16,14 @@ from rewards._equal import equal
 from rewards._exact import TooLarge, exact
 from rewards.accuracy import explain, reward, verify
 
-CASES = [json.loads(line) for line in (Path(__file__).parent / "verifier_cases.jsonl").read_text().splitlines()]
-ATTACKS = [json.loads(line) for line in (Path(__file__).parent / "verifier_hostile.jsonl").read_text().splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "verifier_cases.jsonl").read_text().splitlines()
+]
+ATTACKS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "verifier_hostile.jsonl").read_text().splitlines()
+]
 
 CORRECT = [
     (r"\frac12", "0.5"),
@@ -66,7 +75,10 @@ CORRECT = [
     (r"1+\sqrt{19},1-\sqrt{19}", r"1 \pm \sqrt{19}"),
     (r"1\pm\sqrt{19}", r"1 \pm \sqrt{19}"),
     ("4210_5", "4210_{5}"),
-    (r"\begin{pmatrix}-1/3\\2/3\\5/3\end{pmatrix}", r"\begin{pmatrix} -\frac13 \\ \frac23 \\ \frac53 \end{pmatrix}"),
+    (
+        r"\begin{pmatrix}-1/3\\2/3\\5/3\end{pmatrix}",
+        r"\begin{pmatrix} -\frac13 \\ \frac23 \\ \frac53 \end{pmatrix}",
+    ),
     ("2x-y+3=0", "y = 2x + 3"),
     ("4x-2y=-6", "y=2x+3"),
     ("2x+3", "y=2x+3"),
@@ -194,7 +206,9 @@ HOSTILE = [
 
 
 def completion(text: str) -> Completion:
-    return Completion(token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),))
+    return Completion(
+        token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),)
+    )
 
 
 @pytest.mark.parametrize(("prediction", "gold"), CORRECT)
@@ -223,7 +237,14 @@ def test_hostile_text_is_wrong_by_rule(prediction, gold):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "gold"), [("1,", "1, 2"), (",", "1,2"), ("(,)", "(1,2)"), (r"\{\}", r"\{1\}"), (r"\cup", r"(1,2)\cup(3,4)")]
+    ("prediction", "gold"),
+    [
+        ("1,", "1, 2"),
+        (",", "1,2"),
+        ("(,)", "(1,2)"),
+        (r"\{\}", r"\{1\}"),
+        (r"\cup", r"(1,2)\cup(3,4)"),
+    ],
 )
 def test_empty_elements_are_wrong(prediction, gold):
     assert equal(prediction, gold).value == "wrong"
@@ -234,7 +255,10 @@ def test_a_gold_answer_beyond_the_bounds_is_undecided():
     assert equal("10^{99999}", "5").value == "wrong"
 
 
-@pytest.mark.parametrize("prediction", ["2^-" * 332 + "2", r"\frac" * 190 + "1", "3\\frac1" * 120, "-(" * 29 + "1" + ")" * 29])
+@pytest.mark.parametrize(
+    "prediction",
+    ["2^-" * 332 + "2", r"\frac" * 190 + "1", "3\\frac1" * 120, "-(" * 29 + "1" + ")" * 29],
+)
 def test_deep_recursion_is_no_exception(prediction):
     assert equal(prediction, "5").value == "wrong"
 
@@ -275,7 +299,20 @@ def test_exact_values_worked_by_hand():
     assert exact("1,234,567.5") * 2 == 2469135
     assert exact("-2^2") == -4 and exact("(-2)^2") == 4 and exact("2^{-2}") * 4 == 1
     assert exact("2+3*4-6/3") == 12 and exact("3!^2") == 36
-    for text in ("1,00", "1 2", "1/0", "0^{-1}", "x", "2^{1/2}", "", "1..2", "(1", "1)", "5-", "(-1)!"):
+    for text in (
+        "1,00",
+        "1 2",
+        "1/0",
+        "0^{-1}",
+        "x",
+        "2^{1/2}",
+        "",
+        "1..2",
+        "(1",
+        "1)",
+        "5-",
+        "(-1)!",
+    ):
         assert exact(text) is None
     for text in ("10^{99999}", "2201!", "9^{9^{9^{9}}}", "*".join(["10^{400}"] * 20)):
         with pytest.raises(TooLarge):
@@ -284,8 +321,14 @@ def test_exact_values_worked_by_hand():
 
 @given(st.integers(-(10**30), 10**30), st.integers(1, 10**30))
 def test_neighbours_are_never_equal(numerator, denominator):
-    assert equal(f"{numerator}/{denominator}", rf"\frac{{{numerator}}}{{{denominator}}}").value == "correct"
-    assert equal(f"{numerator + 1}/{denominator}", rf"\frac{{{numerator}}}{{{denominator}}}").value == "wrong"
+    assert (
+        equal(f"{numerator}/{denominator}", rf"\frac{{{numerator}}}{{{denominator}}}").value
+        == "correct"
+    )
+    assert (
+        equal(f"{numerator + 1}/{denominator}", rf"\frac{{{numerator}}}{{{denominator}}}").value
+        == "wrong"
+    )
 
 
 @given(st.text("0123456789.,/-+()[]{}\\$%= ^_abx", max_size=40))
@@ -295,9 +338,15 @@ def test_any_text_gets_a_verdict_against_a_number(prediction):
 
 @pytest.mark.parametrize("category", sorted({case["category"] for case in CASES}))
 def test_the_labelled_cases(category):
-    """Written from the conventions by people who had not seen the verifier (tests/benchmarks/verifier_audit.py has the table)."""
+    """Written from the conventions by people who had not seen the verifier
+    (tests/benchmarks/verifier_audit.py has the table).
+    """
     cases = [case for case in CASES if case["category"] == category]
-    wrong = [(case, found) for case in cases if (found := verify(case["prediction"], case["gold"])).value != case["label"]]
+    wrong = [
+        (case, found)
+        for case in cases
+        if (found := verify(case["prediction"], case["gold"])).value != case["label"]
+    ]
     assert not wrong, wrong
 
 
@@ -308,41 +357,69 @@ def test_hostile_text_gets_nothing_and_runs_nothing(kind, monkeypatch, tmp_path)
 
     def judge():  # in a thread: nothing here may need signals
         for case in ATTACKS:
-            text = case.get("prefix", "") + case["prediction"] * case.get("repeat", 1) + case.get("suffix", "")
+            text = (
+                case.get("prefix", "")
+                + case["prediction"] * case.get("repeat", 1)
+                + case.get("suffix", "")
+            )
             if case["kind"] == kind:
                 forms = (text, f"<think>x</think><answer>{text}</answer>")
-                found.extend((case, value) for form in forms if (value := verify(form, case["gold"]).value) != "wrong")
+                found.extend(
+                    (case, value)
+                    for form in forms
+                    if (value := verify(form, case["gold"]).value) != "wrong"
+                )
 
     before = set(Path("/tmp").iterdir())
     thread = threading.Thread(target=judge)
     thread.start()
     thread.join()
-    assert not found and not list(tmp_path.iterdir()) and Path("/tmp/pwned") not in set(Path("/tmp").iterdir()) - before
+    assert (
+        not found
+        and not list(tmp_path.iterdir())
+        and Path("/tmp/pwned") not in set(Path("/tmp").iterdir()) - before
+    )
 
 
 numbers = st.one_of(
     st.integers(-(10**6), 10**6).map(str),
-    st.tuples(st.integers(-99, 99), st.integers(1, 99)).map(lambda p: rf"\frac{{{p[0]}}}{{{p[1]}}}"),
+    st.tuples(st.integers(-99, 99), st.integers(1, 99)).map(
+        lambda p: rf"\frac{{{p[0]}}}{{{p[1]}}}"
+    ),
     st.tuples(st.integers(-999, 999), st.integers(0, 99)).map(lambda p: f"{p[0]}.{p[1]:02}"),
     st.tuples(st.integers(2, 9), st.integers(2, 30)).map(lambda p: rf"{p[0]}\sqrt{{{p[1]}}}"),
     st.integers(2, 40).map(lambda n: rf"\frac{{\pi}}{{{n}}}"),
 )
 terms = st.lists(
-    st.tuples(st.integers(1, 9), st.sampled_from(["x", "x^2", "y", "xy"])).map(lambda p: f"{p[0]}{p[1]}"), min_size=1, max_size=3
+    st.tuples(st.integers(1, 9), st.sampled_from(["x", "x^2", "y", "xy"])).map(
+        lambda p: f"{p[0]}{p[1]}"
+    ),
+    min_size=1,
+    max_size=3,
 )
 expressions = terms.map(" + ".join)
 elements = st.lists(numbers, min_size=2, max_size=3)
 answers = st.one_of(
-    numbers, expressions, elements.map(lambda e: f"({', '.join(e)})"), elements.map(lambda e: rf"\{{{', '.join(e)}\}}"),
-    st.tuples(st.sampled_from("(["), st.integers(-9, 0), st.integers(1, 9), st.sampled_from(")]")).map("{0[0]}{0[1]}, {0[2]}{0[3]}".format),
+    numbers,
+    expressions,
+    elements.map(lambda e: f"({', '.join(e)})"),
+    elements.map(lambda e: rf"\{{{', '.join(e)}\}}"),
+    st.tuples(
+        st.sampled_from("(["), st.integers(-9, 0), st.integers(1, 9), st.sampled_from(")]")
+    ).map("{0[0]}{0[1]}, {0[2]}{0[3]}".format),
     st.tuples(st.sampled_from(["x", "y"]), numbers).map(" = ".join),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150)
 @given(answers)
 def test_an_answer_equals_itself_and_its_noisy_spelling(answer):
-    noisy = answer.replace(r"\frac", r"\dfrac").replace("(", r"\left( ").replace(")", r" \right)").replace(", ", " ,\\, ")
+    noisy = (
+        answer.replace(r"\frac", r"\dfrac")
+        .replace("(", r"\left( ")
+        .replace(")", r" \right)")
+        .replace(", ", " ,\\, ")
+    )
     for prediction in (
         answer,
         f"  {answer}\n",
@@ -362,7 +439,10 @@ def test_equality_is_symmetric(a, b):
 
 @settings(max_examples=300)
 @given(
-    st.text(alphabet=st.sampled_from(r"0123456789xyz+-*/^_=<>(){}[]|!,.;:%$&\\ abcefinpqrstu√π°²½∞±"), max_size=40),
+    st.text(
+        alphabet=st.sampled_from(r"0123456789xyz+-*/^_=<>(){}[]|!,.;:%$&\\ abcefinpqrstu√π°²½∞±"),
+        max_size=40,
+    ),
     st.sampled_from(["5", r"\frac{1}{2}", "x^2+1", r"\{1,2\}", "B"]),
 )
 def test_scrambled_mathematics_gets_a_verdict(prediction, gold):
@@ -372,4 +452,6 @@ def test_scrambled_mathematics_gets_a_verdict(prediction, gold):
 def test_explain_says_where_the_answer_was_found_and_how_it_was_read():
     told = explain(r"<think>1</think><answer>$\dfrac12$.</answer>", "0.5")
     assert "in the completion" in told and r"\\frac{1}{2}" in told and told.endswith("correct")
-    assert explain("no box", "0.5").endswith("wrong: cannot read the answer") or "wrong" in explain("no box", "0.5")
+    assert explain("no box", "0.5").endswith("wrong: cannot read the answer") or "wrong" in explain(
+        "no box", "0.5"
+    )

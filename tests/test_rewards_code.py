@@ -1,4 +1,7 @@
-"""The code reward: right programs pass, wrong and hostile ones do not, and the sandbox keeps what it promises."""
+"""The code reward.
+
+Right programs pass, wrong and hostile ones do not, and the sandbox keeps what it promises.
+"""
 
 import ctypes
 import os
@@ -12,14 +15,29 @@ from rewards import _sandbox, code
 from rewards._sandbox import NoSandbox, run
 
 SQUARE = Problem(
-    id="c/0", question="Square a number.", answer="", source="t", meta={"test_list": ["assert square(3) == 9", "assert square(-2) == 4"]}
+    id="c/0",
+    question="Square a number.",
+    answer="",
+    source="t",
+    meta={"test_list": ["assert square(3) == 9", "assert square(-2) == 4"]},
 )
 HUMAN = Problem(
-    id="c/1", question='import math\n\ndef root(x: float) -> float:\n    """The square root."""\n', answer="", source="t",
-    meta={"entry_point": "root", "test": "def check(candidate):\n    assert candidate(9.0) == 3.0\n    assert candidate(2.25) == 1.5\n"},
-)  # fmt: skip
+    id="c/1",
+    question='import math\n\ndef root(x: float) -> float:\n    """The square root."""\n',
+    answer="",
+    source="t",
+    meta={
+        "entry_point": "root",
+        "test": "def check(candidate):\n    assert "
+        "candidate(9.0) == 3.0\n    assert candidate(2.25) == 1.5\n",
+    },
+)
 ADD = Problem(
-    id="c/2", question="Add.", answer="", source="t", meta={"io": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6", "output": "11"}]}
+    id="c/2",
+    question="Add.",
+    answer="",
+    source="t",
+    meta={"io": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6", "output": "11"}]},
 )
 
 try:
@@ -39,7 +57,11 @@ def fenced(program):
 
 
 def judge(program, problem=SQUARE, **options):
-    return code.reward(fenced(program), problem, **{"timeout_s": 5, "isolation": "rlimits" if NAMESPACES else "namespaces", **options})
+    return code.reward(
+        fenced(program),
+        problem,
+        **{"timeout_s": 5, "isolation": "rlimits" if NAMESPACES else "namespaces", **options},
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +72,11 @@ def judge(program, problem=SQUARE, **options):
         ("def root(x):\n    return math.sqrt(x)", HUMAN),
         ("from math import sqrt as s\ndef root(x): return s(x)", HUMAN),
         ("def square(x):\n    square.calls += 1\n    return x * x\nsquare.calls = 0", SQUARE),
-        ("def deep(n): return n and 1 + deep(n - 1)\ndef square(x): return x * x + deep(800) - 800", SQUARE),
+        (
+            "def deep(n): return n and 1 + deep(n - 1)\ndef square(x): return x * x + deep(800) - "
+            "800",
+            SQUARE,
+        ),
         ("a, b = map(int, input().split())\nprint(a + b)", ADD),
         ("if __name__ == '__main__':\n    print(sum(map(int, input().split())), end='')", ADD),
     ],
@@ -85,7 +111,8 @@ def test_wrong_programs_fail_and_say_how(program, problem, reason):
         "raise SystemExit",
         "import atexit, os; atexit.register(os._exit, 0)\ndef square(x): return 1",
         "class Any:\n    def __eq__(self, other): return True\ndef square(x): return Any()",
-        "class Any(int):\n    def __eq__(self, other): return True\ndef square(x): return [Any()][0]",
+        "class Any(int):\n    def __eq__(self, other): return True\ndef square(x): return "
+        "[Any()][0]",
         "import signal, os\nos.kill(os.getpid(), signal.SIGTERM)",
         "import builtins\nbuiltins.AssertionError = None\ndef square(x): return 1",
     ],
@@ -95,13 +122,23 @@ def test_programs_that_cheat_get_nothing(program):
 
 
 def test_the_program_is_the_last_block_of_the_visible_answer():
-    assert code.extract("<think>```python\nbad\n```</think>```\nfirst\n```\nthen\n```py\nlast\n```") == "last\n"
+    assert (
+        code.extract("<think>```python\nbad\n```</think>```\nfirst\n```\nthen\n```py\nlast\n```")
+        == "last\n"
+    )
     assert code.extract("<think>x</think><answer>print(1)</answer>") == "print(1)"
-    assert code.extract("<think>x</think><answer>See\n```python\nprint(2)\n```\n</answer>") == "print(2)\n"
+    assert (
+        code.extract("<think>x</think><answer>See\n```python\nprint(2)\n```\n</answer>")
+        == "print(2)\n"
+    )
     assert code.extract("no program") is None and code.extract("```python\nnever closed") is None
-    assert code.extract("```" + " " * 10**6 + "\n```" * 10**5) == "\n"  # a regular expression would take hours
+    # a regular expression would take hours
+    assert code.extract("```" + " " * 10**6 + "\n```" * 10**5) == "\n"
     assert code.reward(completion("nothing"), SQUARE).reason == "no program"
-    assert code.reward(fenced("print(1)"), Problem(id="m", question="2+2?", answer="4", source="t")) is None
+    assert (
+        code.reward(fenced("print(1)"), Problem(id="m", question="2+2?", answer="4", source="t"))
+        is None
+    )
 
 
 @sandboxed
@@ -134,12 +171,19 @@ def test_nothing_survives_the_sandbox(tmp_path):
         return {path for path in Path("/proc").iterdir() if path.name.isdigit()}
 
     before = processes()
-    program = "import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n        os.setsid(); time.sleep(60)\ntime.sleep(60)"
+    program = (
+        "import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n        os.setsid(); "
+        "time.sleep(60)\ntime.sleep(60)"
+    )
     escape = "import ctypes; ctypes.CDLL(None).prctl(1, 0)\n"  # does not die with its parent
     outcome = run(escape + program, timeout_s=1)
     assert outcome.timed_out
     time.sleep(0.2)
-    left = [(path / "cmdline").read_text() for path in processes() - before if (path / "cmdline").exists()]
+    left = [
+        (path / "cmdline").read_text()
+        for path in processes() - before
+        if (path / "cmdline").exists()
+    ]
     assert not [line for line in left if "exec(compile" in line or "_sandbox" in line]
 
 
@@ -159,17 +203,24 @@ def test_where_namespaces_are_forbidden_it_refuses_unless_allowed_by_name(monkey
         return _sandbox.Outcome(0, "42\n", False)
 
     monkeypatch.setattr(code, "run", forbidden)
-    with pytest.raises(UserError, match=r"forbids the namespaces .*Operation not permitted.*options: \{isolation: rlimits\}"):
+    with pytest.raises(
+        UserError,
+        match=r"forbids the namespaces .*Operation not permitted.*options: \{isolation: rlimits\}",
+    ):
         code.prepare()
     code.prepare(isolation="rlimits")
     with pytest.raises(UserError, match="give namespaces or rlimits"):
         code.prepare(isolation="docker")
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or bool(NAMESPACES), reason="a user who is not root takes this way in every test")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or bool(NAMESPACES),
+    reason="a user who is not root takes this way in every test",
+)
 def test_it_works_without_roots_powers_too():
     child = os.fork()
-    if child == 0:  # CAP_SYS_ADMIN (21) leaves the bounding set: the sandbox must make a user namespace
+    # CAP_SYS_ADMIN (21) leaves the bounding set: the sandbox must make a user namespace
+    if child == 0:
         ctypes.CDLL(None).prctl(24, 21)
         outcome = run("import os; print(os.getuid(), os.path.exists('/etc/passwd'))", timeout_s=10)
         os._exit(0 if outcome.output == "65534 False\n" else 1)

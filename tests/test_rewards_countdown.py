@@ -1,4 +1,7 @@
-"""The countdown reward: exact fractions, every number exactly once, and text that is parsed and never run."""
+"""The countdown reward.
+
+Exact fractions, every number exactly once, and text that is parsed and never run.
+"""
 
 import pytest
 from hypothesis import given
@@ -7,16 +10,34 @@ from hypothesis import strategies as st
 from grpo.types import Completion, Problem
 from rewards.countdown import check, reward
 
-PROBLEM = Problem(id="c/0", question="?", answer="(7 - 3) * 5", source="countdown", meta={"numbers": [3, 5, 7], "target": 20})
+PROBLEM = Problem(
+    id="c/0",
+    question="?",
+    answer="(7 - 3) * 5",
+    source="countdown",
+    meta={"numbers": [3, 5, 7], "target": 20},
+)
 
 
 def completion(text: str) -> Completion:
-    return Completion(token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),))
+    return Completion(
+        token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),)
+    )
 
 
 @pytest.mark.parametrize(
     "answer",
-    ["(7 - 3) * 5", "5*(7-3)", "5*(7-3) = 20", "(7−3)×5", r"$(7-3) \times 5$", "-5*(3-7)", "+5*(7-3)", " ( 7-3 )*5 ", r"5\cdot(7-3)"],
+    [
+        "(7 - 3) * 5",
+        "5*(7-3)",
+        "5*(7-3) = 20",
+        "(7−3)×5",
+        r"$(7-3) \times 5$",
+        "-5*(3-7)",
+        "+5*(7-3)",
+        " ( 7-3 )*5 ",
+        r"5\cdot(7-3)",
+    ],
 )
 def test_a_solution_is_correct(answer):
     assert check(answer, [3, 5, 7], 20).value == "correct"
@@ -24,7 +45,12 @@ def test_a_solution_is_correct(answer):
 
 @pytest.mark.parametrize(
     ("answer", "numbers", "target"),
-    [("8/(3-8/3)", [3, 3, 8, 8], 24), ("1/3*3", [1, 3, 3], 1), ("6 ÷ 4 * 2", [2, 4, 6], 3), ("5+5", [5, 5], 10)],
+    [
+        ("8/(3-8/3)", [3, 3, 8, 8], 24),
+        ("1/3*3", [1, 3, 3], 1),
+        ("6 ÷ 4 * 2", [2, 4, 6], 3),
+        ("5+5", [5, 5], 10),
+    ],
 )
 def test_fractions_on_the_way_are_exact(answer, numbers, target):
     assert check(answer, numbers, target).value == "correct"
@@ -72,14 +98,27 @@ def test_a_decimal_does_not_use_its_digits():
 
 
 def test_the_reward_reads_the_final_answer_only():
-    assert reward(completion("<think>x</think><answer>(7-3)*5</answer>"), PROBLEM).value == "correct"
+    assert (
+        reward(completion("<think>x</think><answer>(7-3)*5</answer>"), PROBLEM).value == "correct"
+    )
     assert reward(completion("<think>(7-3)*5</think>"), PROBLEM).value == "wrong"
     assert reward(completion("(7-3)*5"), PROBLEM).value == "wrong"
-    assert reward(completion("<think>x</think><answer>1</answer><answer>(7-3)*5</answer>"), PROBLEM).value == "correct"
+    assert (
+        reward(
+            completion("<think>x</think><answer>1</answer><answer>(7-3)*5</answer>"), PROBLEM
+        ).value
+        == "correct"
+    )
 
 
 def test_a_problem_of_another_kind_has_no_countdown_reward():
-    assert reward(completion("<answer>2</answer>"), Problem(id="t/0", question="?", answer="2", source="t")) is None
+    assert (
+        reward(
+            completion("<answer>2</answer>"),
+            Problem(id="t/0", question="?", answer="2", source="t"),
+        )
+        is None
+    )
 
 
 @given(st.text("0123456789+-*/()= .×÷x", max_size=60))

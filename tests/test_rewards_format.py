@@ -13,11 +13,19 @@ PROBLEM = Problem(id="t/0", question="1+1?", answer="2", source="t")
 
 
 def completion(text: str) -> Completion:
-    return Completion(token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),))
+    return Completion(
+        token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),)
+    )
 
 
 @pytest.mark.parametrize(
-    "text", [GOOD, f"\n {GOOD} \n", "<think>\na\n\nb\n</think>\n\n<answer>\n2\n</answer>\n", "<think>a < b > c</think><answer><b></answer>"]
+    "text",
+    [
+        GOOD,
+        f"\n {GOOD} \n",
+        "<think>\na\n\nb\n</think>\n\n<answer>\n2\n</answer>\n",
+        "<think>a < b > c</think><answer><b></answer>",
+    ],
 )
 def test_well_formed_completions_pass(text):
     assert check(text)
@@ -67,11 +75,15 @@ def test_a_prefilled_tag_is_put_back_before_judging():
     assert check(GOOD, prefilled=True).reason == "several think"
 
 
-@given(st.lists(st.sampled_from([*TAGS, "x", " ", "\n", "\\boxed{", "}", "<", "/think>"]), max_size=14))
+@given(
+    st.lists(st.sampled_from([*TAGS, "x", " ", "\n", "\\boxed{", "}", "<", "/think>"]), max_size=14)
+)
 def test_what_passes_is_exactly_the_shape(pieces):
     text = "".join(pieces)
     if check(text):
-        thoughts, answer = text.strip().removeprefix("<think>").removesuffix("</answer>").split("</think>")
+        thoughts, answer = (
+            text.strip().removeprefix("<think>").removesuffix("</answer>").split("</think>")
+        )
         assert thoughts.strip() and answer.strip().removeprefix("<answer>").strip()
         assert f"<think>{thoughts}</think>{answer}</answer>" == text.strip()
         assert answer.strip().startswith("<answer>")

@@ -1,4 +1,7 @@
-"""The pool of workers: its clock kills, its losses are made good, and nothing of it costs anything while it waits."""
+"""The pool of workers.
+
+Its clock kills, its losses are made good, and nothing of it costs anything while it waits.
+"""
 
 import os
 import resource
@@ -50,7 +53,9 @@ def calls(tmp_path, monkeypatch):
 
 
 def run(pool, name, *arguments, timeout_s=5.0, **options):
-    return pool.map(f"pool_calls:{name}", list(arguments) or [()], timeout_s=timeout_s, options=options)
+    return pool.map(
+        f"pool_calls:{name}", list(arguments) or [()], timeout_s=timeout_s, options=options
+    )
 
 
 @pytest.fixture
@@ -106,10 +111,14 @@ def test_what_cannot_be_loaded_is_no_calls_fault(fresh, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="while it loaded pool_calls:absent"):
         run(fresh, "absent")
     (tmp_path / "elsewhere" / "rewards").mkdir(parents=True)
-    (tmp_path / "elsewhere" / "rewards" / "__init__.py").write_text("raise RuntimeError('shadowed')")
+    (tmp_path / "elsewhere" / "rewards" / "__init__.py").write_text(
+        "raise RuntimeError('shadowed')"
+    )
     monkeypatch.chdir(tmp_path / "elsewhere")
     with Pool(1) as pool:
-        assert pool.map("rewards.accuracy:verify", [("1", "1")], timeout_s=5) == [Verdict(value="correct")]
+        assert pool.map("rewards.accuracy:verify", [("1", "1")], timeout_s=5) == [
+            Verdict(value="correct")
+        ]
 
 
 def test_it_works_from_any_thread(fresh):
@@ -169,8 +178,12 @@ def test_idle_workers_use_no_processor_and_end_with_their_parent(tmp_path):
 def test_the_verifier_answers_through_the_pool(pool):
     calls = [(f"<think>x</think><answer>{i}</answer>", str(i % 3)) for i in range(30)]
     found = pool.map("rewards.accuracy:verify", calls, timeout_s=5)
-    assert [verdict.value for verdict in found] == ["correct" if i == i % 3 else "wrong" for i in range(30)]
-    assert pool.map("rewards.accuracy:verify", [(r"\sqrt{8}", r"2\sqrt{2}")], timeout_s=5) == [Verdict(value="correct")]
+    assert [verdict.value for verdict in found] == [
+        "correct" if i == i % 3 else "wrong" for i in range(30)
+    ]
+    assert pool.map("rewards.accuracy:verify", [(r"\sqrt{8}", r"2\sqrt{2}")], timeout_s=5) == [
+        Verdict(value="correct")
+    ]
 
 
 def test_a_pool_that_is_not_used_starts_nothing():

@@ -1,4 +1,7 @@
-"""The preference reward against a server of our own: what it asks, what it reads, and what it says when the server fails."""
+"""The preference reward against a server of our own.
+
+What it asks, what it reads, and what it says when the server fails.
+"""
 
 import json
 import threading
@@ -14,14 +17,22 @@ from rewards.preference import prepare, reward
 
 @pytest.fixture
 def server():
-    """Answers as a judge (grades by the answer's length), a classifier and a pooler; `fail` makes it refuse."""
+    """Answers as a judge (grades by the answer's length), a classifier and a pooler.
+
+    `fail` makes it refuse.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
         fail = False
 
         def do_GET(self):
-            self.answer({"object": "list", "data": [{"id": "rm", "object": "model", "created": 0, "owned_by": "us"}]})
+            self.answer(
+                {
+                    "object": "list",
+                    "data": [{"id": "rm", "object": "model", "created": 0, "owned_by": "us"}],
+                }
+            )
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -35,10 +46,21 @@ def server():
             elif self.path == "/v1/pooling":
                 self.answer({"data": [{"index": 0, "object": "pooling", "data": [[1.0], [-2.5]]}]})
             else:
-                words = "I like it. Grade: 3 at first\n**Grade: 8**" if "good" in text else "I cannot say."
+                words = (
+                    "I like it. Grade: 3 at first\n**Grade: 8**"
+                    if "good" in text
+                    else "I cannot say."
+                )
                 message = {"role": "assistant", "content": words}
-                self.answer({"id": "1", "object": "chat.completion", "created": 0, "model": "rm",
-                             "choices": [{"index": 0, "finish_reason": "stop", "message": message}]})  # fmt: skip
+                self.answer(
+                    {
+                        "id": "1",
+                        "object": "chat.completion",
+                        "created": 0,
+                        "model": "rm",
+                        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                    }
+                )
 
         def answer(self, value):
             self.send_response(200)
@@ -57,7 +79,12 @@ def server():
 
 def group(*texts, answer=""):
     problem = Problem(id="p", question="Say hello.", answer=answer, source="s")
-    made = [Completion(token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),)) for text in texts]
+    made = [
+        Completion(
+            token_ids=(1,), logprobs=(0.0,), text=text, finish_reason="stop", versions=((0, 0, 1),)
+        )
+        for text in texts
+    ]
     return Group(problem=problem, prompt_ids=(1,), completions=tuple(made))
 
 
@@ -66,8 +93,15 @@ def test_a_judge_grades_what_a_user_sees_of_general_prompts_alone(server):
     groups = [group("<think>bad</think>good", "dull"), group("good", answer="4")]
     assert reward(groups, [None] * 2, url=url, model="rm") == [[0.8, None], [None]]
     seen = sorted(body["messages"][-1]["content"] for _, body in asked)
-    assert len(seen) == 2 and all("Say hello." in text for text in seen) and not any("bad" in text for text in seen)
-    assert reward(groups, [None] * 2, url=url, model="rm", everywhere=True, thoughts=True) == [[0.8, None], [0.8]]
+    assert (
+        len(seen) == 2
+        and all("Say hello." in text for text in seen)
+        and not any("bad" in text for text in seen)
+    )
+    assert reward(groups, [None] * 2, url=url, model="rm", everywhere=True, thoughts=True) == [
+        [0.8, None],
+        [0.8],
+    ]
 
 
 @pytest.mark.parametrize(("kind", "value"), [("classify", 0.25), ("pooling", -2.5)])
@@ -75,7 +109,10 @@ def test_a_reward_models_number_is_taken_as_it_is(server, kind, value):
     url, asked, _ = server
     assert reward([group("good")], [None], url=url, model="rm", kind=kind) == [[value]]
     ((path, body),) = asked
-    assert path == f"/v1/{kind}" and [message["role"] for message in body["messages"]] == ["user", "assistant"]
+    assert path == f"/v1/{kind}" and [message["role"] for message in body["messages"]] == [
+        "user",
+        "assistant",
+    ]
 
 
 def test_a_server_that_refuses_ends_the_run_with_its_address(server):
@@ -92,7 +129,10 @@ def test_what_cannot_work_is_told_before_the_run(server, monkeypatch):
         ({"model": "other"}, "options.model=other: not served at .*; have rm"),
         ({"model": "rm", "kind": "guess"}, "got 'guess'; give judge, classify or pooling"),
         ({"model": "rm", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
-        ({"model": "rm", "url": "http://127.0.0.1:9/v1"}, "options.url=http://127.0.0.1:9/v1: APIConnectionError"),
+        (
+            {"model": "rm", "url": "http://127.0.0.1:9/v1"},
+            "options.url=http://127.0.0.1:9/v1: APIConnectionError",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             prepare(**{"url": url} | options)
@@ -101,9 +141,26 @@ def test_what_cannot_work_is_told_before_the_run(server, monkeypatch):
 @pytest.mark.engine
 def test_an_endpoint_that_goes_down_in_a_run_costs_what_was_being_done(server, tiny, tmp_path):
     url, _, handler = server
-    judged = {"preference": {"weight": 1.0, "options": {"url": url, "model": "rm", "kind": "classify", "everywhere": True, "retries": 0}}}
-    sections = {"train": {"rollouts": 6, "problems": 2, "group_size": 2}, "checkpoint": {"every": 0}, "eval": {"every": 0}}
-    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny(), rewards=judged, **sections))
+    judged = {
+        "preference": {
+            "weight": 1.0,
+            "options": {
+                "url": url,
+                "model": "rm",
+                "kind": "classify",
+                "everywhere": True,
+                "retries": 0,
+            },
+        }
+    }
+    sections = {
+        "train": {"rollouts": 6, "problems": 2, "group_size": 2},
+        "checkpoint": {"every": 0},
+        "eval": {"every": 0},
+    }
+    config = write_config(
+        tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny(), rewards=judged, **sections)
+    )
     process = start(config)
     wait_for(lambda: (tmp_path / "run" / "samples" / "step-000002.jsonl").exists(), process)
     handler.fail = True
@@ -111,4 +168,11 @@ def test_an_endpoint_that_goes_down_in_a_run_costs_what_was_being_done(server, t
     assert process.returncode == 1 and f"rewards.preference: {url}: BadRequestError" in errors
     handler.fail = False
     run(config, "--resume")
-    assert [row["step"] for row in rows(tmp_path / "run") if "reward/preference" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(tmp_path / "run") if "reward/preference" in row] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]

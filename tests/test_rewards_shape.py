@@ -1,4 +1,7 @@
-"""Rewards for how a completion is written: language, length, repetition; and the letter of a choice."""
+"""Rewards for how a completion is written.
+
+Language, length, repetition; and the letter of a choice.
+"""
 
 import pytest
 from hypothesis import given
@@ -11,7 +14,9 @@ QUESTION = Problem(id="t/0", question="What is the sum of 1 and 2?", answer="B",
 
 
 def completion(text, tokens=1):
-    return Completion(token_ids=(0,) * tokens, logprobs=(), text=text, finish_reason="stop", versions=())
+    return Completion(
+        token_ids=(0,) * tokens, logprobs=(), text=text, finish_reason="stop", versions=()
+    )
 
 
 # --- language: golden shares counted by hand
@@ -24,7 +29,8 @@ def completion(text, tokens=1):
         ("So 这 is 三", "en", 2 / 4),  # so, is; two Han characters
         ("这是答案", "zh", 1.0),
         ("答案 is 三", "zh", 3 / 4),
-        ("答案是 x = 3, $\\frac{1}{2}$ \\boxed{3}", "zh", 1.0),  # formulas and single letters are of no language
+        # formulas and single letters are of no language
+        ("答案是 x = 3, $\\frac{1}{2}$ \\boxed{3}", "zh", 1.0),
         ("", "en", 1.0),
         ("1 + 2 = 3", "en", 1.0),
         ("also gilt dann die Summe der Zahlen", "de", 1.0),
@@ -41,11 +47,19 @@ def test_the_share_of_words_in_a_language(text, wanted, share):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("What is the sum of 1 and 2?", "en"), ("求 1 和 2 的和。", "zh"), ("1 と 2 の和は何ですか", "ja"), ("Сколько будет 1 и 2?", "ru"),
-        ("Was ist die Summe von 1 und 2?", "de"), ("Quelle est la somme de ces nombres et pourquoi?", "fr"),
-        ("¿Cuál es la suma de los números?", "es"), ("1+2=", "en"), ("", "en"), ("Compute x", "en"), ("1 더하기 2는?", "ko"),
+        ("What is the sum of 1 and 2?", "en"),
+        ("求 1 和 2 的和。", "zh"),
+        ("1 と 2 の和は何ですか", "ja"),
+        ("Сколько будет 1 и 2?", "ru"),
+        ("Was ist die Summe von 1 und 2?", "de"),
+        ("Quelle est la somme de ces nombres et pourquoi?", "fr"),
+        ("¿Cuál es la suma de los números?", "es"),
+        ("1+2=", "en"),
+        ("", "en"),
+        ("Compute x", "en"),
+        ("1 더하기 2는?", "ko"),
     ],
-)  # fmt: skip
+)
 def test_the_language_of_a_question(text, found):
     assert language.of(text) == found
 
@@ -54,7 +68,8 @@ def test_the_language_reward_reads_the_thoughts_alone():
     mixed = completion("<think>So the sum is 三</think><answer>答案</answer>")
     assert language.reward(mixed, QUESTION) == pytest.approx(4 / 5)
     assert language.reward(mixed, QUESTION, language="zh") == pytest.approx(1 / 5)
-    assert language.reward(completion("the sum is"), QUESTION) == 1.0  # cut off before its thoughts ended
+    # cut off before its thoughts ended
+    assert language.reward(completion("the sum is"), QUESTION) == 1.0
 
 
 @given(st.text(max_size=200), st.sampled_from(sorted(language.LANGUAGES)))
@@ -66,16 +81,21 @@ def test_a_share_is_a_share(text, wanted):
 # --- length: DAPO Eq. 13 with L_max = 100, L_cache = 20
 
 
-@pytest.mark.parametrize(("tokens", "value"), [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (500, -1.0)])
+@pytest.mark.parametrize(
+    ("tokens", "value"), [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (500, -1.0)]
+)
 def test_the_soft_overlong_punishment(tokens, value):
-    assert length.reward(completion("", tokens), QUESTION, max_tokens=100, buffer=20) == pytest.approx(value)
+    assert length.reward(
+        completion("", tokens), QUESTION, max_tokens=100, buffer=20
+    ) == pytest.approx(value)
 
 
 # --- repetition
 
 
 def test_repeated_ngrams_are_counted():
-    assert repetition.repeated("a b a b a b", 2) == pytest.approx(3 / 5)  # ab ba ab ba ab: 2 of 5 are new
+    # ab ba ab ba ab: 2 of 5 are new
+    assert repetition.repeated("a b a b a b", 2) == pytest.approx(3 / 5)
     assert repetition.repeated("one two three four", 2) == 0.0
     assert repetition.repeated("short", 2) == 0.0
     assert repetition.repeated("答案答案", 2) == pytest.approx(1 / 3)
@@ -106,16 +126,30 @@ def test_repeated_ngrams_are_counted():
 )
 def test_one_letter_in_many_spellings(answer):
     assert choice.letter(answer, {}) == "B"
-    assert choice.reward(completion(f"<think>x</think><answer>{answer}</answer>"), QUESTION).value == "correct"
+    assert (
+        choice.reward(completion(f"<think>x</think><answer>{answer}</answer>"), QUESTION).value
+        == "correct"
+    )
 
 
-@pytest.mark.parametrize("answer", ["A", "A, B", "A or B", "B and C", "Bob", "the best", "", "42", "B" * 5000, "A B C D"])
+@pytest.mark.parametrize(
+    "answer", ["A", "A, B", "A or B", "B and C", "Bob", "the best", "", "42", "B" * 5000, "A B C D"]
+)
 def test_what_is_no_single_letter_is_wrong(answer):
-    assert choice.reward(completion(f"<think>B</think><answer>{answer}</answer>"), QUESTION).value == "wrong"
+    assert (
+        choice.reward(completion(f"<think>B</think><answer>{answer}</answer>"), QUESTION).value
+        == "wrong"
+    )
 
 
 def test_the_words_of_a_choice_are_its_letter():
-    problem = Problem(id="t/1", question="?", answer="B", source="t", meta={"choices": ["Paris", "Berlin", "Rome"]})
+    problem = Problem(
+        id="t/1",
+        question="?",
+        answer="B",
+        source="t",
+        meta={"choices": ["Paris", "Berlin", "Rome"]},
+    )
     for answer, value in {
         "Berlin": "correct",
         "berlin.": "correct",
@@ -124,10 +158,23 @@ def test_the_words_of_a_choice_are_its_letter():
         "B) Rome": "wrong",
         "D": "wrong",
     }.items():
-        assert choice.reward(completion(f"<think>x</think><answer>{answer}</answer>"), problem).value == value
-    by_text = Problem(id="t/2", question="?", answer="Berlin", source="t", meta={"choices": {"A": "Paris", "B": "Berlin"}})
+        assert (
+            choice.reward(completion(f"<think>x</think><answer>{answer}</answer>"), problem).value
+            == value
+        )
+    by_text = Problem(
+        id="t/2",
+        question="?",
+        answer="Berlin",
+        source="t",
+        meta={"choices": {"A": "Paris", "B": "Berlin"}},
+    )
     assert choice.reward(completion(r"\boxed{B}"), by_text).value == "correct"
-    letters = Problem(id="t/4", question="?", answer="A", source="t", meta={"choices": ["C", "D", "A", "K"]})
+    letters = Problem(
+        id="t/4", question="?", answer="A", source="t", meta={"choices": ["C", "D", "A", "K"]}
+    )
     assert choice.reward(completion(r"\boxed{A}"), letters).value == "correct"
-    unknown = Problem(id="t/3", question="?", answer="E", source="t", meta={"choices": ["Paris", "Berlin"]})
+    unknown = Problem(
+        id="t/3", question="?", answer="E", source="t", meta={"choices": ["Paris", "Berlin"]}
+    )
     assert choice.reward(completion(r"\boxed{B}"), unknown).value == "undecided"

@@ -10,16 +10,31 @@ SHAPE = Shape(weights=30, body=20, head=10, layers=1, width=0, kv_bytes=2, weigh
 
 
 def group(prompt, lengths):
-    made = [Completion(token_ids=(0,) * n, logprobs=(0.0,) * n, text="", finish_reason="stop", versions=((0, 0, n),)) for n in lengths]
-    return Group(problem=Problem(id="", question="", answer="", source=""), prompt_ids=(0,) * prompt, completions=tuple(made))
+    made = [
+        Completion(
+            token_ids=(0,) * n,
+            logprobs=(0.0,) * n,
+            text="",
+            finish_reason="stop",
+            versions=((0, 0, n),),
+        )
+        for n in lengths
+    ]
+    return Group(
+        problem=Problem(id="", question="", answer="", source=""),
+        prompt_ids=(0,) * prompt,
+        completions=tuple(made),
+    )
 
 
 def test_golden_bounds():
     found = bounds(MACHINE, SHAPE, [group(3, [1, 2])], updates=1, reference=False)
-    # prefill: 2 x 20 weights x 3 tokens / 1000 = 0.12. Step 0 reads 30 x 2 weight bytes + 2 x (3 + 3) cache bytes = 72 / 100 = 0.72
-    # (2 x 30 x 2 sequences / 1000 = 0.12 is less); step 1, one sequence at context 4: (60 + 2 x 4) / 100 = 0.68
+    # prefill: 2 x 20 weights x 3 tokens / 1000 = 0.12. Step 0 reads 30 x 2 weight bytes + 2 x (3 +
+    # 3) cache bytes = 72 / 100 = 0.72 (2 x 30 x 2 sequences / 1000 = 0.12 is less); step 1, one
+    # sequence at context 4: (60 + 2 x 4) / 100 = 0.68
     assert found["rollout"] == pytest.approx(0.12 + 0.72 + 0.68)
-    # forward: 2 x (20 x 6 tokens + 10 x 3 completion tokens) = 300; three of them / 1000; Adam: 30 x 30 bytes / 100
+    # forward: 2 x (20 x 6 tokens + 10 x 3 completion tokens) = 300; three of them / 1000; Adam: 30
+    # x 30 bytes / 100
     assert found["update"] == pytest.approx(0.9 + 9.0)
     assert found["sync"] == pytest.approx(2 * 60 / 100)
 

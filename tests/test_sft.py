@@ -1,4 +1,8 @@
-"""`grpo sft`: TRL's trainer under our run directory equals plain torch, resumes bit for bit, and says what is wrong before it loads."""
+"""`grpo sft`.
+
+TRL's trainer under our run directory equals plain torch, resumes bit for bit, and says what is
+wrong before it loads.
+"""
 
 import json
 
@@ -23,7 +27,14 @@ def sft_config(run_dir, model_dir, **sections):
     tree = {name: tree[name] for name in ("run_dir", "seed", "model", "data", "prompt", "logging")}
     tree |= {
         "sft": {"updates": 6, "batch_size": 4, "max_tokens": 64},
-        "learner": {"lr": 1e-2, "eps": 1e-3, "warmup_updates": 2, "schedule": "linear", "zero_stage": 0, "micro_batch_tokens": 128},
+        "learner": {
+            "lr": 1e-2,
+            "eps": 1e-3,
+            "warmup_updates": 2,
+            "schedule": "linear",
+            "zero_stage": 0,
+            "micro_batch_tokens": 128,
+        },
         "checkpoint": {"every": 2},
     }
     for name, section in sections.items():
@@ -46,7 +57,13 @@ def examples(config):
     tokenizer = models.load_tokenizer(config.model.path)
     prompts = Prompts(config.prompt, tokenizer)
     problems = mixture(config.data, load_problems(config.data, "train", 0), prompts, 0)
-    return list(sft_rows(problems.take(0, config.sft.updates * config.sft.batch_size), prompts, config.sft.max_tokens))
+    return list(
+        sft_rows(
+            problems.take(0, config.sft.updates * config.sft.batch_size),
+            prompts,
+            config.sft.max_tokens,
+        )
+    )
 
 
 def test_adapters_are_trained_merged_and_saved(tiny, tmp_path):
@@ -56,15 +73,21 @@ def test_adapters_are_trained_merged_and_saved(tiny, tmp_path):
 
     config = configs.parse(
         {
-            "run_dir": str(tmp_path / "run"), "model": {"path": str(tiny()), "dtype": "float32", "lora": {"rank": 4}},
-            "data": {"name": "arithmetic", "options": {"digits": 1}}, "prompt": {"template": "plain", "max_tokens": 48},
-            "sft": {"updates": 2, "batch_size": 2, "max_tokens": 96}, "learner": {"lr": 1e-2, "zero_stage": 1},
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(tiny()), "dtype": "float32", "lora": {"rank": 4}},
+            "data": {"name": "arithmetic", "options": {"digits": 1}},
+            "prompt": {"template": "plain", "max_tokens": 48},
+            "sft": {"updates": 2, "batch_size": 2, "max_tokens": 96},
+            "learner": {"lr": 1e-2, "zero_stage": 1},
             "logging": {"progress": "off"},
         },
         kind=SftConfig,
-    )  # fmt: skip
+    )
     sft(config, resume=False)
-    before, after = load_file(tiny() / "model.safetensors"), load_file(tmp_path / "run" / "final" / "model.safetensors")
+    before, after = (
+        load_file(tiny() / "model.safetensors"),
+        load_file(tmp_path / "run" / "final" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith("_proj.weight")}
@@ -72,8 +95,13 @@ def test_adapters_are_trained_merged_and_saved(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["packed", "eager"])
-def test_it_equals_plain_adamw_on_the_solutions_tokens_with_one_mean_an_update(tiny, tmp_path, attention):
-    """Two micro-batches an update; the loss is one mean over the update's solution tokens, EOS among them."""
+def test_it_equals_plain_adamw_on_the_solutions_tokens_with_one_mean_an_update(
+    tiny, tmp_path, attention
+):
+    """Two micro-batches an update.
+
+    The loss is one mean over the update's solution tokens, EOS among them.
+    """
     config = sft_config(tmp_path / "run", tiny(), model={"attention": attention})
     assert config.micro_batch == 2
     run(write(tmp_path / "c.yaml", config), command="sft")
@@ -95,7 +123,9 @@ def test_it_equals_plain_adamw_on_the_solutions_tokens_with_one_mean_an_update(t
         optimizer.step()
         losses.append(float(total.detach() / tokens))
     assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)
-    assert [row["policy/lr"] for row in rows(tmp_path / "run")] == [learning_rate(config.learner, update, 6) for update in range(6)]
+    assert [row["policy/lr"] for row in rows(tmp_path / "run")] == [
+        learning_rate(config.learner, update, 6) for update in range(6)
+    ]
     trained = weights(tmp_path / "run")
     for name, parameter in model.named_parameters():
         assert torch.allclose(trained[name], parameter, atol=2e-5), name
@@ -103,20 +133,34 @@ def test_it_equals_plain_adamw_on_the_solutions_tokens_with_one_mean_an_update(t
 
 def test_a_longer_context_is_in_the_model_that_is_trained_served_and_saved(tiny, tmp_path):
     rope = {"type": "yarn", "factor": 4.0, "original_tokens": 512}
-    run(write(tmp_path / "c.yaml", sft_config(tmp_path / "run", tiny(), model={"rope": rope})), command="sft")
+    run(
+        write(tmp_path / "c.yaml", sft_config(tmp_path / "run", tiny(), model={"rope": rope})),
+        command="sft",
+    )
     saved = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
     assert saved["max_position_embeddings"] == 2048
-    assert saved["rope_parameters"].items() >= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}.items()
+    assert (
+        saved["rope_parameters"].items()
+        >= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}.items()
+    )
     extended = models.extended(tiny(), Rope(factor=4.0, original_tokens=512), tmp_path / "x")
     plain, longer = (models.load_model(folder, "eager") for folder in (tiny(), extended))
     ids = torch.arange(7, 47)[None]
     assert not torch.allclose(plain(input_ids=ids).logits, longer(input_ids=ids).logits, atol=1e-3)
-    again = write(tmp_path / "d.yaml", sft_config(tmp_path / "again", tmp_path / "run" / "final", model={"rope": rope}))
+    again = write(
+        tmp_path / "d.yaml",
+        sft_config(tmp_path / "again", tmp_path / "run" / "final", model={"rope": rope}),
+    )
     assert "is extended already" in run(again, command="sft", code=2)
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path):
-    sections = {"model": {"dtype": "bfloat16"}, "learner": {"zero_stage": 1}, "sft": {"updates": 40}, "checkpoint": {"every": 10}}
+    sections = {
+        "model": {"dtype": "bfloat16"},
+        "learner": {"zero_stage": 1},
+        "sft": {"updates": 40},
+        "checkpoint": {"every": 10},
+    }
     straight = sft_config(tmp_path / "straight", tiny(), **sections)
     run(write(tmp_path / "a.yaml", straight), command="sft")
     config = write(tmp_path / "b.yaml", sft_config(tmp_path / "run", tiny(), **sections))
@@ -125,7 +169,10 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path):
     process.kill()
     process.communicate()
     run(config, "--resume", command="sft")
-    untimed = lambda folder: [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(folder)]  # noqa: E731
+
+    def untimed(folder):
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(folder)]
+
     assert untimed(tmp_path / "run") == untimed(tmp_path / "straight")
     before, after = weights(tmp_path / "straight"), weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -142,31 +189,63 @@ def test_a_solution_that_is_missing_or_too_long_is_named(tiny, tmp_path):
     data = tmp_path / "bare.jsonl"
     data.write_text('{"problem": "1+1", "answer": "2"}\n')
     with pytest.raises(UserError, match="has no worked solution"):
-        examples(sft_config(tmp_path / "run", tiny(), data={"name": "jsonl", "path": str(data), "options": {}}))
+        examples(
+            sft_config(
+                tmp_path / "run", tiny(), data={"name": "jsonl", "path": str(data), "options": {}}
+            )
+        )
     with pytest.raises(UserError, match=r"tokens with its solution; sft.max_tokens is 12"):
         examples(sft_config(tmp_path / "run", tiny(), sft={"max_tokens": 12}))
 
 
 def test_what_is_learned_is_the_prompt_and_the_completion_of_the_training(tiny, tmp_path):
-    """The ids are those that the engine will see: prompt, solution with its tags, EOS; labels only on what a completion holds."""
+    """The ids are those that the engine will see.
+
+    Prompt, solution with its tags, EOS; labels only on what a completion holds.
+    """
     row = examples(sft_config(tmp_path / "run", tiny()))[0]
     tokenizer = models.load_tokenizer(tiny())
-    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    learned = [
+        token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100
+    ]
     text = tokenizer.decode(learned)
-    assert text.startswith("<think>") and text.endswith("</answer><eos>") and tokenizer.decode(row["input_ids"]).endswith(text)
-    assert row["labels"][: len(row["labels"]) - len(learned)] == [-100] * (len(row["labels"]) - len(learned))
+    assert (
+        text.startswith("<think>")
+        and text.endswith("</answer><eos>")
+        and tokenizer.decode(row["input_ids"]).endswith(text)
+    )
+    assert row["labels"][: len(row["labels"]) - len(learned)] == [-100] * (
+        len(row["labels"]) - len(learned)
+    )
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(1, "bfloat16"), (2, "float32")])
-def test_updates_with_exploding_gradients_are_skipped_and_the_third_stops_the_run(tiny, tmp_path, stage, dtype):
+def test_updates_with_exploding_gradients_are_skipped_and_the_third_stops_the_run(
+    tiny, tmp_path, stage, dtype
+):
     learner = {"zero_stage": stage, "skip_grad_norm": 1e-6, "offload_optimizer": stage == 2}
-    config = sft_config(tmp_path / "run", tiny(), learner=learner, model={"dtype": dtype}, checkpoint={"every": 1})
+    config = sft_config(
+        tmp_path / "run", tiny(), learner=learner, model={"dtype": dtype}, checkpoint={"every": 1}
+    )
     errors = run(write(tmp_path / "config.yaml", config), command="sft", code=1)
-    assert "not finite or above learner.skip_grad_norm=1e-06, 3 times in a row" in errors and "Traceback" not in errors
+    assert (
+        "not finite or above learner.skip_grad_norm=1e-06, 3 times in a row" in errors
+        and "Traceback" not in errors
+    )
     found = rows(tmp_path / "run")
-    assert len(found) == 2 and all(row["update/not_finite"] == 1 and row["policy/grad_norm"] > 1e-6 for row in found)
+    assert len(found) == 2 and all(
+        row["update/not_finite"] == 1 and row["policy/grad_norm"] > 1e-6 for row in found
+    )
     first, second = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
-    last = [torch.load(next(folder.rglob("mp_rank_00_model_states.pt")), weights_only=False)["module"] for folder in (first, second)]
+    last = [
+        torch.load(next(folder.rglob("mp_rank_00_model_states.pt")), weights_only=False)["module"]
+        for folder in (first, second)
+    ]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
-    run(write(tmp_path / "config.yaml", config), "--resume", "learner.skip_grad_norm=1000", command="sft")
+    run(
+        write(tmp_path / "config.yaml", config),
+        "--resume",
+        "learner.skip_grad_norm=1000",
+        command="sft",
+    )
     assert [row["update/not_finite"] for row in rows(tmp_path / "run")] == [1, 1, 0, 0, 0, 0]

@@ -1,4 +1,7 @@
-"""Asynchronous rollouts: first begun, first used; nothing is lost, nothing twice, nothing too old."""
+"""Asynchronous rollouts.
+
+First begun, first used; nothing is lost, nothing twice, nothing too old.
+"""
 
 import json
 import random
@@ -17,7 +20,10 @@ from grpo.types import Completion, Group, Problem, Sample, ScoredGroup
 
 
 class Engine:
-    """Finishes what was begun in a random order, a little later; notes the version that each was begun with."""
+    """Finishes what was begun in a random order, a little later.
+
+    Notes the version that each was begun with.
+    """
 
     def __init__(self, seed=0, wait=0.002):
         self.version, self.begun, self.random, self.wait = 1, [], random.Random(seed), wait
@@ -25,13 +31,29 @@ class Engine:
     def begin(self, request):
         self.begun.append((request.seed, self.version))
         future, version = Future(), self.version
-        threading.Timer(self.random.random() * self.wait, self.finish, (future, request, version)).start()
+        threading.Timer(
+            self.random.random() * self.wait, self.finish, (future, request, version)
+        ).start()
         return future
 
     def finish(self, future, request, version):
         if future.set_running_or_notify_cancel():
-            spans = ((version, 0, 1), (self.version, 1, 2)) if self.version > version else ((version, 0, 2),)
-            future.set_result((Completion(token_ids=(1, 2), logprobs=(0.0, 0.0), text="", finish_reason="stop", versions=spans),))
+            spans = (
+                ((version, 0, 1), (self.version, 1, 2))
+                if self.version > version
+                else ((version, 0, 2),)
+            )
+            future.set_result(
+                (
+                    Completion(
+                        token_ids=(1, 2),
+                        logprobs=(0.0, 0.0),
+                        text="",
+                        finish_reason="stop",
+                        versions=spans,
+                    ),
+                )
+            )
 
 
 def stream(engine, ahead=8, last=None, finish=None, **settings):
@@ -42,11 +64,16 @@ def stream(engine, ahead=8, last=None, finish=None, **settings):
         return ScoredGroup(group=group, rewards=(1.0,), parts=({},), verdicts=(None,), faults=({},))
 
     return Stream(
-        begin=engine.begin, request=lambda problem, number: Request(prompt_ids=(7,), seed=number), finish=finish or scored,
-        draw=lambda: Problem(id=str(next(problems)), question="", answer="", source=""), ahead=ahead, last=last, timeout_s=5,
+        begin=engine.begin,
+        request=lambda problem, number: Request(prompt_ids=(7,), seed=number),
+        finish=finish or scored,
+        draw=lambda: Problem(id=str(next(problems)), question="", answer="", source=""),
+        ahead=ahead,
+        last=last,
+        timeout_s=5,
         on_wait=lambda: None,
         **settings,
-    )  # fmt: skip
+    )
 
 
 def ids(groups):
@@ -114,13 +141,21 @@ def test_a_failing_reward_and_a_lost_engine_reach_the_loop():
     silent.begin = lambda request: Future()
     flow = stream(silent)
     flow._timeout_s = 0.3
-    with pytest.raises(EngineError, match=r"4 of the 4 groups to learn from next were not there within 0\.3 s"):
+    with pytest.raises(
+        EngineError, match=r"4 of the 4 groups to learn from next were not there within 0\.3 s"
+    ):
         flow.take(4)
     flow.close()
 
 
 def test_staleness_counts_tokens_by_the_age_of_their_weights():
-    completion = Completion(token_ids=(1,) * 5, logprobs=(0.0,) * 5, text="", finish_reason="stop", versions=((3, 0, 2), (4, 2, 5)))
+    completion = Completion(
+        token_ids=(1,) * 5,
+        logprobs=(0.0,) * 5,
+        text="",
+        finish_reason="stop",
+        versions=((3, 0, 2), (4, 2, 5)),
+    )
     problem = Problem(id="0", question="", answer="", source="")
     group = ScoredGroup(
         group=Group(problem=problem, prompt_ids=(1,), completions=(completion,)),
@@ -129,10 +164,22 @@ def test_staleness_counts_tokens_by_the_age_of_their_weights():
         verdicts=(None,),
         faults=({},),
     )
-    assert staleness([group], 5) == {"staleness/mean": (2 * 2 + 3 * 1) / 5, "staleness/max": 2.0, "histogram/staleness": [0, 3, 2]}
+    assert staleness([group], 5) == {
+        "staleness/mean": (2 * 2 + 3 * 1) / 5,
+        "staleness/max": 2.0,
+        "histogram/staleness": [0, 3, 2],
+    }
 
 
 def test_advantages_are_counted_by_completion():
     values = [(1.0, 1.0), (-1.0,), (), (0.2, -0.2), (9.0,), (float("-inf"),), (float("nan"),)]
-    bins = advantage_histogram([Sample(token_ids=(1,), prompt_length=1, advantages=advantages) for advantages in values])
-    assert len(bins) == 17 and {(i - 8) / 2: count for i, count in enumerate(bins) if count} == {-4: 1, -1: 1, 0: 1, 1: 1, 4: 1}
+    bins = advantage_histogram(
+        [Sample(token_ids=(1,), prompt_length=1, advantages=advantages) for advantages in values]
+    )
+    assert len(bins) == 17 and {(i - 8) / 2: count for i, count in enumerate(bins) if count} == {
+        -4: 1,
+        -1: 1,
+        0: 1,
+        1: 1,
+        4: 1,
+    }

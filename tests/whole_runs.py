@@ -1,4 +1,7 @@
-"""Helpers of the tests that start whole runs: `grpo train` in a process of its own, as a user does."""
+"""Helpers of the tests that start whole runs.
+
+`grpo train` in a process of its own, as a user does.
+"""
 
 import json
 import os
@@ -13,7 +16,8 @@ from conftest import tiny_config
 
 from grpo import config as configs
 
-OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a learner in the tests' own process
+# of a learner in the tests' own process
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def write_config(path: Path, config: configs.Config) -> str:
@@ -25,9 +29,17 @@ def start(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
     """Starts `grpo COMMAND ...`, with `ranks` above 1 under torchrun."""
     environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
     environment |= {"PYTHONPATH": str(Path(__file__).parent)}  # where digits.py lies
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "grpo", command, *arguments], stderr=subprocess.PIPE, text=True, env=environment, **options
+        [sys.executable, *launcher, "-m", "grpo", command, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
     )
 
 
@@ -45,7 +57,9 @@ def rows(run_dir):
 def outcome(run_dir):
     """Everything of a run that must not depend on when it was interrupted: all but times."""
     timed = ("time/", "seconds", "tokens_per_s", "machine/", "bound/", "idle/")
-    metrics = [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows(run_dir)]
+    metrics = [
+        {k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows(run_dir)
+    ]
     samples = {path.name: _content(path) for path in sorted((run_dir / "samples").iterdir())}
     weights = (run_dir / "final" / "model.safetensors").read_bytes()
     return metrics, samples, weights
@@ -79,11 +93,16 @@ SECTIONS = {  # several updates a rollout, KL to the start, bfloat16 with float3
 def uninterrupted(folder: Path, model_dir: Path, **train) -> tuple[Path, str]:
     """Runs SECTIONS to the end without an interruption; returns the folder and its config."""
     sections = SECTIONS | {"train": SECTIONS["train"] | train}
-    config = write_config(folder / "config.yaml", tiny_config(folder / "run", model_dir, **sections))
+    config = write_config(
+        folder / "config.yaml", tiny_config(folder / "run", model_dir, **sections)
+    )
     run(config)
     return folder, config
 
 
 def again(straight: tuple[Path, str], folder: Path) -> str:
     """Returns the config of the same run in another folder."""
-    return write_config(folder / "config.yaml", configs.load(straight[1]).model_copy(update={"run_dir": str(folder / "run")}))
+    return write_config(
+        folder / "config.yaml",
+        configs.load(straight[1]).model_copy(update={"run_dir": str(folder / "run")}),
+    )

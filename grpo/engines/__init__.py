@@ -1,4 +1,8 @@
-"""Engines sample completions. What the rest of the program knows of one is the `Engine` protocol; vLLM is imported only in this folder."""
+"""Engines sample completions.
+
+What the rest of the program knows of one is the `Engine` protocol; vLLM is imported only in this
+folder.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,18 @@ class EngineError(RunError):
 
 
 class RefusedError(EngineError):
-    """The engine is there and does not do what it was asked: asking again, or another one, would not help."""
+    """The engine is there and does not do what it was asked.
+
+    Asking again, or another one, would not help.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Sample `n` completions of one prompt; completion i has seed `seed + i`, so a group, single requests and retries agree."""
+    """Sample `n` completions of one prompt.
+
+    Completion i has seed `seed + i`, so a group, single requests and retries agree.
+    """
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -49,7 +59,10 @@ class SyncReport:
 
 
 class Weights(Protocol):
-    """A model's weights by their Hugging Face names. Copy a tensor before going on to the next: they may be made one by one."""
+    """A model's weights by their Hugging Face names.
+
+    Copy a tensor before going on to the next: they may be made one by one.
+    """
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -58,21 +71,37 @@ class Weights(Protocol):
 
 
 class Engine(Protocol):
-    """Samples, takes weights, frees its memory, goes away. Every wait has a limit; a lost engine raises EngineError."""
+    """Samples, takes weights, frees its memory, goes away.
+
+    Every wait has a limit; a lost engine raises EngineError.
+    """
 
     def generate(
-        self, requests: Sequence[Request], options: SamplingOptions, on_progress: Callable[[int, int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        options: SamplingOptions,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """Returns each request's completions, in order. `on_progress(done, total)` counts finished completions."""
+        """Returns each request's completions, in order.
 
-    def prove(self, requests: Sequence[Request], options: SamplingOptions) -> list[list[tuple[Completion, ...]]]:
+        `on_progress(done, total)` counts finished completions.
+        """
+
+    def prove(
+        self, requests: Sequence[Request], options: SamplingOptions
+    ) -> list[list[tuple[Completion, ...]]]:
         """Returns what each copy of the model samples (one here; every server of a pool)."""
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        """Replaces every weight and empties the prefix cache; completions carry `version` from here on."""
+        """Replaces every weight and empties the prefix cache.
+
+        Completions carry `version` from here on.
+        """
 
     def reset_cache(self) -> None:
-        """Forgets cached prefixes, so that what comes next does not depend, in its last bits, on what came before."""
+        """Forgets cached prefixes, so that what comes next does not depend, in its last bits, on
+        what came before.
+        """
 
     def sleep(self) -> None:
         """Frees device memory, weights included: `load_weights` must follow `wake`."""

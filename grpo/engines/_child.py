@@ -1,7 +1,10 @@
-"""The engine's process: holds vLLM's `LLM` with its core inside and answers calls over a pipe. Started by grpo/engines/vllm.py.
+"""The engine's process: holds vLLM's `LLM` with its core inside and answers calls over a pipe.
 
-With the core in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0) every request is queued before the first scheduling step, so batches
-are the same each time, and nothing spins while the learner computes.
+Started by grpo/engines/vllm.py.
+
+With the core in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0) every request is queued before the
+first scheduling step, so batches are the same each time, and nothing spins while the learner
+computes.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ def main(pipe_fd: int, parent_pid: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
     if os.getppid() != parent_pid:
         return
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group they are the parent's to handle
+    # sent to the whole group they are the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     pipe = Connection(pipe_fd)
     server: Server | None = None
@@ -56,7 +60,11 @@ class Server:
         _plugin.register()
         self._pipe = pipe
         self._version = -1
-        self._llm = LLM(**llm, weight_transfer_config={"backend": f"grpo_{backend}"}, logprobs_mode="processed_logprobs")
+        self._llm = LLM(
+            **llm,
+            weight_transfer_config={"backend": f"grpo_{backend}"},
+            logprobs_mode="processed_logprobs",
+        )
         self._tokenizer = self._llm.get_tokenizer()
         if backend != "ipc":
             self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -66,49 +74,88 @@ class Server:
 
         return {"vllm": vllm.__version__}
 
-    def generate(self, requests: list[tuple[tuple[int, ...], int, int]], options: dict[str, Any]) -> list[list[tuple[Any, ...]]]:
-        """Returns, a request, its completions as `(token_ids, logprobs, text, finish_reason, version)`."""
+    def generate(
+        self, requests: list[tuple[tuple[int, ...], int, int]], options: dict[str, Any]
+    ) -> list[list[tuple[Any, ...]]]:
+        """Returns, a request, its completions as `(token_ids, logprobs, text, finish_reason,
+        version)`.
+        """
         from vllm import SamplingParams
 
         stop = list(options.pop("stop"))
-        common = {**options, "stop_token_ids": list(options.pop("stop_token_ids")), "stop": stop, "include_stop_str_in_output": bool(stop)}
+        common = {
+            **options,
+            "stop_token_ids": list(options.pop("stop_token_ids")),
+            "stop": stop,
+            "include_stop_str_in_output": bool(stop),
+        }
         params = [
-            SamplingParams(**common, n=n, seed=seed, logprobs=0, skip_special_tokens=False, detokenize=bool(stop), flat_logprobs=True)
+            SamplingParams(
+                **common,
+                n=n,
+                seed=seed,
+                logprobs=0,
+                skip_special_tokens=False,
+                detokenize=bool(stop),
+                flat_logprobs=True,
+            )
             for _, seed, n in requests
         ]
         total = sum(n for _, _, n in requests)
-        prompts: list[Any] = [{"prompt_token_ids": list(prompt_ids)} for prompt_ids, _, _ in requests]
+        prompts: list[Any] = [
+            {"prompt_token_ids": list(prompt_ids)} for prompt_ids, _, _ in requests
+        ]
         outputs = self._llm.generate(
             prompts,
             params,
             # vLLM wraps the adding of requests in it too: that iterable goes back as it came
-            use_tqdm=lambda iterable=None, **_: _Progress(self._pipe, total) if iterable is None else iterable,
+            use_tqdm=lambda iterable=None, **_: (
+                _Progress(self._pipe, total) if iterable is None else iterable
+            ),
         )
         return [[self._completion(c) for c in output.outputs] for output in outputs]
 
-    def top_logprobs(self, sequences: list[tuple[tuple[int, ...], int]], k: int) -> list[tuple[Any, Any]]:
-        """Returns for `(token_ids, prompt_length)` the ids and logprobs [T, k] of the likeliest tokens at each of T completion places."""
+    def top_logprobs(
+        self, sequences: list[tuple[tuple[int, ...], int]], k: int
+    ) -> list[tuple[Any, Any]]:
+        """Returns for `(token_ids, prompt_length)` the ids and logprobs [T, k] of the likeliest
+        tokens at each of T completion places.
+        """
         import numpy as np
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=k, detokenize=False, flat_logprobs=True)
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=k, detokenize=False, flat_logprobs=True
+        )
         prompts: list[Any] = [{"prompt_token_ids": list(ids)} for ids, _ in sequences]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         found = []
         for output, (ids, prompt_length) in zip(outputs, sequences, strict=True):
             flat: Any = output.prompt_logprobs
-            starts = flat.start_indices[prompt_length : len(ids)]  # of k + 1 entries: the text's own token, then the likeliest
+            # of k + 1 entries: the text's own token, then the likeliest
+            starts = flat.start_indices[prompt_length : len(ids)]
             places = (np.asarray(starts)[:, None] + np.arange(1, k + 1)).ravel()
-            ranks, tokens, logprobs = (np.asarray(values)[places].reshape(-1, k) for values in (flat.ranks, flat.token_ids, flat.logprobs))
-            assert (ranks == np.arange(1, k + 1)).all(), "vLLM's flat logprobs are not the text's token and then the likeliest in order"
+            ranks, tokens, logprobs = (
+                np.asarray(values)[places].reshape(-1, k)
+                for values in (flat.ranks, flat.token_ids, flat.logprobs)
+            )
+            assert (ranks == np.arange(1, k + 1)).all(), (
+                "vLLM's flat logprobs are not the text's token and then the likeliest in order"
+            )
             found.append((tokens.astype(np.int32), logprobs.astype(np.float16)))
         return found
 
     def _completion(self, output: Any) -> tuple[Any, ...]:
         ids = tuple(output.token_ids)
-        stopped_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
-        text = self._tokenizer.decode(ids[:-1] if stopped_by_token else ids, skip_special_tokens=False)
-        assert len(output.logprobs) == len(ids), f"got {len(output.logprobs)} logprobs for {len(ids)} tokens"
+        stopped_by_token = output.finish_reason == "stop" and not isinstance(
+            output.stop_reason, str
+        )
+        text = self._tokenizer.decode(
+            ids[:-1] if stopped_by_token else ids, skip_special_tokens=False
+        )
+        assert len(output.logprobs) == len(ids), (
+            f"got {len(output.logprobs)} logprobs for {len(ids)} tokens"
+        )
         logprobs = tuple(output.logprobs.logprobs[start] for start in output.logprobs.start_indices)
         return ids, logprobs, text, output.finish_reason, self._version
 
@@ -122,7 +169,10 @@ class Server:
         self._llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str) -> int:
-        """Returns the version that the engine has from here on. Cached prefixes belong to the old weights and go."""
+        """Returns the version that the engine has from here on.
+
+        Cached prefixes belong to the old weights and go.
+        """
         self._llm.finish_weight_update(weight_version=weight_version)
         self.reset_cache()
         self._version = int(self._llm.get_weight_version())
@@ -140,7 +190,10 @@ class Server:
 
 
 class _Progress:
-    """Looks like tqdm to vLLM; tells the parent how many completions are finished, at most ten times a second."""
+    """Looks like tqdm to vLLM.
+
+    Tells the parent how many completions are finished, at most ten times a second.
+    """
 
     def __init__(self, pipe: Connection, total: int) -> None:
         self._pipe, self._total = pipe, total

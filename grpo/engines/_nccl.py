@@ -1,4 +1,7 @@
-"""Weights to servers on other GPUs: vLLM's own NCCL transfer, one group of the learner's rank 0 and every server's workers."""
+"""Weights to servers on other GPUs.
+
+vLLM's own NCCL transfer, one group of the learner's rank 0 and every server's workers.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class NcclSender:
-    """Sends to the servers that are up. The group is made anew when they are not the processes that it was made of."""
+    """Sends to the servers that are up.
+
+    The group is made anew when they are not the processes that it was made of.
+    """
 
     def __init__(self, fleet: Fleet, tensor_parallel: int) -> None:
         self._fleet, self._size = fleet, tensor_parallel
@@ -61,14 +67,24 @@ class NcclSender:
             raise EngineError(f"weights {version} to {len(servers)} servers by NCCL: {failed[0]}")
 
     def _join(self, servers: Sequence[Server], client: Any, source: Any) -> None:
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+        from vllm.distributed.weight_transfer.nccl_engine import (
+            NCCLTrainerInitInfo,
+            NCCLTrainerWeightTransferEngine,
+        )
 
         members = [(server.url, server.starts) for server in servers]
         if members != self._members:
             self._leave()
             size = 1 + len(servers) * self._size
-            info = NCCLTrainerInitInfo(rank=0, master_address=_seen_by(servers[0]), master_port=free_port(), world_size=size)
-            trainer = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
+            info = NCCLTrainerInitInfo(
+                rank=0,
+                master_address=_seen_by(servers[0]),
+                master_port=free_port(),
+                world_size=size,
+            )
+            trainer = NCCLTrainerWeightTransferEngine.trainer_init(
+                info, client=client, source=source
+            )
             self._trainer, self._members = trainer, members
 
     def _leave(self) -> None:
@@ -90,11 +106,29 @@ def _seen_by(server: Server) -> str:
 class _Client:
     """What vLLM's sending side calls (VLLMWeightSyncClient), for all servers at once."""
 
-    def __init__(self, fleet: Fleet, servers: Sequence[Server], version: int, size: int, failed: list[BaseException]) -> None:
-        self._fleet, self._servers, self._version, self._size, self._failed = fleet, servers, version, size, failed
+    def __init__(
+        self,
+        fleet: Fleet,
+        servers: Sequence[Server],
+        version: int,
+        size: int,
+        failed: list[BaseException],
+    ) -> None:
+        self._fleet, self._servers, self._version, self._size, self._failed = (
+            fleet,
+            servers,
+            version,
+            size,
+            failed,
+        )
 
     def _all(self, path: str, bodies: Sequence[Any]) -> None:
-        self._wait(*(self._fleet._call(server, path, body) for server, body in zip(self._servers, bodies, strict=True)))
+        self._wait(
+            *(
+                self._fleet._call(server, path, body)
+                for server, body in zip(self._servers, bodies, strict=True)
+            )
+        )
 
     def check(self) -> None:
         """Raises what the transfer was given up for."""
@@ -110,13 +144,18 @@ class _Client:
                 call.close()
         self.check()
         try:
-            self._fleet._submit(all_of_them()).result()  # each call has its limit, and ends with the fleet
+            # each call has its limit, and ends with the fleet
+            self._fleet._submit(all_of_them()).result()
         except BaseException as error:
-            self._failed.append(error)  # at once: vLLM asks for it after a broadcast that may wait for the server that is lost
+            # at once: vLLM asks for it after a broadcast that may wait for the server that is lost
+            self._failed.append(error)
             raise
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        own = [{"init_info": init_info | {"rank_offset": 1 + i * self._size}} for i in range(len(self._servers))]
+        own = [
+            {"init_info": init_info | {"rank_offset": 1 + i * self._size}}
+            for i in range(len(self._servers))
+        ]
         self._all("/init_weight_transfer_engine", own)
 
     def start_weight_update(self) -> None:

@@ -1,6 +1,9 @@
-"""What runs inside a vLLM server of a pool: our weight transfer, a guard on every route, and an end when its parent ends.
+"""What runs inside a vLLM server of a pool.
 
-vLLM's own key guards /v1 and /inference only; the routes that change weights or pause it would be open to everybody who reaches the port.
+Our weight transfer, a guard on every route, and an end when its parent ends.
+
+vLLM's own key guards /v1 and /inference only; the routes that change weights or pause it would be
+open to everybody who reaches the port.
 """
 
 from __future__ import annotations
@@ -14,11 +17,27 @@ import time
 from typing import Any
 
 TOKEN = "GRPO_ENGINE_TOKEN"  # environment variable: what every request has to bring
-BACKENDS = {"memory": "MemoryTransfer", "file": "MemoryTransfer", "ipc": "IpcTransfer", "nccl": "NcclTransfer"}  # of _transfer.py
+# of _transfer.py
+BACKENDS = {
+    "memory": "MemoryTransfer",
+    "file": "MemoryTransfer",
+    "ipc": "IpcTransfer",
+    "nccl": "NcclTransfer",
+}
 ROUTES = (
-    "/health", "/metrics", "/inference/v1/generate", "/reset_prefix_cache", "/pause", "/resume", "/abort_requests", "/weight_info",
-    "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update",
-)  # fmt: skip
+    "/health",
+    "/metrics",
+    "/inference/v1/generate",
+    "/reset_prefix_cache",
+    "/pause",
+    "/resume",
+    "/abort_requests",
+    "/weight_info",
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+)
 
 
 def register() -> None:
@@ -27,14 +46,20 @@ def register() -> None:
 
     for name, engine in BACKENDS.items():
         with contextlib.suppress(ValueError):  # registered already
-            WeightTransferEngineFactory.register_engine(f"grpo_{name}", "grpo.engines._transfer", engine)
-    if trainer := os.environ.get("GRPO_ENGINE"):  # one of ours, not just any vLLM of this environment
+            WeightTransferEngineFactory.register_engine(
+                f"grpo_{name}", "grpo.engines._transfer", engine
+            )
+    # one of ours, not just any vLLM of this environment
+    if trainer := os.environ.get("GRPO_ENGINE"):
         threading.Thread(target=_end_with, args=(os.getppid(), int(trainer)), daemon=True).start()
 
 
 def _end_with(parent: int, trainer: int) -> None:
-    """vLLM's processes outlive each other when killed: a core without its server, a server without its trainer, which may have been killed
-    while this one was still importing. The group is the server's own; a core of it that still waits for a first word (5 minutes) ends too.
+    """Ends this process with its parent: vLLM's processes outlive each other when killed.
+
+    A core without its server, a server without its trainer, which may have been killed while this
+    one was still importing. The group is the server's own; a core of it that still waits for a
+    first word (5 minutes) ends too.
     """
     with contextlib.suppress(ProcessLookupError):
         while os.getppid() == parent:
@@ -44,13 +69,18 @@ def _end_with(parent: int, trainer: int) -> None:
 
 
 class Guard:
-    """ASGI middleware (`--middleware`): 401 without the token, 403 for a route that a pool does not need (collective_rpc and the like)."""
+    """ASGI middleware (`--middleware`).
+
+    401 without the token, 403 for a route that a pool does not need (collective_rpc and the like).
+    """
 
     def __init__(self, app: Any) -> None:
         self._app = app
         self._token = os.environ.get(TOKEN, "")
         if not self._token:
-            raise RuntimeError(f"{TOKEN} is not set: this server would let anybody replace its weights")
+            raise RuntimeError(
+                f"{TOKEN} is not set: this server would let anybody replace its weights"
+            )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -66,5 +96,11 @@ class Guard:
 
 
 async def _refuse(send: Any, status: int, why: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(b"content-type", b"text/plain")],
+        }
+    )
     await send({"type": "http.response.body", "body": why})

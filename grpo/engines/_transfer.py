@@ -1,7 +1,10 @@
-"""The receiving ends of a weight sync, in vLLM's processes: engines of its weight-transfer interface that believe nothing.
+"""The receiving ends of a weight sync, in vLLM's processes.
 
-`MemoryTransfer` is written after vLLM 0.32's IPC engine; what differs: no device synchronisation (the base class assumes an accelerator),
-and a tied output head and a layer's experts are packed again.
+Engines of its weight-transfer interface that believe nothing.
+
+`MemoryTransfer` is written after vLLM 0.32's IPC engine; what differs: no device synchronisation
+(the base class assumes an accelerator), and a tied output head and a layer's experts are packed
+again.
 """
 
 from __future__ import annotations
@@ -9,20 +12,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 from vllm.v1.attention.backend import AttentionImplBase
 
 from grpo.engines._weights import Arrivals, read, tied_head
 
 
 class Checked:
-    """Before an engine of vLLM's: all that it receives passes `Arrivals` (grpo/engines/_weights.py)."""
+    """Before an engine of vLLM's.
+
+    All that it receives passes `Arrivals` (grpo/engines/_weights.py).
+    """
 
     model: Any
 
@@ -41,8 +54,8 @@ class Checked:
 class InPlace(Checked):
     """On a GPU most models are loaded straight into the parameters that their CUDA graphs read.
 
-    vLLM's layer-wise reload puts a layer's new weights together beside the old ones, processes and copies them. A model whose weights are
-    used as they are loaded does not need that.
+    vLLM's layer-wise reload puts a layer's new weights together beside the old ones, processes and
+    copies them. A model whose weights are used as they are loaded does not need that.
     """
 
     def start_weight_update(self) -> None:
@@ -53,10 +66,15 @@ class InPlace(Checked):
 
 
 def loads_in_place(model: Any) -> bool:
-    """Returns whether no layer of a model on a GPU packs, shuffles, quantises or derives anything of its weights once they are loaded."""
+    """Returns whether no layer of a model on a GPU packs, shuffles, quantises or derives anything
+    of its weights once they are loaded.
+    """
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if method is not None and type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        if method is not None and type(method) not in (
+            UnquantizedLinearMethod,
+            UnquantizedEmbeddingMethod,
+        ):
             return False
         if hasattr(module, "process_weights_after_loading") and not _is_plain_attention(module):
             return False
@@ -64,10 +82,13 @@ def loads_in_place(model: Any) -> bool:
 
 
 def _is_plain_attention(module: Any) -> bool:
-    """Returns whether all that a layer does after loading is to set its scales, which are not sent."""
+    """Returns whether a layer, after loading, only sets its scales, which are not sent."""
     if type(module) is not Attention:
         return False
-    return type(module.impl).process_weights_after_loading is AttentionImplBase.process_weights_after_loading
+    return (
+        type(module.impl).process_weights_after_loading
+        is AttentionImplBase.process_weights_after_loading
+    )
 
 
 class IpcTransfer(InPlace, IPCWeightTransferEngine):
@@ -119,7 +140,10 @@ class MemoryTransfer(Checked, _MemoryTransfer):
 
 
 def retie_head(model: Any) -> None:
-    """Points a tied head at the embedding's new weight and packs it again: a reload leaves its packed copy as it was (vLLM 0.32, CPU)."""
+    """Points a tied head at the embedding's new weight and packs it again.
+
+    A reload leaves its packed copy as it was (vLLM 0.32, CPU).
+    """
     head = tied_head(model)
     if head is not None:
         head.weight = model.model.embed_tokens.weight
@@ -127,7 +151,10 @@ def retie_head(model: Any) -> None:
 
 
 def repack_experts(model: Any) -> None:
-    """Brings a layer's experts into their kernel's layout: a reload leaves them as they were sent (vLLM 0.32, CPU)."""
+    """Brings a layer's experts into their kernel's layout.
+
+    A reload leaves them as they were sent (vLLM 0.32, CPU).
+    """
     for module in model.modules():
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
         if kernel is not None:

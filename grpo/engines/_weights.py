@@ -1,7 +1,8 @@
-"""What a weight sync sends, how its arrival is checked, and its carrier where there is no accelerator in common: shared memory or a file.
+"""What a weight sync sends, how its arrival is checked, and its carrier where there is no
+accelerator in common: shared memory or a file.
 
-Both are laid out as safetensors. The memory is a memfd, which receivers open as /proc/PID/fd/N: it has no name, so nothing is left behind
-however either side dies.
+Both are laid out as safetensors. The memory is a memfd, which receivers open as /proc/PID/fd/N: it
+has no name, so nothing is left behind however either side dies.
 """
 
 from __future__ import annotations
@@ -23,16 +24,29 @@ from grpo.engines import EngineError
 if TYPE_CHECKING:
     from grpo.engines import Weights
 
-CHECKSUMS = "grpo.checksums"  # the last tensor of a sync: the others' checksums in the order sent, as bytes, which lie anywhere
-KEPT = "e_score_correction_bias"  # DeepSeek-V3's router adds it to scores in [0, 1]: in bfloat16 it would choose other experts
+# the last tensor of a sync: the others' checksums in the order sent, as bytes, which lie anywhere
+CHECKSUMS = "grpo.checksums"
+# DeepSeek-V3's router adds it to scores in [0, 1]: in bfloat16 it would choose other experts
+KEPT = "e_score_correction_bias"
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Returns, [] on the tensor's device, its bytes as int64 words summed modulo 2^64: any flipped bit changes it."""
+    """Returns, [] on the tensor's device, its bytes as int64 words summed modulo 2^64.
+
+    Any flipped bit changes it.
+    """
     flat = tensor.detach().reshape(-1)
     if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0:
         return flat.view(torch.int64).sum()
@@ -55,13 +69,18 @@ class Meta:
 
 
 class Sent:
-    """Weights as a sync sends them (vLLM's `WeightSource`): floating-point ones in `dtype`, but KEPT; last, made on the way, CHECKSUMS."""
+    """Weights as a sync sends them (vLLM's `WeightSource`).
+
+    floating-point ones in `dtype`, but KEPT; last, made on the way, CHECKSUMS.
+    """
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
         self._weights, self._dtype = weights, dtype
 
     def metadata(self) -> list[Meta]:
-        found = [Meta(name, self._cast(name, of), shape) for name, of, shape in self._weights.layout()]
+        found = [
+            Meta(name, self._cast(name, of), shape) for name, of, shape in self._weights.layout()
+        ]
         return [*found, Meta(CHECKSUMS, torch.uint8, (8 * len(found),))]
 
     @property
@@ -83,12 +102,16 @@ class Sent:
 
 
 class SharedWeights:
-    """The sender's side: `write` copies a model into what lies at `path`. With a folder, which nobody else uses, it is a file there,
-    a new one each time (a network file system shows a reader what was there when it opened)."""
+    """The sender's side: `write` copies a model into what lies at `path`.
+
+    With a folder, which nobody else uses, it is a file there, a new one each time (a network file
+    system shows a reader what was there when it opened).
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder, self._written = folder, 0
-        for left in folder.glob("weights-*.safetensors") if folder else ():  # by a trainer that was killed
+        # by a trainer that was killed
+        for left in folder.glob("weights-*.safetensors") if folder else ():
             left.unlink(missing_ok=True)
         self._open()
 
@@ -104,7 +127,10 @@ class SharedWeights:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
     def write(self, sent: Sent) -> dict[str, Any]:
-        """Returns what receivers are to be told (`UpdateInfo` in grpo/engines/_transfer.py). Raises EngineError where there is no room."""
+        """Returns what receivers are to be told (`UpdateInfo` in grpo/engines/_transfer.py).
+
+        Raises EngineError where there is no room.
+        """
         metadata = sent.metadata()
         header, places = _layout(metadata)
         size = max(end for _, end in places.values())
@@ -115,10 +141,13 @@ class SharedWeights:
             if self._bytes.numel() != size:
                 os.ftruncate(self._fd, size)
                 if self._folder is not None:
-                    os.posix_fallocate(self._fd, 0, size)  # a full disk is an error here, and not SIGBUS at a write through the mapping
+                    # a full disk is an error here, and not SIGBUS at a write through the mapping
+                    os.posix_fallocate(self._fd, 0, size)
                 self._bytes = torch.frombuffer(mmap.mmap(self._fd, size), dtype=torch.uint8)
         except OSError as error:
-            raise EngineError(f"no room for {size / 2**30:.2f} GB of weights at {self.path}: {error.strerror}") from None
+            raise EngineError(
+                f"no room for {size / 2**30:.2f} GB of weights at {self.path}: {error.strerror}"
+            ) from None
         self._bytes[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         for name, tensor in sent:
             start, end = places.pop(name)
@@ -138,30 +167,44 @@ class SharedWeights:
 
 
 def _layout(metadata: Sequence[Meta]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Returns the header of a safetensors file, and where in the file each tensor starts and ends: wide ones first, so all are aligned."""
+    """Returns the header of a safetensors file, and where in the file each tensor starts and ends.
+
+    Wide ones first, so all are aligned.
+    """
     header: dict[str, object] = {}
     places, end = {}, 0
     for meta in sorted(metadata, key=lambda meta: -meta.dtype.itemsize):
         start, end = end, end + meta.num_bytes
-        header[meta.name] = {"dtype": DTYPES[meta.dtype], "shape": meta.shape, "data_offsets": (start, end)}
+        header[meta.name] = {
+            "dtype": DTYPES[meta.dtype],
+            "shape": meta.shape,
+            "data_offsets": (start, end),
+        }
         places[meta.name] = (start, end)
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
     shift = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: (start + shift, end + shift) for name, (start, end) in places.items()}
+    return len(text).to_bytes(8, "little") + text, {
+        name: (start + shift, end + shift) for name, (start, end) in places.items()
+    }
 
 
 def read(path: str, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields what was written, in this order. The tensors lie in the memory itself: copy what must outlive the next write."""
+    """Yields what was written, in this order.
+
+    The tensors lie in the memory itself: copy what must outlive the next write.
+    """
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, "pt") as file:
         for name in names:
             yield name, file.get_tensor(name)
 
 
 class Arrivals:
-    """Stands where an engine loads weights into its model, and holds them to the checksums that come last."""
+    """Stands where an engine loads weights into its model, and holds them to the checksums that
+    come last.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -171,23 +214,38 @@ class Arrivals:
         self._sent: Tensor | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Raises RuntimeError naming the tensors whose bytes are not those that were sent, and those of the model that did not arrive."""
+        """Raises RuntimeError naming the tensors whose bytes are not those that were sent, and
+        those of the model that did not arrive.
+        """
         self._loaded |= set(self._model.load_weights(self._passing(weights)))
         if self._sent is None:
             return
         if self._sent.is_cuda:
             torch.cuda.synchronize()  # vLLM's receiving side takes turns between streams
-        found, sent = torch.stack(list(self._sums.values())).tolist(), self._sent.view(torch.int64).tolist()
+        found, sent = (
+            torch.stack(list(self._sums.values())).tolist(),
+            self._sent.view(torch.int64).tolist(),
+        )
         if len(found) != len(sent):
-            raise RuntimeError(f"weight transfer: {len(found)} tensors arrived, {len(sent)} were sent")
-        wrong = [name for name, one, other in zip(self._sums, found, sent, strict=True) if one != other]
+            raise RuntimeError(
+                f"weight transfer: {len(found)} tensors arrived, {len(sent)} were sent"
+            )
+        wrong = [
+            name for name, one, other in zip(self._sums, found, sent, strict=True) if one != other
+        ]
         if wrong:
-            raise RuntimeError(f"weight transfer: the bytes of {', '.join(wrong[:5])} are not those that were sent (checksum)")
+            raise RuntimeError(
+                f"weight transfer: the bytes of {', '.join(wrong[:5])} are not those that were "
+                "sent (checksum)"
+            )
         missing = sorted(self._expected - self._loaded)
         if tied_head(self._model) is not None:
             missing = [name for name in missing if not name.endswith("lm_head.weight")]
         if missing:
-            raise RuntimeError(f"weight transfer: {len(missing)} weights of the engine's model did not arrive: {', '.join(missing[:5])}")
+            raise RuntimeError(
+                f"weight transfer: {len(missing)} weights of the engine's model did not arrive: "
+                f"{', '.join(missing[:5])}"
+            )
 
     def _passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
@@ -199,7 +257,9 @@ class Arrivals:
 
 
 def tied_head(model: Any) -> Any:
-    """Returns the output head if it shares the embedding's weight (vLLM then keeps a second, packed copy on a CPU)."""
+    """Returns the output head if it shares the embedding's weight (vLLM then keeps a second, packed
+    copy on a CPU).
+    """
     config = getattr(model, "config", None)
     head = getattr(model, "lm_head", None)
     return head if head is not None and getattr(config, "tie_word_embeddings", False) else None

@@ -1,4 +1,7 @@
-"""vLLM servers that are kept alive and hold the right weights: started, watched, started again, updated, asked. Over HTTP, on rank 0."""
+"""vLLM servers that are kept alive and hold the right weights.
+
+Started, watched, started again, updated, asked. Over HTTP, on rank 0.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,41 +48,82 @@ GENERATED = re.compile(r"^vllm:generation_tokens_total\S* (\S+)$", re.MULTILINE)
 
 
 class Fleet:
-    """What is common to all that is done with servers. Rank 0 leads; on other ranks it only knows where they are."""
+    """What is common to all that is done with servers.
+
+    Rank 0 leads; on other ranks it only knows where they are.
+    """
 
     def __init__(
-        self, *, model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, run_dir: Path,
-        decode: Callable[[Sequence[int]], str], load_weights: bool = False, float32_head: bool = False,
-        on_wait: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda _: None,
-    ) -> None:  # fmt: skip
-        """`load_weights=False` starts from random weights: a sync must come first. `decode` makes text of tokens. `on_wait` is called five
-        times a second while waiting and may raise; `say` tells what is done about lost servers. Raises UserError for what cannot be."""
+        self,
+        *,
+        model_dir: str,
+        settings: configs.Engine,
+        dtype: str,
+        max_model_len: int,
+        run_dir: Path,
+        decode: Callable[[Sequence[int]], str],
+        load_weights: bool = False,
+        float32_head: bool = False,
+        on_wait: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`load_weights=False` starts from random weights: a sync must come first.
+
+        `decode` makes text of tokens. `on_wait` is called five times a second while waiting and may
+        raise; `say` tells what is done about lost servers. Raises UserError for what cannot be.
+        """
         assert settings.servers is not None
-        self._settings, self._pool, self._decode, self._on_wait, self._say = settings, settings.servers, decode, on_wait, say
+        self._settings, self._pool, self._decode, self._on_wait, self._say = (
+            settings,
+            settings.servers,
+            decode,
+            on_wait,
+            say,
+        )
         self._leads, self._dtype = ranks.rank() == 0, getattr(torch, dtype)
         if self._pool.count and ranks.count() > ranks.local_count():
-            raise UserError("engine.servers.count: ranks on several machines do not reach rank 0's own: use urls (launch/server.sh)")
+            raise UserError(
+                "engine.servers.count: ranks on several machines do not reach rank 0's own: use "
+                "urls (launch/server.sh)"
+            )
         self._transfer = transfer_of(self._pool, torch.cuda.is_available())
         check_split(model_dir, self._pool.tensor_parallel)
         token = token_of(self._pool)
-        ours = hashlib.sha256(f"{socket.gethostname()} {run_dir.resolve()}".encode()).hexdigest()[:16]  # other runs may have this folder
+        # other runs may have this folder
+        ours = hashlib.sha256(f"{socket.gethostname()} {run_dir.resolve()}".encode()).hexdigest()[
+            :16
+        ]
         folder = Path(self._pool.folder, ours) if self._pool.folder else run_dir / "weights"
         carried = self._leads and self._transfer != "nccl"
-        self._weights = SharedWeights(folder if self._transfer == "file" else None) if carried else None
-        self._salt = ranks.gather("the caches' salt", secrets.token_hex(8))[0]  # another run's prefixes are not ours
+        self._weights = (
+            SharedWeights(folder if self._transfer == "file" else None) if carried else None
+        )
+        # another run's prefixes are not ours
+        self._salt = ranks.gather("the caches' salt", secrets.token_hex(8))[0]
         self._update_info: dict[str, Any] = {}  # of the weights sent last
         self._version, self._restarts, self._closed = -1, 0, False
         self._idle_s, self._idle_since = 0.0, time.monotonic() if self._leads else None
         self._nccl = NcclSender(self, self._pool.tensor_parallel)
-        self._proof: tuple[Sequence[Request], SamplingOptions, list[tuple[Completion, ...]]] | None = None
+        self._proof: (
+            tuple[Sequence[Request], SamplingOptions, list[tuple[Completion, ...]]] | None
+        ) = None
         self.counts = {"lost": 0, "restarted": 0, "retried": 0}
         words = arguments(model_dir, settings, dtype, max_model_len, float32_head)
         words += ["--weight-transfer-config", json.dumps({"backend": f"grpo_{self._transfer}"})]
         words += ["--load-format", "auto" if load_weights else "dummy"]
-        ports = ranks.gather("the servers' ports", [free_port() for _ in range(self._pool.count)] if self._leads else [])[0]
-        self._servers = [Server(url=url.rstrip("/"), heard=time.monotonic()) for url in self._pool.urls]
+        ports = ranks.gather(
+            "the servers' ports",
+            [free_port() for _ in range(self._pool.count)] if self._leads else [],
+        )[0]
+        self._servers = [
+            Server(url=url.rstrip("/"), heard=time.monotonic()) for url in self._pool.urls
+        ]
         for i, port in enumerate(ports):
-            server = Server(url=f"http://127.0.0.1:{port}", log_file=run_dir / "logs" / f"server-{i}.log", heard=time.monotonic())
+            server = Server(
+                url=f"http://127.0.0.1:{port}",
+                log_file=run_dir / "logs" / f"server-{i}.log",
+                heard=time.monotonic(),
+            )
             server.command = [*COMMAND, *words, "--host", "127.0.0.1", "--port", str(port)]
             server.cores = cores_of(i, self._pool)
             server.environment = environment_of(token, i, self._pool, server.cores)
@@ -88,9 +133,11 @@ class Fleet:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="engine pool").start()
         self._http, self._changed, self._sending = self._run(_made(token))
-        self._watching = [self._submit(self._watch(server)) for server in self._servers] if self._leads else []
+        self._watching = (
+            [self._submit(self._watch(server)) for server in self._servers] if self._leads else []
+        )
 
-    def _submit(self, work: Coroutine[Any, Any, T]) -> Any:
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _run(self, work: Coroutine[Any, Any, T], limit_s: float = 60.0) -> T:
@@ -102,45 +149,94 @@ class Fleet:
                     return future.result(0.2)
                 self._on_wait()
                 if time.monotonic() > deadline:
-                    waiting = ", ".join(f"{server.url} {'up' if server.up else 'lost'}, {server.load} asked" for server in self._servers)
-                    raise EngineError(f"the engine pool did not answer within {limit_s:g} s: {waiting}")
+                    waiting = ", ".join(
+                        f"{server.url} {'up' if server.up else 'lost'}, {server.load} asked"
+                        for server in self._servers
+                    )
+                    raise EngineError(
+                        f"the engine pool did not answer within {limit_s:g} s: {waiting}"
+                    )
         finally:
             future.cancel()
 
-    async def _call(self, server: Server, path: str, body: Any = None, timeout_s: float | None = None, method: str = "POST") -> Any:
+    async def _call(
+        self,
+        server: Server,
+        path: str,
+        body: Any = None,
+        timeout_s: float | None = None,
+        method: str = "POST",
+    ) -> Any:
         """Returns a server's answer. Raises EngineError: refused, broken off, or too late."""
         import httpx
         import msgspec
 
         try:
             answer = await self._http.request(
-                method, server.url + path, content=None if body is None else msgspec.json.encode(body),
-                headers={"Content-Type": "application/json"}, timeout=httpx.Timeout(timeout_s or self._settings.timeout_s, connect=10),
-            )  # fmt: skip
+                method,
+                server.url + path,
+                content=None if body is None else msgspec.json.encode(body),
+                headers={"Content-Type": "application/json"},
+                timeout=httpx.Timeout(timeout_s or self._settings.timeout_s, connect=10),
+            )
         except httpx.HTTPError as error:
-            raise EngineError(f"{path} at {server.told()}: {type(error).__name__} {error}".rstrip()) from None
+            raise EngineError(
+                f"{path} at {server.told()}: {type(error).__name__} {error}".rstrip()
+            ) from None
         server.heard = time.monotonic()
         if answer.status_code in (401, 403):
-            raise UserError(f"{server.url}{path} refuses our token ({answer.status_code}): set {self._pool.token_env} to the server's own")
+            raise UserError(
+                f"{server.url}{path} refuses our token ({answer.status_code}): set "
+                f"{self._pool.token_env} to the server's own"
+            )
         if answer.status_code != 200:
             kind = RefusedError if 400 <= answer.status_code < 500 else EngineError
             raise kind(f"{path} at {server.told()}: {answer.status_code} {answer.text[:300]}")
-        return msgspec.json.decode(answer.content) if "json" in answer.headers.get("content-type", "") else answer.text
+        return (
+            msgspec.json.decode(answer.content)
+            if "json" in answer.headers.get("content-type", "")
+            else answer.text
+        )
 
-    async def _ask(self, server: Server, request: Request, options: SamplingOptions, version: int) -> tuple[Completion, ...]:
-        more: dict[str, Any] = {"stop": list(options.stop), "include_stop_str_in_output": True} if options.stop else {"detokenize": False}
+    async def _ask(
+        self, server: Server, request: Request, options: SamplingOptions, version: int
+    ) -> tuple[Completion, ...]:
+        more: dict[str, Any] = (
+            {"stop": list(options.stop), "include_stop_str_in_output": True}
+            if options.stop
+            else {"detokenize": False}
+        )
         params = {
-            "n": request.n, "seed": request.seed, "max_tokens": options.max_tokens, "temperature": options.temperature,
-            "top_p": options.top_p, "top_k": options.top_k, "stop_token_ids": list(options.stop_token_ids),
-            "ignore_eos": options.ignore_eos, "logprobs": 0, "skip_special_tokens": False, **more,
-        }  # fmt: skip
-        body = {"token_ids": list(request.prompt_ids), "sampling_params": params, "cache_salt": f"{self._salt} {version}"}
+            "n": request.n,
+            "seed": request.seed,
+            "max_tokens": options.max_tokens,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+            "stop_token_ids": list(options.stop_token_ids),
+            "ignore_eos": options.ignore_eos,
+            "logprobs": 0,
+            "skip_special_tokens": False,
+            **more,
+        }
+        body = {
+            "token_ids": list(request.prompt_ids),
+            "sampling_params": params,
+            "cache_salt": f"{self._salt} {version}",
+        }
         answer = await self._call(server, "/inference/v1/generate", body)
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         found = tuple(completion_of(choice, self._decode, self._version) for choice in choices)
         ended = all(completion.finish_reason in ("stop", "length") for completion in found)
-        if len(found) != request.n or not ended or (version >= 0 and any(v[0] < 0 for one in found for v in one.versions)):
-            raise EngineError(f"{server.url}: {len(found)} of {request.n} completions, or broken off, or from weights that we did not send")
+        if (
+            len(found) != request.n
+            or not ended
+            or (version >= 0 and any(v[0] < 0 for one in found for v in one.versions))
+        ):
+            raise EngineError(
+                f"{server.url}: {len(found)} of {request.n} completions, or broken off, or from "
+                "weights that we did not send"
+            )
         return found
 
     async def _notify(self) -> None:
@@ -159,7 +255,9 @@ class Fleet:
                 task.result()
 
     async def _watch(self, server: Server) -> None:
-        """Brings a server up, looks after it, and brings it up again when it is lost, for as long as the pool is there."""
+        """Brings a server up, looks after it, and brings it up again when it is lost, for as long
+        as the pool is there.
+        """
         while True:
             try:
                 await self._bring_up(server)
@@ -171,7 +269,8 @@ class Fleet:
                 await self._notify()
                 why = await self._until_lost(server)
             except EngineError as error:
-                if self._version < 0:  # nothing has run yet: a server that does not start is the user's to mend
+                # nothing has run yet: a server that does not start is the user's to mend
+                if self._version < 0:
                     raise
                 why = str(error)
                 await asyncio.sleep(WATCH_S)
@@ -181,7 +280,10 @@ class Fleet:
             if server.local:
                 self._restarts += 1
                 if self._restarts > self._pool.restarts:
-                    raise EngineError(f"{self._restarts} servers were lost (engine.servers.restarts), the last: {server.told()}: {why}")
+                    raise EngineError(
+                        f"{self._restarts} servers were lost (engine.servers.restarts), the last: "
+                        f"{server.told()}: {why}"
+                    )
                 server.kill()
                 server.start()
                 self.counts["restarted"] += 1
@@ -202,15 +304,20 @@ class Fleet:
             if time.monotonic() - server.heard > HEALTH_S:
                 return f"no answer for {HEALTH_S:g} s"
             with contextlib.suppress(EngineError):
-                found = GENERATED.search(await self._call(server, "/metrics", timeout_s=WATCH_S, method="GET"))
+                found = GENERATED.search(
+                    await self._call(server, "/metrics", timeout_s=WATCH_S, method="GET")
+                )
                 made = float(found[1]) if found else 0.0
-                if made != server.tokens or not server.load or server.version != self._version:  # it may be taking weights
+                # it may be taking weights
+                if made != server.tokens or not server.load or server.version != self._version:
                     server.tokens, server.moved = made, time.monotonic()
             if time.monotonic() - server.moved > self._pool.stall_s:
                 return f"it made no token for {self._pool.stall_s:g} s (engine.servers.stall_s)"
 
     async def _bring_up(self, server: Server) -> None:
-        """Waits until the server answers, gives it the weights that the others have, and holds it to what they sample."""
+        """Waits until the server answers, gives it the weights that the others have, and holds it
+        to what they sample.
+        """
         deadline, tries = time.monotonic() + self._settings.start_timeout_s, 0
         while True:
             try:
@@ -221,32 +328,43 @@ class Fleet:
                     tries += 1
                     if tries > 1:
                         raise EngineError(f"the server does not start: {server.told()}") from None
-                    server.start(free_port() if self._version < 0 else None)  # its port may have been taken
+                    # its port may have been taken
+                    server.start(free_port() if self._version < 0 else None)
                 elif time.monotonic() > deadline and server.local:
-                    raise EngineError(f"the server did not start within {self._settings.start_timeout_s:g} s: {server.told()}") from None
+                    raise EngineError(
+                        f"the server did not start within {self._settings.start_timeout_s:g} s: "
+                        f"{server.told()}"
+                    ) from None
                 await asyncio.sleep(0.2)
         if not server.local:  # it may have been left in the middle of something
             for path in ("/abort_requests", "/finish_weight_update", "/resume"):
                 with contextlib.suppress(EngineError):
                     await self._call(server, path, {}, timeout_s=60)
-            await self._call(server, "/weight_info", timeout_s=60, method="GET")  # asks the engine: it may hang while /health answers
+            # asks the engine: it may hang while /health answers
+            await self._call(server, "/weight_info", timeout_s=60, method="GET")
         if self._transfer == "nccl":  # until the next sync it waits
             return
         async with self._sending, self._taking(server, self._version):
             await self._call(server, "/init_weight_transfer_engine", {"init_info": {}})
             if self._version < 0:
                 return
-            await self._call(server, "/pause?mode=abort", {})  # what other ranks asked too early, of random weights
+            # what other ranks asked too early, of random weights
+            await self._call(server, "/pause?mode=abort", {})
             await self._update(server, self._version)
             await self._call(server, "/reset_prefix_cache", {})
             await self._call(server, "/resume", {})
         if self._proof is not None:
             requests, options, expected = self._proof
             async with self._taking(server, self._version):
-                found = [await self._ask(server, request, options, self._version) for request in requests]
+                found = [
+                    await self._ask(server, request, options, self._version) for request in requests
+                ]
             gap = difference(expected, found)
             if not gap < 0.5:
-                raise EngineError(f"{server.told()} came back and disagrees with the others: mean |difference of logprobs| {gap:.4g}")
+                raise EngineError(
+                    f"{server.told()} came back and disagrees with the others: mean |difference "
+                    f"of logprobs| {gap:.4g}"
+                )
             self._say(f"engine: {server.url} is back with weights {self._version} (gap {gap:.1e})")
 
     async def _update(self, server: Server, version: int) -> None:
@@ -264,12 +382,18 @@ class Fleet:
             async with asyncio.timeout(limit):
                 yield
         except TimeoutError:
-            told = f"{server.told()} was not done with weights {version} within {limit:g} s (engine.servers.sync_timeout_s)"
+            told = (
+                f"{server.told()} was not done with weights {version} within {limit:g} s "
+                "(engine.servers.sync_timeout_s)"
+            )
             raise EngineError(told) from None
 
     @contextlib.asynccontextmanager
     async def _held(self, server: Server) -> AsyncIterator[None]:
-        """Within it what the server samples stands still; it goes on, with what it has in its cache, afterwards."""
+        """Within it what the server samples stands still.
+
+        It goes on, with what it has in its cache, afterwards.
+        """
         sampling = server.load > 0
         if sampling:
             await self._call(server, "/pause?mode=keep", {})
@@ -285,7 +409,10 @@ class Fleet:
         server.version = version
 
     async def _end(self) -> None:
-        """Nobody may be left waiting for an answer: a thread that did would keep this process from ending."""
+        """Nobody may be left waiting for an answer.
+
+        A thread that did would keep this process from ending.
+        """
         left = asyncio.all_tasks() - {asyncio.current_task()}
         for task in left:
             task.cancel()
@@ -311,5 +438,7 @@ async def _made(token: str) -> tuple[Any, asyncio.Condition, asyncio.Lock]:
     import httpx
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    client = httpx.AsyncClient(headers={"Authorization": f"Bearer {token}"}, limits=limits, trust_env=False)
+    client = httpx.AsyncClient(
+        headers={"Authorization": f"Bearer {token}"}, limits=limits, trust_env=False
+    )
     return client, asyncio.Condition(), asyncio.Lock()

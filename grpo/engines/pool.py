@@ -1,7 +1,8 @@
 """A pool of vLLM servers as an engine: tokens in, tokens out.
 
-A request goes to the server with the least to do, a prompt's completions together; it is asked again, with the same seed, elsewhere or
-later when its server is lost. A server that comes back gets the weights that the others have before it is asked anything.
+A request goes to the server with the least to do, a prompt's completions together; it is asked
+again, with the same seed, elsewhere or later when its server is lost. A server that comes back gets
+the weights that the others have before it is asked anything.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from grpo.engines.fleet import HEALTH_S, Fleet
 from grpo.engines.server import Server
 from grpo.types import Completion
 
-AVOID_S = 10.0  # for so long a rank that does not watch the servers asks others than the one that failed
+# for so long a rank that does not watch the servers asks others than the one that failed
+AVOID_S = 10.0
 
 
 class Pool(Fleet):
@@ -36,12 +38,20 @@ class Pool(Fleet):
         return {"servers": urls}
 
     def generate(
-        self, requests: Sequence[Request], options: SamplingOptions, on_progress: Callable[[int, int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        options: SamplingOptions,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
         return self._run(self._generate(requests, options, on_progress), self._settings.timeout_s)
 
-    def prove(self, requests: Sequence[Request], options: SamplingOptions) -> list[list[tuple[Completion, ...]]]:
-        """Returns what each server that is up samples; a server that comes back later is held to it."""
+    def prove(
+        self, requests: Sequence[Request], options: SamplingOptions
+    ) -> list[list[tuple[Completion, ...]]]:
+        """Returns what each server that is up samples.
+
+        A server that comes back later is held to it.
+        """
         if not self._leads:
             return []
         found = self._run(self._prove(requests, options), self._settings.timeout_s)
@@ -49,7 +59,10 @@ class Pool(Fleet):
         return found
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        """Sends the weights to every server that is up; one that fails at it is lost, and gets them when it is back."""
+        """Sends the weights to every server that is up.
+
+        One that fails at it is lost, and gets them when it is back.
+        """
         start, sent = time.monotonic(), Sent(weights, self._dtype)
         if not self._leads:
             for _ in weights:  # ZeRO-3: all ranks make them whole together
@@ -68,36 +81,55 @@ class Pool(Fleet):
         finally:
             self._loop.call_soon_threadsafe(self._sending.release)
         self._submit(self._notify())
-        return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=sent.num_bytes)
+        return SyncReport(
+            version=version, seconds=time.monotonic() - start, num_bytes=sent.num_bytes
+        )
 
     def _by_nccl(self, sent: Sent, version: int) -> None:
-        """A server that is lost on the way is left out of a second try; it gets weights with the next sync."""
+        """A server that is lost on the way is left out of a second try.
+
+        It gets weights with the next sync.
+        """
         for last in (False, True):
             ready = [server for server in self._servers if server.up]
             if not ready:
-                raise EngineError(f"weights {version}: no server is up: {', '.join(server.told() for server in self._servers)}")
+                raise EngineError(
+                    f"weights {version}: no server is up: "
+                    f"{', '.join(server.told() for server in self._servers)}"
+                )
             try:
-                return self._nccl.send(ready, sent, version=version, limit_s=self._pool.sync_timeout_s)
+                return self._nccl.send(
+                    ready, sent, version=version, limit_s=self._pool.sync_timeout_s
+                )
             except EngineError as error:
                 for server in ready:
                     self._run(self._settle(server), 60)
-                if last or self._nccl.stuck or ranks.count() > 1:  # ZeRO-3 makes the weights whole with all ranks, once
+                # ZeRO-3 makes the weights whole with all ranks, once
+                if last or self._nccl.stuck or ranks.count() > 1:
                     raise
                 self._say(f"engine: {error}; once more without those that are lost")
         raise AssertionError
 
     async def _update_all(self, version: int) -> None:
-        """Updates the servers that are up, all at once. Raises EngineError when all that are there refuse them."""
+        """Updates the servers that are up, all at once.
+
+        Raises EngineError when all that are there refuse them.
+        """
         found = [server for server in self._servers if server.up]
-        errors = await asyncio.gather(*(self._update(server, version) for server in found), return_exceptions=True)
+        errors = await asyncio.gather(
+            *(self._update(server, version) for server in found), return_exceptions=True
+        )
         for server, error in zip(found, errors, strict=True):
             if isinstance(error, EngineError):
                 self._say(f"engine: weights {version} did not reach {server.url}: {error}")
                 server.up = False
             elif error is not None:
                 raise error
-        if errors and all(isinstance(error, EngineError) and ": 500" in str(error) for error in errors):
-            raise EngineError(f"weights {version} were refused by every server: {errors[0]}")  # who is lost gets them when it is back
+        if errors and all(
+            isinstance(error, EngineError) and ": 500" in str(error) for error in errors
+        ):
+            # who is lost gets them when it is back
+            raise EngineError(f"weights {version} were refused by every server: {errors[0]}")
 
     async def _settle(self, server: Server) -> None:
         """Ends a transfer that failed; a server whose engine does not answer then is lost."""
@@ -109,7 +141,10 @@ class Pool(Fleet):
             server.up = False
 
     def begin(self, request: Request, options: SamplingOptions) -> Future[tuple[Completion, ...]]:
-        """Begins a request without waiting for it. Weights may change while it is sampled: its completions tell which."""
+        """Begins a request without waiting for it.
+
+        Weights may change while it is sampled: its completions tell which.
+        """
         return self._submit(self._sampled(request, options))
 
     def idle(self) -> float:
@@ -128,7 +163,10 @@ class Pool(Fleet):
     def wake(self) -> None: ...
 
     async def _generate(
-        self, requests: Sequence[Request], options: SamplingOptions, on_progress: Callable[[int, int], None] | None
+        self,
+        requests: Sequence[Request],
+        options: SamplingOptions,
+        on_progress: Callable[[int, int], None] | None,
     ) -> list[tuple[Completion, ...]]:
         done, total = 0, sum(request.n for request in requests)
 
@@ -148,8 +186,12 @@ class Pool(Fleet):
                 task.cancel()
 
     async def _sampled(self, request: Request, options: SamplingOptions) -> tuple[Completion, ...]:
-        """Returns a request's completions, from whichever server; bounded retries, always with its seed."""
-        tries = self._pool.retries + (0 if self._leads else int(self._settings.start_timeout_s))  # rank 0 alone knows which is up
+        """Returns a request's completions, from whichever server.
+
+        Bounded retries, always with its seed.
+        """
+        # rank 0 alone knows which is up
+        tries = self._pool.retries + (0 if self._leads else int(self._settings.start_timeout_s))
         for attempt in range(tries + 1):
             server = await self._free(request.n)
             starts = server.starts
@@ -157,7 +199,10 @@ class Pool(Fleet):
                 if not self._leads and self._version >= 0:  # rank 0 may be bringing it up
                     held = await self._call(server, "/weight_info", timeout_s=60, method="GET")
                     if held["weight_version"] != str(self._version):
-                        raise EngineError(f"{server.url} has weights {held['weight_version']}, not {self._version}")
+                        raise EngineError(
+                            f"{server.url} has weights {held['weight_version']}, not "
+                            f"{self._version}"
+                        )
                 return await self._ask_while_up(server, request, options)
             except RefusedError:
                 raise
@@ -170,7 +215,10 @@ class Pool(Fleet):
                     server.up = False
                     await self._notify()
                 if attempt == tries:
-                    raise EngineError(f"a request failed {attempt + 1} times (engine.servers.retries): the last time, {error}") from None
+                    raise EngineError(
+                        f"a request failed {attempt + 1} times (engine.servers.retries): the last "
+                        f"time, {error}"
+                    ) from None
             finally:
                 server.load -= request.n
                 if not any(each.load for each in self._servers):
@@ -178,9 +226,17 @@ class Pool(Fleet):
                 await self._notify()
         raise AssertionError
 
-    async def _ask_while_up(self, server: Server, request: Request, options: SamplingOptions) -> tuple[Completion, ...]:
-        """As `_ask`; given up when the server is lost meanwhile: a machine that is gone breaks no connection."""
-        starts, asked = server.starts, asyncio.ensure_future(self._ask(server, request, options, self._version))
+    async def _ask_while_up(
+        self, server: Server, request: Request, options: SamplingOptions
+    ) -> tuple[Completion, ...]:
+        """As `_ask`.
+
+        Given up when the server is lost meanwhile: a machine that is gone breaks no connection.
+        """
+        starts, asked = (
+            server.starts,
+            asyncio.ensure_future(self._ask(server, request, options, self._version)),
+        )
         try:
             while not (await asyncio.wait({asked}, timeout=1.0 if self._leads else HEALTH_S))[0]:
                 if not self._leads:
@@ -192,7 +248,9 @@ class Pool(Fleet):
             asked.cancel()
 
     async def _free(self, count: int) -> Server:
-        """Returns the server with the least to do once it has room for `count` completions (or nothing to do), and counts them to it."""
+        """Returns the server with the least to do once it has room for `count` completions (or
+        nothing to do), and counts them to it.
+        """
         async with self._changed:
             while True:
                 now = time.monotonic()
@@ -200,7 +258,9 @@ class Pool(Fleet):
                     ready = [s for s in self._servers if s.up and s.version == self._version]
                 else:
                     ready = [s for s in self._servers if s.avoid <= now] or self._servers
-                room = [s for s in ready if not s.load or s.load + count <= self._settings.max_sequences]
+                room = [
+                    s for s in ready if not s.load or s.load + count <= self._settings.max_sequences
+                ]
                 if room:
                     server = min(room, key=lambda s: s.load)
                     server.load += count
@@ -211,11 +271,16 @@ class Pool(Fleet):
                 await self._watched()
                 behind = self._leads and not ready and all(s.up for s in self._servers)
                 if self._transfer == "nccl" and behind and not self._sending.locked():
-                    raise EngineError("every server was lost; by NCCL they get weights with the next sync only: go on with --resume")
+                    raise EngineError(
+                        "every server was lost; by NCCL they get weights with the next sync only: "
+                        "go on with --resume"
+                    )
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), 1.0)
 
-    async def _prove(self, requests: Sequence[Request], options: SamplingOptions) -> list[list[tuple[Completion, ...]]]:
+    async def _prove(
+        self, requests: Sequence[Request], options: SamplingOptions
+    ) -> list[list[tuple[Completion, ...]]]:
         async def by(server: Server) -> list[tuple[Completion, ...]]:
             return list(await asyncio.gather(*(one(server, request) for request in requests)))
 
@@ -226,11 +291,15 @@ class Pool(Fleet):
             finally:
                 server.load -= request.n
 
-        ready = [server for server in self._servers if server.up and server.version == self._version]
+        ready = [
+            server for server in self._servers if server.up and server.version == self._version
+        ]
         while not ready:
             await self._watched()
             await asyncio.sleep(0.2)
-            ready = [server for server in self._servers if server.up and server.version == self._version]
+            ready = [
+                server for server in self._servers if server.up and server.version == self._version
+            ]
         found = await asyncio.gather(*map(by, ready), return_exceptions=True)
         for server, rows in zip(ready, found, strict=True):
             if isinstance(rows, EngineError):

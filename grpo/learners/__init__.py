@@ -1,0 +1,1 @@
+"""The learner's side: DeepSpeed's engine, TRL's supervised trainer, sequence parallelism."""

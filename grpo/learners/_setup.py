@@ -1,4 +1,7 @@
-"""What a learner is set up with: the process group, DeepSpeed's own config, the learning rate, what of the memory is kept."""
+"""What a learner is set up with.
+
+The process group, DeepSpeed's own config, the learning rate, what of the memory is kept.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,18 @@ from grpo.types import RunError
 
 
 def learning_rate(settings: configs.Learner, update: int, total_updates: int) -> float:
-    """Returns the learning rate of update 0, 1, ...: linear warm-up, then constant, linear or cosine down to `min_lr_ratio`. No state."""
+    """Returns the learning rate of update 0, 1, ....
+
+    Linear warm-up, then constant, linear or cosine down to `min_lr_ratio`. No state.
+    """
     if update < settings.warmup_updates:
         return settings.lr * (update + 1) / settings.warmup_updates
     progress = (update - settings.warmup_updates) / max(1, total_updates - settings.warmup_updates)
-    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[settings.schedule]
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[settings.schedule]
     floor = 1.0 if settings.schedule == "constant" else settings.min_lr_ratio
     return settings.lr * (floor + (1 - floor) * decay)
 
@@ -35,12 +45,19 @@ def deepspeed_config(settings: configs.Learner, dtype: str) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    optimizer = {"lr": settings.lr, "betas": list(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
-    optimizer |= {"torch_adam": True, "fused": True}  # no compiler run (nvcc), as DeepSpeed's own would need; one pass over the states
+    optimizer = {
+        "lr": settings.lr,
+        "betas": list(settings.betas),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    # no compiler run (nvcc), as DeepSpeed's own would need; one pass over the states
+    optimizer |= {"torch_adam": True, "fused": True}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # the number of micro-batches varies: step() ends an update
+        # the number of micro-batches varies: step() ends an update
+        "managed_gradient_accumulation": False,
         "optimizer": {"type": "AdamW", "params": optimizer},
         "bf16": {"enabled": dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -54,26 +71,36 @@ def parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[s
     """Weight decay is for matrices; norms and biases have none."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 MAX_LOST = 3  # updates in a row whose gradient is not finite, or too large; each is skipped
 
 
-def not_finite(update: int, loss: float, norm: float, settings: configs.Learner, times: int = MAX_LOST) -> RunError:
+def not_finite(
+    update: int, loss: float, norm: float, settings: configs.Learner, times: int = MAX_LOST
+) -> RunError:
     """Returns the error that ends a run whose updates were skipped, or spoiled its weights."""
     return RunError(
-        f"update {update}: loss {loss}, gradient norm {norm}: not finite or above learner.skip_grad_norm={settings.skip_grad_norm:g}, "
-        f"{times} times in a row. The last checkpoint is good: go on from it with --resume and a lower "
+        f"update {update}: loss {loss}, gradient norm {norm}: not finite or above "
+        f"learner.skip_grad_norm={settings.skip_grad_norm:g}, "
+        f"{times} times in a row. The last checkpoint is good: go on from it with --resume and a "
+        "lower "
         "learner.lr (or, if such norms are usual here, a higher skip_grad_norm)"
     )
 
 
 class NormLimit:
-    """Makes DeepSpeed skip an update with a gradient norm above `limit` as one that is not finite; `norm` is the last one.
+    """Makes DeepSpeed skip an update with a gradient norm above `limit` as one that is not finite.
 
-    Each of its optimizers has a method of its own from which it gets the norm: there, too large becomes infinite.
+    `norm` is the last one.
+
+    Each of its optimizers has a method of its own from which it gets the norm: there, too large
+    becomes infinite.
     """
 
     def __init__(self, optimizer: Any, limit: float) -> None:
@@ -89,29 +116,45 @@ class NormLimit:
     def _of_groups(self, found: Callable[..., Any]) -> Any:
         norms = found()
         values = torch.as_tensor(norms)
-        self.norm = float(values.norm()) if bool((values >= 0).all()) else math.inf  # -1 stands for one that is not finite
-        return norms if self.norm <= self._limit else [norm * math.inf for norm in norms] if isinstance(norms, list) else norms * math.inf
+        # -1 stands for one that is not finite
+        self.norm = float(values.norm()) if bool((values >= 0).all()) else math.inf
+        return (
+            norms
+            if self.norm <= self._limit
+            else [norm * math.inf for norm in norms]
+            if isinstance(norms, list)
+            else norms * math.inf
+        )
 
     def _of_gradients(self, found: Callable[..., Any], **options: Any) -> Any:
         if options:  # asked once more, for clipping
             return found(**options)
         gradients, experts = found()
         self.norm = float(torch.nn.utils.get_total_norm(gradients))
-        return (gradients if self.norm <= self._limit else [torch.full_like(gradients[0], math.inf)]), experts
+        return (
+            gradients if self.norm <= self._limit else [torch.full_like(gradients[0], math.inf)]
+        ), experts
 
 
 class FreedMemory:
-    """On a CPU, what an update has freed is kept for the next: else glibc maps each large tensor anew, a third of an SFT update's time.
+    """On a CPU, what an update has freed is kept for the next.
 
-    Sequences of unequal lengths leave holes that do not fit the next ones: when the process has grown by half since its first update,
-    they are given back.
+    Else glibc maps each large tensor anew, a third of an SFT update's time.
+
+    Sequences of unequal lengths leave holes that do not fit the next ones: when the process has
+    grown by half since its first update, they are given back.
     """
 
     def __init__(self) -> None:
-        self._libc = None if torch.cuda.is_available() or not hasattr(libc := ctypes.CDLL(None), "mallopt") else libc
+        self._libc = (
+            None
+            if torch.cuda.is_available() or not hasattr(libc := ctypes.CDLL(None), "mallopt")
+            else libc
+        )
         self._most = 0.0
         if self._libc:
-            for option, value in {-4: 0, -1: -1, -2: 1 << 28}.items():  # no mappings of their own; no trimming; grow by 256 MiB
+            # no mappings of their own; no trimming; grow by 256 MiB
+            for option, value in {-4: 0, -1: -1, -2: 1 << 28}.items():
                 self._libc.mallopt(option, value)
 
     def after_update(self) -> None:
@@ -126,7 +169,9 @@ def join() -> Any:
     """Joins the process group; returns DeepSpeed, with its chatter off."""
     deepspeed = _quiet_deepspeed()
     ranks.join()
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        "nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+    )
     return deepspeed
 
 
@@ -136,6 +181,8 @@ def _quiet_deepspeed() -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # An operator for inference on CPUs, compiled at every start under a lock that a killed process leaves behind for all who come after.
-    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010 - deepspeed.comm.torch is torch
+    # An operator for inference on CPUs, compiled at every start under a lock that a killed process
+    # leaves behind for all who come after.
+    communication = importlib.import_module("deepspeed.comm.torch")
+    setattr(communication, "build_shm_op", lambda: None)  # noqa: B010 - a module has no such type
     return deepspeed

@@ -1,4 +1,7 @@
-"""The learner: a policy under DeepSpeed. It knows batches, a per-token loss and weights; nothing of problems, rewards or engines."""
+"""The learner: a policy under DeepSpeed.
+
+It knows batches, a per-token loss and weights; nothing of problems, rewards or engines.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,16 @@ from grpo.batch import to_device
 from grpo.learners import ulysses
 from grpo.learners._perturb import jittered, perturbed
 from grpo.learners._reports import summed
-from grpo.learners._setup import MAX_LOST, FreedMemory, NormLimit, deepspeed_config, join, learning_rate, not_finite, parameter_groups
+from grpo.learners._setup import (
+    MAX_LOST,
+    FreedMemory,
+    NormLimit,
+    deepspeed_config,
+    join,
+    learning_rate,
+    not_finite,
+    parameter_groups,
+)
 from grpo.logprobs import Policy
 from grpo.losses._objective import Loss, objective
 from grpo.types import Batch, RunError
@@ -34,87 +46,140 @@ JITTER_SEEDS = 50_000_000  # the seeds from here on are not those of perturbatio
 
 
 class Learner:
-    """Scores and updates a policy. State: weights, optimizer, and `updates`, the number of optimizer updates made."""
+    """Scores and updates a policy.
+
+    State: weights, optimizer, and `updates`, the number of optimizer updates made.
+    """
 
     def __init__(
-        self, model: nn.Module, config: configs.Config | DistillConfig, loss: Loss, reference: nn.Module | None = None,
+        self,
+        model: nn.Module,
+        config: configs.Config | DistillConfig,
+        loss: Loss,
+        reference: nn.Module | None = None,
         soft: Soft | None = None,
-    ) -> None:  # fmt: skip
-        """`model` has float32 weights. `reference`, for KL, is kept frozen in the forward pass's dtype; with `soft` it is the teacher."""
+    ) -> None:
+        """`model` has float32 weights.
+
+        `reference`, for KL, is kept frozen in the forward pass's dtype; with `soft` it is the
+        teacher.
+        """
         deepspeed = join()
         settings = config.learner
         if settings.threads:
             torch.set_num_threads(settings.threads)
         if config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )  # type: ignore[operator]
         moe.check(model, config.model.router_aux_coef, config.model.freeze_router)
         model.train()
         self._settings, self._algorithm, self._loss = settings, config.algorithm, loss
         self._total_updates = config.total_updates
-        self._dtype, self._router_coef = getattr(torch, config.model.dtype), config.model.router_aux_coef
+        self._dtype, self._router_coef = (
+            getattr(torch, config.model.dtype),
+            config.model.router_aux_coef,
+        )
         head: dict[str, Any] = {
-            "temperature": 1.0 if soft else config.sampling.temperature, "chunk": settings.logits_chunk_tokens,
+            "temperature": 1.0 if soft else config.sampling.temperature,
+            "chunk": settings.logits_chunk_tokens,
             "float32_head": config.model.float32_head,
-        }  # fmt: skip
+        }
         self._reference: Policy | None = None
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
         if self.device.type == "cuda":
             models.use_fused_norms(model)
         if reference is not None:
-            for parameter in reference.parameters():  # buffers (rotary frequencies) stay in float32, as DeepSpeed leaves the policy's
+            # buffers (rotary frequencies) stay in float32, as DeepSpeed leaves the policy's
+            for parameter in reference.parameters():
                 parameter.data = parameter.data.to(self._dtype)
             reference = reference.to(self.device).eval().requires_grad_(False)
             if self.device.type == "cuda":
                 models.use_fused_norms(reference)
-            self._reference = Policy(reference, ulysses=ulysses.shared(reference, settings.sequence_parallel), **head)
+            self._reference = Policy(
+                reference, ulysses=ulysses.shared(reference, settings.sequence_parallel), **head
+            )
         self._soft = soft
         policy = Policy(
-            model, entropy_gradient=config.algorithm.entropy_coef != 0, router=self._router_coef > 0,
-            teacher=self._reference if soft else None, soft=soft, ulysses=ulysses.shared(model, settings.sequence_parallel), **head,
-        )  # fmt: skip
+            model,
+            entropy_gradient=config.algorithm.entropy_coef != 0,
+            router=self._router_coef > 0,
+            teacher=self._reference if soft else None,
+            soft=soft,
+            ulysses=ulysses.shared(model, settings.sequence_parallel),
+            **head,
+        )
         ds_config = deepspeed_config(settings, config.model.dtype)
-        self._engine, *_ = deepspeed.initialize(model=policy, model_parameters=parameter_groups(policy, settings), config=ds_config)
+        self._engine, *_ = deepspeed.initialize(
+            model=policy, model_parameters=parameter_groups(policy, settings), config=ds_config
+        )
         self._policy: Policy = self._engine.module
         self._limit = NormLimit(self._engine.optimizer, settings.skip_grad_norm)
-        self.share, self._tells = ranks.share(settings.sequence_parallel)  # of an update's micro-batches
+        # of an update's micro-batches
+        self.share, self._tells = ranks.share(settings.sequence_parallel)
         self.updates = 0
         self._lost = 0  # updates in a row that were skipped
         self._reference_moved = False
         self._memory = FreedMemory()
 
     @torch.no_grad()
-    def score(self, batches: Sequence[Batch], *, reference: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """Returns logprobs and entropies [B, T] (float32, on the CPU) of each batch's completion tokens, by the policy or the reference."""
-        with lora.off(self._policy.model) if reference and self._reference is None else contextlib.nullcontext():
+    def score(
+        self, batches: Sequence[Batch], *, reference: bool = False
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Returns logprobs and entropies [B, T] (float32, on the CPU) of each batch's completion
+        tokens, by the policy or the reference.
+        """
+        with (
+            lora.off(self._policy.model)
+            if reference and self._reference is None
+            else contextlib.nullcontext()
+        ):
             scorer = self._reference if reference and self._reference is not None else self._engine
             scored = [scorer(to_device(batch, self.device)) for batch in batches]
         return [(logprobs.cpu(), entropies.cpu()) for logprobs, entropies in scored]
 
-    def update(self, batches: Sequence[Batch], on_batch: Callable[[int, int], None] | None = None) -> dict[str, float]:
-        """Makes one optimizer update with the gradient summed over micro-batches; returns its metrics.
+    def update(
+        self, batches: Sequence[Batch], on_batch: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
+        """Makes one optimizer update with the gradient summed over micro-batches.
 
-        The token weights already hold the reduction, so DeepSpeed divides by nothing. `on_batch(done, total)` is called after each
-        micro-batch and may raise: nothing of the update has been applied then.
+        Returns its metrics.
+
+        The token weights already hold the reduction, so DeepSpeed divides by nothing.
+        `on_batch(done, total)` is called after each micro-batch and may raise: nothing of the
+        update has been applied then.
         """
         start = time.monotonic()
         lr = learning_rate(self._settings, self.updates, self._total_updates)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        reports: list[dict[str, Tensor]] = []  # of each micro-batch, on the device: to read a value waits for all that runs there
-        own = sum(int(batch.token_mask.sum()) for batch in batches if not batch.idle and self._tells)
+        # of each micro-batch, on the device: to read a value waits for all that runs there
+        reports: list[dict[str, Tensor]] = []
+        own = sum(
+            int(batch.token_mask.sum()) for batch in batches if not batch.idle and self._tells
+        )
         tokens = sum(ranks.gather("the update's tokens", own))
         for done, batch in enumerate(batches, start=1):
             loss, report = self._loss_of(to_device(batch, self.device), tokens)
-            self._engine.backward(loss * ranks.count(), scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks
+            # DeepSpeed takes the mean over ranks
+            self._engine.backward(loss * ranks.count(), scale_wrt_gas=False)
             if self._tells and not batch.idle:
                 reports.append(
-                    {name: value.sum() for name, value in report.items()} | {"loss": loss.detach(), "_highest": report["_rho"].max()}
+                    {name: value.sum() for name, value in report.items()}
+                    | {"loss": loss.detach(), "_highest": report["_rho"].max()}
                 )
             if on_batch is not None:
                 on_batch(done, len(batches))
         sums, highest = summed(reports)
         found = ranks.gather("the update's metrics", (sums, highest))
-        sums = {name: sum(one.get(name, 0.0) for one, _ in found) for name in max((one for one, _ in found), key=len)}
+        sums = {
+            name: sum(one.get(name, 0.0) for one, _ in found)
+            for name in max((one for one, _ in found), key=len)
+        }
         norm, applied = self._step()
         self.updates += 1
         self._memory.after_update()
@@ -123,18 +188,29 @@ class Learner:
             raise not_finite(self.updates, sums["loss"], norm, self._settings)
         loss_value, rho, squared = sums.pop("loss"), sums.pop("_rho"), sums.pop("_rho_squared")
         return {name: value / tokens for name, value in sums.items()} | {
-            "loss": loss_value, "policy/grad_norm": norm, "policy/lr": lr, "mismatch/max_weight": max(most for _, most in found),
-            "mismatch/effective": rho**2 / (squared * tokens),  # PipelineRL 2509.19128: (sum w)^2 / (n sum w^2)
-            "update/tokens": tokens, "update/micro_batches": len(batches), "update/seconds": time.monotonic() - start,
+            "loss": loss_value,
+            "policy/grad_norm": norm,
+            "policy/lr": lr,
+            "mismatch/max_weight": max(most for _, most in found),
+            # PipelineRL 2509.19128: (sum w)^2 / (n sum w^2)
+            "mismatch/effective": rho**2 / (squared * tokens),
+            "update/tokens": tokens,
+            "update/micro_batches": len(batches),
+            "update/seconds": time.monotonic() - start,
             "update/not_finite": float(not applied),
-        }  # fmt: skip
+        }
 
     def _loss_of(self, batch: Batch, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns a micro-batch's part of the update's loss, and what is to be told of its completion tokens."""
+        """Returns a micro-batch's part of the update's loss, and what is to be told of its
+        completion tokens.
+        """
         logprobs, entropies = self._engine(batch)
         per_token, report = objective(logprobs, entropies, batch, self._algorithm, self._loss)
         if self._soft is not None and self._policy.divergences is not None:
-            per_token = per_token + self._soft.soft_weight * self._soft.temperature**2 * self._policy.divergences
+            per_token = (
+                per_token
+                + self._soft.soft_weight * self._soft.temperature**2 * self._policy.divergences
+            )
             report["policy/divergence"] = self._policy.divergences
             if self._policy.hidden_errors is not None:
                 per_token = per_token + self._soft.hidden_weight * self._policy.hidden_errors
@@ -146,11 +222,18 @@ class Learner:
             loss = loss + self._router_coef * share * self._policy.balance_loss
             report["router/balance"] = mask * self._policy.balance_loss
         report["_rho_squared"] = report["_rho"].square()
-        return loss, {name: value.detach()[mask] if value.shape == mask.shape else value.detach() for name, value in report.items()}
+        return loss, {
+            name: value.detach()[mask] if value.shape == mask.shape else value.detach()
+            for name, value in report.items()
+        }
 
     def _step(self) -> tuple[float, bool]:
-        """Applies the gradient unless it is not finite or too large; returns its norm before clipping, and whether it was applied."""
-        if self._settings.zero_stage == 0:  # DeepSpeed tells no norm without ZeRO, and looks at nothing
+        """Applies the gradient unless it is not finite or too large.
+
+        Returns its norm before clipping, and whether it was applied.
+        """
+        # DeepSpeed tells no norm without ZeRO, and looks at nothing
+        if self._settings.zero_stage == 0:
             gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
             for gradient in gradients if ranks.count() > 1 else ():
                 torch.distributed.all_reduce(gradient, torch.distributed.ReduceOp.SUM)
@@ -166,20 +249,33 @@ class Learner:
         return float(self._engine.get_global_grad_norm()) if applied else self._limit.norm, applied
 
     def weights(self) -> LearnerWeights:
-        """Returns every weight whole, under its Hugging Face name, in the forward pass's dtype, buffers in their own; tied weights once,
-        adapters merged. Copy a tensor before going on: ZeRO-3 makes a bucket at a time whole. All ranks go through them together.
+        """Returns every weight whole, under its Hugging Face name, in the forward pass's dtype,
+        buffers in their own; tied weights once, adapters merged. Copy a tensor before going on:
+        ZeRO-3 makes a bucket at a time whole. All ranks go through them together.
         """
         return LearnerWeights(self)
 
     def _layout(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         for name, parameter in (one for bucket in self._buckets() for one in bucket):
-            shaped = torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device="meta")
-            yield from ((n, weight.dtype, tuple(weight.shape)) for n, weight in moe.hub_weights(self._policy.model, name, shaped))
-        yield from ((name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self._own_buffers())
+            shaped = torch.empty(
+                getattr(parameter, "ds_shape", parameter.shape),
+                dtype=parameter.dtype,
+                device="meta",
+            )
+            yield from (
+                (n, weight.dtype, tuple(weight.shape))
+                for n, weight in moe.hub_weights(self._policy.model, name, shaped)
+            )
+        yield from (
+            (name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self._own_buffers()
+        )
 
     def _own_buffers(self) -> Iterator[tuple[str, Tensor]]:
         kept = self._policy.model.state_dict().keys()
-        return ((name, buffer) for name, buffer in self._policy.model.named_buffers() if name in kept)  # DeepSeek's router bias
+        # DeepSeek's router bias
+        return (
+            (name, buffer) for name, buffer in self._policy.model.named_buffers() if name in kept
+        )
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         adapted = lora.of(self._policy.model)
@@ -206,14 +302,16 @@ class Learner:
 
     @contextlib.contextmanager
     def perturbed(self, seed: int, *, jitter: bool = False) -> Iterator[None]:
-        """Within it every weight is visibly different (scaled by about 20 % and noisy by 10 %), seeded; after it, bit for bit as before.
-        With `jitter` the weights of the same perturbation are `jittered`.
+        """Within it every weight is visibly different (scaled by about 20 % and noisy by 10 %),
+        seeded; after it, bit for bit as before. With `jitter` the weights of the same perturbation
+        are `jittered`.
 
         Under ZeRO-3 each rank does it with its own part of a weight, and keeps no more than that.
         """
         split = self._settings.zero_stage == 3
         kept: list[tuple[Tensor, Tensor]] = []
-        self._engine.empty_partition_cache()  # what ZeRO-3 still holds whole would not follow its parts
+        # what ZeRO-3 still holds whole would not follow its parts
+        self._engine.empty_partition_cache()
         try:
             with torch.no_grad():
                 for i, parameter in enumerate(self._policy.model.parameters()):
@@ -239,8 +337,13 @@ class Learner:
         return deepspeed.zero.GatheredParameters(list(parameters))
 
     def save(self, directory: Path) -> None:
-        """Writes weights, optimizer state and the update counter; the reference too, once it is not the start model."""
-        self._engine.save_checkpoint(str(directory), tag="learner", client_state={"updates": self.updates}, save_latest=False)
+        """Writes weights, optimizer state and the update counter.
+
+        The reference too, once it is not the start model.
+        """
+        self._engine.save_checkpoint(
+            str(directory), tag="learner", client_state={"updates": self.updates}, save_latest=False
+        )
         if self._reference_moved and self._reference is not None and ranks.rank() == 0:
             torch.save(self._reference.model.state_dict(), directory / "reference.pt")
 
@@ -248,8 +351,12 @@ class Learner:
         lora.save(self._policy.model, directory)
 
     def load(self, directory: Path) -> None:
-        """Loads what `save` wrote on as many ranks, or on another number of them. Raises RunError."""
-        parts = len(list((directory / "learner").glob("*zero_pp_rank_*_optim_states.pt")))  # none without ZeRO: whole
+        """Loads what `save` wrote on as many ranks, or on another number of them.
+
+        Raises RunError.
+        """
+        # none without ZeRO: whole
+        parts = len(list((directory / "learner").glob("*zero_pp_rank_*_optim_states.pt")))
         if parts in (0, ranks.count()):
             path, state = self._engine.load_checkpoint(str(directory), tag="learner")
         else:
@@ -258,26 +365,46 @@ class Learner:
             raise RunError(f"{directory}: DeepSpeed found no checkpoint to load")
         self.updates = state["updates"]
         if (directory / "reference.pt").exists() and self._reference is not None:
-            self._reference.model.load_state_dict(torch.load(directory / "reference.pt", map_location=self.device))
+            self._reference.model.load_state_dict(
+                torch.load(directory / "reference.pt", map_location=self.device)
+            )
             self._reference_moved = True
 
     def _load_universal(self, directory: Path) -> tuple[Any, Any]:
-        """Loads a checkpoint of another number of ranks: DeepSpeed's universal form of it, made beside it and removed again."""
+        """Loads a checkpoint of another number of ranks.
+
+        DeepSpeed's universal form of it, made beside it and removed again.
+        """
         from deepspeed.checkpoint import ds_to_universal
 
         whole = directory.with_name(f".{directory.name}.universal.partial")
-        few = argparse.Namespace(num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
+        few = argparse.Namespace(
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
         few.input_folder, few.output_folder = str(directory / "learner"), str(whole / "learner")
-        ranks.first("the universal checkpoint", lambda: ds_to_universal.main(few) if ranks.rank() == 0 else None)
+        ranks.first(
+            "the universal checkpoint",
+            lambda: ds_to_universal.main(few) if ranks.rank() == 0 else None,
+        )
         self._engine._config.load_universal_checkpoint = True
         groups = self._engine.optimizer.param_groups
         decays = [group["weight_decay"] for group in groups]
         try:
-            found = self._engine.load_checkpoint(str(whole), tag="learner")
-            for group, decay in zip(groups, decays, strict=True):  # under ZeRO-3 all get the first one's ...
+            found: tuple[Any, Any] = self._engine.load_checkpoint(str(whole), tag="learner")
+            # under ZeRO-3 all get the first one's ...
+            for group, decay in zip(groups, decays, strict=True):
                 group["weight_decay"] = decay
-            for state in getattr(self._engine.optimizer, "optimizer", self._engine.optimizer).state.values():
-                state |= {"step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else {}  # ... and share one counter
+            for state in getattr(
+                self._engine.optimizer, "optimizer", self._engine.optimizer
+            ).state.values():
+                # ... and share one counter
+                state |= (
+                    {"step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else {}
+                )
             return found
         finally:
             self._engine._config.load_universal_checkpoint = False
@@ -289,7 +416,9 @@ class Learner:
     def reset_reference(self, *, optimizer: bool) -> None:
         """Makes the policy as it is the reference; `optimizer`: forgets Adam's moments too."""
         assert self._reference is not None
-        for own, theirs in zip(self._policy.model.parameters(), self._reference.model.parameters(), strict=True):
+        for own, theirs in zip(
+            self._policy.model.parameters(), self._reference.model.parameters(), strict=True
+        ):
             with self._whole(own):
                 theirs.copy_(own)
         self._reference_moved = True
@@ -297,7 +426,8 @@ class Learner:
             inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
             for state in inner.state.values():
                 for key, value in state.items():
-                    state[key] = value.zero_() if isinstance(value, Tensor) else 0  # DeepSpeed's own Adam counts steps in an int
+                    # DeepSpeed's own Adam counts steps in an int
+                    state[key] = value.zero_() if isinstance(value, Tensor) else 0
             for group in inner.param_groups:
                 group |= {"step": 0} if "step" in group else {}
 

@@ -1,4 +1,6 @@
-"""CISPO: the ratio is a weight, capped and without a gradient of its own, so every token keeps its gradient."""
+"""CISPO: the ratio is a weight, capped and without a gradient of its own, so every token keeps its
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ from grpo.types import Batch
 
 
 def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns -sg(min(r, ratio_max)) A log pi. Source: MiniMax-M1 2506.13585 Eq. 4, 5; `ratio_max` is the cap itself, not 1 + epsilon."""
+    """Returns -sg(min(r, ratio_max)) A log pi.
+
+    Source: MiniMax-M1 2506.13585 Eq. 4, 5; `ratio_max` is the cap itself, not 1 + epsilon.
+    """
     ratios = _terms.ratio(logprobs, batch.old_logprobs).detach()
     per_token = -ratios.clamp(max=algorithm.ratio_max) * batch.advantages * logprobs
     return per_token, {"clip/high": (ratios > algorithm.ratio_max).float(), "ratio/mean": ratios}

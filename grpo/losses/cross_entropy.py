@@ -1,4 +1,7 @@
-"""Cross-entropy of given tokens: what supervised fine-tuning minimises, with a weight for each token in the place of an advantage."""
+"""Cross-entropy of given tokens.
+
+What supervised fine-tuning minimises, with a weight for each token in the place of an advantage.
+"""
 
 from __future__ import annotations
 

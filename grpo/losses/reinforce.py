@@ -1,4 +1,7 @@
-"""REINFORCE: the policy gradient as it is, importance-weighted when the policy has moved, clipped nowhere."""
+"""REINFORCE.
+
+The policy gradient as it is, importance-weighted when the policy has moved, clipped nowhere.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from grpo.types import Batch
 
 
 def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns -(pi / pi_old) A, whose gradient on-policy is -A grad log pi. Source: RLOO 2402.14740 Eq. 6 (its sum over tokens)."""
+    """Returns -(pi / pi_old) A, whose gradient on-policy is -A grad log pi.
+
+    Source: RLOO 2402.14740 Eq. 6 (its sum over tokens).
+    """
     ratios = _terms.ratio(logprobs, batch.old_logprobs)
     return -ratios * batch.advantages, {"ratio/mean": ratios}

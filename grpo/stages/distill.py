@@ -1,8 +1,10 @@
 """`grpo distill`: a teacher's reasoning into a smaller student, in one of three ways.
 
-sequence   the teacher samples, what is right is kept, the student is fine-tuned on it: R1's own way, whatever the vocabularies
+sequence   the teacher samples, what is right is kept, the student is fine-tuned on it: R1's own
+           way, whatever the vocabularies
 soft       the student matches the teacher's distribution at every token of given texts
-on_policy  the student samples, the teacher scores its tokens: reverse KL as the advantage in GRPO's loop
+on_policy  the student samples, the teacher scores its tokens: reverse KL as the advantage in GRPO's
+           loop
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from grpo.stages._run import (
     start_engine,
     worked,
     write_final,
-)  # fmt: skip
+)
 from grpo.types import Batch, Problem, Sample, UserError
 
 if TYPE_CHECKING:
@@ -40,7 +42,10 @@ CACHED = 256  # texts a file
 
 
 def distill(config: DistillConfig, *, resume: bool) -> None:
-    """Writes the student into `final/` (way sequence: `sft/final/`). Raises UserError, RunError, Interrupted (saved)."""
+    """Writes the student into `final/` (way sequence: `sft/final/`).
+
+    Raises UserError, RunError, Interrupted (saved).
+    """
     {"sequence": _sequence, "soft": _soft, "on_policy": _on_policy}[config.way](config, resume)
 
 
@@ -49,7 +54,10 @@ def _sequence(config: DistillConfig, resume: bool) -> None:
     from grpo.stages.sft import sft
 
     if ranks.count() > 1:
-        raise UserError("grpo distill, way=sequence, begins with `grpo collect`, which is one process: start it without torchrun")
+        raise UserError(
+            "grpo distill, way=sequence, begins with `grpo collect`, which is one process: start "
+            "it without torchrun"
+        )
     with open_stage(config, "distill", total=2, unit="stage", resume=resume) as stage:
         for name, part in config.parts().items():
             folder = Path(config.run_dir) / name
@@ -76,7 +84,9 @@ def _soft(config: DistillConfig, resume: bool) -> None:
     assert config.soft is not None
     problems = load_problems(config.data, "train", config.seed)
     loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
-    with open_stage(config, "distill", total=config.soft.updates, unit="update", resume=resume) as stage:
+    with open_stage(
+        config, "distill", total=config.soft.updates, unit="update", resume=resume
+    ) as stage:
         _match(config, stage, problems, loss, resume=resume)
 
 
@@ -90,22 +100,33 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
     model_dir, tokenizer, prompts = prepare(config, run)
     models.check_context(model_dir, soft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
-    texts = samples(stream.take(0, soft.updates * soft.batch_size), prompts, soft.max_tokens, soft.hard_weight)
+    texts = samples(
+        stream.take(0, soft.updates * soft.batch_size), prompts, soft.max_tokens, soft.hard_weight
+    )
     with quiet(run.log_file("learner")):
         teacher_dir = find_teacher(config, run, tokenizer, soft.max_tokens)
     top = TopLogprobs(run.path / "teacher_top", texts) if soft.teacher_topk else None
     if top:
-        ranks.together("the teacher's logprobs", lambda: top.fill(config, stage, teacher_dir) if ranks.rank() == 0 else None)
+        ranks.together(
+            "the teacher's logprobs",
+            lambda: top.fill(config, stage, teacher_dir) if ranks.rank() == 0 else None,
+        )
     with quiet(run.log_file("learner")):
         teacher = None if top else models.load_model(teacher_dir, config.model.attention)
-        learner = Learner(lora.load_policy(config, model_dir, config.model.attention), config, loss, teacher, soft)
+        learner = Learner(
+            lora.load_policy(config, model_dir, config.model.attention), config, loss, teacher, soft
+        )
     checkpoint, _ = run.last_state() if resume else (None, {})
     if checkpoint:
         with quiet(run.log_file("learner")):
             learner.load(checkpoint)
     if resume:
         run.cut(learner.updates if checkpoint else -1)
-        display.say(f"resumed after update {learner.updates}" if checkpoint else "no checkpoint yet: starting again")
+        display.say(
+            f"resumed after update {learner.updates}"
+            if checkpoint
+            else "no checkpoint yet: starting again"
+        )
     display.begin(learner.updates)
     row: dict[str, Any] = {}
     saved = learner.updates if checkpoint else -1
@@ -114,7 +135,11 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         nonlocal saved
         if saved != learner.updates:
             saved = learner.updates
-            run.save(learner.updates, {"updates": learner.updates, "seed": config.seed, "metrics": row}, learner.save)
+            run.save(
+                learner.updates,
+                {"updates": learner.updates, "seed": config.seed, "metrics": row},
+                learner.save,
+            )
             run.prune(config.checkpoint.keep_last, config.checkpoint.keep_best)
 
     while learner.updates < soft.updates:
@@ -122,18 +147,27 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         part = texts[learner.updates * soft.batch_size : (learner.updates + 1) * soft.batch_size]
         weights = token_weights(part, "token", soft.max_tokens)
         batches = micro_batches(
-            part, weights, max_tokens=config.learner.micro_batch_tokens, packed=config.model.packed, share=learner.share
+            part,
+            weights,
+            max_tokens=config.learner.micro_batch_tokens,
+            packed=config.model.packed,
+            share=learner.share,
         )
-        batches = [replace(batch, teacher_top=top.of(batch)) for batch in batches] if top else batches
+        batches = (
+            [replace(batch, teacher_top=top.of(batch)) for batch in batches] if top else batches
+        )
         try:
             with timer("update"):
                 ranks.together("the update", stage.signals.check)
-                row = learner.update(batches, lambda *_: stage.signals.check() if ranks.count() == 1 else None)
+                row = learner.update(
+                    batches, lambda *_: stage.signals.check() if ranks.count() == 1 else None
+                )
         except Interrupted:
             save()
             display.say(f"stopped after update {learner.updates}, saved; go on with --resume")
             raise
-        row = {key: value for key, value in row.items() if not key.startswith("mismatch/")}  # nothing was sampled
+        # nothing was sampled
+        row = {key: value for key, value in row.items() if not key.startswith("mismatch/")}
         row |= {"step": learner.updates, "update": learner.updates} | timer.metrics()
         stage.record(row)
         display.row(row)
@@ -145,7 +179,10 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
 
 
 class TopLogprobs:
-    """What the teacher gives its likeliest tokens at each token of texts: asked from vLLM once, kept in files, read as needed."""
+    """What the teacher gives its likeliest tokens at each token of texts.
+
+    Asked from vLLM once, kept in files, read as needed.
+    """
 
     def __init__(self, folder: Path, texts: list[Sample]) -> None:
         self._folder = folder
@@ -157,23 +194,42 @@ class TopLogprobs:
         return self._folder / f"{number:06d}.safetensors"
 
     def fill(self, config: DistillConfig, stage: Stage, teacher_dir: Path) -> None:
-        """Asks the teacher for what is not there yet; a file that is written is not asked for again. Raises Interrupted, EngineError."""
+        """Asks the teacher for what is not there yet.
+
+        A file that is written is not asked for again. Raises Interrupted, EngineError.
+        """
         from safetensors.numpy import save_file
 
         assert config.soft is not None and config.soft.teacher_topk is not None
-        missing = [number for number in range(-(-len(self._texts) // CACHED)) if not self._file(number).exists()]
+        missing = [
+            number
+            for number in range(-(-len(self._texts) // CACHED))
+            if not self._file(number).exists()
+        ]
         if not missing:
             return
         self._folder.mkdir(exist_ok=True)
         weights, k = models.num_weights(teacher_dir), config.soft.teacher_topk
         engine = start_engine(
-            config, stage, teacher_dir, weights, load_weights=True, max_model_len=config.soft.max_tokens + 1, max_logprobs=k
+            config,
+            stage,
+            teacher_dir,
+            weights,
+            load_weights=True,
+            max_model_len=config.soft.max_tokens + 1,
+            max_logprobs=k,
         )
         for number in missing:
-            stage.display.phase(0, "the teacher's logprobs", f"{number * CACHED}/{len(self._texts)}")
+            stage.display.phase(
+                0, "the teacher's logprobs", f"{number * CACHED}/{len(self._texts)}"
+            )
             part = self._texts[number * CACHED : (number + 1) * CACHED]
             found = engine.top_logprobs([(text.token_ids, text.prompt_length) for text in part], k)
-            held = {f"{kind}.{i}": arrays[n] for i, arrays in enumerate(found) for n, kind in enumerate(("ids", "logprobs"))}
+            held = {
+                f"{kind}.{i}": arrays[n]
+                for i, arrays in enumerate(found)
+                for n, kind in enumerate(("ids", "logprobs"))
+            }
             save_file(held, self._folder / ".partial")
             (self._folder / ".partial").rename(self._file(number))
         engine.close()
@@ -187,13 +243,24 @@ class TopLogprobs:
         for number, i in (self._places[sequence] for sequence in batch.sequences):
             if number not in self._open:
                 self._open[number] = safe_open(str(self._file(number)), "pt")
-            rows.append([self._open[number].get_tensor(f"{kind}.{i}") for kind in ("ids", "logprobs")])
-        return torch.cat([ids.long() for ids, _ in rows]), torch.cat([logprobs for _, logprobs in rows])
+            rows.append(
+                [self._open[number].get_tensor(f"{kind}.{i}") for kind in ("ids", "logprobs")]
+            )
+        return torch.cat([ids.long() for ids, _ in rows]), torch.cat(
+            [logprobs for _, logprobs in rows]
+        )
 
 
-def samples(problems: list[Problem], prompts: Prompts, max_tokens: int, weight: float) -> list[Sample]:
-    """Returns texts to learn from: prompt and worked solution. Raises UserError naming a problem without one, or too long."""
+def samples(
+    problems: list[Problem], prompts: Prompts, max_tokens: int, weight: float
+) -> list[Sample]:
+    """Returns texts to learn from: prompt and worked solution.
+
+    Raises UserError naming a problem without one, or too long.
+    """
     return [
-        Sample(token_ids=prompt + target, prompt_length=len(prompt), advantages=(weight,) * len(target))
+        Sample(
+            token_ids=prompt + target, prompt_length=len(prompt), advantages=(weight,) * len(target)
+        )
         for prompt, target in worked(problems, prompts, max_tokens, "soft")
     ]

@@ -1,4 +1,7 @@
-"""`--dry-run`: the resolved config, the batch arithmetic and one rendered prompt. Starts no engine and loads no weights."""
+"""`--dry-run`: the resolved config, the batch arithmetic and one rendered prompt.
+
+Starts no engine and loads no weights.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,14 @@ from grpo import config as configs
 from grpo import models, plugins
 from grpo.algorithm import describe
 from grpo.config import Config, Data, RunConfig, SampledConfig
-from grpo.config_stages import CollectConfig, DistillConfig, EvalConfig, PipelineConfig, QuantizeConfig, SftConfig
+from grpo.config_stages import (
+    CollectConfig,
+    DistillConfig,
+    EvalConfig,
+    PipelineConfig,
+    QuantizeConfig,
+    SftConfig,
+)
 from grpo.metrics import quiet
 from grpo.prompts import EXAMPLE, R1_ZERO, Prompts, visible
 from grpo.stages._run import load_problems
@@ -23,7 +33,10 @@ from rewards._pool import Pool
 
 
 def dry_run(config: RunConfig | PipelineConfig) -> None:
-    """Prints what a run would do. Raises UserError for what would stop it early; a tokenizer or data out of reach is only told."""
+    """Prints what a run would do.
+
+    Raises UserError for what would stop it early; a tokenizer or data out of reach is only told.
+    """
     if isinstance(config, PipelineConfig):
         for name, command, arguments in checked(config):
             print(f"{name:24} grpo {command} {' '.join(arguments)}")
@@ -39,11 +52,18 @@ def dry_run(config: RunConfig | PipelineConfig) -> None:
     elif isinstance(config, Config):
         plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
         if config.model.warm_start:
-            print(f"warm start  {config.model.warm_start}\n{sft_arithmetic(warm_start_config(config))}")
+            print(
+                "warm start  "
+                f"{config.model.warm_start}\n{sft_arithmetic(warm_start_config(config))}"
+            )
         judged = [config.eval.data or config.data] if config.eval.every else []
     problems: list[Sequence[Problem]] = []
     try:
-        problems += [] if isinstance(config, EvalConfig) else load_problems(config.data, "train", config.seed).values()
+        problems += (
+            []
+            if isinstance(config, EvalConfig)
+            else load_problems(config.data, "train", config.seed).values()
+        )
         for data in judged:
             problems += load_problems(data, "test", config.seed).values()
     except Unreachable as error:
@@ -54,10 +74,16 @@ def dry_run(config: RunConfig | PipelineConfig) -> None:
 def arithmetic(config: RunConfig) -> str:
     """Returns the batch arithmetic of a stage in plain words."""
     kinds: dict[type, Any] = {
-        Config: train_arithmetic, SftConfig: sft_arithmetic, CollectConfig: collect_arithmetic, EvalConfig: eval_arithmetic,
-        QuantizeConfig: lambda part: f"schemes     {', '.join(part.quantize.schemes)}; int4 in groups of {part.quantize.group_size}",
+        Config: train_arithmetic,
+        SftConfig: sft_arithmetic,
+        CollectConfig: collect_arithmetic,
+        EvalConfig: eval_arithmetic,
+        QuantizeConfig: lambda part: (
+            f"schemes     {', '.join(part.quantize.schemes)}; int4 in groups of "
+            f"{part.quantize.group_size}"
+        ),
         DistillConfig: soft_arithmetic,
-    }  # fmt: skip
+    }
     parts = (list(config.parts().values()) if isinstance(config, DistillConfig) else []) or [config]
     return "\n".join(kinds[type(part)](part) for part in parts)
 
@@ -70,12 +96,16 @@ def train_arithmetic(config: Config) -> str:
     return "\n".join(
         [
             f"algorithm   {describe(config.algorithm)}",
-            f"a rollout   {train.problems} problems x {train.group_size} completions = {train.completions} completions, "
+            f"a rollout   {train.problems} problems x {train.group_size} completions = "
+            f"{train.completions} completions, "
             f"at most {train.completions * sampling.max_tokens:,} sampled tokens",
-            f"an update   {per_update} completions ({train.updates_per_rollout * train.epochs} updates a rollout, epochs: {train.epochs})",
-            f"micro-batch {learner.micro_batch_tokens:,} tokens, padding included: {longest} or more sequences of "
+            f"an update   {per_update} completions ({train.updates_per_rollout * train.epochs} "
+            f"updates a rollout, epochs: {train.epochs})",
+            f"micro-batch {learner.micro_batch_tokens:,} tokens, padding included: {longest} or "
+            "more sequences of "
             f"{config.max_sequence_tokens}",
-            f"the run     {train.rollouts} rollouts = {train.total_updates} updates, {train.rollouts * train.problems:,} problems drawn",
+            f"the run     {train.rollouts} rollouts = {train.total_updates} updates, "
+            f"{train.rollouts * train.problems:,} problems drawn",
         ]
     )
 
@@ -84,7 +114,8 @@ def sft_arithmetic(config: SftConfig) -> str:
     """Returns the batch arithmetic in plain words."""
     sft = config.sft
     return (
-        f"an update   {sft.batch_size} solutions in {sft.batch_size // config.micro_batch} micro-batches of {config.micro_batch}\n"
+        f"an update   {sft.batch_size} solutions in {sft.batch_size // config.micro_batch} "
+        f"micro-batches of {config.micro_batch}\n"
         f"the run     {sft.updates} updates, {sft.updates * sft.batch_size:,} solutions drawn"
     )
 
@@ -93,8 +124,10 @@ def soft_arithmetic(config: DistillConfig) -> str:
     """Returns the batch arithmetic in plain words."""
     assert config.soft is not None
     return (
-        f"an update   {config.soft.batch_size} texts of at most {config.soft.max_tokens} tokens, {config.soft.divergence} to the teacher\n"
-        f"the run     {config.soft.updates} updates, {config.soft.updates * config.soft.batch_size:,} texts drawn"
+        f"an update   {config.soft.batch_size} texts of at most {config.soft.max_tokens} tokens, "
+        f"{config.soft.divergence} to the teacher\n"
+        f"the run     {config.soft.updates} updates, "
+        f"{config.soft.updates * config.soft.batch_size:,} texts drawn"
     )
 
 
@@ -103,8 +136,10 @@ def collect_arithmetic(config: CollectConfig) -> str:
     collect = config.collect
     source = config.teacher.url if config.teacher else "model.path"
     return (
-        f"a chunk     {collect.chunk} problems x {collect.samples} completions, at most {collect.keep} kept a problem\n"
-        f"the run     {collect.problems:,} problems, {collect.problems * collect.samples:,} completions, at most "
+        f"a chunk     {collect.chunk} problems x {collect.samples} completions, at most "
+        f"{collect.keep} kept a problem\n"
+        f"the run     {collect.problems:,} problems, {collect.problems * collect.samples:,} "
+        "completions, at most "
         f"{collect.problems * collect.samples * config.sampling.max_tokens:,} tokens, from {source}"
     )
 
@@ -113,9 +148,14 @@ def eval_arithmetic(config: EvalConfig) -> str:
     """Returns the arithmetic of the samples in plain words."""
     config = config.by_protocol()
     settings, sampling = config.eval, config.sampling
-    samples = "64 (sets of at most 100 problems) or 16" if settings.protocol == "r1" else str(settings.samples)
+    samples = (
+        "64 (sets of at most 100 problems) or 16"
+        if settings.protocol == "r1"
+        else str(settings.samples)
+    )
     return (
-        f"a problem   {samples} completions of at most {sampling.max_tokens} tokens at temperature {settings.temperature:g}\n"
+        f"a problem   {samples} completions of at most {sampling.max_tokens} tokens at "
+        f"temperature {settings.temperature:g}\n"
         f"the sets    {', '.join(config.sets) or 'one'}, at most {settings.problems} problems each"
     )
 
@@ -131,7 +171,11 @@ def _prompt(config: RunConfig, problems: Sequence[Sequence[Problem]]) -> str:
                 prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
             models.check_context(model_dir, config.max_sequence_tokens)  # type: ignore[attr-defined]
         except Unreachable as error:
-            text = R1_ZERO.replace("{question}", problem.question) if config.prompt.template == "r1_zero" else problem.question
+            text = (
+                R1_ZERO.replace("{question}", problem.question)
+                if config.prompt.template == "r1_zero"
+                else problem.question
+            )
             return f"prompt ({config.prompt.template}; no tokenizer: {error}):\n{text}"
         for rows in problems:
             prompts.fitting(rows)
@@ -141,4 +185,7 @@ def _prompt(config: RunConfig, problems: Sequence[Sequence[Problem]]) -> str:
             target = str(tokenizer.decode(list(prompts.target_ids(problem))))
         ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
         stop = f", stop strings {', '.join(prompts.stop)}" if prompts.stop else ""
-        return f"prompt ({len(ids)} tokens, ends at {ends}{stop}):\n{visible(prompts.text(problem) + target, tokenizer)}"
+        return (
+            f"prompt ({len(ids)} tokens, ends at "
+            f"{ends}{stop}):\n{visible(prompts.text(problem) + target, tokenizer)}"
+        )

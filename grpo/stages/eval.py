@@ -1,10 +1,15 @@
-"""`grpo eval`: a model on held-out problems, by a train config's prompts and rewards or by a protocol; two evaluations compared."""
+"""`grpo eval`.
+
+A model on held-out problems, by a train config's prompts and rewards or by a protocol; two
+evaluations compared.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +22,26 @@ from grpo.types import Problem, UserError
 from rewards._parse import final_answer
 
 Row = Mapping[str, Any]
-SHOWN = ("accuracy", "accuracy/low", "accuracy/high", "pass@1", "maj", "format", "undecided", "completion/truncated", "completion/length",
-         "length/right", "length/wrong")  # fmt: skip
+SHOWN = (
+    "accuracy",
+    "accuracy/low",
+    "accuracy/high",
+    "pass@1",
+    "maj",
+    "format",
+    "undecided",
+    "completion/truncated",
+    "completion/length",
+    "length/right",
+    "length/wrong",
+)
 
 
 def eval(config: EvalConfig, *, resume: bool) -> None:
-    """Writes `eval/` metrics, every completion, table.md and table.json into the run directory. Raises UserError, RunError, Interrupted:
-    chunks that are done are kept."""
+    """Writes `eval/` metrics, every completion, table.md and table.json into the run directory.
+
+    Raises UserError, RunError, Interrupted: chunks that are done are kept.
+    """
     config = config.by_protocol()
     if not config.endpoint:
         config = of_finished(config)
@@ -45,7 +63,9 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
             table[name or "all"] = found
             metrics |= {prefix + key: value for key, value in found.items()}
             if greedy := [row for row in rows if row["greedy"]]:
-                metrics |= {f"{prefix}greedy/{key}": value for key, value in summary(greedy).items()}
+                metrics |= {
+                    f"{prefix}greedy/{key}": value for key, value in summary(greedy).items()
+                }
         stage.record({"step": 0, **metrics})
         write_file(stage.run.path / "table.json", json.dumps(table, indent=2) + "\n")
         write_file(stage.run.path / "table.md", markdown(table) + "\n")
@@ -60,18 +80,29 @@ def finished(path: str) -> str:
 
 
 def of_finished(config: EvalConfig) -> EvalConfig:
-    """Returns the config with the model that its run directory has left, where model.path is one."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": finished(config.model.path)})})
+    """Returns the config with the model of the run directory, where model.path is one."""
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"path": finished(config.model.path)})}
+    )
 
 
 def _judge(
-    config: EvalConfig, stage: Stage, sampler: Sampler, rewards: Any, name: str, problems: Sequence[Problem], done: int
-) -> list[dict[str, Any]]:  # fmt: skip
+    config: EvalConfig,
+    stage: Stage,
+    sampler: Sampler,
+    rewards: Any,
+    name: str,
+    problems: Sequence[Problem],
+    done: int,
+) -> list[dict[str, Any]]:
     """Returns the rows of a set, chunk by chunk; a chunk that is written is not sampled again."""
     settings, samples = config.eval, stage.run.samples
     r1 = settings.protocol == "r1"
     count = (64 if len(problems) <= 100 else 16) if r1 else settings.samples
-    passes = [(settings.temperature, count), *([(0.0, 1)] if settings.temperature and not r1 else [])]
+    passes = [
+        (settings.temperature, count),
+        *([(0.0, 1)] if settings.temperature and not r1 else []),
+    ]
     label = name or "000000"
     whole = samples / f"eval-{label}.jsonl"
     parts = []
@@ -88,10 +119,13 @@ def _judge(
                 part,
                 size,
                 temperature,
-                lambda ready, total: stage.display.phase(done, "sampling", f"{told}, {ready}/{total}"),  # noqa: B023
+                partial(_show_progress, stage, done, told),
             )
             scored = rollout.score(groups, rewards, sampler.prompts.for_rewards)
-            rows += [row | {"greedy": len(passes) > 1 and temperature == 0} for row in rollout.sample_rows(scored)]
+            rows += [
+                row | {"greedy": len(passes) > 1 and temperature == 0}
+                for row in rollout.sample_rows(scored)
+            ]
         stage.run.write_samples(file.stem, rows)
     if not whole.exists():
         write_file(whole, "".join(file.read_text() for file in parts))
@@ -101,8 +135,12 @@ def _judge(
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns what completions say. Accuracy is the mean over problems of the share that is right (pass@1), with its 95 % interval over
-    problems; an undecided completion counts as wrong, and is counted. Then pass@k, maj@n, and length of right and wrong ones."""
+    """Returns what completions say.
+
+    Accuracy is the mean over problems of the share that is right (pass@1), with its 95 % interval
+    over problems; an undecided completion counts as wrong, and is counted. Then pass@k, maj@n, and
+    length of right and wrong ones.
+    """
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
     found = {"mean": mean(rewards), "completion/length": mean([row["tokens"] for row in rows])}
     found["completion/truncated"] = mean([float(row["finish_reason"] == "length") for row in rows])
@@ -120,41 +158,74 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     found["accuracy/low"], found["accuracy/high"] = statistics.interval(shares)
     if n > 1:
         for k in (2**power for power in range(n.bit_length()) if 2**power <= n):
-            found[f"pass@{k}"] = mean([statistics.pass_at_k(len(row), sum(row), k) for row in right])
-        answers = [[final_answer(row["completion"]) for row in group] for group in by_problem.values()]
-        found[f"maj@{n}"] = mean([statistics.majority(*pair) for pair in zip(answers, right, strict=True)])
+            found[f"pass@{k}"] = mean(
+                [statistics.pass_at_k(len(row), sum(row), k) for row in right]
+            )
+        answers = [
+            [final_answer(row["completion"]) for row in group] for group in by_problem.values()
+        ]
+        found[f"maj@{n}"] = mean(
+            [statistics.majority(*pair) for pair in zip(answers, right, strict=True)]
+        )
     found["undecided"] = mean([float(row["verdict"] == "undecided") for row in rows])
     for name, wanted in (("right", True), ("wrong", False)):
-        if lengths := [float(row["tokens"]) for row in rows if (row["verdict"] == "correct") == wanted]:
+        if lengths := [
+            float(row["tokens"]) for row in rows if (row["verdict"] == "correct") == wanted
+        ]:
             found[f"length/{name}"] = mean(lengths)
     return found
 
 
+def _show_progress(stage: Stage, done: int, part: str, ready: int, total: int) -> None:
+    stage.display.phase(done, "sampling", f"{part}, {ready}/{total}")
+
+
 def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
     """Returns the sets down and what is most asked for across; table.json has everything."""
-    columns = list(dict.fromkeys(key for row in table.values() for key in row if key in SHOWN or key.startswith(("pass@", "maj@"))))
+    columns = list(
+        dict.fromkeys(
+            key
+            for row in table.values()
+            for key in row
+            if key in SHOWN or key.startswith(("pass@", "maj@"))
+        )
+    )
     lines = ["| set | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for name, row in table.items():
-        cells = [("" if key not in row else f"{row[key]:.1f}" if "length" in key else f"{row[key]:.1%}") for key in columns]
+        cells = [
+            ("" if key not in row else f"{row[key]:.1f}" if "length" in key else f"{row[key]:.1%}")
+            for key in columns
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def ask(model: str, question: str) -> None:
-    """Prints what a model thinks of a problem, and its answer. `model`: a run, whose prompts it takes, a directory or a hub id."""
+    """Prints what a model thinks of a problem, and its answer.
+
+    `model`: a run, whose prompts it takes, a directory or a hub id.
+    """
     import tempfile
 
     from grpo import config as configs
+    from grpo.config_file import read_yaml
 
     file = Path(model) / "config.yaml"
-    tree = configs.read_yaml(str(file)) if file.exists() else {}
+    tree = read_yaml(str(file)) if file.exists() else {}
     kept = {key: tree[key] for key in ("prompt", "sampling", "engine") if key in tree}
     with tempfile.TemporaryDirectory(prefix="grpo-ask-") as scratch:
         if not kept:
             folder = models.resolve(finished(model), None, Path(scratch) / "model", 0)
-            kept["prompt"] = {"template": "chat" if models.load_tokenizer(folder).chat_template else "plain"}
-        dtype = "bfloat16" if "quantize" in tree else tree.get("model", {}).get("dtype", "bfloat16")  # int4's kernels know no other
-        own = {"run_dir": f"{scratch}/run", "data": {"name": "arithmetic"}, "logging": {"progress": "off"}}
+            kept["prompt"] = {
+                "template": "chat" if models.load_tokenizer(folder).chat_template else "plain"
+            }
+        # int4's kernels know no other
+        dtype = "bfloat16" if "quantize" in tree else tree.get("model", {}).get("dtype", "bfloat16")
+        own = {
+            "run_dir": f"{scratch}/run",
+            "data": {"name": "arithmetic"},
+            "logging": {"progress": "off"},
+        }
         own |= {"model": {"path": finished(model), "dtype": dtype}}
         config = configs.parse(kept | own, kind=EvalConfig)
         with open_stage(config, "ask", total=1, unit="question", resume=False) as stage:
@@ -165,11 +236,19 @@ def ask(model: str, question: str) -> None:
 
 
 def compare(first: str, second: str) -> None:
-    """Prints how two evaluations of the same problems differ, set by set: paired bootstrap over problems, and where each is better."""
+    """Prints how two evaluations of the same problems differ, set by set.
+
+    Paired bootstrap over problems, and where each is better.
+    """
     a, b = (_rates(Path(folder)) for folder in (first, second))
     if not a.keys() & b.keys():  # a run's own set has no name
-        a, b = ({"": {problem: rate for rates in each.values() for problem, rate in rates.items()}} for each in (a, b))
-    common = {name: [problem for problem in a[name] if problem in b[name]] for name in a if name in b}
+        a, b = (
+            {"": {problem: rate for rates in each.values() for problem, rate in rates.items()}}
+            for each in (a, b)
+        )
+    common = {
+        name: [problem for problem in a[name] if problem in b[name]] for name in a if name in b
+    }
     if not any(common.values()):
         raise UserError(f"{first} and {second} have no problem in common")
     for name, problems in ((name, problems) for name, problems in common.items() if problems):
@@ -179,19 +258,31 @@ def compare(first: str, second: str) -> None:
             low, high = statistics.interval(rates)
             print(f"{f'{folder} {name}'.strip():40} {mean(rates):6.1%}  [{low:.1%}, {high:.1%}]")
         print(
-            f"second less first: {found['difference']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}], p = {found['p']:.3g}, "
-            f"{len(problems)} problems: better on {found['better']:.0f}, worse on {found['worse']:.0f}, equal on {found['equal']:.0f}"
+            f"second less first: {found['difference']:+.1%} [{found['low']:+.1%}, "
+            f"{found['high']:+.1%}], p = {found['p']:.3g}, "
+            f"{len(problems)} problems: better on {found['better']:.0f}, worse on "
+            f"{found['worse']:.0f}, equal on {found['equal']:.0f}"
         )
-        changes = sorted((y - x, problem) for x, y, problem in zip(ours, theirs, problems, strict=True) if x != y)
-        for told, most in (("better", [one for one in reversed(changes) if one[0] > 0]), ("worse", [one for one in changes if one[0] < 0])):
+        changes = sorted(
+            (y - x, problem) for x, y, problem in zip(ours, theirs, problems, strict=True) if x != y
+        )
+        for told, most in (
+            ("better", [one for one in reversed(changes) if one[0] > 0]),
+            ("worse", [one for one in changes if one[0] < 0]),
+        ):
             if most:
-                print(f"  {told}: {', '.join(f'{problem} {change:+.0%}' for change, problem in most[:8])}{', ...' if most[8:] else ''}")
+                listed = ", ".join(f"{problem} {change:+.0%}" for change, problem in most[:8])
+                print(f"  {told}: {listed}{', ...' if most[8:] else ''}")
 
 
 def _rates(folder: Path) -> dict[str, dict[str, float]]:
-    """Returns, set by set, the pass rate of each problem in an evaluation's, or a run's last, samples (greedy ones left out where there
-    are others)."""
-    files = {file.stem.removeprefix("eval-"): file for file in sorted((folder / "samples").glob("eval-*.jsonl"))}
+    """Returns, set by set, the pass rate of each problem in an evaluation's, or a run's last,
+    samples (greedy ones left out where there are others).
+    """
+    files = {
+        file.stem.removeprefix("eval-"): file
+        for file in sorted((folder / "samples").glob("eval-*.jsonl"))
+    }
     if not files:
         raise UserError(f"{folder}: no evaluation in it (samples/eval-*.jsonl)")
     numbered = [name for name in files if name.isdecimal()]
@@ -200,7 +291,12 @@ def _rates(folder: Path) -> dict[str, dict[str, float]]:
         of_set = values.setdefault("" if numbered else name, defaultdict(list))
         for row in map(json.loads, files[name].read_text().splitlines()):
             if row["verdict"] is None:
-                raise UserError(f"{folder}: its rewards give no verdicts, there is no accuracy to compare")
+                raise UserError(
+                    f"{folder}: its rewards give no verdicts, there is no accuracy to compare"
+                )
             if not row.get("greedy"):
                 of_set[row["problem"]].append(row["verdict"] == "correct")
-    return {name: {problem: mean([float(ok) for ok in group]) for problem, group in of_set.items()} for name, of_set in values.items()}
+    return {
+        name: {problem: mean([float(ok) for ok in group]) for problem, group in of_set.items()}
+        for name, of_set in values.items()
+    }

@@ -1,6 +1,9 @@
-"""`grpo pipeline`: the chain of R1's stages from one YAML. Each stage is a command of its own, in a process and a folder of its own.
+"""`grpo pipeline`: the chain of R1's stages from one YAML.
 
-A stage that is finished is not run again, one that was killed goes on, and the table of all models on all evaluation sets is the result.
+Each stage is a command of its own, in a process and a folder of its own.
+
+A stage that is finished is not run again, one that was killed goes on, and the table of all models
+on all evaluation sets is the result.
 """
 
 from __future__ import annotations
@@ -24,10 +27,17 @@ from grpo.types import RunError, UserError
 
 
 def pipeline(config: PipelineConfig, *, resume: bool) -> None:
-    """Runs what is not finished, writes table.md and table.json. Raises UserError for any stage's mistake before the first one starts."""
+    """Runs what is not finished, writes table.md and table.json.
+
+    Raises UserError for any stage's mistake before the first one starts.
+    """
     steps = checked(config)
-    run = RunDirectory(config.run_dir, resume=resume or (Path(config.run_dir) / "manifest.json").exists())
-    run.update_manifest(stage="pipeline", status="running", seed=config.seed, stages=[name for name, *_ in steps])
+    run = RunDirectory(
+        config.run_dir, resume=resume or (Path(config.run_dir) / "manifest.json").exists()
+    )
+    run.update_manifest(
+        stage="pipeline", status="running", seed=config.seed, stages=[name for name, *_ in steps]
+    )
     for name, command, arguments in steps:
         folder = Path(config.run_dir) / name
         status = RunDirectory.status(folder)
@@ -56,24 +66,42 @@ def checked(config: PipelineConfig) -> list[tuple[str, str, list[str]]]:
 
 
 def plan(config: PipelineConfig) -> Iterator[tuple[str, str, list[str]]]:
-    """Yields `(folder, command, [config, override, ...])` of every stage and every evaluation, in order."""
+    """Yields `(folder, command, [config, override, ...])` of every stage and every evaluation, in
+    order.
+    """
     first = next(iter(config.stages.values()))
     for judged, settings in config.eval.items():
         if settings.start:
             own = str(_tree(first).get("model", {}).get("path"))
             yield f"start-{judged}", "eval", _evaluation(config, f"start-{judged}", settings, own)
     for name, step in config.stages.items():
-        yield name, step.command, [step.config, f"run_dir={config.run_dir}/{name}", f"seed={config.seed}", *_inherited(config, step)]
+        yield (
+            name,
+            step.command,
+            [
+                step.config,
+                f"run_dir={config.run_dir}/{name}",
+                f"seed={config.seed}",
+                *_inherited(config, step),
+            ],
+        )
         for label, model in _models(config, name).items():
             for judged, settings in config.eval.items():
-                yield f"{label}-{judged}", "eval", _evaluation(config, f"{label}-{judged}", settings, model)
+                yield (
+                    f"{label}-{judged}",
+                    "eval",
+                    _evaluation(config, f"{label}-{judged}", settings, model),
+                )
 
 
 def _inherited(config: PipelineConfig, step: Step) -> list[str]:
     """Returns the overrides that carry what earlier stages left, then the step's own."""
     found = []
     if step.model:
-        found += [f"model.path={_final(config, step.model)}", *(["model.warm_start="] if step.command == "train" else [])]
+        found += [
+            f"model.path={_final(config, step.model)}",
+            *(["model.warm_start="] if step.command == "train" else []),
+        ]
     if step.teacher:
         found.append(f"model.teacher={_final(config, step.teacher)}")
     if step.traces:
@@ -82,7 +110,12 @@ def _inherited(config: PipelineConfig, step: Step) -> list[str]:
 
 
 def _evaluation(config: PipelineConfig, folder: str, settings: Judged, model: str) -> list[str]:
-    own = [f"run_dir={config.run_dir}/{folder}", f"seed={config.seed}", f"model.path={model}", "model.warm_start="]
+    own = [
+        f"run_dir={config.run_dir}/{folder}",
+        f"seed={config.seed}",
+        f"model.path={model}",
+        "model.warm_start=",
+    ]
     return [settings.config, *own, *_overrides(settings.set)]
 
 
@@ -98,7 +131,10 @@ def _models(config: PipelineConfig, name: str) -> dict[str, str]:
 
 
 def _final(config: PipelineConfig, name: str) -> str:
-    sequence = config.stages[name].command == "distill" and _tree(config.stages[name]).get("way") == "sequence"
+    sequence = (
+        config.stages[name].command == "distill"
+        and _tree(config.stages[name]).get("way") == "sequence"
+    )
     return f"{config.run_dir}/{name}/{'sft/final' if sequence else 'final'}"
 
 
@@ -108,7 +144,10 @@ def _tree(step: Step) -> dict[str, Any]:
 
 
 def _overrides(given: dict[str, Any]) -> list[str]:
-    """Returns command-line words that YAML reads back as the same values: quoted, so that "off" and "Think: then answer" stay strings."""
+    """Returns command-line words that YAML reads back as the same values.
+
+    Quoted, so that "off" and "Think: then answer" stay strings.
+    """
     return [f"{key}={'' if value is None else json.dumps(value)}" for key, value in given.items()]
 
 
@@ -121,9 +160,16 @@ def _ranks(config: PipelineConfig, name: str, command: str) -> int:
 def _call(arguments: list[str], name: str, run: RunDirectory, ranks: int) -> None:
     """Runs a command to its end. Raises UserError, RunError or Interrupted as it ended."""
     libc, got = ctypes.CDLL(None), list[int]()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    process = subprocess.Popen(  # a process group of its own: a terminal's Ctrl-C reaches it once, from here
-        [sys.executable, *launcher, "-m", "grpo", *arguments], preexec_fn=lambda: libc.prctl(1, signal.SIGTERM), process_group=0
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
+    # a process group of its own: a terminal's Ctrl-C reaches it once, from here
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "grpo", *arguments],
+        preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),
+        process_group=0,
     )
 
     def forward(number: int, _: Any) -> None:
@@ -140,7 +186,9 @@ def _call(arguments: list[str], name: str, run: RunDirectory, ranks: int) -> Non
         run.update_manifest(status=f"stopped in {name}")
         if code == 130 or got:
             raise Interrupted(signal.Signals(got[0]).name if got else "a signal")
-        raise (UserError if code == 2 else RunError)(f"stage {name} ended with code {code}; go on with the same command")
+        raise (UserError if code == 2 else RunError)(
+            f"stage {name} ended with code {code}; go on with the same command"
+        )
 
 
 def table(config: PipelineConfig) -> list[dict[str, Any]]:
@@ -153,13 +201,19 @@ def table(config: PipelineConfig) -> list[dict[str, Any]]:
         for judged in config.eval:
             found = read_metrics(Path(config.run_dir) / f"{name}-{judged}" / "metrics.jsonl")
             if found:
-                row[judged] = {key.removeprefix("eval/"): value for key, value in found[-1].items() if key.startswith("eval/")}
+                row[judged] = {
+                    key.removeprefix("eval/"): value
+                    for key, value in found[-1].items()
+                    if key.startswith("eval/")
+                }
         rows.append(row)
     return rows
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Returns the table of accuracies (of the first metric where there is none), stages down, evaluation sets across."""
+    """Returns the table of accuracies (of the first metric where there is none), stages down,
+    evaluation sets across.
+    """
     sets = list(dict.fromkeys(key for row in rows for key in row if key != "stage"))
     lines = ["| stage | " + " | ".join(sets) + " |", "|---|" + "---|" * len(sets)]
     for row in rows:

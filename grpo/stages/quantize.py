@@ -1,7 +1,11 @@
-"""`grpo quantize`: a finished model in int8 and int4, in the format (compressed-tensors) that vLLM serves, and what that costs in accuracy.
+"""`grpo quantize`.
 
-Post-training and without data: weights are rounded to the nearest step, each range clipped where the squared error is least; int8 schemes
-round activations too, token by token, when the model runs. Embeddings and the output head stay as they are.
+A finished model in int8 and int4, in the format (compressed-tensors) that vLLM serves, and what
+that costs in accuracy.
+
+Post-training and without data: weights are rounded to the nearest step, each range clipped where
+the squared error is least; int8 schemes round activations too, token by token, when the model runs.
+Embeddings and the output head stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ from grpo.types import UserError
 
 
 def quantize(config: QuantizeConfig, *, resume: bool) -> None:
-    """Writes a Hugging Face directory a scheme, and with `eval` table.md. Raises UserError, RunError, Interrupted."""
+    """Writes a Hugging Face directory a scheme, and with `eval` table.md.
+
+    Raises UserError, RunError, Interrupted.
+    """
     from grpo.stages.eval import eval
 
     schemes, judged = config.quantize.schemes, config.judged()
@@ -35,7 +42,9 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
             stage.display.phase(done, "rounding", scheme)
             if not (target := stage.run.path / scheme).exists():
                 with quiet(stage.run.path / "learner.log"):
-                    write_quantized(model_dir, target, scheme, config.quantize.group_size, tokenizer)
+                    write_quantized(
+                        model_dir, target, scheme, config.quantize.group_size, tokenizer
+                    )
         for name, part in judged.items():
             folder = Path(part.run_dir)
             if RunDirectory.status(folder) == "finished":
@@ -44,7 +53,10 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             stage.display.say(f"judging {name}: {folder}")
             eval(part, resume=False)
-        rows = [_row(name, model_dir if name == "parent" else stage.run.path / name, judged) for name in ("parent", *schemes)]
+        rows = [
+            _row(name, model_dir if name == "parent" else stage.run.path / name, judged)
+            for name in ("parent", *schemes)
+        ]
         columns = ("model", "megabytes", *(("accuracy", "interval") if judged else ()))
         lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
@@ -59,13 +71,17 @@ def _row(name: str, folder: Path, judged: dict[str, Any]) -> dict[str, Any]:
     found = read_metrics(Path(judged[name].run_dir) / "metrics.jsonl")[-1] if judged else {}
     low, high = found.get("eval/accuracy/low"), found.get("eval/accuracy/high")
     return {
-        "model": name, "megabytes": size, "accuracy": f"{found['eval/accuracy']:.1%}" if "eval/accuracy" in found else "",
+        "model": name,
+        "megabytes": size,
+        "accuracy": f"{found['eval/accuracy']:.1%}" if "eval/accuracy" in found else "",
         "interval": f"{low:.1%} to {high:.1%}" if low is not None else "",
-    }  # fmt: skip
+    }
 
 
 def check(model_dir: Path, group_size: int) -> None:
-    """Raises UserError, before any weight is loaded, for a model that is quantised already or whose layers the groups do not divide."""
+    """Raises UserError, before any weight is loaded, for a model that is quantised already or whose
+    layers the groups do not divide.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,18 +93,29 @@ def check(model_dir: Path, group_size: int) -> None:
     check_groups(model, "quantize.group_size", group_size)
 
 
-def write_quantized(model_dir: Path, target: Path, scheme: str, group_size: int, tokenizer: Any) -> None:
+def write_quantized(
+    model_dir: Path, target: Path, scheme: str, group_size: int, tokenizer: Any
+) -> None:
     """Writes the model of `model_dir` in a scheme (int8, int8_tensor, int4) to `target`."""
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
     from transformers import AutoModelForCausalLM
 
     weights, activations = arguments(scheme, group_size)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
-    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)}
+    groups = {
+        "group_0": QuantizationScheme(
+            targets=["Linear"], weights=weights, input_activations=activations
+        )
+    }
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
     scales = {layer: best_scale(layer.weight.data, weights) for _, layer in linear_layers(model)}
-    for layer, scale in scales.items():  # weight / scale in float32: in bfloat16 it would round to other steps
+    # weight / scale in float32: in bfloat16 it would round to other steps
+    for layer, scale in scales.items():
         layer.weight.data, layer.weight_scale.data = layer.weight.data.float(), scale
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)

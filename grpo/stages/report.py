@@ -1,4 +1,8 @@
-"""`grpo report`: runs as one HTML file that needs no network; the same charts as files for a paper; or a running one, in the terminal."""
+"""`grpo report`.
+
+Runs as one HTML file that needs no network; the same charts as files for a paper; or a running one,
+in the terminal.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +46,19 @@ CHARTS: dict[str, list[str]] = {  # title -> metrics, those that a run has
     "Versions behind": ["staleness/mean", "staleness/max"],
     "Sampled tokens a second": ["rollout/tokens_per_s"],
     "Idle share": ["idle/engine", "idle/learner"],
-}  # fmt: skip
+}
 HISTOGRAMS: dict[str, tuple[str, Callable[[int], str]]] = {  # title -> metric, what bin i holds
     "Completions by tokens": ("histogram/length", lambda i: str(2**i)),
     "Completions by advantage": ("histogram/advantage", lambda i: f"{(i - 8) / 2:g}"),
     "Tokens by age": ("histogram/staleness", str),
-}  # fmt: skip
+}
 PHASES = ("rollout", "rewards", "update", "sync", "probe", "eval", "rest")
 
 
 def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> None:
-    """Writes the page (default: report.html in the first run), and with `plots` every chart as SVG and PNG. Raises UserError."""
+    """Writes the page (default: report.html in the first run), and with `plots` every chart as SVG
+    and PNG. Raises UserError.
+    """
     folders = expand(runs)
     rows = {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
     made = charts(rows)
@@ -66,16 +72,24 @@ def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> Non
     page = Path(output) if output else Path(runs[0]) / "report.html"
     table = Path(runs[0]) / "table.json"
     parts = {
-        "title": html.escape(", ".join(folders)), "facts": _facts(folders, rows, page.parent), "findings": _findings(rows),
-        "stages": _stages(json.loads(table.read_text())) if table.exists() and "stages" in read_manifest(Path(runs[0])) else "",
-        "charts": "\n".join(_figure(title, figure) for title, figure in made.items()), "data": pack(completions(folders)),
-    }  # fmt: skip
+        "title": html.escape(", ".join(folders)),
+        "facts": _facts(folders, rows, page.parent),
+        "findings": _findings(rows),
+        "stages": _stages(json.loads(table.read_text()))
+        if table.exists() and "stages" in read_manifest(Path(runs[0]))
+        else "",
+        "charts": "\n".join(_figure(title, figure) for title, figure in made.items()),
+        "data": pack(completions(folders)),
+    }
     write_file(page, re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], TEMPLATE.read_text()))
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
 
 
 def expand(runs: Sequence[str]) -> dict[str, Path]:
-    """Returns the runs' folders by name; of a pipeline its stages that have metrics of their own. Raises UserError for one that is none."""
+    """Returns the runs' folders by name; of a pipeline its stages that have metrics of their own.
+
+    Raises UserError for one that is none.
+    """
     found: dict[str, Path] = {}
     for run in map(Path, runs):
         inside = [run / name for name in read_manifest(run).get("stages", ())]
@@ -90,20 +104,34 @@ def expand(runs: Sequence[str]) -> dict[str, Path]:
 
 
 def charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Returns matplotlib figures by title: one colour a run, one style a metric; then each run's time by phase."""
+    """Returns matplotlib figures by title.
+
+    One colour a run, one style a metric; then each run's time by phase.
+    """
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "grpo", "axes.spines.top": False, "axes.spines.right": False}
+    matplotlib.rcParams |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "grpo",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
         matplotlib.rcParams[key] = "#808080"  # reads on light and on dark
     from matplotlib.figure import Figure
 
     made: dict[str, Any] = {}
-    of_rewards = {key for run in rows.values() for row in run for key in row if key.startswith("reward/")}
+    of_rewards = {
+        key for run in rows.values() for row in run for key in row if key.startswith("reward/")
+    }
     of_rewards -= {key for metrics in CHARTS.values() for key in metrics}
     for title, metrics in CHARTS.items():
-        present = [key for key in metrics or sorted(of_rewards) if any(_series(run, key) for run in rows.values())]
+        present = [
+            key
+            for key in metrics or sorted(of_rewards)
+            if any(_series(run, key) for run in rows.values())
+        ]
         if not present:
             continue
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
@@ -111,10 +139,21 @@ def charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         for n, (name, run) in enumerate(rows.items()):
             for style, key in enumerate(present):
                 if series := _series(run, key):
-                    label = " ".join([*([name] if len(rows) > 1 else []), *([key.partition("/")[2]] if len(present) > 1 else [])])
+                    label = " ".join(
+                        [
+                            *([name] if len(rows) > 1 else []),
+                            *([key.partition("/")[2]] if len(present) > 1 else []),
+                        ]
+                    )
                     colour = f"C{n if len(rows) > 1 else style}"
                     line = ("-", "--", ":", "-.")[style % 4] if len(rows) > 1 else "-"
-                    axes.plot(*zip(*series, strict=True), line, color=colour, label=label, marker="." if len(series) < 20 else None)
+                    axes.plot(
+                        *zip(*series, strict=True),
+                        line,
+                        color=colour,
+                        label=label,
+                        marker="." if len(series) < 20 else None,
+                    )
         if len(rows) > 1 or len(present) > 1:
             axes.legend(fontsize="x-small", frameon=False)
         axes.set_xlabel("step")
@@ -131,18 +170,25 @@ def charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def _heat(counts: Mapping[int, Sequence[int]], told: Callable[[int], str]) -> Any:
-    """Returns a histogram over the run: a column a step, the fuller the larger the share. `counts`: by step; `told`: what bin i holds."""
+    """Returns a histogram over the run: a column a step, the fuller the larger the share.
+
+    `counts`: by step; `told`: what bin i holds.
+    """
     from matplotlib.figure import Figure
 
     steps, size = range(min(counts), max(counts) + 1), max(map(len, counts.values()))
     columns = [counts.get(step, ()) for step in steps]
-    shares = [[column[i] / sum(column) if i < len(column) else 0.0 for column in columns] for i in range(size)]
+    shares = [
+        [column[i] / sum(column) if i < len(column) else 0.0 for column in columns]
+        for i in range(size)
+    ]
     used = [i for i in range(size) if any(shares[i])]
     shown = range(used[0], used[-1] + 1)
     figure = Figure(figsize=(4.6, 2.7), layout="constrained")
     axes = figure.subplots()
     extent = (steps[0] - 0.5, steps[-1] + 0.5, shown[0] - 0.5, shown[-1] + 0.5)
-    drawn = [[(0.12, 0.47, 0.71, share**0.5) for share in shares[i]] for i in shown]  # of none the page's own colour is left
+    # of none the page's own colour is left
+    drawn = [[(0.12, 0.47, 0.71, share**0.5) for share in shares[i]] for i in shown]
     axes.imshow(drawn, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
     ticks = shown[:: -(-len(shown) // 9)]
     axes.set_yticks(list(ticks), [told(i) for i in ticks])
@@ -157,9 +203,24 @@ def _phases(rows: Sequence[Mapping[str, Any]]) -> Any:
     axes = figure.subplots()
     steps = [row["step"] for row in rows]
     total = sum(row["time/total_s"] for row in rows)
-    shown = [phase for phase in PHASES if sum(row.get(f"time/{phase}_s") or 0.0 for row in rows) > 0.003 * total]
-    axes.stackplot(steps, [[row.get(f"time/{phase}_s") or 0.0 for row in rows] for phase in shown], labels=shown, alpha=0.8)
-    axes.plot(steps, [row.get("bound/total_s") or 0.0 for row in rows], "--", color="#222222", label="this machine's bound")
+    shown = [
+        phase
+        for phase in PHASES
+        if sum(row.get(f"time/{phase}_s") or 0.0 for row in rows) > 0.003 * total
+    ]
+    axes.stackplot(
+        steps,
+        [[row.get(f"time/{phase}_s") or 0.0 for row in rows] for phase in shown],
+        labels=shown,
+        alpha=0.8,
+    )
+    axes.plot(
+        steps,
+        [row.get("bound/total_s") or 0.0 for row in rows],
+        "--",
+        color="#222222",
+        label="this machine's bound",
+    )
     axes.set_xlabel("step")
     figure.legend(fontsize="x-small", frameon=False, ncols=4, loc="outside lower center")
     return figure
@@ -173,47 +234,94 @@ def _figure(title: str, figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+    svg = svg[svg.index("<svg") :].replace(
+        "<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1
+    )
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
 
 
-def _facts(folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str, Any]]], beside: Path) -> str:
-    lines = ["<tr><th>run</th><th>stage</th><th>status</th><th>model</th><th>data</th><th>recipe</th><th>seed</th><th>steps</th>"]
+def _facts(
+    folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str, Any]]], beside: Path
+) -> str:
+    lines = [
+        "<tr><th>run</th><th>stage</th><th>status</th><th>model</th><th>data</th><th>recipe</th><th>seed</th><th>steps</th>"
+    ]
     lines[0] += "<th>held-out accuracy</th><th>commit</th></tr>"
     for name, folder in folders.items():
         manifest = read_manifest(folder)
-        config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else {}
+        config = (
+            yaml.safe_load((folder / "config.yaml").read_text())
+            if (folder / "config.yaml").exists()
+            else {}
+        )
         judged = [value for _, value in _series(rows[name], "eval/accuracy")]
         cells = [
-            manifest.get("stage", ""), manifest.get("status", ""), config.get("model", {}).get("path", ""),
-            config.get("data", {}).get("name") or ", ".join(config.get("data", {}).get("mixture", {})),
-            config.get("algorithm", {}).get("preset", ""), manifest.get("seed", ""), max([0, *(row["step"] for row in rows[name])]),
-            f"{judged[0]:.1%} to {judged[-1]:.1%}" if len(judged) > 1 else f"{judged[0]:.1%}" if judged else "",
+            manifest.get("stage", ""),
+            manifest.get("status", ""),
+            config.get("model", {}).get("path", ""),
+            config.get("data", {}).get("name")
+            or ", ".join(config.get("data", {}).get("mixture", {})),
+            config.get("algorithm", {}).get("preset", ""),
+            manifest.get("seed", ""),
+            max([0, *(row["step"] for row in rows[name])]),
+            f"{judged[0]:.1%} to {judged[-1]:.1%}"
+            if len(judged) > 1
+            else f"{judged[0]:.1%}"
+            if judged
+            else "",
             str(manifest.get("commit") or "")[:10],
-        ]  # fmt: skip
-        link = f'<td><a href="{html.escape(quote(os.path.relpath(folder, beside)))}">{html.escape(name)}</a></td>'
-        lines.append(f"<tr>{link}" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+        ]
+        target = html.escape(quote(os.path.relpath(folder, beside)))
+        link = f'<td><a href="{target}">{html.escape(name)}</a></td>'
+        lines.append(
+            f"<tr>{link}"
+            + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
+            + "</tr>"
+        )
     return "\n".join(lines)
 
 
 def _findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    found = [(name if len(rows) > 1 else "", finding) for name, run in rows.items() for finding in findings(run)]
-    told = [f"<li><b>{html.escape(name)} step {one.step}, {one.rule}</b>: {html.escape(one.text)}</li>" for name, one in found]
+    found = [
+        (name if len(rows) > 1 else "", finding)
+        for name, run in rows.items()
+        for finding in findings(run)
+    ]
+    told = [
+        f"<li><b>{html.escape(name)} step {one.step}, {one.rule}</b>: {html.escape(one.text)}</li>"
+        for name, one in found
+    ]
     return "\n".join(told) or "<li>Nothing to report: no rule of the diagnosis applies.</li>"
 
 
 def _stages(table: Sequence[Mapping[str, Any]]) -> str:
     sets = list(dict.fromkeys(key for row in table for key in row if key != "stage"))
-    lines = ["<tr><th>stage</th>" + "".join(f"<th>{html.escape(name)}</th>" for name in sets) + "</tr>"]
+    lines = [
+        "<tr><th>stage</th>" + "".join(f"<th>{html.escape(name)}</th>" for name in sets) + "</tr>"
+    ]
     for row in table:
-        cells = [f"{row[name]['accuracy']:.1%}" if "accuracy" in row.get(name, {}) else "" for name in sets]
-        lines.append(f"<tr><td>{html.escape(row['stage'])}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        cells = [
+            f"{row[name]['accuracy']:.1%}" if "accuracy" in row.get(name, {}) else ""
+            for name in sets
+        ]
+        lines.append(
+            f"<tr><td>{html.escape(row['stage'])}</td>"
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + "</tr>"
+        )
     return "<h2>Stages</h2><div class=wide><table>" + "\n".join(lines) + "</table></div>"
 
 
 def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
-    """Returns what the page shows of completions: problems once, then rows `[file, problem, text, reward, parts, verdict, ...]`."""
-    files = [(name, file) for name, folder in folders.items() for file in sorted((folder / "samples").glob("*.jsonl"))]
+    """Returns what the page shows of completions.
+
+    Problems once, then rows `[file, problem, text, reward, parts, verdict, ...]`.
+    """
+    files = [
+        (name, file)
+        for name, folder in folders.items()
+        for file in sorted((folder / "samples").glob("*.jsonl"))
+    ]
     total = sum(file.stat().st_size for _, file in files)
     stride = -(-total // MAX_CHARS)
     kept = [pair for i, pair in enumerate(files) if i % stride == 0 or i == len(files) - 1]
@@ -226,21 +334,47 @@ def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
             place = places.setdefault(row["problem"], len(places))
             problems.setdefault(row["problem"], [row["problem"], row["question"], row["answer"]])
             text = row["completion"]
-            shown = text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT // 2]}\n[... whole in {file} ...]\n{text[-MAX_TEXT // 2 :]}"
+            shown = (
+                text
+                if len(text) <= MAX_TEXT
+                else f"{text[: MAX_TEXT // 2]}\n[... whole in {file} ...]\n{text[-MAX_TEXT // 2 :]}"
+            )
             judged = [row["reward"], row["parts"], row.get("verdict") or "", row.get("reason")]
-            rows.append([number, place, shown, *judged, row["finish_reason"] == "length", row.get("advantage"), row["tokens"]])
-    left_out = "" if stride == 1 else f"{len(kept)} of {len(files)} files of samples are in this page; all lie in samples/."
+            rows.append(
+                [
+                    number,
+                    place,
+                    shown,
+                    *judged,
+                    row["finish_reason"] == "length",
+                    row.get("advantage"),
+                    row["tokens"],
+                ]
+            )
+    left_out = (
+        ""
+        if stride == 1
+        else f"{len(kept)} of {len(files)} files of samples are in this page; all lie in samples/."
+    )
     names = [f"{name} {file.stem}" if len(folders) > 1 else file.stem for name, file in kept]
     return {"files": names, "problems": list(problems.values()), "rows": rows, "note": left_out}
 
 
 def pack(value: Any) -> str:
-    """Returns a value as base64 of gzipped JSON: small, and no text in it can end the script element that holds it."""
-    return base64.b64encode(gzip.compress(json.dumps(value, ensure_ascii=False).encode(), 6, mtime=0)).decode()
+    """Returns a value as base64 of gzipped JSON.
+
+    Small, and no text in it can end the script element that holds it.
+    """
+    return base64.b64encode(
+        gzip.compress(json.dumps(value, ensure_ascii=False).encode(), 6, mtime=0)
+    ).decode()
 
 
 def follow(run: str, *, seconds: float = 1.0) -> None:
-    """Prints a run's steps and findings as they come, until it ends. Raises UserError when there is none."""
+    """Prints a run's steps and findings as they come, until it ends.
+
+    Raises UserError when there is none.
+    """
     folder, shown, watch = Path(run), 0, Watch()
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder}: no run in it (no manifest.json)")
@@ -248,8 +382,24 @@ def follow(run: str, *, seconds: float = 1.0) -> None:
         status = RunDirectory.status(folder)
         rows = read_metrics(folder / "metrics.jsonl")
         for row in rows[shown:]:
-            keys = ("loss", "reward/mean", "reward/accuracy", "eval/accuracy", "completion/length", "policy/entropy", "time/total_s")
-            print(f"step {row['step']:>5}", *(f"{key} {row[key]:.4g}" for key in keys if isinstance(row.get(key), (int, float))), sep="  ")
+            keys = (
+                "loss",
+                "reward/mean",
+                "reward/accuracy",
+                "eval/accuracy",
+                "completion/length",
+                "policy/entropy",
+                "time/total_s",
+            )
+            print(
+                f"step {row['step']:>5}",
+                *(
+                    f"{key} {row[key]:.4g}"
+                    for key in keys
+                    if isinstance(row.get(key), (int, float))
+                ),
+                sep="  ",
+            )
             for finding in watch.see(row):
                 print(f"  {finding.rule}: {finding.text}")
         shown = len(rows)

@@ -1,7 +1,11 @@
-"""`grpo sft`: supervised fine-tuning on worked solutions, by TRL's SFTTrainer with DeepSpeed under it. R1's cold start.
+"""`grpo sft`.
 
-The trainer's own are the loss (cross-entropy over the solution's tokens alone, one mean over an update) and the loop. Ours are the
-prompts (those that GRPO will use), the order of the data, the learning rate, the run directory, checkpoints and metrics.
+Supervised fine-tuning on worked solutions, by TRL's SFTTrainer with DeepSpeed under it. R1's cold
+start.
+
+The trainer's own are the loss (cross-entropy over the solution's tokens alone, one mean over an
+update) and the loop. Ours are the prompts (those that GRPO will use), the order of the data, the
+learning rate, the run directory, checkpoints and metrics.
 """
 
 from __future__ import annotations
@@ -21,9 +25,15 @@ from grpo.types import Problem, UserError
 
 
 def sft(config: SftConfig, *, resume: bool) -> None:
-    """Trains on `sft.updates x sft.batch_size` solutions and writes `final/`. Raises UserError, RunError, Interrupted (saved)."""
+    """Trains on `sft.updates x sft.batch_size` solutions and writes `final/`.
+
+    Raises UserError, RunError, Interrupted (saved).
+    """
     if config.sft.batch_size % ranks.count():
-        raise UserError(f"sft.batch_size={config.sft.batch_size} cannot be split evenly over {ranks.count()} ranks")
+        raise UserError(
+            f"sft.batch_size={config.sft.batch_size} cannot be split evenly over {ranks.count()} "
+            "ranks"
+        )
     problems = load_problems(config.data, "train", config.seed)
     with open_stage(config, "sft", total=config.sft.updates, unit="update", resume=resume) as stage:
         _run(config, stage, problems, resume=resume)
@@ -40,13 +50,21 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
     done = state["step"] if checkpoint else 0
     if resume:
         run.cut(done if checkpoint else -1)
-        display.say(f"resumed after update {done}" if checkpoint else "no checkpoint yet: starting again")
+        display.say(
+            f"resumed after update {done}" if checkpoint else "no checkpoint yet: starting again"
+        )
     with quiet(run.log_file("learner")):
         from grpo.learners.sft import SupervisedTrainer
 
         latest: dict[str, Any] = {}
         stopped: list[str] = []  # by which signal, whichever rank has got it
-        accuracies = deque((row["policy/token_accuracy"] for row in ranks.gather("the metrics so far", run.read_metrics())[0]), maxlen=10)
+        accuracies = deque(
+            (
+                row["policy/token_accuracy"]
+                for row in ranks.gather("the metrics so far", run.read_metrics())[0]
+            ),
+            maxlen=10,
+        )
 
         def on_update(row: dict[str, Any]) -> None:
             latest.update(row)
@@ -61,23 +79,44 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
             run.prune(config.checkpoint.keep_last, config.checkpoint.keep_best)
 
         def stop() -> bool:
-            enough = config.sft.stop_at is not None and len(accuracies) == 10 and sum(accuracies) / 10 >= config.sft.stop_at
-            stopped[:] = [signal for signal in ranks.gather("the update", stage.signals.got) if signal]
+            enough = (
+                config.sft.stop_at is not None
+                and len(accuracies) == 10
+                and sum(accuracies) / 10 >= config.sft.stop_at
+            )
+            stopped[:] = [
+                signal for signal in ranks.gather("the update", stage.signals.got) if signal
+            ]
             return enough or bool(stopped)
 
         trainer = SupervisedTrainer(
-            config, model_dir, tokenizer, rows(chosen, prompts, config.sft.max_tokens), on_update=on_update, save=save,
-            stop=stop, scratch=run.checkpoints,
-        )  # fmt: skip
+            config,
+            model_dir,
+            tokenizer,
+            rows(chosen, prompts, config.sft.max_tokens),
+            on_update=on_update,
+            save=save,
+            stop=stop,
+            scratch=run.checkpoints,
+        )
         display.begin(done)
-        trainer.train(resume_from_checkpoint=str(checkpoint / f"checkpoint-{done}") if checkpoint else None)
+        trainer.train(
+            resume_from_checkpoint=str(checkpoint / f"checkpoint-{done}") if checkpoint else None
+        )
         if stopped:
-            display.say(f"stopped after update {trainer.state.global_step}, saved; go on with --resume")
+            display.say(
+                f"stopped after update {trainer.state.global_step}, saved; go on with --resume"
+            )
             raise Interrupted(stopped[0])
     write_final(stage, config, model_dir, tokenizer, trainer)
 
 
-def rows(problems: list[Problem], prompts: Prompts, max_tokens: int) -> Iterator[dict[str, list[int]]]:
-    """Yields `input_ids` and `labels` (-100 on the prompt). Raises UserError naming a problem without a solution or too long."""
+def rows(
+    problems: list[Problem], prompts: Prompts, max_tokens: int
+) -> Iterator[dict[str, list[int]]]:
+    """Yields `input_ids` and `labels` (-100 on the prompt).
+
+    Raises UserError naming a problem without a solution or too long.
+    """
     for prompt, target in worked(problems, prompts, max_tokens, "sft"):
         yield {"input_ids": [*prompt, *target], "labels": [-100] * len(prompt) + list(target)}

@@ -1,4 +1,7 @@
-"""`grpo train`: puts a run together from its config, cheap checks first and models last, and runs the loop."""
+"""`grpo train`.
+
+Puts a run together from its config, cheap checks first and models last, and runs the loop.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,18 @@ from grpo.diagnosis import Watch
 from grpo.engines import Request
 from grpo.metrics import quiet
 from grpo.signals import Interrupted
-from grpo.stages._run import Stage, find_teacher, held_out, judges, load_problems, mixture, open_stage, prepare, start_engine, write_final
+from grpo.stages._run import (
+    Stage,
+    find_teacher,
+    held_out,
+    judges,
+    load_problems,
+    mixture,
+    open_stage,
+    prepare,
+    start_engine,
+    write_final,
+)
 from grpo.types import Completion, Exhausted, Problem, RunError, ScoredGroup
 from rewards._pool import Pool
 
@@ -24,9 +38,12 @@ if TYPE_CHECKING:
 
 
 def train(config: Config, *, resume: bool, keep: bool = True) -> None:
-    """Trains to the last rollout and writes `final/`; without `keep` no model and no checkpoint (a benchmark).
+    """Trains to the last rollout and writes `final/`.
 
-    Raises UserError before anything heavy is done, RunError when the run cannot go on, Interrupted after Ctrl-C or SIGTERM (saved).
+    Without `keep` no model and no checkpoint (a benchmark).
+
+    Raises UserError before anything heavy is done, RunError when the run cannot go on, Interrupted
+    after Ctrl-C or SIGTERM (saved).
     """
     pool, rewards = judges(config)
     parts: dict[str, Any] = {
@@ -34,19 +51,36 @@ def train(config: Config, *, resume: bool, keep: bool = True) -> None:
         "rewards": rewards,
         "loss": plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss"),
         "problems": load_problems(config.data, "train", config.seed),
-        "held_out_problems": load_problems(config.eval.data or config.data, "test", config.seed) if config.eval.every else {},
+        "held_out_problems": load_problems(config.eval.data or config.data, "test", config.seed)
+        if config.eval.every
+        else {},
     }
     first = warm_start_config(config) if config.model.warm_start else None
-    with open_stage(config, "train", total=config.train.rollouts, unit="rollout", resume=resume) as stage:
+    with open_stage(
+        config, "train", total=config.train.rollouts, unit="rollout", resume=resume
+    ) as stage:
         stage.stack.callback(pool.close)
         if first:
-            config = config.model_copy(update={"model": config.model.model_copy(update={"path": _warm_started(first, stage)})})
+            config = config.model_copy(
+                update={
+                    "model": config.model.model_copy(update={"path": _warm_started(first, stage)})
+                }
+            )
         _run(config, stage, resume=resume, keep=keep, **parts)
 
 
 def _run(
-    config: Config, stage: Stage, *, resume: bool, keep: bool, pool: Pool, rewards: Any, loss: Any, problems: Any, held_out_problems: Any
-) -> None:  # fmt: skip
+    config: Config,
+    stage: Stage,
+    *,
+    resume: bool,
+    keep: bool,
+    pool: Pool,
+    rewards: Any,
+    loss: Any,
+    problems: Any,
+    held_out_problems: Any,
+) -> None:
     import torch
 
     from grpo.learners.deepspeed import Learner
@@ -61,29 +95,59 @@ def _run(
     models.check_context(model_dir, config.max_sequence_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
     num_weights = models.num_weights(model_dir)
-    machine, shape = roofline.measure(config.model.dtype), roofline.shape(model_dir, num_weights, config.model.dtype)
+    machine, shape = (
+        roofline.measure(config.model.dtype),
+        roofline.shape(model_dir, num_weights, config.model.dtype),
+    )
     engine = start_engine(config, stage, model_dir, num_weights)
     with quiet(run.log_file("learner")):
         model = lora.load_policy(config, model_dir, config.model.attention)
         reference = _reference(config, run, model_dir, tokenizer)
         if torch.cuda.is_available() and not config.engine.servers:
-            # The engine measures the GPU's free memory while it starts: what a learner took meanwhile would be missing in its KV cache.
+            # The engine measures the GPU's free memory while it starts: what a learner took
+            # meanwhile would be missing in its KV cache.
             engine.wait_ready()
         learner = Learner(model, config, loss, reference)
         engine.wait_ready()
     exact = (config.engine.dtype or config.model.dtype) == config.model.dtype == "float32"
     drawn = (prompts.ids(stream[i]) for i in itertools.count())
     probe = Probe(
-        engine, learner, probe_prompts(drawn, config.probe.prompts, config.max_sequence_tokens - config.probe.tokens),
-        temperature=config.sampling.temperature, tokens=config.probe.tokens, max_gap=config.probe.max_gap or MAX_GAP[exact],
-        micro_batch_tokens=config.learner.micro_batch_tokens, packed=config.model.packed, rounds=not exact,
-    )  # fmt: skip
-    test = held_out(config.eval.data or config.data, held_out_problems, prompts, config.eval.problems) if held_out_problems else []
+        engine,
+        learner,
+        probe_prompts(
+            drawn, config.probe.prompts, config.max_sequence_tokens - config.probe.tokens
+        ),
+        temperature=config.sampling.temperature,
+        tokens=config.probe.tokens,
+        max_gap=config.probe.max_gap or MAX_GAP[exact],
+        micro_batch_tokens=config.learner.micro_batch_tokens,
+        packed=config.model.packed,
+        rounds=not exact,
+    )
+    test = (
+        held_out(config.eval.data or config.data, held_out_problems, prompts, config.eval.problems)
+        if held_out_problems
+        else []
+    )
     loop = Loop(
-        config=config, run=run, engine=engine, learner=learner, prompts=prompts, rewards=rewards,
-        selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=stream.take), held_out=test, probe=probe,
-        display=display, record_row=stage.record, machine=machine, shape=shape, signals=stage.signals, pool=pool,
-    )  # fmt: skip
+        config=config,
+        run=run,
+        engine=engine,
+        learner=learner,
+        prompts=prompts,
+        rewards=rewards,
+        selection=Selection(
+            algorithm=config.algorithm, size=config.train.problems, take=stream.take
+        ),
+        held_out=test,
+        probe=probe,
+        display=display,
+        record_row=stage.record,
+        machine=machine,
+        shape=shape,
+        signals=stage.signals,
+        pool=pool,
+    )
     checkpoint, state = run.last_state() if resume else (None, {})
     if checkpoint:
         with quiet(run.log_file("learner")):
@@ -94,7 +158,11 @@ def _run(
     if resume:
         run.cut(loop.rollout if checkpoint else -1)
         loop.watch = Watch(ranks.gather("the metrics so far", run.read_metrics())[0])
-        display.say(f"resumed after rollout {loop.rollout}" if checkpoint else "no checkpoint yet: starting again")
+        display.say(
+            f"resumed after rollout {loop.rollout}"
+            if checkpoint
+            else "no checkpoint yet: starting again"
+        )
     try:
         loop.start(fresh=checkpoint is None)
         if config.train.max_staleness:
@@ -118,58 +186,94 @@ def _run(
 
 
 def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
-    """Puts asynchronous rollouts under the loop's selection: on rank 0, which gives every rank what it takes."""
+    """Puts asynchronous rollouts under the loop's selection.
+
+    On rank 0, which gives every rank what it takes.
+    """
     from grpo.selection import scored_group
     from grpo.stream import Stream
 
     config, prompts, selection = loop.config, loop.prompts, loop.selection
     engine: Any = loop.engine
-    options, train = rollout.sampling_options(config, prompts, config.sampling.temperature), config.train
+    options, train = (
+        rollout.sampling_options(config, prompts, config.sampling.temperature),
+        config.train,
+    )
 
     def request(problem: Problem, number: int) -> Request:
         seed = rollout.seed_of(config.seed, f"stream/{number}", problem.id)
         return Request(prompt_ids=prompts.ids(problem), seed=seed, n=train.group_size)
 
-    def finish(problem: Problem, request: Request, completions: tuple[Completion, ...]) -> ScoredGroup:
+    def finish(
+        problem: Problem, request: Request, completions: tuple[Completion, ...]
+    ) -> ScoredGroup:
         group = rollout.group_of(problem, request.prompt_ids, prompts, completions)
         return rollout.score([group], loop.rewards, prompts.for_rewards)[0]
 
     if ranks.rank() == 0:
         stream = selection.stream = Stream(
-            begin=lambda one: engine.begin(one, options), request=request, finish=finish, draw=lambda: selection.draw(1)[0],
-            ahead=train.problems * train.max_staleness, timeout_s=config.engine.timeout_s, on_wait=stage.signals.check,
-            idle=engine.idle, last=None if config.algorithm.no_signal == "resample" else train.problems * train.rollouts,
-        )  # fmt: skip
+            begin=lambda one: engine.begin(one, options),
+            request=request,
+            finish=finish,
+            draw=lambda: selection.draw(1)[0],
+            ahead=train.problems * train.max_staleness,
+            timeout_s=config.engine.timeout_s,
+            on_wait=stage.signals.check,
+            idle=engine.idle,
+            last=None
+            if config.algorithm.no_signal == "resample"
+            else train.problems * train.rollouts,
+        )
         stage.stack.callback(stream.close)
         if state:
             stream.load(state, scored_group)
     take = selection.stream.take if selection.stream else lambda count: []
-    selection.streamed = lambda count: ranks.together("the groups to learn from next", lambda: take(count))[0]
+    selection.streamed = lambda count: ranks.together(
+        "the groups to learn from next", lambda: take(count)
+    )[0]
 
 
 def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any:
-    """Returns the model that the KL is measured to, or the teacher; None where there is none, or it lies under the adapters."""
+    """Returns the model that the KL is measured to, or the teacher.
+
+    None where there is none, or it lies under the adapters.
+    """
     if config.model.teacher:
-        return models.load_model(find_teacher(config, run, tokenizer, config.max_sequence_tokens), config.model.attention)
+        return models.load_model(
+            find_teacher(config, run, tokenizer, config.max_sequence_tokens), config.model.attention
+        )
     own = config.algorithm.kl_coef > 0 and not config.model.lora
     return models.load_model(model_dir, config.model.attention) if own else None
 
 
 def warm_start_config(config: Config) -> SftConfig:
-    """Returns the config of the run's supervised start: it writes into the run's directory, with the run's seed, progress and data.path."""
+    """Returns the config of the run's supervised start.
+
+    It writes into the run's directory, with the run's seed, progress and data.path.
+    """
     assert config.model.warm_start
     sft = configs.load(config.model.warm_start, kind=SftConfig)
     data = sft.data.model_copy(update={"path": sft.data.path or config.data.path})
-    own = {"run_dir": str(Path(config.run_dir) / "warm_start"), "seed": config.seed, "logging": config.logging, "data": data}
+    own = {
+        "run_dir": str(Path(config.run_dir) / "warm_start"),
+        "seed": config.seed,
+        "logging": config.logging,
+        "data": data,
+    }
     return sft.model_copy(update=own)
 
 
 def _warm_started(config: SftConfig, stage: Stage) -> str:
-    """Returns the directory of the model after its supervised start, which is made, or finished, if it is not there."""
+    """Returns the directory of the model after its supervised start, which is made, or finished, if
+    it is not there.
+    """
     from grpo.stages.sft import sft
 
     target = Path(config.run_dir)
     if not ranks.gather("the warm start", (target / "final").exists())[0]:
-        stage.display.say(f"warm start: {config.sft.updates} supervised updates of {config.sft.batch_size} solutions")
+        stage.display.say(
+            f"warm start: {config.sft.updates} supervised updates of {config.sft.batch_size} "
+            "solutions"
+        )
         sft(config, resume=(target / "manifest.json").exists())
     return str(target / "final")

@@ -1,10 +1,14 @@
-"""Distilling a larger model into a small one against RL on the small one, at equal compute of the student: table and plot.
+r"""Distilling a larger model into a small one against RL on the small one, at equal compute of the
+student: table and plot.
 
-    .venv/bin/python tests/benchmarks/distill_vs_rl.py [--seeds 3] [--folder runs/distill_vs_rl] [--plot docs/distill_vs_rl.svg]
+    .venv/bin/python tests/benchmarks/distill_vs_rl.py [--seeds 3] \
+        [--folder runs/distill_vs_rl] [--plot docs/distill_vs_rl.svg]
 
-A seed is one `grpo pipeline configs/distill_vs_rl/pipeline.yaml`; what is finished is not run again. Compute of an arm is that of its
-student: 2 FLOPs a weight and token for sampling, 6 for an update's forward and backward pass (attention left out: 2 % at these lengths).
-The teacher's own training and sampling are told apart. Intervals: bootstrap over seeds, then over the problems, the same for all arms.
+A seed is one `grpo pipeline configs/distill_vs_rl/pipeline.yaml`; what is finished is not run
+again. Compute of an arm is that of its student: 2 FLOPs a weight and token for sampling, 6 for an
+update's forward and backward pass (attention left out: 2 % at these lengths). The teacher's own
+training and sampling are told apart. Intervals: bootstrap over seeds, then over the problems, the
+same for all arms.
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ import numpy as np
 
 CONFIG = "configs/distill_vs_rl/pipeline.yaml"
 ARMS = {
-    "rl": "GRPO on the student", "by_text": "the teacher's traces, supervised", "soft": "the teacher's distribution on them",
+    "rl": "GRPO on the student",
+    "by_text": "the teacher's traces, supervised",
+    "soft": "the teacher's distribution on them",
     "on_policy": "on-policy distillation",
-}  # fmt: skip
+}
 PROMPT, GROUP = 9, 8  # tokens of "785+933=" and a line end; completions that share it in an update
 
 
@@ -49,16 +55,24 @@ def spent(folder: Path, arm: str, size: int) -> list[float]:
 
 
 def judged(folder: Path) -> dict[str, bool]:
-    lines = [json.loads(line) for line in next((folder / "samples").glob("eval-*.jsonl")).read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in next((folder / "samples").glob("eval-*.jsonl")).read_text().splitlines()
+    ]
     return {line["problem"]: line["verdict"] == "correct" for line in lines}
 
 
 def interval(right: np.ndarray, other: np.ndarray | None = None) -> tuple[float, float]:
-    """Returns the 95 % interval of the mean of right [seeds, problems], or of its difference to another arm's."""
+    """Returns the 95 % interval of the mean of right [seeds, problems], or of its difference to
+    another arm's.
+    """
     values = right.astype(float) - (0 if other is None else other.astype(float))
     draw = np.random.default_rng(0)
     seeds, problems = values.shape
-    means = [values[draw.integers(0, seeds, seeds)][:, draw.integers(0, problems, problems)].mean() for _ in range(10_000)]
+    means = [
+        values[draw.integers(0, seeds, seeds)][:, draw.integers(0, problems, problems)].mean()
+        for _ in range(10_000)
+    ]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
@@ -71,21 +85,45 @@ def main() -> None:
     options = parser.parse_args()
     folders = [options.folder / f"seed-{seed}" for seed in range(options.seeds)]
     for seed, folder in enumerate(folders):
-        command = [sys.executable, "-m", "grpo", "pipeline", CONFIG, f"seed={seed}", f"run_dir={folder}"]
+        command = [
+            sys.executable,
+            "-m",
+            "grpo",
+            "pipeline",
+            CONFIG,
+            f"seed={seed}",
+            f"run_dir={folder}",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     size, large = (weights(folders[0] / name) for name in ("rl", "teacher"))
     print(f"student {size:,} weights, teacher {large:,}; held-out greedy accuracy\n")
-    print("| arm | seeds | mean | 95 % interval | less RL | student's GFLOP |\n|---|---|---|---|---|---|")
+    print(
+        "| arm | seeds | mean | 95 % interval | less RL | student's GFLOP "
+        "|\n|---|---|---|---|---|---|"
+    )
     results = {}
     for name in ("teacher", "student_start", *ARMS):
         by_problem = [judged(folder / f"{name}-sums") for folder in folders]
-        results[name] = np.array([[row[problem] for problem in sorted(by_problem[0])] for row in by_problem])
+        results[name] = np.array(
+            [[row[problem] for problem in sorted(by_problem[0])] for row in by_problem]
+        )
     for name, right in results.items():
         each = ", ".join(f"{mean:.1%}" for mean in right.mean(1))
         low, high = interval(right)
-        less = " to ".join(f"{100 * bound:+.1f}" for bound in interval(right, results["rl"])) if name in ARMS and name != "rl" else ""
-        flops = f"{np.mean([spent(folder / name, name, size)[-1] for folder in folders]) / 1e9:,.0f}" if name in ARMS else ""
-        print(f"| {ARMS.get(name, name)} | {each} | {right.mean():.1%} | {low:.1%} to {high:.1%} | {less} | {flops} |")
+        less = (
+            " to ".join(f"{100 * bound:+.1f}" for bound in interval(right, results["rl"]))
+            if name in ARMS and name != "rl"
+            else ""
+        )
+        flops = (
+            f"{np.mean([spent(folder / name, name, size)[-1] for folder in folders]) / 1e9:,.0f}"
+            if name in ARMS
+            else ""
+        )
+        print(
+            f"| {ARMS.get(name, name)} | {each} | {right.mean():.1%} | {low:.1%} to {high:.1%} | "
+            f"{less} | {flops} |"
+        )
     if options.plot:
         plot(options.plot, folders, size, results)
 
@@ -100,10 +138,17 @@ def plot(target: Path, folders: list[Path], size: int, results: dict[str, np.nda
     for seed, folder in enumerate(folders):
         curve = [
             (flops / 1e9, row["eval/accuracy"])
-            for flops, row in zip(spent(folder / "rl", "rl", size), rows(folder / "rl"), strict=True)
+            for flops, row in zip(
+                spent(folder / "rl", "rl", size), rows(folder / "rl"), strict=True
+            )
             if "eval/accuracy" in row
         ]
-        axes.plot(*zip(*curve, strict=True), color="tab:blue", alpha=0.6, label="GRPO on the student" if not seed else None)
+        axes.plot(
+            *zip(*curve, strict=True),
+            color="tab:blue",
+            alpha=0.6,
+            label="GRPO on the student" if not seed else None,
+        )
     for name, color in (("by_text", "tab:orange"), ("soft", "tab:green"), ("on_policy", "tab:red")):
         ends = [spent(folder / name, name, size)[-1] / 1e9 for folder in folders]
         axes.scatter(ends, results[name].mean(1), color=color, label=ARMS[name], zorder=3)

@@ -1,9 +1,13 @@
-"""`grpo eval` beside plain transformers: the same model, prompts and greedy decoding on GSM8K's test problems.
+r"""`grpo eval` beside plain transformers.
 
-    .venv/bin/python tests/benchmarks/eval_agreement.py --data FOLDER [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--problems 200]
+The same model, prompts and greedy decoding on GSM8K's test problems.
 
-Judged is the last number of each text, as lm-eval's flexible-extract does (this model knows neither box nor tags); what differs is the
-engine. Printed: accuracy of each with its interval, how many problems are judged alike, how many texts are equal to the last character.
+    .venv/bin/python tests/benchmarks/eval_agreement.py --data FOLDER \
+        [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--problems 200]
+
+Judged is the last number of each text, as lm-eval's flexible-extract does (this model knows neither
+box nor tags); what differs is the engine. Printed: accuracy of each with its interval, how many
+problems are judged alike, how many texts are equal to the last character.
 """
 
 from __future__ import annotations
@@ -22,13 +26,26 @@ from rewards.accuracy import verify
 BATCH = 32
 
 
-def by_grpo(model: str, folder: Path, scratch: Path, *, problems: int, tokens: int, dtype: str) -> list[dict]:
+def by_grpo(
+    model: str, folder: Path, scratch: Path, *, problems: int, tokens: int, dtype: str
+) -> list[dict]:
     overrides = [
-        f"run_dir={scratch / 'run'}", f"model.path={model}", "model.warm_start=", f"data.path={folder}", "eval.protocol=greedy",
-        f"eval.problems={problems}", f"model.dtype={dtype}", "rewards={accuracy: 1.0}",
-        "prompt={template: chat, max_tokens: 512}", f"sampling.max_tokens={tokens}",
-    ]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "grpo", "eval", "configs/gsm8k_smollm2.yaml", *overrides], check=True, stderr=subprocess.DEVNULL)
+        f"run_dir={scratch / 'run'}",
+        f"model.path={model}",
+        "model.warm_start=",
+        f"data.path={folder}",
+        "eval.protocol=greedy",
+        f"eval.problems={problems}",
+        f"model.dtype={dtype}",
+        "rewards={accuracy: 1.0}",
+        "prompt={template: chat, max_tokens: 512}",
+        f"sampling.max_tokens={tokens}",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "grpo", "eval", "configs/gsm8k_smollm2.yaml", *overrides],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
     file = next((scratch / "run" / "samples").glob("eval-*.jsonl"))
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -42,14 +59,24 @@ def by_transformers(model_dir: Path, questions: list[str], *, tokens: int, dtype
     ends = [tokenizer.eos_token_id, *models.eos_token_ids(model_dir)]
     found = []
     for start in range(0, len(questions), BATCH):
-        chats = [[{"role": "user", "content": question}] for question in questions[start : start + BATCH]]
+        chats = [
+            [{"role": "user", "content": question}] for question in questions[start : start + BATCH]
+        ]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.no_grad():
             out = model.generate(
-                **inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=ends, temperature=None, top_p=None, top_k=None
+                **inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=ends,
+                temperature=None,
+                top_p=None,
+                top_k=None,
             )
-        found += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        found += tokenizer.batch_decode(
+            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         print(f"transformers {len(found)}/{len(questions)}", file=sys.stderr)
     return found
 
@@ -70,15 +97,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = models.resolve(options.model, None, Path(scratch) / "model", 0)
         common = {"tokens": options.tokens, "dtype": options.dtype}
-        rows = by_grpo(options.model, options.data, Path(scratch), problems=options.problems, **common)
+        rows = by_grpo(
+            options.model, options.data, Path(scratch), problems=options.problems, **common
+        )
         texts = by_transformers(model_dir, [row["question"] for row in rows], **common)
     ours = [right(row["completion"], row["answer"]) for row in rows]
     theirs = [right(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
     for name, verdicts in (("grpo eval", ours), ("transformers", theirs)):
         low, high = statistics.interval([float(ok) for ok in verdicts])
-        print(f"{name:14} {sum(verdicts) / len(verdicts):6.1%}  [{low:.1%}, {high:.1%}] of {len(verdicts)} problems")
-    same = sum(row["completion"].strip() == text.strip() for row, text in zip(rows, texts, strict=True))
-    print(f"judged alike {sum(a == b for a, b in zip(ours, theirs, strict=True))}, equal text {same}")
+        print(
+            f"{name:14} {sum(verdicts) / len(verdicts):6.1%}  [{low:.1%}, {high:.1%}] of "
+            f"{len(verdicts)} problems"
+        )
+    same = sum(
+        row["completion"].strip() == text.strip() for row, text in zip(rows, texts, strict=True)
+    )
+    print(
+        f"judged alike {sum(a == b for a, b in zip(ours, theirs, strict=True))}, equal text {same}"
+    )
 
 
 if __name__ == "__main__":

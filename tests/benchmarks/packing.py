@@ -1,4 +1,6 @@
-"""An update of SmolLM2-135M, 8 problems x 8 completions of 64 tokens with prompts of 100: the packed stream beside the padded batch.
+"""An update of SmolLM2-135M, 8 problems x 8 completions of 64 tokens with prompts of 100.
+
+The packed stream beside the padded batch.
 
     .venv/bin/python tests/benchmarks/packing.py [--rounds 2] [--problems 8]
 
@@ -25,14 +27,23 @@ from grpo.types import Sample
 
 def samples(problems: int) -> list[Sample]:
     draw = torch.Generator().manual_seed(0)
-    tokens = lambda n: tuple(torch.randint(10, 49_000, (n,), generator=draw).tolist())  # noqa: E731
+
+    def tokens(n):
+        return tuple(torch.randint(10, 49_000, (n,), generator=draw).tolist())
+
     rows = []
     for group in range(problems):
         prompt = tokens(100)
         for i in range(8):
             advantages = (1.0 if i % 2 else -1.0,) * 64
             rows.append(
-                Sample(token_ids=prompt + tokens(64), prompt_length=100, advantages=advantages, sampler_logprobs=(-9.0,) * 64, group=group)
+                Sample(
+                    token_ids=prompt + tokens(64),
+                    prompt_length=100,
+                    advantages=advantages,
+                    sampler_logprobs=(-9.0,) * 64,
+                    group=group,
+                )
             )
     return rows
 
@@ -48,12 +59,23 @@ def main() -> None:
         model_dir = models.resolve(models.SMOLLM2, None, Path(scratch), 0)
         learners, batches = {}, {}
         for attention in ("packed", "sdpa"):
-            tree = {"run_dir": scratch, "model": {"path": str(model_dir), "attention": attention}, "data": {"name": "arithmetic"}}
+            tree = {
+                "run_dir": scratch,
+                "model": {"path": str(model_dir), "attention": attention},
+                "data": {"name": "arithmetic"},
+            }
             config = configs.parse(
-                tree | {"algorithm": {"kl_coef": 0.0}, "train": {"rollouts": 1}, "learner": {"micro_batch_tokens": 4096}}
+                tree
+                | {
+                    "algorithm": {"kl_coef": 0.0},
+                    "train": {"rollouts": 1},
+                    "learner": {"micro_batch_tokens": 4096},
+                }
             )
             learners[attention] = Learner(models.load_model(model_dir, attention), config, loss)
-            batches[attention] = micro_batches(rows, weights, max_tokens=4096, packed=attention == "packed")
+            batches[attention] = micro_batches(
+                rows, weights, max_tokens=4096, packed=attention == "packed"
+            )
         seconds: dict[str, list[float]] = {attention: [] for attention in learners}
         for number in range(options.rounds + 1):
             for attention, learner in learners.items():

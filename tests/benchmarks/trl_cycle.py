@@ -1,9 +1,12 @@
-"""A whole cycle (rollout, reward, update, sync) beside TRL's GRPOTrainer: SmolLM2-135M in bf16, 8 prompts of 100 tokens x 8 x 64.
+"""A whole cycle (rollout, reward, update, sync) beside TRL's GRPOTrainer.
+
+SmolLM2-135M in bf16, 8 prompts of 100 tokens x 8 x 64.
 
     python tests/benchmarks/trl_cycle.py [CYCLES]
 
-The two run in processes of their own and take turns, so that a slow minute of the machine hits both; each cycle's seconds and the ratio
-of the medians are printed. TRL generates with transformers (its vLLM mode needs a GPU), everything else is its default.
+The two run in processes of their own and take turns, so that a slow minute of the machine hits
+both; each cycle's seconds and the ratio of the medians are printed. TRL generates with transformers
+(its vLLM mode needs a GPU), everything else is its default.
 """
 
 import multiprocessing
@@ -15,6 +18,9 @@ from pathlib import Path
 
 PROMPTS, GROUP, PROMPT_TOKENS, TOKENS = 8, 8, 100, 64
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SENTENCE = (
+    "the sum of all numbers in a row is more than one half of what we have seen before this day"
+)
 
 
 def prompt_texts(model_dir: Path) -> list[str]:
@@ -22,7 +28,7 @@ def prompt_texts(model_dir: Path) -> list[str]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    words = list("the sum of all numbers in a row is more than one half of what we have seen before this day".split())  # noqa: SIM905
+    words = SENTENCE.split()
     texts = []
     for i in range(PROMPTS):
         text = " ".join([*words[i:], *words] * 9)
@@ -33,7 +39,9 @@ def prompt_texts(model_dir: Path) -> list[str]:
 
 
 def digits(text: str) -> float:
-    return sum(character.isdigit() or character in "aeiou" for character in text) / max(1, len(text))
+    return sum(character.isdigit() or character in "aeiou" for character in text) / max(
+        1, len(text)
+    )
 
 
 def digits_reward(completion, problem):  # ours
@@ -54,18 +62,27 @@ def ours(turn, model_dir: Path, folder: Path) -> None:
 
     data = folder / "prompts.jsonl"
     texts = prompt_texts(model_dir)
-    data.write_text("".join(json.dumps({"problem": text.rstrip("\n"), "answer": "0"}) + "\n" for text in texts))
+    data.write_text(
+        "".join(json.dumps({"problem": text.rstrip("\n"), "answer": "0"}) + "\n" for text in texts)
+    )
     os.chdir(Path(__file__).parent)
     config = configs.parse(
         {
-            "run_dir": str(folder / "run"), "model": {"path": str(model_dir)}, "data": {"name": "jsonl", "path": str(data)},
-            "prompt": {"template": "plain", "max_tokens": PROMPT_TOKENS}, "sampling": {"max_tokens": TOKENS, "ignore_eos": True},
-            "rewards": {"trl_cycle:digits_reward": 1.0}, "algorithm": {"kl_coef": 0.0},
+            "run_dir": str(folder / "run"),
+            "model": {"path": str(model_dir)},
+            "data": {"name": "jsonl", "path": str(data)},
+            "prompt": {"template": "plain", "max_tokens": PROMPT_TOKENS},
+            "sampling": {"max_tokens": TOKENS, "ignore_eos": True},
+            "rewards": {"trl_cycle:digits_reward": 1.0},
+            "algorithm": {"kl_coef": 0.0},
             "train": {"rollouts": 1000, "problems": PROMPTS, "group_size": GROUP},
-            "learner": {"lr": 1e-6, "micro_batch_tokens": 2048}, "engine": {"kv_cache_gb": 1.0}, "eval": {"every": 0},
-            "checkpoint": {"every": 0}, "logging": {"progress": "off"},
+            "learner": {"lr": 1e-6, "micro_batch_tokens": 2048},
+            "engine": {"kv_cache_gb": 1.0},
+            "eval": {"every": 0},
+            "checkpoint": {"every": 0},
+            "logging": {"progress": "off"},
         }
-    )  # fmt: skip
+    )
     step = Loop.step
 
     def in_turn(self):
@@ -73,7 +90,15 @@ def ours(turn, model_dir: Path, folder: Path) -> None:
         start = time.monotonic()
         step(self)
         row = self.latest
-        turn.send((time.monotonic() - start, {key: round(row[f"time/{key}_s"], 2) for key in ("rollout", "update", "sync", "probe")}))
+        turn.send(
+            (
+                time.monotonic() - start,
+                {
+                    key: round(row[f"time/{key}_s"], 2)
+                    for key in ("rollout", "update", "sync", "probe")
+                },
+            )
+        )
 
     Loop.step = in_turn
     train(config, resume=False, keep=False)
@@ -94,12 +119,29 @@ def trl(turn, model_dir: Path, folder: Path) -> None:
             turn.send((time.monotonic() - self.start, {}))
 
     arguments = GRPOConfig(
-        output_dir=str(folder), use_cpu=True, bf16=True, model_init_kwargs={"dtype": torch.bfloat16}, num_generations=GROUP,
-        per_device_train_batch_size=PROMPTS * GROUP, max_completion_length=TOKENS, generation_kwargs={"min_new_tokens": TOKENS},
-        max_steps=1000, learning_rate=1e-6, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1000,
-    )  # fmt: skip
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=True,
+        model_init_kwargs={"dtype": torch.bfloat16},
+        num_generations=GROUP,
+        per_device_train_batch_size=PROMPTS * GROUP,
+        max_completion_length=TOKENS,
+        generation_kwargs={"min_new_tokens": TOKENS},
+        max_steps=1000,
+        learning_rate=1e-6,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1000,
+    )
     dataset = Dataset.from_list([{"prompt": text} for text in prompt_texts(model_dir)])
-    GRPOTrainer(model=str(model_dir), reward_funcs=digits_rewards, args=arguments, train_dataset=dataset, callbacks=[Turns()]).train()
+    GRPOTrainer(
+        model=str(model_dir),
+        reward_funcs=digits_rewards,
+        args=arguments,
+        train_dataset=dataset,
+        callbacks=[Turns()],
+    ).train()
 
 
 def main(cycles: int) -> None:
@@ -120,11 +162,18 @@ def main(cycles: int) -> None:
             for name, turn in turns.items():
                 turn.send(None)
                 taken, parts = turn.recv()
-                print(f"{'warm-up' if not cycle else f'cycle {cycle}':8} {name:5} {taken:6.1f} s  {parts or ''}", flush=True)
+                print(
+                    f"{'warm-up' if not cycle else f'cycle {cycle}':8} {name:5} {taken:6.1f} s  "
+                    f"{parts or ''}",
+                    flush=True,
+                )
                 if cycle:
                     seconds[name].append(taken)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        print(f"median: ours {medians['ours']:.1f} s, TRL {medians['trl']:.1f} s, ratio {medians['ours'] / medians['trl']:.2f}")
+        print(
+            f"median: ours {medians['ours']:.1f} s, TRL {medians['trl']:.1f} s, ratio "
+            f"{medians['ours'] / medians['trl']:.2f}"
+        )
         for worker in workers:
             worker.kill()
 

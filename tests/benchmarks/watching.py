@@ -1,9 +1,12 @@
-"""What a run's knowing of itself costs: metrics, kept samples, diagnosis and trackers, as a share of its steps.
+"""What a run's knowing of itself costs.
+
+Metrics, kept samples, diagnosis and trackers, as a share of its steps.
 
     .venv/bin/python tests/benchmarks/watching.py [CONFIG] [key=value ...]
 
-Counted: what a step does outside its phases (the row, samples, the update kept for a replay), writing the row and the diagnosis of it, the
-entropies, and the per-token reports of the objective with the objective itself, so that the share is rather too large.
+Counted: what a step does outside its phases (the row, samples, the update kept for a replay),
+writing the row and the diagnosis of it, the entropies, and the per-token reports of the objective
+with the objective itself, so that the share is rather too large.
 """
 
 from __future__ import annotations
@@ -45,7 +48,10 @@ def main() -> None:
     for owner, name in ((Loop, "record"), (torch.linalg, "vecdot"), (deepspeed, "objective")):
         timed(owner, name)
     train(config, resume=False)
-    rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()][1:]
+    rows = [
+        json.loads(line)
+        for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    ][1:]
     SPENT["rest of the steps"] = sum(row["time/rest_s"] for row in rows)
     total = sum(row["time/total_s"] for row in rows) + SPENT["record"]
     for name, seconds in {**SPENT, "together": sum(SPENT.values())}.items():

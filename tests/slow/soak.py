@@ -1,9 +1,11 @@
-"""A run of the quickstart's model on two servers, killed at random: servers, the trainer, all of it. Nothing may be lost.
+"""A run of the quickstart's model on two servers, killed at random.
+
+Servers, the trainer, all of it. Nothing may be lost.
 
     .venv/bin/python tests/slow/soak.py --kills 50 [--seed 0] [--async] [--folder runs/soak]
 
-Every problem of the stream is learned from once and in its order, whatever was killed when, and the held-out accuracy is what it is
-without kills. Not part of the suite: 20 minutes on 2 cores.
+Every problem of the stream is learned from once and in its order, whatever was killed when, and the
+held-out accuracy is what it is without kills. Not part of the suite: 20 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ from grpo.stages._run import load_problems, mixture
 
 def rows(folder: Path) -> list[dict[str, float]]:
     file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        if file.exists()
+        else []
+    )
 
 
 def main() -> None:
@@ -43,10 +49,15 @@ def main() -> None:
     chance, killed = random.Random(options.seed), Counter[str]()
     subprocess.run(["rm", "-rf", str(options.folder)], check=True)
     overrides = [
-        f"run_dir={options.folder}", f"model.path={options.model}", "model.warm_start=", "checkpoint={every: 1, keep_best: null}",
-        "eval.every=10", f"train.rollouts={options.rollouts}", f"train.max_staleness={options.staleness}",
+        f"run_dir={options.folder}",
+        f"model.path={options.model}",
+        "model.warm_start=",
+        "checkpoint={every: 1, keep_best: null}",
+        "eval.every=10",
+        f"train.rollouts={options.rollouts}",
+        f"train.max_staleness={options.staleness}",
         f"engine.servers={{count: 2, restarts: {options.kills + 1}}}",
-    ]  # fmt: skip
+    ]
     command = [sys.executable, "-m", "grpo", "train", "configs/tiny.yaml", *overrides]
     log = options.folder.with_suffix(".log").open("w")
     process, had = subprocess.Popen(command, stderr=log), 0
@@ -57,15 +68,23 @@ def main() -> None:
             manifest = options.folder / "manifest.json"
             if manifest.exists() and json.loads(manifest.read_text())["status"] == "finished":
                 break
-            process, had = subprocess.Popen([*command, "--auto-resume"], stderr=log), len(rows(options.folder))
+            process, had = (
+                subprocess.Popen([*command, "--auto-resume"], stderr=log),
+                len(rows(options.folder)),
+            )
         time.sleep(chance.uniform(2, options.pause))
         try:
             family = psutil.Process(process.pid).children(recursive=True)
             servers = [member for member in family if "api_server" in " ".join(member.cmdline())]
-            cores = [member for member in family if "EngineCore" in member.name() or "VLLM" in member.name()]
+            cores = [
+                member
+                for member in family
+                if "EngineCore" in member.name() or "VLLM" in member.name()
+            ]
         except psutil.Error:
             continue
-        moved = len(rows(options.folder)) > had  # most kills wait for a step since the start, or there never was one
+        # most kills wait for a step since the start, or there never was one
+        moved = len(rows(options.folder)) > had
         if sum(killed.values()) >= options.kills or (not moved and chance.random() < 0.8):
             continue
         what = chance.choice(["server", "core", "trainer"])
@@ -73,27 +92,46 @@ def main() -> None:
         if victims:
             chance.choice(victims).kill()
             killed[what] += 1
-            print(f"{time.monotonic() - began:6.0f} s, step {len(rows(options.folder)) - 1}: killed a {what}", flush=True)
+            print(
+                f"{time.monotonic() - began:6.0f} s, step {len(rows(options.folder)) - 1}: killed "
+                f"a {what}",
+                flush=True,
+            )
             if what == "trainer":
                 process.wait()
     found = rows(options.folder)
     config = configs.load("configs/tiny.yaml", overrides)
     model_dir = Path(options.model)
-    prompts = Prompts(config.prompt, models.load_tokenizer(model_dir), models.eos_token_ids(model_dir))
-    stream = mixture(config.data, load_problems(config.data, "train", config.seed), prompts, config.seed)
+    prompts = Prompts(
+        config.prompt, models.load_tokenizer(model_dir), models.eos_token_ids(model_dir)
+    )
+    stream = mixture(
+        config.data, load_problems(config.data, "train", config.seed), prompts, config.seed
+    )
     used = [
         json.loads(line)["problem"]
         for file in sorted((options.folder / "samples").glob("step-*.jsonl"))
         for line in file.read_text().splitlines()[:: config.train.group_size]
     ]
     wanted = [problem.id for problem in stream.take(0, len(used))]
-    print(f"{dict(killed)} killed in {time.monotonic() - began:.0f} s; {len(found) - 1} of {options.rollouts} steps, each once: "
-          f"{[row['rollout'] for row in found] == list(range(options.rollouts + 1))}; {len(used)} groups used, in order and once: "
-          f"{used == wanted}; held out {[row['eval/accuracy'] for row in found if 'eval/accuracy' in row]}")  # fmt: skip
+    print(
+        f"{dict(killed)} killed in {time.monotonic() - began:.0f} s; {len(found) - 1} of "
+        f"{options.rollouts} steps, each once: "
+        f"{[row['rollout'] for row in found] == list(range(options.rollouts + 1))}; {len(used)} "
+        "groups used, in order and once: "
+        f"{used == wanted}; held out "
+        f"{[row['eval/accuracy'] for row in found if 'eval/accuracy' in row]}"
+    )
     marks = (str(options.folder), "api_server", "EngineCore")
     time.sleep(5)
-    left = [p for p in psutil.process_iter(["cmdline"]) if any(mark in " ".join(p.info["cmdline"] or ()) for mark in marks)]
-    print(f"processes left: {len([member for member in left if member.pid != psutil.Process().pid])}")
+    left = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if any(mark in " ".join(p.info["cmdline"] or ()) for mark in marks)
+    ]
+    print(
+        f"processes left: {len([member for member in left if member.pid != psutil.Process().pid])}"
+    )
 
 
 if __name__ == "__main__":

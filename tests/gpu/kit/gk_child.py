@@ -8,7 +8,14 @@ from typing import Any
 
 from grpo.engines._child import Server, main
 
-TIMED = ("generate", "start_weight_update", "update_weights", "finish_weight_update", "sleep", "wake")
+TIMED = (
+    "generate",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "sleep",
+    "wake",
+)
 
 
 def time_calls(name: str) -> None:

@@ -2,7 +2,8 @@
 
     gk_cycle.py ours|trl [--small] [key=value ...]
 
-The engine's child prints the seconds of each of its calls into engine.log (gk_child.py). GK_PROFILE=1: a profile of the third update.
+The engine's child prints the seconds of each of its calls into engine.log (gk_child.py).
+GK_PROFILE=1: a profile of the third update.
 """
 
 from __future__ import annotations
@@ -35,13 +36,18 @@ CUDA = torch.cuda.is_available()
 
 def keep_logs() -> None:
     """Makes the benchmark leave its run directory, with engine.log, behind."""
-    kept = lambda prefix: contextlib.nullcontext(tempfile.mkdtemp(prefix=prefix))  # noqa: E731
+
+    def kept(prefix):
+        return contextlib.nullcontext(tempfile.mkdtemp(prefix=prefix))
+
     bench.tempfile = types.SimpleNamespace(TemporaryDirectory=kept)  # type: ignore[assignment]
 
 
 def time_the_child() -> None:
     """Starts gk_child.py in place of the engine's own child."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
+    )
     plain = VllmEngine.__init__
 
     def start(self: VllmEngine, **options: Any) -> None:
@@ -90,8 +96,14 @@ def main(part: str, words: list[str]) -> None:
             profile_an_update()
         gpu_cycle.ours(model_dir, folder, tokens, [word for word in words if "=" in word])
     if CUDA:
-        reserved, allocated = torch.cuda.max_memory_reserved() / 2**30, torch.cuda.max_memory_allocated() / 2**30
-        print(f"GPU memory of this process at most: {reserved:.1f} GiB reserved, {allocated:.1f} GiB allocated")
+        reserved, allocated = (
+            torch.cuda.max_memory_reserved() / 2**30,
+            torch.cuda.max_memory_allocated() / 2**30,
+        )
+        print(
+            f"GPU memory of this process at most: {reserved:.1f} GiB reserved, {allocated:.1f} "
+            "GiB allocated"
+        )
 
 
 if __name__ == "__main__":

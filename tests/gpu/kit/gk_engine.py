@@ -1,7 +1,9 @@
-"""Starts the engine child's own Server in this process on a tiny model, in several ways, the wanted one first; keeps the first that runs.
+"""Starts the engine child's own Server in this process on a tiny model, in several ways, the wanted
+one first; keeps the first that runs.
 
-gk_engine.py            tries the ways, each in a process of its own; what the chosen one needs in the environment: /tmp/gk/env
-gk_engine.py one        starts, samples, compares with float32 transformers, sleeps and wakes
+gk_engine.py            tries the ways, each in a process of its own; what the chosen one needs in
+the environment: /tmp/gk/env gk_engine.py one        starts, samples, compares with float32
+transformers, sleeps and wakes
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from grpo.engines._child import Server
 from grpo.engines.vllm import llm_arguments
 
 KIT = Path("/tmp/gk")
-FLASH_ATTENTION = KIT / "site/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"  # without it vLLM takes its Triton attention
+# without it vLLM takes its Triton attention
+FLASH_ATTENTION = KIT / "site/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
 WAYS: tuple[dict[str, str], ...] = (
     {},
     {"VLLM_USE_V2_MODEL_RUNNER": "0"},
@@ -47,13 +50,21 @@ def try_ways() -> int:
             FLASH_ATTENTION.rename(FLASH_ATTENTION.with_suffix(".off"))
         begun = time.monotonic()
         try:
-            code = subprocess.run([sys.executable, __file__, "one"], env=os.environ | way, timeout=LIMIT_S).returncode
+            code = subprocess.run(
+                [sys.executable, __file__, "one"], env=os.environ | way, timeout=LIMIT_S
+            ).returncode
             result = f"exit {code}"
         except subprocess.TimeoutExpired:
             code, result = 1, f"not done in {LIMIT_S} s"
         print(f"way {way}: {result}, {time.monotonic() - begun:.0f} s", flush=True)
         if code == 0:
-            (KIT / "env").write_text("".join(f"export {name}={value}\n" for name, value in way.items() if name.startswith("VLLM")))
+            (KIT / "env").write_text(
+                "".join(
+                    f"export {name}={value}\n"
+                    for name, value in way.items()
+                    if name.startswith("VLLM")
+                )
+            )
             return 0
     return 1
 
@@ -64,8 +75,12 @@ def run_one() -> int:
     model_dir = KIT / "tiny"
     if not model_dir.exists():
         models.make_tiny("tiny-qwen2", model_dir, 0, initializer_range=0.1)
-    settings = Engine(memory_fraction=0.2, max_sequences=64, eager=True if os.environ.get("GK_EAGER") else None)
-    arguments = llm_arguments(str(model_dir), settings, "bfloat16", 512, cuda=True) | {"max_logprobs": 20}
+    settings = Engine(
+        memory_fraction=0.2, max_sequences=64, eager=True if os.environ.get("GK_EAGER") else None
+    )
+    arguments = llm_arguments(str(model_dir), settings, "bfloat16", 512, cuda=True) | {
+        "max_logprobs": 20
+    }
     begun = time.monotonic()
     pipe: Any = NoPipe()
     server = Server(pipe, arguments, "ipc")
@@ -75,7 +90,10 @@ def run_one() -> int:
     options = {"max_tokens": 256, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "ignore_eos": True}
     for _ in range(3):
         begun = time.monotonic()
-        rows = server.generate([(prompt, 100 * i, 8) for i, prompt in enumerate(prompts)], options | {"stop": (), "stop_token_ids": ()})
+        rows = server.generate(
+            [(prompt, 100 * i, 8) for i, prompt in enumerate(prompts)],
+            options | {"stop": (), "stop_token_ids": ()},
+        )
         tokens = sum(len(completion[0]) for row in rows for completion in row)
         print(f"{tokens} tokens in {time.monotonic() - begun:.2f} s", flush=True)
 
@@ -83,7 +101,12 @@ def run_one() -> int:
     ids = torch.tensor([prompts[0] + token_ids])
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     with torch.no_grad():
-        expected = model(input_ids=ids).logits[0, 99:-1].log_softmax(-1).gather(1, ids[0, 100:, None])[:, 0]
+        expected = (
+            model(input_ids=ids)
+            .logits[0, 99:-1]
+            .log_softmax(-1)
+            .gather(1, ids[0, 100:, None])[:, 0]
+        )
     gap = float((expected - torch.tensor(logprobs)).abs().mean())
     print(f"mean gap to float32 transformers {gap:.4f}")
     server.sleep()

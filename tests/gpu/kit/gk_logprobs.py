@@ -1,4 +1,7 @@
-"""The kernels of grpo/logprob_kernels.py beside PyTorch's own operations: milliseconds for 2,048 rows of Qwen2.5's vocabulary."""
+"""The kernels of grpo/logprob_kernels.py beside PyTorch's own operations.
+
+Milliseconds for 2,048 rows of Qwen2.5's vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,14 @@ def compare(dtype: torch.dtype) -> None:
 
     def time_both(values: Callable[..., object], gradient: Callable[..., object]) -> str:
         forward = milliseconds(lambda: values(logits, targets, temperature=0.7))
-        backward = milliseconds(lambda: gradient(logits, targets, normalisers, entropies, grad, None, temperature=0.7))
+        backward = milliseconds(
+            lambda: gradient(logits, targets, normalisers, entropies, grad, None, temperature=0.7)
+        )
         return f"values {forward:.2f} ms, gradient {backward:.2f} ms"
 
-    print(f"{dtype} Triton: {time_both(logprob_kernels.values, logprob_kernels.gradient)}", flush=True)
+    print(
+        f"{dtype} Triton: {time_both(logprob_kernels.values, logprob_kernels.gradient)}", flush=True
+    )
     print(f"{dtype} PyTorch: {time_both(logprobs._values, logprobs._gradient)}", flush=True)
 
 
