@@ -119,8 +119,9 @@ class Mixture:
         return [self[position + i] for i in range(n)]
 
     def _order(self, block: int) -> list[tuple[str, int]]:
-        """(source, how many of that source stand before in the block) for each position of the
-        block.
+        """Returns `(source, n)` for each position of the block.
+
+        `n` is how many of that source stand before the position in the block.
         """
         if self._block[0] != block:
             names = [name for name in sorted(self._shares) for _ in range(self._shares[name])]

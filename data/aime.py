@@ -1,5 +1,6 @@
-"""AIME: 30 competition problems a year with an integer answer of 0 to 999 (Mathematical Association
-of America). To judge by.
+"""AIME: 30 competition problems per year with an integer answer of 0 to 999.
+
+They are by the Mathematical Association of America. To judge by.
 """
 
 from __future__ import annotations

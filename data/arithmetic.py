@@ -1,5 +1,6 @@
-"""Sums, differences and products of two numbers, with a worked solution that a character model of a
-few million weights can learn.
+"""Sums, differences and products of two numbers, with a worked solution.
+
+A character model of a few million weights can learn the solution.
 """
 
 from __future__ import annotations

@@ -35,8 +35,9 @@ def load(
     max_target: int = 100,
     size: int = 100_000,
 ) -> Sequence[Problem]:
-    """`size` problems with min_numbers..max_numbers numbers in 1..max_number and a target in
-    1..max_target, in TinyZero's words.
+    """Returns `size` problems in TinyZero's words.
+
+    A problem has min_numbers..max_numbers numbers in 1..max_number and a target in 1..max_target.
 
     Problem i depends on (seed, i, options) alone. The same numbers and target are in train or in
     test for every seed.

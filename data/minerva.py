@@ -1,5 +1,6 @@
-"""Minerva: 272 undergraduate problems of MIT OpenCourseWare in science and mathematics (Lewkowycz
-et al. 2206.14858). To judge by.
+"""Minerva: 272 undergraduate problems of MIT OpenCourseWare in science and mathematics.
+
+Source: Lewkowycz et al. 2206.14858. To judge by.
 """
 
 from __future__ import annotations

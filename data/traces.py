@@ -1,5 +1,6 @@
-"""Traces: worked solutions with their thoughts, as `grpo collect` writes them and as published sets
-of reasoning traces hold them.
+"""Traces: worked solutions with their thoughts.
+
+`grpo collect` writes them, and published sets of reasoning traces hold them.
 
 Read from a file or a folder with traces.jsonl: fields question | problem and solution (ours);
 messages or conversations; prompt and completion | response (text or messages); the thoughts in

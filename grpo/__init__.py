@@ -1,5 +1,6 @@
-"""grpo: reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed, from a laptop's CPU
-to a cluster.
+"""grpo: reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed.
+
+It runs on anything from a laptop's CPU to a cluster.
 """
 
 __version__ = "0.1.0"

@@ -323,7 +323,8 @@ def parts(algorithm: Algorithm) -> dict[str, str]:
 def describe(algorithm: Algorithm) -> str:
     """Returns a recipe in one line.
 
-    Its name and source, what the config changed, and what it is in formulas.
+    It has the recipe's name and source, what the config changed, and what the recipe is in
+    formulas.
     """
     preset = PRESETS[algorithm.preset]
     own = {path.removeprefix("algorithm."): value for path, value in preset.settings.items()}

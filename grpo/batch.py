@@ -65,8 +65,8 @@ def micro_batches(
 ) -> list[Batch]:
     """Returns micro-batches of at most `max_tokens` tokens.
 
-    Padded ones, samples sorted by length so that few are padding; or, for a packed stream
-    (grpo/packing.py), a prompt's samples side by side, its tokens counted once.
+    They are padded, with samples sorted by length so that few tokens are padding. For a packed
+    stream (grpo/packing.py) a prompt's samples are side by side, and its tokens are counted once.
 
     `share` (rank, ranks): only this rank's part of them, the long ones dealt out evenly; every rank
     gets as many, so that all meet in each exchange: the last may be `idle`, of weight 0.

@@ -52,7 +52,8 @@ def _by_rank_0(method: Callable[..., None]) -> Callable[..., None]:
 def replace_directory(target: Path) -> Iterator[Path]:
     """Yields an empty directory beside `target`.
 
-    When the block ends it is flushed and renamed to it. On an error nothing changes.
+    When the block ends, the directory is flushed and renamed to `target`. On an error nothing
+    changes.
     """
     scratch = scratch_of(target)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -139,8 +140,10 @@ class RunDirectory:
     """
 
     def __init__(self, path: str, *, resume: bool) -> None:
-        """Raises UserError when there is a run already (and `resume` is not set), none to resume,
-        or another process works on it.
+        """Opens the run directory; rank 0 creates and locks it.
+
+        Raises UserError if there is a run already and `resume` is not set, if there is no run to
+        resume, or if another process works on it.
         """
         self.path = Path(path)
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
@@ -193,7 +196,7 @@ class RunDirectory:
     def began(self) -> bool:
         """Returns whether anything was done that is worth keeping.
 
-        A step, a part of a stage within, a quantised model.
+        That is a step, a part of the stage in a folder of its own, or a quantised model.
         """
         return self.metrics.exists() or any(
             next(self.path.glob(name), None) for name in ("*/manifest.json", "int*/config.json")
@@ -212,6 +215,7 @@ class RunDirectory:
         write_file(self.manifest, json.dumps(self.read_manifest() | entries, indent=2) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
+        """Returns the contents of manifest.json, an empty dict if there is no such file."""
         return read_manifest(self.path)
 
     @_by_rank_0
@@ -228,10 +232,12 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
+        """Returns the complete lines of metrics.jsonl, an empty list if there is no such file."""
         return read_metrics(self.metrics)
 
     @_by_rank_0
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Replaces `samples/NAME.jsonl` by one JSON object per row."""
         write_file(
             self.samples / f"{name}.jsonl",
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
@@ -239,8 +245,9 @@ class RunDirectory:
 
     @_by_rank_0
     def write_update(self, step: int, samples: Sequence[Sample], keep: int) -> None:
-        """Writes what a step's updates are made from, for `grpo replay`, and removes all but the
-        last `keep` of these.
+        """Writes the samples that a step's updates are made from, for `grpo replay`.
+
+        It removes all such files but the last `keep`. With `keep` 0 it does nothing.
         """
         if not keep:
             return
@@ -272,7 +279,7 @@ class RunDirectory:
     def cut(self, step: int) -> None:
         """Drops metrics and samples of work after a checkpoint, which will be done again.
 
-        The same, on a CPU.
+        On a CPU the repeated work gives the same results.
         """
         if ranks.rank() == 0:
             kept = [row for row in self.read_metrics() if row["step"] <= step]
@@ -302,7 +309,7 @@ class RunDirectory:
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
         """Writes checkpoint `step`.
 
-        Whatever `write(directory)` puts there, and `state` with a hash of every file.
+        It holds whatever `write(directory)` puts there, and `state` with a hash of every file.
 
         All ranks write into it together. Raises RunError when it cannot be written (a full disk);
         earlier checkpoints are whole then.
@@ -365,8 +372,9 @@ class RunDirectory:
 
     @_by_rank_0
     def prune(self, keep_last: int, keep_best: str | None) -> None:
-        """Removes all checkpoints but the last ones and the one whose state has the highest metric
-        `keep_best`.
+        """Removes all checkpoints but the last `keep_last` and the best one.
+
+        The best one is the checkpoint whose state has the highest metric `keep_best`.
         """
         found = sorted(self.checkpoints.glob("step-*"))
         kept = set(found[-keep_last:])

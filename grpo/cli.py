@@ -29,6 +29,7 @@ QUIET = {
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command that `arguments` give (default: sys.argv[1:]) and returns its exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if unknown := [
@@ -62,10 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _tell(error: Exception) -> None:
     """Prints an error once.
 
-    By the rank that has it; one that all of a node's ranks have, by the first.
+    The rank that has the error prints it. If all ranks of a node have it, the first of them does.
 
-    A launcher ends all ranks as soon as one has ended: those that leave the word to another wait
-    for that end.
+    A launcher ends all ranks as soon as one has ended, so the ranks that do not print wait for that
+    end.
     """
     from grpo import ranks
 

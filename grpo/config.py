@@ -1,6 +1,6 @@
-"""The configuration.
+"""The configuration: one YAML file per run.
 
-One YAML a run, typed and checked before anything heavy is imported; derived numbers are properties.
+It is typed and checked before anything heavy is imported. Derived numbers are properties.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Source(Section):
 
 
 class Data(Section):
+    """The problems: one problem set, or a weighted mixture of several."""
+
     name: str | None = None  # one set ...
     options: dict[str, Any] = {}
     mixture: dict[str, Source] = {}  # ... or several, by name
@@ -52,6 +54,8 @@ class Data(Section):
 
 
 class Prompt(Section):
+    """How a problem becomes a prompt: template, system prompt, prefill, stop strings, length."""
+
     # chat (the tokenizer's), r1_zero (the paper's, for base models), plain (question and a newline)
     template: str = "chat"
     system: str | None = None  # chat only; `r1` is the system prompt that asks for the tags
@@ -62,6 +66,8 @@ class Prompt(Section):
 
 
 class Sampling(Section):
+    """How completions are sampled: their longest length in tokens, temperature, top-p, top-k."""
+
     max_tokens: int = Field(1024, ge=1)  # longest completion
     temperature: float = Field(1.0, gt=0)  # R1-Zero: 1
     # below 1 the sampler's distribution is not the policy's: ratios lose their meaning
@@ -71,7 +77,9 @@ class Sampling(Section):
 
 
 class Reward(Section):
-    """`accuracy: 1.0`, or with options of the reward's own function `length: {weight: 0.5, options:
+    """The weight of one reward, and the options of the reward's own function.
+
+    A config gives the weight alone, `accuracy: 1.0`, or both, `length: {weight: 0.5, options:
     {max_tokens: 4096, buffer: 1024}}`.
     """
 
@@ -88,11 +96,15 @@ def _as_reward(value: Any) -> Any:
 
 
 class RewardPool(Section):  # processes for the rewards whose file has a TIMEOUT_S
+    """Worker processes for rewards with a time limit: how many, and GB of memory per process."""
+
     workers: int | None = Field(None, ge=1)  # default: the cores, up to 8
     memory_gb: float = Field(4.0, gt=0)  # address space of each
 
 
 class Train(Section):
+    """How many rollouts there are, how large each one is, and how it is split into updates."""
+
     rollouts: int = Field(ge=1)  # times the policy is sampled
     problems: int = Field(32, ge=1)  # P: problems a rollout
     group_size: int = Field(8, ge=2)  # G: completions a problem
@@ -125,10 +137,13 @@ class Train(Section):
 
     @property
     def total_updates(self) -> int:
+        """Optimizer updates of the run if none is skipped."""
         return self.rollouts * self.epochs * self.updates_per_rollout
 
 
 class Learner(Section):
+    """The learner's optimizer, learning-rate schedule, memory and parallelism."""
+
     lr: float = Field(1e-6, gt=0)  # DeepSeekMath 1e-6, R1-Zero 3e-6; small models need 1e-5 or more
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_updates: int = Field(0, ge=0)
@@ -155,7 +170,7 @@ class Learner(Section):
 class Servers(Section):
     """vLLM servers in place of the one child process.
 
-    As many as there are GPUs, on this machine or elsewhere (launch/server.sh).
+    There can be as many as there are GPUs, on this machine or elsewhere (launch/server.sh).
     """
 
     count: int = Field(0, ge=0)  # local ones, started and watched by rank 0
@@ -190,6 +205,8 @@ class Servers(Section):
 
 
 class Engine(Section):
+    """The vLLM engine: precision, memory, sequences decoded at once, timeouts, servers if any."""
+
     dtype: Literal["float32", "bfloat16"] | None = None  # default: model.dtype
     kv_cache_gb: float = Field(2.0, gt=0)  # KV cache on a CPU; on a GPU set memory_fraction
     memory_fraction: float = Field(0.4, gt=0, lt=1)  # share of a GPU's memory
@@ -206,6 +223,8 @@ class Engine(Section):
 
 
 class Probe(Section):
+    """How engine and learner are checked for the same weights, and the largest gap allowed."""
+
     canary: bool = True  # a perturbed copy of the weights goes through the real sync at the start
     prompts: int = Field(4, ge=1)  # sequences scored by engine and learner after each sync
     tokens: int = Field(16, ge=1)  # sampled for each
@@ -214,6 +233,8 @@ class Probe(Section):
 
 
 class Eval(Section):
+    """Evaluation on held-out problems: how often, on how many, and how completions are sampled."""
+
     # rollouts; 0: never. Also before the first and after the last rollout
     every: int = Field(10, ge=0)
     problems: int = Field(200, ge=1)
@@ -235,6 +256,8 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
+    """How often checkpoints are written, and which of them are kept."""
+
     every: int = Field(10, ge=0)  # rollouts (sft: updates); 0: only at the end
     keep_last: int = Field(2, ge=1)
     keep_best: str | None = None  # metric whose highest checkpoint is kept too, e.g. eval/accuracy
@@ -247,6 +270,8 @@ def _rule(name: str) -> str:
 
 
 class Logging(Section):
+    """Trackers, progress output, steps kept for `grpo replay`, and what alarms do."""
+
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     project: str = "grpo"
     # last steps whose tokens and advantages are kept for `grpo replay`
@@ -316,6 +341,7 @@ class SampledConfig(RunConfig):
 
     @property
     def max_sequence_tokens(self) -> int:
+        """Longest sequence in tokens: a prompt and its completion."""
         return self.prompt.max_tokens + self.sampling.max_tokens
 
 
@@ -329,6 +355,7 @@ class Config(SampledConfig):
 
     @property
     def total_updates(self) -> int:
+        """Optimizer updates over which the learning rate is scheduled."""
         return self.train.total_updates
 
     @model_validator(mode="before")

@@ -17,10 +17,13 @@ from grpo.types import UserError
 
 
 class Section(BaseModel):
+    """Base of the config's sections: fields cannot be changed, and an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
+    """Returns the mapping in a YAML file; raises UserError if there is none that can be read."""
     file = Path(path)
     if not file.is_file():
         near = difflib.get_close_matches(
@@ -105,7 +108,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
 def explain(error: Any, kind: type[BaseModel]) -> str:
     """Returns one of pydantic's errors in our words.
 
-    The key, what is wrong, and the nearest right key.
+    It names the key, what is wrong, and the nearest right key.
     """
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":

@@ -1,6 +1,6 @@
 """The config's section about the model.
 
-Where it comes from, and how it is held, extended and trained.
+It says where the model comes from, and how it is held, extended and trained.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from grpo.config_file import Section
 
 
 class Lora(Section):
+    """Low-rank additions to the model's linear layers: their rank, and alpha for their scale."""
+
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)  # the addition is alpha / rank times B A
 
@@ -30,7 +32,7 @@ class Qat(Section):
 class Rope(Section):
     """A longer context by other rotary frequencies.
 
-    Written into the model's config, so that learner, engine and final model agree.
+    It is written into the model's config, so that learner, engine and final model agree.
     """
 
     # YaRN 2309.00071; linear: position interpolation 2306.15595
@@ -41,6 +43,8 @@ class Rope(Section):
 
 
 class Model(Section):
+    """Where the model comes from, and how it is held, extended and trained."""
+
     # hub id, local Hugging Face directory, or `tiny-llama` / `tiny-qwen2` / `tiny-qwen3` (made on
     # the spot, random weights)
     path: str
@@ -69,6 +73,7 @@ class Model(Section):
 
     @property
     def packed(self) -> bool:
+        """Whether micro-batches are streams without padding (grpo/packing.py)."""
         return self.attention == "packed"
 
     def check_shared(self, sequence_parallel: int) -> None:

@@ -1,6 +1,7 @@
 """The configs of the stages around GRPO.
 
-Supervised fine-tuning, rejection sampling, distillation, and the chain of them.
+The stages are supervised fine-tuning, rejection sampling, distillation, evaluation, quantisation,
+and the chain of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from grpo.config_file import Section
 
 
 class Sft(Section):
+    """Supervised fine-tuning: updates, solutions per update, longest sequence, early stop."""
+
     updates: int = Field(ge=1)
     batch_size: int = Field(32, ge=1)  # solutions an update
     max_tokens: int = Field(1024, ge=2)  # longest prompt with its solution
@@ -43,6 +46,8 @@ def _check_fits(what: str, key: str, tokens: int, learner: Learner) -> None:
 
 
 class SftLearner(Learner):
+    """The learner's settings with a learning rate for supervised training as default."""
+
     lr: float = Field(2e-5, gt=0)  # TRL's default
 
 
@@ -69,13 +74,14 @@ class SftConfig(RunConfig):
 
     @property
     def max_sequence_tokens(self) -> int:
+        """Longest sequence in tokens: a prompt with its solution."""
         return self.sft.max_tokens
 
     @property
     def micro_batch(self) -> int:
         """Solutions in one forward and backward pass.
 
-        The largest divisor of a rank's batch within `learner.micro_batch_tokens`.
+        It is the largest divisor of a rank's batch within `learner.micro_batch_tokens`.
         """
         most, own = (
             self.learner.micro_batch_tokens // self.sft.max_tokens,
@@ -96,6 +102,8 @@ class Teacher(Section):
 
 
 class Collect(Section):
+    """Rejection sampling: problems, completions per problem, and which of them become traces."""
+
     problems: int = Field(ge=1)  # of the training split, each once
     samples: int = Field(4, ge=1)  # N: completions a problem
     keep: int = Field(1, ge=1)  # K: traces a problem at most, the shortest first
@@ -135,10 +143,7 @@ class CollectConfig(SampledConfig):
 
 
 class Soft(Section):
-    """Soft targets.
-
-    The student's distribution is drawn to the teacher's at every token of given texts.
-    """
+    """Soft targets: the student learns the teacher's distribution at every token of given texts."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     # of both distributions; the divergence counts T^2 times (Hinton)
@@ -205,8 +210,9 @@ class DistillConfig(SampledConfig):
         return self
 
     def parts(self) -> dict[str, RunConfig]:
-        """Returns the configs of the stages that a way is made of, by their folder in run_dir ("":
-        run_dir itself; soft: none).
+        """Returns the configs of the stages that a way is made of, by their folder in run_dir.
+
+        The folder "" is run_dir itself. The way soft has no such stages.
         """
         tree = self.model_dump(mode="json")
         common = {key: tree[key] for key in ("seed", "prompt", "checkpoint", "logging", "data")}
@@ -242,6 +248,7 @@ class DistillConfig(SampledConfig):
 
     @property
     def max_sequence_tokens(self) -> int:
+        """Longest sequence in tokens: a prompt with its text (way soft) or its completion."""
         return (
             self.soft.max_tokens
             if self.soft and self.way == "soft"
@@ -250,15 +257,15 @@ class DistillConfig(SampledConfig):
 
     @property
     def total_updates(self) -> int:
+        """Optimizer updates of the way soft."""
         assert self.soft is not None
         return self.soft.updates
 
 
 class EvalConfig(Config):
-    """`grpo eval`.
+    """`grpo eval`: takes a train config, or one without the training.
 
-    A train config, of which it takes the model, the prompts, the rewards and the problems; or one
-    without the training.
+    It uses the config's model, prompts, rewards and problems.
     """
 
     train: Train = Train(rollouts=1)
@@ -313,6 +320,8 @@ class EvalConfig(Config):
 
 
 class Quantize(Section):
+    """Quantisation: the schemes that are written, and how many weights share a scale in int4."""
+
     # weights a channel, a tensor, a group
     schemes: list[Literal["int8", "int8_tensor", "int4"]] = Field(["int8", "int4"], min_length=1)
     group_size: int = Field(32, ge=2)  # int4: weights that share a scale
@@ -374,10 +383,9 @@ class Judged(Section):
 
 
 class PipelineConfig(Section):
-    """`grpo pipeline`.
+    """`grpo pipeline`: runs stages in their order and evaluates their models.
 
-    Stages in their order, each in a folder of run_dir, and one table of all models on all
-    evaluation sets.
+    Each stage has a folder in run_dir. One table shows all models on all evaluation sets.
     """
 
     run_dir: str

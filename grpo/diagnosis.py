@@ -30,12 +30,14 @@ class Watch:
     """Follows a run: `see(row)` returns what the row adds to what was said."""
 
     def __init__(self, rows: Sequence[Row] = ()) -> None:
+        """`rows`: metrics that the run already has, in order; what they say is not said again."""
         self._rows: list[Row] = []  # rollouts; the evaluation before the first is none
         self._told: set[str] = set()
         for row in rows:
             self.see(row)
 
     def see(self, row: Row) -> list[Finding]:
+        """Returns the findings that a row of metrics adds, at most one per rule and run."""
         if "reward/mean" not in row:
             return []
         self._rows.append(row)
@@ -65,9 +67,11 @@ class Past:
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
+        """`rows`: metrics of the rollouts so far, oldest first."""
         self.rows = rows
 
     def values(self, key: str) -> list[float]:
+        """Returns a metric's finite numbers, oldest first; rows without one are left out."""
         return [
             row[key]
             for row in self.rows
@@ -75,10 +79,12 @@ class Past:
         ]
 
     def now(self, key: str, window: int = WINDOW) -> float:
+        """Returns the mean of a metric's last `window` numbers, NaN if there are fewer."""
         values = self.values(key)
         return statistics.fmean(values[-window:]) if len(values) >= window else math.nan
 
     def first(self, key: str, window: int = WINDOW) -> float:
+        """Returns the mean of a metric's first `window` numbers, NaN if there are fewer."""
         values = self.values(key)
         return statistics.fmean(values[:window]) if len(values) >= window else math.nan
 
@@ -154,9 +160,9 @@ def _entropy(past: Past) -> str | None:
 
 
 def _best(past: Past) -> float:
-    """The most that a rollout's mean reward has been, at least 1.
+    """Returns the highest mean reward of a rollout, at least 1.
 
-    What accuracy alone would give.
+    Accuracy alone would give 1.
     """
     return max([1.0, *past.values("reward/mean")])
 

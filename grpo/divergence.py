@@ -1,5 +1,6 @@
-"""Divergences between a teacher's and a student's distribution over the vocabulary, position by
-position: [N].
+"""Divergences between a teacher's and a student's distribution over the vocabulary.
+
+There is one value per position: [N].
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ def divergence(
 def top_divergence(
     student: Tensor, ids: Tensor, logprobs: Tensor, kind: str, beta: float = 0.5
 ) -> Tensor:
-    """The divergence at temperature 1 when of the teacher only its k likeliest tokens [N, k] are
-    known: all others are one more token.
+    """Returns the divergence [N] at temperature 1 from the k likeliest tokens of the teacher alone.
 
-    Never more than the whole divergence, and without the bias of a distribution that is cut off
-    (2503.16870). `student` [N, V]: logits.
+    `ids` and `logprobs` are these tokens [N, k]. All other tokens count as one more token. The
+    result is never more than the whole divergence, and it is without the bias of a distribution
+    that is cut off (2503.16870). `student` [N, V]: logits.
     """
     s = torch.log_softmax(student.float(), -1)
     return between(_with_rest(s.gather(-1, ids)), _with_rest(logprobs.float()), kind, beta)

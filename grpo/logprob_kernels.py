@@ -1,10 +1,8 @@
 """Log-probabilities and entropies of given tokens on a GPU.
 
-Triton kernels that read the logits once.
-
-A logit is read once for the values and once for the gradient, and nothing of the vocabulary's size
-but the gradient is written. The same in PyTorch's own operations (grpo/logprobs.py) takes eight
-passes over float32 copies. Computed in float32, whatever the logits' dtype.
+The Triton kernels read a logit once for the values and once for the gradient, and write nothing of
+the vocabulary's size but the gradient. The same in PyTorch's own operations (grpo/logprobs.py)
+takes eight passes over float32 copies. Computed in float32, whatever the logits' dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ LOWEST = -1e30  # in place of logits past the end of a row: exp() of it is 0, an
 def values(logits: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns three float32 tensors [N] for logits [N, V] divided by the temperature.
 
-    log-probabilities of `targets` [N], entropies, and the logarithms of the softmax's denominators.
+    They are the log-probabilities of `targets` [N], the entropies, and the logarithms of the
+    softmax's denominators.
     """
     logprobs, entropies, normalisers = (
         torch.empty(len(logits), device=logits.device) for _ in range(3)
@@ -53,8 +52,9 @@ def gradient(
     *,
     temperature: float,
 ) -> Tensor:
-    """Returns the gradient [N, V], in the logits' dtype, of sum(grad x logprobs) + sum(entropy_grad
-    x entropies).
+    """Returns the gradient [N, V] with respect to the logits, in their dtype.
+
+    It is the gradient of sum(grad x logprobs) + sum(entropy_grad x entropies).
 
     d logprob / d logit = (onehot - p) / temperature, d entropy / d logit = -p (log p + entropy) /
     temperature.

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 class Policy(nn.Module):
-    """A causal language model that returns log-probabilities and entropies of given tokens at a
-    temperature.
+    """A causal language model that returns log-probabilities and entropies of given tokens.
+
+    The logits are divided by a temperature.
 
     The output head runs only where `token_mask` is set, `chunk` positions at a time, and its logits
     are computed again in the backward pass: memory is chunk x V, whatever the batch.
@@ -42,6 +43,7 @@ class Policy(nn.Module):
         soft: Soft | None = None,
         ulysses: Any = None,
     ) -> None:
+        """`temperature` divides the logits; `chunk` is how many positions the head does at once."""
         super().__init__()
         self.model: Any = model
         self.temperature = temperature
@@ -112,9 +114,10 @@ class Policy(nn.Module):
     def _states(
         self, batch: Batch, layers: list[int] | None = None
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Returns the last hidden states that predict completion tokens, row by row, those of
-        `layers` (default: the projected), and the tokens' places [B, T]: all of them, or this
-        rank's.
+        """Returns states that predict completion tokens, those of `layers`, and the tokens' places.
+
+        The states are the last hidden states, row by row. `layers` defaults to the projected
+        layers. The places are [B, T]. All three are of all completion tokens, or of this rank's.
         """
         layers = (
             [int(name.split("_")[0]) for name in self.projections] if layers is None else layers
@@ -159,8 +162,9 @@ class Policy(nn.Module):
         )
 
     def _divergence(self, states: Tensor, theirs: Tensor) -> Tensor:
-        """Returns the divergence from the teacher at each position, logits and all computed again
-        in the backward pass.
+        """Returns the divergence from the teacher at each position.
+
+        In the backward pass everything is computed again, the logits included.
         """
         teacher, soft = self._teacher[0], self._soft
         assert teacher is not None and soft is not None

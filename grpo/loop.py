@@ -243,8 +243,9 @@ class Loop:
     def _penalties(
         self, groups: list[ScoredGroup]
     ) -> tuple[list[list[list[float]]] | None, dict[str, float]]:
-        """Returns the groups' `costs`, nested as they are, and the mean cost of a token before its
-        coefficient.
+        """Returns the groups' `costs`, nested as the groups are, and the metric `kl/ref`.
+
+        The metric is the mean cost per token before its coefficient.
         """
         zeros = [[(0.0,) * length for length in row] for row in lengths(groups)]
         # the undecided too: places stay
@@ -260,8 +261,9 @@ class Loop:
         }
 
     def costs(self, samples: list[Sample]) -> list[list[float]] | None:
-        """Returns, with the KL in the reward or with a teacher, what each completion token of each
-        sample costs; otherwise None.
+        """Returns what each completion token of each sample costs.
+
+        There are costs with the KL in the reward or with a teacher. Otherwise it returns None.
         """
         algorithm = self.config.algorithm
         if not samples or not (
@@ -362,7 +364,8 @@ class Loop:
     def _attach(self, parts: list[list[Sample]]) -> list[list[Batch]]:
         """Returns the mini-batches with what the recipe needs before the first update.
 
-        Old and reference logprobs, the top entropies.
+        These are the old and reference logprobs, and advantages of 0 where the entropy is not among
+        the top.
         """
         algorithm, epochs = self.config.algorithm, self.config.train.epochs
         built = [self._batches(part) for part in parts]
@@ -424,7 +427,7 @@ class Loop:
     def evaluate(self, row: dict[str, Any]) -> None:
         """Adds accuracy and the other metrics on held-out problems to a row.
 
-        Keeps the completions.
+        It keeps the completions.
         """
         if not self.held_out:
             return
@@ -449,6 +452,7 @@ class Loop:
             )
 
     def record(self, row: dict[str, Any]) -> None:
+        """Writes and shows rank 0's row of metrics, and notes its findings that raise an alarm."""
         # times differ, what is made of them must not
         row = ranks.gather("the other ranks' row", row)[0]
         self.latest = {key: value for key, value in row.items() if isinstance(value, (int, float))}

@@ -64,7 +64,7 @@ def load_policy(config: RunConfig, model_dir: Path, attention: str) -> Any:
 def of(model: nn.Module) -> dict[str, Any]:
     """Returns the layers with adapters by the hub's name of their weight.
 
-    None in a model without.
+    The result is empty for a model without adapters.
     """
     if not hasattr(model, "peft_config"):
         return {}

@@ -1,6 +1,6 @@
 """What a person sees of a run.
 
-One line a rollout or a live status, and the same numbers in metrics.jsonl and in trackers.
+It is one line per rollout or a live status. The same numbers are in metrics.jsonl and in trackers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Display:
     """
 
     def __init__(self, mode: str, total: int, unit: str = "rollout") -> None:
+        """`total`: how many `unit`s the run has; mode auto is live on a terminal, else line."""
         # A copy of stderr: libraries' output is sent elsewhere while models load.
         self._console = Console(file=os.fdopen(os.dup(2), "w"), highlight=False, soft_wrap=True)
         self._mode = {"auto": "live" if self._console.is_terminal else "line"}.get(mode, mode)
@@ -37,13 +38,14 @@ class Display:
             self._status.start()
 
     def say(self, text: str) -> None:
+        """Prints a line of text, unless the mode is off."""
         if self._mode != "off":
             self._console.print(text, markup=False)
 
     def begin(self, done: int) -> None:
-        """Marks where the work that the time left is reckoned from begins.
+        """Marks the start of the work from which the time left is estimated.
 
-        After loading, at `done` steps when resumed.
+        It is called after loading, at `done` steps when resumed.
         """
         self._began = (done, time.monotonic())
 
@@ -75,6 +77,7 @@ class Display:
             )
 
     def close(self) -> None:
+        """Ends the live status, if there is one."""
         if self._status:
             self._status.stop()
 
@@ -112,8 +115,10 @@ class Trackers:
     def __init__(
         self, settings: configs.Logging, run_dir: Path, run_id: str, resolved: dict[str, Any]
     ) -> None:
-        """`run_id` is the run's own for life, so that a resumed run goes on in the same place and
-        no two runs share one.
+        """Opens every tracker that the settings name.
+
+        `run_id` is the run's own for life: a resumed run goes on in the same place, and no two runs
+        share one.
         """
         self._sinks: list[Any] = []
         for name in settings.trackers:
@@ -125,14 +130,17 @@ class Trackers:
                 ) from None
 
     def log(self, row: dict[str, Any]) -> None:
+        """Sends the numbers of a row of metrics to every tracker."""
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         for write, _ in self._sinks:
             write(numbers, int(row["step"]))
 
     def __enter__(self) -> Trackers:
+        """Returns the trackers; the end of the `with` block closes them."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Closes every tracker."""
         for _write, close in self._sinks:
             close()
 
@@ -175,11 +183,13 @@ class Timer:
     """
 
     def __init__(self) -> None:
+        """Starts the clock of `time/total_s`."""
         self.seconds: dict[str, float] = {}
         self._start = time.monotonic()
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the seconds of the `with` block to a phase."""
         start = time.monotonic()
         try:
             yield
@@ -187,6 +197,7 @@ class Timer:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 
     def metrics(self) -> dict[str, float]:
+        """Returns the seconds of each phase, of the rest and in total, as `time/` metrics."""
         total = time.monotonic() - self._start
         phases = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
         return phases | {"time/rest_s": total - sum(self.seconds.values()), "time/total_s": total}

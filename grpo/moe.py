@@ -52,7 +52,7 @@ def check(model: Any, aux_coef: float, freeze: bool) -> None:
 def balance_loss(model: Any, router_logits: Any, mask: Tensor | None) -> Tensor:
     """Returns experts x sum over experts of (share of tokens x mean probability), over all layers.
 
-    At its least 1 x experts a token.
+    Its minimum is 1 x the experts per token.
 
     Source: Switch Transformer 2101.03961 Eq. 4-6, as transformers computes it. `mask` [B, T]: which
     positions count.

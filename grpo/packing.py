@@ -1,6 +1,6 @@
-"""One stream without padding for a micro-batch.
+"""One stream without padding for a micro-batch, and the attention that reads it.
 
-Each distinct prompt once, then every completion; and the attention that reads it.
+The stream has each distinct prompt once, then every completion.
 
 Linear layers, norms and the head see [1, N]: no padding, and a group's prompt only once, so a group
 of 8 with prompts as long as its completions costs 9 lengths and not 16. A completion attends to its
@@ -48,7 +48,7 @@ class Rows:
 class Spans:
     """The stream as R sequences of different lengths.
 
-    The prompts, then the completions that have inputs.
+    The prompts come first, then the completions that have inputs.
 
     The queries are the stream itself. The keys of a completion are its prompt's and its own, so
     they are longer: K places in all. With prompt (5, 6) and completions (7, 8), (9,): the stream is
@@ -67,7 +67,7 @@ class Spans:
 class Layout:
     """Where everything lies in the stream of N tokens.
 
-    Each distinct prompt once, then the inputs of every completion.
+    Each distinct prompt comes once, then the inputs of every completion.
 
     With prompt (5, 6) and completions (7, 8), (9,): the stream is 5 6 7, for the last token of a
     completion predicts nothing.
@@ -84,8 +84,9 @@ class Layout:
 
 
 def has_kernel(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    """Returns whether FlashAttention's variable-length kernel takes this model's attention
-    (`config`: transformers').
+    """Returns whether FlashAttention's variable-length kernel takes this model's attention.
+
+    `config`: transformers' config of the model.
     """
     if getattr(config, "kv_lora_rank", None):  # DeepSeek's values are narrower than its keys
         return False
@@ -114,7 +115,7 @@ def layout(
 ) -> Layout:
     """Returns the layout of sequences (prompt then completion, without padding).
 
-    With `spans` for FlashAttention's kernel, if `kernel` is set, otherwise with padded `rows`.
+    It has `spans` for FlashAttention's kernel if `kernel` is set, otherwise padded `rows`.
     """
     prompts: dict[tuple[int, ...], int] = {}
     prompt_of = [
@@ -151,9 +152,10 @@ def _index(values: Sequence[int], device: torch.device) -> Tensor:
 def _rows(
     sizes: Sequence[int], counts: Sequence[int], prompt_of: Sequence[int], device: torch.device
 ) -> Rows:
-    """Arguments.
+    """Returns the stream in padded rows.
 
-    Tokens of each prompt, inputs of each completion, the prompt of each completion.
+    `sizes`: tokens of each prompt. `counts`: inputs of each completion. `prompt_of`: the prompt of
+    each completion.
     """
     starts = _starts([*sizes, *counts])
     width, depth = max(sizes), max(counts)
@@ -180,7 +182,7 @@ def _rows(
 def _spans(
     sizes: Sequence[int], counts: Sequence[int], prompt_of: Sequence[int], device: torch.device
 ) -> Spans:
-    """Arguments as of `_rows`.
+    """Returns the stream as sequences of different lengths; the arguments are those of `_rows`.
 
     A completion without inputs (one token) has no queries and is left out.
     """
@@ -218,8 +220,9 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 def _padded(starts: Sequence[int], sizes: Sequence[int], width: int) -> tuple[list[int], list[int]]:
-    """Returns the stream places of rows padded to `width` (0 where padded), and the places in the
-    rows of what is not padding.
+    """Returns the stream places of padded rows, and the places in the rows of what is not padding.
+
+    A row is padded to `width` places, with 0.
     """
     index = [
         start + i if i < size else 0
@@ -317,8 +320,9 @@ def _varlen_attention() -> Callable[..., Any]:
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, packed: Rows | None, scaling: float) -> Tensor:
-    """Returns [prompt and completion tokens, Hq, D] from query [N, Hq, D], key and value [N, Hkv,
-    D].
+    """Returns [prompt and completion tokens, Hq, D].
+
+    Query is [N, Hq, D], key and value are [N, Hkv, D].
     """
     assert packed is not None
 

@@ -1,5 +1,6 @@
-"""A name in a config is a file in a folder (`rewards/accuracy.py`), or `package.module:function`
-from outside.
+"""Finds the functions that a config names.
+
+A name is a file in a folder (`rewards/accuracy.py`), or `package.module:function` from outside.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ RewardFunction = Callable[
 def names(package: str) -> list[str]:
     """Returns the names that a package's folder offers.
 
-    Its files that do not begin with an underscore.
+    They are its files that do not begin with an underscore.
     """
     folder = Path(importlib.import_module(package).__path__[0])
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
 def find(package: str, name: str, function: str, key: str) -> Callable[..., Any]:
-    """Returns `function` of the file `name` in a package's folder, or the function that
-    `module:function` names.
+    """Returns `function` of the file `name` in a package's folder.
+
+    If the name is `module:function`, it returns the function that this names.
 
     Raises UserError that begins with the config's `key` and lists what there is.
     """
@@ -85,11 +87,12 @@ def rewards(chosen: Mapping[str, Reward], pool: Pool) -> dict[str, tuple[RewardF
 def reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
     """Returns a reward for whole groups from any of three kinds of function.
 
-    They are told apart by their parameters: ours `f(completion, problem, **options) -> float |
-        Score | Verdict | None`, or TRL's `f(prompts,
-    completions, **columns) -> list`. A third, `f(groups, prompts, **options)`, sees a whole
-    rollout: for rewards that ask a server. One whose file has a `TIMEOUT_S` runs in the pool; a
-    `prepare(**options)` beside it is called here, once, and may refuse.
+    They are told apart by their parameters. Ours is `f(completion, problem, **options) -> float |
+    Score | Verdict | None`. TRL's is `f(prompts, completions, **columns) -> list`. The third,
+    `f(groups, prompts, **options)`, sees a whole rollout: for rewards that ask a server.
+
+    A function of ours whose file has a `TIMEOUT_S` runs in the pool. A `prepare(**options)` beside
+    a function is called here, once, and may refuse.
     """
     function = find("rewards", name, "reward", "rewards")
     parameters = inspect.signature(function).parameters
@@ -157,7 +160,7 @@ def _call_in_pool(
 def verdict_of(failure: Failure) -> Verdict:
     """Returns what a call that was killed is worth.
 
-    Undecided when we lost it, wrong when it took too much.
+    It is undecided when we lost the call, and wrong when the call took too much.
     """
     return Verdict(
         value="undecided" if failure.kind in ("lost", "error") else "wrong", reason=failure.reason

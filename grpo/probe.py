@@ -32,6 +32,8 @@ MOST_RAISED = 2.0
 
 
 class Probe:
+    """Compares the logprobs of engine and learner on tokens that the engine samples."""
+
     def __init__(
         self,
         engine: Engine,
@@ -45,10 +47,7 @@ class Probe:
         packed: bool = False,
         rounds: bool = False,
     ) -> None:
-        """`rounds`.
-
-        Engine or learner computes in less than float32, so that the two differ by rounding.
-        """
+        """`rounds`: engine or learner computes in less than float32, so they differ by rounding."""
         self._engine, self._learner = engine, learner
         self._requests = [Request(prompt_ids=ids, seed=i) for i, ids in enumerate(prompts)]
         self._options = SamplingOptions(max_tokens=tokens, temperature=temperature, ignore_eos=True)
@@ -60,7 +59,7 @@ class Probe:
     def gap(self) -> float:
         """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens.
 
-        Of all copies of the model the largest.
+        With several copies of the model it returns the largest mean.
         """
         copies = ranks.together(
             "the probe's samples", lambda: self._engine.prove(self._requests, self._options)
@@ -116,8 +115,9 @@ class Probe:
         return gap
 
     def _quiet_perturbation(self) -> tuple[int, float]:
-        """Returns the seed of a perturbation under which rounding changes little, and by how much
-        it changes a logprob.
+        """Returns the seed of a perturbation under which rounding changes little, and the noise.
+
+        The noise is how much rounding changes a logprob.
 
         In bfloat16 some perturbations make a model so sensitive that two right implementations
         disagree: on SmolLM2-135M the noise of twelve of them lay between 0.03 and 0.7, where a
@@ -135,9 +135,10 @@ class Probe:
         return best_seed, least_noise if math.isfinite(least_noise) else 0.0
 
     def _rounding_noise(self, seed: int) -> float:
-        """Returns the mean |difference of logprobs| that the learner finds on the prompts' second
-        halves when the perturbed weights are jittered: within a factor of two of what computing in
-        bfloat16 does.
+        """Returns the mean |difference of logprobs| when the perturbed weights are jittered.
+
+        The learner scores the second halves of the prompts. The result is within a factor of two of
+        what computing in bfloat16 does.
         """
         samples = []
         for request in self._requests:

@@ -97,14 +97,14 @@ class Prompts:
     def for_rewards(self, problem: Problem) -> str | list[dict[str, str]]:
         """Returns the prompt as TRL's reward functions expect it.
 
-        Messages for a chat template, else text.
+        It is a list of messages for a chat template, else text.
         """
         return self.messages(problem) if self._settings.template == "chat" else self.text(problem)
 
     def prefill(self, problem: Problem) -> str:
         """Returns the part of the prompt that belongs to the completion when it is judged.
 
-        `<think>` and what follows it, or nothing.
+        It is `<think>` and what follows it, or nothing.
         """
         text = self.text(problem)
         return text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
@@ -127,11 +127,11 @@ class Prompts:
     def target_ids(self, problem: Problem) -> tuple[int, ...]:
         """Returns the tokens of a worked solution as SFT teaches it.
 
-        Thoughts and answer in their tags, then the end of the turn.
+        They are thoughts and answer in their tags, then the end of the turn.
 
-        A solution with tags stands as it is; another is `<think>solution</think>
-        <answer>answer</answer>`. What the prompt prefills is not repeated. The end is the one that
-        stops a completion: the chat template's end of turn, or EOS.
+        A solution with tags stands as it is; another is
+        `<think>solution</think> <answer>answer</answer>`. What the prompt prefills is not repeated.
+        The end is the one that stops a completion: the chat template's end of turn, or EOS.
         """
         solution = problem.solution or ""
         if "<think>" not in solution:
@@ -217,13 +217,16 @@ class Chat:
     """
 
     def __init__(self, settings: configs.Prompt) -> None:
+        """`settings`: only the system prompt and the stop strings are used."""
         self.stop, self.stop_token_ids = tuple(settings.stop), tuple[int, ...]()
         self._system = settings.system
 
     def for_rewards(self, problem: Problem) -> list[dict[str, str]]:
+        """Returns the messages, the form in which TRL's reward functions expect a chat prompt."""
         return self.messages(problem)
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """Returns the system prompt, if any, and the question as messages."""
         user = {"role": "user", "content": problem.question}
         return (
             [{"role": "system", "content": SYSTEM.get(self._system, self._system)}, user]
@@ -232,12 +235,14 @@ class Chat:
         )
 
     def fitting(self, problems: Sequence[Problem]) -> Sequence[Problem]:
+        """Returns all problems, because their lengths in tokens are not known."""
         return problems
 
 
 def visible(text: str, tokenizer: Any) -> str:
-    """Returns a rendered prompt with its special tokens in ⟦ ⟧ and line ends marked, as `--dry-run`
-    shows it.
+    """Returns a rendered prompt with its special tokens and line ends marked.
+
+    Special tokens are in ⟦ ⟧. `--dry-run` shows this text.
     """
     for token in sorted(set(tokenizer.all_special_tokens), key=len, reverse=True):
         text = text.replace(token, f"⟦{token}⟧")

@@ -24,21 +24,21 @@ _limit = timedelta(minutes=30)
 
 
 class Alone(RunError):
-    """What one rank met in the middle of an exchange.
-
-    It cannot tell the others, it ends, and with it the job.
-    """
+    """A rank failed inside a collective and cannot notify the others; it ends, and the job ends."""
 
 
 def rank() -> int:
+    """Returns the rank of this process among all, 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def count() -> int:
+    """Returns how many ranks there are on all machines, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
+    """Returns the rank of this process on its machine, 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -51,7 +51,7 @@ def local_count() -> int:
 def adopt_srun() -> None:
     """Takes the place in the group from `srun`, which sets variables of its own.
 
-    torchrun and deepspeed set torch's.
+    torchrun and deepspeed set torch's variables.
     """
     given = os.environ
     # a batch script is no step
@@ -172,7 +172,7 @@ def together(what: str, work: Callable[[], T]) -> list[T]:
 def of_all(error: Exception) -> bool:
     """Returns whether every rank has met an error, so that all can still do something together.
 
-    Write a checkpoint, say.
+    They can write a checkpoint, for example.
     """
     return count() == 1 or hasattr(error, "of_all")
 
@@ -180,7 +180,7 @@ def of_all(error: Exception) -> bool:
 def sum_seconds(num_bytes: int, tries: int = 5) -> float:
     """Returns the seconds in which all ranks sum `num_bytes` of float32.
 
-    The largest of the ranks' medians.
+    It is the largest of the ranks' medians.
     """
     import torch
 
@@ -199,8 +199,9 @@ def sum_seconds(num_bytes: int, tries: int = 5) -> float:
 
 
 def share(size: int) -> tuple[tuple[int, int], bool]:
-    """Returns `(n, of how many parts)` for work of which `size` neighbours share a part, and
-    whether this one tells what came of it.
+    """Returns `((part, parts), reports)`: this rank's part of some work, and whether it reports it.
+
+    `size` neighbouring ranks share a part. The first of them reports what came of it.
     """
     return (rank() // size, count() // size), rank() % size == 0
 
@@ -216,8 +217,9 @@ def spread(what: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
 
 
 def first(what: str, work: Callable[[], T]) -> T:
-    """Rank 0 does the work before the others do it, which then find what it made (a download, a
-    directory).
+    """Returns the result of `work`, which rank 0 does before the other ranks do it.
+
+    The others then find what rank 0 made (a download, a directory).
     """
     made: list[T] = []
     together(what, lambda: made.append(work()) if rank() == 0 else None)

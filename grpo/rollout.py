@@ -60,9 +60,9 @@ def sample(
     on_progress: Callable[[int, int], None] | None = None,
     share: slice = slice(None),
 ) -> list[Group]:
-    """Returns one group of `group_size` completions a problem, in order.
+    """Returns one group of `group_size` completions per problem, in order.
 
-    Only of the problems at `share`, with the seeds that they have among all.
+    Only the problems at `share` are sampled, with the seeds that they have among all.
     """
     ids = [prompts.ids(problem) for problem in problems]
     seen: dict[str, int] = {}
@@ -209,7 +209,7 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
 def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
     """Returns how many versions older than the learner's the weights were that sampled each token.
 
-    Mean, most, and tokens by age.
+    The metrics are the mean, the maximum, and the tokens by age.
     """
     spans = [
         span
@@ -233,9 +233,10 @@ def sample_rows(
     used: Sequence[ScoredGroup] = (),
     values: Sequence[Sequence[tuple[float, ...]]] = (),
 ) -> list[dict[str, Any]]:
-    """Returns one JSON object a completion.
+    """Returns one JSON object per completion.
 
-    What was asked, what came, and how it was judged; its advantage if it is used now.
+    It has what was asked, what came, how it was judged, and the advantage if the completion is used
+    now.
     """
     of_group = {id(scored): rows for scored, rows in zip(used, values, strict=True)}
     return [
@@ -261,9 +262,9 @@ def sample_rows(
 
 
 def advantage_histogram(samples: Sequence[Sample]) -> list[int]:
-    """Returns samples by the mean advantage of their tokens.
+    """Returns how many samples have which mean advantage of their tokens.
 
-    Bins of 0.5 around -4 to 4, the outer ones hold what lies beyond.
+    The bins are 0.5 wide, around -4 to 4. The outer ones hold what lies beyond.
     """
     means = [mean(sample.advantages) for sample in samples]
     return _histogram(
@@ -287,11 +288,10 @@ def evaluate(
     run_seed: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Returns `eval/` metrics of held-out problems, means over `samples` completions each, and the
-    rows of `sample_rows`.
+    """Returns `eval/` metrics of held-out problems, and the rows of `sample_rows`.
 
-    Above temperature 0 a greedy completion a problem is judged too, as `eval/greedy/`. The seeds
-    are the same at every call.
+    The metrics are means over `samples` completions per problem. Above temperature 0 one greedy
+    completion per problem is judged too, as `eval/greedy/`. The seeds are the same at every call.
     """
     metrics: dict[str, float] = {}
     kept: list[dict[str, Any]] = []

@@ -1,9 +1,11 @@
-"""The least time that a rollout, an update and a sync can take on this machine, from its measured
-matrix rate and memory bandwidth; and what memory learner and engine need.
+"""The least time of a rollout, an update and a sync on this machine, and the memory they need.
+
+The times follow from the machine's measured matrix rate and memory bandwidth. The memory is that of
+learner and engine.
 
 `time / bound` says how far a phase is from the machine, not from another program. Formulas: a
-decode step reads all weights and the KV cache, or computes 2 FLOP a weight and sequence, whichever
-is longer; training computes 6 FLOP a weight and token.
+decode step reads all weights and the KV cache, or computes 2 FLOP per weight and sequence,
+whichever is longer; training computes 6 FLOP per weight and token.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ GB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
+    """This machine's measured rates: matrix products in FLOP/s, memory in bytes/s."""
+
     flops: float  # matrix products in the policy's dtype, FLOP/s
     bandwidth: float  # bytes/s read and written by a copy
 
@@ -101,7 +105,8 @@ def bounds(
 ) -> dict[str, float]:
     """Returns the least seconds of `rollout`, `update` and `sync` for what was sampled.
 
-    Prompts once a group, completions as long as they are; rollout and update shared among `ranks`.
+    Prompts count once per group, completions as long as they are. Rollout and update are shared
+    among `ranks`.
     """
     prompts = [len(group.prompt_ids) for group in groups]
     rows = [
@@ -132,8 +137,10 @@ def bounds(
 
 
 def _decode(machine: Machine, model: Shape, rows: Sequence[tuple[int, int]]) -> float:
-    """Step t reads the weights and the cache of the sequences that are not done, or computes for
-    them.
+    """Returns the least seconds of decoding completions; `rows`: tokens of prompt and completion.
+
+    Step t reads the weights and the cache of the sequences that are not done, or computes for them,
+    whichever is longer.
     """
     ordered = sorted(rows, key=lambda row: row[1])
     active, context, done, seconds = len(rows), sum(prompt for prompt, _ in rows), 0, 0.0
@@ -156,13 +163,13 @@ def memory(
     ranks: int = 1,
     reference: int | None = None,
 ) -> dict[str, float]:
-    """Returns bytes by part.
+    """Returns the bytes that one of `ranks` learners of a stage holds, by part.
 
-    What one of `ranks` learners of a stage holds at the longest sequences; `reference`: the
-    teacher's weights. Estimates, within a third of what is measured.
+    They are those at the longest sequences. `reference`: how many weights the teacher has. The
+    values are estimates, within a third of what is measured.
 
-    Mixed-precision Adam: 2 + 4 + 4 + 8 bytes a weight (ZeRO 1910.02054 section 3.1, float32
-    gradients); activations 34 bytes a token, hidden unit and layer without checkpointing
+    Mixed-precision Adam: 2 + 4 + 4 + 8 bytes per weight (ZeRO 1910.02054 section 3.1, float32
+    gradients); activations 34 bytes per token, hidden unit and layer without checkpointing
     (2205.05198 Eq. 2, without its attention matrices), 2 with it.
     """
     learner, tokens = (
@@ -205,10 +212,10 @@ def sizing(
     vocabulary: int,
     gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
 ) -> list[str]:
-    """Returns a table in markdown.
+    """Returns a table in markdown with one row for each number of learner GPUs.
 
-    For each number of learner GPUs what a learner holds, what an engine beside it does, and what of
-    it an 80 GB GPU has room for: both at once, or in turns (engine.sleep).
+    A row has what a learner holds, what an engine beside it holds, and what of it an 80 GB GPU has
+    room for: both at once, or in turns (engine.sleep).
     """
     lines = [
         "| GPUs | learner, GB a GPU | engine: weights | cache of all its sequences | on 80 GB |",

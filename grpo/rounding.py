@@ -1,9 +1,7 @@
-"""Fewer bits.
+"""Fewer bits: how weights and activations are rounded, and a model that learns with that rounding.
 
-How weights and activations are rounded, by compressed-tensors; and a model that learns with that
-rounding in its way (QAT).
-
-The rounding is the same in training and in what `grpo quantize` writes, clipped ranges included.
+compressed-tensors does the rounding. Learning with it is quantisation-aware training (QAT). The
+rounding is the same in training and in what `grpo quantize` writes, clipped ranges included.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ def arguments(scheme: str, group_size: int) -> tuple[QuantizationArgs, Quantizat
 def best_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
     """Returns the scales of a weight [out, in].
 
-    [1], [out, 1] or [out, groups], each clipped where its own squared error is least.
+    They are [1], [out, 1] or [out, groups], each clipped where its own squared error is least.
     """
     import torch
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -98,9 +96,11 @@ def check_groups(model: Any, key: str, group_size: int) -> None:
 
 
 def learn_rounded(model: Any, scheme: str, group_size: int) -> None:
-    """Makes every linear layer but the head compute with rounded weights (and activations, in
-    int8), in place. Gradients pass the rounding as if it were not there (straight-through,
-    1308.3432; Jacob et al. 1712.05877); weights stay as they are. Raises UserError.
+    """Makes every linear layer but the head compute with rounded weights, in place.
+
+    In int8 the activations are rounded too. Gradients pass the rounding as if it were not there
+    (straight-through, 1308.3432; Jacob et al. 1712.05877). The weights stay as they are. Raises
+    UserError.
     """
     weights, activations = arguments(scheme, group_size)
     if scheme == "int4":

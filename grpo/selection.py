@@ -25,6 +25,8 @@ MAX_SKIPPED = 10_000  # problems in a row that a filter may refuse
 
 @dataclass(kw_only=True)
 class Selection:
+    """Draws the problems of a rollout and chooses the groups to learn from."""
+
     algorithm: Algorithm
     size: int  # groups a rollout learns from
     take: Callable[[int, int], list[Problem]]  # (position, n) -> training problems
@@ -129,6 +131,7 @@ class Selection:
         )
 
     def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps: position, carried groups, pass rates, and the stream."""
         streamed = {"stream": self.stream.state()} if self.stream else {}
         return {
             "position": self.position,
@@ -137,6 +140,7 @@ class Selection:
         } | streamed
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restores position, carried groups and pass rates from a checkpoint's state."""
         self.position, self.rates = state["position"], dict(state["rates"])
         self.carried = [scored_group(tree) for tree in state["carried"]]
 
@@ -144,7 +148,7 @@ class Selection:
 def teaches(scored: ScoredGroup) -> bool:
     """Returns whether a group has right and wrong completions.
 
-    Without verdicts, different rewards.
+    Without verdicts it returns whether the rewards differ.
     """
     values = {verdict.value for verdict in scored.verdicts if verdict is not None}
     return {"correct", "wrong"} <= values if values else has_signal(scored.rewards)
@@ -153,7 +157,7 @@ def teaches(scored: ScoredGroup) -> bool:
 def pass_rate(scored: ScoredGroup) -> float:
     """Returns the share of a group that was right.
 
-    Without a verdict, of those with the highest reward when rewards differ, else 0.
+    Without verdicts it is the share with the highest reward if rewards differ, else 0.
     """
     verdicts = [
         verdict.value == "correct"

@@ -19,6 +19,7 @@ class Signals:
     """
 
     def __init__(self) -> None:
+        """Installs the handlers of SIGINT and SIGTERM in place of those that were there."""
         self.got: str | None = None
         self._held = False
         self._before = {
@@ -31,14 +32,15 @@ class Signals:
         self.restore()
 
     def check(self) -> None:
+        """Raises `Interrupted` if a signal has come, except within `held`."""
         if self.got and not self._held:
             raise Interrupted(self.got)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """No check interrupts what is done within.
+        """Within this context no `check` interrupts.
 
-        An exchange of several ranks, which one of them must not leave.
+        It is for an exchange of several ranks, which one of them must not leave.
         """
         self._held = True
         try:
@@ -47,5 +49,6 @@ class Signals:
             self._held = False
 
     def restore(self) -> None:
+        """Puts back the handlers that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -1,10 +1,11 @@
 """`grpo bench CONFIG --simulate DEVICE`.
 
-Step time, idle shares and the best split of 1 to 1,024 GPUs, reckoned from rates, not run.
+It computes step time, idle shares and the best split of 1 to 1,024 GPUs from rates, and runs
+nothing.
 
 Decoding reads weights and cache once a step or computes, whichever is longer (the roofline of
-grpo/roofline.py), and a sequence that ends makes room for the next; an update is 6 FLOPs a weight
-and token, 8 with gradient checkpointing; ZeRO exchanges 8 bytes a weight twice.
+grpo/roofline.py), and a sequence that ends makes room for the next; an update is 6 FLOPs per weight
+and token, 8 with gradient checkpointing; ZeRO exchanges 8 bytes per weight twice.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Step:
 def measured(rows: Sequence[dict[str, float]], first: dict[str, float]) -> Rates:
     """Returns the rates of a run, from its metrics.
 
-    The machine's own, and what share of the bounds its phases reached.
+    They are the machine's own rates, and what share of the bounds the run's phases reached.
     """
     share = {
         phase: median(row[f"bound/{phase}_s"] / row[f"time/{phase}_s"] for row in rows)
@@ -94,7 +95,7 @@ def measured(rows: Sequence[dict[str, float]], first: dict[str, float]) -> Rates
 def lengths(count: int, mean: float, longest: int, spread: float = 0.8) -> tuple[int, ...]:
     """Returns quantiles of a log-normal distribution of that mean, cut off at `longest`.
 
-    No chance in it.
+    Nothing is drawn at random.
     """
     normal = NormalDist(math.log(mean) - spread**2 / 2, spread)
     return tuple(
@@ -106,7 +107,7 @@ def lengths(count: int, mean: float, longest: int, spread: float = 0.8) -> tuple
 def decode_seconds(rates: Rates, model: Shape, own: Sequence[int], work: Work) -> float:
     """Returns how long one engine takes for completions of these lengths.
 
-    From one's end to the next, with all that run meanwhile.
+    It goes from the end of one completion to the next, with all that run meanwhile.
     """
     waiting, running, now, context, seconds = list(own)[::-1], list[int](), 0, 0, 0.0
     while waiting or running:
@@ -202,7 +203,7 @@ def best_split(rates: Rates, model: Shape, work: Work, devices: int, *, asynchro
 def table(rates: Rates, model: Shape, work: Work, sizes: Sequence[int] = SIZES) -> list[str]:
     """Returns a markdown table.
 
-    Colocated, synchronous with the best split, asynchronous with the best split.
+    It compares colocated, synchronous with the best split, and asynchronous with the best split.
     """
     lines = [
         "| GPUs | colocated | split, in turns | asynchronous | learn : sample | idle: learners, "

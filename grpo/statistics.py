@@ -15,8 +15,9 @@ RESAMPLES, LEVEL = 10_000, 0.95
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Returns the chance that one of k completions drawn from n, of which `right` are right, is
-    right: 1 - C(n - c, k) / C(n, k).
+    """Returns the chance that at least one of k completions drawn from n is right.
+
+    `right` of the n completions are right: 1 - C(n - right, k) / C(n, k).
 
     Unbiased. Source: Chen et al. 2107.03374 Eq. 1.
     """
@@ -40,8 +41,9 @@ def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval of the mean over problems (percentiles of 10,000
-    resamples, seeded).
+    """Returns the 95 % bootstrap interval of the mean over problems.
+
+    It comes from percentiles of 10,000 resamples, seeded.
     """
     means = _resampled(np.asarray(values, dtype=float), seed)
     return _bounds(means)
@@ -50,7 +52,8 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 def paired(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict[str, float]:
     """Returns how B differs from A on the same problems.
 
-    Mean difference, its interval, the two-sided p, and on how many each is better.
+    The values are the mean difference, its interval, the two-sided p, and on how many problems each
+    is better.
     """
     difference = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
     means = _resampled(difference, seed)

@@ -32,6 +32,8 @@ class _Item:
 
 
 class Stream:
+    """Samples and scores groups ahead of the learner; they are used in the order of their start."""
+
     def __init__(
         self,
         *,
@@ -102,7 +104,7 @@ class Stream:
     def state(self) -> dict[str, Any]:
         """Returns what a resume needs, in the order in which it is used.
 
-        Values that a checkpoint writes (grpo/checkpoint.py).
+        The values are those that a checkpoint writes (grpo/checkpoint.py).
         """
         with self._changed:
             items = [
@@ -131,6 +133,7 @@ class Stream:
                     self._start(item)
 
     def close(self) -> None:
+        """Cancels what is in flight and ends the thread that scores, waiting 5 s at most."""
         with self._changed:
             self._ended = True
             for item in self._items:

@@ -145,6 +145,7 @@ class Sample:
 
     @property
     def completion_length(self) -> int:
+        """Tokens of the completion: all that follow the prompt."""
         return len(self.token_ids) - self.prompt_length
 
 

@@ -141,8 +141,10 @@ def _same_number(predicted: str, expected: str) -> Verdict | None:
 
 
 def _with_unit(text: str) -> tuple[str, str]:
-    r"""`5.4 \text{ cents}` -> ("5.4", "cent"), `\$36` -> ("36", "dollar"), `3 million` ->
-    (`3*1000000`, "").
+    r"""Returns a value and its unit.
+
+    `5.4 \text{ cents}` -> ("5.4", "cent"), `\$36` -> ("36", "dollar"), `3 million` ->
+    ("(3)*1000000", "").
     """
     money = re.match(r"(-?)\s*\\?\$\s*(?=[\d.-])", text)
     text = money[1] + text[money.end() :] if money else text
@@ -218,10 +220,10 @@ def _same_collection(predicted: str, expected: str) -> Verdict | None:
 
 
 def _elements(text: str) -> tuple[str, list[str]]:
-    r"""Kind and elements.
+    r"""Returns the kind of a collection and its elements.
 
     `\{1,2\}` -> ("set", ["1", "2"]), `(3,4]` -> ("(]", ["3", "4"]), `5` -> ("", ["5"]); `a \pm b`
-    is two.
+    is two elements.
     """
     matrix = re.fullmatch(r"([^&]*?)\\begin\{([pb]?)matrix\}(.*)\\end\{\2matrix\}", text)
     if matrix and "matrix}" not in matrix[3]:
@@ -311,8 +313,9 @@ def _same_in_sympy(predicted: str, expected: str) -> Verdict:
 
 
 def _check_bounds(predicted: str, expected: str) -> None:
-    """Raises TooLarge for a prediction that sympy could take long over, by rule and not by the
-    clock.
+    """Raises TooLarge for a prediction that sympy could take long over.
+
+    It decides by rule and not by the clock.
     """
     heavy = next(
         (

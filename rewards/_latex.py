@@ -119,7 +119,7 @@ def normalise(text: str) -> str:
 
 
 def braced(text: str) -> str:
-    r"""Arguments in braces.
+    r"""Returns the text with the arguments of `\frac` and `\sqrt` in braces.
 
     `\frac12` -> `\frac{1}{2}`, `\frac{270}7`, `\sqrt2`, `\sqrt[3]5` likewise.
     """
@@ -157,8 +157,9 @@ def braced(text: str) -> str:
 
 
 def closing(text: str, start: int) -> int:
-    """Where the bracket at `start` is closed by its own kind of brace or by any of ) and ]; -1 if
-    nowhere.
+    """Returns where the bracket at `start` is closed, -1 if nowhere.
+
+    Brackets of all kinds count alike: any of ), ] and } closes one.
     """
     depth = 0
     for i in range(start, len(text)):

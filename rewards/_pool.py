@@ -42,8 +42,8 @@ _How = tuple[str, float, dict[str, Any]]  # function, time limit, options
 class Failure:
     """Why a call has no answer.
 
-    It raised an `error`; its own doing (`timeout`, `memory`, `crash`); or ours: `lost`, killed
-    twice.
+    The call raised an `error`. It failed by its own doing: `timeout`, `memory`, `crash`. Or the
+    fault is ours: `lost`, killed twice.
     """
 
     kind: Literal["error", "timeout", "memory", "crash", "lost"]
@@ -51,13 +51,17 @@ class Failure:
 
 
 class Pool:
-    """`Pool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` ->
+    """Worker processes that call functions by name, each call under a time limit.
+
+    `Pool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` ->
     `[Verdict(value="correct")]`.
     """
 
     def __init__(self, workers: int | None = None, *, memory_gb: float = 4.0) -> None:
-        """At most `workers` processes (default: the cores, up to 8) of `memory_gb` of address space
-        each. Starts none yet.
+        """Sets the limits; starts no process yet.
+
+        There are at most `workers` processes (default: the cores, up to 8) of `memory_gb` of
+        address space each.
         """
         self._most = workers or min(os.cpu_count() or 1, 8)
         self._memory_gb = memory_gb
@@ -87,11 +91,11 @@ class Pool:
         timeout_s: float,
         options: Mapping[str, Any] | None = None,
     ) -> list[Any]:
-        """Returns, in order, what `module:function` returns for each call's arguments and the
-        common `options`, or a `Failure`.
+        """Returns, in order, what `module:function` returns for each call, or a `Failure`.
 
-        A call past its limit is killed. One whose worker was killed from outside, crashed, or had
-        no processor, is made once more. Raises RuntimeError when a worker cannot load the function.
+        The function gets the call's arguments and the common `options`. A call past its limit is
+        killed. A call whose worker was killed from outside, crashed, or had no processor is made
+        once more. Raises RuntimeError when a worker cannot load the function.
         """
         # forked: the workers, and whoever holds the lock, are the parent's
         if self._pid != os.getpid():

@@ -1,6 +1,7 @@
 """Runs a hostile Python program.
 
-No network, no files but the interpreter's (read-only) and an empty folder, bounded in everything.
+The program has no network and no files but the interpreter's (read-only) and an empty folder, and
+is bounded in everything.
 
 Linux namespaces take away the network, other processes, the machine's files and escape by fork;
 rlimits bound processor, memory, file size, processes and open files; the clock kills the whole
@@ -223,8 +224,9 @@ def _namespaces(libc: Any) -> bool:
 
 
 def _new_root(libc: Any, root: str, prefixes: list[str]) -> None:
-    """Makes a root of the interpreter's folders, read-only, and an empty /sandbox of 16 MiB, which
-    becomes the working directory.
+    """Makes a new root and changes into its folder /sandbox.
+
+    The root has the interpreter's folders, read-only. /sandbox is empty and has 16 MiB.
     """
 
     def mount(

@@ -63,8 +63,10 @@ os._exit(0)
 def prepare(
     isolation: Literal["namespaces", "rlimits"] = "namespaces", timeout_s: float = 10.0, **_: object
 ) -> None:
-    """Raises UserError when this machine cannot make the sandbox, or when the time limit is of no
-    use.
+    """Checks that this machine can make the sandbox, and that the options are usable.
+
+    Raises UserError when the sandbox cannot be made, the isolation is unknown, or the time limit is
+    of no use.
     """
     if not 0 < timeout_s <= TIMEOUT_S / 2:
         raise UserError(
@@ -131,7 +133,7 @@ def reward(
 def extract(text: str) -> str | None:
     """The program of a completion.
 
-    The last fenced block of its answer, or the whole of what stands in `<answer>` tags.
+    It is the last fenced block of the answer, or the whole of what stands in `<answer>` tags.
     """
     answer = final_answer(text) if "<answer>" in visible(text) else None
     blocks: list[str] = []
@@ -147,8 +149,9 @@ def extract(text: str) -> str | None:
 
 
 def _judged(program: str, problem: Problem, token: str) -> str:
-    """The source that runs a program and its function tests, and prints the token when all have
-    passed.
+    """Returns the source that runs a program and its function tests.
+
+    The source prints the token when all tests have passed.
     """
     meta = problem.meta
     entry = str(meta.get("entry_point") or "")

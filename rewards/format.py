@@ -24,6 +24,7 @@ class FormatVerdict:
     reason: str = ""
 
     def __bool__(self) -> bool:
+        """Returns whether the completion is well-formed."""
         return self.ok
 
 
@@ -39,8 +40,10 @@ def reward(completion: Completion, problem: Problem) -> Score:
 
 
 def check(completion: str, prefilled: bool = False) -> FormatVerdict:
-    """Whether the four tags stand exactly once, lower case and in order, both parts filled, only
-    white space outside.
+    """Returns whether a completion is well-formed, and if not, why.
+
+    The four tags stand exactly once, lower case and in order; both parts are filled; outside there
+    is only white space.
 
     `prefilled`: the opening `<think>` stood at the end of the prompt and is put back in front.
     Linear in the text.

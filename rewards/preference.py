@@ -35,7 +35,9 @@ def prepare(
     api_key_env: str | None = None,
     **_: object,
 ) -> None:
-    """Raises UserError for a kind that is none, a key that is not set, or an endpoint that does not
+    """Checks the options and the endpoint.
+
+    Raises UserError for a kind that is none, a key that is not set, or an endpoint that does not
     answer or serve the model.
     """
     if kind not in ("judge", *PATHS):
@@ -75,7 +77,7 @@ def reward(
 ) -> list[list[float | None]]:
     """A judge's grade, 0 to 1, or a reward model's own number.
 
-    None for problems with a gold answer (rules judge them), or `everywhere`.
+    Problems with a gold answer get None (rules judge them), unless `everywhere` is set.
 
     Judged is what a user would see, without the thoughts, unless `thoughts` (R1 2501.12948 section
     2.3.4: helpfulness by the summary, harmlessness by the whole). A judge that names no grade gives

@@ -42,6 +42,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
+    """How an engine samples: the token limit, temperature, filters, and what ends a completion."""
+
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
@@ -53,6 +55,8 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
+    """What a weight sync reports: the weight version sent, its duration and the bytes sent."""
+
     version: int
     seconds: float
     num_bytes: int
@@ -64,7 +68,8 @@ class Weights(Protocol):
     Copy a tensor before going on to the next: they may be made one by one.
     """
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields `(name, tensor)` for every weight."""
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Returns names, dtypes and shapes without making anything whole."""
@@ -99,13 +104,16 @@ class Engine(Protocol):
         """
 
     def reset_cache(self) -> None:
-        """Forgets cached prefixes, so that what comes next does not depend, in its last bits, on
-        what came before.
+        """Empties the prefix cache.
+
+        The last bits of later results then do not depend on earlier requests.
         """
 
     def sleep(self) -> None:
         """Frees device memory, weights included: `load_weights` must follow `wake`."""
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Takes back the device memory that `sleep` freed, without the weights that were in it."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stops what the engine has started and frees what it holds."""

@@ -77,8 +77,9 @@ class Server:
     def generate(
         self, requests: list[tuple[tuple[int, ...], int, int]], options: dict[str, Any]
     ) -> list[list[tuple[Any, ...]]]:
-        """Returns, a request, its completions as `(token_ids, logprobs, text, finish_reason,
-        version)`.
+        """Returns the completions of each request.
+
+        A completion is `(token_ids, logprobs, text, finish_reason, version)`.
         """
         from vllm import SamplingParams
 
@@ -118,8 +119,9 @@ class Server:
     def top_logprobs(
         self, sequences: list[tuple[tuple[int, ...], int]], k: int
     ) -> list[tuple[Any, Any]]:
-        """Returns for `(token_ids, prompt_length)` the ids and logprobs [T, k] of the likeliest
-        tokens at each of T completion places.
+        """Returns, per sequence, ids and logprobs [T, k] of the k likeliest tokens per position.
+
+        A sequence is `(token_ids, prompt_length)`; T is the number of its completion tokens.
         """
         import numpy as np
         from vllm import SamplingParams

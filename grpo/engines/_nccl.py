@@ -1,6 +1,6 @@
-"""Weights to servers on other GPUs.
+"""Sends weights to servers on other GPUs.
 
-vLLM's own NCCL transfer, one group of the learner's rank 0 and every server's workers.
+It uses vLLM's own NCCL transfer, with one group of the learner's rank 0 and every server's workers.
 """
 
 from __future__ import annotations

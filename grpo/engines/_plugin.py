@@ -1,6 +1,6 @@
 """What runs inside a vLLM server of a pool.
 
-Our weight transfer, a guard on every route, and an end when its parent ends.
+This is our weight transfer, a guard on every route, and an end when its parent ends.
 
 vLLM's own key guards /v1 and /inference only; the routes that change weights or pause it would be
 open to everybody who reaches the port.
@@ -57,9 +57,9 @@ def register() -> None:
 def _end_with(parent: int, trainer: int) -> None:
     """Ends this process with its parent: vLLM's processes outlive each other when killed.
 
-    A core without its server, a server without its trainer, which may have been killed while this
-    one was still importing. The group is the server's own; a core of it that still waits for a
-    first word (5 minutes) ends too.
+    A core outlives its server, and a server outlives its trainer, which may have been killed while
+    this process was still importing. The process group is the server's own; a core in it that still
+    waits for a first word (5 minutes) ends too.
     """
     with contextlib.suppress(ProcessLookupError):
         while os.getppid() == parent:
@@ -69,9 +69,10 @@ def _end_with(parent: int, trainer: int) -> None:
 
 
 class Guard:
-    """ASGI middleware (`--middleware`).
+    """ASGI middleware (`--middleware`) that refuses requests without the token or to other routes.
 
-    401 without the token, 403 for a route that a pool does not need (collective_rpc and the like).
+    It answers 401 without the token, and 403 for a route that a pool does not need (collective_rpc
+    and the like).
     """
 
     def __init__(self, app: Any) -> None:

@@ -1,10 +1,10 @@
 """The receiving ends of a weight sync, in vLLM's processes.
 
-Engines of its weight-transfer interface that believe nothing.
+They are engines of vLLM's weight-transfer interface that check all that they receive.
 
-`MemoryTransfer` is written after vLLM 0.32's IPC engine; what differs: no device synchronisation
-(the base class assumes an accelerator), and a tied output head and a layer's experts are packed
-again.
+`MemoryTransfer` is written after vLLM 0.32's IPC engine. It differs in two points: it does no
+device synchronisation (the base class assumes an accelerator), and it packs a tied output head and
+a layer's experts again.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from grpo.engines._weights import Arrivals, read, tied_head
 
 
 class Checked:
-    """Before an engine of vLLM's.
+    """Passes all that a transfer engine of vLLM's receives through `Arrivals`.
 
-    All that it receives passes `Arrivals` (grpo/engines/_weights.py).
+    It comes before that engine among the bases. `Arrivals` is in grpo/engines/_weights.py.
     """
 
     model: Any
@@ -66,8 +66,9 @@ class InPlace(Checked):
 
 
 def loads_in_place(model: Any) -> bool:
-    """Returns whether no layer of a model on a GPU packs, shuffles, quantises or derives anything
-    of its weights once they are loaded.
+    """Returns whether a model on a GPU uses its weights as they are loaded.
+
+    Then no layer packs, shuffles, quantises or derives anything of its weights after loading.
     """
     for module in model.modules():
         method = getattr(module, "quant_method", None)

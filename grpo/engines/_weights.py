@@ -1,8 +1,8 @@
-"""What a weight sync sends, how its arrival is checked, and its carrier where there is no
-accelerator in common: shared memory or a file.
+"""What a weight sync sends, how its arrival is checked, and a carrier without a common accelerator.
 
-Both are laid out as safetensors. The memory is a memfd, which receivers open as /proc/PID/fd/N: it
-has no name, so nothing is left behind however either side dies.
+The carrier is shared memory or a file. Both are laid out as safetensors. The memory is a memfd,
+which receivers open as /proc/PID/fd/N: it has no name, so nothing is left behind however either
+side dies.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Meta:
 class Sent:
     """Weights as a sync sends them (vLLM's `WeightSource`).
 
-    floating-point ones in `dtype`, but KEPT; last, made on the way, CHECKSUMS.
+    Floating-point weights come in `dtype`, except KEPT. CHECKSUMS is made on the way and comes
+    last.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
@@ -169,7 +170,7 @@ class SharedWeights:
 def _layout(metadata: Sequence[Meta]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Returns the header of a safetensors file, and where in the file each tensor starts and ends.
 
-    Wide ones first, so all are aligned.
+    Wide dtypes come first, so all tensors are aligned.
     """
     header: dict[str, object] = {}
     places, end = {}, 0
@@ -202,8 +203,9 @@ def read(path: str, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 class Arrivals:
-    """Stands where an engine loads weights into its model, and holds them to the checksums that
-    come last.
+    """Loads weights into an engine's model and compares them with the checksums that come last.
+
+    The transfer engine loads into it in place of the model.
     """
 
     def __init__(self, model: Any) -> None:
@@ -214,8 +216,10 @@ class Arrivals:
         self._sent: Tensor | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Raises RuntimeError naming the tensors whose bytes are not those that were sent, and
-        those of the model that did not arrive.
+        """Loads weights into the model and checks all of them once the checksums have arrived.
+
+        Raises RuntimeError naming the tensors whose bytes are not those that were sent, or the
+        model's weights that did not arrive.
         """
         self._loaded |= set(self._model.load_weights(self._passing(weights)))
         if self._sent is None:
@@ -257,8 +261,9 @@ class Arrivals:
 
 
 def tied_head(model: Any) -> Any:
-    """Returns the output head if it shares the embedding's weight (vLLM then keeps a second, packed
-    copy on a CPU).
+    """Returns the output head if it shares the embedding's weight, otherwise None.
+
+    On a CPU vLLM then keeps a second, packed copy of that weight.
     """
     config = getattr(model, "config", None)
     head = getattr(model, "lm_head", None)

@@ -22,6 +22,8 @@ THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what a reason
 
 
 class Endpoint:
+    """Samples completions from the model that an OpenAI-compatible endpoint serves."""
+
     def __init__(self, teacher: Teacher, on_wait: Callable[[], None] = lambda: None) -> None:
         """`on_wait` is called five times a second while waiting and may raise.
 

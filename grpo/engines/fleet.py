@@ -1,6 +1,6 @@
 """vLLM servers that are kept alive and hold the right weights.
 
-Started, watched, started again, updated, asked. Over HTTP, on rank 0.
+Rank 0 starts, watches, restarts and updates them. They are asked over HTTP.
 """
 
 from __future__ import annotations
@@ -255,8 +255,9 @@ class Fleet:
                 task.result()
 
     async def _watch(self, server: Server) -> None:
-        """Brings a server up, looks after it, and brings it up again when it is lost, for as long
-        as the pool is there.
+        """Brings a server up, watches it, and brings it up again when it is lost.
+
+        This goes on for as long as the pool exists.
         """
         while True:
             try:
@@ -315,8 +316,9 @@ class Fleet:
                 return f"it made no token for {self._pool.stall_s:g} s (engine.servers.stall_s)"
 
     async def _bring_up(self, server: Server) -> None:
-        """Waits until the server answers, gives it the weights that the others have, and holds it
-        to what they sample.
+        """Waits until the server answers, sends it the current weights and checks what it samples.
+
+        The weights are those that the other servers have, and its samples are compared with theirs.
         """
         deadline, tries = time.monotonic() + self._settings.start_timeout_s, 0
         while True:
@@ -420,6 +422,7 @@ class Fleet:
         await self._http.aclose()
 
     def close(self) -> None:
+        """Stops the watch, kills the servers started here and frees the weights' carrier."""
         self._closed = True
         for task in self._watching:
             task.cancel()

@@ -43,6 +43,7 @@ class Pool(Fleet):
         options: SamplingOptions,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
+        """Returns each request's completions, in order; any server may sample them."""
         return self._run(self._generate(requests, options, on_progress), self._settings.timeout_s)
 
     def prove(
@@ -158,9 +159,11 @@ class Pool(Fleet):
     def reset_cache(self) -> None:
         """Nothing to do: requests carry the weights' version as their cache's salt."""
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        """Does nothing: the servers keep their memory."""
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Does nothing: the servers do not sleep."""
 
     async def _generate(
         self,
@@ -188,7 +191,7 @@ class Pool(Fleet):
     async def _sampled(self, request: Request, options: SamplingOptions) -> tuple[Completion, ...]:
         """Returns a request's completions, from whichever server.
 
-        Bounded retries, always with its seed.
+        The number of retries is bounded; each has the request's seed.
         """
         # rank 0 alone knows which is up
         tries = self._pool.retries + (0 if self._leads else int(self._settings.start_timeout_s))
@@ -229,9 +232,9 @@ class Pool(Fleet):
     async def _ask_while_up(
         self, server: Server, request: Request, options: SamplingOptions
     ) -> tuple[Completion, ...]:
-        """As `_ask`.
+        """Asks a server as `_ask` does, and gives up when the server is lost meanwhile.
 
-        Given up when the server is lost meanwhile: a machine that is gone breaks no connection.
+        A machine that is gone breaks no connection.
         """
         starts, asked = (
             server.starts,
@@ -248,8 +251,9 @@ class Pool(Fleet):
             asked.cancel()
 
     async def _free(self, count: int) -> Server:
-        """Returns the server with the least to do once it has room for `count` completions (or
-        nothing to do), and counts them to it.
+        """Returns the least loaded server, with `count` completions added to its load.
+
+        Waits until a server has room for them. A server without load has room for any number.
         """
         async with self._changed:
             while True:

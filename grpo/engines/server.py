@@ -53,6 +53,7 @@ class Server:
 
     @property
     def local(self) -> bool:
+        """Returns whether the pool starts this server; it does not for `engine.servers.urls`."""
         return bool(self.command)
 
     def start(self, port: int | None = None) -> None:
@@ -73,6 +74,7 @@ class Server:
             )
 
     def kill(self) -> None:
+        """Kills the process, if one was started, with its group, and waits for its end."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -96,7 +98,7 @@ def arguments(
 ) -> list[str]:
     """Returns the server's command line.
 
-    That of the child process (grpo/engines/vllm.py), spelled as vLLM's options.
+    The arguments are those of the child process (grpo/engines/vllm.py), spelled as vLLM's options.
     """
     assert settings.servers is not None
     given = llm_arguments(model_dir, settings, dtype, max_model_len, torch.cuda.is_available()) | {
@@ -136,7 +138,7 @@ def check_split(model_dir: str, size: int) -> None:
 def cores_of(number: int, pool: configs.Servers) -> frozenset[int]:
     """Returns a local server's share of the cores.
 
-    On a machine with GPUs, where it is held to none: no cores.
+    On a machine with GPUs a server is not bound to cores, and the set is empty.
     """
     if torch.cuda.is_available():
         return frozenset()
@@ -150,7 +152,8 @@ def environment_of(
 ) -> dict[str, str]:
     """Returns a local server's environment.
 
-    Its token, its GPUs (after those of the ranks) or its cores. Raises UserError.
+    It holds the server's token and its GPUs (after those of the ranks) or its cores. Raises
+    UserError.
     """
     made = _base(pool.tensor_parallel) | {TOKEN: token, "GRPO_ENGINE": str(os.getpid())}
     if torch.cuda.is_available():
@@ -193,6 +196,7 @@ def _base(tensor_parallel: int) -> dict[str, str]:
 
 
 def free_port() -> int:
+    """Returns a TCP port that is free on 127.0.0.1 at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -268,14 +272,16 @@ def completion_of(
 
 
 def number_of(version: str) -> int:
+    """Returns a server's weight version as a number, -1 if it is not one."""
     return int(version) if version.lstrip("-").isdecimal() else -1
 
 
 def difference(
     first: Sequence[tuple[Completion, ...]], second: Sequence[tuple[Completion, ...]]
 ) -> float:
-    """Returns the mean |difference of logprobs| of two samplings of the same requests, each as far
-    as its tokens agree.
+    """Returns the mean |difference of logprobs| of two samplings of the same requests.
+
+    Two completions are compared as far as their tokens agree.
     """
     gaps: list[float] = []
     for one, two in zip(first, second, strict=True):
@@ -293,7 +299,7 @@ def difference(
 def main(config_file: str, port: str, overrides: list[str]) -> None:
     """Becomes a server for `engine.servers.urls` of this train config.
 
-    On this node's GPUs, open to the network, guarded by the token.
+    It uses this node's GPUs, is open to the network and is guarded by the token.
     """
     config: configs.Config = configs.load(config_file, overrides)
     if not os.environ.get(TOKEN):

@@ -85,9 +85,9 @@ class VllmEngine:
         self._description: dict[str, Any] | None = None  # None until the child has answered `start`
 
     def wait_ready(self) -> dict[str, Any]:
-        """Returns what the child says of itself once it can sample.
+        """Waits until the child can sample and returns what it says of itself.
 
-        Again, if it has said so already.
+        Later calls return the same.
         """
         if self._description is None:
             self._description = {}  # a failed start raises once and is not waited for again
@@ -100,6 +100,7 @@ class VllmEngine:
         options: SamplingOptions,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
+        """Returns each request's completions, in order, as the child samples them."""
         rows = self._call(
             "generate",
             {
@@ -114,8 +115,10 @@ class VllmEngine:
     def top_logprobs(
         self, sequences: Sequence[tuple[tuple[int, ...], int]], k: int
     ) -> list[tuple[Any, Any]]:
-        """Returns for each `(token_ids, prompt_length)` NumPy arrays [T, k], ids and logprobs of
-        the k likeliest tokens at temperature 1 at each of its T completion places.
+        """Returns, per sequence, ids and logprobs of the k likeliest tokens at temperature 1.
+
+        A sequence is `(token_ids, prompt_length)`. Both results are NumPy arrays [T, k], with a row
+        for each of the sequence's T completion tokens.
         """
         found: list[tuple[Any, Any]] = self._call(
             "top_logprobs", {"sequences": list(sequences), "k": k}
@@ -125,9 +128,11 @@ class VllmEngine:
     def prove(
         self, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
+        """Returns the completions of the one copy of the model, as a list of one."""
         return [self.generate(requests, options)]
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
+        """Sends every weight to the child; raises EngineError unless it acknowledges `version`."""
         start, sent = time.monotonic(), Sent(weights, self._dtype)
         if self._weights is not None:
             told = self._weights.write(sent)
@@ -169,9 +174,11 @@ class VllmEngine:
         return int(client.acknowledged)
 
     def reset_cache(self) -> None:
+        """Empties the child's prefix cache."""
         self._call("reset_cache", {})
 
     def sleep(self) -> None:
+        """Frees the engine's GPU memory, if `engine.sleep` is set and there is a GPU."""
         if self._cuda and self._settings.sleep:
             free_before, _ = torch.cuda.mem_get_info()
             self._call("sleep", {})
@@ -179,6 +186,7 @@ class VllmEngine:
             self._slept_bytes = max(0, free_after - free_before)
 
     def wake(self) -> None:
+        """Takes the engine's GPU memory back, if `engine.sleep` is set and there is a GPU."""
         if self._cuda and self._settings.sleep:
             # PyTorch keeps what the update has freed. It is given back only where the engine has no
             # room without it, because getting it again costs the next update time. The sync that
@@ -280,9 +288,10 @@ class _SyncClient:
 
 
 def environment() -> dict[str, str]:
-    """Returns what a vLLM process of ours runs in.
+    """Returns the environment of a vLLM process of ours.
 
-    None of the learner's process group; of several ranks, this one's GPU and cores.
+    It has nothing of the learner's process group. With several ranks it has this rank's GPU and
+    cores.
     """
     found = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -306,7 +315,7 @@ def environment() -> dict[str, str]:
 def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connection]:
     """Starts `python -m module` with one end of a pipe.
 
-    Not multiprocessing's spawn, which would run the user's script again.
+    It does not use multiprocessing's spawn, which would run the user's script again.
     """
     ours, theirs = Pipe()
     command = [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())]
@@ -327,6 +336,7 @@ def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connec
 def llm_arguments(
     model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, cuda: bool
 ) -> dict[str, Any]:
+    """Returns the arguments of vLLM's `LLM` for the settings, on a GPU (`cuda`) or a CPU."""
     arguments: dict[str, Any] = {
         "model": model_dir,
         "dtype": dtype,
@@ -355,16 +365,17 @@ def llm_arguments(
 
 
 def cpu_bytes(settings: configs.Engine, weight_bytes: int) -> float:
-    """Returns what an engine needs on a CPU.
+    """Returns the bytes that an engine needs on a CPU.
 
-    Its cache; weights, packed weights, shared copy; libraries.
+    They hold its cache, the weights, the packed weights, their shared copy and libraries.
     """
     return settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30
 
 
 def check_memory(settings: configs.Engine, weight_bytes: int, count: int = 1) -> None:
-    """Raises UserError when `count` engines cannot fit beside what runs already (CPU only; vLLM
-    itself checks a GPU).
+    """Raises UserError when `count` engines do not fit beside what already runs (CPU only).
+
+    vLLM itself checks a GPU.
     """
     import psutil
 

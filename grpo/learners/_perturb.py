@@ -1,6 +1,6 @@
 """Weights changed at random, by a seed.
 
-For the canary, which sends weights through the real sync that no stale copy resembles.
+The canary sends such weights through the real sync: no stale copy resembles them.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def summed(reports: Sequence[dict[str, Tensor]]) -> tuple[dict[str, float], float]:
-    """Returns the sums of the micro-batches' values by name, and the largest `_highest`, after one
-    transfer from the device.
+    """Returns the sums of the micro-batches' values by name, and the largest `_highest`.
+
+    All values come from the device in one transfer.
     """
     if not reports:
         return {"loss": 0.0}, 0.0

@@ -1,6 +1,7 @@
 """What a learner is set up with.
 
-The process group, DeepSpeed's own config, the learning rate, what of the memory is kept.
+This is the process group, DeepSpeed's own config, the learning rate, and what of the memory is
+kept.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from grpo.types import RunError
 
 
 def learning_rate(settings: configs.Learner, update: int, total_updates: int) -> float:
-    """Returns the learning rate of update 0, 1, ....
+    """Returns the learning rate of an update, counted from 0.
 
-    Linear warm-up, then constant, linear or cosine down to `min_lr_ratio`. No state.
+    It warms up linearly, then is constant or goes down to `min_lr_ratio`, linearly or as a cosine.
+    There is no state.
     """
     if update < settings.warmup_updates:
         return settings.lr * (update + 1) / settings.warmup_updates
@@ -97,10 +99,8 @@ def not_finite(
 class NormLimit:
     """Makes DeepSpeed skip an update with a gradient norm above `limit` as one that is not finite.
 
-    `norm` is the last one.
-
-    Each of its optimizers has a method of its own from which it gets the norm: there, too large
-    becomes infinite.
+    `norm` is the last one. Each of DeepSpeed's optimizers has its own method to get the norm;
+    there, a norm that is too large becomes infinite.
     """
 
     def __init__(self, optimizer: Any, limit: float) -> None:
@@ -137,9 +137,9 @@ class NormLimit:
 
 
 class FreedMemory:
-    """On a CPU, what an update has freed is kept for the next.
+    """On a CPU, keeps the memory that an update has freed for the next one.
 
-    Else glibc maps each large tensor anew, a third of an SFT update's time.
+    Otherwise glibc maps each large tensor anew, which takes a third of an SFT update's time.
 
     Sequences of unequal lengths leave holes that do not fit the next ones: when the process has
     grown by half since its first update, they are given back.

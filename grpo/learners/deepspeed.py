@@ -130,8 +130,9 @@ class Learner:
     def score(
         self, batches: Sequence[Batch], *, reference: bool = False
     ) -> list[tuple[Tensor, Tensor]]:
-        """Returns logprobs and entropies [B, T] (float32, on the CPU) of each batch's completion
-        tokens, by the policy or the reference.
+        """Returns logprobs and entropies [B, T] of each batch's completion tokens.
+
+        The policy, or with `reference` the reference, scores them. Both are float32, on the CPU.
         """
         with (
             lora.off(self._policy.model)
@@ -201,8 +202,9 @@ class Learner:
         }
 
     def _loss_of(self, batch: Batch, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns a micro-batch's part of the update's loss, and what is to be told of its
-        completion tokens.
+        """Returns a micro-batch's part of the update's loss, and a report.
+
+        The report holds quantities of the micro-batch's completion tokens, by name.
         """
         logprobs, entropies = self._engine(batch)
         per_token, report = objective(logprobs, entropies, batch, self._algorithm, self._loss)
@@ -249,9 +251,11 @@ class Learner:
         return float(self._engine.get_global_grad_norm()) if applied else self._limit.norm, applied
 
     def weights(self) -> LearnerWeights:
-        """Returns every weight whole, under its Hugging Face name, in the forward pass's dtype,
-        buffers in their own; tied weights once, adapters merged. Copy a tensor before going on:
-        ZeRO-3 makes a bucket at a time whole. All ranks go through them together.
+        """Returns every weight whole, under its Hugging Face name, in the forward pass's dtype.
+
+        Buffers keep their own dtype. Tied weights come once, adapters are merged. Copy a tensor
+        before going on: ZeRO-3 makes a bucket at a time whole. All ranks go through the weights
+        together.
         """
         return LearnerWeights(self)
 
@@ -302,11 +306,12 @@ class Learner:
 
     @contextlib.contextmanager
     def perturbed(self, seed: int, *, jitter: bool = False) -> Iterator[None]:
-        """Within it every weight is visibly different (scaled by about 20 % and noisy by 10 %),
-        seeded; after it, bit for bit as before. With `jitter` the weights of the same perturbation
-        are `jittered`.
+        """Perturbs every weight within the context and restores it bit for bit afterwards.
 
-        Under ZeRO-3 each rank does it with its own part of a weight, and keeps no more than that.
+        The seeded perturbation is visible: it scales a weight by about 20 % and adds noise of 10 %.
+        With `jitter` the weights of the same perturbation are `jittered`.
+
+        Under ZeRO-3 each rank perturbs its own part of a weight, and keeps no more than that.
         """
         split = self._settings.zero_stage == 3
         kept: list[tuple[Tensor, Tensor]] = []
@@ -339,7 +344,7 @@ class Learner:
     def save(self, directory: Path) -> None:
         """Writes weights, optimizer state and the update counter.
 
-        The reference too, once it is not the start model.
+        It also writes the reference once that is no longer the start model.
         """
         self._engine.save_checkpoint(
             str(directory), tag="learner", client_state={"updates": self.updates}, save_latest=False
@@ -348,6 +353,7 @@ class Learner:
             torch.save(self._reference.model.state_dict(), directory / "reference.pt")
 
     def save_adapter(self, directory: Path) -> None:
+        """Writes the policy's LoRA adapter to `directory`."""
         lora.save(self._policy.model, directory)
 
     def load(self, directory: Path) -> None:
@@ -373,7 +379,7 @@ class Learner:
     def _load_universal(self, directory: Path) -> tuple[Any, Any]:
         """Loads a checkpoint of another number of ranks.
 
-        DeepSpeed's universal form of it, made beside it and removed again.
+        DeepSpeed's universal form of it is made beside it and removed again.
         """
         from deepspeed.checkpoint import ds_to_universal
 
@@ -436,10 +442,13 @@ class LearnerWeights:
     """A `Weights` (grpo/engines): `for name, tensor in weights`, `weights.layout()`."""
 
     def __init__(self, learner: Learner) -> None:
+        """`learner`: the learner whose weights each iteration reads."""
         self._learner = learner
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields `(name, tensor)` for every weight, as `Learner.weights` describes."""
         return self._learner._weights()
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Returns `(name, dtype, shape)` of every weight, without making any whole."""
         return list(self._learner._layout())

@@ -1,6 +1,6 @@
 """TRL's SFTTrainer as a learner of ours.
 
-Its loss and its loop; our schedule, order, checkpoints, metrics and way to stop.
+The loss and the loop are TRL's. The schedule, order, checkpoints, metrics and way to stop are ours.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class SupervisedTrainer(SFTTrainer):
         stop: Callable[[], bool],
         scratch: Path,
     ) -> None:
-        """`on_update(metrics)`.
+        """Sets up TRL's trainer, which calls `on_update(metrics)` after each update.
 
-        `save(update, write)`, where `write(directory)` writes; `stop()`: save after this update and
-        end.
+        `save(update, write)` saves a checkpoint, of which `write(directory)` writes the files.
+        `stop()` returns whether to save after this update and end.
         """
         join()
         self._memory = FreedMemory()
@@ -122,9 +122,11 @@ class SupervisedTrainer(SFTTrainer):
                 yield name, lora.merged(tensor, adapted[name]) if name in adapted else tensor
 
     def save_adapter(self, directory: Path) -> None:
+        """Writes the model's LoRA adapter to `directory`."""
         lora.save(self.model, directory)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Returns a scheduler that follows our `learning_rate` in place of transformers' own."""
         settings = self._config.learner
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,  # type: ignore[arg-type]
@@ -133,6 +135,7 @@ class SupervisedTrainer(SFTTrainer):
         return self.lr_scheduler
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """Returns the loss of TRL's training step; the first sets the gradient norm's limit."""
         if self._limit is None:  # DeepSpeed's optimizer is there now
             engine: Any = self.deepspeed
             self._limit = NormLimit(engine.optimizer, self._config.learner.skip_grad_norm)
@@ -143,6 +146,7 @@ class SupervisedTrainer(SFTTrainer):
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hands an update's metrics to `on_update`, and saves a checkpoint when one is due."""
         if "loss" not in logs:  # the trainer's closing summary
             return
         super().log(logs, start_time)
@@ -171,7 +175,8 @@ class SupervisedTrainer(SFTTrainer):
     def _skipped(self, row: dict[str, Any]) -> dict[str, float]:
         """Returns whether the update was skipped, and its norm.
 
-        Without ZeRO nothing is, and its weights are lost. Raises RunError.
+        Without ZeRO an update that is not finite is not skipped, and the weights are lost. Raises
+        RunError.
         """
         assert self._limit is not None
         engine: Any = self.deepspeed
@@ -192,8 +197,9 @@ class SupervisedTrainer(SFTTrainer):
 
 
 def _trainer_config(config: SftConfig) -> dict[str, Any]:
-    """Returns DeepSpeed's config for transformers' Trainer, which makes the optimizer and counts
-    micro-batches itself.
+    """Returns DeepSpeed's config for transformers' Trainer.
+
+    The Trainer makes the optimizer and counts micro-batches itself.
     """
     made = deepspeed_config(config.learner, config.model.dtype)
     del made["optimizer"], made["managed_gradient_accumulation"]

@@ -1,10 +1,9 @@
 """Ulysses sequence parallelism (DeepSpeed-Ulysses 2309.14509, ALST 2506.13996).
 
-Neighbouring ranks share the stream of a micro-batch.
-
-Each has a slice of it for linear layers, norms and the head, and all of it, for a share of the
-heads, within attention: what a long sequence leaves in memory for the backward pass is spread over
-them. A loss sees whole sequences on each of them.
+Neighbouring ranks share the stream of a micro-batch. For linear layers, norms and the head, each
+rank has a slice of it. Within attention, each has all of it, for a share of the heads. So what a
+long sequence leaves in memory for the backward pass is spread over the ranks. A loss sees whole
+sequences on each of them.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ class Ulysses:
     """
 
     def __init__(self, model: Any, size: int) -> None:
+        """`model`: a transformers model, whose config gives the heads; `size`: ranks per stream."""
         shape = model.config
         heads, shared = shape.num_attention_heads, shape.num_key_value_heads
         width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
@@ -60,8 +60,9 @@ class Ulysses:
         )
 
     def part(self, layout: packing.Layout) -> tuple[packing.Layout, Tensor]:
-        """Returns the layout with this rank's ids, positions and predictors, and which [N] of all
-        predictors those are.
+        """Returns this rank's part of the layout, and a mask [N] of the predictors in it.
+
+        The part has this rank's ids, positions and predictors. The mask is over all N predictors.
         """
         length = layout.ids.shape[1]
         size = -(-length // self._size)
@@ -106,6 +107,7 @@ class _Sum(torch.autograd.Function):
 
 
 def shared(model: Any, size: int) -> Ulysses | None:
+    """Returns what a model needs to share streams among `size` ranks, None for one rank."""
     return Ulysses(model, size) if size > 1 else None
 
 

@@ -1,6 +1,6 @@
 """What every recipe adds to its per-token loss.
 
-The correction of the sampler's mismatch, KL to the reference, an entropy bonus.
+This is the correction of the sampler's mismatch, the KL to the reference and an entropy bonus.
 """
 
 from __future__ import annotations

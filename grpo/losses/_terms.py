@@ -56,7 +56,7 @@ def clipped(
 def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Returns an estimate of KL(pi || ref) at each token, with d = log pi - log ref.
 
-    k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1.
+    The estimators are k1 = d, k2 = d^2 / 2 and k3 = exp(-d) + d - 1.
 
     Source: Schulman, "Approximating KL divergence"; k3 is DeepSeekMath 2402.03300 Eq. 4. k1 and k3
     have the right mean; k2 the right gradient when the samples are the policy's own.
@@ -70,12 +70,14 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
 def mismatch(
     log_rho: Tensor, mask: Tensor, kind: str, low: float | None, high: float | None
 ) -> Tensor:
-    """Returns the weights that correct sampling from the engine's distribution, from log(pi_old /
-    pi_sampler); 1 for `none`.
+    """Returns the weights [B, T] that correct sampling from the engine's distribution.
 
-    tis min(rho, high); mis_token and icepop rho where low <= rho <= high, else 0; mis_sequence the
-    same of the whole sequence's rho; mask_sequence 1 where the geometric mean of a sequence's rho
-    is within the bounds, else 0.
+    They are functions of rho = pi_old / pi_sampler, by `kind`:
+    - none: 1.
+    - tis: min(rho, high).
+    - mis_token and icepop: rho where low <= rho <= high, else 0.
+    - mis_sequence: the same of the whole sequence's rho.
+    - mask_sequence: 1 where the geometric mean of a sequence's rho is within the bounds, else 0.
     """
     if kind == "none":
         return torch.ones_like(log_rho)

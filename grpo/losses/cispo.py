@@ -1,5 +1,6 @@
-"""CISPO: the ratio is a weight, capped and without a gradient of its own, so every token keeps its
-gradient.
+"""CISPO: the ratio is a capped weight without a gradient of its own.
+
+Every token therefore keeps its gradient.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Cross-entropy of given tokens.
 
-What supervised fine-tuning minimises, with a weight for each token in the place of an advantage.
+Supervised fine-tuning minimises it, with a weight for each token in place of an advantage.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from grpo.types import Batch
 
 
 def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns -min(r A, clip(r) A) and per-token quantities to report as means over completion
-    tokens.
+    """Returns -min(r A, clip(r) A), and per-token quantities to report.
 
+    The quantities are reported as means over completion tokens.
     `dual_clip`: where A < 0 the ratio counts as at most that (INTELLECT-2 2505.07291: 4).
     Source: DeepSeekMath 2402.03300 Eq. 3 (sign turned: it is minimised). The reduction 1/G sum
     1/|o_i| is in `batch.token_weights`.

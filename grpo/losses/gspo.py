@@ -11,8 +11,9 @@ from grpo.types import Batch
 
 
 def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns -min(s A, clip(s) A) on every token of a sequence, s = exp(mean over its tokens of
-    log(pi / pi_old)).
+    """Returns -min(s A, clip(s) A) on every token of a sequence.
+
+    s is exp(mean over the sequence's tokens of log(pi / pi_old)).
 
     Source: GSPO 2507.18071 Eq. 5, 7; with reduction `sequence` its 1/G sum over sequences.
     """

@@ -1,6 +1,6 @@
-"""REINFORCE.
+"""REINFORCE: the policy gradient as it is, clipped nowhere.
 
-The policy gradient as it is, importance-weighted when the policy has moved, clipped nowhere.
+It is importance-weighted when the policy has moved.
 """
 
 from __future__ import annotations

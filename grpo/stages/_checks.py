@@ -284,9 +284,9 @@ def disk(config: RunConfig, weights: int) -> Iterator[Check]:
 def contamination(
     config: RunConfig, problems: Sequence[Problem], judged: Sequence[Problem]
 ) -> Iterator[Check]:
-    """Runs of n words that a held-out problem shares with a training one, as R1 filtered its data.
+    """Looks for runs of n words that a held-out problem shares with a training one.
 
-    Shorter questions as a whole.
+    R1 filtered its data in this way. Shorter questions are compared as a whole.
     """
     n = config.collect.ngram if isinstance(config, CollectConfig) else 10
     way = "judge on another set, or leave those out: such accuracy is partly memory"

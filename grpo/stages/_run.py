@@ -1,6 +1,7 @@
 """What the runs of all stages share.
 
-A directory with a lock and a manifest, display, trackers, signals; problems and prompts.
+This is a directory with a lock and a manifest, the display, trackers and signals, problems and
+prompts.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ class Stage:
 
 
 def longest_wait_s(config: Any) -> float:
-    """Returns how long a rank waits for another, which may be busy with an update or with an
-    engine.
+    """Returns the longest time in seconds that a rank waits for another.
+
+    The other rank may be busy with an update or with an engine.
     """
     waits = [config.learner.timeout_s if isinstance(config, RunConfig) else 1800.0]
     if isinstance(config, SampledConfig):
@@ -163,8 +165,9 @@ def prepare(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
 
 
 def find_teacher(config: RunConfig, run: RunDirectory, tokenizer: Any, tokens: int) -> Path:
-    """Returns the directory of `model.teacher`, of the student's vocabulary and with room for
-    `tokens`. Raises UserError.
+    """Returns the directory of `model.teacher`.
+
+    Raises UserError unless the teacher has the student's vocabulary and room for `tokens`.
     """
     assert config.model.teacher
     teacher_dir = models.resolve(config.model.teacher, None, run.path / "teacher", config.seed)
@@ -237,8 +240,8 @@ def start_engine(
 ) -> Any:
     """Starts the engine in the background.
 
-    A child process, or `engine.servers`; the stage closes it. `max_logprobs`: of a child that is
-    asked for likeliest tokens too. Raises UserError when the memory cannot do.
+    The engine is a child process or `engine.servers`; the stage closes it. `max_logprobs` is for a
+    child that is asked for likeliest tokens too. Raises UserError when the memory does not suffice.
     """
     from grpo.engines import vllm
     from grpo.engines.pool import Pool
@@ -369,7 +372,7 @@ def held_out(
 ) -> list[Problem]:
     """Returns `count` problems to judge by, each once.
 
-    The same for every seed, in no curriculum's order.
+    They are the same for every seed, in no curriculum's order.
     """
     stream = mixture(data.model_copy(update={"curriculum": None}), problems, prompts, 0)
     return list({problem.id: problem for problem in stream.take(0, count)}.values())
@@ -410,8 +413,9 @@ def mixture(
 
 
 def check_same(folder: Path, config: RunConfig) -> None:
-    """Raises UserError when the config of a run that is resumed or used differs in what the run is
-    made of.
+    """Raises UserError when the config differs from that of the run in `folder`.
+
+    That run is resumed or used. Only what a run is made of is compared.
     """
 
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

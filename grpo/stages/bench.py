@@ -1,7 +1,6 @@
-"""`grpo bench`.
+"""`grpo bench`: runs a few rollouts and updates of a train config.
 
-A few rollouts and updates of a train config, and how far each phase is from what this machine can
-do.
+It tells how far each phase is from what this machine can do.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ PHASES = ("rollout", "rewards", "update", "sync", "probe", "rest")
 
 
 def bench(config: Config, *, resume: bool) -> None:
-    """Runs `train.rollouts` rollouts after one that warms up, in a directory that is thrown away,
-    and prints a table.
+    """Runs `train.rollouts` rollouts after one that warms up, and prints a table.
+
+    The run's directory is thrown away.
     """
     if resume:
         raise UserError("grpo bench: nothing to resume")
@@ -40,9 +40,11 @@ def bench(config: Config, *, resume: bool) -> None:
 
 
 def simulate(config: Config, device: str, mean: float | None) -> str:
-    """Returns what a step would take on 1 to 1,024 of a device (grpo/simulate.py), or on machines
-    like the one of a run directory, at its measured rates and lengths. `mean`: completion length;
-    default a quarter of sampling.max_tokens, or the run's. Raises UserError.
+    """Returns what a step would take on 1 to 1,024 of a device (grpo/simulate.py).
+
+    `device` is a device's name or a run directory. A run directory stands for machines like its
+    own, at its measured rates and lengths. `mean` is the completion length; the default is a
+    quarter of sampling.max_tokens, or the run's own. Raises UserError.
     """
     from grpo import simulate as s
 
@@ -95,9 +97,10 @@ def simulate(config: Config, device: str, mean: float | None) -> str:
 
 
 def table(rows: list[dict[str, Any]], first: dict[str, Any]) -> str:
-    """Returns medians over the rows.
+    """Returns a table of medians over the rows.
 
-    Seconds, share, least seconds and their ratio for each phase, tokens/s, and what was wasted.
+    It has the seconds, share, least seconds and their ratio for each phase, tokens/s, and what was
+    wasted.
     """
 
     def median(key: str) -> float:

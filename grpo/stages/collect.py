@@ -92,7 +92,7 @@ def _first(stream: Any, count: int) -> list[Problem]:
 def dropped(groups: Sequence[ScoredGroup], settings: Collect) -> list[str]:
     """Returns, for each completion in order, why it is no trace.
 
-    "" for one that is kept: at most `keep` a problem, the shortest first.
+    The reason is "" for a completion that is kept: at most `keep` per problem, the shortest first.
     """
     reasons: list[str] = []
     for scored in groups:

@@ -179,12 +179,13 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
 
 
 class TopLogprobs:
-    """What the teacher gives its likeliest tokens at each token of texts.
+    """The logprobs that the teacher gives its likeliest tokens at each token of texts.
 
-    Asked from vLLM once, kept in files, read as needed.
+    They are asked from vLLM once, kept in files, and read as needed.
     """
 
     def __init__(self, folder: Path, texts: list[Sample]) -> None:
+        """`folder` holds the files, in which equal `texts` have one place."""
         self._folder = folder
         self._texts = list({text.token_ids: text for text in texts}.values())
         self._places = {text.token_ids: divmod(i, CACHED) for i, text in enumerate(self._texts)}

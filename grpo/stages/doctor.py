@@ -237,8 +237,9 @@ def _sample(
     problems: Sequence[Problem],
     weights: int,
 ) -> tuple[list[ScoredGroup], float, float]:
-    """Returns scored groups from the real engine or endpoint, tokens a second, and the seconds of a
-    real sync (0 without).
+    """Returns scored groups, tokens per second, and the seconds of a real sync (0 without one).
+
+    The groups come from the real engine or endpoint.
     """
     logging = config.logging.model_copy(update={"trackers": []})
     own = config.model_copy(update={"run_dir": str(scratch / "run"), "logging": logging})

@@ -1,7 +1,6 @@
-"""`grpo eval`.
+"""`grpo eval`: judges a model on held-out problems, and compares two evaluations.
 
-A model on held-out problems, by a train config's prompts and rewards or by a protocol; two
-evaluations compared.
+A train config's prompts and rewards, or a protocol, decide how a model is judged.
 """
 
 from __future__ import annotations
@@ -238,7 +237,7 @@ def ask(model: str, question: str) -> None:
 def compare(first: str, second: str) -> None:
     """Prints how two evaluations of the same problems differ, set by set.
 
-    Paired bootstrap over problems, and where each is better.
+    It uses a paired bootstrap over problems, and tells where each is better.
     """
     a, b = (_rates(Path(folder)) for folder in (first, second))
     if not a.keys() & b.keys():  # a run's own set has no name
@@ -276,8 +275,10 @@ def compare(first: str, second: str) -> None:
 
 
 def _rates(folder: Path) -> dict[str, dict[str, float]]:
-    """Returns, set by set, the pass rate of each problem in an evaluation's, or a run's last,
-    samples (greedy ones left out where there are others).
+    """Returns, set by set, the pass rate of each problem.
+
+    The samples are those of an evaluation, or the last ones of a run. Greedy samples are left out
+    where there are others.
     """
     files = {
         file.stem.removeprefix("eval-"): file

@@ -1,7 +1,7 @@
-"""`grpo grade`.
+"""`grpo grade`: gives verdicts on a file of answers, or on an old run's samples.
 
-Verdicts on a file of answers, or on an old run's samples under today's rules, with what changed. No
-model, no engine.
+A run's samples are judged under today's rules, and what changed is told. There is no model and no
+engine.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ CHANGES_SHOWN = 20
 
 
 def grade(path: str, *, explain: int | None = None, output: str | None = None) -> None:
-    """Prints the verdicts' summary for a JSONL file (line `explain` in detail), or what has changed
-    for a run directory.
+    """Prints a summary of the verdicts on a JSONL file, or what has changed for a run directory.
 
-    `output`: a JSONL file for every row with its new verdict. Raises UserError naming the line that
-    cannot be read.
+    With `explain` it prints that line of the JSONL file in detail. `output`: a JSONL file for every
+    row with its new verdict. Raises UserError naming the line that cannot be read.
     """
     if Path(path).is_dir():
         if explain is not None:
@@ -67,6 +66,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def field(row: dict[str, Any], names: Sequence[str]) -> str:
+    """Returns the row's text under the first of `names` that has one."""
     return next(value for name in names if isinstance(value := row.get(name), str))
 
 
@@ -108,8 +108,9 @@ def verdicts(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
 
 
 def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
-    """Returns a run's samples with today's parts and rewards, and in words what differs from what
-    is written there.
+    """Returns a run's samples with today's parts and rewards, and a text.
+
+    The text tells how they differ from what the run has written.
     """
     files = sorted((run / "samples").glob("*.jsonl"))
     if not files or not (run / "config.yaml").exists():

@@ -66,8 +66,9 @@ def checked(config: PipelineConfig) -> list[tuple[str, str, list[str]]]:
 
 
 def plan(config: PipelineConfig) -> Iterator[tuple[str, str, list[str]]]:
-    """Yields `(folder, command, [config, override, ...])` of every stage and every evaluation, in
-    order.
+    """Yields `(folder, command, arguments)` of every stage and every evaluation, in order.
+
+    `arguments` are `[config, override, ...]`.
     """
     first = next(iter(config.stages.values()))
     for judged, settings in config.eval.items():
@@ -146,7 +147,7 @@ def _tree(step: Step) -> dict[str, Any]:
 def _overrides(given: dict[str, Any]) -> list[str]:
     """Returns command-line words that YAML reads back as the same values.
 
-    Quoted, so that "off" and "Think: then answer" stay strings.
+    The values are quoted, so that "off" and "Think: then answer" stay strings.
     """
     return [f"{key}={'' if value is None else json.dumps(value)}" for key, value in given.items()]
 
@@ -211,8 +212,9 @@ def table(config: PipelineConfig) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Returns the table of accuracies (of the first metric where there is none), stages down,
-    evaluation sets across.
+    """Returns the table of accuracies, stages down, evaluation sets across.
+
+    Where there is no accuracy, the first metric takes its place.
     """
     sets = list(dict.fromkeys(key for row in rows for key in row if key != "stage"))
     lines = ["| stage | " + " | ".join(sets) + " |", "|---|" + "---|" * len(sets)]

@@ -1,11 +1,10 @@
-"""`grpo quantize`.
+"""`grpo quantize`: writes a finished model in int8 and int4, and tells what that costs in accuracy.
 
-A finished model in int8 and int4, in the format (compressed-tensors) that vLLM serves, and what
-that costs in accuracy.
+The format is compressed-tensors, which vLLM serves.
 
-Post-training and without data: weights are rounded to the nearest step, each range clipped where
-the squared error is least; int8 schemes round activations too, token by token, when the model runs.
-Embeddings and the output head stay as they are.
+This is post-training and needs no data: weights are rounded to the nearest step, each range clipped
+where the squared error is least; int8 schemes round activations too, token by token, when the model
+runs. Embeddings and the output head stay as they are.
 """
 
 from __future__ import annotations
@@ -79,8 +78,9 @@ def _row(name: str, folder: Path, judged: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(model_dir: Path, group_size: int) -> None:
-    """Raises UserError, before any weight is loaded, for a model that is quantised already or whose
-    layers the groups do not divide.
+    """Raises UserError for a model that cannot be quantised, before any weight is loaded.
+
+    Such a model is quantised already, or the groups do not divide its layers.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,7 +1,6 @@
-"""`grpo replay RUN`.
+"""`grpo replay RUN`: makes a step's updates again from what was kept of them.
 
-A step's updates made again from what was kept of them: to the same bits on a CPU, or by another
-recipe.
+They have the same bits on a CPU, or follow another recipe.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""`grpo report`.
+"""`grpo report`: shows runs as one HTML file that needs no network.
 
-Runs as one HTML file that needs no network; the same charts as files for a paper; or a running one,
-in the terminal.
+It also writes the same charts as files for a paper, or follows a running run in the terminal.
 """
 
 from __future__ import annotations
@@ -56,8 +55,9 @@ PHASES = ("rollout", "rewards", "update", "sync", "probe", "eval", "rest")
 
 
 def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> None:
-    """Writes the page (default: report.html in the first run), and with `plots` every chart as SVG
-    and PNG. Raises UserError.
+    """Writes the page, and with `plots` every chart as SVG and PNG. Raises UserError.
+
+    The page is `output`, by default report.html in the first run.
     """
     folders = expand(runs)
     rows = {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
@@ -106,7 +106,7 @@ def expand(runs: Sequence[str]) -> dict[str, Path]:
 def charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Returns matplotlib figures by title.
 
-    One colour a run, one style a metric; then each run's time by phase.
+    Each run has one colour and each metric one style. Each run's time by phase comes after them.
     """
     import matplotlib
 
@@ -315,7 +315,7 @@ def _stages(table: Sequence[Mapping[str, Any]]) -> str:
 def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
     """Returns what the page shows of completions.
 
-    Problems once, then rows `[file, problem, text, reward, parts, verdict, ...]`.
+    The problems come once, then rows `[file, problem, text, reward, parts, verdict, ...]`.
     """
     files = [
         (name, file)
@@ -363,7 +363,7 @@ def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
 def pack(value: Any) -> str:
     """Returns a value as base64 of gzipped JSON.
 
-    Small, and no text in it can end the script element that holds it.
+    It is small, and no text in it can end the script element that holds it.
     """
     return base64.b64encode(
         gzip.compress(json.dumps(value, ensure_ascii=False).encode(), 6, mtime=0)

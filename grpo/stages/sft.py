@@ -1,7 +1,6 @@
-"""`grpo sft`.
+"""`grpo sft`: supervised fine-tuning on worked solutions, which is R1's cold start.
 
-Supervised fine-tuning on worked solutions, by TRL's SFTTrainer with DeepSpeed under it. R1's cold
-start.
+It runs TRL's SFTTrainer with DeepSpeed under it.
 
 The trainer's own are the loss (cross-entropy over the solution's tokens alone, one mean over an
 update) and the loop. Ours are the prompts (those that GRPO will use), the order of the data, the

@@ -1,6 +1,6 @@
-"""`grpo train`.
+"""`grpo train`: puts a run together from its config and runs the loop.
 
-Puts a run together from its config, cheap checks first and models last, and runs the loop.
+Cheap checks come first and models last.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def train(config: Config, *, resume: bool, keep: bool = True) -> None:
     """Trains to the last rollout and writes `final/`.
 
-    Without `keep` no model and no checkpoint (a benchmark).
+    Without `keep` (a benchmark) it writes no model and no checkpoint.
 
     Raises UserError before anything heavy is done, RunError when the run cannot go on, Interrupted
     after Ctrl-C or SIGTERM (saved).
@@ -188,7 +188,7 @@ def _run(
 def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
     """Puts asynchronous rollouts under the loop's selection.
 
-    On rank 0, which gives every rank what it takes.
+    The stream is on rank 0, which gives every rank what it takes.
     """
     from grpo.selection import scored_group
     from grpo.stream import Stream
@@ -236,7 +236,7 @@ def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
 def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any:
     """Returns the model that the KL is measured to, or the teacher.
 
-    None where there is none, or it lies under the adapters.
+    Returns None where there is none, or where it lies under the adapters.
     """
     if config.model.teacher:
         return models.load_model(
@@ -264,8 +264,9 @@ def warm_start_config(config: Config) -> SftConfig:
 
 
 def _warm_started(config: SftConfig, stage: Stage) -> str:
-    """Returns the directory of the model after its supervised start, which is made, or finished, if
-    it is not there.
+    """Returns the directory of the model after its supervised start.
+
+    If the model is not there, the supervised start is made, or finished.
     """
     from grpo.stages.sft import sft
 
