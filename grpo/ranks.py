@@ -74,6 +74,11 @@ def adopt_srun() -> None:
     }
 
 
+def num_cores() -> int:
+    """Returns the number of cores that this process may use: all, or its share under Slurm."""
+    return len(os.sched_getaffinity(0))
+
+
 def join(limit_s: float = 1800.0) -> None:
     """Joins the process group, a group of one without a launcher.
 
@@ -107,7 +112,7 @@ def join(limit_s: float = 1800.0) -> None:
             )
         torch.cuda.set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ or count() > 1:  # torchrun sets 1
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_count()))
+        torch.set_num_threads(max(1, num_cores() // local_count()))
     try:
         torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=_limit)
         _objects = (

@@ -63,7 +63,7 @@ class Pool:
         There are at most `workers` processes (default: the cores, up to 8) of `memory_gb` of
         address space each.
         """
-        self._most = workers or min(os.cpu_count() or 1, 8)
+        self._most = workers or min(len(os.sched_getaffinity(0)), 8)
         self._memory_gb = memory_gb
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()

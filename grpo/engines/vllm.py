@@ -308,7 +308,7 @@ def environment() -> dict[str, str]:
     if ranks.count() > 1:  # beside this rank's learner: its GPU, its share of the cores
         own = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
         found["CUDA_VISIBLE_DEVICES"] = own[ranks.local_rank()] if own else str(ranks.local_rank())
-        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks.local_count()))
+        found["OMP_NUM_THREADS"] = str(max(1, ranks.num_cores() // ranks.local_count()))
     return found
 
 
