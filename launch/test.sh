@@ -1,11 +1,21 @@
 #!/usr/bin/env bash
-# The checks: lint, types, tests with the real vLLM and DeepSpeed on tiny models. `--all` adds the drills of tests/slow/ (kills, full disk).
-# Other arguments go to pytest.
+# The checks: format, lint, types, then tests with the real vLLM and DeepSpeed on tiny models.
+#   ./launch/test.sh              what a contributor runs before a commit
+#   ./launch/test.sh --all        and the drills (kills, chains, a full disk): hours
+#   ./launch/test.sh ARGUMENT...  pytest's own: a file, -k NAME, -n 0 (one process, for a debugger)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[[ "${1:-}" == --all ]] && set -- -m "slow or not slow" "${@:2}"
 ./launch/setup.sh
-.venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .
+.venv/bin/ruff check --quiet .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+workers=$(nproc)
+((workers <= 4)) || workers=4
+if nvidia-smi -L >/dev/null 2>&1; then workers=0; fi # engines would share the memory of a GPU
+tests() { .venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"; }
+if [[ "${1:-}" == --all ]]; then
+  tests "${@:2}"
+  tests -n 0 -m slow "${@:2}"
+else
+  tests "$@"
+fi

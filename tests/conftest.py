@@ -1,4 +1,4 @@
-"""Shared pieces of the tests: tiny models with random weights, and real engines on them."""
+"""What all tests share: how they are spread over workers, tiny models, a pool of servers."""
 
 import os
 from pathlib import Path
@@ -6,42 +6,47 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from tiny_models import MLA, TINY_SHAPE
 
 from grpo.cli import QUIET
 
 # before anything of the hub is imported: no test asks it
 os.environ.update(QUIET | {"HF_HUB_OFFLINE": "1"})
-from grpo import config as configs
 from grpo import models
 
 hypothesis.settings.register_profile("grpo", deadline=None)  # a busy machine is no bug
 hypothesis.settings.load_profile("grpo")
-TINY_SHAPE = {
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-}
-MLA = {"tiny-deepseek-v3": {"num_key_value_heads": 2, "q_lora_rank": 32, "head_dim": 64}}
 
 
-class Weights(dict):
-    """Named tensors as a learner gives them to a sync."""
+def pytest_configure(config):
+    """Holds each of several workers, and all that it starts, to its share of the cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        share = max(1, len(cores) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+        first = number * share % len(cores)
+        os.sched_setaffinity(0, cores[first : first + share])
+    elif workers := config.getoption("numprocesses", None):
+        # Read when a worker's OpenMP is loaded, which is before the worker is held to its cores.
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
 
-    def __iter__(self):
-        return iter(self.items())
 
-    def layout(self):
-        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()]
+# Files that take a minute and more, longest first. A worker takes a whole file (--dist loadfile),
+# so that its fixtures are made once; the small files at the end keep all workers busy.
+LONG_FILES = ("test_train", "test_vllm", "test_pool", "test_ranks", "test_sft", "test_distill")
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    items.sort(key=_place)
+
+
+def _place(item) -> int:
+    if item.path.stem in LONG_FILES:
+        return LONG_FILES.index(item.path.stem)
+    return len(LONG_FILES)
 
 
 @pytest.fixture(scope="session")
@@ -66,27 +71,37 @@ def tiny(tmp_path_factory):
     return make
 
 
-def tiny_config(run_dir, model_dir, **sections) -> configs.Config:
-    """Returns a config of a run that takes seconds; sections are merged into it."""
-    tree = {
-        "run_dir": str(run_dir),
-        "model": {"path": str(model_dir), "dtype": "float32"},
-        "data": {"name": "arithmetic", "options": {"digits": 1}},
-        "prompt": {"template": "plain", "max_tokens": 48},
-        "sampling": {"max_tokens": 12},
-        "rewards": {"accuracy": 1.0, "format": 0.1},
-        "algorithm": {"kl_coef": 0.0},
-        "train": {"rollouts": 2, "problems": 4, "group_size": 4},
-        "learner": {"lr": 1e-3, "zero_stage": 0, "micro_batch_tokens": 256},
-        "engine": {"kv_cache_gb": 0.05, "max_sequences": 32, "timeout_s": 60},
-        "eval": {"every": 0},
-        "checkpoint": {"every": 1},
-        "logging": {"progress": "off"},
-    }
-    for name, section in sections.items():
-        tree[name] = (
-            {**tree.get(name, {}), **section}
-            if isinstance(section, dict) and name != "rewards"
-            else section
-        )
-    return configs.parse(tree)
+@pytest.fixture(scope="module")
+def said():
+    """What a pool of servers has said."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def pool(tiny, tmp_path_factory, said):
+    """A pool of two real servers with weights 1, the tiny model's own."""
+    from server_pools import pool_of, weights
+
+    pool = pool_of(tiny(), tmp_path_factory.mktemp("pool"), said)
+    pool.wait_ready()
+    pool.load_weights(weights(tiny()), 1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tiny, tmp_path_factory):
+    """The URL of a real vLLM server on a tiny model."""
+    from http_servers import vllm_server
+
+    with vllm_server(tiny(), tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+@pytest.fixture
+def judge_server():
+    """A server's URL, what it was asked, and its handler, whose `fail` makes it refuse."""
+    from http_servers import judge_server
+
+    with judge_server() as server:
+        yield server

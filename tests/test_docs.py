@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_loop import make_loop
+from random_loop import make_loop
 
 from grpo import cli
 from grpo import config as configs

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_config
+from tiny_models import tiny_config
 from whole_runs import write_config
 
 LAUNCH = Path(__file__).parent.parent / "launch"

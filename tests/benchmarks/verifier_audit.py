@@ -94,5 +94,5 @@ if __name__ == "__main__":
     main(
         Path(sys.argv[1])
         if len(sys.argv) > 1
-        else Path(__file__).parents[1] / "verifier_cases.jsonl"
+        else Path(__file__).parents[1] / "rewards" / "verifier_cases.jsonl"
     )

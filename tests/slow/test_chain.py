@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 import yaml
-from conftest import tiny_config
+from tiny_models import tiny_config
 from whole_runs import run, start
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

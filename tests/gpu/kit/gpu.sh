@@ -34,7 +34,7 @@ step() { # step NAME LIMIT LINES COMMAND...: the last LINES lines of its log go 
   return $code
 }
 
-tests() { step "$1" 150 12 python3 -m pytest tests/test_gpu.py -k "$2" --basetemp=$scratch/pytest-"$1"; }
+tests() { step "$1" 150 12 python3 -m pytest tests/gpu/test_gpu.py -k "$2" --basetemp=$scratch/pytest-"$1"; }
 
 train() { # train NAME CONFIG OVERRIDES...: SmolLM2, with the memory of a fifth of the GPU for its engine
   local name=$1 config=$2

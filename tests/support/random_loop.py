@@ -1,0 +1,124 @@
+"""A training loop with a real learner and an engine that draws tokens at random."""
+
+import random
+from types import SimpleNamespace
+
+from tiny_models import tiny_config
+
+from grpo import lora, models, plugins, roofline
+from grpo.checkpoint import RunDirectory
+from grpo.engines import SyncReport
+from grpo.learners.deepspeed import Learner
+from grpo.loop import Loop
+from grpo.selection import Selection
+from grpo.types import Completion, Problem
+from rewards._pool import Pool
+
+
+class RandomEngine:
+    """Tokens are a function of the seed.
+
+    Of a completion that begins with an even one the reward is 1.
+    """
+
+    version = -1
+
+    def generate(self, requests, options, on_progress=None):
+        return [
+            tuple(self._completion(request.seed + i) for i in range(request.n))
+            for request in requests
+        ]
+
+    def prove(self, requests, options):
+        return [self.generate(requests, options)]
+
+    def _completion(self, seed):
+        generator = random.Random(seed)
+        ids = tuple(generator.randrange(10, 200) for _ in range(generator.randrange(2, 9)))
+        logprobs = tuple(-4 - generator.random() for _ in ids)
+        reason = "length" if len(ids) == 8 else "stop"
+        return Completion(
+            token_ids=ids,
+            logprobs=logprobs,
+            text="",
+            finish_reason=reason,
+            versions=((self.version, 0, len(ids)),),
+        )
+
+    def load_weights(self, weights, version):
+        self.weights = {name: weight.clone() for name, weight in weights}
+        self.version = version
+        return SyncReport(version=version, seconds=0.0, num_bytes=0)
+
+    def reset_cache(self): ...
+    def sleep(self): ...
+    def wake(self): ...
+
+
+def make_loop(tmp_path, tiny, resume=False, reward=None, take=None, kind="tiny-qwen2", **sections):
+    base = {
+        "train": {"rollouts": 3, "problems": 4, "group_size": 4},
+        "learner": {"lr": 1e-3, "zero_stage": 1},
+        "rewards": {"accuracy": 1.0},
+    }
+    config = tiny_config(tmp_path, tiny(kind), **{**base, **sections})
+    model, reference = models.load_model(tiny(kind), "packed"), None
+    if config.model.lora:
+        lora.add(model, config.model.lora, "tiny", config.seed)
+    elif config.algorithm.kl_coef or config.model.teacher:
+        reference = models.load_model(
+            tiny(kind, intermediate_size=128) if config.model.teacher else tiny(kind), "packed"
+        )
+    learner = Learner(
+        model, config, plugins.find("grpo.losses", config.algorithm.loss, "loss", "loss"), reference
+    )
+    reward = reward or (lambda completion, problem: float(completion.token_ids[0] % 2 == 0))
+    rewards = {
+        "even": (
+            lambda groups, _: [
+                [reward(c, group.problem) for c in group.completions] for group in groups
+            ],
+            1.0,
+        )
+    }
+
+    def problem(i):
+        return Problem(id=f"p{i % 40}", question="", answer="", source="t")
+
+    take = take or (lambda position, n: [problem(position + i) for i in range(n)])
+    loop = Loop(
+        config=config,
+        run=RunDirectory(str(tmp_path), resume=resume),
+        engine=RandomEngine(),
+        learner=learner,
+        rewards=rewards,
+        prompts=SimpleNamespace(
+            ids=lambda problem: (5, 6, 7 + int(problem.id[1:])),
+            prefill=lambda problem: "",
+            for_rewards=lambda problem: "",
+            stop=(),
+            stop_token_ids=(),
+        ),
+        selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=take),
+        held_out=[],
+        probe=SimpleNamespace(
+            check=lambda: {"probe/gap": 0.0}, canary=lambda version, signals: 0.0
+        ),
+        signals=SimpleNamespace(check=lambda: None),
+        display=SimpleNamespace(
+            phase=lambda *_: None, begin=lambda *_: None, say=lambda *_: None, row=lambda *_: None
+        ),
+        record_row=lambda row: loop.run.append_metrics(row),
+        machine=roofline.Machine(flops=1e9, bandwidth=1e9),
+        shape=roofline.shape(tiny(kind), 100_000, "float32"),
+        pool=Pool(),
+    )
+    if resume:
+        state = loop.run.read_state(loop.run.latest())
+        learner.load(loop.run.latest())
+        loop.rollout, loop.idle = state["step"], state["idle"]
+        loop.selection.load(state["selection"])
+    else:
+        loop.run.update_manifest(stage="train")
+    loop.start(fresh=not resume)
+    return loop
