@@ -1,6 +1,7 @@
-"""Who may import whom, read from the syntax trees."""
+"""Who may import whom, read from the syntax trees; and that all code is formatted."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,10 @@ def test_imports_point_one_way(path):
         assert not under(modules, "deepspeed")
     if name not in ("grpo/cli.py",) and not name.startswith("grpo/stages/"):
         assert not under(modules, "grpo.stages")
+
+
+def test_the_formatter_is_switched_off_nowhere():
+    switches = re.compile(r"# fmt: *(off|skip)")
+    for folder in (*OURS, "tests", "launch"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not switches.search(path.read_text()), path
