@@ -27,7 +27,8 @@ MAX_TERMS = 40
 MAX_EXPONENT = 400
 MAX_POWERED = 30  # product of the exponents on brackets: ((x+1)^5)^6
 HEAVY = re.compile(
-    r"\\binom\{\d{4}|\\(?:sum|prod|i{1,3}nt|oint|lim|binom|det|begin|operatorname)(?![A-Za-z])|\d{3,}!|[)}!]!|\d{300}"
+    r"\\binom\{\d{4}|\\(?:sum|prod|i{1,3}nt|oint|lim|binom|det|begin|operatorname)(?![A-Za-z])"
+    r"|\d{3,}!|[)}!]!|\d{300}"
 )
 LIGHT_FACTORIAL = re.compile(r"\((?:\d?[a-z](?: ?[+-] ?(?:\d|\d?[a-z]))?)\)!(?!!)")  # (2n)!, (d-k)!
 DIGITS = 100  # behind the point: a difference below is none
@@ -35,7 +36,8 @@ DIGITS = 100  # behind the point: a difference below is none
 POINTS = ((131, 211, 83, 59), (-113, 41, -167, 229), (307, -53, 71, -197), (23, 17, 29, 37))
 CORRECT = Verdict(value="correct")
 NAME = (
-    r"(?:\\(?:text|vec|overrightarrow)\{[A-Za-z]+\}|\\?[A-Za-z]+)(?:_\w|_\{\w+\})?(?:\([^()=,]{1,10}\))?"
+    r"(?:\\(?:text|vec|overrightarrow)\{[A-Za-z]+\}|\\?[A-Za-z]+)"
+    r"(?:_\w|_\{\w+\})?(?:\([^()=,]{1,10}\))?"
     r"|\\angle ?[A-Z]+|\([A-Za-z](?:, ?[A-Za-z])*\)"
 )
 VARIABLE = re.compile(rf"({NAME}) ?(=|\\in(?![a-z]))([^=<>]+)")

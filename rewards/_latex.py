@@ -59,7 +59,8 @@ SAME = [  # (what it is, what it becomes), in this order
     (r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
     (r"∛\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt[3]{\1}"),
     (
-        r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?|\\(?:display|text)style(?![A-Za-z])|\\!\s*|\\limits",
+        r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?"
+        r"|\\(?:display|text)style(?![A-Za-z])|\\!\s*|\\limits",
         "",
     ),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),

@@ -244,7 +244,8 @@ def _facts(
     folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str, Any]]], beside: Path
 ) -> str:
     lines = [
-        "<tr><th>run</th><th>stage</th><th>status</th><th>model</th><th>data</th><th>recipe</th><th>seed</th><th>steps</th>"
+        "<tr><th>run</th><th>stage</th><th>status</th><th>model</th>"
+        "<th>data</th><th>recipe</th><th>seed</th><th>steps</th>"
     ]
     lines[0] += "<th>held-out accuracy</th><th>commit</th></tr>"
     for name, folder in folders.items():
