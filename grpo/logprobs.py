@@ -181,12 +181,11 @@ class Policy(nn.Module):
         self, states: Tensor, targets: Tensor, weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         logits = self._logits(states, weight)
-        logprobs: Tensor
-        entropies: Tensor
-        logprobs, entropies = _LogProbs.apply(  # type: ignore[no-untyped-call]
+        logprobs_and_entropies: tuple[Tensor, Tensor]
+        logprobs_and_entropies = _LogProbs.apply(  # type: ignore[no-untyped-call]
             logits, targets, self.temperature, self.entropy_gradient
         )
-        return logprobs, entropies
+        return logprobs_and_entropies
 
     def _logits(self, states: Tensor, weight: Tensor | None = None) -> Tensor:
         """`weight`: the head's in float32, made once for all chunks."""

@@ -52,8 +52,9 @@ def find(package: str, name: str, function: str, key: str) -> Callable[..., Any]
             f"{key}.{name}: no such {KINDS[function]}; have {', '.join(known)}, or "
             f"module:function{hint}"
         )
-    found: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{name}"), function)
-    return found
+    module = importlib.import_module(f"{package}.{name}")
+    plugin: Callable[..., Any] = getattr(module, function)
+    return plugin
 
 
 def _outside(name: str, key: str) -> Callable[..., Any]:
@@ -72,8 +73,8 @@ def _outside(name: str, key: str) -> Callable[..., Any]:
         ) from error
     if not callable(getattr(module, function, None)):
         raise UserError(f"{key}.{name}: {module.__file__} has no function {function!r}")
-    found: Callable[..., Any] = getattr(module, function)
-    return found
+    plugin: Callable[..., Any] = getattr(module, function)
+    return plugin
 
 
 def rewards(chosen: Mapping[str, Reward], pool: Pool) -> dict[str, tuple[RewardFunction, float]]:

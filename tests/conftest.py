@@ -92,16 +92,16 @@ def pool(tiny, tmp_path_factory, said):
 @pytest.fixture(scope="module")
 def vllm_server(tiny, tmp_path_factory):
     """The URL of a real vLLM server on a tiny model."""
-    from http_servers import vllm_server
+    from http_servers import serve_vllm
 
-    with vllm_server(tiny(), tmp_path_factory.mktemp("server")) as url:
+    with serve_vllm(tiny(), tmp_path_factory.mktemp("server")) as url:
         yield url
 
 
 @pytest.fixture
 def judge_server():
     """A server's URL, what it was asked, and its handler, whose `fail` makes it refuse."""
-    from http_servers import judge_server
+    from http_servers import serve_judge
 
-    with judge_server() as server:
+    with serve_judge() as server:
         yield server

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny_models import tiny_config
-from whole_runs import write_config
+from whole_runs import OF_RANKS, wait_for, write_config
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -46,16 +46,9 @@ def test_a_server_that_dies_is_started_again_and_a_mistake_or_a_signal_ends_it(t
         assert len(log.read_text().splitlines()) == starts
     log.unlink()
     server = subprocess.Popen(command, env=os.environ | {"LOG": str(log), "CODE": ""})
-    wait_until(log.exists)
+    wait_for(log.exists, seconds=10)
     server.terminate()
     assert server.wait(10) == 143 and len(log.read_text().splitlines()) == 1
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh", "server.sh"])
@@ -92,7 +85,7 @@ def slurm(tmp_path, **environment):
 def test_the_slurm_job_shares_its_nodes_among_learners_and_servers(tmp_path):
     assert slurm(tmp_path, ENGINE_NODES="1", TENSOR_PARALLEL="4").wait(30) == 0
     # the servers' steps are begun in the background
-    wait_until(lambda: len((tmp_path / "log").read_text().splitlines()) >= 3)
+    wait_for(lambda: len((tmp_path / "log").read_text().splitlines()) >= 3, seconds=10)
     asked = (tmp_path / "log").read_text().splitlines()
     (learner,) = [line for line in asked if "slurm-%j-learner" in line]
     servers = [line for line in asked if "server.sh" in line]
@@ -129,14 +122,8 @@ def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, mo
 
     (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'n1\\nn2\\n'\n")
     (tmp_path / "scontrol").chmod(0o755)
-    for name in (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    ):
+    of_ranks = (*OF_RANKS, "LOCAL_WORLD_SIZE")
+    for name in of_ranks:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -155,14 +142,7 @@ def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, mo
     ranks.adopt_srun()
     assert (ranks.rank(), ranks.count(), ranks.local_rank(), ranks.local_count()) == (3, 4, 1, 2)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n1", "20007")
-    for name in (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    ):
+    for name in of_ranks:
         monkeypatch.delenv(name)
 
 

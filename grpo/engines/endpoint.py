@@ -109,7 +109,7 @@ class Endpoint:
         if options.top_k:
             more["extra_body"] = {"top_k": options.top_k}
         try:
-            answer: Any = self._client.chat.completions.create(
+            answer = self._client.chat.completions.create(
                 model=self._teacher.model,
                 messages=messages,  # type: ignore[arg-type]
                 seed=seed % 2**31,

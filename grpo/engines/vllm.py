@@ -120,10 +120,10 @@ class VllmEngine:
         A sequence is `(token_ids, prompt_length)`. Both results are NumPy arrays [T, k], with a row
         for each of the sequence's T completion tokens.
         """
-        found: list[tuple[Any, Any]] = self._call(
+        ids_and_logprobs: list[tuple[Any, Any]] = self._call(
             "top_logprobs", {"sequences": list(sequences), "k": k}
         )
-        return found
+        return ids_and_logprobs
 
     def prove(
         self, requests: Sequence[Request], options: SamplingOptions

@@ -82,9 +82,10 @@ class Ulysses:
 
     def _attend(self, *arguments: Any, packed: packing.Layout, **more: Any) -> tuple[Tensor, None]:
         more["position_ids"] = packed.positions
-        out: Tensor
-        out, _ = self._attention(*arguments, packed=replace(packed, through=None), **more)
-        return out, None
+        attended: tuple[Tensor, None] = self._attention(
+            *arguments, packed=replace(packed, through=None), **more
+        )
+        return attended
 
     def whole(self, grid: Tensor) -> Tensor:
         """Returns the sum of the ranks' grids [B, T], each 0 but where it is its own."""

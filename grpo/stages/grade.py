@@ -67,7 +67,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def field(row: dict[str, Any], names: Sequence[str]) -> str:
     """Returns the row's text under the first of `names` that has one."""
-    return next(value for name in names if isinstance(value := row.get(name), str))
+    return str(next(row[name] for name in names if isinstance(row.get(name), str)))
 
 
 def verdicts(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:

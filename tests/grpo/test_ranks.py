@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,23 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_config
 from training_samples import COMBINATIONS, samples
-from whole_runs import OF_RANKS, run, start, write_config
+from whole_runs import environment, run, start, write_config
 
 from grpo import ranks, signals
 from grpo.batch import micro_batches, token_weights
 from grpo.engines import SyncReport
+from grpo.engines.server import free_port
 from grpo.probe import sync
 from grpo.types import RunError
 
 pytestmark = pytest.mark.engine
 SUPPORT = Path(__file__).parents[1] / "support"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
-def alone():
-    return {name: value for name, value in os.environ.items() if name not in OF_RANKS} | {
-        "PYTHONPATH": str(SUPPORT)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +44,9 @@ def trained(tiny, tmp_path_factory):
     for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN), ("one", [sys.executable])):
         (folder / name).mkdir(exist_ok=True)
         command = [*launcher, str(SUPPORT / "ranks_worker.py"), model, str(folder / name)]
-        done = subprocess.run(command, env=alone(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     return {
         name: json.loads((folder / name / "found.json").read_text()) for name in ("one", "two")
@@ -145,7 +141,7 @@ def test_a_rank_that_hangs_or_fails_is_told_by_the_others(tmp_path, how, told):
     started = time.monotonic()
     done = subprocess.run(
         [*TORCHRUN, str(tmp_path / "lost.py"), "3", how],
-        env=alone(),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -184,19 +180,16 @@ def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
     """It gives --local_rank, and the number of ranks here by another name than torchrun."""
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
     world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = [
         sys.executable,
         "-m",
         "deepspeed.launcher.launch",
         f"--world_info={world}",
-        f"--master_port={port}",
+        f"--master_port={free_port()}",
     ]
     done = subprocess.run(
         [*launcher, "--module", "grpo", "doctor", config],
-        env=alone(),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=120,

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 from tiny_models import tiny_config
-from whole_runs import run, start
+from whole_runs import run, start, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -101,10 +101,7 @@ def test_killed_once_in_every_stage_it_ends_with_the_same_table(tiny, tmp_path):
     chance, killed = random.Random(0), []
     for stage in json.loads((straight / "manifest.json").read_text())["stages"]:
         process = start(config, command="pipeline")
-        deadline = time.monotonic() + 200
-        while not (folder / stage / "config.yaml").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for((folder / stage / "config.yaml").exists, process, seconds=200)
         time.sleep(chance.uniform(0, 8))
         family = (
             [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]

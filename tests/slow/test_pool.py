@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from server_pools import OPTIONS, REQUESTS, pool_of, pooled, wait, weights
+from server_pools import OPTIONS, REQUESTS, pool_of, pooled, weights
 from whole_runs import rows, run, start, wait_for, write_config
 
 from grpo.engines import EngineError, fleet
@@ -36,7 +36,7 @@ def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again
         pool.load_weights(weights(tiny()), 4)
     monkeypatch.undo()
     pool.load_weights(weights(tiny()), 5)  # nobody is there to take them: who comes back gets them
-    wait(lambda: all(server.up for server in pool._servers))
+    wait_for(lambda: all(server.up for server in pool._servers), seconds=90)
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 2
 
 
@@ -49,14 +49,14 @@ def test_a_server_killed_in_the_middle_of_a_rollout_costs_only_what_it_was_doing
         *psutil.Process(victim.process.pid).children(recursive=True),
     ]
     future = pool._submit(pool._generate(REQUESTS, OPTIONS, None))
-    wait(lambda: victim.load)
+    wait_for(lambda: victim.load, seconds=90)
     family[0].kill()
     assert [[c.token_ids for c in row] for row in future.result(60)] == [
         [c.token_ids for c in row] for row in expected
     ]
     assert pool.counts["retried"] > 0
     assert not psutil.wait_procs(family[1:], timeout=10)[1]  # its core and worker go with it
-    wait(lambda: victim.up)
+    wait_for(lambda: victim.up, seconds=90)
     assert "killed by SIGKILL" in said[seen] and "is back with weights 5" in said[-1]
     assert [[c.token_ids for c in row] for row in pool.generate(REQUESTS, OPTIONS)] == [
         [c.token_ids for c in row] for row in expected
@@ -68,7 +68,7 @@ def test_a_server_that_hangs_is_started_again(pool, said, monkeypatch):
     victim = pool._servers[1]
     os.killpg(victim.process.pid, signal.SIGSTOP)
     assert len(pool.generate(REQUESTS, OPTIONS)) == len(REQUESTS)
-    wait(lambda: victim.up)
+    wait_for(lambda: victim.up, seconds=90)
     assert any("no answer for 4 s" in text for text in said)
 
 
@@ -85,7 +85,7 @@ def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_bac
     monkeypatch.setattr(pool, "_update", killing)
     pool.load_weights(weights(tiny(), 0.9), 6)
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 1
-    wait(lambda: pool._servers[0].up)
+    wait_for(lambda: pool._servers[0].up, seconds=90)
     assert fleet.difference(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any(
         "weights 6 did not reach" in text for text in said
     )
@@ -124,7 +124,7 @@ def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_aga
     """Its HTTP side still says that it is well."""
     pool.load_weights(weights(tiny()), 20)
     pool.prove(REQUESTS[:4], OPTIONS)
-    wait(lambda: all(server.up for server in pool._servers))
+    wait_for(lambda: all(server.up for server in pool._servers), seconds=90)
     victim, was = pool._servers[1], pool._pool
     (core,) = [
         p
@@ -140,7 +140,7 @@ def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_aga
     finally:
         pool._pool = was
     assert any("was not done with weights 21 within 10 s" in line for line in said)
-    wait(lambda: victim.up)
+    wait_for(lambda: victim.up, seconds=90)
     first, second = pool.prove(REQUESTS[:4], OPTIONS)
     assert fleet.difference(first, second) < 1e-4
     (core,) = [

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -12,15 +11,15 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from grpo.engines.server import free_port
+
 
 @contextlib.contextmanager
-def vllm_server(model_dir, folder):
+def serve_vllm(model_dir, folder):
     """Yields the URL of a real vLLM server on a model."""
     model = shutil.copytree(model_dir, folder / "model")
     (folder / "template").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = {
         "model": str(model),
         "served-model-name": "teacher",
@@ -62,7 +61,7 @@ def vllm_server(model_dir, folder):
 
 
 @contextlib.contextmanager
-def judge_server():
+def serve_judge():
     """Answers as a judge (grades by the answer's length), a classifier and a pooler.
 
     `fail` makes it refuse.

@@ -10,8 +10,6 @@ from grpo.losses.grpo import loss
 from grpo.probe import MAX_GAP, Probe, probe_prompts
 
 PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
-
-
 SETTINGS = configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
 
 

@@ -1,7 +1,5 @@
 """Pools of real vLLM servers on tiny models."""
 
-import time
-
 from real_engines import PROMPTS
 from tiny_models import Weights, tiny_config
 
@@ -11,8 +9,6 @@ from grpo.engines import Request, SamplingOptions
 from grpo.engines.pool import Pool
 
 REQUESTS = [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS * 3)]
-
-
 OPTIONS = SamplingOptions(max_tokens=24, ignore_eos=True)
 
 
@@ -43,13 +39,6 @@ def pool_of(model_dir, run_dir, said=None, **servers):
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         say=(said if said is not None else []).append,
     )
-
-
-def wait(condition, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 def pooled(folder, model, **sections):

@@ -1,7 +1,7 @@
 """Configs of the commands on tiny models, each a run of seconds."""
 
-import yaml
 from tiny_models import tiny_config
+from whole_runs import write_tree
 
 from grpo import config as configs
 from grpo.config_stages import SftConfig
@@ -18,8 +18,7 @@ def eval_config(tmp_path, model_dir, **sections):
         "eval": {"problems": 6, "samples": 2, "temperature": 1.0},
         **sections,
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    return str(tmp_path / "config.yaml")
+    return write_tree(tmp_path / "config.yaml", tree)
 
 
 def sft_config(run_dir, model_dir, **sections):
@@ -54,8 +53,7 @@ def collect_config(tmp_path, model, **sections):
         "collect": {"problems": 6, "samples": 4, "keep": 2, "chunk": 2, "format": False},
         "logging": {"progress": "off"},
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | sections))
-    return str(tmp_path / "config.yaml")
+    return write_tree(tmp_path / "config.yaml", tree | sections)
 
 
 def distill_config(tmp_path, tiny, **sections):
@@ -73,8 +71,7 @@ def distill_config(tmp_path, tiny, **sections):
         "logging": {"progress": "off"},
         "learner": {"lr": 1e-3, "zero_stage": 1, "micro_batch_tokens": 512},
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | sections))
-    return str(tmp_path / "config.yaml")
+    return write_tree(tmp_path / "config.yaml", tree | sections)
 
 
 def final_weights(run_dir):

@@ -10,8 +10,6 @@ TINY_SHAPE = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
-
-
 MLA = {"tiny-deepseek-v3": {"num_key_value_heads": 2, "q_lora_rank": 32, "head_dim": 64}}
 
 

@@ -20,15 +20,23 @@ from grpo import config as configs
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def write_config(path: Path, config: configs.Config) -> str:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+def write_tree(path: Path, tree: dict) -> str:
+    path.write_text(yaml.safe_dump(tree))
     return str(path)
+
+
+def write_config(path: Path, config: configs.Config) -> str:
+    return write_tree(path, config.model_dump(mode="json"))
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of a process that may join a group of its own and finds digits.py."""
+    kept = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    return kept | {"PYTHONPATH": str(Path(__file__).parent)}
 
 
 def start(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
     """Starts `grpo COMMAND ...`, with `ranks` above 1 under torchrun."""
-    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
-    environment |= {"PYTHONPATH": str(Path(__file__).parent)}  # where digits.py lies
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         if ranks > 1
@@ -38,7 +46,7 @@ def start(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
         [sys.executable, *launcher, "-m", "grpo", command, *arguments],
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment(),
         **options,
     )
 
@@ -72,10 +80,11 @@ def _content(path):
         return {name: arrays[name].tobytes() for name in arrays.files}
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process=None, seconds=120):
+    """Waits until a condition holds, and fails at once when the process has ended before."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process is None or process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
 

@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
-from server_pools import OPTIONS, REQUESTS, pool_of, settings, wait, weights
+from server_pools import OPTIONS, REQUESTS, pool_of, settings, weights
 from tiny_models import tiny_config
+from whole_runs import wait_for
 
 from grpo import config as configs
 from grpo import ranks
@@ -105,7 +106,7 @@ print(subprocess.Popen(['sleep', '60']).pid, flush=True); _end_with(os.getppid()
     )
     core = int(server.stdout.readline())
     assert server.wait(timeout=60) == -signal.SIGKILL
-    wait(
+    wait_for(
         lambda: (
             not psutil.pid_exists(core) or psutil.Process(core).status() == psutil.STATUS_ZOMBIE
         ),

@@ -198,7 +198,8 @@ def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(
         engine.close()
 
 
-# The smaller Qwen2 and the other tied heads are a larger Qwen2's and the first tied head's code.
+# The slow ones share their code with another: micro-qwen2 is a smaller tiny-qwen2, and one function
+# ties all heads.
 MODELS = [
     ("tiny-qwen2", True),
     ("tiny-llama", False),
