@@ -40,7 +40,8 @@ def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 2
 
 
-def test_a_server_killed_in_the_middle_of_a_rollout_costs_only_what_it_was_doing(pool, said):
+def test_a_server_killed_in_the_middle_of_a_rollout_costs_only_what_it_was_doing(pool, tiny, said):
+    pool.load_weights(weights(tiny()), 5)
     expected = pool.generate(REQUESTS, OPTIONS)
     pool.prove(REQUESTS[:4], OPTIONS)
     victim, seen = pool._servers[0], len(said)
