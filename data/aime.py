@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data._files import Hub, for_judging, rows
+from data.common.files import Hub, for_judging, rows
 from grpo.types import Problem, UserError
 
 HUBS = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from data._files import check_split
-from data._procedural import Procedural, check_range, draw
-from data._stream import seeded
+from data.common.files import check_split
+from data.common.mixture import seeded
+from data.common.procedural import Procedural, check_range, draw
 from grpo.types import Problem, UserError
 
 VALUE: dict[str, Callable[[int, int], int]] = {

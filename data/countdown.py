@@ -10,8 +10,8 @@ from fractions import Fraction
 from random import Random
 from typing import NamedTuple
 
-from data._files import check_split
-from data._procedural import Procedural, check_range, draw
+from data.common.files import check_split
+from data.common.procedural import Procedural, check_range, draw
 from grpo.types import Problem, UserError
 
 

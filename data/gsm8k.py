@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from data._files import Hub, check_split, rows, text, unique
+from data.common.files import Hub, check_split, rows, text, unique
 from grpo.types import Problem, UserError
 
 

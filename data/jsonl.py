@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data._files import check_split, rows, text, unique
-from data._stream import stable_hash
+from data.common.files import check_split, rows, text, unique
+from data.common.mixture import stable_hash
 from grpo.types import Problem, UserError
 
 QUESTION = ("problem", "question", "prompt")

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from data._files import Hub, Row, check_split, rows, text, unique
+from data.common.files import Hub, Row, check_split, rows, text, unique
 from grpo.types import Problem, UserError
 
 HUBS = {

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data._files import Hub, Row, check_split, rows, unique
+from data.common.files import Hub, Row, check_split, rows, unique
 from grpo.types import Problem, UserError
 
 QUESTION, ANSWER = (

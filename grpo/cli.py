@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         import warnings
 
         warnings.simplefilter("ignore")
-    from grpo import ranks
+    from grpo.run import ranks
 
     try:
         ranks.adopt_srun()
@@ -68,7 +68,7 @@ def _tell(error: Exception) -> None:
     A launcher ends all ranks as soon as one has ended, so the ranks that do not print wait for that
     end.
     """
-    from grpo import ranks
+    from grpo.run import ranks
 
     heard = hasattr(error, "heard")
     if heard or (ranks.local_rank() > 0 and isinstance(error, UserError)):
@@ -185,17 +185,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from grpo import config as configs
-    from grpo.config_file import apply_overrides, read_yaml
-    from grpo.config_stages import KINDS, command_of
-    from grpo.signals import Interrupted
+    from grpo.config import KINDS, command_of
+    from grpo.config.source import apply_overrides, read_yaml
+    from grpo.run.signals import Interrupted
 
     if options.command == "grade":
-        from grpo.stages.grade import grade
+        from grpo.tools.grade import grade
 
         grade(options.path, explain=options.explain, output=options.output)
         return 0
     if options.command == "replay":
-        from grpo.stages.replay import replay
+        from grpo.tools.replay import replay
 
         return (
             0
@@ -204,7 +204,7 @@ def _run(options: argparse.Namespace) -> int:
             else 1
         )
     if options.command == "report":
-        from grpo.stages import report
+        from grpo.tools import report
 
         if options.follow:
             report.follow(options.runs[0])
@@ -234,7 +234,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     config = configs.load(options.config, options.overrides, KINDS[asked])
     if options.command == "doctor" and not options.dry_run:
-        from grpo.stages.doctor import doctor
+        from grpo.tools.doctor import doctor
 
         return (
             2
@@ -242,25 +242,26 @@ def _run(options: argparse.Namespace) -> int:
             else 0
         )
     if options.command == "bench" and options.simulate:
-        from grpo.stages.bench import simulate
+        from grpo.tools.bench import simulate
 
         print(simulate(config, options.simulate, options.mean))
         return 0
     if options.dry_run:
-        from grpo.stages.dry_run import dry_run
+        from grpo.tools.dry_run import dry_run
 
         dry_run(config)
         return 0
     if options.auto_resume:
-        from grpo import ranks
-        from grpo.stages._run import longest_wait_s
+        from grpo.run import ranks
+        from grpo.stages.common import longest_wait_s
 
         if ranks.count() > 1:
             ranks.join(longest_wait_s(config))
         options.resume = ranks.gather(
             "the run directory", (Path(config.run_dir) / "manifest.json").exists()
         )[0]
-    stage = importlib.import_module(f"grpo.stages.{options.command}")
+    package = "grpo.tools" if options.command == "bench" else "grpo.stages"
+    stage = importlib.import_module(f"{package}.{options.command}")
     try:
         getattr(stage, options.command)(config, resume=options.resume)
     except Interrupted as error:

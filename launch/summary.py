@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo.checkpoint import read_metrics
+from grpo.run.directory import read_metrics
 
 POINTS = ("start", "after_sft", "after_grpo")
 

@@ -6,9 +6,9 @@ Where it stands: `_parse`; equality: `_equal`.
 from __future__ import annotations
 
 from grpo.types import Completion, Problem, Verdict
-from rewards._equal import equal
-from rewards._latex import normalise
-from rewards._parse import TAGS, final_answer
+from rewards.verifier.equal import equal
+from rewards.verifier.latex import normalise
+from rewards.verifier.parse import TAGS, final_answer
 
 # in a worker of the pool; deterministic bounds come first, so that no answer should ever take as
 # long

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 
 from grpo.types import Completion, Problem, Verdict
-from rewards._latex import normalise, words
-from rewards._parse import final_answer
+from rewards.verifier.latex import normalise, words
+from rewards.verifier.parse import final_answer
 
 LETTER = re.compile(
     r"(?:(?:the )?(?:correct )?(?:answer|choice|option)(?: is)?:? ?)?\(?([a-z])(?:[).:,]+|$)\s*(.*)"

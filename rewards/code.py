@@ -19,8 +19,8 @@ import time
 from typing import Literal
 
 from grpo.types import Completion, Problem, UserError, Verdict
-from rewards._parse import final_answer, visible
-from rewards._sandbox import NoSandbox, Outcome, run
+from rewards.verifier.parse import final_answer, visible
+from rewards.workers.sandbox import NoSandbox, Outcome, run
 
 TIMEOUT_S = 120.0  # of the whole call, in a worker of the pool
 MAX_CHARS = 50_000

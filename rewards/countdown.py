@@ -10,7 +10,7 @@ from collections import Counter
 from fractions import Fraction
 
 from grpo.types import Completion, Problem, Verdict
-from rewards._parse import final_answer
+from rewards.verifier.parse import final_answer
 
 MAX_CHARS = 200
 SYMBOLS = {

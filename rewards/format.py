@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo.types import Completion, Problem, Score
-from rewards._parse import TAGS
+from rewards.verifier.parse import TAGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

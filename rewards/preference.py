@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from grpo.types import Group, RunError, UserError
-from rewards._parse import visible
+from rewards.verifier.parse import visible
 
 JUDGE = (
     "You grade an assistant's answer to a user: is it helpful, true, harmless and clear? Think "

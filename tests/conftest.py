@@ -12,7 +12,7 @@ from grpo.cli import QUIET
 
 # before anything of the hub is imported: no test asks it
 os.environ.update(QUIET | {"HF_HUB_OFFLINE": "1"})
-from grpo import models
+from grpo.learning import models
 
 hypothesis.settings.register_profile("grpo", deadline=None)  # a busy machine is no bug
 hypothesis.settings.load_profile("grpo")
@@ -33,7 +33,14 @@ def pytest_configure(config):
 
 # Files that take a minute and more, longest first. A worker takes a whole file (--dist loadfile),
 # so that its fixtures are made once; the small files at the end keep all workers busy.
-LONG_FILES = ("test_train", "test_vllm", "test_pool", "test_ranks", "test_sft", "test_distill")
+LONG_FILES = (
+    "stages/test_train.py",
+    "local/test_engine.py",
+    "servers/test_pool.py",
+    "run/test_ranks.py",
+    "stages/test_sft.py",
+    "stages/test_distill.py",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -44,8 +51,9 @@ def pytest_collection_modifyitems(items):
 
 
 def _place(item) -> int:
-    if item.path.stem in LONG_FILES:
-        return LONG_FILES.index(item.path.stem)
+    for place, name in enumerate(LONG_FILES):
+        if item.path.match(name):
+            return place
     return len(LONG_FILES)
 
 

@@ -12,8 +12,8 @@ from random_loop import make_loop
 
 from grpo import cli
 from grpo import config as configs
-from grpo.config_stages import KINDS, command_of
-from grpo.diagnosis import RULES
+from grpo.config import KINDS, command_of
+from grpo.metrics.diagnosis import RULES
 from grpo.types import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -118,7 +118,7 @@ def test_a_preempted_job_goes_back_into_the_queue(tmp_path):
 
 
 def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, monkeypatch):
-    from grpo import ranks
+    from grpo.run import ranks
 
     (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'n1\\nn2\\n'\n")
     (tmp_path / "scontrol").chmod(0o755)
@@ -190,6 +190,6 @@ def test_the_kubernetes_job_has_what_the_api_asks_for():
 def test_a_server_without_a_token_does_not_start(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
     environment = {name: value for name, value in os.environ.items() if name != "GRPO_ENGINE_TOKEN"}
-    command = [sys.executable, "-m", "grpo.engines.server", config, "8123"]
+    command = [sys.executable, "-m", "grpo.engines.servers.server", config, "8123"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "grpo: GRPO_ENGINE_TOKEN is not set" in done.stderr

@@ -7,75 +7,76 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(
-    path for package in ("grpo", "rewards", "data") for path in (ROOT / package).rglob("*.py")
-)
-OURS = ("grpo", "rewards", "data")
-PURE = (
-    "grpo/advantages.py",
-    "grpo/batch.py",
-    "grpo/logprobs.py",
-    "grpo/packing.py",
-    "grpo/divergence.py",
-    "grpo/selection.py",
-    "grpo/losses/",
-)
+PACKAGES = ("grpo", "rewards", "data")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+# A package imports packages of lower floors, and itself; none beside it, none above it.
+FLOORS = [
+    {"grpo.types"},
+    {"data", "rewards", "grpo.run"},
+    {"grpo.config"},
+    {"grpo.losses", "grpo.metrics"},
+    {"grpo.learning"},
+    {"grpo.engines"},
+    {"grpo.experience"},
+    {"grpo.training"},
+    {"grpo.stages"},
+    {"grpo.tools"},
+    {"grpo.cli"},
+    {"grpo.__main__"},
+]
+FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 
 
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports anywhere, except for type checking alone."""
-    found = set()
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.If)
-            and isinstance(node.test, ast.Name)
-            and node.test.id == "TYPE_CHECKING"
-        ):
-            node.body = []
-    for node in ast.walk(tree):
+def imported_modules(path: Path) -> set[str]:
+    """Returns every module that a file imports anywhere, for type checking too."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
 
 
-def under(modules: set[str], *prefixes: str) -> set[str]:
-    return {
-        module
-        for module in modules
-        if any(module == p or module.startswith(p + ".") for p in prefixes)
-    }
+def package_of(module: str) -> str | None:
+    """Returns the package that a module of ours belongs to: `grpo.learning`, `rewards`."""
+    first, *rest = module.split(".")
+    if first not in PACKAGES:
+        return None
+    if first != "grpo":
+        return first
+    package = ".".join(["grpo", *rest[:1]])
+    return package if package in FLOOR_OF else None
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_every_package_has_a_floor():
+    homeless = {module_of(path) for path in FILES if package_of(module_of(path)) is None}
+    assert homeless == {"grpo"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_one_way(path):
-    name, modules = str(path.relative_to(ROOT)), imports(path)
-    if name == "grpo/types.py":
-        assert not under(modules, *OURS, "torch")
-    if name.startswith(("data/", "rewards/")):
-        assert under(modules, "grpo") <= under(modules, "grpo.types")
-    if name.startswith(PURE):
-        assert not under(
-            modules,
-            "grpo.engines",
-            "grpo.learners",
-            "grpo.stages",
-            "grpo.checkpoint",
-            "os",
-            "pathlib",
-        )
-    if not name.startswith("grpo/engines/"):
-        assert not under(modules, "vllm")
-    if not name.startswith("grpo/learners/"):
-        assert not under(modules, "deepspeed")
-    if name not in ("grpo/cli.py",) and not name.startswith("grpo/stages/"):
-        assert not under(modules, "grpo.stages")
+def test_a_file_imports_only_from_lower_floors_and_its_own_package(path):
+    own = package_of(module_of(path))
+    packages = {package_of(module) for module in imported_modules(path)} - {None, own}
+    assert {package for package in packages if FLOOR_OF[package] >= FLOOR_OF.get(own, 0)} == set()
+    if own in ("data", "rewards"):
+        assert packages <= {"grpo.types"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_vllm_and_deepspeed_are_each_imported_in_one_package_only(path):
+    roots = {module.partition(".")[0] for module in imported_modules(path)}
+    assert "vllm" not in roots or package_of(module_of(path)) == "grpo.engines"
+    assert "deepspeed" not in roots or package_of(module_of(path)) == "grpo.learning"
 
 
 def test_the_formatter_is_switched_off_nowhere():
     switches = re.compile(r"# fmt: *(off|skip)")
-    for folder in (*OURS, "tests", "launch"):
+    for folder in (*PACKAGES, "tests", "launch"):
         for path in (ROOT / folder).rglob("*.py"):
             assert not switches.search(path.read_text()), path

@@ -16,7 +16,7 @@ from grpo.engines import EngineError, SamplingOptions
 from grpo.types import Completion, UserError
 
 if TYPE_CHECKING:
-    from grpo.config_stages import Teacher
+    from grpo.config import Teacher
 
 THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what a reasoning model thinks
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from grpo.algorithm import Algorithm
+from grpo.config.algorithm import Algorithm
 from grpo.losses import _terms
 from grpo.types import Batch
 

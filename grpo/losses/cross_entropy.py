@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grpo.algorithm import Algorithm
+from grpo.config.algorithm import Algorithm
 from grpo.types import Batch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo.algorithm import Algorithm
+from grpo.config.algorithm import Algorithm
 from grpo.losses import _terms
 from grpo.types import Batch
 

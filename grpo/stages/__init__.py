@@ -1,1 +1,1 @@
-"""What the commands do, one file each."""
+"""Commands that make a run, one file each, and what they share."""

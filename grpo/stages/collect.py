@@ -15,11 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo import rollout
-from grpo.checkpoint import write_file
-from grpo.config import Data
-from grpo.config_stages import Collect, CollectConfig
-from grpo.stages._run import Sampler, Stage, judges, load_problems, mixture, open_stage
+from grpo.config import Collect, CollectConfig, Data
+from grpo.experience import rollout
+from grpo.run.directory import write_file
+from grpo.stages.common import Sampler, Stage, judges, load_problems, mixture, open_stage
 from grpo.types import Problem, ScoredGroup
 from rewards import format, language, repetition
 

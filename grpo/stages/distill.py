@@ -13,15 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo import lora, models, plugins, ranks
-from grpo.batch import micro_batches, token_weights
-from grpo.checkpoint import RunDirectory
-from grpo.config import Config
-from grpo.config_stages import DistillConfig
-from grpo.metrics import Timer, quiet
-from grpo.prompts import Prompts
-from grpo.signals import Interrupted
-from grpo.stages._run import (
+from grpo.config import Config, DistillConfig
+from grpo.experience import plugins
+from grpo.experience.prompts import Prompts
+from grpo.learning import lora, models
+from grpo.learning.batch import micro_batches, token_weights
+from grpo.run import ranks
+from grpo.run.directory import RunDirectory
+from grpo.run.display import Timer, quiet
+from grpo.run.signals import Interrupted
+from grpo.stages.common import (
     Stage,
     check_same,
     find_teacher,
@@ -92,7 +93,7 @@ def _soft(config: DistillConfig, resume: bool) -> None:
 
 def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, resume: bool) -> None:
     """The loop of the way soft: texts, updates, checkpoints, `final/`."""
-    from grpo.learners.deepspeed import Learner
+    from grpo.learning.learner import Learner
 
     soft, run, display = config.soft, stage.run, stage.display
     assert soft is not None

@@ -12,13 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grpo import models, rollout, statistics
-from grpo.checkpoint import read_manifest, write_file
-from grpo.config_stages import EvalConfig
-from grpo.rollout import mean
-from grpo.stages._run import Sampler, Stage, held_out, judges, load_problems, open_stage
+from grpo.config import EvalConfig
+from grpo.experience import rollout
+from grpo.experience.rollout import mean
+from grpo.learning import models
+from grpo.metrics import statistics
+from grpo.run.directory import read_manifest, write_file
+from grpo.stages.common import Sampler, Stage, held_out, judges, load_problems, open_stage
 from grpo.types import Problem, UserError
-from rewards._parse import final_answer
+from rewards.verifier.parse import final_answer
 
 Row = Mapping[str, Any]
 SHOWN = (
@@ -207,7 +209,7 @@ def ask(model: str, question: str) -> None:
     import tempfile
 
     from grpo import config as configs
-    from grpo.config_file import read_yaml
+    from grpo.config.source import read_yaml
 
     file = Path(model) / "config.yaml"
     tree = read_yaml(str(file)) if file.exists() else {}

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo import config as configs
-from grpo.checkpoint import RunDirectory, read_metrics, write_file
-from grpo.config_file import apply_overrides, read_yaml
-from grpo.config_stages import KINDS, Judged, PipelineConfig, Quantize, Step
-from grpo.signals import Interrupted
-from grpo.stages._run import check_same
+from grpo.config import KINDS, Judged, PipelineConfig, Quantize, Step
+from grpo.config.source import apply_overrides, read_yaml
+from grpo.run.directory import RunDirectory, read_metrics, write_file
+from grpo.run.signals import Interrupted
+from grpo.stages.common import check_same
 from grpo.types import RunError, UserError
 
 

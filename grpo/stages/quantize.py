@@ -14,12 +14,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from grpo import models
-from grpo.checkpoint import RunDirectory, read_metrics, replace_directory, write_file
-from grpo.config_stages import QuantizeConfig
-from grpo.metrics import quiet
-from grpo.rounding import arguments, best_scale, check_groups, linear_layers
-from grpo.stages._run import check_same, open_stage
+from grpo.config import QuantizeConfig
+from grpo.learning import models
+from grpo.learning.quantization import arguments, best_scale, check_groups, linear_layers
+from grpo.run.directory import RunDirectory, read_metrics, replace_directory, write_file
+from grpo.run.display import quiet
+from grpo.stages.common import check_same, open_stage
 from grpo.types import UserError
 
 

@@ -14,12 +14,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo import models, ranks
-from grpo.config_stages import SftConfig
-from grpo.metrics import quiet
-from grpo.prompts import Prompts
-from grpo.signals import Interrupted
-from grpo.stages._run import Stage, load_problems, mixture, open_stage, prepare, worked, write_final
+from grpo.config import SftConfig
+from grpo.experience.prompts import Prompts
+from grpo.learning import models
+from grpo.run import ranks
+from grpo.run.display import quiet
+from grpo.run.signals import Interrupted
+from grpo.stages.common import (
+    Stage,
+    load_problems,
+    mixture,
+    open_stage,
+    prepare,
+    worked,
+    write_final,
+)
 from grpo.types import Problem, UserError
 
 
@@ -53,7 +62,7 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
             f"resumed after update {done}" if checkpoint else "no checkpoint yet: starting again"
         )
     with quiet(run.log_file("learner")):
-        from grpo.learners.sft import SupervisedTrainer
+        from grpo.learning.supervised import SupervisedTrainer
 
         latest: dict[str, Any] = {}
         stopped: list[str] = []  # by which signal, whichever rank has got it

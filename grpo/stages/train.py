@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo import config as configs
-from grpo import lora, models, plugins, ranks, rollout, roofline
-from grpo.algorithm import describe
-from grpo.config import Config
-from grpo.config_stages import SftConfig
-from grpo.diagnosis import Watch
+from grpo.config import Config, SftConfig
+from grpo.config.algorithm import describe
 from grpo.engines import Request
-from grpo.metrics import quiet
-from grpo.signals import Interrupted
-from grpo.stages._run import (
+from grpo.experience import plugins, rollout
+from grpo.learning import lora, models
+from grpo.metrics import roofline
+from grpo.metrics.diagnosis import Watch
+from grpo.run import ranks
+from grpo.run.display import quiet
+from grpo.run.signals import Interrupted
+from grpo.stages.common import (
     Stage,
     find_teacher,
     held_out,
@@ -31,10 +33,10 @@ from grpo.stages._run import (
     write_final,
 )
 from grpo.types import Completion, Exhausted, Problem, RunError, ScoredGroup
-from rewards._pool import Pool
+from rewards.workers.pool import Pool
 
 if TYPE_CHECKING:
-    from grpo.loop import Loop
+    from grpo.training.loop import Loop
 
 
 def train(config: Config, *, resume: bool, keep: bool = True) -> None:
@@ -83,10 +85,10 @@ def _run(
 ) -> None:
     import torch
 
-    from grpo.learners.deepspeed import Learner
-    from grpo.loop import Loop
-    from grpo.probe import MAX_GAP, Probe, probe_prompts
-    from grpo.selection import Selection
+    from grpo.experience.selection import Selection
+    from grpo.learning.learner import Learner
+    from grpo.training.loop import Loop
+    from grpo.training.weight_sync import MAX_GAP, Probe, probe_prompts
 
     run, display = stage.run, stage.display
     display.say(f"algorithm: {describe(config.algorithm)}")
@@ -190,8 +192,8 @@ def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
 
     The stream is on rank 0, which gives every rank what it takes.
     """
-    from grpo.selection import scored_group
-    from grpo.stream import Stream
+    from grpo.experience.selection import scored_group
+    from grpo.experience.stream import Stream
 
     config, prompts, selection = loop.config, loop.prompts, loop.selection
     engine: Any = loop.engine

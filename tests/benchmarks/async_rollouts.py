@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 
 from grpo import config as configs
-from grpo import models
 from grpo.engines import Request, SamplingOptions
-from grpo.engines.pool import Pool
-from grpo.engines.vllm import VllmEngine
+from grpo.engines.local.engine import VllmEngine
+from grpo.engines.servers.pool import Pool
+from grpo.learning import models
 
 KINDS = {
     "sync": ["engine.servers={count: 1, cores: [1]}"],

@@ -20,7 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpo import models, statistics
+from grpo.learning import models
+from grpo.metrics import statistics
 from rewards.accuracy import verify
 
 BATCH = 32

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from grpo import config as configs
-from grpo import models
-from grpo.stages.bench import bench
+from grpo.learning import models
+from grpo.tools.bench import bench
 
 SHAPE = {
     "hidden_size": 1536,

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from grpo import config as configs
-from grpo import models
-from grpo.batch import micro_batches, token_weights
-from grpo.learners.deepspeed import Learner
+from grpo.learning import models
+from grpo.learning.batch import micro_batches, token_weights
+from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
 from grpo.types import Sample
 

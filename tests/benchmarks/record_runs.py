@@ -41,7 +41,7 @@ UNRECORDED = (
     "queue/",
     "engine/",
 )
-MAX_GAP = 0.2  # of the probe in bfloat16 (grpo/probe.py)
+MAX_GAP = 0.2  # of the probe in bfloat16 (grpo/training/weight_sync.py)
 FINISH_S = 900
 
 

@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from grpo.stages.report import report
+from grpo.tools.report import report
 
 SENTENCE = (
     "so we add the two numbers and carry one to the next column then check that 17 times 23 is 391 "

@@ -57,8 +57,8 @@ def ours(turn, model_dir: Path, folder: Path) -> None:
     import os
 
     from grpo import config as configs
-    from grpo.loop import Loop
     from grpo.stages.train import train
+    from grpo.training.loop import Loop
 
     data = folder / "prompts.jsonl"
     texts = prompt_texts(model_dir)
@@ -145,7 +145,7 @@ def trl(turn, model_dir: Path, folder: Path) -> None:
 
 
 def main(cycles: int) -> None:
-    from grpo import models
+    from grpo.learning import models
 
     model_dir = models.resolve(MODEL, None, Path("unused"), 0)
     context = multiprocessing.get_context("spawn")

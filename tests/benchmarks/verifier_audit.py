@@ -20,7 +20,7 @@ from math_verify import parse, verify
 from trl.rewards import accuracy_reward
 
 from rewards import accuracy
-from rewards._parse import TAGS, final_answer
+from rewards.verifier.parse import TAGS, final_answer
 
 
 def boxed(prediction: str) -> str:

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from grpo import config as configs
-from grpo.learners import deepspeed
-from grpo.loop import Loop
+from grpo.learning import learner
 from grpo.stages.train import train
+from grpo.training.loop import Loop
 
 SPENT: dict[str, float] = defaultdict(float)
 
@@ -45,7 +45,7 @@ def timed(owner: Any, name: str) -> None:
 def main() -> None:
     file, *overrides = sys.argv[1:] or ["configs/tiny.yaml"]
     config: configs.Config = configs.load(file, ["run_dir=runs/watching", *overrides])
-    for owner, name in ((Loop, "record"), (torch.linalg, "vecdot"), (deepspeed, "objective")):
+    for owner, name in ((Loop, "record"), (torch.linalg, "vecdot"), (learner, "objective")):
         timed(owner, name)
     train(config, resume=False)
     rows = [

@@ -10,12 +10,12 @@ from tiny_models import tiny_config
 from training_samples import batches, groups, samples, scored
 from whole_runs import rows, run, write_config
 
-from grpo import logprobs, models
-from grpo.batch import micro_batches, to_device
-from grpo.learners.deepspeed import Learner
-from grpo.logprobs import Policy
+from grpo.learning import models, policy
+from grpo.learning.batch import micro_batches, to_device
+from grpo.learning.learner import Learner
+from grpo.learning.policy import Policy
 from grpo.losses.grpo import loss
-from grpo.probe import MAX_GAP, sync
+from grpo.training.weight_sync import MAX_GAP, sync
 from grpo.types import Sample
 
 pytestmark = pytest.mark.gpu
@@ -87,7 +87,7 @@ def test_gradients_of_the_packed_stream_are_those_of_float32_on_a_cpu(tiny, kind
 
 
 def test_logprob_kernels_are_pytorchs_operations():
-    from grpo import logprob_kernels
+    from grpo.learning import logprob_kernels
 
     generator = torch.Generator(DEVICE).manual_seed(0)
     logits = 4 * torch.randn(5, 49_153, device=DEVICE, generator=generator)
@@ -95,14 +95,14 @@ def test_logprob_kernels_are_pytorchs_operations():
     grad, entropy_grad = torch.randn(2, 5, device=DEVICE, generator=generator)
     expected, found = (
         values(logits, targets, temperature=0.7)
-        for values in (logprobs._values, logprob_kernels.values)
+        for values in (policy._values, logprob_kernels.values)
     )
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
     for wanted in (None, entropy_grad):
         arguments = (logits, targets, expected[2], expected[1], grad, wanted)
         found = logprob_kernels.gradient(*arguments, temperature=0.7)
-        assert torch.allclose(found, logprobs._gradient(*arguments, temperature=0.7), atol=1e-6)
+        assert torch.allclose(found, policy._gradient(*arguments, temperature=0.7), atol=1e-6)
 
 
 @pytest.mark.engine

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.types import Completion, Problem
-from rewards._equal import equal
-from rewards._exact import TooLarge, exact
 from rewards.accuracy import explain, reward, verify
+from rewards.verifier.equal import equal
+from rewards.verifier.exact import TooLarge, exact
 
 CASES = [
     json.loads(line)

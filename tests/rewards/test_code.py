@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from grpo.types import Completion, Problem, UserError
-from rewards import _sandbox, code
-from rewards._sandbox import NoSandbox, run
+from rewards import code
+from rewards.workers import sandbox
+from rewards.workers.sandbox import NoSandbox, run
 
 SQUARE = Problem(
     id="c/0",
@@ -190,7 +191,7 @@ def test_nothing_survives_the_sandbox(tmp_path):
 @sandboxed
 def test_a_flood_of_output_is_cut_and_a_fork_bomb_ends():
     outcome = run("while True: print('x' * 10000)", timeout_s=5)
-    assert outcome.code != 0 and len(outcome.output) <= _sandbox.OUTPUT_BYTES
+    assert outcome.code != 0 and len(outcome.output) <= sandbox.OUTPUT_BYTES
     start = time.monotonic()
     run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", timeout_s=1)
     assert time.monotonic() - start < 10
@@ -200,7 +201,7 @@ def test_where_namespaces_are_forbidden_it_refuses_unless_allowed_by_name(monkey
     def forbidden(*_, isolation, **__):
         if isolation == "namespaces":
             raise NoSandbox("[Errno 1] unshare: Operation not permitted")
-        return _sandbox.Outcome(0, "42\n", False)
+        return sandbox.Outcome(0, "42\n", False)
 
     monkeypatch.setattr(code, "run", forbidden)
     with pytest.raises(

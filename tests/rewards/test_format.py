@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.types import Completion, Problem, Score
-from rewards._parse import TAGS, boxed, final_answer
 from rewards.format import check, reward
+from rewards.verifier.parse import TAGS, boxed, final_answer
 
 GOOD = "<think>1+1</think><answer>2</answer>"
 PROBLEM = Problem(id="t/0", question="1+1?", answer="2", source="t")

@@ -22,9 +22,9 @@ from pathlib import Path
 import psutil
 
 from grpo import config as configs
-from grpo import models
-from grpo.prompts import Prompts
-from grpo.stages._run import load_problems, mixture
+from grpo.experience.prompts import Prompts
+from grpo.learning import models
+from grpo.stages.common import load_problems, mixture
 
 
 def rows(folder: Path) -> list[dict[str, float]]:

@@ -13,9 +13,10 @@ import pytest
 from server_pools import OPTIONS, REQUESTS, pool_of, pooled, weights
 from whole_runs import rows, run, start, wait_for, write_config
 
-from grpo.engines import EngineError, fleet
-from grpo.engines._plugin import TOKEN
-from grpo.engines.server import free_port
+from grpo.engines import EngineError
+from grpo.engines.servers import fleet
+from grpo.engines.servers.plugin import TOKEN
+from grpo.engines.servers.server import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]

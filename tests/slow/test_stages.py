@@ -18,7 +18,7 @@ from tiny_models import tiny_config
 from whole_runs import rows, run, start, wait_for, write_config
 
 from grpo import config as configs
-from grpo.config_stages import SftConfig
+from grpo.config import SftConfig
 from grpo.stages.eval import summary
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -23,8 +23,8 @@ from whole_runs import (
     write_config,
 )
 
-from grpo import models
-from grpo.algorithm import PRESETS
+from grpo.config.algorithm import PRESETS
+from grpo.learning import models
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

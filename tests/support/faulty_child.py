@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.engines import _child
+from grpo.engines.local import child
 
 FAULT_FILE = Path(os.environ["GRPO_TEST_FAULT"])
 first_update = {}  # the tensors of a stale layer, by name
@@ -52,9 +52,9 @@ FAULTS = {
 def install():
     import vllm
 
-    from grpo.engines import _transfer
+    from grpo.engines.transfer import receivers
 
-    passing, retie_head = _transfer.Arrivals._passing, _transfer.retie_head
+    passing, retie_head = receivers.Arrivals._passing, receivers.retie_head
     reset_prefix_cache = vllm.LLM.reset_prefix_cache
 
     def faulty(self, weights):
@@ -76,8 +76,8 @@ def install():
             return True
         return reset_prefix_cache(self, *args, **kwargs)
 
-    _transfer.Arrivals._passing = faulty
-    _transfer.retie_head = retie
+    receivers.Arrivals._passing = faulty
+    receivers.retie_head = retie
     vllm.LLM.reset_prefix_cache = reset
 
 
@@ -85,4 +85,4 @@ if __name__ == "__main__":
     if FAULT_FILE.read_text() == "dies at start":
         os._exit(7)
     install()
-    _child.main(int(sys.argv[1]), int(sys.argv[2]))
+    child.main(int(sys.argv[1]), int(sys.argv[2]))

@@ -5,14 +5,16 @@ from types import SimpleNamespace
 
 from tiny_models import tiny_config
 
-from grpo import lora, models, plugins, roofline
-from grpo.checkpoint import RunDirectory
 from grpo.engines import SyncReport
-from grpo.learners.deepspeed import Learner
-from grpo.loop import Loop
-from grpo.selection import Selection
+from grpo.experience import plugins
+from grpo.experience.selection import Selection
+from grpo.learning import lora, models
+from grpo.learning.learner import Learner
+from grpo.metrics import roofline
+from grpo.run.directory import RunDirectory
+from grpo.training.loop import Loop
 from grpo.types import Completion, Problem
-from rewards._pool import Pool
+from rewards.workers.pool import Pool
 
 
 class RandomEngine:

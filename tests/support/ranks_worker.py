@@ -12,16 +12,17 @@ import torch
 from tiny_models import tiny_config
 from training_samples import COMBINATIONS, samples
 
-from grpo import models, ranks
-from grpo.batch import micro_batches, token_weights
-from grpo.learners import deepspeed
-from grpo.learners.deepspeed import Learner
+from grpo.learning import learner as learner_module
+from grpo.learning import models
+from grpo.learning.batch import micro_batches, token_weights
+from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
 from grpo.losses.gspo import loss as gspo
+from grpo.run import ranks
 from grpo.types import Sample
 
 UPDATES = 4
-deepspeed.BUCKET = 2**14  # bytes: ZeRO-3 makes the model whole in many parts
+learner_module.BUCKET = 2**14  # bytes: ZeRO-3 makes the model whole in many parts
 
 
 def batches(seed):

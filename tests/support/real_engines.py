@@ -3,11 +3,11 @@
 from tiny_models import tiny_config
 
 from grpo import config as configs
-from grpo import models
-from grpo.engines.vllm import VllmEngine
-from grpo.learners.deepspeed import Learner
+from grpo.engines.local.engine import VllmEngine
+from grpo.learning import models
+from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
-from grpo.probe import MAX_GAP, Probe, probe_prompts
+from grpo.training.weight_sync import MAX_GAP, Probe, probe_prompts
 
 PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
 SETTINGS = configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)

@@ -4,9 +4,9 @@ from real_engines import PROMPTS
 from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
-from grpo import models
 from grpo.engines import Request, SamplingOptions
-from grpo.engines.pool import Pool
+from grpo.engines.servers.pool import Pool
+from grpo.learning import models
 
 REQUESTS = [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS * 3)]
 OPTIONS = SamplingOptions(max_tokens=24, ignore_eos=True)

@@ -4,7 +4,7 @@ from tiny_models import tiny_config
 from whole_runs import write_tree
 
 from grpo import config as configs
-from grpo.config_stages import SftConfig
+from grpo.config import SftConfig
 
 
 def eval_config(tmp_path, model_dir, **sections):

@@ -2,9 +2,9 @@
 
 import torch
 
-from grpo import packing
-from grpo.batch import micro_batches, to_device, token_weights
-from grpo.logprobs import Policy
+from grpo.learning import packing
+from grpo.learning.batch import micro_batches, to_device, token_weights
+from grpo.learning.policy import Policy
 from grpo.types import Sample
 
 COMBINATIONS = [

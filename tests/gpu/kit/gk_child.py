@@ -1,4 +1,4 @@
-"""The engine's child (grpo/engines/_child.py), which prints the seconds of each call."""
+"""The engine's child (grpo/engines/local/child.py), which prints the seconds of each call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from grpo.engines._child import Server, main
+from grpo.engines.local.child import Server, main
 
 TIMED = (
     "generate",

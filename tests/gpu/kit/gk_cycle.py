@@ -26,9 +26,9 @@ import gpu_cycle  # noqa: E402
 import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from grpo.engines.vllm import VllmEngine  # noqa: E402
-from grpo.learners.deepspeed import Learner  # noqa: E402
-from grpo.stages import bench  # noqa: E402
+from grpo.engines.local.engine import VllmEngine  # noqa: E402
+from grpo.learning.learner import Learner  # noqa: E402
+from grpo.tools import bench  # noqa: E402
 
 PROFILED_UPDATE = 3
 CUDA = torch.cuda.is_available()

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo import models
 from grpo.config import Engine
-from grpo.engines._child import Server
-from grpo.engines.vllm import llm_arguments
+from grpo.engines.local.child import Server
+from grpo.engines.local.engine import llm_arguments
+from grpo.learning import models
 
 KIT = Path("/tmp/gk")
 # without it vLLM takes its Triton attention

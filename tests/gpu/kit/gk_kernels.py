@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vllm.platforms import current_platform
 
-from grpo import packing
+from grpo.learning import packing
 
 HEADS = ((32, 2, 1), (64, 9, 3), (128, 12, 2))  # head size, query heads, key heads
 BLOCK, SEQUENCES, CONTEXT = 16, 5, 160

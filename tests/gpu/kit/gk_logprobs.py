@@ -1,4 +1,4 @@
-"""The kernels of grpo/logprob_kernels.py beside PyTorch's own operations.
+"""The kernels of grpo/learning/logprob_kernels.py beside PyTorch's own operations.
 
 Milliseconds for 2,048 rows of Qwen2.5's vocabulary.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from grpo import logprob_kernels, logprobs
+from grpo.learning import logprob_kernels, policy
 
 ROWS, VOCABULARY, REPEATS = 2048, 151_936, 10
 
@@ -29,7 +29,7 @@ def compare(dtype: torch.dtype) -> None:
     logits = (4 * torch.randn(ROWS, VOCABULARY, device="cuda")).to(dtype)
     targets = torch.randint(0, VOCABULARY, (ROWS,), device="cuda")
     grad = torch.randn(ROWS, device="cuda")
-    _, entropies, normalisers = logprobs._values(logits, targets, temperature=0.7)
+    _, entropies, normalisers = policy._values(logits, targets, temperature=0.7)
 
     def time_both(values: Callable[..., object], gradient: Callable[..., object]) -> str:
         forward = milliseconds(lambda: values(logits, targets, temperature=0.7))
@@ -41,7 +41,7 @@ def compare(dtype: torch.dtype) -> None:
     print(
         f"{dtype} Triton: {time_both(logprob_kernels.values, logprob_kernels.gradient)}", flush=True
     )
-    print(f"{dtype} PyTorch: {time_both(logprobs._values, logprobs._gradient)}", flush=True)
+    print(f"{dtype} PyTorch: {time_both(policy._values, policy._gradient)}", flush=True)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def make_importable(checkout: Path) -> Path:
     metadata.mkdir(parents=True, exist_ok=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: grpo\nVersion: 0.0\n")
     (metadata / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\ngrpo = grpo.engines._plugin:register\n"
+        "[vllm.general_plugins]\ngrpo = grpo.engines.servers.plugin:register\n"
     )
     return pth
 

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from grpo.models import SMOLLM2_FILE, SMOLLM2_SHA256, _convert_gguf
+from grpo.learning.models import SMOLLM2_FILE, SMOLLM2_SHA256, _convert_gguf
 
 KIT = Path("/tmp/gk")  # parts that came with an earlier call
 TARGET = Path.home() / ".cache/grpo/SmolLM2-135M-Instruct"

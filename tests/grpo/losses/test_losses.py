@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo import plugins
-from grpo.advantages import advantages
-from grpo.algorithm import PRESETS, Algorithm
-from grpo.batch import micro_batches, token_weights
+from grpo.config.algorithm import PRESETS, Algorithm
+from grpo.experience import plugins
+from grpo.learning.advantages import advantages
+from grpo.learning.batch import micro_batches, token_weights
 from grpo.losses import _terms
 from grpo.losses._objective import objective
 from grpo.types import Sample

@@ -11,7 +11,7 @@ from stage_configs import collect_config
 from whole_runs import run
 
 from data import traces
-from grpo.config_stages import Collect, Teacher
+from grpo.config import Collect, Teacher
 from grpo.engines import EngineError, SamplingOptions
 from grpo.engines.endpoint import Endpoint
 from grpo.stages.collect import dropped, ngrams

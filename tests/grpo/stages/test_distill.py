@@ -15,11 +15,11 @@ from tiny_models import tiny_config
 from whole_runs import rows, run
 
 from grpo import config as configs
-from grpo import models
-from grpo.batch import micro_batches, token_weights
-from grpo.config_stages import DistillConfig, Soft
-from grpo.divergence import divergence, top_divergence
-from grpo.learners.deepspeed import Learner
+from grpo.config import DistillConfig, Soft
+from grpo.learning import models
+from grpo.learning.batch import micro_batches, token_weights
+from grpo.learning.divergence import divergence, top_divergence
+from grpo.learning.learner import Learner
 from grpo.losses.cross_entropy import loss
 from grpo.types import Sample, UserError
 

@@ -10,7 +10,7 @@ import pytest
 from stage_configs import eval_config
 
 from grpo import config as configs
-from grpo.config_stages import EvalConfig
+from grpo.config import EvalConfig
 from grpo.stages.eval import compare, finished, markdown
 from grpo.types import UserError
 

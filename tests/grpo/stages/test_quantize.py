@@ -14,12 +14,18 @@ from training_samples import batches, samples
 from transformers import AutoModelForCausalLM
 
 from grpo import config as configs
-from grpo import models
-from grpo.config_stages import DistillConfig, QuantizeConfig
+from grpo.config import DistillConfig, QuantizeConfig
 from grpo.engines import Request, SamplingOptions
-from grpo.learners.deepspeed import Learner
+from grpo.learning import models
+from grpo.learning.learner import Learner
+from grpo.learning.quantization import (
+    arguments,
+    best_scale,
+    learn_rounded,
+    linear_layers,
+    rounded_weight,
+)
 from grpo.losses import cross_entropy
-from grpo.rounding import arguments, best_scale, learn_rounded, linear_layers, rounded_weight
 from grpo.stages.quantize import check, write_quantized
 from grpo.types import UserError
 

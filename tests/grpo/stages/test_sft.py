@@ -12,12 +12,12 @@ from stage_configs import final_weights, sft_config
 from whole_runs import rows, run, write_config
 
 from grpo import config as configs
-from grpo import models
-from grpo.config_model import Rope
-from grpo.config_stages import SftConfig
-from grpo.learners._setup import learning_rate
-from grpo.prompts import Prompts
-from grpo.stages._run import load_problems, mixture
+from grpo.config import SftConfig
+from grpo.config.model import Rope
+from grpo.experience.prompts import Prompts
+from grpo.learning import models
+from grpo.learning.deepspeed_setup import learning_rate
+from grpo.stages.common import load_problems, mixture
 from grpo.stages.sft import rows as sft_rows
 from grpo.types import UserError
 

@@ -14,8 +14,8 @@ from tiny_models import tiny_config
 from whole_runs import again, outcome, rows, run, start, uninterrupted, wait_for, write_config
 
 from grpo import config as configs
-from grpo import models
 from grpo.cli import main
+from grpo.learning import models
 
 pytestmark = pytest.mark.engine
 
@@ -78,7 +78,7 @@ def test_eval_judges_the_final_model_with_samples_and_greedily(straight, tmp_pat
 
 def test_final_loads_in_transformers_and_in_vllm(straight, tmp_path):
     from grpo.engines import Request, SamplingOptions
-    from grpo.engines.vllm import VllmEngine
+    from grpo.engines.local.engine import VllmEngine
 
     final = straight[0] / "run" / "final"
     model = models.load_model(final, "eager")

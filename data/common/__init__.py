@@ -1,0 +1,1 @@
+"""What problem sets share: reading files, drawing by formula, and the order of problems."""

@@ -1,0 +1,1 @@
+"""vLLM in one child process per rank."""

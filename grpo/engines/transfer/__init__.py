@@ -1,0 +1,1 @@
+"""How weights travel into an engine, and how their arrival is proved."""

@@ -1,0 +1,1 @@
+"""From samples to new weights: advantages, batches, the policy, and DeepSpeed's learner."""

@@ -1,0 +1,231 @@
+"""The learner's ranks: who this process is, values from all to all, and work that is shared out.
+
+One process alone is a group of one and needs no torch here. What a rollout samples is on all ranks
+(`spread`), so every decision about it is made alike everywhere; weights, gradients and optimizer
+states are DeepSpeed's to share. Only rank 0 writes the run directory.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from grpo.run.signals import Interrupted
+from grpo.types import RunError, UserError
+
+T = TypeVar("T")
+_objects: Any = None  # gloo: Python values go over the CPU, whatever the gradients go over
+_limit = timedelta(minutes=30)
+
+
+class Alone(RunError):
+    """A rank failed inside a collective and cannot notify the others; it ends, and the job ends."""
+
+
+def rank() -> int:
+    """Returns the rank of this process among all, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    """Returns how many ranks there are on all machines, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Returns the rank of this process on its machine, 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_count() -> int:
+    """Returns how many ranks share this machine."""
+    # torchrun's name, deepspeed's
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or count())
+
+
+def adopt_srun() -> None:
+    """Takes the place in the group from `srun`, which sets variables of its own.
+
+    torchrun and deepspeed set torch's variables.
+    """
+    given = os.environ
+    # a batch script is no step
+    if "RANK" in given or int(given.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", given["SLURM_STEP_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    per_node = given.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
+    given |= {
+        "RANK": given["SLURM_PROCID"],
+        "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": given["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": per_node,
+        "MASTER_ADDR": hosts.stdout.split()[0],
+        "MASTER_PORT": str(20_000 + int(given["SLURM_JOB_ID"]) % 20_000),
+    }
+
+
+def num_cores() -> int:
+    """Returns the number of cores that this process may use: all, or its share under Slurm."""
+    return len(os.sched_getaffinity(0))
+
+
+def join(limit_s: float = 1800.0) -> None:
+    """Joins the process group, a group of one without a launcher.
+
+    `limit_s`: the longest wait for another rank. Raises RunError.
+    """
+    global _objects, _limit
+    import torch
+
+    if torch.distributed.is_initialized():
+        return
+    _limit = timedelta(seconds=limit_s)
+    if count() == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if local_count() > torch.cuda.device_count():
+            raise UserError(
+                f"{local_count()} ranks on this machine, which shows {torch.cuda.device_count()} "
+                "GPUs: start one rank a GPU"
+            )
+        torch.cuda.set_device(local_rank())
+    elif "OMP_NUM_THREADS" not in os.environ or count() > 1:  # torchrun sets 1
+        torch.set_num_threads(max(1, num_cores() // local_count()))
+    try:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=_limit)
+        _objects = (
+            torch.distributed.new_group(backend="gloo", timeout=_limit) if count() > 1 else None
+        )
+    except (RuntimeError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        raise RunError(
+            f"rank {rank()} of {count()}: no process group at {os.environ.get('MASTER_ADDR')}: "
+            f"{told}"
+        ) from None
+
+
+def gather(what: str, value: T) -> list[T]:
+    """Returns every rank's value, in order.
+
+    Raises RunError naming `what` it waited for and the ranks that did not come.
+    """
+    if count() == 1:
+        return [value]
+    import torch
+
+    found: list[Any] = [None] * count()
+    try:
+        torch.distributed.monitored_barrier(_objects, timeout=_limit, wait_all_ranks=True)
+        torch.distributed.all_gather_object(found, value, group=_objects)
+    except RuntimeError as error:
+        raise RunError(
+            f"rank {rank()}: another rank is lost, or did not come within {_limit}: waited for "
+            f"{what} ({error})"
+        ) from None
+    return found
+
+
+def together(what: str, work: Callable[[], T]) -> list[T]:
+    """Returns what every rank's work returned.
+
+    An exception of one rank is raised on all (`of_all`); the one that had it tells it, the others
+    have `heard` it.
+    """
+    result, failed = None, None
+    try:
+        result = work()
+    except Exception as error:
+        if count() == 1:
+            raise
+        failed = error
+    known = failed is None or isinstance(failed, (UserError, RunError, Interrupted))
+    results = gather(
+        what, (result, failed if known else RunError(f"{type(failed).__name__}: {failed}"))
+    )
+    for number, (_, theirs) in enumerate(results):
+        if theirs is not None:
+            met: Any = failed or theirs
+            met.of_all = True  # every rank raises one now
+            if failed is None:
+                met.heard = number
+            raise met
+    return [result for result, _ in results]  # type: ignore[misc] # only a failure leaves None
+
+
+def of_all(error: Exception) -> bool:
+    """Returns whether every rank has met an error, so that all can still do something together.
+
+    They can write a checkpoint, for example.
+    """
+    return count() == 1 or hasattr(error, "of_all")
+
+
+def sum_seconds(num_bytes: int, tries: int = 5) -> float:
+    """Returns the seconds in which all ranks sum `num_bytes` of float32.
+
+    It is the largest of the ranks' medians.
+    """
+    import torch
+
+    values, taken = (
+        torch.zeros(num_bytes // 4, device="cuda" if torch.cuda.is_available() else "cpu"),
+        [],
+    )
+    for _ in range(tries + 1):  # the first makes the connections
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        torch.distributed.all_reduce(values)
+        if values.is_cuda:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return max(gather("the interconnect", sorted(taken[1:])[tries // 2]))
+
+
+def share(size: int) -> tuple[tuple[int, int], bool]:
+    """Returns `((part, parts), reports)`: this rank's part of some work, and whether it reports it.
+
+    `size` neighbouring ranks share a part. The first of them reports what came of it.
+    """
+    return (rank() // size, count() // size), rank() % size == 0
+
+
+def spread(what: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
+    """Returns the whole of a list of which each rank makes its share.
+
+    `work(share)` returns the items at `share` of the whole.
+    """
+    parts = together(what, lambda: list(work(slice(rank(), None, count()))))
+    total = sum(map(len, parts))
+    return [parts[i % count()][i // count()] for i in range(total)]
+
+
+def first(what: str, work: Callable[[], T]) -> T:
+    """Returns the result of `work`, which rank 0 does before the other ranks do it.
+
+    The others then find what rank 0 made (a download, a directory).
+    """
+    made: list[T] = []
+    together(what, lambda: made.append(work()) if rank() == 0 else None)
+    return made[0] if made else work()

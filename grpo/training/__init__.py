@@ -1,0 +1,1 @@
+"""The circle of rollouts and updates, and the weights' way back into the engine."""

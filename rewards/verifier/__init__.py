@@ -1,0 +1,1 @@
+"""Reads answers out of completions and decides whether two answers are equal."""

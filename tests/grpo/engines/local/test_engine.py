@@ -1,0 +1,455 @@
+"""The real vLLM in its child process: what it samples, the weights that it holds, how it dies."""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from real_engines import PROMPTS, SETTINGS, put_together, start_engine
+from safetensors.torch import load_file
+from tiny_models import Weights, tiny_config
+
+from grpo import config as configs
+from grpo.engines import EngineError, Request, SamplingOptions
+from grpo.engines.local.engine import check_memory
+from grpo.engines.transfer import weights as transfer_weights
+from grpo.learning import models
+from grpo.learning.learner import Learner
+from grpo.losses.grpo import loss
+from grpo.training import weight_sync as probe_module
+from grpo.training.weight_sync import MAX_GAP, Probe, probe_prompts, sync
+from grpo.types import RunError, UserError
+
+SUPPORT = str(Path(__file__).parents[3] / "support")  # where faulty_child.py lies
+
+# printable ASCII
+
+
+@pytest.fixture(scope="module")
+def engine(tiny, tmp_path_factory):
+    engine = start_engine(tiny(), tmp_path_factory.mktemp("engine"), load_weights=True)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.engine
+def test_groups_single_requests_and_repeats_agree(engine):
+    options = SamplingOptions(max_tokens=8, ignore_eos=True)
+    groups = engine.generate(
+        [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options
+    )
+    again = engine.generate(
+        [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options
+    )
+    assert groups == again
+    single = [
+        engine.generate([Request(prompt_ids=PROMPTS[1], seed=100 + i)], options)[0][0]
+        for i in range(3)
+    ]
+    assert [c.token_ids for c in single] == [c.token_ids for c in groups[1]]
+    assert len({c.token_ids for c in groups[1]}) == 3
+
+
+@pytest.mark.engine
+def test_more_prompt_tokens_than_one_step_takes_are_sampled_like_a_few(engine):
+    """vLLM 0.32 ends in an error on a CPU when it cuts a prompt in pieces (its default) and a
+    request has a seed.
+    """
+    requests = [
+        Request(prompt_ids=tuple(10 + (i * 7 + j) % 180 for j in range(150)), seed=i)
+        for i in range(40)
+    ]  # 32 at once: 4,800 tokens
+    options = SamplingOptions(max_tokens=3, ignore_eos=True)
+    together = engine.generate(requests, options)
+    alone = engine.generate(requests[-1:], options)
+    assert [c.token_ids for c in together[-1]] == [c.token_ids for c in alone[0]] and len(
+        together
+    ) == 40
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_samplers_after_temperature(engine, tiny, temperature):
+    (group,) = engine.generate(
+        [Request(prompt_ids=PROMPTS[0], seed=1, n=4)],
+        SamplingOptions(max_tokens=8, temperature=temperature),
+    )
+    model = models.load_model(tiny(), "eager")
+    for completion in group:
+        ids = torch.tensor([PROMPTS[0] + completion.token_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(PROMPTS[0]) - 1 : -1] / temperature
+        expected = logits.log_softmax(-1).gather(1, ids[0, len(PROMPTS[0]) :, None])[:, 0]
+        assert torch.allclose(expected, torch.tensor(completion.logprobs), atol=1e-4)
+
+
+@pytest.mark.engine
+def test_stop_reasons_eos_kept_in_tokens_and_not_in_text(engine):
+    free, *_ = engine.generate(
+        [Request(prompt_ids=PROMPTS[0], seed=5)], SamplingOptions(max_tokens=12, ignore_eos=True)
+    )[0]
+    assert free.finish_reason == "length" and len(free.token_ids) == 12
+    end = free.token_ids[4]
+    (stopped,) = engine.generate(
+        [Request(prompt_ids=PROMPTS[0], seed=5)],
+        SamplingOptions(max_tokens=12, stop_token_ids=(end,)),
+    )[0]
+    first = free.token_ids.index(end)
+    assert stopped.finish_reason == "stop" and stopped.token_ids == free.token_ids[: first + 1]
+    assert stopped.text == free.text[: len(stopped.text)] and len(stopped.logprobs) == first + 1
+
+
+@pytest.mark.engine
+def test_a_stop_string_stays_in_the_text(engine, tiny):
+    free, *_ = engine.generate(
+        [Request(prompt_ids=PROMPTS[2], seed=9)], SamplingOptions(max_tokens=12, ignore_eos=True)
+    )[0]
+    mark = next(char for char in free.text[3:] if char.isascii() and char.isalnum())
+    options = SamplingOptions(max_tokens=12, ignore_eos=True, stop=(mark,))
+    (stopped,) = engine.generate([Request(prompt_ids=PROMPTS[2], seed=9)], options)[0]
+    assert (
+        stopped.finish_reason == "stop" and stopped.text == free.text[: free.text.index(mark) + 1]
+    )
+
+
+def test_only_models_that_use_their_weights_as_loaded_are_loaded_in_place():
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+    from vllm.v1.attention.backend import AttentionImplBase
+
+    from grpo.engines.transfer.receivers import loads_in_place
+
+    class Layer(torch.nn.Module):
+        def __init__(self, quant_method):
+            super().__init__()
+            self.quant_method = quant_method
+
+    class PackedMethod(UnquantizedLinearMethod):
+        """Packs the weight in process_weights_after_loading."""
+
+    class LatentAttention(torch.nn.Module):
+        def process_weights_after_loading(self, dtype):
+            """Derives matrices of a weight."""
+
+    class PlainImplementation(AttentionImplBase):
+        """Does nothing after loading."""
+
+    class DerivingImplementation(AttentionImplBase):
+        def process_weights_after_loading(self, act_dtype):
+            """Derives attention sinks of a weight."""
+
+    def attention(implementation):
+        layer = Attention.__new__(Attention)
+        torch.nn.Module.__init__(layer)
+        layer.impl = object.__new__(implementation)
+        return layer
+
+    plain = [
+        Layer(UnquantizedLinearMethod()),
+        Layer(UnquantizedEmbeddingMethod()),
+        Layer(None),
+        torch.nn.LayerNorm(4),
+    ]
+    plain.append(attention(PlainImplementation))
+    assert loads_in_place(torch.nn.Sequential(*plain))
+    for other in (Layer(PackedMethod()), LatentAttention(), attention(DerivingImplementation)):
+        assert not loads_in_place(torch.nn.Sequential(*plain, torch.nn.Sequential(other)))
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(
+    tiny, tmp_path, monkeypatch
+):
+    """On an H200 the canary stopped SmolLM2-135M with a gap of 0.53, which the noise of bfloat16
+    alone can cause.
+    """
+    model_dir = tiny("tiny-llama", num_hidden_layers=24, initializer_range=0.2)
+    config = tiny_config(
+        tmp_path, model_dir, model={"dtype": "bfloat16"}, learner={"zero_stage": 1}
+    )
+    engine = start_engine(model_dir, tmp_path, dtype="bfloat16")
+    try:
+        learner = Learner(models.load_model(model_dir, "eager"), config, loss)
+        limits = {
+            "tokens": 16,
+            "max_gap": MAX_GAP[False],
+            "micro_batch_tokens": 1024,
+            "rounds": True,
+        }
+        probe = Probe(engine, learner, probe_prompts(PROMPTS, 4, 96), temperature=1.0, **limits)
+        seeds = probe_module.CANARY_SEEDS[:4]
+        noises = [probe._rounding_noise(seed) for seed in seeds]
+        monkeypatch.setattr(probe_module, "CANARY_SEEDS", [seeds[noises.index(max(noises))]])
+        with pytest.raises(
+            RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.4"
+        ):
+            probe.canary(version=0)
+        monkeypatch.setattr(probe_module, "CANARY_SEEDS", seeds)
+        assert probe.canary(version=1) < 2 * min(noises) < 0.4
+    finally:
+        engine.close()
+
+
+# The slow ones share their code with another: micro-qwen2 is a smaller tiny-qwen2, and one function
+# ties all heads.
+MODELS = [
+    ("tiny-qwen2", True),
+    ("tiny-llama", False),
+    ("tiny-qwen2", False),
+    ("tiny-qwen3", False),
+    ("tiny-qwen3-moe", False),
+    pytest.param("micro-qwen2", False, marks=pytest.mark.slow),
+    pytest.param("micro-qwen2", True, marks=pytest.mark.slow),
+    pytest.param("tiny-llama", True, marks=pytest.mark.slow),
+    pytest.param("tiny-qwen3", True, marks=pytest.mark.slow),
+    pytest.param("tiny-qwen3-moe", True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("kind", "tied"), MODELS)
+def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
+    """The canary passes for the real sync, and a stale copy of any one tensor is seen.
+
+    By its name, or by the gap.
+    """
+    model_dir = tiny(kind, tie_word_embeddings=tied)
+    engine = start_engine(model_dir, tmp_path)
+    try:
+        learner, probe = put_together(engine, model_dir, tmp_path)
+        assert probe.canary(version=0) < 1e-4
+        report = sync(engine, learner, version=1)
+        assert report.version == 1 and probe.check()["probe/gap"] < 1e-4
+        (group,) = engine.generate(
+            [Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=4)
+        )
+        assert group[0].versions == ((1, 0, len(group[0].token_ids)),)
+        true = {name: weight.clone() for name, weight in learner.weights()}
+        if tied:
+            return
+        with learner.perturbed(seed=20_000):
+            sent = {name: weight.clone() for name, weight in learner.weights()}
+            for stale in sent:
+                engine.load_weights(Weights(sent | {stale: true[stale]}), version=2)
+                assert probe.gap() > MAX_GAP[True], f"a stale {stale} is not seen"
+    finally:
+        engine.close()
+
+
+def start_faulty(model_dir, folder, fault, dtype="float32"):
+    """Returns an engine with a fault and the file that names it."""
+    file = folder / "fault"
+    file.write_text(fault)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRPO_TEST_FAULT", str(file))
+        patch.setenv("PYTHONPATH", SUPPORT)
+        return start_engine(model_dir, folder, dtype=dtype, module="faulty_child"), file
+
+
+@pytest.fixture(scope="module")
+def faulty(tiny, tmp_path_factory):
+    engine, file = start_faulty(tiny(), tmp_path_factory.mktemp("faulty"), "none")
+    yield engine, file
+    engine.close()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("stale head", "the canary found"),
+        ("swapped", "the canary found"),
+        ("zeroed", "the canary found"),
+        ("missing layer", r"weights of the engine's model did not arrive: model.layers.1"),
+        ("flipped bit", r"the bytes of model.layers.0.\S+ are not those that were sent"),
+        ("stale layer", "the probe found"),
+        ("stale cache", "the probe found"),
+    ],
+)
+def test_a_fault_in_the_sync_is_seen_before_the_first_rollout(
+    tiny, tmp_path, faulty, fault, message
+):
+    engine, file = faulty
+    learner, probe = put_together(engine, tiny(), tmp_path)
+    file.write_text("none")
+    sync(engine, learner, version=0)  # what the test before this one left is gone
+    file.write_text(fault)
+    with pytest.raises(RunError, match=message):
+        probe.canary(version=0)
+        sync(engine, learner, version=1)
+        probe.check()
+
+
+@pytest.mark.engine
+def test_a_stale_head_is_seen_in_bfloat16_too(tiny, tmp_path):
+    engine, _ = start_faulty(tiny(), tmp_path, "stale head", dtype="bfloat16")
+    try:
+        _, probe = put_together(engine, tiny(), tmp_path)
+        probe._max_gap, probe._rounds = MAX_GAP[False], True
+        with pytest.raises(
+            RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.2"
+        ):
+            probe.canary(version=0)
+    finally:
+        engine.close()
+
+
+@pytest.mark.engine
+def test_an_engine_that_hangs_and_one_that_is_killed_are_errors_that_say_so(tiny, tmp_path):
+    engine = start_engine(tiny(), tmp_path, load_weights=True)
+    request = [Request(prompt_ids=PROMPTS[0], seed=1)]
+    try:
+        engine.wait_ready()
+        engine._settings = SETTINGS.model_copy(update={"timeout_s": 1.0})
+        os.kill(engine._child.pid, signal.SIGSTOP)
+        with pytest.raises(EngineError, match="did not answer `generate` within 1 s"):
+            engine.generate(request, SamplingOptions(max_tokens=4))
+        psutil.Process(engine._child.pid).kill()
+        with pytest.raises(EngineError, match="killed by SIGKILL"):
+            engine.generate(request, SamplingOptions(max_tokens=100))
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_dies_at_start_says_how(tmp_path):
+    engine, _ = start_faulty("nowhere", tmp_path, "dies at start")
+    with pytest.raises(EngineError, match="died during `start`: exit code 7"):
+        engine.wait_ready()
+    engine.close()
+
+
+@pytest.mark.engine
+def test_the_engine_dies_with_its_parent(tmp_path, tiny):
+    program = (
+        "import sys, time; from pathlib import Path; from grpo import config; from "
+        "grpo.engines.local.engine import VllmEngine\n"
+        "engine = VllmEngine(model_dir=sys.argv[1], settings=config.Engine(kv_cache_gb=0.05), "
+        "dtype='float32', max_model_len=64,"
+        " log_file=Path(sys.argv[2]))\n"
+        "print(engine._child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tiny()), str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    child = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(1)
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=5)
+
+
+class Loader(torch.nn.Module):
+    """A model that only takes weights: its own are the `names`."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.loaded = {}
+        for name in names:
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
+
+    def load_weights(self, weights):
+        arrived = {name: tensor.clone() for name, tensor in weights}
+        self.loaded |= arrived
+        return arrived.keys()
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_weights_arrive_bit_for_bit_through_memory_or_a_file_of_safetensors(tmp_path, file):
+    """Read in place; a file is a new one each time."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "weights-7.safetensors").touch()  # left by a trainer that was killed
+    sender = transfer_weights.SharedWeights(tmp_path / "weights" if file else None)
+    kept = f"gate_{transfer_weights.KEPT}"
+    weights = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7, 3).T,
+        "count": torch.tensor([3]),
+        kept: torch.randn(4),
+        "scalar": torch.tensor(2.5),
+    }
+    for scale in (1, 2):  # the second write reuses the memory
+        told = sender.write(
+            transfer_weights.Sent(
+                Weights({name: tensor * scale for name, tensor in weights.items()}), torch.bfloat16
+            )
+        )
+        assert told["names"] == [*weights, transfer_weights.CHECKSUMS]
+        model = Loader(weights)
+        transfer_weights.Arrivals(model).load_weights(transfer_weights.read(**told))
+        for name, tensor in weights.items():
+            wanted = torch.bfloat16 if tensor.is_floating_point() and name != kept else tensor.dtype
+            assert (
+                torch.equal(model.loaded[name], (tensor * scale).to(wanted))
+                and model.loaded[name].dtype == wanted
+            )
+    assert load_file(told["path"]).keys() == {*weights, transfer_weights.CHECKSUMS}
+    assert not file or len(list((tmp_path / "weights").iterdir())) == 1
+    sender.close()
+    assert not file or not list((tmp_path / "weights").iterdir())
+
+
+def test_a_full_disk_is_an_error_before_weights_are_written(tmp_path):
+    sender = transfer_weights.SharedWeights(tmp_path / "weights")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(
+            EngineError,
+            match=r"no room for 0.00 GB of weights at .*weights-2.safetensors: File too large",
+        ):
+            sender.write(transfer_weights.Sent(Weights(a=torch.randn(1000)), torch.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sender.close()
+
+
+@pytest.mark.parametrize("bucket", [1, 2, 100])
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (None, None),
+        ("flipped", "the bytes of b are not those that were sent"),
+        ("swapped", "the bytes of a, b are not those that were sent"),
+        ("lost", "3 tensors arrived, 4 were sent"),
+        ("unknown", "1 weights of the engine's model did not arrive: more"),
+    ],
+)
+def test_what_arrives_in_buckets_is_held_to_the_checksums_that_come_last(bucket, fault, error):
+    """As by CUDA IPC and NCCL: packed in a buffer, where a tensor may begin at any byte."""
+    weights = Weights(a=torch.randn(3, 3), b=torch.randn(3, 3), c=torch.randn(9), d=torch.randn(1))
+    sent = list(transfer_weights.Sent(weights, torch.bfloat16))
+    packed = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in sent]).split(
+        [tensor.nbytes for _, tensor in sent]
+    )
+    rows = [
+        (name, part.view(tensor.dtype).view(tensor.shape))
+        for (name, tensor), part in zip(sent, packed, strict=True)
+    ]
+    if fault == "flipped":
+        rows[1][1].view(torch.uint8)[1, 1] ^= 1
+    elif fault == "swapped":
+        rows[0], rows[1] = ("a", rows[1][1]), ("b", rows[0][1])
+    elif fault == "lost":
+        del rows[1]
+    arrivals = transfer_weights.Arrivals(
+        Loader([*weights.keys(), *(["more"] if fault == "unknown" else [])])
+    )
+    with pytest.raises(RuntimeError, match=error) if fault else contextlib.nullcontext():
+        for i in range(0, len(rows), bucket):
+            arrivals.load_weights(rows[i : i + bucket])
+
+
+def test_too_little_memory_is_told_before_the_engine_starts():
+    with pytest.raises(UserError, match=r"KV cache 100000 GB.*lower engine.kv_cache_gb"):
+        check_memory(configs.Engine(kv_cache_gb=100_000), weight_bytes=0)

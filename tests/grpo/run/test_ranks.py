@@ -1,0 +1,228 @@
+"""Several ranks on one machine, over gloo.
+
+The same updates as one rank, checkpoints for any number, and no rank left waiting.
+"""
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_config
+from training_samples import COMBINATIONS, samples
+from whole_runs import environment, run, start, write_config
+
+from grpo.engines import SyncReport
+from grpo.engines.servers.server import free_port
+from grpo.learning.batch import micro_batches, token_weights
+from grpo.run import ranks, signals
+from grpo.training.weight_sync import sync
+from grpo.types import RunError
+
+pytestmark = pytest.mark.engine
+SUPPORT = Path(__file__).parents[2] / "support"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """Returns what one rank and what two have come to.
+
+    The second ran, and the first again, beside the other's checkpoints.
+    """
+    folder, model = tmp_path_factory.mktemp("ranks"), str(tiny())
+    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN), ("one", [sys.executable])):
+        (folder / name).mkdir(exist_ok=True)
+        command = [*launcher, str(SUPPORT / "ranks_worker.py"), model, str(folder / name)]
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: json.loads((folder / name / "found.json").read_text()) for name in ("one", "two")
+    }, folder
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+def test_two_ranks_make_the_updates_of_one(trained, stage, dtype):
+    """In float32 to 1e-5; in bfloat16 gradients are summed in another order, to 8 bits."""
+    found, folder = trained
+    name, rel = f"{stage}-{dtype}", 1e-5 if dtype == "float32" else 0.02
+    for one, two in zip(found["one"][name]["rows"], found["two"][name]["rows"], strict=True):
+        assert two == pytest.approx(one, rel=rel, abs=rel)
+    first, second = (torch.load(folder / side / f"{name}.pt") for side in ("one", "two"))
+    assert all(
+        torch.allclose(first[n], second[n], atol=1e-4 if dtype == "float32" else 0.02)
+        for n in first
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_that_share_each_sequence_make_the_updates_of_one(trained, stage):
+    """Ulysses: attention by heads, all else by slices of the stream.
+
+    The loss is of whole sequences (GSPO).
+    """
+    found, folder = trained
+    for one, two in zip(
+        *(found[side][f"shared-{stage}"]["rows"] for side in ("one", "two")), strict=True
+    ):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    first, second = (torch.load(folder / side / f"shared-{stage}.pt") for side in ("one", "two"))
+    assert all(torch.allclose(first[n], second[n], atol=1e-4) for n in first)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize("side", ["one", "two"])
+def test_a_checkpoint_of_another_number_of_ranks_goes_on_as_if_it_were_ours(
+    trained, stage, dtype, side
+):
+    name, rel = f"{stage}-{dtype}", 1e-4 if dtype == "float32" else 0.02
+    other = trained[0]["two" if side == "one" else "one"][name]["rows"]
+    for then, now in zip(other[-2:], trained[0][side][name]["resumed"], strict=True):
+        assert now == pytest.approx(then, rel=rel, abs=rel)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+def test_the_canarys_perturbation_reaches_every_weight_and_leaves_none(trained, stage, dtype):
+    for side in ("one", "two"):
+        found = trained[0][side][f"{stage}-{dtype}"]
+        assert found["perturbed"] and found["restored"]
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.sampled_from([50, 100, 1000]), st.booleans())
+def test_every_sample_is_on_one_rank_and_all_have_as_many_micro_batches(
+    count, size, budget, packed
+):
+    rows = samples(3, count)
+    weights = token_weights(rows, "token", 20)
+    shares = [
+        micro_batches(rows, weights, max_tokens=budget, packed=packed, share=(rank, size))
+        for rank in range(size)
+    ]
+    assert len({len(batches) for batches in shares}) == 1
+    own = [batch for batches in shares for batch in batches if not batch.idle]
+    assert sorted(i for batch in own for i in batch.index) == list(range(count))
+    assert sum(float(batch.token_weights.sum()) for batch in own) == pytest.approx(1, abs=1e-5)
+    assert all(
+        not batch.token_weights.any() for batches in shares for batch in batches if batch.idle
+    )
+
+
+LOST = """
+import sys, time
+from grpo import ranks
+ranks.join(float(sys.argv[1]))
+ranks.gather("a first greeting", 1)
+if ranks.rank() == 1:
+    sys.argv[2] == "exit" and sys.exit(3)
+    if sys.argv[2] == "raise": ranks.together("a hard sum", lambda: 1 / 0)
+    time.sleep(60)
+ranks.together("a hard sum", lambda: 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("hang", "waited for a hard sum"), ("raise", "ZeroDivisionError: division by zero")],
+)
+def test_a_rank_that_hangs_or_fails_is_told_by_the_others(tmp_path, how, told):
+    (tmp_path / "lost.py").write_text(LOST)
+    started = time.monotonic()
+    done = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "lost.py"), "3", how],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and told in done.stderr
+    assert time.monotonic() - started < 45
+
+
+def test_alone_there_is_nobody_to_wait_for():
+    assert ranks.gather("nobody", 5) == [5] and ranks.spread(
+        "nobody", lambda share: [1, 2, 3][share]
+    ) == [1, 2, 3]
+    with pytest.raises(ZeroDivisionError):
+        ranks.together("nobody", lambda: 1 / 0)
+    with pytest.raises(RunError, match="as it was"):
+        ranks.first("nobody", lambda: (_ for _ in ()).throw(RunError("as it was")))
+
+
+def test_the_doctor_tells_what_lies_between_the_ranks(tiny, tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    process = start(config, command="doctor", ranks=2, stdout=subprocess.PIPE)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (found,) = re.findall(
+        r"^ok +interconnect +2 ranks sum 67 MB in ([\d.]+) ms \(([\d.]+) GB/s\), 4 bytes in (\d+) "
+        r"us$",
+        out,
+        re.MULTILINE,
+    )
+    many, rate, few = map(float, found)
+    # of two ranks each sends all bytes once
+    assert 1e3 * many > few > 0 and rate * many == pytest.approx(67.1, rel=0.1)
+
+
+def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
+    """It gives --local_rank, and the number of ranks here by another name than torchrun."""
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.launch",
+        f"--world_info={world}",
+        f"--master_port={free_port()}",
+    ]
+    done = subprocess.run(
+        [*launcher, "--module", "grpo", "doctor", config],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "2 ranks sum 67 MB" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_signal_waits_for_the_end_of_a_sync_of_several_ranks(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "gather", lambda what, value: [value])
+    watched = signals.Signals()
+
+    def load_weights(weights, version):
+        os.kill(os.getpid(), signal.SIGTERM)
+        watched.check()  # as an engine does while it waits
+        return SyncReport(version=version, seconds=1.0, num_bytes=0)
+
+    try:
+        assert (
+            sync(
+                SimpleNamespace(load_weights=load_weights),
+                SimpleNamespace(weights=lambda: ()),
+                3,
+                watched,
+            ).version
+            == 3
+        )
+        with pytest.raises(signals.Interrupted, match="SIGTERM"):
+            watched.check()
+    finally:
+        watched.restore()
+
+
+def test_what_runs_in_one_process_says_so(tiny, tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
+    assert run(config, command="eval", ranks=2, code=1).count("grpo eval is one process") == 1

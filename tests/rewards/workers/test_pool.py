@@ -1,0 +1,193 @@
+"""The pool of workers.
+
+Its clock kills, its losses are made good, and nothing of it costs anything while it waits.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from grpo.types import Verdict
+from rewards.workers.pool import Failure, Pool
+
+CALLS = """
+import os, signal, time
+TRIES = os.path.join(os.path.dirname(__file__), "tries")
+def double(x): return 2 * x
+def spin():
+    while True: pass
+def spin_deaf():
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals)); spin()
+def doze(): time.sleep(60)
+def hoard(): return len(bytearray(8 << 30))
+def crash(): os.abort()
+def talk(): print("noise", flush=True); os.write(1, b"more"); return "said"
+def die_once():
+    if not os.path.exists(TRIES):
+        open(TRIES, "w").close(); os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+def fail(): raise KeyError("what")
+def pid(): return os.getpid()
+def nothing(): return None
+def unsendable(): return lambda: 1
+def grow(x, *, by=1): return x + by
+"""
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(2, memory_gb=2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    (tmp_path / "pool_calls.py").write_text(CALLS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def run(pool, name, *arguments, timeout_s=5.0, **options):
+    return pool.map(
+        f"pool_calls:{name}", list(arguments) or [()], timeout_s=timeout_s, options=options
+    )
+
+
+@pytest.fixture
+def fresh(calls):
+    """A pool whose workers see the test's own module."""
+    with Pool(2, memory_gb=2) as pool:
+        yield pool
+
+
+def test_answers_come_in_order(fresh):
+    assert run(fresh, "double", *[(i,) for i in range(100)]) == [2 * i for i in range(100)]
+    assert run(fresh, "grow", (1,), by=5) == [6]
+    assert run(fresh, "nothing", (), ()) == [None, None]
+    assert run(fresh, "talk") == ["said"]  # what it prints is not the protocol
+    assert len(set(run(fresh, "pid", *[()] * 50))) <= 2
+
+
+@pytest.mark.parametrize("name", ["spin", "spin_deaf"])
+def test_a_call_that_computes_too_long_is_killed_by_the_clock(fresh, name):
+    run(fresh, "double", (1,), (2,))
+    start = time.monotonic()
+    assert run(fresh, name, timeout_s=1.0) == [Failure(kind="timeout", reason="longer than 1 s")]
+    assert time.monotonic() - start < 10
+    assert fresh.counts == {"calls": 3, "timeout": 1, "restarts": 1}
+    assert run(fresh, "double", (3,)) == [6]
+
+
+def test_a_call_that_got_no_processor_is_made_once_more_and_then_lost(fresh):
+    (lost,) = run(fresh, "doze", timeout_s=0.3)
+    assert lost.kind == "lost" and "processor time" in lost.reason
+    assert fresh.counts["lost"] == 2
+
+
+def test_a_worker_killed_from_outside_costs_one_retry(fresh):
+    assert run(fresh, "die_once") == ["alive"]
+    assert fresh.counts == {"calls": 1, "lost": 1, "restarts": 1}
+
+
+def test_an_idle_worker_killed_from_outside_costs_nothing(fresh):
+    for pid in set(run(fresh, "pid", *[()] * 20)):
+        os.kill(pid, signal.SIGKILL)
+    assert run(fresh, "double", *[(i,) for i in range(20)]) == [2 * i for i in range(20)]
+
+
+def test_memory_crashes_and_exceptions_are_failures_of_the_call(fresh):
+    assert run(fresh, "hoard")[0].kind == "memory"
+    assert run(fresh, "crash")[0].kind == "crash"
+    assert run(fresh, "fail") == [Failure(kind="error", reason="KeyError: 'what'")]
+    assert run(fresh, "unsendable")[0].kind == "error"
+
+
+def test_what_cannot_be_loaded_is_no_calls_fault(fresh, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="while it loaded pool_calls:absent"):
+        run(fresh, "absent")
+    (tmp_path / "elsewhere" / "rewards").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "rewards" / "__init__.py").write_text(
+        "raise RuntimeError('shadowed')"
+    )
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with Pool(1) as pool:
+        assert pool.map("rewards.accuracy:verify", [("1", "1")], timeout_s=5) == [
+            Verdict(value="correct")
+        ]
+
+
+def test_it_works_from_any_thread(fresh):
+    found = {}
+
+    def work(i):
+        found[i] = run(fresh, "double", (i,), (i + 1,))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {i: [2 * i, 2 * i + 2] for i in range(4)}
+
+
+def test_a_thread_that_ends_takes_no_worker_with_it(fresh):
+    thread = threading.Thread(target=run, args=(fresh, "double", (1,)))
+    thread.start()
+    thread.join(60)
+    assert run(fresh, "double", (2,)) == [4] and fresh.counts["restarts"] == 0
+
+
+def test_a_forked_child_has_workers_of_its_own(fresh):
+    ours = set(run(fresh, "pid", *[()] * 20))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        theirs = set(run(fresh, "pid", *[()] * 20))
+        os.write(writer, b"ok" if not theirs & ours else b"shared")
+        fresh.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and os.read(reader, 10) == b"ok"
+    assert set(run(fresh, "pid", *[()] * 20)) <= ours
+
+
+def test_idle_workers_use_no_processor_and_end_with_their_parent(tmp_path):
+    code = "from rewards.workers.pool import Pool; import time; p = Pool(1)\n"
+    code += "print(p.map('os:getpid', [()], timeout_s=9)[0], flush=True); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    clock = (~worker << 3) | 2
+    before = time.clock_gettime(clock)
+    time.sleep(1)
+    assert time.clock_gettime(clock) - before < 0.01
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"worker {worker} outlived its parent")
+
+
+def test_the_verifier_answers_through_the_pool(pool):
+    calls = [(f"<think>x</think><answer>{i}</answer>", str(i % 3)) for i in range(30)]
+    found = pool.map("rewards.accuracy:verify", calls, timeout_s=5)
+    assert [verdict.value for verdict in found] == [
+        "correct" if i == i % 3 else "wrong" for i in range(30)
+    ]
+    assert pool.map("rewards.accuracy:verify", [(r"\sqrt{8}", r"2\sqrt{2}")], timeout_s=5) == [
+        Verdict(value="correct")
+    ]
+
+
+def test_a_pool_that_is_not_used_starts_nothing():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with Pool(8) as pool:
+        assert pool.map("os:getpid", [], timeout_s=1) == []
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime == before
