@@ -15,16 +15,42 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from grpo.run.signals import Interrupted
-from grpo.types import RunError, UserError
+from grpo.types import GrpoError, RunError, UserError
 
 T = TypeVar("T")
 _objects: Any = None  # gloo: Python values go over the CPU, whatever the gradients go over
 _limit = timedelta(minutes=30)
+_num_exchanges = 0  # calls of `gather` so far: equal on all ranks that run the same program
 
 
 class Alone(RunError):
     """A rank failed inside a collective and cannot notify the others; it ends, and the job ends."""
+
+
+class UnexpectedError(RunError):
+    """An exception that is none of ours, as text that can be sent to every rank."""
+
+
+class ExchangeMismatchError(RunError):
+    """Ranks met in different exchanges: they do not run the same program, or not the same config.
+
+    `exchanges`: per rank the name of the exchange and how many it has made.
+    """
+
+    known_to_all_ranks = True
+
+    def __init__(self, exchanges: Sequence[tuple[str, int]]) -> None:
+        """`exchanges`: one per rank."""
+        super().__init__(exchanges)
+        self.exchanges = list(exchanges)
+
+    def __str__(self) -> str:
+        """Returns where each rank was."""
+        where = "; ".join(
+            f"rank {number}: {what!r}, exchange {made}"
+            for number, (what, made) in enumerate(self.exchanges)
+        )
+        return f"the ranks met in different exchanges: {where}"
 
 
 def rank() -> int:
@@ -127,59 +153,73 @@ def join(limit_s: float = 1800.0) -> None:
 
 
 def gather(what: str, value: T) -> list[T]:
-    """Returns every rank's value, in order.
+    """Returns every rank's value, in order of ranks.
 
-    Raises RunError naming `what` it waited for and the ranks that did not come.
+    Raises RunError naming `what` it waited for and the ranks that did not come. Raises
+    ExchangeMismatchError on all ranks when they meet in different exchanges.
     """
+    global _num_exchanges
     if count() == 1:
         return [value]
     import torch
 
-    found: list[Any] = [None] * count()
+    _num_exchanges += 1
+    message = (what, _num_exchanges, value)
+    messages: list[Any] = [None] * count()
     try:
         torch.distributed.monitored_barrier(_objects, timeout=_limit, wait_all_ranks=True)
-        torch.distributed.all_gather_object(found, value, group=_objects)
+        torch.distributed.all_gather_object(messages, message, group=_objects)
     except RuntimeError as error:
         raise RunError(
             f"rank {rank()}: another rank is lost, or did not come within {_limit}: waited for "
             f"{what} ({error})"
         ) from None
-    return found
+    exchanges = [(other_what, number) for other_what, number, _ in messages]
+    if len(set(exchanges)) > 1:
+        raise ExchangeMismatchError(exchanges)
+    return [other_value for _, _, other_value in messages]
 
 
 def together(what: str, work: Callable[[], T]) -> list[T]:
     """Returns what every rank's work returned.
 
-    An exception of one rank is raised on all (`of_all`); the one that had it tells it, the others
-    have `heard` it.
+    An error of one rank is raised on all, with `known_to_all_ranks` and `failed_rank` set. An
+    exception that is none of ours is raised as UnexpectedError, with its cause where it happened.
     """
-    result, failed = None, None
+    if count() == 1:
+        return [work()]
+    result: T | None = None
+    failure: GrpoError | None = None
     try:
         result = work()
+    except GrpoError as error:
+        failure = error
     except Exception as error:
-        if count() == 1:
-            raise
-        failed = error
-    known = failed is None or isinstance(failed, (UserError, RunError, Interrupted))
-    results = gather(
-        what, (result, failed if known else RunError(f"{type(failed).__name__}: {failed}"))
-    )
-    for number, (_, theirs) in enumerate(results):
-        if theirs is not None:
-            met: Any = failed or theirs
-            met.of_all = True  # every rank raises one now
-            if failed is None:
-                met.heard = number
-            raise met
+        failure = UnexpectedError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
+    results = gather(what, (result, failure))
+    for failed_rank, (_, error_of_rank) in enumerate(results):
+        if error_of_rank is not None:
+            raised = failure or error_of_rank
+            raised.known_to_all_ranks = True
+            raised.failed_rank = failed_rank if failure is None else rank()
+            raise raised
     return [result for result, _ in results]  # type: ignore[misc] # only a failure leaves None
 
 
-def of_all(error: Exception) -> bool:
-    """Returns whether every rank has met an error, so that all can still do something together.
+def known_to_all(error: Exception) -> bool:
+    """Returns whether every rank raises an error, so that all can still do something together.
 
     They can write a checkpoint, for example.
     """
-    return count() == 1 or hasattr(error, "of_all")
+    if count() == 1:
+        return True
+    return isinstance(error, GrpoError) and error.known_to_all_ranks
+
+
+def failed_elsewhere(error: Exception) -> bool:
+    """Returns whether an error began on another rank, which reports it."""
+    return isinstance(error, GrpoError) and error.failed_rank not in (None, rank())
 
 
 def sum_seconds(num_bytes: int, tries: int = 5) -> float:

@@ -121,7 +121,7 @@ def test_every_sample_is_on_one_rank_and_all_have_as_many_micro_batches(
 
 LOST = """
 import sys, time
-from grpo import ranks
+from grpo.run import ranks
 ranks.join(float(sys.argv[1]))
 ranks.gather("a first greeting", 1)
 if ranks.rank() == 1:
