@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -108,7 +108,8 @@ def num_cores() -> int:
 def join(limit_s: float = 1800.0) -> None:
     """Joins the process group, a group of one without a launcher.
 
-    `limit_s`: the longest wait for another rank. Raises RunError.
+    `limit_s`: the longest wait for another rank. Raises RunError, and UserError for more ranks than
+    GPUs.
     """
     global _objects, _limit
     import torch
@@ -117,39 +118,68 @@ def join(limit_s: float = 1800.0) -> None:
         return
     _limit = timedelta(seconds=limit_s)
     if count() == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
+        _set_group_of_one()
     cuda = torch.cuda.is_available()
     if cuda:
-        if local_count() > torch.cuda.device_count():
+        num_gpus = torch.cuda.device_count()
+        if local_count() > num_gpus:
             raise UserError(
-                f"{local_count()} ranks on this machine, which shows {torch.cuda.device_count()} "
-                "GPUs: start one rank a GPU"
+                f"{local_count()} ranks on this machine, which shows {num_gpus} GPUs: start one "
+                "rank per GPU"
             )
         torch.cuda.set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ or count() > 1:  # torchrun sets 1
         torch.set_num_threads(max(1, num_cores() // local_count()))
     try:
         torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=_limit)
-        _objects = (
-            torch.distributed.new_group(backend="gloo", timeout=_limit) if count() > 1 else None
-        )
+        if count() > 1:
+            _objects = torch.distributed.new_group(backend="gloo", timeout=_limit)
     except (RuntimeError, ValueError) as error:
-        told = str(error).splitlines()[0]
         raise RunError(
             f"rank {rank()} of {count()}: no process group at {os.environ.get('MASTER_ADDR')}: "
-            f"{told}"
+            f"{str(error).splitlines()[0]}"
         ) from None
+
+
+def _set_group_of_one() -> None:
+    """Sets torch's variables as a launcher would for one rank, where they are not set."""
+    variables = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def free_port() -> int:
+    """Returns a TCP port that is free on 127.0.0.1 at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def require_equal(fingerprints: Mapping[str, str]) -> None:
+    """Raises UserError on all ranks naming what differs between them.
+
+    `fingerprints`: what the ranks start from, by name: `{"config": "9f86d081884c7d65"}`.
+    """
+    of_ranks = gather("the fingerprints", dict(fingerprints))
+    differing = [name for name in fingerprints if len({each.get(name) for each in of_ranks}) > 1]
+    if not differing:
+        return
+    details = []
+    for name in differing:
+        values = ", ".join(f"rank {i} {each.get(name)}" for i, each in enumerate(of_ranks))
+        details.append(f"{name}: {values}")
+    error = UserError(
+        f"the ranks do not start from the same {' and '.join(differing)} ({'; '.join(details)}): "
+        "give all nodes the same files"
+    )
+    error.known_to_all_ranks = True
+    raise error
 
 
 def gather(what: str, value: T) -> list[T]:

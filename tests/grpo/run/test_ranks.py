@@ -23,11 +23,11 @@ from training_samples import COMBINATIONS, samples
 from whole_runs import environment, run, start, write_config
 
 from grpo.engines import SyncReport
-from grpo.engines.servers.server import free_port
+from grpo.learning import models
 from grpo.learning.batch import micro_batches, token_weights
-from grpo.run import ranks, signals
+from grpo.run import fingerprints, ranks, signals
 from grpo.training.weight_sync import sync
-from grpo.types import RunError
+from grpo.types import Problem, RunError
 
 pytestmark = pytest.mark.engine
 SUPPORT = Path(__file__).parents[2] / "support"
@@ -150,6 +150,54 @@ def test_a_rank_that_hangs_or_fails_is_told_by_the_others(tmp_path, how, told):
     assert time.monotonic() - started < 45
 
 
+CROSSED = """
+import sys
+from grpo.run import ranks
+ranks.join(20)
+try:
+    ranks.gather("the groups" if ranks.rank() == 0 else "the end", f"of rank {ranks.rank()}")
+except ranks.ExchangeMismatchError as error:
+    print(f"rank {ranks.rank()}:", error, flush=True)
+try:
+    ranks.require_equal({"code": "1", "config": f"of rank {ranks.rank()}"})
+except Exception as error:
+    print(f"rank {ranks.rank()}:", error, error.known_to_all_ranks, flush=True)
+"""
+
+
+def test_ranks_that_meet_in_different_exchanges_do_not_get_each_others_values(tmp_path):
+    (tmp_path / "crossed.py").write_text(CROSSED)
+    done = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "crossed.py")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    for rank in (0, 1):
+        assert (
+            f"rank {rank}: the ranks met in different exchanges: rank 0: 'the groups', exchange "
+            "1; rank 1: 'the end', exchange 1" in done.stdout
+        )
+        assert (
+            f"rank {rank}: the ranks do not start from the same config (config: rank 0 of rank 0, "
+            "rank 1 of rank 1)" in done.stdout
+        )
+    assert done.stdout.count("True") == 2
+
+
+def test_fingerprints_tell_code_tokenizers_and_problems_apart(tiny):
+    tokenizer = models.load_tokenizer(tiny())
+    before = fingerprints.of_tokenizer(tokenizer)
+    assert before == fingerprints.of_tokenizer(models.load_tokenizer(tiny()))
+    tokenizer.chat_template = "{{ messages }}"
+    assert before != fingerprints.of_tokenizer(tokenizer)
+    problems = [Problem(id=str(i), question="?", answer="1", source="t") for i in range(3)]
+    assert fingerprints.of_problems(problems) != fingerprints.of_problems(problems[::-1])
+    assert len(fingerprints.of_code()) == 16
+
+
 def test_alone_there_is_nobody_to_wait_for():
     assert ranks.gather("nobody", 5) == [5] and ranks.spread(
         "nobody", lambda share: [1, 2, 3][share]
@@ -185,7 +233,7 @@ def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
         "-m",
         "deepspeed.launcher.launch",
         f"--world_info={world}",
-        f"--master_port={free_port()}",
+        f"--master_port={ranks.free_port()}",
     ]
     done = subprocess.run(
         [*launcher, "--module", "grpo", "doctor", config],
