@@ -23,7 +23,7 @@ _limit = timedelta(minutes=30)
 _num_exchanges = 0  # calls of `gather` so far: equal on all ranks that run the same program
 
 
-class Alone(RunError):
+class BrokenExchangeError(RunError):
     """A rank failed inside a collective and cannot notify the others; it ends, and the job ends."""
 
 

@@ -258,17 +258,20 @@ def sync(
 ) -> SyncReport:
     """Sends the learner's weights to the engine under a version, which it acknowledges.
 
-    All ranks together, each to its own engine; none of several is interrupted by `signals` before
-    all are through.
+    All ranks call it together, each for its own engine. With several ranks `signals` interrupt none
+    of them before all are through, and an error of one rank ends the job (BrokenExchangeError): the
+    others are in an exchange that it has left.
     """
+    if ranks.count() == 1:
+        return engine.load_weights(learner.weights(), version)
+    held = signals.held() if signals is not None else contextlib.nullcontext()
     try:
-        with signals.held() if signals and ranks.count() > 1 else contextlib.nullcontext():
+        with held:
             report = engine.load_weights(learner.weights(), version)
     except Exception as error:
-        # the others are in an exchange that it has left
-        raise ranks.Alone(str(error)) if ranks.count() > 1 else error from None
+        raise ranks.BrokenExchangeError(str(error)) from None
     reports = ranks.gather("the weight sync of the other ranks", report)
-    return replace(reports[0], seconds=max(report.seconds for report in reports))
+    return replace(reports[0], seconds=max(each.seconds for each in reports))
 
 
 def probe_prompts(
