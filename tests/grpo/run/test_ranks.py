@@ -23,7 +23,7 @@ from training_samples import COMBINATIONS, samples
 from whole_runs import environment, run, start, write_config
 
 from grpo.engines import SyncReport
-from grpo.engines.servers.server import free_port
+from grpo.engines.network import free_port
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.run import ranks, signals
 from grpo.training.weight_sync import sync
