@@ -8,13 +8,13 @@ states are DeepSpeed's to share. Only rank 0 writes the run directory.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from grpo.run.network import free_port
 from grpo.types import GrpoError, RunError, UserError
 
 T = TypeVar("T")
@@ -152,13 +152,6 @@ def _set_group_of_one() -> None:
     }
     for name, value in variables.items():
         os.environ.setdefault(name, value)
-
-
-def free_port() -> int:
-    """Returns a TCP port that is free on 127.0.0.1 at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def require_equal(fingerprints: Mapping[str, str]) -> None:

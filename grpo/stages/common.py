@@ -251,7 +251,7 @@ def start_engine(
     child that is asked for likeliest tokens too. Raises UserError when the memory does not suffice.
     """
     from grpo.engines.local.engine import VllmEngine, check_memory
-    from grpo.engines.servers.pool import Pool
+    from grpo.engines.servers.pool import ServerPool
 
     dtype, servers = (
         config.engine.dtype or config.model.dtype,
@@ -276,7 +276,7 @@ def start_engine(
     if servers:
         tokenizer = models.load_tokenizer(model_dir)
         decode: Any = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        engine = Pool(**common, run_dir=stage.run.path, decode=decode, say=stage.display.say)
+        engine = ServerPool(**common, run_dir=stage.run.path, decode=decode, say=stage.display.say)
     else:
         engine = VllmEngine(
             **common, log_file=stage.run.log_file("engine"), max_logprobs=max_logprobs or 20

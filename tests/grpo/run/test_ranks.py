@@ -26,6 +26,7 @@ from grpo.engines import SyncReport
 from grpo.learning import models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.run import fingerprints, ranks, signals
+from grpo.run.network import free_port
 from grpo.training.weight_sync import sync
 from grpo.types import Problem, RunError
 
@@ -233,7 +234,7 @@ def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
         "-m",
         "deepspeed.launcher.launch",
         f"--world_info={world}",
-        f"--master_port={ranks.free_port()}",
+        f"--master_port={free_port()}",
     ]
     done = subprocess.run(
         [*launcher, "--module", "grpo", "doctor", config],

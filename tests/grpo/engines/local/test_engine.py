@@ -1,8 +1,6 @@
 """The real vLLM in its child process: what it samples, the weights that it holds, how it dies."""
 
-import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -13,13 +11,11 @@ import psutil
 import pytest
 import torch
 from real_engines import PROMPTS, SETTINGS, put_together, start_engine
-from safetensors.torch import load_file
 from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
 from grpo.engines import EngineError, Request, SamplingOptions
 from grpo.engines.local.engine import check_memory
-from grpo.engines.transfer import weights as transfer_weights
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
@@ -35,8 +31,6 @@ from grpo.training.weight_sync import (
 from grpo.types import RunError, UserError
 
 SUPPORT = str(Path(__file__).parents[3] / "support")  # where faulty_child.py lies
-
-# printable ASCII
 
 
 @pytest.fixture(scope="module")
@@ -124,51 +118,6 @@ def test_a_stop_string_stays_in_the_text(engine, tiny):
     assert (
         stopped.finish_reason == "stop" and stopped.text == free.text[: free.text.index(mark) + 1]
     )
-
-
-def test_only_models_that_use_their_weights_as_loaded_are_loaded_in_place():
-    from vllm.model_executor.layers.attention import Attention
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-    from vllm.v1.attention.backend import AttentionImplBase
-
-    from grpo.engines.transfer.receivers import loads_in_place
-
-    class Layer(torch.nn.Module):
-        def __init__(self, quant_method):
-            super().__init__()
-            self.quant_method = quant_method
-
-    class PackedMethod(UnquantizedLinearMethod):
-        """Packs the weight in process_weights_after_loading."""
-
-    class LatentAttention(torch.nn.Module):
-        def process_weights_after_loading(self, dtype):
-            """Derives matrices of a weight."""
-
-    class PlainImplementation(AttentionImplBase):
-        """Does nothing after loading."""
-
-    class DerivingImplementation(AttentionImplBase):
-        def process_weights_after_loading(self, act_dtype):
-            """Derives attention sinks of a weight."""
-
-    def attention(implementation):
-        layer = Attention.__new__(Attention)
-        torch.nn.Module.__init__(layer)
-        layer.impl = object.__new__(implementation)
-        return layer
-
-    plain = [
-        Layer(UnquantizedLinearMethod()),
-        Layer(UnquantizedEmbeddingMethod()),
-        Layer(None),
-        torch.nn.LayerNorm(4),
-    ]
-    plain.append(attention(PlainImplementation))
-    assert loads_in_place(torch.nn.Sequential(*plain))
-    for other in (Layer(PackedMethod()), LatentAttention(), attention(DerivingImplementation)):
-        assert not loads_in_place(torch.nn.Sequential(*plain, torch.nn.Sequential(other)))
 
 
 @pytest.mark.slow
@@ -354,107 +303,6 @@ def test_the_engine_dies_with_its_parent(tmp_path, tiny):
     parent.kill()
     parent.wait()
     child.wait(timeout=5)
-
-
-class Loader(torch.nn.Module):
-    """A model that only takes weights: its own are the `names`."""
-
-    def __init__(self, names):
-        super().__init__()
-        self.loaded = {}
-        for name in names:
-            self.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
-
-    def load_weights(self, weights):
-        arrived = {name: tensor.clone() for name, tensor in weights}
-        self.loaded |= arrived
-        return arrived.keys()
-
-
-@pytest.mark.parametrize("file", [False, True])
-def test_weights_arrive_bit_for_bit_through_memory_or_a_file_of_safetensors(tmp_path, file):
-    """Read in place; a file is a new one each time."""
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "weights-7.safetensors").touch()  # left by a trainer that was killed
-    sender = transfer_weights.SharedWeights(tmp_path / "weights" if file else None)
-    kept = f"gate_{transfer_weights.KEPT}"
-    weights = {
-        "a": torch.randn(3, 5),
-        "b": torch.randn(7, 3).T,
-        "count": torch.tensor([3]),
-        kept: torch.randn(4),
-        "scalar": torch.tensor(2.5),
-    }
-    for scale in (1, 2):  # the second write reuses the memory
-        told = sender.write(
-            transfer_weights.Sent(
-                Weights({name: tensor * scale for name, tensor in weights.items()}), torch.bfloat16
-            )
-        )
-        assert told["names"] == [*weights, transfer_weights.CHECKSUMS]
-        model = Loader(weights)
-        transfer_weights.Arrivals(model).load_weights(transfer_weights.read(**told))
-        for name, tensor in weights.items():
-            wanted = torch.bfloat16 if tensor.is_floating_point() and name != kept else tensor.dtype
-            assert (
-                torch.equal(model.loaded[name], (tensor * scale).to(wanted))
-                and model.loaded[name].dtype == wanted
-            )
-    assert load_file(told["path"]).keys() == {*weights, transfer_weights.CHECKSUMS}
-    assert not file or len(list((tmp_path / "weights").iterdir())) == 1
-    sender.close()
-    assert not file or not list((tmp_path / "weights").iterdir())
-
-
-def test_a_full_disk_is_an_error_before_weights_are_written(tmp_path):
-    sender = transfer_weights.SharedWeights(tmp_path / "weights")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(
-            EngineError,
-            match=r"no room for 0.00 GB of weights at .*weights-2.safetensors: File too large",
-        ):
-            sender.write(transfer_weights.Sent(Weights(a=torch.randn(1000)), torch.float32))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    sender.close()
-
-
-@pytest.mark.parametrize("bucket", [1, 2, 100])
-@pytest.mark.parametrize(
-    ("fault", "error"),
-    [
-        (None, None),
-        ("flipped", "the bytes of b are not those that were sent"),
-        ("swapped", "the bytes of a, b are not those that were sent"),
-        ("lost", "3 tensors arrived, 4 were sent"),
-        ("unknown", "1 weights of the engine's model did not arrive: more"),
-    ],
-)
-def test_what_arrives_in_buckets_is_held_to_the_checksums_that_come_last(bucket, fault, error):
-    """As by CUDA IPC and NCCL: packed in a buffer, where a tensor may begin at any byte."""
-    weights = Weights(a=torch.randn(3, 3), b=torch.randn(3, 3), c=torch.randn(9), d=torch.randn(1))
-    sent = list(transfer_weights.Sent(weights, torch.bfloat16))
-    packed = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in sent]).split(
-        [tensor.nbytes for _, tensor in sent]
-    )
-    rows = [
-        (name, part.view(tensor.dtype).view(tensor.shape))
-        for (name, tensor), part in zip(sent, packed, strict=True)
-    ]
-    if fault == "flipped":
-        rows[1][1].view(torch.uint8)[1, 1] ^= 1
-    elif fault == "swapped":
-        rows[0], rows[1] = ("a", rows[1][1]), ("b", rows[0][1])
-    elif fault == "lost":
-        del rows[1]
-    arrivals = transfer_weights.Arrivals(
-        Loader([*weights.keys(), *(["more"] if fault == "unknown" else [])])
-    )
-    with pytest.raises(RuntimeError, match=error) if fault else contextlib.nullcontext():
-        for i in range(0, len(rows), bucket):
-            arrivals.load_weights(rows[i : i + bucket])
 
 
 def test_too_little_memory_is_told_before_the_engine_starts():
