@@ -251,12 +251,15 @@ def _run(options: argparse.Namespace) -> int:
 
         dry_run(config)
         return 0
+    if options.command in ("collect", "quantize", "eval", "pipeline"):
+        from grpo.stages.run_context import require_one_rank
+
+        require_one_rank(options.command)
     if options.auto_resume:
         from grpo.run import ranks
-        from grpo.stages.common import longest_wait_s
 
         if ranks.count() > 1:
-            ranks.join(longest_wait_s(config))
+            ranks.join(config.longest_wait_s)
         options.resume = ranks.gather(
             "the run directory", (Path(config.run_dir) / "manifest.json").exists()
         )[0]

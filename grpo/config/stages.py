@@ -268,6 +268,7 @@ class EvalConfig(Config):
     It uses the config's model, prompts, rewards and problems.
     """
 
+    evaluation_only: ClassVar[bool] = True
     train: Train = Train(rollouts=1)
     # a model behind an OpenAI-compatible endpoint; default: model.path on an engine of our own
     endpoint: Teacher | None = None

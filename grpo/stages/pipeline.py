@@ -22,7 +22,7 @@ from grpo.config import KINDS, Judged, PipelineConfig, Quantize, Step
 from grpo.config.source import apply_overrides, read_yaml
 from grpo.run.directory import RunDirectory, read_metrics, write_file
 from grpo.run.signals import Interrupted
-from grpo.stages.common import check_same
+from grpo.stages.resume import check_same
 from grpo.types import RunError, UserError
 
 

@@ -20,15 +20,10 @@ from grpo.learning import models
 from grpo.run import ranks
 from grpo.run.display import quiet
 from grpo.run.signals import Interrupted
-from grpo.stages.common import (
-    Stage,
-    load_problems,
-    mixture,
-    open_stage,
-    prepare,
-    worked,
-    write_final,
-)
+from grpo.stages.final_model import write_final
+from grpo.stages.problems import load_problems, mixture, tokenize_solutions
+from grpo.stages.run_context import RunContext, open_stage
+from grpo.stages.start_model import find_model
 from grpo.types import Problem, UserError
 
 
@@ -43,14 +38,15 @@ def sft(config: SftConfig, *, resume: bool) -> None:
             "ranks"
         )
     problems = load_problems(config.data, "train", config.seed)
-    with open_stage(config, "sft", total=config.sft.updates, unit="update", resume=resume) as stage:
-        _run(config, stage, problems, resume=resume)
+    total = config.sft.updates
+    with open_stage(config, "sft", total=total, unit="update", resume=resume) as context:
+        _run(config, context, problems, resume=resume)
 
 
-def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> None:
-    run, display = stage.run, stage.display
+def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool) -> None:
+    run, display = context.run, context.display
     display.phase(0, "loading the model")
-    model_dir, tokenizer, prompts = prepare(config, run)
+    model_dir, tokenizer, prompts = find_model(config, run)
     models.check_context(model_dir, config.sft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
     chosen = stream.take(0, config.sft.updates * config.sft.batch_size)
@@ -77,7 +73,7 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
         def on_update(row: dict[str, Any]) -> None:
             latest.update(row)
             accuracies.append(row["policy/token_accuracy"])
-            stage.record(row)
+            context.record(row)
             display.row(row)
             display.phase(row["step"], "update")
 
@@ -93,7 +89,7 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
                 and sum(accuracies) / 10 >= config.sft.stop_at
             )
             stopped[:] = [
-                signal for signal in ranks.gather("the update", stage.signals.got) if signal
+                signal for signal in ranks.gather("the update", context.signals.got) if signal
             ]
             return enough or bool(stopped)
 
@@ -116,7 +112,7 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
                 f"stopped after update {trainer.state.global_step}, saved; go on with --resume"
             )
             raise Interrupted(stopped[0])
-    write_final(stage, config, model_dir, tokenizer, trainer)
+    write_final(context, config, model_dir, tokenizer, trainer)
 
 
 def rows(
@@ -126,5 +122,5 @@ def rows(
 
     Raises UserError naming a problem without a solution or too long.
     """
-    for prompt, target in worked(problems, prompts, max_tokens, "sft"):
+    for prompt, target in tokenize_solutions(problems, prompts, max_tokens, "sft"):
         yield {"input_ids": [*prompt, *target], "labels": [-100] * len(prompt) + list(target)}

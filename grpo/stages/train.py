@@ -20,18 +20,12 @@ from grpo.metrics.diagnosis import Watch
 from grpo.run import ranks
 from grpo.run.display import quiet
 from grpo.run.signals import Interrupted
-from grpo.stages.common import (
-    Stage,
-    find_teacher,
-    held_out,
-    judges,
-    load_problems,
-    mixture,
-    open_stage,
-    prepare,
-    start_engine,
-    write_final,
-)
+from grpo.stages.engine import EngineModel, start_engine
+from grpo.stages.final_model import write_final
+from grpo.stages.problems import held_out, load_problems, mixture
+from grpo.stages.run_context import RunContext, open_stage
+from grpo.stages.sampling import load_rewards
+from grpo.stages.start_model import find_model, find_teacher
 from grpo.types import Completion, Exhausted, Problem, RunError, ScoredGroup
 from rewards.workers.pool import Pool
 
@@ -47,7 +41,7 @@ def train(config: Config, *, resume: bool, keep: bool = True) -> None:
     Raises UserError before anything heavy is done, RunError when the run cannot go on, Interrupted
     after Ctrl-C or SIGTERM (saved).
     """
-    pool, rewards = judges(config)
+    pool, rewards = load_rewards(config)
     parts: dict[str, Any] = {
         "pool": pool,
         "rewards": rewards,
@@ -60,20 +54,20 @@ def train(config: Config, *, resume: bool, keep: bool = True) -> None:
     first = warm_start_config(config) if config.model.warm_start else None
     with open_stage(
         config, "train", total=config.train.rollouts, unit="rollout", resume=resume
-    ) as stage:
-        stage.stack.callback(pool.close)
+    ) as context:
+        context.stack.callback(pool.close)
         if first:
             config = config.model_copy(
                 update={
-                    "model": config.model.model_copy(update={"path": _warm_started(first, stage)})
+                    "model": config.model.model_copy(update={"path": _warm_started(first, context)})
                 }
             )
-        _run(config, stage, resume=resume, keep=keep, **parts)
+        _run(config, context, resume=resume, keep=keep, **parts)
 
 
 def _run(
     config: Config,
-    stage: Stage,
+    context: RunContext,
     *,
     resume: bool,
     keep: bool,
@@ -90,10 +84,10 @@ def _run(
     from grpo.training.loop import Loop
     from grpo.training.weight_sync import MAX_GAP, Probe, probe_prompts
 
-    run, display = stage.run, stage.display
+    run, display = context.run, context.display
     display.say(f"algorithm: {describe(config.algorithm)}")
     display.phase(0, "loading the model")
-    model_dir, tokenizer, prompts = prepare(config, run)
+    model_dir, tokenizer, prompts = find_model(config, run)
     models.check_context(model_dir, config.max_sequence_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
     num_weights = models.num_weights(model_dir)
@@ -101,7 +95,8 @@ def _run(
         roofline.measure(config.model.dtype),
         roofline.shape(model_dir, num_weights, config.model.dtype),
     )
-    engine = start_engine(config, stage, model_dir, num_weights)
+    engine_model = EngineModel(model_dir=model_dir, num_weights=num_weights)
+    engine = start_engine(config, context, engine_model)
     with quiet(run.log_file("learner")):
         model = lora.load_policy(config, model_dir, config.model.attention)
         reference = _reference(config, run, model_dir, tokenizer)
@@ -144,10 +139,10 @@ def _run(
         held_out=test,
         probe=probe,
         display=display,
-        record_row=stage.record,
+        record_row=context.record,
         machine=machine,
         shape=shape,
-        signals=stage.signals,
+        signals=context.signals,
         pool=pool,
     )
     checkpoint, state = run.last_state() if resume else (None, {})
@@ -168,7 +163,7 @@ def _run(
     try:
         loop.start(fresh=checkpoint is None)
         if config.train.max_staleness:
-            _stream(loop, stage, state["selection"].get("stream") if checkpoint else None)
+            _stream(loop, context, state["selection"].get("stream") if checkpoint else None)
         loop.train()
     except Exception as error:
         if isinstance(error, Interrupted | Exhausted) or (loop.whole and ranks.of_all(error)):
@@ -184,10 +179,10 @@ def _run(
     if not keep:
         return
     loop.save()
-    write_final(stage, config, model_dir, tokenizer, learner)
+    write_final(context, config, model_dir, tokenizer, learner)
 
 
-def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
+def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> None:
     """Puts asynchronous rollouts under the loop's selection.
 
     The stream is on rank 0, which gives every rank what it takes.
@@ -220,13 +215,13 @@ def _stream(loop: Loop, stage: Stage, state: dict[str, Any] | None) -> None:
             draw=lambda: selection.draw(1)[0],
             ahead=train.problems * train.max_staleness,
             timeout_s=config.engine.timeout_s,
-            on_wait=stage.signals.check,
+            on_wait=context.signals.check,
             idle=engine.idle,
             last=None
             if config.algorithm.no_signal == "resample"
             else train.problems * train.rollouts,
         )
-        stage.stack.callback(stream.close)
+        context.stack.callback(stream.close)
         if state:
             stream.load(state, scored_group)
     take = selection.stream.take if selection.stream else lambda count: []
@@ -265,7 +260,7 @@ def warm_start_config(config: Config) -> SftConfig:
     return sft.model_copy(update=own)
 
 
-def _warm_started(config: SftConfig, stage: Stage) -> str:
+def _warm_started(config: SftConfig, context: RunContext) -> str:
     """Returns the directory of the model after its supervised start.
 
     If the model is not there, the supervised start is made, or finished.
@@ -274,7 +269,7 @@ def _warm_started(config: SftConfig, stage: Stage) -> str:
 
     target = Path(config.run_dir)
     if not ranks.gather("the warm start", (target / "final").exists())[0]:
-        stage.display.say(
+        context.display.say(
             f"warm start: {config.sft.updates} supervised updates of {config.sft.batch_size} "
             "solutions"
         )

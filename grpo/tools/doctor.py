@@ -29,16 +29,11 @@ from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.run import ranks
 from grpo.run.display import quiet
-from grpo.stages.common import (
-    Sampler,
-    held_out,
-    judges,
-    load_problems,
-    mixture,
-    open_stage,
-    send_weights,
-)
+from grpo.stages.engine import send_weights
 from grpo.stages.eval import of_finished
+from grpo.stages.problems import held_out, load_problems, mixture
+from grpo.stages.run_context import open_stage
+from grpo.stages.sampling import Sampler, load_rewards
 from grpo.tools import checks
 from grpo.tools.checks import SAMPLED, Check
 from grpo.tools.dry_run import arithmetic
@@ -249,7 +244,7 @@ def _sample(
     logging = config.logging.model_copy(update={"trackers": []})
     own = config.model_copy(update={"run_dir": str(scratch / "run"), "logging": logging})
     with open_stage(own, "doctor", total=1, unit="check", resume=False) as stage:
-        pool, rewards = judges(config)
+        pool, rewards = load_rewards(config)
         stage.stack.callback(pool.close)
         sampler = Sampler(own, stage, asked)
         synced = 0.0

@@ -28,9 +28,9 @@ from grpo.experience import plugins
 from grpo.experience.prompts import EXAMPLE, R1_ZERO, Prompts, visible
 from grpo.learning import models
 from grpo.run.display import quiet
-from grpo.stages.common import load_problems
 from grpo.stages.eval import of_finished
 from grpo.stages.pipeline import checked
+from grpo.stages.problems import load_problems
 from grpo.stages.train import warm_start_config
 from grpo.types import Problem, Unreachable
 from rewards.workers.pool import Pool
