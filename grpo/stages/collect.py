@@ -12,15 +12,17 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from grpo.config import Collect, CollectConfig, Data
 from grpo.experience import rollout
+from grpo.experience.prompts import Prompts
 from grpo.run.directory import write_file
 from grpo.stages.problems import load_problems, mixture
 from grpo.stages.run_context import RunContext, open_stage
-from grpo.stages.sampling import Sampler, load_rewards
+from grpo.stages.sampling import Sampler, check_rewards, load_rewards
+from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, ScoredGroup
 from rewards import format, language, repetition
 
@@ -140,11 +142,19 @@ def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
+def _excluded(config: CollectConfig) -> Data | None:
+    """Returns the evaluation sets whose problems must not be among the traces."""
+    if not config.collect.decontaminate:
+        return None
+    return Data(mixture=config.collect.decontaminate, path=config.data.path)
+
+
 def _ngrams_of_sets(config: CollectConfig) -> set[tuple[str, ...]]:
-    sets = config.collect.decontaminate
-    if not sets:
+    """Returns the n-grams of all questions of the evaluation sets that traces must not overlap."""
+    excluded = _excluded(config)
+    if excluded is None:
         return set()
-    loaded = load_problems(Data(mixture=sets, path=config.data.path), "test", config.seed)
+    loaded = load_problems(excluded, "test", config.seed)
     return {
         run
         for problems in loaded.values()
@@ -181,3 +191,59 @@ def _write(context: RunContext, contaminated: int) -> dict[str, int]:
                 lines.append(json.dumps(trace, ensure_ascii=False) + "\n")
     write_file(context.run.path / "traces.jsonl", "".join(lines))
     return dict(counts)
+
+
+class _CollectStage:
+    command = "collect"
+    summary = "sample completions and keep the right, readable ones as traces"
+    config_class = CollectConfig
+    sections = ("collect",)
+    multi_rank = False
+
+    def run(self, config: CollectConfig, *, resume: bool) -> None:
+        collect(config, resume=resume)
+
+    def arithmetic(self, config: CollectConfig) -> str:
+        settings = config.collect
+        num_completions = settings.problems * settings.samples
+        source = config.teacher.url if config.teacher else "model.path"
+        return (
+            f"a chunk     {settings.chunk} problems x {settings.samples} completions, at most "
+            f"{settings.keep} kept a problem\n"
+            f"the run     {settings.problems:,} problems, {num_completions:,} completions, at most "
+            f"{num_completions * config.sampling.max_tokens:,} tokens, from {source}"
+        )
+
+    def needs(self, config: CollectConfig) -> StageNeeds:
+        settings = config.collect
+        num_completions = settings.problems * settings.samples
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(
+                training=config.data,
+                num_training=settings.problems,
+                excluded=_excluded(config),
+                overlap_words=settings.ngram,
+                overlap_remedy="grpo collect leaves out what overlaps",
+            ),
+            memory=MemoryNeeds(engine=True, max_sequences=settings.chunk * settings.samples),
+            disk=DiskNeeds(sampled_tokens=num_completions * config.sampling.max_tokens),
+            rewards=tuple(config.rewards),
+            endpoint=config.teacher,
+        )
+
+    def parts(self, config: CollectConfig) -> list[Part]:
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: CollectConfig) -> list[str]:
+        check_rewards(config)
+        return []
+
+    def checks(
+        self, config: CollectConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return iter(())
+
+
+STAGE: Stage[CollectConfig] = _CollectStage()

@@ -9,24 +9,37 @@ on_policy  the student samples, the teacher scores its tokens: reverse KL as the
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import Config, DistillConfig
+from grpo.config import DistillConfig
 from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
-from grpo.learning.batch import micro_batches, token_weights
 from grpo.run import ranks
 from grpo.run.directory import RunDirectory
 from grpo.run.display import Timer, quiet
 from grpo.run.signals import Interrupted
+from grpo.stages import collect, sft, train
 from grpo.stages.engine import EngineModel, start_engine
 from grpo.stages.final_model import write_final
-from grpo.stages.problems import load_problems, mixture, tokenize_solutions
+from grpo.stages.problems import load_problems, mixture
 from grpo.stages.resume import check_same
 from grpo.stages.run_context import RunContext, open_stage
+from grpo.stages.sampling import check_rewards
+from grpo.stages.solutions import check_solutions, tokenize_solutions
+from grpo.stages.stage import (
+    Check,
+    DiskNeeds,
+    MemoryNeeds,
+    Part,
+    ProblemNeeds,
+    Stage,
+    StageNeeds,
+    num_checkpoints,
+)
 from grpo.stages.start_model import find_model, find_teacher
 from grpo.types import Batch, Problem, Sample, UserError
 
@@ -45,9 +58,6 @@ def distill(config: DistillConfig, *, resume: bool) -> None:
 
 
 def _sequence(config: DistillConfig, resume: bool) -> None:
-    from grpo.stages.collect import collect
-    from grpo.stages.sft import sft
-
     if ranks.count() > 1:
         raise UserError(
             "grpo distill, way=sequence, begins with `grpo collect`, which is one process: start "
@@ -61,18 +71,15 @@ def _sequence(config: DistillConfig, resume: bool) -> None:
                 check_same(folder, part)
                 continue
             context.display.say(f"{name}: {folder}")
-            run: Any = {"collect": collect, "sft": sft}[name]
+            run: Any = {"collect": collect.collect, "sft": sft.sft}[name]
             run(part, resume=(folder / "manifest.json").exists())
         context.signals.check()
         context.run.update_manifest(final="sft/final")
 
 
 def _on_policy(config: DistillConfig, resume: bool) -> None:
-    from grpo.stages.train import train
-
-    (part,) = config.parts().values()
-    assert isinstance(part, Config)
-    train(part, resume=resume)
+    (part,) = STAGE.parts(config)
+    part.stage.run(part.config, resume=resume)
 
 
 def _soft(config: DistillConfig, resume: bool) -> None:
@@ -89,6 +96,7 @@ def _match(
     config: DistillConfig, context: RunContext, problems: Any, loss: Any, *, resume: bool
 ) -> None:
     """The loop of the way soft: texts, updates, checkpoints, `final/`."""
+    from grpo.learning.batch import micro_batches, token_weights
     from grpo.learning.learner import Learner
 
     soft, run, display = config.soft, context.run, context.display
@@ -261,3 +269,66 @@ def samples(
         )
         for prompt, target in tokenize_solutions(problems, prompts, max_tokens, "soft")
     ]
+
+
+class _DistillStage:
+    command = "distill"
+    summary = "a teacher's reasoning into a student: by text, by its distribution, or on-policy"
+    config_class = DistillConfig
+    sections = ("way",)
+    multi_rank = True
+
+    def run(self, config: DistillConfig, *, resume: bool) -> None:
+        distill(config, resume=resume)
+
+    def arithmetic(self, config: DistillConfig) -> str:
+        if config.way != "soft":
+            return "\n".join(part.stage.arithmetic(part.config) for part in self.parts(config))
+        soft = config.soft
+        assert soft is not None
+        return (
+            f"an update   {soft.batch_size} texts of at most {soft.max_tokens} tokens, "
+            f"{soft.divergence} to the teacher\n"
+            f"the run     {soft.updates} updates, {soft.updates * soft.batch_size:,} texts drawn"
+        )
+
+    def needs(self, config: DistillConfig) -> StageNeeds:
+        """Returns the needs of the way soft; the parts of the other ways have their own."""
+        soft = config.soft
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(
+                training=config.data,
+                num_training=soft.updates * soft.batch_size if soft else 0,
+            ),
+            # The teacher's likeliest tokens come from an engine that is closed before the updates.
+            memory=MemoryNeeds(learner=True, reference=not (soft and soft.teacher_topk)),
+            disk=DiskNeeds(checkpoints=num_checkpoints(config), models=1),
+            rewards=tuple(config.rewards),
+        )
+
+    def parts(self, config: DistillConfig) -> list[Part]:
+        configs = config.parts()
+        if config.way == "sequence":
+            # The traces are not written yet: the same problems stand for them.
+            sft_config = configs["sft"].model_copy(update={"data": config.data})
+            return [
+                Part(stage=collect.STAGE, config=configs["collect"], name="collect"),
+                Part(stage=sft.STAGE, config=sft_config, name="sft", traces_to_come=True),
+            ]
+        if config.way == "on_policy":
+            return [Part(stage=train.STAGE, config=configs[""])]
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: DistillConfig) -> list[str]:
+        check_rewards(config)
+        return []
+
+    def checks(
+        self, config: DistillConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return check_solutions(config.max_sequence_tokens, problems, prompts)
+
+
+STAGE: Stage[DistillConfig] = _DistillStage()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpo.config import EvalConfig
 from grpo.experience import rollout
+from grpo.experience.prompts import Prompts
 from grpo.experience.rollout import mean
 from grpo.learning import models
 from grpo.metrics import statistics
@@ -21,7 +22,8 @@ from grpo.run.directory import write_file
 from grpo.stages.final_model import final_model
 from grpo.stages.problems import held_out, load_problems
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
-from grpo.stages.sampling import Sampler, load_rewards
+from grpo.stages.sampling import Sampler, check_rewards, load_rewards
+from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, UserError
 from rewards.verifier.parse import final_answer
 
@@ -48,7 +50,7 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
     """
     config = config.by_protocol()
     if not config.endpoint:
-        config = of_finished(config)
+        config = with_final_model(config)
     pool, rewards = load_rewards(config)
     sets = config.judged
     loaded = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
@@ -77,7 +79,7 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
             context.display.say(f"{key.removeprefix('eval/'):32} {value:.3f}")
 
 
-def of_finished(config: EvalConfig) -> EvalConfig:
+def with_final_model(config: EvalConfig) -> EvalConfig:
     """Returns the config with the model of the run directory, where model.path is one."""
     return config.model_copy(
         update={"model": config.model.model_copy(update={"path": final_model(config.model.path)})}
@@ -301,3 +303,61 @@ def _rates(folder: Path) -> dict[str, dict[str, float]]:
         name: {problem: mean([float(ok) for ok in group]) for problem, group in of_set.items()}
         for name, of_set in values.items()
     }
+
+
+class _EvalStage:
+    command = "eval"
+    summary = (
+        "judge a model by a config's prompts and rewards; or "
+        "compare two: `grpo eval RUN RUN`; or ask it: --ask"
+    )
+    config_class = EvalConfig
+    sections = ("sets", "endpoint")
+    multi_rank = False
+
+    def run(self, config: EvalConfig, *, resume: bool) -> None:
+        eval(config, resume=resume)
+
+    def arithmetic(self, config: EvalConfig) -> str:
+        config = config.by_protocol()
+        settings = config.eval
+        samples = str(settings.samples)
+        if settings.protocol == "r1":
+            samples = "64 (sets of at most 100 problems) or 16"
+        return (
+            f"a problem   {samples} completions of at most {config.sampling.max_tokens} tokens at "
+            f"temperature {settings.temperature:g}\n"
+            f"the sets    {', '.join(config.sets) or 'one'}, at most {settings.problems} problems "
+            "each"
+        )
+
+    def needs(self, config: EvalConfig) -> StageNeeds:
+        config = with_final_model(config.by_protocol())
+        settings = config.eval
+        num_completions = settings.problems * (len(config.sets) or 1) * settings.samples
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(
+                held_out=tuple(config.judged.values()), num_held_out=settings.problems
+            ),
+            memory=MemoryNeeds(engine=True, max_sequences=config.train.completions),
+            disk=DiskNeeds(sampled_tokens=num_completions * config.sampling.max_tokens),
+            rewards=tuple(config.rewards),
+            endpoint=config.endpoint,
+        )
+
+    def parts(self, config: EvalConfig) -> list[Part]:
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: EvalConfig) -> list[str]:
+        check_rewards(config)
+        return []
+
+    def checks(
+        self, config: EvalConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return iter(())
+
+
+STAGE: Stage[EvalConfig] = _EvalStage()

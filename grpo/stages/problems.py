@@ -1,9 +1,9 @@
-"""The problems that a stage works on: loaded, mixed, held out for evaluation, tokenized."""
+"""The problems that a stage works on: loaded, mixed, held out for evaluation."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from grpo import config as configs
@@ -69,31 +69,3 @@ def held_out(
 def without_repeats(problems: Sequence[Problem]) -> list[Problem]:
     """Returns the problems in order, each id once."""
     return list({problem.id: problem for problem in problems}.values())
-
-
-def tokenize_solutions(
-    problems: Sequence[Problem], prompts: Prompts, max_tokens: int, section: str
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields the token ids of each problem's prompt and of its worked solution.
-
-    Args:
-        problems: Problems with a worked solution.
-        prompts: The prompts of the run.
-        max_tokens: The longest prompt with its solution.
-        section: The config section with `max_tokens`, for error messages.
-
-    Raises:
-        UserError: A problem has no solution, or is too long with it; the message names it.
-    """
-    for problem in problems:
-        if problem.solution is None:
-            raise UserError(f"{section}: problem {problem.id} has no worked solution to learn from")
-        prompt_ids = prompts.ids(problem)
-        target_ids = prompts.target_ids(problem)
-        length = len(prompt_ids) + len(target_ids)
-        if length > max_tokens:
-            raise UserError(
-                f"{section}: {problem.id} has {length} tokens with its solution; "
-                f"{section}.max_tokens is {max_tokens}"
-            )
-        yield prompt_ids, target_ids

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo.config import QuantizeConfig
+from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.quantization import arguments, best_scale, check_groups, linear_layers
 from grpo.run.directory import RunDirectory, read_metrics, replace_directory, write_file
 from grpo.run.display import quiet
 from grpo.stages.resume import check_same
 from grpo.stages.run_context import open_stage
-from grpo.types import UserError
+from grpo.stages.sampling import check_rewards
+from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
+from grpo.types import Problem, UserError
 
 
 def quantize(config: QuantizeConfig, *, resume: bool) -> None:
@@ -127,3 +131,43 @@ def write_quantized(
         model.save_pretrained(scratch)
         compressor.update_config(str(scratch))
         tokenizer.save_pretrained(scratch)
+
+
+class _QuantizeStage:
+    command = "quantize"
+    summary = "write a finished model in int8 and int4, and judge it before and after"
+    config_class = QuantizeConfig
+    sections = ("quantize",)
+    multi_rank = False
+
+    def run(self, config: QuantizeConfig, *, resume: bool) -> None:
+        quantize(config, resume=resume)
+
+    def arithmetic(self, config: QuantizeConfig) -> str:
+        settings = config.quantize
+        return f"schemes     {', '.join(settings.schemes)}; int4 in groups of {settings.group_size}"
+
+    def needs(self, config: QuantizeConfig) -> StageNeeds:
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(training=config.data),
+            memory=MemoryNeeds(engine=config.eval is not None),
+            disk=DiskNeeds(models=len(config.quantize.schemes)),
+            rewards=tuple(config.rewards),
+        )
+
+    def parts(self, config: QuantizeConfig) -> list[Part]:
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: QuantizeConfig) -> list[str]:
+        check_rewards(config)
+        return []
+
+    def checks(
+        self, config: QuantizeConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return iter(())
+
+
+STAGE: Stage[QuantizeConfig] = _QuantizeStage()

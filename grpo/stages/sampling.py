@@ -29,6 +29,11 @@ def load_rewards(config: SampledConfig) -> tuple[Pool, Rewards]:
     return pool, plugins.rewards(config.rewards, pool)
 
 
+def check_rewards(config: SampledConfig) -> None:
+    """Raises UserError if a reward is unknown or its options are wrong. Starts no worker."""
+    plugins.rewards(config.rewards, Pool())
+
+
 class Sampler:
     """Samples from the model of a config on an engine, or from a model behind an endpoint."""
 

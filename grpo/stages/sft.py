@@ -10,7 +10,7 @@ learning rate, the run directory, checkpoints and metrics.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,19 @@ from grpo.run import ranks
 from grpo.run.display import quiet
 from grpo.run.signals import Interrupted
 from grpo.stages.final_model import write_final
-from grpo.stages.problems import load_problems, mixture, tokenize_solutions
+from grpo.stages.problems import load_problems, mixture
 from grpo.stages.run_context import RunContext, open_stage
+from grpo.stages.solutions import check_solutions, tokenize_solutions
+from grpo.stages.stage import (
+    Check,
+    DiskNeeds,
+    MemoryNeeds,
+    Part,
+    ProblemNeeds,
+    Stage,
+    StageNeeds,
+    num_checkpoints,
+)
 from grpo.stages.start_model import find_model
 from grpo.types import Problem, UserError
 
@@ -124,3 +135,49 @@ def rows(
     """
     for prompt, target in tokenize_solutions(problems, prompts, max_tokens, "sft"):
         yield {"input_ids": [*prompt, *target], "labels": [-100] * len(prompt) + list(target)}
+
+
+class _SftStage:
+    command = "sft"
+    summary = "fine-tune on worked solutions"
+    config_class = SftConfig
+    sections = ("sft",)
+    multi_rank = True
+
+    def run(self, config: SftConfig, *, resume: bool) -> None:
+        sft(config, resume=resume)
+
+    def arithmetic(self, config: SftConfig) -> str:
+        batch_size = config.sft.batch_size
+        return (
+            f"an update   {batch_size} solutions in {batch_size // config.micro_batch} "
+            f"micro-batches of {config.micro_batch}\n"
+            f"the run     {config.sft.updates} updates, {config.sft.updates * batch_size:,} "
+            "solutions drawn"
+        )
+
+    def needs(self, config: SftConfig) -> StageNeeds:
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(
+                training=config.data, num_training=config.sft.updates * config.sft.batch_size
+            ),
+            memory=MemoryNeeds(learner=True),
+            disk=DiskNeeds(checkpoints=num_checkpoints(config), models=1),
+            shows_solution=True,
+        )
+
+    def parts(self, config: SftConfig) -> list[Part]:
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: SftConfig) -> list[str]:
+        return []
+
+    def checks(
+        self, config: SftConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return check_solutions(config.max_sequence_tokens, problems, prompts)
+
+
+STAGE: Stage[SftConfig] = _SftStage()

@@ -6,6 +6,7 @@ Cheap checks come first and models last.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,28 @@ from grpo.config import Config, SftConfig
 from grpo.config.algorithm import describe
 from grpo.engines import Request
 from grpo.experience import plugins, rollout
+from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
-from grpo.metrics import roofline
 from grpo.metrics.diagnosis import Watch
 from grpo.run import ranks
 from grpo.run.display import quiet
 from grpo.run.signals import Interrupted
+from grpo.stages import sft
 from grpo.stages.engine import EngineModel, start_engine
 from grpo.stages.final_model import write_final
 from grpo.stages.problems import held_out, load_problems, mixture
 from grpo.stages.run_context import RunContext, open_stage
-from grpo.stages.sampling import load_rewards
+from grpo.stages.sampling import check_rewards, load_rewards
+from grpo.stages.stage import (
+    Check,
+    DiskNeeds,
+    MemoryNeeds,
+    Part,
+    ProblemNeeds,
+    Stage,
+    StageNeeds,
+    num_checkpoints,
+)
 from grpo.stages.start_model import find_model, find_teacher
 from grpo.types import Completion, Exhausted, Problem, RunError, ScoredGroup
 from rewards.workers.pool import Pool
@@ -81,6 +93,7 @@ def _run(
 
     from grpo.experience.selection import Selection
     from grpo.learning.learner import Learner
+    from grpo.metrics import roofline
     from grpo.training.loop import Loop
     from grpo.training.weight_sync import MAX_GAP, Probe, probe_prompts
 
@@ -265,13 +278,85 @@ def _warm_started(config: SftConfig, context: RunContext) -> str:
 
     If the model is not there, the supervised start is made, or finished.
     """
-    from grpo.stages.sft import sft
-
     target = Path(config.run_dir)
     if not ranks.gather("the warm start", (target / "final").exists())[0]:
         context.display.say(
             f"warm start: {config.sft.updates} supervised updates of {config.sft.batch_size} "
             "solutions"
         )
-        sft(config, resume=(target / "manifest.json").exists())
+        sft.sft(config, resume=(target / "manifest.json").exists())
     return str(target / "final")
+
+
+class _TrainStage:
+    command = "train"
+    summary = "train by GRPO"
+    config_class = Config
+    sections = ()
+    multi_rank = True
+
+    def run(self, config: Config, *, resume: bool) -> None:
+        train(config, resume=resume)
+
+    def arithmetic(self, config: Config) -> str:
+        settings = config.train
+        num_completions = settings.completions
+        per_update = num_completions // settings.updates_per_rollout
+        micro_batch_tokens = config.learner.micro_batch_tokens
+        num_longest = max(1, micro_batch_tokens // config.max_sequence_tokens)
+        return "\n".join(
+            [
+                f"algorithm   {describe(config.algorithm)}",
+                f"a rollout   {settings.problems} problems x {settings.group_size} completions = "
+                f"{num_completions} completions, "
+                f"at most {num_completions * config.sampling.max_tokens:,} sampled tokens",
+                f"an update   {per_update} completions "
+                f"({settings.updates_per_rollout * settings.epochs} "
+                f"updates a rollout, epochs: {settings.epochs})",
+                f"micro-batch {micro_batch_tokens:,} tokens, padding included: {num_longest} or "
+                f"more sequences of {config.max_sequence_tokens}",
+                f"the run     {settings.rollouts} rollouts = {settings.total_updates} updates, "
+                f"{settings.rollouts * settings.problems:,} problems drawn",
+            ]
+        )
+
+    def needs(self, config: Config) -> StageNeeds:
+        settings = config.train
+        held_out = (config.eval.data or config.data,) if config.eval.every else ()
+        num_completions = settings.rollouts * settings.completions
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(
+                training=config.data,
+                num_training=settings.rollouts * settings.problems,
+                held_out=held_out,
+                num_held_out=config.eval.problems,
+            ),
+            memory=MemoryNeeds(learner=True, engine=True, max_sequences=settings.completions),
+            disk=DiskNeeds(
+                checkpoints=num_checkpoints(config),
+                models=1,
+                sampled_tokens=num_completions * config.sampling.max_tokens,
+            ),
+            rewards=tuple(config.rewards),
+        )
+
+    def parts(self, config: Config) -> list[Part]:
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: Config) -> list[str]:
+        check_rewards(config)
+        plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+        if not config.model.warm_start:
+            return []
+        warm_start = sft.STAGE.arithmetic(warm_start_config(config))
+        return [f"warm start  {config.model.warm_start}", warm_start]
+
+    def checks(
+        self, config: Config, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return iter(())
+
+
+STAGE: Stage[Config] = _TrainStage()
