@@ -75,6 +75,24 @@ def test_vllm_and_deepspeed_are_each_imported_in_one_package_only(path):
     assert "deepspeed" not in roots or package_of(module_of(path)) == "grpo.learning"
 
 
+KINDS_OF_CONFIGS = re.compile(r"^(\w+\.)?(\w*Config)$")
+
+
+def config_classes_asked_for(path: Path) -> list[str]:
+    """Returns the config classes in the `isinstance` calls of a file."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            classes = re.split(r"[|,() ]+", ast.unparse(node.args[1]))
+            names += [name for name in classes if KINDS_OF_CONFIGS.match(name)]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_stage_answers_for_its_kind_so_nobody_asks_for_a_configs_class(path):
+    assert config_classes_asked_for(path) == []
+
+
 def test_the_formatter_is_switched_off_nowhere():
     switches = re.compile(r"# fmt: *(off|skip)")
     for folder in (*PACKAGES, "tests", "launch"):
