@@ -361,10 +361,10 @@ def _resumes(options: argparse.Namespace, config: Any) -> bool:
         return bool(options.resume)
     from grpo.run import ranks
 
-    if ranks.count() > 1:
+    if ranks.world_size() > 1:
         ranks.join(config.longest_wait_s)
     exists = (Path(config.run_dir) / "manifest.json").exists()
-    return ranks.gather("the run directory", exists)[0]
+    return ranks.all_gather("the run directory", exists)[0]
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class SftConfig(RunConfig):
         """
         most, own = (
             self.learner.micro_batch_tokens // self.sft.max_tokens,
-            self.sft.batch_size // ranks.count(),
+            self.sft.batch_size // ranks.world_size(),
         )
         return max(n for n in range(1, own + 1) if own % n == 0 and n <= most)
 

@@ -119,7 +119,7 @@ class Learner:
         self._policy: Policy = self._engine.module
         self._limit = NormLimit(self._engine.optimizer, settings.skip_grad_norm)
         # `share`: this rank's part of an update's micro-batches
-        self.share, self._reports = ranks.share(settings.sequence_parallel)
+        self.share, self._reports = ranks.sequence_parallel_share(settings.sequence_parallel)
         self.updates = 0
         self._lost = 0  # updates in a row that were skipped
         self._reference_moved = False
@@ -160,13 +160,13 @@ class Learner:
         for done, batch in enumerate(batches, start=1):
             loss, report = self._loss_of(to_device(batch, self.device), num_tokens)
             # DeepSpeed takes the mean over ranks
-            self._engine.backward(loss * ranks.count(), scale_wrt_gas=False)
+            self._engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
             if self._counts(batch):
                 reports.append(report)
             if on_batch is not None:
                 on_batch(done, len(batches))
         totals = total_of_ranks(
-            ranks.gather("the update's metrics", total_of_micro_batches(reports))
+            ranks.all_gather("the update's metrics", total_of_micro_batches(reports))
         )
         norm, applied = self._step()
         self.updates += 1
@@ -194,7 +194,7 @@ class Learner:
     def _num_tokens(self, batches: Sequence[Batch]) -> int:
         """Returns the completion tokens of an update on all ranks."""
         local = sum(int(batch.token_mask.sum()) for batch in batches if self._counts(batch))
-        return sum(ranks.gather("the update's tokens", local))
+        return sum(ranks.all_gather("the update's tokens", local))
 
     def _stop_after_lost_updates(self, loss: float, norm: float, applied: bool) -> None:
         """Raises RunError after MAX_LOST updates in a row that were skipped."""
@@ -237,10 +237,10 @@ class Learner:
     def _step_without_zero(self) -> tuple[float, bool]:
         """As `_step`: without ZeRO DeepSpeed reports no norm and skips no update."""
         gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
-        if ranks.count() > 1:
+        if ranks.world_size() > 1:
             for gradient in gradients:
                 torch.distributed.all_reduce(gradient, torch.distributed.ReduceOp.SUM)
-                gradient /= ranks.count()  # DeepSpeed takes the mean again, of equal ones
+                gradient /= ranks.world_size()  # DeepSpeed takes the mean again, of equal ones
         norm = float(torch.nn.utils.get_total_norm(gradients))
         applied = norm <= self._settings.skip_grad_norm
         if applied:
@@ -361,7 +361,7 @@ class Learner:
         """
         # none without ZeRO: whole
         parts = len(list((directory / "learner").glob("*zero_pp_rank_*_optim_states.pt")))
-        if parts in (0, ranks.count()):
+        if parts in (0, ranks.world_size()):
             path, state = self._engine.load_checkpoint(str(directory), tag="learner")
         else:
             path, state = self._load_universal(directory)
@@ -380,7 +380,7 @@ class Learner:
         DeepSpeed's universal form of it is made beside it and removed again.
         """
         universal = directory.with_name(f".{directory.name}.universal.partial")
-        ranks.first(
+        ranks.rank0_first(
             "the universal checkpoint",
             lambda: _write_universal(directory, universal) if ranks.rank() == 0 else None,
         )
@@ -401,7 +401,7 @@ class Learner:
             return path_and_state
         finally:
             self._engine._config.load_universal_checkpoint = False
-            ranks.gather("the loaded checkpoint", None)
+            ranks.all_gather("the loaded checkpoint", None)
             if ranks.rank() == 0:
                 shutil.rmtree(universal, ignore_errors=True)
 

@@ -1,8 +1,8 @@
 """The learner's ranks: who this process is, values from all to all, and work that is shared out.
 
 One process alone is a group of one and needs no torch here. What a rollout samples is on all ranks
-(`spread`), so every decision about it is made alike everywhere; weights, gradients and optimizer
-states are DeepSpeed's to share. Only rank 0 writes the run directory.
+(`split_across_ranks`), so every decision about it is made alike everywhere; weights, gradients and
+optimizer states are DeepSpeed's to share. Only rank 0 writes the run directory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo.types import GrpoError, RunError, UserError
 T = TypeVar("T")
 _objects: Any = None  # gloo: Python values go over the CPU, whatever the gradients go over
 _limit = timedelta(minutes=30)
-_num_exchanges = 0  # calls of `gather` so far: equal on all ranks that run the same program
+_num_exchanges = 0  # calls of `all_gather` so far: equal on all ranks that run the same program
 
 
 class BrokenExchangeError(RunError):
@@ -58,7 +58,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def count() -> int:
+def world_size() -> int:
     """Returns how many ranks there are on all machines, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -68,10 +68,10 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def local_count() -> int:
+def local_world_size() -> int:
     """Returns how many ranks share this machine."""
     # torchrun's name, deepspeed's
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or count())
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
 
 
 def adopt_srun() -> None:
@@ -117,27 +117,27 @@ def join(limit_s: float = 1800.0) -> None:
     if torch.distributed.is_initialized():
         return
     _limit = timedelta(seconds=limit_s)
-    if count() == 1:
+    if world_size() == 1:
         _set_group_of_one()
     cuda = torch.cuda.is_available()
     if cuda:
         num_gpus = torch.cuda.device_count()
-        if local_count() > num_gpus:
+        if local_world_size() > num_gpus:
             raise UserError(
-                f"{local_count()} ranks on this machine, which shows {num_gpus} GPUs: start one "
-                "rank per GPU"
+                f"{local_world_size()} ranks on this machine, which shows {num_gpus} GPUs: start "
+                "one rank per GPU"
             )
         torch.cuda.set_device(local_rank())
-    elif "OMP_NUM_THREADS" not in os.environ or count() > 1:  # torchrun sets 1
-        torch.set_num_threads(max(1, num_cores() // local_count()))
+    elif "OMP_NUM_THREADS" not in os.environ or world_size() > 1:  # torchrun sets 1
+        torch.set_num_threads(max(1, num_cores() // local_world_size()))
     try:
         torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=_limit)
-        if count() > 1:
+        if world_size() > 1:
             _objects = torch.distributed.new_group(backend="gloo", timeout=_limit)
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"rank {rank()} of {count()}: no process group at {os.environ.get('MASTER_ADDR')}: "
-            f"{str(error).splitlines()[0]}"
+            f"rank {rank()} of {world_size()}: no process group at "
+            f"{os.environ.get('MASTER_ADDR')}: {str(error).splitlines()[0]}"
         ) from None
 
 
@@ -159,7 +159,7 @@ def require_equal(fingerprints: Mapping[str, str]) -> None:
 
     `fingerprints`: what the ranks start from, by name: `{"config": "9f86d081884c7d65"}`.
     """
-    of_ranks = gather("the fingerprints", dict(fingerprints))
+    of_ranks = all_gather("the fingerprints", dict(fingerprints))
     differing = [name for name in fingerprints if len({each.get(name) for each in of_ranks}) > 1]
     if not differing:
         return
@@ -175,20 +175,20 @@ def require_equal(fingerprints: Mapping[str, str]) -> None:
     raise error
 
 
-def gather(what: str, value: T) -> list[T]:
+def all_gather(what: str, value: T) -> list[T]:
     """Returns every rank's value, in order of ranks.
 
     Raises RunError naming `what` it waited for and the ranks that did not come. Raises
     ExchangeMismatchError on all ranks when they meet in different exchanges.
     """
     global _num_exchanges
-    if count() == 1:
+    if world_size() == 1:
         return [value]
     import torch
 
     _num_exchanges += 1
     message = (what, _num_exchanges, value)
-    messages: list[Any] = [None] * count()
+    messages: list[Any] = [None] * world_size()
     try:
         torch.distributed.monitored_barrier(_objects, timeout=_limit, wait_all_ranks=True)
         torch.distributed.all_gather_object(messages, message, group=_objects)
@@ -203,13 +203,13 @@ def gather(what: str, value: T) -> list[T]:
     return [other_value for _, _, other_value in messages]
 
 
-def together(what: str, work: Callable[[], T]) -> list[T]:
+def all_gather_or_raise(what: str, work: Callable[[], T]) -> list[T]:
     """Returns what every rank's work returned.
 
     An error of one rank is raised on all, with `known_to_all_ranks` and `failed_rank` set. An
     exception that is none of ours is raised as UnexpectedError, with its cause where it happened.
     """
-    if count() == 1:
+    if world_size() == 1:
         return [work()]
     result: T | None = None
     failure: GrpoError | None = None
@@ -220,7 +220,7 @@ def together(what: str, work: Callable[[], T]) -> list[T]:
     except Exception as error:
         failure = UnexpectedError(f"{type(error).__name__}: {error}")
         failure.__cause__ = error
-    results = gather(what, (result, failure))
+    results = all_gather(what, (result, failure))
     for failed_rank, (_, error_of_rank) in enumerate(results):
         if error_of_rank is not None:
             raised = failure or error_of_rank
@@ -235,7 +235,7 @@ def known_to_all(error: Exception) -> bool:
 
     They can write a checkpoint, for example.
     """
-    if count() == 1:
+    if world_size() == 1:
         return True
     return isinstance(error, GrpoError) and error.known_to_all_ranks
 
@@ -263,32 +263,32 @@ def sum_seconds(num_bytes: int, tries: int = 5) -> float:
         if values.is_cuda:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-    return max(gather("the interconnect", sorted(taken[1:])[tries // 2]))
+    return max(all_gather("the interconnect", sorted(taken[1:])[tries // 2]))
 
 
-def share(size: int) -> tuple[tuple[int, int], bool]:
+def sequence_parallel_share(size: int) -> tuple[tuple[int, int], bool]:
     """Returns `((part, parts), reports)`: this rank's part of some work, and whether it reports it.
 
     `size` neighbouring ranks share a part. The first of them reports what came of it.
     """
-    return (rank() // size, count() // size), rank() % size == 0
+    return (rank() // size, world_size() // size), rank() % size == 0
 
 
-def spread(what: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
+def split_across_ranks(what: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
     """Returns the whole of a list of which each rank makes its share.
 
     `work(share)` returns the items at `share` of the whole.
     """
-    parts = together(what, lambda: list(work(slice(rank(), None, count()))))
+    parts = all_gather_or_raise(what, lambda: list(work(slice(rank(), None, world_size()))))
     total = sum(map(len, parts))
-    return [parts[i % count()][i // count()] for i in range(total)]
+    return [parts[i % world_size()][i // world_size()] for i in range(total)]
 
 
-def first(what: str, work: Callable[[], T]) -> T:
+def rank0_first(what: str, work: Callable[[], T]) -> T:
     """Returns the result of `work`, which rank 0 does before the other ranks do it.
 
     The others then find what rank 0 made (a download, a directory).
     """
     made: list[T] = []
-    together(what, lambda: made.append(work()) if rank() == 0 else None)
+    all_gather_or_raise(what, lambda: made.append(work()) if rank() == 0 else None)
     return made[0] if made else work()

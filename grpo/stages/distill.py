@@ -40,7 +40,7 @@ from grpo.stages.stage import (
     StageNeeds,
     num_checkpoints,
 )
-from grpo.stages.start_model import find_model, find_teacher
+from grpo.stages.start_model import find_model, find_teacher, require_same_start
 from grpo.types import Batch, Problem, Sample, UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def distill(config: DistillConfig, *, resume: bool) -> None:
 
 
 def _sequence(config: DistillConfig, resume: bool) -> None:
-    if ranks.count() > 1:
+    if ranks.world_size() > 1:
         raise UserError(
             "grpo distill, way=sequence, begins with `grpo collect`, which is one process: start "
             "it without torchrun"
@@ -105,6 +105,7 @@ def _match(
     model_dir, tokenizer, prompts = find_model(config, run)
     models.check_context(model_dir, soft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
+    require_same_start(tokenizer, stream)
     texts = samples(
         stream.take(0, soft.updates * soft.batch_size), prompts, soft.max_tokens, soft.hard_weight
     )
@@ -112,7 +113,7 @@ def _match(
         teacher_dir = find_teacher(config, run, tokenizer, soft.max_tokens)
     top = TopLogprobs(run.path / "teacher_top", texts) if soft.teacher_topk else None
     if top:
-        ranks.together(
+        ranks.all_gather_or_raise(
             "the teacher's logprobs",
             lambda: top.fill(config, context, teacher_dir) if ranks.rank() == 0 else None,
         )
@@ -163,9 +164,9 @@ def _match(
         )
         try:
             with timer("update"):
-                ranks.together("the update", context.signals.check)
+                ranks.all_gather_or_raise("the update", context.signals.check)
                 row = learner.update(
-                    batches, lambda *_: context.signals.check() if ranks.count() == 1 else None
+                    batches, lambda *_: context.signals.check() if ranks.world_size() == 1 else None
                 )
         except Interrupted:
             save()

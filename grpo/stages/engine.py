@@ -47,7 +47,7 @@ def start_engine(config: SampledConfig, context: RunContext, model: EngineModel)
     if model.max_logprobs is not None:
         servers = None
     weight_bytes = model.num_weights * (2 if dtype == "bfloat16" else 4)
-    num_engines = servers.count if servers else ranks.local_count()
+    num_engines = servers.count if servers else ranks.local_world_size()
     check_memory(config.engine, weight_bytes, num_engines)
     context.display.phase(0, "starting the engine")
     arguments: dict[str, Any] = {

@@ -39,7 +39,7 @@ def write_final(
             models.save_final(folder / "final", model_dir, weights, tokenizer, config.model.dtype)
         if is_rank0 and config.model.lora:
             learner.save_adapter(folder / "adapter")
-        ranks.gather("the finished model", None)
+        ranks.all_gather("the finished model", None)
     context.display.say(f"finished: {folder / 'final'}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo import config as configs
 from grpo.config import RunConfig
-from grpo.run import ranks
+from grpo.run import fingerprints, ranks
 from grpo.run.directory import RunDirectory, write_file
 from grpo.run.display import Display
 from grpo.run.signals import Signals
@@ -56,7 +56,7 @@ class RunContext:
 
 def require_one_rank(command: str) -> None:
     """Raises UserError if a launcher started several ranks of a command that is one process."""
-    if ranks.count() > 1:
+    if ranks.world_size() > 1:
         raise UserError(
             f"grpo {command} is one process, whatever engines it asks: start it without torchrun "
             "or srun's tasks"
@@ -81,10 +81,12 @@ def open_stage(
 
     Raises:
         UserError: The directory holds a run; with `resume`, it holds none or one with a different
-            config.
+            config. Or the ranks have different configs or code.
     """
-    if ranks.count() > 1:
+    if ranks.world_size() > 1:
         ranks.join(config.longest_wait_s)
+        config_text = fingerprints.of_text(configs.dump(config))
+        ranks.require_equal({"config": config_text, "code": fingerprints.of_code()})
     run = RunDirectory(config.run_dir, resume=resume)
     if resume:
         check_same(run.path, config)
@@ -118,7 +120,7 @@ def open_stage(
             else:
                 run.update_manifest(status=f"stopped: {type(error).__name__}", ended=_now())
             raise
-        ranks.gather("the end", None)
+        ranks.all_gather("the end", None)
         entries = {"status": "finished", "ended": _now()}
         if (run.path / "final").exists():
             entries["final"] = "final"

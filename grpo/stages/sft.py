@@ -34,7 +34,7 @@ from grpo.stages.stage import (
     StageNeeds,
     num_checkpoints,
 )
-from grpo.stages.start_model import find_model
+from grpo.stages.start_model import find_model, require_same_start
 from grpo.types import Problem, UserError
 
 
@@ -43,10 +43,10 @@ def sft(config: SftConfig, *, resume: bool) -> None:
 
     Raises UserError, RunError, Interrupted (saved).
     """
-    if config.sft.batch_size % ranks.count():
+    if config.sft.batch_size % ranks.world_size():
         raise UserError(
-            f"sft.batch_size={config.sft.batch_size} cannot be split evenly over {ranks.count()} "
-            "ranks"
+            f"sft.batch_size={config.sft.batch_size} cannot be split evenly over "
+            f"{ranks.world_size()} ranks"
         )
     problems = load_problems(config.data, "train", config.seed)
     total = config.sft.updates
@@ -61,6 +61,7 @@ def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool)
     models.check_context(model_dir, config.sft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
     chosen = stream.take(0, config.sft.updates * config.sft.batch_size)
+    require_same_start(tokenizer, stream)
     checkpoint, state = run.last_state() if resume else (None, {})
     done = state["step"] if checkpoint else 0
     if resume:
@@ -76,7 +77,7 @@ def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool)
         accuracies = deque(
             (
                 row["policy/token_accuracy"]
-                for row in ranks.gather("the metrics so far", run.read_metrics())[0]
+                for row in ranks.all_gather("the metrics so far", run.read_metrics())[0]
             ),
             maxlen=10,
         )
@@ -100,7 +101,7 @@ def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool)
                 and sum(accuracies) / 10 >= config.sft.stop_at
             )
             stopped[:] = [
-                signal for signal in ranks.gather("the update", context.signals.got) if signal
+                signal for signal in ranks.all_gather("the update", context.signals.got) if signal
             ]
             return enough or bool(stopped)
 

@@ -37,7 +37,11 @@ from grpo.stages.stage import (
     StageNeeds,
     num_checkpoints,
 )
-from grpo.stages.start_model import find_model, find_teacher
+from grpo.stages.start_model import (
+    find_model,
+    find_teacher,
+    require_same_start,
+)
 from grpo.types import Completion, Exhausted, Problem, RunError, ScoredGroup
 from rewards.workers.pool import Pool
 
@@ -106,6 +110,7 @@ def _run(
     model_dir, tokenizer, prompts = find_model(config, run)
     models.check_context(model_dir, config.max_sequence_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
+    require_same_start(tokenizer, stream)
     num_weights = models.num_weights(model_dir)
     machine, shape = (
         roofline.measure(config.model.dtype),
@@ -169,7 +174,7 @@ def _run(
     if resume:
         done = loop.progress.rollout
         run.cut(done if checkpoint else -1)
-        loop.journal.watch = Watch(ranks.gather("the metrics so far", run.read_metrics())[0])
+        loop.journal.watch = Watch(ranks.all_gather("the metrics so far", run.read_metrics())[0])
         display.say(
             f"resumed after rollout {done}" if checkpoint else "no checkpoint yet: starting again"
         )
@@ -246,7 +251,7 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
         if state:
             stream.load(state, scored_group)
     take = selection.stream.take if selection.stream else lambda count: []
-    selection.streamed = lambda count: ranks.together(
+    selection.streamed = lambda count: ranks.all_gather_or_raise(
         "the groups to learn from next", lambda: take(count)
     )[0]
 
@@ -287,7 +292,7 @@ def _warm_started(config: SftConfig, context: RunContext) -> str:
     If the model is not there, the supervised start is made, or finished.
     """
     target = Path(config.run_dir)
-    if not ranks.gather("the warm start", (target / "final").exists())[0]:
+    if not ranks.all_gather("the warm start", (target / "final").exists())[0]:
         context.display.say(
             f"warm start: {config.sft.updates} supervised updates of {config.sft.batch_size} "
             "solutions"

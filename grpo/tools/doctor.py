@@ -79,7 +79,7 @@ def doctor(
     if gpus:
         print(_sizing(stage, config))
         return 0
-    if ranks.count() > 1:
+    if ranks.world_size() > 1:
         _measure_interconnect(config)
         return 0
     num_failed = 0
@@ -284,9 +284,9 @@ def _measure_interconnect(config: Any) -> None:
     seconds = ranks.sum_seconds(SUMMED_BYTES)
     if ranks.rank() > 0:
         return
-    rate = 2 * (ranks.count() - 1) / ranks.count() * SUMMED_BYTES / seconds
+    rate = 2 * (ranks.world_size() - 1) / ranks.world_size() * SUMMED_BYTES / seconds
     message = (
-        f"{ranks.count()} ranks sum {SUMMED_BYTES / 1e6:.0f} MB in {1e3 * seconds:.1f} ms "
+        f"{ranks.world_size()} ranks sum {SUMMED_BYTES / 1e6:.0f} MB in {1e3 * seconds:.1f} ms "
         f"({rate / 1e9:.2f} GB/s), 4 bytes in {1e6 * latency_s:.0f} us"
     )
     print(

@@ -29,7 +29,7 @@ class Journal:
     def record(self, row: dict[str, Any]) -> None:
         """Writes and shows rank 0's row of metrics, and what the diagnosis says of it."""
         # Times differ between ranks; what is decided by them must not.
-        row = ranks.gather("the other ranks' row", row)[0]
+        row = ranks.all_gather("the other ranks' row", row)[0]
         self.latest = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         self.record_row(row)
         if "reward/mean" in row:

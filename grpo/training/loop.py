@@ -94,7 +94,7 @@ class Loop:
         """
         timer = Timer()
         groups = self._next_groups(timer)
-        ranks.together("the engines' sleep", self.engine.sleep)
+        ranks.all_gather_or_raise("the engines' sleep", self.engine.sleep)
         report = self._update(groups, timer)
         error: Exception | None = None
         try:
@@ -169,7 +169,7 @@ class Loop:
         progress = self.progress
         with timer("sync"):
             self.display.phase(progress.rollout - 1, "sync")
-            ranks.together("the engines' waking", self.engine.wake)
+            ranks.all_gather_or_raise("the engines' waking", self.engine.wake)
             learner = self.updater.learner
             sync_report = sync(self.engine, learner, progress.rollout + 1, self.signals)
         with timer("probe"):

@@ -110,7 +110,7 @@ class Rollouts:
                 self.display.phase(rollout, "rewards")
                 return rollouts.score(groups, self.rewards, self.prompts.for_rewards)
 
-        return ranks.spread("the rollout of the other ranks", sample_share)
+        return ranks.split_across_ranks("the rollout of the other ranks", sample_share)
 
     def evaluate(self, rollout: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Returns `eval/` metrics on the held-out problems, and one row per completion."""
@@ -128,7 +128,7 @@ class Rollouts:
 
     def _verifier_counts(self) -> dict[str, float]:
         totals: Counter[str] = Counter()
-        for counts in ranks.gather("the verifiers' counts", dict(self.workers.counts)):
+        for counts in ranks.all_gather("the verifiers' counts", dict(self.workers.counts)):
             totals.update(counts)
         return {name: float(count) for name, count in totals.items()}
 

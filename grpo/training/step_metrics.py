@@ -122,7 +122,7 @@ def _bounds(report: StepReport, machine: MachineReport, config: Config) -> dict[
         [scored.group for scored in report.groups.sampled],
         updates=report.update.num_made,
         reference=config.algorithm.kl_coef > 0,
-        ranks=ranks.count(),
+        ranks=ranks.world_size(),
     )
     bounds = {f"bound/{phase}_s": value for phase, value in seconds.items()}
     bounds["bound/total_s"] = sum(seconds.values())

@@ -73,7 +73,7 @@ class Updater:
             for row, i in enumerate(batch.index):
                 local_penalties[i] = penalties[row][batch.token_mask[row]].tolist()
         all_penalties: dict[int, list[float]] = {}
-        for part in ranks.gather("the penalties", local_penalties):
+        for part in ranks.all_gather("the penalties", local_penalties):
             all_penalties.update(part)
         return [all_penalties[i] for i in range(len(samples))]
 
@@ -102,7 +102,7 @@ class Updater:
         # Without a signal KL, entropy bonus and momentum must not act alone: they would move a
         # policy that learns nothing.
         parts = [part for part in parts if any(any(sample.advantages) for sample in part)]
-        ranks.together("the update", self.check_signals)
+        ranks.all_gather_or_raise("the update", self.check_signals)
         batches = self.prepare(parts, rollout)
         updates_before = self.learner.updates
         reports: list[dict[str, float]] = []
@@ -122,7 +122,7 @@ class Updater:
 
         With several ranks it cannot: one of them must not leave the others.
         """
-        if ranks.count() > 1:
+        if ranks.world_size() > 1:
             return on_progress
 
         def check_and_show(done: int, total: int) -> None:
@@ -237,7 +237,7 @@ def _with_top_entropy_only(
         for batch, values in zip(batches, entropies, strict=True)
         if not batch.idle
     ]
-    gathered = ranks.gather("the entropies", local)
+    gathered = ranks.all_gather("the entropies", local)
     all_entropies = torch.cat([values for part in gathered for values in part])
     num_kept = round(share * len(all_entropies))
     threshold = all_entropies.sort(descending=True).values[max(0, num_kept - 1)]

@@ -115,7 +115,7 @@ class WeightCheck:
                 local = differences[row][batch.token_mask[row]]
                 local_gaps.setdefault(samples[i].group, []).extend(local.tolist())
         gaps: dict[int, list[float]] = {}
-        for part in ranks.gather("the probe of the other ranks", local_gaps):
+        for part in ranks.all_gather("the probe of the other ranks", local_gaps):
             for copy, values in part.items():
                 gaps.setdefault(copy, []).extend(values)
         means = [sum(values) / len(values) for values in gaps.values()]
@@ -125,7 +125,7 @@ class WeightCheck:
 
     def _sampled(self) -> list[Sample]:
         """Returns what every copy of the model samples; a sample's group is its copy's number."""
-        copies_of_ranks = ranks.together(
+        copies_of_ranks = ranks.all_gather_or_raise(
             "the probe's samples", lambda: self._engine.prove(self._requests, self._options)
         )
         copies = [rows for copies_of_rank in copies_of_ranks for rows in copies_of_rank]
@@ -217,7 +217,7 @@ class WeightCheck:
             if not batch.idle:
                 difference = (score.logprobs - jittered_score.logprobs)[batch.token_mask]
                 local += difference.abs().tolist()
-        gathered = ranks.gather("the canary's noise", local)
+        gathered = ranks.all_gather("the canary's noise", local)
         differences = [value for part in gathered for value in part]
         return sum(differences) / len(differences)
 
@@ -262,7 +262,7 @@ def sync(
     of them before all are through, and an error of one rank ends the job (BrokenExchangeError): the
     others are in an exchange that it has left.
     """
-    if ranks.count() == 1:
+    if ranks.world_size() == 1:
         return engine.load_weights(learner.weights(), version)
     held = signals.held() if signals is not None else contextlib.nullcontext()
     try:
@@ -270,7 +270,7 @@ def sync(
             report = engine.load_weights(learner.weights(), version)
     except Exception as error:
         raise ranks.BrokenExchangeError(str(error)) from None
-    reports = ranks.gather("the weight sync of the other ranks", report)
+    reports = ranks.all_gather("the weight sync of the other ranks", report)
     return replace(reports[0], seconds=max(each.seconds for each in reports))
 
 

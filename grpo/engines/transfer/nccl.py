@@ -66,7 +66,7 @@ class NcclSender:
         except EngineError as error:
             receiver.end_failed_update()
             # under ZeRO-3 all ranks gather the weights together, once
-            if self._is_stuck or ranks.count() > 1:
+            if self._is_stuck or ranks.world_size() > 1:
                 raise
             self._options.say(f"engine: {error}; once more without those that are lost")
         else:

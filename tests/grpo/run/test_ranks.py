@@ -124,12 +124,12 @@ LOST = """
 import sys, time
 from grpo.run import ranks
 ranks.join(float(sys.argv[1]))
-ranks.gather("a first greeting", 1)
+ranks.all_gather("a first greeting", 1)
 if ranks.rank() == 1:
     sys.argv[2] == "exit" and sys.exit(3)
-    if sys.argv[2] == "raise": ranks.together("a hard sum", lambda: 1 / 0)
+    if sys.argv[2] == "raise": ranks.all_gather_or_raise("a hard sum", lambda: 1 / 0)
     time.sleep(60)
-ranks.together("a hard sum", lambda: 1)
+ranks.all_gather_or_raise("a hard sum", lambda: 1)
 """
 
 
@@ -156,7 +156,7 @@ import sys
 from grpo.run import ranks
 ranks.join(20)
 try:
-    ranks.gather("the groups" if ranks.rank() == 0 else "the end", f"of rank {ranks.rank()}")
+    ranks.all_gather("the groups" if ranks.rank() == 0 else "the end", f"of rank {ranks.rank()}")
 except ranks.ExchangeMismatchError as error:
     print(f"rank {ranks.rank()}:", error, flush=True)
 try:
@@ -200,13 +200,13 @@ def test_fingerprints_tell_code_tokenizers_and_problems_apart(tiny):
 
 
 def test_alone_there_is_nobody_to_wait_for():
-    assert ranks.gather("nobody", 5) == [5] and ranks.spread(
+    assert ranks.all_gather("nobody", 5) == [5] and ranks.split_across_ranks(
         "nobody", lambda share: [1, 2, 3][share]
     ) == [1, 2, 3]
     with pytest.raises(ZeroDivisionError):
-        ranks.together("nobody", lambda: 1 / 0)
+        ranks.all_gather_or_raise("nobody", lambda: 1 / 0)
     with pytest.raises(RunError, match="as it was"):
-        ranks.first("nobody", lambda: (_ for _ in ()).throw(RunError("as it was")))
+        ranks.rank0_first("nobody", lambda: (_ for _ in ()).throw(RunError("as it was")))
 
 
 def test_the_doctor_tells_what_lies_between_the_ranks(tiny, tmp_path):
@@ -247,8 +247,8 @@ def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
 
 
 def test_a_signal_waits_for_the_end_of_a_sync_of_several_ranks(monkeypatch):
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    monkeypatch.setattr(ranks, "gather", lambda what, value: [value])
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "all_gather", lambda what, value: [value])
     watched = signals.Signals()
 
     def load_weights(weights, version):
