@@ -360,4 +360,4 @@ class Engine(Protocol):
         """Takes back the device memory that `sleep` freed, without the weights that were in it."""
 
     def close(self) -> None:
-        """Stops what the engine has started and frees what it holds."""
+        """Ends the processes that the engine has started and frees its memory."""

@@ -1,6 +1,6 @@
 """Any OpenAI-compatible endpoint as a source of completions: a teacher that somebody else serves.
 
-Text in, text out, no weights of ours.
+Text in, text out; no weights are sent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Endpoint:
         key = os.environ.get(teacher.api_key_env) if teacher.api_key_env else "none"
         if not key:
             raise UserError(f"teacher.api_key_env: {teacher.api_key_env} is not set")
-        self._teacher, self._on_wait = teacher, on_wait
+        self._teacher = teacher
+        self._on_wait = on_wait
         self._client = openai.OpenAI(
             base_url=teacher.url,
             api_key=key,
@@ -47,7 +48,7 @@ class Endpoint:
                 for model in self._client.with_options(timeout=10, max_retries=1).models.list()
             ]
         except openai.OpenAIError as error:
-            raise UserError(f"teacher.url={teacher.url}: {_told(error)}") from None
+            raise UserError(f"teacher.url={teacher.url}: {_describe(error)}") from None
         if served and teacher.model not in served:
             raise UserError(
                 f"teacher.model={teacher.model}: not served at {teacher.url}; have "
@@ -64,24 +65,25 @@ class Endpoint:
 
         Raises EngineError after the last retry.
         """
-        tasks = iter([(r, i) for r, (*_, n) in enumerate(requests) for i in range(n)])
-        total, done = sum(n for *_, n in requests), 0
-        found: list[list[Completion | None]] = [[None] * n for *_, n in requests]
+        tasks = _tasks([n for _, _, n in requests])
+        completions: list[list[Completion | None]] = [[None] * n for _, _, n in requests]
+        total = tasks.qsize()
+        done = 0
         answers: queue.SimpleQueue[tuple[int, int, Completion | Exception]] = queue.SimpleQueue()
         given_up = threading.Event()
 
         def work() -> None:
             while not given_up.is_set():
-                with lock:
-                    r, i = next(tasks, (-1, -1))
-                if r < 0:
-                    return
                 try:
-                    answers.put((r, i, self._one(requests[r][0], requests[r][1] + i, options)))
+                    r, i = tasks.get_nowait()
+                except queue.Empty:
+                    return
+                messages, seed, _ = requests[r]
+                try:
+                    answers.put((r, i, self._complete(messages, seed + i, options)))
                 except Exception as error:
                     answers.put((r, i, error))
 
-        lock = threading.Lock()
         for _ in range(min(total, self._teacher.concurrency)):
             # a request that is given up is not waited for
             threading.Thread(target=work, daemon=True).start()
@@ -92,22 +94,26 @@ class Endpoint:
                     r, i, answer = answers.get(timeout=0.2)
                     if isinstance(answer, Exception):
                         raise answer
-                    found[r][i] = answer
+                    completions[r][i] = answer
                     done += 1
                     if on_progress:
                         on_progress(done, total)
         finally:
             given_up.set()
-        return [tuple(completion for completion in row if completion is not None) for row in found]
+        return [
+            tuple(completion for completion in row if completion is not None) for row in completions
+        ]
 
-    def _one(
+    def _complete(
         self, messages: list[dict[str, str]], seed: int, options: SamplingOptions
     ) -> Completion:
         import openai
 
-        more: dict[str, Any] = {"stop": list(options.stop)} if options.stop else {}
+        optional: dict[str, Any] = {}
+        if options.stop:
+            optional["stop"] = list(options.stop)
         if options.top_k:
-            more["extra_body"] = {"top_k": options.top_k}
+            optional["extra_body"] = {"top_k": options.top_k}
         try:
             answer = self._client.chat.completions.create(
                 model=self._teacher.model,
@@ -116,15 +122,15 @@ class Endpoint:
                 temperature=options.temperature,
                 top_p=options.top_p,
                 max_tokens=options.max_tokens,
-                **more,
+                **optional,
             )
         except openai.OpenAIError as error:
-            raise EngineError(f"teacher {self._teacher.url}: {_told(error)}") from None
+            raise EngineError(f"teacher {self._teacher.url}: {_describe(error)}") from None
+        if not answer.choices:
+            raise EngineError(f"teacher {self._teacher.url}: an answer without a completion")
         choice = answer.choices[0]
         text = choice.message.content or ""
-        thoughts = next(
-            (value for key in THOUGHTS if (value := getattr(choice.message, key, None))), None
-        )
+        thoughts = _thoughts(choice.message)
         if thoughts:
             text = f"<think>\n{thoughts.strip()}\n</think>\n{text.lstrip()}"
         # vLLM says which stop string it cut off; ours keeps it
@@ -142,6 +148,26 @@ class Endpoint:
         )
 
 
-def _told(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return f"{type(error).__name__}: {str(cause).splitlines()[0][:200] if str(cause) else error}"
+def _tasks(counts: Sequence[int]) -> queue.SimpleQueue[tuple[int, int]]:
+    """Returns (request, number of the completion) of every completion that requests ask for."""
+    tasks: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    for request, count in enumerate(counts):
+        for number in range(count):
+            tasks.put((request, number))
+    return tasks
+
+
+def _describe(error: Exception) -> str:
+    """Returns the class of an error and the first line of its cause."""
+    message = str(error.__cause__ or error)
+    first_line = message.splitlines()[0][:200] if message else str(error)
+    return f"{type(error).__name__}: {first_line}"
+
+
+def _thoughts(message: Any) -> str | None:
+    """Returns the thoughts that a server keeps apart from the text, None if there are none."""
+    for key in THOUGHTS:
+        thoughts: str | None = getattr(message, key, None)
+        if thoughts:
+            return thoughts
+    return None

@@ -2,20 +2,25 @@
 
 Works from any thread of any process.
 
-A worker is `python -m rewards.workers.pool`, started when the first call comes and kept:
-between calls it waits on a pipe and costs nothing. It knows functions by name and answers
-with what they return; a call without an answer comes back as a `Failure`.
+A worker is `python -m rewards.workers.pool`. It is started for the first call and kept: between
+calls it waits on a pipe and costs nothing. It knows functions by name and answers with the value
+that they return; a call without an answer returns a `Failure`.
+
+No wait is unlimited: a frozen worker neither takes a call that is larger than its socket's buffer
+nor ends an answer that it has begun, so the socket has time limits in both directions.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import pickle
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -29,11 +34,12 @@ from typing import Any, Literal
 
 START_TIMEOUT_S = 120.0  # importing sympy from a cold disk
 RECYCLE = 5_000  # calls after which a worker is replaced: sympy's caches grow
-LOADED = object()  # what a worker's first message stands for: the call's own time begins
-# a call that had less than this share of its time on a processor is our machine's failure, not its
-# own
+END_LIMIT_S = 10.0  # the longest wait for the end of a worker that was killed or closed its pipe
+LOADED = object()  # stands for a worker's first message: the time of the call begins
+# a call that had less than this share of its time on a processor was starved by the machine
 STARVED = 0.5
 
+logger = logging.getLogger(__name__)
 
 _How = tuple[str, float, dict[str, Any]]  # function, time limit, options
 
@@ -42,8 +48,8 @@ _How = tuple[str, float, dict[str, Any]]  # function, time limit, options
 class Failure:
     """Why a call has no answer.
 
-    The call raised an `error`. It failed by its own doing: `timeout`, `memory`, `crash`. Or the
-    fault is ours: `lost`, killed twice.
+    `error`: the function raised an exception. `timeout`, `memory`, `crash`: the call took too long,
+    too much memory, or ended its process. `lost`: the call is not to blame, and was lost twice.
     """
 
     kind: Literal["error", "timeout", "memory", "crash", "lost"]
@@ -72,14 +78,17 @@ class Pool:
         self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> Pool:
+        """Returns the pool; leaving the context closes it."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Closes the pool."""
         self.close()
 
     def close(self) -> None:
         """Ends the workers; a later `map` starts new ones."""
-        workers, self._workers = self._workers, []
+        workers = self._workers
+        self._workers = []
         for worker in workers:
             worker.end()
 
@@ -99,11 +108,13 @@ class Pool:
         """
         # forked: the workers, and whoever holds the lock, are the parent's
         if self._pid != os.getpid():
-            self._pid, self._workers, self._lock = os.getpid(), [], threading.Lock()
+            self._pid = os.getpid()
+            self._workers = []
+            self._lock = threading.Lock()
         with self._lock:
             try:
                 return self._map((function, timeout_s, dict(options or {})), calls)
-            except BaseException:  # Ctrl-C too: what is half done must not answer the next call
+            except BaseException:  # Ctrl-C too: a late answer must not be the next call's
                 self.close()
                 raise
 
@@ -156,13 +167,13 @@ class _Worker:
     """One process; at its other end `main`."""
 
     def __init__(self, memory_gb: float) -> None:
-        ours, theirs = socket.socketpair()
+        parent_end, child_end = socket.socketpair()
         command = [
             sys.executable,
             "-P",
             "-m",
             "rewards.workers.pool",
-            str(theirs.fileno()),
+            str(child_end.fileno()),
             str(int(memory_gb * 2**30)),
         ]
         environment = os.environ | {
@@ -171,14 +182,15 @@ class _Worker:
         }
         self._process = subprocess.Popen(
             command,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[child_end.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )  # a session of its own: Ctrl-C is the trainer's to handle
-        theirs.close()
-        self.pipe = Connection(ours.detach())
+        child_end.close()
+        self._socket = parent_end  # shares its file with `pipe`, to set the time limits
+        self.pipe = Connection(os.dup(parent_end.fileno()))
         self.job: tuple[int, int] | None = None
         self.deadline = 0.0
         self.served = 0
@@ -189,42 +201,58 @@ class _Worker:
         self._cpu_s = 0.0  # at the call's begin
 
     def begin(self, job: tuple[int, int], how: _How, arguments: tuple[Any, ...]) -> None:
+        """Sends a call to the worker."""
         function, timeout_s, _ = how
-        self.job, self.served, self._timeout_s, self._cpu_s = (
-            job,
-            self.served + 1,
-            timeout_s,
-            self._cpu(),
-        )
+        self.job = job
+        self.served += 1
+        self._timeout_s = timeout_s
+        self._cpu_s = self._cpu()
         self._loading = "" if function in self._loaded else function
-        self.deadline = time.monotonic() + (START_TIMEOUT_S if self._loading else timeout_s)
         self._loaded.add(function)
-        with contextlib.suppress(OSError):  # a dead worker is found out when its answer is read
+        limit_s = START_TIMEOUT_S if self._loading else timeout_s
+        self._limit_socket(limit_s)
+        self.deadline = time.monotonic() + limit_s
+        try:
             self.pipe.send((how, arguments))
+        except BlockingIOError:  # frozen: part of the call is sent, `overdue` ends the worker
+            self.deadline = time.monotonic()
+        except OSError:
+            pass  # a dead worker is found out when its answer is read
 
     def answer(self) -> Any:
-        """What came over the pipe: the call's answer, or `LOADED`."""
+        """Returns the next message over the pipe: the call's answer, or `LOADED`."""
         try:
             kind, value = self.pipe.recv()
+        except BlockingIOError:  # frozen in the middle of its answer
+            return self.overdue()
         except (EOFError, OSError, pickle.UnpicklingError):
-            code = self._process.wait()
-            if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT):
-                return Failure(
-                    kind="lost", reason=f"its worker was killed by {signal.Signals(-code).name}"
-                )
-            if self._loading:
-                raise RuntimeError(
-                    f"a worker ended with code {code} while it loaded {self._loading}: see its "
-                    "message above"
-                ) from None
-            return Failure(kind="crash", reason=f"its worker ended with code {code}")
+            return self._ended()
         if kind == "loaded":
             self._loading = ""
-            self.deadline, self._cpu_s = time.monotonic() + self._timeout_s, self._cpu()
+            self._limit_socket(self._timeout_s)
+            self.deadline = time.monotonic() + self._timeout_s
+            self._cpu_s = self._cpu()
             return LOADED
         return value
 
+    def _ended(self) -> Failure:
+        """Returns why the worker closed its pipe. Raises RuntimeError if it was loading."""
+        code = self._wait()
+        if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT):
+            return Failure(
+                kind="lost", reason=f"its worker was killed by {signal.Signals(-code).name}"
+            )
+        if self._loading:
+            raise RuntimeError(
+                f"a worker ended with code {code} while it loaded {self._loading}: see its "
+                "message above"
+            )
+        if code is None:
+            return Failure(kind="crash", reason="its worker closed its pipe and did not end")
+        return Failure(kind="crash", reason=f"its worker ended with code {code}")
+
     def overdue(self) -> Failure:
+        """Returns why the call is late. Raises RuntimeError if the worker is still loading."""
         if self._loading:
             raise RuntimeError(
                 f"a worker needs more than {START_TIMEOUT_S:g} s to load {self._loading}"
@@ -237,12 +265,31 @@ class _Worker:
         return Failure(kind="timeout", reason=f"longer than {self._timeout_s:g} s")
 
     def end(self) -> None:
+        """Kills the worker."""
         self.pipe.close()
+        self._socket.close()
         self._process.kill()
-        self._process.wait()
+        if self._wait() is None:
+            logger.warning(
+                "worker %d did not end within %g s after SIGKILL", self._process.pid, END_LIMIT_S
+            )
+
+    def _wait(self) -> int | None:
+        """Returns the exit code of the worker, None if it does not end within END_LIMIT_S."""
+        try:
+            return self._process.wait(timeout=END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _limit_socket(self, limit_s: float) -> None:
+        """Makes a write or a read that makes no progress for `limit_s` raise BlockingIOError."""
+        seconds = int(limit_s)
+        timeval = struct.pack("ll", seconds, int((limit_s - seconds) * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
     def _cpu(self) -> float:
-        """Processor seconds of the worker so far."""
+        """Returns the processor seconds of the worker so far."""
         with contextlib.suppress(OSError):
             # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3)
             return time.clock_gettime((~self._process.pid << 3) | 2)
@@ -250,7 +297,7 @@ class _Worker:
 
 
 def main(pipe_fd: int, memory: int) -> None:
-    """A worker: answers calls until the pipe closes."""
+    """Runs a worker: answers calls until the pipe closes."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe = Connection(pipe_fd)
@@ -276,19 +323,19 @@ def main(pipe_fd: int, memory: int) -> None:
             pipe.send(("answer", answer))
         except BrokenPipeError:
             return
-        except Exception as error:  # pickle's: the answer is nothing that can be sent
+        except Exception as error:  # pickle's: the answer cannot be sent
             pipe.send(
                 ("answer", Failure(kind="error", reason=f"its answer cannot be sent: {error}"))
             )
 
 
 def _load(name: str) -> Any:
-    """The function, warmed up. Whatever fails ends the worker: it is no call's fault."""
+    """Returns the function, warmed up. A failure ends the worker: no call is to blame."""
     try:
         module, _, attribute = name.partition(":")
-        found = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
         getattr(sys.modules[module], "warm_up", lambda: None)()
-        return found
+        return function
     except BaseException:
         traceback.print_exc()
         os._exit(1)

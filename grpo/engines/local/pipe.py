@@ -1,7 +1,8 @@
 """Messages to a child process over a pipe, with a time limit in both directions.
 
 A process that is frozen (SIGSTOP, a hung driver) takes no bytes: a message that is larger than the
-pipe's buffer would be sent for ever, and one that it was sending would be received for ever.
+pipe's buffer would be sent for ever, and one that the process has begun to send would be received
+for ever.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ class LimitedPipe:
         self._connection.close()
 
     def _run(self, work: Callable[[], Any], deadline: float) -> Any:
-        """Returns what `work` returns in a thread. Raises what it raises, or TimeoutError."""
+        """Runs `work` in a thread and returns its result.
+
+        Raises the exception of `work`, or TimeoutError.
+        """
         results: list[Any] = []
         errors: list[BaseException] = []
 

@@ -116,13 +116,14 @@ class ServerClient:
         self, server: Server, path: str, timeout_s: float | None = None
     ) -> httpx.Response:
         """Returns a server's answer to GET. Raises UserError and EngineError as `_request`."""
-        return await self._request(server, "GET", path, None, timeout_s)
+        return await self._request(server, "GET", path, timeout_s=timeout_s)
 
     async def post(
         self, server: Server, path: str, body: Any, timeout_s: float | None = None
     ) -> httpx.Response:
         """Returns a server's answer to POST. Raises UserError and EngineError as `_request`."""
-        return await self._request(server, "POST", path, msgspec.json.encode(body), timeout_s)
+        content = msgspec.json.encode(body)
+        return await self._request(server, "POST", path, content=content, timeout_s=timeout_s)
 
     async def check_health(self, server: Server, timeout_s: float) -> None:
         """Returns when the server answers that it is well.
@@ -209,7 +210,13 @@ class ServerClient:
         )
 
     async def _request(
-        self, server: Server, method: str, path: str, content: bytes | None, timeout_s: float | None
+        self,
+        server: Server,
+        method: str,
+        path: str,
+        *,
+        content: bytes | None = None,
+        timeout_s: float | None = None,
     ) -> httpx.Response:
         """Returns a server's answer with status 200.
 
@@ -247,7 +254,7 @@ class ServerClient:
 
 
 def parse_version(version: str | None) -> int:
-    """Returns a server's weight version as a number, -1 if it is not one of ours ("default")."""
+    """Returns a server's weight version as a number, -1 for vLLM's own name ("default")."""
     try:
         return int(version or "")
     except ValueError:

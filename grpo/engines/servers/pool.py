@@ -90,13 +90,7 @@ class ServerPool:
         self._settings = settings
         self._dtype = getattr(torch, dtype)
         self._num_workers = servers.tensor_parallel
-        self._client = ServerClient(
-            token=token,
-            token_env=servers.token_env,
-            timeout_s=settings.timeout_s,
-            decode=decode,
-            cache_salt=ranks.all_gather("the caches' salt", secrets.token_hex(8))[0],
-        )
+        self._client = _make_client(settings, servers, token, decode)
         self._sender: WeightSender | None = None  # on rank 0
         if ranks.rank() == 0:
             folder = _weights_folder(servers, run_dir)
@@ -109,12 +103,9 @@ class ServerPool:
         self._updates = WeightUpdates(self._client, servers.sync_timeout_s)
         self._supervisor: Supervisor | None = None  # on rank 0
         if self._sender is not None:
+            keeps_weights = sender_class.keeps_weights
             self._supervisor = Supervisor(
-                self._state,
-                self._updates,
-                settings,
-                keeps_weights=sender_class.keeps_weights,
-                say=say,
+                self._state, self._updates, settings, keeps_weights=keeps_weights, say=say
             )
             self._supervisor.start(self._loop)
         self._scheduler = Scheduler(
@@ -297,6 +288,21 @@ def _reachable_servers(settings: configs.Engine) -> configs.Servers:
             "urls (launch/server.sh)"
         )
     return settings.servers
+
+
+def _make_client(
+    settings: configs.Engine,
+    servers: configs.Servers,
+    token: str,
+    decode: Callable[[Sequence[int]], str],
+) -> ServerClient:
+    return ServerClient(
+        token=token,
+        token_env=servers.token_env,
+        timeout_s=settings.timeout_s,
+        decode=decode,
+        cache_salt=ranks.all_gather("the caches' salt", secrets.token_hex(8))[0],
+    )
 
 
 def _make_servers(

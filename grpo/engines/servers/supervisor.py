@@ -57,7 +57,7 @@ class Supervisor:
 
         Args:
             state: the pool's servers.
-            updates: updates a server's weights.
+            updates: the steps of an update of a server's weights.
             settings: the engine's settings, with `servers`.
             keeps_weights: whether a server can take the current weights without another send
                 (`WeightSender.keeps_weights`).

@@ -4,5 +4,5 @@ interface                 what sender and receiver expect of each other
 choose                    which transport a run uses
 memory, file, ipc, nccl   one transport each, the sending side
 receivers, registration   the receiving side, in vLLM's processes
-checksums, layout         what is sent, and how it lies in memory or in a file
+checksums, layout         the tensors with their checksums, in memory or in a file
 """

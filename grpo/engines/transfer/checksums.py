@@ -1,4 +1,4 @@
-"""Checksums of a weight sync: what is sent with them, and the check of what arrives.
+"""Checksums of a weight sync: the stream that carries them, and the check on arrival.
 
 Must not import vllm: the learner's side uses it too.
 """

@@ -46,7 +46,7 @@ class ChecksArrivals:
         self._arrivals = ArrivalCheck(self.model)
 
     def receive_weights(self, update_info: Any) -> None:
-        """Loads weights through the check. Raises RuntimeError naming what is wrong."""
+        """Loads weights through the check. Raises RuntimeError naming each fault."""
         model = self.model
         self.model = self._arrivals
         try:
@@ -137,7 +137,8 @@ class _MemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.model.load_weights(read_tensors(update_info.path, update_info.names))  # type: ignore[operator]
+        model: Any = self.model
+        model.load_weights(read_tensors(update_info.path, update_info.names))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

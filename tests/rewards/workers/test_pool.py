@@ -12,12 +12,14 @@ import threading
 import time
 
 import pytest
+from limits import run_within
 
 from grpo.types import Verdict
+from rewards.workers import pool as pool_module
 from rewards.workers.pool import Failure, Pool
 
 CALLS = """
-import os, signal, time
+import os, signal, struct, sys, time
 TRIES = os.path.join(os.path.dirname(__file__), "tries")
 def double(x): return 2 * x
 def spin():
@@ -37,6 +39,11 @@ def pid(): return os.getpid()
 def nothing(): return None
 def unsendable(): return lambda: 1
 def grow(x, *, by=1): return x + by
+def stop_in_answer():
+    os.write(int(sys.argv[1]), struct.pack("!i", 1000) + b"x")
+    os.kill(os.getpid(), signal.SIGSTOP)
+def close_pipe():
+    os.close(int(sys.argv[1])); time.sleep(60)
 """
 
 
@@ -98,6 +105,43 @@ def test_an_idle_worker_killed_from_outside_costs_nothing(fresh):
     for pid in set(run(fresh, "pid", *[()] * 20)):
         os.kill(pid, signal.SIGKILL)
     assert run(fresh, "double", *[(i,) for i in range(20)]) == [2 * i for i in range(20)]
+
+
+def test_a_frozen_worker_that_takes_no_large_call_is_replaced(fresh):
+    run(fresh, "double", (1,))
+    (pid,) = run(fresh, "pid")
+    os.kill(pid, signal.SIGSTOP)
+    text = "x" * 2_000_000  # more than a socket's buffer
+    (answer,) = run_within(20, lambda: run(fresh, "double", (text,), timeout_s=1.0))
+    assert answer == 2 * text
+    assert fresh.counts["lost"] == 1 and fresh.counts["restarts"] == 1
+    assert run(fresh, "pid") != [pid]
+
+
+def test_a_worker_that_freezes_in_its_answer_is_replaced_and_the_call_is_lost(fresh):
+    run(fresh, "double", (1,))
+    (lost,) = run_within(20, lambda: run(fresh, "stop_in_answer", timeout_s=0.5))
+    assert lost.kind == "lost" and fresh.counts["lost"] == 2
+    assert run(fresh, "double", (3,)) == [6]
+
+
+def test_a_worker_that_closes_its_pipe_and_goes_on_is_a_crash(fresh, monkeypatch):
+    monkeypatch.setattr(pool_module, "END_LIMIT_S", 0.3)
+    run(fresh, "double", (1,))
+    (crash,) = run_within(20, lambda: run(fresh, "close_pipe"))
+    assert crash == Failure(kind="crash", reason="its worker closed its pipe and did not end")
+
+
+def test_a_worker_that_does_not_end_when_killed_is_given_up(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(pool_module, "END_LIMIT_S", 0.3)
+    run(fresh, "double", (1,))
+    (worker,) = fresh._workers
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._process, "kill", lambda: None)  # as if the kernel held it
+        os.kill(worker._process.pid, signal.SIGSTOP)  # nor does it see that its pipe is closed
+        run_within(20, fresh.close)
+    assert "did not end within 0.3 s after SIGKILL" in caplog.text
+    worker._process.kill()
 
 
 def test_memory_crashes_and_exceptions_are_failures_of_the_call(fresh):
