@@ -56,7 +56,7 @@ def _main(arguments: list[str] | None) -> int:
         _tell(error)
         return 2 if isinstance(error, UserError) else 1
     except Interrupted as error:
-        if not hasattr(error, "heard"):
+        if not ranks.failed_elsewhere(error):
             print(f"grpo: interrupted by {error}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
@@ -105,7 +105,9 @@ def _tell(error: Exception) -> None:
     """
     from grpo.run import ranks
 
-    heard = hasattr(error, "heard")
+    heard = ranks.failed_elsewhere(error)
+    if isinstance(error, ranks.UnexpectedError) and error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
     if heard or (ranks.local_rank() > 0 and isinstance(error, UserError)):
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(30)

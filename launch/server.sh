@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 server="" stopped=0 code=143
 trap 'stopped=1; [[ -z "$server" ]] || kill -TERM "$server" 2>/dev/null || true' TERM INT
 for ((left = ${RESTARTS:-20}; left >= 0 && !stopped; left--)); do
-  .venv/bin/python -m grpo.engines.servers.server "$@" &
+  .venv/bin/python -m grpo.engines.servers "$@" &
   server=$! code=0
   ((!stopped)) || kill -TERM "$server" 2>/dev/null || true # the signal came before its number was known
   wait "$server" || code=$?

@@ -190,6 +190,6 @@ def test_the_kubernetes_job_has_what_the_api_asks_for():
 def test_a_server_without_a_token_does_not_start(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
     environment = {name: value for name, value in os.environ.items() if name != "GRPO_ENGINE_TOKEN"}
-    command = [sys.executable, "-m", "grpo.engines.servers.server", config, "8123"]
+    command = [sys.executable, "-m", "grpo.engines.servers", config, "8123"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "grpo: GRPO_ENGINE_TOKEN is not set" in done.stderr

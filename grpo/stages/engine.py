@@ -40,7 +40,7 @@ def start_engine(config: SampledConfig, context: RunContext, model: EngineModel)
         UserError: The memory does not suffice.
     """
     from grpo.engines.local.engine import VllmEngine, check_memory
-    from grpo.engines.servers.pool import Pool
+    from grpo.engines.servers.pool import ServerPool
 
     dtype = config.engine.dtype or config.model.dtype
     servers = config.engine.servers
@@ -63,7 +63,9 @@ def start_engine(config: SampledConfig, context: RunContext, model: EngineModel)
     if servers:
         tokenizer = models.load_tokenizer(model.model_dir)
         decode: Any = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        engine = Pool(**arguments, run_dir=context.run.path, decode=decode, say=context.display.say)
+        engine = ServerPool(
+            **arguments, run_dir=context.run.path, decode=decode, say=context.display.say
+        )
     else:
         engine = VllmEngine(
             **arguments,

@@ -94,8 +94,11 @@ def _run(
     from grpo.experience.selection import Selection
     from grpo.learning.learner import Learner
     from grpo.metrics import roofline
+    from grpo.training.journal import Journal
     from grpo.training.loop import Loop
-    from grpo.training.weight_sync import MAX_GAP, Probe, probe_prompts
+    from grpo.training.rollouts import Rollouts
+    from grpo.training.updates import Updater
+    from grpo.training.weight_sync import WeightCheck, check_settings, probe_prompts
 
     run, display = context.run, context.display
     display.say(f"algorithm: {describe(config.algorithm)}")
@@ -119,20 +122,13 @@ def _run(
             engine.wait_ready()
         learner = Learner(model, config, loss, reference)
         engine.wait_ready()
-    exact = (config.engine.dtype or config.model.dtype) == config.model.dtype == "float32"
     drawn = (prompts.ids(stream[i]) for i in itertools.count())
-    probe = Probe(
+    max_prompt_tokens = config.max_sequence_tokens - config.probe.tokens
+    weight_check = WeightCheck(
         engine,
         learner,
-        probe_prompts(
-            drawn, config.probe.prompts, config.max_sequence_tokens - config.probe.tokens
-        ),
-        temperature=config.sampling.temperature,
-        tokens=config.probe.tokens,
-        max_gap=config.probe.max_gap or MAX_GAP[exact],
-        micro_batch_tokens=config.learner.micro_batch_tokens,
-        packed=config.model.packed,
-        rounds=not exact,
+        probe_prompts(drawn, config.probe.prompts, max_prompt_tokens),
+        check_settings(config),
     )
     test = (
         held_out(config.eval.data or config.data, held_out_problems, prompts, config.eval.problems)
@@ -143,35 +139,39 @@ def _run(
         config=config,
         run=run,
         engine=engine,
-        learner=learner,
-        prompts=prompts,
-        rewards=rewards,
-        selection=Selection(
-            algorithm=config.algorithm, size=config.train.problems, take=stream.take
+        rollouts=Rollouts(
+            config=config,
+            engine=engine,
+            prompts=prompts,
+            rewards=rewards,
+            selection=Selection(
+                algorithm=config.algorithm, size=config.train.problems, take=stream.take
+            ),
+            workers=pool,
+            display=display,
+            held_out=test,
         ),
-        held_out=test,
-        probe=probe,
+        updater=Updater(config=config, learner=learner, check_signals=context.signals.check),
+        weight_check=weight_check,
+        journal=Journal(
+            record_row=context.record, display=display, alarm_rules=config.logging.alarms
+        ),
         display=display,
-        record_row=context.record,
+        signals=context.signals,
         machine=machine,
         shape=shape,
-        signals=context.signals,
-        pool=pool,
     )
     checkpoint, state = run.last_state() if resume else (None, {})
     if checkpoint:
         with quiet(run.log_file("learner")):
             learner.load(checkpoint)
-        loop.rollout = loop.saved = state["step"]
-        loop.latest, loop.idle = state["metrics"], state["idle"]
-        loop.selection.load(state["selection"])
+        loop.resume(state)
     if resume:
-        run.cut(loop.rollout if checkpoint else -1)
-        loop.watch = Watch(ranks.gather("the metrics so far", run.read_metrics())[0])
+        done = loop.progress.rollout
+        run.cut(done if checkpoint else -1)
+        loop.journal.watch = Watch(ranks.gather("the metrics so far", run.read_metrics())[0])
         display.say(
-            f"resumed after rollout {loop.rollout}"
-            if checkpoint
-            else "no checkpoint yet: starting again"
+            f"resumed after rollout {done}" if checkpoint else "no checkpoint yet: starting again"
         )
     try:
         loop.start(fresh=checkpoint is None)
@@ -179,20 +179,28 @@ def _run(
             _stream(loop, context, state["selection"].get("stream") if checkpoint else None)
         loop.train()
     except Exception as error:
-        if isinstance(error, Interrupted | Exhausted) or (loop.whole and ranks.of_all(error)):
-            told = ": nothing to save yet"
-            if loop.rollout:
-                try:
-                    loop.save()
-                    told = ", saved; go on with --resume"
-                except RunError as second:
-                    told = f", not saved: {second}"
-            display.say(f"stopped after rollout {loop.rollout}{told}")
+        _save_if_possible(loop, error)
         raise
     if not keep:
         return
     loop.save()
     write_final(context, config, model_dir, tokenizer, learner)
+
+
+def _save_if_possible(loop: Loop, error: Exception) -> None:
+    """Saves the last whole rollout before a run stops, where all ranks can do so together."""
+    progress = loop.progress
+    stops_between_rollouts = isinstance(error, Interrupted | Exhausted)
+    if not stops_between_rollouts and not (progress.savable and ranks.known_to_all(error)):
+        return
+    outcome = ": nothing to save yet"
+    if progress.rollout:
+        try:
+            loop.save()
+            outcome = ", saved; go on with --resume"
+        except RunError as save_error:
+            outcome = f", not saved: {save_error}"
+    loop.display.say(f"stopped after rollout {progress.rollout}{outcome}")
 
 
 def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> None:
@@ -203,7 +211,7 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
     from grpo.experience.selection import scored_group
     from grpo.experience.stream import Stream
 
-    config, prompts, selection = loop.config, loop.prompts, loop.selection
+    config, prompts, selection = loop.config, loop.rollouts.prompts, loop.rollouts.selection
     engine: Any = loop.engine
     options, train = (
         rollout.sampling_options(config, prompts, config.sampling.temperature),
@@ -218,7 +226,7 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
         problem: Problem, request: Request, completions: tuple[Completion, ...]
     ) -> ScoredGroup:
         group = rollout.group_of(problem, request.prompt_ids, prompts, completions)
-        return rollout.score([group], loop.rewards, prompts.for_rewards)[0]
+        return rollout.score([group], loop.rollouts.rewards, prompts.for_rewards)[0]
 
     if ranks.rank() == 0:
         stream = selection.stream = Stream(

@@ -28,7 +28,7 @@ from pathlib import Path
 from grpo import config as configs
 from grpo.engines import Request, SamplingOptions
 from grpo.engines.local.engine import VllmEngine
-from grpo.engines.servers.pool import Pool
+from grpo.engines.servers.pool import ServerPool
 from grpo.learning import models
 
 KINDS = {
@@ -129,7 +129,7 @@ def over_http(options: argparse.Namespace) -> None:
     served = settings.model_copy(update={"servers": configs.Servers(count=1)})
     engines = {
         "child": VllmEngine(settings=settings, log_file=folder / "engine.log", **common),
-        "pool": Pool(settings=served, run_dir=folder, decode=tokenizer.decode, **common),
+        "pool": ServerPool(settings=served, run_dir=folder, decode=tokenizer.decode, **common),
     }
     try:
         for engine in engines.values():

@@ -14,9 +14,10 @@ from server_pools import OPTIONS, REQUESTS, pool_of, pooled, weights
 from whole_runs import rows, run, start, wait_for, write_config
 
 from grpo.engines import EngineError
-from grpo.engines.servers import fleet
-from grpo.engines.servers.plugin import TOKEN
-from grpo.engines.servers.server import free_port
+from grpo.engines.servers import pool as pool_module
+from grpo.engines.servers import supervisor
+from grpo.engines.servers.guard import TOKEN_VARIABLE
+from grpo.run.network import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -25,19 +26,20 @@ ROOT = Path(__file__).parents[2]
 def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again(
     pool, tiny, said, monkeypatch
 ):
-    write = pool._weights.write
+    write = pool._sender.write
 
-    def broken(sent):
-        told = write(sent)
-        pool._weights._bytes[pool._weights._bytes.numel() // 2] ^= 4
-        return told
+    def broken(stream):
+        update_info = write(stream)
+        sent = pool._sender._mapped.bytes
+        sent[sent.numel() // 2] ^= 4
+        return update_info
 
-    monkeypatch.setattr(pool._weights, "write", broken)
+    monkeypatch.setattr(pool._sender, "write", broken)
     with pytest.raises(EngineError, match=r"the bytes of \S+ are not those that were sent"):
         pool.load_weights(weights(tiny()), 4)
     monkeypatch.undo()
     pool.load_weights(weights(tiny()), 5)  # nobody is there to take them: who comes back gets them
-    wait_for(lambda: all(server.up for server in pool._servers), seconds=90)
+    wait_for(lambda: all(server.up for server in pool._state.servers), seconds=90)
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 2
 
 
@@ -45,12 +47,12 @@ def test_a_server_killed_in_the_middle_of_a_rollout_costs_only_what_it_was_doing
     pool.load_weights(weights(tiny()), 5)
     expected = pool.generate(REQUESTS, OPTIONS)
     pool.prove(REQUESTS[:4], OPTIONS)
-    victim, seen = pool._servers[0], len(said)
+    victim, seen = pool._state.servers[0], len(said)
     family = [
         psutil.Process(victim.process.pid),
         *psutil.Process(victim.process.pid).children(recursive=True),
     ]
-    future = pool._submit(pool._generate(REQUESTS, OPTIONS, None))
+    future = pool._loop.submit(pool._generate(REQUESTS, OPTIONS, None))
     wait_for(lambda: victim.load, seconds=90)
     family[0].kill()
     assert [[c.token_ids for c in row] for row in future.result(60)] == [
@@ -66,8 +68,8 @@ def test_a_server_killed_in_the_middle_of_a_rollout_costs_only_what_it_was_doing
 
 
 def test_a_server_that_hangs_is_started_again(pool, said, monkeypatch):
-    monkeypatch.setattr(fleet, "HEALTH_S", 4.0)
-    victim = pool._servers[1]
+    monkeypatch.setattr(supervisor, "HEALTH_S", 4.0)
+    victim = pool._state.servers[1]
     os.killpg(victim.process.pid, signal.SIGSTOP)
     assert len(pool.generate(REQUESTS, OPTIONS)) == len(REQUESTS)
     wait_for(lambda: victim.up, seconds=90)
@@ -77,18 +79,18 @@ def test_a_server_that_hangs_is_started_again(pool, said, monkeypatch):
 def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_back(
     pool, tiny, said, monkeypatch
 ):
-    update = pool._update
+    load_stored = pool._updates.load_stored
 
-    async def killing(server, version):
-        if server is pool._servers[0] and server.version >= 0:
+    async def killing(server, version, update_info):
+        if server is pool._state.servers[0] and server.version >= 0:
             server.process.kill()
-        await update(server, version)
+        await load_stored(server, version, update_info)
 
-    monkeypatch.setattr(pool, "_update", killing)
+    monkeypatch.setattr(pool._updates, "load_stored", killing)
     pool.load_weights(weights(tiny(), 0.9), 6)
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 1
-    wait_for(lambda: pool._servers[0].up, seconds=90)
-    assert fleet.difference(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any(
+    wait_for(lambda: pool._state.servers[0].up, seconds=90)
+    assert supervisor.sample_gap(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any(
         "weights 6 did not reach" in text for text in said
     )
 
@@ -99,21 +101,20 @@ def test_a_port_taken_meanwhile_costs_a_start_and_weights_go_through_files(
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        taken, free = other.getsockname()[1], fleet.free_port
-        ports = iter([taken])
-        monkeypatch.setattr(fleet, "free_port", lambda: next(ports, None) or free())
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(pool_module, "free_port", lambda: taken)
         pool = pool_of(tiny(), tmp_path, count=1, transfer="file", folder=str(tmp_path / "weights"))
         try:
             assert (
                 pool.wait_ready()["servers"]
-                == [pool._servers[0].url]
+                == [pool._state.servers[0].url]
                 != [f"http://127.0.0.1:{taken}"]
             )
             pool.load_weights(weights(tiny()), 1)
             (before,) = pool.prove(REQUESTS[:4], OPTIONS)
             pool.load_weights(weights(tiny(), 0.7), 2)
             (after,) = pool.prove(REQUESTS[:4], OPTIONS)
-            assert after[0][0].versions[0][0] == 2 and fleet.difference(before, after) > 1e-4
+            assert after[0][0].versions[0][0] == 2 and supervisor.sample_gap(before, after) > 1e-4
             assert len(list((tmp_path / "weights").glob("*/*.safetensors"))) == 1
         finally:
             pool.close()
@@ -121,44 +122,41 @@ def test_a_port_taken_meanwhile_costs_a_start_and_weights_go_through_files(
 
 
 def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_again(
-    pool, tiny, said
+    pool, tiny, said, monkeypatch
 ):
     """Its HTTP side still says that it is well."""
     pool.load_weights(weights(tiny()), 20)
     pool.prove(REQUESTS[:4], OPTIONS)
-    wait_for(lambda: all(server.up for server in pool._servers), seconds=90)
-    victim, was = pool._servers[1], pool._pool
+    wait_for(lambda: all(server.up for server in pool._state.servers), seconds=90)
+    victim = pool._state.servers[1]
     (core,) = [
         p
         for p in psutil.Process(victim.process.pid).children(recursive=True)
         if "EngineCore" in p.name()
     ]
     core.suspend()
-    pool._pool = was.model_copy(update={"sync_timeout_s": 10.0})
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._updates, "sync_timeout_s", 10.0)
         start = time.monotonic()
         pool.load_weights(weights(tiny(), 0.7), 21)
-        assert time.monotonic() - start < 25 and pool._servers[0].version == 21
-    finally:
-        pool._pool = was
+        assert time.monotonic() - start < 25 and pool._state.servers[0].version == 21
     assert any("was not done with weights 21 within 10 s" in line for line in said)
     wait_for(lambda: victim.up, seconds=90)
     first, second = pool.prove(REQUESTS[:4], OPTIONS)
-    assert fleet.difference(first, second) < 1e-4
+    assert supervisor.sample_gap(first, second) < 1e-4
     (core,) = [
         p
         for p in psutil.Process(victim.process.pid).children(recursive=True)
         if "EngineCore" in p.name()
     ]
     core.suspend()
-    pool._pool = was.model_copy(update={"stall_s": 10.0})
-    try:
+    impatient = pool._supervisor._servers.model_copy(update={"stall_s": 10.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._supervisor, "_servers", impatient)
         (only,) = pool.prove(REQUESTS[:4], OPTIONS)  # the other one's samples
-    finally:
-        pool._pool = was
     assert (
         any("it made no token for 10 s" in line for line in said)
-        and fleet.difference(first, only) < 1e-4
+        and supervisor.sample_gap(first, only) < 1e-4
     )
 
 
@@ -217,7 +215,7 @@ def test_servers_of_somebody_else_train_and_judge_the_model_that_they_are_sent(
     port = free_port()
     urls = {"servers": {"urls": [f"http://127.0.0.1:{port}"]}}
     config = write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), engine=urls))
-    monkeypatch.setenv(TOKEN, "secret")
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     with (tmp_path / "server.log").open("w") as log:
         command = [str(ROOT / "launch" / "server.sh"), config, str(port), "engine.kv_cache_gb=0.05"]
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -243,7 +241,7 @@ def test_servers_of_somebody_else_train_and_judge_the_model_that_they_are_sent(
         assert [json.loads(line)["completion"] for line in judged[0]] == [
             json.loads(line)["completion"] for line in judged[1]
         ]
-        monkeypatch.setenv(TOKEN, "guess")
+        monkeypatch.setenv(TOKEN_VARIABLE, "guess")
         assert "refuses our token (401): set GRPO_ENGINE_TOKEN" in run(
             config, f"run_dir={tmp_path / 'wrong'}", code=2
         )

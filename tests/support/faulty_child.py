@@ -54,7 +54,7 @@ def install():
 
     from grpo.engines.transfer import receivers
 
-    passing, retie_head = receivers.Arrivals._passing, receivers.retie_head
+    record_sums, retie_head = receivers.ArrivalCheck._record_sums, receivers.retie_head
     reset_prefix_cache = vllm.LLM.reset_prefix_cache
 
     def faulty(self, weights):
@@ -62,7 +62,7 @@ def install():
         rows = [(name, tensor.clone()) for name, tensor in weights]
         if fault == "flipped bit":
             rows[3][1].view(torch.uint8).view(-1)[21] ^= 4
-        rows = list(passing(self, rows))  # no checksum sees what is done after it
+        rows = list(record_sums(self, rows))  # no checksum sees what is done after it
         if fault in FAULTS:
             rows = FAULTS[fault](rows)
         return iter(rows)
@@ -76,7 +76,7 @@ def install():
             return True
         return reset_prefix_cache(self, *args, **kwargs)
 
-    receivers.Arrivals._passing = faulty
+    receivers.ArrivalCheck._record_sums = faulty
     receivers.retie_head = retie
     vllm.LLM.reset_prefix_cache = reset
 

@@ -5,7 +5,7 @@ from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
 from grpo.engines import Request, SamplingOptions
-from grpo.engines.servers.pool import Pool
+from grpo.engines.servers.pool import ServerPool
 from grpo.learning import models
 
 REQUESTS = [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS * 3)]
@@ -30,7 +30,7 @@ def weights(model_dir, scale=1.0):
 
 def pool_of(model_dir, run_dir, said=None, **servers):
     tokenizer = models.load_tokenizer(model_dir)
-    return Pool(
+    return ServerPool(
         model_dir=str(model_dir),
         settings=settings(**servers),
         dtype="float32",

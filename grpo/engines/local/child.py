@@ -1,6 +1,6 @@
 """The engine's process: holds vLLM's `LLM` with its core inside and answers calls over a pipe.
 
-Started by grpo/engines/local/engine.py.
+Started by engine.py.
 
 With the core in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0) every request is queued before the
 first scheduling step, so batches are the same each time, and nothing spins while the learner
@@ -25,11 +25,11 @@ def main(pipe_fd: int, parent_pid: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
     if os.getppid() != parent_pid:
         return
-    # sent to the whole group they are the parent's to handle
+    # signals to the whole group are the parent's to handle
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     pipe = Connection(pipe_fd)
-    server: Server | None = None
+    engine: ChildEngine | None = None
     while True:
         try:
             method, arguments = pipe.recv()
@@ -37,10 +37,10 @@ def main(pipe_fd: int, parent_pid: int) -> None:
             return
         try:
             if method == "start":
-                server = Server(pipe, **arguments)
-                result = server.describe()
+                engine = ChildEngine(pipe, **arguments)
+                result = engine.describe()
             else:
-                result = getattr(server, method)(**arguments)
+                result = getattr(engine, method)(**arguments)
             reply: tuple[str, Any] = ("ok", result)
         except Exception as error:
             traceback.print_exc()
@@ -49,27 +49,27 @@ def main(pipe_fd: int, parent_pid: int) -> None:
             pipe.send(reply)
 
 
-class Server:
+class ChildEngine:
     """The calls that the parent can make; their names are the messages."""
 
     def __init__(self, pipe: Connection, llm: dict[str, Any], backend: str) -> None:
+        """Makes vLLM's `LLM` of the arguments `llm`; `backend` is the weight sender's."""
         from vllm import LLM
 
-        from grpo.engines.servers import plugin
+        from grpo.engines.transfer.registration import register_receiving_engines
 
-        plugin.register()
+        register_receiving_engines()
         self._pipe = pipe
         self._version = -1
         self._llm = LLM(
             **llm,
-            weight_transfer_config={"backend": f"grpo_{backend}"},
+            weight_transfer_config={"backend": backend},
             logprobs_mode="processed_logprobs",
         )
         self._tokenizer = self._llm.get_tokenizer()
-        if backend != "ipc":
-            self._llm.init_weight_transfer_engine({"init_info": {}})
 
     def describe(self) -> dict[str, Any]:
+        """Returns vLLM's version."""
         import vllm
 
         return {"vllm": vllm.__version__}
@@ -109,7 +109,7 @@ class Server:
         outputs = self._llm.generate(
             prompts,
             params,
-            # vLLM wraps the adding of requests in it too: that iterable goes back as it came
+            # vLLM wraps the adding of requests in it too: that iterable is returned unchanged
             use_tqdm=lambda iterable=None, **_: (
                 _Progress(self._pipe, total) if iterable is None else iterable
             ),
@@ -131,21 +131,21 @@ class Server:
         )
         prompts: list[Any] = [{"prompt_token_ids": list(ids)} for ids, _ in sequences]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        found = []
+        rows = []
         for output, (ids, prompt_length) in zip(outputs, sequences, strict=True):
             flat: Any = output.prompt_logprobs
             # of k + 1 entries: the text's own token, then the likeliest
             starts = flat.start_indices[prompt_length : len(ids)]
             places = (np.asarray(starts)[:, None] + np.arange(1, k + 1)).ravel()
-            ranks, tokens, logprobs = (
-                np.asarray(values)[places].reshape(-1, k)
-                for values in (flat.ranks, flat.token_ids, flat.logprobs)
-            )
-            assert (ranks == np.arange(1, k + 1)).all(), (
-                "vLLM's flat logprobs are not the text's token and then the likeliest in order"
-            )
-            found.append((tokens.astype(np.int32), logprobs.astype(np.float16)))
-        return found
+            ranks = np.asarray(flat.ranks)[places].reshape(-1, k)
+            tokens = np.asarray(flat.token_ids)[places].reshape(-1, k)
+            logprobs = np.asarray(flat.logprobs)[places].reshape(-1, k)
+            if not (ranks == np.arange(1, k + 1)).all():
+                raise RuntimeError(
+                    "vLLM's flat logprobs are not the text's token and then the likeliest in order"
+                )
+            rows.append((tokens.astype(np.int32), logprobs.astype(np.float16)))
+        return rows
 
     def _completion(self, output: Any) -> tuple[Any, ...]:
         ids = tuple(output.token_ids)
@@ -155,25 +155,29 @@ class Server:
         text = self._tokenizer.decode(
             ids[:-1] if stopped_by_token else ids, skip_special_tokens=False
         )
-        assert len(output.logprobs) == len(ids), (
-            f"got {len(output.logprobs)} logprobs for {len(ids)} tokens"
-        )
+        if len(output.logprobs) != len(ids):
+            raise RuntimeError(
+                f"vLLM returned {len(output.logprobs)} logprobs for {len(ids)} tokens"
+            )
         logprobs = tuple(output.logprobs.logprobs[start] for start in output.logprobs.start_indices)
         return ids, logprobs, text, output.finish_reason, self._version
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connects the engine to the transport of the weights."""
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
+        """Begins an update of the weights."""
         self._llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Loads the weights that `update_info` describes."""
         self._llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str) -> int:
-        """Returns the version that the engine has from here on.
+        """Ends an update and returns the version of the weights that the engine now holds.
 
-        Cached prefixes belong to the old weights and go.
+        Empties the prefix cache: its prefixes were computed with the old weights.
         """
         self._llm.finish_weight_update(weight_version=weight_version)
         self.reset_cache()
@@ -181,25 +185,27 @@ class Server:
         return self._version
 
     def reset_cache(self) -> None:
+        """Empties the prefix cache. Raises RuntimeError while requests are running."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be emptied: requests are still running")
 
     def sleep(self) -> None:
+        """Frees the GPU memory, weights included."""
         self._llm.sleep(level=2)
 
     def wake(self) -> None:
+        """Takes the GPU memory back, without the weights."""
         self._llm.wake_up()
 
 
 class _Progress:
-    """Looks like tqdm to vLLM.
-
-    Tells the parent how many completions are finished, at most ten times a second.
-    """
+    """Reports progress to the parent, at most ten times a second, in place of vLLM's tqdm."""
 
     def __init__(self, pipe: Connection, total: int) -> None:
-        self._pipe, self._total = pipe, total
-        self._start = self._told = time.monotonic()
+        self._pipe = pipe
+        self._total = total
+        self._start = time.monotonic()
+        self._last_report_at = self._start
         self.n = 0
         self.postfix = ""
 
@@ -209,8 +215,8 @@ class _Progress:
 
     def update(self, n: int) -> None:
         self.n += n
-        if time.monotonic() - self._told > 0.1:
-            self._told = time.monotonic()
+        if time.monotonic() - self._last_report_at > 0.1:
+            self._last_report_at = time.monotonic()
             self._pipe.send(("progress", (self.n, self._total)))
 
     def refresh(self) -> None:

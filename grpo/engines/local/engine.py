@@ -1,13 +1,12 @@
-"""vLLM in one child process (grpo/engines/local/child.py).
+"""vLLM in one child process (child.py).
 
-This side starts it, talks to it over a pipe and notices when it dies.
+This side starts it, asks it over a pipe and notices when it dies.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,26 +19,47 @@ from typing import Any
 import torch
 
 from grpo import config as configs
-from grpo.engines import EngineError, Request, SamplingOptions, SyncReport, Weights
-from grpo.engines.transfer.weights import Sent, SharedWeights
-from grpo.run import ranks
+from grpo.engines import (
+    EngineDiedError,
+    EngineError,
+    EngineTimeoutError,
+    Request,
+    SamplingOptions,
+    SyncReport,
+    Weights,
+)
+from grpo.engines.local.pipe import LimitedPipe
+from grpo.engines.local.weight_receiver import ChildReceiver
+from grpo.engines.transfer.checksums import WeightStream
+from grpo.engines.transfer.choose import choose_sender
+from grpo.engines.transfer.interface import SenderOptions
+from grpo.engines.vllm_options import llm_arguments, vllm_environment
 from grpo.types import Completion, UserError
 
-GROUP = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "OMP_NUM_THREADS",
-)
+KILL_LIMIT_S = 10.0  # the longest wait for the end of the killed child
+EXIT_LIMIT_S = 5.0  # the longest wait for the exit code of a child whose pipe is closed
+SPARE_BYTES = 2**29  # GPU memory that stays free beside the engine and the sync's buffers
+
+logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
     """An `Engine`.
 
-    The child starts in the background: construct it, do other work, then `wait_ready`.
+    The child starts in the background: construct the engine, do other work, then `wait_ready`.
+
+    Args:
+        model_dir: the model.
+        settings: the engine's settings.
+        dtype: "float32" or "bfloat16".
+        max_model_len: the longest sequence in tokens.
+        log_file: where the child writes its messages.
+        load_weights: start from the model's weights. Without it the child starts from random
+            weights and a sync must come first.
+        float32_head: compute the output head in float32.
+        max_logprobs: the largest k of `top_logprobs`.
+        on_wait: called five times a second while waiting; may raise.
+        module: the child's program; tests inject faults with it.
     """
 
     def __init__(
@@ -56,38 +76,34 @@ class VllmEngine:
         on_wait: Callable[[], None] = lambda: None,
         module: str = "grpo.engines.local.child",
     ) -> None:
-        """`load_weights=False` starts from random weights: a sync must come first.
-
-        `on_wait` is called five times a second while waiting and may raise. `max_logprobs`: most
-        that `top_logprobs` may ask for. `module`: the child's program (tests put faults in).
-        """
+        """Starts the child; does not wait for it."""
         self._on_wait = on_wait
         self._settings = settings
         self._log_file = log_file
         self._dtype = getattr(torch, dtype)
         self._cuda = torch.cuda.is_available()
-        self._weights = None if self._cuda else SharedWeights()
-        self._trainer: Any = None  # vLLM's own sending side, CUDA IPC only
-        self._packed_bytes = 2**30  # the buffer that weights are sent in
-        # of the GPU's memory, which the engine gave away when it fell asleep and wants back
+        self._sender = choose_sender(None)(SenderOptions(on_wait=on_wait))
+        # GPU memory that the engine freed when it fell asleep and takes back when it wakes
         self._slept_bytes = 0
-        self._version = -1
-        self._child, self._pipe = _spawn(module, log_file)
-        llm = llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda)
-        llm |= {} if load_weights else {"load_format": "dummy"}
-        llm["max_logprobs"] = max_logprobs
-        llm |= {"hf_overrides": {"head_dtype": "float32"}} if float32_head else {}
-        # a child that is dead already is reported by wait_ready
-        with contextlib.suppress(BrokenPipeError):
-            self._pipe.send(
-                ("start", {"llm": llm, "backend": "memory" if self._weights else "ipc"})
-            )
         self._description: dict[str, Any] | None = None  # None until the child has answered `start`
+        self._child, connection = _spawn(module, log_file)
+        self._pipe = LimitedPipe(connection, on_wait)
+        llm = llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda)
+        llm["max_logprobs"] = max_logprobs
+        if not load_weights:
+            llm["load_format"] = "dummy"
+        if float32_head:
+            llm["hf_overrides"] = {"head_dtype": "float32"}
+        start = ("start", {"llm": llm, "backend": self._sender.backend})
+        try:
+            self._pipe.send(start, settings.start_timeout_s)
+        except OSError:
+            logger.debug("the engine's child ended before `start`: wait_ready reports it")
 
     def wait_ready(self) -> dict[str, Any]:
-        """Waits until the child can sample and returns what it says of itself.
+        """Waits until the child can sample and returns its description of itself.
 
-        Later calls return the same.
+        Later calls return the same. Raises EngineError.
         """
         if self._description is None:
             self._description = {}  # a failed start raises once and is not waited for again
@@ -109,8 +125,12 @@ class VllmEngine:
             },
             on_progress=on_progress,
         )
-        assert len(rows) == len(requests), f"got {len(rows)} groups for {len(requests)} requests"
-        return [tuple(_completion(c) for c in row) for row in rows]
+        if len(rows) != len(requests):
+            raise EngineError(
+                f"the engine returned {len(rows)} groups for {len(requests)} requests; its log: "
+                f"{self._log_file}"
+            )
+        return [tuple(_completion(fields) for fields in row) for row in rows]
 
     def top_logprobs(
         self, sequences: Sequence[tuple[tuple[int, ...], int]], k: int
@@ -133,45 +153,12 @@ class VllmEngine:
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         """Sends every weight to the child; raises EngineError unless it acknowledges `version`."""
-        start, sent = time.monotonic(), Sent(weights, self._dtype)
-        if self._weights is not None:
-            told = self._weights.write(sent)
-            self._call("start_weight_update", {})
-            self._call("update_weights", {"update_info": told})
-            acknowledged = self._call("finish_weight_update", {"weight_version": str(version)})
-        else:
-            acknowledged = self._send_ipc(sent, version)
-        if acknowledged != version:
-            raise EngineError(
-                f"the engine acknowledged weight version {acknowledged}, sent {version}"
-            )
-        self._version = version
+        start = time.monotonic()
+        stream = WeightStream(weights, self._dtype)
+        self._sender.send(stream, ChildReceiver(self._call, version))
         return SyncReport(
-            version=version, seconds=time.monotonic() - start, num_bytes=sent.num_bytes
+            version=version, seconds=time.monotonic() - start, num_bytes=stream.num_bytes
         )
-
-    def _send_ipc(self, sent: Sent, version: int) -> int:
-        """One device: vLLM's CUDA IPC engine, in packed buffers, driven over our pipe."""
-        from vllm.distributed.weight_transfer.ipc_engine import (
-            IPCTrainerInitInfo,
-            IPCTrainerWeightTransferEngine,
-        )
-
-        client: Any = _SyncClient(self._call, version)
-        source: Any = sent
-        if self._trainer is None:
-            largest = max(meta.num_bytes for meta in sent.metadata())
-            # a 7B model's embedding has more than 1 GiB
-            self._packed_bytes = max(self._packed_bytes, largest)
-            info = IPCTrainerInitInfo(
-                rank=0, packed=True, packed_buffer_size_bytes=self._packed_bytes
-            )
-            self._trainer = IPCTrainerWeightTransferEngine.trainer_init(
-                info, client=client, source=source
-            )
-        self._trainer.client, self._trainer.source = client, source
-        self._trainer.send_weights()
-        return int(client.acknowledged)
 
     def reset_cache(self) -> None:
         """Empties the child's prefix cache."""
@@ -188,23 +175,28 @@ class VllmEngine:
     def wake(self) -> None:
         """Takes the engine's GPU memory back, if `engine.sleep` is set and there is a GPU."""
         if self._cuda and self._settings.sleep:
-            # PyTorch keeps what the update has freed. It is given back only where the engine has no
-            # room without it, because getting it again costs the next update time. The sync that
-            # follows needs a buffer on each side too.
+            # PyTorch keeps the memory that the update has freed. It is given back only where the
+            # engine has no room without it: getting it again costs the next update time. The sync
+            # that follows needs a buffer on each side too.
             free, _ = torch.cuda.mem_get_info()
-            if free < self._slept_bytes + 2 * self._packed_bytes + 2**29:
+            if free < self._slept_bytes + 2 * self._sender.buffer_bytes + SPARE_BYTES:
                 torch.cuda.empty_cache()
             self._call("wake", {})
 
     def close(self) -> None:
-        """Ends the child whatever it is doing; it has nothing to save."""
+        """Kills the child in whatever it is doing; it has nothing to save."""
+        self._child.kill()
+        try:
+            self._child.wait(timeout=KILL_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                "the engine's child %d did not end within %g s after SIGKILL; its memory stays in "
+                "use",
+                self._child.pid,
+                KILL_LIMIT_S,
+            )
         self._pipe.close()
-        if self._child.poll() is None:
-            self._child.kill()
-        self._child.wait()
-        if self._weights is not None:
-            self._weights.close()
-            self._weights = None
+        self._sender.close()
 
     def _call(
         self,
@@ -212,11 +204,16 @@ class VllmEngine:
         arguments: dict[str, Any],
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Any:
+        """Returns the child's answer. Raises EngineError."""
         self.wait_ready()
         try:
-            self._pipe.send((method, arguments))
+            self._pipe.send((method, arguments), self._settings.timeout_s)
+        except TimeoutError:
+            raise self._timed_out(
+                f"the engine did not take the message `{method}`", self._settings.timeout_s
+            ) from None
         except (BrokenPipeError, ConnectionResetError):
-            raise self._lost(method) from None
+            raise self._died(method) from None
         return self._receive(method, self._settings.timeout_s, on_progress)
 
     def _receive(
@@ -224,18 +221,12 @@ class VllmEngine:
     ) -> Any:
         deadline = time.monotonic() + timeout_s
         while True:
-            self._on_wait()
             try:
-                if not self._pipe.poll(min(0.2, max(0.0, deadline - time.monotonic()))):
-                    if time.monotonic() >= deadline:
-                        raise EngineError(
-                            f"the engine did not answer `{method}` within {timeout_s:g} s; its "
-                            f"log: {self._log_file}"
-                        )
-                    continue
-                kind, value = self._pipe.recv()
+                kind, value = self._pipe.receive(deadline)
+            except TimeoutError:
+                raise self._timed_out(f"the engine did not answer `{method}`", timeout_s) from None
             except (EOFError, ConnectionResetError):
-                raise self._lost(method) from None
+                raise self._died(method) from None
             if kind == "ok":
                 return value
             if kind == "error":
@@ -245,123 +236,40 @@ class VllmEngine:
             if on_progress is not None:
                 on_progress(*value)
 
-    def _lost(self, method: str) -> EngineError:
+    def _timed_out(self, event: str, timeout_s: float) -> EngineTimeoutError:
+        """Kills the child: its late answer would be taken for that of the next call."""
+        self._child.kill()
+        return EngineTimeoutError(event, timeout_s, f"its log: {self._log_file}")
+
+    def _died(self, method: str) -> EngineDiedError:
         # a signal to the whole group may have reached the child before it could ignore it
         self._on_wait()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(timeout=5)
-        code = self._child.returncode
-        how = (
-            f"killed by {signal.Signals(-code).name}"
-            if code is not None and code < 0
-            else f"exit code {code}"
-        )
-        hint = (
-            " (out of memory? lower engine.kv_cache_gb or engine.max_sequences)"
-            if code == -signal.SIGKILL
-            else ""
-        )
-        return EngineError(
-            f"the engine died during `{method}`: {how}{hint}; its log: {self._log_file}"
-        )
-
-
-class _SyncClient:
-    """What vLLM's trainer side calls (VLLMWeightSyncClient), over our pipe."""
-
-    def __init__(self, call: Callable[..., Any], version: int) -> None:
-        self._call, self._version, self.acknowledged = call, version, -1
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", {"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        self._call("start_weight_update", {})
-
-    def update_weights(self, update_info: Any) -> None:
-        self._call("update_weights", {"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.acknowledged = self._call(
-            "finish_weight_update", {"weight_version": str(self._version)}
-        )
-
-
-def environment() -> dict[str, str]:
-    """Returns the environment of a vLLM process of ours.
-
-    It has nothing of the learner's process group. With several ranks it has this rank's GPU and
-    cores.
-    """
-    found = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    for name in [
-        name
-        for name in found
-        if name in GROUP or name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
-    ]:
-        del found[name]  # the learner's process group is not the engine's
-    if ranks.count() > 1:  # beside this rank's learner: its GPU, its share of the cores
-        own = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-        found["CUDA_VISIBLE_DEVICES"] = own[ranks.local_rank()] if own else str(ranks.local_rank())
-        found["OMP_NUM_THREADS"] = str(max(1, ranks.num_cores() // ranks.local_count()))
-    return found
+        try:
+            exit_code: int | None = self._child.wait(timeout=EXIT_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            exit_code = None
+        return EngineDiedError(method, exit_code, str(self._log_file))
 
 
 def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Starts `python -m module` with one end of a pipe.
+    """Starts `python -m module` with one end of a pipe and returns the process and the other end.
 
     It does not use multiprocessing's spawn, which would run the user's script again.
     """
-    ours, theirs = Pipe()
-    command = [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())]
+    parent_end, child_end = Pipe()
+    command = [sys.executable, "-m", module, str(child_end.fileno()), str(os.getpid())]
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         child = subprocess.Popen(
             command,
-            env=environment(),
+            env=vllm_environment(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[child_end.fileno()],
         )
-    theirs.close()
-    return child, ours
-
-
-def llm_arguments(
-    model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, cuda: bool
-) -> dict[str, Any]:
-    """Returns the arguments of vLLM's `LLM` for the settings, on a GPU (`cuda`) or a CPU."""
-    arguments: dict[str, Any] = {
-        "model": model_dir,
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "max_num_seqs": settings.max_sequences,
-        "enforce_eager": not cuda if settings.eager is None else settings.eager,
-        "enable_prefix_caching": True,
-        "seed": 0,  # every request has its own
-    }
-    if settings.block_size or not cuda:
-        arguments["block_size"] = settings.block_size or 32
-    if cuda:
-        arguments |= {
-            "gpu_memory_utilization": settings.memory_fraction,
-            "enable_sleep_mode": settings.sleep,
-        }
-    else:
-        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
-        # A prompt in pieces makes vLLM 0.32 take a random number back, which a CPU's generator
-        # cannot: whole prompts, as many as fit.
-        arguments |= {
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(max_model_len, 4096),
-        }
-    return arguments
+    child_end.close()
+    return child, parent_end
 
 
 def cpu_bytes(settings: configs.Engine, weight_bytes: int) -> float:

@@ -1,39 +1,147 @@
 """A pool of vLLM servers as an engine: tokens in, tokens out.
 
-A request goes to the server with the least to do, a prompt's completions together; it is asked
-again, with the same seed, elsewhere or later when its server is lost. A server that comes back gets
-the weights that the others have before it is asked anything.
+Every rank asks the servers. Rank 0 alone starts, watches and updates them, and verifies their
+weights. A server that comes back gets the weights that the others hold before it is asked anything.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import hashlib
+import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
-from grpo.engines import EngineError, RefusedError, Request, SamplingOptions, SyncReport, Weights
-from grpo.engines.servers.fleet import HEALTH_S, Fleet
+import torch
+
+from grpo import config as configs
+from grpo.engines import EngineError, Request, SamplingOptions, SyncReport, Weights
+from grpo.engines.servers import command_line
+from grpo.engines.servers.availability import Availability, UnwatchedServers, WatchedServers
+from grpo.engines.servers.client import ServerClient
+from grpo.engines.servers.loop_thread import LoopThread
+from grpo.engines.servers.scheduler import Scheduler
 from grpo.engines.servers.server import Server
-from grpo.engines.transfer.weights import Sent
+from grpo.engines.servers.state import PoolState
+from grpo.engines.servers.supervisor import ReferenceSamples, Supervisor
+from grpo.engines.servers.weight_updates import ServersReceiver, WeightUpdates
+from grpo.engines.transfer.checksums import WeightStream
+from grpo.engines.transfer.choose import choose_sender
+from grpo.engines.transfer.interface import SenderOptions, WeightSender
+from grpo.engines.vllm_options import EngineModel
 from grpo.run import ranks
-from grpo.types import Completion
-
-# for so long a rank that does not watch the servers asks others than the one that failed
-AVOID_S = 10.0
+from grpo.run.network import free_port
+from grpo.types import Completion, UserError
 
 
-class Pool(Fleet):
-    """An `Engine` of many. Every rank asks; rank 0 alone updates, and has the servers proved."""
+class ServerPool:
+    """An `Engine` of several servers.
+
+    Args:
+        model_dir: the model.
+        settings: the engine's settings, with `servers`.
+        dtype: "float32" or "bfloat16".
+        max_model_len: the longest sequence in tokens.
+        run_dir: of the run: logs, and the weights of the transport `file`.
+        decode: returns the text of tokens.
+        load_weights: start from the model's weights. Without it a server starts from random
+            weights and a sync must come first.
+        float32_head: compute the output head in float32.
+        on_wait: called five times a second while waiting; may raise.
+        say: prints a line for the user about lost servers.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_dir: str,
+        settings: configs.Engine,
+        dtype: str,
+        max_model_len: int,
+        run_dir: Path,
+        decode: Callable[[Sequence[int]], str],
+        load_weights: bool = False,
+        float32_head: bool = False,
+        on_wait: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Starts the local servers and the watch over all servers; waits for none.
+
+        Raises UserError if this machine or this model cannot do what the settings ask for.
+        """
+        servers = _reachable_servers(settings)
+        sender_class = choose_sender(servers)
+        command_line.check_tensor_parallel(model_dir, servers.tensor_parallel)
+        model = EngineModel(
+            model_dir=model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            load_weights=load_weights,
+            float32_head=float32_head,
+        )
+        token = command_line.request_token(servers)
+        arguments = command_line.server_arguments(
+            model, settings, servers.tensor_parallel, sender_class.backend
+        )
+        self._settings = settings
+        self._dtype = getattr(torch, dtype)
+        self._num_workers = servers.tensor_parallel
+        self._client = ServerClient(
+            token=token,
+            token_env=servers.token_env,
+            timeout_s=settings.timeout_s,
+            decode=decode,
+            cache_salt=ranks.gather("the caches' salt", secrets.token_hex(8))[0],
+        )
+        self._sender: WeightSender | None = None  # on rank 0
+        if ranks.rank() == 0:
+            folder = _weights_folder(servers, run_dir)
+            options = SenderOptions(
+                folder=folder, limit_s=servers.sync_timeout_s, on_wait=on_wait, say=say
+            )
+            self._sender = sender_class(options)
+        self._state = PoolState(_make_servers(servers, arguments, token, run_dir))
+        self._loop = LoopThread("engine pool", on_wait=on_wait, describe=self._state.describe)
+        self._updates = WeightUpdates(self._client, servers.sync_timeout_s)
+        self._supervisor: Supervisor | None = None  # on rank 0
+        if self._sender is not None:
+            self._supervisor = Supervisor(
+                self._state,
+                self._updates,
+                settings,
+                keeps_weights=sender_class.keeps_weights,
+                say=say,
+            )
+            self._supervisor.start(self._loop)
+        self._scheduler = Scheduler(
+            self._state,
+            self._client,
+            self._availability(),
+            max_sequences=settings.max_sequences,
+            retries=servers.retries,
+        )
+
+    def _availability(self) -> Availability:
+        if self._supervisor is None:
+            return UnwatchedServers(self._state, self._client, self._settings.start_timeout_s)
+        return WatchedServers(self._state, self._supervisor)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Returns how many servers were lost and restarted, and how many requests retried."""
+        return self._state.counts
 
     def wait_ready(self) -> dict[str, Any]:
         """Waits until every server answers. Raises EngineError naming one that does not start."""
-        if self._leads:
-            self._run(self._all_up(), self._settings.start_timeout_s + 5)
-        urls = ranks.gather("the servers", [server.url for server in self._servers])[0]
-        for server, url in zip(self._servers, urls, strict=True):
+        if self._supervisor is not None:
+            limit_s = self._settings.start_timeout_s + 5
+            self._loop.run(self._supervisor.wait_all_up(), limit_s)
+        urls = ranks.gather("the servers", [server.url for server in self._state.servers])[0]
+        for server, url in zip(self._state.servers, urls, strict=True):
             server.url = url
         return {"servers": urls}
 
@@ -44,120 +152,58 @@ class Pool(Fleet):
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
         """Returns each request's completions, in order; any server may sample them."""
-        return self._run(self._generate(requests, options, on_progress), self._settings.timeout_s)
-
-    def prove(
-        self, requests: Sequence[Request], options: SamplingOptions
-    ) -> list[list[tuple[Completion, ...]]]:
-        """Returns what each server that is up samples.
-
-        A server that comes back later is held to it.
-        """
-        if not self._leads:
-            return []
-        found = self._run(self._prove(requests, options), self._settings.timeout_s)
-        self._proof = (requests, options, found[0])
-        return found
-
-    def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        """Sends the weights to every server that is up.
-
-        One that fails at it is lost, and gets them when it is back.
-        """
-        start, sent = time.monotonic(), Sent(weights, self._dtype)
-        if not self._leads:
-            for _ in weights:  # ZeRO-3: all ranks make them whole together
-                pass
-            self._version = version
-            return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=0)
-        self._run(self._sending.acquire(), self._settings.timeout_s + self._pool.sync_timeout_s)
-        self._proof = None  # of other weights: who comes back now is proved with all
-        try:
-            if self._weights is None:
-                self._by_nccl(sent, version)
-            else:
-                self._update_info = self._weights.write(sent)
-                self._run(self._update_all(version), self._pool.sync_timeout_s + 60)
-            self._version = version
-        finally:
-            self._loop.call_soon_threadsafe(self._sending.release)
-        self._submit(self._notify())
-        return SyncReport(
-            version=version, seconds=time.monotonic() - start, num_bytes=sent.num_bytes
-        )
-
-    def _by_nccl(self, sent: Sent, version: int) -> None:
-        """A server that is lost on the way is left out of a second try.
-
-        It gets weights with the next sync.
-        """
-        for last in (False, True):
-            ready = [server for server in self._servers if server.up]
-            if not ready:
-                raise EngineError(
-                    f"weights {version}: no server is up: "
-                    f"{', '.join(server.told() for server in self._servers)}"
-                )
-            try:
-                return self._nccl.send(
-                    ready, sent, version=version, limit_s=self._pool.sync_timeout_s
-                )
-            except EngineError as error:
-                for server in ready:
-                    self._run(self._settle(server), 60)
-                # ZeRO-3 makes the weights whole with all ranks, once
-                if last or self._nccl.stuck or ranks.count() > 1:
-                    raise
-                self._say(f"engine: {error}; once more without those that are lost")
-        raise AssertionError
-
-    async def _update_all(self, version: int) -> None:
-        """Updates the servers that are up, all at once.
-
-        Raises EngineError when all that are there refuse them.
-        """
-        found = [server for server in self._servers if server.up]
-        errors = await asyncio.gather(
-            *(self._update(server, version) for server in found), return_exceptions=True
-        )
-        for server, error in zip(found, errors, strict=True):
-            if isinstance(error, EngineError):
-                self._say(f"engine: weights {version} did not reach {server.url}: {error}")
-                server.up = False
-            elif error is not None:
-                raise error
-        if errors and all(
-            isinstance(error, EngineError) and ": 500" in str(error) for error in errors
-        ):
-            # who is lost gets them when it is back
-            raise EngineError(f"weights {version} were refused by every server: {errors[0]}")
-
-    async def _settle(self, server: Server) -> None:
-        """Ends a transfer that failed; a server whose engine does not answer then is lost."""
-        with contextlib.suppress(EngineError):
-            await self._call(server, "/finish_weight_update", {}, timeout_s=20)
-        try:
-            await self._call(server, "/weight_info", timeout_s=20, method="GET")
-        except EngineError:
-            server.up = False
+        work = self._generate(requests, options, on_progress)
+        return self._loop.run(work, self._settings.timeout_s)
 
     def begin(self, request: Request, options: SamplingOptions) -> Future[tuple[Completion, ...]]:
         """Begins a request without waiting for it.
 
-        Weights may change while it is sampled: its completions tell which.
+        Weights may change while it is sampled: its completions carry the versions.
         """
-        return self._submit(self._sampled(request, options))
+        return self._loop.submit(self._scheduler.sample(request, options))
+
+    def prove(
+        self, requests: Sequence[Request], options: SamplingOptions
+    ) -> list[list[tuple[Completion, ...]]]:
+        """Returns what each server that is up samples; nothing on other ranks than rank 0.
+
+        The samples of a server that comes back later must agree with them.
+        """
+        if self._supervisor is None:
+            return []
+        work = self._sample_on_every_server(self._supervisor, requests, options)
+        rows_per_server = self._loop.run(work, self._settings.timeout_s)
+        self._supervisor.reference = ReferenceSamples(requests, options, rows_per_server[0])
+        return rows_per_server
+
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
+        """Sends the weights to every server that is up.
+
+        A server that fails at it is lost, and gets them when it is back. Raises EngineError.
+        """
+        start = time.monotonic()
+        if self._supervisor is None or self._sender is None:
+            for _ in weights:  # ZeRO-3: all ranks gather them together
+                pass
+            self._state.version = version
+            return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=0)
+        stream = WeightStream(weights, self._dtype)
+        with self._supervisor.sync_in_progress(self._loop):
+            # it is of the old weights: a server that comes back now is probed with all others
+            self._supervisor.reference = None
+            self._sender.send(stream, self._receiver(self._supervisor, version))
+            self._state.version = version
+        self._loop.submit(self._state.notify())
+        return SyncReport(
+            version=version, seconds=time.monotonic() - start, num_bytes=stream.num_bytes
+        )
 
     def idle(self) -> float:
-        """Returns for how many seconds, since it was last asked, no server had anything to do."""
-        if self._idle_since is not None:
-            now = time.monotonic()
-            self._idle_s, self._idle_since = self._idle_s + now - self._idle_since, now
-        seconds, self._idle_s = self._idle_s, 0.0
-        return seconds
+        """Returns for how many seconds since the last call no server had anything to do."""
+        return self._scheduler.idle_clock.take()
 
     def reset_cache(self) -> None:
-        """Nothing to do: requests carry the weights' version as their cache's salt."""
+        """Does nothing: requests carry the weights' version as the salt of their cache."""
 
     def sleep(self) -> None:
         """Does nothing: the servers keep their memory."""
@@ -165,150 +211,129 @@ class Pool(Fleet):
     def wake(self) -> None:
         """Does nothing: the servers do not sleep."""
 
+    def close(self) -> None:
+        """Ends the watch, kills the servers that were started here, frees the transport."""
+        if self._supervisor is not None:
+            self._supervisor.stop_watch()
+        self._loop.close(self._client.close())
+        if self._supervisor is not None:
+            self._supervisor.kill_servers()
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def _receiver(self, supervisor: Supervisor, version: int) -> ServersReceiver:
+        return ServersReceiver(
+            supervisor,
+            self._updates,
+            self._loop,
+            version=version,
+            num_workers=self._num_workers,
+        )
+
     async def _generate(
         self,
         requests: Sequence[Request],
         options: SamplingOptions,
         on_progress: Callable[[int, int], None] | None,
     ) -> list[tuple[Completion, ...]]:
-        done, total = 0, sum(request.n for request in requests)
+        total = sum(request.n for request in requests)
+        done = 0
 
-        async def one(request: Request) -> tuple[Completion, ...]:
+        async def sample(request: Request) -> tuple[Completion, ...]:
             nonlocal done
-            found = await self._sampled(request, options)
+            completions = await self._scheduler.sample(request, options)
             done += request.n
             if on_progress is not None:
                 on_progress(done, total)
-            return found
+            return completions
 
-        tasks = [asyncio.ensure_future(one(request)) for request in requests]
+        tasks = [asyncio.ensure_future(sample(request)) for request in requests]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _sampled(self, request: Request, options: SamplingOptions) -> tuple[Completion, ...]:
-        """Returns a request's completions, from whichever server.
-
-        The number of retries is bounded; each has the request's seed.
-        """
-        # rank 0 alone knows which is up
-        tries = self._pool.retries + (0 if self._leads else int(self._settings.start_timeout_s))
-        for attempt in range(tries + 1):
-            server = await self._free(request.n)
-            starts = server.starts
-            try:
-                if not self._leads and self._version >= 0:  # rank 0 may be bringing it up
-                    held = await self._call(server, "/weight_info", timeout_s=60, method="GET")
-                    if held["weight_version"] != str(self._version):
-                        raise EngineError(
-                            f"{server.url} has weights {held['weight_version']}, not "
-                            f"{self._version}"
-                        )
-                return await self._ask_while_up(server, request, options)
-            except RefusedError:
-                raise
-            except EngineError as error:
-                self.counts["retried"] += 1
-                if not self._leads:
-                    server.avoid = time.monotonic() + AVOID_S
-                    await asyncio.sleep(1.0)
-                elif server.starts == starts:  # and not back already
-                    server.up = False
-                    await self._notify()
-                if attempt == tries:
-                    raise EngineError(
-                        f"a request failed {attempt + 1} times (engine.servers.retries): the last "
-                        f"time, {error}"
-                    ) from None
-            finally:
-                server.load -= request.n
-                if not any(each.load for each in self._servers):
-                    self._idle_since = time.monotonic()
-                await self._notify()
-        raise AssertionError
-
-    async def _ask_while_up(
-        self, server: Server, request: Request, options: SamplingOptions
-    ) -> tuple[Completion, ...]:
-        """Asks a server as `_ask` does, and gives up when the server is lost meanwhile.
-
-        A machine that is gone breaks no connection.
-        """
-        starts, asked = (
-            server.starts,
-            asyncio.ensure_future(self._ask(server, request, options, self._version)),
-        )
-        try:
-            while not (await asyncio.wait({asked}, timeout=1.0 if self._leads else HEALTH_S))[0]:
-                if not self._leads:
-                    await self._call(server, "/health", timeout_s=HEALTH_S, method="GET")
-                elif not server.up or server.starts != starts:
-                    raise EngineError(f"{server.told()} was lost")
-            return asked.result()
-        finally:
-            asked.cancel()
-
-    async def _free(self, count: int) -> Server:
-        """Returns the least loaded server, with `count` completions added to its load.
-
-        Waits until a server has room for them. A server without load has room for any number.
-        """
-        async with self._changed:
-            while True:
-                now = time.monotonic()
-                if self._leads:
-                    ready = [s for s in self._servers if s.up and s.version == self._version]
-                else:
-                    ready = [s for s in self._servers if s.avoid <= now] or self._servers
-                room = [
-                    s for s in ready if not s.load or s.load + count <= self._settings.max_sequences
-                ]
-                if room:
-                    server = min(room, key=lambda s: s.load)
-                    server.load += count
-                    if self._idle_since is not None:
-                        self._idle_s, self._idle_since = self._idle_s + now - self._idle_since, None
-                    server.moved = max(server.moved, now) if server.load == count else server.moved
-                    return server
-                await self._watched()
-                behind = self._leads and not ready and all(s.up for s in self._servers)
-                if self._transfer == "nccl" and behind and not self._sending.locked():
-                    raise EngineError(
-                        "every server was lost; by NCCL they get weights with the next sync only: "
-                        "go on with --resume"
-                    )
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), 1.0)
-
-    async def _prove(
-        self, requests: Sequence[Request], options: SamplingOptions
+    async def _sample_on_every_server(
+        self, supervisor: Supervisor, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
-        async def by(server: Server) -> list[tuple[Completion, ...]]:
-            return list(await asyncio.gather(*(one(server, request) for request in requests)))
+        """Returns the rows of each server with the current weights that stays up, at least one."""
 
-        async def one(server: Server, request: Request) -> tuple[Completion, ...]:
-            server.load += request.n  # watched, then, for a stall
+        async def sample(server: Server, request: Request) -> tuple[Completion, ...]:
+            server.load += request.n  # a server that stalls in it is lost
             try:
-                return await self._ask_while_up(server, request, options)
+                return await self._scheduler.sample_on(server, request, options)
             finally:
                 server.load -= request.n
 
-        ready = [
-            server for server in self._servers if server.up and server.version == self._version
-        ]
-        while not ready:
-            await self._watched()
+        async def sample_all(server: Server) -> list[tuple[Completion, ...]]:
+            return list(await asyncio.gather(*(sample(server, request) for request in requests)))
+
+        while True:
+            servers = self._state.current_servers()
+            results = await asyncio.gather(*map(sample_all, servers), return_exceptions=True)
+            rows_per_server = []
+            for server, result in zip(servers, results, strict=True):
+                if isinstance(result, EngineError):
+                    server.up = False
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    rows_per_server.append(result)
+            if rows_per_server:
+                return rows_per_server
+            supervisor.raise_if_watch_ended()
             await asyncio.sleep(0.2)
-            ready = [
-                server for server in self._servers if server.up and server.version == self._version
-            ]
-        found = await asyncio.gather(*map(by, ready), return_exceptions=True)
-        for server, rows in zip(ready, found, strict=True):
-            if isinstance(rows, EngineError):
-                server.up = False
-            elif isinstance(rows, BaseException):
-                raise rows
-        good = [rows for rows in found if not isinstance(rows, BaseException)]
-        return good or await self._prove(requests, options)
+
+
+def _reachable_servers(settings: configs.Engine) -> configs.Servers:
+    """Returns `settings.servers`. Raises UserError if a rank cannot reach the local servers."""
+    if settings.servers is None:
+        raise ValueError("a pool needs settings.servers")
+    if settings.servers.count and ranks.count() > ranks.local_count():
+        raise UserError(
+            "engine.servers.count: ranks on several machines do not reach rank 0's own: use "
+            "urls (launch/server.sh)"
+        )
+    return settings.servers
+
+
+def _make_servers(
+    servers: configs.Servers, arguments: Sequence[str], token: str, run_dir: Path
+) -> list[Server]:
+    """Returns the servers of `urls`, then the local ones, which rank 0 starts."""
+    is_rank0 = ranks.rank() == 0
+    free_ports = [free_port() for _ in range(servers.count)] if is_rank0 else []
+    ports = ranks.gather("the servers' ports", free_ports)[0]
+    now = time.monotonic()
+    pool = [Server(url=url.rstrip("/"), last_response_at=now) for url in servers.urls]
+    for number, port in enumerate(ports):
+        cores = command_line.server_cores(number, servers)
+        server = Server(
+            url=f"http://127.0.0.1:{port}",
+            log_file=run_dir / "logs" / f"server-{number}.log",
+            command=[
+                *command_line.COMMAND,
+                *arguments,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
+            environment=command_line.server_environment(token, number, servers, cores),
+            cores=cores,
+            last_response_at=now,
+        )
+        pool.append(server)
+        if is_rank0:
+            server.start()
+    return pool
+
+
+def _weights_folder(servers: configs.Servers, run_dir: Path) -> Path:
+    """Returns the directory of the transport `file`, which no other run uses."""
+    if not servers.folder:
+        return run_dir / "weights"
+    name = f"{socket.gethostname()} {run_dir.resolve()}"
+    return Path(servers.folder, hashlib.sha256(name.encode()).hexdigest()[:16])

@@ -1,172 +1,192 @@
-"""Sends weights to servers on other GPUs.
+"""Transport `nccl`: a broadcast to servers on other GPUs, by vLLM's own engine.
 
-It uses vLLM's own NCCL transfer, with one group of the learner's rank 0 and every server's workers.
+The learner's rank 0 and the workers of every server form one NCCL group.
 """
 
 from __future__ import annotations
 
-import asyncio
-import socket
 import threading
 import time
-from collections.abc import Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from grpo.engines import EngineError
-from grpo.engines.servers.server import Server, free_port
-from grpo.engines.transfer.weights import Sent
+from grpo.engines import EngineError, EngineTimeoutError
+from grpo.engines.transfer.checksums import WeightStream
+from grpo.engines.transfer.interface import SenderOptions, WeightReceiver
+from grpo.run import ranks
+from grpo.run.network import address_towards, free_port
 
-if TYPE_CHECKING:
-    from grpo.engines.servers.fleet import Fleet
+LEAVE_LIMIT_S = 20.0  # the longest wait for a failed send to notice that its group is gone
+
+
+@runtime_checkable
+class EngineGroup(WeightReceiver, Protocol):
+    """Several servers that receive weights together."""
+
+    version: int  # of the weights that are sent
+    num_workers: int  # GPUs per server
+
+    def members(self) -> list[tuple[str, int]]:
+        """Returns, per server that is up, its URL and how often it was started.
+
+        A server that was started again is another member. Raises EngineError if none is up.
+        """
+
+    def end_failed_update(self) -> None:
+        """Ends an update that failed; drops members whose engines do not answer."""
 
 
 class NcclSender:
     """Sends to the servers that are up.
 
-    The group is made anew when they are not the processes that it was made of.
+    The group is formed again when its members are no longer the processes that are up.
     """
 
-    def __init__(self, fleet: Fleet, tensor_parallel: int) -> None:
-        self._fleet, self._size = fleet, tensor_parallel
+    backend: ClassVar[str] = "grpo_nccl"
+    keeps_weights: ClassVar[bool] = False
+
+    def __init__(self, options: SenderOptions) -> None:
+        """Forms no group yet: it is formed at the first send."""
+        self.buffer_bytes = 0
+        self._options = options
         self._trainer: Any = None
         self._members: list[tuple[str, int]] = []
-        self.stuck = False  # whether a transfer that was given up still goes through the weights
+        self._is_stuck = False  # a send that was given up still iterates the weights
 
-    def send(self, servers: Sequence[Server], sent: Sent, *, version: int, limit_s: float) -> None:
-        """Raises EngineError, also when a server is lost on the way and the others wait for it."""
-        failed: list[BaseException] = []
-        client = _Client(self._fleet, servers, version, self._size, failed)
+    def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
+        """Sends every weight; tries once more without the servers that are lost on the way.
+
+        A lost server gets weights with the next send. Raises EngineError.
+        """
+        if not isinstance(receiver, EngineGroup):
+            raise TypeError(f"the transport `nccl` sends to a group of servers, got {receiver!r}")
+        members = receiver.members()
+        try:
+            self._send_once(stream, receiver, members)
+        except EngineError as error:
+            receiver.end_failed_update()
+            # under ZeRO-3 all ranks gather the weights together, once
+            if self._is_stuck or ranks.count() > 1:
+                raise
+            self._options.say(f"engine: {error}; once more without those that are lost")
+        else:
+            return
+        members = receiver.members()
+        try:
+            self._send_once(stream, receiver, members)
+        except EngineError:
+            receiver.end_failed_update()
+            raise
+
+    def close(self) -> None:
+        """Does nothing: the group ends with the processes."""
+
+    def _send_once(
+        self, stream: WeightStream, group: EngineGroup, members: list[tuple[str, int]]
+    ) -> None:
+        failures: list[BaseException] = []
+        guarded = _FailFastReceiver(group, failures)
 
         def work() -> None:
             try:
-                self._join(servers, client, sent)
-                client.check()
-                self._trainer.client, self._trainer.source = client, sent
+                self._join(members, group.num_workers, guarded, stream)
+                guarded.raise_failure()
+                self._trainer.client = guarded
+                self._trainer.source = stream
                 self._trainer.send_weights()
             except BaseException as error:
-                failed.append(error)
+                failures.append(error)
 
-        thread, deadline = threading.Thread(target=work, daemon=True), time.monotonic() + limit_s
+        thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            while thread.is_alive() and not failed and time.monotonic() < deadline:
-                thread.join(0.2)
-                self._fleet._on_wait()
-            if thread.is_alive() and not failed:
-                failed.append(EngineError(f"not done within {limit_s:g} s"))
+            self._wait(thread, failures)
         except BaseException as error:
-            failed.append(error)
+            failures.append(error)
             raise
         finally:
-            if failed:
+            if failures:
                 self._leave()
-                thread.join(20)
-                self.stuck = thread.is_alive()
-        if failed:
-            raise EngineError(f"weights {version} to {len(servers)} servers by NCCL: {failed[0]}")
+                thread.join(LEAVE_LIMIT_S)
+                self._is_stuck = thread.is_alive()
+        if failures:
+            raise EngineError(
+                f"weights {group.version} to {len(members)} servers by NCCL: {failures[0]}"
+            )
 
-    def _join(self, servers: Sequence[Server], client: Any, source: Any) -> None:
+    def _wait(self, thread: threading.Thread, failures: list[BaseException]) -> None:
+        limit_s = self._options.limit_s
+        deadline = time.monotonic() + limit_s
+        while thread.is_alive() and not failures:
+            if time.monotonic() > deadline:
+                failures.append(EngineTimeoutError("not done", limit_s))
+                return
+            thread.join(0.2)
+            self._options.on_wait()
+
+    def _join(
+        self, members: list[tuple[str, int]], num_workers: int, receiver: Any, stream: Any
+    ) -> None:
         from vllm.distributed.weight_transfer.nccl_engine import (
             NCCLTrainerInitInfo,
             NCCLTrainerWeightTransferEngine,
         )
 
-        members = [(server.url, server.starts) for server in servers]
-        if members != self._members:
-            self._leave()
-            size = 1 + len(servers) * self._size
-            info = NCCLTrainerInitInfo(
-                rank=0,
-                master_address=_seen_by(servers[0]),
-                master_port=free_port(),
-                world_size=size,
-            )
-            trainer = NCCLTrainerWeightTransferEngine.trainer_init(
-                info, client=client, source=source
-            )
-            self._trainer, self._members = trainer, members
+        if members == self._members:
+            return
+        self._leave()
+        first_url, _ = members[0]
+        init_info = NCCLTrainerInitInfo(
+            rank=0,
+            master_address=address_towards(first_url),
+            master_port=free_port(),
+            world_size=1 + len(members) * num_workers,
+        )
+        self._trainer = NCCLTrainerWeightTransferEngine.trainer_init(
+            init_info, client=receiver, source=stream
+        )
+        self._members = members
 
     def _leave(self) -> None:
-        """Aborts the group: what still waits in it for somebody who is gone goes on."""
+        """Aborts the group: a call that waits in it for a lost member returns."""
         self._members = []
         if self._trainer is not None:
             self._trainer.shutdown()
             self._trainer = None
 
 
-def _seen_by(server: Server) -> str:
-    """Returns the address of this machine on the way to a server."""
-    url = urlsplit(server.url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-        way.connect((url.hostname or "127.0.0.1", url.port or 80))  # sends nothing
-        return str(way.getsockname()[0])
+class _FailFastReceiver:
+    """Passes vLLM's calls to a receiver, records the first failure and refuses further calls.
 
+    vLLM asks for the result of `update_weights` after its broadcast, and the broadcast waits for
+    the lost server: the failure must be seen before.
+    """
 
-class _Client:
-    """What vLLM's sending side calls (VLLMWeightSyncClient), for all servers at once."""
+    def __init__(self, receiver: WeightReceiver, failures: list[BaseException]) -> None:
+        self._receiver = receiver
+        self._failures = failures
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        servers: Sequence[Server],
-        version: int,
-        size: int,
-        failed: list[BaseException],
-    ) -> None:
-        self._fleet, self._servers, self._version, self._size, self._failed = (
-            fleet,
-            servers,
-            version,
-            size,
-            failed,
-        )
+    def raise_failure(self) -> None:
+        """Raises EngineError if the send has failed."""
+        if self._failures:
+            raise EngineError(f"given up: {self._failures[0]}")
 
-    def _all(self, path: str, bodies: Sequence[Any]) -> None:
-        self._wait(
-            *(
-                self._fleet._call(server, path, body)
-                for server, body in zip(self._servers, bodies, strict=True)
-            )
-        )
-
-    def check(self) -> None:
-        """Raises what the transfer was given up for."""
-        if self._failed:
-            raise EngineError(f"given up: {self._failed[0]}")
-
-    def _wait(self, *calls: Coroutine[Any, Any, Any]) -> None:
-        async def all_of_them() -> None:
-            await asyncio.gather(*calls)
-
-        if self._failed:
-            for call in calls:
-                call.close()
-        self.check()
+    def _call(self, method: Callable[..., None], *arguments: Any) -> None:
+        self.raise_failure()
         try:
-            # each call has its limit, and ends with the fleet
-            self._fleet._submit(all_of_them()).result()
+            method(*arguments)
         except BaseException as error:
-            # at once: vLLM asks for it after a broadcast that may wait for the server that is lost
-            self._failed.append(error)
+            self._failures.append(error)
             raise
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        own = [
-            {"init_info": init_info | {"rank_offset": 1 + i * self._size}}
-            for i in range(len(self._servers))
-        ]
-        self._all("/init_weight_transfer_engine", own)
+        self._call(self._receiver.init_weight_transfer_engine, init_info)
 
     def start_weight_update(self) -> None:
-        for server in self._servers:
-            server.version = -1  # nothing is asked of it from here on
-        self._all("/pause?mode=keep", [{}] * len(self._servers))
-        self._all("/start_weight_update", [{}] * len(self._servers))
+        self._call(self._receiver.start_weight_update)
 
     def update_weights(self, update_info: Any) -> None:
-        self._all("/update_weights", [{"update_info": update_info}] * len(self._servers))
+        self._call(self._receiver.update_weights, update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._wait(*(self._fleet._finish(server, self._version) for server in self._servers))
-        self._all("/resume", [{}] * len(self._servers))
+        self._call(self._receiver.finish_weight_update)

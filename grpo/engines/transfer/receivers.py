@@ -1,10 +1,10 @@
-"""The receiving ends of a weight sync, in vLLM's processes.
+"""The receiving side of a weight sync, inside vLLM's processes.
 
-They are engines of vLLM's weight-transfer interface that check all that they receive.
+The classes implement vLLM's weight-transfer interface and check every weight that they receive.
 
-`MemoryTransfer` is written after vLLM 0.32's IPC engine. It differs in two points: it does no
-device synchronisation (the base class assumes an accelerator), and it packs a tied output head and
-a layer's experts again.
+`MemoryTransfer` follows vLLM 0.32's IPC engine with two differences: it does no device
+synchronisation (the base class assumes an accelerator), and it packs a tied output head and a
+layer's experts again.
 """
 
 from __future__ import annotations
@@ -28,39 +28,44 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.v1.attention.backend import AttentionImplBase
 
-from grpo.engines.transfer.weights import Arrivals, read, tied_head
+from grpo.engines.transfer.checksums import ArrivalCheck, tied_head
+from grpo.engines.transfer.layout import read_tensors
 
 
-class Checked:
-    """Passes all that a transfer engine of vLLM's receives through `Arrivals`.
+class ChecksArrivals:
+    """Mixin: every weight that a transfer engine of vLLM receives passes through `ArrivalCheck`.
 
-    It comes before that engine among the bases. `Arrivals` is in grpo/engines/transfer/weights.py.
+    It must come before that engine among the base classes.
     """
 
     model: Any
 
     def start_weight_update(self) -> None:
+        """Begins an update and a new check."""
         super().start_weight_update()  # type: ignore[misc]
-        self._arrivals = Arrivals(self.model)
+        self._arrivals = ArrivalCheck(self.model)
 
     def receive_weights(self, update_info: Any) -> None:
-        model, self.model = self.model, self._arrivals
+        """Loads weights through the check. Raises RuntimeError naming what is wrong."""
+        model = self.model
+        self.model = self._arrivals
         try:
             super().receive_weights(update_info)  # type: ignore[misc]
         finally:
             self.model = model
 
 
-class InPlace(Checked):
-    """On a GPU most models are loaded straight into the parameters that their CUDA graphs read.
+class LoadsInPlace(ChecksArrivals):
+    """Mixin: weights are loaded straight into the parameters that CUDA graphs read.
 
-    vLLM's layer-wise reload puts a layer's new weights together beside the old ones, processes and
-    copies them. A model whose weights are used as they are loaded does not need that.
+    vLLM's layer-wise reload assembles a layer's new weights beside the old ones, processes and
+    copies them. A model that uses its weights as loaded does not need that.
     """
 
     def start_weight_update(self) -> None:
+        """Begins an update, without the layer-wise reload where the model does not need it."""
         if loads_in_place(self.model):
-            self._arrivals = Arrivals(self.model)
+            self._arrivals = ArrivalCheck(self.model)
         else:
             super().start_weight_update()
 
@@ -92,23 +97,30 @@ def _is_plain_attention(module: Any) -> bool:
     )
 
 
-class IpcTransfer(InPlace, IPCWeightTransferEngine):
-    pass
+class IpcTransfer(LoadsInPlace, IPCWeightTransferEngine):
+    """Receives weights by CUDA IPC (transport `ipc`)."""
 
 
-class NcclTransfer(InPlace, NCCLWeightTransferEngine):
-    pass
+class NcclTransfer(LoadsInPlace, NCCLWeightTransferEngine):
+    """Receives weights by an NCCL broadcast (transport `nccl`)."""
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    pass
+    """What a connection to shared memory or a file needs: nothing."""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    path: str  # of the memory or the file that the tensors lie in
-    names: list[str]  # in the order in which they were sent
+    """Where the weights of one update are.
+
+    Attributes:
+        path: of the shared memory or the file.
+        names: of the tensors, in the order sent.
+    """
+
+    path: str
+    names: list[str]
 
 
 class _MemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -125,7 +137,7 @@ class _MemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.model.load_weights(read(update_info.path, update_info.names))  # type: ignore[operator]
+        self.model.load_weights(read_tensors(update_info.path, update_info.names))  # type: ignore[operator]
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -136,8 +148,8 @@ class _MemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         pass
 
 
-class MemoryTransfer(Checked, _MemoryTransfer):
-    pass
+class MemoryTransfer(ChecksArrivals, _MemoryTransfer):
+    """Reads weights from shared memory or a file (transports `memory` and `file`)."""
 
 
 def retie_head(model: Any) -> None:
@@ -152,9 +164,9 @@ def retie_head(model: Any) -> None:
 
 
 def repack_experts(model: Any) -> None:
-    """Brings a layer's experts into their kernel's layout.
+    """Packs every layer's experts into the layout of their kernel.
 
-    A reload leaves them as they were sent (vLLM 0.32, CPU).
+    A reload leaves them in the layout in which they were sent (vLLM 0.32, CPU).
     """
     for module in model.modules():
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from grpo.engines.local.child import Server, main
+from grpo.engines.local.child import ChildEngine, main
 
 TIMED = (
     "generate",
@@ -19,16 +19,16 @@ TIMED = (
 
 
 def time_calls(name: str) -> None:
-    plain = getattr(Server, name)
+    plain = getattr(ChildEngine, name)
 
-    def call(self: Server, **arguments: Any) -> Any:
+    def call(self: ChildEngine, **arguments: Any) -> Any:
         begun = time.perf_counter()
         result = plain(self, **arguments)
         size = f" of {sum(n for _, _, n in arguments['requests'])}" if name == "generate" else ""
         print(f"TIMED {name}{size}: {time.perf_counter() - begun:.4f} s", flush=True)
         return result
 
-    setattr(Server, name, call)
+    setattr(ChildEngine, name, call)
 
 
 if __name__ == "__main__":

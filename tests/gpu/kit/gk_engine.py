@@ -1,4 +1,4 @@
-"""Starts the engine child's own Server in this process on a tiny model, in several ways, the wanted
+"""Starts the child's ChildEngine in this process on a tiny model, in several ways, the wanted
 one first; keeps the first that runs.
 
 gk_engine.py            tries the ways, each in a process of its own; what the chosen one needs in
@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo.config import Engine
-from grpo.engines.local.child import Server
-from grpo.engines.local.engine import llm_arguments
+from grpo.engines.local.child import ChildEngine
+from grpo.engines.vllm_options import llm_arguments
 from grpo.learning import models
 
 KIT = Path("/tmp/gk")
@@ -83,7 +83,7 @@ def run_one() -> int:
     }
     begun = time.monotonic()
     pipe: Any = NoPipe()
-    server = Server(pipe, arguments, "ipc")
+    server = ChildEngine(pipe, arguments, "grpo_ipc")
     print(f"engine up in {time.monotonic() - begun:.1f} s {server.describe()}", flush=True)
 
     prompts = [tuple(10 + (7 * i + j) % 90 for j in range(100)) for i in range(8)]

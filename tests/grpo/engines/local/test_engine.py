@@ -1,8 +1,6 @@
 """The real vLLM in its child process: what it samples, the weights that it holds, how it dies."""
 
-import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -13,23 +11,26 @@ import psutil
 import pytest
 import torch
 from real_engines import PROMPTS, SETTINGS, put_together, start_engine
-from safetensors.torch import load_file
 from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
 from grpo.engines import EngineError, Request, SamplingOptions
 from grpo.engines.local.engine import check_memory
-from grpo.engines.transfer import weights as transfer_weights
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
-from grpo.training import weight_sync as probe_module
-from grpo.training.weight_sync import MAX_GAP, Probe, probe_prompts, sync
+from grpo.training import weight_sync
+from grpo.training.weight_sync import (
+    MAX_GAP_FLOAT32,
+    MAX_GAP_ROUNDED,
+    CheckSettings,
+    WeightCheck,
+    probe_prompts,
+    sync,
+)
 from grpo.types import RunError, UserError
 
 SUPPORT = str(Path(__file__).parents[3] / "support")  # where faulty_child.py lies
-
-# printable ASCII
 
 
 @pytest.fixture(scope="module")
@@ -119,51 +120,6 @@ def test_a_stop_string_stays_in_the_text(engine, tiny):
     )
 
 
-def test_only_models_that_use_their_weights_as_loaded_are_loaded_in_place():
-    from vllm.model_executor.layers.attention import Attention
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-    from vllm.v1.attention.backend import AttentionImplBase
-
-    from grpo.engines.transfer.receivers import loads_in_place
-
-    class Layer(torch.nn.Module):
-        def __init__(self, quant_method):
-            super().__init__()
-            self.quant_method = quant_method
-
-    class PackedMethod(UnquantizedLinearMethod):
-        """Packs the weight in process_weights_after_loading."""
-
-    class LatentAttention(torch.nn.Module):
-        def process_weights_after_loading(self, dtype):
-            """Derives matrices of a weight."""
-
-    class PlainImplementation(AttentionImplBase):
-        """Does nothing after loading."""
-
-    class DerivingImplementation(AttentionImplBase):
-        def process_weights_after_loading(self, act_dtype):
-            """Derives attention sinks of a weight."""
-
-    def attention(implementation):
-        layer = Attention.__new__(Attention)
-        torch.nn.Module.__init__(layer)
-        layer.impl = object.__new__(implementation)
-        return layer
-
-    plain = [
-        Layer(UnquantizedLinearMethod()),
-        Layer(UnquantizedEmbeddingMethod()),
-        Layer(None),
-        torch.nn.LayerNorm(4),
-    ]
-    plain.append(attention(PlainImplementation))
-    assert loads_in_place(torch.nn.Sequential(*plain))
-    for other in (Layer(PackedMethod()), LatentAttention(), attention(DerivingImplementation)):
-        assert not loads_in_place(torch.nn.Sequential(*plain, torch.nn.Sequential(other)))
-
-
 @pytest.mark.slow
 @pytest.mark.engine
 def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(
@@ -179,21 +135,22 @@ def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(
     engine = start_engine(model_dir, tmp_path, dtype="bfloat16")
     try:
         learner = Learner(models.load_model(model_dir, "eager"), config, loss)
-        limits = {
-            "tokens": 16,
-            "max_gap": MAX_GAP[False],
-            "micro_batch_tokens": 1024,
-            "rounds": True,
-        }
-        probe = Probe(engine, learner, probe_prompts(PROMPTS, 4, 96), temperature=1.0, **limits)
-        seeds = probe_module.CANARY_SEEDS[:4]
+        settings = CheckSettings(
+            temperature=1.0,
+            num_tokens=16,
+            max_gap=MAX_GAP_ROUNDED,
+            micro_batch_tokens=1024,
+            rounds=True,
+        )
+        probe = WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)
+        seeds = weight_sync.CANARY_SEEDS[:4]
         noises = [probe._rounding_noise(seed) for seed in seeds]
-        monkeypatch.setattr(probe_module, "CANARY_SEEDS", [seeds[noises.index(max(noises))]])
+        monkeypatch.setattr(weight_sync, "CANARY_SEEDS", [seeds[noises.index(max(noises))]])
         with pytest.raises(
             RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.4"
         ):
             probe.canary(version=0)
-        monkeypatch.setattr(probe_module, "CANARY_SEEDS", seeds)
+        monkeypatch.setattr(weight_sync, "CANARY_SEEDS", seeds)
         assert probe.canary(version=1) < 2 * min(noises) < 0.4
     finally:
         engine.close()
@@ -228,7 +185,7 @@ def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
         learner, probe = put_together(engine, model_dir, tmp_path)
         assert probe.canary(version=0) < 1e-4
         report = sync(engine, learner, version=1)
-        assert report.version == 1 and probe.check()["probe/gap"] < 1e-4
+        assert report.version == 1 and probe.probe().gap < 1e-4
         (group,) = engine.generate(
             [Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=4)
         )
@@ -240,7 +197,7 @@ def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
             sent = {name: weight.clone() for name, weight in learner.weights()}
             for stale in sent:
                 engine.load_weights(Weights(sent | {stale: true[stale]}), version=2)
-                assert probe.gap() > MAX_GAP[True], f"a stale {stale} is not seen"
+                assert probe.gap() > MAX_GAP_FLOAT32, f"a stale {stale} is not seen"
     finally:
         engine.close()
 
@@ -286,15 +243,14 @@ def test_a_fault_in_the_sync_is_seen_before_the_first_rollout(
     with pytest.raises(RunError, match=message):
         probe.canary(version=0)
         sync(engine, learner, version=1)
-        probe.check()
+        probe.probe()
 
 
 @pytest.mark.engine
 def test_a_stale_head_is_seen_in_bfloat16_too(tiny, tmp_path):
     engine, _ = start_faulty(tiny(), tmp_path, "stale head", dtype="bfloat16")
     try:
-        _, probe = put_together(engine, tiny(), tmp_path)
-        probe._max_gap, probe._rounds = MAX_GAP[False], True
+        _, probe = put_together(engine, tiny(), tmp_path, rounds=True)
         with pytest.raises(
             RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.2"
         ):
@@ -347,107 +303,6 @@ def test_the_engine_dies_with_its_parent(tmp_path, tiny):
     parent.kill()
     parent.wait()
     child.wait(timeout=5)
-
-
-class Loader(torch.nn.Module):
-    """A model that only takes weights: its own are the `names`."""
-
-    def __init__(self, names):
-        super().__init__()
-        self.loaded = {}
-        for name in names:
-            self.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
-
-    def load_weights(self, weights):
-        arrived = {name: tensor.clone() for name, tensor in weights}
-        self.loaded |= arrived
-        return arrived.keys()
-
-
-@pytest.mark.parametrize("file", [False, True])
-def test_weights_arrive_bit_for_bit_through_memory_or_a_file_of_safetensors(tmp_path, file):
-    """Read in place; a file is a new one each time."""
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "weights-7.safetensors").touch()  # left by a trainer that was killed
-    sender = transfer_weights.SharedWeights(tmp_path / "weights" if file else None)
-    kept = f"gate_{transfer_weights.KEPT}"
-    weights = {
-        "a": torch.randn(3, 5),
-        "b": torch.randn(7, 3).T,
-        "count": torch.tensor([3]),
-        kept: torch.randn(4),
-        "scalar": torch.tensor(2.5),
-    }
-    for scale in (1, 2):  # the second write reuses the memory
-        told = sender.write(
-            transfer_weights.Sent(
-                Weights({name: tensor * scale for name, tensor in weights.items()}), torch.bfloat16
-            )
-        )
-        assert told["names"] == [*weights, transfer_weights.CHECKSUMS]
-        model = Loader(weights)
-        transfer_weights.Arrivals(model).load_weights(transfer_weights.read(**told))
-        for name, tensor in weights.items():
-            wanted = torch.bfloat16 if tensor.is_floating_point() and name != kept else tensor.dtype
-            assert (
-                torch.equal(model.loaded[name], (tensor * scale).to(wanted))
-                and model.loaded[name].dtype == wanted
-            )
-    assert load_file(told["path"]).keys() == {*weights, transfer_weights.CHECKSUMS}
-    assert not file or len(list((tmp_path / "weights").iterdir())) == 1
-    sender.close()
-    assert not file or not list((tmp_path / "weights").iterdir())
-
-
-def test_a_full_disk_is_an_error_before_weights_are_written(tmp_path):
-    sender = transfer_weights.SharedWeights(tmp_path / "weights")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(
-            EngineError,
-            match=r"no room for 0.00 GB of weights at .*weights-2.safetensors: File too large",
-        ):
-            sender.write(transfer_weights.Sent(Weights(a=torch.randn(1000)), torch.float32))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    sender.close()
-
-
-@pytest.mark.parametrize("bucket", [1, 2, 100])
-@pytest.mark.parametrize(
-    ("fault", "error"),
-    [
-        (None, None),
-        ("flipped", "the bytes of b are not those that were sent"),
-        ("swapped", "the bytes of a, b are not those that were sent"),
-        ("lost", "3 tensors arrived, 4 were sent"),
-        ("unknown", "1 weights of the engine's model did not arrive: more"),
-    ],
-)
-def test_what_arrives_in_buckets_is_held_to_the_checksums_that_come_last(bucket, fault, error):
-    """As by CUDA IPC and NCCL: packed in a buffer, where a tensor may begin at any byte."""
-    weights = Weights(a=torch.randn(3, 3), b=torch.randn(3, 3), c=torch.randn(9), d=torch.randn(1))
-    sent = list(transfer_weights.Sent(weights, torch.bfloat16))
-    packed = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in sent]).split(
-        [tensor.nbytes for _, tensor in sent]
-    )
-    rows = [
-        (name, part.view(tensor.dtype).view(tensor.shape))
-        for (name, tensor), part in zip(sent, packed, strict=True)
-    ]
-    if fault == "flipped":
-        rows[1][1].view(torch.uint8)[1, 1] ^= 1
-    elif fault == "swapped":
-        rows[0], rows[1] = ("a", rows[1][1]), ("b", rows[0][1])
-    elif fault == "lost":
-        del rows[1]
-    arrivals = transfer_weights.Arrivals(
-        Loader([*weights.keys(), *(["more"] if fault == "unknown" else [])])
-    )
-    with pytest.raises(RuntimeError, match=error) if fault else contextlib.nullcontext():
-        for i in range(0, len(rows), bucket):
-            arrivals.load_weights(rows[i : i + bucket])
 
 
 def test_too_little_memory_is_told_before_the_engine_starts():

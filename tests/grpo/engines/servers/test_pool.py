@@ -3,16 +3,11 @@
 What they sample, who may ask them, what is done when one is killed, hangs or gets broken weights.
 """
 
-import asyncio
-import contextlib
 import json
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -22,14 +17,9 @@ from tiny_models import tiny_config
 from whole_runs import wait_for
 
 from grpo import config as configs
-from grpo.engines import EngineError, RefusedError, Request
 from grpo.engines.local.engine import VllmEngine
-from grpo.engines.servers import fleet
-from grpo.engines.servers import pool as pool_module
-from grpo.engines.servers.plugin import TOKEN
-from grpo.engines.servers.pool import Pool
-from grpo.engines.servers.server import Server
-from grpo.engines.transfer.nccl import NcclSender
+from grpo.engines.servers.guard import TOKEN_VARIABLE
+from grpo.engines.servers.supervisor import sample_gap
 from grpo.run import ranks
 from grpo.types import UserError
 
@@ -50,9 +40,11 @@ def test_two_servers_sample_what_one_child_process_samples(pool, tiny, tmp_path)
     engine.close()
     done = []
     found = pool.generate(REQUESTS, OPTIONS, lambda *progress: done.append(progress))
-    made = [pool._run(pool._call(server, "/metrics", method="GET")) for server in pool._servers]
-    # both had work
-    assert done[-1] == (36, 36) and all(float(fleet.GENERATED.search(text)[1]) > 0 for text in made)
+    num_tokens = [
+        pool._loop.run(pool._client.num_generated_tokens(server, 10))
+        for server in pool._state.servers
+    ]
+    assert done[-1] == (36, 36) and all(count > 0 for count in num_tokens)  # both had work
     for ours, theirs in zip(found, expected, strict=True):
         assert [(c.token_ids, c.text, c.finish_reason) for c in ours] == [
             (c.token_ids, c.text, c.finish_reason) for c in theirs
@@ -63,7 +55,7 @@ def test_two_servers_sample_what_one_child_process_samples(pool, tiny, tmp_path)
 
 
 def test_every_route_asks_for_the_token_and_pickles_are_not_served(pool):
-    url, token = pool._servers[0].url, pool._servers[0].environment[TOKEN]
+    url, token = pool._state.servers[0].url, pool._state.servers[0].environment[TOKEN_VARIABLE]
     for method, path in (
         ("GET", "/health"),
         ("POST", "/update_weights"),
@@ -90,11 +82,11 @@ def test_new_weights_reach_every_server_and_their_prefixes_are_not_those_of_the_
     before = pool.prove(REQUESTS[:4], OPTIONS)
     pool.load_weights(weights(tiny(), 0.7), 2)
     after = pool.prove(REQUESTS[:4], OPTIONS)
-    assert len(after) == 2 and fleet.difference(after[0], after[1]) < 1e-4 < fleet.difference(
+    assert len(after) == 2 and sample_gap(after[0], after[1]) < 1e-4 < sample_gap(
         before[0], after[0]
     )
     pool.load_weights(weights(tiny()), 3)
-    assert fleet.difference(before[0], pool.prove(REQUESTS[:4], OPTIONS)[1]) < 1e-4
+    assert sample_gap(before[0], pool.prove(REQUESTS[:4], OPTIONS)[1]) < 1e-4
 
 
 def test_a_server_whose_trainer_was_killed_while_it_started_ends():
@@ -113,190 +105,6 @@ print(subprocess.Popen(['sleep', '60']).pid, flush=True); _end_with(os.getppid()
         ),
         seconds=5,
     )
-
-
-def bare(*loads):
-    """A pool of servers that are up, without servers."""
-    made = object.__new__(Pool)
-    made._servers = [
-        Server(url=f"s{i}", up=True, version=1, load=load) for i, load in enumerate(loads)
-    ]
-    made._leads, made._version, made._watching, made._transfer, made._idle_since, made._idle_s = (
-        True,
-        1,
-        [],
-        "memory",
-        None,
-        0.0,
-    )
-    made._settings, made._pool = (
-        SimpleNamespace(max_sequences=8, start_timeout_s=1.0),
-        SimpleNamespace(retries=2),
-    )
-    made._changed, made._sending, made.counts = asyncio.Condition(), asyncio.Lock(), {"retried": 0}
-    return made
-
-
-def test_a_request_goes_where_the_least_is_to_do_and_waits_where_all_is_full():
-    async def drill():
-        pool = bare(6, 2)
-        # loads are now 8 and 6
-        assert [(await pool._free(size)).url for size in (4, 2)] == ["s1", "s0"]
-        waiting = asyncio.ensure_future(pool._free(4))
-        await asyncio.sleep(0.05)
-        assert not waiting.done()
-        pool._servers[1].load -= 4
-        await pool._notify()
-        assert (await asyncio.wait_for(waiting, 5)).url == "s1" and pool._servers[1].load == 6
-
-    asyncio.run(drill())
-
-
-def test_a_request_that_fails_everywhere_is_asked_again_so_often_and_no_more():
-    asked = []
-
-    async def drill():
-        pool = bare(0, 0, 0, 0)
-
-        async def ask(server, request, options, version):
-            asked.append((server.url, request.seed))
-            raise EngineError("broken off")
-
-        pool._ask = ask
-        with pytest.raises(
-            EngineError,
-            match=r"a request failed 3 times \(engine.servers.retries\): the last time, broken off",
-        ):
-            await pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS)
-        assert (
-            not any(server.load for server in pool._servers)
-            and sum(server.up for server in pool._servers) == 1
-        )
-
-    asyncio.run(drill())
-    assert asked == [("s0", 7), ("s1", 7), ("s2", 7)]
-
-
-def test_a_request_that_is_refused_costs_no_server_and_is_not_asked_again():
-    async def drill():
-        pool = bare(0, 0)
-
-        async def ask(server, request, options, version):
-            raise RefusedError("400 the prompt is too long")
-
-        pool._ask = ask
-        with pytest.raises(RefusedError, match="too long"):
-            await pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS)
-        assert all(server.up and not server.load for server in pool._servers)
-
-    asyncio.run(drill())
-
-
-def test_what_a_lost_machine_was_asked_is_asked_elsewhere_though_its_connection_stays_open():
-    async def drill():
-        pool = bare(0, 0)
-
-        async def ask(server, request, options, version):
-            if server.url == "s0":
-                await asyncio.sleep(1000)
-            return server.url
-
-        pool._ask = ask
-        asked = asyncio.ensure_future(pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS))
-        await asyncio.sleep(0.1)
-        pool._servers[0].up = False  # the watch over it says so
-        assert await asyncio.wait_for(asked, 10) == "s1"
-
-    asyncio.run(drill())
-
-
-def test_a_rank_that_does_not_watch_the_servers_asks_others_than_the_one_that_failed(monkeypatch):
-    monkeypatch.setattr(pool_module, "AVOID_S", 1000)
-    asked = []
-
-    async def drill():
-        pool = bare(0, 0, 0)
-        pool._leads, pool._version = False, -1
-
-        async def ask(server, request, options, version):
-            asked.append(server.url)
-            if server.url == "s0":
-                raise EngineError("nobody there")
-            return server.url
-
-        pool._ask = ask
-        for _ in range(3):
-            assert (
-                await asyncio.wait_for(pool._sampled(Request(prompt_ids=(1,), seed=7), OPTIONS), 10)
-                == "s1"
-            )
-
-    asyncio.run(drill())
-    assert asked == ["s0", "s1", "s1", "s1"]
-
-
-def test_by_nccl_a_full_pool_is_waited_for_and_one_without_weights_is_an_error():
-    async def drill():
-        pool = bare(8, 8)
-        pool._transfer = "nccl"
-        waiting = asyncio.ensure_future(pool._free(4))
-        await asyncio.sleep(0.05)
-        assert not waiting.done()
-        for server in pool._servers:
-            server.version = -1
-        async with pool._sending:  # a sync is under way
-            await pool._notify()
-            await asyncio.sleep(0.05)
-            assert not waiting.done()
-        await pool._notify()
-        with pytest.raises(EngineError, match="every server was lost"):
-            await asyncio.wait_for(waiting, 5)
-
-    asyncio.run(drill())
-
-
-def test_a_server_that_fails_in_a_transfer_by_nccl_ends_it_though_the_learner_waits():
-    class Trainer:
-        """vLLM's sending side.
-
-        It hears of the failure when its broadcast is over, which waits for all.
-        """
-
-        def __init__(self):
-            self.ended = threading.Event()
-
-        def send_weights(self):
-            threading.Thread(target=self.tell).start()
-            assert self.ended.wait(60)
-
-        def tell(self):
-            with contextlib.suppress(EngineError):
-                self.client.update_weights({})
-
-        def shutdown(self):
-            self.ended.set()
-
-    async def call(server, path, body):
-        raise EngineError(f"{path} at {server.url}: broken off")
-
-    async def run_in_loop():
-        loop = asyncio.get_running_loop()
-        fleet = SimpleNamespace(
-            _call=call,
-            _submit=lambda work: asyncio.run_coroutine_threadsafe(work, loop),
-            _on_wait=lambda: None,
-        )
-        sender, trainer = NcclSender(fleet, 1), Trainer()
-        sender._join = lambda *_: setattr(sender, "_trainer", trainer)
-        servers = [Server(url="s0"), Server(url="s1")]
-        start = time.monotonic()
-        with pytest.raises(
-            EngineError, match="weights 3 to 2 servers by NCCL: /update_weights at s0: broken off"
-        ):
-            await asyncio.to_thread(sender.send, servers, None, version=3, limit_s=50)
-        assert time.monotonic() - start < 10 and trainer.ended.is_set() and sender._trainer is None
-
-    asyncio.run(run_in_loop())
 
 
 def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,53 @@
+"""`python -m grpo.engines.servers CONFIG PORT [key=value ...]`: a server for engine.servers.urls.
+
+Started by launch/server.sh. It uses this node's GPUs, is open to the network and is guarded by the
+token.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from grpo import config as configs
+from grpo.engines.servers.command_line import COMMAND, base_environment, server_arguments
+from grpo.engines.servers.guard import TOKEN_VARIABLE
+from grpo.engines.transfer.choose import choose_sender
+from grpo.engines.vllm_options import EngineModel
+from grpo.learning import models
+from grpo.types import UserError
+
+
+def main(config_file: str, port: str, overrides: list[str]) -> None:
+    """Replaces this process by the server of a train config. Raises UserError."""
+    config: configs.Config = configs.load(config_file, overrides)
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        raise UserError(f"{TOKEN_VARIABLE} is not set: choose one for all servers and the trainer")
+    # the address is the trainer's business: any URL makes this a server of urls
+    servers = config.engine.servers or configs.Servers(urls=["here"])
+    model_dir = models.locate(
+        config.model, Path(tempfile.mkdtemp(prefix="grpo-server-")), config.seed
+    )
+    model = EngineModel(
+        model_dir=str(model_dir),
+        dtype=config.engine.dtype or config.model.dtype,
+        max_model_len=config.max_sequence_tokens,
+        float32_head=config.model.float32_head,
+    )
+    backend = choose_sender(servers).backend
+    arguments = server_arguments(model, config.engine, servers.tensor_parallel, backend)
+    environment = base_environment(servers.tensor_parallel)
+    environment[TOKEN_VARIABLE] = token
+    command = [*COMMAND, *arguments, "--host", "0.0.0.0", "--port", port]
+    os.execve(sys.executable, command, environment)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    except UserError as error:
+        print(f"grpo: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,74 @@
+"""Transport `file`: a safetensors file in a directory that every machine sees."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+from grpo.engines import EngineError
+from grpo.engines.transfer.checksums import WeightStream
+from grpo.engines.transfer.interface import SenderOptions, WeightReceiver
+from grpo.engines.transfer.layout import MappedWeights, required_bytes
+
+
+class FileSender:
+    """Writes the weights into a new file per send and deletes the file before it.
+
+    A network file system shows a reader the content at the time when it opened the file, so a file
+    is never written twice.
+    """
+
+    backend: ClassVar[str] = "grpo_file"
+    keeps_weights: ClassVar[bool] = True
+
+    def __init__(self, options: SenderOptions) -> None:
+        """Creates the directory and a first, empty file.
+
+        Deletes files that a killed trainer left there: nobody else uses `options.folder`.
+        """
+        if options.folder is None:
+            raise ValueError("the transport `file` needs a folder")
+        self.buffer_bytes = 0
+        self._folder = options.folder
+        self._num_written = 0
+        for leftover in self._folder.glob("weights-*.safetensors"):
+            leftover.unlink(missing_ok=True)
+        self._open()
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._num_written += 1
+        self.path = str((self._folder / f"weights-{self._num_written}.safetensors").absolute())
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._file_descriptor = os.open(self.path, flags, 0o600)
+        self._mapped = MappedWeights(self._file_descriptor)
+
+    def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
+        """Writes the weights, then has the receiver load them. Raises EngineError."""
+        receiver.load_stored_weights(self.write(stream))
+
+    def write(self, stream: WeightStream) -> dict[str, object]:
+        """Writes the weights and returns the `UpdateInfo` (receivers.py) of their place.
+
+        Raises EngineError if there is no room.
+        """
+        try:
+            self.close()
+            self._open()
+            self._mapped.write(stream, allocate=True)
+        except OSError as error:
+            raise EngineError(
+                f"no room for {required_bytes(stream) / 2**30:.2f} GB of weights at {self.path}: "
+                f"{error.strerror}"
+            ) from None
+        os.fsync(self._file_descriptor)
+        return {"path": self.path, "names": [info.name for info in stream.metadata()]}
+
+    def close(self) -> None:
+        """Deletes the file."""
+        self._mapped.close()
+        if self._file_descriptor >= 0:
+            os.close(self._file_descriptor)
+            self._file_descriptor = -1
+        Path(self.path).unlink(missing_ok=True)
