@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
+import select
 import sys
 import time
 import traceback
@@ -61,15 +63,15 @@ def _main(arguments: list[str] | None) -> int:
         print("grpo: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not _flush_stdout():
+        if isinstance(error, BrokenPipeError) and not _stdout_has_reader():
             return 1
         traceback.print_exc()
         print(f"grpo: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 
-def _flush_stdout() -> bool:
-    """Writes out what was printed; returns whether there is still a reader (`grpo ... | head`).
+def _flush_stdout() -> None:
+    """Writes out what was printed.
 
     Without a reader, standard output becomes the null device, so that Python does not complain
     when it exits.
@@ -80,8 +82,17 @@ def _flush_stdout() -> bool:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
-        return False
-    return True
+
+
+def _stdout_has_reader() -> bool:
+    """Returns False if standard output is a pipe whose reader has left (`grpo ... | head`)."""
+    try:
+        stdout = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # replaced by an object in memory
+        return True
+    poll = select.poll()
+    poll.register(stdout, 0)
+    return all(not event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _tell(error: Exception) -> None:
