@@ -1,7 +1,8 @@
 """The configuration: one YAML file per run, typed and checked before anything heavy is imported.
 
 `source` reads YAML and overrides, `model`, `train` and `stages` are the sections and the configs of
-the commands, `algorithm` is the recipe and its presets. Must not depend on torch.
+the commands, `algorithm` is the recipe, `presets` the published ones by name. Must not depend on
+torch.
 """
 
 from grpo.config.model import Lora, Model, Qat, Rope

@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from grpo.config.algorithm import Algorithm, fill
+from grpo.config.algorithm import Algorithm
 from grpo.config.model import Model
+from grpo.config.presets import fill
 from grpo.config.source import Section, apply_overrides, explain, read_yaml
 from grpo.types import UserError
 

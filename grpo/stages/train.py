@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo import config as configs
 from grpo.config import Config, SftConfig
-from grpo.config.algorithm import describe
+from grpo.config.presets import describe
 from grpo.engines import Request
 from grpo.experience import plugins, rollout
 from grpo.experience.prompts import Prompts

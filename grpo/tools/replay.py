@@ -15,7 +15,7 @@ import yaml
 
 from grpo import config as configs
 from grpo.config import Config
-from grpo.config.algorithm import BOUNDS, describe
+from grpo.config.presets import BOUNDS, describe
 from grpo.config.source import apply_overrides
 from grpo.experience import plugins
 from grpo.learning import lora, models

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from grpo.config.algorithm import PRESETS
+from grpo.config.presets import PRESETS
 
 SHARED = [
     "train.rollouts=12",

@@ -23,7 +23,7 @@ from whole_runs import (
     write_config,
 )
 
-from grpo.config.algorithm import PRESETS
+from grpo.config.presets import PRESETS
 from grpo.learning import models
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

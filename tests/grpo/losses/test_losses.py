@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.config.algorithm import PRESETS, Algorithm
+from grpo.config.algorithm import Algorithm
+from grpo.config.presets import PRESETS
 from grpo.experience import plugins
 from grpo.learning.advantages import advantages
 from grpo.learning.batch import micro_batches, token_weights

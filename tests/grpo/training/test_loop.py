@@ -11,7 +11,7 @@ import pytest
 import torch
 from random_loop import make_loop
 
-from grpo.config.algorithm import PRESETS
+from grpo.config.presets import PRESETS
 from grpo.experience.selection import pass_rate, teaches
 from grpo.learning import models
 from grpo.learning.advantages import advantages, lengths, to_samples

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo import config as configs
-from grpo.config.algorithm import PRESETS, describe, parts
+from grpo.config.presets import PRESETS, describe, parts
 from grpo.experience import plugins
 from grpo.types import UserError
 
