@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from grpo.config import Collect, CollectConfig, Data
-from grpo.experience import rollout
+from grpo.experience.describing import describe, sample_rows
 from grpo.experience.prompts import Prompts
+from grpo.experience.scoring import score
 from grpo.run.directory import write_file
 from grpo.stages.problems import load_problems, mixture
 from grpo.stages.run_context import RunContext, open_stage
@@ -57,17 +58,17 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
             context.signals.check()
             progress = functools.partial(_show, context, number)
             groups = sampler.sample(part, settings.samples, config.sampling.temperature, progress)
-            scored = rollout.score(groups, rewards, sampler.prompts.for_rewards)
+            scored = score(groups, rewards, sampler.prompts.for_rewards)
             rows = [
                 row | {"dropped": why}
                 for row, why in zip(
-                    rollout.sample_rows(scored), dropped(scored, config.collect), strict=True
+                    sample_rows(scored), dropped(scored, config.collect), strict=True
                 )
             ]
             context.run.write_samples(f"chunk-{number + 1:06d}", rows)
             row = {
                 "step": number + 1,
-                **rollout.describe(scored),
+                **describe(scored),
                 "trace/kept": sum(not row["dropped"] for row in rows),
             }
             context.record(row)

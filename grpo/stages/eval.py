@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import EvalConfig
-from grpo.experience import rollout
+from grpo.experience.describing import mean, sample_rows
 from grpo.experience.prompts import Prompts
-from grpo.experience.rollout import mean
+from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import statistics
 from grpo.run.directory import write_file
@@ -121,10 +121,10 @@ def _judge(
                 temperature,
                 partial(_show_progress, context, done, told),
             )
-            scored = rollout.score(groups, rewards, sampler.prompts.for_rewards)
+            scored = score(groups, rewards, sampler.prompts.for_rewards)
             rows += [
                 row | {"greedy": len(passes) > 1 and temperature == 0}
-                for row in rollout.sample_rows(scored)
+                for row in sample_rows(scored)
             ]
         context.run.write_samples(file.stem, rows)
     if not whole.exists():

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo.config import SampledConfig, Teacher
-from grpo.experience import plugins, rollout
+from grpo.experience import plugins
 from grpo.experience.prompts import Chat, Prompts
-from grpo.experience.rollout import sampling_options
+from grpo.experience.sampling import sample, sampling_options, seed_of
 from grpo.learning import models
 from grpo.run.display import quiet
 from grpo.stages.engine import EngineModel, send_weights, start_engine
@@ -76,7 +76,7 @@ class Sampler:
         options = sampling_options(self._config, self.prompts, temperature)
         run_seed = self._config.seed
         if isinstance(self.prompts, Prompts):
-            return rollout.sample(
+            return sample(
                 self.engine,
                 self.prompts,
                 problems,
@@ -87,7 +87,7 @@ class Sampler:
                 on_progress=on_progress,
             )
         requests = [
-            (self.prompts.messages(problem), rollout.seed_of(run_seed, 0, problem.id), count)
+            (self.prompts.messages(problem), seed_of(run_seed, 0, problem.id), count)
             for problem in problems
         ]
         completions = self._endpoint.generate(requests, options, on_progress)

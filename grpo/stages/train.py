@@ -14,8 +14,10 @@ from grpo import config as configs
 from grpo.config import Config, SftConfig
 from grpo.config.presets import describe
 from grpo.engines import Request
-from grpo.experience import plugins, rollout
+from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
+from grpo.experience.sampling import group_of, sampling_options, seed_of
+from grpo.experience.scoring import score
 from grpo.learning import lora, models
 from grpo.metrics.diagnosis import Watch
 from grpo.run import ranks
@@ -219,19 +221,19 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
     config, prompts, selection = loop.config, loop.rollouts.prompts, loop.rollouts.selection
     engine: Any = loop.engine
     options, train = (
-        rollout.sampling_options(config, prompts, config.sampling.temperature),
+        sampling_options(config, prompts, config.sampling.temperature),
         config.train,
     )
 
     def request(problem: Problem, number: int) -> Request:
-        seed = rollout.seed_of(config.seed, f"stream/{number}", problem.id)
+        seed = seed_of(config.seed, f"stream/{number}", problem.id)
         return Request(prompt_ids=prompts.ids(problem), seed=seed, n=train.group_size)
 
     def finish(
         problem: Problem, request: Request, completions: tuple[Completion, ...]
     ) -> ScoredGroup:
-        group = rollout.group_of(problem, request.prompt_ids, prompts, completions)
-        return rollout.score([group], loop.rollouts.rewards, prompts.for_rewards)[0]
+        group = group_of(problem, request.prompt_ids, prompts, completions)
+        return score([group], loop.rollouts.rewards, prompts.for_rewards)[0]
 
     if ranks.rank() == 0:
         stream = selection.stream = Stream(

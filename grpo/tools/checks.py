@@ -18,7 +18,7 @@ import torch
 
 from grpo.config import RunConfig
 from grpo.engines.local.engine import cpu_bytes
-from grpo.experience import rollout
+from grpo.experience.describing import describe
 from grpo.experience.prompts import Prompts, visible
 from grpo.learning import models
 from grpo.metrics import roofline
@@ -304,7 +304,7 @@ def _plain(text: str) -> str:
 
 def samples(groups: Sequence[ScoredGroup]) -> Iterator[Check]:
     """Looks at sampled groups of `SAMPLED` completions: pass rates, shares, one completion."""
-    metrics = rollout.describe(groups)
+    metrics = describe(groups)
     yield _pass_rates(groups, metrics["reward/mean"])
     for key, name, max_share, remedy in SHARES:
         share = metrics.get(key, 0.0)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import Config
-from grpo.experience import rollout
 from grpo.experience.prompts import Chat, Prompts
+from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.run import ranks
@@ -239,7 +239,7 @@ def _sample(
         start = time.monotonic()
         groups = sampler.sample(problems, SAMPLED, config.sampling.temperature, lambda *_: None)
         seconds = time.monotonic() - start
-        scored = rollout.score(groups, rewards, sampler.prompts.for_rewards)
+        scored = score(groups, rewards, sampler.prompts.for_rewards)
     num_tokens = sum(
         len(completion.token_ids) for group in groups for completion in group.completions
     )

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from grpo import config as configs
-from grpo.experience import plugins, rollout
+from grpo.experience import plugins
+from grpo.experience.scoring import score
 from grpo.types import Completion, Group, Problem, ScoredGroup, UserError
 from rewards import accuracy
 from rewards.workers.pool import Failure, Pool
@@ -125,7 +126,7 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
     ]
     with Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb) as pool:
         rewards = plugins.rewards(config.rewards, pool)
-        scored = rollout.score(
+        scored = score(
             [_group(rows_of) for rows_of in groups], rewards, lambda problem: problem.question
         )
     return _changes(rows, scored)

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo.config import Config
 from grpo.engines import Engine, EngineError
-from grpo.experience import rollout as rollouts
+from grpo.experience.describing import sample_rows
 from grpo.learning.advantages import advantages, lengths, to_samples, unflatten
 from grpo.metrics import roofline
 from grpo.run import ranks
@@ -117,7 +117,7 @@ class Loop:
         try:
             groups = self.rollouts.next_groups(self.progress.rollout, timer)
         except Exhausted:
-            self._write_samples(rollouts.sample_rows(self.rollouts.sampled_so_far))
+            self._write_samples(sample_rows(self.rollouts.sampled_so_far))
             raise
         if self.config.algorithm.advantage == "teacher":
             # rewards are only measured: an undecided one leaves no completion out
@@ -137,7 +137,7 @@ class Loop:
             algorithm.advantage,
             penalties,
         )
-        self._write_samples(rollouts.sample_rows(groups.sampled, groups.used, values))
+        self._write_samples(sample_rows(groups.sampled, groups.used, values))
         samples = to_samples(groups.used, values, mask_truncated=algorithm.truncated == "mask")
         self.run.write_update(progress.rollout + 1, samples, self.config.logging.replay)
         with timer("update"):

@@ -13,9 +13,11 @@ from typing import Any
 
 from grpo.config import Config
 from grpo.engines import Engine
-from grpo.experience import rollout as rollouts
+from grpo.experience.evaluation import evaluate
 from grpo.experience.plugins import RewardFunction
 from grpo.experience.prompts import Prompts
+from grpo.experience.sampling import sample, sampling_options
+from grpo.experience.scoring import score
 from grpo.experience.selection import Selection
 from grpo.run import ranks
 from grpo.run.display import Display, Timer
@@ -91,11 +93,11 @@ class Rollouts:
         """
         name = f"{rollout}+{number}" if number else rollout
         temperature = self.config.sampling.temperature
-        options = rollouts.sampling_options(self.config, self.prompts, temperature)
+        options = sampling_options(self.config, self.prompts, temperature)
 
         def sample_share(share: slice) -> list[ScoredGroup]:
             with timer("rollout"):
-                groups = rollouts.sample(
+                groups = sample(
                     self.engine,
                     self.prompts,
                     problems,
@@ -108,19 +110,19 @@ class Rollouts:
                 )
             with timer("rewards"):
                 self.display.phase(rollout, "rewards")
-                return rollouts.score(groups, self.rewards, self.prompts.for_rewards)
+                return score(groups, self.rewards, self.prompts.for_rewards)
 
         return ranks.split_across_ranks("the rollout of the other ranks", sample_share)
 
     def evaluate(self, rollout: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Returns `eval/` metrics on the held-out problems, and one row per completion."""
         settings = self.config.eval
-        return rollouts.evaluate(
+        return evaluate(
             self.engine,
             self.prompts,
             self.held_out,
             self.rewards,
-            rollouts.sampling_options(self.config, self.prompts, settings.temperature),
+            sampling_options(self.config, self.prompts, settings.temperature),
             samples=settings.samples,
             run_seed=self.config.seed,
             on_progress=self._show_progress(rollout, "evaluation"),

@@ -11,8 +11,7 @@ from typing import Any
 
 from grpo.config import Config
 from grpo.engines import SyncReport
-from grpo.experience import rollout as rollouts
-from grpo.experience.rollout import mean
+from grpo.experience.describing import advantage_histogram, describe, mean, staleness
 from grpo.metrics import roofline
 from grpo.run import ranks
 from grpo.run.display import Timer
@@ -55,7 +54,7 @@ def step_row(
 ) -> dict[str, Any]:
     """Returns the metrics of a step by name."""
     row: dict[str, Any] = {"step": report.rollout, "rollout": report.rollout}
-    row.update(rollouts.describe(report.groups.sampled))
+    row.update(describe(report.groups.sampled))
     row["completion/language"] = _language_share(report.groups.sampled)
     for name, count in report.groups.verifier_counts.items():
         row[f"verifier/{name}"] = count
@@ -64,9 +63,9 @@ def step_row(
     row["group/carried"] = float(report.groups.num_carried)
     if config.train.max_staleness:
         learned_from = report.groups.used or report.groups.sampled
-        row.update(rollouts.staleness(learned_from, report.rollout))
+        row.update(staleness(learned_from, report.rollout))
         row.update(report.groups.queue)
-    row["histogram/advantage"] = rollouts.advantage_histogram(report.samples)
+    row["histogram/advantage"] = advantage_histogram(report.samples)
     if report.kl_penalty is not None:
         row["kl/ref"] = report.kl_penalty
     row.update(report.update.metrics)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo.config import Config
-from grpo.experience import rollout as rollouts
+from grpo.experience.sampling import seed_of
 from grpo.learning.advantages import unflatten
 from grpo.learning.batch import epoch_order, micro_batches, minibatches, token_weights
 from grpo.learning.learner import Learner
@@ -97,7 +97,7 @@ class Updater:
             on_progress: called as `on_progress(done, total)` after each micro-batch.
         """
         train = self.config.train
-        seed = rollouts.seed_of(self.config.seed, rollout, "mini-batches")
+        seed = seed_of(self.config.seed, rollout, "mini-batches")
         parts = minibatches(samples, train.updates_per_rollout, seed) if samples else []
         # Without a signal KL, entropy bonus and momentum must not act alone: they would move a
         # policy that learns nothing.

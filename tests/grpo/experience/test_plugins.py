@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-from grpo.experience import plugins, rollout
+from grpo.experience import plugins
+from grpo.experience.describing import describe
+from grpo.experience.sampling import seed_of
+from grpo.experience.scoring import score
 from grpo.types import Completion, Group, Problem, Score, UserError, Verdict
 from rewards.workers.pool import Pool
 
@@ -129,10 +132,10 @@ def test_rewards_are_summed_by_weight_and_undecided_completions_have_none():
         "a": (lambda groups, prompts: [verdicts], 1.0),
         "b": (lambda groups, prompts: [[1.0, None, 1.0]], 0.5),
     }
-    (scored,) = rollout.score([group("x", "y", "z")], rewards, asked_as)
+    (scored,) = score([group("x", "y", "z")], rewards, asked_as)
     assert scored.rewards == (1.5, 0.0, None)
     assert scored.parts[1] == {"a": 0.0, "b": None}
-    metrics = rollout.describe([scored])
+    metrics = describe([scored])
     # means over those that have a value: a (1 + 0) / 2, b (1 + 1) / 2, reward (1.5 + 0) / 2; one of
     # three is missing
     assert (metrics["reward/a"], metrics["reward/b"], metrics["reward/mean"]) == (0.5, 1.0, 0.75)
@@ -145,7 +148,7 @@ def test_rewards_are_summed_by_weight_and_undecided_completions_have_none():
 def test_a_reward_that_is_no_number_names_the_completion():
     values = {"odd": (lambda groups, prompts: [[1.0, float("nan")]], 1.0)}
     with pytest.raises(RuntimeError, match="odd failed on completion 1 of problem p7: it gave nan"):
-        rollout.score([group("a", "b")], values, asked_as)
+        score([group("a", "b")], values, asked_as)
 
 
 def test_what_kept_a_score_low_is_a_metric():
@@ -154,12 +157,12 @@ def test_what_kept_a_score_low_is_a_metric():
         Score(value=1.0),
         Score(value=0.0, reason="no answer"),
     ]
-    (scored,) = rollout.score(
+    (scored,) = score(
         [group("x", "y", "z")], {"format": (lambda groups, prompts: [scores], 1.0)}, asked_as
     )
     assert scored.parts == ({"format": 0.0}, {"format": 1.0}, {"format": 0.0})
     assert scored.faults == ({"format": "no answer"}, {}, {"format": "no answer"})
-    assert rollout.describe([scored])["format/no_answer"] == pytest.approx(2 / 3)
+    assert describe([scored])["format/no_answer"] == pytest.approx(2 / 3)
 
 
 def test_a_rewards_options_reach_it_and_wrong_ones_are_told(outside):
@@ -208,13 +211,8 @@ def test_a_reward_with_a_time_limit_runs_in_the_pool(outside):
 
 
 def test_a_groups_seed_depends_on_run_rollout_and_problem_alone():
-    assert rollout.seed_of(0, 3, "p7") == rollout.seed_of(0, 3, "p7")
+    assert seed_of(0, 3, "p7") == seed_of(0, 3, "p7")
     assert (
-        len(
-            {
-                rollout.seed_of(*key)
-                for key in [(0, 3, "p7"), (1, 3, "p7"), (0, 4, "p7"), (0, 3, "p8")]
-            }
-        )
+        len({seed_of(*key) for key in [(0, 3, "p7"), (1, 3, "p7"), (0, 4, "p7"), (0, 3, "p8")]})
         == 4
     )

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 import pytest
 
 from grpo.engines import EngineError, Request
-from grpo.experience.rollout import advantage_histogram, staleness
+from grpo.experience.describing import advantage_histogram, staleness
 from grpo.experience.selection import scored_group
 from grpo.experience.stream import Stream
 from grpo.run import directory

@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pytest
 
-from grpo.experience.rollout import sample_rows
+from grpo.experience.describing import sample_rows
 from grpo.metrics.statistics import interval, majority, paired, pass_at_k
 from grpo.stages.eval import summary
 from grpo.types import Completion, Group, Problem, ScoredGroup, Verdict
