@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class UserError(ValueError):
+class GrpoError(Exception):
+    """An error of ours, which ranks can send to each other.
+
+    `known_to_all_ranks`: every rank raises it, so all can still do something together, such as
+    write a checkpoint. `failed_rank`: the rank that it began on, if the others only heard of it.
+    """
+
+    known_to_all_ranks: bool = False
+    failed_rank: int | None = None
+
+
+class UserError(GrpoError, ValueError):
     """A mistake the user can mend (config, data, paths).
 
     The CLI prints it in one line and exits with 2.
@@ -28,7 +39,7 @@ class Unreachable(UserError):
     """
 
 
-class RunError(RuntimeError):
+class RunError(GrpoError, RuntimeError):
     """A run that cannot go on (lost engine, failed probe, full disk).
 
     The CLI prints it in one line and exits with 1.

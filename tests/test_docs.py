@@ -12,8 +12,8 @@ from random_loop import make_loop
 
 from grpo import cli
 from grpo import config as configs
-from grpo.config import KINDS, command_of
 from grpo.metrics.diagnosis import RULES
+from grpo.stages.registry import STAGES, stage_of
 from grpo.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +35,13 @@ def test_there_are_commands_to_check():
 def test_a_command_with_a_config_loads_it(page, line):
     _, command, config, *overrides = shlex.split(line)
     overrides = [word for word in overrides if "=" in word and not word.startswith("-")]
-    asked = command_of(configs.read_yaml(str(ROOT / config))) if command == "doctor" else command
-    configs.load(str(ROOT / config), overrides, KINDS[asked])
+    if command == "doctor":
+        stage = stage_of(configs.read_yaml(str(ROOT / config)))
+    elif command == "bench":
+        stage = STAGES["train"]
+    else:
+        stage = STAGES[command]
+    configs.load(str(ROOT / config), overrides, stage.config_class)
 
 
 def test_pages_are_wrapped_at_100_columns():
@@ -110,4 +115,4 @@ def _section(title):
 
 def test_a_wrong_override_in_a_page_would_be_seen():
     with pytest.raises(UserError):
-        configs.load(str(ROOT / "configs/tiny.yaml"), ["train.rollout=3"], KINDS["train"])
+        configs.load(str(ROOT / "configs/tiny.yaml"), ["train.rollout=3"])

@@ -137,10 +137,15 @@ def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, mo
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     ranks.adopt_srun()
-    assert ranks.count() == 1
+    assert ranks.world_size() == 1
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     ranks.adopt_srun()
-    assert (ranks.rank(), ranks.count(), ranks.local_rank(), ranks.local_count()) == (3, 4, 1, 2)
+    assert (ranks.rank(), ranks.world_size(), ranks.local_rank(), ranks.local_world_size()) == (
+        3,
+        4,
+        1,
+        2,
+    )
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n1", "20007")
     for name in of_ranks:
         monkeypatch.delenv(name)

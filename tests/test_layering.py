@@ -2,6 +2,8 @@
 
 import ast
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,51 @@ def test_vllm_and_deepspeed_are_each_imported_in_one_package_only(path):
     roots = {module.partition(".")[0] for module in imported_modules(path)}
     assert "vllm" not in roots or package_of(module_of(path)) == "grpo.engines"
     assert "deepspeed" not in roots or package_of(module_of(path)) == "grpo.learning"
+
+
+# Packages that only some machines or runs need.
+OPTIONAL = {
+    "vllm",  # the extras cpu and cuda
+    "triton",  # comes with torch for CUDA
+    "wandb",  # logging.trackers; tensorboard is imported through torch
+    "trackio",
+}
+IMPORT_NAMES = {"pyyaml": "yaml"}  # where the package has another name
+
+
+def declared_packages() -> set[str]:
+    """Returns the import names of the dependencies in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = set()
+    for requirement in project["dependencies"]:
+        name = re.split(r"[<>=!~;\[ ]", requirement)[0].lower().replace("-", "_")
+        names.add(IMPORT_NAMES.get(name, name))
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_package_that_is_imported_is_declared(path):
+    roots = {module.partition(".")[0] for module in imported_modules(path)}
+    foreign = roots - set(sys.stdlib_module_names) - set(PACKAGES)
+    assert foreign - OPTIONAL <= declared_packages()
+
+
+KINDS_OF_CONFIGS = re.compile(r"^(\w+\.)?(\w*Config)$")
+
+
+def config_classes_asked_for(path: Path) -> list[str]:
+    """Returns the config classes in the `isinstance` calls of a file."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            classes = re.split(r"[|,() ]+", ast.unparse(node.args[1]))
+            names += [name for name in classes if KINDS_OF_CONFIGS.match(name)]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_stage_answers_for_its_kind_so_nobody_asks_for_a_configs_class(path):
+    assert config_classes_asked_for(path) == []
 
 
 def test_the_formatter_is_switched_off_nowhere():

@@ -65,6 +65,7 @@ class Mixture:
         seed: int,
         curriculum: str | None = None,
     ) -> None:
+        """Checks sources and weights; see the class for what they mean."""
         if not sources:
             raise UserError("data: no sources; give at least one")
         if sources.keys() != weights.keys():
@@ -106,6 +107,7 @@ class Mixture:
         self._epochs: dict[str, tuple[int, list[int]]] = {}
 
     def __getitem__(self, position: int) -> Problem:
+        """Returns the problem at a position from 0 on. Raises IndexError for a negative one."""
         if position < 0:
             raise IndexError(f"got position {position}; the stream starts at 0")
         block, offset = divmod(position, BLOCK)

@@ -20,10 +20,12 @@ class Procedural(Sequence[Problem]):
     """`size` problems, each made when it is asked for by `make(i)`."""
 
     def __init__(self, size: int, make: Callable[[int], Problem]) -> None:
+        """`make(i)` returns problem i of `size`, the same each time."""
         self._size = size
         self._make = make
 
     def __len__(self) -> int:
+        """Returns the number of problems."""
         return self._size
 
     @overload
@@ -31,6 +33,7 @@ class Procedural(Sequence[Problem]):
     @overload
     def __getitem__(self, index: slice) -> list[Problem]: ...
     def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        """Makes and returns a problem, or a list of them. Raises IndexError."""
         if isinstance(index, slice):
             return [self._make(i) for i in range(*index.indices(self._size))]
         if not -self._size <= index < self._size:

@@ -7,7 +7,6 @@ the commands, `algorithm` is the recipe and its presets. Must not depend on torc
 from grpo.config.model import Lora, Model, Qat, Rope
 from grpo.config.source import Section, apply_overrides, explain, read_yaml
 from grpo.config.stages import (
-    KINDS,
     Collect,
     CollectConfig,
     DistillConfig,
@@ -22,7 +21,6 @@ from grpo.config.stages import (
     Soft,
     Step,
     Teacher,
-    command_of,
 )
 from grpo.config.train import (
     Checkpoint,
@@ -48,7 +46,6 @@ from grpo.config.train import (
 )
 
 __all__ = [
-    "KINDS",
     "Checkpoint",
     "Collect",
     "CollectConfig",
@@ -86,7 +83,6 @@ __all__ = [
     "Teacher",
     "Train",
     "apply_overrides",
-    "command_of",
     "dump",
     "explain",
     "load",

@@ -46,11 +46,11 @@ class Algorithm(Section):
     reset_optimizer: bool = False  # with it (ProRL)
     # of pi_old: computed again where needed, or the engine's own
     old_logprobs: Literal["learner", "sampler"] = "learner"
-    # losses/_terms.py: mismatch
+    # grpo/learning/objective.py: mismatch_weights
     mismatch: Literal["none", "tis", "mis_token", "mis_sequence", "icepop", "mask_sequence"] = (
         "none"
     )
-    # bounds of pi_old / pi_sampler; defaults: losses/_terms.py
+    # bounds of pi_old / pi_sampler; defaults: MISMATCH_BOUNDS in learning/objective.py
     mismatch_min: float | None = Field(None, ge=0)
     mismatch_max: float | None = Field(None, gt=0)
     # groups of equal rewards: counted, left out, or others sampled instead

@@ -85,7 +85,7 @@ class SftConfig(RunConfig):
         """
         most, own = (
             self.learner.micro_batch_tokens // self.sft.max_tokens,
-            self.sft.batch_size // ranks.count(),
+            self.sft.batch_size // ranks.world_size(),
         )
         return max(n for n in range(1, own + 1) if own % n == 0 and n <= most)
 
@@ -268,6 +268,7 @@ class EvalConfig(Config):
     It uses the config's model, prompts, rewards and problems.
     """
 
+    evaluation_only: ClassVar[bool] = True
     train: Train = Train(rollouts=1)
     # a model behind an OpenAI-compatible endpoint; default: model.path on an engine of our own
     endpoint: Teacher | None = None
@@ -423,29 +424,3 @@ class PipelineConfig(Section):
                     raise ValueError(f"stages.{name}.{key}={wanted}: that stage is a `grpo {made}`")
             before[name] = step
         return self
-
-
-KINDS: dict[str, type[Any]] = {  # a command's config
-    "sft": SftConfig,
-    "train": Config,
-    "collect": CollectConfig,
-    "distill": DistillConfig,
-    "quantize": QuantizeConfig,
-    "eval": EvalConfig,
-    "pipeline": PipelineConfig,
-    "bench": Config,
-}
-SECTIONS = {  # whose they are
-    "stages": "pipeline",
-    "way": "distill",
-    "collect": "collect",
-    "quantize": "quantize",
-    "sft": "sft",
-    "sets": "eval",
-    "endpoint": "eval",
-}
-
-
-def command_of(tree: dict[str, Any]) -> str:
-    """Returns the command that a config's sections are of; `train` when none is another's."""
-    return next((command for key, command in SECTIONS.items() if key in tree), "train")

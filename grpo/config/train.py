@@ -308,6 +308,7 @@ class RunConfig(Section):
     """What every stage's config has."""
 
     supervised: ClassVar[bool] = False  # learns from texts, and nothing samples from it meanwhile
+    evaluation_only: ClassVar[bool] = False  # the section `eval` decides the result of the run
     run_dir: str
     seed: int = Field(0, ge=0)
     model: Model
@@ -334,6 +335,11 @@ class RunConfig(Section):
         if self.learner.offload_optimizer and self.learner.zero_stage == 0:
             raise ValueError("learner.offload_optimizer needs learner.zero_stage 1, 2 or 3")
         return self
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Longest time in seconds that a rank waits for another, which may be in an update."""
+        return self.learner.timeout_s
 
 
 class SampledConfig(RunConfig):
@@ -365,6 +371,17 @@ class SampledConfig(RunConfig):
     def max_sequence_tokens(self) -> int:
         """Longest sequence in tokens: a prompt and its completion."""
         return self.prompt.max_tokens + self.sampling.max_tokens
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Longest time in seconds that a rank waits for another.
+
+        The other rank may be in an update, or wait for an engine.
+        """
+        engine_wait_s = self.engine.timeout_s + 60
+        if self.engine.servers:
+            engine_wait_s += 2 * self.engine.servers.sync_timeout_s + 60
+        return max(self.learner.timeout_s, engine_wait_s)
 
 
 class Config(SampledConfig):

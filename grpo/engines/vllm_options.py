@@ -81,9 +81,9 @@ def vllm_environment() -> dict[str, str]:
     environment["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
     environment["VLLM_NO_USAGE_STATS"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
-    if ranks.count() > 1:
+    if ranks.world_size() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = _rank_gpu()
-        num_threads = max(1, ranks.num_cores() // ranks.local_count())
+        num_threads = max(1, ranks.num_cores() // ranks.local_world_size())
         environment["OMP_NUM_THREADS"] = str(num_threads)
     return environment
 

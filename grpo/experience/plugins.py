@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import Reward
+from grpo.learning.advantages import unflatten
 from grpo.types import Group, Problem, Score, UserError, Verdict
 from rewards.workers.pool import Failure, Pool
 
@@ -154,8 +155,7 @@ def _call_in_pool(
             if answer.kind == "error":
                 raise failed(name, group, i, answer.reason)
             answers[n] = verdict_of(answer)
-    left = iter(answers)
-    return [[next(left) for _ in group.completions] for group in groups]
+    return unflatten(answers, [len(group.completions) for group in groups])
 
 
 def verdict_of(failure: Failure) -> Verdict:

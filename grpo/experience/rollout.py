@@ -316,7 +316,7 @@ def evaluate(
             )
             return score(groups, rewards, prompts.for_rewards)
 
-        scored = ranks.spread("the evaluation of the other ranks", judged)
+        scored = ranks.split_across_ranks("the evaluation of the other ranks", judged)
         kept += [row | {"greedy": prefix == "eval/greedy/"} for row in sample_rows(scored)]
         found = describe(scored)
         wanted = {

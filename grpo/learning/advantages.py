@@ -6,10 +6,13 @@ Pure functions of plain numbers; `None` rewards are left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from grpo.types import Sample, ScoredGroup
 
+T = TypeVar("T")
 EPSILON = 1e-6
+KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std", "batch", "teacher")
 # a group's completions' tokens: what each token costs
 Penalties = Sequence[Sequence[Sequence[float]]]
 
@@ -43,7 +46,11 @@ def advantages(
     `advantages([[1, 0, 0, 1]], [[1] * 4], "group_std")` is +-1 (up to 1e-6). A completion without a
     reward gets 0 and enters no mean. A group whose rewards are all equal (decided by max == min,
     not by an epsilon), or that has one reward, gets 0. Ours: population std.
+
+    Raises ValueError for an unknown kind.
     """
+    if kind not in KINDS:
+        raise ValueError(f"unknown advantage {kind!r}; have {', '.join(KINDS)}")
     if penalties is None:
         penalties = [[()] * len(lengths) for lengths in lengths_PG]
     if kind == "teacher":
@@ -57,31 +64,44 @@ def advantages(
         ]
         for rewards, costs in zip(rewards_PG, penalties, strict=True)
     ]
-    known = [[total for total in group if total is not None] for group in totals]
-    spread = _mean_std(
-        [
-            total - (_mean_std(group)[0] if kind == "centered_std" else 0)
-            for group in known
-            for total in group
-        ]
-    )[1]
+    batch_std = _mean_std(_centered(totals) if kind == "centered_std" else _decided(totals))[1]
     return [
         [
             (value,) * length
-            for value, length in zip(_of_group(group, kind, spread), lengths, strict=True)
+            for value, length in zip(_of_group(group, kind, batch_std), lengths, strict=True)
         ]
         for group, lengths in zip(totals, lengths_PG, strict=True)
     ]
 
 
-def _of_group(rewards_G: Sequence[float | None], kind: str, spread: float) -> list[float]:
-    known = [reward for reward in rewards_G if reward is not None]
+def _decided(totals_PG: Sequence[Sequence[float | None]]) -> list[float]:
+    """Returns all rewards of a batch."""
+    return [total for group in totals_PG for total in group if total is not None]
+
+
+def _centered(totals_PG: Sequence[Sequence[float | None]]) -> list[float]:
+    """Returns all rewards of a batch, less the mean of their group."""
+    centered = []
+    for group in totals_PG:
+        rewards = [total for total in group if total is not None]
+        mean, _ = _mean_std(rewards)
+        centered += [reward - mean for reward in rewards]
+    return centered
+
+
+def _of_group(rewards_G: Sequence[float | None], kind: str, batch_std: float) -> list[float]:
     if not has_signal(rewards_G):
         return [0.0] * len(rewards_G)
-    mean, std = _mean_std(known)
-    scale = {"group_std": std + EPSILON, "none": 1.0, "leave_one_out": 1 - 1 / len(known)}.get(
-        kind, spread + EPSILON
-    )
+    rewards = [reward for reward in rewards_G if reward is not None]
+    mean, std = _mean_std(rewards)
+    if kind == "group_std":
+        scale = std + EPSILON
+    elif kind == "none":
+        scale = 1.0
+    elif kind == "leave_one_out":
+        scale = 1 - 1 / len(rewards)
+    else:  # batch_std, centered_std
+        scale = batch_std + EPSILON
     return [0.0 if reward is None else (reward - mean) / scale for reward in rewards_G]
 
 
@@ -168,3 +188,16 @@ def lengths(groups: Sequence[ScoredGroup]) -> list[list[int]]:
     return [
         [len(completion.token_ids) for completion in scored.group.completions] for scored in groups
     ]
+
+
+def unflatten(values: Sequence[T], lengths: Sequence[int]) -> list[list[T]]:
+    """Returns the values in consecutive parts of the given lengths.
+
+    `unflatten([1, 2, 3], [1, 2])` is `[[1], [2, 3]]`.
+    """
+    parts = []
+    start = 0
+    for length in lengths:
+        parts.append(list(values[start : start + length]))
+        start += length
+    return parts

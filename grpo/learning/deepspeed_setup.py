@@ -104,36 +104,39 @@ class NormLimit:
     """
 
     def __init__(self, optimizer: Any, limit: float) -> None:
-        self.norm, self._limit = math.inf, limit
-        for name, limited in {
+        """Replaces the method by which DeepSpeed's `optimizer` gets its gradient norm."""
+        self.norm = math.inf
+        self._limit = limit
+        replacements = {
             "_get_norm_groups": self._of_groups,  # ZeRO-3
             "scaled_global_norm": self._of_groups,  # ZeRO-1 and 2
             "get_grads_for_norm": self._of_gradients,  # ZeRO-1 in bfloat16
-        }.items():
-            if found := getattr(optimizer, name, None):
-                setattr(optimizer, name, functools.partial(limited, found))
+        }
+        for name, replacement in replacements.items():
+            original = getattr(optimizer, name, None)
+            if original is not None:
+                setattr(optimizer, name, functools.partial(replacement, original))
 
-    def _of_groups(self, found: Callable[..., Any]) -> Any:
-        norms = found()
+    def _of_groups(self, original: Callable[..., Any]) -> Any:
+        norms = original()
         values = torch.as_tensor(norms)
         # -1 stands for one that is not finite
-        self.norm = float(values.norm()) if bool((values >= 0).all()) else math.inf
-        return (
-            norms
-            if self.norm <= self._limit
-            else [norm * math.inf for norm in norms]
-            if isinstance(norms, list)
-            else norms * math.inf
-        )
+        is_finite = bool((values >= 0).all())
+        self.norm = float(values.norm()) if is_finite else math.inf
+        if self.norm <= self._limit:
+            return norms
+        if isinstance(norms, list):
+            return [norm * math.inf for norm in norms]
+        return norms * math.inf
 
-    def _of_gradients(self, found: Callable[..., Any], **options: Any) -> Any:
+    def _of_gradients(self, original: Callable[..., Any], **options: Any) -> Any:
         if options:  # asked once more, for clipping
-            return found(**options)
-        gradients, experts = found()
+            return original(**options)
+        gradients, experts = original()
         self.norm = float(torch.nn.utils.get_total_norm(gradients))
-        return (
-            gradients if self.norm <= self._limit else [torch.full_like(gradients[0], math.inf)]
-        ), experts
+        if self.norm > self._limit:
+            gradients = [torch.full_like(gradients[0], math.inf)]
+        return gradients, experts
 
 
 class FreedMemory:
@@ -146,23 +149,27 @@ class FreedMemory:
     """
 
     def __init__(self) -> None:
-        self._libc = (
-            None
-            if torch.cuda.is_available() or not hasattr(libc := ctypes.CDLL(None), "mallopt")
-            else libc
-        )
-        self._most = 0.0
-        if self._libc:
-            # no mappings of their own; no trimming; grow by 256 MiB
-            for option, value in {-4: 0, -1: -1, -2: 1 << 28}.items():
-                self._libc.mallopt(option, value)
+        """Sets glibc's allocator; does nothing on a GPU, or with another C library."""
+        self._libc: ctypes.CDLL | None = None
+        self._max_resident_pages = 0.0  # 0 before the first update
+        libc = ctypes.CDLL(None)
+        if torch.cuda.is_available() or not hasattr(libc, "mallopt"):
+            return
+        self._libc = libc
+        # M_MMAP_MAX: no mappings of their own; M_TRIM_THRESHOLD: no trimming; M_TOP_PAD: grow by
+        # 256 MiB
+        for option, value in {-4: 0, -1: -1, -2: 1 << 28}.items():
+            libc.mallopt(option, value)
 
     def after_update(self) -> None:
-        if self._libc:
-            resident = int(Path("/proc/self/statm").read_text().split()[1])
-            self._most = self._most or 1.5 * resident
-            if resident > self._most:
-                self._libc.malloc_trim(0)
+        """Gives holes back to the system when the process has grown by half."""
+        if self._libc is None:
+            return
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        if not self._max_resident_pages:
+            self._max_resident_pages = 1.5 * resident_pages
+        if resident_pages > self._max_resident_pages:
+            self._libc.malloc_trim(0)
 
 
 def join() -> Any:

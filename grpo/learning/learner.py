@@ -11,8 +11,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,17 @@ from grpo.learning.deepspeed_setup import (
     not_finite,
     parameter_groups,
 )
+from grpo.learning.objective import Objective, objective
 from grpo.learning.perturbation import jittered, perturbed
-from grpo.learning.policy import Policy
-from grpo.learning.reports import summed
-from grpo.losses._objective import Loss, objective
+from grpo.learning.policy import Policy, PolicyOutput
+from grpo.learning.update_report import (
+    MicroBatchReport,
+    UpdateTotals,
+    report_of,
+    total_of_micro_batches,
+    total_of_ranks,
+)
+from grpo.losses import Loss
 from grpo.run import ranks
 from grpo.types import Batch, RunError
 
@@ -59,51 +67,41 @@ class Learner:
         reference: nn.Module | None = None,
         soft: Soft | None = None,
     ) -> None:
-        """`model` has float32 weights.
+        """Puts the model under DeepSpeed.
 
-        `reference`, for KL, is kept frozen in the forward pass's dtype; with `soft` it is the
-        teacher.
+        Args:
+            model: the start of the policy, with float32 weights.
+            config: the run's config.
+            loss: what `config.algorithm.loss` names.
+            reference: the model that the KL is measured to, or with `soft` the teacher. It is kept
+                frozen, in the forward pass's dtype.
+            soft: how the divergence from the teacher is measured.
         """
         deepspeed = join()
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
         settings = config.learner
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        if config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )  # type: ignore[operator]
-        moe.check(model, config.model.router_aux_coef, config.model.freeze_router)
-        model.train()
-        self._settings, self._algorithm, self._loss = settings, config.algorithm, loss
+        self._settings = settings
+        self._algorithm = config.algorithm
+        self._loss = loss
+        self._soft = soft
         self._total_updates = config.total_updates
-        self._dtype, self._router_coef = (
-            getattr(torch, config.model.dtype),
-            config.model.router_aux_coef,
-        )
+        self._router_coef = config.model.router_aux_coef
+        _prepare_model(model, config.model, self.device)
         head: dict[str, Any] = {
             "temperature": 1.0 if soft else config.sampling.temperature,
             "chunk": settings.logits_chunk_tokens,
             "float32_head": config.model.float32_head,
         }
         self._reference: Policy | None = None
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-        if self.device.type == "cuda":
-            models.use_fused_norms(model)
         if reference is not None:
-            # buffers (rotary frequencies) stay in float32, as DeepSpeed leaves the policy's
-            for parameter in reference.parameters():
-                parameter.data = parameter.data.to(self._dtype)
-            reference = reference.to(self.device).eval().requires_grad_(False)
-            if self.device.type == "cuda":
-                models.use_fused_norms(reference)
+            _freeze(reference, getattr(torch, config.model.dtype), self.device)
             self._reference = Policy(
                 reference, ulysses=ulysses.shared(reference, settings.sequence_parallel), **head
             )
-        self._soft = soft
         policy = Policy(
             model,
             entropy_gradient=config.algorithm.entropy_coef != 0,
@@ -113,35 +111,36 @@ class Learner:
             ulysses=ulysses.shared(model, settings.sequence_parallel),
             **head,
         )
-        ds_config = deepspeed_config(settings, config.model.dtype)
         self._engine, *_ = deepspeed.initialize(
-            model=policy, model_parameters=parameter_groups(policy, settings), config=ds_config
+            model=policy,
+            model_parameters=parameter_groups(policy, settings),
+            config=deepspeed_config(settings, config.model.dtype),
         )
         self._policy: Policy = self._engine.module
         self._limit = NormLimit(self._engine.optimizer, settings.skip_grad_norm)
-        # of an update's micro-batches
-        self.share, self._tells = ranks.share(settings.sequence_parallel)
+        # `share`: this rank's part of an update's micro-batches
+        self.share, self._reports = ranks.sequence_parallel_share(settings.sequence_parallel)
         self.updates = 0
         self._lost = 0  # updates in a row that were skipped
         self._reference_moved = False
         self._memory = FreedMemory()
 
     @torch.no_grad()
-    def score(
-        self, batches: Sequence[Batch], *, reference: bool = False
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Returns logprobs and entropies [B, T] of each batch's completion tokens.
+    def score(self, batches: Sequence[Batch], *, reference: bool = False) -> list[Scores]:
+        """Returns log-probabilities and entropies of each batch's completion tokens.
 
-        The policy, or with `reference` the reference, scores them. Both are float32, on the CPU.
+        The policy, or with `reference` the reference, scores them.
         """
-        with (
-            lora.off(self._policy.model)
-            if reference and self._reference is None
-            else contextlib.nullcontext()
-        ):
-            scorer = self._reference if reference and self._reference is not None else self._engine
-            scored = [scorer(to_device(batch, self.device)) for batch in batches]
-        return [(logprobs.cpu(), entropies.cpu()) for logprobs, entropies in scored]
+        if not reference:
+            return self._score(self._engine, batches)
+        if self._reference is not None:
+            return self._score(self._reference, batches)
+        with lora.off(self._policy.model):
+            return self._score(self._engine, batches)
+
+    def _score(self, scorer: Any, batches: Sequence[Batch]) -> list[Scores]:
+        outputs: list[PolicyOutput] = [scorer(to_device(batch, self.device)) for batch in batches]
+        return [Scores(output.logprobs.cpu(), output.entropies.cpu()) for output in outputs]
 
     def update(
         self, batches: Sequence[Batch], on_batch: Callable[[int, int], None] | None = None
@@ -155,100 +154,100 @@ class Learner:
         update has been applied then.
         """
         start = time.monotonic()
-        lr = learning_rate(self._settings, self.updates, self._total_updates)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        # of each micro-batch, on the device: to read a value waits for all that runs there
-        reports: list[dict[str, Tensor]] = []
-        own = sum(
-            int(batch.token_mask.sum()) for batch in batches if not batch.idle and self._tells
-        )
-        tokens = sum(ranks.gather("the update's tokens", own))
+        lr = self._set_learning_rate()
+        num_tokens = self._num_tokens(batches)
+        reports: list[MicroBatchReport] = []
         for done, batch in enumerate(batches, start=1):
-            loss, report = self._loss_of(to_device(batch, self.device), tokens)
+            loss, report = self._loss_of(to_device(batch, self.device), num_tokens)
             # DeepSpeed takes the mean over ranks
-            self._engine.backward(loss * ranks.count(), scale_wrt_gas=False)
-            if self._tells and not batch.idle:
-                reports.append(
-                    {name: value.sum() for name, value in report.items()}
-                    | {"loss": loss.detach(), "_highest": report["_rho"].max()}
-                )
+            self._engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
+            if self._counts(batch):
+                reports.append(report)
             if on_batch is not None:
                 on_batch(done, len(batches))
-        sums, highest = summed(reports)
-        found = ranks.gather("the update's metrics", (sums, highest))
-        sums = {
-            name: sum(one.get(name, 0.0) for one, _ in found)
-            for name in max((one for one, _ in found), key=len)
-        }
+        totals = total_of_ranks(
+            ranks.all_gather("the update's metrics", total_of_micro_batches(reports))
+        )
         norm, applied = self._step()
         self.updates += 1
         self._memory.after_update()
-        self._lost = 0 if applied and math.isfinite(sums["loss"]) else self._lost + 1
+        self._stop_after_lost_updates(totals.loss, norm, applied)
+        metrics = _token_means(totals, num_tokens)
+        metrics["policy/grad_norm"] = norm
+        metrics["policy/lr"] = lr
+        metrics["update/tokens"] = num_tokens
+        metrics["update/micro_batches"] = len(batches)
+        metrics["update/seconds"] = time.monotonic() - start
+        metrics["update/not_finite"] = float(not applied)
+        return metrics
+
+    def _set_learning_rate(self) -> float:
+        lr = learning_rate(self._settings, self.updates, self._total_updates)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _counts(self, batch: Batch) -> bool:
+        """Returns whether this rank reports a micro-batch: ranks that share one have it alike."""
+        return self._reports and not batch.idle
+
+    def _num_tokens(self, batches: Sequence[Batch]) -> int:
+        """Returns the completion tokens of an update on all ranks."""
+        local = sum(int(batch.token_mask.sum()) for batch in batches if self._counts(batch))
+        return sum(ranks.all_gather("the update's tokens", local))
+
+    def _stop_after_lost_updates(self, loss: float, norm: float, applied: bool) -> None:
+        """Raises RunError after MAX_LOST updates in a row that were skipped."""
+        if applied and math.isfinite(loss):
+            self._lost = 0
+            return
+        self._lost += 1
         if self._lost == MAX_LOST:
-            raise not_finite(self.updates, sums["loss"], norm, self._settings)
-        loss_value, rho, squared = sums.pop("loss"), sums.pop("_rho"), sums.pop("_rho_squared")
-        return {name: value / tokens for name, value in sums.items()} | {
-            "loss": loss_value,
-            "policy/grad_norm": norm,
-            "policy/lr": lr,
-            "mismatch/max_weight": max(most for _, most in found),
-            # PipelineRL 2509.19128: (sum w)^2 / (n sum w^2)
-            "mismatch/effective": rho**2 / (squared * tokens),
-            "update/tokens": tokens,
-            "update/micro_batches": len(batches),
-            "update/seconds": time.monotonic() - start,
-            "update/not_finite": float(not applied),
-        }
+            raise not_finite(self.updates, loss, norm, self._settings)
 
-    def _loss_of(self, batch: Batch, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns a micro-batch's part of the update's loss, and a report.
+    def _loss_of(self, batch: Batch, num_tokens: int) -> tuple[Tensor, MicroBatchReport]:
+        """Returns a micro-batch's part of the update's loss [], and its report.
 
-        The report holds quantities of the micro-batch's completion tokens, by name.
+        `num_tokens`: the completion tokens of the whole update, on all ranks.
         """
-        logprobs, entropies = self._engine(batch)
-        per_token, report = objective(logprobs, entropies, batch, self._algorithm, self._loss)
-        if self._soft is not None and self._policy.divergences is not None:
-            per_token = (
-                per_token
-                + self._soft.soft_weight * self._soft.temperature**2 * self._policy.divergences
-            )
-            report["policy/divergence"] = self._policy.divergences
-            if self._policy.hidden_errors is not None:
-                per_token = per_token + self._soft.hidden_weight * self._policy.hidden_errors
-                report["policy/hidden"] = self._policy.hidden_errors
-        loss = (batch.token_weights * per_token).sum()
-        mask = batch.token_mask
-        if self._router_coef:
-            share = 0.0 if batch.idle else int(mask.sum()) / tokens
-            loss = loss + self._router_coef * share * self._policy.balance_loss
-            report["router/balance"] = mask * self._policy.balance_loss
-        report["_rho_squared"] = report["_rho"].square()
-        return loss, {
-            name: value.detach()[mask] if value.shape == mask.shape else value.detach()
-            for name, value in report.items()
-        }
+        output: PolicyOutput = self._engine(batch)
+        result = objective(output.logprobs, output.entropies, batch, self._algorithm, self._loss)
+        if self._soft is not None:
+            result = _with_distillation(result, output, self._soft)
+        loss = (batch.token_weights * result.per_token).sum()
+        if output.balance_loss is not None:
+            num_batch_tokens = 0 if batch.idle else int(batch.token_mask.sum())
+            share = num_batch_tokens / num_tokens
+            loss = loss + self._router_coef * share * output.balance_loss
+            result.metrics["router/balance"] = batch.token_mask * output.balance_loss
+        return loss, report_of(loss, result, batch.token_mask)
 
     def _step(self) -> tuple[float, bool]:
         """Applies the gradient unless it is not finite or too large.
 
         Returns its norm before clipping, and whether it was applied.
         """
-        # DeepSpeed tells no norm without ZeRO, and looks at nothing
         if self._settings.zero_stage == 0:
-            gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
-            for gradient in gradients if ranks.count() > 1 else ():
-                torch.distributed.all_reduce(gradient, torch.distributed.ReduceOp.SUM)
-                gradient /= ranks.count()  # DeepSpeed takes the mean again, of equal ones
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            if applied := norm <= self._settings.skip_grad_norm:
-                self._engine.step()
-            else:
-                self._engine.zero_grad()
-            return norm, applied
+            return self._step_without_zero()
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
-        return float(self._engine.get_global_grad_norm()) if applied else self._limit.norm, applied
+        norm = float(self._engine.get_global_grad_norm()) if applied else self._limit.norm
+        return norm, applied
+
+    def _step_without_zero(self) -> tuple[float, bool]:
+        """As `_step`: without ZeRO DeepSpeed reports no norm and skips no update."""
+        gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
+        if ranks.world_size() > 1:
+            for gradient in gradients:
+                torch.distributed.all_reduce(gradient, torch.distributed.ReduceOp.SUM)
+                gradient /= ranks.world_size()  # DeepSpeed takes the mean again, of equal ones
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        applied = norm <= self._settings.skip_grad_norm
+        if applied:
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm, applied
 
     def weights(self) -> LearnerWeights:
         """Returns every weight whole, under its Hugging Face name, in the forward pass's dtype.
@@ -260,48 +259,47 @@ class Learner:
         return LearnerWeights(self)
 
     def _layout(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        for name, parameter in (one for bucket in self._buckets() for one in bucket):
-            shaped = torch.empty(
-                getattr(parameter, "ds_shape", parameter.shape),
-                dtype=parameter.dtype,
-                device="meta",
-            )
-            yield from (
-                (n, weight.dtype, tuple(weight.shape))
-                for n, weight in moe.hub_weights(self._policy.model, name, shaped)
-            )
-        yield from (
-            (name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self._own_buffers()
-        )
+        for bucket in self._buckets():
+            for name, parameter in bucket:
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                empty = torch.empty(shape, dtype=parameter.dtype, device="meta")
+                for hub_name, weight in moe.hub_weights(self._policy.model, name, empty):
+                    yield hub_name, weight.dtype, tuple(weight.shape)
+        for name, buffer in self._saved_buffers():
+            yield name, buffer.dtype, tuple(buffer.shape)
 
-    def _own_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        kept = self._policy.model.state_dict().keys()
-        # DeepSeek's router bias
-        return (
-            (name, buffer) for name, buffer in self._policy.model.named_buffers() if name in kept
-        )
+    def _saved_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the buffers that are part of a checkpoint, such as DeepSeek's router bias."""
+        saved = self._policy.model.state_dict().keys()
+        for name, buffer in self._policy.model.named_buffers():
+            if name in saved:
+                yield name, buffer
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        adapted = lora.of(self._policy.model)
+        adapted_layers = lora.of(self._policy.model)
         for bucket in self._buckets():
             with self._whole(*(parameter for _, parameter in bucket)):
                 for name, parameter in bucket:
-                    layer = adapted.get(name)
-                    weight = lora.merged(parameter.data, layer) if layer else parameter.data
+                    weight = parameter.data
+                    if name in adapted_layers:
+                        weight = lora.merged(weight, adapted_layers[name])
                     yield from moe.hub_weights(self._policy.model, name, weight)
-        yield from self._own_buffers()
+        yield from self._saved_buffers()
 
     def _buckets(self) -> list[list[tuple[str, nn.Parameter]]]:
         """Returns the model's weights by name, adapters aside, in parts of about BUCKET bytes."""
         buckets: list[list[tuple[str, nn.Parameter]]] = [[]]
-        held = 0
+        bucket_bytes = 0
         for name, parameter in self._policy.model.named_parameters():
-            if "lora_" not in name:
-                size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.itemsize
-                if held and held + size > BUCKET:
-                    buckets, held = [*buckets, []], 0
-                buckets[-1].append((name.replace(".base_layer.", "."), parameter))
-                held += size
+            if "lora_" in name:
+                continue
+            num_weights = getattr(parameter, "ds_numel", parameter.numel())
+            num_bytes = num_weights * parameter.itemsize
+            if bucket_bytes and bucket_bytes + num_bytes > BUCKET:
+                buckets.append([])
+                bucket_bytes = 0
+            buckets[-1].append((name.replace(".base_layer.", "."), parameter))
+            bucket_bytes += num_bytes
         return buckets
 
     @contextlib.contextmanager
@@ -363,7 +361,7 @@ class Learner:
         """
         # none without ZeRO: whole
         parts = len(list((directory / "learner").glob("*zero_pp_rank_*_optim_states.pt")))
-        if parts in (0, ranks.count()):
+        if parts in (0, ranks.world_size()):
             path, state = self._engine.load_checkpoint(str(directory), tag="learner")
         else:
             path, state = self._load_universal(directory)
@@ -381,61 +379,128 @@ class Learner:
 
         DeepSpeed's universal form of it is made beside it and removed again.
         """
-        from deepspeed.checkpoint import ds_to_universal
+        universal = directory.with_name(f".{directory.name}.universal.partial")
+        ranks.rank0_first(
+            "the universal checkpoint",
+            lambda: _write_universal(directory, universal) if ranks.rank() == 0 else None,
+        )
+        self._engine._config.load_universal_checkpoint = True
+        groups = self._engine.optimizer.param_groups
+        weight_decays = [group["weight_decay"] for group in groups]
+        try:
+            path_and_state: tuple[Any, Any] = self._engine.load_checkpoint(
+                str(universal), tag="learner"
+            )
+            # Under ZeRO-3 DeepSpeed gives all groups the first one's weight decay ...
+            for group, weight_decay in zip(groups, weight_decays, strict=True):
+                group["weight_decay"] = weight_decay
+            # ... and all parameters one counter of steps.
+            for state in self._inner_optimizer().state.values():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].clone()
+            return path_and_state
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+            ranks.all_gather("the loaded checkpoint", None)
+            if ranks.rank() == 0:
+                shutil.rmtree(universal, ignore_errors=True)
 
-        whole = directory.with_name(f".{directory.name}.universal.partial")
-        few = argparse.Namespace(
+    def _inner_optimizer(self) -> Any:
+        """Returns torch's optimizer, which ZeRO's optimizers wrap."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+    @torch.no_grad()
+    def reset_reference(self, *, optimizer: bool) -> None:
+        """Makes the policy as it is the reference; `optimizer`: forgets Adam's moments too."""
+        assert self._reference is not None
+        for parameter, reference in zip(
+            self._policy.model.parameters(), self._reference.model.parameters(), strict=True
+        ):
+            with self._whole(parameter):
+                reference.copy_(parameter)
+        self._reference_moved = True
+        if optimizer:
+            self._reset_optimizer()
+
+    def _reset_optimizer(self) -> None:
+        inner = self._inner_optimizer()
+        for state in inner.state.values():
+            for key, value in state.items():
+                # DeepSpeed's own Adam counts steps in an int
+                state[key] = value.zero_() if isinstance(value, Tensor) else 0
+        for group in inner.param_groups:
+            if "step" in group:
+                group["step"] = 0
+
+
+class Scores(NamedTuple):
+    """What the learner says of a micro-batch's completion tokens, on the CPU; 0 elsewhere."""
+
+    logprobs: Tensor  # [B, T] float32
+    entropies: Tensor  # [B, T] float32
+
+
+def _prepare_model(model: Any, settings: configs.Model, device: torch.device) -> None:
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    moe.check(model, settings.router_aux_coef, settings.freeze_router)
+    model.train()
+    if device.type == "cuda":
+        models.use_fused_norms(model)
+
+
+def _freeze(reference: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Makes a model a reference, in place."""
+    # buffers (rotary frequencies) stay in float32, as DeepSpeed leaves the policy's
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(dtype)
+    reference.to(device).eval().requires_grad_(False)
+    if device.type == "cuda":
+        models.use_fused_norms(reference)
+
+
+def _write_universal(directory: Path, universal: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(directory / "learner"),
+            output_folder=str(universal / "learner"),
             num_extract_workers=1,
             num_merge_workers=1,
             keep_temp_folder=False,
             strict=True,
             inject_missing_state=True,
         )
-        few.input_folder, few.output_folder = str(directory / "learner"), str(whole / "learner")
-        ranks.first(
-            "the universal checkpoint",
-            lambda: ds_to_universal.main(few) if ranks.rank() == 0 else None,
-        )
-        self._engine._config.load_universal_checkpoint = True
-        groups = self._engine.optimizer.param_groups
-        decays = [group["weight_decay"] for group in groups]
-        try:
-            found: tuple[Any, Any] = self._engine.load_checkpoint(str(whole), tag="learner")
-            # under ZeRO-3 all get the first one's ...
-            for group, decay in zip(groups, decays, strict=True):
-                group["weight_decay"] = decay
-            for state in getattr(
-                self._engine.optimizer, "optimizer", self._engine.optimizer
-            ).state.values():
-                # ... and share one counter
-                state |= (
-                    {"step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else {}
-                )
-            return found
-        finally:
-            self._engine._config.load_universal_checkpoint = False
-            ranks.gather("the loaded checkpoint", None)
-            if ranks.rank() == 0:
-                shutil.rmtree(whole, ignore_errors=True)
+    )
 
-    @torch.no_grad()
-    def reset_reference(self, *, optimizer: bool) -> None:
-        """Makes the policy as it is the reference; `optimizer`: forgets Adam's moments too."""
-        assert self._reference is not None
-        for own, theirs in zip(
-            self._policy.model.parameters(), self._reference.model.parameters(), strict=True
-        ):
-            with self._whole(own):
-                theirs.copy_(own)
-        self._reference_moved = True
-        if optimizer:
-            inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-            for state in inner.state.values():
-                for key, value in state.items():
-                    # DeepSpeed's own Adam counts steps in an int
-                    state[key] = value.zero_() if isinstance(value, Tensor) else 0
-            for group in inner.param_groups:
-                group |= {"step": 0} if "step" in group else {}
+
+def _token_means(totals: UpdateTotals, num_tokens: int) -> dict[str, float]:
+    """Returns an update's metrics that are means over its completion tokens.
+
+    Source: the effective share of samples is PipelineRL 2509.19128, (sum w)^2 / (n sum w^2).
+    """
+    means = {name: total / num_tokens for name, total in totals.metrics.items()}
+    means["loss"] = totals.loss
+    means["mismatch/max_weight"] = totals.max_ratio
+    means["mismatch/effective"] = totals.ratio_sum**2 / (totals.ratio_squared_sum * num_tokens)
+    return means
+
+
+def _with_distillation(result: Objective, output: PolicyOutput, soft: Soft) -> Objective:
+    """Returns the objective with the divergence from the teacher, and the hidden states' error.
+
+    Source: Hinton 1503.02531: the divergence counts T^2 times.
+    """
+    per_token = result.per_token
+    metrics = dict(result.metrics)
+    if output.divergences is not None:
+        per_token = per_token + soft.soft_weight * soft.temperature**2 * output.divergences
+        metrics["policy/divergence"] = output.divergences
+    if output.hidden_errors is not None:
+        per_token = per_token + soft.hidden_weight * output.hidden_errors
+        metrics["policy/hidden"] = output.hidden_errors
+    return replace(result, per_token=per_token, metrics=metrics)
 
 
 class LearnerWeights:

@@ -6,7 +6,8 @@ Tokens in, log-probabilities of the completion tokens out, never a [B, T, V] ten
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,29 @@ from grpo.types import Batch, UserError
 
 if TYPE_CHECKING:
     from grpo.config import Soft
+
+
+class PolicyOutput(NamedTuple):
+    """What the policy says of a micro-batch's completion tokens; 0 at all other positions.
+
+    A NamedTuple, because DeepSpeed's ZeRO-3 looks for a module's tensors in tuples only.
+    """
+
+    logprobs: Tensor  # [B, T] float32, of the tokens in `batch.labels`
+    entropies: Tensor  # [B, T] float32, of the policy's distribution
+    divergences: Tensor | None = None  # [B, T], from the teacher's distribution
+    hidden_errors: Tensor | None = None  # [B, T], of projected hidden states (soft.hidden_weight)
+    balance_loss: Tensor | None = None  # [], the router's load-balancing loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _States:
+    """Hidden states that predict completion tokens: of all of them, or of this rank's N."""
+
+    last: Tensor  # [N, H], the last layer's
+    layers: list[Tensor]  # [N, H] each, of the layers that are compared with the teacher's
+    places: Tensor  # [B, T] bool: where the N tokens are
+    balance_loss: Tensor | None
 
 
 class Policy(nn.Module):
@@ -43,133 +67,175 @@ class Policy(nn.Module):
         soft: Soft | None = None,
         ulysses: Any = None,
     ) -> None:
-        """`temperature` divides the logits; `chunk` is how many positions the head does at once."""
+        """Wraps a transformers model.
+
+        Args:
+            model: the model.
+            temperature: divides the logits.
+            chunk: positions that the head computes at once.
+            float32_head: whether the head computes in float32.
+            entropy_gradient: whether entropies carry a gradient.
+            router: whether to return the load-balancing loss of a mixture of experts.
+            teacher: the policy that divergences are measured to.
+            soft: how they are measured.
+            ulysses: shares the stream among ranks (grpo/learning/ulysses.py).
+        """
         super().__init__()
         self.model: Any = model
         self.temperature = temperature
         self.chunk = chunk
-        self.ulysses = ulysses  # of ranks that share a stream (grpo/learning/ulysses.py)
-        self.float32_head, self.entropy_gradient = float32_head, entropy_gradient
-        self._teacher, self._soft = (teacher,), soft  # in a tuple: no part of this module
-        self.divergences: Tensor | None = None  # [B, T] of the last forward pass, from the teacher
-        # [B, T] likewise: hidden states, with soft.hidden_weight
-        self.hidden_errors: Tensor | None = None
-        self.projections = nn.ModuleDict(
-            _projections(model, teacher.model, soft)
-            if teacher and soft and soft.hidden_weight
-            else {}
-        )
-        # the load-balancing loss of the last forward pass, with `router`
-        self.router, self.balance_loss = router, torch.zeros(())
+        self.ulysses = ulysses
+        self.float32_head = float32_head
+        self.entropy_gradient = entropy_gradient
+        self.router = router
+        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self._soft = soft
+        self.projections = nn.ModuleDict()
+        if teacher is not None and soft is not None and soft.hidden_weight:
+            self.projections.update(_projections(model, teacher.model, soft))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns `(logprobs, entropies)`, both [B, T] float32, 0 where `token_mask` is not set.
-
-        Entropies carry a gradient if asked.
+    def forward(self, batch: Batch) -> PolicyOutput:
+        """Returns log-probabilities, entropies and whatever else the policy was made for.
 
         Position t predicts `labels[:, t]`. Temperature divides the logits, as the sampler does
         before its softmax.
         """
-        states, hidden, mask = self._states(batch)  # [N, H]
-        targets, own = batch.labels[mask], mask[batch.token_mask]  # [N]
-        weight = self.model.get_output_embeddings().weight.float() if self.float32_head else None
-        teacher, theirs = self._teacher[0], None
-        if teacher is not None:
-            with torch.no_grad():
-                theirs, their_hidden, _ = teacher._states(
-                    batch, [int(name.split("_")[1]) for name in self.projections]
-                )
-            errors = [
-                (project(own) - its).float().square().mean(-1)
-                for project, own, its in zip(
-                    self.projections.values(), hidden, their_hidden, strict=True
-                )
-            ]
-            self.hidden_errors = self._grid([torch.stack(errors).mean(0)], mask) if errors else None
-        logprobs, entropies, divergences = [], [], list[Tensor]()
-        # past the last state the head has nothing to do
-        for start in range(0, max(len(states), batch.most), self.chunk):
+        student_layers = [student_layer for student_layer, _ in self._layer_pairs()]
+        states = self._states(batch, student_layers)
+        teacher_states = self._teacher_states(batch)
+        hidden_errors = None
+        if teacher_states is not None and self.projections:
+            errors = self._hidden_errors(states, teacher_states)
+            hidden_errors = self._grid([errors], states.places)
+        targets = batch.labels[states.places]  # [N]
+        teacher_top = None
+        if teacher_states is None and batch.teacher_top is not None:
+            held = states.places[batch.token_mask]
+            teacher_top = [part[held] for part in batch.teacher_top]  # [N, k]
+        weight = self._float32_weight() if self.float32_head else None
+        logprobs: list[Tensor] = []
+        entropies: list[Tensor] = []
+        divergences: list[Tensor] = []
+        # Every rank runs the head as often as the rank with most tokens.
+        for start in range(0, max(len(states.last), batch.most), self.chunk):
             piece = slice(start, start + self.chunk)
+            last = states.last[piece]
             logprob, entropy = checkpoint(
-                self._head, states[piece], targets[piece], weight, use_reentrant=False
+                self._head, last, targets[piece], weight, use_reentrant=False
             )
             logprobs.append(logprob)
             entropies.append(entropy)
-            if theirs is not None:
-                divergences.append(
-                    checkpoint(self._divergence, states[piece], theirs[piece], use_reentrant=False)
+            if teacher_states is not None:
+                divergence = checkpoint(
+                    self._divergence, last, teacher_states.last[piece], use_reentrant=False
                 )
-            elif batch.teacher_top is not None:
-                top = [part[own][piece] for part in batch.teacher_top]
-                divergences.append(
-                    checkpoint(self._top_divergence, states[piece], *top, use_reentrant=False)
+                divergences.append(divergence)
+            elif teacher_top is not None:
+                ids, top_logprobs = (part[piece] for part in teacher_top)
+                divergence = checkpoint(
+                    self._top_divergence, last, ids, top_logprobs, use_reentrant=False
                 )
-        self.divergences = self._grid(divergences, mask) if divergences else None
-        return self._grid(logprobs, mask), self._grid(entropies, mask)
+                divergences.append(divergence)
+        return PolicyOutput(
+            logprobs=self._grid(logprobs, states.places),
+            entropies=self._grid(entropies, states.places),
+            divergences=self._grid(divergences, states.places) if divergences else None,
+            hidden_errors=hidden_errors,
+            balance_loss=states.balance_loss,
+        )
 
     def _grid(self, pieces: list[Tensor], mask: Tensor) -> Tensor:
         grid = _scatter(pieces, mask)
         return grid if self.ulysses is None else self.ulysses.whole(grid)
 
-    def _states(
-        self, batch: Batch, layers: list[int] | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Returns states that predict completion tokens, those of `layers`, and the tokens' places.
+    def _layer_pairs(self) -> list[tuple[int, int]]:
+        """Returns the layers that are compared: student's, teacher's."""
+        pairs = []
+        for name in self.projections:
+            student_layer, _, teacher_layer = name.partition("_")
+            pairs.append((int(student_layer), int(teacher_layer)))
+        return pairs
 
-        The states are the last hidden states, row by row. `layers` defaults to the projected
-        layers. The places are [B, T]. All three are of all completion tokens, or of this rank's.
-        """
-        layers = (
-            [int(name.split("_")[0]) for name in self.projections] if layers is None else layers
-        )
-        more = ({"output_router_logits": True} if self.router else {}) | (
-            {"output_hidden_states": True} if layers else {}
-        )
-        mask: Tensor | None = None
+    @torch.no_grad()
+    def _teacher_states(self, batch: Batch) -> _States | None:
+        teacher = self._teacher[0]
+        if teacher is None:
+            return None
+        return teacher._states(batch, [teacher_layer for _, teacher_layer in self._layer_pairs()])
+
+    def _hidden_errors(self, states: _States, teacher_states: _States) -> Tensor:
+        """Returns the mean squared error [N] of projected hidden states, averaged over layers."""
+        errors = []
+        for project, student_hidden, teacher_hidden in zip(
+            self.projections.values(), states.layers, teacher_states.layers, strict=True
+        ):
+            difference = project(student_hidden) - teacher_hidden
+            errors.append(difference.float().square().mean(-1))
+        return torch.stack(errors).mean(0)
+
+    def _states(self, batch: Batch, layers: list[int]) -> _States:
+        """Returns the hidden states that predict completion tokens, of the last and of `layers`."""
+        options: dict[str, Any] = {}
+        if self.router:
+            options["output_router_logits"] = True
+        if layers:
+            options["output_hidden_states"] = True
+        attention_mask: Tensor | None = None
         places = batch.token_mask
-        if self.model.config._attn_implementation != packing.NAME:
-            mask = batch.attention_mask
-            out = self.model.base_model(
-                input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **more
-            )
-
-            def chosen(states: Tensor) -> Tensor:
-                return states[batch.token_mask]
-        else:
+        if self.model.config._attn_implementation == packing.NAME:
             device = batch.input_ids.device
             kernel = packing.has_kernel(self.model.config, self.model.dtype, device)
             layout = packing.layout(batch.sequences, batch.prompt_lengths, device, kernel=kernel)
             if self.ulysses is not None:
-                layout, own = self.ulysses.part(layout)
-                places = torch.zeros_like(places).masked_scatter_(places, own)
+                layout, held = self.ulysses.part(layout)
+                places = torch.zeros_like(places).masked_scatter_(places, held)
             out = self.model.base_model(
                 input_ids=layout.ids,
                 position_ids=layout.positions,
                 use_cache=False,
                 packed=layout,
-                **more,
+                **options,
             )
 
-            def chosen(states: Tensor) -> Tensor:
-                return states[0].index_select(0, layout.predictors)
+            def predictors(hidden: Tensor) -> Tensor:
+                return hidden[0].index_select(0, layout.predictors)
+        else:
+            attention_mask = batch.attention_mask
+            out = self.model.base_model(
+                input_ids=batch.input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                **options,
+            )
 
+            def predictors(hidden: Tensor) -> Tensor:
+                return hidden[batch.token_mask]
+
+        balance_loss = None
         if self.router:
-            self.balance_loss = moe.balance_loss(self.model, out.router_logits, mask)
-        return (
-            chosen(out.last_hidden_state),
-            [chosen(out.hidden_states[layer]) for layer in layers],
-            places,
+            balance_loss = moe.balance_loss(self.model, out.router_logits, attention_mask)
+        return _States(
+            last=predictors(out.last_hidden_state),
+            layers=[predictors(out.hidden_states[layer]) for layer in layers],
+            places=places,
+            balance_loss=balance_loss,
         )
 
-    def _divergence(self, states: Tensor, theirs: Tensor) -> Tensor:
+    def _divergence(self, states: Tensor, teacher_states: Tensor) -> Tensor:
         """Returns the divergence from the teacher at each position.
 
         In the backward pass everything is computed again, the logits included.
         """
-        teacher, soft = self._teacher[0], self._soft
+        teacher = self._teacher[0]
+        soft = self._soft
         assert teacher is not None and soft is not None
-        own, its = (policy._logits(part) for policy, part in ((self, states), (teacher, theirs)))
-        return divergence(own, its, soft.divergence, soft.temperature, soft.beta)
+        return divergence(
+            self._logits(states),
+            teacher._logits(teacher_states),
+            soft.divergence,
+            soft.temperature,
+            soft.beta,
+        )
 
     def _top_divergence(self, states: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
         assert self._soft is not None
@@ -187,15 +253,19 @@ class Policy(nn.Module):
         )
         return logprobs_and_entropies
 
+    def _float32_weight(self) -> Tensor:
+        weight: Tensor = self.model.get_output_embeddings().weight.float()
+        return weight
+
     def _logits(self, states: Tensor, weight: Tensor | None = None) -> Tensor:
-        """`weight`: the head's in float32, made once for all chunks."""
+        """Returns logits [N, V]; `weight` is the head's in float32, made once for all chunks."""
         head = self.model.get_output_embeddings()
         if not self.float32_head:
             logits: Tensor = head(states)
             return logits
-        return F.linear(
-            states.float(), head.weight.float() if weight is None else weight, head.bias
-        )
+        if weight is None:
+            weight = self._float32_weight()
+        return F.linear(states.float(), weight, head.bias)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -288,7 +358,9 @@ def _gradient(
 
 
 def _projections(student: Any, teacher: Any, soft: Soft) -> dict[str, nn.Module]:
-    """Returns the maps from the student's hidden states to the teacher's, by "own layer_its layer".
+    """Returns the maps from the student's hidden states to the teacher's.
+
+    They are named "student layer_teacher layer".
 
     Without a map of the layers, layer m goes with m L_teacher / L_student (TinyBERT 1909.10351).
     Raises UserError for a layer that is not there.

@@ -78,7 +78,7 @@ class SupervisedTrainer(SFTTrainer):
             seed=config.seed,
             max_steps=config.sft.updates,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=config.sft.batch_size // micro // ranks.count(),
+            gradient_accumulation_steps=config.sft.batch_size // micro // ranks.world_size(),
             optim="adamw_torch_fused",
             learning_rate=settings.lr,
             weight_decay=settings.weight_decay,
@@ -208,5 +208,7 @@ def _trainer_config(config: SftConfig) -> dict[str, Any]:
     made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return made | {
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": config.sft.batch_size // config.micro_batch // ranks.count(),
+        "gradient_accumulation_steps": config.sft.batch_size
+        // config.micro_batch
+        // ranks.world_size(),
     }

@@ -32,9 +32,9 @@ class Ulysses:
         shape = model.config
         heads, shared = shape.num_attention_heads, shape.num_key_value_heads
         width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-        if ranks.count() % size:
+        if ranks.world_size() % size:
             raise UserError(
-                f"learner.sequence_parallel={size} does not divide the {ranks.count()} ranks"
+                f"learner.sequence_parallel={size} does not divide the {ranks.world_size()} ranks"
             )
         if (
             heads % size
@@ -121,6 +121,6 @@ def _group(size: int) -> Any:
     """
     groups = [
         torch.distributed.new_group(list(range(first, first + size)))
-        for first in range(0, ranks.count(), size)
+        for first in range(0, ranks.world_size(), size)
     ]
     return groups[ranks.rank() // size]

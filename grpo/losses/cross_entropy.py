@@ -1,16 +1,16 @@
-"""Cross-entropy of given tokens.
-
-Supervised fine-tuning minimises it, with a weight for each token in place of an advantage.
-"""
+"""Cross-entropy of given tokens, with a weight per token in place of an advantage."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from grpo.config.algorithm import Algorithm
+from grpo.losses import LossOutput
 from grpo.types import Batch
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
     """Returns -A log pi."""
-    return -batch.advantages * logprobs, {"policy/cross_entropy": -logprobs}
+    return LossOutput(
+        per_token=-batch.advantages * logprobs, metrics={"policy/cross_entropy": -logprobs}
+    )

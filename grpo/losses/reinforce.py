@@ -1,21 +1,18 @@
-"""REINFORCE: the policy gradient as it is, clipped nowhere.
-
-It is importance-weighted when the policy has moved.
-"""
+"""REINFORCE: the policy gradient without a clip, importance-weighted if the policy has moved."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from grpo.config.algorithm import Algorithm
-from grpo.losses import _terms
+from grpo.losses import LossOutput, ratio
 from grpo.types import Batch
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
     """Returns -(pi / pi_old) A, whose gradient on-policy is -A grad log pi.
 
     Source: RLOO 2402.14740 Eq. 6 (its sum over tokens).
     """
-    ratios = _terms.ratio(logprobs, batch.old_logprobs)
-    return -ratios * batch.advantages, {"ratio/mean": ratios}
+    ratios = ratio(logprobs, batch.old_logprobs)
+    return LossOutput(per_token=-ratios * batch.advantages, metrics={"ratio/mean": ratios})

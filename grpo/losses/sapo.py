@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 
 from grpo.config.algorithm import Algorithm
-from grpo.losses import _terms
+from grpo.losses import LossOutput, ratio
 from grpo.types import Batch
 
-TEMPERATURE_POSITIVE, TEMPERATURE_NEGATIVE = 1.0, 1.05  # the paper's
+# the paper's temperatures where the advantage is positive and where it is not
+TEMPERATURE_POSITIVE = 1.0
+TEMPERATURE_NEGATIVE = 1.05
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
     """Returns -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A.
 
     Source: SAPO 2511.20347 Eq. 5, 6.
     """
-    ratios = _terms.ratio(logprobs, batch.old_logprobs)
-    tau = torch.full_like(ratios, TEMPERATURE_NEGATIVE).masked_fill(
-        batch.advantages > 0, TEMPERATURE_POSITIVE
-    )
-    return -torch.sigmoid(tau * (ratios - 1)) * 4 / tau * batch.advantages, {"ratio/mean": ratios}
+    ratios = ratio(logprobs, batch.old_logprobs)
+    tau = torch.full_like(ratios, TEMPERATURE_NEGATIVE)
+    tau = tau.masked_fill(batch.advantages > 0, TEMPERATURE_POSITIVE)
+    per_token = -torch.sigmoid(tau * (ratios - 1)) * 4 / tau * batch.advantages
+    return LossOutput(per_token=per_token, metrics={"ratio/mean": ratios})

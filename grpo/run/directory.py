@@ -148,7 +148,7 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
         self.metrics, self.manifest = self.path / "metrics.jsonl", self.path / "manifest.json"
-        ranks.first(
+        ranks.rank0_first(
             "the run directory",
             lambda: self._open(path, resume) if ranks.rank() == 0 else self._see(path),
         )
@@ -288,7 +288,7 @@ class RunDirectory:
                 number = file.stem.rpartition("-")[2]
                 if number.isdecimal() and int(number) > step:
                     file.unlink()
-        ranks.gather("the cut", None)
+        ranks.all_gather("the cut", None)
 
     def latest(self) -> Path | None:
         """Returns the checkpoint of the last step."""
@@ -304,7 +304,7 @@ class RunDirectory:
             found = self.latest() if ranks.rank() == 0 else None
             return found, self.read_state(found) if found else {}
 
-        return ranks.together("the last checkpoint", read)[0]
+        return ranks.all_gather_or_raise("the last checkpoint", read)[0]
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
         """Writes checkpoint `step`.
@@ -316,16 +316,16 @@ class RunDirectory:
         """
         target = self.checkpoints / f"step-{step:06d}"
         if ranks.rank() > 0:
-            ranks.gather("the checkpoint's directory", None)
+            ranks.all_gather("the checkpoint's directory", None)
             write(scratch_of(target))
-            ranks.gather("the other ranks' parts of the checkpoint", None)
-            ranks.gather("the checkpoint's end", None)
+            ranks.all_gather("the other ranks' parts of the checkpoint", None)
+            ranks.all_gather("the checkpoint's end", None)
             return target
         try:
             with replace_directory(target) as scratch:
-                ranks.gather("the checkpoint's directory", None)
+                ranks.all_gather("the checkpoint's directory", None)
                 write(scratch)
-                ranks.gather("the other ranks' parts of the checkpoint", None)
+                ranks.all_gather("the other ranks' parts of the checkpoint", None)
                 hashes = {
                     str(file.relative_to(scratch)): _hash(file)
                     for file in sorted(scratch.rglob("*"))
@@ -341,7 +341,7 @@ class RunDirectory:
                 f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the "
                 f"disk full? Last good: {self.latest()}"
             ) from error
-        ranks.gather("the checkpoint's end", None)
+        ranks.all_gather("the checkpoint's end", None)
         return target
 
     def read_state(self, checkpoint: Path) -> dict[str, Any]:

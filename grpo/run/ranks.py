@@ -1,30 +1,56 @@
 """The learner's ranks: who this process is, values from all to all, and work that is shared out.
 
 One process alone is a group of one and needs no torch here. What a rollout samples is on all ranks
-(`spread`), so every decision about it is made alike everywhere; weights, gradients and optimizer
-states are DeepSpeed's to share. Only rank 0 writes the run directory.
+(`split_across_ranks`), so every decision about it is made alike everywhere; weights, gradients and
+optimizer states are DeepSpeed's to share. Only rank 0 writes the run directory.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from grpo.run.signals import Interrupted
-from grpo.types import RunError, UserError
+from grpo.run.network import free_port
+from grpo.types import GrpoError, RunError, UserError
 
 T = TypeVar("T")
 _objects: Any = None  # gloo: Python values go over the CPU, whatever the gradients go over
 _limit = timedelta(minutes=30)
+_num_exchanges = 0  # calls of `all_gather` so far: equal on all ranks that run the same program
 
 
-class Alone(RunError):
+class BrokenExchangeError(RunError):
     """A rank failed inside a collective and cannot notify the others; it ends, and the job ends."""
+
+
+class UnexpectedError(RunError):
+    """An exception that is none of ours, as text that can be sent to every rank."""
+
+
+class ExchangeMismatchError(RunError):
+    """Ranks met in different exchanges: they do not run the same program, or not the same config.
+
+    `exchanges`: per rank the name of the exchange and how many it has made.
+    """
+
+    known_to_all_ranks = True
+
+    def __init__(self, exchanges: Sequence[tuple[str, int]]) -> None:
+        """`exchanges`: one per rank."""
+        super().__init__(exchanges)
+        self.exchanges = list(exchanges)
+
+    def __str__(self) -> str:
+        """Returns where each rank was."""
+        where = "; ".join(
+            f"rank {number}: {what!r}, exchange {made}"
+            for number, (what, made) in enumerate(self.exchanges)
+        )
+        return f"the ranks met in different exchanges: {where}"
 
 
 def rank() -> int:
@@ -32,7 +58,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def count() -> int:
+def world_size() -> int:
     """Returns how many ranks there are on all machines, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -42,10 +68,10 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def local_count() -> int:
+def local_world_size() -> int:
     """Returns how many ranks share this machine."""
     # torchrun's name, deepspeed's
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or count())
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
 
 
 def adopt_srun() -> None:
@@ -82,7 +108,8 @@ def num_cores() -> int:
 def join(limit_s: float = 1800.0) -> None:
     """Joins the process group, a group of one without a launcher.
 
-    `limit_s`: the longest wait for another rank. Raises RunError.
+    `limit_s`: the longest wait for another rank. Raises RunError, and UserError for more ranks than
+    GPUs.
     """
     global _objects, _limit
     import torch
@@ -90,96 +117,132 @@ def join(limit_s: float = 1800.0) -> None:
     if torch.distributed.is_initialized():
         return
     _limit = timedelta(seconds=limit_s)
-    if count() == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
+    if world_size() == 1:
+        _set_group_of_one()
     cuda = torch.cuda.is_available()
     if cuda:
-        if local_count() > torch.cuda.device_count():
+        num_gpus = torch.cuda.device_count()
+        if local_world_size() > num_gpus:
             raise UserError(
-                f"{local_count()} ranks on this machine, which shows {torch.cuda.device_count()} "
-                "GPUs: start one rank a GPU"
+                f"{local_world_size()} ranks on this machine, which shows {num_gpus} GPUs: start "
+                "one rank per GPU"
             )
         torch.cuda.set_device(local_rank())
-    elif "OMP_NUM_THREADS" not in os.environ or count() > 1:  # torchrun sets 1
-        torch.set_num_threads(max(1, num_cores() // local_count()))
+    elif "OMP_NUM_THREADS" not in os.environ or world_size() > 1:  # torchrun sets 1
+        torch.set_num_threads(max(1, num_cores() // local_world_size()))
     try:
         torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=_limit)
-        _objects = (
-            torch.distributed.new_group(backend="gloo", timeout=_limit) if count() > 1 else None
-        )
+        if world_size() > 1:
+            _objects = torch.distributed.new_group(backend="gloo", timeout=_limit)
     except (RuntimeError, ValueError) as error:
-        told = str(error).splitlines()[0]
         raise RunError(
-            f"rank {rank()} of {count()}: no process group at {os.environ.get('MASTER_ADDR')}: "
-            f"{told}"
+            f"rank {rank()} of {world_size()}: no process group at "
+            f"{os.environ.get('MASTER_ADDR')}: {str(error).splitlines()[0]}"
         ) from None
 
 
-def gather(what: str, value: T) -> list[T]:
-    """Returns every rank's value, in order.
+def _set_group_of_one() -> None:
+    """Sets torch's variables as a launcher would for one rank, where they are not set."""
+    variables = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
-    Raises RunError naming `what` it waited for and the ranks that did not come.
+
+def require_equal(fingerprints: Mapping[str, str]) -> None:
+    """Raises UserError on all ranks naming what differs between them.
+
+    `fingerprints`: what the ranks start from, by name: `{"config": "9f86d081884c7d65"}`.
     """
-    if count() == 1:
+    of_ranks = all_gather("the fingerprints", dict(fingerprints))
+    differing = [name for name in fingerprints if len({each.get(name) for each in of_ranks}) > 1]
+    if not differing:
+        return
+    details = []
+    for name in differing:
+        values = ", ".join(f"rank {i} {each.get(name)}" for i, each in enumerate(of_ranks))
+        details.append(f"{name}: {values}")
+    error = UserError(
+        f"the ranks do not start from the same {' and '.join(differing)} ({'; '.join(details)}): "
+        "give all nodes the same files"
+    )
+    error.known_to_all_ranks = True
+    raise error
+
+
+def all_gather(what: str, value: T) -> list[T]:
+    """Returns every rank's value, in order of ranks.
+
+    Raises RunError naming `what` it waited for and the ranks that did not come. Raises
+    ExchangeMismatchError on all ranks when they meet in different exchanges.
+    """
+    global _num_exchanges
+    if world_size() == 1:
         return [value]
     import torch
 
-    found: list[Any] = [None] * count()
+    _num_exchanges += 1
+    message = (what, _num_exchanges, value)
+    messages: list[Any] = [None] * world_size()
     try:
         torch.distributed.monitored_barrier(_objects, timeout=_limit, wait_all_ranks=True)
-        torch.distributed.all_gather_object(found, value, group=_objects)
+        torch.distributed.all_gather_object(messages, message, group=_objects)
     except RuntimeError as error:
         raise RunError(
             f"rank {rank()}: another rank is lost, or did not come within {_limit}: waited for "
             f"{what} ({error})"
         ) from None
-    return found
+    exchanges = [(other_what, number) for other_what, number, _ in messages]
+    if len(set(exchanges)) > 1:
+        raise ExchangeMismatchError(exchanges)
+    return [other_value for _, _, other_value in messages]
 
 
-def together(what: str, work: Callable[[], T]) -> list[T]:
+def all_gather_or_raise(what: str, work: Callable[[], T]) -> list[T]:
     """Returns what every rank's work returned.
 
-    An exception of one rank is raised on all (`of_all`); the one that had it tells it, the others
-    have `heard` it.
+    An error of one rank is raised on all, with `known_to_all_ranks` and `failed_rank` set. An
+    exception that is none of ours is raised as UnexpectedError, with its cause where it happened.
     """
-    result, failed = None, None
+    if world_size() == 1:
+        return [work()]
+    result: T | None = None
+    failure: GrpoError | None = None
     try:
         result = work()
+    except GrpoError as error:
+        failure = error
     except Exception as error:
-        if count() == 1:
-            raise
-        failed = error
-    known = failed is None or isinstance(failed, (UserError, RunError, Interrupted))
-    results = gather(
-        what, (result, failed if known else RunError(f"{type(failed).__name__}: {failed}"))
-    )
-    for number, (_, theirs) in enumerate(results):
-        if theirs is not None:
-            met: Any = failed or theirs
-            met.of_all = True  # every rank raises one now
-            if failed is None:
-                met.heard = number
-            raise met
+        failure = UnexpectedError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
+    results = all_gather(what, (result, failure))
+    for failed_rank, (_, error_of_rank) in enumerate(results):
+        if error_of_rank is not None:
+            raised = failure or error_of_rank
+            raised.known_to_all_ranks = True
+            raised.failed_rank = failed_rank if failure is None else rank()
+            raise raised
     return [result for result, _ in results]  # type: ignore[misc] # only a failure leaves None
 
 
-def of_all(error: Exception) -> bool:
-    """Returns whether every rank has met an error, so that all can still do something together.
+def known_to_all(error: Exception) -> bool:
+    """Returns whether every rank raises an error, so that all can still do something together.
 
     They can write a checkpoint, for example.
     """
-    return count() == 1 or hasattr(error, "of_all")
+    if world_size() == 1:
+        return True
+    return isinstance(error, GrpoError) and error.known_to_all_ranks
+
+
+def failed_elsewhere(error: Exception) -> bool:
+    """Returns whether an error began on another rank, which reports it."""
+    return isinstance(error, GrpoError) and error.failed_rank not in (None, rank())
 
 
 def sum_seconds(num_bytes: int, tries: int = 5) -> float:
@@ -200,32 +263,32 @@ def sum_seconds(num_bytes: int, tries: int = 5) -> float:
         if values.is_cuda:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-    return max(gather("the interconnect", sorted(taken[1:])[tries // 2]))
+    return max(all_gather("the interconnect", sorted(taken[1:])[tries // 2]))
 
 
-def share(size: int) -> tuple[tuple[int, int], bool]:
+def sequence_parallel_share(size: int) -> tuple[tuple[int, int], bool]:
     """Returns `((part, parts), reports)`: this rank's part of some work, and whether it reports it.
 
     `size` neighbouring ranks share a part. The first of them reports what came of it.
     """
-    return (rank() // size, count() // size), rank() % size == 0
+    return (rank() // size, world_size() // size), rank() % size == 0
 
 
-def spread(what: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
+def split_across_ranks(what: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
     """Returns the whole of a list of which each rank makes its share.
 
     `work(share)` returns the items at `share` of the whole.
     """
-    parts = together(what, lambda: list(work(slice(rank(), None, count()))))
+    parts = all_gather_or_raise(what, lambda: list(work(slice(rank(), None, world_size()))))
     total = sum(map(len, parts))
-    return [parts[i % count()][i // count()] for i in range(total)]
+    return [parts[i % world_size()][i // world_size()] for i in range(total)]
 
 
-def first(what: str, work: Callable[[], T]) -> T:
+def rank0_first(what: str, work: Callable[[], T]) -> T:
     """Returns the result of `work`, which rank 0 does before the other ranks do it.
 
     The others then find what rank 0 made (a download, a directory).
     """
     made: list[T] = []
-    together(what, lambda: made.append(work()) if rank() == 0 else None)
+    all_gather_or_raise(what, lambda: made.append(work()) if rank() == 0 else None)
     return made[0] if made else work()

@@ -7,8 +7,10 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+from grpo.types import GrpoError
 
-class Interrupted(Exception):
+
+class Interrupted(GrpoError):
     """Ctrl-C or SIGTERM: the run saves and stops."""
 
 

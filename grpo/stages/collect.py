@@ -12,13 +12,17 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from grpo.config import Collect, CollectConfig, Data
 from grpo.experience import rollout
+from grpo.experience.prompts import Prompts
 from grpo.run.directory import write_file
-from grpo.stages.common import Sampler, Stage, judges, load_problems, mixture, open_stage
+from grpo.stages.problems import load_problems, mixture
+from grpo.stages.run_context import RunContext, open_stage
+from grpo.stages.sampling import Sampler, check_rewards, load_rewards
+from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, ScoredGroup
 from rewards import format, language, repetition
 
@@ -30,13 +34,13 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
 
     Raises UserError, RunError, Interrupted (chunks that are done are kept).
     """
-    pool, rewards = judges(config)
+    pool, rewards = load_rewards(config)
     problems = load_problems(config.data, "train", config.seed)
     known = _ngrams_of_sets(config)
     chunks = -(-config.collect.problems // config.collect.chunk)
-    with open_stage(config, "collect", total=chunks, unit="chunk", resume=resume) as stage:
-        stage.stack.callback(pool.close)
-        sampler, settings = Sampler(config, stage, config.teacher), config.collect
+    with open_stage(config, "collect", total=chunks, unit="chunk", resume=resume) as context:
+        context.stack.callback(pool.close)
+        sampler, settings = Sampler(config, context, config.teacher), config.collect
         chosen = _first(
             mixture(config.data, problems, sampler.prompts, config.seed), settings.problems
         )
@@ -45,13 +49,13 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
             for problem in chosen
             if not ngrams(problem.question, config.collect.ngram) & known
         ]
-        done = max((row["step"] for row in stage.run.read_metrics()), default=0) if resume else 0
-        stage.run.cut(done)
-        stage.display.begin(done)
+        done = max((row["step"] for row in context.run.read_metrics()), default=0) if resume else 0
+        context.run.cut(done)
+        context.display.begin(done)
         for number in range(done, -(-len(clean) // config.collect.chunk)):
             part = clean[number * config.collect.chunk : (number + 1) * config.collect.chunk]
-            stage.signals.check()
-            progress = functools.partial(_show, stage, number)
+            context.signals.check()
+            progress = functools.partial(_show, context, number)
             groups = sampler.sample(part, settings.samples, config.sampling.temperature, progress)
             scored = rollout.score(groups, rewards, sampler.prompts.for_rewards)
             rows = [
@@ -60,21 +64,21 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
                     rollout.sample_rows(scored), dropped(scored, config.collect), strict=True
                 )
             ]
-            stage.run.write_samples(f"chunk-{number + 1:06d}", rows)
+            context.run.write_samples(f"chunk-{number + 1:06d}", rows)
             row = {
                 "step": number + 1,
                 **rollout.describe(scored),
                 "trace/kept": sum(not row["dropped"] for row in rows),
             }
-            stage.record(row)
-            stage.display.row(row)
-        counts = _write(stage, contaminated=len(chosen) - len(clean))
-        stage.run.update_manifest(traces="traces.jsonl", counts=counts)
-        stage.display.say(", ".join(f"{name} {count}" for name, count in counts.items()))
+            context.record(row)
+            context.display.row(row)
+        counts = _write(context, contaminated=len(chosen) - len(clean))
+        context.run.update_manifest(traces="traces.jsonl", counts=counts)
+        context.display.say(", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
-def _show(stage: Stage, number: int, done: int, total: int) -> None:
-    stage.display.phase(number, "sampling", f"{done}/{total}")
+def _show(context: RunContext, number: int, done: int, total: int) -> None:
+    context.display.phase(number, "sampling", f"{done}/{total}")
 
 
 def _first(stream: Any, count: int) -> list[Problem]:
@@ -138,11 +142,19 @@ def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
+def _excluded(config: CollectConfig) -> Data | None:
+    """Returns the evaluation sets whose problems must not be among the traces."""
+    if not config.collect.decontaminate:
+        return None
+    return Data(mixture=config.collect.decontaminate, path=config.data.path)
+
+
 def _ngrams_of_sets(config: CollectConfig) -> set[tuple[str, ...]]:
-    sets = config.collect.decontaminate
-    if not sets:
+    """Returns the n-grams of all questions of the evaluation sets that traces must not overlap."""
+    excluded = _excluded(config)
+    if excluded is None:
         return set()
-    loaded = load_problems(Data(mixture=sets, path=config.data.path), "test", config.seed)
+    loaded = load_problems(excluded, "test", config.seed)
     return {
         run
         for problems in loaded.values()
@@ -151,14 +163,14 @@ def _ngrams_of_sets(config: CollectConfig) -> set[tuple[str, ...]]:
     }
 
 
-def _write(stage: Stage, contaminated: int) -> dict[str, int]:
+def _write(context: RunContext, contaminated: int) -> dict[str, int]:
     """Writes traces.jsonl from the samples of all chunks.
 
     Returns the counts of what was kept and dropped.
     """
     counts: Counter[str] = Counter({"kept": 0, "contaminated problems": contaminated})
     lines, numbers = [], Counter[str]()
-    for file in sorted(stage.run.samples.glob("chunk-*.jsonl")):
+    for file in sorted(context.run.samples.glob("chunk-*.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
             counts[row["dropped"] or "kept"] += 1
             if not row["dropped"]:
@@ -177,5 +189,61 @@ def _write(stage: Stage, contaminated: int) -> dict[str, int]:
                     ],
                 }
                 lines.append(json.dumps(trace, ensure_ascii=False) + "\n")
-    write_file(stage.run.path / "traces.jsonl", "".join(lines))
+    write_file(context.run.path / "traces.jsonl", "".join(lines))
     return dict(counts)
+
+
+class _CollectStage:
+    command = "collect"
+    summary = "sample completions and keep the right, readable ones as traces"
+    config_class = CollectConfig
+    sections = ("collect",)
+    multi_rank = False
+
+    def run(self, config: CollectConfig, *, resume: bool) -> None:
+        collect(config, resume=resume)
+
+    def arithmetic(self, config: CollectConfig) -> str:
+        settings = config.collect
+        num_completions = settings.problems * settings.samples
+        source = config.teacher.url if config.teacher else "model.path"
+        return (
+            f"a chunk     {settings.chunk} problems x {settings.samples} completions, at most "
+            f"{settings.keep} kept a problem\n"
+            f"the run     {settings.problems:,} problems, {num_completions:,} completions, at most "
+            f"{num_completions * config.sampling.max_tokens:,} tokens, from {source}"
+        )
+
+    def needs(self, config: CollectConfig) -> StageNeeds:
+        settings = config.collect
+        num_completions = settings.problems * settings.samples
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(
+                training=config.data,
+                num_training=settings.problems,
+                excluded=_excluded(config),
+                overlap_words=settings.ngram,
+                overlap_remedy="grpo collect leaves out what overlaps",
+            ),
+            memory=MemoryNeeds(engine=True, max_sequences=settings.chunk * settings.samples),
+            disk=DiskNeeds(sampled_tokens=num_completions * config.sampling.max_tokens),
+            rewards=tuple(config.rewards),
+            endpoint=config.teacher,
+        )
+
+    def parts(self, config: CollectConfig) -> list[Part]:
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: CollectConfig) -> list[str]:
+        check_rewards(config)
+        return []
+
+    def checks(
+        self, config: CollectConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return iter(())
+
+
+STAGE: Stage[CollectConfig] = _CollectStage()

@@ -9,31 +9,38 @@ on_policy  the student samples, the teacher scores its tokens: reverse KL as the
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import Config, DistillConfig
+from grpo.config import DistillConfig
 from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
-from grpo.learning.batch import micro_batches, token_weights
 from grpo.run import ranks
 from grpo.run.directory import RunDirectory
 from grpo.run.display import Timer, quiet
 from grpo.run.signals import Interrupted
-from grpo.stages.common import (
+from grpo.stages import collect, sft, train
+from grpo.stages.engine import EngineModel, start_engine
+from grpo.stages.final_model import write_final
+from grpo.stages.problems import load_problems, mixture
+from grpo.stages.resume import check_same
+from grpo.stages.run_context import RunContext, open_stage
+from grpo.stages.sampling import check_rewards
+from grpo.stages.solutions import check_solutions, tokenize_solutions
+from grpo.stages.stage import (
+    Check,
+    DiskNeeds,
+    MemoryNeeds,
+    Part,
+    ProblemNeeds,
     Stage,
-    check_same,
-    find_teacher,
-    load_problems,
-    mixture,
-    open_stage,
-    prepare,
-    start_engine,
-    worked,
-    write_final,
+    StageNeeds,
+    num_checkpoints,
 )
+from grpo.stages.start_model import find_model, find_teacher, require_same_start
 from grpo.types import Batch, Problem, Sample, UserError
 
 if TYPE_CHECKING:
@@ -51,34 +58,28 @@ def distill(config: DistillConfig, *, resume: bool) -> None:
 
 
 def _sequence(config: DistillConfig, resume: bool) -> None:
-    from grpo.stages.collect import collect
-    from grpo.stages.sft import sft
-
-    if ranks.count() > 1:
+    if ranks.world_size() > 1:
         raise UserError(
             "grpo distill, way=sequence, begins with `grpo collect`, which is one process: start "
             "it without torchrun"
         )
-    with open_stage(config, "distill", total=2, unit="stage", resume=resume) as stage:
+    with open_stage(config, "distill", total=2, unit="stage", resume=resume) as context:
         for name, part in config.parts().items():
             folder = Path(config.run_dir) / name
-            stage.signals.check()
+            context.signals.check()
             if RunDirectory.status(folder) == "finished":
                 check_same(folder, part)
                 continue
-            stage.display.say(f"{name}: {folder}")
-            run: Any = {"collect": collect, "sft": sft}[name]
+            context.display.say(f"{name}: {folder}")
+            run: Any = {"collect": collect.collect, "sft": sft.sft}[name]
             run(part, resume=(folder / "manifest.json").exists())
-        stage.signals.check()
-        stage.run.update_manifest(final="sft/final")
+        context.signals.check()
+        context.run.update_manifest(final="sft/final")
 
 
 def _on_policy(config: DistillConfig, resume: bool) -> None:
-    from grpo.stages.train import train
-
-    (part,) = config.parts().values()
-    assert isinstance(part, Config)
-    train(part, resume=resume)
+    (part,) = STAGE.parts(config)
+    part.stage.run(part.config, resume=resume)
 
 
 def _soft(config: DistillConfig, resume: bool) -> None:
@@ -87,20 +88,24 @@ def _soft(config: DistillConfig, resume: bool) -> None:
     loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     with open_stage(
         config, "distill", total=config.soft.updates, unit="update", resume=resume
-    ) as stage:
-        _match(config, stage, problems, loss, resume=resume)
+    ) as context:
+        _match(config, context, problems, loss, resume=resume)
 
 
-def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, resume: bool) -> None:
+def _match(
+    config: DistillConfig, context: RunContext, problems: Any, loss: Any, *, resume: bool
+) -> None:
     """The loop of the way soft: texts, updates, checkpoints, `final/`."""
+    from grpo.learning.batch import micro_batches, token_weights
     from grpo.learning.learner import Learner
 
-    soft, run, display = config.soft, stage.run, stage.display
+    soft, run, display = config.soft, context.run, context.display
     assert soft is not None
     display.phase(0, "loading the models")
-    model_dir, tokenizer, prompts = prepare(config, run)
+    model_dir, tokenizer, prompts = find_model(config, run)
     models.check_context(model_dir, soft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
+    require_same_start(tokenizer, stream)
     texts = samples(
         stream.take(0, soft.updates * soft.batch_size), prompts, soft.max_tokens, soft.hard_weight
     )
@@ -108,9 +113,9 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         teacher_dir = find_teacher(config, run, tokenizer, soft.max_tokens)
     top = TopLogprobs(run.path / "teacher_top", texts) if soft.teacher_topk else None
     if top:
-        ranks.together(
+        ranks.all_gather_or_raise(
             "the teacher's logprobs",
-            lambda: top.fill(config, stage, teacher_dir) if ranks.rank() == 0 else None,
+            lambda: top.fill(config, context, teacher_dir) if ranks.rank() == 0 else None,
         )
     with quiet(run.log_file("learner")):
         teacher = None if top else models.load_model(teacher_dir, config.model.attention)
@@ -159,9 +164,9 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         )
         try:
             with timer("update"):
-                ranks.together("the update", stage.signals.check)
+                ranks.all_gather_or_raise("the update", context.signals.check)
                 row = learner.update(
-                    batches, lambda *_: stage.signals.check() if ranks.count() == 1 else None
+                    batches, lambda *_: context.signals.check() if ranks.world_size() == 1 else None
                 )
         except Interrupted:
             save()
@@ -170,13 +175,13 @@ def _match(config: DistillConfig, stage: Stage, problems: Any, loss: Any, *, res
         # nothing was sampled
         row = {key: value for key, value in row.items() if not key.startswith("mismatch/")}
         row |= {"step": learner.updates, "update": learner.updates} | timer.metrics()
-        stage.record(row)
+        context.record(row)
         display.row(row)
         display.phase(learner.updates, "update")
         if config.checkpoint.every and learner.updates % config.checkpoint.every == 0:
             save()
     save()
-    write_final(stage, config, model_dir, tokenizer, learner)
+    write_final(context, config, model_dir, tokenizer, learner)
 
 
 class TopLogprobs:
@@ -195,7 +200,7 @@ class TopLogprobs:
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:06d}.safetensors"
 
-    def fill(self, config: DistillConfig, stage: Stage, teacher_dir: Path) -> None:
+    def fill(self, config: DistillConfig, context: RunContext, teacher_dir: Path) -> None:
         """Asks the teacher for what is not there yet.
 
         A file that is written is not asked for again. Raises Interrupted, EngineError.
@@ -211,18 +216,17 @@ class TopLogprobs:
         if not missing:
             return
         self._folder.mkdir(exist_ok=True)
-        weights, k = models.num_weights(teacher_dir), config.soft.teacher_topk
-        engine = start_engine(
-            config,
-            stage,
-            teacher_dir,
-            weights,
+        k = config.soft.teacher_topk
+        teacher = EngineModel(
+            model_dir=teacher_dir,
+            num_weights=models.num_weights(teacher_dir),
             load_weights=True,
             max_model_len=config.soft.max_tokens + 1,
             max_logprobs=k,
         )
+        engine = start_engine(config, context, teacher)
         for number in missing:
-            stage.display.phase(
+            context.display.phase(
                 0, "the teacher's logprobs", f"{number * CACHED}/{len(self._texts)}"
             )
             part = self._texts[number * CACHED : (number + 1) * CACHED]
@@ -264,5 +268,68 @@ def samples(
         Sample(
             token_ids=prompt + target, prompt_length=len(prompt), advantages=(weight,) * len(target)
         )
-        for prompt, target in worked(problems, prompts, max_tokens, "soft")
+        for prompt, target in tokenize_solutions(problems, prompts, max_tokens, "soft")
     ]
+
+
+class _DistillStage:
+    command = "distill"
+    summary = "a teacher's reasoning into a student: by text, by its distribution, or on-policy"
+    config_class = DistillConfig
+    sections = ("way",)
+    multi_rank = True
+
+    def run(self, config: DistillConfig, *, resume: bool) -> None:
+        distill(config, resume=resume)
+
+    def arithmetic(self, config: DistillConfig) -> str:
+        if config.way != "soft":
+            return "\n".join(part.stage.arithmetic(part.config) for part in self.parts(config))
+        soft = config.soft
+        assert soft is not None
+        return (
+            f"an update   {soft.batch_size} texts of at most {soft.max_tokens} tokens, "
+            f"{soft.divergence} to the teacher\n"
+            f"the run     {soft.updates} updates, {soft.updates * soft.batch_size:,} texts drawn"
+        )
+
+    def needs(self, config: DistillConfig) -> StageNeeds:
+        """Returns the needs of the way soft; the parts of the other ways have their own."""
+        soft = config.soft
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(
+                training=config.data,
+                num_training=soft.updates * soft.batch_size if soft else 0,
+            ),
+            # The teacher's likeliest tokens come from an engine that is closed before the updates.
+            memory=MemoryNeeds(learner=True, reference=not (soft and soft.teacher_topk)),
+            disk=DiskNeeds(checkpoints=num_checkpoints(config), models=1),
+            rewards=tuple(config.rewards),
+        )
+
+    def parts(self, config: DistillConfig) -> list[Part]:
+        configs = config.parts()
+        if config.way == "sequence":
+            # The traces are not written yet: the same problems stand for them.
+            sft_config = configs["sft"].model_copy(update={"data": config.data})
+            return [
+                Part(stage=collect.STAGE, config=configs["collect"], name="collect"),
+                Part(stage=sft.STAGE, config=sft_config, name="sft", traces_to_come=True),
+            ]
+        if config.way == "on_policy":
+            return [Part(stage=train.STAGE, config=configs[""])]
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: DistillConfig) -> list[str]:
+        check_rewards(config)
+        return []
+
+    def checks(
+        self, config: DistillConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return check_solutions(config.max_sequence_tokens, problems, prompts)
+
+
+STAGE: Stage[DistillConfig] = _DistillStage()

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpo.config import EvalConfig
 from grpo.experience import rollout
+from grpo.experience.prompts import Prompts
 from grpo.experience.rollout import mean
 from grpo.learning import models
 from grpo.metrics import statistics
-from grpo.run.directory import read_manifest, write_file
-from grpo.stages.common import Sampler, Stage, held_out, judges, load_problems, open_stage
+from grpo.run.directory import write_file
+from grpo.stages.final_model import final_model
+from grpo.stages.problems import held_out, load_problems
+from grpo.stages.run_context import RunContext, open_stage, require_one_rank
+from grpo.stages.sampling import Sampler, check_rewards, load_rewards
+from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, UserError
 from rewards.verifier.parse import final_answer
 
@@ -45,20 +50,20 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
     """
     config = config.by_protocol()
     if not config.endpoint:
-        config = of_finished(config)
-    pool, rewards = judges(config)
+        config = with_final_model(config)
+    pool, rewards = load_rewards(config)
     sets = config.judged
     loaded = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
-    with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as stage:
-        stage.stack.callback(pool.close)
-        sampler = Sampler(config, stage, config.endpoint)
-        write_file(stage.run.metrics, "")  # one row, written at the end
-        stage.display.begin(0)
+    with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as context:
+        context.stack.callback(pool.close)
+        sampler = Sampler(config, context, config.endpoint)
+        write_file(context.run.metrics, "")  # one row, written at the end
+        context.display.begin(0)
         metrics: dict[str, Any] = {}
         table = {}
         for done, (name, data) in enumerate(sets.items()):
             chosen = held_out(data, loaded[name], sampler.prompts, config.eval.problems)
-            rows = _judge(config, stage, sampler, rewards, name, chosen, done)
+            rows = _judge(config, context, sampler, rewards, name, chosen, done)
             prefix = f"eval/{name}/" if name else "eval/"
             found = summary([row for row in rows if not row["greedy"]])
             table[name or "all"] = found
@@ -67,29 +72,23 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
                 metrics |= {
                     f"{prefix}greedy/{key}": value for key, value in summary(greedy).items()
                 }
-        stage.record({"step": 0, **metrics})
-        write_file(stage.run.path / "table.json", json.dumps(table, indent=2) + "\n")
-        write_file(stage.run.path / "table.md", markdown(table) + "\n")
+        context.record({"step": 0, **metrics})
+        write_file(context.run.path / "table.json", json.dumps(table, indent=2) + "\n")
+        write_file(context.run.path / "table.md", markdown(table) + "\n")
         for key, value in metrics.items():
-            stage.display.say(f"{key.removeprefix('eval/'):32} {value:.3f}")
+            context.display.say(f"{key.removeprefix('eval/'):32} {value:.3f}")
 
 
-def finished(path: str) -> str:
-    """Returns the model that a run directory's stage has left; any other path as it is."""
-    manifest = read_manifest(Path(path))
-    return str(Path(path) / manifest.get("final", "final")) if manifest else path
-
-
-def of_finished(config: EvalConfig) -> EvalConfig:
+def with_final_model(config: EvalConfig) -> EvalConfig:
     """Returns the config with the model of the run directory, where model.path is one."""
     return config.model_copy(
-        update={"model": config.model.model_copy(update={"path": finished(config.model.path)})}
+        update={"model": config.model.model_copy(update={"path": final_model(config.model.path)})}
     )
 
 
 def _judge(
     config: EvalConfig,
-    stage: Stage,
+    context: RunContext,
     sampler: Sampler,
     rewards: Any,
     name: str,
@@ -97,7 +96,7 @@ def _judge(
     done: int,
 ) -> list[dict[str, Any]]:
     """Returns the rows of a set, chunk by chunk; a chunk that is written is not sampled again."""
-    settings, samples = config.eval, stage.run.samples
+    settings, samples = config.eval, context.run.samples
     r1 = settings.protocol == "r1"
     count = (64 if len(problems) <= 100 else 16) if r1 else settings.samples
     passes = [
@@ -115,19 +114,19 @@ def _judge(
         part, rows = problems[number * config.chunk : (number + 1) * config.chunk], []
         told = f"{name} {number * config.chunk}/{len(problems)}".strip()
         for temperature, size in passes:
-            stage.signals.check()
+            context.signals.check()
             groups = sampler.sample(
                 part,
                 size,
                 temperature,
-                partial(_show_progress, stage, done, told),
+                partial(_show_progress, context, done, told),
             )
             scored = rollout.score(groups, rewards, sampler.prompts.for_rewards)
             rows += [
                 row | {"greedy": len(passes) > 1 and temperature == 0}
                 for row in rollout.sample_rows(scored)
             ]
-        stage.run.write_samples(file.stem, rows)
+        context.run.write_samples(file.stem, rows)
     if not whole.exists():
         write_file(whole, "".join(file.read_text() for file in parts))
     for file in parts:
@@ -177,8 +176,8 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def _show_progress(stage: Stage, done: int, part: str, ready: int, total: int) -> None:
-    stage.display.phase(done, "sampling", f"{part}, {ready}/{total}")
+def _show_progress(context: RunContext, done: int, part: str, ready: int, total: int) -> None:
+    context.display.phase(done, "sampling", f"{part}, {ready}/{total}")
 
 
 def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
@@ -211,12 +210,13 @@ def ask(model: str, question: str) -> None:
     from grpo import config as configs
     from grpo.config.source import read_yaml
 
+    require_one_rank("ask")
     file = Path(model) / "config.yaml"
     tree = read_yaml(str(file)) if file.exists() else {}
     kept = {key: tree[key] for key in ("prompt", "sampling", "engine") if key in tree}
     with tempfile.TemporaryDirectory(prefix="grpo-ask-") as scratch:
         if not kept:
-            folder = models.resolve(finished(model), None, Path(scratch) / "model", 0)
+            folder = models.resolve(final_model(model), None, Path(scratch) / "model", 0)
             kept["prompt"] = {
                 "template": "chat" if models.load_tokenizer(folder).chat_template else "plain"
             }
@@ -227,11 +227,11 @@ def ask(model: str, question: str) -> None:
             "data": {"name": "arithmetic"},
             "logging": {"progress": "off"},
         }
-        own |= {"model": {"path": finished(model), "dtype": dtype}}
+        own |= {"model": {"path": final_model(model), "dtype": dtype}}
         config = configs.parse(kept | own, kind=EvalConfig)
-        with open_stage(config, "ask", total=1, unit="question", resume=False) as stage:
+        with open_stage(config, "ask", total=1, unit="question", resume=False) as context:
             problem = Problem(id="asked", question=question, answer="", source="asked")
-            (group,) = Sampler(config, stage, None).sample([problem], 1, 0.0, lambda *_: None)
+            (group,) = Sampler(config, context, None).sample([problem], 1, 0.0, lambda *_: None)
     thoughts, end, answer = group.completions[0].text.rpartition("</think>")
     print(f"{thoughts}{end}\n" if end else "", answer.strip(), sep="")
 
@@ -303,3 +303,61 @@ def _rates(folder: Path) -> dict[str, dict[str, float]]:
         name: {problem: mean([float(ok) for ok in group]) for problem, group in of_set.items()}
         for name, of_set in values.items()
     }
+
+
+class _EvalStage:
+    command = "eval"
+    summary = (
+        "judge a model by a config's prompts and rewards; or "
+        "compare two: `grpo eval RUN RUN`; or ask it: --ask"
+    )
+    config_class = EvalConfig
+    sections = ("sets", "endpoint")
+    multi_rank = False
+
+    def run(self, config: EvalConfig, *, resume: bool) -> None:
+        eval(config, resume=resume)
+
+    def arithmetic(self, config: EvalConfig) -> str:
+        config = config.by_protocol()
+        settings = config.eval
+        samples = str(settings.samples)
+        if settings.protocol == "r1":
+            samples = "64 (sets of at most 100 problems) or 16"
+        return (
+            f"a problem   {samples} completions of at most {config.sampling.max_tokens} tokens at "
+            f"temperature {settings.temperature:g}\n"
+            f"the sets    {', '.join(config.sets) or 'one'}, at most {settings.problems} problems "
+            "each"
+        )
+
+    def needs(self, config: EvalConfig) -> StageNeeds:
+        config = with_final_model(config.by_protocol())
+        settings = config.eval
+        num_completions = settings.problems * (len(config.sets) or 1) * settings.samples
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(
+                held_out=tuple(config.judged.values()), num_held_out=settings.problems
+            ),
+            memory=MemoryNeeds(engine=True, max_sequences=config.train.completions),
+            disk=DiskNeeds(sampled_tokens=num_completions * config.sampling.max_tokens),
+            rewards=tuple(config.rewards),
+            endpoint=config.endpoint,
+        )
+
+    def parts(self, config: EvalConfig) -> list[Part]:
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: EvalConfig) -> list[str]:
+        check_rewards(config)
+        return []
+
+    def checks(
+        self, config: EvalConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return iter(())
+
+
+STAGE: Stage[EvalConfig] = _EvalStage()

@@ -13,17 +13,19 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo import config as configs
-from grpo.config import KINDS, Judged, PipelineConfig, Quantize, Step
+from grpo.config import Judged, PipelineConfig, Quantize, RunConfig, Step
 from grpo.config.source import apply_overrides, read_yaml
+from grpo.experience.prompts import Prompts
 from grpo.run.directory import RunDirectory, read_metrics, write_file
 from grpo.run.signals import Interrupted
-from grpo.stages.common import check_same
-from grpo.types import RunError, UserError
+from grpo.stages.resume import check_same
+from grpo.stages.stage import Check, Part, Stage
+from grpo.types import Problem, RunError, UserError
 
 
 def pipeline(config: PipelineConfig, *, resume: bool) -> None:
@@ -42,7 +44,7 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
         folder = Path(config.run_dir) / name
         status = RunDirectory.status(folder)
         if status == "finished":
-            check_same(folder, configs.load(arguments[0], arguments[1:], KINDS[command]))
+            check_same(folder, _load(command, arguments))
         else:
             call = [command, *arguments, *(["--resume"] if status is not None else [])]
             print(f"== {name}: grpo {' '.join(call)}", file=sys.stderr, flush=True)
@@ -59,10 +61,18 @@ def checked(config: PipelineConfig) -> list[tuple[str, str, list[str]]]:
     steps = list(plan(config))
     for name, command, arguments in steps:
         try:
-            configs.load(arguments[0], arguments[1:], KINDS[command])
+            _load(command, arguments)
         except UserError as error:
             raise UserError(f"stage {name}: {error}") from None
     return steps
+
+
+def _load(command: str, arguments: list[str]) -> RunConfig:
+    """Returns the checked config of a step. `arguments` are `[config, override, ...]`."""
+    from grpo.stages.registry import STAGES  # which has this file's stage too
+
+    config: RunConfig = configs.load(arguments[0], arguments[1:], STAGES[command].config_class)
+    return config
 
 
 def plan(config: PipelineConfig) -> Iterator[tuple[str, str, list[str]]]:
@@ -226,3 +236,40 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             cells.append("" if value is None else f"{value:.1%}")
         lines.append(f"| {row['stage']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+class _PipelineStage:
+    command = "pipeline"
+    summary = "run a chain of stages and judge the model of each"
+    config_class = PipelineConfig
+    sections = ("stages",)
+    multi_rank = False
+
+    def run(self, config: PipelineConfig, *, resume: bool) -> None:
+        pipeline(config, resume=resume)
+
+    def arithmetic(self, config: PipelineConfig) -> str:
+        return "\n".join(
+            f"{name:24} grpo {command} {' '.join(arguments)}"
+            for name, command, arguments in checked(config)
+        )
+
+    def needs(self, config: PipelineConfig) -> None:
+        return None
+
+    def parts(self, config: PipelineConfig) -> list[Part]:
+        raise UserError(
+            "grpo doctor takes the config of one stage; `grpo pipeline CONFIG --dry-run` checks "
+            "the chain"
+        )
+
+    def preview(self, config: PipelineConfig) -> list[str]:
+        return []
+
+    def checks(
+        self, config: PipelineConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return iter(())
+
+
+STAGE: Stage[PipelineConfig] = _PipelineStage()

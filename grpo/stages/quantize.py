@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo.config import QuantizeConfig
+from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.quantization import arguments, best_scale, check_groups, linear_layers
 from grpo.run.directory import RunDirectory, read_metrics, replace_directory, write_file
 from grpo.run.display import quiet
-from grpo.stages.common import check_same, open_stage
-from grpo.types import UserError
+from grpo.stages.resume import check_same
+from grpo.stages.run_context import open_stage
+from grpo.stages.sampling import check_rewards
+from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
+from grpo.types import Problem, UserError
 
 
 def quantize(config: QuantizeConfig, *, resume: bool) -> None:
@@ -31,16 +36,17 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
     from grpo.stages.eval import eval
 
     schemes, judged = config.quantize.schemes, config.judged()
-    with open_stage(config, "quantize", total=len(schemes), unit="scheme", resume=resume) as stage:
-        with quiet(stage.run.path / "learner.log"):
-            model_dir = models.locate(config.model, stage.run.path, config.seed)
+    total = len(schemes)
+    with open_stage(config, "quantize", total=total, unit="scheme", resume=resume) as context:
+        with quiet(context.run.path / "learner.log"):
+            model_dir = models.locate(config.model, context.run.path, config.seed)
             tokenizer = models.load_tokenizer(model_dir)
             check(model_dir, config.quantize.group_size if "int4" in schemes else 1)
         for done, scheme in enumerate(schemes):
-            stage.signals.check()
-            stage.display.phase(done, "rounding", scheme)
-            if not (target := stage.run.path / scheme).exists():
-                with quiet(stage.run.path / "learner.log"):
+            context.signals.check()
+            context.display.phase(done, "rounding", scheme)
+            if not (target := context.run.path / scheme).exists():
+                with quiet(context.run.path / "learner.log"):
                     write_quantized(
                         model_dir, target, scheme, config.quantize.group_size, tokenizer
                     )
@@ -50,19 +56,19 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
                 check_same(folder, part)
                 continue
             shutil.rmtree(folder, ignore_errors=True)
-            stage.display.say(f"judging {name}: {folder}")
+            context.display.say(f"judging {name}: {folder}")
             eval(part, resume=False)
         rows = [
-            _row(name, model_dir if name == "parent" else stage.run.path / name, judged)
+            _row(name, model_dir if name == "parent" else context.run.path / name, judged)
             for name in ("parent", *schemes)
         ]
         columns = ("model", "megabytes", *(("accuracy", "interval") if judged else ()))
         lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
-        write_file(stage.run.path / "table.md", "\n".join(lines) + "\n")
-        write_file(stage.run.path / "table.json", json.dumps(rows, indent=2) + "\n")
-        stage.run.update_manifest(final=schemes[0])
-        stage.display.say("\n".join(lines))
+        write_file(context.run.path / "table.md", "\n".join(lines) + "\n")
+        write_file(context.run.path / "table.json", json.dumps(rows, indent=2) + "\n")
+        context.run.update_manifest(final=schemes[0])
+        context.display.say("\n".join(lines))
 
 
 def _row(name: str, folder: Path, judged: dict[str, Any]) -> dict[str, Any]:
@@ -125,3 +131,43 @@ def write_quantized(
         model.save_pretrained(scratch)
         compressor.update_config(str(scratch))
         tokenizer.save_pretrained(scratch)
+
+
+class _QuantizeStage:
+    command = "quantize"
+    summary = "write a finished model in int8 and int4, and judge it before and after"
+    config_class = QuantizeConfig
+    sections = ("quantize",)
+    multi_rank = False
+
+    def run(self, config: QuantizeConfig, *, resume: bool) -> None:
+        quantize(config, resume=resume)
+
+    def arithmetic(self, config: QuantizeConfig) -> str:
+        settings = config.quantize
+        return f"schemes     {', '.join(settings.schemes)}; int4 in groups of {settings.group_size}"
+
+    def needs(self, config: QuantizeConfig) -> StageNeeds:
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(training=config.data),
+            memory=MemoryNeeds(engine=config.eval is not None),
+            disk=DiskNeeds(models=len(config.quantize.schemes)),
+            rewards=tuple(config.rewards),
+        )
+
+    def parts(self, config: QuantizeConfig) -> list[Part]:
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: QuantizeConfig) -> list[str]:
+        check_rewards(config)
+        return []
+
+    def checks(
+        self, config: QuantizeConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return iter(())
+
+
+STAGE: Stage[QuantizeConfig] = _QuantizeStage()

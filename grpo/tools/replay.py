@@ -9,8 +9,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -20,13 +19,13 @@ from grpo.config.algorithm import BOUNDS, describe
 from grpo.config.source import apply_overrides
 from grpo.experience import plugins
 from grpo.learning import lora, models
-from grpo.learning.advantages import advantages
+from grpo.learning.advantages import advantages, unflatten
 from grpo.run.directory import read_metrics, read_update
 from grpo.run.display import quiet
 from grpo.types import Sample, UserError
 
 if TYPE_CHECKING:
-    from grpo.training.loop import Loop
+    from grpo.training.updates import Updater
 
 SHOWN = (
     "loss",
@@ -111,7 +110,7 @@ def _update(
     other: bool,
 ) -> dict[str, float]:
     from grpo.learning.learner import Learner
-    from grpo.training.loop import Loop
+    from grpo.training.updates import Updater
 
     with tempfile.TemporaryDirectory(prefix="grpo-replay-") as scratch:
         log = Path(scratch) / "log"
@@ -138,47 +137,31 @@ def _update(
             )
             if checkpoint:
                 learner.load(checkpoint)
-        nothing: Any = SimpleNamespace(phase=lambda *_: None, check=lambda: None)
-        parts: dict[str, Any] = dict.fromkeys(
-            (
-                "run",
-                "engine",
-                "prompts",
-                "rewards",
-                "selection",
-                "held_out",
-                "probe",
-                "record_row",
-                "machine",
-                "shape",
-                "pool",
-            )
-        )
-        loop = Loop(
-            config=config,
-            learner=learner,
-            display=nothing,
-            signals=nothing,
-            rollout=step - 1,
-            **parts,
-        )
-        return loop.update(_judged(samples, loop) if other else samples)
+        updater = Updater(config=config, learner=learner)
+        if other:
+            samples = _with_advantages(samples, updater)
+        report = updater.update(samples, rollout=step - 1)
+        metrics = dict(report.metrics)
+        metrics["update/made"] = float(report.num_made)
+        metrics["update/skipped"] = float(report.num_skipped)
+        return metrics
 
 
-def _judged(samples: list[Sample], loop: Loop) -> list[Sample]:
+def _with_advantages(samples: list[Sample], updater: Updater) -> list[Sample]:
     """Returns the samples with the advantages of another recipe, from the same rewards."""
     groups: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.group].append(sample)
-    rewards = [[sample.reward for sample in group] for group in groups.values()]
-    lengths = [[sample.completion_length for sample in group] for group in groups.values()]
-    costs = loop.costs([sample for group in groups.values() for sample in group])
-    rows = iter(costs or ())
-    penalties = [[next(rows) for _ in group] for group in groups.values()] if costs else None
-    values = advantages(rewards, lengths, loop.config.algorithm.advantage, penalties)
-    pairs = (
-        pair
-        for group, rows in zip(groups.values(), values, strict=True)
-        for pair in zip(group, rows, strict=True)
+    sizes = [len(group) for group in groups.values()]
+    ordered = [sample for group in groups.values() for sample in group]
+    penalties = updater.kl_penalties(ordered)
+    values = advantages(
+        unflatten([sample.reward for sample in ordered], sizes),
+        unflatten([sample.completion_length for sample in ordered], sizes),
+        updater.config.algorithm.advantage,
+        None if penalties is None else unflatten(penalties, sizes),
     )
-    return [replace(sample, advantages=own) for sample, own in pairs]
+    return [
+        replace(sample, advantages=value)
+        for sample, value in zip(ordered, [v for group in values for v in group], strict=True)
+    ]

@@ -1,512 +1,282 @@
-"""The training loop: sample, score, update, sync, prove, write down.
+"""The training loop: sample, select, compute advantages, update, sync, verify, record.
 
-It holds the run's two counters and nothing else of its state.
+It holds the run's counters; all other state over time is in the learner and in the selection.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch
 
 from grpo.config import Config
 from grpo.engines import Engine, EngineError
 from grpo.experience import rollout as rollouts
-from grpo.experience.plugins import RewardFunction
-from grpo.experience.prompts import Prompts
-from grpo.experience.selection import Selection
-from grpo.learning.advantages import advantages, lengths, to_samples
-from grpo.learning.batch import epoch_order, micro_batches, minibatches, token_weights
-from grpo.learning.learner import Learner
-from grpo.losses import _terms
+from grpo.learning.advantages import advantages, lengths, to_samples, unflatten
 from grpo.metrics import roofline
-from grpo.metrics.diagnosis import Watch
 from grpo.run import ranks
 from grpo.run.directory import RunDirectory
 from grpo.run.display import Display, Timer
 from grpo.run.signals import Interrupted, Signals
-from grpo.training.weight_sync import Probe, sync
-from grpo.types import Batch, Exhausted, Group, Problem, Sample, ScoredGroup
-from rewards import language
-from rewards.workers.pool import Pool
+from grpo.training.journal import Journal
+from grpo.training.rollouts import RolloutGroups, Rollouts
+from grpo.training.step_metrics import MachineReport, StepReport, start_row, step_row
+from grpo.training.updates import Updater
+from grpo.training.weight_sync import WeightCheck, sync
+from grpo.types import Exhausted, ScoredGroup
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is; part of every checkpoint."""
+
+    rollout: int = 0  # whole rollouts, with their updates
+    saved: int = -1  # rollouts of the last checkpoint
+    idle: int = 0  # rollouts in a row without an update
+    selection: dict[str, Any] = field(default_factory=dict)  # after the last whole rollout
+    # False while the learner is in the middle of a rollout's updates, or its weights are in doubt:
+    # such a state is not saved
+    savable: bool = True
 
 
 @dataclass(kw_only=True)
 class Loop:
-    """Everything a run is made of, put together by stages/train.py."""
+    """A run, put together by grpo/stages/train.py."""
 
     config: Config
     run: RunDirectory
     engine: Engine
-    learner: Learner
-    prompts: Prompts
-    rewards: dict[str, tuple[RewardFunction, float]]
-    selection: Selection
-    held_out: list[Problem]
-    probe: Probe
+    rollouts: Rollouts
+    updater: Updater
+    weight_check: WeightCheck
+    journal: Journal
     display: Display
-    record_row: Callable[[dict[str, Any]], None]
     signals: Signals
     machine: roofline.Machine
     shape: roofline.Shape
-    pool: Pool
-    watch: Watch = field(default_factory=Watch)  # what is to be said of the numbers
-    rollout: int = 0  # rollouts done: whole, with their updates
-    saved: int = -1  # the last checkpoint's rollouts
-    # nothing of another rollout is in the learner, and nothing speaks against its weights: it can
-    # be saved
-    whole: bool = True
-    # the selection's state after the last whole rollout
-    selected: dict[str, Any] = field(default_factory=dict)
-    idle: int = 0  # rollouts in a row without an update
-    # findings that ask for something to be done
-    alarms: list[tuple[str, str]] = field(default_factory=list)
-    latest: dict[str, Any] = field(default_factory=dict)  # metrics that a checkpoint is judged by
+    progress: Progress = field(default_factory=Progress)
 
     def start(self, fresh: bool) -> None:
-        """Proves the way from learner to engine and puts the true weights there.
+        """Verifies the way from learner to engine and puts the true weights there.
 
         A fresh run is evaluated before it learns.
         """
-        self.display.phase(self.rollout, "canary")
+        progress = self.progress
+        learner = self.updater.learner
+        self.display.phase(progress.rollout, "canary")
         if self.config.probe.canary:
-            gap = self.probe.canary(0, self.signals)
+            gap = self.weight_check.canary(0, self.signals)
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
-        row: dict[str, Any] = {
-            "step": self.rollout,
-            "rollout": self.rollout,
-            "update": self.learner.updates,
-        }
-        row |= {
-            "machine/gflops": self.machine.flops / 1e9,
-            "machine/gb_per_s": self.machine.bandwidth / 1e9,
-        }
-        # version n sampled rollout n
-        sync(self.engine, self.learner, self.rollout + 1, self.signals)
-        row |= self.probe.check()
-        if fresh:
-            self.evaluate(row)
-            self.record(row)
-        elif self._due(self.config.eval.every) and not any(
-            key.startswith("eval/") for key in self.latest
-        ):
-            self.evaluate(row)  # the interrupt came before it
-            self.record(row)
+        # weights n sample rollout n
+        sync(self.engine, learner, progress.rollout + 1, self.signals)
+        probe = self.weight_check.probe()
+        row = start_row(progress.rollout, learner.updates, self.machine, probe)
+        if fresh or self._evaluation_is_missing():
+            row.update(self.evaluate() or {})
+            self.journal.record(row)
 
     def train(self) -> None:
         """Runs to the last rollout.
 
         On `Interrupted` the state is that of the last whole rollout.
         """
-        self.display.begin(self.rollout)
-        while self.rollout < self.config.train.rollouts:
+        self.display.begin(self.progress.rollout)
+        while self.progress.rollout < self.config.train.rollouts:
             self.step()
-            self.alarm()
-            if self._due(self.config.checkpoint.every):
+            self.handle_alarms()
+            if self._is_due(self.config.checkpoint.every):
                 self.save()
 
     def step(self) -> None:
-        """One rollout and its updates, from problems to a line in the metrics."""
-        config, timer, stream = self.config, Timer(), self.selection.stream
-        self.pool.counts.clear()  # an evaluation's are not this rollout's
-        _ = stream and stream.idle()  # nor is what was idle before it
+        """Makes one rollout and its updates, verifies the new weights in the engine, and records.
+
+        What was measured is recorded before an error of the sync, the probe or the evaluation is
+        raised, if all ranks raise it.
+        """
+        timer = Timer()
+        groups = self._next_groups(timer)
+        ranks.all_gather_or_raise("the engines' sleep", self.engine.sleep)
+        report = self._update(groups, timer)
+        error: Exception | None = None
         try:
-            # what is waited for
-            with timer("rollout") if self.selection.streamed else contextlib.nullcontext():
-                fresh, used = self.selection.collect(
-                    lambda problems, number: self._sample(problems, number, timer)
-                )
+            report = self._sync_and_verify(report, timer)
+            if self._is_due(self.config.eval.every):
+                with timer("eval"):
+                    report = replace(report, evaluation=self.evaluate())
+        except Exception as failure:
+            error = failure
+            if isinstance(failure, EngineError):
+                self.progress.savable = True  # nothing speaks against the learner's weights
+            if not (ranks.known_to_all(failure) or isinstance(failure, Interrupted)):
+                raise
+        self.journal.record(step_row(report, self._machine_report(), self.config, timer))
+        if error is not None:
+            raise error
+        self._stop_if_idle()
+
+    def _next_groups(self, timer: Timer) -> RolloutGroups:
+        try:
+            groups = self.rollouts.next_groups(self.progress.rollout, timer)
         except Exhausted:
-            self.run.write_samples(
-                f"step-{self.rollout + 1:06d}", rollouts.sample_rows(self.selection.fresh)
-            )
+            self._write_samples(rollouts.sample_rows(self.rollouts.sampled_so_far))
             raise
-        ranks.together("the engines' sleep", self.engine.sleep)
-        row = {"step": self.rollout + 1, "rollout": self.rollout + 1, **rollouts.describe(fresh)}
-        texts = [
-            (scored.group.completions[0].text, scored.group.problem.question)
-            for scored in fresh[:32]
-        ]
-        row["completion/language"] = rollouts.mean(
-            [language.share(text, language.of(question)) for text, question in texts]
-        )
-        for counts in ranks.gather("the verifiers' counts", dict(self.pool.counts)):
-            row |= {
-                f"verifier/{name}": row.get(f"verifier/{name}", 0.0) + count
-                for name, count in counts.items()
-            }
-        row |= {
-            "group/sampled": float(len(fresh)),
-            "group/used": float(len(used)),
-            "group/carried": float(len(self.selection.carried)),
-        }
-        if config.train.max_staleness:
-            row |= rollouts.staleness(used or fresh, self.rollout + 1) | (
-                stream.depths() if stream else {}
-            )
-        # rewards are only measured: an undecided one leaves no completion out
-        if config.algorithm.advantage == "teacher":
-            used = [
-                replace(scored, rewards=tuple(reward or 0.0 for reward in scored.rewards))
-                for scored in used
-            ]
+        if self.config.algorithm.advantage == "teacher":
+            # rewards are only measured: an undecided one leaves no completion out
+            return replace(groups, used=[_with_decided_rewards(each) for each in groups.used])
+        return groups
+
+    def _update(self, groups: RolloutGroups, timer: Timer) -> StepReport:
+        """Computes advantages, makes the rollout's updates and counts the rollout."""
+        algorithm = self.config.algorithm
+        progress = self.progress
         with timer("update"):
-            penalties, kl = self._penalties(used)
-        self.whole = False
+            penalties = self._kl_penalties(groups.used)
+        progress.savable = False
         values = advantages(
-            [scored.rewards for scored in used],
-            lengths(used),
-            config.algorithm.advantage,
+            [scored.rewards for scored in groups.used],
+            lengths(groups.used),
+            algorithm.advantage,
             penalties,
         )
-        self.run.write_samples(
-            f"step-{self.rollout + 1:06d}", rollouts.sample_rows(fresh, used, values)
-        )
-        samples = to_samples(used, values, mask_truncated=config.algorithm.truncated == "mask")
-        row["histogram/advantage"] = rollouts.advantage_histogram(samples)
-        self.run.write_update(self.rollout + 1, samples, config.logging.replay)
+        self._write_samples(rollouts.sample_rows(groups.sampled, groups.used, values))
+        samples = to_samples(groups.used, values, mask_truncated=algorithm.truncated == "mask")
+        self.run.write_update(progress.rollout + 1, samples, self.config.logging.replay)
         with timer("update"):
-            row |= kl | self.update(samples)
-        self.idle = 0 if row["update/made"] else self.idle + 1
-        self.rollout += 1
-        self.selected = self.selection.state()
-        row["update"] = self.learner.updates
-        failed: Exception | None = None
-        try:
-            with timer("sync"):
-                self.display.phase(self.rollout - 1, "sync")
-                ranks.together("the engines' waking", self.engine.wake)
-                report = sync(self.engine, self.learner, self.rollout + 1, self.signals)
-            with timer("probe"):
-                row |= {
-                    "sync/seconds": report.seconds,
-                    "sync/bytes": report.num_bytes,
-                } | self.probe.check()
-            self.whole = True
-            if self._due(config.eval.every):
-                with timer("eval"):
-                    self.evaluate(row)
-        # what was measured is written down first, where all ranks have met it
-        except Exception as error:
-            self.whole, failed = self.whole or isinstance(error, EngineError), error
-            if not (ranks.of_all(error) or isinstance(error, Interrupted)):
-                raise
-        row |= timer.metrics() | self._bounds(
-            [scored.group for scored in fresh], int(row["update/made"])
+            update = self.updater.update(samples, progress.rollout, self._show_update)
+        progress.idle = 0 if update.num_made else progress.idle + 1
+        progress.rollout += 1
+        progress.selection = self.rollouts.selection.state()
+        return StepReport(
+            rollout=progress.rollout,
+            updates=self.updater.learner.updates,
+            groups=groups,
+            samples=samples,
+            kl_penalty=_mean_kl(penalties, self.updater.penalty_coefficient),
+            update=update,
         )
-        row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
-        row["idle/engine"], row["idle/learner"] = (
-            1 - timer.seconds[part] / row["time/total_s"] for part in ("rollout", "update")
-        )
-        row |= {
-            f"engine/{name}": float(count)
-            for name, count in getattr(self.engine, "counts", {}).items()
-        }
-        row |= {"idle/engine": min(1.0, stream.idle() / row["time/total_s"])} if stream else {}
-        self.record(row)
-        if failed:
-            raise failed
-        if self.idle and config.algorithm.max_idle and self.idle % config.algorithm.max_idle == 0:
-            told = (
-                f"the completions of every group have equal rewards ({row['reward/mean']:.3g} in "
-                "the mean). The problems are too hard or"
-            )
-            told += " too easy for this model, or a reward cannot read its answers: see samples/"
-            raise Exhausted(f"{self.idle} rollouts in a row taught nothing: {told}")
 
-    def _sample(self, problems: list[Problem], number: int, timer: Timer) -> list[ScoredGroup]:
-        """Returns scored groups of problems: sampling `number` of this rollout."""
-        config = self.config
-        name = f"{self.rollout}+{number}" if number else self.rollout
-
-        def own(share: slice) -> list[ScoredGroup]:
-            with timer("rollout"):
-                groups = rollouts.sample(
-                    self.engine,
-                    self.prompts,
-                    problems,
-                    rollouts.sampling_options(config, self.prompts, config.sampling.temperature),
-                    group_size=config.train.group_size,
-                    run_seed=config.seed,
-                    rollout=name,
-                    on_progress=self._progress("rollout"),
-                    share=share,
-                )
-            with timer("rewards"):
-                self.display.phase(self.rollout, "rewards")
-                return rollouts.score(groups, self.rewards, self.prompts.for_rewards)
-
-        return ranks.spread("the rollout of the other ranks", own)
-
-    def _penalties(
-        self, groups: list[ScoredGroup]
-    ) -> tuple[list[list[list[float]]] | None, dict[str, float]]:
-        """Returns the groups' `costs`, nested as the groups are, and the metric `kl/ref`.
-
-        The metric is the mean cost per token before its coefficient.
-        """
+    def _kl_penalties(self, groups: list[ScoredGroup]) -> list[list[list[float]]] | None:
+        """Returns what each token is charged, by group and completion; None without penalties."""
         zeros = [[(0.0,) * length for length in row] for row in lengths(groups)]
-        # the undecided too: places stay
-        whole = [replace(scored, rewards=(0.0,) * len(scored.rewards)) for scored in groups]
-        if (costs := self.costs(to_samples(whole, zeros))) is None:
-            return None, {}
-        every, rows = [cost for row in costs for cost in row], iter(costs)
-        coefficient = (
-            1.0 if self.config.algorithm.advantage == "teacher" else self.config.algorithm.kl_coef
-        )
-        return [[next(rows) for _ in scored.rewards] for scored in groups], {
-            "kl/ref": sum(every) / len(every) / coefficient
-        }
-
-    def costs(self, samples: list[Sample]) -> list[list[float]] | None:
-        """Returns what each completion token of each sample costs.
-
-        There are costs with the KL in the reward or with a teacher. Otherwise it returns None.
-        """
-        algorithm = self.config.algorithm
-        if not samples or not (
-            (teacher := algorithm.advantage == "teacher")
-            or (algorithm.kl_coef and algorithm.kl_in == "reward")
-        ):
+        # undecided completions too, so that penalties and completions have the same places
+        decided = [replace(scored, rewards=(0.0,) * len(scored.rewards)) for scored in groups]
+        penalties = self.updater.kl_penalties(to_samples(decided, zeros))
+        if penalties is None:
             return None
-        coefficient, estimator = (
-            (1.0, "k1") if teacher else (algorithm.kl_coef, algorithm.kl_estimator)
+        return unflatten(penalties, [len(scored.rewards) for scored in groups])
+
+    def _sync_and_verify(self, report: StepReport, timer: Timer) -> StepReport:
+        """Sends the new weights to the engine and probes them."""
+        progress = self.progress
+        with timer("sync"):
+            self.display.phase(progress.rollout - 1, "sync")
+            ranks.all_gather_or_raise("the engines' waking", self.engine.wake)
+            learner = self.updater.learner
+            sync_report = sync(self.engine, learner, progress.rollout + 1, self.signals)
+        with timer("probe"):
+            probe_report = self.weight_check.probe()
+        progress.savable = True
+        return replace(report, sync=sync_report, probe=probe_report)
+
+    def _machine_report(self) -> MachineReport:
+        stream = self.rollouts.selection.stream
+        return MachineReport(
+            machine=self.machine,
+            shape=self.shape,
+            engine_counts=getattr(self.engine, "counts", {}),
+            engine_idle_s=stream.idle() if stream is not None else None,
         )
-        batches = self._batches(samples)
-        scores = zip(
-            batches,
-            self.learner.score(batches),
-            self.learner.score(batches, reference=True),
-            strict=True,
-        )
-        found: dict[int, list[float]] = {}
-        for batch, (own, _), (ref, _) in scores:
-            costs = coefficient * _terms.kl(own, ref, estimator)
-            found |= (
-                {}
-                if batch.idle
-                else {
-                    i: costs[place][batch.token_mask[place]].tolist()
-                    for place, i in enumerate(batch.index)
-                }
+
+    def _stop_if_idle(self) -> None:
+        """Raises Exhausted after `algorithm.max_idle` rollouts in a row without an update."""
+        idle = self.progress.idle
+        max_idle = self.config.algorithm.max_idle
+        if idle and max_idle and idle % max_idle == 0:
+            raise Exhausted(
+                f"{idle} rollouts in a row taught nothing: the completions of every group have "
+                f"equal rewards ({self.journal.latest['reward/mean']:.3g} in the mean). The "
+                "problems are too hard or too easy for this model, or a reward cannot read its "
+                "answers: see samples/"
             )
-        found = {i: row for part in ranks.gather("the penalties", found) for i, row in part.items()}
-        return [found[i] for i in range(len(samples))]
 
-    def _bounds(self, groups: list[Group], updates: int) -> dict[str, float]:
-        reference = self.config.algorithm.kl_coef > 0
-        least = roofline.bounds(
-            self.machine,
-            self.shape,
-            groups,
-            updates=updates,
-            reference=reference,
-            ranks=ranks.count(),
-        )
-        return {f"bound/{phase}_s": seconds for phase, seconds in least.items()} | {
-            "bound/total_s": sum(least.values())
-        }
+    def evaluate(self) -> dict[str, float] | None:
+        """Returns accuracy and other metrics on held-out problems, and keeps the completions.
 
-    def update(self, samples: list[Sample]) -> dict[str, float]:
-        """Makes the rollout's updates, one for each random mini-batch of its samples and epoch.
-
-        Returns their mean metrics.
+        Without held-out problems it returns None.
         """
-        config, algorithm = self.config, self.config.algorithm
-        seed = rollouts.seed_of(config.seed, self.rollout, "mini-batches")
-        parts = minibatches(samples, config.train.updates_per_rollout, seed) if samples else []
-        # Without a signal KL, entropy bonus and momentum are not to act alone: they would move a
-        # policy that learns nothing.
-        parts = [part for part in parts if any(any(sample.advantages) for sample in part)]
-        ranks.together("the update", self.signals.check)
-        batches = self._attach(parts)
-        order = [
-            n
-            for epoch in range(config.train.epochs)
-            for n in epoch_order(len(batches), seed, epoch)
-        ]
-        reports, before = [], self.learner.updates
-        for number, n in enumerate(order):
-            reports.append(
-                self.learner.update(batches[n], self._update_progress(first=number == 0))
-            )
-        every = algorithm.reference_reset
-        if every and algorithm.kl_coef and before // every != self.learner.updates // every:
-            self.learner.reset_reference(optimizer=algorithm.reset_optimizer)
-        counts = {"update/made": float(len(reports))}
-        counts["update/skipped"] = float(
-            config.train.epochs * config.train.updates_per_rollout - len(reports)
-        )
-        if not reports:
-            return counts
-        metrics = {
-            name: sum(report[name] for report in reports) / len(reports) for name in reports[0]
-        }
-        return (
-            metrics
-            | counts
-            | {"mismatch/max_weight": max(report["mismatch/max_weight"] for report in reports)}
-        )
-
-    def _batches(self, samples: list[Sample]) -> list[Batch]:
-        config = self.config
-        weights = token_weights(samples, config.algorithm.reduction, config.sampling.max_tokens)
-        return micro_batches(
-            samples,
-            weights,
-            max_tokens=config.learner.micro_batch_tokens,
-            packed=config.model.packed,
-            share=self.learner.share,
-        )
-
-    def _attach(self, parts: list[list[Sample]]) -> list[list[Batch]]:
-        """Returns the mini-batches with what the recipe needs before the first update.
-
-        These are the old and reference logprobs, and advantages of 0 where the entropy is not among
-        the top.
-        """
-        algorithm, epochs = self.config.algorithm, self.config.train.epochs
-        built = [self._batches(part) for part in parts]
-        batches = [batch for part in built for batch in part]
-        # The weights that sampled a token are gone: the ratio is to what did, or the mismatch's
-        # correction bridges it (AReaL 2505.24298).
-        older, now = algorithm.mismatch == "none", self.rollout + 1
-        # of all ranks
-        versions = (
-            {version for part in parts for sample in part for version in sample.versions or ()}
-            if older
-            else {now}
-        )
-        wanted = algorithm.old_logprobs == "learner" and (
-            len(parts) * epochs > 1 or versions != {now}
-        )
-        if algorithm.top_entropy < 1 or (wanted and now in versions):
-            scores = self.learner.score(batches)
-            if algorithm.top_entropy < 1:
-                own = [
-                    entropies[batch.token_mask]
-                    for batch, (_, entropies) in zip(batches, scores, strict=True)
-                    if not batch.idle
-                ]
-                every = torch.cat(
-                    [entropies for part in ranks.gather("the entropies", own) for entropies in part]
-                )
-                least = every.sort(descending=True).values[
-                    max(0, round(algorithm.top_entropy * len(every)) - 1)
-                ]
-                kept = [
-                    batch.advantages * (entropies >= least)
-                    for batch, (_, entropies) in zip(batches, scores, strict=True)
-                ]
-                batches = [
-                    replace(batch, advantages=advantage)
-                    for batch, advantage in zip(batches, kept, strict=True)
-                ]
-            batches = [
-                replace(
-                    batch,
-                    old_logprobs=logprobs.where(batch.versions == now, batch.sampler_logprobs)
-                    if older
-                    else logprobs,
-                )
-                for batch, (logprobs, _) in zip(batches, scores, strict=True)
-            ]
-        if algorithm.old_logprobs == "sampler" or (wanted and now not in versions):
-            batches = [replace(batch, old_logprobs=batch.sampler_logprobs) for batch in batches]
-        if algorithm.kl_coef and algorithm.kl_in == "loss":
-            scores = self.learner.score(batches, reference=True)
-            batches = [
-                replace(batch, ref_logprobs=logprobs)
-                for batch, (logprobs, _) in zip(batches, scores, strict=True)
-            ]
-        left = iter(batches)
-        return [[next(left) for _ in part] for part in built]
-
-    def evaluate(self, row: dict[str, Any]) -> None:
-        """Adds accuracy and the other metrics on held-out problems to a row.
-
-        It keeps the completions.
-        """
-        if not self.held_out:
-            return
-        settings = self.config.eval
-        found, rows = rollouts.evaluate(
-            self.engine,
-            self.prompts,
-            self.held_out,
-            self.rewards,
-            rollouts.sampling_options(self.config, self.prompts, settings.temperature),
-            samples=settings.samples,
-            run_seed=self.config.seed,
-            on_progress=self._progress("evaluation"),
-        )
-        self.run.write_samples(f"eval-{self.rollout:06d}", rows)
-        row |= found
-        accuracy = row.get("eval/accuracy")
+        if not self.rollouts.held_out:
+            return None
+        rollout = self.progress.rollout
+        metrics, rows = self.rollouts.evaluate(rollout)
+        self.run.write_samples(f"eval-{rollout:06d}", rows)
+        accuracy = metrics.get("eval/accuracy")
         if accuracy is not None:
             self.display.say(
-                f"held-out accuracy after {self.rollout} rollouts: {accuracy:.1%} of "
-                f"{len(self.held_out)} problems"
+                f"held-out accuracy after {rollout} rollouts: {accuracy:.1%} of "
+                f"{len(self.rollouts.held_out)} problems"
             )
+        return metrics
 
-    def record(self, row: dict[str, Any]) -> None:
-        """Writes and shows rank 0's row of metrics, and notes its findings that raise an alarm."""
-        # times differ, what is made of them must not
-        row = ranks.gather("the other ranks' row", row)[0]
-        self.latest = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-        self.record_row(row)
-        if "reward/mean" in row:
-            self.display.row(row)
-        for finding in self.watch.see(row):
-            self.display.say(f"diagnosis, {finding.rule}: {finding.text}")
-            self.alarms += (
-                [(finding.rule, finding.text)] if finding.rule in self.config.logging.alarms else []
-            )
-
-    def alarm(self) -> None:
+    def handle_alarms(self) -> None:
         """Does what `logging.alarms` asks for.
 
         Keeps a checkpoint beside the others, or stops the run (Exhausted: it is saved).
         """
-        alarms, self.alarms = self.alarms, []
-        for rule, text in alarms:
+        for finding in self.journal.take_alarms():
             self.save()
-            self.run.keep(self.run.checkpoints / f"step-{self.rollout:06d}", f"alarm-{rule}")
-            if self.config.logging.alarms[rule] == "stop":
-                raise Exhausted(f"logging.alarms.{rule}: {text}")
+            checkpoint = self.run.checkpoints / f"step-{self.progress.rollout:06d}"
+            self.run.keep(checkpoint, f"alarm-{finding.rule}")
+            if self.config.logging.alarms[finding.rule] == "stop":
+                raise Exhausted(f"logging.alarms.{finding.rule}: {finding.text}")
 
     def save(self) -> None:
         """Writes a checkpoint of the last whole rollout, unless there is one."""
-        if self.saved == self.rollout:
+        progress = self.progress
+        if progress.saved == progress.rollout:
             return
-        self.display.phase(self.rollout, "checkpoint")
+        self.display.phase(progress.rollout, "checkpoint")
         state: dict[str, Any] = {
-            "updates": self.learner.updates,
+            "updates": self.updater.learner.updates,
             "seed": self.config.seed,
-            "metrics": self.latest,
+            "metrics": self.journal.latest,
+            "selection": progress.selection,
+            "idle": progress.idle,
         }
-        state |= {"selection": self.selected, "idle": self.idle}
-        self.run.save(self.rollout, state, self.learner.save)
+        self.run.save(progress.rollout, state, self.updater.learner.save)
         self.run.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
-        self.saved = self.rollout
+        progress.saved = progress.rollout
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and (
-            self.rollout % every == 0 or self.rollout == self.config.train.rollouts
-        )
+    def resume(self, state: dict[str, Any]) -> None:
+        """Takes up the counters and the selection of a checkpoint's state."""
+        self.progress.rollout = state["step"]
+        self.progress.saved = state["step"]
+        self.progress.idle = state["idle"]
+        self.journal.latest = state["metrics"]
+        self.rollouts.selection.load(state["selection"])
 
-    def _progress(self, phase: str) -> Callable[[int, int], None]:
-        self.display.phase(self.rollout, phase)
-        return lambda done, total: self.display.phase(self.rollout, phase, f"{done}/{total}")
+    def _evaluation_is_missing(self) -> bool:
+        """Returns whether a run was interrupted before an evaluation that was due."""
+        if not self._is_due(self.config.eval.every):
+            return False
+        return not any(key.startswith("eval/") for key in self.journal.latest)
 
-    def _update_progress(self, first: bool) -> Callable[[int, int], None]:
-        def show(done: int, total: int) -> None:
-            # nothing of the rollout's updates is applied yet: it can be given up
-            if first and ranks.count() == 1:
-                self.signals.check()
-            self.display.phase(self.rollout, "update", f"{done}/{total}")
+    def _is_due(self, every: int) -> bool:
+        rollout = self.progress.rollout
+        return every > 0 and (rollout % every == 0 or rollout == self.config.train.rollouts)
 
-        return show
+    def _write_samples(self, rows: list[dict[str, Any]]) -> None:
+        self.run.write_samples(f"step-{self.progress.rollout + 1:06d}", rows)
+
+    def _show_update(self, done: int, total: int) -> None:
+        self.display.phase(self.progress.rollout, "update", f"{done}/{total}")
+
+
+def _with_decided_rewards(scored: ScoredGroup) -> ScoredGroup:
+    return replace(scored, rewards=tuple(reward or 0.0 for reward in scored.rewards))
+
+
+def _mean_kl(penalties: list[list[list[float]]] | None, coefficient: float) -> float | None:
+    """Returns the mean KL per token, before its coefficient."""
+    if penalties is None:
+        return None
+    tokens = [penalty for group in penalties for completion in group for penalty in completion]
+    return sum(tokens) / len(tokens) / coefficient

@@ -89,7 +89,7 @@ def ours(turn, model_dir: Path, folder: Path) -> None:
         turn.recv()
         start = time.monotonic()
         step(self)
-        row = self.latest
+        row = self.journal.latest
         turn.send(
             (
                 time.monotonic() - start,

@@ -24,7 +24,7 @@ import torch
 from grpo import config as configs
 from grpo.learning import learner
 from grpo.stages.train import train
-from grpo.training.loop import Loop
+from grpo.training.journal import Journal
 
 SPENT: dict[str, float] = defaultdict(float)
 
@@ -45,7 +45,7 @@ def timed(owner: Any, name: str) -> None:
 def main() -> None:
     file, *overrides = sys.argv[1:] or ["configs/tiny.yaml"]
     config: configs.Config = configs.load(file, ["run_dir=runs/watching", *overrides])
-    for owner, name in ((Loop, "record"), (torch.linalg, "vecdot"), (learner, "objective")):
+    for owner, name in ((Journal, "record"), (torch.linalg, "vecdot"), (learner, "objective")):
         timed(owner, name)
     train(config, resume=False)
     rows = [

@@ -15,7 +15,7 @@ from grpo.learning.batch import micro_batches, to_device
 from grpo.learning.learner import Learner
 from grpo.learning.policy import Policy
 from grpo.losses.grpo import loss
-from grpo.training.weight_sync import MAX_GAP, sync
+from grpo.training.weight_sync import MAX_GAP_ROUNDED, sync
 from grpo.types import Sample
 
 pytestmark = pytest.mark.gpu
@@ -63,7 +63,7 @@ def test_logprobs_of_8k_tokens_are_the_same_by_every_attention(tiny, attention):
             models.load_model(tiny(), way).to(DEVICE, dtype), temperature=1.0, chunk=512
         )
         with torch.no_grad():
-            logprobs, _ = policy(to_device(batch, DEVICE))
+            logprobs = policy(to_device(batch, DEVICE)).logprobs
         order = torch.tensor(batch.index).argsort()
         found[way] = torch.cat(
             [logprobs[i][batch.token_mask[i].to(DEVICE)] for i in order.tolist()]
@@ -110,16 +110,15 @@ def test_weights_reach_the_engine_by_cuda_ipc_and_survive_sleep(tiny, tmp_path):
     engine = start_engine(tiny(), tmp_path, dtype="bfloat16")
     engine.wait_ready()  # before anything else takes memory
     try:
-        learner, probe = put_together(engine, tiny(), tmp_path)
-        probe._max_gap, probe._rounds = MAX_GAP[False], True
+        learner, probe = put_together(engine, tiny(), tmp_path, rounds=True)
         probe.canary(version=0)
         sync(engine, learner, version=1)
-        probe.check()
+        probe.probe()
         learner.update(batches(samples(), 1000))
         engine.sleep()
         engine.wake()
         sync(engine, learner, version=2)  # what slept has other weights
-        probe.check()
+        probe.probe()
     finally:
         engine.close()
 
@@ -140,7 +139,7 @@ def test_a_run_on_one_gpu_is_proved_at_every_step(tiny, tmp_path, more):
     )
     run(write_config(tmp_path / "config.yaml", config), "engine.memory_fraction=0.2", *more)
     found = rows(tmp_path / "run")
-    assert len(found) == 4 and max(row["probe/gap"] for row in found) < MAX_GAP[False]
+    assert len(found) == 4 and max(row["probe/gap"] for row in found) < MAX_GAP_ROUNDED
 
 
 @pytest.mark.engine
@@ -158,4 +157,4 @@ def test_weights_go_to_a_server_on_another_gpu_by_nccl(tiny, tmp_path, staleness
     }
     config = tiny_config(tmp_path / "run", tiny(), **sections)
     run(write_config(tmp_path / "config.yaml", config))
-    assert max(row["probe/gap"] for row in rows(tmp_path / "run")) < MAX_GAP[False]
+    assert max(row["probe/gap"] for row in rows(tmp_path / "run")) < MAX_GAP_ROUNDED

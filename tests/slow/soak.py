@@ -24,7 +24,7 @@ import psutil
 from grpo import config as configs
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
-from grpo.stages.common import load_problems, mixture
+from grpo.stages.problems import load_problems, mixture
 
 
 def rows(folder: Path) -> list[dict[str, float]]:

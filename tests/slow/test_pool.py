@@ -14,10 +14,10 @@ from server_pools import OPTIONS, REQUESTS, pool_of, pooled, weights
 from whole_runs import rows, run, start, wait_for, write_config
 
 from grpo.engines import EngineError
-from grpo.engines.network import free_port
 from grpo.engines.servers import pool as pool_module
 from grpo.engines.servers import supervisor
 from grpo.engines.servers.guard import TOKEN_VARIABLE
+from grpo.run.network import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,11 @@ from grpo.learning import lora, models
 from grpo.learning.learner import Learner
 from grpo.metrics import roofline
 from grpo.run.directory import RunDirectory
+from grpo.training.journal import Journal
 from grpo.training.loop import Loop
+from grpo.training.rollouts import Rollouts
+from grpo.training.updates import Updater
+from grpo.training.weight_sync import ProbeReport
 from grpo.types import Completion, Problem
 from rewards.workers.pool import Pool
 
@@ -88,38 +92,45 @@ def make_loop(tmp_path, tiny, resume=False, reward=None, take=None, kind="tiny-q
         return Problem(id=f"p{i % 40}", question="", answer="", source="t")
 
     take = take or (lambda position, n: [problem(position + i) for i in range(n)])
+    run, engine = RunDirectory(str(tmp_path), resume=resume), RandomEngine()
+    display = SimpleNamespace(
+        phase=lambda *_: None, begin=lambda *_: None, say=lambda *_: None, row=lambda *_: None
+    )
+    prompts = SimpleNamespace(
+        ids=lambda problem: (5, 6, 7 + int(problem.id[1:])),
+        prefill=lambda problem: "",
+        for_rewards=lambda problem: "",
+        stop=(),
+        stop_token_ids=(),
+    )
     loop = Loop(
         config=config,
-        run=RunDirectory(str(tmp_path), resume=resume),
-        engine=RandomEngine(),
-        learner=learner,
-        rewards=rewards,
-        prompts=SimpleNamespace(
-            ids=lambda problem: (5, 6, 7 + int(problem.id[1:])),
-            prefill=lambda problem: "",
-            for_rewards=lambda problem: "",
-            stop=(),
-            stop_token_ids=(),
+        run=run,
+        engine=engine,
+        rollouts=Rollouts(
+            config=config,
+            engine=engine,
+            prompts=prompts,
+            rewards=rewards,
+            selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=take),
+            workers=Pool(),
+            display=display,
         ),
-        selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=take),
-        held_out=[],
-        probe=SimpleNamespace(
-            check=lambda: {"probe/gap": 0.0}, canary=lambda version, signals: 0.0
+        updater=Updater(config=config, learner=learner),
+        weight_check=SimpleNamespace(
+            probe=lambda: ProbeReport(gap=0.0, max_gap=1.0), canary=lambda version, signals: 0.0
+        ),
+        journal=Journal(
+            record_row=run.append_metrics, display=display, alarm_rules=config.logging.alarms
         ),
         signals=SimpleNamespace(check=lambda: None),
-        display=SimpleNamespace(
-            phase=lambda *_: None, begin=lambda *_: None, say=lambda *_: None, row=lambda *_: None
-        ),
-        record_row=lambda row: loop.run.append_metrics(row),
+        display=display,
         machine=roofline.Machine(flops=1e9, bandwidth=1e9),
         shape=roofline.shape(tiny(kind), 100_000, "float32"),
-        pool=Pool(),
     )
     if resume:
-        state = loop.run.read_state(loop.run.latest())
-        learner.load(loop.run.latest())
-        loop.rollout, loop.idle = state["step"], state["idle"]
-        loop.selection.load(state["selection"])
+        learner.load(run.latest())
+        loop.resume(run.read_state(run.latest()))
     else:
         loop.run.update_manifest(stage="train")
     loop.start(fresh=not resume)

@@ -31,7 +31,7 @@ def batches(seed):
         rows,
         token_weights(rows, "sequence", 20),
         max_tokens=60,
-        share=(ranks.rank(), ranks.count()),
+        share=(ranks.rank(), ranks.world_size()),
     )
 
 
@@ -55,7 +55,7 @@ def shared(model, folder, stage):
         model,
         model={"gradient_checkpointing": True},
         algorithm=algorithm,
-        learner={"zero_stage": stage, "sequence_parallel": ranks.count()},
+        learner={"zero_stage": stage, "sequence_parallel": ranks.world_size()},
     )
     one = Learner(
         models.load_model(model, "packed"), config, gspo, models.load_model(model, "packed")
@@ -110,7 +110,7 @@ def main(model, folder):
         name = f"{stage}-{dtype}"
         one = learner(model, folder, stage, dtype)
         rows = goes_on(one, 0, UPDATES // 2)
-        ranks.first(
+        ranks.rank0_first(
             "the folder", lambda name=name: (folder / name).mkdir(parents=True, exist_ok=True)
         )
         one.save(folder / name)
@@ -127,7 +127,7 @@ def main(model, folder):
         }
         if ranks.rank() == 0:
             torch.save(before, folder / f"{name}.pt")
-        other = folder.parent / ("two" if ranks.count() == 1 else "one") / name
+        other = folder.parent / ("two" if ranks.world_size() == 1 else "one") / name
         if other.exists():
             two = learner(model, folder, stage, dtype)
             two.load(other)

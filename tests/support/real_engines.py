@@ -7,7 +7,13 @@ from grpo.engines.local.engine import VllmEngine
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
-from grpo.training.weight_sync import MAX_GAP, Probe, probe_prompts
+from grpo.training.weight_sync import (
+    MAX_GAP_FLOAT32,
+    MAX_GAP_ROUNDED,
+    CheckSettings,
+    WeightCheck,
+    probe_prompts,
+)
 
 PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
 SETTINGS = configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
@@ -24,16 +30,17 @@ def start_engine(model_dir, tmp_path, dtype="float32", **options) -> VllmEngine:
     )
 
 
-def put_together(engine, model_dir, tmp_path):
-    """Returns a learner on the model and a probe between the two, in float32."""
+def put_together(engine, model_dir, tmp_path, rounds=False):
+    """Returns a learner on the model and a check of the two.
+
+    The learner is in float32; with `rounds` the engine is not.
+    """
     learner = Learner(models.load_model(model_dir, "eager"), tiny_config(tmp_path, model_dir), loss)
-    probe = Probe(
-        engine,
-        learner,
-        probe_prompts(PROMPTS, 4, 96),
+    settings = CheckSettings(
         temperature=1.0,
-        tokens=8,
-        max_gap=MAX_GAP[True],
+        num_tokens=8,
+        max_gap=MAX_GAP_ROUNDED if rounds else MAX_GAP_FLOAT32,
         micro_batch_tokens=1024,
+        rounds=rounds,
     )
-    return learner, probe
+    return learner, WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)

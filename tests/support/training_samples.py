@@ -77,7 +77,7 @@ def scored(model, samples, max_tokens, device="cpu"):
     policy, found = Policy(model, temperature=0.7, chunk=5), {}
     for batch in micro_batches(samples, [1.0] * len(samples), max_tokens=max_tokens, packed=packed):
         batch = to_device(batch, torch.device(device))
-        logprobs, entropies = policy(batch)
+        logprobs, entropies, *_ = policy(batch)
         (logprobs * batch.advantages).sum().backward()
         for row, i in enumerate(batch.index):
             mask = batch.token_mask[row]

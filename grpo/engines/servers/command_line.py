@@ -105,11 +105,11 @@ def _server_gpus(number: int, servers: configs.Servers) -> str:
     """Returns the CUDA_VISIBLE_DEVICES of local server `number`: "4,5"."""
     size = servers.tensor_parallel
     num_gpus = torch.cuda.device_count()
-    first = ranks.local_count() + number * size
+    first = ranks.local_world_size() + number * size
     if first + size > num_gpus:
         raise UserError(
-            f"{ranks.local_count()} learner ranks and {servers.count} servers of {size} GPUs do "
-            f"not fit on this machine's {num_gpus}: lower engine.servers.count or the ranks"
+            f"{ranks.local_world_size()} learner ranks and {servers.count} servers of {size} GPUs "
+            f"do not fit on this machine's {num_gpus}: lower engine.servers.count or the ranks"
         )
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     devices = [visible[i] if visible else str(i) for i in range(first, first + size)]
@@ -151,4 +151,4 @@ def request_token(servers: configs.Servers) -> str:
             f"engine.servers.token_env: {servers.token_env} is not set; every server of urls asks "
             "for it (launch/server.sh)"
         )
-    return ranks.gather("the servers' token", token or secrets.token_hex(16))[0]
+    return ranks.all_gather("the servers' token", token or secrets.token_hex(16))[0]

@@ -20,7 +20,6 @@ import torch
 
 from grpo import config as configs
 from grpo.engines import EngineError, Request, SamplingOptions, SyncReport, Weights
-from grpo.engines.network import free_port
 from grpo.engines.servers import command_line
 from grpo.engines.servers.availability import Availability, UnwatchedServers, WatchedServers
 from grpo.engines.servers.client import ServerClient
@@ -35,6 +34,7 @@ from grpo.engines.transfer.choose import choose_sender
 from grpo.engines.transfer.interface import SenderOptions, WeightSender
 from grpo.engines.vllm_options import EngineModel
 from grpo.run import ranks
+from grpo.run.network import free_port
 from grpo.types import Completion, UserError
 
 
@@ -131,7 +131,7 @@ class ServerPool:
         if self._supervisor is not None:
             limit_s = self._settings.start_timeout_s + 5
             self._loop.run(self._supervisor.wait_all_up(), limit_s)
-        urls = ranks.gather("the servers", [server.url for server in self._state.servers])[0]
+        urls = ranks.all_gather("the servers", [server.url for server in self._state.servers])[0]
         for server, url in zip(self._state.servers, urls, strict=True):
             server.url = url
         return {"servers": urls}
@@ -282,7 +282,7 @@ def _reachable_servers(settings: configs.Engine) -> configs.Servers:
     """Returns `settings.servers`. Raises UserError if a rank cannot reach the local servers."""
     if settings.servers is None:
         raise ValueError("a pool needs settings.servers")
-    if settings.servers.count and ranks.count() > ranks.local_count():
+    if settings.servers.count and ranks.world_size() > ranks.local_world_size():
         raise UserError(
             "engine.servers.count: ranks on several machines do not reach rank 0's own: use "
             "urls (launch/server.sh)"
@@ -301,7 +301,7 @@ def _make_client(
         token_env=servers.token_env,
         timeout_s=settings.timeout_s,
         decode=decode,
-        cache_salt=ranks.gather("the caches' salt", secrets.token_hex(8))[0],
+        cache_salt=ranks.all_gather("the caches' salt", secrets.token_hex(8))[0],
     )
 
 
@@ -311,7 +311,7 @@ def _make_servers(
     """Returns the servers of `urls`, then the local ones, which rank 0 starts."""
     is_rank0 = ranks.rank() == 0
     free_ports = [free_port() for _ in range(servers.count)] if is_rank0 else []
-    ports = ranks.gather("the servers' ports", free_ports)[0]
+    ports = ranks.all_gather("the servers' ports", free_ports)[0]
     now = time.monotonic()
     pool = [Server(url=url.rstrip("/"), last_response_at=now) for url in servers.urls]
     for number, port in enumerate(ports):

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from grpo.engines import EngineError, EngineTimeoutError
-from grpo.engines.network import address_towards, free_port
 from grpo.engines.transfer.checksums import WeightStream
 from grpo.engines.transfer.interface import SenderOptions, WeightReceiver
 from grpo.run import ranks
+from grpo.run.network import address_towards, free_port
 
 LEAVE_LIMIT_S = 20.0  # the longest wait for a failed send to notice that its group is gone
 
@@ -66,7 +66,7 @@ class NcclSender:
         except EngineError as error:
             receiver.end_failed_update()
             # under ZeRO-3 all ranks gather the weights together, once
-            if self._is_stuck or ranks.count() > 1:
+            if self._is_stuck or ranks.world_size() > 1:
                 raise
             self._options.say(f"engine: {error}; once more without those that are lost")
         else:

@@ -11,7 +11,7 @@ import yaml
 
 from grpo import cli
 from grpo import config as configs
-from grpo.config import KINDS, command_of
+from grpo.stages.registry import stage_of
 from grpo.types import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -136,12 +136,14 @@ def test_a_mixtures_sets_inherit_the_path():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_is_right_and_short(path, capsys, monkeypatch):
     keys = yaml.safe_load(path.read_text())
-    command = command_of(keys)
-    configs.load(str(path), kind=KINDS[command])
+    stage = stage_of(keys)
+    configs.load(str(path), kind=stage.config_class)
     monkeypatch.chdir(ROOT)
-    assert cli.main([command, str(path), *OF_OTHER_STAGES.get(path.stem, []), "--dry-run"]) == 0
+    assert (
+        cli.main([stage.command, str(path), *OF_OTHER_STAGES.get(path.stem, []), "--dry-run"]) == 0
+    )
     told = capsys.readouterr().out
-    assert ("grpo train" if command == "pipeline" else "run_dir") in told
+    assert ("grpo train" if stage.command == "pipeline" else "run_dir") in told
     assert len(path.read_text().splitlines()) <= 45
 
 

@@ -36,7 +36,7 @@ def test_logprobs_and_entropy_equal_transformers_at_a_temperature(tiny, kind):
     (batch,) = batches(rows, 10_000)
     with torch.no_grad():
         policy = Policy(model, temperature=0.7, chunk=16)
-        logprobs, entropies = policy(batch)
+        logprobs, entropies, *_ = policy(batch)
         for place, i in enumerate(batch.index):
             assert torch.allclose(
                 logprobs[place][batch.token_mask[place]],
@@ -57,7 +57,7 @@ def test_logprobs_and_entropies_have_the_gradients_of_plain_autograd(tiny, float
     model = models.load_model(tiny(), "eager")
     rows = samples()
     (batch,) = batches(rows, 10_000)
-    logprobs, entropies = Policy(
+    logprobs, entropies, *_ = Policy(
         model, temperature=0.7, chunk=7, float32_head=float32_head, entropy_gradient=True
     )(batch)
     weights = torch.rand(2, *logprobs.shape, generator=torch.Generator().manual_seed(0))

@@ -15,8 +15,8 @@ from grpo.config.algorithm import PRESETS, Algorithm
 from grpo.experience import plugins
 from grpo.learning.advantages import advantages
 from grpo.learning.batch import micro_batches, token_weights
-from grpo.losses import _terms
-from grpo.losses._objective import objective
+from grpo.learning.objective import kl_estimate, mismatch_weights, objective
+from grpo.losses import clipped, ratio
 from grpo.types import Sample
 
 MAX_TOKENS = 20
@@ -35,9 +35,9 @@ def test_clipped_golden_numbers():
     # A = 2: r = 1.5 is clipped to 1.2 -> -2.4; A = -1: r = 0.5 -> min(-0.5, -0.8) -> 0.8; A = -1: r
     # = 1.5 is not clipped -> 1.5
     ratios, values = torch.tensor([1.5, 0.5, 1.5, 1.0]), torch.tensor([2.0, -1.0, -1.0, 3.0])
-    value, low, high = _terms.clipped(ratios, values, 0.2, 0.2)
-    assert value.tolist() == pytest.approx([-2.4, 0.8, 1.5, -3.0])
-    assert low.tolist() == [0, 1, 0, 0] and high.tolist() == [1, 0, 0, 0]
+    clip = clipped(ratios, values, 0.2, 0.2)
+    assert clip.per_token.tolist() == pytest.approx([-2.4, 0.8, 1.5, -3.0])
+    assert clip.low.tolist() == [0, 1, 0, 0] and clip.high.tolist() == [1, 0, 0, 0]
 
 
 def test_kl_golden_numbers():
@@ -45,7 +45,7 @@ def test_kl_golden_numbers():
     # equal: 0
     own, ref = torch.tensor([-1.0, -1.0]), torch.tensor([-1 + math.log(2), -1.0])
     for estimator, expected in {"k1": -0.693147, "k2": 0.240227, "k3": 0.306853}.items():
-        assert _terms.kl(own, ref, estimator).tolist() == pytest.approx([expected, 0], abs=1e-6)
+        assert kl_estimate(own, ref, estimator).tolist() == pytest.approx([expected, 0], abs=1e-6)
 
 
 def test_mismatch_golden_numbers():
@@ -55,7 +55,7 @@ def test_mismatch_golden_numbers():
     mask = torch.tensor([[True, True, False]] * 2)
 
     def found(kind, low=None, high=None):
-        return _terms.mismatch(log_rho, mask, kind, low, high)[:, :2].flatten().tolist()
+        return mismatch_weights(log_rho, mask, kind, low, high)[:, :2].flatten().tolist()
 
     assert found("none") == [1, 1, 1, 1]
     assert found("tis") == pytest.approx([1, 2, 1, 0.25])
@@ -107,7 +107,7 @@ def test_kl_in_the_loss_with_the_ratio_has_the_gradient_of_the_exact_kl():
     exact = torch.autograd.grad((own.exp() * (own - ref)).sum(), logits)[0]
     for estimator in ("k1", "k3"):
         own = torch.log_softmax(logits, 0)
-        weighted = own.exp().detach() * _terms.ratio(own, None) * _terms.kl(own, ref, estimator)
+        weighted = own.exp().detach() * ratio(own, None) * kl_estimate(own, ref, estimator)
         assert torch.allclose(torch.autograd.grad(weighted.sum(), logits)[0], exact, atol=1e-6)
 
 
@@ -151,7 +151,7 @@ def ours(rows, algorithm, budget, old=True):
     if algorithm.kl_coef and algorithm.kl_in == "reward":
 
         def cost(row):
-            return _terms.kl(
+            return kl_estimate(
                 torch.tensor(row["old"]), torch.tensor(row["ref"]), algorithm.kl_estimator
             )
 
@@ -189,8 +189,8 @@ def ours(rows, algorithm, budget, old=True):
             old_logprobs=grid["old"] if old else None,
             ref_logprobs=grid["ref"] if algorithm.kl_coef else None,
         )
-        per_token, _ = objective(logprobs, torch.zeros_like(logprobs), batch, algorithm, loss)
-        part = (batch.token_weights * per_token).sum()
+        result = objective(logprobs, torch.zeros_like(logprobs), batch, algorithm, loss)
+        part = (batch.token_weights * result.per_token).sum()
         part.backward()
         total += float(part)
         for place, i in enumerate(batch.index):

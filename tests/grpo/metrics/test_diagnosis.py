@@ -108,7 +108,7 @@ def completing(loop, **changed):
 
 def rewarded(loop, **functions):
     """Rewards by name, of the loop, a completion and its problem."""
-    loop.rewards = {
+    loop.rollouts.rewards = {
         name: (
             lambda groups, _, f=f: [
                 [f(loop, c, group.problem) for c in group.completions] for group in groups
@@ -132,15 +132,15 @@ def seldom_decided(loop, completion, problem):
 
 
 def hacked(loop):
-    loop.held_out = [
+    loop.rollouts.held_out = [
         Problem(id=f"p{i}", question="", answer="", source="held out") for i in range(8)
     ]
     rewarded(
         loop,
         accuracy=lambda loop, c, p: Verdict(
-            value="correct" if p.source == "held out" and loop.rollout < 3 else "wrong"
+            value="correct" if p.source == "held out" and loop.progress.rollout < 3 else "wrong"
         ),
-        length=lambda loop, c, p: float(len(c.token_ids) > 8 - loop.rollout),
+        length=lambda loop, c, p: float(len(c.token_ids) > 8 - loop.progress.rollout),
     )
 
 
@@ -164,7 +164,8 @@ REAL = {  # what is done to a loop, and its config; each makes real rollouts and
     "far": (lambda loop: None, {"learner": {"lr": 0.1}, "algorithm": {"kl_coef": 1e-6}}),
     "gradient": (
         lambda loop: rewarded(
-            loop, even=lambda loop, c, p: even(loop, c, p) * (99 if loop.rollout == 12 else 1)
+            loop,
+            even=lambda loop, c, p: even(loop, c, p) * (99 if loop.progress.rollout == 12 else 1),
         ),
         {
             "algorithm": {"advantage": "none"},
@@ -259,10 +260,10 @@ def test_an_alarm_keeps_a_checkpoint_or_stops_with_one(tiny, tmp_path, action):
             Exhausted, match=r"logging.alarms.no_signal: 100% of groups have equal rewards"
         ):
             loop.train()
-        assert loop.rollout == 5
+        assert loop.progress.rollout == 5
     else:
         loop.train()
-        assert loop.rollout == 8
+        assert loop.progress.rollout == 8
     kept = tmp_path / "kept" / "alarm-no_signal"
     assert (kept / "state.json").exists() and loop.run.read_state(kept)["step"] == 5
 

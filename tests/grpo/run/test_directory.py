@@ -15,7 +15,8 @@ from tiny_models import tiny_config
 
 from grpo import config as configs
 from grpo.run.directory import RunDirectory, replace_directory, write_file
-from grpo.stages.common import check_same, open_stage
+from grpo.stages.resume import check_same
+from grpo.stages.run_context import open_stage
 from grpo.types import RunError, UserError
 
 
@@ -138,7 +139,7 @@ def test_a_run_of_an_older_version_goes_on_and_a_changed_key_is_named(tmp_path):
     written["learner"]["weight_decay"] = 0.5
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     with pytest.raises(
-        UserError, match=r"its config is another one: learner.weight_decay was 0.5, is 0.0"
+        UserError, match=r"the config differs from .*: learner.weight_decay was 0.5, is 0.0"
     ):
         check_same(tmp_path, config)
 

@@ -23,11 +23,12 @@ from training_samples import COMBINATIONS, samples
 from whole_runs import environment, run, start, write_config
 
 from grpo.engines import SyncReport
-from grpo.engines.network import free_port
+from grpo.learning import models
 from grpo.learning.batch import micro_batches, token_weights
-from grpo.run import ranks, signals
+from grpo.run import fingerprints, ranks, signals
+from grpo.run.network import free_port
 from grpo.training.weight_sync import sync
-from grpo.types import RunError
+from grpo.types import Problem, RunError
 
 pytestmark = pytest.mark.engine
 SUPPORT = Path(__file__).parents[2] / "support"
@@ -121,14 +122,14 @@ def test_every_sample_is_on_one_rank_and_all_have_as_many_micro_batches(
 
 LOST = """
 import sys, time
-from grpo import ranks
+from grpo.run import ranks
 ranks.join(float(sys.argv[1]))
-ranks.gather("a first greeting", 1)
+ranks.all_gather("a first greeting", 1)
 if ranks.rank() == 1:
     sys.argv[2] == "exit" and sys.exit(3)
-    if sys.argv[2] == "raise": ranks.together("a hard sum", lambda: 1 / 0)
+    if sys.argv[2] == "raise": ranks.all_gather_or_raise("a hard sum", lambda: 1 / 0)
     time.sleep(60)
-ranks.together("a hard sum", lambda: 1)
+ranks.all_gather_or_raise("a hard sum", lambda: 1)
 """
 
 
@@ -150,14 +151,62 @@ def test_a_rank_that_hangs_or_fails_is_told_by_the_others(tmp_path, how, told):
     assert time.monotonic() - started < 45
 
 
+CROSSED = """
+import sys
+from grpo.run import ranks
+ranks.join(20)
+try:
+    ranks.all_gather("the groups" if ranks.rank() == 0 else "the end", f"of rank {ranks.rank()}")
+except ranks.ExchangeMismatchError as error:
+    print(f"rank {ranks.rank()}:", error, flush=True)
+try:
+    ranks.require_equal({"code": "1", "config": f"of rank {ranks.rank()}"})
+except Exception as error:
+    print(f"rank {ranks.rank()}:", error, error.known_to_all_ranks, flush=True)
+"""
+
+
+def test_ranks_that_meet_in_different_exchanges_do_not_get_each_others_values(tmp_path):
+    (tmp_path / "crossed.py").write_text(CROSSED)
+    done = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "crossed.py")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    for rank in (0, 1):
+        assert (
+            f"rank {rank}: the ranks met in different exchanges: rank 0: 'the groups', exchange "
+            "1; rank 1: 'the end', exchange 1" in done.stdout
+        )
+        assert (
+            f"rank {rank}: the ranks do not start from the same config (config: rank 0 of rank 0, "
+            "rank 1 of rank 1)" in done.stdout
+        )
+    assert done.stdout.count("True") == 2
+
+
+def test_fingerprints_tell_code_tokenizers_and_problems_apart(tiny):
+    tokenizer = models.load_tokenizer(tiny())
+    before = fingerprints.of_tokenizer(tokenizer)
+    assert before == fingerprints.of_tokenizer(models.load_tokenizer(tiny()))
+    tokenizer.chat_template = "{{ messages }}"
+    assert before != fingerprints.of_tokenizer(tokenizer)
+    problems = [Problem(id=str(i), question="?", answer="1", source="t") for i in range(3)]
+    assert fingerprints.of_problems(problems) != fingerprints.of_problems(problems[::-1])
+    assert len(fingerprints.of_code()) == 16
+
+
 def test_alone_there_is_nobody_to_wait_for():
-    assert ranks.gather("nobody", 5) == [5] and ranks.spread(
+    assert ranks.all_gather("nobody", 5) == [5] and ranks.split_across_ranks(
         "nobody", lambda share: [1, 2, 3][share]
     ) == [1, 2, 3]
     with pytest.raises(ZeroDivisionError):
-        ranks.together("nobody", lambda: 1 / 0)
+        ranks.all_gather_or_raise("nobody", lambda: 1 / 0)
     with pytest.raises(RunError, match="as it was"):
-        ranks.first("nobody", lambda: (_ for _ in ()).throw(RunError("as it was")))
+        ranks.rank0_first("nobody", lambda: (_ for _ in ()).throw(RunError("as it was")))
 
 
 def test_the_doctor_tells_what_lies_between_the_ranks(tiny, tmp_path):
@@ -198,8 +247,8 @@ def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
 
 
 def test_a_signal_waits_for_the_end_of_a_sync_of_several_ranks(monkeypatch):
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    monkeypatch.setattr(ranks, "gather", lambda what, value: [value])
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "all_gather", lambda what, value: [value])
     watched = signals.Signals()
 
     def load_weights(weights, version):

@@ -286,8 +286,8 @@ def test_without_gold_answers_on_policy_distillation_uses_every_completion(tiny,
     loop = make_loop(tmp_path, tiny, reward=undecided, **teacher)
     loop.step()
     assert (
-        loop.latest["update/made"] == 1
-        and loop.latest["update/tokens"] == loop.latest["completion/tokens"]
+        loop.journal.latest["update/made"] == 1
+        and loop.journal.latest["update/tokens"] == loop.journal.latest["completion/tokens"]
     )
 
 

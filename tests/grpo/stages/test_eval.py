@@ -11,7 +11,8 @@ from stage_configs import eval_config
 
 from grpo import config as configs
 from grpo.config import EvalConfig
-from grpo.stages.eval import compare, finished, markdown
+from grpo.stages.eval import compare, markdown
+from grpo.stages.final_model import final_model
 from grpo.types import UserError
 
 
@@ -54,8 +55,8 @@ def test_what_cannot_work_is_told(tiny, tmp_path, override, message):
 def test_a_run_directory_stands_for_the_model_that_it_left(tmp_path):
     (tmp_path / "manifest.json").write_text('{"final": "sft/final"}')
     assert (
-        finished(str(tmp_path)) == f"{tmp_path}/sft/final"
-        and finished("owner/name") == "owner/name"
+        final_model(str(tmp_path)) == f"{tmp_path}/sft/final"
+        and final_model("owner/name") == "owner/name"
     )
 
 

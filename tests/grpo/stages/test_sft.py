@@ -17,7 +17,7 @@ from grpo.config.model import Rope
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.deepspeed_setup import learning_rate
-from grpo.stages.common import load_problems, mixture
+from grpo.stages.problems import load_problems, mixture
 from grpo.stages.sft import rows as sft_rows
 from grpo.types import UserError
 

@@ -17,6 +17,7 @@ from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
 from grpo.metrics import roofline
+from grpo.stages.registry import STAGES
 from grpo.tools import checks
 from grpo.types import Problem
 
@@ -29,18 +30,24 @@ def shape_of(tiny, dtype="float32"):
     return roofline.shape(tiny(), models.num_weights(tiny()), dtype)
 
 
+def memory_checks(tiny, config):
+    """Returns the findings about a train config whose reference has one weight."""
+    needs = STAGES["train"].needs(config)
+    return checks.memory(config, needs.memory, shape_of(tiny), tiny(), 1)
+
+
 def test_memory_that_is_not_there_is_told_with_every_part(tiny, tmp_path, monkeypatch):
     config = tiny_config(tmp_path, tiny(), engine={"kv_cache_gb": 0.05, "max_sequences": 64})
-    found = told(checks.memory(config, shape_of(tiny), tiny(), 1))
+    found = told(memory_checks(tiny, config))
     assert found["memory"].level == "ok" and found["kv_cache"].level == "ok"
     monkeypatch.setattr(
         checks.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**30)
     )
-    found = told(checks.memory(config, shape_of(tiny), tiny(), 1))
+    found = told(memory_checks(tiny, config))
     assert (
         found["memory"].level == "fail"
         and "activations" in found["memory"].text
-        and "gradient_checkpointing" in found["memory"].way
+        and "gradient_checkpointing" in found["memory"].remedy
     )
     long = tiny_config(
         tmp_path,
@@ -49,8 +56,8 @@ def test_memory_that_is_not_there_is_told_with_every_part(tiny, tmp_path, monkey
         sampling={"max_tokens": 1900},
         learner={"micro_batch_tokens": 2000},
     )
-    found = told(checks.memory(long, shape_of(tiny), tiny(), 1))
-    assert found["kv_cache"].level == "fail" and "give it" in found["kv_cache"].way
+    found = told(memory_checks(tiny, long))
+    assert found["kv_cache"].level == "fail" and "give it" in found["kv_cache"].remedy
 
 
 def test_the_states_are_those_that_the_learner_really_holds(tiny, tmp_path):
@@ -72,32 +79,32 @@ def test_the_states_are_those_that_the_learner_really_holds(tiny, tmp_path):
     assert roofline.memory(lora, shape_of(tiny), 64, 262)["optimizer"] < 0.5 * parts["optimizer"]
 
 
-def test_held_out_problems_that_are_in_the_training_data_are_counted(tiny, tmp_path):
-    config = tiny_config(tmp_path, tiny())
+def test_held_out_problems_that_are_in_the_training_data_are_counted():
     question = "A farmer has twelve cows and buys three more at the market on Monday"
     train = [Problem(id="a", question=f"Well. {question}. How many?", answer="15", source="s")]
     judged = [
         Problem(id="b", question=f"{question}; then?", answer="15", source="s"),
         Problem(id="c", question="2 + 2?", answer="4", source="s"),
     ]
-    (check,) = checks.contamination(config, train, judged)
+    (check,) = checks.contamination(train, judged)
     assert check.level == "warn" and check.text.startswith("1 of 2") and "b" in check.text
-    (check,) = checks.contamination(config, train, judged[1:])
+    (check,) = checks.contamination(train, judged[1:])
     assert check.level == "ok"
     short = [
         Problem(id="d", question="2  + 2?", answer="4", source="other"),
         Problem(id="e", question="2 - 2?", answer="0", source="s"),
     ]
-    (check,) = checks.contamination(config, short, judged[1:])
+    (check,) = checks.contamination(short, judged[1:])
     assert check.text.startswith("1 of 1")  # a short question is compared as a whole ...
-    (check,) = checks.contamination(config, short[1:], judged[1:])
+    (check,) = checks.contamination(short[1:], judged[1:])
     assert check.level == "ok"  # ... not by its words
 
 
 def test_a_disk_that_is_too_small_and_other_versions_are_told(tiny, tmp_path, monkeypatch):
     config = tiny_config(tmp_path / "new" / "run", tiny())
-    assert told(checks.disk(config, 10**6))["disk"].level == "ok"
-    assert told(checks.disk(config, 10**14))["disk"].level == "fail"
+    needs = STAGES["train"].needs(config)
+    assert told(checks.disk(config, needs.disk, 10**6))["disk"].level == "ok"
+    assert told(checks.disk(config, needs.disk, 10**14))["disk"].level == "fail"
     assert told(checks.versions())["versions"].level == "ok"
     monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "0.0.1")
     check = told(checks.versions())["versions"]
@@ -109,13 +116,15 @@ def test_a_format_reward_that_the_prompt_does_not_ask_for_is_told(tiny, tmp_path
     tokenizer = models.load_tokenizer(tiny())
     problem = Problem(id="a", question="1 + 1?", answer="2", source="s")
     prompts = checks.Prompts(config.prompt, tokenizer)
-    assert told(checks.prompt(config, prompts, tokenizer, problem))["tags"].level == "warn"
+    assert (
+        told(checks.prompt(config, prompts, tokenizer, problem, config.rewards))["tags"].level
+        == "warn"
+    )
     prefilled = tiny_config(
         tmp_path, tiny(), prompt={"template": "plain", "max_tokens": 48, "think_prefill": True}
     )
-    found = told(
-        checks.prompt(prefilled, checks.Prompts(prefilled.prompt, tokenizer), tokenizer, problem)
-    )
+    prompts = checks.Prompts(prefilled.prompt, tokenizer)
+    found = told(checks.prompt(prefilled, prompts, tokenizer, problem, prefilled.rewards))
     assert (
         "tags" not in found
         and "<think>" in found["prompt"].text

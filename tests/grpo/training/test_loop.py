@@ -4,7 +4,6 @@ Every preset trains and resumes bit for bit, and what the sampling schemes do wi
 real engine: tests/grpo/stages/test_train.py and tests/slow.)
 """
 
-import contextlib
 import json
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from grpo.config.algorithm import PRESETS
 from grpo.experience.selection import pass_rate, teaches
 from grpo.learning import models
 from grpo.learning.advantages import advantages, lengths, to_samples
+from grpo.run.display import Timer
 from grpo.types import Problem, RunError, ScoredGroup, UserError, Verdict
 
 
@@ -34,8 +34,8 @@ def state(loop):
     }
     return (
         kept,
-        {name: weight.clone() for name, weight in loop.learner.weights()},
-        loop.selection.state(),
+        {name: weight.clone() for name, weight in loop.updater.learner.weights()},
+        loop.rollouts.selection.state(),
     )
 
 
@@ -106,33 +106,33 @@ def test_dynamic_sampling_carries_what_is_left_and_uses_every_accepted_group_onc
         train={"rollouts": 12, "problems": 4, "group_size": 2},
     )
     used, accepted, carried = [], [], []
-    collect = loop.selection.collect
+    collect = loop.rollouts.selection.collect
 
     def watched(sample):
         fresh, chosen = collect(sample)
         accepted.extend(scored for scored in fresh if max(scored.rewards) != min(scored.rewards))
         used.extend(chosen)
-        carried.append(len(loop.selection.carried))
+        carried.append(len(loop.rollouts.selection.carried))
         assert len(chosen) == 4
         return fresh, chosen
 
-    loop.selection.collect = watched
+    loop.rollouts.selection.collect = watched
     loop.train()
     assert any(carried), "this seed shows nothing"
     assert [id(scored) for scored in accepted] == [
-        id(scored) for scored in [*used, *loop.selection.carried]
+        id(scored) for scored in [*used, *loop.rollouts.selection.carried]
     ]
 
 
 def test_carried_groups_have_the_samplers_logprobs_as_old_ones(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, algorithm={"no_signal": "resample"})
-    _, used = loop.selection.collect(
-        lambda problems, number: loop._sample(problems, number, lambda _: contextlib.nullcontext())
+    _, used = loop.rollouts.selection.collect(
+        lambda problems, number: loop.rollouts.sample(problems, 0, number, Timer())
     )
     samples = to_samples(
         used, advantages([scored.rewards for scored in used], lengths(used), "none")
     )
-    now = loop.rollout + 1
+    now = loop.progress.rollout + 1
     assert all(set(sample.versions) == {now} for sample in samples) and all(
         len(sample.versions) > 1 for sample in samples
     )
@@ -140,18 +140,17 @@ def test_carried_groups_have_the_samplers_logprobs_as_old_ones(tiny, tmp_path):
         replace(sample, versions=(7, *sample.versions[1:])) if sample.group == 0 else sample
         for sample in samples
     ]
-    ((batch,),) = loop._attach([samples])
-    (scored,) = loop.learner.score([batch])
+    ((batch,),) = loop.updater.prepare([samples], loop.progress.rollout)
+    (scored,) = loop.updater.learner.score([batch])
     for place, i in enumerate(batch.index):
         mask = batch.token_mask[place]
         expected = scored[0][place][mask].clone()
         if samples[i].group == 0:  # its first token was made by other weights, the rest by today's
             expected[0] = batch.sampler_logprobs[place][mask][0]
         assert torch.equal(batch.old_logprobs[place][mask], expected)
-    loop.learner.score = None  # of samples that are all older there is nothing to score
-    ((batch,),) = loop._attach(
-        [[replace(sample, versions=(7,) * len(sample.versions)) for sample in samples]]
-    )
+    loop.updater.learner.score = None  # of samples that are all older there is nothing to score
+    older = [replace(sample, versions=(7,) * len(sample.versions)) for sample in samples]
+    ((batch,),) = loop.updater.prepare([older], loop.progress.rollout)
     assert torch.equal(batch.old_logprobs, batch.sampler_logprobs)
 
 
@@ -159,12 +158,12 @@ def test_all_groups_without_signal_skip_the_update_count_it_and_stop_by_rule(tin
     loop = make_loop(
         tmp_path, tiny, reward=lambda *_: 1.0, algorithm={"max_idle": 2}, train={"rollouts": 5}
     )
-    before = {name: weight.clone() for name, weight in loop.learner.weights()}
+    before = {name: weight.clone() for name, weight in loop.updater.learner.weights()}
     loop.step()
-    assert loop.latest["update/made"] == 0 and loop.latest["update/skipped"] == 1
+    assert loop.journal.latest["update/made"] == 0 and loop.journal.latest["update/skipped"] == 1
     with pytest.raises(RunError, match="2 rollouts in a row taught nothing"):
         loop.step()
-    assert all(torch.equal(before[name], weight) for name, weight in loop.learner.weights())
+    assert all(torch.equal(before[name], weight) for name, weight in loop.updater.learner.weights())
 
 
 def test_dynamic_sampling_gives_up_with_an_error_that_says_what_it_saw(tiny, tmp_path):
@@ -215,20 +214,22 @@ def test_a_pass_rate_in_the_data_counts_only_when_it_is_asked_for(tiny, tmp_path
 def test_without_a_signal_the_kl_does_not_update_alone(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, reward=lambda *_: 1.0, algorithm={"kl_coef": 0.1})
     loop.step()
-    assert loop.latest["update/made"] == 0 and loop.idle == 1
+    assert loop.journal.latest["update/made"] == 0 and loop.progress.idle == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_before_the_first_update_the_reference_is_the_policy_to_the_bit(tiny, tmp_path, dtype):
     loop = make_loop(tmp_path, tiny, model={"dtype": dtype}, algorithm={"kl_coef": 0.1})
-    _, used = loop.selection.collect(
-        lambda problems, number: loop._sample(problems, number, lambda _: contextlib.nullcontext())
+    _, used = loop.rollouts.selection.collect(
+        lambda problems, number: loop.rollouts.sample(problems, 0, number, Timer())
     )
-    batches = loop._batches(
+    batches = loop.updater._micro_batches(
         to_samples(used, advantages([scored.rewards for scored in used], lengths(used), "none"))
     )
     for (own, _), (ref, _) in zip(
-        loop.learner.score(batches), loop.learner.score(batches, reference=True), strict=True
+        loop.updater.learner.score(batches),
+        loop.updater.learner.score(batches, reference=True),
+        strict=True,
     ):
         assert torch.equal(own, ref)
 
@@ -237,7 +238,9 @@ def test_a_reset_optimizer_has_no_moments_and_no_steps_whatever_its_kind(tiny, t
     loop = make_loop(
         tmp_path, tiny, algorithm={"kl_coef": 0.1, "reference_reset": 1, "reset_optimizer": True}
     )
-    optimizer = getattr(loop.learner._engine.optimizer, "optimizer", loop.learner._engine.optimizer)
+    optimizer = getattr(
+        loop.updater.learner._engine.optimizer, "optimizer", loop.updater.learner._engine.optimizer
+    )
     loop.step()
     assert all(
         float(torch.as_tensor(value).abs().max()) == 0
@@ -246,7 +249,7 @@ def test_a_reset_optimizer_has_no_moments_and_no_steps_whatever_its_kind(tiny, t
     )
     for state in optimizer.state.values():
         state["step"] = 7  # as DeepSpeed's FusedAdam keeps it
-    loop.learner.reset_reference(optimizer=True)
+    loop.updater.learner.reset_reference(optimizer=True)
     assert all(state["step"] == 0 for state in optimizer.state.values())
 
 
@@ -267,16 +270,19 @@ def test_solved_problems_are_not_drawn_again(tiny, tmp_path):
         algorithm={"pass_rate": [0.0, 0.9]},
     )
     drawn = []
-    loop.selection.take = lambda position, n: take(position, n)
-    sample = loop._sample
-    loop._sample = lambda problems, number, timer: (
-        drawn.append([p.id for p in problems]) or sample(problems, number, timer)
-    )
+    loop.rollouts.selection.take = lambda position, n: take(position, n)
+    sample = loop.rollouts.sample
+
+    def watched(problems, rollout, number, timer):
+        drawn.append([p.id for p in problems])
+        return sample(problems, rollout, number, timer)
+
+    loop.rollouts.sample = watched
     loop.step()
-    loop.selection.rates |= {"p0": 1.0, "p2": 1.0, "p1": 0.5, "p3": 0.5}
+    loop.rollouts.selection.rates |= {"p0": 1.0, "p2": 1.0, "p1": 0.5, "p3": 0.5}
     loop.step()
     assert drawn == [["p0", "p1", "p2", "p3"], ["p1", "p3", "p1", "p3"]]
-    loop.selection.rates |= {"p1": 1.0, "p3": 1.0}
+    loop.rollouts.selection.rates |= {"p1": 1.0, "p3": 1.0}
     with pytest.raises(RunError, match="refuse the last 10000 problems"):
         loop.step()
 
@@ -291,7 +297,10 @@ def test_no_signal_drop_leaves_such_groups_out_of_the_normaliser(tiny, tmp_path)
             tmp_path / no_signal, tiny, reward=reward, algorithm={"no_signal": no_signal}
         )
         loop.step()
-        tokens[no_signal] = (loop.latest["group/used"], loop.latest["update/tokens"])
+        tokens[no_signal] = (
+            loop.journal.latest["group/used"],
+            loop.journal.latest["update/tokens"],
+        )
     assert (
         tokens["keep"][0] == 4 and tokens["drop"][0] <= 2 and tokens["drop"][1] < tokens["keep"][1]
     )
@@ -305,8 +314,10 @@ def test_top_entropy_gives_an_advantage_to_that_share_of_tokens(tiny, tmp_path):
         algorithm={"top_entropy": 0.25},
     )
     found = []
-    update = loop.learner.update
-    loop.learner.update = lambda batches, show: found.extend(batches) or update(batches, show)
+    update = loop.updater.learner.update
+    loop.updater.learner.update = lambda batches, show: (
+        found.extend(batches) or update(batches, show)
+    )
     loop.step()
     chosen = torch.cat([(batch.advantages != 0)[batch.token_mask] for batch in found])
     assert float(chosen.float().mean()) == pytest.approx(0.25, abs=0.02)
@@ -316,7 +327,7 @@ def test_the_reference_is_the_policy_after_a_reset_and_before_it_the_start(tiny,
     loop = make_loop(tmp_path, tiny, algorithm={"kl_coef": 0.1, "reference_reset": 2})
 
     def reference():
-        return [p.clone() for p in loop.learner._reference.model.parameters()]
+        return [p.clone() for p in loop.updater.learner._reference.model.parameters()]
 
     start = reference()
     loop.step()
@@ -324,7 +335,7 @@ def test_the_reference_is_the_policy_after_a_reset_and_before_it_the_start(tiny,
     loop.step()
     assert all(
         torch.equal(a, b)
-        for a, b in zip(loop.learner._policy.model.parameters(), reference(), strict=True)
+        for a, b in zip(loop.updater.learner._policy.model.parameters(), reference(), strict=True)
     )
 
 
@@ -333,11 +344,13 @@ def test_a_lora_reference_is_the_model_under_the_adapters(tiny, tmp_path):
     loop.step()
     base = dict(models.load_model(tiny(), "packed").named_parameters())
     changed = {
-        name for name, weight in loop.learner.weights() if not torch.equal(weight, base[name])
+        name
+        for name, weight in loop.updater.learner.weights()
+        if not torch.equal(weight, base[name])
     }
     assert changed == {name for name in base if "_proj" in name and not name.endswith("bias")}
     loop.step()
-    assert loop.latest["kl/ref"] > 0
+    assert loop.journal.latest["kl/ref"] > 0
 
 
 def test_a_lora_adapter_is_saved_as_peft_reads_it(tiny, tmp_path):
@@ -345,13 +358,14 @@ def test_a_lora_adapter_is_saved_as_peft_reads_it(tiny, tmp_path):
 
     loop = make_loop(tmp_path, tiny, **SPECIAL["lora"])
     loop.step()
-    loop.learner.save_adapter(tmp_path / "adapter")
+    loop.updater.learner.save_adapter(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(
         models.load_model(tiny(), "eager"), tmp_path / "adapter"
     ).merge_and_unload()
     theirs = dict(loaded.named_parameters())
     assert all(
-        torch.allclose(weight, theirs[name], atol=1e-6) for name, weight in loop.learner.weights()
+        torch.allclose(weight, theirs[name], atol=1e-6)
+        for name, weight in loop.updater.learner.weights()
     )
 
 
@@ -386,7 +400,10 @@ def test_the_balance_loss_is_switch_transformers_and_reaches_the_router(tiny, tm
     for loop in loops:
         loop.step()
     # 2 experts a token of 4: at least 2
-    assert "router/balance" not in loops[0].latest and 2 <= loops[1].latest["router/balance"] < 4
+    assert (
+        "router/balance" not in loops[0].journal.latest
+        and 2 <= loops[1].journal.latest["router/balance"] < 4
+    )
     gates = [
         [w for name, w in loop.engine.weights.items() if ".mlp.gate." in name] for loop in loops
     ]

@@ -19,8 +19,15 @@ from grpo.engines.local.engine import check_memory
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
-from grpo.training import weight_sync as probe_module
-from grpo.training.weight_sync import MAX_GAP, Probe, probe_prompts, sync
+from grpo.training import weight_sync
+from grpo.training.weight_sync import (
+    MAX_GAP_FLOAT32,
+    MAX_GAP_ROUNDED,
+    CheckSettings,
+    WeightCheck,
+    probe_prompts,
+    sync,
+)
 from grpo.types import RunError, UserError
 
 SUPPORT = str(Path(__file__).parents[3] / "support")  # where faulty_child.py lies
@@ -128,21 +135,22 @@ def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(
     engine = start_engine(model_dir, tmp_path, dtype="bfloat16")
     try:
         learner = Learner(models.load_model(model_dir, "eager"), config, loss)
-        limits = {
-            "tokens": 16,
-            "max_gap": MAX_GAP[False],
-            "micro_batch_tokens": 1024,
-            "rounds": True,
-        }
-        probe = Probe(engine, learner, probe_prompts(PROMPTS, 4, 96), temperature=1.0, **limits)
-        seeds = probe_module.CANARY_SEEDS[:4]
+        settings = CheckSettings(
+            temperature=1.0,
+            num_tokens=16,
+            max_gap=MAX_GAP_ROUNDED,
+            micro_batch_tokens=1024,
+            rounds=True,
+        )
+        probe = WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)
+        seeds = weight_sync.CANARY_SEEDS[:4]
         noises = [probe._rounding_noise(seed) for seed in seeds]
-        monkeypatch.setattr(probe_module, "CANARY_SEEDS", [seeds[noises.index(max(noises))]])
+        monkeypatch.setattr(weight_sync, "CANARY_SEEDS", [seeds[noises.index(max(noises))]])
         with pytest.raises(
             RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.4"
         ):
             probe.canary(version=0)
-        monkeypatch.setattr(probe_module, "CANARY_SEEDS", seeds)
+        monkeypatch.setattr(weight_sync, "CANARY_SEEDS", seeds)
         assert probe.canary(version=1) < 2 * min(noises) < 0.4
     finally:
         engine.close()
@@ -177,7 +185,7 @@ def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
         learner, probe = put_together(engine, model_dir, tmp_path)
         assert probe.canary(version=0) < 1e-4
         report = sync(engine, learner, version=1)
-        assert report.version == 1 and probe.check()["probe/gap"] < 1e-4
+        assert report.version == 1 and probe.probe().gap < 1e-4
         (group,) = engine.generate(
             [Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=4)
         )
@@ -189,7 +197,7 @@ def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
             sent = {name: weight.clone() for name, weight in learner.weights()}
             for stale in sent:
                 engine.load_weights(Weights(sent | {stale: true[stale]}), version=2)
-                assert probe.gap() > MAX_GAP[True], f"a stale {stale} is not seen"
+                assert probe.gap() > MAX_GAP_FLOAT32, f"a stale {stale} is not seen"
     finally:
         engine.close()
 
@@ -235,15 +243,14 @@ def test_a_fault_in_the_sync_is_seen_before_the_first_rollout(
     with pytest.raises(RunError, match=message):
         probe.canary(version=0)
         sync(engine, learner, version=1)
-        probe.check()
+        probe.probe()
 
 
 @pytest.mark.engine
 def test_a_stale_head_is_seen_in_bfloat16_too(tiny, tmp_path):
     engine, _ = start_faulty(tiny(), tmp_path, "stale head", dtype="bfloat16")
     try:
-        _, probe = put_together(engine, tiny(), tmp_path)
-        probe._max_gap, probe._rounds = MAX_GAP[False], True
+        _, probe = put_together(engine, tiny(), tmp_path, rounds=True)
         with pytest.raises(
             RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.2"
         ):

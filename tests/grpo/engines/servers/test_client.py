@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from grpo.engines.network import free_port
 
 from grpo import config as configs
 from grpo.engines import (
@@ -21,7 +22,6 @@ from grpo.engines import (
     UnknownWeightVersionError,
     UnreachableError,
 )
-from grpo.engines.network import free_port
 from grpo.engines.servers.availability import WatchedServers
 from grpo.engines.servers.client import ServerClient
 from grpo.engines.servers.scheduler import Scheduler

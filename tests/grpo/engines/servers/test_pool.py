@@ -111,8 +111,8 @@ def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypat
     with pytest.raises(UserError, match="needs GPUs on both sides"):
         pool_of(tiny(), tmp_path, transfer="nccl")
     with monkeypatch.context() as patch:
-        patch.setattr(ranks, "count", lambda: 4)
-        patch.setattr(ranks, "local_count", lambda: 2)
+        patch.setattr(ranks, "world_size", lambda: 4)
+        patch.setattr(ranks, "local_world_size", lambda: 2)
         with pytest.raises(
             UserError,
             match=r"engine.servers.count: ranks on several "

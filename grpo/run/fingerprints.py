@@ -1,0 +1,42 @@
+"""Short hashes by which ranks compare what they start from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.types import Problem
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("grpo", "rewards", "data")
+
+
+def of_text(text: str) -> str:
+    """Returns the first 64 bits of a text's SHA-256, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def of_code() -> str:
+    """Returns the fingerprint of all Python files of our packages, as they lie on this machine."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            digest.update(str(file.relative_to(ROOT)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """Returns the fingerprint of a tokenizer's vocabulary and chat template."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return of_text(json.dumps([vocabulary, tokenizer.chat_template]))
+
+
+def of_problems(problems: Sequence[Problem]) -> str:
+    """Returns the fingerprint of problems in their order: ids, questions, answers, solutions."""
+    return of_text(
+        json.dumps([(each.id, each.question, each.answer, each.solution) for each in problems])
+    )

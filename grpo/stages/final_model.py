@@ -1,0 +1,51 @@
+"""The model that a stage leaves in its run directory: written here, and found again by others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from grpo.config import RunConfig
+from grpo.experience.prompts import Prompts
+from grpo.learning import models
+from grpo.run import ranks
+from grpo.run.directory import read_manifest
+from grpo.run.display import quiet
+from grpo.stages.run_context import RunContext
+
+
+def write_final(
+    context: RunContext, config: RunConfig, model_dir: Path, tokenizer: Any, learner: Any
+) -> None:
+    """Writes the trained model to `final/`, and with LoRA the adapter to `adapter/`.
+
+    Args:
+        context: The run.
+        config: Its config.
+        model_dir: The model that the run started from.
+        tokenizer: Its tokenizer; gets the chat template of the run's prompts.
+        learner: Has `weights()`, which all ranks call, and `save_adapter(folder)`.
+    """
+    folder = context.run.path
+    is_rank0 = ranks.rank() == 0
+    with quiet(context.run.log_file("learner")):
+        prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+        tokenizer.chat_template = prompts.saved_template()
+        weights = {}
+        for name, tensor in learner.weights():
+            if is_rank0:
+                weights[name] = tensor.detach().cpu().clone()
+        if is_rank0:
+            models.save_final(folder / "final", model_dir, weights, tokenizer, config.model.dtype)
+        if is_rank0 and config.model.lora:
+            learner.save_adapter(folder / "adapter")
+        ranks.all_gather("the finished model", None)
+    context.display.say(f"finished: {folder / 'final'}")
+
+
+def final_model(path: str) -> str:
+    """Returns the final model of a run directory, and any other path unchanged."""
+    manifest = read_manifest(Path(path))
+    if not manifest:
+        return path
+    return str(Path(path) / manifest.get("final", "final"))

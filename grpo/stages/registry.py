@@ -1,0 +1,29 @@
+"""All kinds of stages. A new kind is a file in this folder and a line in `STAGES`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo.stages import collect, distill, eval, pipeline, quantize, sft, train
+from grpo.stages.stage import Stage
+
+# In the order of the command line's help.
+_ALL: tuple[Stage[Any], ...] = (
+    sft.STAGE,
+    train.STAGE,
+    collect.STAGE,
+    distill.STAGE,
+    quantize.STAGE,
+    eval.STAGE,
+    pipeline.STAGE,
+)
+STAGES = {stage.command: stage for stage in _ALL}
+
+
+def stage_of(tree: dict[str, Any]) -> Stage[Any]:
+    """Returns the stage that a config's sections belong to; `train` if they belong to no other.
+
+    A config of distill has the sections of collect and sft too, so the last match counts.
+    """
+    matches = [stage for stage in _ALL if any(key in tree for key in stage.sections)]
+    return matches[-1] if matches else STAGES["train"]

@@ -1,0 +1,81 @@
+"""Which config may continue a run: the keys that may change, and the comparison of all others."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo import config as configs
+from grpo.config import RunConfig
+from grpo.types import UserError
+
+# Keys, or whole sections, that may change when a run is resumed.
+FREE_ON_RESUME = (
+    "run_dir",
+    "logging",
+    "checkpoint",
+    "eval",
+    "probe",
+    "engine",
+    "reward_pool",
+    "learner.timeout_s",
+    "learner.threads",
+    "learner.lr",
+    "learner.max_grad_norm",
+    "learner.skip_grad_norm",
+    "train.rollouts",
+    "algorithm.max_rounds",
+    "algorithm.max_idle",
+    "algorithm.no_signal",
+)
+
+
+def check_same(folder: Path, config: RunConfig) -> None:
+    """Raises UserError if the config differs from that of the run in `folder`.
+
+    The run is to be resumed, or reused as it is. Keys in `FREE_ON_RESUME` may differ.
+    """
+    before = _flatten(_written_config(folder, config))
+    after = _flatten(yaml.safe_load(configs.dump(config)))
+    changes = [
+        f"{key} was {before.get(key)}, is {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not _may_change(key, config)
+    ]
+    if changes:
+        raise UserError(
+            f"{folder}: the config differs from the one this run was started with: "
+            f"{'; '.join(changes)}. Restore it or choose another run_dir"
+        )
+
+
+def _written_config(folder: Path, config: RunConfig) -> Any:
+    """Returns the tree of the run's config.yaml, with defaults for keys it does not have."""
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    # An older version did not write keys that are new; their default is how it behaved. A tree
+    # that is no valid config today is compared as it was written.
+    with contextlib.suppress(UserError):
+        tree = yaml.safe_load(configs.dump(configs.parse(tree, kind=type(config))))
+    return tree
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a tree by dotted key: `{"train.rollouts": 20}`."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    values: dict[str, Any] = {}
+    for name, subtree in tree.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        values.update(_flatten(subtree, key))
+    return values
+
+
+def _may_change(key: str, config: RunConfig) -> bool:
+    """Returns whether a key may differ from the config that the run was started with."""
+    section = key.partition(".")[0]
+    if section == "eval" and config.evaluation_only:
+        return False
+    return any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)
