@@ -6,7 +6,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from grpo.engines.network import free_port
 
 from grpo import config as configs
 from grpo.engines import (
@@ -29,6 +28,7 @@ from grpo.engines.servers.server import Server
 from grpo.engines.servers.state import PoolState
 from grpo.engines.servers.supervisor import Supervisor
 from grpo.engines.servers.weight_updates import WeightUpdates
+from grpo.run.network import free_port
 from grpo.types import UserError
 
 REQUEST = Request(prompt_ids=(5, 6), seed=7, n=2)
