@@ -302,7 +302,7 @@ def _eval(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     """Inspects a config of any stage; a finding that fails is the user's mistake."""
     from grpo import config as configs
-    from grpo.config.source import apply_overrides, read_yaml
+    from grpo.config.reading import apply_overrides, read_yaml
     from grpo.stages.registry import stage_of
 
     tree = apply_overrides(read_yaml(options.config), options.overrides)

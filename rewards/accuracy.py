@@ -1,6 +1,6 @@
 """Accuracy reward: is the final answer equal in value and kind to the gold answer?
 
-Where it stands: `_parse`; equality: `_equal`.
+Where it stands: verifier/parse.py; equality: verifier/equal.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Code reward: does the completion's program pass its tests?
 
-Run in a sandbox (see _sandbox.py for what it stops), one process a test run.
+Run in a sandbox (see workers/sandbox.py for what it stops), one process a test run.
 
 Tests come with the problem, in `meta`: HumanEval's `test` and `entry_point`; MBPP's `test_list` and
 `test_setup_code`; or `io`, a list of `{"input": ..., "output": ...}` for programs that read and

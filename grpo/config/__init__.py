@@ -1,12 +1,28 @@
 """The configuration: one YAML file per run, typed and checked before anything heavy is imported.
 
-`source` reads YAML and overrides, `model`, `train` and `stages` are the sections and the configs of
-the commands, `algorithm` is the recipe, `presets` the published ones by name. Must not depend on
-torch.
+What a key means is said where it is declared: model.py (`model`), algorithm.py (`algorithm`),
+sections.py (all others that several commands share), stages.py (those of one command). presets.py
+has the published recipes, reading.py reads YAML and overrides. Must not depend on torch.
 """
 
 from grpo.config.model import Lora, Model, Qat, Rope
-from grpo.config.source import Section, apply_overrides, explain, read_yaml
+from grpo.config.reading import Section, apply_overrides, explain, read_yaml
+from grpo.config.sections import (
+    Checkpoint,
+    Data,
+    Engine,
+    Eval,
+    Learner,
+    Logging,
+    Probe,
+    Prompt,
+    Reward,
+    RewardPool,
+    Sampling,
+    Servers,
+    Source,
+    Train,
+)
 from grpo.config.stages import (
     Collect,
     CollectConfig,
@@ -23,28 +39,7 @@ from grpo.config.stages import (
     Step,
     Teacher,
 )
-from grpo.config.train import (
-    Checkpoint,
-    Config,
-    Data,
-    Engine,
-    Eval,
-    Learner,
-    Logging,
-    Probe,
-    Prompt,
-    Reward,
-    RewardPool,
-    RunConfig,
-    SampledConfig,
-    Sampling,
-    Servers,
-    Source,
-    Train,
-    dump,
-    load,
-    parse,
-)
+from grpo.config.train import Config, RunConfig, SampledConfig, dump, load, parse
 
 __all__ = [
     "Checkpoint",

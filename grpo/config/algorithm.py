@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from grpo.config.source import Section
+from grpo.config.reading import Section
 
 
 class Algorithm(Section):

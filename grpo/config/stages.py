@@ -12,18 +12,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from grpo.config.algorithm import Algorithm
-from grpo.config.source import Section
-from grpo.config.train import (
-    Checkpoint,
-    Config,
-    Data,
-    Eval,
-    Learner,
-    RunConfig,
-    SampledConfig,
-    Source,
-    Train,
-)
+from grpo.config.reading import Section
+from grpo.config.sections import Checkpoint, Data, Eval, Learner, Source, Train
+from grpo.config.train import Config, RunConfig, SampledConfig
 from grpo.run import ranks
 
 

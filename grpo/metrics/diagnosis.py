@@ -279,6 +279,7 @@ def _above(key: str, least: float, text: str, window: int = WINDOW) -> Callable[
     )
 
 
+# By name; grpo/config/sections.py has the names too (DIAGNOSIS_RULES), for logging.alarms.
 RULES: dict[str, Callable[[Past], str | None]] = {
     "too_hard": _too_hard,
     "too_easy": _above(

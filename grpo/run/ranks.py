@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from grpo.run.network import free_port
+from grpo.run.ports import free_port
 from grpo.types import GrpoError, RunError, UserError
 
 T = TypeVar("T")

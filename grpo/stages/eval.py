@@ -208,7 +208,7 @@ def ask(model: str, question: str) -> None:
     import tempfile
 
     from grpo import config as configs
-    from grpo.config.source import read_yaml
+    from grpo.config.reading import read_yaml
 
     require_one_rank("ask")
     file = Path(model) / "config.yaml"

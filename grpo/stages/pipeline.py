@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo import config as configs
 from grpo.config import Judged, PipelineConfig, Quantize, RunConfig, Step
-from grpo.config.source import apply_overrides, read_yaml
+from grpo.config.reading import apply_overrides, read_yaml
 from grpo.experience.prompts import Prompts
 from grpo.run.directory import RunDirectory, read_metrics, write_file
 from grpo.run.signals import Interrupted

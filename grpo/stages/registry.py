@@ -1,4 +1,4 @@
-"""All kinds of stages. A new kind is a file in this folder and a line in `STAGES`."""
+"""All kinds of stages. A new kind is a file in this folder and a line in `_ALL`."""
 
 from __future__ import annotations
 

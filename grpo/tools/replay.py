@@ -16,7 +16,7 @@ import yaml
 from grpo import config as configs
 from grpo.config import Config
 from grpo.config.presets import BOUNDS, describe
-from grpo.config.source import apply_overrides
+from grpo.config.reading import apply_overrides
 from grpo.experience import plugins
 from grpo.learning import lora, models
 from grpo.learning.advantages import advantages, unflatten

@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from grpo.types import Verdict
-from rewards.verifier.exact import TooLarge, exact
+from rewards.verifier.exact_values import TooLarge, exact
 from rewards.verifier.latex import closing, normalise, split, words
 
 MAX_CHARS = 1000

@@ -9,7 +9,7 @@ process namespace. Not stopped: bugs of the kernel, and a program that forges it
 inside the interpreter that runs both (see rewards/code.py). With `isolation="rlimits"` files and
 network are open: no sandbox.
 
-This file is also the program that enters the sandbox (`python -I -S _sandbox.py`) before the
+This file is also the program that enters the sandbox (`python -I -S sandbox.py`) before the
 hostile one runs: standard library only.
 """
 

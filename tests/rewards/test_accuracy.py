@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from grpo.types import Completion, Problem
 from rewards.accuracy import explain, reward, verify
 from rewards.verifier.equal import equal
-from rewards.verifier.exact import TooLarge, exact
+from rewards.verifier.exact_values import TooLarge, exact
 
 CASES = [
     json.loads(line)

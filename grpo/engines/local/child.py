@@ -56,7 +56,7 @@ class ChildEngine:
         """Makes vLLM's `LLM` of the arguments `llm`; `backend` is the weight sender's."""
         from vllm import LLM
 
-        from grpo.engines.transfer.registration import register_receiving_engines
+        from grpo.engines.transfer.receiver_registration import register_receiving_engines
 
         register_receiving_engines()
         self._pipe = pipe

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 
-from grpo.engines.transfer.registration import register_receiving_engines
+from grpo.engines.transfer.receiver_registration import register_receiving_engines
 
 # the environment variable that a local server of a pool has: its trainer's process id
 TRAINER_PID_VARIABLE = "GRPO_ENGINE"

@@ -2,7 +2,8 @@
 
 An engine hands its sender the weights and a receiver; it does not know the transport. A new
 transport is one file with a `WeightSender`, a receiving engine in receivers.py and its name in
-registration.py; choose.py chooses it.
+receiver_registration.py; choose.py chooses it, and `Servers.transfer` of grpo/config/sections.py
+allows its name.
 """
 
 from __future__ import annotations

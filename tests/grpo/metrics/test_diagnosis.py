@@ -11,7 +11,7 @@ import pytest
 from random_loop import make_loop
 
 from grpo import config as configs
-from grpo.config.train import DIAGNOSIS_RULES
+from grpo.config.sections import DIAGNOSIS_RULES
 from grpo.metrics.diagnosis import RULES, Watch, findings
 from grpo.types import Exhausted, Problem, UserError, Verdict
 

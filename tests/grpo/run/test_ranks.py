@@ -26,7 +26,7 @@ from grpo.engines import SyncReport
 from grpo.learning import models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.run import fingerprints, ranks, signals
-from grpo.run.network import free_port
+from grpo.run.ports import free_port
 from grpo.training.weight_sync import sync
 from grpo.types import Problem, RunError
 

@@ -8,7 +8,7 @@ import pytest
 
 from grpo import config as configs
 from grpo.config import PipelineConfig
-from grpo.config.source import apply_overrides
+from grpo.config.reading import apply_overrides
 from grpo.stages.pipeline import _overrides, checked, markdown, plan
 from grpo.types import UserError
 

@@ -2,8 +2,8 @@ r"""Exact values of plain numbers and arithmetic in LaTeX, as fractions.
 
 Examples: `\frac{1}{2^{99}}`, `3\frac{1}{2}`, `1,000`, `3.2\times10^5`.
 
-Reads normalised text only (see `_equal.normalise`). Recursive descent with bounds on size; knows no
-variables and no functions.
+Reads normalised text only (see `normalise` in latex.py). Recursive descent with bounds on size;
+knows no variables and no functions.
 """
 
 from __future__ import annotations
