@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.config import Collect, CollectConfig, Data
 from grpo.experience.describing import describe, sample_rows
@@ -27,6 +27,9 @@ from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds,
 from grpo.types import Problem, ScoredGroup
 from rewards import format, language, repetition
 
+if TYPE_CHECKING:
+    from data.common.mixture import Mixture
+
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")
 
 
@@ -35,62 +38,71 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
 
     Raises UserError, RunError, Interrupted (chunks that are done are kept).
     """
-    pool, rewards = load_rewards(config)
+    workers, rewards = load_rewards(config)
     problems = load_problems(config.data, "train", config.seed)
-    known = _ngrams_of_sets(config)
-    chunks = -(-config.collect.problems // config.collect.chunk)
-    with open_stage(config, "collect", total=chunks, unit="chunk", resume=resume) as context:
-        context.stack.callback(pool.close)
-        sampler, settings = Sampler(config, context, config.teacher), config.collect
-        chosen = _first(
-            mixture(config.data, problems, sampler.prompts, config.seed), settings.problems
-        )
+    excluded_ngrams = _excluded_ngrams(config)
+    settings = config.collect
+    total = -(-settings.problems // settings.chunk)
+    with open_stage(config, "collect", total=total, unit="chunk", resume=resume) as context:
+        context.stack.callback(workers.close)
+        sampler = Sampler(config, context, config.teacher)
+        stream = mixture(config.data, problems, sampler.prompts, config.seed)
+        drawn = _first_problems(stream, settings.problems)
         clean = [
             problem
-            for problem in chosen
-            if not ngrams(problem.question, config.collect.ngram) & known
+            for problem in drawn
+            if not ngrams(problem.question, settings.ngram) & excluded_ngrams
         ]
-        done = max((row["step"] for row in context.run.read_metrics()), default=0) if resume else 0
+        done = 0
+        if resume:
+            done = max((row["step"] for row in context.run.read_metrics()), default=0)
         context.run.cut(done)
         context.display.begin(done)
-        for number in range(done, -(-len(clean) // config.collect.chunk)):
-            part = clean[number * config.collect.chunk : (number + 1) * config.collect.chunk]
+        for number in range(done, -(-len(clean) // settings.chunk)):
+            chunk = clean[number * settings.chunk : (number + 1) * settings.chunk]
             context.signals.check()
-            progress = functools.partial(_show, context, number)
-            groups = sampler.sample(part, settings.samples, config.sampling.temperature, progress)
+            on_progress = functools.partial(_show, context, number)
+            groups = sampler.sample(
+                chunk, settings.samples, config.sampling.temperature, on_progress
+            )
             scored = score(groups, rewards, sampler.prompts.for_rewards)
-            rows = [
-                row | {"dropped": why}
-                for row, why in zip(
-                    sample_rows(scored), dropped(scored, config.collect), strict=True
-                )
-            ]
-            context.run.write_samples(f"chunk-{number + 1:06d}", rows)
-            row = {
-                "step": number + 1,
-                **describe(scored),
-                "trace/kept": sum(not row["dropped"] for row in rows),
-            }
-            context.record(row)
-            context.display.row(row)
-        counts = _write(context, contaminated=len(chosen) - len(clean))
+            _record(context, number + 1, scored, settings)
+        counts = _write(context, contaminated=len(drawn) - len(clean))
         context.run.update_manifest(traces="traces.jsonl", counts=counts)
         context.display.say(", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def _record(
+    context: RunContext, number: int, scored: Sequence[ScoredGroup], settings: Collect
+) -> None:
+    """Writes a chunk's completions, with the reason why each was dropped, and its metrics."""
+    reasons = dropped(scored, settings)
+    rows = [
+        {**row, "dropped": reason} for row, reason in zip(sample_rows(scored), reasons, strict=True)
+    ]
+    context.run.write_samples(f"chunk-{number:06d}", rows)
+    metrics = {
+        "step": number,
+        **describe(scored),
+        "trace/kept": sum(not reason for reason in reasons),
+    }
+    context.record(metrics)
+    context.display.row(metrics)
 
 
 def _show(context: RunContext, number: int, done: int, total: int) -> None:
     context.display.phase(number, "sampling", f"{done}/{total}")
 
 
-def _first(stream: Any, count: int) -> list[Problem]:
-    """Returns the first `count` different problems of a stream, fewer when it has no more."""
-    found: dict[str, Problem] = {}
+def _first_problems(stream: Mixture, count: int) -> list[Problem]:
+    """Returns the first `count` different problems of a stream, fewer if it has no more."""
+    problems: dict[str, Problem] = {}
     for position in range(10 * count):
         problem = stream[position]
-        found.setdefault(problem.id, problem)
-        if len(found) == count:
+        problems.setdefault(problem.id, problem)
+        if len(problems) == count:
             break
-    return list(found.values())
+    return list(problems.values())
 
 
 def dropped(groups: Sequence[ScoredGroup], settings: Collect) -> list[str]:
@@ -100,41 +112,54 @@ def dropped(groups: Sequence[ScoredGroup], settings: Collect) -> list[str]:
     """
     reasons: list[str] = []
     for scored in groups:
-        found = [_fault(scored, i, settings) for i in range(len(scored.rewards))]
-        seen: set[str] = set()
-        kept = 0
-        lengths = [len(completion.token_ids) for completion in scored.group.completions]
-        for i in sorted(range(len(found)), key=lambda i: (lengths[i], i)):
-            text = " ".join(scored.group.completions[i].text.split())
-            if not found[i]:
-                found[i] = (
-                    "duplicate" if text in seen else "over keep" if kept == settings.keep else ""
-                )
-                kept += not found[i]
-            seen.add(text)
-        reasons += found
+        reasons += _dropped_of_group(scored, settings)
+    return reasons
+
+
+def _dropped_of_group(scored: ScoredGroup, settings: Collect) -> list[str]:
+    completions = scored.group.completions
+    reasons = [_fault(scored, i, settings) for i in range(len(completions))]
+    lengths = [len(completion.token_ids) for completion in completions]
+    texts: set[str] = set()
+    num_kept = 0
+    for i in sorted(range(len(completions)), key=lambda i: (lengths[i], i)):
+        text = " ".join(completions[i].text.split())
+        if not reasons[i]:
+            if text in texts:
+                reasons[i] = "duplicate"
+            elif num_kept == settings.keep:
+                reasons[i] = "over keep"
+            else:
+                num_kept += 1
+        texts.add(text)
     return reasons
 
 
 def _fault(scored: ScoredGroup, i: int, settings: Collect) -> str:
-    completion, verdict, reward = scored.group.completions[i], scored.verdicts[i], scored.rewards[i]
+    """Returns what is wrong with completion i, "" if nothing is; the first fault counts."""
+    completion, reward = scored.group.completions[i], scored.rewards[i]
     thoughts = completion.text.partition("</think>")[0].replace("<think>", "")
     length = len(completion.token_ids)
+    question = scored.group.problem.question
     tests: dict[str, Callable[[], bool]] = {
         "cut off": lambda: completion.finish_reason == "length",
         "undecided": lambda: settings.right and reward is None,
-        "wrong": lambda: (
-            settings.right and (verdict.value != "correct" if verdict else (reward or 0) <= 0)
-        ),
+        "wrong": lambda: settings.right and not _is_right(scored, i),
         "not well-formed": lambda: settings.format and not format.check(completion.text),
         "too short": lambda: length < settings.min_tokens,
         "too long": lambda: settings.max_tokens is not None and length > settings.max_tokens,
-        "language": lambda: (
-            language.share(thoughts, language.of(scored.group.problem.question)) < settings.language
-        ),
+        "language": lambda: language.share(thoughts, language.of(question)) < settings.language,
         "repetition": lambda: repetition.repeated(completion.text, 20) > settings.repetition,
     }
     return next((name for name, test in tests.items() if test()), "")
+
+
+def _is_right(scored: ScoredGroup, i: int) -> bool:
+    """Returns whether completion i is right: by its verdict, or without one by its reward."""
+    verdict = scored.verdicts[i]
+    if verdict is not None:
+        return verdict.value == "correct"
+    return (scored.rewards[i] or 0) > 0
 
 
 def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
@@ -150,18 +175,16 @@ def _excluded(config: CollectConfig) -> Data | None:
     return Data(mixture=config.collect.decontaminate, path=config.data.path)
 
 
-def _ngrams_of_sets(config: CollectConfig) -> set[tuple[str, ...]]:
+def _excluded_ngrams(config: CollectConfig) -> set[tuple[str, ...]]:
     """Returns the n-grams of all questions of the evaluation sets that traces must not overlap."""
     excluded = _excluded(config)
     if excluded is None:
         return set()
-    loaded = load_problems(excluded, "test", config.seed)
-    return {
-        run
-        for problems in loaded.values()
-        for problem in problems
-        for run in ngrams(problem.question, config.collect.ngram)
-    }
+    runs: set[tuple[str, ...]] = set()
+    for problems in load_problems(excluded, "test", config.seed).values():
+        for problem in problems:
+            runs |= ngrams(problem.question, config.collect.ngram)
+    return runs
 
 
 def _write(context: RunContext, contaminated: int) -> dict[str, int]:
@@ -170,28 +193,35 @@ def _write(context: RunContext, contaminated: int) -> dict[str, int]:
     Returns the counts of what was kept and dropped.
     """
     counts: Counter[str] = Counter({"kept": 0, "contaminated problems": contaminated})
-    lines, numbers = [], Counter[str]()
+    num_traces: Counter[str] = Counter()  # by problem
+    lines = []
     for file in sorted(context.run.samples.glob("chunk-*.jsonl")):
-        for row in map(json.loads, file.read_text().splitlines()):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
             counts[row["dropped"] or "kept"] += 1
             if not row["dropped"]:
-                number = numbers[row["problem"]]
-                numbers[row["problem"]] += 1
-                trace = {
-                    "id": f"{row['problem']}#{number}",
-                    "question": row["question"],
-                    "answer": row["answer"],
-                    "solution": row["completion"],
-                    "tokens": row["tokens"],
-                    "source": "collect",
-                    "messages": [
-                        {"role": "user", "content": row["question"]},
-                        {"role": "assistant", "content": row["completion"]},
-                    ],
-                }
+                problem = row["problem"]
+                trace = _trace(row, num_traces[problem])
+                num_traces[problem] += 1
                 lines.append(json.dumps(trace, ensure_ascii=False) + "\n")
     write_file(context.run.path / "traces.jsonl", "".join(lines))
     return dict(counts)
+
+
+def _trace(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """Returns a completion as a line of traces.jsonl; `number` counts its problem's traces."""
+    return {
+        "id": f"{row['problem']}#{number}",
+        "question": row["question"],
+        "answer": row["answer"],
+        "solution": row["completion"],
+        "tokens": row["tokens"],
+        "source": "collect",
+        "messages": [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["completion"]},
+        ],
+    }
 
 
 class _CollectStage:

@@ -10,11 +10,11 @@ on_policy  the student samples, the teacher scores its tokens: reverse KL as the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import DistillConfig
+from grpo.config import DistillConfig, Soft
 from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
@@ -46,7 +46,7 @@ from grpo.types import Batch, Problem, Sample, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-CACHED = 256  # texts a file
+CACHED = 256  # texts per file
 
 
 def distill(config: DistillConfig, *, resume: bool) -> None:
@@ -54,7 +54,13 @@ def distill(config: DistillConfig, *, resume: bool) -> None:
 
     Raises UserError, RunError, Interrupted (saved).
     """
-    {"sequence": _sequence, "soft": _soft, "on_policy": _on_policy}[config.way](config, resume)
+    if config.way == "sequence":
+        _sequence(config, resume)
+    elif config.way == "soft":
+        _soft(config, resume)
+    else:
+        (part,) = STAGE.parts(config)
+        part.stage.run(part.config, resume=resume)
 
 
 def _sequence(config: DistillConfig, resume: bool) -> None:
@@ -77,111 +83,156 @@ def _sequence(config: DistillConfig, resume: bool) -> None:
         context.run.update_manifest(final="sft/final")
 
 
-def _on_policy(config: DistillConfig, resume: bool) -> None:
-    (part,) = STAGE.parts(config)
-    part.stage.run(part.config, resume=resume)
-
-
 def _soft(config: DistillConfig, resume: bool) -> None:
-    assert config.soft is not None
+    """Matches the teacher's distribution: texts, updates, checkpoints, `final/`."""
+    soft = config.soft
+    assert soft is not None
     problems = load_problems(config.data, "train", config.seed)
     loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
-    with open_stage(
-        config, "distill", total=config.soft.updates, unit="update", resume=resume
-    ) as context:
-        _match(config, context, problems, loss, resume=resume)
+    with open_stage(config, "distill", total=soft.updates, unit="update", resume=resume) as context:
+        context.display.phase(0, "loading the models")
+        model_dir, tokenizer, prompts = find_model(config, context.run)
+        models.check_context(model_dir, soft.max_tokens)
+        stream = mixture(config.data, problems, prompts, config.seed)
+        require_same_start(tokenizer, stream)
+        drawn = stream.take(0, soft.updates * soft.batch_size)
+        texts = samples(drawn, prompts, soft.max_tokens, soft.hard_weight)
+        with quiet(context.run.log_file("learner")):
+            teacher_dir = find_teacher(config, context.run, tokenizer, soft.max_tokens)
+        teacher_top = _fill_teacher_top(config, context, teacher_dir, texts)
+        with quiet(context.run.log_file("learner")):
+            learner = _load_learner(config, model_dir, None if teacher_top else teacher_dir, loss)
+        loop = SoftLoop(
+            config=config,
+            context=context,
+            soft=soft,
+            learner=learner,
+            texts=texts,
+            teacher_top=teacher_top,
+        )
+        if resume:
+            loop.resume()
+        loop.train()
+        write_final(context, config, model_dir, tokenizer, learner)
 
 
-def _match(
-    config: DistillConfig, context: RunContext, problems: Any, loss: Any, *, resume: bool
-) -> None:
-    """The loop of the way soft: texts, updates, checkpoints, `final/`."""
-    from grpo.learning.batch import micro_batches, token_weights
+def _fill_teacher_top(
+    config: DistillConfig, context: RunContext, teacher_dir: Path, texts: list[Sample]
+) -> TopLogprobs | None:
+    """Returns the teacher's likeliest tokens, which rank 0 asks for; None without teacher_topk."""
+    assert config.soft is not None
+    if not config.soft.teacher_topk:
+        return None
+    top = TopLogprobs(context.run.path / "teacher_top", texts)
+    ranks.all_gather_or_raise(
+        "the teacher's logprobs",
+        lambda: top.fill(config, context, teacher_dir) if ranks.rank() == 0 else None,
+    )
+    return top
+
+
+def _load_learner(
+    config: DistillConfig, model_dir: Path, teacher_dir: Path | None, loss: Any
+) -> Any:
+    """Returns the student's learner. `teacher_dir`: None if the teacher is on disk as logprobs."""
     from grpo.learning.learner import Learner
 
-    soft, run, display = config.soft, context.run, context.display
-    assert soft is not None
-    display.phase(0, "loading the models")
-    model_dir, tokenizer, prompts = find_model(config, run)
-    models.check_context(model_dir, soft.max_tokens)
-    stream = mixture(config.data, problems, prompts, config.seed)
-    require_same_start(tokenizer, stream)
-    texts = samples(
-        stream.take(0, soft.updates * soft.batch_size), prompts, soft.max_tokens, soft.hard_weight
-    )
-    with quiet(run.log_file("learner")):
-        teacher_dir = find_teacher(config, run, tokenizer, soft.max_tokens)
-    top = TopLogprobs(run.path / "teacher_top", texts) if soft.teacher_topk else None
-    if top:
-        ranks.all_gather_or_raise(
-            "the teacher's logprobs",
-            lambda: top.fill(config, context, teacher_dir) if ranks.rank() == 0 else None,
-        )
-    with quiet(run.log_file("learner")):
-        teacher = None if top else models.load_model(teacher_dir, config.model.attention)
-        learner = Learner(
-            lora.load_policy(config, model_dir, config.model.attention), config, loss, teacher, soft
-        )
-    checkpoint, _ = run.last_state() if resume else (None, {})
-    if checkpoint:
+    attention = config.model.attention
+    teacher = models.load_model(teacher_dir, attention) if teacher_dir else None
+    student = lora.load_policy(config, model_dir, attention)
+    return Learner(student, config, loss, teacher, config.soft)
+
+
+@dataclass(kw_only=True)
+class SoftLoop:
+    """The updates of the way soft, from text to text."""
+
+    config: DistillConfig
+    context: RunContext
+    soft: Soft
+    learner: Any
+    texts: list[Sample]  # in the order of the updates
+    teacher_top: TopLogprobs | None
+    num_saved: int = -1  # updates in the last checkpoint
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the last update
+
+    def resume(self) -> None:
+        """Loads the last checkpoint, and drops what was written after it."""
+        run, display = self.context.run, self.context.display
+        checkpoint, _ = run.last_state()
+        if not checkpoint:
+            run.cut(-1)
+            display.say("no checkpoint yet: starting again")
+            return
         with quiet(run.log_file("learner")):
-            learner.load(checkpoint)
-    if resume:
-        run.cut(learner.updates if checkpoint else -1)
-        display.say(
-            f"resumed after update {learner.updates}"
-            if checkpoint
-            else "no checkpoint yet: starting again"
-        )
-    display.begin(learner.updates)
-    row: dict[str, Any] = {}
-    saved = learner.updates if checkpoint else -1
+            self.learner.load(checkpoint)
+        self.num_saved = self.learner.updates
+        run.cut(self.learner.updates)
+        display.say(f"resumed after update {self.learner.updates}")
 
-    def save() -> None:
-        nonlocal saved
-        if saved != learner.updates:
-            saved = learner.updates
-            run.save(
-                learner.updates,
-                {"updates": learner.updates, "seed": config.seed, "metrics": row},
-                learner.save,
-            )
-            run.prune(config.checkpoint.keep_last, config.checkpoint.keep_best)
+    def train(self) -> None:
+        """Runs to the last update and saves. On Interrupted it saves and raises."""
+        every = self.config.checkpoint.every
+        self.context.display.begin(self.learner.updates)
+        while self.learner.updates < self.soft.updates:
+            self.step()
+            if every and self.learner.updates % every == 0:
+                self.save()
+        self.save()
 
-    while learner.updates < soft.updates:
+    def step(self) -> None:
+        """Makes one update and records it."""
+        context, learner = self.context, self.learner
         timer = Timer()
-        part = texts[learner.updates * soft.batch_size : (learner.updates + 1) * soft.batch_size]
-        weights = token_weights(part, "token", soft.max_tokens)
-        batches = micro_batches(
-            part,
-            weights,
-            max_tokens=config.learner.micro_batch_tokens,
-            packed=config.model.packed,
-            share=learner.share,
-        )
-        batches = (
-            [replace(batch, teacher_top=top.of(batch)) for batch in batches] if top else batches
-        )
+        batches = self.batches()
         try:
             with timer("update"):
                 ranks.all_gather_or_raise("the update", context.signals.check)
-                row = learner.update(
+                metrics = learner.update(
                     batches, lambda *_: context.signals.check() if ranks.world_size() == 1 else None
                 )
         except Interrupted:
-            save()
-            display.say(f"stopped after update {learner.updates}, saved; go on with --resume")
+            self.save()
+            context.display.say(
+                f"stopped after update {learner.updates}, saved; go on with --resume"
+            )
             raise
-        # nothing was sampled
-        row = {key: value for key, value in row.items() if not key.startswith("mismatch/")}
+        # Nothing was sampled, so no engine can differ from the learner.
+        row = {key: value for key, value in metrics.items() if not key.startswith("mismatch/")}
         row |= {"step": learner.updates, "update": learner.updates} | timer.metrics()
+        self.metrics = row
         context.record(row)
-        display.row(row)
-        display.phase(learner.updates, "update")
-        if config.checkpoint.every and learner.updates % config.checkpoint.every == 0:
-            save()
-    save()
-    write_final(context, config, model_dir, tokenizer, learner)
+        context.display.row(row)
+        context.display.phase(learner.updates, "update")
+
+    def batches(self) -> list[Batch]:
+        """Returns the micro-batches of the next update."""
+        from grpo.learning.batch import micro_batches, token_weights
+
+        size = self.soft.batch_size
+        start = self.learner.updates * size
+        texts = self.texts[start : start + size]
+        batches = micro_batches(
+            texts,
+            token_weights(texts, "token", self.soft.max_tokens),
+            max_tokens=self.config.learner.micro_batch_tokens,
+            packed=self.config.model.packed,
+            share=self.learner.share,
+        )
+        if self.teacher_top is None:
+            return batches
+        return [replace(batch, teacher_top=self.teacher_top.of(batch)) for batch in batches]
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless this update has one."""
+        updates = self.learner.updates
+        if self.num_saved == updates:
+            return
+        self.num_saved = updates
+        run, settings = self.context.run, self.config.checkpoint
+        state = {"updates": updates, "seed": self.config.seed, "metrics": self.metrics}
+        run.save(updates, state, self.learner.save)
+        run.prune(settings.keep_last, settings.keep_best)
 
 
 class TopLogprobs:
@@ -230,13 +281,14 @@ class TopLogprobs:
                 0, "the teacher's logprobs", f"{number * CACHED}/{len(self._texts)}"
             )
             part = self._texts[number * CACHED : (number + 1) * CACHED]
-            found = engine.top_logprobs([(text.token_ids, text.prompt_length) for text in part], k)
-            held = {
-                f"{kind}.{i}": arrays[n]
-                for i, arrays in enumerate(found)
-                for n, kind in enumerate(("ids", "logprobs"))
-            }
-            save_file(held, self._folder / ".partial")
+            answers = engine.top_logprobs(
+                [(text.token_ids, text.prompt_length) for text in part], k
+            )
+            arrays = {}
+            for i, (ids, logprobs) in enumerate(answers):
+                arrays[f"ids.{i}"] = ids
+                arrays[f"logprobs.{i}"] = logprobs
+            save_file(arrays, self._folder / ".partial")
             (self._folder / ".partial").rename(self._file(number))
         engine.close()
 
@@ -245,16 +297,14 @@ class TopLogprobs:
         import torch
         from safetensors import safe_open
 
-        rows = []
-        for number, i in (self._places[sequence] for sequence in batch.sequences):
+        ids, logprobs = [], []
+        for sequence in batch.sequences:
+            number, i = self._places[sequence]
             if number not in self._open:
                 self._open[number] = safe_open(str(self._file(number)), "pt")
-            rows.append(
-                [self._open[number].get_tensor(f"{kind}.{i}") for kind in ("ids", "logprobs")]
-            )
-        return torch.cat([ids.long() for ids, _ in rows]), torch.cat(
-            [logprobs for _, logprobs in rows]
-        )
+            ids.append(self._open[number].get_tensor(f"ids.{i}").long())
+            logprobs.append(self._open[number].get_tensor(f"logprobs.{i}"))
+        return torch.cat(ids), torch.cat(logprobs)
 
 
 def samples(

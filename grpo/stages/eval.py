@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from grpo.run.directory import write_file
 from grpo.stages.final_model import final_model
 from grpo.stages.problems import held_out, load_problems
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
-from grpo.stages.sampling import Sampler, check_rewards, load_rewards
+from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, UserError
 from rewards.verifier.parse import final_answer
@@ -51,32 +52,36 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
     config = config.by_protocol()
     if not config.endpoint:
         config = with_final_model(config)
-    pool, rewards = load_rewards(config)
+    workers, rewards = load_rewards(config)
     sets = config.judged
-    loaded = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
+    problems = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as context:
-        context.stack.callback(pool.close)
+        context.stack.callback(workers.close)
         sampler = Sampler(config, context, config.endpoint)
         write_file(context.run.metrics, "")  # one row, written at the end
         context.display.begin(0)
         metrics: dict[str, Any] = {}
         table = {}
         for done, (name, data) in enumerate(sets.items()):
-            chosen = held_out(data, loaded[name], sampler.prompts, config.eval.problems)
-            rows = _judge(config, context, sampler, rewards, name, chosen, done)
+            chosen = held_out(data, problems[name], sampler.prompts, config.eval.problems)
+            evaluation = Evaluation(config, context, sampler, rewards, name, done)
+            rows = evaluation.rows(chosen)
+            sampled = summary([row for row in rows if not row["greedy"]])
+            greedy_rows = [row for row in rows if row["greedy"]]
             prefix = f"eval/{name}/" if name else "eval/"
-            found = summary([row for row in rows if not row["greedy"]])
-            table[name or "all"] = found
-            metrics |= {prefix + key: value for key, value in found.items()}
-            if greedy := [row for row in rows if row["greedy"]]:
-                metrics |= {
-                    f"{prefix}greedy/{key}": value for key, value in summary(greedy).items()
-                }
+            table[name or "all"] = sampled
+            metrics |= _with_prefix(prefix, sampled)
+            if greedy_rows:
+                metrics |= _with_prefix(f"{prefix}greedy/", summary(greedy_rows))
         context.record({"step": 0, **metrics})
         write_file(context.run.path / "table.json", json.dumps(table, indent=2) + "\n")
         write_file(context.run.path / "table.md", markdown(table) + "\n")
         for key, value in metrics.items():
             context.display.say(f"{key.removeprefix('eval/'):32} {value:.3f}")
+
+
+def _with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {prefix + key: value for key, value in values.items()}
 
 
 def with_final_model(config: EvalConfig) -> EvalConfig:
@@ -86,94 +91,117 @@ def with_final_model(config: EvalConfig) -> EvalConfig:
     )
 
 
-def _judge(
-    config: EvalConfig,
-    context: RunContext,
-    sampler: Sampler,
-    rewards: Any,
-    name: str,
-    problems: Sequence[Problem],
-    done: int,
-) -> list[dict[str, Any]]:
-    """Returns the rows of a set, chunk by chunk; a chunk that is written is not sampled again."""
-    settings, samples = config.eval, context.run.samples
-    r1 = settings.protocol == "r1"
-    count = (64 if len(problems) <= 100 else 16) if r1 else settings.samples
-    passes = [
-        (settings.temperature, count),
-        *([(0.0, 1)] if settings.temperature and not r1 else []),
-    ]
-    label = name or "000000"
-    whole = samples / f"eval-{label}.jsonl"
-    parts = []
-    for number in range(-(-len(problems) // config.chunk)):
-        file = samples / f"part-{label}-{number:06d}.jsonl"
-        parts.append(file)
-        if whole.exists() or file.exists():
-            continue
-        part, rows = problems[number * config.chunk : (number + 1) * config.chunk], []
-        told = f"{name} {number * config.chunk}/{len(problems)}".strip()
-        for temperature, size in passes:
-            context.signals.check()
-            groups = sampler.sample(
-                part,
-                size,
-                temperature,
-                partial(_show_progress, context, done, told),
-            )
-            scored = score(groups, rewards, sampler.prompts.for_rewards)
-            rows += [
-                row | {"greedy": len(passes) > 1 and temperature == 0}
-                for row in sample_rows(scored)
-            ]
-        context.run.write_samples(file.stem, rows)
-    if not whole.exists():
-        write_file(whole, "".join(file.read_text() for file in parts))
-    for file in parts:
-        file.unlink(missing_ok=True)
-    return [json.loads(line) for line in whole.read_text().splitlines()]
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of one set, chunk by chunk; a chunk that is written is not sampled again."""
+
+    config: EvalConfig
+    context: RunContext
+    sampler: Sampler
+    rewards: Rewards
+    name: str  # of the set; "" if it has none
+    num_done: int  # sets before this one
+
+    def rows(self, problems: Sequence[Problem]) -> list[dict[str, Any]]:
+        """Returns the rows of all completions, and leaves them in samples/eval-NAME.jsonl."""
+        folder = self.context.run.samples
+        label = self.name or "000000"
+        whole = folder / f"eval-{label}.jsonl"
+        size = self.config.chunk
+        parts = []
+        for number, start in enumerate(range(0, len(problems), size)):
+            part = folder / f"part-{label}-{number:06d}.jsonl"
+            parts.append(part)
+            if whole.exists() or part.exists():
+                continue
+            progress = f"{self.name} {start}/{len(problems)}".strip()
+            passes = self._passes(len(problems))
+            rows = self._sample(problems[start : start + size], passes, progress)
+            self.context.run.write_samples(part.stem, rows)
+        if not whole.exists():
+            write_file(whole, "".join(part.read_text() for part in parts))
+        for part in parts:
+            part.unlink(missing_ok=True)
+        return [json.loads(line) for line in whole.read_text().splitlines()]
+
+    def _passes(self, num_problems: int) -> list[tuple[float, int]]:
+        """Returns temperature and completions per problem, for each pass over the problems."""
+        settings = self.config.eval
+        if settings.protocol == "r1":
+            return [(settings.temperature, 64 if num_problems <= 100 else 16)]
+        passes = [(settings.temperature, settings.samples)]
+        if settings.temperature:
+            passes.append((0.0, 1))
+        return passes
+
+    def _sample(
+        self, problems: Sequence[Problem], passes: list[tuple[float, int]], progress: str
+    ) -> list[dict[str, Any]]:
+        """Returns the scored completions of a chunk; `greedy` marks those of a second pass."""
+        rows = []
+        for temperature, count in passes:
+            self.context.signals.check()
+            on_progress = partial(_show_progress, self.context, self.num_done, progress)
+            groups = self.sampler.sample(problems, count, temperature, on_progress)
+            scored = score(groups, self.rewards, self.sampler.prompts.for_rewards)
+            is_greedy = len(passes) > 1 and temperature == 0
+            for row in sample_rows(scored):
+                rows.append({**row, "greedy": is_greedy})
+        return rows
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns what completions say.
+    """Returns the metrics of completions.
 
     Accuracy is the mean over problems of the share that is right (pass@1), with its 95 % interval
     over problems; an undecided completion counts as wrong, and is counted. Then pass@k, maj@n, and
     length of right and wrong ones.
     """
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
-    found = {"mean": mean(rewards), "completion/length": mean([row["tokens"] for row in rows])}
-    found["completion/truncated"] = mean([float(row["finish_reason"] == "length") for row in rows])
+    cut_off = [float(row["finish_reason"] == "length") for row in rows]
+    metrics = {
+        "mean": mean(rewards),
+        "completion/length": mean([row["tokens"] for row in rows]),
+        "completion/truncated": mean(cut_off),
+    }
     for name in rows[0]["parts"]:
-        found[name] = mean([row["parts"][name] for row in rows if row["parts"][name] is not None])
-    by_problem: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_problem[row["problem"]].append(row)
+        metrics[name] = mean([row["parts"][name] for row in rows if row["parts"][name] is not None])
     if any(row["verdict"] is None for row in rows):
-        return found
-    right = [[row["verdict"] == "correct" for row in group] for group in by_problem.values()]
-    n = min(map(len, right))
-    shares = [sum(row) / len(row) for row in right]
-    found["accuracy"] = mean(shares)
-    found["accuracy/low"], found["accuracy/high"] = statistics.interval(shares)
-    if n > 1:
-        for k in (2**power for power in range(n.bit_length()) if 2**power <= n):
-            found[f"pass@{k}"] = mean(
-                [statistics.pass_at_k(len(row), sum(row), k) for row in right]
-            )
-        answers = [
-            [final_answer(row["completion"]) for row in group] for group in by_problem.values()
+        return metrics
+    metrics |= _accuracy(rows)
+    metrics["undecided"] = mean([float(row["verdict"] == "undecided") for row in rows])
+    for name, is_right in (("right", True), ("wrong", False)):
+        lengths = [
+            float(row["tokens"]) for row in rows if (row["verdict"] == "correct") == is_right
         ]
-        found[f"maj@{n}"] = mean(
-            [statistics.majority(*pair) for pair in zip(answers, right, strict=True)]
-        )
-    found["undecided"] = mean([float(row["verdict"] == "undecided") for row in rows])
-    for name, wanted in (("right", True), ("wrong", False)):
-        if lengths := [
-            float(row["tokens"]) for row in rows if (row["verdict"] == "correct") == wanted
-        ]:
-            found[f"length/{name}"] = mean(lengths)
-    return found
+        if lengths:
+            metrics[f"length/{name}"] = mean(lengths)
+    return metrics
+
+
+def _accuracy(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns accuracy with its interval, and with several completions pass@k and maj@n."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["problem"]].append(row)
+    right = [[row["verdict"] == "correct" for row in group] for group in groups.values()]
+    shares = [sum(group) / len(group) for group in right]
+    low, high = statistics.interval(shares)
+    metrics = {"accuracy": mean(shares), "accuracy/low": low, "accuracy/high": high}
+    num_samples = min(len(group) for group in right)
+    if num_samples == 1:
+        return metrics
+    k = 1
+    while k <= num_samples:
+        values = [statistics.pass_at_k(len(group), sum(group), k) for group in right]
+        metrics[f"pass@{k}"] = mean(values)
+        k *= 2
+    majorities = []
+    for group, is_right in zip(groups.values(), right, strict=True):
+        answers = [final_answer(row["completion"]) for row in group]
+        majorities.append(statistics.majority(answers, is_right))
+    metrics[f"maj@{num_samples}"] = mean(majorities)
+    return metrics
 
 
 def _show_progress(context: RunContext, done: int, part: str, ready: int, total: int) -> None:
@@ -182,22 +210,23 @@ def _show_progress(context: RunContext, done: int, part: str, ready: int, total:
 
 def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
     """Returns the sets down and what is most asked for across; table.json has everything."""
-    columns = list(
-        dict.fromkeys(
-            key
-            for row in table.values()
-            for key in row
-            if key in SHOWN or key.startswith(("pass@", "maj@"))
-        )
-    )
+    columns: list[str] = []
+    for row in table.values():
+        for key in row:
+            is_shown = key in SHOWN or key.startswith(("pass@", "maj@"))
+            if is_shown and key not in columns:
+                columns.append(key)
     lines = ["| set | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for name, row in table.items():
-        cells = [
-            ("" if key not in row else f"{row[key]:.1f}" if "length" in key else f"{row[key]:.1%}")
-            for key in columns
-        ]
+        cells = [_cell(key, row.get(key)) for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if "length" in key else f"{value:.1%}"
 
 
 def ask(model: str, question: str) -> None:
@@ -212,26 +241,28 @@ def ask(model: str, question: str) -> None:
 
     require_one_rank("ask")
     file = Path(model) / "config.yaml"
-    tree = read_yaml(str(file)) if file.exists() else {}
-    kept = {key: tree[key] for key in ("prompt", "sampling", "engine") if key in tree}
+    run_tree = read_yaml(str(file)) if file.exists() else {}
+    dtype = run_tree.get("model", {}).get("dtype", "bfloat16")
+    if "quantize" in run_tree:
+        dtype = "bfloat16"  # the kernels of int4 know no other
     with tempfile.TemporaryDirectory(prefix="grpo-ask-") as scratch:
-        if not kept:
-            folder = models.resolve(final_model(model), None, Path(scratch) / "model", 0)
-            kept["prompt"] = {
-                "template": "chat" if models.load_tokenizer(folder).chat_template else "plain"
-            }
-        # int4's kernels know no other
-        dtype = "bfloat16" if "quantize" in tree else tree.get("model", {}).get("dtype", "bfloat16")
-        own = {
-            "run_dir": f"{scratch}/run",
-            "data": {"name": "arithmetic"},
-            "logging": {"progress": "off"},
-        }
-        own |= {"model": {"path": final_model(model), "dtype": dtype}}
-        config = configs.parse(kept | own, kind=EvalConfig)
+        tree: dict[str, Any] = {}
+        for key in ("prompt", "sampling", "engine"):
+            if key in run_tree:
+                tree[key] = run_tree[key]
+        if not tree:
+            model_dir = models.resolve(final_model(model), None, Path(scratch) / "model", 0)
+            has_template = models.load_tokenizer(model_dir).chat_template
+            tree["prompt"] = {"template": "chat" if has_template else "plain"}
+        tree["run_dir"] = f"{scratch}/run"
+        tree["model"] = {"path": final_model(model), "dtype": dtype}
+        tree["data"] = {"name": "arithmetic"}
+        tree["logging"] = {"progress": "off"}
+        config = configs.parse(tree, kind=EvalConfig)
         with open_stage(config, "ask", total=1, unit="question", resume=False) as context:
             problem = Problem(id="asked", question=question, answer="", source="asked")
-            (group,) = Sampler(config, context, None).sample([problem], 1, 0.0, lambda *_: None)
+            sampler = Sampler(config, context, None)
+            (group,) = sampler.sample([problem], 1, 0.0, lambda *_: None)
     thoughts, end, answer = group.completions[0].text.rpartition("</think>")
     print(f"{thoughts}{end}\n" if end else "", answer.strip(), sep="")
 
@@ -239,41 +270,58 @@ def ask(model: str, question: str) -> None:
 def compare(first: str, second: str) -> None:
     """Prints how two evaluations of the same problems differ, set by set.
 
-    It uses a paired bootstrap over problems, and tells where each is better.
+    It uses a paired bootstrap over problems, and lists the problems that changed most.
     """
-    a, b = (_rates(Path(folder)) for folder in (first, second))
-    if not a.keys() & b.keys():  # a run's own set has no name
-        a, b = (
-            {"": {problem: rate for rates in each.values() for problem, rate in rates.items()}}
-            for each in (a, b)
-        )
-    common = {
-        name: [problem for problem in a[name] if problem in b[name]] for name in a if name in b
-    }
-    if not any(common.values()):
+    first_rates, second_rates = _rates(Path(first)), _rates(Path(second))
+    if not first_rates.keys() & second_rates.keys():
+        # The evaluations of a run are a set without a name: compare by problem alone.
+        first_rates = {"": _all_sets(first_rates)}
+        second_rates = {"": _all_sets(second_rates)}
+    common = {}
+    for name in first_rates:
+        problems = [id for id in first_rates[name] if id in second_rates.get(name, {})]
+        if problems:
+            common[name] = problems
+    if not common:
         raise UserError(f"{first} and {second} have no problem in common")
-    for name, problems in ((name, problems) for name, problems in common.items() if problems):
-        ours, theirs = ([rates[name][problem] for problem in problems] for rates in (a, b))
-        found = statistics.paired(ours, theirs)
-        for folder, rates in ((first, ours), (second, theirs)):
+    for name, problems in common.items():
+        before = [first_rates[name][problem] for problem in problems]
+        after = [second_rates[name][problem] for problem in problems]
+        for folder, rates in ((first, before), (second, after)):
             low, high = statistics.interval(rates)
             print(f"{f'{folder} {name}'.strip():40} {mean(rates):6.1%}  [{low:.1%}, {high:.1%}]")
-        print(
-            f"second less first: {found['difference']:+.1%} [{found['low']:+.1%}, "
-            f"{found['high']:+.1%}], p = {found['p']:.3g}, "
-            f"{len(problems)} problems: better on {found['better']:.0f}, worse on "
-            f"{found['worse']:.0f}, equal on {found['equal']:.0f}"
-        )
-        changes = sorted(
-            (y - x, problem) for x, y, problem in zip(ours, theirs, problems, strict=True) if x != y
-        )
-        for told, most in (
-            ("better", [one for one in reversed(changes) if one[0] > 0]),
-            ("worse", [one for one in changes if one[0] < 0]),
-        ):
-            if most:
-                listed = ", ".join(f"{problem} {change:+.0%}" for change, problem in most[:8])
-                print(f"  {told}: {listed}{', ...' if most[8:] else ''}")
+        _print_difference(problems, before, after)
+
+
+def _all_sets(rates: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Returns the pass rates of all sets by problem."""
+    all_rates: dict[str, float] = {}
+    for rates_of_set in rates.values():
+        all_rates.update(rates_of_set)
+    return all_rates
+
+
+def _print_difference(
+    problems: Sequence[str], before: Sequence[float], after: Sequence[float]
+) -> None:
+    test = statistics.paired(before, after)
+    print(
+        f"second less first: {test['difference']:+.1%} [{test['low']:+.1%}, "
+        f"{test['high']:+.1%}], p = {test['p']:.3g}, "
+        f"{len(problems)} problems: better on {test['better']:.0f}, worse on "
+        f"{test['worse']:.0f}, equal on {test['equal']:.0f}"
+    )
+    changes = sorted(
+        (new - old, problem)
+        for old, new, problem in zip(before, after, problems, strict=True)
+        if old != new
+    )
+    better = [change for change in reversed(changes) if change[0] > 0]
+    worse = [change for change in changes if change[0] < 0]
+    for label, largest in (("better", better), ("worse", worse)):
+        if largest:
+            listed = ", ".join(f"{problem} {change:+.0%}" for change, problem in largest[:8])
+            print(f"  {label}: {listed}{', ...' if largest[8:] else ''}")
 
 
 def _rates(folder: Path) -> dict[str, dict[str, float]]:
@@ -289,20 +337,22 @@ def _rates(folder: Path) -> dict[str, dict[str, float]]:
     if not files:
         raise UserError(f"{folder}: no evaluation in it (samples/eval-*.jsonl)")
     numbered = [name for name in files if name.isdecimal()]
-    values: dict[str, dict[str, list[bool]]] = {}
-    for name in numbered[-1:] or files:
-        of_set = values.setdefault("" if numbered else name, defaultdict(list))
-        for row in map(json.loads, files[name].read_text().splitlines()):
-            if row["verdict"] is None:
-                raise UserError(
-                    f"{folder}: its rewards give no verdicts, there is no accuracy to compare"
-                )
-            if not row.get("greedy"):
-                of_set[row["problem"]].append(row["verdict"] == "correct")
-    return {
-        name: {problem: mean([float(ok) for ok in group]) for problem, group in of_set.items()}
-        for name, of_set in values.items()
-    }
+    if numbered:
+        return {"": _rates_of_file(folder, files[numbered[-1]])}
+    return {name: _rates_of_file(folder, file) for name, file in files.items()}
+
+
+def _rates_of_file(folder: Path, file: Path) -> dict[str, float]:
+    verdicts: dict[str, list[float]] = defaultdict(list)
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        if row["verdict"] is None:
+            raise UserError(
+                f"{folder}: its rewards give no verdicts, there is no accuracy to compare"
+            )
+        if not row.get("greedy"):
+            verdicts[row["problem"]].append(float(row["verdict"] == "correct"))
+    return {problem: mean(values) for problem, values in verdicts.items()}
 
 
 class _EvalStage:

@@ -15,72 +15,85 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.config import QuantizeConfig
+from grpo.config import EvalConfig, QuantizeConfig
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.quantization import arguments, best_scale, check_groups, linear_layers
 from grpo.run.directory import RunDirectory, read_metrics, replace_directory, write_file
 from grpo.run.display import quiet
+from grpo.stages.eval import eval
 from grpo.stages.resume import check_same
-from grpo.stages.run_context import open_stage
+from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.sampling import check_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, UserError
 
 
 def quantize(config: QuantizeConfig, *, resume: bool) -> None:
-    """Writes a Hugging Face directory a scheme, and with `eval` table.md.
+    """Writes a Hugging Face directory per scheme, and a table of sizes (with `eval`: accuracies).
 
     Raises UserError, RunError, Interrupted.
     """
-    from grpo.stages.eval import eval
-
-    schemes, judged = config.quantize.schemes, config.judged()
+    schemes = config.quantize.schemes
+    group_size = config.quantize.group_size
+    evaluations = config.judged()
     total = len(schemes)
     with open_stage(config, "quantize", total=total, unit="scheme", resume=resume) as context:
-        with quiet(context.run.path / "learner.log"):
+        log = context.run.path / "learner.log"
+        with quiet(log):
             model_dir = models.locate(config.model, context.run.path, config.seed)
             tokenizer = models.load_tokenizer(model_dir)
-            check(model_dir, config.quantize.group_size if "int4" in schemes else 1)
+            check(model_dir, group_size if "int4" in schemes else 1)
         for done, scheme in enumerate(schemes):
             context.signals.check()
             context.display.phase(done, "rounding", scheme)
-            if not (target := context.run.path / scheme).exists():
-                with quiet(context.run.path / "learner.log"):
-                    write_quantized(
-                        model_dir, target, scheme, config.quantize.group_size, tokenizer
-                    )
-        for name, part in judged.items():
-            folder = Path(part.run_dir)
-            if RunDirectory.status(folder) == "finished":
-                check_same(folder, part)
-                continue
-            shutil.rmtree(folder, ignore_errors=True)
-            context.display.say(f"judging {name}: {folder}")
-            eval(part, resume=False)
-        rows = [
-            _row(name, model_dir if name == "parent" else context.run.path / name, judged)
-            for name in ("parent", *schemes)
-        ]
-        columns = ("model", "megabytes", *(("accuracy", "interval") if judged else ()))
-        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
-        write_file(context.run.path / "table.md", "\n".join(lines) + "\n")
+            target = context.run.path / scheme
+            if not target.exists():
+                with quiet(log):
+                    write_quantized(model_dir, target, scheme, group_size, tokenizer)
+        _evaluate(context, evaluations)
+        rows = [_row("parent", model_dir, evaluations)]
+        rows += [_row(scheme, context.run.path / scheme, evaluations) for scheme in schemes]
+        table = _markdown(rows, with_accuracy=bool(evaluations))
+        write_file(context.run.path / "table.md", table + "\n")
         write_file(context.run.path / "table.json", json.dumps(rows, indent=2) + "\n")
         context.run.update_manifest(final=schemes[0])
-        context.display.say("\n".join(lines))
+        context.display.say(table)
 
 
-def _row(name: str, folder: Path, judged: dict[str, Any]) -> dict[str, Any]:
-    size = round(sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6, 3)
-    found = read_metrics(Path(judged[name].run_dir) / "metrics.jsonl")[-1] if judged else {}
-    low, high = found.get("eval/accuracy/low"), found.get("eval/accuracy/high")
-    return {
-        "model": name,
-        "megabytes": size,
-        "accuracy": f"{found['eval/accuracy']:.1%}" if "eval/accuracy" in found else "",
-        "interval": f"{low:.1%} to {high:.1%}" if low is not None else "",
-    }
+def _evaluate(context: RunContext, evaluations: dict[str, EvalConfig]) -> None:
+    """Evaluates the model and every scheme, unless that was finished by an earlier start."""
+    for name, config in evaluations.items():
+        folder = Path(config.run_dir)
+        if RunDirectory.status(folder) == "finished":
+            check_same(folder, config)
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        context.display.say(f"judging {name}: {folder}")
+        eval(config, resume=False)
+
+
+def _row(name: str, folder: Path, evaluations: dict[str, EvalConfig]) -> dict[str, Any]:
+    """Returns a model's size, and its accuracy with the 95 % interval where it was evaluated."""
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    row = {"model": name, "megabytes": round(num_bytes / 1e6, 3), "accuracy": "", "interval": ""}
+    if not evaluations:
+        return row
+    metrics = read_metrics(Path(evaluations[name].run_dir) / "metrics.jsonl")[-1]
+    if "eval/accuracy" in metrics:
+        low, high = metrics["eval/accuracy/low"], metrics["eval/accuracy/high"]
+        row["accuracy"] = f"{metrics['eval/accuracy']:.1%}"
+        row["interval"] = f"{low:.1%} to {high:.1%}"
+    return row
+
+
+def _markdown(rows: list[dict[str, Any]], *, with_accuracy: bool) -> str:
+    columns = ["model", "megabytes"]
+    if with_accuracy:
+        columns += ["accuracy", "interval"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
 
 
 def check(model_dir: Path, group_size: int) -> None:

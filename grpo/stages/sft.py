@@ -37,6 +37,8 @@ from grpo.stages.stage import (
 from grpo.stages.start_model import find_model, require_same_start
 from grpo.types import Problem, UserError
 
+STOP_WINDOW = 10  # updates whose mean token accuracy is compared with sft.stop_at
+
 
 def sft(config: SftConfig, *, resume: bool) -> None:
     """Trains on `sft.updates x sft.batch_size` solutions and writes `final/`.
@@ -60,8 +62,8 @@ def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool)
     model_dir, tokenizer, prompts = find_model(config, run)
     models.check_context(model_dir, config.sft.max_tokens)
     stream = mixture(config.data, problems, prompts, config.seed)
-    chosen = stream.take(0, config.sft.updates * config.sft.batch_size)
     require_same_start(tokenizer, stream)
+    drawn = stream.take(0, config.sft.updates * config.sft.batch_size)
     checkpoint, state = run.last_state() if resume else (None, {})
     done = state["step"] if checkpoint else 0
     if resume:
@@ -72,59 +74,69 @@ def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool)
     with quiet(run.log_file("learner")):
         from grpo.learning.supervised import SupervisedTrainer
 
-        latest: dict[str, Any] = {}
-        stopped: list[str] = []  # by which signal, whichever rank has got it
-        accuracies = deque(
-            (
-                row["policy/token_accuracy"]
-                for row in ranks.all_gather("the metrics so far", run.read_metrics())[0]
-            ),
-            maxlen=10,
-        )
-
-        def on_update(row: dict[str, Any]) -> None:
-            latest.update(row)
-            accuracies.append(row["policy/token_accuracy"])
-            context.record(row)
-            display.row(row)
-            display.phase(row["step"], "update")
-
-        def save(update: int, write: Callable[[Path], None]) -> None:
-            display.phase(update, "checkpoint")
-            run.save(update, {"updates": update, "seed": config.seed, "metrics": latest}, write)
-            run.prune(config.checkpoint.keep_last, config.checkpoint.keep_best)
-
-        def stop() -> bool:
-            enough = (
-                config.sft.stop_at is not None
-                and len(accuracies) == 10
-                and sum(accuracies) / 10 >= config.sft.stop_at
-            )
-            stopped[:] = [
-                signal for signal in ranks.all_gather("the update", context.signals.got) if signal
-            ]
-            return enough or bool(stopped)
-
+        callbacks = Callbacks(config, context)
         trainer = SupervisedTrainer(
             config,
             model_dir,
             tokenizer,
-            rows(chosen, prompts, config.sft.max_tokens),
-            on_update=on_update,
-            save=save,
-            stop=stop,
+            rows(drawn, prompts, config.sft.max_tokens),
+            on_update=callbacks.on_update,
+            save=callbacks.save,
+            stop=callbacks.stop,
             scratch=run.checkpoints,
         )
         display.begin(done)
         trainer.train(
             resume_from_checkpoint=str(checkpoint / f"checkpoint-{done}") if checkpoint else None
         )
-        if stopped:
+        if callbacks.signal is not None:
             display.say(
                 f"stopped after update {trainer.state.global_step}, saved; go on with --resume"
             )
-            raise Interrupted(stopped[0])
+            raise Interrupted(callbacks.signal)
     write_final(context, config, model_dir, tokenizer, trainer)
+
+
+class Callbacks:
+    """What TRL's trainer calls: metrics after an update, checkpoints, and whether to stop."""
+
+    def __init__(self, config: SftConfig, context: RunContext) -> None:
+        """Starts from the metrics of the updates before a resume, if there are any."""
+        self.signal: str | None = None  # that stops the run, whichever rank has got it
+        self._config = config
+        self._context = context
+        self._latest: dict[str, Any] = {}
+        rows = ranks.all_gather("the metrics so far", context.run.read_metrics())[0]
+        accuracies = [row["policy/token_accuracy"] for row in rows]
+        self._accuracies: deque[float] = deque(accuracies, maxlen=STOP_WINDOW)
+
+    def on_update(self, row: dict[str, Any]) -> None:
+        """Records and shows an update's metrics."""
+        self._latest.update(row)
+        self._accuracies.append(row["policy/token_accuracy"])
+        self._context.record(row)
+        self._context.display.row(row)
+        self._context.display.phase(row["step"], "update")
+
+    def save(self, update: int, write: Callable[[Path], None]) -> None:
+        """Writes a checkpoint; `write(directory)` puts the trainer's state there."""
+        run, settings = self._context.run, self._config.checkpoint
+        self._context.display.phase(update, "checkpoint")
+        state = {"updates": update, "seed": self._config.seed, "metrics": self._latest}
+        run.save(update, state, write)
+        run.prune(settings.keep_last, settings.keep_best)
+
+    def stop(self) -> bool:
+        """Returns whether to stop: the model is good enough, or a rank has got a signal."""
+        signals = ranks.all_gather("the update", self._context.signals.got)
+        self.signal = next((signal for signal in signals if signal), None)
+        return self.signal is not None or self._is_good_enough()
+
+    def _is_good_enough(self) -> bool:
+        stop_at = self._config.sft.stop_at
+        if stop_at is None or len(self._accuracies) < STOP_WINDOW:
+            return False
+        return bool(sum(self._accuracies) / STOP_WINDOW >= stop_at)
 
 
 def rows(

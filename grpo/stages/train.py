@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from grpo.stages.engine import EngineModel, start_engine
 from grpo.stages.final_model import write_final
 from grpo.stages.problems import held_out, load_problems, mixture
 from grpo.stages.run_context import RunContext, open_stage
-from grpo.stages.sampling import check_rewards, load_rewards
+from grpo.stages.sampling import Rewards, check_rewards, load_rewards
 from grpo.stages.stage import (
     Check,
     DiskNeeds,
@@ -39,16 +40,35 @@ from grpo.stages.stage import (
     StageNeeds,
     num_checkpoints,
 )
-from grpo.stages.start_model import (
-    find_model,
-    find_teacher,
-    require_same_start,
-)
+from grpo.stages.start_model import find_model, find_teacher, require_same_start
 from grpo.types import Completion, Exhausted, Problem, RunError, ScoredGroup
 from rewards.workers.pool import Pool
 
 if TYPE_CHECKING:
+    from data.common.mixture import Mixture
     from grpo.training.loop import Loop
+    from grpo.training.weight_sync import WeightCheck
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What is loaded and checked before the run is opened. The run closes `workers`."""
+
+    workers: Pool
+    rewards: Rewards
+    loss: Any
+    problems: dict[str, Sequence[Problem]]
+    held_out_problems: dict[str, Sequence[Problem]]  # empty without evaluations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """The loop with its learner, and the model that they started from."""
+
+    loop: Loop
+    learner: Any
+    model_dir: Path
+    tokenizer: Any
 
 
 def train(config: Config, *, resume: bool, keep: bool = True) -> None:
@@ -59,42 +79,57 @@ def train(config: Config, *, resume: bool, keep: bool = True) -> None:
     Raises UserError before anything heavy is done, RunError when the run cannot go on, Interrupted
     after Ctrl-C or SIGTERM (saved).
     """
-    pool, rewards = load_rewards(config)
-    parts: dict[str, Any] = {
-        "pool": pool,
-        "rewards": rewards,
-        "loss": plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss"),
-        "problems": load_problems(config.data, "train", config.seed),
-        "held_out_problems": load_problems(config.eval.data or config.data, "test", config.seed)
-        if config.eval.every
-        else {},
-    }
-    first = warm_start_config(config) if config.model.warm_start else None
+    inputs = _load_inputs(config)
+    warm_start = warm_start_config(config) if config.model.warm_start else None
     with open_stage(
         config, "train", total=config.train.rollouts, unit="rollout", resume=resume
     ) as context:
-        context.stack.callback(pool.close)
-        if first:
-            config = config.model_copy(
-                update={
-                    "model": config.model.model_copy(update={"path": _warm_started(first, context)})
-                }
-            )
-        _run(config, context, resume=resume, keep=keep, **parts)
+        context.stack.callback(inputs.workers.close)
+        if warm_start is not None:
+            path = _warm_started(warm_start, context)
+            model = config.model.model_copy(update={"path": path})
+            config = config.model_copy(update={"model": model})
+        _run(config, context, inputs, resume=resume, keep=keep)
 
 
-def _run(
-    config: Config,
-    context: RunContext,
-    *,
-    resume: bool,
-    keep: bool,
-    pool: Pool,
-    rewards: Any,
-    loss: Any,
-    problems: Any,
-    held_out_problems: Any,
-) -> None:
+def _load_inputs(config: Config) -> Inputs:
+    """Returns rewards, loss and problems. Raises UserError."""
+    workers, rewards = load_rewards(config)
+    loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+    problems = load_problems(config.data, "train", config.seed)
+    held_out_problems = {}
+    if config.eval.every:
+        held_out_problems = load_problems(config.eval.data or config.data, "test", config.seed)
+    return Inputs(
+        workers=workers,
+        rewards=rewards,
+        loss=loss,
+        problems=problems,
+        held_out_problems=held_out_problems,
+    )
+
+
+def _run(config: Config, context: RunContext, inputs: Inputs, *, resume: bool, keep: bool) -> None:
+    context.display.say(f"algorithm: {describe(config.algorithm)}")
+    assembly = _assemble(config, context, inputs)
+    loop = assembly.loop
+    state = _load_checkpoint(assembly, context) if resume else None
+    try:
+        loop.start(fresh=state is None)
+        if config.train.max_staleness:
+            _stream(loop, context, state["selection"].get("stream") if state else None)
+        loop.train()
+    except Exception as error:
+        _save_if_possible(loop, error)
+        raise
+    if not keep:
+        return
+    loop.save()
+    write_final(context, config, assembly.model_dir, assembly.tokenizer, assembly.learner)
+
+
+def _assemble(config: Config, context: RunContext, inputs: Inputs) -> Assembly:
+    """Returns the loop, its engine ready and its learner loaded."""
     import torch
 
     from grpo.experience.selection import Selection
@@ -104,20 +139,16 @@ def _run(
     from grpo.training.loop import Loop
     from grpo.training.rollouts import Rollouts
     from grpo.training.updates import Updater
-    from grpo.training.weight_sync import WeightCheck, check_settings, probe_prompts
 
     run, display = context.run, context.display
-    display.say(f"algorithm: {describe(config.algorithm)}")
     display.phase(0, "loading the model")
     model_dir, tokenizer, prompts = find_model(config, run)
     models.check_context(model_dir, config.max_sequence_tokens)
-    stream = mixture(config.data, problems, prompts, config.seed)
+    stream = mixture(config.data, inputs.problems, prompts, config.seed)
     require_same_start(tokenizer, stream)
     num_weights = models.num_weights(model_dir)
-    machine, shape = (
-        roofline.measure(config.model.dtype),
-        roofline.shape(model_dir, num_weights, config.model.dtype),
-    )
+    machine = roofline.measure(config.model.dtype)
+    shape = roofline.shape(model_dir, num_weights, config.model.dtype)
     engine_model = EngineModel(model_dir=model_dir, num_weights=num_weights)
     engine = start_engine(config, context, engine_model)
     with quiet(run.log_file("learner")):
@@ -127,21 +158,8 @@ def _run(
             # The engine measures the GPU's free memory while it starts: what a learner took
             # meanwhile would be missing in its KV cache.
             engine.wait_ready()
-        learner = Learner(model, config, loss, reference)
+        learner = Learner(model, config, inputs.loss, reference)
         engine.wait_ready()
-    drawn = (prompts.ids(stream[i]) for i in itertools.count())
-    max_prompt_tokens = config.max_sequence_tokens - config.probe.tokens
-    weight_check = WeightCheck(
-        engine,
-        learner,
-        probe_prompts(drawn, config.probe.prompts, max_prompt_tokens),
-        check_settings(config),
-    )
-    test = (
-        held_out(config.eval.data or config.data, held_out_problems, prompts, config.eval.problems)
-        if held_out_problems
-        else []
-    )
     loop = Loop(
         config=config,
         run=run,
@@ -150,16 +168,16 @@ def _run(
             config=config,
             engine=engine,
             prompts=prompts,
-            rewards=rewards,
+            rewards=inputs.rewards,
             selection=Selection(
                 algorithm=config.algorithm, size=config.train.problems, take=stream.take
             ),
-            workers=pool,
+            workers=inputs.workers,
             display=display,
-            held_out=test,
+            held_out=_held_out(config, inputs, prompts),
         ),
         updater=Updater(config=config, learner=learner, check_signals=context.signals.check),
-        weight_check=weight_check,
+        weight_check=_weight_check(config, engine, learner, prompts, stream),
         journal=Journal(
             record_row=context.record, display=display, alarm_rules=config.logging.alarms
         ),
@@ -168,30 +186,52 @@ def _run(
         machine=machine,
         shape=shape,
     )
-    checkpoint, state = run.last_state() if resume else (None, {})
+    return Assembly(loop=loop, learner=learner, model_dir=model_dir, tokenizer=tokenizer)
+
+
+def _held_out(config: Config, inputs: Inputs, prompts: Prompts) -> list[Problem]:
+    """Returns the problems of every evaluation, none without evaluations."""
+    if not inputs.held_out_problems:
+        return []
+    data = config.eval.data or config.data
+    return held_out(data, inputs.held_out_problems, prompts, config.eval.problems)
+
+
+def _weight_check(
+    config: Config, engine: Any, learner: Any, prompts: Prompts, stream: Mixture
+) -> WeightCheck:
+    """Returns the check of the engine's weights, on the first prompts that leave room for it."""
+    from grpo.training.weight_sync import WeightCheck, check_settings, probe_prompts
+
+    drawn = (prompts.ids(stream[i]) for i in itertools.count())
+    max_prompt_tokens = config.max_sequence_tokens - config.probe.tokens
+    return WeightCheck(
+        engine,
+        learner,
+        probe_prompts(drawn, config.probe.prompts, max_prompt_tokens),
+        check_settings(config),
+    )
+
+
+def _load_checkpoint(assembly: Assembly, context: RunContext) -> dict[str, Any] | None:
+    """Loads the last checkpoint and drops what was written after it.
+
+    Returns its state, None if the run has no checkpoint yet.
+    """
+    run, loop = context.run, assembly.loop
+    checkpoint, state = run.last_state()
     if checkpoint:
         with quiet(run.log_file("learner")):
-            learner.load(checkpoint)
+            assembly.learner.load(checkpoint)
         loop.resume(state)
-    if resume:
-        done = loop.progress.rollout
-        run.cut(done if checkpoint else -1)
-        loop.journal.watch = Watch(ranks.all_gather("the metrics so far", run.read_metrics())[0])
-        display.say(
-            f"resumed after rollout {done}" if checkpoint else "no checkpoint yet: starting again"
-        )
-    try:
-        loop.start(fresh=checkpoint is None)
-        if config.train.max_staleness:
-            _stream(loop, context, state["selection"].get("stream") if checkpoint else None)
-        loop.train()
-    except Exception as error:
-        _save_if_possible(loop, error)
-        raise
-    if not keep:
-        return
-    loop.save()
-    write_final(context, config, model_dir, tokenizer, learner)
+    done = loop.progress.rollout
+    run.cut(done if checkpoint else -1)
+    loop.journal.watch = Watch(ranks.all_gather("the metrics so far", run.read_metrics())[0])
+    if not checkpoint:
+        context.display.say("no checkpoint yet: starting again")
+        return None
+    context.display.say(f"resumed after rollout {done}")
+    return state
 
 
 def _save_if_possible(loop: Loop, error: Exception) -> None:
@@ -219,15 +259,13 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
     from grpo.experience.stream import Stream
 
     config, prompts, selection = loop.config, loop.rollouts.prompts, loop.rollouts.selection
+    settings = config.train
     engine: Any = loop.engine
-    options, train = (
-        sampling_options(config, prompts, config.sampling.temperature),
-        config.train,
-    )
+    options = sampling_options(config, prompts, config.sampling.temperature)
 
     def request(problem: Problem, number: int) -> Request:
         seed = seed_of(config.seed, f"stream/{number}", problem.id)
-        return Request(prompt_ids=prompts.ids(problem), seed=seed, n=train.group_size)
+        return Request(prompt_ids=prompts.ids(problem), seed=seed, n=settings.group_size)
 
     def finish(
         problem: Problem, request: Request, completions: tuple[Completion, ...]
@@ -235,24 +273,28 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
         group = group_of(problem, request.prompt_ids, prompts, completions)
         return score([group], loop.rollouts.rewards, prompts.for_rewards)[0]
 
+    stream: Stream | None = None
     if ranks.rank() == 0:
-        stream = selection.stream = Stream(
+        last = settings.problems * settings.rollouts
+        stream = Stream(
             begin=lambda one: engine.begin(one, options),
             request=request,
             finish=finish,
             draw=lambda: selection.draw(1)[0],
-            ahead=train.problems * train.max_staleness,
+            ahead=settings.problems * settings.max_staleness,
             timeout_s=config.engine.timeout_s,
             on_wait=context.signals.check,
             idle=engine.idle,
-            last=None
-            if config.algorithm.no_signal == "resample"
-            else train.problems * train.rollouts,
+            last=None if config.algorithm.no_signal == "resample" else last,
         )
+        selection.stream = stream
         context.stack.callback(stream.close)
         if state:
             stream.load(state, scored_group)
-    take = selection.stream.take if selection.stream else lambda count: []
+
+    def take(count: int) -> list[ScoredGroup]:
+        return stream.take(count) if stream is not None else []
+
     selection.streamed = lambda count: ranks.all_gather_or_raise(
         "the groups to learn from next", lambda: take(count)
     )[0]
@@ -263,12 +305,13 @@ def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any
 
     Returns None where there is none, or where it lies under the adapters.
     """
+    attention = config.model.attention
     if config.model.teacher:
-        return models.load_model(
-            find_teacher(config, run, tokenizer, config.max_sequence_tokens), config.model.attention
-        )
-    own = config.algorithm.kl_coef > 0 and not config.model.lora
-    return models.load_model(model_dir, config.model.attention) if own else None
+        teacher_dir = find_teacher(config, run, tokenizer, config.max_sequence_tokens)
+        return models.load_model(teacher_dir, attention)
+    if config.algorithm.kl_coef > 0 and not config.model.lora:
+        return models.load_model(model_dir, attention)
+    return None
 
 
 def warm_start_config(config: Config) -> SftConfig:
@@ -277,15 +320,16 @@ def warm_start_config(config: Config) -> SftConfig:
     It writes into the run's directory, with the run's seed, progress and data.path.
     """
     assert config.model.warm_start
-    sft = configs.load(config.model.warm_start, kind=SftConfig)
-    data = sft.data.model_copy(update={"path": sft.data.path or config.data.path})
-    own = {
-        "run_dir": str(Path(config.run_dir) / "warm_start"),
-        "seed": config.seed,
-        "logging": config.logging,
-        "data": data,
-    }
-    return sft.model_copy(update=own)
+    sft_config = configs.load(config.model.warm_start, kind=SftConfig)
+    data = sft_config.data
+    return sft_config.model_copy(
+        update={
+            "run_dir": str(Path(config.run_dir) / "warm_start"),
+            "seed": config.seed,
+            "logging": config.logging,
+            "data": data.model_copy(update={"path": data.path or config.data.path}),
+        }
+    )
 
 
 def _warm_started(config: SftConfig, context: RunContext) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -40,6 +40,17 @@ SHOWN = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What a run has kept of a step's updates."""
+
+    run_dir: Path
+    step: int
+    metrics: dict[str, Any]  # as they were
+    samples: list[Sample]
+    checkpoint: Path | None  # from before the updates; None: they were the first
+
+
 def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
     """Prints the metrics of the step's updates then and now; returns whether they are the same.
 
@@ -47,104 +58,116 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
 
     Needs a checkpoint after step - 1, or the first step. Raises UserError.
     """
-    path = Path(folder)
-    if not (path / "config.yaml").exists():
-        raise UserError(f"{path}: no run in it (no config.yaml)")
-    tree = yaml.safe_load((path / "config.yaml").read_text())
-    config: Config = configs.parse(tree, str(path / "config.yaml"))
-    changed = config
-    if overrides:
-        # it fills what the run's own has said
-        recipe = any(override.startswith("algorithm.preset=") for override in overrides)
-        # another loss has its own
-        bounds = (
-            BOUNDS if any(override.startswith("algorithm.loss=") for override in overrides) else ()
-        )
-        own = (
-            {}
-            if recipe
-            else {key: value for key, value in tree["algorithm"].items() if key not in bounds}
-        )
-        changed = configs.parse(apply_overrides(tree | {"algorithm": own}, overrides))
-    rows = {
-        row["step"]: row for row in read_metrics(path / "metrics.jsonl") if "update/made" in row
-    }
-    have = sorted(
-        int(checkpoint.name.partition("-")[2])
-        for checkpoint in (path / "checkpoints").glob("step-*")
+    run_dir = Path(folder)
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"{run_dir}: no run in it (no config.yaml)")
+    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config: Config = configs.parse(tree, str(run_dir / "config.yaml"))
+    changed = _with_overrides(tree, overrides) if overrides else config
+    kept = _find_step(run_dir, step)
+    is_other_recipe = (
+        changed.algorithm != config.algorithm or changed.model.teacher != config.model.teacher
     )
-    step = step or max((one + 1 for one in [0, *have] if one + 1 in rows), default=0)
-    if step not in rows:
-        raise UserError(f"{path}: no step {step} to replay; it has {len(rows)}")
-    if step > 1 and step - 1 not in have:
-        raise UserError(
-            f"{path}: step {step} needs the checkpoint of step {step - 1}; have {have} "
-            "(checkpoint.every=1 keeps them)"
-        )
-    other = changed.algorithm != config.algorithm or changed.model.teacher != config.model.teacher
-    if other and "mask" in (config.algorithm.truncated, changed.algorithm.truncated):
+    if is_other_recipe and "mask" in (config.algorithm.truncated, changed.algorithm.truncated):
         raise UserError(
             "truncated=mask: what was cut off counts in the means but is not kept; such a step "
             "has no other recipe"
         )
-    samples = read_update(path, step)
-    checkpoint = path / "checkpoints" / f"step-{step - 1:06d}" if step > 1 else None
-    found = _update(changed, path, samples, step, checkpoint, other=other)
-    before = rows[step]
+    metrics = _update(changed, kept, with_new_advantages=is_other_recipe)
     print(describe(changed.algorithm))
-    print(f"{'step ' + str(step):20}{'then':>16}{'now':>16}")
+    print(f"{f'step {kept.step}':20}{'then':>16}{'now':>16}")
     for key in SHOWN:
-        if key in found:
-            then, now = (f"{row[key]:.9g}" if key in row else "" for row in (before, found))
+        if key in metrics:
+            then = f"{kept.metrics[key]:.9g}" if key in kept.metrics else ""
+            now = f"{metrics[key]:.9g}"
             print(f"{key:20}{then:>16}{now:>16}{'' if then == now else '  differs'}")
-    return all(before.get(key) == found.get(key) for key in ("loss", "policy/grad_norm"))
+    return all(kept.metrics.get(key) == metrics.get(key) for key in ("loss", "policy/grad_norm"))
 
 
-def _update(
-    config: Config,
-    path: Path,
-    samples: list[Sample],
-    step: int,
-    checkpoint: Path | None,
-    *,
-    other: bool,
-) -> dict[str, float]:
-    from grpo.learning.learner import Learner
+def _with_overrides(tree: dict[str, Any], overrides: list[str]) -> Config:
+    """Returns the run's config with another recipe.
+
+    A preset replaces the whole recipe of the run. Another loss has clipping bounds of its own.
+    """
+    algorithm = dict(tree["algorithm"])
+    if any(override.startswith("algorithm.preset=") for override in overrides):
+        algorithm = {}
+    if any(override.startswith("algorithm.loss=") for override in overrides):
+        for key in BOUNDS:
+            algorithm.pop(key, None)
+    return configs.parse(apply_overrides({**tree, "algorithm": algorithm}, overrides))
+
+
+def _find_step(run_dir: Path, step: int | None) -> Kept:
+    """Returns what was kept of a step, by default of the last one that can be replayed.
+
+    Raises UserError if the step, its samples or the checkpoint before it is missing.
+    """
+    rows = {
+        row["step"]: row for row in read_metrics(run_dir / "metrics.jsonl") if "update/made" in row
+    }
+    checkpoints = {
+        int(checkpoint.name.partition("-")[2]): checkpoint
+        for checkpoint in sorted((run_dir / "checkpoints").glob("step-*"))
+    }
+    if not step:
+        candidates = [number + 1 for number in (0, *checkpoints)]
+        step = max((number for number in candidates if number in rows), default=0)
+    if step not in rows:
+        raise UserError(f"{run_dir}: no step {step} to replay; it has {len(rows)}")
+    if step > 1 and step - 1 not in checkpoints:
+        raise UserError(
+            f"{run_dir}: step {step} needs the checkpoint of step {step - 1}; have "
+            f"{sorted(checkpoints)} (checkpoint.every=1 keeps them)"
+        )
+    return Kept(
+        run_dir=run_dir,
+        step=step,
+        metrics=rows[step],
+        samples=read_update(run_dir, step),
+        checkpoint=checkpoints[step - 1] if step > 1 else None,
+    )
+
+
+def _update(config: Config, kept: Kept, *, with_new_advantages: bool) -> dict[str, float]:
+    """Returns the metrics of the step's updates, made again."""
     from grpo.training.updates import Updater
 
     with tempfile.TemporaryDirectory(prefix="grpo-replay-") as scratch:
-        log = Path(scratch) / "log"
-        with quiet(log):
-            start = path / "warm_start" / "final"
-            model_dir = (
-                start
-                if start.exists()
-                else models.resolve(
-                    config.model.path, config.model.revision, path / "model", config.seed
-                )
-            )
-            model_dir = models.extended(model_dir, config.model.rope, Path(scratch) / "extended")
-            wants = config.model.teacher or (config.algorithm.kl_coef and not config.model.lora)
-            teacher = (
-                models.resolve(config.model.teacher, None, path / "teacher", config.seed)
-                if config.model.teacher
-                else model_dir
-            )
-            reference = models.load_model(teacher, config.model.attention) if wants else None
-            loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
-            learner = Learner(
-                lora.load_policy(config, model_dir, config.model.attention), config, loss, reference
-            )
-            if checkpoint:
-                learner.load(checkpoint)
+        with quiet(Path(scratch) / "log"):
+            learner = _load_learner(config, kept, Path(scratch))
         updater = Updater(config=config, learner=learner)
-        if other:
+        samples = kept.samples
+        if with_new_advantages:
             samples = _with_advantages(samples, updater)
-        report = updater.update(samples, rollout=step - 1)
+        report = updater.update(samples, rollout=kept.step - 1)
         metrics = dict(report.metrics)
         metrics["update/made"] = float(report.num_made)
         metrics["update/skipped"] = float(report.num_skipped)
         return metrics
+
+
+def _load_learner(config: Config, kept: Kept, scratch: Path) -> Any:
+    """Returns the run's learner as it was before the step."""
+    from grpo.learning.learner import Learner
+
+    run_dir, source = kept.run_dir, config.model
+    model_dir = run_dir / "warm_start" / "final"
+    if not model_dir.exists():
+        model_dir = models.resolve(source.path, source.revision, run_dir / "model", config.seed)
+    model_dir = models.extended(model_dir, source.rope, scratch / "extended")
+    reference = None
+    if source.teacher:
+        teacher_dir = models.resolve(source.teacher, None, run_dir / "teacher", config.seed)
+        reference = models.load_model(teacher_dir, source.attention)
+    elif config.algorithm.kl_coef and not source.lora:
+        reference = models.load_model(model_dir, source.attention)
+    loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+    policy = lora.load_policy(config, model_dir, source.attention)
+    learner = Learner(policy, config, loss, reference)
+    if kept.checkpoint is not None:
+        learner.load(kept.checkpoint)
+    return learner
 
 
 def _with_advantages(samples: list[Sample], updater: Updater) -> list[Sample]:
@@ -161,7 +184,8 @@ def _with_advantages(samples: list[Sample], updater: Updater) -> list[Sample]:
         updater.config.algorithm.advantage,
         None if penalties is None else unflatten(penalties, sizes),
     )
+    flat_values = [value for group in values for value in group]
     return [
         replace(sample, advantages=value)
-        for sample, value in zip(ordered, [v for group in values for v in group], strict=True)
+        for sample, value in zip(ordered, flat_values, strict=True)
     ]

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,35 +23,12 @@ import yaml
 
 from grpo.metrics.diagnosis import Watch, findings
 from grpo.run.directory import RunDirectory, read_manifest, read_metrics, write_file
+from grpo.tools.charts import charts, series
 from grpo.types import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_CHARS = 40_000_000  # of completions in the page; of a longer run every n-th step is in it
 MAX_TEXT = 40_000  # of one completion
-CHARTS: dict[str, list[str]] = {  # title -> metrics, those that a run has
-    "Reward": ["reward/mean"],
-    "Held-out accuracy": ["eval/accuracy"],
-    "Rewards": [],  # each of the run's own
-    "Share of groups": ["group/all_correct", "group/all_wrong", "group/no_signal"],
-    "Share of completions": ["completion/truncated", "reward/undecided", "reward/missing"],
-    "Tokens a completion": ["completion/length", "completion/length_max"],
-    "Entropy a token": ["policy/entropy"],
-    "Loss": ["loss"],
-    "Token accuracy": ["policy/token_accuracy"],
-    "Gradient norm": ["policy/grad_norm"],
-    "KL to the reference": ["kl/ref", "policy/divergence"],
-    "Engine against learner": ["mismatch/abs", "mismatch/k3", "probe/gap"],
-    "Clipped tokens": ["clip/low", "clip/high"],
-    "Versions behind": ["staleness/mean", "staleness/max"],
-    "Sampled tokens a second": ["rollout/tokens_per_s"],
-    "Idle share": ["idle/engine", "idle/learner"],
-}
-HISTOGRAMS: dict[str, tuple[str, Callable[[int], str]]] = {  # title -> metric, what bin i holds
-    "Completions by tokens": ("histogram/length", lambda i: str(2**i)),
-    "Completions by advantage": ("histogram/advantage", lambda i: f"{(i - 8) / 2:g}"),
-    "Tokens by age": ("histogram/staleness", str),
-}
-PHASES = ("rollout", "rewards", "update", "sync", "probe", "eval", "rest")
 
 
 def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> None:
@@ -61,28 +38,32 @@ def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> Non
     """
     folders = expand(runs)
     rows = {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
-    made = charts(rows)
+    figures = charts(rows)
     if plots:
-        target = Path(plots)
-        target.mkdir(parents=True, exist_ok=True)
-        for title, figure in made.items():
-            for kind in ("svg", "png"):
-                figure.savefig(target / f"{re.sub('[ /]+', '_', title.lower())}.{kind}", dpi=200)
-        print(f"{len(made)} charts in {target}")
+        _write_plots(Path(plots), figures)
     page = Path(output) if output else Path(runs[0]) / "report.html"
     table = Path(runs[0]) / "table.json"
+    is_pipeline = "stages" in read_manifest(Path(runs[0]))
     parts = {
         "title": html.escape(", ".join(folders)),
         "facts": _facts(folders, rows, page.parent),
         "findings": _findings(rows),
-        "stages": _stages(json.loads(table.read_text()))
-        if table.exists() and "stages" in read_manifest(Path(runs[0]))
-        else "",
-        "charts": "\n".join(_figure(title, figure) for title, figure in made.items()),
+        "stages": _stages(json.loads(table.read_text())) if is_pipeline and table.exists() else "",
+        "charts": "\n".join(_figure(title, figure) for title, figure in figures.items()),
         "data": pack(completions(folders)),
     }
     write_file(page, re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], TEMPLATE.read_text()))
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+
+
+def _write_plots(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Writes every chart as SVG and PNG, named by its title."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for title, figure in figures.items():
+        name = re.sub("[ /]+", "_", title.lower())
+        for kind in ("svg", "png"):
+            figure.savefig(folder / f"{name}.{kind}", dpi=200)
+    print(f"{len(figures)} charts in {folder}")
 
 
 def expand(runs: Sequence[str]) -> dict[str, Path]:
@@ -90,144 +71,20 @@ def expand(runs: Sequence[str]) -> dict[str, Path]:
 
     Raises UserError for one that is none.
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for run in map(Path, runs):
-        inside = [run / name for name in read_manifest(run).get("stages", ())]
-        own = [folder for folder in (inside or [run]) if (folder / "metrics.jsonl").exists()]
-        if not own:
-            raise UserError(f"{run}: no run in it (no metrics.jsonl)")
-        for folder in own:
-            name = folder.name if folder.name not in found else str(folder)
-            if "-" not in folder.name or not inside:  # a pipeline's evaluations are in its table
-                found[name] = folder
-    return found
-
-
-def charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Returns matplotlib figures by title.
-
-    Each run has one colour and each metric one style. Each run's time by phase comes after them.
-    """
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams |= {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "grpo",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
-        matplotlib.rcParams[key] = "#808080"  # reads on light and on dark
-    from matplotlib.figure import Figure
-
-    made: dict[str, Any] = {}
-    of_rewards = {
-        key for run in rows.values() for row in run for key in row if key.startswith("reward/")
-    }
-    of_rewards -= {key for metrics in CHARTS.values() for key in metrics}
-    for title, metrics in CHARTS.items():
-        present = [
-            key
-            for key in metrics or sorted(of_rewards)
-            if any(_series(run, key) for run in rows.values())
+        stages = [run / name for name in read_manifest(run).get("stages", ())]
+        with_metrics = [
+            folder for folder in (stages or [run]) if (folder / "metrics.jsonl").exists()
         ]
-        if not present:
-            continue
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        axes = figure.subplots()
-        for n, (name, run) in enumerate(rows.items()):
-            for style, key in enumerate(present):
-                if series := _series(run, key):
-                    label = " ".join(
-                        [
-                            *([name] if len(rows) > 1 else []),
-                            *([key.partition("/")[2]] if len(present) > 1 else []),
-                        ]
-                    )
-                    colour = f"C{n if len(rows) > 1 else style}"
-                    line = ("-", "--", ":", "-.")[style % 4] if len(rows) > 1 else "-"
-                    axes.plot(
-                        *zip(*series, strict=True),
-                        line,
-                        color=colour,
-                        label=label,
-                        marker="." if len(series) < 20 else None,
-                    )
-        if len(rows) > 1 or len(present) > 1:
-            axes.legend(fontsize="x-small", frameon=False)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.2)
-        made[title] = figure
-    for name, run in rows.items():
-        of_run = f", {name}" if len(rows) > 1 else ""
-        for title, (key, told) in HISTOGRAMS.items():
-            if counts := {row["step"]: row[key] for row in run if sum(row.get(key, ()))}:
-                made[title + of_run] = _heat(counts, told)
-        if timed := [row for row in run if "time/rollout_s" in row]:
-            made[f"Seconds a phase{of_run}"] = _phases(timed)
-    return made
-
-
-def _heat(counts: Mapping[int, Sequence[int]], told: Callable[[int], str]) -> Any:
-    """Returns a histogram over the run: a column a step, the fuller the larger the share.
-
-    `counts`: by step; `told`: what bin i holds.
-    """
-    from matplotlib.figure import Figure
-
-    steps, size = range(min(counts), max(counts) + 1), max(map(len, counts.values()))
-    columns = [counts.get(step, ()) for step in steps]
-    shares = [
-        [column[i] / sum(column) if i < len(column) else 0.0 for column in columns]
-        for i in range(size)
-    ]
-    used = [i for i in range(size) if any(shares[i])]
-    shown = range(used[0], used[-1] + 1)
-    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-    axes = figure.subplots()
-    extent = (steps[0] - 0.5, steps[-1] + 0.5, shown[0] - 0.5, shown[-1] + 0.5)
-    # of none the page's own colour is left
-    drawn = [[(0.12, 0.47, 0.71, share**0.5) for share in shares[i]] for i in shown]
-    axes.imshow(drawn, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
-    ticks = shown[:: -(-len(shown) // 9)]
-    axes.set_yticks(list(ticks), [told(i) for i in ticks])
-    axes.set_xlabel("step")
-    return figure
-
-
-def _phases(rows: Sequence[Mapping[str, Any]]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-    axes = figure.subplots()
-    steps = [row["step"] for row in rows]
-    total = sum(row["time/total_s"] for row in rows)
-    shown = [
-        phase
-        for phase in PHASES
-        if sum(row.get(f"time/{phase}_s") or 0.0 for row in rows) > 0.003 * total
-    ]
-    axes.stackplot(
-        steps,
-        [[row.get(f"time/{phase}_s") or 0.0 for row in rows] for phase in shown],
-        labels=shown,
-        alpha=0.8,
-    )
-    axes.plot(
-        steps,
-        [row.get("bound/total_s") or 0.0 for row in rows],
-        "--",
-        color="#222222",
-        label="this machine's bound",
-    )
-    axes.set_xlabel("step")
-    figure.legend(fontsize="x-small", frameon=False, ncols=4, loc="outside lower center")
-    return figure
-
-
-def _series(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
+        if not with_metrics:
+            raise UserError(f"{run}: no run in it (no metrics.jsonl)")
+        for folder in with_metrics:
+            is_evaluation = bool(stages) and "-" in folder.name  # it is in the pipeline's table
+            if not is_evaluation:
+                name = folder.name if folder.name not in folders else str(folder)
+                folders[name] = folder
+    return folders
 
 
 def _figure(title: str, figure: Any) -> str:
@@ -255,7 +112,7 @@ def _facts(
             if (folder / "config.yaml").exists()
             else {}
         )
-        judged = [value for _, value in _series(rows[name], "eval/accuracy")]
+        judged = [value for _, value in series(rows[name], "eval/accuracy")]
         cells = [
             manifest.get("stage", ""),
             manifest.get("status", ""),

@@ -54,6 +54,15 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the devices share the work."""
+
+    learners: int
+    engines: int = 0  # 0: every device samples and learns, in turns
+    asynchronous: bool = False  # rollouts never drain, and both sides work at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """Seconds of a step and its phases.
 
@@ -104,25 +113,24 @@ def lengths(count: int, mean: float, longest: int, spread: float = 0.8) -> tuple
     )
 
 
-def decode_seconds(rates: Rates, model: Shape, own: Sequence[int], work: Work) -> float:
+def decode_seconds(rates: Rates, model: Shape, lengths: Sequence[int], work: Work) -> float:
     """Returns how long one engine takes for completions of these lengths.
 
     It goes from the end of one completion to the next, with all that run meanwhile.
     """
-    waiting, running, now, context, seconds = list(own)[::-1], list[int](), 0, 0, 0.0
+    waiting = list(reversed(lengths))
+    running: list[int] = []  # the steps at which sequences end, a heap
+    now, context, seconds = 0, 0.0, 0.0
     while waiting or running:
         while waiting and len(running) < work.concurrency:
             heapq.heappush(running, now + waiting.pop())
             context += work.prompt
         steps = running[0] - now
-        per_step = _token_step(
-            rates, model, len(running), context + len(running) * steps / 2, work.tensor_parallel
-        )
-        seconds, now, context = (
-            seconds + steps * per_step,
-            running[0],
-            context + len(running) * steps,
-        )
+        mean_context = context + len(running) * steps / 2
+        per_step = _token_step(rates, model, len(running), mean_context, work.tensor_parallel)
+        seconds += steps * per_step
+        now = running[0]
+        context += len(running) * steps
         while running and running[0] == now:
             heapq.heappop(running)
             context -= round(context / (len(running) + 1))
@@ -136,68 +144,55 @@ def _token_step(rates: Rates, model: Shape, active: float, context: float, size:
     return max(read, 2 * (model.body + model.head) * active / (rates.flops * size)) / rates.decode
 
 
-def simulate(
-    rates: Rates,
-    model: Shape,
-    work: Work,
-    *,
-    learners: int,
-    engines: int,
-    asynchronous: bool = False,
-) -> Step:
-    """Returns a step on `learners` + `engines` devices; with `engines` 0 all do both in turns.
-
-    Asynchronous: rollouts never drain, and both sides work at once.
-    """
-    replicas = max(1, (engines or learners) // work.tensor_parallel)
-    tokens = sum(work.lengths)
-    if asynchronous:
-        active = min(work.concurrency, len(work.lengths) / replicas)
-        mean = tokens / len(work.lengths)
-        rollout = (
-            tokens
-            / replicas
-            / active
-            * _token_step(
-                rates, model, active, active * (work.prompt + mean / 2), work.tensor_parallel
-            )
-        )
-    else:
-        own = sorted(work.lengths)[replicas // 2 :: replicas] or [max(work.lengths)]
-        rollout = decode_seconds(rates, model, [*own[:-1], max(work.lengths)], work)
-    trained = tokens + len(work.lengths) * work.prompt
-    passes = (8 if work.checkpointing else 6) + 2 * work.forwards
-    exchanged = 2 * 8 * model.weights * (learners - 1) / learners / rates.network
-    update = passes * model.weights * trained / (learners * rates.flops * rates.update)
-    update += work.updates * (exchanged + 30 * model.weights / learners / rates.bandwidth)
-    sync = (
-        model.weights * model.weight_bytes / (rates.bandwidth / 2 if not engines else rates.network)
-    )
-    seconds = (max(rollout, update) if asynchronous else rollout + update) + sync
+def simulate(rates: Rates, model: Shape, work: Work, layout: Layout) -> Step:
+    """Returns a step of `work` on the devices of `layout`."""
+    rollout = _rollout_seconds(rates, model, work, layout)
+    update = _update_seconds(rates, model, work, layout.learners)
+    weight_bytes = model.weights * model.weight_bytes
+    sync = weight_bytes / (rates.network if layout.engines else rates.bandwidth / 2)
+    seconds = (max(rollout, update) if layout.asynchronous else rollout + update) + sync
     return Step(
         seconds=seconds,
         rollout=rollout,
         update=update,
         sync=sync,
-        learners=learners,
-        engines=engines,
+        learners=layout.learners,
+        engines=layout.engines,
     )
+
+
+def _rollout_seconds(rates: Rates, model: Shape, work: Work, layout: Layout) -> float:
+    """Returns the seconds of the slowest engine; asynchronous engines share the work evenly."""
+    num_engines = max(1, (layout.engines or layout.learners) // work.tensor_parallel)
+    if not layout.asynchronous:
+        lengths = sorted(work.lengths)[num_engines // 2 :: num_engines] or [max(work.lengths)]
+        return decode_seconds(rates, model, [*lengths[:-1], max(work.lengths)], work)
+    num_tokens = sum(work.lengths)
+    mean = num_tokens / len(work.lengths)
+    active = min(work.concurrency, len(work.lengths) / num_engines)
+    context = active * (work.prompt + mean / 2)
+    per_token = _token_step(rates, model, active, context, work.tensor_parallel)
+    return num_tokens / num_engines / active * per_token
+
+
+def _update_seconds(rates: Rates, model: Shape, work: Work, learners: int) -> float:
+    num_tokens = sum(work.lengths) + len(work.lengths) * work.prompt
+    passes = (8 if work.checkpointing else 6) + 2 * work.forwards
+    exchange = 2 * 8 * model.weights * (learners - 1) / learners / rates.network
+    seconds = passes * model.weights * num_tokens / (learners * rates.flops * rates.update)
+    optimizer = 30 * model.weights / learners / rates.bandwidth
+    return seconds + work.updates * (exchange + optimizer)
 
 
 def best_split(rates: Rates, model: Shape, work: Work, devices: int, *, asynchronous: bool) -> Step:
     """Returns the fastest step with `devices` shared out between learners and engines."""
-    parts = sorted(
-        {max(1, round(devices * share / 32)) for share in range(1, 32)} & set(range(1, devices))
-    )
-    return min(
-        (
-            simulate(
-                rates, model, work, learners=part, engines=devices - part, asynchronous=asynchronous
-            )
-            for part in parts
-        ),
-        key=lambda step: step.seconds,
-    )
+    sizes = {max(1, round(devices * share / 32)) for share in range(1, 32)}
+    steps = []
+    for learners in sorted(sizes & set(range(1, devices))):
+        engines = devices - learners
+        layout = Layout(learners=learners, engines=engines, asynchronous=asynchronous)
+        steps.append(simulate(rates, model, work, layout))
+    return min(steps, key=lambda step: step.seconds)
 
 
 def table(rates: Rates, model: Shape, work: Work, sizes: Sequence[int] = SIZES) -> list[str]:
@@ -211,16 +206,15 @@ def table(rates: Rates, model: Shape, work: Work, sizes: Sequence[int] = SIZES) 
         "|---|---|---|---|---|---|",
     ]
     for devices in sizes:
-        together = simulate(rates, model, work, learners=devices, engines=0)
+        colocated = simulate(rates, model, work, Layout(learners=devices))
         if devices < 2:
-            lines.append(f"| {devices} | {together.seconds:.1f} s | | | | |")
+            lines.append(f"| {devices} | {colocated.seconds:.1f} s | | | | |")
             continue
-        split, both = (
-            best_split(rates, model, work, devices, asynchronous=way) for way in (False, True)
-        )
+        split = best_split(rates, model, work, devices, asynchronous=False)
+        both = best_split(rates, model, work, devices, asynchronous=True)
         lines.append(
-            f"| {devices} | {together.seconds:.1f} s | {split.seconds:.1f} s | {both.seconds:.1f} "
-            f"s | {both.learners} : {both.engines} | "
+            f"| {devices} | {colocated.seconds:.1f} s | {split.seconds:.1f} s | "
+            f"{both.seconds:.1f} s | {both.learners} : {both.engines} | "
             f"{both.idle[0]:.0%}, {both.idle[1]:.0%} |"
         )
     return lines

@@ -17,6 +17,7 @@ from grpo import config as configs
 from grpo.metrics.roofline import Shape, sizing
 from grpo.tools.simulate import (
     DEVICES,
+    Layout,
     Rates,
     Work,
     best_split,
@@ -106,8 +107,7 @@ def test_a_published_step_within_a_third():
         H100,
         QWEN_1_5B,
         Work(lengths=lengths(64, 180, 256, 0.4), prompt=105, forwards=1),
-        learners=1,
-        engines=0,
+        Layout(learners=1, engines=0),
     )
     assert step.rollout == pytest.approx(0.752, rel=1 / 3) and step.update == pytest.approx(
         0.298 + 0.301 + 0.653, rel=1 / 3
@@ -132,7 +132,9 @@ def test_published_syncs_of_large_models_within_a_factor_of_two(weights, seconds
     GLM-4.5-Air and Qwen3-235B in bfloat16 (recipes 4.3).
     """
     model = shape(5120, 94, 4, 151_936, int(weights), False)
-    step = simulate(H100, model, Work(lengths=(100,) * 64, prompt=100), learners=8, engines=8)
+    step = simulate(
+        H100, model, Work(lengths=(100,) * 64, prompt=100), Layout(learners=8, engines=8)
+    )
     assert seconds / 2 < step.sync < 2 * seconds
 
 
@@ -155,11 +157,11 @@ def test_more_engines_never_take_longer_and_an_asynchronous_step_is_its_longer_s
 ):
     work = Work(lengths=lengths(512, mean, 4096), prompt=100)
     few, many = (
-        simulate(H100, QWEN_7B, work, learners=8, engines=2**n, asynchronous=asynchronous)
+        simulate(H100, QWEN_7B, work, Layout(learners=8, engines=2**n, asynchronous=asynchronous))
         for n in (power - 1, power)
     )
     assert many.rollout <= few.rollout * 1.02
-    step = simulate(H100, QWEN_7B, work, learners=8, engines=2**power, asynchronous=True)
+    step = simulate(H100, QWEN_7B, work, Layout(learners=8, engines=2**power, asynchronous=True))
     assert step.seconds == pytest.approx(max(step.rollout, step.update) + step.sync)
     assert min(step.idle) <= step.sync / step.seconds + 1e-9
 
@@ -167,7 +169,7 @@ def test_more_engines_never_take_longer_and_an_asynchronous_step_is_its_longer_s
 def test_long_completions_want_most_devices_to_sample():
     """AReaL 2505.24298: three quarters on generation beat an even split, at long completions."""
     work = Work(lengths=lengths(4096, 8000, 32_000), prompt=150, checkpointing=True)
-    even = simulate(H100, QWEN_7B, work, learners=64, engines=64, asynchronous=True)
+    even = simulate(H100, QWEN_7B, work, Layout(learners=64, engines=64, asynchronous=True))
     best = best_split(H100, QWEN_7B, work, 128, asynchronous=True)
     assert best.engines > best.learners and best.seconds < even.seconds
     assert best.seconds < best_split(H100, QWEN_7B, work, 128, asynchronous=False).seconds
@@ -181,9 +183,7 @@ def test_a_straggler_costs_a_synchronous_step_its_whole_length_and_an_asynchrono
                 H100,
                 QWEN_7B,
                 Work(lengths=rows, prompt=100),
-                learners=8,
-                engines=8,
-                asynchronous=asynchronous,
+                Layout(learners=8, engines=8, asynchronous=asynchronous),
             ).rollout
             for rows in (usual, one_long)
         ]
