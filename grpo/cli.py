@@ -44,11 +44,11 @@ def _main(arguments: list[str] | None) -> int:
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    options = _parse(arguments)
     from grpo.run import ranks
     from grpo.run.signals import Interrupted
 
     try:
+        options = _parse(arguments)
         ranks.adopt_srun()
         code: int = options.handler(options)
         return code
@@ -73,12 +73,12 @@ def _main(arguments: list[str] | None) -> int:
 def _flush_stdout() -> None:
     """Writes out what was printed.
 
-    Without a reader, standard output becomes the null device, so that Python does not complain
-    when it exits.
+    If that fails (no reader, a full disk), standard output becomes the null device, so that Python
+    does not complain when it exits and the exit code stays that of the command.
     """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
@@ -105,13 +105,13 @@ def _tell(error: Exception) -> None:
     """
     from grpo.run import ranks
 
-    heard = ranks.failed_elsewhere(error)
+    is_reported_elsewhere = ranks.failed_elsewhere(error)
     if isinstance(error, ranks.UnexpectedError) and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
-    if heard or (ranks.local_rank() > 0 and isinstance(error, UserError)):
+    if is_reported_elsewhere or (ranks.local_rank() > 0 and isinstance(error, UserError)):
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(30)
-    if not heard:
+    if not is_reported_elsewhere:
         print(f"grpo: {f'rank {ranks.rank()}: ' if ranks.rank() else ''}{error}", file=sys.stderr)
 
 
@@ -322,8 +322,10 @@ def _bench(options: argparse.Namespace) -> int:
     """Measures, or simulates, the phases of a train config."""
     from grpo import config as configs
     from grpo.stages.registry import STAGES
+    from grpo.stages.run_context import require_one_rank
     from grpo.tools import bench
 
+    require_one_rank("bench")
     config: Any = configs.load(options.config, options.overrides)
     if options.simulate:
         print(bench.simulate(config, options.simulate, options.mean))

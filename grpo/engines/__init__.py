@@ -98,7 +98,7 @@ class ProcessNotEndedError(EngineError):
 
 
 @dataclass(eq=False)
-class UnreachableError(EngineError):
+class NoResponseError(EngineError):
     """A server did not answer a request: no connection, a broken one, or too late.
 
     Attributes:
@@ -242,10 +242,7 @@ class WrongWeightVersionError(EngineError):
 
     def __str__(self) -> str:
         """Returns the message."""
-        return (
-            f"{self.engine} acknowledged weight version {self.held}, expected version "
-            f"{self.expected}"
-        )
+        return f"{self.engine} holds weight version {self.held}, expected version {self.expected}"
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ GROUP_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineModel:
+class ServedModel:
     """The model of an engine.
 
     Attributes:

@@ -21,7 +21,7 @@ from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
 from grpo.run.directory import write_file
 from grpo.stages.problems import load_problems, mixture
-from grpo.stages.run_context import RunContext, open_stage
+from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import Sampler, check_rewards, load_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, ScoredGroup
@@ -38,6 +38,7 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
 
     Raises UserError, RunError, Interrupted (chunks that are done are kept).
     """
+    require_one_rank("collect")
     workers, rewards = load_rewards(config)
     problems = load_problems(config.data, "train", config.seed)
     excluded_ngrams = _excluded_ngrams(config)

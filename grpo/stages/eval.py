@@ -49,6 +49,7 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
 
     Raises UserError, RunError, Interrupted: chunks that are done are kept.
     """
+    require_one_rank("eval")
     config = config.by_protocol()
     if not config.endpoint:
         config = with_final_model(config)

@@ -23,7 +23,7 @@ from grpo.run.directory import RunDirectory, read_metrics, replace_directory, wr
 from grpo.run.display import quiet
 from grpo.stages.eval import eval
 from grpo.stages.resume import check_same
-from grpo.stages.run_context import RunContext, open_stage
+from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import check_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, UserError
@@ -34,6 +34,7 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
 
     Raises UserError, RunError, Interrupted.
     """
+    require_one_rank("quantize")
     schemes = config.quantize.schemes
     group_size = config.quantize.group_size
     evaluations = config.judged()

@@ -23,7 +23,10 @@ STAGES = {stage.command: stage for stage in _ALL}
 def stage_of(tree: dict[str, Any]) -> Stage[Any]:
     """Returns the stage that a config's sections belong to; `train` if they belong to no other.
 
-    A config of distill has the sections of collect and sft too, so the last match counts.
+    A config of pipeline or distill may have sections of other kinds too, so these two come first.
     """
-    matches = [stage for stage in _ALL if any(key in tree for key in stage.sections)]
-    return matches[-1] if matches else STAGES["train"]
+    by_precedence: tuple[Stage[Any], ...] = (pipeline.STAGE, distill.STAGE, *_ALL)
+    for stage in by_precedence:
+        if any(key in tree for key in stage.sections):
+            return stage
+    return STAGES["train"]

@@ -32,6 +32,9 @@ FREE_ON_RESUME = (
     "algorithm.no_signal",
 )
 
+# Keys whose values may differ between nodes: paths of local copies.
+LOCAL_KEYS = ("path", "warm_start", "teacher", "test_path")
+
 
 def check_same(folder: Path, config: RunConfig) -> None:
     """Raises UserError if the config differs from that of the run in `folder`.
@@ -50,6 +53,19 @@ def check_same(folder: Path, config: RunConfig) -> None:
             f"{folder}: the config differs from the one this run was started with: "
             f"{'; '.join(changes)}. Restore it or choose another run_dir"
         )
+
+
+def deciding_values(config: RunConfig) -> dict[str, str]:
+    """Returns what ranks must have alike, by dotted key: `{"learner.lr": "1e-06"}`.
+
+    Left out are keys that may change on resume, and paths: a node may have a local copy.
+    """
+    values = _flatten(yaml.safe_load(configs.dump(config)))
+    return {
+        key: str(value)
+        for key, value in values.items()
+        if not _may_change(key, config) and key.rpartition(".")[2] not in LOCAL_KEYS
+    }
 
 
 def _written_config(folder: Path, config: RunConfig) -> Any:

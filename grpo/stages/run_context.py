@@ -22,7 +22,7 @@ from grpo.run.directory import RunDirectory, write_file
 from grpo.run.display import Display
 from grpo.run.signals import Signals
 from grpo.run.trackers import Trackers
-from grpo.stages.resume import check_same
+from grpo.stages.resume import check_same, deciding_values
 from grpo.types import UserError
 
 PACKAGES = (
@@ -81,13 +81,14 @@ def open_stage(
 
     Raises:
         UserError: The directory holds a run; with `resume`, it holds none or one with a different
-            config. Or the ranks have different configs or code.
+            config. Or the ranks have different code, or configs that
+            differ in what decides the results.
     """
     if ranks.world_size() > 1:
         ranks.join(config.longest_wait_s)
-        config_text = fingerprints.of_text(configs.dump(config))
-        ranks.require_equal({"config": config_text, "code": fingerprints.of_code()})
     run = RunDirectory(config.run_dir, resume=resume)
+    if ranks.world_size() > 1:
+        ranks.require_equal({"code": fingerprints.of_code(), **deciding_values(config)})
     if resume:
         check_same(run.path, config)
     is_rank0 = ranks.rank() == 0

@@ -155,4 +155,8 @@ class Stage(Protocol[C]):
         """
 
     def checks(self, config: C, problems: Sequence[Problem], prompts: Prompts) -> Iterator[Check]:
-        """Yields the findings that only this kind has, on the problems that the run draws."""
+        """Yields the findings that only this kind has, on the problems that the run draws.
+
+        The doctor does not ask a stage that samples from an endpoint, whose prompts are not known,
+        nor one whose traces are still to come.
+        """

@@ -97,7 +97,9 @@ class VllmEngine:
         start = ("start", {"llm": llm, "backend": self._sender.backend})
         try:
             self._pipe.send(start, settings.start_timeout_s)
-        except OSError:
+        except TimeoutError:
+            self._child.kill()  # it reads nothing: wait_ready reports its end
+        except (BrokenPipeError, ConnectionResetError):
             logger.debug("the engine's child ended before `start`: wait_ready reports it")
 
     def wait_ready(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from grpo import config as configs
 from grpo.engines.servers.command_line import COMMAND, base_environment, server_arguments
 from grpo.engines.servers.guard import TOKEN_VARIABLE
 from grpo.engines.transfer.choose import choose_sender
-from grpo.engines.vllm_options import EngineModel
+from grpo.engines.vllm_options import ServedModel
 from grpo.learning import models
 from grpo.types import UserError
 
@@ -31,7 +31,7 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
     model_dir = models.locate(
         config.model, Path(tempfile.mkdtemp(prefix="grpo-server-")), config.seed
     )
-    model = EngineModel(
+    model = ServedModel(
         model_dir=str(model_dir),
         dtype=config.engine.dtype or config.model.dtype,
         max_model_len=config.max_sequence_tokens,

@@ -19,12 +19,12 @@ from grpo.engines import (
     EngineDeadError,
     IncompleteResponseError,
     MalformedResponseError,
+    NoResponseError,
     RefusedError,
     Request,
     SamplingOptions,
     ServerError,
     UnknownWeightVersionError,
-    UnreachableError,
 )
 from grpo.engines.servers.server import Server
 from grpo.types import Completion, UserError
@@ -235,7 +235,7 @@ class ServerClient:
             )
         except httpx.HTTPError as error:
             reason = f"{type(error).__name__} {error}".rstrip()
-            raise UnreachableError(server.describe(), path, reason) from None
+            raise NoResponseError(server.describe(), path, reason) from None
         server.last_response_at = time.monotonic()
         status = response.status_code
         if status == 200:

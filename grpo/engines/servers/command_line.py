@@ -14,7 +14,7 @@ import torch
 from grpo import config as configs
 from grpo.engines.servers.guard import TOKEN_VARIABLE
 from grpo.engines.servers.plugin import TRAINER_PID_VARIABLE
-from grpo.engines.vllm_options import EngineModel, llm_arguments, vllm_environment
+from grpo.engines.vllm_options import ServedModel, llm_arguments, vllm_environment
 from grpo.run import ranks
 from grpo.types import UserError
 
@@ -23,7 +23,7 @@ GUARD = "grpo.engines.servers.guard.Guard"
 
 
 def server_arguments(
-    model: EngineModel, settings: configs.Engine, tensor_parallel: int, backend: str
+    model: ServedModel, settings: configs.Engine, tensor_parallel: int, backend: str
 ) -> list[str]:
     """Returns the arguments of COMMAND without host and port.
 

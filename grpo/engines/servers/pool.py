@@ -32,7 +32,7 @@ from grpo.engines.servers.weight_updates import ServersReceiver, WeightUpdates
 from grpo.engines.transfer.checksums import WeightStream
 from grpo.engines.transfer.choose import choose_sender
 from grpo.engines.transfer.interface import SenderOptions, WeightSender
-from grpo.engines.vllm_options import EngineModel
+from grpo.engines.vllm_options import ServedModel
 from grpo.run import ranks
 from grpo.run.ports import free_port
 from grpo.types import Completion, UserError
@@ -76,7 +76,7 @@ class ServerPool:
         servers = _reachable_servers(settings)
         sender_class = choose_sender(servers)
         command_line.check_tensor_parallel(model_dir, servers.tensor_parallel)
-        model = EngineModel(
+        model = ServedModel(
             model_dir=model_dir,
             dtype=dtype,
             max_model_len=max_model_len,

@@ -10,7 +10,13 @@ import asyncio
 import contextlib
 import time
 
-from grpo.engines import EngineError, RefusedError, Request, SamplingOptions
+from grpo.engines import (
+    EngineError,
+    MalformedResponseError,
+    RefusedError,
+    Request,
+    SamplingOptions,
+)
 from grpo.engines.servers.availability import Availability
 from grpo.engines.servers.client import ServerClient
 from grpo.engines.servers.server import Server
@@ -93,7 +99,9 @@ class Scheduler:
                 raise
             except EngineError as error:
                 self._state.counts["retried"] += 1
-                await self._availability.report_failure(server, starts)
+                # a server whose answer cannot be decoded is alive: starting it again helps nobody
+                if not isinstance(error, MalformedResponseError):
+                    await self._availability.report_failure(server, starts)
                 if attempt == num_tries:
                     raise EngineError(
                         f"a request failed {attempt} times (engine.servers.retries): the last "

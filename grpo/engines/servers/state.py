@@ -11,7 +11,8 @@ from grpo.engines.servers.server import Server
 class PoolState:
     """The servers, the current weight version and counts of what happened to the servers.
 
-    Servers are changed in the pool's event loop only. Whoever changes what a waiting request may
+    Once the watch runs, a server's health and load change in the pool's event loop only; `version`
+    changes while no request is sent. Whoever changes what a waiting request may
     depend on calls `notify`.
     """
 

@@ -38,11 +38,18 @@ class WeightUpdates:
         """Connects a server to the transport. Raises EngineError."""
         await self.client.post(server, "/init_weight_transfer_engine", {"init_info": init_info})
 
-    async def pause_and_start(self, server: Server) -> None:
-        """Begins an update; the server samples nothing until `finish_and_resume`."""
+    async def pause(self, server: Server) -> None:
+        """Has a server sample nothing until `resume`. Raises EngineError."""
         server.version = -1
         await self.client.post(server, "/pause?mode=keep", {})
+
+    async def start(self, server: Server) -> None:
+        """Begins an update. Raises EngineError."""
         await self.client.post(server, "/start_weight_update", {})
+
+    async def resume(self, server: Server) -> None:
+        """Has a server sample again, with what it has in its cache. Raises EngineError."""
+        await self.client.post(server, "/resume", {})
 
     async def update(self, server: Server, update_info: Any) -> None:
         """Has a server load the weights that `update_info` describes. Raises EngineError."""
@@ -55,11 +62,6 @@ class WeightUpdates:
         if held != str(version):
             raise WrongWeightVersionError(server.describe(), held, version)
         server.version = version
-
-    async def finish_and_resume(self, server: Server, version: int) -> None:
-        """Ends an update that `pause_and_start` began. Raises EngineError."""
-        await self.finish(server, version)
-        await self.client.post(server, "/resume", {})
 
     async def settle(self, server: Server) -> None:
         """Ends an update that failed; a server whose engine does not answer then is lost."""
@@ -154,16 +156,18 @@ class ServersReceiver:
         self._for_each(connect)
 
     def start_weight_update(self) -> None:
-        """Pauses every server and begins an update. Raises EngineError."""
-        self._for_each(self._updates.pause_and_start)
+        """Pauses every server, then begins an update on each. Raises EngineError."""
+        self._for_each(self._updates.pause)
+        self._for_each(self._updates.start)
 
     def update_weights(self, update_info: Any) -> None:
         """Has every server load weights. Raises EngineError."""
         self._for_each(lambda server: self._updates.update(server, update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Ends the update of every server and resumes it. Raises EngineError."""
-        self._for_each(lambda server: self._updates.finish_and_resume(server, self.version))
+        """Ends the update of every server, then resumes them. Raises EngineError."""
+        self._for_each(lambda server: self._updates.finish(server, self.version))
+        self._for_each(self._updates.resume)
 
     def load_stored_weights(self, update_info: dict[str, Any]) -> None:
         """Has every server load stored weights; one that fails at it is lost.
@@ -181,10 +185,18 @@ class ServersReceiver:
     def _for_each(self, step: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
         """Runs a step for all servers at once. Raises the first EngineError.
 
-        Each HTTP request has its limit, and ends when the pool is closed.
+        After an error no step of any server is running: a server that would still begin an update
+        could not begin the next one. Each HTTP request has its limit, and ends when the pool is
+        closed.
         """
 
         async def run_all() -> None:
-            await asyncio.gather(*(step(server) for server in self._servers))
+            tasks = [asyncio.ensure_future(step(server)) for server in self._servers]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
         self._loop.submit(run_all()).result()

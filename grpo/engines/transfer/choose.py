@@ -14,6 +14,9 @@ from grpo.engines.transfer.memory import MemorySender
 from grpo.engines.transfer.nccl import NcclSender
 from grpo.types import UserError
 
+# the entry point of pyproject.toml, by which vLLM's processes load our receivers
+PLUGIN = "grpo.engines.servers.plugin:register"
+
 SENDERS: dict[str, type[WeightSender]] = {
     "memory": MemorySender,
     "file": FileSender,
@@ -45,7 +48,7 @@ def choose_sender(servers: configs.Servers | None) -> type[WeightSender]:
 def _check_plugin() -> None:
     """Raises UserError unless vLLM's processes will load our receiving engines."""
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
-    if not any(plugin.name == "grpo" for plugin in plugins):
+    if not any(plugin.value == PLUGIN for plugin in plugins):
         raise UserError(
             "engine.servers: vLLM does not see grpo's plugin: install the package again "
             "(./launch/setup.sh)"

@@ -53,15 +53,17 @@ class FileSender:
 
         Raises EngineError if there is no room.
         """
+        num_bytes = required_bytes(stream)
         try:
             self.close()
             self._open()
-            self._mapped.write(stream, allocate=True)
+            self._mapped.reserve(num_bytes, allocate=True)
         except OSError as error:
             raise EngineError(
-                f"no room for {required_bytes(stream) / 2**30:.2f} GB of weights at {self.path}: "
+                f"no room for {num_bytes / 2**30:.2f} GB of weights at {self.path}: "
                 f"{error.strerror}"
             ) from None
+        self._mapped.fill(stream)
         os.fsync(self._file_descriptor)
         return {"path": self.path, "names": [info.name for info in stream.metadata()]}
 

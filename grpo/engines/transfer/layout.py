@@ -34,25 +34,28 @@ class MappedWeights:
         self._file_descriptor = file_descriptor
         self.bytes = torch.empty(0, dtype=torch.uint8)  # [file size], the mapping
 
-    def write(self, stream: WeightStream, *, allocate: bool) -> None:
-        """Writes every tensor of the stream.
+    def reserve(self, num_bytes: int, *, allocate: bool) -> None:
+        """Maps a file of that size.
 
         Args:
-            stream: the weights.
-            allocate: reserve the space first, so that a full disk is an error here and not SIGBUS
-                during a write through the mapping.
+            num_bytes: the size, see `required_bytes`.
+            allocate: reserve the space, so that a full disk is an error here and not SIGBUS during
+                a write through the mapping.
 
         Raises:
             OSError: there is no room.
         """
+        if self.bytes.numel() == num_bytes:
+            return
+        os.ftruncate(self._file_descriptor, num_bytes)
+        if allocate:
+            os.posix_fallocate(self._file_descriptor, 0, num_bytes)
+        mapping = mmap.mmap(self._file_descriptor, num_bytes)
+        self.bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    def fill(self, stream: WeightStream) -> None:
+        """Writes every tensor of the stream into the reserved space."""
         header, places = _layout(stream.metadata())
-        size = max(end for _, end in places.values())
-        if self.bytes.numel() != size:
-            os.ftruncate(self._file_descriptor, size)
-            if allocate:
-                os.posix_fallocate(self._file_descriptor, 0, size)
-            mapping = mmap.mmap(self._file_descriptor, size)
-            self.bytes = torch.frombuffer(mapping, dtype=torch.uint8)
         self.bytes[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         for name, tensor in stream:
             start, end = places.pop(name)

@@ -37,13 +37,15 @@ class MemorySender:
 
         Raises EngineError if there is no room.
         """
+        num_bytes = required_bytes(stream)
         try:
-            self._mapped.write(stream, allocate=False)
+            self._mapped.reserve(num_bytes, allocate=False)
         except OSError as error:
             raise EngineError(
-                f"no room for {required_bytes(stream) / 2**30:.2f} GB of weights in shared "
-                f"memory: {error.strerror}"
+                f"no room for {num_bytes / 2**30:.2f} GB of weights in shared memory: "
+                f"{error.strerror}"
             ) from None
+        self._mapped.fill(stream)
         return {"path": self.path, "names": [info.name for info in stream.metadata()]}
 
     def close(self) -> None:

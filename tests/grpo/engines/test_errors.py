@@ -12,7 +12,7 @@ EXAMPLES = {
     "EngineTimeoutError": (("the engine did not answer `x`", 5.0, "its log: f"), "within 5 s; its"),
     "EngineDiedError": (("generate", -9, "f"), r"killed by SIGKILL \(out of memory\?"),
     "ProcessNotEndedError": (("process 7", 10.0), "process 7 did not end within 10 s"),
-    "UnreachableError": (("http://s0", "/health", "ConnectError"), "/health at http://s0: Conn"),
+    "NoResponseError": (("http://s0", "/health", "ConnectError"), "/health at http://s0: Conn"),
     "ServerError": (("http://s0", "/pause", 500, "oh"), "/pause at http://s0: 500 oh"),
     "RefusedError": (("http://s0", "/pause", 404, "no"), "/pause at http://s0: 404 no"),
     "EngineDeadError": (("http://s0", "/health", 503, ""), "/health at http://s0: 503"),

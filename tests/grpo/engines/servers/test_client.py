@@ -14,12 +14,12 @@ from grpo.engines import (
     EngineError,
     IncompleteResponseError,
     MalformedResponseError,
+    NoResponseError,
     RefusedError,
     Request,
     SamplingOptions,
     ServerError,
     UnknownWeightVersionError,
-    UnreachableError,
 )
 from grpo.engines.servers.availability import WatchedServers
 from grpo.engines.servers.client import ServerClient
@@ -185,7 +185,7 @@ def test_a_wrong_token_is_the_users_mistake_and_silence_is_not(answers):
     queue.append((401, ""))
     with pytest.raises(UserError, match=r"refuses our token \(401\): set GRPO_ENGINE_TOKEN"):
         ask(url)
-    with pytest.raises(UnreachableError, match="ConnectError"):
+    with pytest.raises(NoResponseError, match="ConnectError"):
         ask(f"http://127.0.0.1:{free_port()}")
 
 

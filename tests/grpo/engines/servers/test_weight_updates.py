@@ -1,5 +1,8 @@
 """All servers as one receiver of weights, with a client that only records."""
 
+import asyncio
+import time
+
 import pytest
 
 from grpo import config as configs
@@ -69,6 +72,25 @@ def test_a_live_transfer_drives_all_servers_that_are_up(group):
         "/finish_weight_update",
         "/resume",
     ]
+
+
+def test_after_a_server_has_failed_no_step_of_another_goes_on(group):
+    """What it still posted would stand in the way of the second try."""
+    receiver, client, _ = group
+    receiver.members()
+    post = client.post
+
+    async def slow_or_refused(server, path, body, timeout_s=None):
+        if server.url == "s2":
+            raise EngineError("lost")
+        await asyncio.sleep(0.2)
+        await post(server, path, body)
+
+    client.post = slow_or_refused
+    with pytest.raises(EngineError, match="lost"):
+        receiver.start_weight_update()
+    time.sleep(0.5)
+    assert client.posts == []
 
 
 def test_a_server_that_acknowledges_another_version_is_an_error(group):
