@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import __version__
-from grpo.types import RunError, UserError
+from grpo.types import GrpoError, RunError, UserError
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -106,7 +106,7 @@ def _tell(error: Exception) -> None:
     from grpo.run import ranks
 
     is_reported_elsewhere = ranks.failed_elsewhere(error)
-    if isinstance(error, ranks.UnexpectedError) and error.__cause__ is not None:
+    if error.__cause__ is not None and not isinstance(error.__cause__, GrpoError):
         traceback.print_exception(error.__cause__)
     if is_reported_elsewhere or (ranks.local_rank() > 0 and isinstance(error, UserError)):
         with contextlib.suppress(KeyboardInterrupt):

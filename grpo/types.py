@@ -18,7 +18,7 @@ class GrpoError(Exception):
     """An error of ours, which ranks can send to each other.
 
     `known_to_all_ranks`: every rank raises it, so all can still do something together, such as
-    write a checkpoint. `failed_rank`: the rank that it began on, if the others only heard of it.
+    write a checkpoint. `failed_rank`: the rank that it began on; None if it was not sent.
     """
 
     known_to_all_ranks: bool = False

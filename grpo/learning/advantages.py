@@ -40,7 +40,7 @@ def advantages(
     batch          (R_t - mean) / (std + 1e-6) over all tokens of the batch, R_t the reward less
                    the penalties from t on
                    REINFORCE++ 2501.03262 Eq. 8-10
-    teacher        less the token's penalty, log(pi / pi_teacher)
+    teacher        -log(pi / pi_teacher) of the token, which is its penalty
                    GKD 2306.13649, with discount 0
 
     `advantages([[1, 0, 0, 1]], [[1] * 4], "group_std")` is +-1 (up to 1e-6). A completion without a

@@ -134,7 +134,7 @@ class NormLimit:
             return original(**options)
         gradients, experts = original()
         self.norm = float(torch.nn.utils.get_total_norm(gradients))
-        if self.norm > self._limit:
+        if not self.norm <= self._limit:  # NaN too
             gradients = [torch.full_like(gradients[0], math.inf)]
         return gradients, experts
 

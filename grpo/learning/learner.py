@@ -119,7 +119,7 @@ class Learner:
         self._policy: Policy = self._engine.module
         self._limit = NormLimit(self._engine.optimizer, settings.skip_grad_norm)
         # `share`: this rank's part of an update's micro-batches
-        self.share, self._reports = ranks.sequence_parallel_share(settings.sequence_parallel)
+        self.share, self._is_reporter = ranks.sequence_parallel_share(settings.sequence_parallel)
         self.updates = 0
         self._lost = 0  # updates in a row that were skipped
         self._reference_moved = False
@@ -188,8 +188,8 @@ class Learner:
         return lr
 
     def _counts(self, batch: Batch) -> bool:
-        """Returns whether this rank reports a micro-batch: ranks that share one have it alike."""
-        return self._reports and not batch.idle
+        """Returns whether this rank reports a micro-batch: of the ranks that share it one does."""
+        return self._is_reporter and not batch.idle
 
     def _num_tokens(self, batches: Sequence[Batch]) -> int:
         """Returns the completion tokens of an update on all ranks."""

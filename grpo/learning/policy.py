@@ -126,16 +126,16 @@ class Policy(nn.Module):
             logprobs.append(logprob)
             entropies.append(entropy)
             if teacher_states is not None:
-                divergence = checkpoint(
+                piece_divergence = checkpoint(
                     self._divergence, last, teacher_states.last[piece], use_reentrant=False
                 )
-                divergences.append(divergence)
+                divergences.append(piece_divergence)
             elif teacher_top is not None:
                 ids, top_logprobs = (part[piece] for part in teacher_top)
-                divergence = checkpoint(
+                piece_divergence = checkpoint(
                     self._top_divergence, last, ids, top_logprobs, use_reentrant=False
                 )
-                divergences.append(divergence)
+                divergences.append(piece_divergence)
         return PolicyOutput(
             logprobs=self._grid(logprobs, states.places),
             entropies=self._grid(entropies, states.places),

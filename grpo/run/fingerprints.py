@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,5 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 
 def of_problems(problems: Sequence[Problem]) -> str:
-    """Returns the fingerprint of problems in their order: ids, questions, answers, solutions."""
-    return of_text(
-        json.dumps([(each.id, each.question, each.answer, each.solution) for each in problems])
-    )
+    """Returns the fingerprint of problems with all their fields, in their order."""
+    return of_text(json.dumps([asdict(problem) for problem in problems], default=str))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from grpo.run.ports import free_port
+from grpo.run.addresses import free_port
 from grpo.types import GrpoError, RunError, UserError
 
 T = TypeVar("T")
@@ -34,10 +34,9 @@ class UnexpectedError(RunError):
 class ExchangeMismatchError(RunError):
     """Ranks met in different exchanges: they do not run the same program, or not the same config.
 
-    `exchanges`: per rank the name of the exchange and how many it has made.
+    All ranks raise it, and nothing is saved together after it: they may not even agree on how far
+    the run is. `exchanges`: per rank the name of the exchange and how many it has made.
     """
-
-    known_to_all_ranks = True
 
     def __init__(self, exchanges: Sequence[tuple[str, int]]) -> None:
         """`exchanges`: one per rank."""
@@ -160,7 +159,8 @@ def require_equal(fingerprints: Mapping[str, str]) -> None:
     `fingerprints`: what the ranks start from, by name: `{"config": "9f86d081884c7d65"}`.
     """
     of_ranks = all_gather("the fingerprints", dict(fingerprints))
-    differing = [name for name in fingerprints if len({each.get(name) for each in of_ranks}) > 1]
+    names = sorted(set().union(*of_ranks))  # the same on all ranks, which must all raise or none
+    differing = [name for name in names if len({each.get(name) for each in of_ranks}) > 1]
     if not differing:
         return
     details = []
@@ -206,8 +206,9 @@ def all_gather(what: str, value: T) -> list[T]:
 def all_gather_or_raise(what: str, work: Callable[[], T]) -> list[T]:
     """Returns what every rank's work returned.
 
-    An error of one rank is raised on all, with `known_to_all_ranks` and `failed_rank` set. An
-    exception that is none of ours is raised as UnexpectedError, with its cause where it happened.
+    An error of one rank is raised on all, with `known_to_all_ranks` and `failed_rank` set. With
+    several ranks an exception that is none of ours is raised as UnexpectedError, with its cause
+    where it happened; with one rank it is raised as it is.
     """
     if world_size() == 1:
         return [work()]

@@ -32,8 +32,9 @@ FREE_ON_RESUME = (
     "algorithm.no_signal",
 )
 
-# Keys whose values may differ between nodes: paths of local copies.
-LOCAL_KEYS = ("path", "warm_start", "teacher", "test_path")
+# Keys that may differ between the ranks of a run: the machine's own, and paths of local copies.
+LOCAL_KEYS = ("run_dir", "learner.threads", "logging.progress", "engine.servers.cores")
+PATH_KEYS = ("path", "test_path", "warm_start", "teacher")
 
 
 def check_same(folder: Path, config: RunConfig) -> None:
@@ -55,16 +56,16 @@ def check_same(folder: Path, config: RunConfig) -> None:
         )
 
 
-def deciding_values(config: RunConfig) -> dict[str, str]:
-    """Returns what ranks must have alike, by dotted key: `{"learner.lr": "1e-06"}`.
+def shared_values(config: RunConfig) -> dict[str, str]:
+    """Returns what the ranks of a run must have alike, by dotted key: `{"learner.lr": "1e-06"}`.
 
-    Left out are keys that may change on resume, and paths: a node may have a local copy.
+    Left out is what may differ from node to node: LOCAL_KEYS, and paths of local copies.
     """
     values = _flatten(yaml.safe_load(configs.dump(config)))
     return {
         key: str(value)
         for key, value in values.items()
-        if not _may_change(key, config) and key.rpartition(".")[2] not in LOCAL_KEYS
+        if key not in LOCAL_KEYS and key.rpartition(".")[2] not in PATH_KEYS
     }
 
 

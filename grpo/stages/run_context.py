@@ -22,7 +22,7 @@ from grpo.run.directory import RunDirectory, write_file
 from grpo.run.display import Display
 from grpo.run.signals import Signals
 from grpo.run.trackers import Trackers
-from grpo.stages.resume import check_same, deciding_values
+from grpo.stages.resume import check_same, shared_values
 from grpo.types import UserError
 
 PACKAGES = (
@@ -81,14 +81,13 @@ def open_stage(
 
     Raises:
         UserError: The directory holds a run; with `resume`, it holds none or one with a different
-            config. Or the ranks have different code, or configs that
-            differ in what decides the results.
+            config. Or the ranks have different code or configs.
     """
     if ranks.world_size() > 1:
         ranks.join(config.longest_wait_s)
     run = RunDirectory(config.run_dir, resume=resume)
     if ranks.world_size() > 1:
-        ranks.require_equal({"code": fingerprints.of_code(), **deciding_values(config)})
+        ranks.require_equal({"code": fingerprints.of_code(), **shared_values(config)})
     if resume:
         check_same(run.path, config)
     is_rank0 = ranks.rank() == 0
@@ -119,7 +118,10 @@ def open_stage(
             if isinstance(error, UserError) and not resume and not run.began():
                 run.clear()
             else:
-                run.update_manifest(status=f"stopped: {type(error).__name__}", ended=_now())
+                cause = error.__cause__ if isinstance(error, ranks.UnexpectedError) else None
+                run.update_manifest(
+                    status=f"stopped: {type(cause or error).__name__}", ended=_now()
+                )
             raise
         ranks.all_gather("the end", None)
         entries = {"status": "finished", "ended": _now()}

@@ -237,8 +237,9 @@ def _load_checkpoint(assembly: Assembly, context: RunContext) -> dict[str, Any] 
 def _save_if_possible(loop: Loop, error: Exception) -> None:
     """Saves the last whole rollout before a run stops, where all ranks can do so together."""
     progress = loop.progress
-    stops_between_rollouts = isinstance(error, Interrupted | Exhausted)
-    if not stops_between_rollouts and not (progress.savable and ranks.known_to_all(error)):
+    # these two are raised only where nothing of a rollout's updates is half applied
+    learner_is_whole = isinstance(error, Interrupted | Exhausted)
+    if not learner_is_whole and not (progress.savable and ranks.known_to_all(error)):
         return
     outcome = ": nothing to save yet"
     if progress.rollout:

@@ -15,7 +15,8 @@ from grpo.run.display import Display
 class Journal:
     """Records a run's rows of metrics and collects the alarms that they raise.
 
-    `alarm_rules` are the rules of the diagnosis whose findings are alarms. `latest` is the last
+    `alarm_rules` are the rules of the diagnosis whose findings are alarms, with what is done then
+    (`logging.alarms`). `latest` is the last
     row's numbers, by which a checkpoint is judged.
     """
 

@@ -1,6 +1,7 @@
 """The training loop: sample, select, compute advantages, update, sync, verify, record.
 
-It holds the run's counters; all other state over time is in the learner and in the selection.
+It holds the run's counters; all other state over time is in the learner, the selection and the
+journal.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from grpo.metrics import roofline
 from grpo.run import ranks
 from grpo.run.directory import RunDirectory
 from grpo.run.display import Display, Timer
-from grpo.run.signals import Interrupted, Signals
+from grpo.run.signals import Signals
 from grpo.training.journal import Journal
 from grpo.training.rollouts import RolloutGroups, Rollouts
 from grpo.training.step_metrics import MachineReport, StepReport, start_row, step_row
@@ -27,14 +28,15 @@ from grpo.types import Exhausted, ScoredGroup
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run is; part of every checkpoint."""
+    """How far a run is. `rollout`, `idle` and `selection` are part of every checkpoint."""
 
     rollout: int = 0  # whole rollouts, with their updates
     saved: int = -1  # rollouts of the last checkpoint
     idle: int = 0  # rollouts in a row without an update
     selection: dict[str, Any] = field(default_factory=dict)  # after the last whole rollout
     # False while the learner is in the middle of a rollout's updates, or its weights are in doubt:
-    # such a state is not saved
+    # after an error such a state is not saved. Interrupted and Exhausted are raised only where the
+    # learner is whole.
     savable: bool = True
 
 
@@ -106,7 +108,7 @@ class Loop:
             error = failure
             if isinstance(failure, EngineError):
                 self.progress.savable = True  # nothing speaks against the learner's weights
-            if not (ranks.known_to_all(failure) or isinstance(failure, Interrupted)):
+            if not ranks.known_to_all(failure):
                 raise
         self.journal.record(step_row(report, self._machine_report(), self.config, timer))
         if error is not None:

@@ -103,7 +103,7 @@ class Updater:
         # policy that learns nothing.
         parts = [part for part in parts if any(any(sample.advantages) for sample in part)]
         ranks.all_gather_or_raise("the update", self.check_signals)
-        batches = self.prepare(parts, rollout)
+        batches = self.prepare(parts, rollout) if parts else []
         updates_before = self.learner.updates
         reports: list[dict[str, float]] = []
         for epoch in range(train.epochs):

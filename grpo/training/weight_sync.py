@@ -1,6 +1,7 @@
-"""Proof that the engine holds the learner's weights.
+"""Sends the learner's weights to the engine (`sync`) and checks that it holds them.
 
-Both score the same tokens, after every sync, and once with a canary.
+Both score the same tokens: after every sync (`probe`), and once, at the start of a run, with
+visibly changed weights (`canary`).
 
 The engine's side is what it samples with: prompts of more than one KV block, always the same, so
 that a prefix cached under older weights shows too (scoring given tokens would skip the cache).
@@ -19,7 +20,7 @@ from grpo.learning.batch import micro_batches
 from grpo.learning.learner import Learner
 from grpo.run import ranks
 from grpo.run.signals import Signals
-from grpo.types import Batch, RunError, Sample
+from grpo.types import Batch, GrpoError, RunError, Sample
 
 PROMPT_TOKENS = 96  # three KV blocks on a CPU: the first two are found in the cache
 # Measured gaps: 1e-6 in float32, 0.03-0.07 in bfloat16 on SmolLM2-135M.
@@ -268,8 +269,10 @@ def sync(
     try:
         with held:
             report = engine.load_weights(learner.weights(), version)
+    except GrpoError as error:
+        raise ranks.BrokenExchangeError(str(error)) from error
     except Exception as error:
-        raise ranks.BrokenExchangeError(str(error)) from None
+        raise ranks.BrokenExchangeError(f"{type(error).__name__}: {error}") from error
     reports = ranks.all_gather("the weight sync of the other ranks", report)
     return replace(reports[0], seconds=max(each.seconds for each in reports))
 

@@ -17,7 +17,7 @@ from grpo.engines import EngineError
 from grpo.engines.servers import pool as pool_module
 from grpo.engines.servers import supervisor
 from grpo.engines.servers.guard import TOKEN_VARIABLE
-from grpo.run.ports import free_port
+from grpo.run.addresses import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from grpo.run.ports import free_port
+from grpo.run.addresses import free_port
 
 
 @contextlib.contextmanager

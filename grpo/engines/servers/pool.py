@@ -34,7 +34,7 @@ from grpo.engines.transfer.choose import choose_sender
 from grpo.engines.transfer.interface import SenderOptions, WeightSender
 from grpo.engines.vllm_options import ServedModel
 from grpo.run import ranks
-from grpo.run.ports import free_port
+from grpo.run.addresses import free_port
 from grpo.types import Completion, UserError
 
 

@@ -23,7 +23,7 @@ from grpo.engines.servers.loop_thread import LoopThread
 from grpo.engines.servers.server import Server
 from grpo.engines.servers.state import PoolState
 from grpo.engines.servers.weight_updates import WeightUpdates
-from grpo.run.ports import free_port
+from grpo.run.addresses import free_port
 from grpo.types import Completion
 
 WATCH_S = 1.0  # between looks at a server

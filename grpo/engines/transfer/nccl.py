@@ -14,7 +14,7 @@ from grpo.engines import EngineError, EngineTimeoutError
 from grpo.engines.transfer.checksums import WeightStream
 from grpo.engines.transfer.interface import SenderOptions, WeightReceiver
 from grpo.run import ranks
-from grpo.run.ports import address_towards, free_port
+from grpo.run.addresses import address_towards, free_port
 
 LEAVE_LIMIT_S = 20.0  # the longest wait for a failed send to notice that its group is gone
 

@@ -40,7 +40,9 @@ def test_an_error_keeps_its_fields_and_its_message_when_it_is_sent_to_another_ra
     error = getattr(grpo.engines, name)(*fields)
     with pytest.raises(EngineError, match=message):
         raise error
-    error.of_all = True
+    error.known_to_all_ranks = True
+    error.failed_rank = 3
     copy = pickle.loads(pickle.dumps(error))
-    assert type(copy) is type(error) and str(copy) == str(error) and copy.of_all
+    assert type(copy) is type(error) and str(copy) == str(error) and copy.known_to_all_ranks
+    assert copy.failed_rank == 3
     assert is_dataclass(copy) and astuple(copy) == fields

@@ -26,7 +26,7 @@ from grpo.engines import SyncReport
 from grpo.learning import models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.run import fingerprints, ranks, signals
-from grpo.run.ports import free_port
+from grpo.run.addresses import free_port
 from grpo.training.weight_sync import sync
 from grpo.types import Problem, RunError
 
@@ -163,6 +163,11 @@ try:
     ranks.require_equal({"code": "1", "config": f"of rank {ranks.rank()}"})
 except Exception as error:
     print(f"rank {ranks.rank()}:", error, error.known_to_all_ranks, flush=True)
+try:
+    more = {} if ranks.rank() == 0 else {"rewards.format": "1"}
+    ranks.require_equal({"code": "1"} | more)
+except Exception as error:
+    print(f"rank {ranks.rank()}:", error, error.known_to_all_ranks, flush=True)
 """
 
 
@@ -185,7 +190,9 @@ def test_ranks_that_meet_in_different_exchanges_do_not_get_each_others_values(tm
             f"rank {rank}: the ranks do not start from the same config (config: rank 0 of rank 0, "
             "rank 1 of rank 1)" in done.stdout
         )
-    assert done.stdout.count("True") == 2
+        # a key that only one rank has is an error on both
+        assert f"rank {rank}: the ranks do not start from the same rewards.format" in done.stdout
+    assert done.stdout.count("True") == 4
 
 
 def test_fingerprints_tell_code_tokenizers_and_problems_apart(tiny):

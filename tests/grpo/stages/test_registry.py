@@ -8,6 +8,7 @@ from grpo import cli
 from grpo import config as configs
 from grpo.config import RunConfig, Section
 from grpo.stages.registry import STAGES, stage_of
+from grpo.stages.resume import shared_values
 from grpo.stages.stage import (
     Check,
     DiskNeeds,
@@ -156,3 +157,15 @@ def test_a_new_kind_has_its_command_its_dry_run_and_its_doctor(tiny, tmp_path, m
     assert cli.main(["doctor", str(tmp_path / "c.yaml")]) == 0
     out = capsys.readouterr().out
     assert "warn  problems       8 to count" in out and "-> count them" in out
+
+
+def test_ranks_compare_all_keys_but_those_of_a_machine():
+    config = configs.parse(TREE | SAMPLED | TRAIN)
+    values = shared_values(config)
+    assert values["train.rollouts"] == "3" and values["learner.lr"] == "1e-06"
+    assert (
+        "eval.every" in values
+        and "engine.timeout_s" in values
+        and "rewards.format.weight" in values
+    )
+    assert not {"run_dir", "model.path", "data.path", "learner.threads"} & values.keys()

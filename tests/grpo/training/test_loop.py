@@ -323,6 +323,12 @@ def test_top_entropy_gives_an_advantage_to_that_share_of_tokens(tiny, tmp_path):
     assert float(chosen.float().mean()) == pytest.approx(0.25, abs=0.02)
 
 
+def test_top_entropy_has_nothing_to_choose_from_without_a_signal(tiny, tmp_path):
+    loop = make_loop(tmp_path, tiny, reward=lambda *_: 1.0, algorithm={"top_entropy": 0.25})
+    loop.step()
+    assert loop.journal.latest["update/made"] == 0 and loop.progress.idle == 1
+
+
 def test_the_reference_is_the_policy_after_a_reset_and_before_it_the_start(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, algorithm={"kl_coef": 0.1, "reference_reset": 2})
 

@@ -28,7 +28,7 @@ from grpo.engines.servers.server import Server
 from grpo.engines.servers.state import PoolState
 from grpo.engines.servers.supervisor import Supervisor
 from grpo.engines.servers.weight_updates import WeightUpdates
-from grpo.run.ports import free_port
+from grpo.run.addresses import free_port
 from grpo.types import UserError
 
 REQUEST = Request(prompt_ids=(5, 6), seed=7, n=2)
