@@ -155,19 +155,22 @@ CROSSED = """
 import sys
 from grpo.run import ranks
 ranks.join(20)
+def say(text):  # in one piece: both ranks write to one pipe
+    sys.stdout.write(f"rank {ranks.rank()}: {text}\\n")
+    sys.stdout.flush()
 try:
     ranks.all_gather("the groups" if ranks.rank() == 0 else "the end", f"of rank {ranks.rank()}")
 except ranks.ExchangeMismatchError as error:
-    print(f"rank {ranks.rank()}:", error, flush=True)
+    say(error)
 try:
     ranks.require_equal({"code": "1", "config": f"of rank {ranks.rank()}"})
 except Exception as error:
-    print(f"rank {ranks.rank()}:", error, error.known_to_all_ranks, flush=True)
+    say(f"{error} {error.known_to_all_ranks}")
 try:
     more = {} if ranks.rank() == 0 else {"rewards.format": "1"}
     ranks.require_equal({"code": "1"} | more)
 except Exception as error:
-    print(f"rank {ranks.rank()}:", error, error.known_to_all_ranks, flush=True)
+    say(f"{error} {error.known_to_all_ranks}")
 """
 
 
