@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import __version__
-from grpo.types import GrpoError, RunError, UserError
+from grpo.types import RunError, UserError
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -106,7 +106,8 @@ def _tell(error: Exception) -> None:
     from grpo.run import ranks
 
     is_reported_elsewhere = ranks.failed_elsewhere(error)
-    if error.__cause__ is not None and not isinstance(error.__cause__, GrpoError):
+    is_unexpected = isinstance(error, ranks.UnexpectedError | ranks.BrokenExchangeError)
+    if is_unexpected and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
     if is_reported_elsewhere or (ranks.local_rank() > 0 and isinstance(error, UserError)):
         with contextlib.suppress(KeyboardInterrupt):
@@ -130,7 +131,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from grpo.stages.registry import STAGES
+    from grpo.stages.registry import SUMMARIES
 
     parser = argparse.ArgumentParser(
         prog="grpo",
@@ -140,10 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for stage in STAGES.values():
-        command = _add_config_command(commands, stage.command, stage.summary)
+    for name, summary in SUMMARIES.items():
+        command = _add_config_command(commands, name, summary)
         command.set_defaults(handler=_stage)
-        if stage.command == "eval":
+        if name == "eval":
             command.set_defaults(handler=_eval)
             command.add_argument(
                 "--ask",
@@ -270,15 +271,12 @@ def _add_report(commands: Any) -> None:
 def _stage(options: argparse.Namespace) -> int:
     """Runs one of the stages."""
     from grpo import config as configs
-    from grpo.stages.registry import STAGES
-    from grpo.stages.run_context import require_one_rank
+    from grpo.stages.registry import find_stage
 
-    stage = STAGES[options.command]
+    stage = find_stage(options.command)
     config: Any = configs.load(options.config, options.overrides, stage.config_class)
     if options.dry_run:
         return _dry_run(stage, config)
-    if not stage.multi_rank:
-        require_one_rank(stage.command)
     stage.run(config, resume=_resumes(options, config))
     return 0
 
@@ -321,7 +319,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     """Measures, or simulates, the phases of a train config."""
     from grpo import config as configs
-    from grpo.stages.registry import STAGES
+    from grpo.stages.registry import find_stage
     from grpo.stages.run_context import require_one_rank
     from grpo.tools import bench
 
@@ -331,7 +329,7 @@ def _bench(options: argparse.Namespace) -> int:
         print(bench.simulate(config, options.simulate, options.mean))
         return 0
     if options.dry_run:
-        return _dry_run(STAGES["train"], config)
+        return _dry_run(find_stage("train"), config)
     bench.bench(config, resume=_resumes(options, config))
     return 0
 

@@ -13,7 +13,7 @@ from random_loop import make_loop
 from grpo import cli
 from grpo import config as configs
 from grpo.metrics.diagnosis import RULES
-from grpo.stages.registry import STAGES, stage_of
+from grpo.stages.registry import find_stage, stage_of
 from grpo.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -38,9 +38,9 @@ def test_a_command_with_a_config_loads_it(page, line):
     if command == "doctor":
         stage = stage_of(configs.read_yaml(str(ROOT / config)))
     elif command == "bench":
-        stage = STAGES["train"]
+        stage = find_stage("train")
     else:
-        stage = STAGES[command]
+        stage = find_stage(command)
     configs.load(str(ROOT / config), overrides, stage.config_class)
 
 

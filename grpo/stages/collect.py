@@ -227,10 +227,8 @@ def _trace(row: dict[str, Any], number: int) -> dict[str, Any]:
 
 class _CollectStage:
     command = "collect"
-    summary = "sample completions and keep the right, readable ones as traces"
     config_class = CollectConfig
     sections = ("collect",)
-    multi_rank = False
 
     def run(self, config: CollectConfig, *, resume: bool) -> None:
         collect(config, resume=resume)

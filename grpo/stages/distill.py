@@ -158,17 +158,13 @@ class SoftLoop:
 
     def resume(self) -> None:
         """Loads the last checkpoint, and drops what was written after it."""
-        run, display = self.context.run, self.context.display
+        run = self.context.run
         checkpoint, _ = run.last_state()
-        if not checkpoint:
-            run.cut(-1)
-            display.say("no checkpoint yet: starting again")
-            return
-        with quiet(run.log_file("learner")):
-            self.learner.load(checkpoint)
-        self.num_saved = self.learner.updates
-        run.cut(self.learner.updates)
-        display.say(f"resumed after update {self.learner.updates}")
+        if checkpoint:
+            with quiet(run.log_file("learner")):
+                self.learner.load(checkpoint)
+            self.num_saved = self.learner.updates
+        self.context.continue_after(self.learner.updates if checkpoint else None, "update")
 
     def train(self) -> None:
         """Runs to the last update and saves. On Interrupted it saves and raises."""
@@ -324,10 +320,8 @@ def samples(
 
 class _DistillStage:
     command = "distill"
-    summary = "a teacher's reasoning into a student: by text, by its distribution, or on-policy"
     config_class = DistillConfig
     sections = ("way",)
-    multi_rank = True
 
     def run(self, config: DistillConfig, *, resume: bool) -> None:
         distill(config, resume=resume)

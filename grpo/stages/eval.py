@@ -358,13 +358,8 @@ def _rates_of_file(folder: Path, file: Path) -> dict[str, float]:
 
 class _EvalStage:
     command = "eval"
-    summary = (
-        "judge a model by a config's prompts and rewards; or "
-        "compare two: `grpo eval RUN RUN`; or ask it: --ask"
-    )
     config_class = EvalConfig
     sections = ("sets", "endpoint")
-    multi_rank = False
 
     def run(self, config: EvalConfig, *, resume: bool) -> None:
         eval(config, resume=resume)

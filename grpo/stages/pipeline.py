@@ -23,7 +23,9 @@ from grpo.config.reading import apply_overrides, read_yaml
 from grpo.experience.prompts import Prompts
 from grpo.run.directory import RunDirectory, read_metrics, write_file
 from grpo.run.signals import Interrupted
+from grpo.stages.registry import find_stage
 from grpo.stages.resume import check_same
+from grpo.stages.run_context import require_one_rank
 from grpo.stages.stage import Check, Part, Stage
 from grpo.types import Problem, RunError, UserError
 
@@ -33,6 +35,7 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
 
     Raises UserError for any stage's mistake before the first one starts.
     """
+    require_one_rank("pipeline")
     steps = checked(config)
     run = RunDirectory(
         config.run_dir, resume=resume or (Path(config.run_dir) / "manifest.json").exists()
@@ -69,9 +72,7 @@ def checked(config: PipelineConfig) -> list[tuple[str, str, list[str]]]:
 
 def _load(command: str, arguments: list[str]) -> RunConfig:
     """Returns the checked config of a step. `arguments` are `[config, override, ...]`."""
-    from grpo.stages.registry import STAGES  # which has this file's stage too
-
-    config: RunConfig = configs.load(arguments[0], arguments[1:], STAGES[command].config_class)
+    config: RunConfig = configs.load(arguments[0], arguments[1:], find_stage(command).config_class)
     return config
 
 
@@ -240,10 +241,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 class _PipelineStage:
     command = "pipeline"
-    summary = "run a chain of stages and judge the model of each"
     config_class = PipelineConfig
     sections = ("stages",)
-    multi_rank = False
 
     def run(self, config: PipelineConfig, *, resume: bool) -> None:
         pipeline(config, resume=resume)

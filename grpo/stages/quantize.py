@@ -149,10 +149,8 @@ def write_quantized(
 
 class _QuantizeStage:
     command = "quantize"
-    summary = "write a finished model in int8 and int4, and judge it before and after"
     config_class = QuantizeConfig
     sections = ("quantize",)
-    multi_rank = False
 
     def run(self, config: QuantizeConfig, *, resume: bool) -> None:
         quantize(config, resume=resume)

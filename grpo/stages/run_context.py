@@ -53,6 +53,19 @@ class RunContext:
         self.run.append_metrics(row)
         self.trackers.log(row)
 
+    def continue_after(self, done: int | None, unit: str) -> None:
+        """Drops what was written after a checkpoint, and says where the run continues.
+
+        Args:
+            done: how many units the checkpoint has; None if the run has no checkpoint yet.
+            unit: "rollout" or "update".
+        """
+        self.run.cut(-1 if done is None else done)
+        if done is None:
+            self.display.say("no checkpoint yet: starting again")
+        else:
+            self.display.say(f"resumed after {unit} {done}")
+
 
 def require_one_rank(command: str) -> None:
     """Raises UserError if a launcher started several ranks of a command that is one process."""

@@ -67,10 +67,7 @@ def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool)
     checkpoint, state = run.last_state() if resume else (None, {})
     done = state["step"] if checkpoint else 0
     if resume:
-        run.cut(done if checkpoint else -1)
-        display.say(
-            f"resumed after update {done}" if checkpoint else "no checkpoint yet: starting again"
-        )
+        context.continue_after(done if checkpoint else None, "update")
     with quiet(run.log_file("learner")):
         from grpo.learning.supervised import SupervisedTrainer
 
@@ -152,10 +149,8 @@ def rows(
 
 class _SftStage:
     command = "sft"
-    summary = "fine-tune on worked solutions"
     config_class = SftConfig
     sections = ("sft",)
-    multi_rank = True
 
     def run(self, config: SftConfig, *, resume: bool) -> None:
         sft(config, resume=resume)

@@ -118,20 +118,12 @@ class Stage(Protocol[C]):
         """The command of the CLI: `sft`."""
 
     @property
-    def summary(self) -> str:
-        """One line of help."""
-
-    @property
     def config_class(self) -> type[C]:
         """The class of its configs."""
 
     @property
     def sections(self) -> tuple[str, ...]:
         """Config keys by which its configs are recognised."""
-
-    @property
-    def multi_rank(self) -> bool:
-        """Whether it can run on several learner ranks."""
 
     def run(self, config: C, *, resume: bool) -> None:
         """Runs the stage to its end. Raises UserError, RunError, Interrupted."""

@@ -224,14 +224,9 @@ def _load_checkpoint(assembly: Assembly, context: RunContext) -> dict[str, Any] 
         with quiet(run.log_file("learner")):
             assembly.learner.load(checkpoint)
         loop.resume(state)
-    done = loop.progress.rollout
-    run.cut(done if checkpoint else -1)
+    context.continue_after(loop.progress.rollout if checkpoint else None, "rollout")
     loop.journal.watch = Watch(ranks.all_gather("the metrics so far", run.read_metrics())[0])
-    if not checkpoint:
-        context.display.say("no checkpoint yet: starting again")
-        return None
-    context.display.say(f"resumed after rollout {done}")
-    return state
+    return state if checkpoint else None
 
 
 def _save_if_possible(loop: Loop, error: Exception) -> None:
@@ -350,10 +345,8 @@ def _warm_started(config: SftConfig, context: RunContext) -> str:
 
 class _TrainStage:
     command = "train"
-    summary = "train by GRPO"
     config_class = Config
     sections = ()
-    multi_rank = True
 
     def run(self, config: Config, *, resume: bool) -> None:
         train(config, resume=resume)

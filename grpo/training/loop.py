@@ -158,6 +158,8 @@ class Loop:
 
     def _kl_penalties(self, groups: list[ScoredGroup]) -> list[list[list[float]]] | None:
         """Returns what each token is charged, by group and completion; None without penalties."""
+        if self.updater.penalty_estimator is None:
+            return None
         zeros = [[(0.0,) * length for length in row] for row in lengths(groups)]
         # undecided completions too, so that penalties and completions have the same places
         decided = [replace(scored, rewards=(0.0,) * len(scored.rewards)) for scored in groups]

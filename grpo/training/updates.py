@@ -52,14 +52,8 @@ class Updater:
         That is the recipe's KL in the reward, or log pi / pi_teacher with a teacher as critic. A
         recipe without either has none.
         """
-        algorithm = self.config.algorithm
-        if algorithm.advantage == "teacher":
-            estimator = "k1"
-        elif algorithm.kl_coef and algorithm.kl_in == "reward":
-            estimator = algorithm.kl_estimator
-        else:
-            return None
-        if not samples:
+        estimator = self.penalty_estimator
+        if estimator is None or not samples:
             return None
         batches = self._micro_batches(samples)
         policy = self.learner.score(batches)
@@ -76,6 +70,16 @@ class Updater:
         for part in ranks.all_gather("the penalties", local_penalties):
             all_penalties.update(part)
         return [all_penalties[i] for i in range(len(samples))]
+
+    @property
+    def penalty_estimator(self) -> str | None:
+        """The KL estimator of `kl_penalties`; None if the recipe charges nothing."""
+        algorithm = self.config.algorithm
+        if algorithm.advantage == "teacher":
+            return "k1"
+        if algorithm.kl_coef and algorithm.kl_in == "reward":
+            return algorithm.kl_estimator
+        return None
 
     @property
     def penalty_coefficient(self) -> float:

@@ -270,7 +270,7 @@ def sync(
         with held:
             report = engine.load_weights(learner.weights(), version)
     except GrpoError as error:
-        raise ranks.BrokenExchangeError(str(error)) from error
+        raise ranks.BrokenExchangeError(str(error)) from None
     except Exception as error:
         raise ranks.BrokenExchangeError(f"{type(error).__name__}: {error}") from error
     reports = ranks.all_gather("the weight sync of the other ranks", report)

@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
-from grpo.engines import EngineError
 from grpo.engines.transfer.checksums import WeightStream
 from grpo.engines.transfer.interface import SenderOptions, WeightReceiver
-from grpo.engines.transfer.layout import MappedWeights, required_bytes
+from grpo.engines.transfer.layout import MappedWeights, no_room, required_bytes, update_info
 
 
 class FileSender:
@@ -41,8 +40,7 @@ class FileSender:
         self._num_written += 1
         self.path = str((self._folder / f"weights-{self._num_written}.safetensors").absolute())
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._file_descriptor = os.open(self.path, flags, 0o600)
-        self._mapped = MappedWeights(self._file_descriptor)
+        self._mapped = MappedWeights(os.open(self.path, flags, 0o600))
 
     def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
         """Writes the weights, then has the receiver load them. Raises EngineError."""
@@ -59,18 +57,12 @@ class FileSender:
             self._open()
             self._mapped.reserve(num_bytes, allocate=True)
         except OSError as error:
-            raise EngineError(
-                f"no room for {num_bytes / 2**30:.2f} GB of weights at {self.path}: "
-                f"{error.strerror}"
-            ) from None
+            raise no_room(num_bytes, f"at {self.path}", error) from None
         self._mapped.fill(stream)
-        os.fsync(self._file_descriptor)
-        return {"path": self.path, "names": [info.name for info in stream.metadata()]}
+        self._mapped.flush()
+        return update_info(self.path, stream)
 
     def close(self) -> None:
         """Deletes the file."""
         self._mapped.close()
-        if self._file_descriptor >= 0:
-            os.close(self._file_descriptor)
-            self._file_descriptor = -1
         Path(self.path).unlink(missing_ok=True)

@@ -63,7 +63,7 @@ class WeightSender(Protocol):
     """One transport, seen from the trainer.
 
     Attributes:
-        backend: the name of the receiving engine for vLLM (registration.py).
+        backend: the name of the receiving engine for vLLM (receiver_registration.py).
         keeps_weights: whether the weights sent last stay readable, so that an engine that starts
             later takes them without another send.
         buffer_bytes: device memory that a send needs on each side, in bytes.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from grpo.engines import EngineError
 from grpo.engines.transfer.checksums import TensorInfo, WeightStream
 
 DTYPE_NAMES = {
@@ -27,10 +28,10 @@ DTYPE_NAMES = {
 
 
 class MappedWeights:
-    """A writable mapping of a file descriptor that holds one model's weights as safetensors."""
+    """A writable mapping of a file that holds one model's weights as safetensors."""
 
     def __init__(self, file_descriptor: int) -> None:
-        """Maps nothing yet; `file_descriptor` stays the caller's to close."""
+        """Maps nothing yet; `close` closes `file_descriptor` too."""
         self._file_descriptor = file_descriptor
         self.bytes = torch.empty(0, dtype=torch.uint8)  # [file size], the mapping
 
@@ -63,15 +64,34 @@ class MappedWeights:
         if places:
             raise RuntimeError(f"weights that were announced and not sent: {', '.join(places)}")
 
+    def flush(self) -> None:
+        """Writes the file to its disk."""
+        os.fsync(self._file_descriptor)
+
     def close(self) -> None:
-        """Drops the mapping; it is unmapped with the last tensor that views it."""
+        """Drops the mapping, which is unmapped with the last tensor that views it."""
         self.bytes = torch.empty(0, dtype=torch.uint8)
+        if self._file_descriptor >= 0:
+            os.close(self._file_descriptor)
+            self._file_descriptor = -1
 
 
 def required_bytes(stream: WeightStream) -> int:
     """Returns the size in bytes of a file that holds the stream."""
     _, places = _layout(stream.metadata())
     return max(end for _, end in places.values())
+
+
+def no_room(num_bytes: int, place: str, error: OSError) -> EngineError:
+    """Returns the error for weights that a place has no room for: "in shared memory"."""
+    return EngineError(
+        f"no room for {num_bytes / 2**30:.2f} GB of weights {place}: {error.strerror}"
+    )
+
+
+def update_info(path: str, stream: WeightStream) -> dict[str, object]:
+    """Returns what a receiver must know of stored weights (`UpdateInfo` in receivers.py)."""
+    return {"path": path, "names": [info.name for info in stream.metadata()]}
 
 
 def read_tensors(path: str, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:

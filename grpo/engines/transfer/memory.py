@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
-from grpo.engines import EngineError
 from grpo.engines.transfer.checksums import WeightStream
 from grpo.engines.transfer.interface import SenderOptions, WeightReceiver
-from grpo.engines.transfer.layout import MappedWeights, required_bytes
+from grpo.engines.transfer.layout import MappedWeights, no_room, required_bytes, update_info
 
 
 class MemorySender:
@@ -24,9 +23,9 @@ class MemorySender:
     def __init__(self, options: SenderOptions) -> None:
         """Creates the shared memory; `options` are not used."""
         self.buffer_bytes = 0
-        self._file_descriptor = os.memfd_create("grpo-weights", os.MFD_CLOEXEC)
-        self._mapped = MappedWeights(self._file_descriptor)
-        self.path = f"/proc/{os.getpid()}/fd/{self._file_descriptor}"
+        file_descriptor = os.memfd_create("grpo-weights", os.MFD_CLOEXEC)
+        self._mapped = MappedWeights(file_descriptor)
+        self.path = f"/proc/{os.getpid()}/fd/{file_descriptor}"
 
     def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
         """Writes the weights, then has the receiver load them. Raises EngineError."""
@@ -41,16 +40,10 @@ class MemorySender:
         try:
             self._mapped.reserve(num_bytes, allocate=False)
         except OSError as error:
-            raise EngineError(
-                f"no room for {num_bytes / 2**30:.2f} GB of weights in shared memory: "
-                f"{error.strerror}"
-            ) from None
+            raise no_room(num_bytes, "in shared memory", error) from None
         self._mapped.fill(stream)
-        return {"path": self.path, "names": [info.name for info in stream.metadata()]}
+        return update_info(self.path, stream)
 
     def close(self) -> None:
         """Frees the memory; an engine that still maps it keeps its own mapping."""
         self._mapped.close()
-        if self._file_descriptor >= 0:
-            os.close(self._file_descriptor)
-            self._file_descriptor = -1

@@ -1,5 +1,8 @@
 """Kinds of stages: each answers for itself, and a new one is a file and a line in the registry."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import yaml
 from pydantic import Field
@@ -7,7 +10,7 @@ from pydantic import Field
 from grpo import cli
 from grpo import config as configs
 from grpo.config import RunConfig, Section
-from grpo.stages.registry import STAGES, stage_of
+from grpo.stages.registry import find_stage, stage_of
 from grpo.stages.resume import shared_values
 from grpo.stages.stage import (
     Check,
@@ -88,7 +91,7 @@ def test_what_is_written_is_counted():
 
 def test_distill_consists_of_the_stages_of_its_way():
     tree = TREE | TAUGHT | SAMPLED | {"collect": {"problems": 4}, "sft": {"updates": 1}}
-    stage = STAGES["distill"]
+    stage = find_stage("distill")
     config = configs.parse(tree | {"way": "sequence"}, kind=stage.config_class)
     sampled, learned = stage.parts(config)
     assert (sampled.stage.command, sampled.config.model.path) == ("collect", "tiny-llama")
@@ -111,10 +114,8 @@ class CountStage:
     """A kind that is in no file of the package."""
 
     command = "count"
-    summary = "count"
     config_class = CountConfig
     sections = ("count",)
-    multi_rank = False
 
     def __init__(self):
         self.counted = []
@@ -146,8 +147,8 @@ def test_a_new_kind_has_its_command_its_dry_run_and_its_doctor(tiny, tmp_path, m
     from grpo.stages import registry
 
     stage = CountStage()
-    monkeypatch.setitem(registry.STAGES, "count", stage)
-    monkeypatch.setattr(registry, "_ALL", (*registry._ALL, stage))
+    monkeypatch.setitem(registry.SUMMARIES, "count", "count")
+    monkeypatch.setitem(sys.modules, "grpo.stages.count", SimpleNamespace(STAGE=stage))
     tree = TREE | {"model": MODEL | {"path": str(tiny())}, "count": {"to": 3}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree | {"run_dir": str(tmp_path / "run")}))
     assert cli.main(["count", str(tmp_path / "c.yaml")]) == 0 and stage.counted == [0, 1, 2]

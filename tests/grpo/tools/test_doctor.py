@@ -17,7 +17,7 @@ from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
 from grpo.metrics import roofline
-from grpo.stages.registry import STAGES
+from grpo.stages.registry import find_stage
 from grpo.tools import checks
 from grpo.types import Problem
 
@@ -32,7 +32,7 @@ def shape_of(tiny, dtype="float32"):
 
 def memory_checks(tiny, config):
     """Returns the findings about a train config whose reference has one weight."""
-    needs = STAGES["train"].needs(config)
+    needs = find_stage("train").needs(config)
     return checks.memory(config, needs.memory, shape_of(tiny), tiny(), 1)
 
 
@@ -102,7 +102,7 @@ def test_held_out_problems_that_are_in_the_training_data_are_counted():
 
 def test_a_disk_that_is_too_small_and_other_versions_are_told(tiny, tmp_path, monkeypatch):
     config = tiny_config(tmp_path / "new" / "run", tiny())
-    needs = STAGES["train"].needs(config)
+    needs = find_stage("train").needs(config)
     assert told(checks.disk(config, needs.disk, 10**6))["disk"].level == "ok"
     assert told(checks.disk(config, needs.disk, 10**14))["disk"].level == "fail"
     assert told(checks.versions())["versions"].level == "ok"
