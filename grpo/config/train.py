@@ -80,12 +80,10 @@ class SampledConfig(RunConfig):
 
     @model_validator(mode="after")
     def _rewards(self) -> SampledConfig:
-        if "length" in self.rewards and not (options := self.rewards["length"].options):
-            # DAPO's shares
-            options |= {
-                "max_tokens": self.sampling.max_tokens,
-                "buffer": max(1, self.sampling.max_tokens // 5),
-            }
+        length = self.rewards.get("length")
+        if length is not None and not length.options:  # DAPO's shares
+            length.options["max_tokens"] = self.sampling.max_tokens
+            length.options["buffer"] = max(1, self.sampling.max_tokens // 5)
         if not self.rewards:
             raise ValueError(
                 "rewards is empty: nothing can be learned; try rewards={accuracy: 1.0, format: 0.1}"

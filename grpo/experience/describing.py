@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from grpo.learning.advantages import has_signal
-from grpo.types import Sample, ScoredGroup
+from grpo.types import Completion, Sample, ScoredGroup
 
 
 def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
@@ -15,68 +16,92 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
 
     Every `mean` is over completions, every `group/` share over groups.
     """
-    completions = [completion for scored in groups for completion in scored.group.completions]
-    rewards = [reward for scored in groups for reward in scored.rewards]
-    known = [reward for reward in rewards if reward is not None]
+    completions: list[Completion] = []
+    rewards: list[float] = []  # without those of completions that have none
+    for scored in groups:
+        completions += scored.group.completions
+        rewards += [reward for reward in scored.rewards if reward is not None]
     lengths = [len(completion.token_ids) for completion in completions]
+    truncated = [float(completion.finish_reason == "length") for completion in completions]
     metrics: dict[str, Any] = {
-        "reward/mean": mean(known),
-        "reward/missing": 1 - len(known) / len(rewards),
+        "reward/mean": mean(rewards),
+        "reward/missing": 1 - len(rewards) / len(completions),
         "group/no_signal": mean([float(not has_signal(scored.rewards)) for scored in groups]),
         "completion/length": mean(lengths),
         "completion/length_max": float(max(lengths)),
-        "completion/truncated": mean(
-            [float(completion.finish_reason == "length") for completion in completions]
-        ),
+        "completion/truncated": mean(truncated),
         "completion/tokens": float(sum(lengths)),
         # completions of 2^i to 2^(i+1) - 1 tokens
         "histogram/length": _histogram([length.bit_length() - 1 for length in lengths]),
     }
     for name in groups[0].parts[0]:
-        values = [
-            value for scored in groups for part in scored.parts if (value := part[name]) is not None
-        ]
-        metrics[f"reward/{name}"] = mean(values)
-    faults = Counter(
-        f"{name}/{reason.replace(' ', '_')}"
-        for scored in groups
-        for fault in scored.faults
-        for name, reason in fault.items()
-    )
-    metrics |= {fault: count / len(completions) for fault, count in sorted(faults.items())}
-    verdicts = [verdict for scored in groups for verdict in scored.verdicts if verdict is not None]
-    if verdicts:
-        metrics["reward/undecided"] = mean(
-            [float(verdict.value == "undecided") for verdict in verdicts]
-        )
-        metrics["group/all_correct"] = mean(
-            [float(all(v and v.value == "correct" for v in scored.verdicts)) for scored in groups]
-        )
-        metrics["group/all_wrong"] = mean(
-            [float(all(v and v.value == "wrong" for v in scored.verdicts)) for scored in groups]
-        )
+        metrics[f"reward/{name}"] = mean(_values_of_reward(groups, name))
+    for name, count in sorted(_fault_counts(groups).items()):
+        metrics[name] = count / len(completions)
+    metrics.update(_verdict_metrics(groups))
     return metrics
 
 
-def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
-    """Returns how many versions older than the learner's the weights were that sampled each token.
+def _values_of_reward(groups: Sequence[ScoredGroup], name: str) -> list[float]:
+    """Returns the values that one reward gave, before weights."""
+    values = []
+    for scored in groups:
+        for part in scored.parts:
+            value = part[name]
+            if value is not None:
+                values.append(value)
+    return values
 
-    The metrics are the mean, the maximum, and the tokens by age.
+
+def _fault_counts(groups: Sequence[ScoredGroup]) -> Counter[str]:
+    """Returns how many completions have each fault: `{"format/no_answer": 3}`."""
+    counts: Counter[str] = Counter()
+    for scored in groups:
+        for faults in scored.faults:
+            for name, reason in faults.items():
+                counts[f"{name}/{reason.replace(' ', '_')}"] += 1
+    return counts
+
+
+def _verdict_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Returns the shares of undecided completions and of groups with one verdict throughout.
+
+    Without verdicts there are none.
     """
-    spans = [
-        span
-        for scored in groups
-        for completion in scored.group.completions
-        for span in completion.versions
-    ]
-    ages = Counter[int]()
-    for sampled, start, end in spans:
-        ages[version - sampled] += end - start
-    total = sum(ages.values())
+    undecided = []
+    for scored in groups:
+        for verdict in scored.verdicts:
+            if verdict is not None:
+                undecided.append(float(verdict.value == "undecided"))
+    if not undecided:
+        return {}
     return {
-        "staleness/mean": sum(age * count for age, count in ages.items()) / total,
-        "staleness/max": float(max(ages)),
-        "histogram/staleness": [ages[age] for age in range(max(ages) + 1)],
+        "reward/undecided": mean(undecided),
+        "group/all_correct": mean([float(_all_are(scored, "correct")) for scored in groups]),
+        "group/all_wrong": mean([float(_all_are(scored, "wrong")) for scored in groups]),
+    }
+
+
+def _all_are(scored: ScoredGroup, value: str) -> bool:
+    return all(verdict is not None and verdict.value == value for verdict in scored.verdicts)
+
+
+def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
+    """Returns by how many versions the weights that sampled each token lag behind the learner's.
+
+    The metrics are the mean, the maximum, and the tokens by age. `version`: the learner's.
+    """
+    tokens_by_age = Counter[int]()
+    for scored in groups:
+        for completion in scored.group.completions:
+            for sampled, start, end in completion.versions:
+                tokens_by_age[version - sampled] += end - start
+    total = sum(tokens_by_age.values())
+    max_age = max(tokens_by_age)
+    return {
+        "staleness/mean": sum(age * count for age, count in tokens_by_age.items()) / total,
+        "staleness/max": float(max_age),
+        "histogram/staleness": [tokens_by_age[age] for age in range(max_age + 1)],
     }
 
 
@@ -85,32 +110,43 @@ def sample_rows(
     used: Sequence[ScoredGroup] = (),
     values: Sequence[Sequence[tuple[float, ...]]] = (),
 ) -> list[dict[str, Any]]:
-    """Returns one JSON object per completion.
+    """Returns one JSON object per completion: problem, text, how it was scored, its advantage.
 
-    It has what was asked, what came, how it was judged, and the advantage if the completion is used
-    now.
+    Args:
+        groups: what was sampled.
+        used: the groups that are learned from now; completions of others have no advantage.
+        values: the advantages of `used`, by group, completion and token.
     """
-    of_group = {id(scored): rows for scored, rows in zip(used, values, strict=True)}
-    return [
-        {
-            "problem": scored.group.problem.id,
-            "question": scored.group.problem.question,
-            "answer": scored.group.problem.answer,
-            "meta": scored.group.problem.meta,
-            "completion": completion.text,
-            "tokens": len(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-            "reward": scored.rewards[i],
-            "parts": scored.parts[i],
-            "faults": scored.faults[i],
-            "verdict": (verdict := scored.verdicts[i]) and verdict.value,
-            "reason": verdict and verdict.reason,
-            "advantage": of_group[id(scored)][i][0] if id(scored) in of_group else None,
-            "version": completion.versions[0][0],
-        }
-        for scored in groups
-        for i, completion in enumerate(scored.group.completions)
-    ]
+    values_of = {id(scored): rows for scored, rows in zip(used, values, strict=True)}
+    rows = []
+    for scored in groups:
+        for i in range(len(scored.group.completions)):
+            advantages = values_of.get(id(scored))
+            advantage = advantages[i][0] if advantages is not None else None
+            rows.append(_sample_row(scored, i, advantage))
+    return rows
+
+
+def _sample_row(scored: ScoredGroup, i: int, advantage: float | None) -> dict[str, Any]:
+    problem = scored.group.problem
+    completion = scored.group.completions[i]
+    verdict = scored.verdicts[i]
+    return {
+        "problem": problem.id,
+        "question": problem.question,
+        "answer": problem.answer,
+        "meta": problem.meta,
+        "completion": completion.text,
+        "tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "reward": scored.rewards[i],
+        "parts": scored.parts[i],
+        "faults": scored.faults[i],
+        "verdict": verdict.value if verdict is not None else None,
+        "reason": verdict.reason if verdict is not None else None,
+        "advantage": advantage,
+        "version": completion.versions[0][0],
+    }
 
 
 def advantage_histogram(samples: Sequence[Sample]) -> list[int]:
@@ -118,10 +154,13 @@ def advantage_histogram(samples: Sequence[Sample]) -> list[int]:
 
     The bins are 0.5 wide, around -4 to 4. The outer ones hold what lies beyond.
     """
-    means = [mean(sample.advantages) for sample in samples]
-    return _histogram(
-        [round(2 * max(-4.0, min(4.0, each))) + 8 for each in means if each == each], 17
-    )
+    places = []
+    for sample in samples:
+        advantage = mean(sample.advantages)
+        if not math.isnan(advantage):
+            bounded = max(-4.0, min(4.0, advantage))
+            places.append(round(2 * bounded) + 8)
+    return _histogram(places, 17)
 
 
 def _histogram(places: Sequence[int], size: int = 0) -> list[int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from grpo.experience.plugins import Prompt, RewardFunction, failed
 from grpo.types import Group, Problem, Score, ScoredGroup, Verdict
+
+RewardValue = float | Score | Verdict | None  # what a reward gives for a completion
+VERDICT_VALUES = {"correct": 1.0, "wrong": 0.0, "undecided": None}
 
 
 def score(
@@ -17,54 +19,72 @@ def score(
 ) -> list[ScoredGroup]:
     """Returns the groups with rewards: the weighted sum of the functions that apply.
 
-    `rewards`: name -> (function, weight).
-
-    `asked_as`: the prompt that a problem's rewards are shown.
+    Args:
+        groups: the groups.
+        rewards: function and weight by name.
+        asked_as: returns the prompt of a problem as its rewards see it.
     """
-    asked = [asked_as(group.problem) for group in groups]
-    columns = {name: function(groups, asked) for name, (function, _) in rewards.items()}
+    prompts = [asked_as(group.problem) for group in groups]
+    values = {name: function(groups, prompts) for name, (function, _) in rewards.items()}
     weights = {name: weight for name, (_, weight) in rewards.items()}
-    return [
-        _score(group, {name: column[n] for name, column in columns.items()}, weights)
-        for n, group in enumerate(groups)
-    ]
+    scored = []
+    for n, group in enumerate(groups):
+        values_of_group = {name: values[name][n] for name in values}
+        scored.append(_score_group(group, values_of_group, weights))
+    return scored
 
 
-def _score(
-    group: Group, columns: Mapping[str, Sequence[Any]], weights: Mapping[str, float]
+def _score_group(
+    group: Group, values: Mapping[str, Sequence[RewardValue]], weights: Mapping[str, float]
 ) -> ScoredGroup:
-    totals, parts, verdicts, faults = [], [], [], []
+    """Returns a scored group. `values`: by reward, one per completion."""
+    rewards: list[float | None] = []
+    parts: list[dict[str, float | None]] = []
+    verdicts: list[Verdict | None] = []
+    faults: list[dict[str, str]] = []
     for i in range(len(group.completions)):
-        values = {name: column[i] for name, column in columns.items()}
-        verdict = next((value for value in values.values() if isinstance(value, Verdict)), None)
-        part = {name: _number(value) for name, value in values.items()}
-        undecided = any(
-            isinstance(value, Verdict) and value.value == "undecided" for value in values.values()
-        )
-        for name, value in part.items():
-            if value is not None and not math.isfinite(value):
-                raise failed(name, group, i, f"it gave {value}")
-        known = [weights[name] * value for name, value in part.items() if value is not None]
-        totals.append(None if undecided or not known else sum(known))
-        parts.append(part)
-        verdicts.append(verdict)
-        faults.append(
-            {
-                name: value.reason
-                for name, value in values.items()
-                if isinstance(value, Score) and value.reason
-            }
-        )
+        given = {name: values[name][i] for name in values}
+        numbers = {name: _number(value) for name, value in given.items()}
+        for name, number in numbers.items():
+            if number is not None and not math.isfinite(number):
+                raise failed(name, group, i, f"it gave {number}")
+        verdicts_here = [value for value in given.values() if isinstance(value, Verdict)]
+        is_undecided = any(verdict.value == "undecided" for verdict in verdicts_here)
+        rewards.append(None if is_undecided else _weighted_sum(numbers, weights))
+        parts.append(numbers)
+        verdicts.append(verdicts_here[0] if verdicts_here else None)
+        faults.append(_reasons(given))
     return ScoredGroup(
         group=group,
-        rewards=tuple(totals),
+        rewards=tuple(rewards),
         parts=tuple(parts),
         verdicts=tuple(verdicts),
         faults=tuple(faults),
     )
 
 
-def _number(value: float | Score | Verdict | None) -> float | None:
+def _weighted_sum(
+    numbers: Mapping[str, float | None], weights: Mapping[str, float]
+) -> float | None:
+    """Returns the weighted sum of the rewards that apply; None if none does."""
+    terms = [weights[name] * number for name, number in numbers.items() if number is not None]
+    return sum(terms) if terms else None
+
+
+def _reasons(values: Mapping[str, RewardValue]) -> dict[str, str]:
+    """Returns what kept scores low, by reward."""
+    reasons = {}
+    for name, value in values.items():
+        if isinstance(value, Score) and value.reason:
+            reasons[name] = value.reason
+    return reasons
+
+
+def _number(value: RewardValue) -> float | None:
+    if value is None:
+        return None
     if isinstance(value, Verdict):
-        return {"correct": 1.0, "wrong": 0.0, "undecided": None}[value.value]
-    return value.value if isinstance(value, Score) else None if value is None else float(value)
+        return VERDICT_VALUES[value.value]
+    if isinstance(value, Score):
+        return value.value
+    return float(value)

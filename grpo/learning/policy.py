@@ -131,9 +131,13 @@ class Policy(nn.Module):
                 )
                 divergences.append(piece_divergence)
             elif teacher_top is not None:
-                ids, top_logprobs = (part[piece] for part in teacher_top)
+                ids, top_logprobs = teacher_top
                 piece_divergence = checkpoint(
-                    self._top_divergence, last, ids, top_logprobs, use_reentrant=False
+                    self._top_divergence,
+                    last,
+                    ids[piece],
+                    top_logprobs[piece],
+                    use_reentrant=False,
                 )
                 divergences.append(piece_divergence)
         return PolicyOutput(

@@ -254,7 +254,9 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
     from grpo.experience.selection import scored_group
     from grpo.experience.stream import Stream
 
-    config, prompts, selection = loop.config, loop.rollouts.prompts, loop.rollouts.selection
+    config = loop.config
+    prompts = loop.rollouts.prompts
+    selection = loop.rollouts.selection
     settings = config.train
     engine: Any = loop.engine
     options = sampling_options(config, prompts, config.sampling.temperature)
@@ -291,9 +293,10 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
     def take(count: int) -> list[ScoredGroup]:
         return stream.take(count) if stream is not None else []
 
-    selection.streamed = lambda count: ranks.all_gather_or_raise(
-        "the groups to learn from next", lambda: take(count)
-    )[0]
+    def take_on_all_ranks(count: int) -> list[ScoredGroup]:
+        return ranks.all_gather_or_raise("the groups to learn from next", lambda: take(count))[0]
+
+    selection.streamed = take_on_all_ranks
 
 
 def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any:

@@ -120,7 +120,9 @@ def decode_seconds(rates: Rates, model: Shape, lengths: Sequence[int], work: Wor
     """
     waiting = list(reversed(lengths))
     running: list[int] = []  # the steps at which sequences end, a heap
-    now, context, seconds = 0, 0.0, 0.0
+    now = 0
+    context = 0.0
+    seconds = 0.0
     while waiting or running:
         while waiting and len(running) < work.concurrency:
             heapq.heappush(running, now + waiting.pop())

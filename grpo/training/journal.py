@@ -1,4 +1,4 @@
-"""What a run writes down and shows: metrics, progress, and what the diagnosis says of them."""
+"""Records a run's metrics, shows its progress, and reports the findings of the diagnosis."""
 
 from __future__ import annotations
 

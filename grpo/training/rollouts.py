@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo.config import Config
-from grpo.engines import Engine
-from grpo.experience.evaluation import evaluate
+from grpo.engines import Engine, SamplingOptions
+from grpo.experience.describing import describe, sample_rows
 from grpo.experience.plugins import RewardFunction
 from grpo.experience.prompts import Prompts
 from grpo.experience.sampling import sample, sampling_options
@@ -115,18 +115,45 @@ class Rollouts:
         return ranks.split_across_ranks("the rollout of the other ranks", sample_share)
 
     def evaluate(self, rollout: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Returns `eval/` metrics on the held-out problems, and one row per completion."""
+        """Returns `eval/` metrics on the held-out problems, and the rows of `sample_rows`.
+
+        The metrics are means over `eval.samples` completions per problem. Above temperature 0 one
+        greedy completion per problem is scored too, as `eval/greedy/`. The seeds are the same at
+        every call.
+        """
         settings = self.config.eval
-        return evaluate(
-            self.engine,
-            self.prompts,
-            self.held_out,
-            self.rewards,
-            sampling_options(self.config, self.prompts, settings.temperature),
-            samples=settings.samples,
-            run_seed=self.config.seed,
-            on_progress=self._show_progress(rollout, "evaluation"),
-        )
+        options = sampling_options(self.config, self.prompts, settings.temperature)
+        on_progress = self._show_progress(rollout, "evaluation")
+        scored = self._score_held_out(options, settings.samples, on_progress)
+        metrics = _evaluation_metrics(scored, "eval/")
+        rows = [{**row, "greedy": False} for row in sample_rows(scored)]
+        if settings.temperature > 0:
+            scored = self._score_held_out(replace(options, temperature=0.0), 1, on_progress)
+            metrics.update(_evaluation_metrics(scored, "eval/greedy/"))
+            rows += [{**row, "greedy": True} for row in sample_rows(scored)]
+        return metrics, rows
+
+    def _score_held_out(
+        self,
+        options: SamplingOptions,
+        group_size: int,
+        on_progress: Callable[[int, int], None],
+    ) -> list[ScoredGroup]:
+        def score_share(share: slice) -> list[ScoredGroup]:
+            groups = sample(
+                self.engine,
+                self.prompts,
+                self.held_out,
+                options,
+                group_size=group_size,
+                run_seed=self.config.seed,
+                rollout=0,
+                on_progress=on_progress,
+                share=share,
+            )
+            return score(groups, self.rewards, self.prompts.for_rewards)
+
+        return ranks.split_across_ranks("the evaluation of the other ranks", score_share)
 
     def _verifier_counts(self) -> dict[str, float]:
         totals: Counter[str] = Counter()
@@ -137,3 +164,12 @@ class Rollouts:
     def _show_progress(self, rollout: int, phase: str) -> Callable[[int, int], None]:
         self.display.phase(rollout, phase)
         return lambda done, total: self.display.phase(rollout, phase, f"{done}/{total}")
+
+
+def _evaluation_metrics(scored: list[ScoredGroup], prefix: str) -> dict[str, float]:
+    """Returns the metrics of rewards and completions, as `eval/accuracy`, `eval/completion/...`."""
+    metrics = {}
+    for name, value in describe(scored).items():
+        if name.startswith(("reward/", "completion/")):
+            metrics[prefix + name.removeprefix("reward/")] = value
+    return metrics
