@@ -41,19 +41,20 @@ class ServedModel:
     float32_head: bool = False
 
 
-def llm_arguments(
-    model_dir: str, settings: configs.Engine, dtype: str, max_model_len: int, cuda: bool
-) -> dict[str, Any]:
+def llm_arguments(model: ServedModel, settings: configs.Engine, *, cuda: bool) -> dict[str, Any]:
     """Returns the arguments of vLLM's `LLM` for the settings, on a GPU (`cuda`) or a CPU."""
     arguments: dict[str, Any] = {
-        "model": model_dir,
-        "dtype": dtype,
-        "max_model_len": max_model_len,
+        "model": model.model_dir,
+        "dtype": model.dtype,
+        "max_model_len": model.max_model_len,
+        "load_format": "auto" if model.load_weights else "dummy",
         "max_num_seqs": settings.max_sequences,
         "enforce_eager": not cuda if settings.eager is None else settings.eager,
         "enable_prefix_caching": True,
         "seed": 0,  # every request has its own
     }
+    if model.float32_head:
+        arguments["hf_overrides"] = {"head_dtype": "float32"}
     if settings.block_size or not cuda:
         arguments["block_size"] = settings.block_size or 32
     if cuda:
@@ -64,7 +65,7 @@ def llm_arguments(
         # A prompt in pieces makes vLLM 0.32 take a random number back, which a CPU's generator
         # cannot: whole prompts, as many as fit.
         arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(max_model_len, 4096)
+        arguments["max_num_batched_tokens"] = max(model.max_model_len, 4096)
     return arguments
 
 

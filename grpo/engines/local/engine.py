@@ -33,7 +33,7 @@ from grpo.engines.local.weight_receiver import ChildReceiver
 from grpo.engines.transfer.checksums import WeightStream
 from grpo.engines.transfer.choose import choose_sender
 from grpo.engines.transfer.interface import SenderOptions
-from grpo.engines.vllm_options import llm_arguments, vllm_environment
+from grpo.engines.vllm_options import ServedModel, llm_arguments, vllm_environment
 from grpo.types import Completion, UserError
 
 KILL_LIMIT_S = 10.0  # the longest wait for the end of the killed child
@@ -88,12 +88,15 @@ class VllmEngine:
         self._description: dict[str, Any] | None = None  # None until the child has answered `start`
         self._child, connection = _spawn(module, log_file)
         self._pipe = LimitedPipe(connection, on_wait)
-        llm = llm_arguments(model_dir, settings, dtype, max_model_len, self._cuda)
+        model = ServedModel(
+            model_dir=model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            load_weights=load_weights,
+            float32_head=float32_head,
+        )
+        llm = llm_arguments(model, settings, cuda=self._cuda)
         llm["max_logprobs"] = max_logprobs
-        if not load_weights:
-            llm["load_format"] = "dummy"
-        if float32_head:
-            llm["hf_overrides"] = {"head_dtype": "float32"}
         start = ("start", {"llm": llm, "backend": self._sender.backend})
         try:
             self._pipe.send(start, settings.start_timeout_s)

@@ -30,26 +30,23 @@ def server_arguments(
     They are those of the child process, spelled as vLLM's options. `backend` is the weight
     sender's.
     """
-    options = llm_arguments(
-        model.model_dir, settings, model.dtype, model.max_model_len, torch.cuda.is_available()
-    )
+    options = llm_arguments(model, settings, cuda=torch.cuda.is_available())
     options.pop("enable_sleep_mode", None)
     options["logprobs_mode"] = "processed_logprobs"
     options["tensor_parallel_size"] = tensor_parallel
     options["uvicorn_log_level"] = "warning"
     words = ["--enable-scale-out", "--middleware", GUARD]
-    if model.float32_head:
-        words += ["--hf-overrides", '{"head_dtype": "float32"}']
     for name, value in options.items():
         option = name.replace("_", "-")
         if value is True:
             words.append(f"--{option}")
         elif value is False:
             words.append(f"--no-{option}")
+        elif isinstance(value, dict):
+            words += [f"--{option}", json.dumps(value)]
         else:
             words += [f"--{option}", str(value)]
     words += ["--weight-transfer-config", json.dumps({"backend": backend})]
-    words += ["--load-format", "auto" if model.load_weights else "dummy"]
     return words
 
 

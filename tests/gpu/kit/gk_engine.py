@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.config import Engine
 from grpo.engines.local.child import ChildEngine
-from grpo.engines.vllm_options import llm_arguments
+from grpo.engines.vllm_options import ServedModel, llm_arguments
 from grpo.learning import models
 
 KIT = Path("/tmp/gk")
@@ -78,9 +78,10 @@ def run_one() -> int:
     settings = Engine(
         memory_fraction=0.2, max_sequences=64, eager=True if os.environ.get("GK_EAGER") else None
     )
-    arguments = llm_arguments(str(model_dir), settings, "bfloat16", 512, cuda=True) | {
-        "max_logprobs": 20
-    }
+    model = ServedModel(
+        model_dir=str(model_dir), dtype="bfloat16", max_model_len=512, load_weights=True
+    )
+    arguments = llm_arguments(model, settings, cuda=True) | {"max_logprobs": 20}
     begun = time.monotonic()
     pipe: Any = NoPipe()
     server = ChildEngine(pipe, arguments, "grpo_ipc")
