@@ -7,6 +7,7 @@ optimizer states are DeepSpeed's to share. Only rank 0 writes the run directory.
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import time
@@ -138,6 +139,27 @@ def join(limit_s: float = 1800.0) -> None:
             f"rank {rank()} of {world_size()}: no process group at "
             f"{os.environ.get('MASTER_ADDR')}: {str(error).splitlines()[0]}"
         ) from None
+    atexit.register(_end_gloo_groups)
+
+
+def _end_gloo_groups() -> None:
+    """Ends the threads of gloo while the interpreter still runs.
+
+    A thread that lets go of a tensor after the interpreter has ended aborts the process, and a run
+    that has succeeded ends with SIGABRT (pytorch/pytorch#179291). The last exchange of a run is on
+    `_objects`. DeepSpeed holds on to its groups of gloo, whose threads are idle by then. A group of
+    NCCL ends with the process: to destroy it takes all ranks, and one may have failed.
+    """
+    global _objects
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return
+    objects, _objects = _objects, None
+    if distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
+    elif objects is not None:
+        distributed.destroy_process_group(objects)
 
 
 def _set_group_of_one() -> None:

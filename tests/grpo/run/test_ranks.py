@@ -151,6 +151,36 @@ def test_a_rank_that_hangs_or_fails_is_told_by_the_others(tmp_path, how, told):
     assert time.monotonic() - started < 45
 
 
+ENDED = """
+import atexit, sys
+from pathlib import Path
+from grpo.run import ranks
+def gloo_threads():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+def at_exit():  # registered first, so it runs last
+    sys.stdout.write(f"rank {ranks.rank()}: {before > 0} {gloo_threads()}\\n")
+    sys.stdout.flush()
+atexit.register(at_exit)
+ranks.join(30)
+ranks.all_gather("a greeting", 1)
+before = gloo_threads()
+"""
+
+
+def test_no_thread_of_gloo_outlives_the_interpreter(tmp_path):
+    # one that frees a tensor then aborts a process that has succeeded
+    (tmp_path / "ended.py").write_text(ENDED)
+    done = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "ended.py")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert sorted(done.stdout.splitlines()) == ["rank 0: True 0", "rank 1: True 0"], done.stderr
+
+
 CROSSED = """
 import sys
 from grpo.run import ranks
@@ -182,8 +212,8 @@ def test_ranks_that_meet_in_different_exchanges_do_not_get_each_others_values(tm
         capture_output=True,
         text=True,
         timeout=60,
-        check=True,
     )
+    assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert (
             f"rank {rank}: the ranks met in different exchanges: rank 0: 'the groups', exchange "
