@@ -67,8 +67,8 @@ class Model(Section):
     # mixtures of experts: weight of the load-balancing loss
     router_aux_coef: float = Field(0.0, ge=0)
     freeze_router: bool = False  # mixtures of experts: the router stays as it is
-    # config of a supervised start (`grpo sft`), made in the run's directory before its first
-    # rollout
+    # config of a supervised start (`grpo sft`) from `path`, made in the run's directory before its
+    # first rollout
     warm_start: str | None = None
 
     @property

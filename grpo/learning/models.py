@@ -59,9 +59,13 @@ def resolve(
         return made_dir
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            raise UserError(
+            message = (
                 f"model.path={path}: the directory has no config.json: not a Hugging Face model"
             )
+            final = Path(path) / "final"
+            if (final / "config.json").is_file():
+                message += f" but a run: give {final}"
+            raise UserError(message)
         return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(

@@ -337,9 +337,10 @@ class RunDirectory:
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             if isinstance(error, RunError):
                 raise
+            last_good = self.latest() or "none"
             raise RunError(
                 f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the "
-                f"disk full? Last good: {self.latest()}"
+                f"disk full? Last good checkpoint: {last_good}"
             ) from error
         ranks.all_gather("the checkpoint's end", None)
         return target

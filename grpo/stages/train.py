@@ -316,7 +316,8 @@ def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any
 def warm_start_config(config: Config) -> SftConfig:
     """Returns the config of the run's supervised start.
 
-    It writes into the run's directory, with the run's seed, progress and data.path.
+    It begins from the run's `model.path` and writes into the run's directory, with the run's seed,
+    progress and data.path.
     """
     assert config.model.warm_start
     sft_config = configs.load(config.model.warm_start, kind=SftConfig)
@@ -326,6 +327,7 @@ def warm_start_config(config: Config) -> SftConfig:
             "run_dir": str(Path(config.run_dir) / "warm_start"),
             "seed": config.seed,
             "logging": config.logging,
+            "model": sft_config.model.model_copy(update={"path": config.model.path}),
             "data": data.model_copy(update={"path": data.path or config.data.path}),
         }
     )

@@ -113,12 +113,14 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
 
     The text tells how they differ from what the run has written.
     """
+    from grpo.stages.registry import stage_of
+
     files = sorted((run / "samples").glob("*.jsonl"))
     if not files or not (run / "config.yaml").exists():
         raise UserError(f"{run}: is no run directory with samples and a config.yaml")
-    config: configs.Config = configs.parse(
-        yaml.safe_load((run / "config.yaml").read_text()), str(run / "config.yaml")
-    )
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    # every stage that writes samples has rewards
+    config: Any = configs.parse(tree, str(run / "config.yaml"), stage_of(tree).config_class)
     rows = [row | {"file": file.stem} for file in files for _, row in _json_lines(file)]
     groups = [
         list(rows_of)

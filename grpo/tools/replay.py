@@ -22,6 +22,7 @@ from grpo.learning import lora, models
 from grpo.learning.advantages import advantages, unflatten
 from grpo.run.directory import read_metrics, read_update
 from grpo.run.display import quiet
+from grpo.stages.registry import stage_of
 from grpo.types import Sample, UserError
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"{run_dir}: no run in it (no config.yaml)")
     tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    stage = stage_of(tree)
+    if stage.command != "train":
+        raise UserError(
+            f"{run_dir}: a run of grpo {stage.command}, which keeps no updates: grpo replay takes "
+            "a run of grpo train"
+        )
     config: Config = configs.parse(tree, str(run_dir / "config.yaml"))
     changed = _with_overrides(tree, overrides) if overrides else config
     kept = _find_step(run_dir, step)

@@ -54,7 +54,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_last_good_one_s
     try:
         with pytest.raises(
             RunError,
-            match=r"step-000002 could not be written .*is the disk full\? Last good: .*step-000001",
+            match=r"step-000002 could not be written .* Last good checkpoint: .*step-000001",
         ):
             save(run, 2, "x" * 2_000_000)
     finally:

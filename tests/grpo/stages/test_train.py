@@ -16,6 +16,8 @@ from whole_runs import again, outcome, rows, run, start, uninterrupted, wait_for
 from grpo import config as configs
 from grpo.cli import main
 from grpo.learning import models
+from grpo.stages.train import warm_start_config
+from grpo.types import UserError
 
 pytestmark = pytest.mark.engine
 
@@ -195,6 +197,19 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(
     assert not (tmp_path / "run" / "engine.log").exists()
     # the mended config can start in the same place
     assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_warm_start_begins_from_the_model_that_the_run_is_given():
+    config = configs.load("configs/tiny.yaml", ["model.path=runs/other/final", "seed=3"])
+    start = warm_start_config(config)
+    assert (start.model.path, start.seed) == ("runs/other/final", 3)
+
+
+def test_a_run_is_no_model_and_the_error_names_the_model_in_it(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"but a run: give {tmp_path}/final"):
+        models.resolve(str(tmp_path), None, tmp_path / "model", 0)
 
 
 def test_rollouts_on_a_server_stay_within_their_staleness_and_prove_their_weights(tiny, tmp_path):

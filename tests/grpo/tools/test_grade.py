@@ -118,3 +118,7 @@ def test_an_old_run_under_todays_rules(tmp_path, capsys):
     assert [row["reward"] for row in graded] == [1.1, 0.0, 0.1] and graded[2]["parts_then"] == then[
         2
     ]
+    evaluation = {**config, "sets": {}, "rewards": {"countdown": 1.0, "format": 0.1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(evaluation))
+    assert main(["grade", str(tmp_path)]) == 0
+    assert "3 completions of 1 groups" in capsys.readouterr().out

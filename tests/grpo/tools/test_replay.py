@@ -103,3 +103,6 @@ def test_what_cannot_be_replayed_is_told(folder, tmp_path):
             replay(str(folder), step=step, overrides=[])
     with pytest.raises(UserError, match="no run in it"):
         replay(str(tmp_path), step=1, overrides=[])
+    (tmp_path / "config.yaml").write_text("sets: {}")
+    with pytest.raises(UserError, match=r"a run of grpo eval, .* takes a run of grpo train"):
+        replay(str(tmp_path), step=1, overrides=[])
