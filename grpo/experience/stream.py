@@ -1,12 +1,10 @@
-"""Asynchronous rollouts.
+"""Asynchronous rollouts: groups are sampled and scored while the learner updates.
 
-Groups are sampled and scored while the learner updates; each is used in the order in which it was
-begun.
-
-First begun, first used: whatever finishes early waits its turn, so short completions are not
-learned from more often than long ones, and a group is at most `max_staleness` versions old when it
-is used. Weights change in flight; each token tells which sampled it (PipelineRL 2509.19128). What
-is finished and not used is part of the checkpoint, what is in flight is begun again after a resume.
+Groups are used in the order in which they were begun. A group that finishes early waits its turn,
+so short completions are not learned from more often than long ones, and a group is at most
+`max_staleness` versions old when it is used. Weights change while a completion is sampled; each
+token carries the version that sampled it (PipelineRL 2509.19128). Finished groups that are not used
+are part of the checkpoint; unfinished ones are begun again after a resume.
 """
 
 from __future__ import annotations
@@ -51,22 +49,28 @@ class Stream:
 
         Args:
             begin: starts a request and returns a future of its completions.
-            request: makes the request of a problem and its number in the stream.
-            finish: scores a group, in a thread of ours.
-            draw: gives the next problem.
-            ahead: groups that are begun and not used.
-            last: how many groups the run needs, if that is known.
-            timeout_s: longest wait for a group.
+            request: returns the request of a problem and its number in the stream.
+            finish: scores a group; called in the stream's thread.
+            draw: returns the next problem.
+            ahead: how many groups are begun and not used.
+            last: how many groups the run needs, None if that is not known.
+            timeout_s: the longest wait for a group.
             on_wait: called five times a second while `take` waits; may raise.
-            idle: the engine's idle seconds since asked.
+            idle: returns for how many seconds since its last call the engine was idle.
         """
-        self._begin, self._request, self._finish, self._draw = begin, request, finish, draw
-        self._ahead, self._last, self._timeout_s, self._on_wait = ahead, last, timeout_s, on_wait
+        self._begin = begin
+        self._request = request
+        self._finish = finish
+        self._draw = draw
+        self._ahead = ahead
+        self._last = last
+        self._timeout_s = timeout_s
+        self._on_wait = on_wait
         self.idle = idle
         self._items: list[_Item] = []
         self._number = 0
         self._changed = threading.Condition()
-        self._failed: BaseException | None = None
+        self._failure: BaseException | None = None
         self._ended = False
         self._arrived: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._scorer = threading.Thread(target=self._score, daemon=True, name="stream")
@@ -82,8 +86,8 @@ class Stream:
             self._fill(count)
             while not all(item.scored for item in self._items[:count]):
                 self._on_wait()
-                if self._failed:
-                    raise self._failed
+                if self._failure is not None:
+                    raise self._failure
                 if time.monotonic() > deadline:
                     missing = sum(item.scored is None for item in self._items[:count])
                     raise EngineError(
@@ -91,9 +95,10 @@ class Stream:
                         f"within {self._timeout_s:g} s"
                     )
                 self._changed.wait(0.2)
-            taken, self._items = self._items[:count], self._items[count:]
+            taken = self._items[:count]
+            self._items = self._items[count:]
             self._fill(0)
-        return [item.scored for item in taken if item.scored]
+        return [item.scored for item in taken if item.scored is not None]
 
     def depths(self) -> dict[str, float]:
         """Returns how many groups wait to be used, and how many are in flight."""
@@ -142,10 +147,17 @@ class Stream:
         self._arrived.put(None)
         self._scorer.join(timeout=5)
 
-    def _fill(self, least: int) -> None:
-        while len(self._items) < max(least, self._ahead) and (
-            self._last is None or self._number < self._last or len(self._items) < least
-        ):
+    def _fill(self, min_items: int) -> None:
+        """Begins groups until there are `min_items`, and beyond that as many as are needed ahead.
+
+        Those ahead are `self._ahead`, less at the end of a run: it needs `self._last` groups.
+        """
+        while True:
+            num_items = len(self._items)
+            is_last_begun = self._last is not None and self._number >= self._last
+            is_needed_ahead = num_items < self._ahead and not is_last_begun
+            if num_items >= min_items and not is_needed_ahead:
+                return
             item = _Item(self._number, self._draw())
             self._number += 1
             self._items.append(item)
@@ -165,7 +177,7 @@ class Stream:
                 scored = self._finish(item.problem, item.request, item.future.result())
             except BaseException as error:
                 with self._changed:
-                    self._failed = self._failed or error
+                    self._failure = self._failure or error
                     self._changed.notify_all()
                 continue
             with self._changed:
