@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The checks: format, lint, types, then tests with the real vLLM and DeepSpeed on tiny models.
 #   ./launch/test.sh              what a contributor runs before a commit
-#   ./launch/test.sh --all        and the drills (kills, chains, a full disk): hours
+#   ./launch/test.sh --all        and the drills (kills, chains, a full disk): an hour more
 #   ./launch/test.sh ARGUMENT...  pytest's own: a file, -k NAME, -n 0 (one process, for a debugger)
 set -euo pipefail
 cd "$(dirname "$0")/.."
