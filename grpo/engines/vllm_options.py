@@ -30,7 +30,8 @@ class ServedModel:
         model_dir: the directory with its config and weights.
         dtype: "float32" or "bfloat16".
         max_model_len: the longest sequence in tokens.
-        load_weights: start from the weights in the directory instead of random ones.
+        load_weights: start from the weights in the directory. Without it the engine starts from
+            random weights, and a sync must come first.
         float32_head: compute the output head in float32.
     """
 

@@ -41,6 +41,7 @@ def start_engine(config: SampledConfig, context: RunContext, model: EngineModel)
     """
     from grpo.engines.local.engine import VllmEngine, check_memory
     from grpo.engines.servers.pool import ServerPool
+    from grpo.engines.vllm_options import ServedModel
 
     dtype = config.engine.dtype or config.model.dtype
     servers = config.engine.servers
@@ -50,27 +51,32 @@ def start_engine(config: SampledConfig, context: RunContext, model: EngineModel)
     num_engines = servers.count if servers else ranks.local_world_size()
     check_memory(config.engine, weight_bytes, num_engines)
     context.display.phase(0, "starting the engine")
-    arguments: dict[str, Any] = {
-        "model_dir": str(model.model_dir),
-        "settings": config.engine,
-        "dtype": dtype,
-        "load_weights": model.load_weights,
-        "max_model_len": model.max_model_len or config.max_sequence_tokens,
-        "float32_head": config.model.float32_head,
-        "on_wait": context.signals.check,
-    }
+    served = ServedModel(
+        model_dir=str(model.model_dir),
+        dtype=dtype,
+        max_model_len=model.max_model_len or config.max_sequence_tokens,
+        load_weights=model.load_weights,
+        float32_head=config.model.float32_head,
+    )
     engine: Any
     if servers:
         tokenizer = models.load_tokenizer(model.model_dir)
         decode: Any = functools.partial(tokenizer.decode, skip_special_tokens=False)
         engine = ServerPool(
-            **arguments, run_dir=context.run.path, decode=decode, say=context.display.say
+            model=served,
+            settings=config.engine,
+            run_dir=context.run.path,
+            decode=decode,
+            on_wait=context.signals.check,
+            say=context.display.say,
         )
     else:
         engine = VllmEngine(
-            **arguments,
+            model=served,
+            settings=config.engine,
             log_file=context.run.log_file("engine"),
             max_logprobs=model.max_logprobs or MAX_LOGPROBS,
+            on_wait=context.signals.check,
         )
     context.stack.callback(engine.close)
     return engine

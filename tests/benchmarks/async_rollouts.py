@@ -29,6 +29,7 @@ from grpo import config as configs
 from grpo.engines import Request, SamplingOptions
 from grpo.engines.local.engine import VllmEngine
 from grpo.engines.servers.pool import ServerPool
+from grpo.engines.vllm_options import ServedModel
 from grpo.learning import models
 
 KINDS = {
@@ -120,16 +121,16 @@ def over_http(options: argparse.Namespace) -> None:
         models.load_tokenizer(model_dir),
         configs.Engine(kv_cache_gb=0.5, max_sequences=64),
     )
-    common = {
-        "model_dir": str(model_dir),
-        "dtype": "bfloat16",
-        "max_model_len": 64 + options.tokens,
-        "load_weights": True,
-    }
+    model = ServedModel(
+        model_dir=str(model_dir),
+        dtype="bfloat16",
+        max_model_len=64 + options.tokens,
+        load_weights=True,
+    )
     served = settings.model_copy(update={"servers": configs.Servers(count=1)})
     engines = {
-        "child": VllmEngine(settings=settings, log_file=folder / "engine.log", **common),
-        "pool": ServerPool(settings=served, run_dir=folder, decode=tokenizer.decode, **common),
+        "child": VllmEngine(model=model, settings=settings, log_file=folder / "engine.log"),
+        "pool": ServerPool(model=model, settings=served, run_dir=folder, decode=tokenizer.decode),
     }
     try:
         for engine in engines.values():

@@ -4,6 +4,7 @@ from tiny_models import tiny_config
 
 from grpo import config as configs
 from grpo.engines.local.engine import VllmEngine
+from grpo.engines.vllm_options import ServedModel
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
@@ -19,14 +20,13 @@ PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4
 SETTINGS = configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
 
 
-def start_engine(model_dir, tmp_path, dtype="float32", **options) -> VllmEngine:
+def start_engine(
+    model_dir, tmp_path, dtype="float32", module="grpo.engines.local.child", **options
+) -> VllmEngine:
+    """`options` are of the model; `module` is the child's program."""
+    model = ServedModel(model_dir=str(model_dir), dtype=dtype, max_model_len=160, **options)
     return VllmEngine(
-        model_dir=str(model_dir),
-        settings=SETTINGS,
-        dtype=dtype,
-        max_model_len=160,
-        log_file=tmp_path / "engine.log",
-        **options,
+        model=model, settings=SETTINGS, log_file=tmp_path / "engine.log", module=module
     )
 
 

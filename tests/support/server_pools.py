@@ -6,6 +6,7 @@ from tiny_models import Weights, tiny_config
 from grpo import config as configs
 from grpo.engines import Request, SamplingOptions
 from grpo.engines.servers.pool import ServerPool
+from grpo.engines.vllm_options import ServedModel
 from grpo.learning import models
 
 REQUESTS = [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS * 3)]
@@ -31,10 +32,8 @@ def weights(model_dir, scale=1.0):
 def pool_of(model_dir, run_dir, said=None, **servers):
     tokenizer = models.load_tokenizer(model_dir)
     return ServerPool(
-        model_dir=str(model_dir),
+        model=ServedModel(model_dir=str(model_dir), dtype="float32", max_model_len=160),
         settings=settings(**servers),
-        dtype="float32",
-        max_model_len=160,
         run_dir=run_dir,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         say=(said if said is not None else []).append,

@@ -49,14 +49,9 @@ class VllmEngine:
     The child starts in the background: construct the engine, do other work, then `wait_ready`.
 
     Args:
-        model_dir: the model.
+        model: what the child serves.
         settings: the engine's settings.
-        dtype: "float32" or "bfloat16".
-        max_model_len: the longest sequence in tokens.
         log_file: where the child writes its messages.
-        load_weights: start from the model's weights. Without it the child starts from random
-            weights and a sync must come first.
-        float32_head: compute the output head in float32.
         max_logprobs: the largest k of `top_logprobs`.
         on_wait: called five times a second while waiting; may raise.
         module: the child's program; tests inject faults with it.
@@ -65,13 +60,9 @@ class VllmEngine:
     def __init__(
         self,
         *,
-        model_dir: str,
+        model: ServedModel,
         settings: configs.Engine,
-        dtype: str,
-        max_model_len: int,
         log_file: Path,
-        load_weights: bool = False,
-        float32_head: bool = False,
         max_logprobs: int = 20,
         on_wait: Callable[[], None] = lambda: None,
         module: str = "grpo.engines.local.child",
@@ -80,7 +71,7 @@ class VllmEngine:
         self._on_wait = on_wait
         self._settings = settings
         self._log_file = log_file
-        self._dtype = getattr(torch, dtype)
+        self._dtype = getattr(torch, model.dtype)
         self._cuda = torch.cuda.is_available()
         self._sender = choose_sender(None)(SenderOptions(on_wait=on_wait))
         # GPU memory that the engine freed when it fell asleep and takes back when it wakes
@@ -88,13 +79,6 @@ class VllmEngine:
         self._description: dict[str, Any] | None = None  # None until the child has answered `start`
         self._child, connection = _spawn(module, log_file)
         self._pipe = LimitedPipe(connection, on_wait)
-        model = ServedModel(
-            model_dir=model_dir,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            load_weights=load_weights,
-            float32_head=float32_head,
-        )
         llm = llm_arguments(model, settings, cuda=self._cuda)
         llm["max_logprobs"] = max_logprobs
         start = ("start", {"llm": llm, "backend": self._sender.backend})

@@ -42,15 +42,10 @@ class ServerPool:
     """An `Engine` of several servers.
 
     Args:
-        model_dir: the model.
+        model: what each server serves.
         settings: the engine's settings, with `servers`.
-        dtype: "float32" or "bfloat16".
-        max_model_len: the longest sequence in tokens.
         run_dir: of the run: logs, and the weights of the transport `file`.
         decode: returns the text of tokens.
-        load_weights: start from the model's weights. Without it a server starts from random
-            weights and a sync must come first.
-        float32_head: compute the output head in float32.
         on_wait: called five times a second while waiting; may raise.
         say: prints a line for the user about lost servers.
     """
@@ -58,14 +53,10 @@ class ServerPool:
     def __init__(
         self,
         *,
-        model_dir: str,
+        model: ServedModel,
         settings: configs.Engine,
-        dtype: str,
-        max_model_len: int,
         run_dir: Path,
         decode: Callable[[Sequence[int]], str],
-        load_weights: bool = False,
-        float32_head: bool = False,
         on_wait: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -75,20 +66,13 @@ class ServerPool:
         """
         servers = _reachable_servers(settings)
         sender_class = choose_sender(servers)
-        command_line.check_tensor_parallel(model_dir, servers.tensor_parallel)
-        model = ServedModel(
-            model_dir=model_dir,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            load_weights=load_weights,
-            float32_head=float32_head,
-        )
+        command_line.check_tensor_parallel(model.model_dir, servers.tensor_parallel)
         token = command_line.request_token(servers)
         arguments = command_line.server_arguments(
             model, settings, servers.tensor_parallel, sender_class.backend
         )
         self._settings = settings
-        self._dtype = getattr(torch, dtype)
+        self._dtype = getattr(torch, model.dtype)
         self._num_workers = servers.tensor_parallel
         self._client = _make_client(settings, servers, token, decode)
         self._sender: WeightSender | None = None  # on rank 0

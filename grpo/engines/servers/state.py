@@ -12,8 +12,8 @@ class PoolState:
     """The servers, the current weight version and counts of what happened to the servers.
 
     Once the watch runs, a server's health and load change in the pool's event loop only; `version`
-    changes while no request is sent. Whoever changes what a waiting request may
-    depend on calls `notify`.
+    changes while no request is sent. Whoever changes what a waiting request may depend on calls
+    `notify`.
     """
 
     def __init__(self, servers: Sequence[Server]) -> None:

@@ -48,7 +48,7 @@ class WeightUpdates:
         await self.client.post(server, "/start_weight_update", {})
 
     async def resume(self, server: Server) -> None:
-        """Has a server sample again, with what it has in its cache. Raises EngineError."""
+        """Has a server sample again; its cache is kept. Raises EngineError."""
         await self.client.post(server, "/resume", {})
 
     async def update(self, server: Server, update_info: Any) -> None:

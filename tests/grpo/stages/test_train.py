@@ -81,20 +81,15 @@ def test_eval_judges_the_final_model_with_samples_and_greedily(straight, tmp_pat
 def test_final_loads_in_transformers_and_in_vllm(straight, tmp_path):
     from grpo.engines import Request, SamplingOptions
     from grpo.engines.local.engine import VllmEngine
+    from grpo.engines.vllm_options import ServedModel
 
     final = straight[0] / "run" / "final"
     model = models.load_model(final, "eager")
     tokenizer = models.load_tokenizer(final)
     settings = configs.Engine(kv_cache_gb=0.05)
     log = tmp_path / "log"
-    engine = VllmEngine(
-        model_dir=str(final),
-        settings=settings,
-        dtype="float32",
-        max_model_len=64,
-        log_file=log,
-        load_weights=True,
-    )
+    served = ServedModel(model_dir=str(final), dtype="float32", max_model_len=64, load_weights=True)
+    engine = VllmEngine(model=served, settings=settings, log_file=log)
     try:
         ids = tuple(tokenizer("12+34=\n")["input_ids"])
         (completion,) = engine.generate(

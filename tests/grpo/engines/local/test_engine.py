@@ -287,10 +287,11 @@ def test_an_engine_that_dies_at_start_says_how(tmp_path):
 def test_the_engine_dies_with_its_parent(tmp_path, tiny):
     program = (
         "import sys, time; from pathlib import Path; from grpo import config; from "
-        "grpo.engines.local.engine import VllmEngine\n"
-        "engine = VllmEngine(model_dir=sys.argv[1], settings=config.Engine(kv_cache_gb=0.05), "
-        "dtype='float32', max_model_len=64,"
-        " log_file=Path(sys.argv[2]))\n"
+        "grpo.engines.local.engine import VllmEngine; from grpo.engines.vllm_options import "
+        "ServedModel\n"
+        "model = ServedModel(model_dir=sys.argv[1], dtype='float32', max_model_len=64)\n"
+        "engine = VllmEngine(model=model, settings=config.Engine(kv_cache_gb=0.05), "
+        "log_file=Path(sys.argv[2]))\n"
         "print(engine._child.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen(

@@ -11,6 +11,7 @@ from grpo import config as configs
 from grpo.engines import EngineDiedError, EngineTimeoutError, Request, SamplingOptions
 from grpo.engines.local import engine as engine_module
 from grpo.engines.local.engine import VllmEngine
+from grpo.engines.vllm_options import ServedModel
 
 SUPPORT = str(Path(__file__).parents[3] / "support")  # where stuck_child.py lies
 SETTINGS = configs.Engine(timeout_s=1.0, start_timeout_s=20.0)
@@ -26,10 +27,8 @@ def start_stuck(tmp_path, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", SUPPORT)
         monkeypatch.setenv("GRPO_TEST_STUCK", stuck_in)
         engine = VllmEngine(
-            model_dir="nowhere",
+            model=ServedModel(model_dir="nowhere", dtype="float32", max_model_len=16),
             settings=SETTINGS,
-            dtype="float32",
-            max_model_len=16,
             log_file=tmp_path / "engine.log",
             on_wait=on_wait,
             module="stuck_child",

@@ -20,6 +20,7 @@ from grpo import config as configs
 from grpo.engines.local.engine import VllmEngine
 from grpo.engines.servers.guard import TOKEN_VARIABLE
 from grpo.engines.servers.supervisor import sample_gap
+from grpo.engines.vllm_options import ServedModel
 from grpo.run import ranks
 from grpo.types import UserError
 
@@ -28,14 +29,10 @@ ROOT = Path(__file__).parents[4]
 
 
 def test_two_servers_sample_what_one_child_process_samples(pool, tiny, tmp_path):
-    engine = VllmEngine(
-        model_dir=str(tiny()),
-        settings=settings(),
-        dtype="float32",
-        max_model_len=160,
-        log_file=tmp_path / "log",
-        load_weights=True,
+    model = ServedModel(
+        model_dir=str(tiny()), dtype="float32", max_model_len=160, load_weights=True
     )
+    engine = VllmEngine(model=model, settings=settings(), log_file=tmp_path / "log")
     expected = engine.generate(REQUESTS, OPTIONS)
     engine.close()
     done = []
