@@ -28,7 +28,7 @@ class Data(Section):
     options: dict[str, Any] = {}
     mixture: dict[str, Source] = {}  # ... or several, by name
     path: str | None = None  # local file or directory with the sets' files; default: the hub
-    # field of the problems' meta by which the first epoch is sorted, smallest first
+    # field of the problems' meta; the first epoch is sorted by it, smallest first
     curriculum: str | None = None
 
     @model_validator(mode="after")
@@ -42,10 +42,10 @@ class Data(Section):
     @property
     def sources(self) -> dict[str, Source]:
         """Every set by name, with the common path filled in."""
-        found = self.mixture or {self.name or "": Source(options=self.options)}
+        sources = self.mixture or {self.name or "": Source(options=self.options)}
         return {
             name: source.model_copy(update={"path": source.path or self.path})
-            for name, source in found.items()
+            for name, source in sources.items()
         }
 
 
@@ -103,8 +103,8 @@ class Train(Section):
     """How many rollouts there are, how large each one is, and how it is split into updates."""
 
     rollouts: int = Field(ge=1)  # times the policy is sampled
-    problems: int = Field(32, ge=1)  # P: problems a rollout
-    group_size: int = Field(8, ge=2)  # G: completions a problem
+    problems: int = Field(32, ge=1)  # P: problems per rollout
+    group_size: int = Field(8, ge=2)  # G: completions per problem
     updates_per_rollout: int = Field(1, ge=1)  # mini-batches a rollout's completions are split into
     epochs: int = Field(1, ge=1)  # times a rollout's completions are gone through
     # versions that weights may be older than the learner's; above 0 rollouts go on during updates
@@ -112,24 +112,25 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Train:
-        total, wanted = self.completions, self.updates_per_rollout
-        if total % wanted:
+        total = self.completions
+        num_updates = self.updates_per_rollout
+        if total % num_updates:
             divisors = [n for n in range(1, total + 1) if total % n == 0]
             near = [
-                max(n for n in divisors if n < wanted),
-                *[n for n in divisors if n > wanted][:1],
+                max(n for n in divisors if n < num_updates),
+                *[n for n in divisors if n > num_updates][:1],
             ]
             raise ValueError(
                 f"{self.problems} problems x {self.group_size} completions = {total} completions "
                 "cannot be split evenly into "
-                f"updates_per_rollout={wanted} mini-batches; near values that work: "
+                f"updates_per_rollout={num_updates} mini-batches; near values that work: "
                 f"{', '.join(map(str, near))}"
             )
         return self
 
     @property
     def completions(self) -> int:
-        """Completions a rollout: P x G."""
+        """Completions per rollout: P x G."""
         return self.problems * self.group_size
 
     @property
@@ -238,7 +239,7 @@ class Eval(Section):
     data: Data | None = None  # default: the test split of `data`
     # 0: greedy; above 0 a greedy completion is judged beside the samples
     temperature: float = Field(0.0, ge=0)
-    samples: int = Field(1, ge=1)  # completions a problem, whose mean is reported
+    samples: int = Field(1, ge=1)  # completions per problem, whose mean is reported
     # grpo eval: r1 is temperature 0.6, top_p 0.95, 32,768 tokens, 64 or 16 samples
     protocol: Literal["own", "greedy", "r1"] = "own"
 
@@ -296,7 +297,7 @@ class Logging(Section):
     project: str = "grpo"
     # last steps whose tokens and advantages are kept for `grpo replay`
     replay: int = Field(20, ge=0)
-    # auto: live on a terminal, one line a rollout elsewhere
+    # auto: live on a terminal, one line per rollout elsewhere
     progress: Literal["auto", "live", "line", "off"] = "auto"
     # what a finding of grpo/metrics/diagnosis.py does
     alarms: dict[Annotated[str, AfterValidator(_rule)], Literal["snapshot", "stop"]] = {}

@@ -113,15 +113,15 @@ def sample_rows(
     """Returns one JSON object per completion: problem, text, how it was scored, its advantage.
 
     Args:
-        groups: what was sampled.
+        groups: the groups to describe.
         used: the groups that are learned from now; completions of others have no advantage.
         values: the advantages of `used`, by group, completion and token.
     """
     values_of = {id(scored): rows for scored, rows in zip(used, values, strict=True)}
     rows = []
     for scored in groups:
+        advantages = values_of.get(id(scored))
         for i in range(len(scored.group.completions)):
-            advantages = values_of.get(id(scored))
             advantage = advantages[i][0] if advantages is not None else None
             rows.append(_sample_row(scored, i, advantage))
     return rows

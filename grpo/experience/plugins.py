@@ -22,9 +22,8 @@ from rewards.workers.pool import Failure, Pool
 
 KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}  # what a file's function is for
 Prompt = str | list[dict[str, str]]  # text, or the messages of a chat, as in TRL
-RewardFunction = Callable[
-    [Sequence[Group], Sequence[Prompt]], Sequence[Sequence[float | Score | Verdict | None]]
-]
+RewardValue = float | Score | Verdict | None  # what a reward gives for a completion
+RewardFunction = Callable[[Sequence[Group], Sequence[Prompt]], Sequence[Sequence[RewardValue]]]
 
 
 def names(package: str) -> list[str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from grpo.experience.plugins import Prompt, RewardFunction, failed
+from grpo.experience.plugins import Prompt, RewardFunction, RewardValue, failed
 from grpo.types import Group, Problem, Score, ScoredGroup, Verdict
 
-RewardValue = float | Score | Verdict | None  # what a reward gives for a completion
 VERDICT_VALUES = {"correct": 1.0, "wrong": 0.0, "undecided": None}
 
 
@@ -43,17 +42,17 @@ def _score_group(
     verdicts: list[Verdict | None] = []
     faults: list[dict[str, str]] = []
     for i in range(len(group.completions)):
-        given = {name: values[name][i] for name in values}
-        numbers = {name: _number(value) for name, value in given.items()}
+        reward_values = {name: values[name][i] for name in values}
+        numbers = {name: _number(value) for name, value in reward_values.items()}
         for name, number in numbers.items():
             if number is not None and not math.isfinite(number):
                 raise failed(name, group, i, f"it gave {number}")
-        verdicts_here = [value for value in given.values() if isinstance(value, Verdict)]
+        verdicts_here = [value for value in reward_values.values() if isinstance(value, Verdict)]
         is_undecided = any(verdict.value == "undecided" for verdict in verdicts_here)
         rewards.append(None if is_undecided else _weighted_sum(numbers, weights))
         parts.append(numbers)
         verdicts.append(verdicts_here[0] if verdicts_here else None)
-        faults.append(_reasons(given))
+        faults.append(_reasons(reward_values))
     return ScoredGroup(
         group=group,
         rewards=tuple(rewards),

@@ -19,7 +19,7 @@ from grpo.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from grpo.config import RunConfig
+    from grpo.config import Config, RunConfig
     from grpo.config.model import Lora
 
 ADAPTER = "default"
@@ -49,6 +49,24 @@ def add(model: Any, settings: Lora, base: str, seed: int) -> None:
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, ADAPTER)
     model.peft_config = {ADAPTER: config}
+
+
+def load_reference(config: Config, model_dir: Path, teacher_dir: Path | None) -> Any:
+    """Returns the model that the KL is measured to, or the teacher.
+
+    Returns None where there is none, or where it lies under the adapters.
+
+    Args:
+        config: the run's config.
+        model_dir: the start of the policy.
+        teacher_dir: of `model.teacher`, None without one.
+    """
+    attention = config.model.attention
+    if teacher_dir is not None:
+        return models.load_model(teacher_dir, attention)
+    if config.algorithm.kl_coef > 0 and not config.model.lora:
+        return models.load_model(model_dir, attention)
+    return None
 
 
 def load_policy(config: RunConfig, model_dir: Path, attention: str) -> Any:

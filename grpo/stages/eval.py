@@ -65,7 +65,14 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
         table = {}
         for done, (name, data) in enumerate(sets.items()):
             chosen = held_out(data, problems[name], sampler.prompts, config.eval.problems)
-            evaluation = Evaluation(config, context, sampler, rewards, name, done)
+            evaluation = Evaluation(
+                config=config,
+                context=context,
+                sampler=sampler,
+                rewards=rewards,
+                name=name,
+                num_done=done,
+            )
             rows = evaluation.rows(chosen)
             sampled = summary([row for row in rows if not row["greedy"]])
             greedy_rows = [row for row in rows if row["greedy"]]
@@ -92,7 +99,7 @@ def with_final_model(config: EvalConfig) -> EvalConfig:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """The evaluation of one set, chunk by chunk; a chunk that is written is not sampled again."""
 
@@ -109,6 +116,7 @@ class Evaluation:
         label = self.name or "000000"
         whole = folder / f"eval-{label}.jsonl"
         size = self.config.chunk
+        passes = self._passes(len(problems))
         parts = []
         for number, start in enumerate(range(0, len(problems), size)):
             part = folder / f"part-{label}-{number:06d}.jsonl"
@@ -116,7 +124,6 @@ class Evaluation:
             if whole.exists() or part.exists():
                 continue
             progress = f"{self.name} {start}/{len(problems)}".strip()
-            passes = self._passes(len(problems))
             rows = self._sample(problems[start : start + size], passes, progress)
             self.context.run.write_samples(part.stem, rows)
         if not whole.exists():

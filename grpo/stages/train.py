@@ -153,7 +153,10 @@ def _assemble(config: Config, context: RunContext, inputs: Inputs) -> Assembly:
     engine = start_engine(config, context, engine_model)
     with quiet(run.log_file("learner")):
         model = lora.load_policy(config, model_dir, config.model.attention)
-        reference = _reference(config, run, model_dir, tokenizer)
+        teacher_dir = None
+        if config.model.teacher:
+            teacher_dir = find_teacher(config, run, tokenizer, config.max_sequence_tokens)
+        reference = lora.load_reference(config, model_dir, teacher_dir)
         if torch.cuda.is_available() and not config.engine.servers:
             # The engine measures the GPU's free memory while it starts: what a learner took
             # meanwhile would be missing in its KV cache.
@@ -297,20 +300,6 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
         return ranks.all_gather_or_raise("the groups to learn from next", lambda: take(count))[0]
 
     selection.streamed = take_on_all_ranks
-
-
-def _reference(config: Config, run: Any, model_dir: Path, tokenizer: Any) -> Any:
-    """Returns the model that the KL is measured to, or the teacher.
-
-    Returns None where there is none, or where it lies under the adapters.
-    """
-    attention = config.model.attention
-    if config.model.teacher:
-        teacher_dir = find_teacher(config, run, tokenizer, config.max_sequence_tokens)
-        return models.load_model(teacher_dir, attention)
-    if config.algorithm.kl_coef > 0 and not config.model.lora:
-        return models.load_model(model_dir, attention)
-    return None
 
 
 def warm_start_config(config: Config) -> SftConfig:

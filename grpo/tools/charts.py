@@ -104,7 +104,7 @@ def _new_figure() -> tuple[Any, Any]:
 
 def _other_rewards(runs: Mapping[str, Rows]) -> list[str]:
     """Returns the metrics of rewards that no other chart shows."""
-    charted = {key for metrics in CHARTS.values() for key in metrics}
+    charted = set().union(*CHARTS.values())
     keys: set[str] = set()
     for rows in runs.values():
         for row in rows:

@@ -5,6 +5,7 @@ They have the same bits on a CPU, or follow another recipe.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -163,12 +164,10 @@ def _load_learner(config: Config, kept: Kept, scratch: Path) -> Any:
     if not model_dir.exists():
         model_dir = models.resolve(source.path, source.revision, run_dir / "model", config.seed)
     model_dir = models.extended(model_dir, source.rope, scratch / "extended")
-    reference = None
+    teacher_dir = None
     if source.teacher:
         teacher_dir = models.resolve(source.teacher, None, run_dir / "teacher", config.seed)
-        reference = models.load_model(teacher_dir, source.attention)
-    elif config.algorithm.kl_coef and not source.lora:
-        reference = models.load_model(model_dir, source.attention)
+    reference = lora.load_reference(config, model_dir, teacher_dir)
     loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     policy = lora.load_policy(config, model_dir, source.attention)
     learner = Learner(policy, config, loss, reference)
@@ -191,8 +190,7 @@ def _with_advantages(samples: list[Sample], updater: Updater) -> list[Sample]:
         updater.config.algorithm.advantage,
         None if penalties is None else unflatten(penalties, sizes),
     )
-    flat_values = [value for group in values for value in group]
     return [
         replace(sample, advantages=value)
-        for sample, value in zip(ordered, flat_values, strict=True)
+        for sample, value in zip(ordered, itertools.chain.from_iterable(values), strict=True)
     ]

@@ -16,8 +16,7 @@ class Journal:
     """Records a run's rows of metrics and collects the alarms that they raise.
 
     `alarm_rules` are the rules of the diagnosis whose findings are alarms, with what is done then
-    (`logging.alarms`). `latest` is the last
-    row's numbers, by which a checkpoint is judged.
+    (`logging.alarms`). `latest` is the last row's numbers, by which a checkpoint is judged.
     """
 
     record_row: Callable[[dict[str, Any]], None]  # writes metrics.jsonl and the trackers

@@ -120,6 +120,21 @@ def test_every_sample_is_on_one_rank_and_all_have_as_many_micro_batches(
     )
 
 
+def on_two_ranks(
+    tmp_path: Path, program: str, *arguments: str, timeout_s: float = 60
+) -> subprocess.CompletedProcess:
+    """Returns what became of a program under torchrun."""
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    return subprocess.run(
+        [*TORCHRUN, str(file), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
 LOST = """
 import sys, time
 from grpo.run import ranks
@@ -138,15 +153,8 @@ ranks.all_gather_or_raise("a hard sum", lambda: 1)
     [("hang", "waited for a hard sum"), ("raise", "ZeroDivisionError: division by zero")],
 )
 def test_a_rank_that_hangs_or_fails_is_told_by_the_others(tmp_path, how, told):
-    (tmp_path / "lost.py").write_text(LOST)
     started = time.monotonic()
-    done = subprocess.run(
-        [*TORCHRUN, str(tmp_path / "lost.py"), "3", how],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = on_two_ranks(tmp_path, LOST, "3", how)
     assert done.returncode == 1 and told in done.stderr
     assert time.monotonic() - started < 45
 
@@ -170,14 +178,7 @@ before = gloo_threads()
 
 def test_no_thread_of_gloo_outlives_the_interpreter(tmp_path):
     # one that frees a tensor then aborts a process that has succeeded
-    (tmp_path / "ended.py").write_text(ENDED)
-    done = subprocess.run(
-        [*TORCHRUN, str(tmp_path / "ended.py")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
+    done = on_two_ranks(tmp_path, ENDED, timeout_s=90)
     assert sorted(done.stdout.splitlines()) == ["rank 0: True 0", "rank 1: True 0"], done.stderr
 
 
@@ -205,14 +206,7 @@ except Exception as error:
 
 
 def test_ranks_that_meet_in_different_exchanges_do_not_get_each_others_values(tmp_path):
-    (tmp_path / "crossed.py").write_text(CROSSED)
-    done = subprocess.run(
-        [*TORCHRUN, str(tmp_path / "crossed.py")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = on_two_ranks(tmp_path, CROSSED)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert (
