@@ -1,6 +1,8 @@
 """The command line: `grpo COMMAND CONFIG [key=value ...]`.
 
-Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted.
+Exit codes: 0 success, 1 the run failed, 2 a mistake in the config or the data, 130 interrupted.
+
+This module imports the heavy packages inside functions only, so that `grpo --help` is fast.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 from grpo import __version__
 from grpo.types import RunError, UserError
 
-QUIET = {
+# Defaults of environment variables that silence the libraries; the user's own values win.
+QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -32,15 +35,19 @@ QUIET = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command that `arguments` give (default: sys.argv[1:]) and returns its exit code."""
+    """Runs a command and returns its exit code.
+
+    Args:
+        arguments: The words after `grpo`. Default: `sys.argv[1:]`.
+    """
     try:
-        return _main(arguments)
+        return _run_command(arguments)
     finally:
         _flush_stdout()
 
 
-def _main(arguments: list[str] | None) -> int:
-    for name, value in QUIET.items():
+def _run_command(arguments: list[str] | None) -> int:
+    for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -50,11 +57,14 @@ def _main(arguments: list[str] | None) -> int:
     try:
         options = _parse(arguments)
         ranks.adopt_srun()
-        code: int = options.handler(options)
-        return code
-    except (UserError, RunError) as error:
-        _tell(error)
-        return 2 if isinstance(error, UserError) else 1
+        exit_code: int = options.handler(options)
+        return exit_code
+    except UserError as error:
+        _report_error(error)
+        return 2
+    except RunError as error:
+        _report_error(error)
+        return 1
     except Interrupted as error:
         if not ranks.failed_elsewhere(error):
             print(f"grpo: interrupted by {error}", file=sys.stderr)
@@ -71,10 +81,10 @@ def _main(arguments: list[str] | None) -> int:
 
 
 def _flush_stdout() -> None:
-    """Writes out what was printed.
+    """Flushes standard output.
 
-    If that fails (no reader, a full disk), standard output becomes the null device, so that Python
-    does not complain when it exits and the exit code stays that of the command.
+    If that fails (no reader, full disk), standard output is redirected to the null device. Python
+    would otherwise fail to flush it at exit and replace the exit code of the command.
     """
     try:
         sys.stdout.flush()
@@ -85,48 +95,52 @@ def _flush_stdout() -> None:
 
 
 def _stdout_has_reader() -> bool:
-    """Returns False if standard output is a pipe whose reader has left (`grpo ... | head`)."""
+    """Returns False if standard output is a pipe without a reader, as in `grpo ... | head`."""
     try:
         stdout = sys.stdout.fileno()
-    except io.UnsupportedOperation:  # replaced by an object in memory
+    except io.UnsupportedOperation:  # standard output is an object in memory
         return True
     poll = select.poll()
     poll.register(stdout, 0)
     return all(not event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _tell(error: Exception) -> None:
-    """Prints an error once.
+def _report_error(error: Exception) -> None:
+    """Prints an error once per job, or once per node if all ranks raise it.
 
-    The rank that has the error prints it. If all ranks of a node have it, the first of them does.
-
-    A launcher ends all ranks as soon as one has ended, so the ranks that do not print wait for that
-    end.
+    The rank on which the error occurred prints it. A launcher terminates all ranks as soon as one
+    has exited, so the other ranks wait to be terminated, and the message is printed first.
     """
     from grpo.run import ranks
 
-    is_reported_elsewhere = ranks.failed_elsewhere(error)
     is_unexpected = isinstance(error, ranks.UnexpectedError | ranks.BrokenExchangeError)
     if is_unexpected and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
-    if is_reported_elsewhere or (ranks.local_rank() > 0 and isinstance(error, UserError)):
+    is_reported_elsewhere = ranks.failed_elsewhere(error)
+    is_repeated = ranks.local_rank() > 0 and isinstance(error, UserError)
+    if is_reported_elsewhere or is_repeated:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(30)
     if not is_reported_elsewhere:
-        print(f"grpo: {f'rank {ranks.rank()}: ' if ranks.rank() else ''}{error}", file=sys.stderr)
+        prefix = f"rank {ranks.rank()}: " if ranks.rank() else ""
+        print(f"grpo: {prefix}{error}", file=sys.stderr)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Returns the options of a command; words may stand before, between and after its flags."""
+    """Returns the options of a command.
+
+    Overrides and runs may be placed before, between and after flags. argparse fills a list argument
+    only once, so the words after a flag are appended here.
+    """
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    # argparse fills the list at the end of a command once: words after a flag are left over.
-    name = options.list_argument
-    flags = [word for word in rest if word.startswith("-")]
-    if flags or (rest and name is None):
-        parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
-    if rest:
-        setattr(options, name, [*getattr(options, name), *rest])
+    options, extra_words = parser.parse_known_args(arguments)
+    list_name = options.list_argument
+    flags = [word for word in extra_words if word.startswith("-")]
+    if flags or (extra_words and list_name is None):
+        parser.error(f"unrecognized arguments: {' '.join(flags or extra_words)}")
+    if extra_words:
+        words = [*getattr(options, list_name), *extra_words]
+        setattr(options, list_name, words)
     return options
 
 
@@ -135,9 +149,9 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="grpo",
-        description="Reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed.",
+        description="Trains language models to reason with GRPO, on vLLM and DeepSpeed.",
     )
-    # the deepspeed launcher gives it; LOCAL_RANK is what counts
+    # The deepspeed launcher passes it. It is ignored, because LOCAL_RANK has the same value.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -149,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--ask",
                 metavar="TEXT",
-                help="a problem for the model (run, directory or hub id) given in CONFIG's place",
+                help="print the model's answer to one problem; CONFIG is then a run, a model "
+                "directory or a hub id",
             )
         _add_dry_run(command)
     _add_doctor(commands)
@@ -161,13 +176,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
-    """Adds a command on a config: its overrides, and how a run is resumed."""
+    """Adds a command that takes a config, overrides and the flags for resuming a run."""
     description = f"{summary[0].upper()}{summary[1:]}."
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=description
     )
     command.set_defaults(list_argument="overrides")
-    command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    command.add_argument("config", metavar="CONFIG", help="YAML file, e.g. one of configs/")
     command.add_argument(
         "overrides",
         nargs="*",
@@ -175,56 +190,61 @@ def _add_config_command(commands: Any, name: str, summary: str) -> argparse.Argu
         help="overrides, e.g. train.rollouts=5 data.path=DIR",
     )
     command.add_argument(
-        "--resume", action="store_true", help="go on from the run's last checkpoint"
+        "--resume", action="store_true", help="continue the run from its last checkpoint"
     )
     command.add_argument(
         "--auto-resume",
         action="store_true",
-        help="the same if there is a run, else begin: for jobs that come back",
+        help="continue the run if run_dir contains one, else start it: for requeued jobs",
     )
     return command
 
 
 def _add_dry_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--dry-run", action="store_true", help="check and show everything, start nothing"
+        "--dry-run", action="store_true", help="check the config and print it, start nothing"
     )
 
 
 def _add_doctor(commands: Any) -> None:
     command = _add_config_command(
-        commands, "doctor", "say what will go wrong with a stage's config, before it costs anything"
+        commands,
+        "doctor",
+        "check a config before the run: memory, disk, prompts, data, sampled completions",
     )
     command.set_defaults(handler=_doctor)
-    command.add_argument("--no-sample", action="store_true", help="start no engine")
+    command.add_argument("--no-sample", action="store_true", help="do not start an engine")
     command.add_argument(
-        "--gpus", action="store_true", help="only a table: what the run needs of 1 to 64 GPUs"
+        "--gpus", action="store_true", help="only print the memory per GPU on 1 to 64 GPUs"
     )
     command.add_argument(
-        "--price", type=float, help="of an hour of the machine, for the cost of the run"
+        "--price", type=float, help="price of the machine per hour; estimates the cost of the run"
     )
     _add_dry_run(command)
 
 
 def _add_bench(commands: Any) -> None:
     command = _add_config_command(
-        commands, "bench", "measure each phase of a train config against this machine"
+        commands,
+        "bench",
+        "time each phase of a training config and compare it with the limits of this machine",
     )
     command.set_defaults(handler=_bench)
     command.add_argument(
         "--simulate",
         metavar="DEVICE",
-        help="run nothing: reckon 1 to 1,024 of a100, h100, h200, or of a run's machine",
+        help="run nothing; estimate the step time on 1 to 1,024 GPUs: a100, h100, h200, or a run "
+        "directory, whose measured rates are used",
     )
     command.add_argument(
-        "--mean", type=float, help="with --simulate: tokens of a completion in the mean"
+        "--mean", type=float, help="with --simulate: mean completion length in tokens"
     )
     _add_dry_run(command)
 
 
 def _add_grade(commands: Any) -> None:
     command = commands.add_parser(
-        "grade", help="verdicts on a file of answers, or on a run's samples by today's rules"
+        "grade", help="verify the answers in a file, or score the samples of a run again"
     )
     command.set_defaults(handler=_grade, list_argument=None)
     command.add_argument(
@@ -232,44 +252,50 @@ def _add_grade(commands: Any) -> None:
         metavar="PATH",
         help="JSONL with prediction or completion, and gold or answer; or a run directory",
     )
-    command.add_argument("--explain", type=int, metavar="LINE", help="one line's verdict in detail")
-    command.add_argument("--output", metavar="FILE", help="every row with its verdict, as JSONL")
+    command.add_argument(
+        "--explain", type=int, metavar="LINE", help="explain the verdict of one line"
+    )
+    command.add_argument(
+        "--output", metavar="FILE", help="write every row with its verdict as JSONL"
+    )
 
 
 def _add_replay(commands: Any) -> None:
     command = commands.add_parser(
         "replay",
-        help="a step's updates once more from what was kept of them, by the same recipe or another",
+        help="repeat the updates of a step, with the same or another algorithm",
     )
     command.set_defaults(handler=_replay, list_argument="overrides")
     command.add_argument("run", metavar="RUN", help="run directory")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="another recipe: algorithm.preset=dr_grpo"
+        "overrides", nargs="*", metavar="key=value", help="e.g. algorithm.preset=dr_grpo"
     )
-    command.add_argument("--step", type=int, help="default: the one after the last checkpoint")
+    command.add_argument("--step", type=int, help="default: the step after the last checkpoint")
 
 
 def _add_report(commands: Any) -> None:
     command = commands.add_parser(
         "report",
-        help="one HTML file about runs, without network; or follow a running one in the terminal",
+        help="write one HTML file about runs, or follow a running one in the terminal",
     )
     command.set_defaults(handler=_report, list_argument="runs")
     command.add_argument(
         "runs",
         nargs="+",
         metavar="RUN",
-        help="run directories, laid over each other; a pipeline's: its stages",
+        help="run directories, which share the charts; of a pipeline: all its stages",
     )
     command.add_argument("--output", metavar="FILE", help="default: report.html in the first run")
-    command.add_argument("--plots", metavar="FOLDER", help="every chart as SVG and PNG too")
+    command.add_argument("--plots", metavar="FOLDER", help="also write every chart as SVG and PNG")
     command.add_argument(
-        "--follow", action="store_true", help="print a run's steps as they come, until it ends"
+        "--follow",
+        action="store_true",
+        help="print the steps of a run as they appear, until it ends",
     )
 
 
 def _stage(options: argparse.Namespace) -> int:
-    """Runs one of the stages."""
+    """Runs a stage."""
     from grpo import config as configs
     from grpo.stages.registry import find_stage
 
@@ -277,14 +303,15 @@ def _stage(options: argparse.Namespace) -> int:
     config: Any = configs.load(options.config, options.overrides, stage.config_class)
     if options.dry_run:
         return _dry_run(stage, config)
-    stage.run(config, resume=_resumes(options, config))
+    stage.run(config, resume=_should_resume(options, config))
     return 0
 
 
 def _eval(options: argparse.Namespace) -> int:
-    """Evaluates a model, compares two evaluations, or asks a model one problem."""
+    """Evaluates a model, compares two evaluations, or prints a model's answer to one problem."""
     words = [options.config, *options.overrides]
-    if len(words) == 2 and all(Path(word).is_dir() for word in words):
+    are_runs = all(Path(word).is_dir() for word in words)
+    if len(words) == 2 and are_runs:
         from grpo.stages.eval import compare
 
         compare(*words)
@@ -298,7 +325,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """Inspects a config of any stage; a finding that fails is the user's mistake."""
+    """Checks the config of any stage. Returns 2 if a check fails."""
     from grpo import config as configs
     from grpo.config.reading import apply_overrides, read_yaml
     from grpo.stages.registry import stage_of
@@ -317,7 +344,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    """Measures, or simulates, the phases of a train config."""
+    """Measures or simulates the phases of a training config."""
     from grpo import config as configs
     from grpo.stages.registry import find_stage
     from grpo.stages.run_context import require_one_rank
@@ -330,7 +357,7 @@ def _bench(options: argparse.Namespace) -> int:
         return 0
     if options.dry_run:
         return _dry_run(find_stage("train"), config)
-    bench.bench(config, resume=_resumes(options, config))
+    bench.bench(config, resume=_should_resume(options, config))
     return 0
 
 
@@ -342,7 +369,7 @@ def _grade(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    """Replays a step; another result by the same recipe is a failure."""
+    """Repeats a step. Returns 1 if the same algorithm produces another result."""
     from grpo.tools.replay import replay
 
     is_same = replay(options.run, step=options.step, overrides=options.overrides)
@@ -366,8 +393,8 @@ def _dry_run(stage: Any, config: Any) -> int:
     return 0
 
 
-def _resumes(options: argparse.Namespace, config: Any) -> bool:
-    """Returns whether the run is resumed: as asked, or with --auto-resume if rank 0 sees a run."""
+def _should_resume(options: argparse.Namespace, config: Any) -> bool:
+    """Returns whether to resume: with --resume, or with --auto-resume if rank 0 finds a run."""
     if not options.auto_resume:
         return bool(options.resume)
     from grpo.run import ranks

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import MLA, TINY_SHAPE
 
-from grpo.cli import QUIET
+from grpo.cli import QUIET_ENVIRONMENT
 
 # before anything of the hub is imported: no test asks it
-os.environ.update(QUIET | {"HF_HUB_OFFLINE": "1"})
+os.environ.update(QUIET_ENVIRONMENT | {"HF_HUB_OFFLINE": "1"})
 from grpo.learning import models
 
 hypothesis.settings.register_profile("grpo", deadline=None)  # a busy machine is no bug

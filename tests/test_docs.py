@@ -12,6 +12,7 @@ from random_loop import make_loop
 
 from grpo import cli
 from grpo import config as configs
+from grpo.config.presets import PRESETS
 from grpo.metrics.diagnosis import RULES
 from grpo.stages.registry import find_stage, stage_of
 from grpo.types import UserError
@@ -70,12 +71,35 @@ def test_every_file_that_the_pages_name_is_there():
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
-def test_every_shipped_config_reward_and_set_is_in_the_readme():
+@pytest.mark.parametrize(
+    ("page", "files"),
+    [
+        ("docs/configs.md", "configs/*.yaml"),
+        ("docs/configs.md", "configs/*/pipeline.yaml"),
+        ("docs/rewards.md", "rewards/[a-z]*.py"),
+        ("docs/data.md", "data/[a-z]*.py"),
+        ("README.md", "rewards/[a-z]*.py"),
+        ("README.md", "data/[a-z]*.py"),
+    ],
+)
+def test_a_page_names_every_file_of_its_folder(page, files):
+    text = (ROOT / page).read_text()
+    paths = list(ROOT.glob(files))
+    assert paths
+    for path in paths:
+        name = path.stem if path.stem != "pipeline" else f"{path.parent.name}/pipeline"
+        assert f"`{name}`" in text, name
+
+
+def test_the_readme_names_every_preset():
     text = (ROOT / "README.md").read_text()
-    for path in (ROOT / "configs").glob("*.yaml"):
-        assert path.stem in text or re.sub(r".*(_7b)$", r"`\1`", path.stem) in text, path.stem
-    for folder in ("rewards", "data"):
-        assert all(f"`{path.stem}`" in text for path in (ROOT / folder).glob("[a-z]*.py")), folder
+    assert all(f"`{name}`" in text for name in PRESETS)
+
+
+def test_the_config_in_the_readme_loads(tmp_path):
+    (config,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    (tmp_path / "gsm8k.yaml").write_text(config)
+    configs.load(str(tmp_path / "gsm8k.yaml"), [])
 
 
 def test_every_rule_of_the_diagnosis_is_explained_once():

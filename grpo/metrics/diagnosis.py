@@ -1,8 +1,9 @@
-"""What a run's numbers mean in plain words.
+"""Rules that explain the metrics of a run in plain words.
 
-Rules over the last rows of metrics; each speaks once, in the log and in the report.
+A rule looks at the last rollouts and reports at most once per run, in the log and in the report.
 
-Pure: a log, a report and a test get the same findings from the same rows. Standard library only.
+The rules are pure functions: a log, a report and a test get the same findings from the same rows.
+This module depends on the standard library only.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Row = Mapping[str, Any]
-WINDOW = 5  # rollouts that a rule looks at; fewer at the start of a run say nothing yet
+Row = Mapping[str, Any]  # one line of metrics.jsonl
+WINDOW = 5  # rollouts that a rule looks at; with fewer, most rules do not apply
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`Finding(step=7, rule="too_hard", text="82% of groups are all wrong: ...")`."""
+    """One report of a rule: `Finding(step=7, rule="too_hard", text="82% of groups are ...")`."""
 
     step: int
     rule: str
@@ -27,51 +28,54 @@ class Finding:
 
 
 class Watch:
-    """Follows a run: `see(row)` returns what the row adds to what was said."""
+    """Follows a run row by row, and reports each rule once."""
 
     def __init__(self, rows: Sequence[Row] = ()) -> None:
-        """`rows`: metrics that the run already has, in order; what they say is not said again."""
-        self._rows: list[Row] = []  # rollouts; the evaluation before the first is none
-        self._told: set[str] = set()
+        """Args: `rows`: existing metrics of the run, in order. Their findings are not repeated."""
+        self._rows: list[Row] = []  # rows of rollouts; the evaluation before the first is not one
+        self._reported_rules: set[str] = set()
         for row in rows:
             self.see(row)
 
     def see(self, row: Row) -> list[Finding]:
-        """Returns the findings that a row of metrics adds, at most one per rule and run."""
+        """Returns the new findings after this row, at most one per rule and run."""
         if "reward/mean" not in row:
             return []
         self._rows.append(row)
         past = Past(self._rows)
-        spoken = {rule: speak(past) for rule, speak in RULES.items() if rule not in self._told}
-        new = [Finding(int(row["step"]), rule, text) for rule, text in spoken.items() if text]
-        self._told |= {finding.rule for finding in new}
-        return new
+        new_findings = []
+        for rule, apply_rule in RULES.items():
+            if rule in self._reported_rules:
+                continue
+            text = apply_rule(past)
+            if text:
+                new_findings.append(Finding(int(row["step"]), rule, text))
+                self._reported_rules.add(rule)
+        return new_findings
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
-    """Returns what is to be said of a run, each rule once, at the step where it first holds.
+    """Returns all findings of a run, each at the first step at which its rule applies.
 
-    `rows`: of metrics.jsonl, in order.
+    Args:
+        rows: The lines of metrics.jsonl, in order.
     """
-    found: list[Finding] = []
     watch = Watch()
+    all_findings: list[Finding] = []
     for row in rows:
-        found += watch.see(row)
-    return found
+        all_findings += watch.see(row)
+    return all_findings
 
 
 class Past:
-    """The rows so far.
-
-    `now(key)` is the mean of the last rows, `first(key)` of the first, NaN where there are too few.
-    """
+    """The metrics of a run so far."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        """`rows`: metrics of the rollouts so far, oldest first."""
+        """Args: `rows`: metrics of the rollouts so far, oldest first."""
         self.rows = rows
 
     def values(self, key: str) -> list[float]:
-        """Returns a metric's finite numbers, oldest first; rows without one are left out."""
+        """Returns the finite values of a metric, oldest first. Rows without one are skipped."""
         return [
             row[key]
             for row in self.rows
@@ -79,92 +83,94 @@ class Past:
         ]
 
     def now(self, key: str, window: int = WINDOW) -> float:
-        """Returns the mean of a metric's last `window` numbers, NaN if there are fewer."""
+        """Returns the mean of the last `window` values of a metric, NaN if there are fewer."""
         values = self.values(key)
         return statistics.fmean(values[-window:]) if len(values) >= window else math.nan
 
     def first(self, key: str, window: int = WINDOW) -> float:
-        """Returns the mean of a metric's first `window` numbers, NaN if there are fewer."""
+        """Returns the mean of the first `window` values of a metric, NaN if there are fewer."""
         values = self.values(key)
         return statistics.fmean(values[:window]) if len(values) >= window else math.nan
 
 
+# A comparison with NaN is false: a rule whose metrics are missing must not apply. The conditions
+# below are therefore written as "if not (value >= limit): return None".
+
+
 def _too_hard(past: Past) -> str | None:
-    if not past.now("group/all_wrong") >= 0.8:
+    all_wrong = past.now("group/all_wrong")
+    if not all_wrong >= 0.8:
         return None
-    why = [
-        f"{past.now(key):.0%} {what}"
-        for key, what in (("reward/undecided", "undecided"), ("completion/truncated", "cut off"))
-        if past.now(key) >= 0.05
-    ]
+    details = []
+    undecided = past.now("reward/undecided")
+    if undecided >= 0.05:
+        details.append(f"{undecided:.0%} undecided")
+    truncated = past.now("completion/truncated")
+    if truncated >= 0.05:
+        details.append(f"{truncated:.0%} truncated")
     malformed = 1 - past.now("reward/format")
-    why += [f"{malformed:.0%} not well-formed"] if malformed >= 0.2 else []
-    told = f" ({', '.join(why)})" if why else ""
+    if malformed >= 0.2:
+        details.append(f"{malformed:.0%} malformed")
+    parenthesis = f" ({', '.join(details)})" if details else ""
     return (
-        f"{past.now('group/all_wrong'):.0%} of groups are all wrong{told}: the problems are too "
-        "hard for this model, or the verifier "
-        "cannot read its answers; read some of samples/, try easier problems, a cold start (grpo "
-        "sft) or a larger group_size"
+        f"{all_wrong:.0%} of groups are all wrong{parenthesis}: the problems are too hard for this "
+        "model, or the verifier cannot parse its answers; read some of samples/, try easier "
+        "problems, a cold start (grpo sft) or a larger train.group_size"
     )
 
 
 def _no_signal(past: Past) -> str | None:
-    # none where no reward is a verdict
-    judged = [past.now(key) for key in ("group/all_wrong", "group/all_correct")]
-    alike = past.now("group/no_signal") - sum(share for share in judged if not math.isnan(share))
-    if not (past.now("group/no_signal") >= 0.9 and alike >= 0.3):
+    no_signal = past.now("group/no_signal")
+    explained = 0.0  # by groups that are all wrong or all correct
+    for key in ("group/all_wrong", "group/all_correct"):
+        share = past.now(key)
+        if not math.isnan(share):  # NaN if no reward is a verdict
+            explained += share
+    if not (no_signal >= 0.9 and no_signal - explained >= 0.3):
         return None
     return (
-        f"{past.now('group/no_signal'):.0%} of groups have equal rewards though not all right or "
-        "wrong: a reward may always give the same"
+        f"{no_signal:.0%} of groups have equal rewards, and not all of these are all correct or "
+        "all wrong: a reward may always return the same value"
     )
 
 
 def _mismatch(past: Past) -> str | None:
-    gap, weight = past.now("mismatch/abs"), past.now("mismatch/effective")
-    if gap >= 0.15 or weight <= 0.7:
-        return (
-            f"engine and learner disagree: mean |difference of logprobs| {gap:.2f}, effective "
-            f"samples {weight:.0%}; use a "
-            "mismatch correction (algorithm.mismatch=tis), model.float32_head, or float32"
-        )
-    return None
-
-
-def _zero_loss(past: Past) -> str | None:
-    if (
-        len(past.rows) == 1
-        and abs(past.rows[0].get("loss", 1.0)) < 1e-3
-        and past.rows[0].get("update/made") == 1
-    ):
-        return (
-            "a loss near 0 is expected when every rollout has one update: advantages of a group "
-            "sum to 0; watch the reward"
-        )
-    return None
-
-
-def _entropy(past: Past) -> str | None:
-    before, now = past.first("policy/entropy"), past.now("policy/entropy")
-    if (
-        len(past.rows) < 2 * WINDOW
-        or not now < 0.25 * before
-        or not past.now("reward/mean") < 0.9 * _best(past)
-    ):
+    gap = past.now("mismatch/abs")
+    effective_share = past.now("mismatch/effective")
+    if not (gap >= 0.15 or effective_share <= 0.7):
         return None
     return (
-        f"entropy is collapsing ({before:.2f} to {now:.2f}) while rewards are not at their best: "
-        "lower learner.lr, raise "
-        "algorithm.clip_high or algorithm.entropy_coef"
+        f"engine and learner disagree: mean absolute difference of logprobs {gap:.2f}, effective "
+        f"sample size {effective_share:.0%}; use a mismatch correction (algorithm.mismatch=tis), "
+        "model.float32_head, or float32"
     )
 
 
-def _best(past: Past) -> float:
-    """Returns the highest mean reward of a rollout, at least 1.
+def _zero_loss(past: Past) -> str | None:
+    if len(past.rows) > 1:
+        return None
+    (row,) = past.rows
+    if not (abs(row.get("loss", 1.0)) < 1e-3 and row.get("update/made") == 1):
+        return None
+    return (
+        "a loss near 0 is expected when every rollout has one update: the advantages of a group "
+        "sum to 0; watch the reward"
+    )
 
-    Accuracy alone would give 1.
-    """
-    return max([1.0, *past.values("reward/mean")])
+
+def _entropy(past: Past) -> str | None:
+    if len(past.rows) < 2 * WINDOW:
+        return None
+    first_entropy = past.first("policy/entropy")
+    entropy = past.now("policy/entropy")
+    has_collapsed = entropy < 0.25 * first_entropy
+    best_reward = max([1.0, *past.values("reward/mean")])  # 1: the maximum of accuracy alone
+    if not (has_collapsed and past.now("reward/mean") < 0.9 * best_reward):
+        return None
+    return (
+        f"entropy is collapsing ({first_entropy:.2f} to {entropy:.2f}) while rewards are below "
+        "their best: lower learner.lr, raise algorithm.clip_high or algorithm.entropy_coef"
+    )
 
 
 def _clipped(past: Past) -> str | None:
@@ -172,46 +178,48 @@ def _clipped(past: Past) -> str | None:
     if not share >= 0.2:
         return None
     return (
-        f"{share:.0%} of tokens are clipped: the policy moves far within a rollout (of gspo a "
-        "third is usual); lower learner.lr, or make "
-        "fewer updates a rollout"
+        f"{share:.0%} of tokens are clipped: the policy moves far within a rollout (with gspo, a "
+        "third is usual); lower learner.lr, or use fewer updates per rollout"
     )
 
 
 def _gradient(past: Past) -> str | None:
     norms = past.values("policy/grad_norm")
-    if len(norms) <= 10 or not norms[-1] >= 10 * statistics.median(norms[-21:-1]):
+    if len(norms) <= 10:
         return None
-    times = norms[-1] / statistics.median(norms[-21:-1])
+    median = statistics.median(norms[-21:-1])
+    if not norms[-1] >= 10 * median:
+        return None
     return (
-        f"the gradient norm jumped to {norms[-1]:.2g}, {times:.0f} times its median: see this "
-        "step's samples"
+        f"the gradient norm jumped to {norms[-1]:.2g}, {norms[-1] / median:.0f} times its median: "
+        "read the samples of this step"
     )
 
 
 def _format_only(past: Past) -> str | None:
-    if len(past.rows) < 20 or not (
-        past.now("reward/format") >= 0.9 and past.now("reward/accuracy", 10) <= 0.02
-    ):
+    if len(past.rows) < 20:
+        return None
+    if not (past.now("reward/format") >= 0.9 and past.now("reward/accuracy", 10) <= 0.02):
         return None
     return (
-        "the format is learned and the answers stay wrong: the format reward alone moves; easier "
-        "problems, or lower its weight"
+        "the model has learned the format, but its answers stay wrong: only the format reward "
+        "moves; use easier problems, or lower the weight of the format reward"
     )
 
 
 def _hacking(past: Past) -> str | None:
-    judged = past.values("eval/accuracy")
-    if len(judged) < 3 or not (
-        judged[-1] <= max(judged) - 0.1
-        and past.now("reward/mean") >= past.first("reward/mean") + 0.05
-    ):
+    accuracies = past.values("eval/accuracy")
+    if len(accuracies) < 3:
+        return None
+    best, last = max(accuracies), accuracies[-1]
+    first_reward = past.first("reward/mean")
+    reward = past.now("reward/mean")
+    if not (last <= best - 0.1 and reward >= first_reward + 0.05):
         return None
     return (
-        f"rewards rise ({past.first('reward/mean'):.2f} to {past.now('reward/mean'):.2f}) while "
-        "held-out accuracy falls "
-        f"({max(judged):.0%} to {judged[-1]:.0%}): a reward may pay for something else, or the "
-        "problems are learned by heart"
+        f"rewards rise ({first_reward:.2f} to {reward:.2f}) while held-out accuracy falls "
+        f"({best:.0%} to {last:.0%}): the rewards may pay for something else, or the model "
+        "memorizes the problems"
     )
 
 
@@ -220,93 +228,94 @@ def _flat(past: Past) -> str | None:
     if len(values) < 30:
         return None
     early, late = values[:10], values[-10:]
+    early_mean, late_mean = statistics.fmean(early), statistics.fmean(late)
     noise = math.sqrt((statistics.variance(early) + statistics.variance(late)) / 10)
-    if (
-        abs(statistics.fmean(late) - statistics.fmean(early)) > 2 * noise
-        or statistics.fmean(late) >= 0.9
-    ):
+    if abs(late_mean - early_mean) > 2 * noise or late_mean >= 0.9:
         return None
     signal = 1 - past.now("group/no_signal", 10)
     return (
-        f"the reward has not moved in {len(values)} rollouts ({statistics.fmean(early):.3f} to "
-        f"{statistics.fmean(late):.3f}, noise "
-        f"{noise:.3f}); {signal:.0%} of groups teach something: more signal (easier problems, "
-        "larger groups) or a higher learner.lr"
+        f"the reward has not moved in {len(values)} rollouts ({early_mean:.3f} to "
+        f"{late_mean:.3f}, noise {noise:.3f}); {signal:.0%} of groups have a training signal: "
+        "increase it (easier problems, larger groups), or raise learner.lr"
     )
 
 
 def _slow_rewards(past: Past) -> str | None:
     share = past.now("time/rewards_s") / past.now("time/total_s")
+    if not share >= 0.25:
+        return None
     return (
-        f"{share:.0%} of the time goes into rewards: more reward_pool.workers, or a cheaper reward"
-        if share >= 0.25
-        else None
+        f"rewards take {share:.0%} of the time: raise reward_pool.workers, or use a cheaper reward"
     )
 
 
 def _language(past: Past) -> str | None:
     share = past.now("completion/language")
+    if not share <= 0.8:
+        return None
     return (
-        f"only {share:.0%} of the text is in the question's language: add the reward `language`"
-        if share <= 0.8
-        else None
+        f"only {share:.0%} of the text is in the language of the question: add the reward "
+        "`language`"
     )
 
 
 def _waiting(past: Past) -> str | None:
-    # without asynchronous rollouts one side always waits
     if math.isnan(past.now("staleness/mean")):
-        return None
-    for side, cure in (
-        ("learner", "more servers, or fewer learner ranks"),
-        ("engine", "fewer servers, or a larger train.max_staleness"),
-    ):
-        if (share := past.now(f"idle/{side}")) >= 0.4:
+        return None  # in a synchronous step one side always waits
+    remedies = {
+        "learner": "use more servers, or fewer learner ranks",
+        "engine": "use fewer servers, or a larger train.max_staleness",
+    }
+    for side, remedy in remedies.items():
+        share = past.now(f"idle/{side}")
+        if share >= 0.4:
             return (
-                f"the {side} waits {share:.0%} of the time: {cure} (grpo bench CONFIG --simulate "
-                "RUN finds the split)"
+                f"the {side} is idle for {share:.0%} of the time: {remedy} "
+                "(`grpo bench CONFIG --simulate RUN` finds the best split)"
             )
     return None
 
 
-def _above(key: str, least: float, text: str, window: int = WINDOW) -> Callable[[Past], str | None]:
-    """Returns a rule that speaks when a metric's mean is at least so much.
+def _above(key: str, limit: float, text: str, window: int = WINDOW) -> Callable[[Past], str | None]:
+    """Returns a rule that applies when the mean of a metric is at least `limit`.
 
-    `text` has a place for it.
+    `text` is a format string for the mean.
     """
-    return lambda past: (
-        text.format(past.now(key, window)) if past.now(key, window) >= least else None
-    )
+
+    def rule(past: Past) -> str | None:
+        value = past.now(key, window)
+        return text.format(value) if value >= limit else None
+
+    return rule
 
 
-# By name; grpo/config/sections.py has the names too (DIAGNOSIS_RULES), for logging.alarms.
+# By name. DIAGNOSIS_RULES in grpo/config/sections.py lists the same names, for logging.alarms.
 RULES: dict[str, Callable[[Past], str | None]] = {
     "too_hard": _too_hard,
     "too_easy": _above(
         "group/all_correct",
         0.8,
-        "{:.0%} of groups are all right: little is left to learn from these problems; take harder "
-        "ones, or algorithm.no_signal=resample",
+        "{:.0%} of groups are all correct: the model can learn little from these problems; use "
+        "harder ones, or algorithm.no_signal=resample",
     ),
     "no_signal": _no_signal,
     "undecided": _above(
         "reward/undecided",
         0.1,
-        "{:.0%} of completions could not be judged and teach nothing: the gold answers may be in "
-        "a form the verifier does not read; "
-        "`grpo grade RUN` lists them",
+        "{:.0%} of completions are undecided and have no reward: the verifier may not be able to "
+        "parse the gold answers; `grpo grade RUN` lists them",
     ),
     "truncated": _above(
         "completion/truncated",
         0.3,
-        "{:.0%} of completions are cut off at sampling.max_tokens: raise it, add a stop string, "
-        "or shorten them (rewards.length)",
+        "{:.0%} of completions are truncated at sampling.max_tokens: raise it, add a stop string, "
+        "or use the reward `length` to shorten completions",
     ),
     "stale_weights": _above(
         "probe/gap_share",
         0.5,
-        "engine weights look stale: the probe's gap is {:.0%} of what stops the run; see "
-        "engine.log, or it is low precision: engine.dtype",
+        "engine weights may be stale: the probe gap is {:.0%} of the limit that stops the run; "
+        "read engine.log; if the cause is low precision, set engine.dtype=float32",
         window=1,
     ),
     "mismatch": _mismatch,
@@ -322,7 +331,7 @@ RULES: dict[str, Callable[[Past], str | None]] = {
     "far": _above(
         "kl/ref",
         1,
-        "the policy is far from its reference (KL {:.1f} a token): lower learner.lr, or raise "
+        "the policy is far from its reference (KL of {:.1f} per token): lower learner.lr, or raise "
         "algorithm.kl_coef",
     ),
     "language": _language,

@@ -1,18 +1,18 @@
-"""The least time of a rollout, an update and a sync on this machine, and the memory they need.
+"""Lower bounds for the time of a step on this machine, and the memory that learner and engine need.
 
-The times follow from the machine's measured matrix rate and memory bandwidth. The memory is that of
-learner and engine.
+The bounds are computed from the measured matrix multiplication rate and memory bandwidth of the
+machine. `time / bound` of a phase compares it with the hardware, not with another program.
 
-`time / bound` says how far a phase is from the machine, not from another program. Formulas: a
-decode step reads all weights and the KV cache, or computes 2 FLOP per weight and sequence,
-whichever is longer; training computes 6 FLOP per weight and token.
+- A decoding step reads all weights and the KV cache, or computes 2 FLOP per weight and sequence,
+  whichever takes longer.
+- Training computes 6 FLOP per weight and token.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,50 +23,67 @@ from grpo.config import Config
 from grpo.types import Group
 
 GB = 2**30
+USABLE_GPU_GB = 76  # of an 80 GB GPU, after CUDA contexts and fragmentation
+COPIED_BYTES = 2**27  # size of the buffer whose copy measures the memory bandwidth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """This machine's measured rates: matrix products in FLOP/s, memory in bytes/s."""
+    """Measured rates of this machine."""
 
-    flops: float  # matrix products in the policy's dtype, FLOP/s
-    bandwidth: float  # bytes/s read and written by a copy
+    flops: float  # FLOP/s of matrix products in the dtype of the policy
+    bandwidth: float  # bytes/s that a copy reads and writes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What of a model the bounds need; `body` and `head` are weights that multiply each token."""
+    """Sizes of a dense model, as far as the bounds need them."""
 
-    weights: int  # all of them
-    body: int  # without embeddings and head
-    head: int
-    layers: int
-    width: int  # attention heads x head size
-    kv_bytes: int  # of one token
-    weight_bytes: int  # of one weight, in the forward pass
+    num_weights: int  # all weights
+    body_weights: int  # weights that multiply every token: without embeddings and head
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    attention_width: int  # attention heads x head size
+    kv_bytes_per_token: int
+    bytes_per_weight: int  # in the forward pass
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the output head."""
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in the forward pass."""
+        return self.num_weights * self.bytes_per_weight
 
 
 def measure(dtype: str, seconds: float = 0.3) -> Machine:
-    """Returns this machine's rates, the best of a few repetitions within about `seconds` each.
+    """Measures the rates of this machine. No other work may run at the same time.
 
-    Nothing else may run meanwhile.
+    Args:
+        dtype: `bfloat16` or `float32`, the dtype of the matrix product.
+        seconds: Duration of each measurement. The fastest repetition counts.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    source = torch.empty(2**27, dtype=torch.uint8, device=device).zero_()
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    b = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
-    return Machine(
-        flops=2 * size**3 / _best(lambda: a @ b, device, seconds),
-        bandwidth=2 * 2**27 / _best(lambda: target.copy_(source), device, seconds),
-    )
+    product_s = _fastest(lambda: a @ b, device, seconds)
+    copy_s = _fastest(lambda: target.copy_(source), device, seconds)
+    return Machine(flops=2 * size**3 / product_s, bandwidth=2 * COPIED_BYTES / copy_s)
 
 
-def _best(work: object, device: torch.device, seconds: float) -> float:
-    best, end = float("inf"), time.monotonic() + seconds
+def _fastest(operation: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Returns the seconds of the fastest of the calls that fit into `seconds`."""
+    best = float("inf")
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         start = time.perf_counter()
-        work()  # type: ignore[operator]
+        operation()
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
@@ -74,164 +91,191 @@ def _best(work: object, device: torch.device, seconds: float) -> float:
 
 
 def shape(model_dir: Path, num_weights: int, dtype: str) -> Shape:
-    """Returns the shape of a dense model from its config.json."""
+    """Returns the sizes of a dense model from its config.json.
+
+    Args:
+        model_dir: Hugging Face model directory.
+        num_weights: Number of weights of the model.
+        dtype: `bfloat16` or `float32`, the dtype of the forward pass.
+    """
     config = json.loads((model_dir / "config.json").read_text())
-    heads, embeddings = config["num_attention_heads"], config["vocab_size"] * config["hidden_size"]
-    size = config.get("head_dim") or config["hidden_size"] // heads
-    tied, bytes_ = config.get("tie_word_embeddings", False), 2 if dtype == "bfloat16" else 4
+    num_heads = config["num_attention_heads"]
+    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    head_size = config.get("head_dim") or config["hidden_size"] // num_heads
+    embedding_weights = config["vocab_size"] * config["hidden_size"]
+    num_embeddings = 1 if config.get("tie_word_embeddings", False) else 2
+    bytes_per_weight = 2 if dtype == "bfloat16" else 4
+    kv_values = 2 * config["num_hidden_layers"] * num_kv_heads * head_size
     return Shape(
-        weights=num_weights,
-        body=num_weights - embeddings * (1 if tied else 2),
-        head=embeddings,
-        layers=config["num_hidden_layers"],
-        width=heads * size,
-        kv_bytes=2
-        * config["num_hidden_layers"]
-        * (config.get("num_key_value_heads") or heads)
-        * size
-        * bytes_,
-        weight_bytes=bytes_,
+        num_weights=num_weights,
+        body_weights=num_weights - embedding_weights * num_embeddings,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        vocab_size=config["vocab_size"],
+        attention_width=num_heads * head_size,
+        kv_bytes_per_token=kv_values * bytes_per_weight,
+        bytes_per_weight=bytes_per_weight,
     )
 
 
-def bounds(
-    machine: Machine,
-    model: Shape,
-    groups: Sequence[Group],
-    *,
-    updates: int,
-    reference: bool,
-    ranks: int = 1,
-) -> dict[str, float]:
-    """Returns the least seconds of `rollout`, `update` and `sync` for what was sampled.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roofline:
+    """The rates of a machine and the sizes of a model, which together bound the time of a step."""
 
-    Prompts count once per group, completions as long as they are. Rollout and update are shared
-    among `ranks`.
-    """
-    prompts = [len(group.prompt_ids) for group in groups]
-    rows = [
-        (len(group.prompt_ids), len(c.token_ids)) for group in groups for c in group.completions
-    ]
-    tokens = sum(length for _, length in rows)
-    attention = sum(prompt**2 for prompt in prompts) + sum(
-        (prompt + length) ** 2 - prompt**2 for prompt, length in rows
-    )
-    forward = (
-        2 * (model.body * (sum(prompts) + tokens) + model.head * tokens)
-        + 2 * model.layers * model.width * attention
-    )
-    # backward is two; old and reference logprobs one each
-    forwards = 3 + (1 if updates > 1 else 0) + (1 if reference else 0)
-    copied = model.weights * model.weight_bytes
-    return {
-        "rollout": (2 * model.body * sum(prompts) / machine.flops + _decode(machine, model, rows))
-        / ranks,
-        "update": (
-            forwards * forward / machine.flops + updates * 30 * model.weights / machine.bandwidth
-        )
-        / ranks
-        if updates
-        else 0.0,
-        "sync": 2 * copied / machine.bandwidth,
-    }
+    machine: Machine
+    shape: Shape
 
+    def bounds(
+        self, groups: Sequence[Group], *, updates: int, reference: bool, ranks: int = 1
+    ) -> dict[str, float]:
+        """Returns lower bounds for a step, in seconds: `rollout`, `update` and `sync`.
 
-def _decode(machine: Machine, model: Shape, rows: Sequence[tuple[int, int]]) -> float:
-    """Returns the least seconds of decoding completions; `rows`: tokens of prompt and completion.
+        Prompts count once per group.
 
-    Step t reads the weights and the cache of the sequences that are not done, or computes for them,
-    whichever is longer.
-    """
-    ordered = sorted(rows, key=lambda row: row[1])
-    active, context, done, seconds = len(rows), sum(prompt for prompt, _ in rows), 0, 0.0
-    for t in range(ordered[-1][1]):
-        while ordered[done][1] <= t:
-            active, context, done = active - 1, context - ordered[done][0] - t, done + 1
-        read = model.weights * model.weight_bytes + model.kv_bytes * context
-        seconds += max(
-            read / machine.bandwidth, 2 * (model.body + model.head) * active / machine.flops
-        )
-        context += active
-    return seconds
+        Args:
+            groups: The sampled groups.
+            updates: Number of optimizer updates; with 0 the bound of `update` is 0.
+            reference: Whether a reference model computes logprobs.
+            ranks: Number of ranks that share rollout and update.
+        """
+        machine = self.machine
+        prompt_lengths = [len(group.prompt_ids) for group in groups]
+        lengths: list[tuple[int, int]] = []  # prompt and completion tokens of each sequence
+        for group, prompt_length in zip(groups, prompt_lengths, strict=True):
+            for completion in group.completions:
+                lengths.append((prompt_length, len(completion.token_ids)))
+        prefill_s = 2 * self.shape.body_weights * sum(prompt_lengths) / machine.flops
+        rollout_s = (prefill_s + self._decode_seconds(lengths)) / ranks
+        update_s = 0.0
+        if updates:
+            # the backward pass costs two forward passes; old and reference logprobs cost one each
+            num_forwards = 3
+            if updates > 1:
+                num_forwards += 1
+            if reference:
+                num_forwards += 1
+            forwards_s = num_forwards * self._forward_flop(prompt_lengths, lengths) / machine.flops
+            adam_s = updates * 30 * self.shape.num_weights / machine.bandwidth
+            update_s = (forwards_s + adam_s) / ranks
+        sync_s = 2 * self.shape.weight_bytes / machine.bandwidth
+        return {"rollout": rollout_s, "update": update_s, "sync": sync_s}
+
+    def _forward_flop(
+        self, prompt_lengths: Sequence[int], lengths: Sequence[tuple[int, int]]
+    ) -> int:
+        """Returns the FLOP of one forward pass over the prompts and their completions."""
+        model = self.shape
+        num_completion_tokens = sum(length for _, length in lengths)
+        num_tokens = sum(prompt_lengths) + num_completion_tokens
+        attended = sum(prompt_length**2 for prompt_length in prompt_lengths)
+        attended += sum((prompt + length) ** 2 - prompt**2 for prompt, length in lengths)
+        linear = model.body_weights * num_tokens + model.head_weights * num_completion_tokens
+        return 2 * linear + 2 * model.num_layers * model.attention_width * attended
+
+    def _decode_seconds(self, lengths: Sequence[tuple[int, int]]) -> float:
+        """Returns the lower bound for decoding sequences of (prompt, completion) tokens.
+
+        A step reads the weights and the KV cache of the unfinished sequences, or computes their
+        matrix products, whichever takes longer.
+        """
+        model = self.shape
+        shortest_first = sorted(lengths, key=lambda pair: pair[1])
+        num_active = len(lengths)
+        num_finished = 0
+        cached_tokens = sum(prompt for prompt, _ in lengths)
+        seconds = 0.0
+        for step in range(shortest_first[-1][1]):
+            while shortest_first[num_finished][1] <= step:
+                num_active -= 1
+                cached_tokens -= shortest_first[num_finished][0] + step
+                num_finished += 1
+            read_bytes = model.weight_bytes + model.kv_bytes_per_token * cached_tokens
+            flop = 2 * (model.body_weights + model.head_weights) * num_active
+            seconds += max(read_bytes / self.machine.bandwidth, flop / self.machine.flops)
+            cached_tokens += num_active
+        return seconds
 
 
 def memory(
-    config: Any,
-    shape: Shape,
-    hidden: int,
-    vocabulary: int,
-    ranks: int = 1,
-    reference: int | None = None,
+    config: Any, shape: Shape, ranks: int = 1, reference_weights: int | None = None
 ) -> dict[str, float]:
-    """Returns the bytes that one of `ranks` learners of a stage holds, by part.
+    """Estimates the memory of a learner rank at the longest sequences, in bytes per part.
 
-    They are those at the longest sequences. `reference`: how many weights the teacher has. The
-    values are estimates, within a third of what is measured.
+    The estimates are within a third of the measured memory.
 
-    Mixed-precision Adam: 2 + 4 + 4 + 8 bytes per weight (ZeRO 1910.02054 section 3.1, float32
-    gradients); activations 34 bytes per token, hidden unit and layer without checkpointing
-    (2205.05198 Eq. 2, without its attention matrices), 2 with it.
+    Args:
+        config: Config of a stage with a learner.
+        shape: Sizes of the policy.
+        ranks: Number of learner ranks.
+        reference_weights: Number of weights of the teacher or reference. Default: as the policy.
+
+    Source: mixed-precision Adam needs 2 + 4 + 4 + 8 bytes per weight (ZeRO 1910.02054 section 3.1,
+    with float32 gradients). Activations need 34 bytes per token, hidden unit and layer without
+    checkpointing (2205.05198 Eq. 2, without its attention matrices) and 2 bytes with it.
     """
-    learner, tokens = (
-        config.learner,
-        config.learner.micro_batch_tokens // config.learner.sequence_parallel,
-    )
-    trained = (
-        shape.weights
-        if not config.model.lora
-        else shape.layers * 14 * hidden * config.model.lora.rank
-    )
-    states: dict[str, float] = {
-        "weights": shape.weights * shape.weight_bytes,
-        "gradients": 4 * trained,
-        "optimizer": 12 * trained,
-    }
-    if config.model.teacher or (
-        getattr(config, "algorithm", None) and config.algorithm.kl_coef and not config.model.lora
-    ):
-        states["reference"] = (reference or shape.weights) * shape.weight_bytes
-    if learner.offload_optimizer:
-        states.pop("optimizer")
-    if config.model.qat and not config.model.gradient_checkpointing:
-        # of every layer, until its backward pass, on every rank
-        states["rounded"] = shape.body * shape.weight_bytes
-    # ZeRO's stages share these out
-    for part, stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):
-        if part in states and learner.zero_stage >= stage:
-            states[part] /= ranks
-    per_layer = 2 if config.model.gradient_checkpointing else 34
-    states["activations"] = tokens * hidden * (shape.layers * per_layer + 34)
-    states["logits"] = learner.logits_chunk_tokens * vocabulary * 10
-    return states
+    learner, model = config.learner, config.model
+    num_trained = shape.num_weights
+    if model.lora:
+        num_trained = shape.num_layers * 14 * shape.hidden_size * model.lora.rank
+    parts: dict[str, float] = {"weights": shape.weight_bytes, "gradients": 4 * num_trained}
+    if not learner.offload_optimizer:
+        parts["optimizer"] = 12 * num_trained
+    if _has_reference(config):
+        num_reference = reference_weights or shape.num_weights
+        parts["reference"] = num_reference * shape.bytes_per_weight
+    if model.qat and not model.gradient_checkpointing:
+        # the rounded weights of every layer are kept until its backward pass, on every rank
+        parts["rounded"] = shape.body_weights * shape.bytes_per_weight
+    for part, first_stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):
+        if part in parts and learner.zero_stage >= first_stage:
+            parts[part] /= ranks
+    num_tokens = learner.micro_batch_tokens // learner.sequence_parallel
+    bytes_per_layer = 2 if model.gradient_checkpointing else 34
+    hidden_values = num_tokens * shape.hidden_size
+    parts["activations"] = hidden_values * (shape.num_layers * bytes_per_layer + 34)
+    parts["logits"] = learner.logits_chunk_tokens * shape.vocab_size * 10
+    return parts
+
+
+def _has_reference(config: Any) -> bool:
+    """Returns whether a second model is in memory: a teacher, or a reference for the KL."""
+    if config.model.teacher:
+        return True
+    algorithm = getattr(config, "algorithm", None)
+    # with LoRA, the reference is the policy without its adapters
+    return bool(algorithm and algorithm.kl_coef and not config.model.lora)
 
 
 def sizing(
-    config: Config,
-    shape: Shape,
-    hidden: int,
-    vocabulary: int,
-    gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+    config: Config, shape: Shape, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
 ) -> list[str]:
-    """Returns a table in markdown with one row for each number of learner GPUs.
+    """Returns a markdown table of the memory of learner and engine, one row per number of GPUs.
 
-    A row has what a learner holds, what an engine beside it holds, and what of it an 80 GB GPU has
-    room for: both at once, or in turns (engine.sleep).
+    The last column states whether both fit on an 80 GB GPU at the same time, with the complete KV
+    cache or an eighth of it, or only alternately (`engine.sleep`).
     """
     lines = [
-        "| GPUs | learner, GB a GPU | engine: weights | cache of all its sequences | on 80 GB |",
+        "| GPUs | learner, GB per GPU | engine: weights | engine: KV cache of all sequences "
+        "| fits on 80 GB |",
         "|---|---|---|---|---|",
     ]
-    engine = shape.weights * shape.weight_bytes / GB
+    engine_gb = shape.weight_bytes / GB
     for count in gpus:
-        own = sum(memory(config, shape, hidden, vocabulary, count).values()) / GB
-        sequences = min(config.engine.max_sequences, -(-config.train.completions // count))
-        cache = sequences * config.max_sequence_tokens * shape.kv_bytes / GB
-        room = (
-            "both"
-            if own + engine + cache < 76
-            else "both, part of the cache"
-            if own + engine + cache / 8 < 76
-            else ("in turns" if max(own, engine + cache / 8) < 76 else "no")
-        )
-        lines.append(f"| {count} | {own:.1f} | {engine:.1f} | {cache:.1f} | {room} |")
+        learner_gb = sum(memory(config, shape, count).values()) / GB
+        num_sequences = min(config.engine.max_sequences, -(-config.train.completions // count))
+        cache_bytes = num_sequences * config.max_sequence_tokens * shape.kv_bytes_per_token
+        cache_gb = cache_bytes / GB
+        fit = _fit(learner_gb, engine_gb, cache_gb)
+        lines.append(f"| {count} | {learner_gb:.1f} | {engine_gb:.1f} | {cache_gb:.1f} | {fit} |")
     return lines
+
+
+def _fit(learner_gb: float, engine_gb: float, cache_gb: float) -> str:
+    """Returns how learner and engine fit on one 80 GB GPU."""
+    if learner_gb + engine_gb + cache_gb < USABLE_GPU_GB:
+        return "both"
+    if learner_gb + engine_gb + cache_gb / 8 < USABLE_GPU_GB:
+        return "both, with part of the cache"
+    if max(learner_gb, engine_gb + cache_gb / 8) < USABLE_GPU_GB:
+        return "alternately"
+    return "no"

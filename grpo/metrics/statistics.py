@@ -1,6 +1,6 @@
-"""What samples of held-out problems say, and how surely.
+"""Statistics of evaluations: pass@k, maj@n, bootstrap intervals and paired comparisons.
 
-pass@k, majority, intervals over problems, paired comparison. NumPy only.
+Depends on NumPy only.
 """
 
 from __future__ import annotations
@@ -11,53 +11,72 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RESAMPLES, LEVEL = 10_000, 0.95
+NUM_RESAMPLES = 10_000
+CONFIDENCE = 0.95
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Returns the chance that at least one of k completions drawn from n is right.
+    """Returns the unbiased estimate of pass@k: 1 - C(n - right, k) / C(n, k).
 
-    `right` of the n completions are right: 1 - C(n - right, k) / C(n, k).
+    Args:
+        n: Number of completions of a problem.
+        right: Number of correct completions among them.
+        k: Number of completions drawn, at most `n`.
 
-    Unbiased. Source: Chen et al. 2107.03374 Eq. 1.
+    Source: Chen et al. 2107.03374 Eq. 1.
     """
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
-    """Returns what the most frequent answer of a problem is worth.
+    """Returns the expected accuracy of the most frequent answer of a problem (maj@n).
 
-    A tie is drawn: 1 / tied answers, if the right one is among them.
+    All correct answers count as one answer. Wrong answers are grouped by their text. A completion
+    without an answer does not vote. Among t tied answers, the correct one is worth 1 / t.
 
-    Right answers are one answer however they are spelled, wrong ones by their spelling. No answer
-    is an answer nobody gives.
+    Args:
+        answers: The answer of each completion, None if it has none.
+        right: Whether each completion is correct.
     """
-    counts = Counter(
-        ok or answer for answer, ok in zip(answers, right, strict=True) if ok or answer is not None
-    )
-    most = max(counts.values(), default=0)
-    tied = [answer for answer, count in counts.items() if count == most]
-    return (True in tied) / len(tied) if tied else 0.0
+    votes: Counter[str | bool] = Counter()
+    for answer, is_right in zip(answers, right, strict=True):
+        if is_right:
+            votes[True] += 1
+        elif answer is not None:
+            votes[answer] += 1
+    if not votes:
+        return 0.0
+    max_votes = max(votes.values())
+    winners = [answer for answer, count in votes.items() if count == max_votes]
+    return (True in winners) / len(winners)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval of the mean over problems.
+    """Returns the 95 % bootstrap interval of the mean over problems (10,000 resamples).
 
-    It comes from percentiles of 10,000 resamples, seeded.
+    Args:
+        values: One value per problem.
+        seed: Seed of the resampling.
     """
-    means = _resampled(np.asarray(values, dtype=float), seed)
-    return _bounds(means)
+    means = _resampled_means(np.asarray(values, dtype=float), seed)
+    return _percentile_bounds(means)
 
 
 def paired(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Returns how B differs from A on the same problems.
+    """Returns a paired bootstrap comparison of B with A on the same problems.
 
-    The values are the mean difference, its interval, the two-sided p, and on how many problems each
-    is better.
+    Args:
+        a: One value of A per problem.
+        b: One value of B per problem, in the same order.
+        seed: Seed of the resampling.
+
+    Returns:
+        `difference` (mean of b - a), its 95 % interval `low` and `high`, the two-sided `p`, and the
+        number of problems on which B is `better`, `worse` and `equal`.
     """
     difference = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
-    means = _resampled(difference, seed)
-    low, high = _bounds(means)
+    means = _resampled_means(difference, seed)
+    low, high = _percentile_bounds(means)
     tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
     return {
         "difference": float(difference.mean()),
@@ -70,16 +89,16 @@ def paired(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict[str, f
     }
 
 
-def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
-    draw = np.random.default_rng(seed)
-    return np.concatenate(
-        [
-            values[draw.integers(0, len(values), (100, len(values)))].mean(1)
-            for _ in range(RESAMPLES // 100)
-        ]
-    )
+def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+    """Returns the means of resamples with replacement [NUM_RESAMPLES]."""
+    generator = np.random.default_rng(seed)
+    means = []
+    for _ in range(NUM_RESAMPLES // 100):  # in blocks, to bound the memory
+        indices = generator.integers(0, len(values), (100, len(values)))
+        means.append(values[indices].mean(1))
+    return np.concatenate(means)
 
 
-def _bounds(means: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _percentile_bounds(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

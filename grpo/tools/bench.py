@@ -1,7 +1,4 @@
-"""`grpo bench`: runs a few rollouts and updates of a train config.
-
-It tells how far each phase is from what this machine can do.
-"""
+"""`grpo bench`: times the phases of a training step and compares them with the machine's limits."""
 
 from __future__ import annotations
 
@@ -16,18 +13,26 @@ from grpo.metrics import roofline
 from grpo.run.directory import read_metrics
 from grpo.run.display import quiet
 from grpo.stages.train import train
+from grpo.tools import simulate as simulation
 from grpo.types import UserError
 
 PHASES = ("rollout", "rewards", "update", "sync", "probe", "rest")
 
 
 def bench(config: Config, *, resume: bool) -> None:
-    """Runs `train.rollouts` rollouts after one that warms up, and prints a table.
+    """Runs one warm-up rollout and `train.rollouts` measured ones, and prints a table.
 
-    The run's directory is thrown away.
+    The run directory is temporary.
+
+    Args:
+        config: A training config.
+        resume: Must be False.
+
+    Raises:
+        UserError: `resume` is set.
     """
     if resume:
-        raise UserError("grpo bench: nothing to resume")
+        raise UserError("grpo bench: nothing to resume; remove --resume")
     with tempfile.TemporaryDirectory(prefix="grpo-bench-") as scratch:
         sections: dict[str, Any] = {
             "run_dir": scratch + "/run",
@@ -37,99 +42,108 @@ def bench(config: Config, *, resume: bool) -> None:
         }
         train(config.model_copy(update=sections), resume=False, keep=False)
         rows = read_metrics(Path(scratch, "run", "metrics.jsonl"))
-    print(table([row for row in rows if "time/total_s" in row and row["step"] > 1], rows[0]))
+    measured_rows = [row for row in rows if "time/total_s" in row and row["step"] > 1]
+    print(table(measured_rows, rows[0]))
 
 
 def simulate(config: Config, device: str, mean: float | None) -> str:
-    """Returns what a step would take on 1 to 1,024 of a device (grpo/tools/simulate.py).
+    """Returns a table of the estimated step time on 1 to 1,024 devices (grpo/tools/simulate.py).
 
-    `device` is a device's name or a run directory. A run directory stands for machines like its
-    own, at its measured rates and lengths. `mean` is the completion length; the default is a
-    quarter of sampling.max_tokens, or the run's own. Raises UserError.
+    Args:
+        config: A training config.
+        device: Name of a device, or a run directory, whose measured rates are used.
+        mean: Mean completion length in tokens. Default: that of the run, or a quarter of
+            `sampling.max_tokens` for a named device.
+
+    Raises:
+        UserError: `device` is neither a run directory nor a known device.
     """
-    from grpo.tools import simulate as s
-
-    count, longest, metrics = (
-        config.train.completions,
-        config.sampling.max_tokens,
-        Path(device) / "metrics.jsonl",
+    metrics_file = Path(device) / "metrics.jsonl"
+    max_tokens = config.sampling.max_tokens
+    if metrics_file.exists():
+        rows = read_metrics(metrics_file)
+        updated_rows = [row for row in rows if "time/rollout_s" in row and row["bound/update_s"]]
+        rates = simulation.measured(updated_rows, rows[0])
+        default_mean = statistics.mean(row["completion/length"] for row in updated_rows)
+    elif device in simulation.DEVICES:
+        rates = simulation.DEVICES[device]
+        default_mean = max_tokens / 4
+    else:
+        raise UserError(
+            f"--simulate {device}: neither a run directory nor one of "
+            f"{', '.join(simulation.DEVICES)}"
+        )
+    mean = mean or default_mean
+    work = _workload(config, mean)
+    heading = (
+        f"{config.train.completions} completions of {mean:,.0f} tokens on average, at most "
+        f"{max_tokens:,}"
     )
+    return "\n".join([heading, *simulation.table(rates, _model_shape(config), work)])
+
+
+def _workload(config: Config, mean: float) -> simulation.Work:
+    """Returns the work of one step; `mean` is the mean completion length in tokens."""
+    num_forwards = 0
+    if config.algorithm.kl_coef > 0:
+        num_forwards += 1  # reference logprobs
+    if config.train.updates_per_rollout > 1:
+        num_forwards += 1  # old logprobs
+    servers = config.engine.servers
+    return simulation.Work(
+        lengths=simulation.lengths(config.train.completions, mean, config.sampling.max_tokens),
+        prompt=round(config.prompt.max_tokens / 2),
+        updates=config.train.updates_per_rollout,
+        forwards=num_forwards,
+        concurrency=config.engine.max_sequences,
+        checkpointing=config.model.gradient_checkpointing,
+        tensor_parallel=servers.tensor_parallel if servers else 1,
+    )
+
+
+def _model_shape(config: Config) -> roofline.Shape:
+    """Returns the sizes of the model, without downloading its weights."""
     with (
         tempfile.TemporaryDirectory(prefix="grpo-simulate-") as scratch,
         quiet(Path(scratch) / "log"),
     ):
         model_dir = models.locate(config.model, Path(scratch), config.seed, weights=False)
-        shape = roofline.shape(model_dir, models.num_weights(model_dir), config.model.dtype)
-    prompt, passes = (
-        config.prompt.max_tokens / 2,
-        int(config.algorithm.kl_coef > 0) + int(config.train.updates_per_rollout > 1),
-    )
-    if metrics.exists():
-        rows = [
-            row
-            for row in read_metrics(metrics)
-            if "time/rollout_s" in row and row["bound/update_s"]
-        ]
-        rates, mean = (
-            s.measured(rows, read_metrics(metrics)[0]),
-            mean or statistics.mean(row["completion/length"] for row in rows),
-        )
-    elif device in s.DEVICES:
-        rates, mean = s.DEVICES[device], mean or longest / 4
-    else:
-        raise UserError(
-            f"--simulate {device}: neither a run directory nor one of {', '.join(s.DEVICES)}"
-        )
-    work = s.Work(
-        lengths=s.lengths(count, mean, longest),
-        prompt=round(prompt),
-        updates=config.train.updates_per_rollout,
-        forwards=passes,
-        concurrency=config.engine.max_sequences,
-        checkpointing=config.model.gradient_checkpointing,
-        tensor_parallel=config.engine.servers.tensor_parallel if config.engine.servers else 1,
-    )
-    return "\n".join(
-        [
-            f"{count} completions of {mean:,.0f} tokens in the mean, at most {longest:,}",
-            *s.table(rates, shape, work),
-        ]
-    )
+        return roofline.shape(model_dir, models.num_weights(model_dir), config.model.dtype)
 
 
 def table(rows: list[dict[str, Any]], first: dict[str, Any]) -> str:
-    """Returns a table of medians over the rows.
+    """Returns a table with the seconds, the share and the lower bound of each phase.
 
-    It has the seconds, share, least seconds and their ratio for each phase, tokens/s, and what was
-    wasted.
+    Args:
+        rows: Metrics of the measured rollouts. The table shows medians over them.
+        first: The first row of the metrics, with the rates of the machine.
     """
 
     def median(key: str) -> float:
         return float(statistics.median(row.get(key, 0.0) for row in rows))
 
-    total = median("time/total_s")
+    total_s = median("time/total_s")
     lines = [
         f"machine     {first['machine/gflops']:,.0f} GFLOP/s in matrix products, "
         f"{first['machine/gb_per_s']:.1f} GB/s copied",
-        f"a rollout   {median('completion/tokens'):,.0f} tokens sampled, "
-        f"{median('rollout/tokens_per_s'):,.0f}/s; "
-        f"update {median('update/tokens') / median('time/update_s'):,.0f}/s; median of {len(rows)}",
-        f"{'phase':12}{'seconds':>9}{'share':>8}{'least':>9}{'ratio':>8}",
+        f"rollout     {median('completion/tokens'):,.0f} tokens sampled, "
+        f"{median('rollout/tokens_per_s'):,.0f}/s; update "
+        f"{median('update/tokens') / median('time/update_s'):,.0f}/s; median of {len(rows)}",
+        f"{'phase':12}{'seconds':>9}{'share':>8}{'bound':>9}{'ratio':>8}",
     ]
     for phase in PHASES:
-        seconds, least = median(f"time/{phase}_s"), median(f"bound/{phase}_s")
-        lines.append(
-            f"{phase:12}{seconds:9.2f}{seconds / total:8.1%}"
-            + (f"{least:9.2f}{seconds / least:8.1f}" if least else "")
-        )
-    least = median("bound/total_s")
-    lines.append(f"{'all':12}{total:9.2f}{1:8.1%}{least:9.2f}{total / least:8.1f}")
-    lines.append(
-        f"weights     {median('sync/bytes') / 1e9:.2f} GB to the engine in "
-        f"{median('sync/seconds'):.3f} s of the sync"
-    )
-    lines.append(
-        f"wasted      {median('group/no_signal'):.0%} of groups without signal, "
-        f"{median('completion/truncated'):.0%} of completions cut off"
-    )
+        seconds = median(f"time/{phase}_s")
+        bound_s = median(f"bound/{phase}_s")
+        line = f"{phase:12}{seconds:9.2f}{seconds / total_s:8.1%}"
+        if bound_s:
+            line += f"{bound_s:9.2f}{seconds / bound_s:8.1f}"
+        lines.append(line)
+    bound_s = median("bound/total_s")
+    lines += [
+        f"{'total':12}{total_s:9.2f}{1:8.1%}{bound_s:9.2f}{total_s / bound_s:8.1f}",
+        f"weights     {median('sync/bytes') / 1e9:.2f} GB sent to the engine in "
+        f"{median('sync/seconds'):.3f} s of the sync",
+        f"waste       {median('group/no_signal'):.0%} of groups without a signal, "
+        f"{median('completion/truncated'):.0%} of completions truncated",
+    ]
     return "\n".join(lines)

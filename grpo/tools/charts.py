@@ -8,28 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Rows = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
+Rows = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
 
-# title -> metrics; a chart shows those that a run has
+# Title and metrics of each chart. A chart shows those of its metrics that a run has.
 CHARTS: dict[str, list[str]] = {
     "Reward": ["reward/mean"],
     "Held-out accuracy": ["eval/accuracy"],
-    "Rewards": [],  # all metrics of rewards that are in no other chart
+    "Rewards": [],  # all reward metrics that are in no other chart
     "Share of groups": ["group/all_correct", "group/all_wrong", "group/no_signal"],
     "Share of completions": ["completion/truncated", "reward/undecided", "reward/missing"],
-    "Tokens a completion": ["completion/length", "completion/length_max"],
-    "Entropy a token": ["policy/entropy"],
+    "Tokens per completion": ["completion/length", "completion/length_max"],
+    "Entropy per token": ["policy/entropy"],
     "Loss": ["loss"],
     "Token accuracy": ["policy/token_accuracy"],
     "Gradient norm": ["policy/grad_norm"],
     "KL to the reference": ["kl/ref", "policy/divergence"],
-    "Engine against learner": ["mismatch/abs", "mismatch/k3", "probe/gap"],
+    "Difference of engine and learner": ["mismatch/abs", "mismatch/k3", "probe/gap"],
     "Clipped tokens": ["clip/low", "clip/high"],
-    "Versions behind": ["staleness/mean", "staleness/max"],
-    "Sampled tokens a second": ["rollout/tokens_per_s"],
+    "Staleness in versions": ["staleness/mean", "staleness/max"],
+    "Sampled tokens per second": ["rollout/tokens_per_s"],
     "Idle share": ["idle/engine", "idle/learner"],
 }
-# title -> metric, and the label of bin i
+# Title, metric, and the label of bin i of each histogram.
 HISTOGRAMS: dict[str, tuple[str, Callable[[int], str]]] = {
     "Completions by tokens": ("histogram/length", lambda i: str(2**i)),
     "Completions by advantage": ("histogram/advantage", lambda i: f"{(i - 8) / 2:g}"),
@@ -38,22 +38,22 @@ HISTOGRAMS: dict[str, tuple[str, Callable[[int], str]]] = {
 PHASES = ("rollout", "rewards", "update", "sync", "probe", "eval", "rest")
 LINE_STYLES = ("-", "--", ":", "-.")
 SIZE = (4.6, 2.7)  # inches
-GREY = "#808080"  # legible on a light and on a dark page
+GREY = "#808080"  # legible on light and dark pages
 
 
 def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
-    """Returns matplotlib figures by title: metrics of all runs, then each run's own charts.
+    """Returns matplotlib figures by title: charts of all runs together, then charts of each run.
 
-    With several runs, each has one colour and each metric one line style.
+    With several runs, the colour shows the run and the line style the metric.
+
+    Args:
+        runs: The metrics of each run, by name.
     """
     _set_style()
     figures: dict[str, Any] = {}
     for title, metrics in CHARTS.items():
-        present = [
-            key
-            for key in metrics or _other_rewards(runs)
-            if any(series(rows, key) for rows in runs.values())
-        ]
+        candidates = metrics or _other_rewards(runs)
+        present = [key for key in candidates if _is_in_a_run(key, runs)]
         if present:
             figures[title] = _lines(runs, present)
     for name, rows in runs.items():
@@ -64,12 +64,16 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
                 figures[title + suffix] = _heat(counts, bin_label)
         timed = [row for row in rows if "time/rollout_s" in row]
         if timed:
-            figures[f"Seconds a phase{suffix}"] = _phases(timed)
+            figures[f"Seconds per phase{suffix}"] = _phases(timed)
     return figures
 
 
+def _is_in_a_run(key: str, runs: Mapping[str, Rows]) -> bool:
+    return any(series(rows, key) for rows in runs.values())
+
+
 def series(rows: Rows, key: str) -> list[tuple[int, float]]:
-    """Returns step and value of a metric, where it has one."""
+    """Returns (step, value) of a metric for the steps that have it."""
     return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
 
 
@@ -80,7 +84,7 @@ def _set_style() -> None:
     matplotlib.rcParams.update(
         {
             "svg.fonttype": "none",
-            "svg.hashsalt": "grpo",  # the same file for the same run
+            "svg.hashsalt": "grpo",  # makes the files of a run reproducible
             "axes.spines.top": False,
             "axes.spines.right": False,
             "text.color": GREY,
@@ -103,7 +107,7 @@ def _new_figure() -> tuple[Any, Any]:
 
 
 def _other_rewards(runs: Mapping[str, Rows]) -> list[str]:
-    """Returns the metrics of rewards that no other chart shows."""
+    """Returns the reward metrics that are in no other chart."""
     charted = set().union(*CHARTS.values())
     keys: set[str] = set()
     for rows in runs.values():
@@ -113,11 +117,11 @@ def _other_rewards(runs: Mapping[str, Rows]) -> list[str]:
 
 
 def _lines(runs: Mapping[str, Rows], metrics: Sequence[str]) -> Any:
-    """Returns a chart of some metrics over the steps of all runs."""
+    """Returns a line chart of metrics over the steps of all runs."""
     figure, axes = _new_figure()
     several_runs = len(runs) > 1
-    for number, (name, rows) in enumerate(runs.items()):
-        for place, key in enumerate(metrics):
+    for run_number, (name, rows) in enumerate(runs.items()):
+        for metric_number, key in enumerate(metrics):
             points = series(rows, key)
             if not points:
                 continue
@@ -130,8 +134,8 @@ def _lines(runs: Mapping[str, Rows], metrics: Sequence[str]) -> Any:
             axes.plot(
                 steps,
                 values,
-                LINE_STYLES[place % 4] if several_runs else "-",
-                color=f"C{number if several_runs else place}",
+                LINE_STYLES[metric_number % 4] if several_runs else "-",
+                color=f"C{run_number if several_runs else metric_number}",
                 label=" ".join(labels),
                 marker="." if len(points) < 20 else None,
             )
@@ -142,11 +146,11 @@ def _lines(runs: Mapping[str, Rows], metrics: Sequence[str]) -> Any:
 
 
 def _heat(counts: Mapping[int, Sequence[int]], bin_label: Callable[[int], str]) -> Any:
-    """Returns a histogram over the run: one column per step, the darker the larger the share.
+    """Returns a histogram per step as a heat map: one column per step, darker for larger shares.
 
     Args:
-        counts: The bins' counts by step.
-        bin_label: What bin i holds.
+        counts: Counts of the bins, by step.
+        bin_label: Returns the label of bin i.
     """
     figure, axes = _new_figure()
     steps = range(min(counts), max(counts) + 1)
@@ -156,31 +160,31 @@ def _heat(counts: Mapping[int, Sequence[int]], bin_label: Callable[[int], str]) 
         [column[i] / sum(column) if i < len(column) else 0.0 for column in columns]
         for i in range(num_bins)
     ]
-    used = [i for i in range(num_bins) if any(shares[i])]
-    shown = range(used[0], used[-1] + 1)
-    extent = (steps[0] - 0.5, steps[-1] + 0.5, shown[0] - 0.5, shown[-1] + 0.5)
-    # A share of 0 is transparent: the page shows through.
-    colours = [[(0.12, 0.47, 0.71, share**0.5) for share in shares[i]] for i in shown]
+    occupied = [i for i in range(num_bins) if any(shares[i])]
+    visible_bins = range(occupied[0], occupied[-1] + 1)
+    extent = (steps[0] - 0.5, steps[-1] + 0.5, visible_bins[0] - 0.5, visible_bins[-1] + 0.5)
+    # A share of 0 is transparent.
+    colours = [[(0.12, 0.47, 0.71, share**0.5) for share in shares[i]] for i in visible_bins]
     axes.imshow(colours, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
-    ticks = shown[:: -(-len(shown) // 9)]
+    ticks = visible_bins[:: -(-len(visible_bins) // 9)]
     axes.set_yticks(list(ticks), [bin_label(i) for i in ticks])
     return figure
 
 
 def _phases(rows: Rows) -> Any:
-    """Returns the seconds of a run's steps by phase, below the machine's bound."""
+    """Returns a stacked chart of the seconds per phase, with the lower bound as a line."""
     figure, axes = _new_figure()
     steps = [row["step"] for row in rows]
     total = sum(row["time/total_s"] for row in rows)
     seconds = {phase: [row.get(f"time/{phase}_s") or 0.0 for row in rows] for phase in PHASES}
-    shown = [phase for phase in PHASES if sum(seconds[phase]) > 0.003 * total]
-    axes.stackplot(steps, [seconds[phase] for phase in shown], labels=shown, alpha=0.8)
+    visible = [phase for phase in PHASES if sum(seconds[phase]) > 0.003 * total]
+    axes.stackplot(steps, [seconds[phase] for phase in visible], labels=visible, alpha=0.8)
     axes.plot(
         steps,
         [row.get("bound/total_s") or 0.0 for row in rows],
         "--",
         color="#222222",
-        label="this machine's bound",
+        label="lower bound",
     )
     figure.legend(fontsize="x-small", frameon=False, ncols=4, loc="outside lower center")
     return figure

@@ -1,11 +1,10 @@
-"""`grpo doctor CONFIG`: what will go wrong, before it costs anything.
+"""`grpo doctor CONFIG`: finds problems of a config before the run.
 
-Each finding has a name, what was seen, and the remedy.
+Each finding has a level, a name, an observation and a remedy.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,14 +28,14 @@ from grpo.tools import checks
 from grpo.tools.checks import SAMPLED
 from grpo.types import Problem, ScoredGroup, UserError
 
-SUMMED_BYTES = 2**26
-MAX_INSPECTED = 2000  # problems
-USUAL_RATIO = 2.5  # a step's time over the roofline's bound, as measured (docs/benchmarks.md)
+ALL_REDUCE_BYTES = 2**26  # size of the all-reduce that measures the bandwidth between ranks
+MAX_PROBLEMS = 2000  # training problems that are checked
+TYPICAL_RATIO = 2.5  # measured time of a step over its lower bound (docs/benchmarks.md)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalModel:
-    """The model of a stage, on disk."""
+    """The model of a stage, and its prompts."""
 
     model_dir: Path
     tokenizer: Any
@@ -47,11 +46,11 @@ class LocalModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A few completions, sampled and scored as the run would."""
+    """A few completions, sampled and scored as in the run."""
 
     groups: list[ScoredGroup]
-    tokens_per_s: float
-    sync_s: float  # of a real sync; 0 if the stage has none
+    tokens_per_s: float  # sampling rate
+    sync_s: float  # seconds of a real weight sync; 0 if the stage has none
 
 
 def doctor(
@@ -62,22 +61,24 @@ def doctor(
     price: float | None = None,
     gpus: bool = False,
 ) -> int:
-    """Prints every finding as it is made; returns how many failed.
+    """Runs the checks, prints each finding, and returns the number of failed checks.
+
+    In a job of several ranks it only measures the interconnect.
 
     Args:
-        stage: The kind of the config.
+        stage: The stage of the config.
         config: Its config.
         sample: Whether to start the engine and sample a few completions.
-        price: Of one hour of the machine.
-        gpus: Only print what the run needs of 1 to 64 GPUs.
+        price: Price of the machine per hour, for the estimated cost of the run.
+        gpus: Whether to print only the table of memory on 1 to 64 GPUs.
 
     Raises:
-        UserError: The config cannot be inspected.
+        UserError: The config cannot be checked.
         EngineError: The engine failed.
     """
     parts = stage.parts(config)
     if gpus:
-        print(_sizing(stage, config))
+        print(_memory_table(stage, config))
         return 0
     if ranks.world_size() > 1:
         _measure_interconnect(config)
@@ -89,27 +90,26 @@ def doctor(
                 print(f"{part.name}:")
             folder = Path(scratch) / (part.name or "stage")
             folder.mkdir()
-            for check in _inspect(part, folder, sample=sample, price=price):
+            for check in _check_part(part, folder, sample=sample, price=price):
                 print(check, flush=True)
-                num_failed += check.level == "fail"
+                if check.level == "fail":
+                    num_failed += 1
     print(f"{num_failed} failed" if num_failed else "nothing failed")
     return num_failed
 
 
-def _sizing(stage: Stage[Any], config: Any) -> str:
-    """Returns the table of what the run needs of how many GPUs. Raises UserError."""
+def _memory_table(stage: Stage[Any], config: Any) -> str:
+    """Returns the table of memory per number of GPUs. Raises UserError if the stage has none."""
     needs = stage.needs(config)
     if needs is None or not needs.memory.syncs_weights:
-        raise UserError("--gpus: the table is of a train config")
+        raise UserError("--gpus: needs the config of grpo train")
     with tempfile.TemporaryDirectory(prefix="grpo-doctor-") as scratch:
         model = _find_model(needs, Path(scratch))
-        raw = json.loads((model.model_dir / "config.json").read_text())
-        rows = roofline.sizing(config, model.shape, raw["hidden_size"], raw["vocab_size"])
-        return "\n".join(rows)
+        return "\n".join(roofline.sizing(config, model.shape))
 
 
 def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:
-    """Returns the stage's model; a model that is made on the spot lies in `scratch`."""
+    """Returns the model of the stage. A generated model is written to `scratch`."""
     config = needs.config
     with quiet(scratch / "log"):
         model_dir = models.locate(config.model, scratch, config.seed)
@@ -125,10 +125,10 @@ def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:
     )
 
 
-def _inspect(part: Part, scratch: Path, *, sample: bool, price: float | None) -> Iterator[Check]:
+def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None) -> Iterator[Check]:
     """Yields the findings about one stage."""
     needs = part.stage.needs(part.config)
-    assert needs is not None  # a chain has no parts that are chains
+    assert needs is not None  # only a pipeline has no needs, and a pipeline is no part
     config = needs.config
     yield Check("ok", "batch", part.stage.arithmetic(config))
     yield from checks.versions()
@@ -141,17 +141,19 @@ def _inspect(part: Part, scratch: Path, *, sample: bool, price: float | None) ->
         model = _find_model(needs, scratch)
         prompts = model.prompts
         models.check_context(model.model_dir, needs.max_sequence_tokens)
-    evaluated = _evaluation_problems(needs.problems, prompts, config.seed)
-    problems = _training_problems(needs.problems, training, prompts, config.seed) or evaluated
+    held_out_problems = _held_out_problems(needs.problems, prompts, config.seed)
+    problems = _training_problems(needs.problems, training, prompts, config.seed)
+    if not problems:
+        problems = held_out_problems
     if model is not None:
-        yield from _inspect_model(part, needs, model, problems, scratch)
+        yield from _check_model(part, needs, model, problems, scratch)
     yield from checks.disk(config, needs.disk, model.num_weights if model else 0)
-    if evaluated and training:
+    if held_out_problems and training:
         yield from checks.contamination(
-            problems, evaluated, needs.problems.overlap_words, needs.problems.overlap_remedy
+            problems, held_out_problems, needs.problems.overlap_words, needs.problems.overlap_remedy
         )
     if sample and needs.memory.max_sequences:
-        yield from _inspect_samples(needs, model, problems, scratch, price)
+        yield from _check_samples(needs, model, problems, scratch, price)
 
 
 def _training_problems(
@@ -160,29 +162,29 @@ def _training_problems(
     prompts: Prompts | Chat,
     seed: int,
 ) -> list[Problem]:
-    """Returns the first problems that the run draws, each once, at most `MAX_INSPECTED`."""
+    """Returns the first problems that the run draws, without repeats, at most `MAX_PROBLEMS`."""
     if needs.training is None:
         return []
     stream = mixture(needs.training, training, prompts, seed)
-    count = max(SAMPLED, min(MAX_INSPECTED, needs.num_training))
+    count = max(SAMPLED, min(MAX_PROBLEMS, needs.num_training))
     return without_repeats(stream.take(0, count))
 
 
-def _evaluation_problems(needs: ProblemNeeds, prompts: Prompts | Chat, seed: int) -> list[Problem]:
-    """Returns the problems that the run is evaluated on, or that its traces must not overlap."""
+def _held_out_problems(needs: ProblemNeeds, prompts: Prompts | Chat, seed: int) -> list[Problem]:
+    """Returns the problems of the evaluation, or those that traces must not overlap with."""
     problems: list[Problem] = []
     if needs.excluded is not None:
-        for rows in load_problems(needs.excluded, "test", seed).values():
-            problems += rows
+        for problems_of_set in load_problems(needs.excluded, "test", seed).values():
+            problems += problems_of_set
     for data in needs.held_out:
         problems += held_out(data, load_problems(data, "test", seed), prompts, needs.num_held_out)
     return problems
 
 
-def _inspect_model(
+def _check_model(
     part: Part, needs: StageNeeds, model: LocalModel, problems: list[Problem], scratch: Path
 ) -> Iterator[Check]:
-    """Yields the findings about prompts, teacher, the kind's own matters, and memory."""
+    """Yields the findings about prompts, teacher and memory, and those specific to the stage."""
     config, prompts = needs.config, model.prompts
     yield from checks.prompt(config, prompts, model.tokenizer, problems[0], needs.rewards)
     num_reference_weights = model.num_weights
@@ -195,37 +197,34 @@ def _inspect_model(
         num_reference_weights = models.num_weights(teacher_dir)
     if not part.traces_to_come:
         yield from part.stage.checks(config, problems, prompts)
-    yield from checks.memory(
-        config, needs.memory, model.shape, model.model_dir, num_reference_weights
-    )
+    yield from checks.memory(config, needs.memory, model.shape, num_reference_weights)
 
 
-def _inspect_samples(
+def _check_samples(
     needs: StageNeeds,
     model: LocalModel | None,
     problems: list[Problem],
     scratch: Path,
     price: float | None,
 ) -> Iterator[Check]:
-    """Yields the findings about a few completions, and about a real sync if there is one."""
-    count = 1 if needs.endpoint else SAMPLED
-    trial = _sample(needs, model, problems[:count], scratch)
+    """Yields the findings about a few completions, and about a weight sync if the stage has one."""
+    num_problems = 1 if needs.endpoint else SAMPLED
+    trial = _run_trial(needs, model, problems[:num_problems], scratch)
     yield from checks.samples(trial.groups)
     if model is not None and needs.memory.syncs_weights:
-        num_bytes = model.num_weights * model.shape.weight_bytes
-        yield Check(
-            "ok",
-            "sync",
-            f"{trial.sync_s:.2f} s for {num_bytes / 1e9:.2f} GB, through the real way into the "
-            "engine",
-        )
-        yield _time(needs.config, model.shape, trial, price)
+        gigabytes = model.shape.weight_bytes / 1e9
+        message = f"{trial.sync_s:.2f} s for {gigabytes:.2f} GB, sent as in the run"
+        yield Check("ok", "sync", message)
+        yield _estimate_time(needs.config, model.shape, trial, price)
 
 
-def _sample(
+def _run_trial(
     needs: StageNeeds, model: LocalModel | None, problems: Sequence[Problem], scratch: Path
 ) -> Trial:
-    """Returns a trial on the real engine or endpoint, in a run directory that is thrown away."""
+    """Samples and scores a few problems with the real engine or endpoint.
+
+    The run directory is temporary.
+    """
     logging = needs.config.logging.model_copy(update={"trackers": []})
     config = needs.config.model_copy(update={"run_dir": str(scratch / "run"), "logging": logging})
     with open_stage(config, "doctor", total=1, unit="check", resume=False) as context:
@@ -240,55 +239,54 @@ def _sample(
         groups = sampler.sample(problems, SAMPLED, config.sampling.temperature, lambda *_: None)
         seconds = time.monotonic() - start
         scored = score(groups, rewards, sampler.prompts.for_rewards)
-    num_tokens = sum(
-        len(completion.token_ids) for group in groups for completion in group.completions
-    )
+    num_tokens = 0
+    for group in groups:
+        num_tokens += sum(len(completion.token_ids) for completion in group.completions)
     return Trial(groups=scored, tokens_per_s=num_tokens / seconds, sync_s=sync_s)
 
 
-def _time(config: Config, shape: roofline.Shape, trial: Trial, price: float | None) -> Check:
-    """Returns how long a step and the run take, at the lengths of the trial's completions."""
+def _estimate_time(
+    config: Config, shape: roofline.Shape, trial: Trial, price: float | None
+) -> Check:
+    """Estimates the duration of a step and of the run, at the completion lengths of the trial."""
     settings = config.train
-    machine = roofline.measure(config.model.dtype)
+    limits = roofline.Roofline(machine=roofline.measure(config.model.dtype), shape=shape)
     num_copies = round(settings.problems / len(trial.groups)) * settings.group_size // SAMPLED
     groups = [scored.group for scored in trial.groups] * max(1, num_copies)
-    bounds = roofline.bounds(
-        machine,
-        shape,
+    bounds = limits.bounds(
         groups,
         updates=settings.updates_per_rollout,
         reference=config.algorithm.kl_coef > 0,
     )
     bound_s = sum(bounds.values())
-    step_s = USUAL_RATIO * bound_s
+    step_s = TYPICAL_RATIO * bound_s
     hours = step_s * settings.rollouts / 3600
     phases = ", ".join(f"{name} {value:.1f}" for name, value in bounds.items())
-    cost = f", {price * hours:,.2f} at {price:g} an hour" if price else ""
-    return Check(
-        "ok",
-        "time",
-        f"a rollout with its updates at least {bound_s:.1f} s ({phases}) at today's "
-        f"lengths, usually {step_s:.0f} s; the "
-        f"run {hours:.1f} hours{cost}; lengths may grow to {config.sampling.max_tokens} tokens. "
-        f"Sampled now: {trial.tokens_per_s:,.0f} tokens/s",
+    cost = f", cost {price * hours:,.2f} at {price:g} per hour" if price else ""
+    message = (
+        f"a step takes at least {bound_s:.1f} s ({phases}), typically {step_s:.0f} s, at these "
+        f"completion lengths; the run {hours:.1f} hours{cost}. Lengths may grow to "
+        f"{config.sampling.max_tokens} tokens. Sampling rate now: {trial.tokens_per_s:,.0f} "
+        "tokens/s"
     )
+    return Check("ok", "time", message)
 
 
 def _measure_interconnect(config: Any) -> None:
-    """Prints the rate between the ranks of a launcher.
+    """Prints bandwidth and latency of an all-reduce over the ranks.
 
-    The rate is the bus bandwidth of nccl-tests: 2 (n - 1) / n of the bytes per second.
+    The bandwidth is the bus bandwidth of nccl-tests: 2 (n - 1) / n times the bytes per second.
     """
     ranks.join(config.learner.timeout_s)
     latency_s = ranks.sum_seconds(4)
-    seconds = ranks.sum_seconds(SUMMED_BYTES)
+    seconds = ranks.sum_seconds(ALL_REDUCE_BYTES)
     if ranks.rank() > 0:
         return
-    rate = 2 * (ranks.world_size() - 1) / ranks.world_size() * SUMMED_BYTES / seconds
+    num_ranks = ranks.world_size()
+    bandwidth = 2 * (num_ranks - 1) / num_ranks * ALL_REDUCE_BYTES / seconds
     message = (
-        f"{ranks.world_size()} ranks sum {SUMMED_BYTES / 1e6:.0f} MB in {1e3 * seconds:.1f} ms "
-        f"({rate / 1e9:.2f} GB/s), 4 bytes in {1e6 * latency_s:.0f} us"
+        f"{num_ranks} ranks all-reduce {ALL_REDUCE_BYTES / 1e6:.0f} MB in {1e3 * seconds:.1f} ms "
+        f"({bandwidth / 1e9:.2f} GB/s), 4 bytes in {1e6 * latency_s:.0f} us"
     )
-    print(
-        Check("ok", "interconnect", message, "all else: grpo doctor without torchrun"), flush=True
-    )
+    remedy = "for all other checks, run grpo doctor without torchrun"
+    print(Check("ok", "interconnect", message, remedy), flush=True)

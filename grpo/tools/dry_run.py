@@ -1,6 +1,6 @@
-"""`--dry-run`: the resolved config, the batch arithmetic and one rendered prompt.
+"""`--dry-run`: prints the resolved config, the batch arithmetic and one rendered prompt.
 
-Starts no engine and loads no weights.
+It starts no engine and loads no weights.
 """
 
 from __future__ import annotations
@@ -20,10 +20,17 @@ from grpo.types import Problem, Unreachable
 
 
 def dry_run(stage: Stage[Any], config: Any) -> None:
-    """Prints what a run of `stage` would do.
+    """Prints the plan of a run: config, arithmetic, preview and first prompt.
 
-    Raises UserError for what would stop it early. A tokenizer or data out of reach is reported,
-    and the rest is shown without it.
+    If the tokenizer or the data cannot be reached, this is reported, and the output contains the
+    parts that do not need them.
+
+    Args:
+        stage: The stage of the config.
+        config: Its config.
+
+    Raises:
+        UserError: The run would fail early, for example because a prompt is too long.
     """
     needs = stage.needs(config)
     if needs is None:
@@ -37,7 +44,7 @@ def dry_run(stage: Stage[Any], config: Any) -> None:
 
 
 def _load_problems(needs: StageNeeds) -> list[Sequence[Problem]]:
-    """Returns all problems of the stage, set by set; only the first sets if one is unreachable."""
+    """Returns the problems of each data set, up to the first set that cannot be reached."""
     seed = needs.config.seed
     problems: list[Sequence[Problem]] = []
     try:
@@ -51,7 +58,7 @@ def _load_problems(needs: StageNeeds) -> list[Sequence[Problem]]:
 
 
 def _prompt(needs: StageNeeds, problems: Sequence[Sequence[Problem]]) -> str:
-    """Returns the first prompt as text, after checking that every prompt fits."""
+    """Returns the first prompt as text, after checking the length of every prompt."""
     config = needs.config
     problem = problems[0][0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -66,17 +73,20 @@ def _prompt(needs: StageNeeds, problems: Sequence[Sequence[Problem]]) -> str:
             if config.prompt.template == "r1_zero":
                 text = R1_ZERO.replace("{question}", problem.question)
             return f"prompt ({config.prompt.template}; no tokenizer: {error}):\n{text}"
-    for rows in problems:
-        prompts.fitting(rows)
+    for problems_of_set in problems:
+        prompts.fitting(problems_of_set)
     return _rendered(needs, prompts, tokenizer, problem)
 
 
 def _rendered(needs: StageNeeds, prompts: Prompts, tokenizer: Any, problem: Problem) -> str:
-    """Returns a problem's prompt as the model reads it, with its length and what ends it."""
+    """Returns the prompt that the model reads, its length in tokens, and its stop tokens."""
     num_tokens = len(prompts.ids(problem))
     text = prompts.text(problem)
     if needs.shows_solution:
         text += str(tokenizer.decode(list(prompts.target_ids(problem))))
-    ends = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
-    stop = f", stop strings {', '.join(prompts.stop)}" if prompts.stop else ""
-    return f"prompt ({num_tokens} tokens, ends at {ends}{stop}):\n{visible(text, tokenizer)}"
+    stop_tokens = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
+    stop_strings = f", stop strings {', '.join(prompts.stop)}" if prompts.stop else ""
+    return (
+        f"prompt ({num_tokens} tokens, stop tokens {stop_tokens}{stop_strings}):\n"
+        f"{visible(text, tokenizer)}"
+    )

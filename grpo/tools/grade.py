@@ -1,16 +1,17 @@
-"""`grpo grade`: gives verdicts on a file of answers, or on an old run's samples.
+"""`grpo grade`: verifies the answers in a file, or scores the samples of a run again.
 
-A run's samples are judged under today's rules, and what changed is told. There is no model and no
-engine.
+It uses the current rewards, without a model or an engine.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -18,198 +19,220 @@ import yaml
 from grpo import config as configs
 from grpo.experience import plugins
 from grpo.experience.scoring import score
-from grpo.types import Completion, Group, Problem, ScoredGroup, UserError
+from grpo.types import Completion, Group, Problem, ScoredGroup, UserError, Verdict
 from rewards import accuracy
 from rewards.workers.pool import Failure, Pool
 
-PREDICTION, GOLD = ("prediction", "completion"), ("gold", "answer")
-CHANGES_SHOWN = 20
+PREDICTION_FIELDS = ("prediction", "completion")
+GOLD_FIELDS = ("gold", "answer")
+LABELS = ("correct", "wrong")
+MAX_CHANGES_SHOWN = 20  # per reward
+MAX_REASONS_SHOWN = 10
 
 
 def grade(path: str, *, explain: int | None = None, output: str | None = None) -> None:
-    """Prints a summary of the verdicts on a JSONL file, or what has changed for a run directory.
+    """Prints a summary of the verdicts on a JSONL file, or of the changed rewards of a run.
 
-    With `explain` it prints that line of the JSONL file in detail. `output`: a JSONL file for every
-    row with its new verdict. Raises UserError naming the line that cannot be read.
+    Args:
+        path: A JSONL file with a prediction and a gold answer per line, or a run directory.
+        explain: Number of a line of the file, from 1. Only its verdict is printed, in detail.
+        output: JSONL file for all rows with their new verdict or rewards.
+
+    Raises:
+        UserError: The file, a line or the run cannot be read. The error names the line.
     """
-    if Path(path).is_dir():
-        if explain is not None:
-            raise UserError("grpo grade: --explain takes a line of a JSONL file")
-        rows, told = regrade(Path(path))
-    elif explain is not None:
+    if explain is not None:
+        if Path(path).is_dir():
+            raise UserError("grpo grade: --explain takes a line of a JSONL file, not a run")
         if output:
-            raise UserError("grpo grade: --explain shows one line; leave --output out")
-        rows = list(itertools.islice(read_rows(Path(path)), max(explain, 0)))
-        if not 1 <= explain <= len(rows):
-            raise UserError(f"{path}: has no line {explain}")
-        told = accuracy.explain(field(rows[-1], PREDICTION), field(rows[-1], GOLD))
+            raise UserError("grpo grade: --explain prints one line; remove --output")
+        print(_explain_line(Path(path), explain))
+        return
+    if Path(path).is_dir():
+        rows, message = regrade(Path(path))
     else:
-        rows, told = verdicts(list(read_rows(Path(path))))
-    print(told)
+        rows, message = verdicts(list(read_rows(Path(path))))
+    print(message)
     if output:
-        Path(output).write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        Path(output).write_text("".join(lines), encoding="utf-8")
+
+
+def _explain_line(path: Path, number: int) -> str:
+    rows = list(itertools.islice(read_rows(path), max(number, 0)))
+    if not 1 <= number <= len(rows):
+        raise UserError(f"{path}: has no line {number}")
+    return accuracy.explain(field(rows[-1], PREDICTION_FIELDS), field(rows[-1], GOLD_FIELDS))
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSONL file that have a prediction and a gold answer.
+    """Yields the objects of a JSONL file.
 
-    Raises UserError with the line's number.
+    Raises:
+        UserError: A line is not a JSON object with a prediction and a gold answer.
     """
     for number, row in _json_lines(path):
-        for names in (PREDICTION, GOLD):
-            if not isinstance(row, dict) or not any(
+        for names in (PREDICTION_FIELDS, GOLD_FIELDS):
+            has_text = isinstance(row, dict) and any(
                 isinstance(row.get(name), str) for name in names
-            ):
+            )
+            if not has_text:
                 raise UserError(f"{path}, line {number}: needs text in {' or '.join(names)}")
         yield row
 
 
 def field(row: dict[str, Any], names: Sequence[str]) -> str:
-    """Returns the row's text under the first of `names` that has one."""
+    """Returns the first of the fields `names` that contains text."""
     return str(next(row[name] for name in names if isinstance(row.get(name), str)))
 
 
 def verdicts(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Returns the rows with `verdict` and `reason`, and a summary.
+    """Verifies the prediction of each row in worker processes.
 
-    Rows with a `label` (correct or wrong) are compared with it.
+    Args:
+        rows: Objects with a prediction and a gold answer. If rows have a `label` (correct or
+            wrong), the summary compares the verdicts with the labels.
+
+    Returns:
+        The rows with the new fields `verdict` and `reason`, and a summary as text.
     """
+    calls = [(field(row, PREDICTION_FIELDS), field(row, GOLD_FIELDS)) for row in rows]
     with Pool() as pool:
-        calls = [(field(row, PREDICTION), field(row, GOLD)) for row in rows]
-        answers = pool.map("rewards.accuracy:verify", calls, timeout_s=accuracy.TIMEOUT_S)
-    found = [
-        plugins.verdict_of(answer) if isinstance(answer, Failure) else answer for answer in answers
-    ]
-    graded = [
-        row | {"verdict": verdict.value, "reason": verdict.reason}
-        for row, verdict in zip(rows, found, strict=True)
-    ]
-    lines = [
-        f"{len(rows)} answers: "
-        + ", ".join(f"{n} {kind}" for kind, n in Counter(v.value for v in found).most_common())
-    ]
-    lines += [
-        f"{n:8}  {why}"
-        for why, n in Counter(f"{v.value}: {v.reason}" for v in found if v.reason).most_common(10)
-    ]
-    judged = [
-        (row["label"], row["verdict"]) for row in graded if row.get("label") in ("correct", "wrong")
-    ]
-    if judged:
-        right = sum(label == verdict for label, verdict in judged)
-        false = Counter(verdict for label, verdict in judged if label != verdict)
-        lines.append(
-            f"against {len(judged)} labels: {right / len(judged):.1%} agree, {false['correct']} "
-            "false positives, "
-            f"{false['wrong']} false negatives, {false['undecided']} undecided"
-        )
-    return graded, "\n".join(lines)
+        results = pool.map("rewards.accuracy:verify", calls, timeout_s=accuracy.TIMEOUT_S)
+    graded = []
+    for row, result in zip(rows, results, strict=True):
+        verdict: Verdict = plugins.verdict_of(result) if isinstance(result, Failure) else result
+        graded.append({**row, "verdict": verdict.value, "reason": verdict.reason})
+    return graded, "\n".join(_summary_lines(graded))
+
+
+def _summary_lines(graded: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields the number of verdicts of each kind, the frequent reasons and the label comparison."""
+    kinds = Counter(row["verdict"] for row in graded)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    yield f"{len(graded)} answers: {counts}"
+    reasons = Counter(f"{row['verdict']}: {row['reason']}" for row in graded if row["reason"])
+    for reason, count in reasons.most_common(MAX_REASONS_SHOWN):
+        yield f"{count:8}  {reason}"
+    labelled = [row for row in graded if row.get("label") in LABELS]
+    if not labelled:
+        return
+    mistakes = Counter(row["verdict"] for row in labelled if row["verdict"] != row["label"])
+    agreement = 1 - sum(mistakes.values()) / len(labelled)
+    yield (
+        f"compared with {len(labelled)} labels: {agreement:.1%} agree, {mistakes['correct']} false "
+        f"positives, {mistakes['wrong']} false negatives, {mistakes['undecided']} undecided"
+    )
 
 
 def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
-    """Returns a run's samples with today's parts and rewards, and a text.
+    """Scores the samples of a run again, with the rewards of its config and the current code.
 
-    The text tells how they differ from what the run has written.
+    Returns:
+        The rows of its samples with the new rewards, and a summary of the changes as text.
+
+    Raises:
+        UserError: `run` has no samples or no config.yaml.
     """
     from grpo.stages.registry import stage_of
 
     files = sorted((run / "samples").glob("*.jsonl"))
     if not files or not (run / "config.yaml").exists():
-        raise UserError(f"{run}: is no run directory with samples and a config.yaml")
+        raise UserError(f"{run}: not a run directory with samples/ and config.yaml")
     tree = yaml.safe_load((run / "config.yaml").read_text())
     # every stage that writes samples has rewards
     config: Any = configs.parse(tree, str(run / "config.yaml"), stage_of(tree).config_class)
-    rows = [row | {"file": file.stem} for file in files for _, row in _json_lines(file)]
-    groups = [
-        list(rows_of)
-        for _, rows_of in itertools.groupby(rows, key=lambda row: (row["file"], row["problem"]))
-    ]
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        rows += [{**row, "file": file.stem} for _, row in _json_lines(file)]
+    by_problem = itertools.groupby(rows, key=lambda row: (row["file"], row["problem"]))
+    groups = [_group(list(group_rows)) for _, group_rows in by_problem]
     with Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb) as pool:
         rewards = plugins.rewards(config.rewards, pool)
-        scored = score(
-            [_group(rows_of) for rows_of in groups], rewards, lambda problem: problem.question
-        )
-    return _changes(rows, scored)
+        scored_groups = score(groups, rewards, lambda problem: problem.question)
+    regraded = _with_new_rewards(rows, scored_groups)
+    lines = [f"{len(rows)} completions of {len(scored_groups)} groups"]
+    for name in regraded[0]["parts"]:
+        lines += _changes_of_reward(name, regraded)
+    return regraded, "\n".join(lines)
 
 
-def _changes(
-    rows: list[dict[str, Any]], scored: list[ScoredGroup]
-) -> tuple[list[dict[str, Any]], str]:
-    new = [
-        row
-        | {
-            "reward_then": row["reward"],
-            "parts_then": row["parts"],
-            "reward": reward,
-            "parts": part,
-            "reason": verdict and verdict.reason,
-        }
-        for row, (reward, part, verdict) in zip(
-            rows,
-            (
-                each
-                for group in scored
-                for each in zip(group.rewards, group.parts, group.verdicts, strict=True)
-            ),
-            strict=True,
+def _with_new_rewards(
+    rows: list[dict[str, Any]], scored_groups: list[ScoredGroup]
+) -> list[dict[str, Any]]:
+    """Returns the rows with the new rewards, and the previous ones as `..._then`."""
+    regraded = []
+    unmatched_rows = iter(rows)  # in the order of the groups' completions
+    for scored in scored_groups:
+        scores = zip(scored.rewards, scored.parts, scored.verdicts, strict=True)
+        for reward, parts, verdict in scores:
+            row = next(unmatched_rows)
+            new_values = {
+                "reward_then": row["reward"],
+                "parts_then": row["parts"],
+                "reward": reward,
+                "parts": parts,
+                "reason": verdict.reason if verdict else None,
+            }
+            regraded.append({**row, **new_values})
+    return regraded
+
+
+def _changes_of_reward(name: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields the mean of a reward before and after, and the first completions that changed."""
+    values_then = [row["parts_then"].get(name) for row in rows]
+    values_now = [row["parts"].get(name) for row in rows]
+    changed = [row for row in rows if row["parts_then"].get(name) != row["parts"].get(name)]
+    yield (
+        f"{name:12} {_mean(values_then):.4f} then, {_mean(values_now):.4f} now, "
+        f"{len(changed)} changed"
+    )
+    for row in changed[:MAX_CHANGES_SHOWN]:
+        values = f"{row['parts_then'].get(name)} -> {row['parts'].get(name)}"
+        yield (
+            f"  {row['file']} {row['problem']}: {values} ({row['reason'] or 'no reason'}) "
+            f"gold {row['answer']!r}, completion ends in {row['completion'][-60:]!r}"
         )
-    ]
-    lines = [f"{len(rows)} completions of {len(scored)} groups"]
-    for name in new[0]["parts"]:
-        then, now = ([row[key].get(name) for row in new] for key in ("parts_then", "parts"))
-        changed = [row for row, a, b in zip(new, then, now, strict=True) if a != b]
-        means = [
-            sum(known) / len(known)
-            if (known := [value for value in values if value is not None])
-            else float("nan")
-            for values in (then, now)
-        ]
-        lines.append(f"{name:12} {means[0]:.4f} then, {means[1]:.4f} now, {len(changed)} changed")
-        for row in changed[:CHANGES_SHOWN]:
-            told = (
-                f"  {row['file']} {row['problem']}: {row['parts_then'].get(name)} -> "
-                f"{row['parts'].get(name)}"
-            )
-            lines.append(
-                f"{told} ({row['reason'] or 'no reason'}) gold {row['answer']!r}, ended in "
-                f"{row['completion'][-60:]!r}"
-            )
-    return new, "\n".join(lines)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Returns the mean of the values that are not None, NaN if there are none."""
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if numbers else math.nan
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields each line's number and value; an empty last line is none.
+    """Yields the number and the value of each line. An empty last line is ignored.
 
-    Raises UserError with the line's number.
+    Raises:
+        UserError: The file cannot be read, or a line is not JSON.
     """
     try:
-        # splitlines knows more ends than JSONL has
+        # str.splitlines would also split at characters that JSON strings may contain (U+2028)
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip() and number == len(lines):
             return
         try:
             yield number, json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: no JSON: {error}") from None
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
 
 
 def _group(rows: list[dict[str, Any]]) -> Group:
-    first = rows[0]
+    """Returns the group of a problem from the rows of its completions."""
     problem = Problem(
-        id=first["problem"],
-        question=first["question"],
-        answer=first["answer"],
+        id=rows[0]["problem"],
+        question=rows[0]["question"],
+        answer=rows[0]["answer"],
         source="",
-        meta=first.get("meta") or {},
+        meta=rows[0].get("meta") or {},
     )
     completions = tuple(
         Completion(
-            token_ids=(0,) * row["tokens"],
+            token_ids=(0,) * row["tokens"],  # only their number is known, and used
             logprobs=(),
             text=row["completion"],
             finish_reason=row["finish_reason"],

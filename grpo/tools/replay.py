@@ -1,6 +1,6 @@
-"""`grpo replay RUN`: makes a step's updates again from what was kept of them.
+"""`grpo replay RUN`: repeats the updates of a step from its stored samples.
 
-They have the same bits on a CPU, or follow another recipe.
+On a CPU the result is bit-identical. With overrides, the updates use another algorithm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from grpo.types import Sample, UserError
 if TYPE_CHECKING:
     from grpo.training.updates import Updater
 
-SHOWN = (
+PRINTED_METRICS = (
     "loss",
     "policy/grad_norm",
     "policy/entropy",
@@ -43,59 +43,83 @@ SHOWN = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """What a run has kept of a step's updates."""
+class StoredStep:
+    """A step of a run, with everything that is needed to repeat its updates."""
 
     run_dir: Path
     step: int
-    metrics: dict[str, Any]  # as they were
+    metrics: dict[str, Any]  # of the original updates
     samples: list[Sample]
-    checkpoint: Path | None  # from before the updates; None: they were the first
+    checkpoint: Path | None  # before the updates; None for the first step
 
 
 def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
-    """Prints the metrics of the step's updates then and now; returns whether they are the same.
+    """Repeats the updates of a step, and prints their metrics then and now.
 
-    `overrides` change the recipe.
+    Args:
+        folder: Directory of a run of `grpo train`.
+        step: The step to repeat, from 1. It needs a checkpoint of step - 1, unless it is the first.
+            Default: the last step that can be repeated.
+        overrides: `key=value` overrides of the run's config.
 
-    Needs a checkpoint after step - 1, or the first step. Raises UserError.
+    Returns:
+        Whether loss and gradient norm are bit-identical.
+
+    Raises:
+        UserError: The run, its samples or the checkpoint is missing, or the overrides are invalid.
     """
     run_dir = Path(folder)
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(f"{run_dir}: no run in it (no config.yaml)")
-    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
-    stage = stage_of(tree)
-    if stage.command != "train":
-        raise UserError(
-            f"{run_dir}: a run of grpo {stage.command}, which keeps no updates: grpo replay takes "
-            "a run of grpo train"
-        )
+    tree = _read_config(run_dir)
     config: Config = configs.parse(tree, str(run_dir / "config.yaml"))
-    changed = _with_overrides(tree, overrides) if overrides else config
-    kept = _find_step(run_dir, step)
-    is_other_recipe = (
-        changed.algorithm != config.algorithm or changed.model.teacher != config.model.teacher
+    new_config = _with_overrides(tree, overrides) if overrides else config
+    stored = _find_step(run_dir, step)
+    has_new_algorithm = (
+        new_config.algorithm != config.algorithm or new_config.model.teacher != config.model.teacher
     )
-    if is_other_recipe and "mask" in (config.algorithm.truncated, changed.algorithm.truncated):
+    masks_truncated = "mask" in (config.algorithm.truncated, new_config.algorithm.truncated)
+    if has_new_algorithm and masks_truncated:
         raise UserError(
-            "truncated=mask: what was cut off counts in the means but is not kept; such a step "
-            "has no other recipe"
+            "grpo replay: with algorithm.truncated=mask, the samples of truncated completions are "
+            "not stored, but the advantages depend on them; such a step cannot be repeated with "
+            "another algorithm"
         )
-    metrics = _update(changed, kept, with_new_advantages=is_other_recipe)
-    print(describe(changed.algorithm))
-    print(f"{f'step {kept.step}':20}{'then':>16}{'now':>16}")
-    for key in SHOWN:
-        if key in metrics:
-            then = f"{kept.metrics[key]:.9g}" if key in kept.metrics else ""
-            now = f"{metrics[key]:.9g}"
-            print(f"{key:20}{then:>16}{now:>16}{'' if then == now else '  differs'}")
-    return all(kept.metrics.get(key) == metrics.get(key) for key in ("loss", "policy/grad_norm"))
+    metrics = _repeat_updates(new_config, stored, with_new_advantages=has_new_algorithm)
+    print(describe(new_config.algorithm))
+    _print_comparison(stored, metrics)
+    return all(stored.metrics.get(key) == metrics.get(key) for key in ("loss", "policy/grad_norm"))
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    """Returns the config tree of a run of `grpo train`. Raises UserError for other runs."""
+    file = run_dir / "config.yaml"
+    if not file.exists():
+        raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
+    tree: dict[str, Any] = yaml.safe_load(file.read_text())
+    command = stage_of(tree).command
+    if command != "train":
+        raise UserError(
+            f"{run_dir}: a run of grpo {command}, which stores no updates; grpo replay needs a run "
+            "of grpo train"
+        )
+    return tree
+
+
+def _print_comparison(stored: StoredStep, metrics: dict[str, float]) -> None:
+    print(f"{f'step {stored.step}':20}{'then':>16}{'now':>16}")
+    for key in PRINTED_METRICS:
+        if key not in metrics:
+            continue
+        then = f"{stored.metrics[key]:.9g}" if key in stored.metrics else ""
+        now = f"{metrics[key]:.9g}"
+        mark = "" if then == now else "  differs"
+        print(f"{key:20}{then:>16}{now:>16}{mark}")
 
 
 def _with_overrides(tree: dict[str, Any], overrides: list[str]) -> Config:
-    """Returns the run's config with another recipe.
+    """Returns the config of the run with overrides.
 
-    A preset replaces the whole recipe of the run. Another loss has clipping bounds of its own.
+    A preset replaces all choices of the run's algorithm. A loss replaces its clipping bounds,
+    because their meaning differs between losses.
     """
     algorithm = dict(tree["algorithm"])
     if any(override.startswith("algorithm.preset=") for override in overrides):
@@ -106,29 +130,30 @@ def _with_overrides(tree: dict[str, Any], overrides: list[str]) -> Config:
     return configs.parse(apply_overrides({**tree, "algorithm": algorithm}, overrides))
 
 
-def _find_step(run_dir: Path, step: int | None) -> Kept:
-    """Returns what was kept of a step, by default of the last one that can be replayed.
+def _find_step(run_dir: Path, step: int | None) -> StoredStep:
+    """Returns a step of the run; by default, the last one that can be repeated.
 
-    Raises UserError if the step, its samples or the checkpoint before it is missing.
+    Raises:
+        UserError: The step, its samples or the checkpoint before it is missing.
     """
-    rows = {
-        row["step"]: row for row in read_metrics(run_dir / "metrics.jsonl") if "update/made" in row
-    }
-    checkpoints = {
-        int(checkpoint.name.partition("-")[2]): checkpoint
-        for checkpoint in sorted((run_dir / "checkpoints").glob("step-*"))
-    }
+    rows: dict[int, dict[str, Any]] = {}
+    for row in read_metrics(run_dir / "metrics.jsonl"):
+        if "update/made" in row:
+            rows[row["step"]] = row
+    checkpoints: dict[int, Path] = {}
+    for checkpoint in sorted((run_dir / "checkpoints").glob("step-*")):
+        checkpoints[int(checkpoint.name.partition("-")[2])] = checkpoint
     if not step:
         candidates = [number + 1 for number in (0, *checkpoints)]
         step = max((number for number in candidates if number in rows), default=0)
     if step not in rows:
-        raise UserError(f"{run_dir}: no step {step} to replay; it has {len(rows)}")
+        raise UserError(f"{run_dir}: no step {step} to replay; the run has {len(rows)} steps")
     if step > 1 and step - 1 not in checkpoints:
         raise UserError(
-            f"{run_dir}: step {step} needs the checkpoint of step {step - 1}; have "
-            f"{sorted(checkpoints)} (checkpoint.every=1 keeps them)"
+            f"{run_dir}: step {step} needs the checkpoint of step {step - 1}; the run has "
+            f"{sorted(checkpoints)} (checkpoint.every=1 keeps all)"
         )
-    return Kept(
+    return StoredStep(
         run_dir=run_dir,
         step=step,
         metrics=rows[step],
@@ -137,60 +162,65 @@ def _find_step(run_dir: Path, step: int | None) -> Kept:
     )
 
 
-def _update(config: Config, kept: Kept, *, with_new_advantages: bool) -> dict[str, float]:
-    """Returns the metrics of the step's updates, made again."""
+def _repeat_updates(
+    config: Config, stored: StoredStep, *, with_new_advantages: bool
+) -> dict[str, float]:
+    """Returns the metrics of the repeated updates."""
     from grpo.training.updates import Updater
 
     with tempfile.TemporaryDirectory(prefix="grpo-replay-") as scratch:
         with quiet(Path(scratch) / "log"):
-            learner = _load_learner(config, kept, Path(scratch))
+            learner = _load_learner(config, stored, Path(scratch))
         updater = Updater(config=config, learner=learner)
-        samples = kept.samples
+        samples = stored.samples
         if with_new_advantages:
-            samples = _with_advantages(samples, updater)
-        report = updater.update(samples, rollout=kept.step - 1)
+            samples = _with_new_advantages(samples, updater)
+        report = updater.update(samples, rollout=stored.step - 1)
         metrics = dict(report.metrics)
         metrics["update/made"] = float(report.num_made)
         metrics["update/skipped"] = float(report.num_skipped)
         return metrics
 
 
-def _load_learner(config: Config, kept: Kept, scratch: Path) -> Any:
-    """Returns the run's learner as it was before the step."""
+def _load_learner(config: Config, stored: StoredStep, scratch: Path) -> Any:
+    """Returns the learner in its state before the step."""
     from grpo.learning.learner import Learner
 
-    run_dir, source = kept.run_dir, config.model
+    run_dir = stored.run_dir
+    settings = config.model
     model_dir = run_dir / "warm_start" / "final"
     if not model_dir.exists():
-        model_dir = models.resolve(source.path, source.revision, run_dir / "model", config.seed)
-    model_dir = models.extended(model_dir, source.rope, scratch / "extended")
+        model_dir = models.resolve(settings.path, settings.revision, run_dir / "model", config.seed)
+    model_dir = models.extended(model_dir, settings.rope, scratch / "extended")
     teacher_dir = None
-    if source.teacher:
-        teacher_dir = models.resolve(source.teacher, None, run_dir / "teacher", config.seed)
+    if settings.teacher:
+        teacher_dir = models.resolve(settings.teacher, None, run_dir / "teacher", config.seed)
     reference = lora.load_reference(config, model_dir, teacher_dir)
     loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
-    policy = lora.load_policy(config, model_dir, source.attention)
+    policy = lora.load_policy(config, model_dir, settings.attention)
     learner = Learner(policy, config, loss, reference)
-    if kept.checkpoint is not None:
-        learner.load(kept.checkpoint)
+    if stored.checkpoint is not None:
+        learner.load(stored.checkpoint)
     return learner
 
 
-def _with_advantages(samples: list[Sample], updater: Updater) -> list[Sample]:
-    """Returns the samples with the advantages of another recipe, from the same rewards."""
+def _with_new_advantages(samples: list[Sample], updater: Updater) -> list[Sample]:
+    """Returns the samples with the advantages of the updater's algorithm, from the same rewards."""
     groups: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.group].append(sample)
-    sizes = [len(group) for group in groups.values()]
-    ordered = [sample for group in groups.values() for sample in group]
+    group_sizes = [len(group) for group in groups.values()]
+    ordered = list(itertools.chain.from_iterable(groups.values()))
     penalties = updater.kl_penalties(ordered)
-    values = advantages(
-        unflatten([sample.reward for sample in ordered], sizes),
-        unflatten([sample.completion_length for sample in ordered], sizes),
+    advantages_PG = advantages(
+        unflatten([sample.reward for sample in ordered], group_sizes),
+        unflatten([sample.completion_length for sample in ordered], group_sizes),
         updater.config.algorithm.advantage,
-        None if penalties is None else unflatten(penalties, sizes),
+        None if penalties is None else unflatten(penalties, group_sizes),
     )
     return [
-        replace(sample, advantages=value)
-        for sample, value in zip(ordered, itertools.chain.from_iterable(values), strict=True)
+        replace(sample, advantages=values)
+        for sample, values in zip(
+            ordered, itertools.chain.from_iterable(advantages_PG), strict=True
+        )
     ]

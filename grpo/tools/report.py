@@ -1,6 +1,6 @@
-"""`grpo report`: shows runs as one HTML file that needs no network.
+"""`grpo report`: writes one HTML file about runs, which needs no network.
 
-It also writes the same charts as files for a paper, or follows a running run in the terminal.
+It also writes the charts as files for a paper, or follows a live run in the terminal.
 """
 
 from __future__ import annotations
@@ -27,14 +27,42 @@ from grpo.tools.charts import charts, series
 from grpo.types import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MAX_CHARS = 40_000_000  # of completions in the page; of a longer run every n-th step is in it
-MAX_TEXT = 40_000  # of one completion
+# bytes of completions in the page; of a longer run, only every n-th step is included
+MAX_SAMPLE_BYTES = 40_000_000
+MAX_TEXT_CHARS = 40_000  # of one completion
+FOLLOWED_METRICS = (
+    "loss",
+    "reward/mean",
+    "reward/accuracy",
+    "eval/accuracy",
+    "completion/length",
+    "policy/entropy",
+    "time/total_s",
+)
+FACT_COLUMNS = (
+    "run",
+    "stage",
+    "status",
+    "model",
+    "data",
+    "recipe",
+    "seed",
+    "steps",
+    "held-out accuracy",
+    "commit",
+)
 
 
 def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> None:
-    """Writes the page, and with `plots` every chart as SVG and PNG. Raises UserError.
+    """Writes the page, and every chart as SVG and PNG if `plots` is set.
 
-    The page is `output`, by default report.html in the first run.
+    Args:
+        runs: Run directories. A pipeline stands for all its stages.
+        output: Path of the page. Default: report.html in the first run.
+        plots: Folder for the chart files.
+
+    Raises:
+        UserError: A directory is not a run.
     """
     folders = expand(runs)
     rows = {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
@@ -42,13 +70,11 @@ def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> Non
     if plots:
         _write_plots(Path(plots), figures)
     page = Path(output) if output else Path(runs[0]) / "report.html"
-    table = Path(runs[0]) / "table.json"
-    is_pipeline = "stages" in read_manifest(Path(runs[0]))
     parts = {
         "title": html.escape(", ".join(folders)),
         "facts": _facts(folders, rows, page.parent),
         "findings": _findings(rows),
-        "stages": _stages(json.loads(table.read_text())) if is_pipeline and table.exists() else "",
+        "stages": _stages(Path(runs[0])),
         "charts": "\n".join(_figure(title, figure) for title, figure in figures.items()),
         "data": pack(completions(folders)),
     }
@@ -57,212 +83,220 @@ def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> Non
 
 
 def _write_plots(folder: Path, figures: Mapping[str, Any]) -> None:
-    """Writes every chart as SVG and PNG, named by its title."""
+    """Writes every chart as SVG and PNG. The file names are the titles."""
     folder.mkdir(parents=True, exist_ok=True)
     for title, figure in figures.items():
         name = re.sub("[ /]+", "_", title.lower())
-        for kind in ("svg", "png"):
-            figure.savefig(folder / f"{name}.{kind}", dpi=200)
+        figure.savefig(folder / f"{name}.svg", dpi=200)
+        figure.savefig(folder / f"{name}.png", dpi=200)
     print(f"{len(figures)} charts in {folder}")
 
 
 def expand(runs: Sequence[str]) -> dict[str, Path]:
-    """Returns the runs' folders by name; of a pipeline its stages that have metrics of their own.
+    """Returns the folders of the runs by name. A pipeline is replaced by its stages.
 
-    Raises UserError for one that is none.
+    Raises:
+        UserError: A directory has no metrics.jsonl, and is not a pipeline with such stages.
     """
     folders: dict[str, Path] = {}
     for run in map(Path, runs):
         stages = [run / name for name in read_manifest(run).get("stages", ())]
-        with_metrics = [
-            folder for folder in (stages or [run]) if (folder / "metrics.jsonl").exists()
-        ]
+        candidates = stages or [run]
+        with_metrics = [folder for folder in candidates if (folder / "metrics.jsonl").exists()]
         if not with_metrics:
-            raise UserError(f"{run}: no run in it (no metrics.jsonl)")
+            raise UserError(f"{run}: not a run directory (no metrics.jsonl)")
         for folder in with_metrics:
-            is_evaluation = bool(stages) and "-" in folder.name  # it is in the pipeline's table
-            if not is_evaluation:
-                name = folder.name if folder.name not in folders else str(folder)
-                folders[name] = folder
+            is_evaluation = bool(stages) and "-" in folder.name
+            if is_evaluation:
+                continue  # the table of the pipeline has its result
+            name = folder.name if folder.name not in folders else str(folder)
+            folders[name] = folder
     return folders
 
 
 def _figure(title: str, figure: Any) -> str:
+    """Returns a chart as an HTML figure with an SVG."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(
-        "<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1
-    )
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
+    document = buffer.getvalue()
+    svg = document[document.index("<svg") :]
+    label = html.escape(title)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return f"<figure><figcaption>{label}</figcaption>{svg}</figure>"
 
 
 def _facts(
-    folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str, Any]]], beside: Path
+    folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str, Any]]], page_dir: Path
 ) -> str:
-    lines = [
-        "<tr><th>run</th><th>stage</th><th>status</th><th>model</th>"
-        "<th>data</th><th>recipe</th><th>seed</th><th>steps</th>"
-    ]
-    lines[0] += "<th>held-out accuracy</th><th>commit</th></tr>"
+    """Returns the rows of the table of runs. Links are relative to the folder of the page."""
+    lines = [_table_row(FACT_COLUMNS, cell="th")]
     for name, folder in folders.items():
         manifest = read_manifest(folder)
-        config = (
-            yaml.safe_load((folder / "config.yaml").read_text())
-            if (folder / "config.yaml").exists()
-            else {}
-        )
-        judged = [value for _, value in series(rows[name], "eval/accuracy")]
-        cells = [
+        config_file = folder / "config.yaml"
+        config = yaml.safe_load(config_file.read_text()) if config_file.exists() else {}
+        data = config.get("data", {})
+        target = html.escape(quote(os.path.relpath(folder, page_dir)))
+        facts = [
             manifest.get("stage", ""),
             manifest.get("status", ""),
             config.get("model", {}).get("path", ""),
-            config.get("data", {}).get("name")
-            or ", ".join(config.get("data", {}).get("mixture", {})),
+            data.get("name") or ", ".join(data.get("mixture", {})),
             config.get("algorithm", {}).get("preset", ""),
             manifest.get("seed", ""),
             max([0, *(row["step"] for row in rows[name])]),
-            f"{judged[0]:.1%} to {judged[-1]:.1%}"
-            if len(judged) > 1
-            else f"{judged[0]:.1%}"
-            if judged
-            else "",
+            _accuracy_range(rows[name]),
             str(manifest.get("commit") or "")[:10],
         ]
-        target = html.escape(quote(os.path.relpath(folder, beside)))
-        link = f'<td><a href="{target}">{html.escape(name)}</a></td>'
-        lines.append(
-            f"<tr>{link}"
-            + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
-            + "</tr>"
-        )
+        link = f'<a href="{target}">{html.escape(name)}</a>'
+        lines.append(_table_row([link, *(html.escape(str(fact)) for fact in facts)]))
     return "\n".join(lines)
 
 
+def _accuracy_range(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the first and the last held-out accuracy of a run."""
+    accuracies = [value for _, value in series(rows, "eval/accuracy")]
+    if not accuracies:
+        return ""
+    if len(accuracies) == 1:
+        return f"{accuracies[0]:.1%}"
+    return f"{accuracies[0]:.1%} to {accuracies[-1]:.1%}"
+
+
+def _table_row(cells: Sequence[str], cell: str = "td") -> str:
+    """Returns a table row of cells that are already HTML."""
+    return "<tr>" + "".join(f"<{cell}>{content}</{cell}>" for content in cells) + "</tr>"
+
+
 def _findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    found = [
-        (name if len(rows) > 1 else "", finding)
-        for name, run in rows.items()
-        for finding in findings(run)
-    ]
-    told = [
-        f"<li><b>{html.escape(name)} step {one.step}, {one.rule}</b>: {html.escape(one.text)}</li>"
-        for name, one in found
-    ]
-    return "\n".join(told) or "<li>Nothing to report: no rule of the diagnosis applies.</li>"
+    """Returns the findings of all runs as list items."""
+    items = []
+    for name, rows_of_run in rows.items():
+        prefix = f"{name} " if len(rows) > 1 else ""
+        for finding in findings(rows_of_run):
+            heading = html.escape(f"{prefix}step {finding.step}, {finding.rule}")
+            items.append(f"<li><b>{heading}</b>: {html.escape(finding.text)}</li>")
+    if not items:
+        return "<li>Nothing to report: no rule of the diagnosis applies.</li>"
+    return "\n".join(items)
 
 
-def _stages(table: Sequence[Mapping[str, Any]]) -> str:
-    sets = list(dict.fromkeys(key for row in table for key in row if key != "stage"))
-    lines = [
-        "<tr><th>stage</th>" + "".join(f"<th>{html.escape(name)}</th>" for name in sets) + "</tr>"
-    ]
+def _stages(run: Path) -> str:
+    """Returns the result table of a pipeline, and nothing for other runs."""
+    table_file = run / "table.json"
+    if "stages" not in read_manifest(run) or not table_file.exists():
+        return ""
+    table: list[dict[str, Any]] = json.loads(table_file.read_text())
+    sets: list[str] = []
     for row in table:
-        cells = [
-            f"{row[name]['accuracy']:.1%}" if "accuracy" in row.get(name, {}) else ""
-            for name in sets
-        ]
-        lines.append(
-            f"<tr><td>{html.escape(row['stage'])}</td>"
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + "</tr>"
-        )
+        sets += [key for key in row if key != "stage" and key not in sets]
+    lines = [_table_row(["stage", *(html.escape(name) for name in sets)], cell="th")]
+    for row in table:
+        cells = [html.escape(row["stage"])]
+        for name in sets:
+            accuracy = row.get(name, {}).get("accuracy")
+            cells.append("" if accuracy is None else f"{accuracy:.1%}")
+        lines.append(_table_row(cells))
     return "<h2>Stages</h2><div class=wide><table>" + "\n".join(lines) + "</table></div>"
 
 
 def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
-    """Returns what the page shows of completions.
+    """Returns the completions of the runs, as the page expects them.
 
-    The problems come once, then rows `[file, problem, text, reward, parts, verdict, ...]`.
+    Returns:
+        `files`: names of the sample files. `problems`: `[id, question, answer]` of each problem.
+        `rows`: one list per completion; report.html names its columns. `note`: a text if the page
+        does not contain all files.
     """
-    files = [
-        (name, file)
-        for name, folder in folders.items()
-        for file in sorted((folder / "samples").glob("*.jsonl"))
-    ]
-    total = sum(file.stat().st_size for _, file in files)
-    stride = -(-total // MAX_CHARS)
-    kept = [pair for i, pair in enumerate(files) if i % stride == 0 or i == len(files) - 1]
-    problems: dict[str, list[str]] = {}
-    places: dict[str, int] = {}
+    files: list[tuple[str, Path]] = []
+    for name, folder in folders.items():
+        files += [(name, file) for file in sorted((folder / "samples").glob("*.jsonl"))]
+    total_bytes = sum(file.stat().st_size for _, file in files)
+    stride = -(-total_bytes // MAX_SAMPLE_BYTES)
+    included = [pair for i, pair in enumerate(files) if i % stride == 0 or i == len(files) - 1]
+    problems: dict[str, list[str]] = {}  # by id
+    problem_numbers: dict[str, int] = {}  # by id
     rows: list[list[Any]] = []
-    for number, (_, file) in enumerate(kept):
+    for file_number, (_, file) in enumerate(included):
         for line in file.read_text().splitlines():
-            row = json.loads(line)
-            place = places.setdefault(row["problem"], len(places))
-            problems.setdefault(row["problem"], [row["problem"], row["question"], row["answer"]])
-            text = row["completion"]
-            shown = (
-                text
-                if len(text) <= MAX_TEXT
-                else f"{text[: MAX_TEXT // 2]}\n[... whole in {file} ...]\n{text[-MAX_TEXT // 2 :]}"
-            )
-            judged = [row["reward"], row["parts"], row.get("verdict") or "", row.get("reason")]
-            rows.append(
-                [
-                    number,
-                    place,
-                    shown,
-                    *judged,
-                    row["finish_reason"] == "length",
-                    row.get("advantage"),
-                    row["tokens"],
-                ]
-            )
-    left_out = (
-        ""
-        if stride == 1
-        else f"{len(kept)} of {len(files)} files of samples are in this page; all lie in samples/."
-    )
-    names = [f"{name} {file.stem}" if len(folders) > 1 else file.stem for name, file in kept]
-    return {"files": names, "problems": list(problems.values()), "rows": rows, "note": left_out}
+            sample = json.loads(line)
+            problem_id = sample["problem"]
+            if problem_id not in problems:
+                problem_numbers[problem_id] = len(problems)
+                problems[problem_id] = [problem_id, sample["question"], sample["answer"]]
+            rows.append([file_number, problem_numbers[problem_id], *_columns(sample, file)])
+    note = ""
+    if stride > 1:
+        note = (
+            f"This page contains {len(included)} of {len(files)} files of samples. All of them are "
+            "in samples/."
+        )
+    names = [file.stem for _, file in included]
+    if len(folders) > 1:
+        names = [f"{name} {file.stem}" for name, file in included]
+    return {"files": names, "problems": list(problems.values()), "rows": rows, "note": note}
+
+
+def _columns(sample: Mapping[str, Any], file: Path) -> list[Any]:
+    """Returns the columns of a completion after its file and its problem."""
+    text = sample["completion"]
+    if len(text) > MAX_TEXT_CHARS:
+        half = MAX_TEXT_CHARS // 2
+        text = f"{text[:half]}\n[... complete text in {file} ...]\n{text[-half:]}"
+    return [
+        text,
+        sample["reward"],
+        sample["parts"],
+        sample.get("verdict") or "",
+        sample.get("reason"),
+        sample["finish_reason"] == "length",
+        sample.get("advantage"),
+        sample["tokens"],
+    ]
 
 
 def pack(value: Any) -> str:
     """Returns a value as base64 of gzipped JSON.
 
-    It is small, and no text in it can end the script element that holds it.
+    The encoding is small, and no text in the value can end the script element that contains it.
     """
-    return base64.b64encode(
-        gzip.compress(json.dumps(value, ensure_ascii=False).encode(), 6, mtime=0)
-    ).decode()
+    data = json.dumps(value, ensure_ascii=False).encode()
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
 
 
 def follow(run: str, *, seconds: float = 1.0) -> None:
-    """Prints a run's steps and findings as they come, until it ends.
+    """Prints the steps and findings of a run as they appear, until the run ends.
 
-    Raises UserError when there is none.
+    Args:
+        run: Run directory.
+        seconds: Polling interval.
+
+    Raises:
+        UserError: The directory is not a run.
     """
-    folder, shown, watch = Path(run), 0, Watch()
+    folder = Path(run)
     if not (folder / "manifest.json").exists():
-        raise UserError(f"{folder}: no run in it (no manifest.json)")
+        raise UserError(f"{folder}: not a run directory (no manifest.json)")
+    watch = Watch()
+    num_printed = 0
     while True:
+        # the status is read first, so that no row is missed when the run ends
         status = RunDirectory.status(folder)
         rows = read_metrics(folder / "metrics.jsonl")
-        for row in rows[shown:]:
-            keys = (
-                "loss",
-                "reward/mean",
-                "reward/accuracy",
-                "eval/accuracy",
-                "completion/length",
-                "policy/entropy",
-                "time/total_s",
-            )
-            print(
-                f"step {row['step']:>5}",
-                *(
-                    f"{key} {row[key]:.4g}"
-                    for key in keys
-                    if isinstance(row.get(key), (int, float))
-                ),
-                sep="  ",
-            )
+        for row in rows[num_printed:]:
+            _print_row(row)
             for finding in watch.see(row):
                 print(f"  {finding.rule}: {finding.text}")
-        shown = len(rows)
+        num_printed = len(rows)
         sys.stdout.flush()
         if status != "running":
             print(f"{folder}: {status}")
             return
         time.sleep(seconds)
+
+
+def _print_row(row: Mapping[str, Any]) -> None:
+    words = [f"step {row['step']:>5}"]
+    for key in FOLLOWED_METRICS:
+        if isinstance(row.get(key), (int, float)):
+            words.append(f"{key} {row[key]:.4g}")
+    print("  ".join(words))

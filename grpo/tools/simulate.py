@@ -1,11 +1,11 @@
-"""`grpo bench CONFIG --simulate DEVICE`.
+"""`grpo bench CONFIG --simulate DEVICE`: estimates the time of a step on 1 to 1,024 GPUs.
 
-It computes step time, idle shares and the best split of 1 to 1,024 GPUs from rates, and runs
-nothing.
+The estimate comes from the rates of the device and the sizes of the model. Nothing is run.
 
-Decoding reads weights and cache once a step or computes, whichever is longer (the roofline of
-grpo/metrics/roofline.py), and a sequence that ends makes room for the next; an update is 6 FLOPs
-per weight and token, 8 with gradient checkpointing; ZeRO exchanges 8 bytes per weight twice.
+- A decoding step reads the weights and the KV cache, or computes, whichever takes longer (as in
+  grpo/metrics/roofline.py). When a sequence ends, the next one starts in its slot.
+- An update computes 6 FLOP per weight and token, 8 with gradient checkpointing.
+- ZeRO exchanges 8 bytes per weight twice per update.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from statistics import NormalDist, median
 
 from grpo.metrics.roofline import Shape
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # numbers of GPUs in the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Of one device. `decode` and `update`: what share of its peaks sampling and learning reach."""
+    """Rates of one device, and the shares of them that sampling and training reach."""
 
-    flops: float  # a second, in bfloat16
-    bandwidth: float  # memory, bytes a second
-    network: float  # to other devices, bytes a second
-    # 1.5B on an H100 under vLLM: 3.2 times the roofline (recipes: published step of 2.27 s)
+    flops: float  # peak FLOP/s in bfloat16
+    bandwidth: float  # bytes/s of its memory
+    network: float  # bytes/s to other devices
+    # share of the roofline in decoding. 1.5B on an H100 with vLLM takes 3.2 times the roofline
+    # (published step of 2.27 s)
     decode: float = 0.31
-    update: float = 0.25  # model FLOPs utilisation of RL updates: 15-35 % are published
+    # model FLOPs utilization of RL updates; published values are 15 % to 35 %
+    update: float = 0.25
 
 
 DEVICES = {
@@ -44,13 +46,13 @@ DEVICES = {
 class Work:
     """One rollout and its updates."""
 
-    lengths: tuple[int, ...]  # of all completions
-    prompt: int  # tokens
+    lengths: tuple[int, ...]  # tokens of each completion
+    prompt: int  # tokens of each prompt
     updates: int = 1
-    concurrency: int = 256  # sequences an engine decodes at once
+    concurrency: int = 256  # sequences that an engine decodes at the same time
     tensor_parallel: int = 1
-    forwards: int = 0  # forward passes beside the update's own: old and reference logprobs
-    checkpointing: bool = False
+    forwards: int = 0  # additional forward passes: old and reference logprobs
+    checkpointing: bool = False  # gradient checkpointing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,139 +60,154 @@ class Layout:
     """How the devices share the work."""
 
     learners: int
-    engines: int = 0  # 0: every device samples and learns, in turns
-    asynchronous: bool = False  # rollouts never drain, and both sides work at once
+    engines: int = 0  # 0: every device samples and trains, one after the other
+    asynchronous: bool = False  # sampling never drains, and both sides work at the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Seconds of a step and its phases.
-
-    `learners` of the devices learn, the rest sample (all do both when colocated).
-    """
+    """Estimated time of a step, in seconds, and the number of devices on each side."""
 
     seconds: float
     rollout: float
     update: float
     sync: float
     learners: int
-    engines: int
+    engines: int  # 0 if colocated: all devices do both
 
     @property
     def idle(self) -> tuple[float, float]:
-        """Returns what share of the step learners and engines do nothing."""
+        """Shares of the step for which learners and engines are idle."""
         return 1 - self.update / self.seconds, 1 - self.rollout / self.seconds
 
 
 def measured(rows: Sequence[dict[str, float]], first: dict[str, float]) -> Rates:
-    """Returns the rates of a run, from its metrics.
+    """Returns the rates of the machine and of the phases in a run.
 
-    They are the machine's own rates, and what share of the bounds the run's phases reached.
+    Args:
+        rows: Metrics of the rollouts, with the keys `time/PHASE_s` and `bound/PHASE_s`.
+        first: The first row of the metrics, with the keys `machine/...`.
     """
-    share = {
-        phase: median(row[f"bound/{phase}_s"] / row[f"time/{phase}_s"] for row in rows)
-        for phase in ("rollout", "update")
-    }
-    flops, bandwidth = first["machine/gflops"] * 1e9, first["machine/gb_per_s"] * 1e9
+    bandwidth = first["machine/gb_per_s"] * 1e9
     return Rates(
-        flops=flops,
+        flops=first["machine/gflops"] * 1e9,
         bandwidth=bandwidth,
         network=bandwidth,
-        decode=share["rollout"],
-        update=share["update"],
+        decode=median(row["bound/rollout_s"] / row["time/rollout_s"] for row in rows),
+        update=median(row["bound/update_s"] / row["time/update_s"] for row in rows),
     )
 
 
 def lengths(count: int, mean: float, longest: int, spread: float = 0.8) -> tuple[int, ...]:
-    """Returns quantiles of a log-normal distribution of that mean, cut off at `longest`.
+    """Returns `count` quantiles of a log-normal distribution of completion lengths, in tokens.
 
-    Nothing is drawn at random.
+    The result is deterministic.
+
+    Args:
+        count: Number of completions.
+        mean: Mean length before truncation.
+        longest: Length at which completions are truncated.
+        spread: Standard deviation of the logarithm.
     """
     normal = NormalDist(math.log(mean) - spread**2 / 2, spread)
-    return tuple(
-        max(1, min(longest, round(math.exp(normal.inv_cdf((i + 0.5) / count)))))
-        for i in range(count)
-    )
+    quantiles = (math.exp(normal.inv_cdf((i + 0.5) / count)) for i in range(count))
+    return tuple(max(1, min(longest, round(length))) for length in quantiles)
 
 
 def decode_seconds(rates: Rates, model: Shape, lengths: Sequence[int], work: Work) -> float:
-    """Returns how long one engine takes for completions of these lengths.
+    """Returns the seconds that one engine takes to decode completions of these lengths.
 
-    It goes from the end of one completion to the next, with all that run meanwhile.
+    The simulation advances from the end of one completion to the end of the next.
     """
     waiting = list(reversed(lengths))
-    running: list[int] = []  # the steps at which sequences end, a heap
+    end_steps: list[int] = []  # heap of the steps at which running sequences end
     now = 0
-    context = 0.0
+    context = 0.0  # tokens in the KV cache
     seconds = 0.0
-    while waiting or running:
-        while waiting and len(running) < work.concurrency:
-            heapq.heappush(running, now + waiting.pop())
+    while waiting or end_steps:
+        while waiting and len(end_steps) < work.concurrency:
+            heapq.heappush(end_steps, now + waiting.pop())
             context += work.prompt
-        steps = running[0] - now
-        mean_context = context + len(running) * steps / 2
-        per_step = _token_step(rates, model, len(running), mean_context, work.tensor_parallel)
-        seconds += steps * per_step
-        now = running[0]
-        context += len(running) * steps
-        while running and running[0] == now:
-            heapq.heappop(running)
-            context -= round(context / (len(running) + 1))
+        num_steps = end_steps[0] - now
+        mean_context = context + len(end_steps) * num_steps / 2
+        step_s = _token_step(rates, model, len(end_steps), mean_context, work.tensor_parallel)
+        seconds += num_steps * step_s
+        now = end_steps[0]
+        context += len(end_steps) * num_steps
+        while end_steps and end_steps[0] == now:
+            heapq.heappop(end_steps)
+            context -= round(context / (len(end_steps) + 1))
     return seconds
 
 
-def _token_step(rates: Rates, model: Shape, active: float, context: float, size: int) -> float:
-    read = (model.weights * model.weight_bytes + model.kv_bytes * context) / (
-        rates.bandwidth * size
-    )
-    return max(read, 2 * (model.body + model.head) * active / (rates.flops * size)) / rates.decode
+def _token_step(
+    rates: Rates, model: Shape, num_active: float, context: float, num_gpus: int
+) -> float:
+    """Returns the seconds of one decoding step of `num_active` sequences."""
+    num_bytes = model.weight_bytes + model.kv_bytes_per_token * context
+    flop = 2 * (model.body_weights + model.head_weights) * num_active
+    read_s = num_bytes / (rates.bandwidth * num_gpus)
+    compute_s = flop / (rates.flops * num_gpus)
+    return max(read_s, compute_s) / rates.decode
 
 
 def simulate(rates: Rates, model: Shape, work: Work, layout: Layout) -> Step:
-    """Returns a step of `work` on the devices of `layout`."""
-    rollout = _rollout_seconds(rates, model, work, layout)
-    update = _update_seconds(rates, model, work, layout.learners)
-    weight_bytes = model.weights * model.weight_bytes
-    sync = weight_bytes / (rates.network if layout.engines else rates.bandwidth / 2)
-    seconds = (max(rollout, update) if layout.asynchronous else rollout + update) + sync
+    """Returns the estimated step of `work` on the devices of `layout`."""
+    rollout_s = _rollout_seconds(rates, model, work, layout)
+    update_s = _update_seconds(rates, model, work, layout.learners)
+    sync_bandwidth = rates.network if layout.engines else rates.bandwidth / 2
+    sync_s = model.weight_bytes / sync_bandwidth
+    if layout.asynchronous:
+        seconds = max(rollout_s, update_s) + sync_s
+    else:
+        seconds = rollout_s + update_s + sync_s
     return Step(
         seconds=seconds,
-        rollout=rollout,
-        update=update,
-        sync=sync,
+        rollout=rollout_s,
+        update=update_s,
+        sync=sync_s,
         learners=layout.learners,
         engines=layout.engines,
     )
 
 
 def _rollout_seconds(rates: Rates, model: Shape, work: Work, layout: Layout) -> float:
-    """Returns the seconds of the slowest engine; asynchronous engines share the work evenly."""
-    num_engines = max(1, (layout.engines or layout.learners) // work.tensor_parallel)
-    if not layout.asynchronous:
-        lengths = sorted(work.lengths)[num_engines // 2 :: num_engines] or [max(work.lengths)]
-        return decode_seconds(rates, model, [*lengths[:-1], max(work.lengths)], work)
+    """Returns the seconds of the slowest engine. Asynchronous engines share the work evenly."""
+    num_devices = layout.engines or layout.learners
+    num_engines = max(1, num_devices // work.tensor_parallel)
+    if layout.asynchronous:
+        return _steady_rollout_seconds(rates, model, work, num_engines)
+    longest = max(work.lengths)
+    share = sorted(work.lengths)[num_engines // 2 :: num_engines] or [longest]
+    slowest_share = [*share[:-1], longest]
+    return decode_seconds(rates, model, slowest_share, work)
+
+
+def _steady_rollout_seconds(rates: Rates, model: Shape, work: Work, num_engines: int) -> float:
+    """Returns the seconds of a rollout if all slots of the engines are always in use."""
     num_tokens = sum(work.lengths)
-    mean = num_tokens / len(work.lengths)
-    active = min(work.concurrency, len(work.lengths) / num_engines)
-    context = active * (work.prompt + mean / 2)
-    per_token = _token_step(rates, model, active, context, work.tensor_parallel)
-    return num_tokens / num_engines / active * per_token
+    mean_length = num_tokens / len(work.lengths)
+    num_active = min(work.concurrency, len(work.lengths) / num_engines)
+    context = num_active * (work.prompt + mean_length / 2)
+    step_s = _token_step(rates, model, num_active, context, work.tensor_parallel)
+    return num_tokens / num_engines / num_active * step_s
 
 
 def _update_seconds(rates: Rates, model: Shape, work: Work, learners: int) -> float:
     num_tokens = sum(work.lengths) + len(work.lengths) * work.prompt
-    passes = (8 if work.checkpointing else 6) + 2 * work.forwards
-    exchange = 2 * 8 * model.weights * (learners - 1) / learners / rates.network
-    seconds = passes * model.weights * num_tokens / (learners * rates.flops * rates.update)
-    optimizer = 30 * model.weights / learners / rates.bandwidth
-    return seconds + work.updates * (exchange + optimizer)
+    flop_per_weight = 2 * work.forwards + (8 if work.checkpointing else 6)
+    flop = flop_per_weight * model.num_weights * num_tokens
+    compute_s = flop / (learners * rates.flops * rates.update)
+    exchange_s = 2 * 8 * model.num_weights * (learners - 1) / learners / rates.network
+    optimizer_s = 30 * model.num_weights / learners / rates.bandwidth
+    return compute_s + work.updates * (exchange_s + optimizer_s)
 
 
 def best_split(rates: Rates, model: Shape, work: Work, devices: int, *, asynchronous: bool) -> Step:
-    """Returns the fastest step with `devices` shared out between learners and engines."""
-    sizes = {max(1, round(devices * share / 32)) for share in range(1, 32)}
+    """Returns the fastest step over the splits of `devices` into learners and engines."""
+    candidates = {max(1, round(devices * share / 32)) for share in range(1, 32)}
     steps = []
-    for learners in sorted(sizes & set(range(1, devices))):
+    for learners in sorted(candidates & set(range(1, devices))):
         engines = devices - learners
         layout = Layout(learners=learners, engines=engines, asynchronous=asynchronous)
         steps.append(simulate(rates, model, work, layout))
@@ -198,13 +215,13 @@ def best_split(rates: Rates, model: Shape, work: Work, devices: int, *, asynchro
 
 
 def table(rates: Rates, model: Shape, work: Work, sizes: Sequence[int] = SIZES) -> list[str]:
-    """Returns a markdown table.
+    """Returns a markdown table of the step time, one row per number of GPUs.
 
-    It compares colocated, synchronous with the best split, and asynchronous with the best split.
+    It compares colocated devices with the best split, synchronous and asynchronous.
     """
     lines = [
-        "| GPUs | colocated | split, in turns | asynchronous | learn : sample | idle: learners, "
-        "engines |",
+        "| GPUs | colocated | split, synchronous | split, asynchronous | learners : engines "
+        "| idle: learners, engines |",
         "|---|---|---|---|---|---|",
     ]
     for devices in sizes:
@@ -212,11 +229,12 @@ def table(rates: Rates, model: Shape, work: Work, sizes: Sequence[int] = SIZES) 
         if devices < 2:
             lines.append(f"| {devices} | {colocated.seconds:.1f} s | | | | |")
             continue
-        split = best_split(rates, model, work, devices, asynchronous=False)
-        both = best_split(rates, model, work, devices, asynchronous=True)
+        synchronous = best_split(rates, model, work, devices, asynchronous=False)
+        asynchronous = best_split(rates, model, work, devices, asynchronous=True)
+        learners_idle, engines_idle = asynchronous.idle
         lines.append(
-            f"| {devices} | {colocated.seconds:.1f} s | {split.seconds:.1f} s | "
-            f"{both.seconds:.1f} s | {both.learners} : {both.engines} | "
-            f"{both.idle[0]:.0%}, {both.idle[1]:.0%} |"
+            f"| {devices} | {colocated.seconds:.1f} s | {synchronous.seconds:.1f} s | "
+            f"{asynchronous.seconds:.1f} s | {asynchronous.learners} : {asynchronous.engines} | "
+            f"{learners_idle:.0%}, {engines_idle:.0%} |"
         )
     return lines

@@ -115,9 +115,8 @@ def _language_share(groups: list[ScoredGroup]) -> float:
 
 def _bounds(report: StepReport, machine: MachineReport, config: Config) -> dict[str, float]:
     """Returns the least seconds that the step's phases take on this machine."""
-    seconds = roofline.bounds(
-        machine.machine,
-        machine.shape,
+    limits = roofline.Roofline(machine=machine.machine, shape=machine.shape)
+    seconds = limits.bounds(
         [scored.group for scored in report.groups.sampled],
         updates=report.update.num_made,
         reference=config.algorithm.kl_coef > 0,

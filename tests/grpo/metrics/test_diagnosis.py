@@ -57,13 +57,13 @@ FAULTS = {
         run(group__all_wrong=0.82, reward__undecided=0.08),
         "82% of groups are all wrong (8% undecided)",
     ),
-    "too_easy": (run(group__all_correct=0.9), "90% of groups are all right"),
+    "too_easy": (run(group__all_correct=0.9), "90% of groups are all correct"),
     "no_signal": (run(group__no_signal=0.95), "95% of groups have equal rewards"),
-    "undecided": (run(reward__undecided=0.2), "20% of completions could not be judged"),
-    "truncated": (run(completion__truncated=0.5), "50% of completions are cut off"),
+    "undecided": (run(reward__undecided=0.2), "20% of completions are undecided"),
+    "truncated": (run(completion__truncated=0.5), "50% of completions are truncated"),
     "stale_weights": (
         run(probe__gap_share=lambda step: 0.3 if step < 8 else 0.8),
-        "look stale: the probe's gap is 80% of what stops",
+        "may be stale: the probe gap is 80% of the limit",
     ),
     "mismatch": (run(mismatch__abs=0.4), "engine and learner disagree"),
     "zero_loss": (run(loss=1e-9, update__made=1.0), "a loss near 0 is expected"),
@@ -75,19 +75,19 @@ FAULTS = {
     ),
     "format_only": (
         run(25, reward__accuracy=0.0, reward__format=0.95),
-        "the format is learned and the answers stay wrong",
+        "has learned the format, but its answers stay wrong",
     ),
     "hacking": (run(eval__accuracy=lambda step: 0.6 - 0.04 * step), "rewards rise"),
     "flat": (
         run(40, reward__mean=lambda step: 0.3 + 0.02 * math.sin(step)),
         "the reward has not moved in",
     ),
-    "slow_rewards": (run(time__rewards_s=30.0), "50% of the time goes into rewards"),
+    "slow_rewards": (run(time__rewards_s=30.0), "rewards take 50% of the time"),
     "waiting": (
         run(staleness__mean=0.4, idle__engine=0.05, idle__learner=0.6),
-        "the learner waits 60% of the time: more servers",
+        "the learner is idle for 60% of the time: use more servers",
     ),
-    "far": (run(kl__ref=3.0), "KL 3.0 a token"),
+    "far": (run(kl__ref=3.0), "KL of 3.0 per token"),
     "language": (run(completion__language=0.6), "only 60% of the text"),
 }
 

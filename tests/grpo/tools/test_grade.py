@@ -34,7 +34,8 @@ def test_a_file_of_answers(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "3 answers: 2 wrong, 1 correct" in told and "2  wrong: another number" in told
     assert (
-        "against 3 labels: 66.7% agree, 0 false positives, 1 false negatives, 0 undecided" in told
+        "compared with 3 labels: 66.7% agree, 0 false positives, 1 false negatives, 0 undecided"
+        in told
     )
     graded = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["verdict"] for row in graded] == ["correct", "wrong", "wrong"] and graded[1][
@@ -54,11 +55,11 @@ def test_one_line_in_detail(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "line 2: no JSON"),
+        ("{broken", "line 2: not JSON"),
         ("[1]", "line 2: needs text in prediction or completion"),
         ('{"gold": "1"}', "line 2: needs text in prediction or completion"),
         ('{"prediction": "1", "gold": 1}', "line 2: needs text in gold or answer"),
-        ("", "line 2: no JSON"),
+        ("", "line 2: not JSON"),
     ],
 )
 def test_a_broken_line_is_named_and_ends_with_2(tmp_path, capsys, line, message):
@@ -70,7 +71,7 @@ def test_what_is_not_there_is_told(tmp_path, capsys):
     assert main(["grade", str(tmp_path / "nothing.jsonl")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert main(["grade", str(tmp_path)]) == 2
-    assert "no run directory" in capsys.readouterr().err
+    assert "not a run directory" in capsys.readouterr().err
 
 
 def test_an_old_run_under_todays_rules(tmp_path, capsys):

@@ -97,12 +97,12 @@ def test_what_cannot_be_replayed_is_told(folder, tmp_path):
     for step, message in (
         (1, "step 1 was not kept"),
         (9, "no step 9 to replay"),
-        (2, "needs the checkpoint of step 1; have"),
+        (2, "needs the checkpoint of step 1; the run has"),
     ):
         with pytest.raises(UserError, match=message):
             replay(str(folder), step=step, overrides=[])
-    with pytest.raises(UserError, match="no run in it"):
+    with pytest.raises(UserError, match="not a run directory"):
         replay(str(tmp_path), step=1, overrides=[])
     (tmp_path / "config.yaml").write_text("sets: {}")
-    with pytest.raises(UserError, match=r"a run of grpo eval, .* takes a run of grpo train"):
+    with pytest.raises(UserError, match=r"a run of grpo eval, .* needs a run of grpo train"):
         replay(str(tmp_path), step=1, overrides=[])

@@ -88,15 +88,15 @@ def test_a_page_has_the_runs_facts_findings_charts_and_completions_and_asks_no_n
     assert (
         "60.0% to 170.0%" in page
         and "tiny-qwen2" in page
-        and "40% of completions could not be judged" in page
+        and "40% of completions are undecided" in page
     )
     assert "mine:brevity" in page and 'href="."' in page and 'href="../b"' in page
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     assert {
         "Reward",
         "Held-out accuracy",
-        "Seconds a phase, a",
-        "Seconds a phase, b",
+        "Seconds per phase, a",
+        "Seconds per phase, b",
         "Completions by tokens, a",
         "Rewards",
     } <= set(titles)
@@ -136,15 +136,15 @@ def test_of_a_long_run_every_nth_step_and_of_a_long_completion_both_ends_are_in_
 ):
     folder = make_run(tmp_path / "a", 10, text="x" * 3000)
     monkeypatch.setattr(
-        report, "MAX_CHARS", 4 * len((folder / "samples" / "step-000001.jsonl").read_text())
+        report, "MAX_SAMPLE_BYTES", 4 * len((folder / "samples" / "step-000001.jsonl").read_text())
     )
-    monkeypatch.setattr(report, "MAX_TEXT", 100)
+    monkeypatch.setattr(report, "MAX_TEXT_CHARS", 100)
     data = report.completions({"a": folder})
     assert (
         data["files"] == ["step-000001", "step-000004", "step-000007", "step-000010"]
         and "4 of 10 files" in data["note"]
     )
-    assert "whole in" in data["rows"][0][2] and len(data["rows"][0][2]) < 300
+    assert "complete text in" in data["rows"][0][2] and len(data["rows"][0][2]) < 300
 
 
 def test_a_pipelines_report_has_its_stage_table_and_its_stages(tmp_path):
@@ -164,9 +164,9 @@ def test_charts_are_written_for_papers(tmp_path):
 
 
 def test_a_folder_without_a_run_is_told(tmp_path):
-    with pytest.raises(UserError, match="no run in it"):
+    with pytest.raises(UserError, match="not a run directory"):
         report.report([str(tmp_path)], output=None, plots=None)
-    with pytest.raises(UserError, match="no run in it"):
+    with pytest.raises(UserError, match="not a run directory"):
         report.follow(str(tmp_path))
 
 
@@ -220,7 +220,7 @@ addEventListener("load", async () => {
   await key("ArrowRight"); seen.second = count(); await key("ArrowLeft"); seen.back = count();
   await set("kind", "correct"); seen.right = count();
   seen.classes = [...new Set([...document.querySelectorAll(".completion")].map(e => e.className))];
-  await set("kind", "cut"); seen.cut = count();
+  await set("kind", "truncated"); seen.cut = count();
   await set("kind", ""); await set("query", "What is 3", "input"); seen.search = count();
   await set("query", "no such words", "input"); seen.nothing = count();
   await set("query", "", "input"); await set("problem", "1"); seen.problem = count();

@@ -49,13 +49,14 @@ def test_the_commands_print_the_tables(tiny, tmp_path, capsys):
 def shape(hidden, layers, kv_heads, vocabulary, weights, tied):
     embeddings = vocabulary * hidden
     return Shape(
-        weights=weights,
-        body=weights - embeddings * (1 if tied else 2),
-        head=embeddings,
-        layers=layers,
-        width=hidden,
-        kv_bytes=2 * layers * kv_heads * 128 * 2,
-        weight_bytes=2,
+        num_weights=weights,
+        body_weights=weights - embeddings * (1 if tied else 2),
+        num_layers=layers,
+        hidden_size=hidden,
+        vocab_size=vocabulary,
+        attention_width=hidden,
+        kv_bytes_per_token=2 * layers * kv_heads * 128 * 2,
+        bytes_per_weight=2,
     )
 
 
@@ -85,7 +86,7 @@ def sized():
     return [
         f"| {name} {row}"
         for name, numbers in QWEN.items()
-        for row in sizing(config, shape(*numbers), numbers[0], numbers[3], (1, 8, 16, 64))[2:]
+        for row in sizing(config, shape(*numbers), (1, 8, 16, 64))[2:]
     ]
 
 
@@ -141,7 +142,16 @@ def test_published_syncs_of_large_models_within_a_factor_of_two(weights, seconds
 def test_by_hand():
     # One sequence of 10 tokens: 10 steps that each read all weights. 100 bytes / (10 bytes/s) = 10
     # s a step at a decode share of 1.
-    model = Shape(weights=50, body=40, head=10, layers=1, width=1, kv_bytes=0, weight_bytes=2)
+    model = Shape(
+        num_weights=50,
+        body_weights=40,
+        num_layers=1,
+        hidden_size=1,
+        vocab_size=10,
+        attention_width=1,
+        kv_bytes_per_token=0,
+        bytes_per_weight=2,
+    )
     rates = Rates(flops=1e9, bandwidth=10, network=1, decode=1.0, update=1.0)
     work = Work(lengths=(10,), prompt=5)
     assert decode_seconds(rates, model, [10], work) == pytest.approx(100)
