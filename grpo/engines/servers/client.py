@@ -1,7 +1,7 @@
 """HTTP client for the servers of a pool.
 
-Every failure raises a typed EngineError (grpo/engines/__init__.py). The exception is a rejected
-token: it is a configuration error and raises UserError.
+A failed request raises a typed EngineError (grpo/engines/__init__.py). A rejected token is a
+configuration error and raises UserError.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from grpo.types import Completion, UserError
 
 T = TypeVar("T")
 CONNECT_TIMEOUT_S = 10.0
+# The counter of generated tokens in the response of /metrics (Prometheus text format).
 GENERATED_TOKENS = re.compile(r"^vllm:generation_tokens_total\S* (\S+)$", re.MULTILINE)
-GENERATE = "/inference/v1/generate"
+GENERATE_PATH = "/inference/v1/generate"
 MAX_ERROR_CHARACTERS = 300  # of a response's text in an error message
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -69,7 +70,7 @@ class Choice(msgspec.Struct):
 
 
 class GenerateResponse(msgspec.Struct):
-    """Response of GENERATE. Keys without a field are ignored."""
+    """Response of GENERATE_PATH. Keys without a field are ignored."""
 
     choices: list[Choice]
 
@@ -81,7 +82,7 @@ class WeightInfo(msgspec.Struct):
 
 
 class ServerClient:
-    """Sends requests to servers. Each call names its server."""
+    """Sends requests to the servers of a pool. Each call takes the server as an argument."""
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class ServerClient:
         return await self._request(server, "POST", path, content=content, timeout_s=timeout_s)
 
     async def check_health(self, server: Server, timeout_s: float) -> None:
-        """Returns if the server reports that it is healthy.
+        """Returns normally if the server reports that it is healthy.
 
         Raises:
             EngineDeadError: The server reports that its engine is dead.
@@ -181,8 +182,8 @@ class ServerClient:
             "sampling_params": _sampling_params(request, options),
             "cache_salt": f"{self._cache_salt} {version}",
         }
-        response = await self.post(server, GENERATE, body)
-        choices = _decode_json(server, GENERATE, response, GenerateResponse).choices
+        response = await self.post(server, GENERATE_PATH, body)
+        choices = _decode_json(server, GENERATE_PATH, response, GenerateResponse).choices
         if len(choices) != request.n:
             raise IncompleteResponseError(server.url, len(choices), request.n)
         completions = []
@@ -199,14 +200,14 @@ class ServerClient:
             raise AbortedRequestError(server.url, choice.finish_reason)
         if choice.token_ids is None or choice.logprobs is None:
             raise MalformedResponseError(
-                server.describe(), GENERATE, "a completion has no token_ids or no logprobs"
+                server.describe(), GENERATE_PATH, "a completion has no token_ids or no logprobs"
             )
         token_ids = tuple(choice.token_ids)
         logprobs = tuple(entry.logprob for entry in choice.logprobs.content)
         if len(logprobs) != len(token_ids):
             raise MalformedResponseError(
                 server.describe(),
-                GENERATE,
+                GENERATE_PATH,
                 f"a completion has {len(logprobs)} logprobs for {len(token_ids)} tokens",
             )
         stopped_by_string = isinstance(choice.stop_reason, str)
@@ -324,7 +325,7 @@ def _version_spans(
     if starts != [0, *ends[:-1]] or ends[-1] != num_tokens:
         raise MalformedResponseError(
             server.describe(),
-            GENERATE,
+            GENERATE_PATH,
             f"the version spans of a completion do not cover its {num_tokens} tokens: {spans}",
         )
     return tuple((_parse_version(span.version), span.start, span.end) for span in spans)

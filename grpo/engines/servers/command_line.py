@@ -147,8 +147,8 @@ def _worker_cores(cores: Sequence[str], threads_per_worker: int, num_workers: in
 def base_environment(tensor_parallel: int) -> dict[str, str]:
     """Returns the environment of any server, without token, GPUs and CPU cores.
 
-    On a CPU with one worker, vLLM's engine core runs in the process of the HTTP server. Two
-    separate processes would poll each other, even for a second after the last request.
+    On a CPU with one worker, vLLM's engine core runs in the process of the HTTP server. Separate
+    processes would poll each other, and continue for one second after the last request.
     """
     has_core_process = torch.cuda.is_available() or tensor_parallel > 1
     environment = vllm_environment()

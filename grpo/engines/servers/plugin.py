@@ -29,10 +29,10 @@ def register() -> None:
 def _kill_orphaned_group(parent_pid: int, trainer_pid: int) -> None:
     """Kills this process group when the parent or the trainer has ended.
 
-    vLLM's processes do not end with each other: an engine core outlives its killed server, and a
-    server outlives its killed trainer. The trainer may even have been killed while this process was
-    still importing modules. The process group contains only the server's processes. Killing the
-    group also ends an engine core that waits for its first message, which takes up to 5 minutes.
+    Without this, an engine core outlives a killed server, and a server outlives a killed trainer.
+    The trainer may have been killed while this process was still importing modules. The process
+    group contains only the processes of the server. Killing it also ends an engine core that still
+    waits for its first message, a wait of up to 5 minutes.
     """
     with contextlib.suppress(ProcessLookupError):
         while os.getppid() == parent_pid:

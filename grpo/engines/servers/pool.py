@@ -141,7 +141,7 @@ class ServerPool:
             timeout_s = self._settings.start_timeout_s + 5
             self._loop.run(self._supervisor.wait_all_up(), timeout_s)
         local_urls = [server.url for server in self._state.servers]
-        urls = ranks.all_gather("the server URLs", local_urls)[0]  # rank 0 has chosen the ports
+        urls = ranks.all_gather("the server URLs", local_urls)[0]  # rank 0 may have changed a port
         for server, url in zip(self._state.servers, urls, strict=True):
             server.url = url
         return {"servers": urls}
