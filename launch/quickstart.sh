@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The whole chain on 2 CPU cores: environment, cold-start SFT, GRPO, evaluation on held-out problems before and after each, a summary.
-#   ./launch/quickstart.sh               a 4M-parameter Qwen2 made on the spot
-#   ./launch/quickstart.sh --smollm2     SmolLM2-135M-Instruct, a real pretrained model
-#   --seed N                             another seed (default 0)
-# What is finished is not done again: after Ctrl-C the same command goes on. Everything lies in runs/quickstart*/; remove it to start afresh.
+# Installs grpo, then runs cold-start SFT and GRPO on 2 CPU cores. Evaluates the model on held-out
+# problems before SFT, after SFT and after GRPO, and prints a summary.
+#   ./launch/quickstart.sh               a new 4M-parameter Qwen2 with random weights
+#   ./launch/quickstart.sh --smollm2     the pretrained model SmolLM2-135M-Instruct
+#   --seed N                             the seed (default 0)
+# After an interruption, the same command continues the run and skips finished stages. All files are
+# in runs/quickstart*/. Delete that directory to start again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +14,7 @@ while (($#)); do
   case "$1" in
     --smollm2) name=smollm2 ;;
     --seed) seed="${2:?--seed needs a number}"; shift ;;
-    *) sed -n '2,6s/^# \{0,1\}//p' "$0"; [[ "$1" == -h || "$1" == --help ]] && exit 0 || exit 2 ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; [[ "$1" == -h || "$1" == --help ]] && exit 0 || exit 2 ;;
   esac
   shift
 done
@@ -21,7 +23,7 @@ run="runs/quickstart"
 [[ "$seed" == 0 ]] || run+="-seed$seed"
 
 ./launch/setup.sh
-stage() { # stage NAME COMMAND CONFIG OVERRIDE...: runs what is not finished, goes on with what was stopped
+stage() { # stage NAME COMMAND CONFIG OVERRIDE...: runs or resumes a stage; skips a finished one
   local folder="$run/$1" command="$2"
   if grep -qs '"status": "finished"' "$folder/manifest.json"; then return; fi
   local resume=(--resume)

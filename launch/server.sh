@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# A vLLM server for a run whose config names it under engine.servers.urls, on the GPUs that this node shows:
-#   GRPO_ENGINE_TOKEN=... ./launch/server.sh configs/r1_zero_math_7b.yaml 8000 [key=value ...]
-# The trainer has the same variable and the same config; the server starts with random weights and gets the learner's.
-# RESTARTS (default 20): how often one that dies is started again; a mistake in what it was given ends it.
+# Starts a vLLM server on this node's visible GPUs, for a run that lists it in engine.servers.urls:
+#   GRPO_ENGINE_TOKEN=... ./launch/server.sh CONFIG PORT [key=value ...]
+#   GRPO_ENGINE_TOKEN=... ./launch/server.sh configs/r1_zero_math_7b.yaml 8000
+# Start the trainer with the same token and the same config. The server starts with random weights
+# and receives the learner's weights from the trainer.
+# RESTARTS (default 20): how often a server that ends is restarted. After a configuration error
+# (exit code 2) it is not restarted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-(($# >= 2)) || { sed -n '2,5s/^# //p' "$0"; exit 2; }
+(($# >= 2)) || { sed -n '2,8s/^# //p' "$0"; exit 2; }
 server="" stopped=0 code=143
 trap 'stopped=1; [[ -z "$server" ]] || kill -TERM "$server" 2>/dev/null || true' TERM INT
 for ((left = ${RESTARTS:-20}; left >= 0 && !stopped; left--)); do
   .venv/bin/python -m grpo.engines.servers "$@" &
   server=$! code=0
-  ((!stopped)) || kill -TERM "$server" 2>/dev/null || true # the signal came before its number was known
+  # A signal may have come before `server` was set.
+  ((!stopped)) || kill -TERM "$server" 2>/dev/null || true
   wait "$server" || code=$?
-  if ((stopped)); then wait "$server" || code=$?; fi # the trap ended the first wait
+  if ((stopped)); then wait "$server" || code=$?; fi # the signal interrupted the first wait
   ((code != 2 && left > 0 && !stopped)) || break
-  echo "server.sh: the server ended with code $code; starting it again" >&2
+  echo "server.sh: the server ended with exit code $code; restarting it in 5 s" >&2
   sleep 5
 done
 exit "$code"

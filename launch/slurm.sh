@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# A run as a Slurm job that goes on by itself after a preemption or a time limit:
+# Runs a grpo command as a Slurm job. After a preemption or a time limit the job requeues itself and
+# resumes.
 #   sbatch --nodes=2 launch/slurm.sh train configs/r1_zero_math_7b.yaml [key=value ...]
-#   ENGINE_NODES=1 TENSOR_PARALLEL=1 sbatch --nodes=3 launch/slurm.sh train ...     # the last nodes hold vLLM servers, the others learn
-# Submit from the project's root, which all nodes see, after ./launch/setup.sh on a node with a GPU. Logs: runs/slurm-JOB-ROLE-NODE.log.
+#   ENGINE_NODES=1 TENSOR_PARALLEL=1 sbatch --nodes=3 launch/slurm.sh train CONFIG [key=value ...]
+# ENGINE_NODES (default 0): the last nodes run vLLM servers, the others run learner ranks.
+# TENSOR_PARALLEL (default 1): GPUs per server.
+# First run ./launch/setup.sh on a node with a GPU. Submit from the project's root, which must be on
+# a file system that all nodes share. Logs: runs/slurm-JOB-ROLE-NODE.log.
 #SBATCH --job-name=grpo
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -17,16 +21,20 @@ set -euo pipefail
 (($# >= 2)) || { echo "usage: sbatch launch/slurm.sh COMMAND CONFIG [key=value ...]" >&2; exit 2; }
 config="$2"
 engine_nodes="${ENGINE_NODES:-0}" size="${TENSOR_PARALLEL:-1}" gpus="${SLURM_GPUS_PER_NODE:-8}"
-gpus="${gpus##*:}" # a100:8
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from sbatch
+gpus="${gpus##*:}" # the value may have a type: a100:8
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not inherit it from sbatch
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 learners=$((${#nodes[@]} - engine_nodes))
-((learners >= 1)) || { echo "slurm.sh: ENGINE_NODES=$engine_nodes of ${#nodes[@]} nodes leaves none to learn" >&2; exit 2; }
+((learners >= 1)) || {
+  echo "slurm.sh: ENGINE_NODES=$engine_nodes leaves no node for the learner in a job of" \
+    "${#nodes[@]} nodes: lower ENGINE_NODES or raise --nodes" >&2
+  exit 2
+}
 more=()
 
 if ((engine_nodes > 0)); then
   GRPO_ENGINE_TOKEN="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
-  export GRPO_ENGINE_TOKEN # srun passes it on, no command line shows it
+  export GRPO_ENGINE_TOKEN # passed on by srun; an argument would be visible in process lists
   urls=()
   for node in "${nodes[@]:learners}"; do
     for ((i = 0; i < gpus / size; i++)); do
@@ -39,7 +47,8 @@ if ((engine_nodes > 0)); then
   more+=("engine.servers={urls: [$(IFS=,; echo "${urls[*]}")], tensor_parallel: $size}")
 fi
 
-# Slurm sends TERM to this script ten minutes before the end: the ranks save, and the job goes back into the queue.
+# Slurm sends TERM to this script 600 s before the job ends (--signal above). The ranks then save a
+# checkpoint, and the job is requeued.
 preempted=0
 srun --overlap --nodes="$learners" --ntasks="$learners" --nodelist="$(IFS=,; echo "${nodes[*]:0:learners}")" --kill-on-bad-exit=1 \
   --output="runs/slurm-%j-learner-%N.log" \
@@ -50,7 +59,7 @@ learner=$!
 trap 'preempted=1; kill -TERM "$learner"' TERM
 code=0
 wait "$learner" || code=$?
-if ((preempted)); then wait "$learner" || code=$?; fi # the trap ended the first wait
+if ((preempted)); then wait "$learner" || code=$?; fi # the signal interrupted the first wait
 trap - TERM
 if ((preempted)); then scontrol requeue "$SLURM_JOB_ID"; fi
-exit "$code" # what is left of the job, the servers, ends with this script
+exit "$code" # the servers are steps of this job and end with it

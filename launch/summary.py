@@ -1,81 +1,118 @@
-"""Prints and writes what a quickstart came to.
+"""Prints the results of a quickstart run and writes them to summary.json.
 
-`python launch/summary.py runs/quickstart` -> summary.json.
+python launch/summary.py runs/quickstart
 """
 
 import datetime
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo.run.directory import read_metrics
 
-POINTS = ("start", "after_sft", "after_grpo")
+STAGES = ("start", "sft", "grpo")  # the directories of the run
+POINTS = ("start", "after_sft", "after_grpo")  # when the model is evaluated
+METRICS = ("accuracy", "format", "greedy/accuracy", "greedy/format")
+MAX_COMPLETION_CHARACTERS = 150
 
 
-def evaluations(run: Path) -> dict[str, tuple[dict[str, Any], Path]]:
-    """The metrics and completions of the three evaluations."""
-    rows = [row for row in read_metrics(run / "grpo" / "metrics.jsonl") if "eval/accuracy" in row]
-    start = read_metrics(run / "start" / "metrics.jsonl")[0]
-    samples = [
-        run / "grpo" / "samples" / f"eval-{row['step']:06d}.jsonl" for row in (rows[0], rows[-1])
-    ]
-    return dict(
-        zip(
-            POINTS,
-            [
-                (start, run / "start/samples/eval-000000.jsonl"),
-                *zip((rows[0], rows[-1]), samples, strict=True),
-            ],
-            strict=True,
-        )
-    )
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation on held-out problems.
+
+    Attributes:
+        metrics: its row of metrics.jsonl: `{"step": 0, "eval/accuracy": 0.25}`.
+        samples_file: the JSON lines of its completions.
+    """
+
+    metrics: dict[str, Any]
+    samples_file: Path
 
 
-def seconds(run: Path) -> dict[str, float]:
-    found = {}
-    for stage in ("start", "sft", "grpo"):
-        manifest = json.loads((run / stage / "manifest.json").read_text())
-        begin, end = (
-            datetime.datetime.fromisoformat(manifest[key]) for key in ("started", "ended")
-        )
-        found[stage] = (end - begin).total_seconds()
-    return found
+def find_evaluations(run: Path) -> dict[str, Evaluation]:
+    """Returns the evaluation at each of POINTS."""
+    start_row = read_metrics(run / "start" / "metrics.jsonl")[0]
+    grpo_rows = read_metrics(run / "grpo" / "metrics.jsonl")
+    grpo_rows = [row for row in grpo_rows if "eval/accuracy" in row]
+    return {
+        "start": Evaluation(start_row, run / "start" / "samples" / "eval-000000.jsonl"),
+        "after_sft": grpo_evaluation(run, grpo_rows[0]),
+        "after_grpo": grpo_evaluation(run, grpo_rows[-1]),
+    }
+
+
+def grpo_evaluation(run: Path, row: dict[str, Any]) -> Evaluation:
+    return Evaluation(row, run / "grpo" / "samples" / f"eval-{row['step']:06d}.jsonl")
+
+
+def read_manifest(run: Path, stage: str) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((run / stage / "manifest.json").read_text())
+    return manifest
+
+
+def stage_seconds(run: Path) -> dict[str, float]:
+    """Returns the duration of each stage: `{"start": 20.0, "sft": 60.0, "grpo": 200.0}`."""
+    durations = {}
+    for stage in STAGES:
+        manifest = read_manifest(run, stage)
+        started = datetime.datetime.fromisoformat(manifest["started"])
+        ended = datetime.datetime.fromisoformat(manifest["ended"])
+        durations[stage] = (ended - started).total_seconds()
+    return durations
+
+
+def metric_values(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, float]]:
+    """Returns the values of each metric at each point.
+
+    Example: `{"greedy_accuracy": {"start": 0.0, "after_sft": 0.4, "after_grpo": 0.8}}`.
+    """
+    values_of_metrics = {}
+    for metric in METRICS:
+        values = {}
+        for point, evaluation in evaluations.items():
+            if f"eval/{metric}" in evaluation.metrics:
+                values[point] = evaluation.metrics[f"eval/{metric}"]
+        if values:
+            values_of_metrics[metric.replace("/", "_")] = values
+    return values_of_metrics
+
+
+def print_metrics(values_of_metrics: dict[str, dict[str, float]]) -> None:
+    header = "".join(f"{point.replace('_', ' '):>13}" for point in POINTS)
+    print(f"\n{'held-out':18}{header}")
+    for metric, values in values_of_metrics.items():
+        cells = "".join(f"{values[point]:13.1%}" for point in POINTS)
+        print(f"{metric.replace('_', ' '):18}{cells}")
+
+
+def print_first_completions(evaluations: dict[str, Evaluation]) -> None:
+    print("\nThe first completion of one problem at each point:")
+    for point, evaluation in evaluations.items():
+        row = json.loads(evaluation.samples_file.read_text().splitlines()[0])
+        completion = row["completion"][:MAX_COMPLETION_CHARACTERS]
+        label = point.replace("_", " ")
+        print(f"  {label:11} {row['question']!r} -> {completion!r}  ({row['verdict']})")
 
 
 def main(run: Path) -> None:
-    found = evaluations(run)
-    summary: dict[str, Any] = {
-        "seed": json.loads((run / "grpo" / "manifest.json").read_text())["seed"]
+    evaluations = find_evaluations(run)
+    values_of_metrics = metric_values(evaluations)
+    durations = stage_seconds(run)
+    summary = {
+        "seed": read_manifest(run, "grpo")["seed"],
+        **values_of_metrics,
+        "seconds": durations,
     }
-    for name in ("accuracy", "format", "greedy/accuracy", "greedy/format"):
-        values = {
-            point: row[f"eval/{name}"] for point, (row, _) in found.items() if f"eval/{name}" in row
-        }
-        if values:
-            summary[name.replace("/", "_")] = values
-    summary["seconds"] = seconds(run)
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{'held-out':18}" + "".join(f"{point.replace('_', ' '):>13}" for point in POINTS))
-    for name, values in summary.items():
-        if name not in ("seed", "seconds"):
-            print(
-                f"{name.replace('_', ' '):18}"
-                + "".join(f"{values[point]:13.1%}" for point in POINTS)
-            )
-    print("\nOne problem, and the first completion of it at each point:")
-    for point, (_, samples) in found.items():
-        row = json.loads(samples.read_text().splitlines()[0])
-        print(
-            f"  {point.replace('_', ' '):11} {row['question']!r} -> {row['completion'][:150]!r}  "
-            f"({row['verdict']})"
-        )
-    print(
-        f"\nmodel       {run / 'grpo/final'}\ncurves      "
-        f"{run / 'grpo/metrics.jsonl'}\ncompletions {run / 'grpo/samples'}/"
-    )
-    print(f"summary     {run / 'summary.json'}  ({sum(summary['seconds'].values()):.0f} s)")
+    summary_file = run / "summary.json"
+    summary_file.write_text(json.dumps(summary, indent=2) + "\n")
+    print_metrics(values_of_metrics)
+    print_first_completions(evaluations)
+    print(f"\nmodel       {run / 'grpo' / 'final'}")
+    print(f"curves      {run / 'grpo' / 'metrics.jsonl'}")
+    print(f"completions {run / 'grpo' / 'samples'}/")
+    print(f"summary     {summary_file}  ({sum(durations.values()):.0f} s)")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The checks: format, lint, types, then tests with the real vLLM and DeepSpeed on tiny models.
-#   ./launch/test.sh              what a contributor runs before a commit
-#   ./launch/test.sh --all        and the drills (kills, chains, a full disk): an hour more
-#   ./launch/test.sh ARGUMENT...  pytest's own: a file, -k NAME, -n 0 (one process, for a debugger)
+# Checks format, lint and types, then runs the tests with vLLM and DeepSpeed on tiny models.
+#   ./launch/test.sh              the checks before each commit
+#   ./launch/test.sh --all        also the slow tests (kills, chains, a full disk), about an hour
+#   ./launch/test.sh ARGUMENT...  arguments of pytest: a file, -k NAME, -n 0 (one process, to debug)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./launch/setup.sh
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 .venv/bin/mypy
 workers=$(nproc)
 ((workers <= 4)) || workers=4
-if nvidia-smi -L >/dev/null 2>&1; then workers=0; fi # engines would share the memory of a GPU
+if nvidia-smi -L >/dev/null 2>&1; then workers=0; fi # parallel engines would compete for GPU memory
 tests() { .venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"; }
 if [[ "${1:-}" == --all ]]; then
   tests "${@:2}"

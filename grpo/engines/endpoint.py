@@ -1,15 +1,15 @@
-"""Any OpenAI-compatible endpoint as a source of completions: a teacher that somebody else serves.
+"""Samples completions from an OpenAI-compatible endpoint, for a teacher or for evaluation.
 
-Text in, text out; no weights are sent.
+The endpoint receives chat messages and returns text. It has its own weights: none are sent to it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grpo.engines import EngineError, SamplingOptions
@@ -18,41 +18,76 @@ from grpo.types import Completion, UserError
 if TYPE_CHECKING:
     from grpo.config import Teacher
 
-THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what a reasoning model thinks
+# The fields of a message in which servers return the reasoning of a model.
+REASONING_FIELDS = ("reasoning_content", "reasoning")
+MAX_LISTED_MODELS = 10  # in an error message
+MAX_ERROR_CHARACTERS = 200  # of a cause in an error message
+POLL_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One completion to sample: completion `completion_index` of request `request_index`."""
+
+    request_index: int
+    completion_index: int
+    messages: list[dict[str, str]]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The completion of a task, or the error that it raised."""
+
+    task: _Task
+    value: Completion | Exception
 
 
 class Endpoint:
     """Samples completions from the model that an OpenAI-compatible endpoint serves."""
 
     def __init__(self, teacher: Teacher, on_wait: Callable[[], None] = lambda: None) -> None:
-        """`on_wait` is called five times a second while waiting and may raise.
+        """Connects to the endpoint.
 
-        Raises UserError when the key's variable is not set, or nothing answers at the address.
+        Args:
+            teacher: the address, the model, the API key and the limits.
+            on_wait: called five times per second while `generate` waits; may raise.
+
+        Raises:
+            UserError: The variable of the API key is not set, the endpoint does not respond, or it
+                does not serve the model.
         """
         import openai
 
-        key = os.environ.get(teacher.api_key_env) if teacher.api_key_env else "none"
-        if not key:
+        api_key: str | None = "none"
+        if teacher.api_key_env:
+            api_key = os.environ.get(teacher.api_key_env)
+        if not api_key:
             raise UserError(f"teacher.api_key_env: {teacher.api_key_env} is not set")
         self._teacher = teacher
         self._on_wait = on_wait
         self._client = openai.OpenAI(
             base_url=teacher.url,
-            api_key=key,
+            api_key=api_key,
             timeout=openai.Timeout(teacher.timeout_s, connect=10),
             max_retries=teacher.retries,
         )
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """Raises UserError if the endpoint does not respond or does not serve the model."""
+        import openai
+
+        teacher = self._teacher
+        client = self._client.with_options(timeout=10, max_retries=1)
         try:
-            served = [
-                model.id
-                for model in self._client.with_options(timeout=10, max_retries=1).models.list()
-            ]
+            models = [model.id for model in client.models.list()]
         except openai.OpenAIError as error:
             raise UserError(f"teacher.url={teacher.url}: {_describe(error)}") from None
-        if served and teacher.model not in served:
+        if models and teacher.model not in models:
             raise UserError(
-                f"teacher.model={teacher.model}: not served at {teacher.url}; have "
-                f"{', '.join(served[:10])}"
+                f"teacher.model={teacher.model}: {teacher.url} does not serve this model. "
+                f"Available: {', '.join(models[:MAX_LISTED_MODELS])}"
             )
 
     def generate(
@@ -61,52 +96,71 @@ class Endpoint:
         options: SamplingOptions,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """Returns the completions of requests `(messages, seed, n)`, in order.
+        """Returns the completions of each request, in the order of the requests.
 
-        Raises EngineError after the last retry.
+        Completion i of a request has the seed `seed + i`.
+
+        Args:
+            requests: `(messages, seed, num_completions)` per request:
+                `[([{"role": "user", "content": "2+3="}], 7, 2)]`.
+            options: the sampling options.
+            on_progress: called with the number of finished and of all completions.
+
+        Raises:
+            EngineError: A completion failed after the last retry.
         """
-        tasks = _tasks([n for _, _, n in requests])
-        completions: list[list[Completion | None]] = [[None] * n for _, _, n in requests]
-        total = tasks.qsize()
-        done = 0
-        answers: queue.SimpleQueue[tuple[int, int, Completion | Exception]] = queue.SimpleQueue()
-        given_up = threading.Event()
-
-        def work() -> None:
-            while not given_up.is_set():
-                try:
-                    r, i = tasks.get_nowait()
-                except queue.Empty:
-                    return
-                messages, seed, _ = requests[r]
-                try:
-                    answers.put((r, i, self._complete(messages, seed + i, options)))
-                except Exception as error:
-                    answers.put((r, i, error))
-
-        for _ in range(min(total, self._teacher.concurrency)):
-            # a request that is given up is not waited for
-            threading.Thread(target=work, daemon=True).start()
+        tasks = _completion_tasks(requests)
+        num_tasks = tasks.qsize()
+        results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
+        stop = threading.Event()
+        for _ in range(min(num_tasks, self._teacher.concurrency)):
+            # Daemon threads: a request that is abandoned does not keep the process alive.
+            arguments = (tasks, results, stop, options)
+            threading.Thread(target=self._work, args=arguments, daemon=True).start()
+        completions: dict[tuple[int, int], Completion] = {}
         try:
-            while done < total:
+            while len(completions) < num_tasks:
                 self._on_wait()
-                with contextlib.suppress(queue.Empty):
-                    r, i, answer = answers.get(timeout=0.2)
-                    if isinstance(answer, Exception):
-                        raise answer
-                    completions[r][i] = answer
-                    done += 1
-                    if on_progress:
-                        on_progress(done, total)
+                try:
+                    result = results.get(timeout=POLL_INTERVAL_S)
+                except queue.Empty:
+                    continue
+                if isinstance(result.value, Exception):
+                    raise result.value
+                task = result.task
+                completions[task.request_index, task.completion_index] = result.value
+                if on_progress is not None:
+                    on_progress(len(completions), num_tasks)
         finally:
-            given_up.set()
+            stop.set()
         return [
-            tuple(completion for completion in row if completion is not None) for row in completions
+            tuple(completions[i, j] for j in range(num_completions))
+            for i, (_, _, num_completions) in enumerate(requests)
         ]
+
+    def _work(
+        self,
+        tasks: queue.SimpleQueue[_Task],
+        results: queue.SimpleQueue[_Result],
+        stop: threading.Event,
+        options: SamplingOptions,
+    ) -> None:
+        """Runs tasks until the queue is empty or `stop` is set."""
+        while not stop.is_set():
+            try:
+                task = tasks.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                value: Completion | Exception = self._complete(task.messages, task.seed, options)
+            except Exception as error:
+                value = error
+            results.put(_Result(task, value))
 
     def _complete(
         self, messages: list[dict[str, str]], seed: int, options: SamplingOptions
     ) -> Completion:
+        """Requests one completion. Raises EngineError."""
         import openai
 
         optional: dict[str, Any] = {}
@@ -115,7 +169,7 @@ class Endpoint:
         if options.top_k:
             optional["extra_body"] = {"top_k": options.top_k}
         try:
-            answer = self._client.chat.completions.create(
+            response = self._client.chat.completions.create(
                 model=self._teacher.model,
                 messages=messages,  # type: ignore[arg-type]
                 seed=seed % 2**31,
@@ -126,48 +180,56 @@ class Endpoint:
             )
         except openai.OpenAIError as error:
             raise EngineError(f"teacher {self._teacher.url}: {_describe(error)}") from None
-        if not answer.choices:
-            raise EngineError(f"teacher {self._teacher.url}: an answer without a completion")
-        choice = answer.choices[0]
-        text = choice.message.content or ""
-        thoughts = _thoughts(choice.message)
-        if thoughts:
-            text = f"<think>\n{thoughts.strip()}\n</think>\n{text.lstrip()}"
-        # vLLM says which stop string it cut off; ours keeps it
-        stop = getattr(choice, "stop_reason", None)
-        if isinstance(stop, str) and stop in options.stop:
-            text += stop
-        # it gives no ids: as many places as tokens
-        tokens = answer.usage.completion_tokens if answer.usage else len(text.split())
+        if not response.choices:
+            raise EngineError(f"teacher {self._teacher.url}: the response has no completion")
+        choice = response.choices[0]
+        text = _text(choice, options.stop)
+        num_tokens = response.usage.completion_tokens if response.usage else len(text.split())
         return Completion(
-            token_ids=(0,) * tokens,
+            # The endpoint returns no token ids. The zeros only give the number of tokens.
+            token_ids=(0,) * num_tokens,
             logprobs=(),
             text=text,
             finish_reason="length" if choice.finish_reason == "length" else "stop",
-            versions=((0, 0, tokens),),
+            versions=((0, 0, num_tokens),),
         )
 
 
-def _tasks(counts: Sequence[int]) -> queue.SimpleQueue[tuple[int, int]]:
-    """Returns (request, number of the completion) of every completion that requests ask for."""
-    tasks: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-    for request, count in enumerate(counts):
-        for number in range(count):
-            tasks.put((request, number))
+def _completion_tasks(
+    requests: Sequence[tuple[list[dict[str, str]], int, int]],
+) -> queue.SimpleQueue[_Task]:
+    """Returns one task per completion, in the order of the requests."""
+    tasks: queue.SimpleQueue[_Task] = queue.SimpleQueue()
+    for request_index, (messages, seed, num_completions) in enumerate(requests):
+        for completion_index in range(num_completions):
+            tasks.put(_Task(request_index, completion_index, messages, seed + completion_index))
     return tasks
 
 
-def _describe(error: Exception) -> str:
-    """Returns the class of an error and the first line of its cause."""
-    message = str(error.__cause__ or error)
-    first_line = message.splitlines()[0][:200] if message else str(error)
-    return f"{type(error).__name__}: {first_line}"
+def _text(choice: Any, stop_strings: Sequence[str]) -> str:
+    """Returns the text of a completion, with its reasoning in `<think>` and its stop string."""
+    text: str = choice.message.content or ""
+    reasoning = _reasoning(choice.message)
+    if reasoning:
+        text = f"<think>\n{reasoning.strip()}\n</think>\n{text.lstrip()}"
+    # vLLM removes the stop string from the text and reports it. grpo's completions include it.
+    stop_reason = getattr(choice, "stop_reason", None)
+    if isinstance(stop_reason, str) and stop_reason in stop_strings:
+        text += stop_reason
+    return text
 
 
-def _thoughts(message: Any) -> str | None:
-    """Returns the thoughts that a server keeps apart from the text, None if there are none."""
-    for key in THOUGHTS:
-        thoughts: str | None = getattr(message, key, None)
-        if thoughts:
-            return thoughts
+def _reasoning(message: Any) -> str | None:
+    """Returns the reasoning that a server returns separately from the text, None if it has none."""
+    for field in REASONING_FIELDS:
+        reasoning: str | None = getattr(message, field, None)
+        if reasoning:
+            return reasoning
     return None
+
+
+def _describe(error: Exception) -> str:
+    """Returns the class of an error and the first line of its cause: "APIError: timed out"."""
+    message = str(error.__cause__ or error)
+    first_line = message.splitlines()[0][:MAX_ERROR_CHARACTERS] if message else str(error)
+    return f"{type(error).__name__}: {first_line}"

@@ -40,7 +40,7 @@ def start_engine(config: SampledConfig, context: RunContext, model: EngineModel)
         UserError: The memory does not suffice.
     """
     from grpo.engines.local.engine import VllmEngine, check_memory
-    from grpo.engines.servers.pool import ServerPool
+    from grpo.engines.servers.pool import PoolCallbacks, ServerPool
     from grpo.engines.vllm_options import ServedModel
 
     dtype = config.engine.dtype or config.model.dtype
@@ -67,8 +67,7 @@ def start_engine(config: SampledConfig, context: RunContext, model: EngineModel)
             settings=config.engine,
             run_dir=context.run.path,
             decode=decode,
-            on_wait=context.signals.check,
-            say=context.display.say,
+            callbacks=PoolCallbacks(on_wait=context.signals.check, say=context.display.say),
         )
     else:
         engine = VllmEngine(

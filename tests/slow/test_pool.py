@@ -68,12 +68,12 @@ def test_a_server_killed_in_the_middle_of_a_rollout_costs_only_what_it_was_doing
 
 
 def test_a_server_that_hangs_is_started_again(pool, said, monkeypatch):
-    monkeypatch.setattr(supervisor, "HEALTH_S", 4.0)
+    monkeypatch.setattr(supervisor, "HEALTH_TIMEOUT_S", 4.0)
     victim = pool._state.servers[1]
     os.killpg(victim.process.pid, signal.SIGSTOP)
     assert len(pool.generate(REQUESTS, OPTIONS)) == len(REQUESTS)
     wait_for(lambda: victim.up, seconds=90)
-    assert any("no answer for 4 s" in text for text in said)
+    assert any("no response for 4 s" in text for text in said)
 
 
 def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_back(
@@ -90,7 +90,7 @@ def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_bac
     pool.load_weights(weights(tiny(), 0.9), 6)
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 1
     wait_for(lambda: pool._state.servers[0].up, seconds=90)
-    assert supervisor.sample_gap(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any(
+    assert supervisor.mean_logprob_gap(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any(
         "weights 6 did not reach" in text for text in said
     )
 
@@ -114,7 +114,8 @@ def test_a_port_taken_meanwhile_costs_a_start_and_weights_go_through_files(
             (before,) = pool.prove(REQUESTS[:4], OPTIONS)
             pool.load_weights(weights(tiny(), 0.7), 2)
             (after,) = pool.prove(REQUESTS[:4], OPTIONS)
-            assert after[0][0].versions[0][0] == 2 and supervisor.sample_gap(before, after) > 1e-4
+            assert after[0][0].versions[0][0] == 2
+            assert supervisor.mean_logprob_gap(before, after) > 1e-4
             assert len(list((tmp_path / "weights").glob("*/*.safetensors"))) == 1
         finally:
             pool.close()
@@ -140,10 +141,10 @@ def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_aga
         start = time.monotonic()
         pool.load_weights(weights(tiny(), 0.7), 21)
         assert time.monotonic() - start < 25 and pool._state.servers[0].version == 21
-    assert any("was not done with weights 21 within 10 s" in line for line in said)
+    assert any("did not load weights 21 within 10 s" in line for line in said)
     wait_for(lambda: victim.up, seconds=90)
     first, second = pool.prove(REQUESTS[:4], OPTIONS)
-    assert supervisor.sample_gap(first, second) < 1e-4
+    assert supervisor.mean_logprob_gap(first, second) < 1e-4
     (core,) = [
         p
         for p in psutil.Process(victim.process.pid).children(recursive=True)
@@ -155,8 +156,8 @@ def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_aga
         patch.setattr(pool._supervisor, "_servers", impatient)
         (only,) = pool.prove(REQUESTS[:4], OPTIONS)  # the other one's samples
     assert (
-        any("it made no token for 10 s" in line for line in said)
-        and supervisor.sample_gap(first, only) < 1e-4
+        any("no token generated for 10 s" in line for line in said)
+        and supervisor.mean_logprob_gap(first, only) < 1e-4
     )
 
 
@@ -242,7 +243,7 @@ def test_servers_of_somebody_else_train_and_judge_the_model_that_they_are_sent(
             json.loads(line)["completion"] for line in judged[1]
         ]
         monkeypatch.setenv(TOKEN_VARIABLE, "guess")
-        assert "refuses our token (401): set GRPO_ENGINE_TOKEN" in run(
+        assert "rejected the token (401): set GRPO_ENGINE_TOKEN" in run(
             config, f"run_dir={tmp_path / 'wrong'}", code=2
         )
     finally:

@@ -5,7 +5,7 @@ from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
 from grpo.engines import Request, SamplingOptions
-from grpo.engines.servers.pool import ServerPool
+from grpo.engines.servers.pool import PoolCallbacks, ServerPool
 from grpo.engines.vllm_options import ServedModel
 from grpo.learning import models
 
@@ -36,7 +36,7 @@ def pool_of(model_dir, run_dir, said=None, **servers):
         settings=settings(**servers),
         run_dir=run_dir,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-        say=(said if said is not None else []).append,
+        callbacks=PoolCallbacks(say=(said if said is not None else []).append),
     )
 
 

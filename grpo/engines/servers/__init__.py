@@ -1,13 +1,16 @@
-"""vLLM servers over HTTP, as one engine.
+"""The engine `ServerPool`: vLLM servers over HTTP, used as one engine.
 
-pool              `ServerPool`, the engine: composes the files below
-server            one server: its URL, its process, its state
-client            one HTTP request to one server, with typed errors
-scheduler         the least loaded server for a request; retries
-availability      which servers a rank may ask
-supervisor        rank 0 starts, watches and restarts servers
-weight_updates    new weights for one server, for all of them, for one that comes back
-state, loop_thread, command_line
-guard, plugin     what runs inside a server
-__main__          a server for `engine.servers.urls` (launch/server.sh)
+pool              `ServerPool`; composes the modules below
+server            one server: URL, process and state
+state             state that the modules of a pool share
+client            HTTP requests to one server, with typed errors
+scheduler         selects a server for each request; retries failed requests
+availability      the servers that a rank can send requests to
+supervisor        rank 0 starts, monitors and restarts servers
+weight_updates    the weight update of one server, and of all servers
+loop_thread       an asyncio event loop in a background thread
+command_line      command line, environment, CPU cores and token of a server process
+guard             checks the token of each request; runs inside a server
+plugin            vLLM plugin; runs inside a server
+__main__          starts one server for `engine.servers.urls` (launch/server.sh)
 """

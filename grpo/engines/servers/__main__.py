@@ -1,7 +1,9 @@
-"""`python -m grpo.engines.servers CONFIG PORT [key=value ...]`: a server for engine.servers.urls.
+"""Starts one vLLM server for `engine.servers.urls`. launch/server.sh runs this module.
 
-Started by launch/server.sh. It uses this node's GPUs, is open to the network and is guarded by the
-token.
+    python -m grpo.engines.servers CONFIG PORT [key=value ...]
+
+The server uses the GPUs that are visible on this node and listens on all network interfaces. It
+accepts only requests with the token in `GRPO_ENGINE_TOKEN`.
 """
 
 from __future__ import annotations
@@ -21,12 +23,19 @@ from grpo.types import UserError
 
 
 def main(config_file: str, port: str, overrides: list[str]) -> None:
-    """Replaces this process by the server of a train config. Raises UserError."""
+    """Replaces this process with a server for the model of a train config.
+
+    Raises:
+        UserError: The config is invalid, or the token is not set.
+    """
     config: configs.Config = configs.load(config_file, overrides)
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
-        raise UserError(f"{TOKEN_VARIABLE} is not set: choose one for all servers and the trainer")
-    # the address is the trainer's business: any URL makes this a server of urls
+        raise UserError(
+            f"{TOKEN_VARIABLE} is not set: set it to the same secret for the trainer and all "
+            "servers"
+        )
+    # Any URL marks this server as one of `urls`. Only the trainer uses the address.
     servers = config.engine.servers or configs.Servers(urls=["here"])
     model_dir = models.locate(
         config.model, Path(tempfile.mkdtemp(prefix="grpo-server-")), config.seed

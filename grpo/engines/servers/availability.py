@@ -1,4 +1,8 @@
-"""Which servers a rank may ask: rank 0 watches them, the other ranks find out by asking."""
+"""The servers that a rank can send requests to.
+
+Rank 0 supervises the servers and reads their state (`WatchedServers`). The other ranks infer it
+from the outcome of their own requests (`UnwatchedServers`).
+"""
 
 from __future__ import annotations
 
@@ -10,47 +14,50 @@ from grpo.engines import ServerLostError, WrongWeightVersionError
 from grpo.engines.servers.client import ServerClient
 from grpo.engines.servers.server import Server
 from grpo.engines.servers.state import PoolState
-from grpo.engines.servers.supervisor import HEALTH_S, Supervisor
+from grpo.engines.servers.supervisor import HEALTH_TIMEOUT_S, Supervisor
 
-AVOID_S = 10.0  # a rank that does not watch the servers does not ask one for so long that failed
-VERSION_LIMIT_S = 60.0  # the longest wait for the version of a server's weights
+# How long a rank other than rank 0 sends no requests to a server after a failure.
+AVOID_FAILED_S = 10.0
+VERSION_TIMEOUT_S = 60.0  # the longest wait for a server's weight version
 
 
 class Availability(Protocol):
-    """What a rank knows about the servers.
+    """A rank's view of the servers.
+
+    In all methods, `num_starts` is the value of `server.num_starts` when the request was sent.
 
     Attributes:
-        num_extra_tries: retries of a request beyond `engine.servers.retries`.
-        check_every_s: how often a server is checked while it works on a request.
+        num_extra_retries: retries per request in addition to `engine.servers.retries`.
+        check_interval_s: the interval between two checks of a server during a request.
     """
 
-    num_extra_tries: int
-    check_every_s: float
+    num_extra_retries: int
+    check_interval_s: float
 
     def candidates(self) -> list[Server]:
-        """Returns the servers that may be asked now."""
+        """Returns the servers that currently accept requests."""
 
-    def raise_if_hopeless(self) -> None:
-        """Raises an error if waiting for a candidate is in vain."""
+    def raise_if_unrecoverable(self) -> None:
+        """Raises EngineError if no server can become a candidate."""
 
-    async def check_before(self, server: Server) -> None:
+    async def check_before_request(self, server: Server) -> None:
         """Raises EngineError unless the server holds the current weights."""
 
-    async def check_during(self, server: Server, starts: int) -> None:
-        """Raises EngineError if the server was lost since its `starts`-th start."""
+    async def check_during_request(self, server: Server, num_starts: int) -> None:
+        """Raises EngineError if the server was lost after the request was sent."""
 
-    async def report_failure(self, server: Server, starts: int) -> None:
-        """Takes note that a request to the server failed."""
+    async def report_failure(self, server: Server, num_starts: int) -> None:
+        """Records that a request to the server failed."""
 
 
 class WatchedServers:
-    """Rank 0's knowledge: the supervisor's."""
+    """Availability on rank 0, as recorded by the supervisor."""
 
-    num_extra_tries = 0
-    check_every_s = 1.0
+    num_extra_retries = 0
+    check_interval_s = 1.0
 
     def __init__(self, state: PoolState, supervisor: Supervisor) -> None:
-        """Reads what `supervisor` writes to `state`."""
+        """Stores the state that `supervisor` keeps up to date."""
         self._state = state
         self._supervisor = supervisor
 
@@ -58,63 +65,69 @@ class WatchedServers:
         """Returns the servers that are up and hold the current weights."""
         return self._state.current_servers()
 
-    def raise_if_hopeless(self) -> None:
-        """Raises what the supervisor raises."""
-        self._supervisor.raise_if_hopeless()
+    def raise_if_unrecoverable(self) -> None:
+        """Raises EngineError if the supervisor cannot bring a server back."""
+        self._supervisor.raise_if_unrecoverable()
 
-    async def check_before(self, server: Server) -> None:
-        """Does nothing: a candidate holds the current weights."""
+    async def check_before_request(self, server: Server) -> None:
+        """Does nothing: every candidate holds the current weights."""
 
-    async def check_during(self, server: Server, starts: int) -> None:
-        """Raises ServerLostError if the server was lost since its `starts`-th start."""
-        if not server.up or server.starts != starts:
+    async def check_during_request(self, server: Server, num_starts: int) -> None:
+        """Raises ServerLostError if the server was lost after the request was sent."""
+        if not server.up or server.num_starts != num_starts:
             raise ServerLostError(server.describe())
 
-    async def report_failure(self, server: Server, starts: int) -> None:
-        """Has the supervisor bring the server up again."""
-        await self._supervisor.report_failure(server, starts)
+    async def report_failure(self, server: Server, num_starts: int) -> None:
+        """Reports the server to the supervisor, which brings it up again."""
+        await self._supervisor.report_failure(server, num_starts)
 
 
 class UnwatchedServers:
-    """Another rank's knowledge: which servers failed lately.
+    """Availability on the other ranks, inferred from recent failures.
 
-    Rank 0 may be starting a server again, so requests are retried for as long as that may take.
+    Rank 0 may be restarting a server. Requests are therefore retried for as long as a start takes.
     """
 
-    check_every_s = HEALTH_S
+    check_interval_s = HEALTH_TIMEOUT_S
 
     def __init__(self, state: PoolState, client: ServerClient, start_timeout_s: float) -> None:
-        """`start_timeout_s`: the longest time that rank 0 takes to start a server."""
-        self.num_extra_tries = int(start_timeout_s)  # one per second
+        """Checks no server yet.
+
+        Args:
+            state: the pool's servers and the current weight version.
+            client: sends requests to a server.
+            start_timeout_s: the longest time that rank 0 takes to start a server.
+        """
+        self.num_extra_retries = int(start_timeout_s)  # one per second
         self._state = state
         self._client = client
 
     def candidates(self) -> list[Server]:
-        """Returns the servers that did not fail lately, or all servers if all did."""
+        """Returns the servers without a recent failure, or all servers if there are none."""
         now = time.monotonic()
         candidates = [server for server in self._state.servers if server.avoid_until <= now]
         return candidates or self._state.servers
 
-    def raise_if_hopeless(self) -> None:
-        """Does nothing: rank 0 raises."""
+    def raise_if_unrecoverable(self) -> None:
+        """Does nothing: rank 0 raises the error."""
 
-    async def check_before(self, server: Server) -> None:
+    async def check_before_request(self, server: Server) -> None:
         """Raises EngineError unless the server holds the current weights.
 
-        Rank 0 may have started it again and not sent them yet.
+        It does not hold them if rank 0 has restarted it and has not sent the weights yet.
         """
         version = self._state.version
         if version < 0:
             return
-        held = await self._client.weight_version(server, VERSION_LIMIT_S)
-        if held != str(version):
-            raise WrongWeightVersionError(server.describe(), held, version)
+        reported_version = await self._client.weight_version(server, VERSION_TIMEOUT_S)
+        if reported_version != str(version):
+            raise WrongWeightVersionError(server.describe(), reported_version, version)
 
-    async def check_during(self, server: Server, starts: int) -> None:
-        """Raises EngineError if the server does not answer."""
-        await self._client.check_health(server, HEALTH_S)
+    async def check_during_request(self, server: Server, num_starts: int) -> None:
+        """Raises EngineError if the server does not respond."""
+        await self._client.check_health(server, HEALTH_TIMEOUT_S)
 
-    async def report_failure(self, server: Server, starts: int) -> None:
-        """Avoids the server for AVOID_S and waits for a second."""
-        server.avoid_until = time.monotonic() + AVOID_S
+    async def report_failure(self, server: Server, num_starts: int) -> None:
+        """Excludes the server for AVOID_FAILED_S seconds and waits one second."""
+        server.avoid_until = time.monotonic() + AVOID_FAILED_S
         await asyncio.sleep(1.0)

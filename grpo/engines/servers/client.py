@@ -1,7 +1,7 @@
-"""HTTP to one server: a request in, completions out.
+"""HTTP client for the servers of a pool.
 
-Every failure is a typed error (grpo/engines/__init__.py), except a wrong token, which is the user's
-mistake.
+A failed request raises a typed EngineError (grpo/engines/__init__.py). A rejected token is a
+configuration error and raises UserError.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from grpo.engines.servers.server import Server
 from grpo.types import Completion, UserError
 
 T = TypeVar("T")
-CONNECT_LIMIT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
+# The counter of generated tokens in the response of /metrics (Prometheus text format).
 GENERATED_TOKENS = re.compile(r"^vllm:generation_tokens_total\S* (\S+)$", re.MULTILINE)
-GENERATE = "/inference/v1/generate"
+GENERATE_PATH = "/inference/v1/generate"
+MAX_ERROR_CHARACTERS = 300  # of a response's text in an error message
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class VersionSpan(msgspec.Struct):
-    """Which weights sampled the tokens from `start` to `end`."""
+    """The weight version that sampled the tokens `start` (inclusive) to `end` (exclusive)."""
 
     version: str
     start: int
@@ -45,19 +47,19 @@ class VersionSpan(msgspec.Struct):
 
 
 class TokenLogprob(msgspec.Struct):
-    """The log-probability of one sampled token."""
+    """Log-probability of one sampled token."""
 
     logprob: float
 
 
 class ChoiceLogprobs(msgspec.Struct):
-    """The log-probabilities of a completion's tokens."""
+    """Log-probabilities of the tokens of a completion."""
 
     content: list[TokenLogprob]
 
 
 class Choice(msgspec.Struct):
-    """One completion of an answer."""
+    """One completion in a response."""
 
     index: int
     finish_reason: str | None
@@ -68,19 +70,19 @@ class Choice(msgspec.Struct):
 
 
 class GenerateResponse(msgspec.Struct):
-    """The answer of GENERATE. Keys that are not named here are ignored."""
+    """Response of GENERATE_PATH. Keys without a field are ignored."""
 
     choices: list[Choice]
 
 
 class WeightInfo(msgspec.Struct):
-    """The answer of /weight_info."""
+    """Response of /weight_info."""
 
     weight_version: str | None
 
 
 class ServerClient:
-    """Sends requests to the servers of a pool, one server per call."""
+    """Sends requests to the servers of a pool. Each call takes the server as an argument."""
 
     def __init__(
         self,
@@ -91,14 +93,14 @@ class ServerClient:
         decode: Callable[[Sequence[int]], str],
         cache_salt: str,
     ) -> None:
-        """Makes the HTTP client; connects to nothing yet.
+        """Creates the HTTP client. Opens no connection.
 
         Args:
-            token: what every request carries.
-            token_env: the environment variable of the token, for a message.
-            timeout_s: the longest wait for an answer, where a call names no other limit.
-            decode: returns the text of tokens.
-            cache_salt: keeps this run's prefixes in a server's cache apart from another run's.
+            token: the bearer token of every request.
+            token_env: the environment variable that holds the token, for error messages.
+            timeout_s: the longest wait for a response; calls can override it.
+            decode: converts token ids to text.
+            cache_salt: separates the prefix cache entries of this run from those of other runs.
         """
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         headers = {"Authorization": f"Bearer {token}"}
@@ -115,25 +117,27 @@ class ServerClient:
     async def get(
         self, server: Server, path: str, timeout_s: float | None = None
     ) -> httpx.Response:
-        """Returns a server's answer to GET. Raises UserError and EngineError as `_request`."""
+        """Sends a GET request. Raises the same errors as `_request`."""
         return await self._request(server, "GET", path, timeout_s=timeout_s)
 
     async def post(
         self, server: Server, path: str, body: Any, timeout_s: float | None = None
     ) -> httpx.Response:
-        """Returns a server's answer to POST. Raises UserError and EngineError as `_request`."""
+        """Sends a POST request with a JSON body. Raises the same errors as `_request`."""
         content = msgspec.json.encode(body)
         return await self._request(server, "POST", path, content=content, timeout_s=timeout_s)
 
     async def check_health(self, server: Server, timeout_s: float) -> None:
-        """Returns when the server answers that it is well.
+        """Returns normally if the server reports that it is healthy.
 
-        Raises EngineDeadError if its engine is dead, another EngineError if it does not answer.
+        Raises:
+            EngineDeadError: The server reports that its engine is dead.
+            EngineError: The server does not respond in time.
         """
         await self.get(server, "/health", timeout_s)
 
     async def num_generated_tokens(self, server: Server, timeout_s: float) -> float:
-        """Returns how many tokens the server has generated since its start. Raises EngineError."""
+        """Returns the number of tokens generated since the server's start. Raises EngineError."""
         response = await self.get(server, "/metrics", timeout_s)
         match = GENERATED_TOKENS.search(response.text)
         if match is None:
@@ -146,10 +150,10 @@ class ServerClient:
             ) from None
 
     async def weight_version(self, server: Server, timeout_s: float | None = None) -> str | None:
-        """Returns the version of the weights that the server's engine holds.
+        """Returns the weight version that the engine of the server reports.
 
-        It asks the engine: one that hangs does not answer, while /health still does. Raises
-        EngineError.
+        The request reaches the engine process. A hanging engine does not respond to it, although
+        the server may still respond to /health. Raises EngineError.
         """
         response = await self.get(server, "/weight_info", timeout_s)
         return _decode_json(server, "/weight_info", response, WeightInfo).weight_version
@@ -157,56 +161,65 @@ class ServerClient:
     async def generate(
         self, server: Server, request: Request, options: SamplingOptions, version: int
     ) -> tuple[Completion, ...]:
-        """Returns a request's completions in order.
+        """Samples the completions of one request and returns them in order.
 
         Args:
-            server: which one to ask.
-            request: the prompt, its seed and how many completions.
-            options: how to sample.
-            version: of the weights that the server should sample with; -1 for its own.
+            server: the server that samples.
+            request: the prompt, the seed and the number of completions.
+            options: the sampling options.
+            version: the current weight version; -1 accepts any weights.
 
         Raises:
-            EngineError: no answer, or one that cannot be used: every case has its own class.
+            NoResponseError: The server did not respond.
+            ServerError: The response has an error status.
+            MalformedResponseError: The response cannot be decoded.
+            IncompleteResponseError: The response has the wrong number of completions.
+            AbortedRequestError: The server aborted a completion.
+            UnknownWeightVersionError: Tokens were sampled with weights that were never sent.
         """
         body = {
             "token_ids": list(request.prompt_ids),
             "sampling_params": _sampling_params(request, options),
             "cache_salt": f"{self._cache_salt} {version}",
         }
-        response = await self.post(server, GENERATE, body)
-        choices = _decode_json(server, GENERATE, response, GenerateResponse).choices
+        response = await self.post(server, GENERATE_PATH, body)
+        choices = _decode_json(server, GENERATE_PATH, response, GenerateResponse).choices
         if len(choices) != request.n:
             raise IncompleteResponseError(server.url, len(choices), request.n)
         completions = []
         for choice in sorted(choices, key=lambda choice: choice.index):
-            completion = self._completion(server, choice, version)
-            if version >= 0 and any(number < 0 for number, _, _ in completion.versions):
+            completion = self._to_completion(server, choice, version)
+            min_version = min(span_version for span_version, _, _ in completion.versions)
+            if version >= 0 and min_version < 0:
                 raise UnknownWeightVersionError(server.url, version)
             completions.append(completion)
         return tuple(completions)
 
-    def _completion(self, server: Server, choice: Choice, version: int) -> Completion:
+    def _to_completion(self, server: Server, choice: Choice, version: int) -> Completion:
         if choice.finish_reason not in ("stop", "length"):
             raise AbortedRequestError(server.url, choice.finish_reason)
         if choice.token_ids is None or choice.logprobs is None:
             raise MalformedResponseError(
-                server.describe(), GENERATE, "a completion without token_ids or logprobs"
+                server.describe(), GENERATE_PATH, "a completion has no token_ids or no logprobs"
             )
         token_ids = tuple(choice.token_ids)
         logprobs = tuple(entry.logprob for entry in choice.logprobs.content)
         if len(logprobs) != len(token_ids):
             raise MalformedResponseError(
                 server.describe(),
-                GENERATE,
-                f"{len(logprobs)} logprobs of a completion of {len(token_ids)} tokens",
+                GENERATE_PATH,
+                f"a completion has {len(logprobs)} logprobs for {len(token_ids)} tokens",
             )
-        ended_by_token = choice.finish_reason == "stop" and not isinstance(choice.stop_reason, str)
+        stopped_by_string = isinstance(choice.stop_reason, str)
+        text_ids = token_ids
+        if choice.finish_reason == "stop" and not stopped_by_string:
+            text_ids = token_ids[:-1]  # the text does not include the stop token
         return Completion(
             token_ids=token_ids,
             logprobs=logprobs,
-            text=self._decode(token_ids[:-1] if ended_by_token else token_ids),
+            text=self._decode(text_ids),
             finish_reason=cast(Literal["stop", "length"], choice.finish_reason),
-            versions=_versions(server, choice, len(token_ids), version),
+            versions=_version_spans(server, choice, len(token_ids), version),
         )
 
     async def _request(
@@ -218,13 +231,17 @@ class ServerClient:
         content: bytes | None = None,
         timeout_s: float | None = None,
     ) -> httpx.Response:
-        """Returns a server's answer with status 200.
+        """Sends a request and returns its response, which has status 200.
 
         Raises:
-            UserError: the server refuses the token.
-            EngineError: the server refuses the request, fails, or does not answer in time.
+            UserError: The server rejects the token.
+            NoResponseError: The server did not respond in time, or the connection failed.
+            ServerError: The response has an error status: RefusedError for 4xx, EngineDeadError
+                for 503.
         """
-        timeout = httpx.Timeout(timeout_s or self._timeout_s, connect=CONNECT_LIMIT_S)
+        if timeout_s is None:
+            timeout_s = self._timeout_s
+        timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         try:
             response = await self._http.request(
                 method,
@@ -242,28 +259,29 @@ class ServerClient:
             return response
         if status in (401, 403):
             raise UserError(
-                f"{server.url}{path} refuses our token ({status}): set {self._token_env} to the "
-                "server's own"
+                f"{server.url}{path}: the server rejected the token ({status}): set "
+                f"{self._token_env} to the server's token"
             )
-        error_class = ServerError
         if 400 <= status < 500:
-            error_class = RefusedError
+            error_class: type[ServerError] = RefusedError
         elif status == 503:
             error_class = EngineDeadError
-        raise error_class(server.describe(), path, status, response.text[:300])
+        else:
+            error_class = ServerError
+        raise error_class(server.describe(), path, status, response.text[:MAX_ERROR_CHARACTERS])
 
 
-def parse_version(version: str | None) -> int:
-    """Returns a server's weight version as a number, -1 for vLLM's own name ("default")."""
+def _parse_version(version: str) -> int:
+    """Returns a weight version as a number, -1 for vLLM's initial version "default"."""
     try:
-        return int(version or "")
+        return int(version)
     except ValueError:
         return -1
 
 
-def _decode_json(server: Server, path: str, response: httpx.Response, kind: type[T]) -> T:
+def _decode_json(server: Server, path: str, response: httpx.Response, response_type: type[T]) -> T:
     try:
-        return msgspec.json.decode(response.content, type=kind)
+        return msgspec.json.decode(response.content, type=response_type)
     except msgspec.MsgspecError as error:
         raise MalformedResponseError(server.describe(), path, str(error)) from None
 
@@ -289,24 +307,25 @@ def _sampling_params(request: Request, options: SamplingOptions) -> dict[str, An
     return params
 
 
-def _versions(
+def _version_spans(
     server: Server, choice: Choice, num_tokens: int, version: int
 ) -> tuple[tuple[int, int, int], ...]:
-    """Returns a completion's spans `(version, start, end)`, one of `version` if it has none."""
-    if not choice.weight_versions:
+    """Returns the spans `(version, start, end)` of a completion: `((3, 0, 5), (4, 5, 9))`.
+
+    A response without spans gets one span with `version`.
+
+    Raises:
+        MalformedResponseError: The spans do not cover every token exactly once.
+    """
+    spans = choice.weight_versions
+    if not spans:
         return ((version, 0, num_tokens),)
-    spans = []
-    covered = 0
-    for span in choice.weight_versions:
-        if span.start != covered:
-            break
-        spans.append((parse_version(span.version), span.start, span.end))
-        covered = span.end
-    if covered != num_tokens or len(spans) != len(choice.weight_versions):
+    starts = [span.start for span in spans]
+    ends = [span.end for span in spans]
+    if starts != [0, *ends[:-1]] or ends[-1] != num_tokens:
         raise MalformedResponseError(
             server.describe(),
-            GENERATE,
-            f"the versions of a completion's {num_tokens} tokens have gaps: "
-            f"{choice.weight_versions}",
+            GENERATE_PATH,
+            f"the version spans of a completion do not cover its {num_tokens} tokens: {spans}",
         )
-    return tuple(spans)
+    return tuple((_parse_version(span.version), span.start, span.end) for span in spans)

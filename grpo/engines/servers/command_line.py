@@ -1,4 +1,4 @@
-"""How a server is started: its command line, environment, cores and token."""
+"""Command line, environment, CPU cores and token of a server process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,127 +26,152 @@ GUARD = "grpo.engines.servers.guard.Guard"
 def server_arguments(
     model: ServedModel, settings: configs.Engine, tensor_parallel: int, backend: str
 ) -> list[str]:
-    """Returns the arguments of COMMAND without host and port.
+    """Returns the arguments of COMMAND except host and port.
 
-    They are those of the child process, spelled as vLLM's options. `backend` is the weight
-    sender's.
+    They are the arguments of the child process engine, written as vLLM command line options.
+
+    Args:
+        model: the model to serve.
+        settings: the engine section of the config.
+        tensor_parallel: GPUs per server.
+        backend: vLLM's name of the weight transfer engine (`WeightSender.backend`).
     """
     options = llm_arguments(model, settings, cuda=torch.cuda.is_available())
     options.pop("enable_sleep_mode", None)
     options["logprobs_mode"] = "processed_logprobs"
     options["tensor_parallel_size"] = tensor_parallel
     options["uvicorn_log_level"] = "warning"
-    words = ["--enable-scale-out", "--middleware", GUARD]
+    arguments = ["--enable-scale-out", "--middleware", GUARD]
     for name, value in options.items():
-        option = name.replace("_", "-")
-        if value is True:
-            words.append(f"--{option}")
-        elif value is False:
-            words.append(f"--no-{option}")
-        elif isinstance(value, dict):
-            words += [f"--{option}", json.dumps(value)]
-        else:
-            words += [f"--{option}", str(value)]
-    words += ["--weight-transfer-config", json.dumps({"backend": backend})]
-    return words
+        arguments += _option_arguments(name.replace("_", "-"), value)
+    arguments += ["--weight-transfer-config", json.dumps({"backend": backend})]
+    return arguments
+
+
+def _option_arguments(option: str, value: Any) -> list[str]:
+    """Returns an option as arguments: `["--no-x"]`, `["--x", "1"]` or `["--x", '{"a": 1}']`."""
+    if value is True:
+        return [f"--{option}"]
+    if value is False:
+        return [f"--no-{option}"]
+    if isinstance(value, dict):
+        return [f"--{option}", json.dumps(value)]
+    return [f"--{option}", str(value)]
 
 
 def check_tensor_parallel(model_dir: str, tensor_parallel: int) -> None:
-    """Raises UserError if the number of attention heads is not divisible by `tensor_parallel`."""
+    """Raises UserError if the model's attention heads cannot be split into `tensor_parallel`."""
     config = json.loads((Path(model_dir) / "config.json").read_text())
-    heads = config.get("num_attention_heads", tensor_parallel)
-    key_value_heads = config.get("num_key_value_heads") or tensor_parallel
-    # fewer key-value heads than GPUs are copied to several GPUs
-    divides_key_value_heads = (
-        key_value_heads % tensor_parallel == 0 or tensor_parallel % key_value_heads == 0
-    )
-    if heads % tensor_parallel != 0 or not divides_key_value_heads:
+    num_heads = config.get("num_attention_heads", tensor_parallel)
+    num_kv_heads = config.get("num_key_value_heads") or tensor_parallel
+    # vLLM replicates key-value heads if there are fewer of them than GPUs.
+    can_split_kv_heads = num_kv_heads % tensor_parallel == 0 or tensor_parallel % num_kv_heads == 0
+    if num_heads % tensor_parallel != 0 or not can_split_kv_heads:
         raise UserError(
-            f"engine.servers.tensor_parallel={tensor_parallel} does not divide the model's {heads} "
-            f"heads and {key_value_heads} key-value heads"
+            f"engine.servers.tensor_parallel={tensor_parallel} does not divide the model's "
+            f"{num_heads} attention heads and {num_kv_heads} key-value heads: set it to a divisor "
+            "of both"
         )
 
 
-def server_cores(number: int, servers: configs.Servers) -> frozenset[int]:
-    """Returns local server `number`'s share of the cores, empty (all cores) on a GPU machine."""
+def server_cores(server_index: int, servers: configs.Servers) -> frozenset[int]:
+    """Returns the CPU cores of a local server.
+
+    The local servers share the cores equally. On a machine with GPUs the result is empty, which
+    means all cores.
+    """
     if torch.cuda.is_available():
         return frozenset()
     cores = servers.cores or sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // servers.count)
-    first = number * share
-    return frozenset(cores[(first + i) % len(cores)] for i in range(share))
+    cores_per_server = max(1, len(cores) // servers.count)
+    first = server_index * cores_per_server
+    return frozenset(cores[(first + i) % len(cores)] for i in range(cores_per_server))
 
 
 def server_environment(
-    token: str, number: int, servers: configs.Servers, cores: frozenset[int]
+    token: str, server_index: int, servers: configs.Servers, cores: frozenset[int]
 ) -> dict[str, str]:
-    """Returns local server `number`'s environment, with its token and its GPUs or its cores.
+    """Returns the environment of a local server, with its token and its GPUs or CPU cores.
 
-    Its GPUs follow those of the learner's ranks. Raises UserError if there are not enough.
+    Raises:
+        UserError: The machine has too few GPUs.
     """
     environment = base_environment(servers.tensor_parallel)
     environment[TOKEN_VARIABLE] = token
     environment[TRAINER_PID_VARIABLE] = str(os.getpid())
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = _server_gpus(number, servers)
+        environment["CUDA_VISIBLE_DEVICES"] = _server_gpus(server_index, servers)
         return environment
-    num_threads = max(1, len(cores) // servers.tensor_parallel)
-    environment["OMP_NUM_THREADS"] = str(num_threads)
+    threads_per_worker = max(1, len(cores) // servers.tensor_parallel)
+    environment["OMP_NUM_THREADS"] = str(threads_per_worker)
     environment["VLLM_CPU_OMP_THREADS_BIND"] = _worker_cores(
-        sorted(map(str, cores)), num_threads, servers.tensor_parallel
+        sorted(map(str, cores)), threads_per_worker, servers.tensor_parallel
     )
     environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     return environment
 
 
-def _server_gpus(number: int, servers: configs.Servers) -> str:
-    """Returns the CUDA_VISIBLE_DEVICES of local server `number`: "4,5"."""
-    size = servers.tensor_parallel
+def _server_gpus(server_index: int, servers: configs.Servers) -> str:
+    """Returns the CUDA_VISIBLE_DEVICES of a local server: "4,5".
+
+    The learner's ranks use the first GPUs of the machine, the servers the GPUs after them.
+    """
+    num_ranks = ranks.local_world_size()
+    gpus_per_server = servers.tensor_parallel
     num_gpus = torch.cuda.device_count()
-    first = ranks.local_world_size() + number * size
-    if first + size > num_gpus:
+    first = num_ranks + server_index * gpus_per_server
+    if first + gpus_per_server > num_gpus:
+        num_needed = num_ranks + servers.count * gpus_per_server
         raise UserError(
-            f"{ranks.local_world_size()} learner ranks and {servers.count} servers of {size} GPUs "
-            f"do not fit on this machine's {num_gpus}: lower engine.servers.count or the ranks"
+            f"{num_ranks} learner ranks and {servers.count} servers with {gpus_per_server} GPUs "
+            f"per server need {num_needed} GPUs, but this machine has {num_gpus}: lower "
+            "engine.servers.count, engine.servers.tensor_parallel or the number of ranks"
         )
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    devices = [visible[i] if visible else str(i) for i in range(first, first + size)]
-    return ",".join(devices)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = [name for name in visible.split(",") if name]
+    if not devices:
+        devices = [str(i) for i in range(num_gpus)]
+    return ",".join(devices[first : first + gpus_per_server])
 
 
-def _worker_cores(cores: Sequence[str], num_threads: int, num_workers: int) -> str:
-    """Returns the cores of each worker of a server, as vLLM reads them: "0,1|2,3"."""
-    twice = [*cores, *cores]
-    workers = []
+def _worker_cores(cores: Sequence[str], threads_per_worker: int, num_workers: int) -> str:
+    """Returns the cores of each worker of a server in vLLM's format: "0,1|2,3"."""
+    repeated_cores = [*cores, *cores]
+    cores_of_workers = []
     for worker in range(num_workers):
-        first = worker * num_threads % len(cores)
-        workers.append(",".join(twice[first : first + num_threads]))
-    return "|".join(workers)
+        first = worker * threads_per_worker % len(cores)
+        cores_of_workers.append(",".join(repeated_cores[first : first + threads_per_worker]))
+    return "|".join(cores_of_workers)
 
 
 def base_environment(tensor_parallel: int) -> dict[str, str]:
-    """Returns the environment of a server of any machine, without token, GPUs and cores.
+    """Returns the environment of any server, without token, GPUs and CPU cores.
 
-    On a CPU the model runs in the process that schedules: two processes would poll each other, and
-    for a second after the last request.
+    On a CPU with one worker, vLLM's engine core runs in the process of the HTTP server. Separate
+    processes would poll each other, and continue for one second after the last request.
     """
-    has_own_core_process = torch.cuda.is_available() or tensor_parallel > 1
+    has_core_process = torch.cuda.is_available() or tensor_parallel > 1
     environment = vllm_environment()
     environment["VLLM_SERVER_DEV_MODE"] = "1"
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if has_own_core_process else "0"
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if has_core_process else "0"
     return environment
 
 
-def request_token(servers: configs.Servers) -> str:
-    """Returns the token that every request carries, the same on all ranks.
+def server_token(servers: configs.Servers) -> str:
+    """Returns the token of the servers, the same on all ranks.
 
-    It is the user's for `engine.servers.urls`, else one made for this run. Raises UserError if the
-    user's is not set.
+    It is the value of the variable `engine.servers.token_env`, or random for local servers without
+    that variable.
+
+    Raises:
+        UserError: `engine.servers.urls` is set and the variable is not.
     """
     token = os.environ.get(servers.token_env, "")
     if servers.urls and not token:
         raise UserError(
-            f"engine.servers.token_env: {servers.token_env} is not set; every server of urls asks "
-            "for it (launch/server.sh)"
+            f"engine.servers.token_env: {servers.token_env} is not set; set it to the token of the "
+            "servers of engine.servers.urls (launch/server.sh)"
         )
-    return ranks.all_gather("the servers' token", token or secrets.token_hex(16))[0]
+    if not token:
+        token = secrets.token_hex(16)
+    return ranks.all_gather("the server token", token)[0]

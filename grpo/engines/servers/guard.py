@@ -1,7 +1,7 @@
-"""Guards every route of a server with a token. Runs inside the server.
+"""Protects every route of a server with a token. Runs inside the server.
 
-vLLM's own key guards /v1 and /inference only: the routes that change weights or pause the engine
-would be open to everybody who reaches the port.
+vLLM's API key protects only /v1 and /inference. Without the guard, the routes that change weights
+or pause the engine would be open to every client that can connect to the port.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hmac
 import os
 from typing import Any
 
-TOKEN_VARIABLE = "GRPO_ENGINE_TOKEN"  # the environment variable of the token
+TOKEN_VARIABLE = "GRPO_ENGINE_TOKEN"  # environment variable that holds the token
 ROUTES = (
     "/health",
     "/metrics",
@@ -28,37 +28,38 @@ ROUTES = (
 
 
 class Guard:
-    """ASGI middleware (`--middleware`).
+    """ASGI middleware (vLLM's `--middleware`) that checks the token and the route of a request.
 
-    Answers 401 to a request without the token, and 403 for a route that a pool does not need
-    (collective_rpc and the like).
+    A request without the token gets status 401. A route that a pool does not use, for example
+    /collective_rpc, gets status 403.
     """
 
     def __init__(self, app: Any) -> None:
-        """Wraps the server's app. Raises RuntimeError if the token is not set."""
+        """Wraps the ASGI app of the server. Raises RuntimeError if the token is not set."""
         self._app = app
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         if not self._token:
             raise RuntimeError(
-                f"{TOKEN_VARIABLE} is not set: this server would let anybody replace its weights"
+                f"{TOKEN_VARIABLE} is not set: without a token, any client could replace the "
+                "weights of this server"
             )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Passes a request with the token to the app, refuses any other."""
+        """Passes an authorized request to the app and rejects any other request."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = dict(scope.get("headers", []))
         authorization = headers.get(b"authorization", b"").decode("latin-1")
         if not hmac.compare_digest(authorization, f"Bearer {self._token}"):
-            await _refuse(send, 401, b"a token is needed")
+            await _reject(send, 401, b"missing or wrong token")
         elif scope["type"] != "http" or scope["path"] not in ROUTES:
-            await _refuse(send, 403, b"not a route of this pool")
+            await _reject(send, 403, b"route not allowed")
         else:
             await self._app(scope, receive, send)
 
 
-async def _refuse(send: Any, status: int, reason: bytes) -> None:
+async def _reject(send: Any, status: int, reason: bytes) -> None:
     await send(
         {
             "type": "http.response.start",

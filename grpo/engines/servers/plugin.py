@@ -1,6 +1,6 @@
-"""vLLM's entry point into this package: called in each of its processes.
+"""vLLM plugin of grpo. vLLM calls `register` in each of its processes.
 
-pyproject.toml names `register` under `vllm.general_plugins`.
+pyproject.toml lists `register` under the entry point group `vllm.general_plugins`.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ import time
 
 from grpo.engines.transfer.receiver_registration import register_receiving_engines
 
-# the environment variable that a local server of a pool has: its trainer's process id
+# Environment variable of a local server: the process id of its trainer.
 TRAINER_PID_VARIABLE = "GRPO_ENGINE"
 
 
 def register() -> None:
-    """Registers our receiving engines; in a server of a pool, ends the process with its trainer."""
+    """Registers grpo's weight transfer engines. Ties a local server's process to its trainer."""
     register_receiving_engines()
-    trainer = os.environ.get(TRAINER_PID_VARIABLE)
-    if trainer:
-        threading.Thread(target=_end_with, args=(os.getppid(), int(trainer)), daemon=True).start()
+    trainer_pid = os.environ.get(TRAINER_PID_VARIABLE)
+    if trainer_pid:
+        pids = (os.getppid(), int(trainer_pid))
+        threading.Thread(target=_kill_orphaned_group, args=pids, daemon=True).start()
 
 
-def _end_with(parent: int, trainer: int) -> None:
+def _kill_orphaned_group(parent_pid: int, trainer_pid: int) -> None:
     """Kills this process group when the parent or the trainer has ended.
 
-    vLLM's processes outlive each other when killed: a core outlives its server. A server outlives
-    its trainer, which may have been killed while this process was still importing. The process
-    group is the server's own; a core in it that still waits for a first message (5 minutes) ends
-    too.
+    Without this, an engine core outlives a killed server, and a server outlives a killed trainer.
+    The trainer may have been killed while this process was still importing modules. The process
+    group contains only the processes of the server. Killing it also ends an engine core that still
+    waits for its first message, a wait of up to 5 minutes.
     """
     with contextlib.suppress(ProcessLookupError):
-        while os.getppid() == parent:
-            os.kill(trainer, 0)
+        while os.getppid() == parent_pid:
+            os.kill(trainer_pid, 0)  # raises ProcessLookupError if the trainer has ended
             time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)

@@ -1,7 +1,8 @@
-"""A pool of vLLM servers as an engine: tokens in, tokens out.
+"""An engine that consists of several vLLM servers.
 
-Every rank asks the servers. Rank 0 alone starts, watches and updates them, and verifies their
-weights. A server that comes back gets the weights that the others hold before it is asked anything.
+Every rank sends requests to the servers. Only rank 0 starts and watches the servers, sends them
+weights and verifies these weights. A recovered server loads the current weights before it gets a
+request.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,24 @@ from grpo.run.addresses import free_port
 from grpo.types import Completion, UserError
 
 
-class ServerPool:
-    """An `Engine` of several servers.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolCallbacks:
+    """Functions that a pool calls.
 
-    Args:
-        model: what each server serves.
-        settings: the engine's settings, with `servers`.
-        run_dir: of the run: logs, and the weights of the transport `file`.
-        decode: returns the text of tokens.
-        on_wait: called five times a second while waiting; may raise.
-        say: prints a line for the user about lost servers.
+    Attributes:
+        on_wait: called five times per second while the pool waits; may raise.
+        say: prints a line for the user, for example about a lost server.
     """
+
+    on_wait: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = lambda _: None
+
+
+NO_CALLBACKS = PoolCallbacks()
+
+
+class ServerPool:
+    """An `Engine` that consists of several servers."""
 
     def __init__(
         self,
@@ -57,39 +66,48 @@ class ServerPool:
         settings: configs.Engine,
         run_dir: Path,
         decode: Callable[[Sequence[int]], str],
-        on_wait: Callable[[], None] = lambda: None,
-        say: Callable[[str], None] = lambda _: None,
+        callbacks: PoolCallbacks = NO_CALLBACKS,
     ) -> None:
-        """Starts the local servers and the watch over all servers; waits for none.
+        """Starts the local servers and the supervision of all servers. Does not wait for them.
 
-        Raises UserError if this machine or this model cannot do what the settings ask for.
+        Args:
+            model: the model that each server serves.
+            settings: the engine section of the config, with `servers`.
+            run_dir: the run directory; holds the servers' logs and the weights of the transport
+                `file`.
+            decode: converts token ids to text.
+            callbacks: functions that the pool calls.
+
+        Raises:
+            UserError: The settings do not fit this machine or the model.
         """
         servers = _reachable_servers(settings)
         sender_class = choose_sender(servers)
         command_line.check_tensor_parallel(model.model_dir, servers.tensor_parallel)
-        token = command_line.request_token(servers)
+        token = command_line.server_token(servers)
         arguments = command_line.server_arguments(
             model, settings, servers.tensor_parallel, sender_class.backend
         )
         self._settings = settings
         self._dtype = getattr(torch, model.dtype)
         self._num_workers = servers.tensor_parallel
-        self._client = _make_client(settings, servers, token, decode)
+        self._client = _create_client(settings, servers, token, decode)
         self._sender: WeightSender | None = None  # on rank 0
         if ranks.rank() == 0:
-            folder = _weights_folder(servers, run_dir)
-            options = SenderOptions(
-                folder=folder, limit_s=servers.sync_timeout_s, on_wait=on_wait, say=say
-            )
-            self._sender = sender_class(options)
-        self._state = PoolState(_make_servers(servers, arguments, token, run_dir))
-        self._loop = LoopThread("engine pool", on_wait=on_wait, describe=self._state.describe)
+            self._sender = sender_class(_sender_options(servers, run_dir, callbacks))
+        self._state = PoolState(_create_servers(servers, arguments, token, run_dir))
+        self._loop = LoopThread(
+            "engine pool", on_wait=callbacks.on_wait, describe=self._state.describe
+        )
         self._updates = WeightUpdates(self._client, servers.sync_timeout_s)
         self._supervisor: Supervisor | None = None  # on rank 0
         if self._sender is not None:
-            keeps_weights = sender_class.keeps_weights
             self._supervisor = Supervisor(
-                self._state, self._updates, settings, keeps_weights=keeps_weights, say=say
+                self._state,
+                self._updates,
+                settings,
+                keeps_weights=sender_class.keeps_weights,
+                say=callbacks.say,
             )
             self._supervisor.start(self._loop)
         self._scheduler = Scheduler(
@@ -107,15 +125,23 @@ class ServerPool:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Returns how many servers were lost and restarted, and how many requests retried."""
+        """Returns event counts since the start: `{"lost": 1, "restarted": 1, "retried": 3}`."""
         return self._state.counts
 
     def wait_ready(self) -> dict[str, Any]:
-        """Waits until every server answers. Raises EngineError naming one that does not start."""
+        """Waits until every server is up.
+
+        Returns:
+            The URLs of the servers: `{"servers": ["http://127.0.0.1:8000"]}`.
+
+        Raises:
+            EngineError: A server does not start. The message names it.
+        """
         if self._supervisor is not None:
-            limit_s = self._settings.start_timeout_s + 5
-            self._loop.run(self._supervisor.wait_all_up(), limit_s)
-        urls = ranks.all_gather("the servers", [server.url for server in self._state.servers])[0]
+            timeout_s = self._settings.start_timeout_s + 5
+            self._loop.run(self._supervisor.wait_all_up(), timeout_s)
+        local_urls = [server.url for server in self._state.servers]
+        urls = ranks.all_gather("the server URLs", local_urls)[0]  # rank 0 may have changed a port
         for server, url in zip(self._state.servers, urls, strict=True):
             server.url = url
         return {"servers": urls}
@@ -126,23 +152,37 @@ class ServerPool:
         options: SamplingOptions,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """Returns each request's completions, in order; any server may sample them."""
+        """Returns the completions of each request, in the order of the requests.
+
+        Args:
+            requests: each request is sampled by one server.
+            options: the sampling options.
+            on_progress: called with the number of finished and of all completions.
+
+        Raises:
+            EngineError: A request failed after its last retry.
+        """
         work = self._generate(requests, options, on_progress)
         return self._loop.run(work, self._settings.timeout_s)
 
     def begin(self, request: Request, options: SamplingOptions) -> Future[tuple[Completion, ...]]:
-        """Begins a request without waiting for it.
+        """Starts a request and returns its future without waiting.
 
-        Weights may change while it is sampled: its completions carry the versions.
+        The weights may change during sampling. The completions record the weight version of each
+        token.
         """
         return self._loop.submit(self._scheduler.sample(request, options))
 
     def prove(
         self, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
-        """Returns what each server that is up samples; nothing on other ranks than rank 0.
+        """Returns the completions of every current server, for a comparison with the learner.
 
-        The samples of a server that comes back later must agree with them.
+        They become the reference for servers that recover before the next sync. Ranks other than
+        rank 0 return an empty list.
+
+        Raises:
+            EngineError: No server can sample the requests.
         """
         if self._supervisor is None:
             return []
@@ -154,19 +194,28 @@ class ServerPool:
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         """Sends the weights to every server that is up.
 
-        A server that fails at it is lost, and gets them when it is back. Raises EngineError.
+        A server that fails is lost and loads the weights when it recovers.
+
+        Args:
+            weights: the weights of the learner; all ranks must iterate over them.
+            version: the version of the weights.
+
+        Raises:
+            EngineError: The transfer failed, or every server rejected the weights.
         """
         start = time.monotonic()
         if self._supervisor is None or self._sender is None:
-            for _ in weights:  # ZeRO-3: all ranks gather them together
+            for _ in weights:  # With ZeRO-3, all ranks take part in gathering the weights.
                 pass
             self._state.version = version
             return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=0)
         stream = WeightStream(weights, self._dtype)
+        receiver = self._receiver(self._supervisor, version)
         with self._supervisor.sync_in_progress(self._loop):
-            # it is of the old weights: a server that comes back now is probed with all others
+            # The reference samples are from the old weights. A server that recovers now is verified
+            # with the other servers after the sync (`prove`).
             self._supervisor.reference = None
-            self._sender.send(stream, self._receiver(self._supervisor, version))
+            self._sender.send(stream, receiver)
             self._state.version = version
         self._loop.submit(self._state.notify())
         return SyncReport(
@@ -174,20 +223,20 @@ class ServerPool:
         )
 
     def idle(self) -> float:
-        """Returns for how many seconds since the last call no server had anything to do."""
-        return self._scheduler.idle_clock.take()
+        """Returns the seconds since the last call during which no server had any work."""
+        return self._scheduler.idle_clock.read_and_reset()
 
     def reset_cache(self) -> None:
-        """Does nothing: requests carry the weights' version as the salt of their cache."""
+        """Does nothing: each request has a cache salt that contains the weight version."""
 
     def sleep(self) -> None:
         """Does nothing: the servers keep their memory."""
 
     def wake(self) -> None:
-        """Does nothing: the servers do not sleep."""
+        """Does nothing: the servers never sleep."""
 
     def close(self) -> None:
-        """Ends the watch, kills the servers that were started here, frees the transport."""
+        """Stops watching the servers, kills the local servers and closes the transport."""
         if self._supervisor is not None:
             self._supervisor.stop_watch()
         self._loop.close(self._client.close())
@@ -212,15 +261,15 @@ class ServerPool:
         options: SamplingOptions,
         on_progress: Callable[[int, int], None] | None,
     ) -> list[tuple[Completion, ...]]:
-        total = sum(request.n for request in requests)
-        done = 0
+        num_total = sum(request.n for request in requests)
+        num_done = 0
 
         async def sample(request: Request) -> tuple[Completion, ...]:
-            nonlocal done
+            nonlocal num_done
             completions = await self._scheduler.sample(request, options)
-            done += request.n
+            num_done += request.n
             if on_progress is not None:
-                on_progress(done, total)
+                on_progress(num_done, num_total)
             return completions
 
         tasks = [asyncio.ensure_future(sample(request)) for request in requests]
@@ -233,21 +282,16 @@ class ServerPool:
     async def _sample_on_every_server(
         self, supervisor: Supervisor, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
-        """Returns the rows of each server with the current weights that stays up, at least one."""
+        """Returns the completions of every current server that stays up.
 
-        async def sample(server: Server, request: Request) -> tuple[Completion, ...]:
-            server.load += request.n  # a server that stalls in it is lost
-            try:
-                return await self._scheduler.sample_on(server, request, options)
-            finally:
-                server.load -= request.n
-
-        async def sample_all(server: Server) -> list[tuple[Completion, ...]]:
-            return list(await asyncio.gather(*(sample(server, request) for request in requests)))
-
+        If all of them are lost, waits for a server and tries again.
+        """
         while True:
             servers = self._state.current_servers()
-            results = await asyncio.gather(*map(sample_all, servers), return_exceptions=True)
+            results = await asyncio.gather(
+                *(self._sample_all_on(server, requests, options) for server in servers),
+                return_exceptions=True,
+            )
             rows_per_server = []
             for server, result in zip(servers, results, strict=True):
                 if isinstance(result, EngineError):
@@ -261,20 +305,32 @@ class ServerPool:
             supervisor.raise_if_watch_ended()
             await asyncio.sleep(0.2)
 
+    async def _sample_all_on(
+        self, server: Server, requests: Sequence[Request], options: SamplingOptions
+    ) -> list[tuple[Completion, ...]]:
+        async def sample(request: Request) -> tuple[Completion, ...]:
+            server.load += request.n  # the supervisor detects a stall only if the server has load
+            try:
+                return await self._scheduler.sample_on(server, request, options)
+            finally:
+                server.load -= request.n
+
+        return list(await asyncio.gather(*(sample(request) for request in requests)))
+
 
 def _reachable_servers(settings: configs.Engine) -> configs.Servers:
     """Returns `settings.servers`. Raises UserError if a rank cannot reach the local servers."""
     if settings.servers is None:
-        raise ValueError("a pool needs settings.servers")
+        raise ValueError("a server pool needs settings.servers")
     if settings.servers.count and ranks.world_size() > ranks.local_world_size():
         raise UserError(
-            "engine.servers.count: ranks on several machines do not reach rank 0's own: use "
-            "urls (launch/server.sh)"
+            "engine.servers.count: ranks on other machines cannot connect to the local servers of "
+            "rank 0: use engine.servers.urls (launch/server.sh)"
         )
     return settings.servers
 
 
-def _make_client(
+def _create_client(
     settings: configs.Engine,
     servers: configs.Servers,
     token: str,
@@ -285,45 +341,50 @@ def _make_client(
         token_env=servers.token_env,
         timeout_s=settings.timeout_s,
         decode=decode,
-        cache_salt=ranks.all_gather("the caches' salt", secrets.token_hex(8))[0],
+        cache_salt=ranks.all_gather("the cache salt", secrets.token_hex(8))[0],
     )
 
 
-def _make_servers(
+def _create_servers(
     servers: configs.Servers, arguments: Sequence[str], token: str, run_dir: Path
 ) -> list[Server]:
-    """Returns the servers of `urls`, then the local ones, which rank 0 starts."""
+    """Returns the servers of `urls`, then the local servers. Rank 0 starts the local servers."""
     is_rank0 = ranks.rank() == 0
     free_ports = [free_port() for _ in range(servers.count)] if is_rank0 else []
-    ports = ranks.all_gather("the servers' ports", free_ports)[0]
+    ports = ranks.all_gather("the server ports", free_ports)[0]
     now = time.monotonic()
-    pool = [Server(url=url.rstrip("/"), last_response_at=now) for url in servers.urls]
-    for number, port in enumerate(ports):
-        cores = command_line.server_cores(number, servers)
+    pool_servers = [Server(url=url.rstrip("/"), last_response_at=now) for url in servers.urls]
+    for server_index, port in enumerate(ports):
+        address = ["--host", "127.0.0.1", "--port", str(port)]
+        cores = command_line.server_cores(server_index, servers)
         server = Server(
             url=f"http://127.0.0.1:{port}",
-            log_file=run_dir / "logs" / f"server-{number}.log",
-            command=[
-                *command_line.COMMAND,
-                *arguments,
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-            ],
-            environment=command_line.server_environment(token, number, servers, cores),
+            log_file=run_dir / "logs" / f"server-{server_index}.log",
+            command=[*command_line.COMMAND, *arguments, *address],
+            environment=command_line.server_environment(token, server_index, servers, cores),
             cores=cores,
             last_response_at=now,
         )
-        pool.append(server)
+        pool_servers.append(server)
         if is_rank0:
             server.start()
-    return pool
+    return pool_servers
+
+
+def _sender_options(
+    servers: configs.Servers, run_dir: Path, callbacks: PoolCallbacks
+) -> SenderOptions:
+    return SenderOptions(
+        folder=_weights_folder(servers, run_dir),
+        limit_s=servers.sync_timeout_s,
+        on_wait=callbacks.on_wait,
+        say=callbacks.say,
+    )
 
 
 def _weights_folder(servers: configs.Servers, run_dir: Path) -> Path:
-    """Returns the directory of the transport `file`, which no other run uses."""
+    """Returns the directory of the transport `file`. No other run uses it."""
     if not servers.folder:
         return run_dir / "weights"
-    name = f"{socket.gethostname()} {run_dir.resolve()}"
-    return Path(servers.folder, hashlib.sha256(name.encode()).hexdigest()[:16])
+    run_name = f"{socket.gethostname()} {run_dir.resolve()}"
+    return Path(servers.folder, hashlib.sha256(run_name.encode()).hexdigest()[:16])

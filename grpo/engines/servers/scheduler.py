@@ -1,7 +1,7 @@
-"""Chooses a server for each request and retries a request that failed.
+"""Selects a server for each request and retries failed requests.
 
-A request goes to the server with the least to do, the completions of a prompt together. When its
-server is lost it is sent again, with the same seed, to another server or later.
+A request goes to the least loaded server. All completions of a prompt are sampled by the same
+server. If the server is lost, the request is sent again with the same seed.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from grpo.types import Completion
 
 
 class IdleClock:
-    """Measures for how many seconds no server has anything to do."""
+    """Measures the time during which no server has any work."""
 
     def __init__(self) -> None:
-        """Starts idle."""
+        """Starts the clock: the pool is idle."""
         self._seconds = 0.0
         self._idle_since: float | None = time.monotonic()
 
     def start(self) -> None:
-        """Starts to count: no server has anything to do from now on."""
+        """Starts the clock when the last request has ended."""
         self._idle_since = time.monotonic()
 
     def stop(self) -> None:
-        """Stops counting: a server has something to do from now on."""
+        """Stops the clock when a request begins."""
         if self._idle_since is not None:
             self._seconds += time.monotonic() - self._idle_since
             self._idle_since = None
 
-    def take(self) -> float:
-        """Returns the seconds counted since the last call."""
+    def read_and_reset(self) -> float:
+        """Returns the idle seconds since the last call."""
         if self._idle_since is not None:
             now = time.monotonic()
             self._seconds += now - self._idle_since
@@ -54,7 +54,7 @@ class IdleClock:
 
 
 class Scheduler:
-    """Samples requests on the servers that are available."""
+    """Samples requests on the available servers."""
 
     def __init__(
         self,
@@ -65,14 +65,14 @@ class Scheduler:
         max_sequences: int,
         retries: int,
     ) -> None:
-        """Begins nothing yet.
+        """Sends no request yet.
 
         Args:
             state: the pool's servers.
-            client: asks a server.
-            availability: which servers may be asked.
-            max_sequences: completions that a server decodes at once.
-            retries: of a request that failed.
+            client: sends requests to a server.
+            availability: the servers that accept requests.
+            max_sequences: number of completions that a server decodes at once.
+            retries: retries per request.
         """
         self.idle_clock = IdleClock()
         self._state = state
@@ -82,30 +82,29 @@ class Scheduler:
         self._retries = retries
 
     async def sample(self, request: Request, options: SamplingOptions) -> tuple[Completion, ...]:
-        """Returns a request's completions, from any server.
+        """Returns the completions of a request, sampled by any server.
 
-        Raises RefusedError at once, another EngineError after the last retry.
+        Raises:
+            RefusedError: A server rejects the request. It is not retried.
+            EngineError: The last retry failed, or no server can become available.
         """
-        num_tries = 1 + self._retries + self._availability.num_extra_tries
+        max_attempts = 1 + self._retries + self._availability.num_extra_retries
         attempt = 0
         while True:
             attempt += 1
             server = await self._reserve(request.n)
-            starts = server.starts
+            num_starts = server.num_starts
             try:
-                await self._availability.check_before(server)
+                await self._availability.check_before_request(server)
                 return await self.sample_on(server, request, options)
             except RefusedError:
                 raise
             except EngineError as error:
-                self._state.counts["retried"] += 1
-                # a server whose answer cannot be decoded is alive: starting it again helps nobody
-                if not isinstance(error, MalformedResponseError):
-                    await self._availability.report_failure(server, starts)
-                if attempt == num_tries:
+                await self._record_failure(server, num_starts, error)
+                if attempt == max_attempts:
                     raise EngineError(
-                        f"a request failed {attempt} times (engine.servers.retries): the last "
-                        f"time, {error}"
+                        f"a request failed {attempt} times (engine.servers.retries); the last "
+                        f"error: {error}"
                     ) from None
             finally:
                 await self._release(server, request.n)
@@ -113,52 +112,64 @@ class Scheduler:
     async def sample_on(
         self, server: Server, request: Request, options: SamplingOptions
     ) -> tuple[Completion, ...]:
-        """Returns a request's completions from this server.
+        """Returns the completions of a request, sampled by the given server.
 
-        Gives up when the server is lost meanwhile: a machine that is gone breaks no connection.
-        Raises EngineError.
+        Checks the server while it waits, because the connection to a machine that disappears stays
+        open.
+
+        Raises:
+            EngineError: The request failed, or the server was lost.
         """
-        starts = server.starts
-        answer = asyncio.ensure_future(
+        num_starts = server.num_starts
+        generation = asyncio.ensure_future(
             self._client.generate(server, request, options, self._state.version)
         )
         try:
             while True:
-                await asyncio.wait({answer}, timeout=self._availability.check_every_s)
-                if answer.done():
-                    return answer.result()
-                await self._availability.check_during(server, starts)
+                await asyncio.wait({generation}, timeout=self._availability.check_interval_s)
+                if generation.done():
+                    return generation.result()
+                await self._availability.check_during_request(server, num_starts)
         finally:
-            answer.cancel()
+            generation.cancel()
 
-    async def _reserve(self, count: int) -> Server:
-        """Returns the least loaded server, with `count` completions added to its load.
+    async def _record_failure(self, server: Server, num_starts: int, error: EngineError) -> None:
+        self._state.counts["retried"] += 1
+        # A server that sends malformed responses is alive; a restart would not help.
+        if not isinstance(error, MalformedResponseError):
+            await self._availability.report_failure(server, num_starts)
 
-        Waits until a server has room for them. A server without load has room for any number.
+    async def _reserve(self, num_completions: int) -> Server:
+        """Waits for a server with room, adds the completions to its load and returns it.
+
+        Chooses the least loaded server. A server without load has room for any number.
         """
         async with self._state.changed:
             while True:
                 candidates = self._availability.candidates()
-                with_room = [server for server in candidates if self._has_room(server, count)]
+                with_room = [
+                    server for server in candidates if self._has_room(server, num_completions)
+                ]
                 if with_room:
                     server = min(with_room, key=lambda server: server.load)
-                    self._add_load(server, count)
+                    self._add_load(server, num_completions)
                     return server
-                self._availability.raise_if_hopeless()
+                self._availability.raise_if_unrecoverable()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._state.changed.wait(), 1.0)
 
-    def _has_room(self, server: Server, count: int) -> bool:
-        return server.load == 0 or server.load + count <= self._max_sequences
+    def _has_room(self, server: Server, num_completions: int) -> bool:
+        return server.load == 0 or server.load + num_completions <= self._max_sequences
 
-    def _add_load(self, server: Server, count: int) -> None:
-        if server.load == 0:  # it had nothing to do: the time until its first token begins now
+    def _add_load(self, server: Server, num_completions: int) -> None:
+        if server.load == 0:
+            # The server was idle: the time until its first token counts from now.
             server.last_progress_at = max(server.last_progress_at, time.monotonic())
-        server.load += count
+        server.load += num_completions
         self.idle_clock.stop()
 
-    async def _release(self, server: Server, count: int) -> None:
-        server.load -= count
+    async def _release(self, server: Server, num_completions: int) -> None:
+        server.load -= num_completions
         if not any(server.load for server in self._state.servers):
             self.idle_clock.start()
         await self._state.notify()

@@ -1,4 +1,4 @@
-"""One vLLM server of a pool: its URL, its process if it is a local one, and its state."""
+"""One vLLM server of a pool: its URL, its process if it is local, and its state."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ from pathlib import Path
 
 from grpo.engines import ProcessNotEndedError, describe_exit
 
-KILL_LIMIT_S = 10.0  # the longest wait for the end of a killed process
+KILL_TIMEOUT_S = 10.0  # the longest wait for the end of a killed process
 
 
 @dataclass(kw_only=True, eq=False)
 class Server:
-    """One server as the pool sees it.
+    """One server of a pool.
+
+    The pool starts local servers (`engine.servers.count`) itself. Remote servers
+    (`engine.servers.urls`) have neither a command nor a process. Times are values of
+    `time.monotonic()`.
 
     Attributes:
-        url: `"http://127.0.0.1:8000"`; a local server that is started again may get another port.
-        log_file: of a local server's process.
-        command: of a local server's process, ending in its port; empty for `engine.servers.urls`.
-        environment: of a local server's process.
-        cores: of this machine, which the process is bound to; empty for all.
-        process: of a local server, once it was started.
-        up: whether it may be asked, as far as is known.
-        version: of the weights that it holds, -1 for none of this run's.
-        starts: how often it was started here, or came up.
-        load: completions that it was asked for and has not returned yet.
-        last_response_at: when it last answered.
-        num_generated_tokens: since its start, at the last look; -1 before the first look.
-        last_progress_at: when that number last changed, or the server had nothing to do.
-        avoid_until: on a rank that does not watch it: when it may be asked again after a failure.
+        url: `"http://127.0.0.1:8000"`. The port may change when a local server is restarted.
+        log_file: where the process of a local server writes its output.
+        command: the command line of a local server; its last element is the port. Empty for a
+            remote server.
+        environment: the environment of the process of a local server.
+        cores: the CPU cores that the process is bound to; empty for all cores.
+        process: the process of a local server after its start.
+        up: whether the server is believed to accept requests.
+        version: the version of the weights that it holds, -1 if they are not from this run.
+        num_starts: how often the server has come up.
+        load: number of completions that were requested and have not been returned.
+        last_response_at: time of the last response.
+        num_generated_tokens: tokens generated since the server's start, as of the last check; -1
+            before the first check.
+        last_progress_at: last time at which `num_generated_tokens` changed or the server had no
+            work.
+        avoid_until: ranks other than rank 0 send no requests to the server before this time.
     """
 
     url: str
@@ -43,7 +50,7 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
     up: bool = False
     version: int = -1
-    starts: int = 0
+    num_starts: int = 0
     load: int = 0
     last_response_at: float = 0.0
     num_generated_tokens: float = -1.0
@@ -51,17 +58,21 @@ class Server:
     avoid_until: float = 0.0
 
     @property
-    def local(self) -> bool:
-        """Returns whether the pool starts this server; it does not for `engine.servers.urls`."""
+    def is_local(self) -> bool:
+        """Returns whether the pool starts this server."""
         return bool(self.command)
 
     @property
     def has_ended(self) -> bool:
-        """Returns whether its process was started here and has ended."""
+        """Returns whether the process of a local server has ended."""
         return self.process is not None and self.process.poll() is not None
 
     def start(self, port: int | None = None) -> None:
-        """Starts the process of a local server, at another port if one is given."""
+        """Starts the process of a local server.
+
+        Args:
+            port: a new port; None keeps the current one.
+        """
         if self.log_file is None:
             raise ValueError(f"{self.url} is not a local server: it has no log file")
         if port is not None:
@@ -84,27 +95,32 @@ class Server:
             )
 
     def kill(self) -> None:
-        """Kills the process, if one was started, with its group, and waits for its end.
+        """Kills the process of a local server with its process group and waits for its end.
 
-        Blocks for up to KILL_LIMIT_S: call it in a thread from the event loop. Raises
-        ProcessNotEndedError.
+        Blocks for up to KILL_TIMEOUT_S seconds: call it in a thread, not in the event loop.
+
+        Raises:
+            ProcessNotEndedError: The process did not end in time.
         """
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         try:
-            self.process.wait(timeout=KILL_LIMIT_S)
+            self.process.wait(timeout=KILL_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise ProcessNotEndedError(
-                f"the server {self.url} (process {self.process.pid})", KILL_LIMIT_S
+                f"the server {self.url} (process {self.process.pid})", KILL_TIMEOUT_S
             ) from None
 
     def describe(self) -> str:
-        """Returns its URL, how its process ended if it did, and its log file."""
-        text = self.url
+        """Returns the URL, the exit status of an ended process and the log file.
+
+        Example: `"http://127.0.0.1:8000 (killed by SIGKILL); log: runs/a/logs/server-0.log"`.
+        """
+        description = self.url
         if self.process is not None and self.process.poll() is not None:
-            text += f" ({describe_exit(self.process.returncode)})"
+            description += f" ({describe_exit(self.process.returncode)})"
         if self.log_file is not None:
-            text += f"; its log: {self.log_file}"
-        return text
+            description += f"; log: {self.log_file}"
+        return description

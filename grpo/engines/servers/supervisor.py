@@ -1,4 +1,4 @@
-"""Rank 0's watch over the servers: starts, health, restarts, and the way back of a lost server."""
+"""Supervision of the servers on rank 0: start, health checks, restarts and recovery."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from grpo.engines.servers.weight_updates import WeightUpdates
 from grpo.run.addresses import free_port
 from grpo.types import Completion
 
-WATCH_S = 1.0  # between looks at a server
-HEALTH_S = 20.0  # a server that does not answer for so long is lost
-RECOVER_S = 60.0  # the longest wait for an answer of a server that the pool did not start
-MAX_SAMPLE_GAP = 0.5  # mean |difference of logprobs| of a server that came back to the others
+CHECK_INTERVAL_S = 1.0  # interval between two checks of a server, and timeout of each check
+HEALTH_TIMEOUT_S = 20.0  # a server that does not respond for this long is lost
+START_CHECK_TIMEOUT_S = 5.0  # timeout of a health check while a server starts
+RESET_TIMEOUT_S = 60.0  # timeout of each request that resets a remote server
+MAX_LOGPROB_GAP = 0.5  # mean |logprob difference| of a recovered server from the others
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceSamples:
-    """What servers with the current weights sampled: a server that comes back must agree."""
+    """Samples of a server with the current weights. A recovered server must reproduce them."""
 
     requests: Sequence[Request]
     options: SamplingOptions
@@ -42,7 +43,7 @@ class ReferenceSamples:
 
 
 class Supervisor:
-    """Keeps the servers alive and their weights current."""
+    """Keeps the servers running and their weights current."""
 
     def __init__(
         self,
@@ -57,9 +58,9 @@ class Supervisor:
 
         Args:
             state: the pool's servers.
-            updates: the steps of an update of a server's weights.
-            settings: the engine's settings, with `servers`.
-            keeps_weights: whether a server can take the current weights without another send
+            updates: updates the weights of a server.
+            settings: the engine section of the config, with `servers`.
+            keeps_weights: whether a server can load the current weights without another send
                 (`WeightSender.keeps_weights`).
             say: prints a line for the user.
         """
@@ -73,24 +74,25 @@ class Supervisor:
         self._servers = settings.servers
         self._keeps_weights = keeps_weights
         self._say = say
-        self._update_info: dict[str, Any] = {}  # of the weights stored last
+        self._update_info: dict[str, Any] = {}  # where the weights stored last can be read
         self._num_restarts = 0
-        self._sync_lock = asyncio.Lock()  # held during a sync and by a server that catches up
+        # Held during a sync, and by a server that loads weights outside of a sync.
+        self._sync_lock = asyncio.Lock()
         self._watch_tasks: list[Future[None]] = []
 
     def start(self, loop: LoopThread) -> None:
-        """Starts the watch over every server."""
+        """Starts watching every server."""
         self._watch_tasks = [loop.submit(self._watch(server)) for server in self.state.servers]
 
     def stop_watch(self) -> None:
-        """Ends the watch: no server is started after it."""
+        """Stops watching the servers. No server is restarted afterwards."""
         tasks = self._watch_tasks
         self._watch_tasks = []
         for task in tasks:
             task.cancel()
 
     def kill_servers(self) -> None:
-        """Kills the servers that were started here."""
+        """Kills the local servers."""
         for server in self.state.servers:
             try:
                 server.kill()
@@ -99,12 +101,13 @@ class Supervisor:
 
     @contextlib.contextmanager
     def sync_in_progress(self, loop: LoopThread) -> Iterator[None]:
-        """Within it no server catches up with the weights: a sync replaces them.
+        """Prevents recovered servers from loading weights while a sync replaces them.
 
-        Raises EngineError if a server that catches up does not end in time.
+        Raises:
+            EngineError: A server that is loading weights does not finish in time.
         """
-        limit_s = self._settings.timeout_s + self._servers.sync_timeout_s
-        loop.run(self._acquire_sync_lock(), limit_s)
+        timeout_s = self._settings.timeout_s + self._servers.sync_timeout_s
+        loop.run(self._acquire_sync_lock(), timeout_s)
         try:
             yield
         finally:
@@ -114,21 +117,25 @@ class Supervisor:
         await self._sync_lock.acquire()
 
     async def wait_all_up(self) -> None:
-        """Waits until every server is up. Raises what ended the watch over one."""
+        """Waits until every server is up. Raises the error that ended the watch of a server."""
         while len(self.state.up_servers()) < len(self.state.servers):
             self.raise_if_watch_ended()
             await asyncio.sleep(0.1)
 
     def raise_if_watch_ended(self) -> None:
-        """Raises what ended the watch over a server: without the watch no server comes back."""
+        """Raises the error that ended the watch of a server, if one has ended.
+
+        A server that is not watched cannot recover.
+        """
         for task in self._watch_tasks:
             if task.done():
                 task.result()
 
-    def raise_if_hopeless(self) -> None:
-        """Raises an error if waiting for a server with the current weights is in vain.
+    def raise_if_unrecoverable(self) -> None:
+        """Raises EngineError if waiting for a server with the current weights cannot succeed.
 
-        The watch has ended, or every server was lost and none can get weights before the next sync.
+        Either the watch of a server has ended, or every server was lost and the transport cannot
+        send the current weights again before the next sync.
         """
         self.raise_if_watch_ended()
         if self._keeps_weights or self._sync_lock.locked():
@@ -136,21 +143,27 @@ class Supervisor:
         all_up = len(self.state.up_servers()) == len(self.state.servers)
         if all_up and not self.state.current_servers():
             raise EngineError(
-                "every server was lost; by NCCL they get weights with the next sync only: "
-                "go on with --resume"
+                "every server was lost, and the transport nccl sends weights to restarted servers "
+                "only in the next sync: continue the run with --resume"
             )
 
-    async def report_failure(self, server: Server, starts: int) -> None:
-        """Marks a server as lost after a failed request, unless it was started again since."""
-        if server.starts == starts:
+    async def report_failure(self, server: Server, num_starts: int) -> None:
+        """Marks a server as lost after a failed request, unless it has been restarted since."""
+        if server.num_starts == num_starts:
             server.up = False
             await self.state.notify()
 
     async def load_stored_weights(self, version: int, update_info: dict[str, Any]) -> None:
-        """Has all servers that are up load stored weights, all at once.
+        """Loads stored weights on all servers that are up, concurrently.
 
-        A server that fails at it is lost and gets them when it is back. Raises EngineError if every
-        server answers that the weights are wrong.
+        A server that fails is lost. It loads the weights when it recovers.
+
+        Args:
+            version: the version of the weights.
+            update_info: where the weights can be read.
+
+        Raises:
+            EngineError: Every server reports that the weights are wrong (status 500).
         """
         self._update_info = update_info
         servers = self.state.up_servers()
@@ -158,23 +171,24 @@ class Supervisor:
             *(self._updates.load_stored(server, version, update_info) for server in servers),
             return_exceptions=True,
         )
-        refusals = []
+        rejections = []
         for server, error in zip(servers, results, strict=True):
             if isinstance(error, EngineError):
                 self._say(f"engine: weights {version} did not reach {server.url}: {error}")
                 server.up = False
                 if isinstance(error, ServerError) and error.status == 500:
-                    refusals.append(error)
+                    rejections.append(error)
             elif error is not None:
                 raise error
-        if refusals and len(refusals) == len(servers):
-            raise EngineError(f"weights {version} were refused by every server: {refusals[0]}")
+        if rejections and len(rejections) == len(servers):
+            raise EngineError(f"every server rejected weights {version}: {rejections[0]}")
 
     async def _watch(self, server: Server) -> None:
-        """Brings a server up, watches it, and brings it up again when it is lost, for ever.
+        """Brings a server up, and again each time that it is lost, until cancelled.
 
-        Raises EngineError when the server cannot be started before the first weights were sent, or
-        when there were too many restarts.
+        Raises:
+            EngineError: The server does not start before the first sync, or there were more than
+                `engine.servers.restarts` restarts.
         """
         while True:
             try:
@@ -182,181 +196,205 @@ class Supervisor:
                 await self._mark_up(server)
                 reason = await self._wait_until_lost(server)
             except EngineError as error:
-                # nothing has run yet: a server that does not start is the user's to repair
+                # A server that does not start before the first sync is probably misconfigured.
                 if self.state.version < 0:
                     raise
                 reason = str(error)
-                await asyncio.sleep(WATCH_S)
+                await asyncio.sleep(CHECK_INTERVAL_S)
             server.up = False
             server.version = -1
             self.state.counts["lost"] += 1
             self._say(f"engine: lost {server.describe()}: {reason}")
-            if server.local:
+            if server.is_local:
                 await self._restart(server, reason)
             await self.state.notify()
 
-    async def _mark_up(self, server: Server) -> None:
-        async with self._sync_lock:
-            # a sync may have ended since the server was brought up
-            if self._keeps_weights and server.version != self.state.version:
-                await self._updates.load_stored(server, self.state.version, self._update_info)
-            now = time.monotonic()
-            server.last_response_at = now
-            server.last_progress_at = now
-            server.num_generated_tokens = -1.0
-            server.starts += 1
-            server.up = True
-        await self.state.notify()
-
-    async def _restart(self, server: Server, reason: str) -> None:
-        self._num_restarts += 1
-        if self._num_restarts > self._servers.restarts:
-            raise EngineError(
-                f"{self._num_restarts} servers were lost (engine.servers.restarts), the last: "
-                f"{server.describe()}: {reason}"
-            )
-        await asyncio.to_thread(server.kill)
-        server.start()
-        self.state.counts["restarted"] += 1
-
-    async def _wait_until_lost(self, server: Server) -> str:
-        """Returns why the server is lost, once it is."""
-        while True:
-            await asyncio.sleep(WATCH_S)
-            reason = await self._reason_for_loss(server)
-            if reason is not None:
-                return reason
-
-    async def _reason_for_loss(self, server: Server) -> str | None:
-        """Returns why the server is lost, None if it is well or may still be."""
-        if not server.up:
-            return "a request to it failed"
-        if server.has_ended:
-            return "its process ended"
-        try:
-            await self._client.check_health(server, WATCH_S)
-        except EngineDeadError:
-            return "it says that its engine is dead"
-        except EngineError:
-            pass  # late once: the time since its last answer decides
-        if time.monotonic() - server.last_response_at > HEALTH_S:
-            return f"no answer for {HEALTH_S:g} s"
-        await self._look_at_progress(server)
-        if time.monotonic() - server.last_progress_at > self._servers.stall_s:
-            return f"it made no token for {self._servers.stall_s:g} s (engine.servers.stall_s)"
-        return None
-
-    async def _look_at_progress(self, server: Server) -> None:
-        """Notes the time if the server has generated tokens, or has none to generate."""
-        try:
-            num_tokens = await self._client.num_generated_tokens(server, WATCH_S)
-        except EngineError:
-            return
-        is_taking_weights = server.version != self.state.version
-        has_nothing_to_do = server.load == 0 or is_taking_weights
-        if num_tokens != server.num_generated_tokens or has_nothing_to_do:
-            server.num_generated_tokens = num_tokens
-            server.last_progress_at = time.monotonic()
-
     async def _bring_up(self, server: Server) -> None:
-        """Waits until the server answers, gives it the current weights and checks its samples."""
+        """Waits until the server responds, loads the current weights and verifies its samples."""
         await self._wait_for_health(server)
-        if not server.local:
-            await self._recover(server)
-        if not self._keeps_weights:  # it gets weights with the next sync
+        if not server.is_local:
+            await self._reset_remote_server(server)
+        if not self._keeps_weights:  # the next sync sends weights to the server
             return
-        await self._catch_up(server)
+        await self._load_current_weights(server)
         if self.reference is not None:
             await self._compare_samples(server, self.reference)
 
     async def _wait_for_health(self, server: Server) -> None:
-        """Waits until the server answers.
+        """Waits until the server responds.
 
-        A local process that ends is started once more. Raises EngineError if that one ends too, or
-        if a local server takes too long.
+        If the process of a local server ends, it is started a second time.
+
+        Raises:
+            EngineError: The second process of a local server ended too, or a local server did not
+                start in time.
         """
-        limit_s = self._settings.start_timeout_s
-        deadline = time.monotonic() + limit_s
+        timeout_s = self._settings.start_timeout_s
+        deadline = time.monotonic() + timeout_s
         started_again = False
-        while True:
-            try:
-                await self._client.check_health(server, 5.0)
-            except EngineError:
-                pass
-            else:
-                return
+        while not await self._is_healthy(server):
             if server.has_ended:
                 if started_again:
                     raise EngineError(f"the server does not start: {server.describe()}")
                 started_again = True
-                # its port may have been taken; later the other ranks know the port
-                server.start(free_port() if self.state.version < 0 else None)
-            elif server.local and time.monotonic() > deadline:
-                raise EngineTimeoutError("the server did not start", limit_s, server.describe())
+                server.start(self._port_for_second_start())
+            elif server.is_local and time.monotonic() > deadline:
+                raise EngineTimeoutError("the server did not start", timeout_s, server.describe())
             await asyncio.sleep(0.2)
 
-    async def _recover(self, server: Server) -> None:
-        """Ends what another trainer may have left unfinished. Raises EngineError."""
+    async def _is_healthy(self, server: Server) -> bool:
+        try:
+            await self._client.check_health(server, START_CHECK_TIMEOUT_S)
+        except EngineError:
+            return False
+        return True
+
+    def _port_for_second_start(self) -> int | None:
+        """Returns a new port, because another process may use the first one.
+
+        Returns None (the same port) after the first sync, when the other ranks use the URL.
+        """
+        if self.state.version < 0:
+            return free_port()
+        return None
+
+    async def _reset_remote_server(self, server: Server) -> None:
+        """Ends requests and updates that another trainer did not finish. Raises EngineError."""
         for path in ("/abort_requests", "/finish_weight_update", "/resume"):
             with contextlib.suppress(EngineError):
-                await self._client.post(server, path, {}, RECOVER_S)
-        await self._client.weight_version(server, RECOVER_S)
+                await self._client.post(server, path, {}, RESET_TIMEOUT_S)
+        await self._client.weight_version(server, RESET_TIMEOUT_S)
 
-    async def _catch_up(self, server: Server) -> None:
-        """Has a server load the current weights, if there are any. Raises EngineError."""
-        async with self._sync_lock, self._updates.limit(server, self.state.version):
+    async def _load_current_weights(self, server: Server) -> None:
+        """Connects a server to the transport and loads the current weights, if there are any.
+
+        Raises EngineError.
+        """
+        async with self._sync_lock, self._updates.time_limit(server, self.state.version):
             await self._updates.init(server, {})
             if self.state.version < 0:
                 return
-            # requests that other ranks sent too early are sampled from random weights
+            # Other ranks may have sent requests already: abort them, the weights are still random.
             await self._client.post(server, "/pause?mode=abort", {})
             await self._updates.load_stored(server, self.state.version, self._update_info)
             await self._client.post(server, "/reset_prefix_cache", {})
             await self._client.post(server, "/resume", {})
 
     async def _compare_samples(self, server: Server, reference: ReferenceSamples) -> None:
-        """Raises EngineError if the server's samples differ from the other servers'."""
+        """Raises EngineError if the server's samples differ from the reference samples."""
         version = self.state.version
         completions = []
-        async with self._updates.limit(server, version):
+        async with self._updates.time_limit(server, version):
             for request in reference.requests:
                 completions.append(
                     await self._client.generate(server, request, reference.options, version)
                 )
-        gap = sample_gap(reference.completions, completions)
-        if not gap < MAX_SAMPLE_GAP:
+        gap = mean_logprob_gap(reference.completions, completions)
+        if not gap < MAX_LOGPROB_GAP:
             raise EngineError(
-                f"{server.describe()} came back and disagrees with the others: mean |difference "
-                f"of logprobs| {gap:.4g}"
+                f"{server.describe()}: the recovered server disagrees with the others: mean "
+                f"|logprob difference| {gap:.4g}, limit {MAX_LOGPROB_GAP:g}"
             )
-        self._say(f"engine: {server.url} is back with weights {version} (gap {gap:.1e})")
+        self._say(
+            f"engine: {server.url} is back with weights {version} "
+            f"(mean |logprob difference| {gap:.1e})"
+        )
+
+    async def _mark_up(self, server: Server) -> None:
+        async with self._sync_lock:
+            # A sync may have ended after the server loaded its weights.
+            if self._keeps_weights and server.version != self.state.version:
+                await self._updates.load_stored(server, self.state.version, self._update_info)
+            now = time.monotonic()
+            server.last_response_at = now
+            server.last_progress_at = now
+            server.num_generated_tokens = -1.0
+            server.num_starts += 1
+            server.up = True
+        await self.state.notify()
+
+    async def _wait_until_lost(self, server: Server) -> str:
+        """Checks a server until it is lost. Returns the reason."""
+        while True:
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            reason = await self._reason_for_loss(server)
+            if reason is not None:
+                return reason
+
+    async def _reason_for_loss(self, server: Server) -> str | None:
+        """Checks a server once. Returns why it is lost, or None if it is not."""
+        if not server.up:
+            return "a request to it failed"
+        if server.has_ended:
+            return "its process ended"
+        try:
+            await self._client.check_health(server, CHECK_INTERVAL_S)
+        except EngineDeadError:
+            return "it reports that its engine is dead"
+        except EngineError:
+            pass  # One late response is not a loss: the time since the last response decides.
+        if time.monotonic() - server.last_response_at > HEALTH_TIMEOUT_S:
+            return f"no response for {HEALTH_TIMEOUT_S:g} s"
+        await self._update_progress(server)
+        stall_s = self._servers.stall_s
+        if time.monotonic() - server.last_progress_at > stall_s:
+            return f"no token generated for {stall_s:g} s (engine.servers.stall_s)"
+        return None
+
+    async def _update_progress(self, server: Server) -> None:
+        """Sets `last_progress_at` if the server has generated tokens or has no work."""
+        try:
+            num_tokens = await self._client.num_generated_tokens(server, CHECK_INTERVAL_S)
+        except EngineError:
+            return
+        is_loading_weights = server.version != self.state.version
+        has_no_work = server.load == 0 or is_loading_weights
+        if num_tokens != server.num_generated_tokens or has_no_work:
+            server.num_generated_tokens = num_tokens
+            server.last_progress_at = time.monotonic()
+
+    async def _restart(self, server: Server, reason: str) -> None:
+        self._num_restarts += 1
+        max_restarts = self._servers.restarts
+        if self._num_restarts > max_restarts:
+            raise EngineError(
+                f"{self._num_restarts} local servers were lost, more than "
+                f"engine.servers.restarts={max_restarts}; the last one: {server.describe()}: "
+                f"{reason}"
+            )
+        await asyncio.to_thread(server.kill)
+        server.start()
+        self.state.counts["restarted"] += 1
 
 
-def sample_gap(
+def mean_logprob_gap(
     first: Sequence[tuple[Completion, ...]], second: Sequence[tuple[Completion, ...]]
 ) -> float:
-    """Returns the mean |difference of logprobs| of two samplings of the same requests.
+    """Returns the mean |logprob difference| between two samplings of the same requests.
 
-    Two completions are compared as far as their tokens agree. If the first tokens compared differ
-    already, that counts as a gap of 1.
+    Two completions are compared up to their first different token. If the first tokens that are
+    compared differ, they count as a gap of 1.
+
+    Args:
+        first: the completions of each request in one sampling.
+        second: the completions of each request in the other sampling.
     """
     gaps: list[float] = []
     for first_row, second_row in zip(first, second, strict=True):
-        for one, other in zip(first_row, second_row, strict=True):
-            gaps += _logprob_gaps(one, other)
-            if not gaps and one.token_ids and other.token_ids:
+        for first_completion, second_completion in zip(first_row, second_row, strict=True):
+            gaps += _logprob_gaps(first_completion, second_completion)
+            if not gaps and first_completion.token_ids and second_completion.token_ids:
                 gaps.append(1.0)
     return sum(gaps) / len(gaps)
 
 
-def _logprob_gaps(one: Completion, other: Completion) -> list[float]:
+def _logprob_gaps(first: Completion, second: Completion) -> list[float]:
+    """Returns the |logprob difference| of each token before the first different token."""
     gaps = []
-    tokens = zip(one.token_ids, other.token_ids, strict=False)
-    logprobs = zip(one.logprobs, other.logprobs, strict=False)
-    for (one_token, other_token), (one_logprob, other_logprob) in zip(
-        tokens, logprobs, strict=False
+    for first_token, second_token, first_logprob, second_logprob in zip(
+        first.token_ids, second.token_ids, first.logprobs, second.logprobs, strict=False
     ):
-        if one_token != other_token:
+        if first_token != second_token:
             break
-        gaps.append(abs(one_logprob - other_logprob))
+        gaps.append(abs(first_logprob - second_logprob))
     return gaps

@@ -1,4 +1,4 @@
-"""New weights for servers: the steps of one server's update, and all servers as one receiver."""
+"""Weight updates: the steps for one server, and a receiver that updates all servers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,37 @@ from grpo.engines.servers.server import Server
 if TYPE_CHECKING:
     from grpo.engines.servers.supervisor import Supervisor
 
-SETTLE_LIMIT_S = 20.0  # the longest wait for an answer of a server whose update failed
+# The longest wait for each request that ends a failed update.
+END_FAILED_TIMEOUT_S = 20.0
 
 
 class WeightUpdates:
-    """The steps of an update of one server."""
+    """The steps of a weight update of one server."""
 
     def __init__(self, client: ServerClient, sync_timeout_s: float) -> None:
-        """`sync_timeout_s`: the longest time of an update of one server."""
+        """Sends no request yet.
+
+        Args:
+            client: sends requests to a server.
+            sync_timeout_s: the longest duration of an update of one server.
+        """
         self.client = client
         self.sync_timeout_s = sync_timeout_s
 
     async def load_stored(self, server: Server, version: int, update_info: dict[str, Any]) -> None:
-        """Has a server load weights that are stored where it can read them. Raises EngineError."""
+        """Runs a complete update from weights that are stored where the server can read them.
+
+        Args:
+            server: the server to update.
+            version: the version of the weights.
+            update_info: where the weights can be read.
+
+        Raises:
+            EngineError: The update failed or took longer than `sync_timeout_s`.
+        """
         server.version = -1
-        async with self.limit(server, version), self._paused(server):
-            await self.client.post(server, "/start_weight_update", {})
+        async with self.time_limit(server, version), self._paused(server):
+            await self.start(server)
             await self.update(server, update_info)
             await self.finish(server, version)
 
@@ -39,7 +54,7 @@ class WeightUpdates:
         await self.client.post(server, "/init_weight_transfer_engine", {"init_info": init_info})
 
     async def pause(self, server: Server) -> None:
-        """Has a server sample nothing until `resume`. Raises EngineError."""
+        """Pauses sampling until `resume`; running requests are kept. Raises EngineError."""
         server.version = -1
         await self.client.post(server, "/pause?mode=keep", {})
 
@@ -47,36 +62,36 @@ class WeightUpdates:
         """Begins an update. Raises EngineError."""
         await self.client.post(server, "/start_weight_update", {})
 
-    async def resume(self, server: Server) -> None:
-        """Has a server sample again; its cache is kept. Raises EngineError."""
-        await self.client.post(server, "/resume", {})
-
     async def update(self, server: Server, update_info: Any) -> None:
-        """Has a server load the weights that `update_info` describes. Raises EngineError."""
+        """Loads the weights that `update_info` describes. Raises EngineError."""
         await self.client.post(server, "/update_weights", {"update_info": update_info})
 
     async def finish(self, server: Server, version: int) -> None:
         """Ends an update. Raises EngineError unless the server acknowledges `version`."""
         await self.client.post(server, "/finish_weight_update", {"weight_version": str(version)})
-        held = await self.client.weight_version(server)
-        if held != str(version):
-            raise WrongWeightVersionError(server.describe(), held, version)
+        reported_version = await self.client.weight_version(server)
+        if reported_version != str(version):
+            raise WrongWeightVersionError(server.describe(), reported_version, version)
         server.version = version
 
-    async def settle(self, server: Server) -> None:
-        """Ends an update that failed; a server whose engine does not answer then is lost."""
+    async def resume(self, server: Server) -> None:
+        """Resumes sampling; the prefix cache is kept. Raises EngineError."""
+        await self.client.post(server, "/resume", {})
+
+    async def end_failed(self, server: Server) -> None:
+        """Ends a failed update. A server whose engine does not respond afterwards is lost."""
         with contextlib.suppress(EngineError):
-            await self.client.post(server, "/finish_weight_update", {}, SETTLE_LIMIT_S)
+            await self.client.post(server, "/finish_weight_update", {}, END_FAILED_TIMEOUT_S)
         try:
-            await self.client.weight_version(server, SETTLE_LIMIT_S)
+            await self.client.weight_version(server, END_FAILED_TIMEOUT_S)
         except EngineError:
             server.up = False
 
     @contextlib.asynccontextmanager
-    async def limit(self, server: Server, version: int) -> AsyncIterator[None]:
-        """Limits an update to `sync_timeout_s`. Raises EngineError past it.
+    async def time_limit(self, server: Server, version: int) -> AsyncIterator[None]:
+        """Limits an update to `sync_timeout_s`. Raises EngineTimeoutError after that time.
 
-        A server whose engine hangs may still answer /health.
+        The limit is needed because a server with a hanging engine may still respond to /health.
         """
         limit_s = self.sync_timeout_s
         try:
@@ -84,26 +99,26 @@ class WeightUpdates:
                 yield
         except TimeoutError:
             raise EngineTimeoutError(
-                f"{server.describe()} was not done with weights {version}",
+                f"{server.describe()} did not load weights {version}",
                 limit_s,
                 "see engine.servers.sync_timeout_s",
             ) from None
 
     @contextlib.asynccontextmanager
     async def _paused(self, server: Server) -> AsyncIterator[None]:
-        """Pauses the server if it samples; it continues with its cache afterwards."""
+        """Pauses a server that is sampling, and resumes it afterwards with its cache."""
         is_sampling = server.load > 0
         if is_sampling:
             await self.client.post(server, "/pause?mode=keep", {})
-        yield  # after an error the server is lost and not resumed
+        yield  # after an error the server is lost, so it is not resumed
         if is_sampling:
-            await self.client.post(server, "/resume", {})
+            await self.resume(server)
 
 
 class ServersReceiver:
-    """All servers that are up, as one `WeightReceiver` of one weight version.
+    """A `WeightReceiver` that updates all servers that are up to one weight version.
 
-    The methods block: a sender calls them from threads outside the event loop.
+    The methods block. Senders call them from threads outside the event loop.
     """
 
     def __init__(
@@ -115,13 +130,13 @@ class ServersReceiver:
         version: int,
         num_workers: int,
     ) -> None:
-        """Chooses no servers yet.
+        """Selects no servers yet; see `members`.
 
         Args:
-            supervisor: knows which servers are up.
-            updates: updates one server.
-            loop: where `updates` runs.
-            version: of the weights.
+            supervisor: has the state of the servers.
+            updates: updates the weights of a server.
+            loop: the event loop in which `updates` runs.
+            version: the version of the weights.
             num_workers: GPUs per server.
         """
         self.version = version
@@ -132,62 +147,75 @@ class ServersReceiver:
         self._servers: list[Server] = []
 
     def members(self) -> list[tuple[str, int]]:
-        """Takes the servers that are up now, and returns their URLs and numbers of starts.
+        """Selects the servers that are up and returns `(url, num_starts)` of each.
 
-        Raises EngineError if none is up.
+        Example: `[("http://127.0.0.1:8000", 1), ("http://127.0.0.1:8001", 2)]`.
+
+        Raises:
+            EngineError: No server is up.
         """
         state = self._supervisor.state
         self._servers = state.up_servers()
         if not self._servers:
             descriptions = ", ".join(server.describe() for server in state.servers)
             raise EngineError(f"weights {self.version}: no server is up: {descriptions}")
-        return [(server.url, server.starts) for server in self._servers]
+        return [(server.url, server.num_starts) for server in self._servers]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connects every server to the transport.
+        """Connects every server to the transport. Raises EngineError.
 
-        The ranks of a server's workers follow those of the servers before it.
+        Rank 0 of the transfer group is the sender. The workers of the servers have the following
+        ranks, in the order of the servers.
         """
 
         def connect(server: Server) -> Coroutine[Any, Any, None]:
             first_rank = 1 + self._servers.index(server) * self.num_workers
             return self._updates.init(server, init_info | {"rank_offset": first_rank})
 
-        self._for_each(connect)
+        self._run_on_all(connect)
 
     def start_weight_update(self) -> None:
         """Pauses every server, then begins an update on each. Raises EngineError."""
-        self._for_each(self._updates.pause)
-        self._for_each(self._updates.start)
+        self._run_on_all(self._updates.pause)
+        self._run_on_all(self._updates.start)
 
     def update_weights(self, update_info: Any) -> None:
-        """Has every server load weights. Raises EngineError."""
-        self._for_each(lambda server: self._updates.update(server, update_info))
+        """Loads weights on every server. Raises EngineError."""
+
+        def update(server: Server) -> Coroutine[Any, Any, None]:
+            return self._updates.update(server, update_info)
+
+        self._run_on_all(update)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Ends the update of every server, then resumes them. Raises EngineError."""
-        self._for_each(lambda server: self._updates.finish(server, self.version))
-        self._for_each(self._updates.resume)
+
+        def finish(server: Server) -> Coroutine[Any, Any, None]:
+            return self._updates.finish(server, self.version)
+
+        self._run_on_all(finish)
+        self._run_on_all(self._updates.resume)
 
     def load_stored_weights(self, update_info: dict[str, Any]) -> None:
-        """Has every server load stored weights; one that fails at it is lost.
+        """Loads stored weights on every server. A server that fails is lost.
 
-        Raises EngineError if every server refuses them.
+        Raises:
+            EngineError: Every server rejects the weights.
         """
-        limit_s = self._updates.sync_timeout_s + 60
-        self._loop.run(self._supervisor.load_stored_weights(self.version, update_info), limit_s)
+        timeout_s = self._updates.sync_timeout_s + 60
+        self._loop.run(self._supervisor.load_stored_weights(self.version, update_info), timeout_s)
 
     def end_failed_update(self) -> None:
-        """Ends an update that failed; a server whose engine does not answer then is lost."""
+        """Ends a failed update. A server whose engine does not respond afterwards is lost."""
         for server in self._servers:
-            self._loop.run(self._updates.settle(server))
+            self._loop.run(self._updates.end_failed(server))
 
-    def _for_each(self, step: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
-        """Runs a step for all servers at once. Raises the first EngineError.
+    def _run_on_all(self, step: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
+        """Runs a step for all servers concurrently. Raises the first EngineError.
 
-        After an error no step of any server is running: a server that would still begin an update
-        could not begin the next one. Each HTTP request has its limit, and ends when the pool is
-        closed.
+        After an error, the steps of all servers are cancelled and awaited: a late request that
+        begins an update would make the next update fail. The wait has no timeout of its own,
+        because each HTTP request has one and closing the pool cancels them.
         """
 
         async def run_all() -> None:

@@ -207,7 +207,7 @@ def test_a_teacher_behind_an_endpoint(vllm_server, tiny, tmp_path):
 
 @pytest.mark.engine
 def test_a_teacher_that_is_not_there_or_refuses_is_told(vllm_server, monkeypatch):
-    with pytest.raises(UserError, match=r"not served at .*; have teacher"):
+    with pytest.raises(UserError, match=r"does not serve this model\. Available: teacher"):
         Endpoint(Teacher(url=vllm_server, model="other"))
     with pytest.raises(UserError, match=r"teacher\.url=http://127\.0\.0\.1:1/v1"):
         Endpoint(Teacher(url="http://127.0.0.1:1/v1", model="teacher", retries=0))

@@ -183,7 +183,7 @@ def test_an_error_status_is_a_field_of_the_error(answers, status, error):
 def test_a_wrong_token_is_the_users_mistake_and_silence_is_not(answers):
     url, queue, _ = answers
     queue.append((401, ""))
-    with pytest.raises(UserError, match=r"refuses our token \(401\): set GRPO_ENGINE_TOKEN"):
+    with pytest.raises(UserError, match=r"rejected the token \(401\): set GRPO_ENGINE_TOKEN"):
         ask(url)
     with pytest.raises(NoResponseError, match="ConnectError"):
         ask(f"http://127.0.0.1:{free_port()}")

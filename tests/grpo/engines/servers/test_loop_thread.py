@@ -14,7 +14,7 @@ async def nothing():
 
 
 def test_a_coroutine_past_its_limit_is_cancelled_and_the_error_says_what_was_going_on():
-    loop = LoopThread("drill", describe=lambda: "s0 lost, 3 asked")
+    loop = LoopThread("drill", describe=lambda: "s0 lost, 3 pending")
     cancelled = []
 
     async def hang():
@@ -25,7 +25,7 @@ def test_a_coroutine_past_its_limit_is_cancelled_and_the_error_says_what_was_goi
             raise
 
     with pytest.raises(
-        EngineTimeoutError, match=r"the drill did not answer within 0.3 s; s0 lost, 3 asked"
+        EngineTimeoutError, match=r"the drill did not respond within 0.3 s; s0 lost, 3 pending"
     ):
         run_within(10, lambda: loop.run(hang(), 0.3))
     loop.run(asyncio.sleep(0.05))

@@ -19,7 +19,7 @@ from whole_runs import wait_for
 from grpo import config as configs
 from grpo.engines.local.engine import VllmEngine
 from grpo.engines.servers.guard import TOKEN_VARIABLE
-from grpo.engines.servers.supervisor import sample_gap
+from grpo.engines.servers.supervisor import mean_logprob_gap
 from grpo.engines.vllm_options import ServedModel
 from grpo.run import ranks
 from grpo.types import UserError
@@ -79,18 +79,20 @@ def test_new_weights_reach_every_server_and_their_prefixes_are_not_those_of_the_
     before = pool.prove(REQUESTS[:4], OPTIONS)
     pool.load_weights(weights(tiny(), 0.7), 2)
     after = pool.prove(REQUESTS[:4], OPTIONS)
-    assert len(after) == 2 and sample_gap(after[0], after[1]) < 1e-4 < sample_gap(
+    assert len(after) == 2 and mean_logprob_gap(after[0], after[1]) < 1e-4 < mean_logprob_gap(
         before[0], after[0]
     )
     pool.load_weights(weights(tiny()), 3)
-    assert sample_gap(before[0], pool.prove(REQUESTS[:4], OPTIONS)[1]) < 1e-4
+    assert mean_logprob_gap(before[0], pool.prove(REQUESTS[:4], OPTIONS)[1]) < 1e-4
 
 
 def test_a_server_whose_trainer_was_killed_while_it_started_ends():
     dead = subprocess.Popen(["true"])
     dead.wait()
-    program = f"""import os, subprocess; from grpo.engines.servers.plugin import _end_with
-print(subprocess.Popen(['sleep', '60']).pid, flush=True); _end_with(os.getppid(), {dead.pid})"""
+    program = f"""import os, subprocess
+from grpo.engines.servers.plugin import _kill_orphaned_group
+print(subprocess.Popen(['sleep', '60']).pid, flush=True)
+_kill_orphaned_group(os.getppid(), {dead.pid})"""
     server = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -112,11 +114,11 @@ def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypat
         patch.setattr(ranks, "local_world_size", lambda: 2)
         with pytest.raises(
             UserError,
-            match=r"engine.servers.count: ranks on several "
-            r"machines do not reach rank 0's own: use urls",
+            match=r"engine\.servers\.count: ranks on other machines cannot connect to the local "
+            r"servers of rank 0: use engine\.servers\.urls",
         ):
             pool_of(tiny(), tmp_path)
-    with pytest.raises(UserError, match="tensor_parallel=3 does not divide the model's 2 heads"):
+    with pytest.raises(UserError, match="tensor_parallel=3 does not divide the model's 2 "):
         pool_of(tiny(), tmp_path, tensor_parallel=3)
     monkeypatch.delenv("GRPO_ENGINE_TOKEN", raising=False)
     with pytest.raises(UserError, match="GRPO_ENGINE_TOKEN is not set"):

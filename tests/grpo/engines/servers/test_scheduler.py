@@ -67,7 +67,7 @@ def test_a_request_that_fails_everywhere_is_asked_again_so_often_and_no_more():
         scheduler, state, _ = make_scheduler(0, 0, 0, 0, client=Client(answer))
         with pytest.raises(
             EngineError,
-            match=r"a request failed 3 times \(engine.servers.retries\): the last time, broken off",
+            match=r"failed 3 times \(engine.servers.retries\); the last error: broken off",
         ):
             await scheduler.sample(REQUEST, OPTIONS)
         assert not any(server.load for server in state.servers)
@@ -108,7 +108,7 @@ def test_what_a_lost_machine_was_asked_is_asked_elsewhere_though_its_connection_
 
 
 def test_a_rank_that_does_not_watch_the_servers_asks_others_than_the_one_that_failed(monkeypatch):
-    monkeypatch.setattr(availability, "AVOID_S", 1000)
+    monkeypatch.setattr(availability, "AVOID_FAILED_S", 1000)
     asked = []
 
     async def answer(server, request, options, version):

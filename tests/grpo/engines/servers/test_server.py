@@ -36,7 +36,7 @@ def server(tmp_path):
 
 def test_a_server_that_does_not_end_when_killed_is_an_error_that_names_it(server, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(server_module, "KILL_LIMIT_S", 0.3)
+        patch.setattr(server_module, "KILL_TIMEOUT_S", 0.3)
         patch.setattr(os, "killpg", lambda *_: None)  # as if the kernel held it
         with pytest.raises(ProcessNotEndedError, match=r"127.0.0.1:9 \(process \d+\) did not end"):
             run_within(15, server.kill)

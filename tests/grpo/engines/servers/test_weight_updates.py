@@ -34,7 +34,7 @@ class Client:
 @pytest.fixture
 def group():
     """Yields `(receiver, client, servers)`: two servers that are up and one that is lost."""
-    servers = [Server(url=f"s{i}", up=i != 1, version=2, starts=1) for i in range(3)]
+    servers = [Server(url=f"s{i}", up=i != 1, version=2, num_starts=1) for i in range(3)]
     state = PoolState(servers)
     client = Client()
     updates = WeightUpdates(client, sync_timeout_s=10.0)
