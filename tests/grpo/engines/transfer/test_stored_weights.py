@@ -66,7 +66,7 @@ def test_a_full_disk_is_an_error_before_weights_are_written(tmp_path):
     try:
         with pytest.raises(
             EngineError,
-            match=r"no room for 0.00 GB of weights at .*weights-2.safetensors: File too large",
+            match=r"no space for 0.00 GB of weights at .*weights-2.safetensors: File too large",
         ):
             weights = Weights(a=torch.randn(1000))
             sender.send(checksums.WeightStream(weights, torch.float32), StoredReceiver())
