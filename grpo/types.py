@@ -7,6 +7,9 @@ The values form two chains:
 
 All values are frozen: a step of the program reads its input and returns a new value.
 
+A checkpoint stores scored groups as JSON, with their problems and completions. The field names of
+these classes are its keys, so a renamed field breaks the resume of earlier runs.
+
 Shapes and the suffixes of names (`rewards_PG`) use these letters:
 
     P   problems
@@ -31,8 +34,8 @@ class GrpoError(Exception):
     """Base class of the errors that grpo raises. Instances can be pickled and sent between ranks.
 
     Attributes:
-        known_to_all_ranks: True if every rank raises an error at the same point. The ranks can then
-            still run collectives, for example to write a checkpoint.
+        known_to_all_ranks: True if all ranks raise an error at the same point. They can then still
+            run collectives, for example to write a checkpoint.
         failed_rank: the rank on which the error occurred; None if the ranks have not exchanged it.
     """
 
@@ -41,28 +44,28 @@ class GrpoError(Exception):
 
 
 class UserError(GrpoError, ValueError):
-    """The config, the data or a path is wrong, and the user can fix it.
+    """An error in the config, the data or a path, which the user can fix.
 
     The CLI prints the message in one line and exits with code 2.
     """
 
 
 class Unreachable(UserError):
-    """A model or a data set is neither on this machine nor can it be downloaded.
+    """A model or a data set is not on this machine and cannot be downloaded.
 
-    `--dry-run` prints the message and continues without the model or data set.
+    `--dry-run` prints the message and continues without the model or the data set.
     """
 
 
 class RunError(GrpoError, RuntimeError):
-    """A run cannot continue: for example an engine was lost, a probe failed or the disk is full.
+    """An error that ends a run, such as a lost engine, a failed probe or a full disk.
 
     The CLI prints the message in one line and exits with code 1.
     """
 
 
 class Exhausted(RunError):
-    """Training stops because no training signal is left, or because an alarm stops it.
+    """Training stops because no training signal is left or because of an alarm.
 
     The state after the last complete rollout is valid and is saved.
     """
@@ -104,6 +107,9 @@ class Problem:
 class Completion:
     """One sampled completion of L tokens.
 
+    An OpenAI-compatible endpoint reports neither token ids nor logprobs. Its completions have
+    `token_ids` of L zeros and empty `logprobs`.
+
     Example:
         Three tokens, of which weight version 4 sampled two and version 5 sampled one::
 
@@ -118,13 +124,13 @@ class Completion:
     Attributes:
         token_ids: `[L]`, the sampled tokens, including the EOS token if one was sampled.
         logprobs: `[L]`, the natural logarithm of the probability with which the engine sampled
-            each token, after temperature. Empty if an endpoint does not report them.
-        text: the text that rewards score: the sampled tokens without the EOS token, after the
-            `<think>` at the end of the prompt if the prompt is prefilled with one.
+            each token, after temperature.
+        text: the text that rewards score: the decoded tokens without the EOS token. If the prompt
+            ends in a prefilled `<think>`, the text begins with it.
         finish_reason: "stop" after a stop token or a stop string, "length" at the token limit.
-        versions: spans `(weight version, start, end)`, which cover the tokens: the weights of that
-            version sampled `token_ids[start:end]`. There is one span unless the engine received
-            new weights during the completion.
+        versions: spans `(weight version, start, end)`: the weights of that version sampled
+            `token_ids[start:end]`. The spans cover all tokens. There is one span unless the engine
+            received new weights during the completion.
     """
 
     token_ids: tuple[int, ...]
@@ -238,7 +244,7 @@ class Sample:
     Attributes:
         token_ids: `[L]`, the prompt's tokens, then the completion's.
         prompt_length: the number of prompt tokens, which carry no loss.
-        advantages: `[completion length]`.
+        advantages: `[completion length]`, one per completion token.
         sampler_logprobs: `[completion length]`, the engine's `Completion.logprobs`; None if no
             engine sampled the tokens (supervised training).
         versions: `[completion length]`, the version of the weights that sampled each token; None
@@ -265,8 +271,9 @@ class Sample:
 class Batch:
     """One micro-batch of B sequences, padded on the right to T positions.
 
-    Position t predicts `labels[:, t]`: the labels are the input shifted left by one position, and
-    every per-token tensor is aligned with them. Its values are those of the predicted token.
+    Position t predicts the token `labels[:, t]`: the labels are the input shifted left by one
+    position. The tensors from `token_mask` on are aligned with the labels: position t holds the
+    values of the token that it predicts.
 
     Example:
         The prompt (5, 6) and the completion (7, 8), padded with 0 to T = 5::
@@ -278,7 +285,7 @@ class Batch:
             token_weights     0  w  w  0  0
 
     Attributes:
-        index: `[B]`, the index of each row's sample in the list of samples that was batched.
+        index: `[B]`, the index of each row's sample in the list that was split into micro-batches.
         sequences: `[B]`, the tokens of each row without padding.
         prompt_lengths: `[B]`, the number of prompt tokens of each row.
         input_ids: `[B, T]`, int64.
@@ -293,9 +300,9 @@ class Batch:
             engine sampled the token.
         teacher_top: `(token ids, logprobs)` of the teacher's k most likely tokens, each `[N, k]`
             for the N completion tokens of the batch, row by row. None if there is no teacher or
-            if the learner evaluates it.
-        idle: True if all token weights are 0 and the batch is a filler: its rank has no samples
-            left and must still take part in the collectives of the other ranks.
+            if the learner computes its logprobs.
+        idle: True for a filler whose token weights are 0. A rank without further samples needs it
+            to take part in the collectives of the other ranks.
         most: the largest number of completion tokens on any rank for this micro-batch. All ranks
             run the output head in the same number of chunks, because ZeRO-3 gathers its weights
             for each chunk.

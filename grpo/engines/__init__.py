@@ -1,4 +1,4 @@
-"""Engines, which sample completions: the `Engine` protocol, its values and its errors.
+"""Engines sample completions. This file defines the `Engine` protocol, its values and its errors.
 
     local/      vLLM in one child process per rank
     servers/    vLLM servers over HTTP, monitored and restarted by rank 0
@@ -39,9 +39,9 @@ class EngineTimeoutError(EngineError):
         `EngineTimeoutError("the engine did not answer `generate`", 5.0, "its log: engine.log")`
 
     Attributes:
-        event: the beginning of the message, which ends before "within 5 s".
+        event: a clause that names the missing event. The message continues with "within 5 s".
         limit_s: the time limit in seconds.
-        details: the end of the message: the log file, a config key or the state at that time.
+        details: the log file, a config key or the state at that time.
     """
 
     event: str
@@ -392,7 +392,7 @@ class Engine(Protocol):
         """Frees the device memory of the engine, weights included."""
 
     def wake(self) -> None:
-        """Allocates the device memory that `sleep` freed. `load_weights` must follow."""
+        """Allocates the device memory that `sleep` freed. Call `load_weights` next."""
 
     def close(self) -> None:
         """Ends the processes that the engine started and frees its memory."""

@@ -53,20 +53,26 @@ def llm_arguments(model: ServedModel, settings: configs.Engine, *, cuda: bool) -
         settings: the section `engine` of the config.
         cuda: True for an engine on a GPU, False for one on a CPU.
     """
+    eager = settings.eager
+    if eager is None:
+        eager = not cuda
+    block_size = settings.block_size
+    if not block_size and not cuda:
+        block_size = DEFAULT_CPU_BLOCK_SIZE
     arguments: dict[str, Any] = {
         "model": model.model_dir,
         "dtype": model.dtype,
         "max_model_len": model.max_model_len,
         "load_format": "auto" if model.load_weights else "dummy",
         "max_num_seqs": settings.max_sequences,
-        "enforce_eager": not cuda if settings.eager is None else settings.eager,
+        "enforce_eager": eager,
         "enable_prefix_caching": True,
-        "seed": 0,  # unused: every request has a seed of its own
+        "seed": 0,  # not used for sampling: every request has a seed of its own
     }
     if model.float32_head:
         arguments["hf_overrides"] = {"head_dtype": "float32"}
-    if settings.block_size or not cuda:
-        arguments["block_size"] = settings.block_size or DEFAULT_CPU_BLOCK_SIZE
+    if block_size:
+        arguments["block_size"] = block_size
     if cuda:
         arguments["gpu_memory_utilization"] = settings.memory_fraction
         arguments["enable_sleep_mode"] = settings.sleep
@@ -105,7 +111,7 @@ def _is_group_variable(name: str) -> bool:
 
 
 def _rank_gpu() -> str:
-    """Returns the index of this rank's GPU, which the engine shares with the learner."""
+    """Returns CUDA_VISIBLE_DEVICES of this rank's engine, which shares the learner's GPU."""
     visible_gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if visible_gpus:
         return visible_gpus[ranks.local_rank()]

@@ -170,7 +170,7 @@ class VllmEngine:
         self._bytes_freed_by_sleep = max(0, free_after - free_before)
 
     def wake(self) -> None:
-        """Allocates the memory that `sleep` freed. Does nothing on a CPU or without `sleep`."""
+        """Allocates the memory that `sleep` freed. Does nothing if `sleep` does nothing."""
         if not (self._cuda and self._settings.sleep):
             return
         # PyTorch caches the memory that the learner has freed. It is returned to the GPU only if
@@ -221,7 +221,7 @@ class VllmEngine:
         timeout_s: float,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Any:
-        """Waits for the result of a call, which it returns. Raises EngineError."""
+        """Waits for the reply to a call and returns the result. Raises EngineError."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -242,7 +242,10 @@ class VllmEngine:
                 on_progress(num_finished, num_total)
 
     def _kill_after_timeout(self, event: str, timeout_s: float) -> EngineTimeoutError:
-        """Kills the child, whose late reply would be taken for that of the next call."""
+        """Kills the child and returns the error.
+
+        A late reply of the child would be taken for the reply to the next call.
+        """
         self._child.kill()
         return EngineTimeoutError(event, timeout_s, f"its log: {self._log_file}")
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 # The name of the last tensor of a sync, which holds the checksums of all other tensors in the order
 # of sending. Its dtype is uint8 because tensors in a packed buffer are not aligned.
-CHECKSUMS = "grpo.checksums"
+CHECKSUMS_NAME = "grpo.checksums"
 # Weights whose names end with this suffix keep their dtype. DeepSeek-V3's router adds this bias to
 # scores in [0, 1]; rounded to bfloat16 it would select different experts.
-KEEPS_DTYPE = "e_score_correction_bias"
+KEEP_DTYPE_SUFFIX = "e_score_correction_bias"
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class TensorInfo:
 class WeightStream:
     """The tensors of one weight sync in the order of sending. vLLM uses it as a `WeightSource`.
 
-    The last tensor, CHECKSUMS, is computed while the weights are iterated.
+    The last tensor, CHECKSUMS_NAME, is computed while the weights are iterated.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
@@ -71,7 +71,7 @@ class WeightStream:
         Args:
             weights: the weights. Each iteration of the stream iterates them once.
             dtype: the dtype to which floating-point weights are cast, except those whose names end
-                with KEEPS_DTYPE.
+                with KEEP_DTYPE_SUFFIX.
         """
         self._weights = weights
         self._dtype = dtype
@@ -82,7 +82,7 @@ class WeightStream:
             TensorInfo(name, self._sent_dtype(name, dtype), shape)
             for name, dtype, shape in self._weights.layout()
         ]
-        checksums_info = TensorInfo(CHECKSUMS, torch.uint8, (8 * len(infos),))
+        checksums_info = TensorInfo(CHECKSUMS_NAME, torch.uint8, (8 * len(infos),))
         return [*infos, checksums_info]
 
     @property
@@ -99,10 +99,10 @@ class WeightStream:
             yield name, cast
         if sums[0].is_cuda:
             torch.cuda.synchronize()  # vLLM's sender alternates between CUDA streams
-        yield CHECKSUMS, torch.stack(sums).view(torch.uint8)
+        yield CHECKSUMS_NAME, torch.stack(sums).view(torch.uint8)
 
     def _sent_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        if dtype.is_floating_point and not name.endswith(KEEPS_DTYPE):
+        if dtype.is_floating_point and not name.endswith(KEEP_DTYPE_SUFFIX):
             return self._dtype
         return dtype
 
@@ -138,7 +138,7 @@ class ArrivalCheck:
 
     def _record_sums(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            if name == CHECKSUMS:
+            if name == CHECKSUMS_NAME:
                 self._sent_sums = tensor.clone()
             else:
                 self._sums[name] = checksum(tensor)

@@ -57,9 +57,12 @@ class WeightReceiver(Protocol):
         """Ends an update. The engine must acknowledge the weight version of this receiver."""
 
     def load_stored_weights(self, update_info: dict[str, Any]) -> None:
-        """Runs a complete update from weights that remain stored where `update_info` says.
+        """Runs a complete update from weights in shared memory or a file.
 
-        Several engines load them independently of each other.
+        The weights remain stored, so that several engines can load them independently.
+
+        Args:
+            update_info: the location of the weights: the fields of `UpdateInfo` (receivers.py).
         """
 
 
@@ -79,7 +82,7 @@ class WeightSender(Protocol):
     buffer_bytes: int
 
     def __init__(self, options: SenderOptions) -> None:
-        """Prepares what the transport needs before the first engine is ready."""
+        """Prepares the transport. No engine needs to be ready."""
 
     def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
         """Sends every weight. Raises EngineError if the transfer or the receiver failed."""

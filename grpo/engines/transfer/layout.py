@@ -102,7 +102,7 @@ def no_space_error(num_bytes: int, location: str, error: OSError) -> EngineError
 
 
 def update_info(path: str, stream: WeightStream) -> dict[str, object]:
-    """Returns the fields of receivers.py's `UpdateInfo`, which tell a receiver what to load."""
+    """Returns the fields of `UpdateInfo` (receivers.py) for a stream that is stored at `path`."""
     return {"path": path, "names": [info.name for info in stream.metadata()]}
 
 

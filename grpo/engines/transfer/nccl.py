@@ -204,7 +204,7 @@ class _FailFastReceiver:
     def raise_failure(self) -> None:
         """Raises EngineError if the send has failed."""
         if self.failure is not None:
-            raise EngineError(f"given up: {self.failure}")
+            raise EngineError(f"the transfer was aborted: {self.failure}")
 
     def _call(self, method: Callable[..., None], *arguments: Any) -> None:
         self.raise_failure()
