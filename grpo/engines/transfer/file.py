@@ -47,10 +47,13 @@ class FileSender:
         self._mapped = MappedWeights(os.open(self._file, flags, 0o600))
 
     def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
-        """Writes the weights, then makes the receiver load them.
+        """Writes the weights, then makes the receiver load them. Raises EngineError."""
+        receiver.load_stored_weights(self.write(stream))
 
-        Raises:
-            EngineError: the disk has no space for the weights, or the receiver failed.
+    def write(self, stream: WeightStream) -> dict[str, object]:
+        """Writes the weights and returns their location: the fields of `UpdateInfo` (receivers.py).
+
+        Raises EngineError if the disk has no space for them.
         """
         num_bytes = required_bytes(stream)
         try:
@@ -61,7 +64,7 @@ class FileSender:
             raise no_space_error(num_bytes, f"at {self._file}", error) from None
         self._mapped.fill(stream)
         self._mapped.flush()
-        receiver.load_stored_weights(update_info(str(self._file), stream))
+        return update_info(str(self._file), stream)
 
     def close(self) -> None:
         """Deletes the file."""

@@ -33,10 +33,13 @@ class MemorySender:
         self._path = f"/proc/{os.getpid()}/fd/{file_descriptor}"
 
     def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
-        """Writes the weights, then makes the receiver load them.
+        """Writes the weights, then makes the receiver load them. Raises EngineError."""
+        receiver.load_stored_weights(self.write(stream))
 
-        Raises:
-            EngineError: there is not enough memory for the weights, or the receiver failed.
+    def write(self, stream: WeightStream) -> dict[str, object]:
+        """Writes the weights and returns their location: the fields of `UpdateInfo` (receivers.py).
+
+        Raises EngineError if there is not enough memory for them.
         """
         num_bytes = required_bytes(stream)
         try:
@@ -44,7 +47,7 @@ class MemorySender:
         except OSError as error:
             raise no_space_error(num_bytes, "in shared memory", error) from None
         self._mapped.fill(stream)
-        receiver.load_stored_weights(update_info(self._path, stream))
+        return update_info(self._path, stream)
 
     def close(self) -> None:
         """Frees the memory. An engine that still maps it keeps its own mapping."""
