@@ -35,7 +35,7 @@ def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again
         return update_info
 
     monkeypatch.setattr(pool._sender, "write", broken)
-    with pytest.raises(EngineError, match=r"the bytes of \S+ are not those that were sent"):
+    with pytest.raises(EngineError, match=r"the bytes of \S+ differ from those that were sent"):
         pool.load_weights(weights(tiny()), 4)
     monkeypatch.undo()
     pool.load_weights(weights(tiny()), 5)  # nobody is there to take them: who comes back gets them

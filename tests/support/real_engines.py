@@ -21,13 +21,11 @@ SETTINGS = configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
 
 
 def start_engine(
-    model_dir, tmp_path, dtype="float32", module="grpo.engines.local.child", **options
+    model_dir, tmp_path, engine_class=VllmEngine, *, dtype="float32", **options
 ) -> VllmEngine:
-    """`options` are of the model; `module` is the child's program."""
+    """Returns an engine on a tiny model. `options` are fields of `ServedModel`."""
     model = ServedModel(model_dir=str(model_dir), dtype=dtype, max_model_len=160, **options)
-    return VllmEngine(
-        model=model, settings=SETTINGS, log_file=tmp_path / "engine.log", module=module
-    )
+    return engine_class(model=model, settings=SETTINGS, log_file=tmp_path / "engine.log")
 
 
 def put_together(engine, model_dir, tmp_path, rounds=False):

@@ -24,7 +24,11 @@ def time_calls(name: str) -> None:
     def call(self: ChildEngine, **arguments: Any) -> Any:
         begun = time.perf_counter()
         result = plain(self, **arguments)
-        size = f" of {sum(n for _, _, n in arguments['requests'])}" if name == "generate" else ""
+        size = (
+            f" of {sum(request.n for request in arguments['requests'])}"
+            if name == "generate"
+            else ""
+        )
         print(f"TIMED {name}{size}: {time.perf_counter() - begun:.4f} s", flush=True)
         return result
 

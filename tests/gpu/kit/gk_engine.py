@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo.config import Engine
+from grpo.engines import Request, SamplingOptions
 from grpo.engines.local.child import ChildEngine
 from grpo.engines.vllm_options import ServedModel, llm_arguments
 from grpo.learning import models
@@ -88,18 +89,16 @@ def run_one() -> int:
     print(f"engine up in {time.monotonic() - begun:.1f} s {server.describe()}", flush=True)
 
     prompts = [tuple(10 + (7 * i + j) % 90 for j in range(100)) for i in range(8)]
-    options = {"max_tokens": 256, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "ignore_eos": True}
+    requests = [Request(prompt_ids=prompt, seed=100 * i, n=8) for i, prompt in enumerate(prompts)]
+    options = SamplingOptions(max_tokens=256, ignore_eos=True)
     for _ in range(3):
         begun = time.monotonic()
-        rows = server.generate(
-            [(prompt, 100 * i, 8) for i, prompt in enumerate(prompts)],
-            options | {"stop": (), "stop_token_ids": ()},
-        )
-        tokens = sum(len(completion[0]) for row in rows for completion in row)
+        groups = server.generate(requests, options)
+        tokens = sum(len(completion.token_ids) for group in groups for completion in group)
         print(f"{tokens} tokens in {time.monotonic() - begun:.2f} s", flush=True)
 
-    token_ids, logprobs, *_ = rows[0][0]
-    ids = torch.tensor([prompts[0] + token_ids])
+    completion = groups[0][0]
+    ids = torch.tensor([prompts[0] + completion.token_ids])
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     with torch.no_grad():
         expected = (
@@ -108,7 +107,7 @@ def run_one() -> int:
             .log_softmax(-1)
             .gather(1, ids[0, 100:, None])[:, 0]
         )
-    gap = float((expected - torch.tensor(logprobs)).abs().mean())
+    gap = float((expected - torch.tensor(completion.logprobs)).abs().mean())
     print(f"mean gap to float32 transformers {gap:.4f}")
     server.sleep()
     print("asleep", torch.cuda.mem_get_info())

@@ -15,7 +15,7 @@ from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
 from grpo.engines import EngineError, Request, SamplingOptions
-from grpo.engines.local.engine import check_memory
+from grpo.engines.local.engine import VllmEngine, check_memory
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
@@ -202,6 +202,10 @@ def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
         engine.close()
 
 
+class FaultyEngine(VllmEngine):
+    child_module = "faulty_child"
+
+
 def start_faulty(model_dir, folder, fault, dtype="float32"):
     """Returns an engine with a fault and the file that names it."""
     file = folder / "fault"
@@ -209,7 +213,7 @@ def start_faulty(model_dir, folder, fault, dtype="float32"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRPO_TEST_FAULT", str(file))
         patch.setenv("PYTHONPATH", SUPPORT)
-        return start_engine(model_dir, folder, dtype=dtype, module="faulty_child"), file
+        return start_engine(model_dir, folder, FaultyEngine, dtype=dtype), file
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +231,7 @@ def faulty(tiny, tmp_path_factory):
         ("swapped", "the canary found"),
         ("zeroed", "the canary found"),
         ("missing layer", r"weights of the engine's model did not arrive: model.layers.1"),
-        ("flipped bit", r"the bytes of model.layers.0.\S+ are not those that were sent"),
+        ("flipped bit", r"the bytes of model.layers.0.\S+ differ from those that were sent"),
         ("stale layer", "the probe found"),
         ("stale cache", "the probe found"),
     ],

@@ -18,6 +18,10 @@ SETTINGS = configs.Engine(timeout_s=1.0, start_timeout_s=20.0)
 OPTIONS = SamplingOptions(max_tokens=4)
 
 
+class StuckEngine(VllmEngine):
+    child_module = "stuck_child"
+
+
 @pytest.fixture
 def start_stuck(tmp_path, monkeypatch):
     """Returns a function that starts an engine whose child is stuck."""
@@ -26,12 +30,11 @@ def start_stuck(tmp_path, monkeypatch):
     def start(stuck_in, on_wait=lambda: None):
         monkeypatch.setenv("PYTHONPATH", SUPPORT)
         monkeypatch.setenv("GRPO_TEST_STUCK", stuck_in)
-        engine = VllmEngine(
+        engine = StuckEngine(
             model=ServedModel(model_dir="nowhere", dtype="float32", max_model_len=16),
             settings=SETTINGS,
             log_file=tmp_path / "engine.log",
             on_wait=on_wait,
-            module="stuck_child",
         )
         engines.append(engine)
         engine.wait_ready()
@@ -48,7 +51,7 @@ def test_a_message_that_a_frozen_child_does_not_take_ends_at_the_time_limit(star
     large = Request(prompt_ids=tuple(range(1_000_000)), seed=1)  # more than a pipe's buffer
     num_waits = len(waits)
     with pytest.raises(
-        EngineTimeoutError, match="did not take the message `generate` within 1 s; its log"
+        EngineTimeoutError, match="did not read the message `generate` within 1 s; its log"
     ):
         run_within(15, lambda: engine.generate([large], OPTIONS))
     assert len(waits) >= num_waits + 3  # Ctrl-C is seen meanwhile

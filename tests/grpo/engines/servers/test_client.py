@@ -139,7 +139,7 @@ UNDECODABLE = {
 def test_an_answer_that_cannot_be_decoded_is_an_engine_error(answers, text):
     url, queue, _ = answers
     queue.append((200, text))
-    with pytest.raises(MalformedResponseError, match="the answer cannot be decoded"):
+    with pytest.raises(MalformedResponseError, match="the response cannot be decoded"):
         ask(url)
 
 

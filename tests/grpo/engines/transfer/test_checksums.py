@@ -15,8 +15,8 @@ from grpo.engines.transfer import checksums
     ("fault", "error"),
     [
         (None, None),
-        ("flipped", "the bytes of b are not those that were sent"),
-        ("swapped", "the bytes of a, b are not those that were sent"),
+        ("flipped", "the bytes of b differ from those that were sent"),
+        ("swapped", "the bytes of a, b differ from those that were sent"),
         ("lost", "3 tensors arrived, 4 were sent"),
         ("unknown", "1 weights of the engine's model did not arrive: more"),
     ],

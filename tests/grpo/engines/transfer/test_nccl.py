@@ -78,11 +78,11 @@ def make_sender(monkeypatch, said=None):
     sender = NcclSender(SenderOptions(limit_s=50, say=lines.append))
     trainers = []
 
-    def join(*_):
+    def form_group(*_):
         trainers.append(Trainer())
         sender._trainer = trainers[-1]
 
-    monkeypatch.setattr(sender, "_join", join)
+    monkeypatch.setattr(sender, "_form_group", form_group)
     return sender, trainers
 
 
@@ -91,7 +91,8 @@ def test_a_server_that_fails_in_a_transfer_ends_it_though_the_learner_waits(monk
     group = Group(failures=2)
     start = time.monotonic()
     with pytest.raises(
-        EngineError, match="weights 3 to 2 servers by NCCL: /update_weights at s0: 500 broken off"
+        EngineError,
+        match="weights 3 to 2 servers by NCCL failed: /update_weights at s0: 500 broken off",
     ):
         sender.send(None, group)
     assert time.monotonic() - start < 10
@@ -105,7 +106,7 @@ def test_a_transfer_that_failed_once_is_tried_once_more(monkeypatch):
     group = Group(failures=1)
     sender.send(None, group)
     assert len(trainers) == 2 and group.num_settled == 1
-    assert "once more without those that are lost" in said[0]
+    assert "trying again without the lost servers" in said[0]
 
 
 def test_it_sends_to_a_group_of_servers_only():

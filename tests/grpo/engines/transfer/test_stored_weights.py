@@ -30,7 +30,7 @@ def test_weights_arrive_bit_for_bit_through_memory_or_a_file_of_safetensors(tmp_
     (tmp_path / "weights" / "weights-7.safetensors").touch()  # left by a trainer that was killed
     sender_class = FileSender if file else MemorySender
     sender = sender_class(SenderOptions(folder=tmp_path / "weights"))
-    kept = f"gate_{checksums.KEEPS_DTYPE}"
+    kept = f"gate_{checksums.KEEP_DTYPE_SUFFIX}"
     weights = {
         "a": torch.randn(3, 5),
         "b": torch.randn(7, 3).T,
@@ -42,7 +42,7 @@ def test_weights_arrive_bit_for_bit_through_memory_or_a_file_of_safetensors(tmp_
         receiver = StoredReceiver()
         scaled = Weights({name: tensor * scale for name, tensor in weights.items()})
         sender.send(checksums.WeightStream(scaled, torch.bfloat16), receiver)
-        assert receiver.update_info["names"] == [*weights, checksums.CHECKSUMS]
+        assert receiver.update_info["names"] == [*weights, checksums.CHECKSUMS_NAME]
         model = Loader(weights)
         checksums.ArrivalCheck(model).load_weights(read_tensors(**receiver.update_info))
         for name, tensor in weights.items():
@@ -53,7 +53,7 @@ def test_weights_arrive_bit_for_bit_through_memory_or_a_file_of_safetensors(tmp_
                 torch.equal(model.loaded[name], (tensor * scale).to(expected))
                 and model.loaded[name].dtype == expected
             )
-    assert load_file(receiver.update_info["path"]).keys() == {*weights, checksums.CHECKSUMS}
+    assert load_file(receiver.update_info["path"]).keys() == {*weights, checksums.CHECKSUMS_NAME}
     assert not file or len(list((tmp_path / "weights").iterdir())) == 1
     sender.close()
     assert not file or not list((tmp_path / "weights").iterdir())
@@ -66,7 +66,7 @@ def test_a_full_disk_is_an_error_before_weights_are_written(tmp_path):
     try:
         with pytest.raises(
             EngineError,
-            match=r"no room for 0.00 GB of weights at .*weights-2.safetensors: File too large",
+            match=r"no space for 0.00 GB of weights at .*weights-2.safetensors: File too large",
         ):
             weights = Weights(a=torch.randn(1000))
             sender.send(checksums.WeightStream(weights, torch.float32), StoredReceiver())
