@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo import config as configs
 from grpo.config import Judged, PipelineConfig, Quantize, RunConfig, Step
@@ -201,35 +201,38 @@ def _run_unfinished(command: PlannedCommand, run: RunDirectory, *, num_ranks: in
     if status == "finished":
         check_same(folder, command.load_config())
         return
-    arguments = command.arguments
+    arguments = [*command.arguments]
     if status is not None:
         arguments.append("--resume")
     print(f"== {command.name}: grpo {' '.join(arguments)}", file=sys.stderr, flush=True)
-    exit_code, received_signals = _run_process(arguments, num_ranks)
-    if exit_code == 0 and not received_signals:
+    result = _run_process(arguments, num_ranks)
+    if result.exit_code == 0 and not result.forwarded_signals:
         return
     run.update_manifest(status=f"stopped in {command.name}")
-    if received_signals:
-        raise Interrupted(signal.Signals(received_signals[0]).name)
-    if exit_code == EXIT_INTERRUPTED:
+    if result.forwarded_signals:
+        raise Interrupted(signal.Signals(result.forwarded_signals[0]).name)
+    if result.exit_code == EXIT_INTERRUPTED:
         raise Interrupted("a signal")
     message = (
-        f"stage {command.name} failed with exit code {exit_code}; run the same command again to "
-        "continue"
+        f"stage {command.name} failed with exit code {result.exit_code}; run the same command "
+        "again to continue"
     )
-    if exit_code == EXIT_USER_ERROR:
+    if result.exit_code == EXIT_USER_ERROR:
         raise UserError(message)
     raise RunError(message)
 
 
-def _run_process(arguments: Sequence[str], num_ranks: int) -> tuple[int, list[int]]:
-    """Runs `grpo` in a process until it ends, and forwards SIGINT and SIGTERM to it.
+class ProcessResult(NamedTuple):
+    """How a process ended: `ProcessResult(exit_code=130, forwarded_signals=[2])`."""
 
-    Returns:
-        The exit code, and the signals that were forwarded.
-    """
+    exit_code: int
+    forwarded_signals: list[int]
+
+
+def _run_process(arguments: Sequence[str], num_ranks: int) -> ProcessResult:
+    """Runs `grpo` in a process until it ends, and forwards SIGINT and SIGTERM to it."""
     libc = ctypes.CDLL(None)
-    forwarded: list[int] = []
+    forwarded_signals: list[int] = []
     launcher = []
     if num_ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
@@ -245,7 +248,7 @@ def _run_process(arguments: Sequence[str], num_ranks: int) -> tuple[int, list[in
     )
 
     def forward(number: int, frame: Any) -> None:
-        forwarded.append(number)
+        forwarded_signals.append(number)
         process.send_signal(number)
 
     previous_handlers = {
@@ -256,7 +259,7 @@ def _run_process(arguments: Sequence[str], num_ranks: int) -> tuple[int, list[in
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-    return exit_code, forwarded
+    return ProcessResult(exit_code, forwarded_signals)
 
 
 def table(config: PipelineConfig) -> list[dict[str, Any]]:

@@ -54,14 +54,14 @@ def check_solutions(
 ) -> Iterator[Check]:
     """Yields one finding: whether all problems have a worked solution within `max_tokens`."""
     without_solution = [problem.id for problem in problems if problem.solution is None]
-    num_tokens = [
+    lengths = [  # in tokens, with the prompt
         len(prompts.ids(problem)) + len(prompts.target_ids(problem))
         for problem in problems
         if problem.solution is not None
     ]
-    num_too_long = sum(length > max_tokens for length in num_tokens)
+    num_too_long = sum(length > max_tokens for length in lengths)
     message = (
-        f"{len(num_tokens)} solutions, at most {max(num_tokens, default=0)} tokens with their "
+        f"{len(lengths)} solutions, at most {max(lengths, default=0)} tokens with their "
         f"prompts; {num_too_long} exceed max_tokens={max_tokens}"
     )
     if without_solution:
