@@ -111,7 +111,7 @@ def test_killed_between_chunks_it_goes_on_with_the_same_samples_and_the_same_tab
         row["eval/hard/accuracy"] == summary([one for one in kept if not one["greedy"]])["accuracy"]
         and "eval/easy/greedy/mean" in row
     )
-    assert "second less first: +0.0%" in _printed(tmp_path)
+    assert "second - first: +0.0%" in _printed(tmp_path)
     assert _printed(tmp_path, str(model), "--ask", "1+1=").strip()
 
 

@@ -208,7 +208,7 @@ def test_interrupted_it_saves_leaves_no_process_and_goes_on_to_the_same_end(stra
     )
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and child
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "saved; go on with --resume" in errors
+    assert process.returncode == 130 and "saved; continue with --resume" in errors
     assert not [
         p
         for p in psutil.process_iter()

@@ -308,4 +308,7 @@ def test_a_signal_waits_for_the_end_of_a_sync_of_several_ranks(monkeypatch):
 
 def test_what_runs_in_one_process_says_so(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
-    assert run(config, command="eval", ranks=2, code=1).count("grpo eval is one process") == 1
+    assert (
+        run(config, command="eval", ranks=2, code=1).count("grpo eval runs in a single process")
+        == 1
+    )

@@ -14,7 +14,7 @@ from data import traces
 from grpo.config import Collect, Teacher
 from grpo.engines import EngineError, SamplingOptions
 from grpo.engines.endpoint import Endpoint
-from grpo.stages.collect import dropped, ngrams
+from grpo.stages.collect import drop_reasons, ngrams
 from grpo.types import Completion, Group, Problem, ScoredGroup, UserError, Verdict
 
 GOOD = "<think>We add two and three, and that is five.</think><answer>5</answer>"
@@ -73,10 +73,12 @@ def test_every_reason_to_drop_a_completion():
     }
     settings = Collect(problems=1, min_tokens=3, max_tokens=200, language=0.8, repetition=0.5)
     for expected, (text, value, reason) in cases.items():
-        assert dropped([scored(text, values=[value], reasons=[reason])], settings) == [expected]
+        assert drop_reasons([scored(text, values=[value], reasons=[reason])], settings) == [
+            expected
+        ]
         # a student's own texts, for soft targets
         own = settings.model_copy(update={"right": False})
-        assert dropped([scored(text, values=[value], reasons=[reason])], own) == [
+        assert drop_reasons([scored(text, values=[value], reasons=[reason])], own) == [
             "" if value != "correct" else expected
         ]
 
@@ -84,7 +86,7 @@ def test_every_reason_to_drop_a_completion():
 def test_the_shortest_are_kept_without_duplicates():
     longer, same = GOOD.replace("We add", "Now we add"), GOOD.replace("We add", "We  add")
     longest = GOOD.replace("We add", "So now then we add")
-    assert dropped([scored(longest, longer, GOOD, same)], Collect(problems=1, keep=2)) == [
+    assert drop_reasons([scored(longest, longer, GOOD, same)], Collect(problems=1, keep=2)) == [
         "over keep",
         "",
         "",

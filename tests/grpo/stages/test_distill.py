@@ -274,7 +274,7 @@ def test_a_text_that_does_not_fit_is_told_before_a_model_is_loaded(tiny, tmp_pat
     config = distill_config(
         tmp_path, tiny, way="soft", soft={"updates": 3, "batch_size": 2, "max_tokens": 8}
     )
-    assert "soft.max_tokens is 8" in run(config, command="distill", code=2)
+    assert "more than soft.max_tokens=8" in run(config, command="distill", code=2)
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 

@@ -11,8 +11,8 @@ from stage_configs import eval_config
 
 from grpo import config as configs
 from grpo.config import EvalConfig
-from grpo.stages.eval import compare, markdown
-from grpo.stages.final_model import final_model
+from grpo.stages.eval import compare, markdown_table
+from grpo.stages.final_model import final_model_path
 from grpo.types import UserError
 
 
@@ -55,8 +55,8 @@ def test_what_cannot_work_is_told(tiny, tmp_path, override, message):
 def test_a_run_directory_stands_for_the_model_that_it_left(tmp_path):
     (tmp_path / "manifest.json").write_text('{"final": "sft/final"}')
     assert (
-        final_model(str(tmp_path)) == f"{tmp_path}/sft/final"
-        and final_model("owner/name") == "owner/name"
+        final_model_path(str(tmp_path)) == f"{tmp_path}/sft/final"
+        and final_model_path("owner/name") == "owner/name"
     )
 
 
@@ -67,7 +67,7 @@ def test_the_table_has_a_row_a_set():
         "accuracy/high": 0.75,
         "completion/length": 30.25,
     }
-    table = markdown({"a": found | {"pass@2": 0.6}, "b": found})
+    table = markdown_table({"a": found | {"pass@2": 0.6}, "b": found})
     assert table.splitlines()[2:] == [
         "| a | 50.0% | 25.0% | 75.0% | 30.2 | 60.0% |",
         "| b | 50.0% | 25.0% | 75.0% | 30.2 |  |",
@@ -75,7 +75,7 @@ def test_the_table_has_a_row_a_set():
 
 
 def test_two_evaluations_are_compared_set_by_set(tmp_path, capsys):
-    def judged(run, **sets):
+    def evaluated(run, **sets):
         (tmp_path / run / "samples").mkdir(parents=True)
         for name, verdicts in sets.items():
             lines = [
@@ -86,11 +86,13 @@ def test_two_evaluations_are_compared_set_by_set(tmp_path, capsys):
         return str(tmp_path / run)
 
     right, wrong = ["correct"] * 4, ["wrong"] * 4
-    a = judged("a", easy=right, hard=wrong)
-    compare(a, judged("b", easy=[*right[:3], "wrong"], hard=["correct", *wrong[:3]]))
+    a = evaluated("a", easy=right, hard=wrong)
+    compare(a, evaluated("b", easy=[*right[:3], "wrong"], hard=["correct", *wrong[:3]]))
     out = capsys.readouterr().out
     assert "worse: p3 -100%" in out and "better: p0 +100%" in out and out.count("4 problems") == 2
-    compare(judged("c", **{"000000": right}), judged("d", one=wrong))  # a run's own set has no name
-    assert "second less first: -100.0%" in capsys.readouterr().out
+    compare(
+        evaluated("c", **{"000000": right}), evaluated("d", one=wrong)
+    )  # a run's own set has no name
+    assert "second - first: -100.0%" in capsys.readouterr().out
     with pytest.raises(UserError, match="no verdicts"):
-        compare(a, judged("e", easy=[None]))
+        compare(a, evaluated("e", easy=[None]))

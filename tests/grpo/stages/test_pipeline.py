@@ -9,7 +9,7 @@ import pytest
 from grpo import config as configs
 from grpo.config import PipelineConfig
 from grpo.config.reading import apply_overrides
-from grpo.stages.pipeline import _overrides, checked, markdown, plan
+from grpo.stages.pipeline import _format_overrides, checked_plan, markdown_table, plan
 from grpo.types import UserError
 
 
@@ -17,7 +17,13 @@ def chain(**sections):
     return configs.parse({"run_dir": "runs/x", "seed": 3, **sections}, kind=PipelineConfig)
 
 
-def test_a_plan_hands_on_models_and_traces_and_judges_every_model():
+def checked_steps(stages):
+    """Returns the planned commands by name, with one evaluation set."""
+    config = chain(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}})
+    return {command.name: command for command in checked_plan(config)}
+
+
+def test_a_plan_hands_on_models_and_traces_and_evaluates_every_model():
     stages = {
         "cold": {"command": "sft", "config": "configs/tiny_sft.yaml"},
         "rl": {
@@ -29,29 +35,20 @@ def test_a_plan_hands_on_models_and_traces_and_judges_every_model():
         "traces": {"command": "collect", "config": "configs/tiny_collect.yaml", "model": "rl"},
         "again": {"command": "sft", "config": "configs/tiny_sft.yaml", "traces": "traces"},
     }
-    steps = {
-        name: (command, arguments)
-        for name, command, arguments in checked(
-            chain(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}})
-        )
-    }
+    steps = checked_steps(stages)
     assert list(steps) == ["start-s", "cold", "cold-s", "rl", "rl-s", "traces", "again", "again-s"]
-    assert steps["rl"] == (
+    assert steps["rl"].arguments == [
         "train",
-        [
-            "configs/tiny.yaml",
-            "run_dir=runs/x/rl",
-            "seed=3",
-            "model.path=runs/x/cold/final",
-            "model.warm_start=",
-            "train.rollouts=2",
-        ],
-    )
-    assert "data={name: traces, path: runs/x/traces}" in steps["again"][1]
-    assert (
-        steps["start-s"][1][3] == "model.path=tiny-qwen2"
-        and steps["rl-s"][1][3] == "model.path=runs/x/rl/final"
-    )
+        "configs/tiny.yaml",
+        "run_dir=runs/x/rl",
+        "seed=3",
+        "model.path=runs/x/cold/final",
+        "model.warm_start=",
+        "train.rollouts=2",
+    ]
+    assert "data={name: traces, path: runs/x/traces}" in steps["again"].overrides
+    assert steps["start-s"].overrides[2] == "model.path=tiny-qwen2"
+    assert steps["rl-s"].overrides[2] == "model.path=runs/x/rl/final"
 
 
 def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_path):
@@ -68,16 +65,9 @@ def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_pat
             "traces": "traces",
         },
     }
-    steps = {
-        name: arguments
-        for name, _, arguments in checked(
-            chain(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}})
-        )
-    }
-    assert (
-        "model.teacher=runs/x/rl/final" in steps["small"]
-        and "model.path=runs/x/small/final" in steps["small-s"]
-    )
+    steps = checked_steps(stages)
+    assert "model.teacher=runs/x/rl/final" in steps["small"].overrides
+    assert "model.path=runs/x/small/final" in steps["small-s"].overrides
 
 
 @pytest.mark.parametrize(
@@ -117,7 +107,7 @@ def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_pat
 )
 def test_a_mistake_in_any_stage_is_told_before_the_first_one_starts(stages, message):
     with pytest.raises(UserError, match=message):
-        checked(chain(stages=stages))
+        checked_plan(chain(stages=stages))
 
 
 def test_what_a_stage_sets_arrives_as_it_was_written():
@@ -132,7 +122,7 @@ def test_what_a_stage_sets_arrives_as_it_was_written():
         "i": None,
         "j": "a\nb",
     }
-    assert apply_overrides({}, _overrides(given)) == given
+    assert apply_overrides({}, _format_overrides(given)) == given
 
 
 def test_the_table_has_a_row_a_model():
@@ -140,13 +130,11 @@ def test_the_table_has_a_row_a_model():
         {"stage": "start", "a": {"accuracy": 0.5}, "b": {"accuracy": 0.25}},
         {"stage": "rl", "a": {"accuracy": 1.0}},
     ]
-    assert markdown(rows).splitlines() == [
+    assert markdown_table(rows).splitlines() == [
         "| stage | a | b |",
         "|---|---|---|",
         "| start | 50.0% | 25.0% |",
         "| rl | 100.0% |  |",
     ]
-    assert (
-        next(plan(chain(stages={"a": {"command": "sft", "config": "configs/tiny_sft.yaml"}})))[0]
-        == "a"
-    )
+    stages = {"a": {"command": "sft", "config": "configs/tiny_sft.yaml"}}
+    assert next(plan(chain(stages=stages))).name == "a"

@@ -26,7 +26,7 @@ from grpo.learning.quantization import (
     rounded_weight,
 )
 from grpo.losses import cross_entropy
-from grpo.stages.quantize import check, write_quantized
+from grpo.stages.quantize import check_quantizable, write_quantized
 from grpo.types import UserError
 
 
@@ -67,10 +67,10 @@ def test_what_cannot_be_quantised_is_told_before_a_weight_is_loaded(tiny, tmp_pa
     with pytest.raises(
         UserError, match=r"quantize.group_size=24 does not divide the 64 inputs of model.layers.0"
     ):
-        check(tiny(), 24)
+        check_quantizable(tiny(), 24)
     write_quantized(tiny(), tmp_path / "int8", "int8", 32, models.load_tokenizer(tiny()))
-    with pytest.raises(UserError, match="quantised already"):
-        check(tmp_path / "int8", 1)
+    with pytest.raises(UserError, match="already quantised"):
+        check_quantizable(tmp_path / "int8", 1)
     tree = {
         "run_dir": "x",
         "data": {"name": "arithmetic"},

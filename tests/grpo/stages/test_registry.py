@@ -85,8 +85,8 @@ def test_what_is_written_is_counted():
     schemes = {"quantize": {"schemes": ["int8", "int8_tensor", "int4"]}}
     assert needs_of(SAMPLED, schemes).disk == DiskNeeds(models=3)
     sets = {"sets": {"a": {"name": "arithmetic"}, "b": {"name": "arithmetic"}}}
-    judged = {"eval": {"problems": 7, "samples": 2, "temperature": 1.0}}
-    assert needs_of(SAMPLED, sets, judged).disk == DiskNeeds(sampled_tokens=7 * 2 * 2 * 16)
+    evaluated = {"eval": {"problems": 7, "samples": 2, "temperature": 1.0}}
+    assert needs_of(SAMPLED, sets, evaluated).disk == DiskNeeds(sampled_tokens=7 * 2 * 2 * 16)
 
 
 def test_distill_consists_of_the_stages_of_its_way():

@@ -18,7 +18,7 @@ from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.deepspeed_setup import learning_rate
 from grpo.stages.problems import load_problems, mixture
-from grpo.stages.sft import rows as sft_rows
+from grpo.stages.sft import training_rows
 from grpo.types import UserError
 
 
@@ -27,7 +27,7 @@ def examples(config):
     prompts = Prompts(config.prompt, tokenizer)
     problems = mixture(config.data, load_problems(config.data, "train", 0), prompts, 0)
     return list(
-        sft_rows(
+        training_rows(
             problems.take(0, config.sft.updates * config.sft.batch_size),
             prompts,
             config.sft.max_tokens,
@@ -140,7 +140,7 @@ def test_a_solution_that_is_missing_or_too_long_is_named(tiny, tmp_path):
                 tmp_path / "run", tiny(), data={"name": "jsonl", "path": str(data), "options": {}}
             )
         )
-    with pytest.raises(UserError, match=r"tokens with its solution; sft.max_tokens is 12"):
+    with pytest.raises(UserError, match=r"tokens with its solution, more than sft.max_tokens=12"):
         examples(sft_config(tmp_path / "run", tiny(), sft={"max_tokens": 12}))
 
 

@@ -57,7 +57,7 @@ def test_a_run_leaves_what_the_readme_says(straight):
     assert configs.load(str(folder / "config.yaml")) == configs.load(straight[1])
 
 
-def test_eval_judges_the_final_model_with_samples_and_greedily(straight, tmp_path):
+def test_eval_evaluates_the_final_model_with_samples_and_greedily(straight, tmp_path):
     final = straight[0] / "run" / "final"
     overrides = [
         f"run_dir={tmp_path / 'eval'}",

@@ -182,7 +182,7 @@ def test_every_stage_has_its_doctor(tiny, tmp_path, capsys):
     }
     out = doctored(tmp_path, capsys, learned, code=2)
     assert (
-        re.search("fail  solutions .* of more than max_tokens=8", out)
+        re.search("fail  solutions .* exceed max_tokens=8", out)
         and "engine" not in out
         and "ok    memory" in out
     )
@@ -194,7 +194,9 @@ def test_every_stage_has_its_doctor(tiny, tmp_path, capsys):
     lines = "".join(f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}\n' for i in range(4))
     (tmp_path / "mine.jsonl").write_text(lines)
     own = {"name": "jsonl", "path": str(tmp_path / "mine.jsonl")}
-    assert "4 problems have none" in doctored(tmp_path, capsys, learned | {"data": own}, code=2)
+    assert "4 problems have no solution" in doctored(
+        tmp_path, capsys, learned | {"data": own}, code=2
+    )
     sampled = {
         "model": model,
         "data": own,
