@@ -255,7 +255,7 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
     The stream is on rank 0, which gives every rank what it takes.
     """
     from grpo.experience.selection import scored_group
-    from grpo.experience.stream import Stream
+    from grpo.experience.stream import Stream, StreamCallbacks, StreamLimits
 
     config = loop.config
     prompts = loop.rollouts.prompts
@@ -276,18 +276,21 @@ def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> No
 
     stream: Stream | None = None
     if ranks.rank() == 0:
-        last = settings.problems * settings.rollouts
-        stream = Stream(
-            begin=lambda one: engine.begin(one, options),
-            request=request,
-            finish=finish,
+        num_groups = settings.problems * settings.rollouts
+        callbacks = StreamCallbacks(
             draw=lambda: selection.draw(1)[0],
-            ahead=settings.problems * settings.max_staleness,
-            timeout_s=config.engine.timeout_s,
+            request=request,
+            begin=lambda request: engine.begin(request, options),
+            finish=finish,
             on_wait=context.signals.check,
-            idle=engine.idle,
-            last=None if config.algorithm.no_signal == "resample" else last,
+            engine_idle_s=engine.idle,
         )
+        limits = StreamLimits(
+            num_ahead=settings.problems * settings.max_staleness,
+            num_groups=None if config.algorithm.no_signal == "resample" else num_groups,
+            timeout_s=config.engine.timeout_s,
+        )
+        stream = Stream(callbacks, limits)
         selection.stream = stream
         context.stack.callback(stream.close)
         if state:
