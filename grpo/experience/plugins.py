@@ -22,8 +22,8 @@ from grpo.learning.advantages import unflatten
 from grpo.types import Completion, Group, Score, UserError, Verdict
 from rewards.workers.pool import Failure, Pool
 
-# The function that a plugin file defines -> the word for the plugin in messages.
-KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}
+# The function that a plugin file defines -> the kind of plugin, for messages.
+_KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}
 Prompt = str | list[dict[str, str]]  # text, or the messages of a chat, as in TRL
 RewardValue = float | Score | Verdict | None  # None: the reward does not apply to the completion
 # Takes groups and their prompts, returns one value per group and completion.
@@ -53,7 +53,7 @@ def find(package: str, name: str, function: str, key: str) -> Callable[..., Any]
     available = names(package)
     if name not in available:
         message = (
-            f"{key}.{name}: unknown {KINDS[function]}. Available: {', '.join(available)}. "
+            f"{key}.{name}: unknown {_KINDS[function]}. Available: {', '.join(available)}. "
             "Or name your own function as module:function."
         )
         close_matches = difflib.get_close_matches(name, available, n=1)
@@ -88,13 +88,16 @@ def _import_function(name: str, key: str) -> Callable[..., Any]:
     return plugin
 
 
-def rewards(chosen: Mapping[str, Reward], pool: Pool) -> dict[str, tuple[RewardFunction, float]]:
-    """Returns the function and the weight of each reward of a config.
+def rewards(section: Mapping[str, Reward], pool: Pool) -> dict[str, tuple[RewardFunction, float]]:
+    """Returns function and weight of each reward in the config section `rewards`.
 
     Raises:
         UserError: A reward is unknown, or its options are wrong.
     """
-    return {name: (reward(name, spec.options, pool), spec.weight) for name, spec in chosen.items()}
+    functions = {}
+    for name, settings in section.items():
+        functions[name] = (reward(name, settings.options, pool), settings.weight)
+    return functions
 
 
 def reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
@@ -108,7 +111,7 @@ def reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
     - `f(groups, prompts, **options)` scores all groups of a rollout in one call, for example with
       concurrent requests to a server.
 
-    If the module of `f` defines `prepare(**options)`, it is called once, here, to check the options
+    If the module of `f` defines `prepare(**options)`, this function calls it to check the options
     before any completion is sampled.
 
     Raises:

@@ -61,8 +61,8 @@ def make_group_requests(
 ) -> list[GroupRequest]:
     """Returns one request of `group_size` completions per problem, in order.
 
-    Build the requests of all problems first and slice the result to sample a part of them. A
-    problem that occurs several times gets a different seed for each occurrence.
+    A problem that occurs several times gets a different seed for each occurrence. To sample only a
+    part of the problems, slice the result: the seeds stay those of the complete list.
     """
     occurrences: dict[str, int] = {}
     requests = []

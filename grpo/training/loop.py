@@ -28,7 +28,9 @@ from grpo.training.updates import Updater, UpdateReport
 from grpo.training.weight_sync import WeightCheck, sync
 from grpo.types import Exhausted, Sample, ScoredGroup
 
-KlPenalties = list[list[list[float]]]  # per group, completion and token
+# Both hold one value per group, completion and token.
+KlPenalties = list[list[list[float]]]
+Advantages = list[list[tuple[float, ...]]]
 
 
 @dataclass(kw_only=True)
@@ -125,8 +127,9 @@ class Loop:
         groups = self._next_groups(timer)  # sampled, scored and selected
         ranks.all_gather_or_raise("engine sleep", self.engine.sleep)
         kl_penalties = self._kl_penalties(groups.used, timer)
-        self.progress.savable = False
-        samples = self._make_samples(groups, kl_penalties)
+        self.progress.savable = False  # until the probe has verified the new weights
+        token_advantages = self._advantages(groups.used, kl_penalties)
+        samples = self._make_samples(groups, token_advantages)
         update = self._update(samples, timer)
         report = StepReport(
             rollout=self.progress.rollout,
@@ -173,24 +176,23 @@ class Loop:
                 return None
             return unflatten(penalties, [len(scored.rewards) for scored in groups])
 
-    def _make_samples(
-        self, groups: RolloutGroups, kl_penalties: KlPenalties | None
-    ) -> list[Sample]:
+    def _advantages(
+        self, groups: list[ScoredGroup], kl_penalties: KlPenalties | None
+    ) -> Advantages:
+        rewards = [scored.rewards for scored in groups]
+        kind = self.config.algorithm.advantage
+        return advantages(rewards, lengths(groups), kind, kl_penalties)
+
+    def _make_samples(self, groups: RolloutGroups, token_advantages: Advantages) -> list[Sample]:
         """Returns one sample per completion to learn from, and writes the files in samples/."""
-        algorithm = self.config.algorithm
-        values = advantages(
-            [scored.rewards for scored in groups.used],
-            lengths(groups.used),
-            algorithm.advantage,
-            kl_penalties,
-        )
-        self._write_samples(sample_rows(groups.sampled, groups.used, values))
-        samples = to_samples(groups.used, values, mask_truncated=algorithm.truncated == "mask")
+        self._write_samples(sample_rows(groups.sampled, groups.used, token_advantages))
+        mask_truncated = self.config.algorithm.truncated == "mask"
+        samples = to_samples(groups.used, token_advantages, mask_truncated=mask_truncated)
         self.run.write_update(self.progress.rollout + 1, samples, self.config.logging.replay)
         return samples
 
     def _update(self, samples: list[Sample], timer: Timer) -> UpdateReport:
-        """Runs the updates of the rollout. The rollout is completed afterwards."""
+        """Runs the optimizer updates of the rollout and counts the rollout as completed."""
         progress = self.progress
         with timer("update"):
             report = self.updater.update(samples, progress.rollout, self._show_update)
@@ -280,9 +282,9 @@ class Loop:
         return not any(key.startswith("eval/") for key in self.journal.latest)
 
     def _handle_alarms(self) -> None:
-        """Keeps a checkpoint for each alarm, and stops the run if `logging.alarms` says so.
+        """Keeps a checkpoint for each alarm.
 
-        To stop, it raises Exhausted.
+        Raises Exhausted, which stops the run, if the alarm's action in `logging.alarms` is `stop`.
         """
         for finding in self.journal.take_alarms():
             self.save()
@@ -320,7 +322,7 @@ class Loop:
         self.rollouts.selection.load(state["selection"])
 
     def _is_due(self, every: int) -> bool:
-        """Returns whether something is due that happens every `every` rollouts and at the end."""
+        """Returns whether the last completed rollout is a multiple of `every` or the final one."""
         rollout = self.progress.rollout
         return every > 0 and (rollout % every == 0 or rollout == self.config.train.rollouts)
 

@@ -57,8 +57,9 @@ class Updater:
     Attributes:
         config: The config of the run.
         learner: Computes logprobs and applies updates.
-        check_signals: Raises an exception to interrupt the run. It is called before the first
-            update and after each of its micro-batches, as long as no update has been applied.
+        check_signals: Raises an exception to interrupt the run. Called only while no update of the
+            rollout has been applied: before the first update and, with one rank, after each of its
+            micro-batches.
     """
 
     config: Config
@@ -187,9 +188,9 @@ class Updater:
     def _with_policy_scores(
         self, batches: list[Batch], old_source: OldLogprobsSource, version: int
     ) -> list[Batch]:
-        """Returns the batches with old logprobs and with advantages of high-entropy tokens only.
+        """Adds the old logprobs, and restricts the advantages to the tokens of highest entropy.
 
-        Both come from one scoring pass of the policy, which is skipped if neither needs it.
+        One scoring pass of the policy serves both. It is skipped if the recipe needs neither.
         """
         has_entropy_limit = self.config.algorithm.top_entropy < 1
         if has_entropy_limit or old_source == "learner":
