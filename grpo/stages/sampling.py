@@ -8,7 +8,7 @@ from typing import Any
 from grpo.config import SampledConfig, Teacher
 from grpo.experience import plugins
 from grpo.experience.prompts import Chat, Prompts
-from grpo.experience.sampling import sample, sampling_options, seed_of
+from grpo.experience.sampling import make_group_requests, sample, sampling_options, seed_of
 from grpo.learning import models
 from grpo.run.display import quiet
 from grpo.stages.engine import EngineModel, send_weights, start_engine
@@ -87,16 +87,10 @@ class Sampler:
         options = sampling_options(self._config, self.prompts, temperature)
         run_seed = self._config.seed
         if isinstance(self.prompts, Prompts):
-            return sample(
-                self.engine,
-                self.prompts,
-                problems,
-                options,
-                group_size=group_size,
-                run_seed=run_seed,
-                rollout=0,
-                on_progress=on_progress,
+            group_requests = make_group_requests(
+                self.prompts, problems, group_size=group_size, run_seed=run_seed, rollout=0
             )
+            return sample(self.engine, self.prompts, group_requests, options, on_progress)
         requests = [
             (self.prompts.messages(problem), seed_of(run_seed, 0, problem.id), group_size)
             for problem in problems

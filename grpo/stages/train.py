@@ -332,7 +332,7 @@ def _attach_stream(loop: Loop, context: RunContext, stream_state: dict[str, Any]
 
 def _start_stream(loop: Loop, context: RunContext) -> Stream:
     """Returns a stream that samples with the loop's engine and draws from its selection."""
-    from grpo.experience.stream import Stream
+    from grpo.experience.stream import Stream, StreamCallbacks, StreamLimits
 
     config = loop.config
     settings = config.train
@@ -359,17 +359,20 @@ def _start_stream(loop: Loop, context: RunContext) -> Stream:
     num_groups: int | None = settings.problems * settings.rollouts
     if config.algorithm.no_signal == "resample":
         num_groups = None  # depends on the number of groups without signal
-    return Stream(
-        begin=begin,
-        request=make_request,
-        finish=score_completions,
+    callbacks = StreamCallbacks(
         draw=draw_problem,
-        ahead=settings.problems * settings.max_staleness,
-        timeout_s=config.engine.timeout_s,
+        request=make_request,
+        begin=begin,
+        finish=score_completions,
         on_wait=context.signals.check,
-        idle=engine.idle,
-        last=num_groups,
+        engine_idle_s=engine.idle,
     )
+    limits = StreamLimits(
+        num_ahead=settings.problems * settings.max_staleness,
+        num_groups=num_groups,
+        timeout_s=config.engine.timeout_s,
+    )
+    return Stream(callbacks, limits)
 
 
 def warm_start_config(config: Config) -> SftConfig:

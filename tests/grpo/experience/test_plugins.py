@@ -64,7 +64,7 @@ def test_every_file_in_a_folder_has_its_function_and_a_first_line_that_says_what
 def test_a_wrong_name_lists_what_there_is_and_the_nearest():
     with pytest.raises(
         UserError,
-        match=r"rewards.acuracy: no such reward; have accuracy, .*did you mean accuracy\?",
+        match=r"rewards.acuracy: unknown reward. Available: accuracy, .*Did you mean accuracy\?",
     ):
         judge("acuracy")
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_imported_is_told(name, message):
         judge(name)
 
 
-def asked_as(problem):
+def render_prompt(problem):
     return "prompt"
 
 
@@ -132,7 +132,7 @@ def test_rewards_are_summed_by_weight_and_undecided_completions_have_none():
         "a": (lambda groups, prompts: [verdicts], 1.0),
         "b": (lambda groups, prompts: [[1.0, None, 1.0]], 0.5),
     }
-    (scored,) = score([group("x", "y", "z")], rewards, asked_as)
+    (scored,) = score([group("x", "y", "z")], rewards, render_prompt)
     assert scored.rewards == (1.5, 0.0, None)
     assert scored.parts[1] == {"a": 0.0, "b": None}
     metrics = describe([scored])
@@ -147,8 +147,10 @@ def test_rewards_are_summed_by_weight_and_undecided_completions_have_none():
 
 def test_a_reward_that_is_no_number_names_the_completion():
     values = {"odd": (lambda groups, prompts: [[1.0, float("nan")]], 1.0)}
-    with pytest.raises(RuntimeError, match="odd failed on completion 1 of problem p7: it gave nan"):
-        score([group("a", "b")], values, asked_as)
+    with pytest.raises(
+        RuntimeError, match="odd failed on completion 1 of problem p7: it returned nan"
+    ):
+        score([group("a", "b")], values, render_prompt)
 
 
 def test_what_kept_a_score_low_is_a_metric():
@@ -158,7 +160,7 @@ def test_what_kept_a_score_low_is_a_metric():
         Score(value=0.0, reason="no answer"),
     ]
     (scored,) = score(
-        [group("x", "y", "z")], {"format": (lambda groups, prompts: [scores], 1.0)}, asked_as
+        [group("x", "y", "z")], {"format": (lambda groups, prompts: [scores], 1.0)}, render_prompt
     )
     assert scored.parts == ({"format": 0.0}, {"format": 1.0}, {"format": 0.0})
     assert scored.faults == ({"format": "no answer"}, {}, {"format": "no answer"})
@@ -205,7 +207,7 @@ def test_a_reward_with_a_time_limit_runs_in_the_pool(outside):
         with pytest.raises(
             RuntimeError,
             match=r"mine_h:f failed on completion 1 of problem "
-            r"p7: ValueError: no such thing; its text: 'bad'",
+            r"p7: ValueError: no such thing; completion text: 'bad'",
         ):
             judge(f"{name}:f", group("a", "bad"), pool=pool)
 

@@ -114,9 +114,9 @@ def test_a_question_with_braces_is_left_as_it_is(tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"template": "chat"}, "this tokenizer has no chat template .* use r1_zero or plain"),
-        ({"template": "caht"}, "no such template; have chat, r1_zero, plain"),
-        ({"template": "plain", "system": "r1"}, "prompt.system is for chat templates"),
+        ({"template": "chat"}, "this tokenizer has no chat template .*r1_zero or plain"),
+        ({"template": "caht"}, "unknown template. Available: chat, r1_zero, plain"),
+        ({"template": "plain", "system": "r1"}, "prompt.system requires prompt.template=chat"),
     ],
 )
 def test_what_cannot_be_rendered_is_told(tokenizer, settings, message):
@@ -128,8 +128,8 @@ def test_prompts_that_are_too_long_are_counted_and_the_longest_named(tokenizer):
     problems = [Problem(id=f"p{n}", question="x" * n, answer="", source="") for n in (3, 30, 20)]
     with pytest.raises(
         UserError,
-        match=r"2 of 3 prompts are longer than "
-        r"prompt.max_tokens=10 \(p30 has 31 tokens\): raise it to 31, or drop",
+        match=r"2 of 3 prompts are longer than prompt.max_tokens=10. The longest, p30, has 31 "
+        r"tokens. Set prompt.max_tokens=31, or drop",
     ):
         Prompts(configs.Prompt(template="plain", max_tokens=10), tokenizer).fitting(problems)
     dropped = Prompts(

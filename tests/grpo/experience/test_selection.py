@@ -3,7 +3,7 @@
 import pytest
 
 from grpo.config.algorithm import Algorithm
-from grpo.experience.selection import MAX_REFUSED, Selection, pass_rate, teaches
+from grpo.experience.selection import MAX_EXCLUDED, Selection, has_training_signal, pass_rate
 from grpo.run.directory import RunDirectory
 from grpo.types import Completion, Exhausted, Group, Problem, ScoredGroup, Verdict
 
@@ -39,7 +39,7 @@ def selection(size: int = 2, **algorithm) -> Selection:
 
 
 @pytest.mark.parametrize(
-    ("values", "rate", "is_teaching"),
+    ("values", "rate", "has_signal"),
     [
         (("correct", "wrong", "wrong", "undecided"), 1 / 3, True),
         (("correct", "correct"), 1.0, False),
@@ -49,12 +49,13 @@ def selection(size: int = 2, **algorithm) -> Selection:
         ((0.5, 0.5), 0.0, False),
     ],
 )
-def test_pass_rate_and_signal_of_a_group(values, rate, is_teaching):
+def test_pass_rate_and_signal_of_a_group(values, rate, has_signal):
     group = scored(PROBLEMS[0], *values)
-    assert pass_rate(group) == pytest.approx(rate) and teaches(group) == is_teaching
+    assert pass_rate(group) == pytest.approx(rate)
+    assert has_training_signal(group) == has_signal
 
 
-def test_resampling_goes_on_until_enough_groups_teach_and_carries_the_rest():
+def test_resampling_continues_until_enough_groups_have_a_signal_and_carries_the_surplus():
     chosen = selection(no_signal="resample")
     sizes = []
 
@@ -63,34 +64,35 @@ def test_resampling_goes_on_until_enough_groups_teach_and_carries_the_rest():
         values = ("correct", "correct") if number == 0 else ("correct", "wrong")
         return [scored(problem, *values) for problem in problems]
 
-    fresh, used = chosen.collect(sample)
-    # none of the first two taught, so the second sampling takes as many as a rollout has
-    assert sizes == [2, 2] and len(fresh) == 4
-    assert [each.group.problem.id for each in used] == ["2", "3"] and chosen.carried == []
+    selected = chosen.collect(sample)
+    # none of the first two has a signal, so the second round draws as many as a rollout needs
+    assert sizes == [2, 2] and len(selected.sampled) == 4
+    assert [each.group.problem.id for each in selected.used] == ["2", "3"]
+    assert chosen.carried == []
 
 
-def test_too_few_groups_that_teach_end_the_run():
+def test_too_few_groups_with_a_signal_end_the_run():
     chosen = selection(no_signal="resample", max_rounds=3)
     with pytest.raises(
-        Exhausted, match=r"6 groups in 3 samplings gave 0 of 2 .*\(6 have no reward"
+        Exhausted, match=r"6 groups in 3 rounds gave only 0 of 2 .*\(6 have no reward"
     ):
         chosen.collect(lambda problems, _: [scored(each, "wrong", "wrong") for each in problems])
-    assert len(chosen.fresh) == 6
+    assert len(chosen.sampled) == 6
 
 
 def test_a_solved_problem_is_not_drawn_again_and_without_others_the_run_ends():
     chosen = selection(drop_solved=1.0)
-    chosen.rates = {"0": 1.0, "1": 0.9, "2": 1.0}
+    chosen.pass_rates = {"0": 1.0, "1": 0.9, "2": 1.0}
     assert [problem.id for problem in chosen.draw(3)] == ["1", "3", "4"] and chosen.position == 5
-    chosen.rates = {problem.id: 1.0 for problem in PROBLEMS}
-    with pytest.raises(Exhausted, match=f"refuse the last {MAX_REFUSED} problems"):
+    chosen.pass_rates = {problem.id: 1.0 for problem in PROBLEMS}
+    with pytest.raises(Exhausted, match=f"exclude the last {MAX_EXCLUDED} problems"):
         chosen.draw(1)
 
 
 def test_the_state_survives_a_checkpoint(tmp_path):
     before = selection(drop_solved=1.0)
     before.position = 5
-    before.rates = {"0": 0.5}
+    before.pass_rates = {"0": 0.5}
     before.carried = [scored(PROBLEMS[0], "correct", "undecided"), scored(PROBLEMS[1], 0.5, None)]
     after = selection(drop_solved=1.0)
     run = RunDirectory(str(tmp_path / "run"), resume=False)

@@ -14,7 +14,7 @@ import pytest
 from grpo.engines import EngineError, Request
 from grpo.experience.describing import advantage_histogram, staleness
 from grpo.experience.selection import scored_group
-from grpo.experience.stream import Stream
+from grpo.experience.stream import Stream, StreamCallbacks, StreamLimits
 from grpo.run import directory
 from grpo.types import Completion, Group, Problem, Sample, ScoredGroup
 
@@ -56,24 +56,23 @@ class Engine:
             )
 
 
-def stream(engine, ahead=8, last=None, finish=None, **settings):
-    problems = iter(range(10**6))
+def stream(engine, ahead=8, num_groups=None, finish=None, first_problem=0, timeout_s=5):
+    problems = iter(range(first_problem, 10**6))
 
     def scored(problem, request, completions):
         group = Group(problem=problem, prompt_ids=request.prompt_ids, completions=completions)
         return ScoredGroup(group=group, rewards=(1.0,), parts=({},), verdicts=(None,), faults=({},))
 
-    return Stream(
-        begin=engine.begin,
-        request=lambda problem, number: Request(prompt_ids=(7,), seed=number),
-        finish=finish or scored,
+    callbacks = StreamCallbacks(
         draw=lambda: Problem(id=str(next(problems)), question="", answer="", source=""),
-        ahead=ahead,
-        last=last,
-        timeout_s=5,
+        request=lambda problem, number: Request(prompt_ids=(7,), seed=number),
+        begin=engine.begin,
+        finish=finish or scored,
         on_wait=lambda: None,
-        **settings,
+        engine_idle_s=lambda: 0.0,
     )
+    limits = StreamLimits(num_ahead=ahead, num_groups=num_groups, timeout_s=timeout_s)
+    return Stream(callbacks, limits)
 
 
 def ids(groups):
@@ -114,9 +113,7 @@ def test_a_resume_uses_what_was_finished_and_begins_again_what_was_not():
     finished = {row["number"] for row in state["items"] if row["scored"]}
     assert len(state["items"]) == 8
     again = Engine(seed=1)
-    flow = stream(again)
-    numbers = iter(range(12, 100))
-    flow._draw = lambda: Problem(id=str(next(numbers)), question="", answer="", source="")
+    flow = stream(again, first_problem=12)
     flow.load(state, scored_group)
     assert first + ids(flow.take(4)) + ids(flow.take(8)) == list(range(16))
     flow.close()
@@ -126,7 +123,7 @@ def test_a_resume_uses_what_was_finished_and_begins_again_what_was_not():
 
 def test_no_more_is_begun_than_the_run_needs():
     engine = Engine()
-    flow = stream(engine, ahead=8, last=12)
+    flow = stream(engine, ahead=8, num_groups=12)
     assert ids(flow.take(4)) + ids(flow.take(4)) + ids(flow.take(4)) == list(range(12))
     assert len(engine.begun) == 12
     flow.close()
@@ -139,10 +136,10 @@ def test_a_failing_reward_and_a_lost_engine_reach_the_loop():
     flow.close()
     silent = Engine()
     silent.begin = lambda request: Future()
-    flow = stream(silent)
-    flow._timeout_s = 0.3
+    flow = stream(silent, timeout_s=0.3)
     with pytest.raises(
-        EngineError, match=r"4 of the 4 groups to learn from next were not there within 0\.3 s"
+        EngineError,
+        match=r"4 of the next 4 groups were not sampled and scored within engine.timeout_s=0\.3 s",
     ):
         flow.take(4)
     flow.close()

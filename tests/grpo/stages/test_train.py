@@ -155,7 +155,7 @@ def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
     ("overrides", "message"),
     [
         (["model.path=nowhere/at/all"], "model.path=nowhere/at/all: no such directory"),
-        (["rewards={acuracy: 1}"], "rewards.acuracy: no such reward"),
+        (["rewards={acuracy: 1}"], "rewards.acuracy: unknown reward"),
         (["data.name=jsonl", "data.options={}", "data.path=broken.jsonl"], "broken.jsonl: line 2"),
         (["data.options={digitz: 2}"], "data.arithmetic.options: "),
         (
@@ -174,7 +174,7 @@ def test_grpo_learns_what_is_rewarded(tiny, tmp_path):
             "but the model's context is 2048",
         ),
         (["engine.kv_cache_gb=100000"], "the engine needs about"),
-        (["algorithm.loss=gpro"], "algorithm.loss.gpro: no such loss; have cispo"),
+        (["algorithm.loss=gpro"], "algorithm.loss.gpro: unknown loss. Available: cispo"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(

@@ -12,7 +12,7 @@ import torch
 from random_loop import make_loop
 
 from grpo.config.presets import PRESETS
-from grpo.experience.selection import pass_rate, teaches
+from grpo.experience.selection import has_training_signal, pass_rate
 from grpo.learning import models
 from grpo.learning.advantages import advantages, lengths, to_samples
 from grpo.run.display import Timer
@@ -109,12 +109,14 @@ def test_dynamic_sampling_carries_what_is_left_and_uses_every_accepted_group_onc
     collect = loop.rollouts.selection.collect
 
     def watched(sample):
-        fresh, chosen = collect(sample)
-        accepted.extend(scored for scored in fresh if max(scored.rewards) != min(scored.rewards))
-        used.extend(chosen)
+        selected = collect(sample)
+        accepted.extend(
+            scored for scored in selected.sampled if max(scored.rewards) != min(scored.rewards)
+        )
+        used.extend(selected.used)
         carried.append(len(loop.rollouts.selection.carried))
-        assert len(chosen) == 4
-        return fresh, chosen
+        assert len(selected.used) == 4
+        return selected
 
     loop.rollouts.selection.collect = watched
     loop.train()
@@ -161,7 +163,7 @@ def test_all_groups_without_signal_skip_the_update_count_it_and_stop_by_rule(tin
     before = {name: weight.clone() for name, weight in loop.updater.learner.weights()}
     loop.step()
     assert loop.journal.latest["update/made"] == 0 and loop.journal.latest["update/skipped"] == 1
-    with pytest.raises(RunError, match="2 rollouts in a row taught nothing"):
+    with pytest.raises(RunError, match="2 consecutive rollouts without an update"):
         loop.step()
     assert all(torch.equal(before[name], weight) for name, weight in loop.updater.learner.weights())
 
@@ -172,8 +174,8 @@ def test_dynamic_sampling_gives_up_with_an_error_that_says_what_it_saw(tiny, tmp
     )
     with pytest.raises(
         RunError,
-        match=r"12 groups in 3 samplings gave 0 of 4 that "
-        r"are neither .* \(12 have no reward above 0\)",
+        match=r"12 groups in 3 rounds gave only 0 of 4 groups with right and wrong completions "
+        r"\(12 have no reward above 0\)",
     ):
         loop.step()
     # what it saw
@@ -191,10 +193,10 @@ def test_dynamic_sampling_wants_right_and_wrong_completions_not_unequal_lengths(
             group=None, rewards=rewards, parts=(), verdicts=tuple(verdicts), faults=()
         )
 
-    assert teaches(group(both, (1.0, 0.0, None))) and not teaches(group(right, (1.0, 0.5, None)))
-    assert (
-        teaches(group([None] * 2, (1.0, 0.5))) and pass_rate(group(right, (1.0, 0.5, None))) == 1.0
-    )
+    assert has_training_signal(group(both, (1.0, 0.0, None)))
+    assert not has_training_signal(group(right, (1.0, 0.5, None)))
+    assert has_training_signal(group([None] * 2, (1.0, 0.5)))
+    assert pass_rate(group(right, (1.0, 0.5, None))) == 1.0
 
 
 def test_a_pass_rate_in_the_data_counts_only_when_it_is_asked_for(tiny, tmp_path):
@@ -207,14 +209,14 @@ def test_a_pass_rate_in_the_data_counts_only_when_it_is_asked_for(tiny, tmp_path
         ]
 
     make_loop(tmp_path / "a", tiny, take=take).step()
-    with pytest.raises(UserError, match=r"problem p0: meta\.pass_rate is 75; give a share"):
+    with pytest.raises(UserError, match=r"problem p0: meta\.pass_rate is 75, expected a number"):
         make_loop(tmp_path / "b", tiny, take=take, algorithm={"pass_rate": [0.1, 0.9]}).step()
 
 
 def test_without_a_signal_the_kl_does_not_update_alone(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, reward=lambda *_: 1.0, algorithm={"kl_coef": 0.1})
     loop.step()
-    assert loop.journal.latest["update/made"] == 0 and loop.progress.idle == 1
+    assert loop.journal.latest["update/made"] == 0 and loop.progress.num_idle == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -279,11 +281,11 @@ def test_solved_problems_are_not_drawn_again(tiny, tmp_path):
 
     loop.rollouts.sample = watched
     loop.step()
-    loop.rollouts.selection.rates |= {"p0": 1.0, "p2": 1.0, "p1": 0.5, "p3": 0.5}
+    loop.rollouts.selection.pass_rates |= {"p0": 1.0, "p2": 1.0, "p1": 0.5, "p3": 0.5}
     loop.step()
     assert drawn == [["p0", "p1", "p2", "p3"], ["p1", "p3", "p1", "p3"]]
-    loop.rollouts.selection.rates |= {"p1": 1.0, "p3": 1.0}
-    with pytest.raises(RunError, match="refuse the last 10000 problems"):
+    loop.rollouts.selection.pass_rates |= {"p1": 1.0, "p3": 1.0}
+    with pytest.raises(RunError, match="exclude the last 10000 problems"):
         loop.step()
 
 
@@ -326,7 +328,7 @@ def test_top_entropy_gives_an_advantage_to_that_share_of_tokens(tiny, tmp_path):
 def test_top_entropy_has_nothing_to_choose_from_without_a_signal(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, reward=lambda *_: 1.0, algorithm={"top_entropy": 0.25})
     loop.step()
-    assert loop.journal.latest["update/made"] == 0 and loop.progress.idle == 1
+    assert loop.journal.latest["update/made"] == 0 and loop.progress.num_idle == 1
 
 
 def test_the_reference_is_the_policy_after_a_reset_and_before_it_the_start(tiny, tmp_path):
