@@ -122,8 +122,8 @@ def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypat
     with pytest.raises(UserError, match="GRPO_ENGINE_TOKEN is not set"):
         pool_of(tiny(), tmp_path, count=0, urls=["http://127.0.0.1:9"])
     for servers, message in (
-        ({}, "give count"),
-        ({"urls": ["http://x"], "transfer": "memory"}, "reaches this machine only"),
+        ({}, "set count"),
+        ({"urls": ["http://x"], "transfer": "memory"}, "reaches servers on this machine only"),
     ):
         with pytest.raises(UserError, match=message):
             configs.parse(
