@@ -79,8 +79,8 @@ class Model(Section):
     teacher: str | None = Field(
         None,
         description="Hub id or directory of the model to which the KL is measured, and which "
-        "scores the tokens with `algorithm.advantage: teacher` and in `grpo distill`. "
-        "Default: the start model.",
+        "scores tokens with `algorithm.advantage: teacher`. Default: the KL is measured to the "
+        "start model. `grpo distill` requires a teacher.",
     )
     lora: Lora | None = Field(
         None,

@@ -203,11 +203,13 @@ def apply_preset(tree: dict[str, Any]) -> dict[str, Any]:
             modified.
 
     Raises:
-        ValueError: The preset is unknown, or the config sets a clipping key that its loss does not
-            have.
+        ValueError: The preset is unknown, or the config sets a clipping key that has no effect on
+            its loss.
     """
-    section = tree.get("algorithm") or {}
-    name = section.get("preset", "grpo") if isinstance(section, dict) else "grpo"
+    algorithm = tree.get("algorithm") or {}
+    if not isinstance(algorithm, dict):  # the validation of the section reports it
+        algorithm = None
+    name = "grpo" if algorithm is None else algorithm.get("preset", "grpo")
     if name not in PRESETS:
         raise ValueError(
             f"algorithm.preset: unknown preset {name!r}{did_you_mean(str(name), PRESETS)}. "
@@ -218,23 +220,25 @@ def apply_preset(tree: dict[str, Any]) -> dict[str, Any]:
         key, _, subkey = path.partition(".")
         if not subkey:
             filled.setdefault(key, value)
-        elif isinstance(filled.get(key) or {}, dict):
-            filled[key] = {subkey: value, **(filled.get(key) or {})}
-    if isinstance(section, dict):
+            continue
+        section = filled.get(key) or {}
+        if isinstance(section, dict):
+            filled[key] = {subkey: value, **section}
+    if algorithm is not None:
         loss = filled["algorithm"].get("loss", Algorithm.model_fields["loss"].default)
-        _check_clipping_keys(section, PRESETS[name], str(loss))
+        _check_clipping_keys(algorithm, PRESETS[name], str(loss))
     return filled
 
 
-def _check_clipping_keys(section: dict[str, Any], preset: Preset, loss: str) -> None:
-    """Raises ValueError if the section changes a key of BOUNDS that its loss does not have."""
+def _check_clipping_keys(algorithm: dict[str, Any], preset: Preset, loss: str) -> None:
+    """Raises ValueError if section `algorithm` changes a key of BOUNDS that its loss ignores."""
     if loss not in EQUATIONS:  # a user's own loss may read any key
         return
     for key, losses in BOUNDS.items():
         default = _preset_value(preset, key)
-        if loss not in losses and section.get(key, default) != default:
+        if loss not in losses and algorithm.get(key, default) != default:
             raise ValueError(
-                f"algorithm.{key}: loss {loss} does not have this key, only {', '.join(losses)}. "
+                f"algorithm.{key}: has no effect on loss {loss}, only on {', '.join(losses)}. "
                 f"Remove it, or set it to {default}"
             )
 

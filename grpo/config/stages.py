@@ -121,7 +121,7 @@ class Collect(Section):
     """Rejection sampling: which problems are sampled, and which completions become traces."""
 
     problems: int = Field(
-        ge=1, description="Number of problems of the training split. Each is sampled once."
+        ge=1, description="Number of different problems of the training split to sample."
     )
     samples: int = Field(4, ge=1, description="N: number of completions per problem.")
     keep: int = Field(
@@ -194,7 +194,9 @@ class Soft(Section):
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         "forward_kl",
-        description="Divergence between the distributions of teacher and student, at each token.",
+        description="Divergence at each token: `forward_kl` is KL(teacher || student), "
+        "`reverse_kl` is KL(student || teacher), `jsd` is the generalised Jensen-Shannon "
+        "divergence (GKD 2306.13649 Eq. 1).",
     )
     temperature: float = Field(
         1.0,
@@ -330,7 +332,7 @@ class DistillConfig(SampledConfig):
             model=teacher,
             data=tree["data"],
             collect=tree["collect"],
-            **_only(tree, *_COMMON_SECTIONS, *_SAMPLING_SECTIONS),
+            **_only(tree, *_COMMON_KEYS, *_SAMPLING_KEYS),
         )
 
     def _sft_config(self, tree: dict[str, Any]) -> SftConfig:
@@ -339,7 +341,7 @@ class DistillConfig(SampledConfig):
             run_dir=f"{self.run_dir}/sft",
             model={**tree["model"], "teacher": None},
             data={"name": "traces", "path": f"{self.run_dir}/collect"},
-            **_only(tree, "learner", "sft", *_COMMON_SECTIONS),
+            **_only(tree, "learner", "sft", *_COMMON_KEYS),
         )
 
     def _train_config(self, tree: dict[str, Any]) -> Config:
@@ -347,7 +349,7 @@ class DistillConfig(SampledConfig):
         return Config(
             algorithm={"preset": "on_policy_distill"},
             **_only(tree, "run_dir", "model", "data", "learner", "train", "eval"),
-            **_only(tree, *_COMMON_SECTIONS, *_SAMPLING_SECTIONS),
+            **_only(tree, *_COMMON_KEYS, *_SAMPLING_KEYS),
         )
 
     @property
@@ -365,8 +367,8 @@ class DistillConfig(SampledConfig):
 
 
 # Keys that a distillation and each of its stages share, and those of the stages that sample.
-_COMMON_SECTIONS = ("seed", "prompt", "checkpoint", "logging")
-_SAMPLING_SECTIONS = ("sampling", "rewards", "reward_pool", "engine")
+_COMMON_KEYS = ("seed", "prompt", "checkpoint", "logging")
+_SAMPLING_KEYS = ("sampling", "rewards", "reward_pool", "engine")
 
 
 def _only(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -382,8 +384,8 @@ class EvalConfig(Config):
     evaluation_only: ClassVar[bool] = True
     train: Train = Field(
         Train(rollouts=1),
-        description="Not used. The section is allowed, so that a train config can be evaluated "
-        "without changes.",
+        description="Not used by the evaluation. The section is allowed so that a train config can "
+        "be evaluated without changes.",
     )
     endpoint: Teacher | None = Field(
         None,
@@ -598,7 +600,8 @@ def _check_stage(name: str, step: Step, earlier_steps: dict[str, Step]) -> None:
             )
         command = earlier_steps[source].command
         if command not in commands:
+            expected = " or ".join(f"`grpo {each}`" for each in commands)
             raise ValueError(
                 f"stages.{name}.{key}={source}: that stage is a `grpo {command}`, expected "
-                f"{' or '.join(commands)}"
+                f"{expected}"
             )

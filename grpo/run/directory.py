@@ -6,8 +6,8 @@
         checkpoints/step-000020/
         final/
 
-A file or directory is written under another name, flushed to disk and then renamed, so whatever has
-its final name is complete.
+A file or directory is written under another name, flushed to disk and then renamed. One that has
+its final name is therefore complete.
 
 A checkpoint is written between rollouts. Seeds and the engine's weights are functions of the number
 of rollouts and need no files; the position in the data, carried groups and pass rates are in
@@ -286,7 +286,7 @@ class RunDirectory:
 
     @_on_rank0
     def clear(self) -> None:
-        """Removes the traces of a run without results, so that it can be started again."""
+        """Removes manifest and model of a run without results, so that it can be started again."""
         self.manifest.unlink(missing_ok=True)
         for name in ("model", "warm_start"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -438,7 +438,10 @@ class RunDirectory:
 
     @_on_rank0
     def keep(self, checkpoint: Path, name: str) -> None:
-        """Keeps a checkpoint as `kept/NAME`, where `prune` does not remove it. Links the files."""
+        """Keeps a checkpoint as `kept/NAME`, where `prune` does not remove it.
+
+        Its files are hard links, which need no additional space.
+        """
         with replace_directory(self.path / "kept" / name) as scratch:
             shutil.copytree(checkpoint, scratch, copy_function=os.link, dirs_exist_ok=True)
 

@@ -89,14 +89,14 @@ def test_the_resolved_config_is_the_same_config():
         ({"kl_unbiased": True, "kl_estimator": "k2"}, "does not have the gradient of the KL"),
         (
             {"preset": "cispo", "dual_clip": 4.0},
-            "dual_clip: loss cispo does not have this key, only grpo. Remove it, or set it to None",
+            "dual_clip: has no effect on loss cispo, only on grpo. Remove it, or set it to None",
         ),
         ({"loss": ["grpo"]}, "algorithm.loss: input should be a valid string"),
         (
             {"preset": "sapo", "clip_high": 0.3},
-            "clip_high: loss sapo does not have this key, only grpo, gspo, gmpo",
+            "clip_high: has no effect on loss sapo, only on grpo, gspo, gmpo",
         ),
-        ({"ratio_max": 2.0}, "ratio_max: loss grpo does not have this key, only cispo"),
+        ({"ratio_max": 2.0}, "ratio_max: has no effect on loss grpo, only on cispo"),
         ({"mismatch_max": 2.0}, "have no effect with mismatch=none"),
         (
             {"preset": "on_policy_distill"},
