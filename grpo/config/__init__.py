@@ -1,8 +1,14 @@
-"""The configuration: one YAML file per run, typed and checked before anything heavy is imported.
+"""The configuration: one YAML file per run, validated before any large library is imported.
 
-What a key means is said where it is declared: model.py (`model`), algorithm.py (`algorithm`),
-sections.py (all others that several commands share), stages.py (those of one command). presets.py
-has the published recipes, reading.py reads YAML and overrides. Must not depend on torch.
+Each key is described where it is declared:
+
+    model.py      section `model`
+    algorithm.py  section `algorithm`; presets.py has the published recipes
+    sections.py   the other sections that several commands share
+    train.py      the config of `grpo train` and the bases of all configs
+    stages.py     the configs of the other commands, and their own sections
+
+reading.py reads YAML files and overrides. The package must not depend on torch.
 """
 
 from grpo.config.model import Lora, Model, Qat, Rope

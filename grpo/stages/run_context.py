@@ -21,7 +21,7 @@ from grpo.run import fingerprints, ranks
 from grpo.run.directory import RunDirectory, write_file
 from grpo.run.display import Display
 from grpo.run.signals import Signals
-from grpo.run.trackers import Trackers
+from grpo.run.trackers import TrackedRun, Trackers
 from grpo.stages.resume import check_same, shared_values
 from grpo.types import UserError
 
@@ -137,7 +137,13 @@ def _open_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
 def _open_trackers(config: RunConfig, run: RunDirectory, run_id: str) -> Trackers:
     """Opens the configured trackers on rank 0 and none on the other ranks."""
     names = config.logging.trackers if ranks.rank() == 0 else []
-    return Trackers(names, config.logging.project, run.path, run_id, config.model_dump(mode="json"))
+    tracked_run = TrackedRun(
+        project=config.logging.project,
+        run_dir=run.path,
+        run_id=run_id,
+        config=config.model_dump(mode="json"),
+    )
+    return Trackers(names, tracked_run)
 
 
 def _record_start(run: RunDirectory, config: RunConfig, name: str, run_id: str) -> None:

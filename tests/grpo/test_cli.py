@@ -71,7 +71,7 @@ def test_a_word_that_is_no_override_is_named(tiny, tmp_path, capsys):
     config = write_config(tmp_path / "c.yaml", sft_config(tmp_path / "run", tiny()))
     for words in (["oops", "--dry-run"], ["--dry-run", "oops"]):
         assert cli.main(["sft", config, *words]) == 2
-        assert "oops: an override is key=value" in capsys.readouterr().err
+        assert "oops: an override must have the form key=value" in capsys.readouterr().err
 
 
 def start(*arguments: str, stdout: int, unbuffered: str = "") -> subprocess.Popen:

@@ -269,7 +269,7 @@ def test_an_alarm_keeps_a_checkpoint_or_stops_with_one(tiny, tmp_path, action):
 
 
 def test_an_alarm_of_no_rule_is_refused():
-    with pytest.raises(UserError, match=r"logging.alarms.*no such rule; have too_hard"):
+    with pytest.raises(UserError, match=r"logging.alarms.*unknown rule. Available: too_hard"):
         configs.parse(
             {
                 "run_dir": "x",

@@ -115,7 +115,7 @@ def test_metrics_and_samples_past_a_checkpoint_are_cut_off(tmp_path):
 
 def test_a_run_directory_is_taken_once(tmp_path):
     run_directory(tmp_path)
-    with pytest.raises(UserError, match="there is a run in it: go on with --resume"):
+    with pytest.raises(UserError, match="already holds a run: continue it with --resume"):
         run_directory(tmp_path)
     with pytest.raises(UserError, match="there is no run to resume"):
         RunDirectory(str(tmp_path / "other"), resume=True)

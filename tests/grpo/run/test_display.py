@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from grpo.run.display import Timer
-from grpo.run.trackers import Trackers
+from grpo.run.trackers import TrackedRun, Trackers
 
 ROW = {
     "step": 3,
@@ -70,12 +70,16 @@ def test_elsewhere_one_line_a_rollout():
     ]
 
 
+def tracked_run(run_dir):
+    return TrackedRun(project="grpo", run_dir=run_dir, run_id="id", config={})
+
+
 def test_tensorboard_gets_every_number_at_its_step(tmp_path):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",
         reason="tensorboard is not installed",
     )
-    with Trackers(["tensorboard"], "grpo", tmp_path, "id", {}) as trackers:
+    with Trackers(["tensorboard"], tracked_run(tmp_path)) as trackers:
         trackers.log(ROW)
         trackers.log(ROW | {"step": 4, "reward/mean": 0.75})
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
@@ -91,7 +95,7 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path):
 def test_a_tracker_that_is_not_installed_is_a_users_error(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=f"pip install {name}"):
-        Trackers([name], "grpo", tmp_path, "id", {})
+        Trackers([name], tracked_run(tmp_path))
 
 
 def test_phases_and_the_rest_add_up_to_the_whole():

@@ -210,7 +210,7 @@ def test_ranks_that_meet_in_different_exchanges_do_not_get_each_others_values(tm
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert (
-            f"rank {rank}: the ranks met in different exchanges: rank 0: 'the groups', exchange "
+            f"rank {rank}: the ranks are in different exchanges: rank 0: 'the groups', exchange "
             "1; rank 1: 'the end', exchange 1" in done.stdout
         )
         assert (

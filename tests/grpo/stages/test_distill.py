@@ -218,13 +218,13 @@ def test_a_layer_that_is_not_there_is_told(tiny, tmp_path):
     [
         (
             {"way": "soft", "soft": {"updates": 1, "teacher_topk": 8, "temperature": 2.0}},
-            "teacher_topk: what is on disk is for temperature=1",
+            "teacher_topk needs temperature=1 and hidden_weight=0",
         ),
         ({"way": "soft"}, "way=soft needs the section soft"),
         ({"way": "sequence", "collect": {"problems": 1}}, "way=sequence needs the section sft"),
         (
             {"way": "soft", "soft": {"updates": 1}, "model": {"path": "tiny-qwen2"}},
-            "model.teacher: none given",
+            "model.teacher: missing",
         ),
         (
             {

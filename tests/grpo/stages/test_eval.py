@@ -41,9 +41,9 @@ def test_protocols_set_what_they_name_and_nothing_of_a_training_is_asked_for(tin
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.warm_start=x.yaml", "judges model.path as it is"),
-        ("endpoint={url: u, model: m}", "it is asked by chat messages"),
-        ("sets={1a: {name: arithmetic}}", "a set's name begins with a letter"),
+        ("model.warm_start=x.yaml", "evaluates model.path without training it"),
+        ("endpoint={url: u, model: m}", "receives prompts as chat messages"),
+        ("sets={1a: {name: arithmetic}}", "sets.1a: invalid name. A name starts with a letter"),
         ("eval.protocol=r2", "eval.protocol"),
     ],
 )

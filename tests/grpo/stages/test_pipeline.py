@@ -75,18 +75,18 @@ def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_pat
     [
         (
             {"a-b": {"command": "sft", "config": "configs/tiny_sft.yaml"}},
-            "stages.a-b: a stage's name is a folder's",
+            "stages.a-b: invalid name. The name becomes a folder",
         ),
         (
             {
                 "a": {"command": "train", "config": "configs/tiny.yaml"},
                 "b": {"command": "sft", "config": "configs/tiny_sft.yaml", "teacher": "a"},
             },
-            "stages.b.teacher: `grpo sft` has none",
+            "stages.b.teacher: `grpo sft` has no teacher",
         ),
         (
             {"a": {"command": "train", "config": "configs/tiny.yaml", "model": "b"}},
-            r"stages.a.model=b: no stage of that name before it; have none",
+            r"stages.a.model=b: not an earlier stage. Available: none",
         ),
         (
             {
@@ -101,7 +101,7 @@ def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_pat
         ),
         (
             {"a": {"command": "sft", "config": "configs/none.yaml"}},
-            "configs/none.yaml: no such config file",
+            "configs/none.yaml: config file not found",
         ),
     ],
 )

@@ -76,7 +76,7 @@ def test_what_cannot_be_quantised_is_told_before_a_weight_is_loaded(tiny, tmp_pa
         "data": {"name": "arithmetic"},
         "model": {"path": "tiny-qwen2", "lora": {}},
     }
-    with pytest.raises(UserError, match="takes a finished model"):
+    with pytest.raises(UserError, match="needs a finished model"):
         configs.parse(tree, kind=QuantizeConfig)
 
 
@@ -148,7 +148,7 @@ def test_a_model_that_learned_with_rounding_at_last_is_better_rounded(tiny, tmp_
 
 def test_rounding_while_learning_is_for_what_nothing_samples_from(tiny, tmp_path):
     qat = {"path": str(tiny()), "dtype": "float32", "qat": {"scheme": "int4"}}
-    with pytest.raises(UserError, match=r"model\.qat is for grpo sft, and for grpo distill"):
+    with pytest.raises(UserError, match=r"model\.qat is for `grpo sft`, and for `grpo distill`"):
         tiny_config(tmp_path, tiny(), model=qat)
     with pytest.raises(UserError, match=r"model\.qat\.group_size=24 does not divide the 64 inputs"):
         learn_rounded(models.load_model(tiny(), "eager"), "int4", 24)

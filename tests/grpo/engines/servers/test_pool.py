@@ -136,8 +136,8 @@ def test_unusable_server_settings_are_user_errors(tiny, tmp_path, monkeypatch):
         pool_of(tiny(), tmp_path, count=0, urls=["http://127.0.0.1:9"])
     tree = tiny_config(tmp_path, tiny()).model_dump(mode="json", exclude={"engine"})
     for servers, message in (
-        ({}, "give count"),
-        ({"urls": ["http://x"], "transfer": "memory"}, "reaches this machine only"),
+        ({}, "set count"),
+        ({"urls": ["http://x"], "transfer": "memory"}, "reaches servers on this machine only"),
     ):
         with pytest.raises(UserError, match=message):
             configs.parse({**tree, "engine": {"servers": servers}})
