@@ -69,19 +69,15 @@ def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool)
     if resume:
         context.continue_after(done if checkpoint else None, "update")
     with quiet(run.log_file("learner")):
-        from grpo.learning.supervised import SupervisedTrainer
+        from grpo.learning.supervised import SupervisedInputs, SupervisedTrainer
 
         callbacks = Callbacks(config, context)
-        trainer = SupervisedTrainer(
-            config,
-            model_dir,
-            tokenizer,
-            rows(drawn, prompts, config.sft.max_tokens),
-            on_update=callbacks.on_update,
-            save=callbacks.save,
-            stop=callbacks.stop,
-            scratch=run.checkpoints,
+        inputs = SupervisedInputs(
+            model_dir=model_dir,
+            tokenizer=tokenizer,
+            rows=rows(drawn, prompts, config.sft.max_tokens),
         )
+        trainer = SupervisedTrainer(config, inputs, callbacks, output_dir=run.checkpoints)
         display.begin(done)
         trainer.train(
             resume_from_checkpoint=str(checkpoint / f"checkpoint-{done}") if checkpoint else None
