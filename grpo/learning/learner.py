@@ -100,7 +100,7 @@ class Learner:
             loss: The loss that `config.algorithm.loss` names.
             reference: The reference model of the KL, or the teacher if `soft` is set. It is frozen
                 and converted to the dtype of the forward pass.
-            soft: The divergence from the teacher.
+            soft: The config section `soft`: how the divergence from the teacher is computed.
         """
         deepspeed = init_deepspeed()
         settings = config.learner
@@ -123,6 +123,7 @@ class Learner:
             _freeze(reference, getattr(torch, config.model.dtype), self.device)
             self._reference = _reference_policy(reference, config, soft)
         policy = _trained_policy(model, config, soft, self._reference)
+        # DeepSpeed's engine. It has nothing to do with the vLLM engine that samples.
         self._engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=parameter_groups(policy, settings),
@@ -252,7 +253,7 @@ class Learner:
         return _StepResult(grad_norm, is_applied)
 
     def _step_without_zero(self) -> _StepResult:
-        """Does what `_step` does. Without ZeRO, DeepSpeed reports no norm and skips no update."""
+        """Implements `_step` without ZeRO: DeepSpeed then reports no norm and skips no update."""
         gradients = [
             parameter.grad for parameter in self._policy.parameters() if parameter.grad is not None
         ]
@@ -270,7 +271,7 @@ class Learner:
         return _StepResult(grad_norm, is_applied)
 
     def _stop_after_skipped_updates(self, loss: float, step: _StepResult) -> None:
-        """Raises RunError after MAX_SKIPPED_UPDATES consecutive updates that were skipped."""
+        """Raises RunError after MAX_SKIPPED_UPDATES consecutive updates without a finite result."""
         if step.is_applied and math.isfinite(loss):
             self._num_consecutive_skips = 0
             return
@@ -317,11 +318,8 @@ class Learner:
 
     def _local_weight(self, parameter: Any) -> Tensor:
         """Returns the part of a parameter that this rank stores: all of it without ZeRO-3."""
-        weight: Tensor
-        if self._settings.zero_stage == 3:
-            weight = parameter.ds_tensor
-        else:
-            weight = parameter.data
+        is_split = self._settings.zero_stage == 3
+        weight: Tensor = parameter.ds_tensor if is_split else parameter.data
         return weight
 
     def _weight_seed(self, seed: int, index: int) -> int:
@@ -413,8 +411,10 @@ def _freeze(reference: nn.Module, dtype: torch.dtype, device: torch.device) -> N
 
 
 def _head_options(config: configs.Config | DistillConfig, soft: Soft | None) -> HeadOptions:
+    # Soft targets have no sampler whose temperature the log-probabilities have to match.
+    temperature = config.sampling.temperature if soft is None else 1.0
     return HeadOptions(
-        temperature=config.sampling.temperature if soft is None else 1.0,
+        temperature=temperature,
         chunk_tokens=config.learner.logits_chunk_tokens,
         float32=config.model.float32_head,
     )
@@ -451,9 +451,9 @@ def _trained_policy(
 
 
 def _with_distillation(result: Objective, output: PolicyOutput, soft: Soft) -> Objective:
-    """Returns the objective plus the divergence from the teacher and the hidden states' error.
+    """Returns the objective plus the divergence from the teacher and the error of hidden states.
 
-    Source: Hinton 1503.02531: the divergence is multiplied by the squared temperature.
+    Source: Hinton 1503.02531 (the factor T^2 of the divergence).
     """
     per_token = result.per_token
     metrics = dict(result.metrics)

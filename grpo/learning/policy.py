@@ -71,7 +71,7 @@ class SoftTargets:
 
     Attributes:
         settings: The config section `soft`.
-        teacher: The teacher model. None if the batches hold its most likely tokens
+        teacher: The teacher. None if the batches hold its most likely tokens
             (`Batch.teacher_top`).
     """
 
@@ -97,7 +97,11 @@ class _ModelRun:
     attention_mask: Tensor | None = None  # of a padded batch, [B, T]
 
     def predictor_states(self, hidden: Tensor) -> Tensor:
-        """Returns the hidden states [N, H] at `mask`, from those of the stream or padded batch."""
+        """Returns the hidden states [N, H] at `mask`.
+
+        Args:
+            hidden: The hidden states of the packed stream [1, tokens, H] or of the batch [B, T, H].
+        """
         if self.layout is None:
             return hidden[self.mask]
         return hidden[0].index_select(0, self.layout.predictors)
@@ -123,7 +127,7 @@ class _HeadOutput:
 
 
 class Policy(nn.Module):
-    """A causal language model that returns log-probabilities and entropies of given tokens.
+    """A transformers model that returns log-probabilities and entropies of given tokens.
 
     The output head runs only at the positions of `Batch.token_mask`, one chunk of positions at a
     time. The backward pass recomputes the logits. Their memory is [chunk, V], independent of the
@@ -159,21 +163,23 @@ class Policy(nn.Module):
         self._soft_targets = soft_targets  # not a submodule: the teacher is not trained
         self._ulysses = ulysses
         self._layer_pairs: list[LayerPair] = []
-        if soft_targets is None or soft_targets.teacher is None:
-            return
-        if soft_targets.settings.hidden_weight:
-            student_config = model.config
-            teacher_config = soft_targets.teacher.model.config
-            self._layer_pairs = _layer_pairs(
-                student_config.num_hidden_layers,
-                teacher_config.num_hidden_layers,
-                soft_targets.settings.hidden_layers,
-            )
-            self.projections.update(
-                _projections(
-                    self._layer_pairs, student_config.hidden_size, teacher_config.hidden_size
-                )
-            )
+        if (
+            soft_targets is not None
+            and soft_targets.teacher is not None
+            and soft_targets.settings.hidden_weight
+        ):
+            self._add_projections(soft_targets.teacher, soft_targets.settings.hidden_layers)
+
+    def _add_projections(self, teacher: Policy, hidden_layers: dict[int, int]) -> None:
+        """Adds the trained maps from the student's hidden states to the teacher's."""
+        student_config = self.model.config
+        teacher_config = teacher.model.config
+        self._layer_pairs = _layer_pairs(
+            student_config.num_hidden_layers, teacher_config.num_hidden_layers, hidden_layers
+        )
+        self.projections.update(
+            _projections(self._layer_pairs, student_config.hidden_size, teacher_config.hidden_size)
+        )
 
     def forward(self, batch: Batch) -> PolicyOutput:
         """Returns the values of the batch's completion tokens. Position t predicts `labels[:, t]`.
@@ -210,8 +216,8 @@ class Policy(nn.Module):
         grid = _scatter(chunks, mask)
         if self._ulysses is None:
             return grid
-        ranks_grid: Tensor = self._ulysses.whole(grid)
-        return ranks_grid
+        complete_grid: Tensor = self._ulysses.whole(grid)
+        return complete_grid
 
     @torch.no_grad()
     def _teacher_states(self, batch: Batch) -> _States | None:
@@ -431,10 +437,10 @@ class _LogProbs(torch.autograd.Function):
 
     The gradient has the logits' dtype.
 
-    Plain autograd makes ten passes over the vocabulary, which take longer than the matrix product
-    of the output head. On a CPU, this function makes fewer passes, on blocks of rows that fit into
-    the cache, and is four times as fast. On a GPU, it calls the kernels in
-    grpo/learning/logprob_kernels.py.
+    Plain autograd makes ten passes over the vocabulary. This function makes fewer. On a CPU, it
+    makes them on blocks of rows that fit into the cache. That is four times as fast as passes over
+    all rows, which take longer than the matrix product of the output head. On a GPU, it calls the
+    kernels in grpo/learning/logprob_kernels.py.
     """
 
     @staticmethod
@@ -526,7 +532,7 @@ def _row_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Ten
     num_rows, vocabulary = logits.shape
     block_rows = 2**20
     if logits.device.type == "cpu":
-        block_rows = 2**20 // vocabulary  # a buffer of 4 MB
+        block_rows = 2**20 // vocabulary  # 4 MB, which fit into the cache
     block_rows = max(1, min(num_rows, block_rows))
     buffer = torch.empty(block_rows, vocabulary, device=logits.device)
     for start in range(0, num_rows, block_rows):

@@ -122,7 +122,7 @@ class SupervisedTrainer(SFTTrainer):
         """
         model: Any = self.model
         adapted_layers = lora.of(model)
-        # A state dict has tied weights twice. `named_parameters` has them once.
+        # The state dict contains tied weights twice, `named_parameters` once.
         names = {name for name, _ in model.named_parameters()}
         names.update(name for name, _ in model.named_buffers())
         state = self.accelerator.get_state_dict(self.deepspeed) or {}
@@ -155,8 +155,10 @@ class SupervisedTrainer(SFTTrainer):
         """Runs TRL's training step on a micro-batch and returns its loss."""
         if self._norm_limit is None:
             # DeepSpeed creates its optimizer after the constructor has returned.
-            engine: Any = self.deepspeed
-            self._norm_limit = NormLimit(engine.optimizer, self._config.learner.skip_grad_norm)
+            deepspeed_engine: Any = self.deepspeed
+            self._norm_limit = NormLimit(
+                deepspeed_engine.optimizer, self._config.learner.skip_grad_norm
+            )
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         return loss
 
@@ -194,22 +196,24 @@ class SupervisedTrainer(SFTTrainer):
             if trl_name in logs:
                 row[name] = float(logs[trl_name])
         assert self._norm_limit is not None
-        engine: Any = self.deepspeed
-        is_applied = bool(engine.was_step_applied()) and math.isfinite(row["loss"])
-        self._stop_after_skipped_updates(update, row["loss"], is_applied)
+        grad_norm = self._norm_limit.norm
+        deepspeed_engine: Any = self.deepspeed
+        is_applied = bool(deepspeed_engine.was_step_applied()) and math.isfinite(row["loss"])
+        self._stop_after_skipped_updates(update, row["loss"], grad_norm, is_applied=is_applied)
         row["update/not_finite"] = float(not is_applied)
         if not is_applied:
-            row["policy/grad_norm"] = self._norm_limit.norm
+            row["policy/grad_norm"] = grad_norm
         # TRL's own count of tokens starts at 0 again after a resume.
         batch_size = self._config.sft.batch_size
-        row["update/tokens"] = sum(
-            self._row_tokens[(update - 1) * batch_size : update * batch_size]
-        )
+        first_row = (update - 1) * batch_size
+        row["update/tokens"] = sum(self._row_tokens[first_row : first_row + batch_size])
         row["policy/lr"] = learning_rate(self._config.learner, update - 1, self._config.sft.updates)
         row["time/total_s"] = time.monotonic() - self._update_started_at
         return row
 
-    def _stop_after_skipped_updates(self, update: int, loss: float, is_applied: bool) -> None:
+    def _stop_after_skipped_updates(
+        self, update: int, loss: float, grad_norm: float, *, is_applied: bool
+    ) -> None:
         """Raises RunError after too many consecutive updates that were skipped."""
         if is_applied:
             self._num_consecutive_skips = 0
@@ -218,10 +222,7 @@ class SupervisedTrainer(SFTTrainer):
         # Without ZeRO, DeepSpeed applies an update that is not finite, and the weights are lost.
         max_skips = MAX_SKIPPED_UPDATES if self._config.learner.zero_stage else 1
         if self._num_consecutive_skips == max_skips:
-            assert self._norm_limit is not None
-            raise skipped_updates_error(
-                update, loss, self._norm_limit.norm, self._config.learner, max_skips
-            )
+            raise skipped_updates_error(update, loss, grad_norm, self._config.learner, max_skips)
 
     def _is_checkpoint_due(self, update: int) -> bool:
         if update == self._config.sft.updates:
