@@ -122,16 +122,15 @@ def resolve(
 
     Raises:
         UserError: The path names no model, or the hub rejects the request.
-        Unreachable: The hub cannot be reached and has no cached copy.
+        Unreachable: The hub cannot be reached, and there is no cached copy.
     """
     if path in TINY:
         if not (tiny_dir / "config.json").exists():
             make_tiny(path, tiny_dir, seed)
         return tiny_dir
-    directory = Path(path)
-    if directory.is_dir():
-        _check_model_directory(directory)
-        return directory
+    if Path(path).is_dir():
+        _check_model_directory(path)
+        return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
             f"model.path={path}: no such directory. Expected a local directory, a hub id "
@@ -140,14 +139,13 @@ def resolve(
     return _from_hub(path, revision, weights)
 
 
-def _check_model_directory(directory: Path) -> None:
-    if (directory / "config.json").is_file():
+def _check_model_directory(path: str) -> None:
+    if (Path(path) / "config.json").is_file():
         return
     message = (
-        f"model.path={directory}: the directory has no config.json, so it is not a Hugging Face "
-        "model"
+        f"model.path={path}: the directory has no config.json, so it is not a Hugging Face model"
     )
-    final = directory / "final"
+    final = Path(path) / "final"
     if (final / "config.json").is_file():
         message += f". It is the directory of a run: use {final}"
     raise UserError(message)
