@@ -183,7 +183,7 @@ def _load_learner(
     attention = config.model.attention
     teacher = models.load_model(teacher_dir, attention) if teacher_dir is not None else None
     student = lora.load_policy(config, model_dir, attention)
-    return Learner(student, config, loss, teacher, config.soft)
+    return Learner(student, config, loss, teacher, soft=config.soft)
 
 
 @dataclass(kw_only=True)

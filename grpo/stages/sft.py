@@ -75,19 +75,15 @@ def _run(
     if resume:
         resume_point = _find_resume_point(context)
     with quiet(run.log_file("learner")):
-        from grpo.learning.supervised import SupervisedTrainer
+        from grpo.learning.supervised import SupervisedInputs, SupervisedTrainer
 
         callbacks = TrainerCallbacks(config, context)
-        trainer = SupervisedTrainer(
-            config,
-            start.model_dir,
-            start.tokenizer,
-            training_rows(training_problems, start.prompts, config.sft.max_tokens),
-            on_update=callbacks.on_update,
-            save=callbacks.save,
-            stop=callbacks.stop,
-            scratch=run.checkpoints,
+        inputs = SupervisedInputs(
+            model_dir=start.model_dir,
+            tokenizer=start.tokenizer,
+            rows=training_rows(training_problems, start.prompts, config.sft.max_tokens),
         )
+        trainer = SupervisedTrainer(config, inputs, callbacks, output_dir=run.checkpoints)
         display.begin(resume_point.num_updates)
         trainer.train(resume_from_checkpoint=resume_point.trainer_checkpoint)
         if callbacks.signal is not None:

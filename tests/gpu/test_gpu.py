@@ -13,7 +13,7 @@ from whole_runs import rows, run, write_config
 from grpo.learning import models, policy
 from grpo.learning.batch import micro_batches, to_device
 from grpo.learning.learner import Learner
-from grpo.learning.policy import Policy
+from grpo.learning.policy import HeadOptions, Policy
 from grpo.losses.grpo import loss
 from grpo.training.weight_sync import MAX_GAP_ROUNDED, sync
 from grpo.types import Sample
@@ -60,7 +60,8 @@ def test_logprobs_of_8k_tokens_are_the_same_by_every_attention(tiny, attention):
     for way, dtype in (("eager", torch.float32), (attention, torch.bfloat16)):
         (batch,) = micro_batches(long, [1.0] * 2, max_tokens=20_000, packed=way == "packed")
         policy = Policy(
-            models.load_model(tiny(), way).to(DEVICE, dtype), temperature=1.0, chunk=512
+            models.load_model(tiny(), way).to(DEVICE, dtype),
+            HeadOptions(temperature=1.0, chunk_tokens=512),
         )
         with torch.no_grad():
             logprobs = policy(to_device(batch, DEVICE)).logprobs

@@ -12,8 +12,7 @@ import torch
 from tiny_models import tiny_config
 from training_samples import COMBINATIONS, samples
 
-from grpo.learning import learner as learner_module
-from grpo.learning import models
+from grpo.learning import learner_weights, models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
@@ -22,7 +21,7 @@ from grpo.run import ranks
 from grpo.types import Sample
 
 UPDATES = 4
-learner_module.BUCKET = 2**14  # bytes: ZeRO-3 makes the model whole in many parts
+learner_weights.BUCKET_BYTES = 2**14  # ZeRO-3 gathers the model in many buckets
 
 
 def batches(seed):

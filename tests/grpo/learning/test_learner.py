@@ -18,7 +18,7 @@ from grpo.learning import models
 from grpo.learning.batch import token_weights
 from grpo.learning.deepspeed_setup import learning_rate
 from grpo.learning.learner import Learner
-from grpo.learning.policy import Policy
+from grpo.learning.policy import HeadOptions, Policy
 from grpo.losses.grpo import loss
 from grpo.types import RunError, Sample
 
@@ -35,7 +35,7 @@ def test_logprobs_and_entropy_equal_transformers_at_a_temperature(tiny, kind):
     rows = samples()
     (batch,) = batches(rows, 10_000)
     with torch.no_grad():
-        policy = Policy(model, temperature=0.7, chunk=16)
+        policy = Policy(model, HeadOptions(temperature=0.7, chunk_tokens=16))
         logprobs, entropies, *_ = policy(batch)
         for place, i in enumerate(batch.index):
             assert torch.allclose(
@@ -57,9 +57,8 @@ def test_logprobs_and_entropies_have_the_gradients_of_plain_autograd(tiny, float
     model = models.load_model(tiny(), "eager")
     rows = samples()
     (batch,) = batches(rows, 10_000)
-    logprobs, entropies, *_ = Policy(
-        model, temperature=0.7, chunk=7, float32_head=float32_head, entropy_gradient=True
-    )(batch)
+    head = HeadOptions(temperature=0.7, chunk_tokens=7, float32=float32_head, entropy_gradient=True)
+    logprobs, entropies, *_ = Policy(model, head)(batch)
     weights = torch.rand(2, *logprobs.shape, generator=torch.Generator().manual_seed(0))
     (weights[0] * logprobs - 3 * weights[1] * entropies).sum().backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -289,11 +288,14 @@ def test_metrics_are_means_over_completion_tokens_whatever_the_split(tiny, tmp_p
 
 
 def test_no_operator_is_compiled(tmp_path):
-    """DeepSpeed's lock on that outlives a killed process.
+    """DeepSpeed compiles operators under a file lock that a killed process does not release.
 
-    Whoever starts later would wait for ever.
+    All later processes would wait for it forever.
     """
-    program = "from grpo.learning.deepspeed_setup import join; join(); print('joined')"
+    program = (
+        "from grpo.learning.deepspeed_setup import init_deepspeed; "
+        "init_deepspeed(); print('joined')"
+    )
     environment = {
         name: value
         for name, value in os.environ.items()

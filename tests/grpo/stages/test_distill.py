@@ -114,7 +114,7 @@ def test_a_soft_update_has_the_gradient_of_plain_torch_whatever_the_split(tiny, 
             config,
             loss,
             models.load_model(teacher_dir, attention),
-            soft,
+            soft=soft,
         )
         batches = micro_batches(
             made, token_weights(made, "token", 20), max_tokens=budget, packed=attention == "packed"
@@ -131,7 +131,7 @@ def test_different_vocabularies_are_refused_with_the_way_out(tiny, tmp_path):
     models.check_same_vocabulary(tokenizer, tokenizer)
     with pytest.raises(
         UserError,
-        match=r"different vocabularies \(263 and 264 tokens.*distil by text: `grpo collect`",
+        match=r"different vocabularies \(263 and 264 tokens.*Distill from texts.*`grpo collect`",
     ):
         models.check_same_vocabulary(tokenizer, other)
 
@@ -153,7 +153,7 @@ def test_hidden_states_are_matched_as_in_plain_torch_whatever_the_split(tiny, tm
                 config(),
                 loss,
                 models.load_model(teacher_dir, attention),
-                soft,
+                soft=soft,
             ),
             budget,
             attention,
@@ -203,13 +203,13 @@ def test_hidden_states_are_matched_as_in_plain_torch_whatever_the_split(tiny, tm
 
 def test_a_layer_that_is_not_there_is_told(tiny, tmp_path):
     soft = Soft(hidden_weight=1.0, hidden_layers={9: 1}, updates=1)
-    with pytest.raises(UserError, match="9: 1; the student has layers 1 to 2"):
+    with pytest.raises(UserError, match=r"\{9: 1\} names a layer .* student has layers 1 to 2"):
         Learner(
             models.load_model(tiny(), "eager"),
             tiny_config(tmp_path, tiny()),
             loss,
             models.load_model(tiny(), "eager"),
-            soft,
+            soft=soft,
         )
 
 

@@ -203,7 +203,7 @@ def test_a_warm_start_begins_from_the_model_that_the_run_is_given():
 def test_a_run_is_no_model_and_the_error_names_the_model_in_it(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"but a run: give {tmp_path}/final"):
+    with pytest.raises(UserError, match=f"directory of a run: use {tmp_path}/final"):
         models.resolve(str(tmp_path), None, tmp_path / "model", 0)
 
 
