@@ -95,7 +95,9 @@ def test_ranks_and_heads_that_cannot_share_a_stream_are_named(tiny, monkeypatch)
     with pytest.raises(UserError, match="sequence_parallel=2 does not divide the 1 ranks"):
         Ulysses(model, 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="cannot share out Qwen2ForCausalLM's 2 heads with 1"):
+    with pytest.raises(
+        UserError, match="cannot split the 2 query heads and 1 key-value heads of Qwen2"
+    ):
         Ulysses(model, 3)
 
 
