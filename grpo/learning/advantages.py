@@ -138,7 +138,7 @@ def _scale(rewards: Sequence[float], kind: str, batch_std: float) -> float:
 def _batch_advantages(
     rewards_PG: Sequence[Sequence[float | None]], penalties_PGL: Penalties
 ) -> list[list[tuple[float, ...]]]:
-    """Returns the tokens' returns, normalized over all tokens of the batch, [P, G, L]."""
+    """Returns the tokens' returns, normalised over all tokens of the batch, [P, G, L]."""
     returns_PGL = []
     all_returns: list[float] = []
     for rewards_G, penalties_GL in zip(rewards_PG, penalties_PGL, strict=True):
