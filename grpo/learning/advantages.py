@@ -4,15 +4,16 @@ Pure functions of Python floats; nothing here uses torch. `advantages` computes 
 `algorithm.advantage` can name, and cites the equation of each.
 
 Axes in names: P problems, G completions of a problem, L tokens of a completion (ragged).
-`rewards_PG[p][g]` is the reward of completion g of problem p. The G completions of a problem are
-its group.
+`rewards_PG[p][g]` is the reward of completion g of problem p. The completions of a problem are its
+group.
 
 Conventions, which the papers do not always state:
-- std is the population standard deviation: the sum of squares is divided by n, not n - 1.
-- A reward of `None` means that the completion has no reward. It enters no mean and no std, and the
-  completion gets advantage 0.
-- A group whose rewards are all equal, or that has a single reward, gets advantage 0. The test is
-  max == min. Rounding errors of the mean therefore cannot be scaled up by a std close to 0.
+- std is the population standard deviation: the sum of squares is divided by n, not by n - 1.
+- `None` in place of a reward means that the completion has no reward. It is excluded from every
+  mean and std, and its advantage is 0.
+- A group whose rewards are all equal, or that has a single reward, gets advantage 0. (For the kind
+  `batch`, this holds for all tokens of the batch instead of a group.) The test is max == min, so
+  that a std of 0 with a rounding error does not scale up the rounding error of the mean.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def advantages(
 ) -> list[list[tuple[float, ...]]]:
     """Returns the advantage of every completion token, [P, G, L].
 
-    `kind` selects the equation. r is the reward of a completion minus the sum of its penalties. All
-    tokens of a completion get the same advantage, except for the last two kinds.
+    `kind` selects the equation. r is the reward of a completion minus the sum of its penalties. The
+    tokens of a completion share one advantage, except for the kinds `batch` and `teacher`.
 
     group_std      (r - mean(group)) / (std(group) + EPSILON)
                    Source: GRPO, DeepSeekMath 2402.03300 section 4.1.2
@@ -138,33 +139,25 @@ def _scale(rewards: Sequence[float], kind: str, batch_std: float) -> float:
 def _batch_advantages(
     rewards_PG: Sequence[Sequence[float | None]], penalties_PGL: Penalties
 ) -> list[list[tuple[float, ...]]]:
-    """Returns the tokens' returns, normalised over all tokens of the batch, [P, G, L]."""
-    returns_PGL = []
+    """Returns (R_t - mean) / scale, with mean and scale over all tokens of the batch, [P, G, L]."""
     all_returns: list[float] = []
     for rewards_G, penalties_GL in zip(rewards_PG, penalties_PGL, strict=True):
-        returns_GL: list[list[float] | None] = []
         for reward, penalties_L in zip(rewards_G, penalties_GL, strict=True):
-            if reward is None:
-                returns_GL.append(None)
-            else:
-                returns_L = _returns_to_go(reward, penalties_L)
-                returns_GL.append(returns_L)
-                all_returns += returns_L
-        returns_PGL.append(returns_GL)
-
+            if reward is not None:
+                all_returns += _returns_to_go(reward, penalties_L)
     mean = _mean(all_returns)
     scale = math.inf  # makes every advantage 0
     if has_signal(all_returns):
         scale = _population_std(all_returns) + EPSILON
-
     advantages_PGL = []
-    for returns_GL, penalties_GL in zip(returns_PGL, penalties_PGL, strict=True):
+    for rewards_G, penalties_GL in zip(rewards_PG, penalties_PGL, strict=True):
         advantages_GL: list[tuple[float, ...]] = []
-        for returns_or_none, penalties_L in zip(returns_GL, penalties_GL, strict=True):
-            if returns_or_none is None:
+        for reward, penalties_L in zip(rewards_G, penalties_GL, strict=True):
+            if reward is None:
                 advantages_GL.append((0.0,) * len(penalties_L))
             else:
-                advantages_GL.append(tuple((value - mean) / scale for value in returns_or_none))
+                returns_L = _returns_to_go(reward, penalties_L)
+                advantages_GL.append(tuple((value - mean) / scale for value in returns_L))
         advantages_PGL.append(advantages_GL)
     return advantages_PGL
 

@@ -108,6 +108,7 @@ def micro_batches(
     rank, num_ranks = share
     parts = _split_packed(samples, max_tokens) if packed else _split_padded(samples, max_tokens)
     if num_ranks > 1:
+        # The ranks work in rounds. Sorted, the micro-batches of a round have about the same size.
         parts.sort(key=attrgetter("num_tokens"), reverse=True)
     batches = []
     for round_index in range(math.ceil(len(parts) / num_ranks)):
@@ -131,7 +132,7 @@ class _Part:
     """The samples of one micro-batch."""
 
     indices: list[int]  # of the samples
-    num_tokens: int  # padding included
+    num_tokens: int  # compared with `max_tokens`; includes padding
 
 
 def _split_padded(samples: Sequence[Sample], max_tokens: int) -> list[_Part]:

@@ -1,20 +1,19 @@
 """Packed micro-batches: one stream without padding, in which each distinct prompt occurs once.
 
 The stream of a micro-batch is its P distinct prompts, followed by the inputs of its B completions.
-The inputs of a completion are its tokens without the last one, which predicts nothing:
+The inputs of a completion are its tokens without the last one, which predicts nothing. Example:
+prompt (5, 6) with completions (7, 8) and (9,), prompt (4,) with completion (3, 2, 1):
 
-    prompt (5, 6) with completions (7, 8) and (9,), prompt (4,) with completion (3, 2, 1):
-
-    stream       5   6  | 4 | 7 | 3  2      (9,) has no inputs
-    position     0   1  | 0 | 2 | 1  2
-    predicts        7 9 | 3 | 8 | 2  1
+    stream       5  6      | 4 | 7 | 3  2       (9,) has no inputs
+    position     0  1      | 0 | 2 | 1  2
+    predicts        7, 9   | 3 | 8 | 2  1
 
 A completion attends to its prompt and to itself, so its log-probabilities are those of the padded
 batch. Values and gradients differ from the padded batch in the order of floating point sums only.
 Linear layers, norms and the output head see the stream as a batch [1, T]. A group of 8 completions
 that are as long as their prompt costs 9 times that length, where the padded batch costs 16 times.
 
-`layout` computes where everything is in the stream, and `attend` is the attention that reads it:
+`layout` builds the stream and the indices of its parts. `attend` is the attention that reads it:
 - On a GPU, FlashAttention's variable-length kernel reads the stream. The keys of each completion
   are gathered behind the keys of its prompt (`VarlenSequences`).
 - Elsewhere, the stream is gathered into padded rows for `scaled_dot_product_attention`
@@ -37,8 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-NAME = "packed"  # `model.attention` of `attend`
-ROWS = "packed_rows"  # name of `attend_concatenated`
+# Names under which transformers finds the attention functions of this file.
+NAME = "packed"  # `attend`; also the value of `model.attention` that selects it
+ROWS = "packed_rows"  # `attend_concatenated`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ def layout(
         kernel: lay the stream out for FlashAttention's kernel (`Layout.varlen`) instead of padded
             rows (`Layout.padded`).
     """
-    prompt_indices: dict[tuple[int, ...], int] = {}  # of the distinct prompts
+    prompt_indices: dict[tuple[int, ...], int] = {}  # index of each distinct prompt
     prompt_of_completion = []
     inputs = []
     for row, prompt_length in zip(rows, prompt_lengths, strict=True):
@@ -261,9 +261,10 @@ def _filled_slots(lengths: Sequence[int], width: int) -> list[int]:
 
 
 def _completion_mask(segments: _Segments) -> Tensor:
-    """Returns the mask [B, 1, Tc, Tp + Tc]: an input attends to its prompt and to earlier inputs.
+    """Returns the mask of keys, [B, 1, Tc, Tp + Tc] bool.
 
-    A padded input attends to itself, so that no row of the softmax is empty.
+    An input attends to its prompt, to earlier inputs of its completion and to itself. Padding is
+    masked as if it were inputs, so that no row of the softmax is empty.
     """
     num_completions = len(segments.input_lengths)
     prompt_width = max(segments.prompt_lengths)
@@ -282,9 +283,9 @@ def _completion_mask(segments: _Segments) -> Tensor:
 
 
 def _varlen_sequences(segments: _Segments, device: torch.device) -> VarlenSequences:
-    """Returns the sequences of the stream. A completion of one token has no inputs and is skipped.
+    """Returns the sequences of the stream.
 
-    Without a query, the kernel has nothing to compute for it.
+    A completion of one token has no inputs, therefore no queries, and is skipped.
     """
     key_index = list(range(sum(segments.prompt_lengths)))
     query_lengths = list(segments.prompt_lengths)
@@ -469,7 +470,7 @@ def _attend_padded(
     if rows.completion_index.numel() == 0:
         return out  # every completion has one token
 
-    input_query = _gather_rows(query, rows.completion_index, rows.num_completions)  # [B, H, Tc, D]
+    input_query = _gather_rows(query, rows.completion_index, rows.num_completions)  # [B, Hq, Tc, D]
     input_key = _gather_rows(key, rows.completion_index, rows.num_completions)
     input_value = _gather_rows(value, rows.completion_index, rows.num_completions)
     # [B, Hkv, Tp + Tc, D]: the keys and values of the prompt, then those of the completion
@@ -547,9 +548,9 @@ def attend_concatenated(  # noqa: PLR0913
 
     rows = _concatenated_rows(cu_seq_lens_q, max_length, num_tokens=query.shape[2])
     out = F.scaled_dot_product_attention(
-        _gather_rows(_tokens_first(query), rows.index, rows.num_rows),
-        _gather_rows(_tokens_first(key), rows.index, rows.num_rows),
-        _gather_rows(_tokens_first(value), rows.index, rows.num_rows),
+        _gather_rows(_tokens_first(query), rows.token_index, rows.num_rows),
+        _gather_rows(_tokens_first(key), rows.token_index, rows.num_rows),
+        _gather_rows(_tokens_first(value), rows.token_index, rows.num_rows),
         is_causal=True,
         scale=scaling,
         enable_gqa=True,
@@ -558,10 +559,11 @@ def attend_concatenated(  # noqa: PLR0913
 
 
 class _ConcatenatedRows(NamedTuple):
-    """Indices of concatenated sequences in padded rows; the names are those of `PaddedRows`."""
+    """Indices that gather B concatenated sequences into padded rows; compare `PaddedRows`."""
 
-    index: Tensor  # [B * max_length]
-    slots: Tensor  # [T]
+    # [B * max_length]: stream index of each slot; where it is padding, the index of another token
+    token_index: Tensor
+    slots: Tensor  # [T]: slots without padding, in the order of the stream
     num_rows: int  # B
 
 
@@ -572,7 +574,7 @@ def _concatenated_rows(cu_seq_lens: Tensor, max_length: int, num_tokens: int) ->
     index = (starts[:, None] + column).clamp(max=num_tokens - 1)  # [B, max_length]
     is_filled = column < lengths[:, None]  # [B, max_length]
     return _ConcatenatedRows(
-        index=index.flatten(),
+        token_index=index.flatten(),
         slots=is_filled.flatten().nonzero()[:, 0],
         num_rows=len(lengths),
     )

@@ -115,7 +115,8 @@ def _values_per_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
     if args.strategy == "channel":
         return weight.unsqueeze(1)
     if args.strategy == "group":
-        return weight.unflatten(1, (-1, args.group_size or 1))
+        groups: Tensor = weight.unflatten(1, (-1, args.group_size or 1))
+        return groups
     raise ValueError(f"unsupported strategy {args.strategy}")
 
 
