@@ -12,8 +12,8 @@ Conventions, which the papers do not always state:
 - `None` in place of a reward means that the completion has no reward. It is excluded from every
   mean and std, and its advantage is 0.
 - A group whose rewards are all equal, or that has a single reward, gets advantage 0. (For the kind
-  `batch`, this holds for all tokens of the batch instead of a group.) The test is max == min, so
-  that a std of 0 with a rounding error does not scale up the rounding error of the mean.
+  `batch`, this holds for all tokens of the batch instead of a group.) The test is max == min,
+  because rounding can make r - mean(group) differ from 0.
 """
 
 from __future__ import annotations
