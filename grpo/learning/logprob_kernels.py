@@ -114,7 +114,7 @@ def gradient(  # noqa: PLR0913
     return logits_grad
 
 
-# A Triton kernel takes every pointer and size as a parameter of its own.
+# A Triton kernel takes every pointer and every size as a separate parameter.
 @triton.jit  # type: ignore[untyped-decorator]
 def _values(  # type: ignore[no-untyped-def] # noqa: PLR0913
     logits,
@@ -130,8 +130,8 @@ def _values(  # type: ignore[no-untyped-def] # noqa: PLR0913
 ):
     """Computes one row per program.
 
-    The maximum of a row is not known before its end. Whenever it rises, the sums so far are scaled
-    down (online softmax).
+    The logits are read once, block by block. When a block raises the maximum, the sums so far are
+    scaled down (online softmax).
     """
     row = tl.program_id(0).to(tl.int64)
     row_start = logits + row * row_stride
@@ -156,7 +156,7 @@ def _values(  # type: ignore[no-untyped-def] # noqa: PLR0913
     tl.store(entropies + row, normaliser - weighted_sum / weight_sum)
 
 
-# A Triton kernel takes every pointer and size as a parameter of its own.
+# A Triton kernel takes every pointer and every size as a separate parameter.
 @triton.jit  # type: ignore[untyped-decorator]
 def _gradient(  # type: ignore[no-untyped-def] # noqa: PLR0913
     logits,

@@ -210,7 +210,7 @@ def _positions(segments: _Segments) -> list[int]:
 def _predictors(segments: _Segments) -> list[int]:
     """Returns the stream index of the token that predicts each completion token, [N].
 
-    The last token of the prompt predicts a completion's first token, its inputs predict the others.
+    The last prompt token predicts the first completion token. The inputs predict all others.
     """
     predictors: list[int] = []
     for prompt, start, num_inputs in zip(

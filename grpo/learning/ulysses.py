@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,13 @@ from torch import Tensor
 from grpo.learning import packing
 from grpo.run import ranks
 from grpo.types import UserError
+
+
+class LocalSlice(NamedTuple):
+    """This rank's slice of a packed stream."""
+
+    layout: packing.Layout  # with the `ids`, `positions` and `predictors` of the slice only
+    is_local: Tensor  # [N] bool: which predictors of the complete stream are in the slice
 
 
 class Ulysses:
@@ -59,16 +66,13 @@ class Ulysses:
             seq_length_is_variable=True,
         )
 
-    def part(self, layout: packing.Layout) -> tuple[packing.Layout, Tensor]:
-        """Returns this rank's slice of the layout, and which predictors are in it.
+    def part(self, layout: packing.Layout) -> LocalSlice:
+        """Returns this rank's slice of the stream.
+
+        The slices of all ranks have the same length. Padding follows the end of the stream.
 
         Args:
             layout: layout of the complete stream of T tokens.
-
-        Returns:
-            The layout with the `ids`, `positions` and `predictors` of this rank's slice. The slices
-            of all ranks have the same length; the last one is padded.
-            A mask [N], which is True for the predictors in this rank's slice.
         """
         num_tokens = layout.ids.shape[1]
         slice_length = math.ceil(num_tokens / self._size)
@@ -83,14 +87,15 @@ class Ulysses:
             predictors=layout.predictors[is_local] - start,
             attend_across_ranks=self._attend,
         )
-        return local_layout, is_local
+        return LocalSlice(local_layout, is_local)
 
     def _attend(
         self, *arguments: Any, packed: packing.Layout, **options: Any
     ) -> tuple[Tensor, None]:
         """Attention function of transformers; DeepSpeed exchanges slices for heads around it."""
         options["position_ids"] = packed.positions
-        # DeepSpeed calls `packing.attend` with the complete stream, so it must not come back here.
+        # DeepSpeed calls `packing.attend` with the complete stream. Without this replacement,
+        # `packing.attend` would call this method again.
         layout = replace(packed, attend_across_ranks=None)
         attended: tuple[Tensor, None] = self._attention(*arguments, packed=layout, **options)
         return attended
