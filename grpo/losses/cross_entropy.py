@@ -1,4 +1,4 @@
-"""Cross-entropy of given tokens, with a weight per token in place of an advantage."""
+"""Cross-entropy of given tokens, weighted per token by the advantage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grpo.types import Batch
 
 
 def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
-    """Returns -A log pi."""
+    """Returns -A log pi, the cross-entropy if all advantages are 1."""
     return LossOutput(
         per_token=-batch.advantages * logprobs, metrics={"policy/cross_entropy": -logprobs}
     )

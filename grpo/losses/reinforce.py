@@ -1,4 +1,4 @@
-"""REINFORCE: the policy gradient without a clip, importance-weighted if the policy has moved."""
+"""REINFORCE: the policy gradient with importance weights and without clipping."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from grpo.types import Batch
 
 
 def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
-    """Returns -(pi / pi_old) A, whose gradient on-policy is -A grad log pi.
+    """Returns -r A. On-policy, where r is 1, its gradient is -A grad log pi.
 
-    Source: RLOO 2402.14740 Eq. 6 (its sum over tokens).
+    Source: RLOO 2402.14740 Eq. 6, the sum over tokens there.
     """
     ratios = ratio(logprobs, batch.old_logprobs)
     return LossOutput(per_token=-ratios * batch.advantages, metrics={"ratio/mean": ratios})

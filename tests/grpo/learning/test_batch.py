@@ -45,7 +45,7 @@ def test_golden_batch():
 
 def test_eos_that_is_also_the_padding_is_trained():
     (batch,) = micro_batches(
-        [sample((5,), (7, 0)), sample((5,), (7, 7, 0))], [1.0, 1.0], max_tokens=100, pad_id=0
+        [sample((5,), (7, 0)), sample((5,), (7, 7, 0))], [1.0, 1.0], max_tokens=100
     )
     assert batch.token_mask.sum(1).tolist() == [3, 2]
     assert batch.labels[1][batch.token_mask[1]].tolist() == [7, 0]

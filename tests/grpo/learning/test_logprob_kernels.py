@@ -76,8 +76,8 @@ def test_the_kernels_compile_for_a_hopper_gpu(dtype):
         "normalisers": floats,
     }
     values |= {
-        "stride": numbers,
-        "vocabulary": numbers,
+        "row_stride": numbers,
+        "vocab_size": numbers,
         "temperature": "fp32",
         "lowest": "fp32",
         "block": "constexpr",
@@ -87,14 +87,14 @@ def test_the_kernels_compile_for_a_hopper_gpu(dtype):
         "targets": "*i64",
         "normalisers": floats,
         "entropies": floats,
-        "grads": floats,
+        "logprob_grads": floats,
         "entropy_grads": floats,
     }
     gradient |= {
-        "out": logits,
-        "stride": numbers,
-        "out_stride": numbers,
-        "vocabulary": numbers,
+        "logits_grad": logits,
+        "row_stride": numbers,
+        "grad_row_stride": numbers,
+        "vocab_size": numbers,
         "temperature": "fp32",
     }
     gradient |= {"with_entropy": "constexpr", "block": "constexpr"}

@@ -25,38 +25,37 @@ def test_golden_layout():
     made = packing.layout([(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)], [2, 2, 1], torch.device("cpu"))
     assert made.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
     assert made.positions.tolist() == [[0, 1, 0, 2, 1, 2]]
-    # 7 and 9 are predicted by the 6 at place 1, 8 by the 7 at place 3; 3, 2, 1 by the 4, 3, 2 at
-    # places 2, 4, 5
+    # 7 and 9 are predicted by the 6 at index 1, 8 by the 7 at index 3; 3, 2, 1 by the 4, 3, 2 at
+    # indices 2, 4, 5
     assert made.predictors.tolist() == [1, 3, 1, 2, 4, 5]
-    rows = made.rows
-    assert made.spans is None
-    assert rows.prompts.tolist() == [0, 1, 2, 0] and rows.prompt_places.tolist() == [0, 1, 2]
-    assert rows.completions.tolist() == [3, 0, 0, 0, 4, 5] and rows.completion_places.tolist() == [
-        0,
-        4,
-        5,
-    ]
-    assert rows.prompt_of.tolist() == [0, 0, 1]
-    # prompt of two places, then two own places: the second completion input of row 2 sees 4, 3 and
-    # 2
+    rows = made.padded
+    assert made.varlen is None
+    assert rows.prompt_index.tolist() == [0, 1, 2, 0]
+    assert rows.prompt_slots.tolist() == [0, 1, 2]
+    assert rows.completion_index.tolist() == [3, 0, 0, 0, 4, 5]
+    assert rows.completion_slots.tolist() == [0, 4, 5]
+    assert rows.prompt_of_completion.tolist() == [0, 0, 1]
+    # Two slots of the prompt, then two of the inputs: the second input of row 2 attends to 4, 3
+    # and 2.
     assert rows.mask[2, 0].tolist() == [[True, False, True, False], [True, False, True, True]]
     assert rows.mask[0, 0, 0].tolist() == [True, True, True, False]
 
 
-def test_golden_spans():
+def test_golden_varlen_sequences():
     """The layout above for the variable-length kernel.
 
-    Each completion's keys are its prompt's and its own; (9,) has no input.
+    The keys of a completion are those of its prompt and of its inputs; (9,) has no input.
     """
     made = packing.layout(
         [(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)], [2, 2, 1], torch.device("cpu"), kernel=True
     )
-    spans = made.spans
-    assert made.rows is None and made.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
-    assert spans.query_starts.tolist() == [0, 2, 3, 4, 6]  # (5 6), (4), (7), (3 2)
-    assert spans.keys.tolist() == [0, 1, 2, 0, 1, 3, 2, 4, 5]  # (5 6), (4), (5 6 7), (4 3 2)
-    assert spans.key_starts.tolist() == [0, 2, 3, 6, 9]
-    assert (spans.num_queries, spans.max_queries, spans.max_keys) == (6, 2, 3)
+    sequences = made.varlen
+    assert made.padded is None and made.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
+    assert sequences.cu_seq_q.tolist() == [0, 2, 3, 4, 6]  # (5 6), (4), (7), (3 2)
+    # (5 6), (4), (5 6 7), (4 3 2)
+    assert sequences.key_index.tolist() == [0, 1, 2, 0, 1, 3, 2, 4, 5]
+    assert sequences.cu_seq_k.tolist() == [0, 2, 3, 6, 9]
+    assert (sequences.num_queries, sequences.max_q, sequences.max_k) == (6, 2, 3)
 
 
 def plain_varlen_attention(
@@ -87,7 +86,9 @@ def test_ranks_and_heads_that_cannot_share_a_stream_are_named(tiny, monkeypatch)
     with pytest.raises(UserError, match="sequence_parallel=2 does not divide the 1 ranks"):
         Ulysses(model, 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="cannot share out Qwen2ForCausalLM's 2 heads with 1"):
+    with pytest.raises(
+        UserError, match="cannot split the 2 query heads and 1 key-value heads of Qwen2"
+    ):
         Ulysses(model, 3)
 
 
@@ -110,7 +111,7 @@ def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, ma
 # its values are narrower than its keys
 @pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])
 @pytest.mark.parametrize("max_tokens", [1000, 60])
-def test_spans_equal_padded_in_logprobs_entropies_and_gradients(
+def test_varlen_equals_padded_in_logprobs_entropies_and_gradients(
     tiny, monkeypatch, kind, max_tokens
 ):
     """What a GPU's kernel is given, computed in plain PyTorch."""
@@ -201,5 +202,5 @@ def test_attention_that_is_not_plain_is_refused(tiny):
     model = models.load_model(
         tiny(use_sliding_window=True, sliding_window=4, max_window_layers=0), "packed"
     )
-    with pytest.raises(NotImplementedError, match=r"use sdpa or eager"):
+    with pytest.raises(NotImplementedError, match=r"Set model\.attention to sdpa or eager"):
         scored(model, groups(), 1000)

@@ -17,7 +17,7 @@ from grpo.experience import plugins
 from grpo.learning.advantages import advantages
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.objective import kl_estimate, mismatch_weights, objective
-from grpo.losses import clipped, ratio
+from grpo.losses import clipped_loss, ratio
 from grpo.types import Sample
 
 MAX_TOKENS = 20
@@ -32,13 +32,14 @@ def algorithm_of(preset, **changed) -> Algorithm:
     return Algorithm(**{"preset": preset} | settings | changed)
 
 
-def test_clipped_golden_numbers():
+def test_clipped_loss_golden_numbers():
     # A = 2: r = 1.5 is clipped to 1.2 -> -2.4; A = -1: r = 0.5 -> min(-0.5, -0.8) -> 0.8; A = -1: r
     # = 1.5 is not clipped -> 1.5
     ratios, values = torch.tensor([1.5, 0.5, 1.5, 1.0]), torch.tensor([2.0, -1.0, -1.0, 3.0])
-    clip = clipped(ratios, values, 0.2, 0.2)
-    assert clip.per_token.tolist() == pytest.approx([-2.4, 0.8, 1.5, -3.0])
-    assert clip.low.tolist() == [0, 1, 0, 0] and clip.high.tolist() == [1, 0, 0, 0]
+    clipped = clipped_loss(ratios, values, 0.2, 0.2)
+    assert clipped.per_token.tolist() == pytest.approx([-2.4, 0.8, 1.5, -3.0])
+    assert clipped.clipped_low.tolist() == [0, 1, 0, 0]
+    assert clipped.clipped_high.tolist() == [1, 0, 0, 0]
 
 
 def test_kl_golden_numbers():
