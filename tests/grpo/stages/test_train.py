@@ -145,6 +145,16 @@ def test_training_increases_a_custom_reward(tiny, tmp_path):
     assert rewards[-1] > 3 * rewards[0] + 0.1, rewards
 
 
+@pytest.fixture
+def data_files(tmp_path, monkeypatch):
+    """Writes two data files to `tmp_path`, which becomes the working directory."""
+    (tmp_path / "broken.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": oops\n')
+    problems = [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(40)]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("data_files")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -172,12 +182,8 @@ def test_training_increases_a_custom_reward(tiny, tmp_path):
     ],
 )
 def test_user_error_is_one_line_with_exit_code_2_before_an_engine_starts(
-    tiny, tmp_path, monkeypatch, capfd, overrides, message
+    tiny, tmp_path, capfd, overrides, message
 ):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": oops\n')
-    problems = [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(40)]
-    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
 
     assert main(["train", config, *overrides]) == 2
