@@ -53,6 +53,14 @@ def last_step(run_dir):
     return json.loads(complete_lines[-1])["step"]
 
 
+def kill_after_new_step(process, run_dir, previous_step, delay_s):
+    wait_for(lambda: last_step(run_dir) > previous_step, process)
+    time.sleep(delay_s)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9
+
+
 def test_run_killed_at_random_times_ends_like_an_uninterrupted_run(straight, tmp_path):
     """The run is killed five times, 0 to 1.2 s after the end of a rollout.
 
@@ -63,17 +71,13 @@ def test_run_killed_at_random_times_ends_like_an_uninterrupted_run(straight, tmp
     generator = random.Random(0)
     last_steps = []  # at each kill
     for _ in range(5):
+        delay_s = generator.uniform(0, 1.2)
         if last_steps:
             process = start(config, "--resume")
-            previous_step = last_steps[-1]
+            kill_after_new_step(process, run_dir, last_steps[-1], delay_s)
         else:
             process = start(config)
-            previous_step = -1
-        wait_for(lambda previous_step=previous_step: last_step(run_dir) > previous_step, process)
-        time.sleep(generator.uniform(0, 1.2))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -9
+            kill_after_new_step(process, run_dir, -1, delay_s)
         last_steps.append(last_step(run_dir))
     print("killed after rollouts", last_steps)
     assert last_steps[-1] < 24
@@ -83,7 +87,7 @@ def test_run_killed_at_random_times_ends_like_an_uninterrupted_run(straight, tmp
 
 
 def limit_file_size():
-    """Limits the files of a process to 6 MB. The weights are smaller; the optimizer has 11 MB."""
+    """Limits the files of this process to 6 MB: the optimizer state of 11 MB does not fit."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))
 
 
@@ -248,7 +252,6 @@ def test_interrupted_run_saves_and_ends_its_processes_and_resumes_exactly(straig
     assert list((run_dir / "checkpoints").glob("step-*"))
 
     run(config, "--resume")
-    # The samples and the weights are equal. The metrics are not compared.
     _, samples, weights = outcome(run_dir)
     _, expected_samples, expected_weights = outcome(straight[0] / "run")
     assert samples == expected_samples
