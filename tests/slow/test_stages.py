@@ -144,7 +144,7 @@ def texts_without_invalid_bytes(samples):
 
 
 def test_engine_endpoint_and_ask_give_the_same_answers(vllm_server, tiny, tmp_path):
-    engine_dir = tmp_path / "own"
+    engine_dir = tmp_path / "engine"
     endpoint_dir = tmp_path / "endpoint"
     config = eval_config(tmp_path, tiny())
     common = ["eval={protocol: greedy, problems: 4}", "sampling.max_tokens=12"]
