@@ -1,6 +1,7 @@
 """Sums, differences and products of two numbers, with a worked solution.
 
-A character-level model with a few million parameters can learn to write the solutions.
+A character-level model with a few million parameters can learn to write the solutions. They can be
+made imperfect (options `terse` and `slip`), for a cold start that reinforcement learning improves.
 """
 
 from __future__ import annotations
@@ -41,9 +42,6 @@ def load(  # noqa: PLR0913
 
     Problem i is a function of (seed, i) and the options. a+b and b+a count as the same content,
     which belongs to the same split for every seed.
-
-    The solutions can be made imperfect, as a cold start from which reinforcement learning has
-    something to improve: with the probability `terse` a solution skips the working and guesses.
 
     Args:
         split: `train` or `test`.

@@ -50,10 +50,10 @@ def positions_per_block(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 class _Slot(NamedTuple):
-    """A position of a block: its source, and the number of earlier slots of that source."""
+    """A position of a block: its source, and how many slots of the source precede it."""
 
     source: str
-    index: int
+    num_before: int
 
 
 class _Block(NamedTuple):
@@ -118,7 +118,7 @@ class Mixture:
         block, offset = divmod(position, BLOCK)
         slot = self._slots(block)[offset]
         source = self._sources[slot.source]
-        source_position = block * self._block_counts[slot.source] + slot.index
+        source_position = block * self._block_counts[slot.source] + slot.num_before
         epoch, index = divmod(source_position, len(source))
         return source[self._permutation(slot.source, epoch)[index]]
 
@@ -136,11 +136,11 @@ class Mixture:
         for name in sorted(self._block_counts):
             names += [name] * self._block_counts[name]
         seeded_random(self._seed, "block", block).shuffle(names)
-        next_index = dict.fromkeys(self._block_counts, 0)
+        counts = dict.fromkeys(self._block_counts, 0)
         slots = []
         for name in names:
-            slots.append(_Slot(name, next_index[name]))
-            next_index[name] += 1
+            slots.append(_Slot(name, counts[name]))
+            counts[name] += 1
         return slots
 
     def _permutation(self, name: str, epoch: int) -> list[int]:
