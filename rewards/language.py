@@ -142,8 +142,9 @@ def share(text: str, language: str) -> float:
 def of(text: str) -> str:
     """Returns the language of a text: the language of most of its words.
 
-    The result is English for a text without words, and for a text in Latin script in which English
-    has as many function words as any other language.
+    A text with kana is Japanese. Otherwise the most frequent script decides, and for Latin script
+    the most frequent function words. A text without words is English, and so is a text in which
+    English has as many function words as any other language.
     """
     counts = _count_words(text)
     if not counts.by_script:
@@ -152,8 +153,8 @@ def of(text: str) -> str:
         return "ja"
     main_script = max(counts.by_script, key=counts.by_script.__getitem__)
     if main_script == "latin":
-        most_words = max(counts.by_language.values(), default=0)
-        candidates = [name for name in FUNCTION_WORDS if counts.by_language[name] == most_words]
+        max_words = max(counts.by_language.values(), default=0)
+        candidates = [name for name in FUNCTION_WORDS if counts.by_language[name] == max_words]
         return "en" if "en" in candidates else candidates[0]
     return next(language for language, scripts in LANGUAGES.items() if main_script in scripts)
 

@@ -5,7 +5,8 @@ applied in this order, and the first one that decides gives the verdict:
 
 1. Size. A prediction that is too long or nested too deep is wrong.
 2. Spelling. The same text after normalisation (latex.py) is correct.
-3. Words. If the gold answer is words or the letter of a choice, the prediction must be the same.
+3. Words. If the gold answer is words or the letter of a choice, the prediction must be the same
+   words.
 4. Numbers in a base, such as `664_7`. Digits and base must be the same.
 5. Exact numbers, with or without a unit (exact_values.py, units.py). There is no tolerance.
 6. Collections: lists, sets, tuples, intervals, unions and matrices (collection.py). They are
@@ -56,7 +57,7 @@ def compare_answers(prediction: str, gold: str) -> Verdict:
     """
     if len(prediction) > MAX_CHARS:
         return _wrong(f"longer than {MAX_CHARS} characters")
-    if prediction.strip() == gold.strip() != "":
+    if gold.strip() and prediction.strip() == gold.strip():
         return CORRECT
     if nesting_depth(prediction) > MAX_DEPTH:
         return _wrong(f"nested deeper than {MAX_DEPTH}")

@@ -55,7 +55,7 @@ def _num_bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
-def _check_size(value: Fraction) -> Fraction:
+def _within_bounds(value: Fraction) -> Fraction:
     """Returns `value`. Raises TooLargeError if it exceeds MAX_BITS."""
     if _num_bits(value) > MAX_BITS:
         raise TooLargeError(f"a number beyond {MAX_BITS} bits")
@@ -65,13 +65,18 @@ def _check_size(value: Fraction) -> Fraction:
 class _Parser:
     r"""A recursive descent parser that evaluates while it parses.
 
-    sum     = product (("+" | "-") product)*
-    product = signed (operator signed | factor)*    where a factor is a power that begins with "("
-    signed  = ("+" | "-")* power
-    power   = atom "!"* ("^" exponent)?             where an exponent is an atom or begins with "-"
-    atom    = number | integer "\frac" atom atom | "\frac" atom atom | "(" sum ")" | "{" sum "}"
+    The grammar, with one method per rule:
 
-    Every method raises SyntaxError if the tokens do not match, and TooLargeError.
+        sum     = product (("+" | "-") product)*
+        product = signed (operator signed | factor)*
+        signed  = ("+" | "-")* power
+        power   = atom "!"* ("^" exponent)?
+        atom    = number | integer "\frac" atom atom | "\frac" atom atom
+                | "(" sum ")" | "{" sum "}"
+
+    A factor is a power that begins with "(". An exponent is an atom, or a signed that begins with
+    "-". All methods raise SyntaxError if the tokens do not match the grammar, and TooLargeError if
+    a value exceeds the bounds.
     """
 
     def __init__(self, tokens: list[str]) -> None:
@@ -92,9 +97,10 @@ class _Parser:
     def parse_sum(self) -> Fraction:
         value = self._parse_product()
         while self.peek() in ("+", "-"):
-            operator = self._next()
-            term = self._parse_product()
-            value = _check_size(value + term if operator == "+" else value - term)
+            if self._next() == "+":
+                value = _within_bounds(value + self._parse_product())
+            else:
+                value = _within_bounds(value - self._parse_product())
         return value
 
     def _parse_product(self) -> Fraction:
@@ -103,12 +109,12 @@ class _Parser:
             token = self.peek()
             if token in DIVISIONS:
                 self._next()
-                value = _check_size(value / self._parse_signed())
+                value = _within_bounds(value / self._parse_signed())
             elif token in MULTIPLICATIONS:
                 self._next()
-                value = _check_size(value * self._parse_signed())
+                value = _within_bounds(value * self._parse_signed())
             elif token == "(":  # 2(3+4)
-                value = _check_size(value * self._parse_power())
+                value = _within_bounds(value * self._parse_power())
             else:
                 return value
 

@@ -66,7 +66,7 @@ REPLACEMENTS = [
     # roots: √2 -> \sqrt{2}, ∛2 -> \sqrt[3]{2}
     (r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
     (r"∛\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt[3]{\1}"),
-    # sizes of brackets and styles are removed: \left( -> (, \displaystyle
+    # sizes of brackets, styles, negative spaces and \limits are removed: \left( -> (
     (
         r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?"
         r"|\\(?:display|text)style(?![A-Za-z])|\\!\s*|\\limits",

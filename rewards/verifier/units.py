@@ -13,6 +13,7 @@ VALUE_WITH_UNIT = re.compile(
     rf"(.+?) ?(\\text\{{[^{{}}]*\}}|\\?%|(?<=[\d}})!]) (?!(?:{FUNCTION_NAMES})\b)[a-z]{{2}}"
     rf"|{UNIT_SYMBOL})([ .^/{{}}23a-z]|\\text\{{[^{{}}]*\}})*"
 )
+# Canonical names of units, after the plural "s" has been removed (so "inches" is "inche").
 UNIT_NAMES = {
     "$": "dollar",
     "percent": "%",
@@ -45,6 +46,9 @@ class Quantity(NamedTuple):
 
 def split_unit(text: str) -> Quantity:
     r"""Splits an answer into value and unit.
+
+    A word such as `million` before the unit becomes a factor of the value. A dollar sign in front
+    of the value is the unit, unless another unit follows the value.
 
     Examples: `5.4 \text{ cents}` -> ("5.4", "cent"), `\$36` -> ("36", "dollar"), `3 million` ->
     ("(3)*1000000", "").

@@ -2,7 +2,7 @@
 
 A pool can be used from any thread of any process. A worker is `python -m rewards.workers.pool`. It
 is started for the first call and kept; between calls it blocks on a pipe and uses no processor
-time. It imports functions by name and sends back their values. A call that returns no value gives a
+time. It imports functions by name and sends back their values. The result of a call that fails is a
 `Failure`.
 
 A frozen worker neither reads a call that is larger than the buffer of its socket nor completes an
@@ -34,8 +34,8 @@ from typing import Any, Literal, NamedTuple
 START_TIMEOUT_S = 120.0  # to import a function; sympy from a cold disk is slow
 MAX_CALLS_PER_WORKER = 5_000  # a worker is replaced then, because sympy's caches grow
 END_LIMIT_S = 10.0  # longest wait for the exit of a worker that was killed or closed its pipe
-# A call that was given less than this share of its time limit on a processor was starved by other
-# processes. Its timeout is not its fault.
+# A call that times out with less processor time than this share of its limit was starved by other
+# processes. It counts as lost, not as timed out.
 MIN_CPU_SHARE = 0.5
 MAX_ATTEMPTS = 2
 # Signals that are sent from outside, not raised by the call itself.
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """The reason why a call returned no value.
+    """The result of a call that failed.
 
     Kinds:
         error: The function raised an exception.

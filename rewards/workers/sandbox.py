@@ -36,7 +36,7 @@ CLONE_NEWIPC = 0x8000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
-# Flags of mount(2). The first two are also attributes of mount_setattr(2).
+# Flags of mount(2). MS_RDONLY and MS_NOSUID are also attributes of mount_setattr(2).
 MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
@@ -155,7 +155,11 @@ def run(
 def _send_source_and_wait(
     process: subprocess.Popen[bytes], source: str, source_writer: int, timeout_s: float
 ) -> int | None:
-    """Returns the exit code, None if the time limit is over. All processes are dead then."""
+    """Sends the source and waits for the program, then kills all its processes.
+
+    Returns:
+        The exit code, None if the time limit is over.
+    """
     try:
         with contextlib.suppress(BrokenPipeError), os.fdopen(source_writer, "wb") as pipe:
             pipe.write(source.encode("utf-8", "replace"))
@@ -220,7 +224,7 @@ def _isolate(root: str, prefixes: list[str]) -> None:
     was_root = _unshare_namespaces()
     _fork_and_wait()
     # This is process 1 of the namespace. When it ends, the kernel kills all other processes of the
-    # namespace. Not being dumpable, it cannot be traced by them.
+    # namespace. They cannot trace it, because it is not dumpable.
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.prctl(PR_SET_DUMPABLE, 0)
     _change_root(root, prefixes)
@@ -265,7 +269,7 @@ def _fork_and_wait() -> None:
         return
     while True:
         pid, status = os.wait()
-        if pid == child:  # orphans are children of process 1, too
+        if pid == child:  # and not an orphan, which becomes a child of process 1, too
             break
     if os.WIFSIGNALED(status):
         os._exit(128 + os.WTERMSIG(status))
