@@ -58,8 +58,8 @@ def test_parsing_a_resolved_config_gives_the_same_config():
     config = configs.parse(config_tree("dapo"))
     assert configs.parse(config.model_dump(mode="json")) == config
     assert config.rewards["length"].options == {"max_tokens": 1024, "buffer": 204}
-    # The resolved config contains dapo's clip_high. Loss cispo ignores it, which is an error only if
-    # the value differs from that of the preset.
+    # The resolved config contains dapo's clip_high, which loss cispo ignores. That is an error only
+    # if the value differs from that of the preset.
     config = configs.parse(config_tree("dapo", loss="cispo"))
     assert configs.parse(config.model_dump(mode="json")) == config
 

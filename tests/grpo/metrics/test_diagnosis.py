@@ -170,7 +170,7 @@ def make_most_undecided(loop):
 
 
 def make_rewards_constant(loop):
-    set_rewards(loop, kind=lambda completion, problem: 0.5)
+    set_rewards(loop, constant=lambda completion, problem: 0.5)
 
 
 def make_all_truncated(loop):
