@@ -1,5 +1,5 @@
-"""Presets: what they fill in, what they refuse, and that docs/algorithms.md says the same as the
-code.
+"""Tests presets: the keys that they fill in, the errors of invalid recipes, and that the table in
+docs/algorithms.md matches the code.
 """
 
 from pathlib import Path
@@ -20,58 +20,47 @@ TREE = {
 }
 
 
+def config_tree(preset, **algorithm):
+    """Returns a minimal config tree with a preset and other keys of section `algorithm`."""
+    tree = {**TREE, "algorithm": {"preset": preset, **algorithm}}
+    if preset == "on_policy_distill":
+        tree["model"] = {**TREE["model"], "teacher": "tiny-qwen2"}
+    return tree
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_one_word_and_the_config_wins(preset):
-    tree = TREE | (
-        {"model": TREE["model"] | {"teacher": "tiny-qwen2"}}
-        if preset == "on_policy_distill"
-        else {}
-    )
-    config = configs.parse(tree | {"algorithm": {"preset": preset}})
+def test_a_preset_fills_in_its_settings_and_keys_of_the_config_override_it(preset):
+    config = configs.parse(config_tree(preset))
     plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
-    for path, value in PRESETS[preset].settings.items():
-        section, _, key = path.partition(".")
-        found = getattr(config, section)
+    for path, expected in PRESETS[preset].settings.items():
+        section_name, _, key = path.partition(".")
+        section = getattr(config, section_name)
         if key:
-            assert getattr(found, key) == value
+            assert getattr(section, key) == expected
         else:
-            assert {name: reward.weight for name, reward in found.items()} == value
+            assert {name: reward.weight for name, reward in section.items()} == expected
     changed = configs.parse(
-        tree
-        | {
-            "algorithm": {
-                "preset": preset,
-                "advantage": "none",
-                "kl_coef": 0.5,
-                "kl_estimator": "k2",
-            }
-        }
-    )
-    assert (changed.algorithm.advantage, changed.algorithm.kl_coef) == ("none", 0.5)
-    assert "kl_coef=0.5" in describe(changed.algorithm)
+        config_tree(preset, advantage="none", kl_coef=0.5, kl_estimator="k2")
+    ).algorithm
+    assert changed.advantage == "none"
+    assert changed.kl_coef == 0.5
+    assert "kl_coef=0.5" in describe(changed)
 
 
-def test_the_printed_recipe_tells_every_change():
+def test_the_description_of_a_recipe_lists_every_changed_key():
     config = configs.parse(
-        TREE
-        | {
-            "algorithm": {
-                "preset": "dr_grpo",
-                "dual_clip": 4.0,
-                "mismatch": "icepop",
-                "top_entropy": 0.2,
-            }
-        }
+        config_tree("dr_grpo", dual_clip=4.0, mismatch="icepop", top_entropy=0.2)
     )
     assert "with dual_clip=4.0, mismatch=icepop, top_entropy=0.2)" in describe(config.algorithm)
 
 
-def test_the_resolved_config_is_the_same_config():
-    config = configs.parse(TREE | {"algorithm": {"preset": "dapo"}})
+def test_parsing_a_resolved_config_gives_the_same_config():
+    config = configs.parse(config_tree("dapo"))
     assert configs.parse(config.model_dump(mode="json")) == config
     assert config.rewards["length"].options == {"max_tokens": 1024, "buffer": 204}
-    # the preset's clip_high is not the user's
-    config = configs.parse(TREE | {"algorithm": {"preset": "dapo", "loss": "cispo"}})
+    # The resolved config contains dapo's clip_high, which loss cispo ignores. That is an error only
+    # if the value differs from that of the preset.
+    config = configs.parse(config_tree("dapo", loss="cispo"))
     assert configs.parse(config.model_dump(mode="json")) == config
 
 
@@ -104,12 +93,13 @@ def test_the_resolved_config_is_the_same_config():
         ),
     ],
 )
-def test_recipes_that_mean_nothing_are_refused(algorithm, message):
+def test_an_invalid_recipe_is_an_error(algorithm, message):
     with pytest.raises(UserError, match=message):
         configs.parse(TREE | {"algorithm": algorithm})
 
 
-# The keys that the columns "equation" to "KL" of the table show.
+# Keys whose values are in the columns "equation" to "KL" of the table. The others have a column of
+# their own.
 SHOWN_IN_FORMULAS = {
     "loss",
     "advantage",
@@ -124,12 +114,9 @@ SHOWN_IN_FORMULAS = {
 }
 
 
-def documented_row(name, preset):
+def table_row(name, preset):
     """Returns the row of a preset: name, equation, advantage, reduction, KL, other keys, source."""
-    tree = TREE | {"algorithm": {"preset": name}}
-    if name == "on_policy_distill":
-        tree["model"] = {"path": "tiny-qwen2", "teacher": "tiny-qwen2"}
-    recipe = formulas(configs.parse(tree).algorithm)
+    recipe = formulas(configs.parse(config_tree(name)).algorithm)
     other_keys = []
     for path, value in preset.settings.items():
         key = path.removeprefix("algorithm.")
@@ -150,12 +137,11 @@ def documented_row(name, preset):
     return "| " + " | ".join(cells) + " |"
 
 
-def test_the_documented_table_is_the_codes():
-    rows = [documented_row(name, preset) for name, preset in PRESETS.items()]
-    text = (ROOT / "docs" / "algorithms.md").read_text()
-    documented = [
-        line
-        for line in text.splitlines()
-        if line.partition("` |")[0].removeprefix("| `") in PRESETS
-    ]
-    assert documented == rows, "\n".join(rows)
+def test_the_documented_table_matches_the_code():
+    expected_rows = [table_row(name, preset) for name, preset in PRESETS.items()]
+    documented_rows = []
+    for line in (ROOT / "docs" / "algorithms.md").read_text().splitlines():
+        first_cell = line.partition("` |")[0].removeprefix("| `")
+        if first_cell in PRESETS:
+            documented_rows.append(line)
+    assert documented_rows == expected_rows, "\n".join(expected_rows)
