@@ -1,4 +1,4 @@
-"""`grpo doctor`: each check reports its problem with a remedy, and the command checks each stage."""
+"""`grpo doctor`: the findings of each check, and the checks of each stage."""
 
 import json
 import re

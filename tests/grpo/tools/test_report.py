@@ -120,7 +120,7 @@ def test_a_page_has_metrics_findings_charts_and_completions_and_loads_nothing_fr
 
 def test_a_histogram_chart_shows_the_nonempty_bins_labelled_by_value(tmp_path):
     rows = report.read_metrics(make_run(tmp_path / "a") / "metrics.jsonl")
-    rows[1]["histogram/length"] = [0]  # a step without completions keeps its column
+    rows[1]["histogram/length"] = [0]  # a step without counts keeps its column
     charts = report.charts({"a": rows})
     length_axes = charts["Completions by tokens"].axes[0]
     advantage_axes = charts["Completions by advantage"].axes[0]
