@@ -54,17 +54,16 @@ def test_several_flags_can_be_mixed_with_overrides():
     assert options.no_sample is True
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    ["a b c --output f", "a --output f b c", "a b --output f c", "--output f a b c"],
-)
-def test_runs_can_follow_a_flag(arguments):
-    options = cli._parse(["report", *arguments.split()])
-    assert options.runs == ["a", "b", "c"]
-    assert options.output == "f"
-
-
-def test_overrides_can_follow_a_flag():
+def test_runs_and_overrides_can_follow_a_flag():
+    for arguments in (
+        "a b c --output f",
+        "a --output f b c",
+        "a b --output f c",
+        "--output f a b c",
+    ):
+        options = cli._parse(["report", *arguments.split()])
+        assert options.runs == ["a", "b", "c"]
+        assert options.output == "f"
     assert cli._parse(["eval", "a", "--resume", "b"]).overrides == ["b"]
 
 
