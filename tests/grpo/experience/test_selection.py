@@ -76,10 +76,7 @@ def test_resampling_continues_until_enough_groups_have_a_training_signal():
 
     def sample(problems, number):
         num_drawn.append(len(problems))
-        if number == 0:
-            values = ("correct", "correct")
-        else:
-            values = ("correct", "wrong")
+        values = ("correct", "correct") if number == 0 else ("correct", "wrong")
         return [scored_group(problem, *values) for problem in problems]
 
     selected = selection.collect(sample)
