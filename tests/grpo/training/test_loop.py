@@ -82,7 +82,7 @@ def sections_of(recipe):
 
 
 def collect_groups(loop):
-    """Samples a rollout and returns the groups that its update uses."""
+    """Samples the groups of one rollout and returns those that the update uses."""
 
     def sample(problems, number):
         return loop.rollouts.sample(problems, 0, number, Timer())
@@ -133,7 +133,9 @@ def test_dynamic_sampling_uses_every_accepted_group_once_and_carries_the_surplus
     )
     selection = loop.rollouts.selection
     collect = selection.collect
-    accepted, used, num_carried = [], [], []
+    accepted = []
+    used = []
+    num_carried = []
 
     def recording_collect(sample):
         selected = collect(sample)
@@ -166,10 +168,10 @@ def test_tokens_of_other_weights_have_the_sampler_logprobs_as_old_logprobs(tiny,
         for sample in samples
     ]
     ((batch,),) = loop.updater.prepare([samples], loop.progress.rollout)
-    ((learner_logprobs, _),) = loop.updater.learner.score([batch])
+    (learner_scores,) = loop.updater.learner.score([batch])
     for row, sample_index in enumerate(batch.index):
         mask = batch.token_mask[row]
-        expected = learner_logprobs[row][mask].clone()
+        expected = learner_scores.logprobs[row][mask].clone()
         if samples[sample_index].group == 0:
             expected[0] = batch.sampler_logprobs[row][mask][0]
         assert torch.equal(batch.old_logprobs[row][mask], expected)
@@ -261,10 +263,8 @@ def test_before_the_first_update_reference_and_policy_logprobs_are_bit_identical
     batches = loop.updater._micro_batches(samples_of(collect_groups(loop)))
     policy_scores = loop.updater.learner.score(batches)
     reference_scores = loop.updater.learner.score(batches, reference=True)
-    for (policy_logprobs, _), (reference_logprobs, _) in zip(
-        policy_scores, reference_scores, strict=True
-    ):
-        assert torch.equal(policy_logprobs, reference_logprobs)
+    for policy, reference in zip(policy_scores, reference_scores, strict=True):
+        assert torch.equal(policy.logprobs, reference.logprobs)
 
 
 def test_reset_optimizer_clears_the_moments_and_the_step_counts(tiny, tmp_path):
@@ -338,9 +338,9 @@ def test_top_entropy_gives_an_advantage_to_that_share_of_the_tokens(tiny, tmp_pa
     update = loop.updater.learner.update
     micro_batches = []
 
-    def recording_update(batches, show):
+    def recording_update(batches, on_batch):
         micro_batches.extend(batches)
-        return update(batches, show)
+        return update(batches, on_batch)
 
     loop.updater.learner.update = recording_update
     loop.step()
@@ -424,7 +424,7 @@ def test_the_balance_loss_is_that_of_the_switch_transformer_and_trains_the_route
     without_loss.step()
     with_loss.step()
     assert "router/balance" not in without_loss.journal.latest
-    # 2 of 4 experts per token: the loss is at least 2, with perfect balance, and below 4
+    # With 2 of 4 experts per token, the loss is 2 if the load is balanced, and at most 4.
     assert 2 <= with_loss.journal.latest["router/balance"] < 4
     routers = [name for name in with_loss.engine.weights if ".mlp.gate." in name]
     assert any(
