@@ -1,6 +1,6 @@
 """Tests of the Triton kernels on a CPU.
 
-Triton's interpreter runs them, and Triton's compiler compiles them for a GPU, which does not have to be
+Triton's interpreter runs them. Triton's compiler compiles them for a GPU, which does not have to be
 installed.
 """
 
