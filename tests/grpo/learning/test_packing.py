@@ -13,7 +13,6 @@ from grpo.learning.batch import micro_batches
 from grpo.learning.ulysses import Ulysses
 from grpo.types import Sample, UserError
 
-
 # Prompt (5, 6) with completions (7, 8) and (9,), prompt (4,) with completion (3, 2, 1)
 GOLDEN_ROWS = [(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)]
 GOLDEN_PROMPT_LENGTHS = [2, 2, 1]
