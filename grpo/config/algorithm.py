@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from grpo.config.reading import Section
 
 
-class Algorithm(Section):
+class AlgorithmSettings(Section):
     """A recipe: an advantage, a loss, a reduction, and the terms and filters around them.
 
     Keys that the config does not set have the preset's value.
@@ -170,7 +170,7 @@ class Algorithm(Section):
     )
 
     @model_validator(mode="after")
-    def _check_kl(self) -> Algorithm:
+    def _check_kl(self) -> AlgorithmSettings:
         if (
             self.kl_coef
             and self.kl_in == "loss"
@@ -194,7 +194,7 @@ class Algorithm(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_teacher_advantage(self) -> Algorithm:
+    def _check_teacher_advantage(self) -> AlgorithmSettings:
         if self.advantage != "teacher":
             return self
         has_kl_in_reward = self.kl_coef > 0 and self.kl_in == "reward"
@@ -206,7 +206,7 @@ class Algorithm(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_mismatch_bounds(self) -> Algorithm:
+    def _check_mismatch_bounds(self) -> AlgorithmSettings:
         has_bounds = self.mismatch_min is not None or self.mismatch_max is not None
         if self.mismatch == "none" and has_bounds:
             raise ValueError(
@@ -216,7 +216,7 @@ class Algorithm(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_reset_optimizer(self) -> Algorithm:
+    def _check_reset_optimizer(self) -> AlgorithmSettings:
         if self.reset_optimizer and not self.reference_reset:
             raise ValueError(
                 "reset_optimizer=true requires reference_reset: set it to a number of updates"
@@ -224,7 +224,7 @@ class Algorithm(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_sampler_logprobs(self) -> Algorithm:
+    def _check_sampler_logprobs(self) -> AlgorithmSettings:
         if self.old_logprobs == "sampler" and self.mismatch != "none":
             raise ValueError(
                 f"old_logprobs=sampler with mismatch={self.mismatch}: the ratio to the sampler "

@@ -9,14 +9,14 @@ from pydantic import Field
 from grpo.config.reading import Section
 
 
-class Lora(Section):
+class LoraSettings(Section):
     """Low-rank adapters: the addition to a weight is `alpha / rank` times B A."""
 
     rank: int = Field(16, ge=1, description="Rank of the adapter matrices A and B.")
     alpha: float = Field(32.0, gt=0, description="Scale: the addition is alpha / rank times B A.")
 
 
-class Qat(Section):
+class QatSettings(Section):
     """Quantisation-aware training: the forward pass rounds as `grpo quantize` does.
 
     For `grpo sft`, and for `grpo distill` with way sequence or soft.
@@ -30,7 +30,7 @@ class Qat(Section):
     )
 
 
-class Rope(Section):
+class RopeSettings(Section):
     """A context extension by scaled rotary frequencies.
 
     It is written into the model's config, so that learner, engine and final model agree.
@@ -50,7 +50,7 @@ class Rope(Section):
     )
 
 
-class Model(Section):
+class ModelSettings(Section):
     """The model that is trained: its source, precision, attention and trainable weights."""
 
     path: str = Field(
@@ -82,16 +82,16 @@ class Model(Section):
         "scores tokens with `algorithm.advantage: teacher`. Default: the KL is measured to the "
         "start model. `grpo distill` requires a teacher.",
     )
-    lora: Lora | None = Field(
+    lora: LoraSettings | None = Field(
         None,
         description="Train low-rank adapters on all linear layers except the head, and freeze the "
         "weights. Adapters need about ten times the learning rate.",
     )
-    rope: Rope | None = Field(
+    rope: RopeSettings | None = Field(
         None,
         description="Extend the context of a model whose context has not been extended yet.",
     )
-    qat: Qat | None = Field(
+    qat: QatSettings | None = Field(
         None,
         description="Quantisation-aware training: round to fewer bits in the forward pass.",
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.config.reading import did_you_mean
 
 
@@ -225,7 +225,7 @@ def apply_preset(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(section, dict):
             filled[key] = {subkey: value, **section}
     if algorithm is not None:
-        loss = filled["algorithm"].get("loss", Algorithm.model_fields["loss"].default)
+        loss = filled["algorithm"].get("loss", AlgorithmSettings.model_fields["loss"].default)
         _check_clipping_keys(algorithm, PRESETS[name], str(loss))
     return filled
 
@@ -245,7 +245,7 @@ def _check_clipping_keys(algorithm: dict[str, Any], preset: Preset, loss: str) -
 
 def _preset_value(preset: Preset, key: str) -> Any:
     """Returns the value of a key of section `algorithm` with a preset and nothing else."""
-    default = Algorithm.model_fields[key].default
+    default = AlgorithmSettings.model_fields[key].default
     return preset.settings.get(f"algorithm.{key}", default)
 
 
@@ -302,7 +302,7 @@ class Formulas:
     kl: str
 
 
-def formulas(algorithm: Algorithm) -> Formulas:
+def formulas(algorithm: AlgorithmSettings) -> Formulas:
     """Returns a recipe in formulas. The equation of a user's loss is its name."""
     equation = EQUATIONS.get(algorithm.loss, algorithm.loss)
     return Formulas(
@@ -319,7 +319,7 @@ def formulas(algorithm: Algorithm) -> Formulas:
     )
 
 
-def _kl_formula(algorithm: Algorithm) -> str:
+def _kl_formula(algorithm: AlgorithmSettings) -> str:
     if not algorithm.kl_coef:
         return "none"
     kl = f"{algorithm.kl_coef:g} {algorithm.kl_estimator} in the {algorithm.kl_in}"
@@ -328,7 +328,7 @@ def _kl_formula(algorithm: Algorithm) -> str:
     return kl
 
 
-def describe(algorithm: Algorithm) -> str:
+def describe(algorithm: AlgorithmSettings) -> str:
     """Returns a recipe in one line: its preset and source, the changed keys, and its formulas.
 
     `grpo (DeepSeekMath 2402.03300 Eq. 3, 4, with dual_clip=4.0): equation ...; advantage ...;
@@ -336,7 +336,7 @@ def describe(algorithm: Algorithm) -> str:
     """
     preset = PRESETS[algorithm.preset]
     changes = []
-    for key in Algorithm.model_fields:
+    for key in AlgorithmSettings.model_fields:
         value = getattr(algorithm, key)
         if key != "preset" and value != _preset_value(preset, key):
             changes.append(f"{key}={value}")

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from grpo.config.reading import Section
 
 
-class Source(Section):
+class DataSetSettings(Section):
     """One problem set of a mixture. Its name is a file in data/ or `module:function`."""
 
     weight: float = Field(
@@ -29,7 +29,7 @@ class Source(Section):
     )
 
 
-class Data(Section):
+class DataSettings(Section):
     """The problems: one problem set, or a weighted mixture of several."""
 
     name: str | None = Field(
@@ -40,7 +40,7 @@ class Data(Section):
     options: dict[str, Any] = Field(
         {}, description="Keyword arguments of the `load` function of the set `name`."
     )
-    mixture: dict[str, Source] = Field(
+    mixture: dict[str, DataSetSettings] = Field(
         {}, description="Several problem sets by name, mixed by weight."
     )
     path: str | None = Field(
@@ -54,7 +54,7 @@ class Data(Section):
     )
 
     @model_validator(mode="after")
-    def _check_one_of_name_and_mixture(self) -> Data:
+    def _check_one_of_name_and_mixture(self) -> DataSettings:
         if bool(self.name) == bool(self.mixture):
             raise ValueError("set either name (one problem set) or mixture (several)")
         if self.mixture and self.options:
@@ -64,18 +64,18 @@ class Data(Section):
         return self
 
     @property
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, DataSetSettings]:
         """All problem sets by name. A set without a path has that of the section."""
         sources = self.mixture
         if not sources:
-            sources = {self.name or "": Source(options=self.options)}
+            sources = {self.name or "": DataSetSettings(options=self.options)}
         return {
             name: source.model_copy(update={"path": source.path or self.path})
             for name, source in sources.items()
         }
 
 
-class Prompt(Section):
+class PromptSettings(Section):
     """How a problem becomes a prompt: template, system prompt, prefill, stop strings, length."""
 
     template: str = Field(
@@ -102,7 +102,7 @@ class Prompt(Section):
     )
 
 
-class Sampling(Section):
+class SamplingSettings(Section):
     """How completions are sampled: maximum length, temperature, top-p and top-k."""
 
     max_tokens: int = Field(1024, ge=1, description="Maximum length of a completion in tokens.")
@@ -125,7 +125,7 @@ class Sampling(Section):
     )
 
 
-class Reward(Section):
+class RewardSettings(Section):
     """The weight and the options of one reward.
 
     A config gives the weight alone, `accuracy: 1.0`, or both, `length: {weight: 0.5, options:
@@ -143,10 +143,10 @@ def _expand_weight(value: Any) -> Any:
     return value
 
 
-RewardEntry = Annotated[Reward, BeforeValidator(_expand_weight)]
+RewardEntry = Annotated[RewardSettings, BeforeValidator(_expand_weight)]
 
 
-class RewardPool(Section):
+class RewardPoolSettings(Section):
     """The worker processes of the rewards that have a time limit (`TIMEOUT_S` in their file)."""
 
     workers: int | None = Field(
@@ -159,7 +159,7 @@ class RewardPool(Section):
     )
 
 
-class Train(Section):
+class TrainSettings(Section):
     """The number of rollouts, their size, and how they are split into updates."""
 
     rollouts: int = Field(
@@ -184,7 +184,7 @@ class Train(Section):
     )
 
     @model_validator(mode="after")
-    def _check_even_split(self) -> Train:
+    def _check_even_split(self) -> TrainSettings:
         total = self.completions
         num_updates = self.updates_per_rollout
         if total % num_updates == 0:
@@ -210,7 +210,7 @@ class Train(Section):
         return self.rollouts * self.epochs * self.updates_per_rollout
 
 
-class Learner(Section):
+class LearnerSettings(Section):
     """The learner: optimizer, learning rate schedule, memory and parallelism."""
 
     lr: float = Field(
@@ -284,7 +284,7 @@ class Learner(Section):
     )
 
 
-class Servers(Section):
+class ServerSettings(Section):
     """vLLM servers that replace the engine in a child process.
 
     They run on this machine or on others (launch/server.sh).
@@ -340,7 +340,7 @@ class Servers(Section):
     )
 
     @model_validator(mode="after")
-    def _check_servers(self) -> Servers:
+    def _check_servers(self) -> ServerSettings:
         if not self.count and not self.urls:
             raise ValueError(
                 "no servers: set count (local servers), urls (other servers) or both, or remove "
@@ -353,7 +353,7 @@ class Servers(Section):
         return self
 
 
-class Engine(Section):
+class EngineSettings(Section):
     """The vLLM engine: precision, memory, batch size, timeouts and servers."""
 
     dtype: Literal["float32", "bfloat16"] | None = Field(
@@ -385,7 +385,7 @@ class Engine(Section):
         description="Release the engine's GPU memory during updates, so that the learner can use "
         "it. No effect on a CPU.",
     )
-    servers: Servers | None = Field(
+    servers: ServerSettings | None = Field(
         None,
         description="Use vLLM servers. Default: an engine in a child process of each rank.",
     )
@@ -399,7 +399,7 @@ class Engine(Section):
     )
 
 
-class Probe(Section):
+class ProbeSettings(Section):
     """The checks that engine and learner have the same weights."""
 
     canary: bool = Field(
@@ -424,7 +424,7 @@ class Probe(Section):
     )
 
 
-class Eval(Section):
+class EvalSettings(Section):
     """Evaluation on held-out problems: interval, number of problems, sampling."""
 
     every: int = Field(
@@ -434,7 +434,7 @@ class Eval(Section):
         "the first and after the last rollout. 0: no evaluation.",
     )
     problems: int = Field(200, ge=1, description="Maximum number of held-out problems.")
-    data: Data | None = Field(
+    data: DataSettings | None = Field(
         None, description="Problem sets whose test split is used. Default: those of `data`."
     )
     temperature: float = Field(
@@ -454,7 +454,7 @@ class Eval(Section):
     )
 
     @model_validator(mode="after")
-    def _check_samples(self) -> Eval:
+    def _check_samples(self) -> EvalSettings:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"samples={self.samples} with temperature=0: greedy completions are all the same. "
@@ -463,7 +463,7 @@ class Eval(Section):
         return self
 
 
-class Checkpoint(Section):
+class CheckpointSettings(Section):
     """How often checkpoints are written, and which of them are kept."""
 
     every: int = Field(
@@ -508,7 +508,7 @@ def _check_rule(name: str) -> str:
     return name
 
 
-class Logging(Section):
+class LoggingSettings(Section):
     """Trackers, progress output, data for `grpo replay`, and alarms."""
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(

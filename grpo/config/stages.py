@@ -10,14 +10,22 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.config.reading import Section
-from grpo.config.sections import Checkpoint, Data, Eval, Learner, Prompt, Source, Train
-from grpo.config.train import Config, RunConfig, SampledConfig
+from grpo.config.sections import (
+    CheckpointSettings,
+    DataSetSettings,
+    DataSettings,
+    EvalSettings,
+    LearnerSettings,
+    PromptSettings,
+    TrainSettings,
+)
+from grpo.config.train import RunConfig, SamplingStageConfig, TrainConfig
 from grpo.run import ranks
 
 
-class Sft(Section):
+class SftSettings(Section):
     """Supervised fine-tuning: number and size of updates, maximum length, early stop."""
 
     updates: int = Field(ge=1, description="Number of optimizer updates.")
@@ -34,7 +42,7 @@ class Sft(Section):
     )
 
 
-def _check_fits_micro_batch(key: str, tokens: int, learner: Learner) -> None:
+def _check_fits_micro_batch(key: str, tokens: int, learner: LearnerSettings) -> None:
     """Raises ValueError if a sequence of `tokens`, the value of `key`, exceeds a micro-batch."""
     if tokens > learner.micro_batch_tokens:
         raise ValueError(
@@ -44,7 +52,7 @@ def _check_fits_micro_batch(key: str, tokens: int, learner: Learner) -> None:
         )
 
 
-def _check_chat_prompt(key: str, prompt: Prompt) -> None:
+def _check_chat_prompt(key: str, prompt: PromptSettings) -> None:
     """Raises ValueError if prompts cannot be sent to the endpoint in `key` as chat messages."""
     if prompt.template != "chat" or prompt.think_prefill:
         raise ValueError(
@@ -53,7 +61,7 @@ def _check_chat_prompt(key: str, prompt: Prompt) -> None:
         )
 
 
-class SftLearner(Learner):
+class SftLearnerSettings(LearnerSettings):
     """The learner of supervised training: section `learner` with a larger learning rate."""
 
     lr: float = Field(2e-5, gt=0, description="Learning rate after the warmup. Default: TRL's.")
@@ -63,12 +71,13 @@ class SftConfig(RunConfig):
     """The config of `grpo sft`: supervised fine-tuning on the problems' worked solutions."""
 
     supervised: ClassVar[bool] = True
-    sft: Sft = Field(description="Number and size of updates, maximum length, early stop.")
-    learner: SftLearner = Field(
-        SftLearner(), description="Optimizer, learning rate schedule, memory and parallelism."
+    sft: SftSettings = Field(description="Number and size of updates, maximum length, early stop.")
+    learner: SftLearnerSettings = Field(
+        SftLearnerSettings(),
+        description="Optimizer, learning rate schedule, memory and parallelism.",
     )
-    checkpoint: Checkpoint = Field(
-        Checkpoint(every=100),
+    checkpoint: CheckpointSettings = Field(
+        CheckpointSettings(every=100),
         description="When checkpoints are written and which are kept. Default: one every 100 "
         "updates.",
     )
@@ -104,7 +113,7 @@ class SftConfig(RunConfig):
         return max(n for n in divisors if n <= max_size)
 
 
-class Teacher(Section):
+class EndpointSettings(Section):
     """A model behind an OpenAI-compatible endpoint: a vLLM server or a service."""
 
     url: str = Field(description="Base URL of the endpoint, e.g. `http://localhost:8000/v1`.")
@@ -117,7 +126,7 @@ class Teacher(Section):
     retries: int = Field(5, ge=0, description="Number of retries of a failed request.")
 
 
-class Collect(Section):
+class CollectSettings(Section):
     """Rejection sampling: which problems are sampled, and which completions become traces."""
 
     problems: int = Field(
@@ -155,7 +164,7 @@ class Collect(Section):
         le=1,
         description="Maximum share of a trace's 20-grams of words that repeat an earlier one.",
     )
-    decontaminate: dict[str, Source] = Field(
+    decontaminate: dict[str, DataSetSettings] = Field(
         {},
         description="Evaluation sets by name. A problem that shares `ngram` consecutive words with "
         "a problem of their test split is excluded.",
@@ -165,13 +174,13 @@ class Collect(Section):
     )
 
 
-class CollectConfig(SampledConfig):
+class CollectConfig(SamplingStageConfig):
     """The config of `grpo collect`: rejection sampling."""
 
-    collect: Collect = Field(
+    collect: CollectSettings = Field(
         description="Which problems are sampled, and which completions become traces."
     )
-    teacher: Teacher | None = Field(
+    teacher: EndpointSettings | None = Field(
         None,
         description="Endpoint that samples the completions. Default: `model.path` on an engine of "
         "the run.",
@@ -189,7 +198,7 @@ class CollectConfig(SampledConfig):
         return self
 
 
-class Soft(Section):
+class SoftTargetSettings(Section):
     """Soft targets: the student learns the teacher's distribution at each token of given texts."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
@@ -240,7 +249,7 @@ class Soft(Section):
     )
 
     @model_validator(mode="after")
-    def _check_stored_logprobs(self) -> Soft:
+    def _check_stored_logprobs(self) -> SoftTargetSettings:
         if self.teacher_topk and (self.temperature != 1 or self.hidden_weight):
             raise ValueError(
                 "teacher_topk needs temperature=1 and hidden_weight=0: the stored "
@@ -249,7 +258,7 @@ class Soft(Section):
         return self
 
 
-class DistillConfig(SampledConfig):
+class DistillConfig(SamplingStageConfig):
     """The config of `grpo distill`: `model` is the student, `model.teacher` the teacher."""
 
     # Way on_policy is not supervised, but it runs with the config of a `grpo train` (`parts`).
@@ -259,31 +268,34 @@ class DistillConfig(SampledConfig):
         "`soft` matches the teacher's distribution on given texts, `on_policy` lets the teacher "
         "score the student's own completions."
     )
-    soft: Soft | None = Field(
+    soft: SoftTargetSettings | None = Field(
         None,
         description="For way soft: training on the solutions of `data`, which are worked solutions "
         "or the traces of `grpo collect`.",
     )
-    collect: Collect | None = Field(
+    collect: CollectSettings | None = Field(
         None, description="For way sequence: the teacher's traces that are collected."
     )
-    sft: Sft | None = Field(
+    sft: SftSettings | None = Field(
         None, description="For way sequence: the student's fine-tuning on these traces."
     )
-    train: Train | None = Field(
+    train: TrainSettings | None = Field(
         None,
         description="For way on_policy: the rollouts and updates of `grpo train`, with the "
         "advantage log pi_teacher - log pi.",
     )
-    eval: Eval = Field(Eval(), description="For way on_policy: evaluation on held-out problems.")
-    learner: SftLearner = Field(
-        SftLearner(), description="Optimizer, learning rate schedule, memory and parallelism."
+    eval: EvalSettings = Field(
+        EvalSettings(), description="For way on_policy: evaluation on held-out problems."
+    )
+    learner: SftLearnerSettings = Field(
+        SftLearnerSettings(),
+        description="Optimizer, learning rate schedule, memory and parallelism.",
     )
 
     @property
-    def algorithm(self) -> Algorithm:
+    def algorithm(self) -> AlgorithmSettings:
         """The loss that way soft adds to the divergence: the cross-entropy of the text."""
-        return Algorithm(loss="cross_entropy")
+        return AlgorithmSettings(loss="cross_entropy")
 
     @model_validator(mode="after")
     def _check_way(self) -> DistillConfig:
@@ -344,9 +356,9 @@ class DistillConfig(SampledConfig):
             **_only(tree, "learner", "sft", *_COMMON_KEYS),
         )
 
-    def _train_config(self, tree: dict[str, Any]) -> Config:
+    def _train_config(self, tree: dict[str, Any]) -> TrainConfig:
         """Returns the config that trains the student on its own completions."""
-        return Config(
+        return TrainConfig(
             algorithm={"preset": "on_policy_distill"},
             **_only(tree, "run_dir", "model", "data", "learner", "train", "eval"),
             **_only(tree, *_COMMON_KEYS, *_SAMPLING_KEYS),
@@ -375,24 +387,24 @@ def _only(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: tree[key] for key in keys}
 
 
-class EvalConfig(Config):
+class EvalConfig(TrainConfig):
     """The config of `grpo eval`: a train config, or one without the sections for training.
 
     The model, prompts, rewards and problems are those of the config.
     """
 
     evaluation_only: ClassVar[bool] = True
-    train: Train = Field(
-        Train(rollouts=1),
+    train: TrainSettings = Field(
+        TrainSettings(rollouts=1),
         description="Not used by the evaluation. The section is allowed so that a train config can "
         "be evaluated without changes.",
     )
-    endpoint: Teacher | None = Field(
+    endpoint: EndpointSettings | None = Field(
         None,
         description="Endpoint with the model to evaluate. Default: `model.path` on an engine of "
         "the run.",
     )
-    sets: dict[str, Data] = Field(
+    sets: dict[str, DataSettings] = Field(
         {},
         description="Evaluation sets by name. Default: one set, `eval.data` or the test split of "
         "`data`.",
@@ -423,7 +435,7 @@ class EvalConfig(Config):
         return self
 
     @property
-    def judged(self) -> dict[str, Data]:
+    def judged(self) -> dict[str, DataSettings]:
         """The evaluation sets by name. A single set without a name has the name ""."""
         if self.sets:
             return self.sets
@@ -449,7 +461,7 @@ class EvalConfig(Config):
         )
 
 
-class Quantize(Section):
+class QuantizeSettings(Section):
     """The quantisation schemes that are written, and the group size of int4."""
 
     schemes: list[Literal["int8", "int8_tensor", "int4"]] = Field(
@@ -463,11 +475,13 @@ class Quantize(Section):
     )
 
 
-class QuantizeConfig(SampledConfig):
+class QuantizeConfig(SamplingStageConfig):
     """The config of `grpo quantize`: writes a finished model with fewer bits per weight."""
 
-    quantize: Quantize = Field(Quantize(), description="Schemes to write, and the group size.")
-    eval: Eval | None = Field(
+    quantize: QuantizeSettings = Field(
+        QuantizeSettings(), description="Schemes to write, and the group size."
+    )
+    eval: EvalSettings | None = Field(
         None,
         description="Evaluate the model and each scheme on held-out problems, as `grpo eval` does. "
         "Default: no evaluation.",
@@ -507,7 +521,7 @@ class QuantizeConfig(SampledConfig):
         return EvalConfig(**tree)
 
 
-class Step(Section):
+class PipelineStageSettings(Section):
     """One stage of a pipeline: a command, its config, and its inputs from earlier stages."""
 
     command: Literal["sft", "train", "collect", "distill", "quantize"] = Field(
@@ -530,7 +544,7 @@ class Step(Section):
     )
 
 
-class Judged(Section):
+class PipelineEvalSettings(Section):
     """One evaluation set of a pipeline, on which the model of each stage is evaluated."""
 
     config: str = Field(
@@ -559,12 +573,14 @@ class PipelineConfig(Section):
         description="Number of learner ranks of the stages sft, train and distill, on this "
         "machine.",
     )
-    stages: dict[str, Step] = Field(min_length=1, description="Stages by name, in order.")
-    eval: dict[str, Judged] = Field({}, description="Evaluation sets by name.")
+    stages: dict[str, PipelineStageSettings] = Field(
+        min_length=1, description="Stages by name, in order."
+    )
+    eval: dict[str, PipelineEvalSettings] = Field({}, description="Evaluation sets by name.")
 
     @model_validator(mode="after")
     def _check_stages(self) -> PipelineConfig:
-        earlier_steps: dict[str, Step] = {}
+        earlier_steps: dict[str, PipelineStageSettings] = {}
         for name, step in self.stages.items():
             _check_stage(name, step, earlier_steps)
             earlier_steps[name] = step
@@ -579,7 +595,9 @@ _COMMANDS_OF_INPUTS = {
 }
 
 
-def _check_stage(name: str, step: Step, earlier_steps: dict[str, Step]) -> None:
+def _check_stage(
+    name: str, step: PipelineStageSettings, earlier_steps: dict[str, PipelineStageSettings]
+) -> None:
     """Raises ValueError if a stage's name is invalid or its inputs are not of earlier stages."""
     is_reserved = name in ("start", "samples", "checkpoints")
     if is_reserved or not re.fullmatch(r"[A-Za-z0-9_]+", name):

@@ -7,24 +7,24 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from grpo.config.algorithm import Algorithm
-from grpo.config.model import Model
+from grpo.config.algorithm import AlgorithmSettings
+from grpo.config.model import ModelSettings
 from grpo.config.presets import apply_preset
 from grpo.config.reading import Section, apply_overrides, explain, read_yaml
 from grpo.config.sections import (
-    Checkpoint,
-    Data,
-    Engine,
-    Eval,
-    Learner,
-    Logging,
-    Probe,
-    Prompt,
-    Reward,
+    CheckpointSettings,
+    DataSettings,
+    EngineSettings,
+    EvalSettings,
+    LearnerSettings,
+    LoggingSettings,
+    ProbeSettings,
+    PromptSettings,
     RewardEntry,
-    RewardPool,
-    Sampling,
-    Train,
+    RewardPoolSettings,
+    RewardSettings,
+    SamplingSettings,
+    TrainSettings,
 )
 from grpo.types import UserError
 
@@ -41,17 +41,18 @@ class RunConfig(Section):
         description="Directory of the run, with its metrics, samples, checkpoints and final model."
     )
     seed: int = Field(0, ge=0, description="Seed from which all random choices are derived.")
-    model: Model = Field(description="The model: source, precision and trainable weights.")
-    data: Data = Field(description="The problems.")
-    prompt: Prompt = Field(Prompt(), description="How a problem becomes a prompt.")
-    learner: Learner = Field(
-        Learner(), description="Optimizer, learning rate schedule, memory and parallelism."
+    model: ModelSettings = Field(description="The model: source, precision and trainable weights.")
+    data: DataSettings = Field(description="The problems.")
+    prompt: PromptSettings = Field(PromptSettings(), description="How a problem becomes a prompt.")
+    learner: LearnerSettings = Field(
+        LearnerSettings(), description="Optimizer, learning rate schedule, memory and parallelism."
     )
-    checkpoint: Checkpoint = Field(
-        Checkpoint(), description="When checkpoints are written and which are kept."
+    checkpoint: CheckpointSettings = Field(
+        CheckpointSettings(), description="When checkpoints are written and which are kept."
     )
-    logging: Logging = Field(
-        Logging(), description="Trackers, progress output, data for `grpo replay`, and alarms."
+    logging: LoggingSettings = Field(
+        LoggingSettings(),
+        description="Trackers, progress output, data for `grpo replay`, and alarms.",
     )
 
     @model_validator(mode="after")
@@ -85,24 +86,26 @@ class RunConfig(Section):
         return self.learner.timeout_s
 
 
-class SampledConfig(RunConfig):
+class SamplingStageConfig(RunConfig):
     """The keys that the configs of all commands with completions and rewards have."""
 
-    sampling: Sampling = Field(Sampling(), description="How completions are sampled.")
+    sampling: SamplingSettings = Field(
+        SamplingSettings(), description="How completions are sampled."
+    )
     rewards: dict[str, RewardEntry] = Field(
-        {"accuracy": Reward(), "format": Reward(weight=0.1)},
+        {"accuracy": RewardSettings(), "format": RewardSettings(weight=0.1)},
         description="Rewards by name, a file in `rewards/` or `module:function`: the weight alone, "
         "or `{weight: ..., options: {...}}`.",
     )
-    reward_pool: RewardPool = Field(
-        RewardPool(), description="Worker processes of the rewards that have a time limit."
+    reward_pool: RewardPoolSettings = Field(
+        RewardPoolSettings(), description="Worker processes of the rewards that have a time limit."
     )
-    engine: Engine = Field(
-        Engine(), description="The vLLM engine: precision, memory, batch size and servers."
+    engine: EngineSettings = Field(
+        EngineSettings(), description="The vLLM engine: precision, memory, batch size and servers."
     )
 
     @model_validator(mode="after")
-    def _check_rewards(self) -> SampledConfig:
+    def _check_rewards(self) -> SamplingStageConfig:
         length = self.rewards.get("length")
         if length is not None and not length.options:
             # As in DAPO, the penalty starts in the last fifth of the maximum length.
@@ -132,17 +135,19 @@ class SampledConfig(RunConfig):
         return max(self.learner.timeout_s, engine_wait_s)
 
 
-class Config(SampledConfig):
+class TrainConfig(SamplingStageConfig):
     """The config of `grpo train`."""
 
-    algorithm: Algorithm = Field(
-        Algorithm(), description="The recipe: advantage, loss, reduction, KL and filters."
+    algorithm: AlgorithmSettings = Field(
+        AlgorithmSettings(), description="The recipe: advantage, loss, reduction, KL and filters."
     )
-    train: Train = Field(description="Number and size of rollouts, and their split into updates.")
-    probe: Probe = Field(
-        Probe(), description="Checks that engine and learner have the same weights."
+    train: TrainSettings = Field(
+        description="Number and size of rollouts, and their split into updates."
     )
-    eval: Eval = Field(Eval(), description="Evaluation on held-out problems.")
+    probe: ProbeSettings = Field(
+        ProbeSettings(), description="Checks that engine and learner have the same weights."
+    )
+    eval: EvalSettings = Field(EvalSettings(), description="Evaluation on held-out problems.")
 
     @property
     def total_updates(self) -> int:
@@ -158,7 +163,7 @@ class Config(SampledConfig):
 
     # One validator for all checks, because EvalConfig replaces it as a unit.
     @model_validator(mode="after")
-    def _check_combinations(self) -> Config:
+    def _check_combinations(self) -> TrainConfig:
         self._check_reference_model()
         self.model.check_sequence_parallel(self.learner.sequence_parallel)
         if self.model.float32_head and self.learner.zero_stage == 3:
@@ -234,7 +239,7 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 def load(
     path: str,
     overrides: list[str] | None = None,
-    kind: type[ConfigT] = Config,  # type: ignore[assignment]
+    kind: type[ConfigT] = TrainConfig,  # type: ignore[assignment]
 ) -> ConfigT:
     """Returns the validated config in a YAML file.
 
@@ -254,7 +259,7 @@ def load(
 def parse(
     tree: dict[str, Any],
     where: str = "config",
-    kind: type[ConfigT] = Config,  # type: ignore[assignment]
+    kind: type[ConfigT] = TrainConfig,  # type: ignore[assignment]
 ) -> ConfigT:
     """Returns the validated config of a tree.
 

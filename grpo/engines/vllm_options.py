@@ -45,7 +45,9 @@ class ServedModel:
     float32_head: bool = False
 
 
-def llm_arguments(model: ServedModel, settings: configs.Engine, *, cuda: bool) -> dict[str, Any]:
+def llm_arguments(
+    model: ServedModel, settings: configs.EngineSettings, *, cuda: bool
+) -> dict[str, Any]:
     """Returns the keyword arguments of vLLM's `LLM`.
 
     Args:

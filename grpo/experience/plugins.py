@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Reward
+from grpo.config import RewardSettings
 from grpo.learning.advantages import unflatten
 from grpo.types import Completion, Group, Score, UserError, Verdict
 from rewards.workers.pool import Failure, Pool
@@ -88,7 +88,9 @@ def _import_function(name: str, key: str) -> Callable[..., Any]:
     return plugin
 
 
-def rewards(section: Mapping[str, Reward], pool: Pool) -> dict[str, tuple[RewardFunction, float]]:
+def rewards(
+    section: Mapping[str, RewardSettings], pool: Pool
+) -> dict[str, tuple[RewardFunction, float]]:
     """Returns function and weight of each reward in the config section `rewards`.
 
     Raises:

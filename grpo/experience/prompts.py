@@ -40,7 +40,10 @@ class Prompts:
     """
 
     def __init__(
-        self, settings: configs.Prompt, tokenizer: Any, eos_token_ids: list[int] | None = None
+        self,
+        settings: configs.PromptSettings,
+        tokenizer: Any,
+        eos_token_ids: list[int] | None = None,
     ) -> None:
         """Checks that the template can be rendered.
 
@@ -229,7 +232,7 @@ class Prompts:
         return end_of_turn_id
 
 
-def _check_template(settings: configs.Prompt, tokenizer: Any) -> None:
+def _check_template(settings: configs.PromptSettings, tokenizer: Any) -> None:
     if settings.template not in TEMPLATES:
         raise UserError(
             f"prompt.template={settings.template}: unknown template. Available: "
@@ -257,7 +260,7 @@ class Chat:
         stop_token_ids: Always empty.
     """
 
-    def __init__(self, settings: configs.Prompt) -> None:
+    def __init__(self, settings: configs.PromptSettings) -> None:
         """`settings`: the config section `prompt`. Only `system` and `stop` are used."""
         self.stop = tuple(settings.stop)
         self.stop_token_ids: tuple[int, ...] = ()

@@ -15,7 +15,7 @@ from grpo.experience.prompts import Chat, Prompts
 from grpo.types import Completion, Group, Problem
 
 if TYPE_CHECKING:
-    from grpo.config import SampledConfig
+    from grpo.config import SamplingStageConfig
 
 
 def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
@@ -28,7 +28,7 @@ def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
 
 
 def sampling_options(
-    config: SampledConfig, prompts: Prompts | Chat, temperature: float
+    config: SamplingStageConfig, prompts: Prompts | Chat, temperature: float
 ) -> SamplingOptions:
     """Returns the engine's sampling options for a config."""
     sampling = config.sampling

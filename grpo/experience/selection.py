@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.learning.advantages import has_signal
 from grpo.types import Completion, Exhausted, Group, Problem, ScoredGroup, UserError, Verdict
 
@@ -51,7 +51,7 @@ class Selection:
         streamed: Asynchronous rollouts, on every rank: returns the stream's next groups.
     """
 
-    algorithm: Algorithm
+    algorithm: AlgorithmSettings
     size: int
     take: Callable[[int, int], list[Problem]]
     position: int = 0

@@ -54,7 +54,7 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def deepspeed_config(settings: configs.Learner, dtype: str) -> dict[str, Any]:
+def deepspeed_config(settings: configs.LearnerSettings, dtype: str) -> dict[str, Any]:
     """Returns DeepSpeed's config dictionary.
 
     Args:
@@ -89,7 +89,7 @@ def deepspeed_config(settings: configs.Learner, dtype: str) -> dict[str, Any]:
     }
 
 
-def parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: configs.LearnerSettings) -> list[dict[str, Any]]:
     """Returns the optimizer's parameter groups: matrices have weight decay, vectors have none."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
@@ -101,7 +101,7 @@ def parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def learning_rate(settings: configs.Learner, update: int, total_updates: int) -> float:
+def learning_rate(settings: configs.LearnerSettings, update: int, total_updates: int) -> float:
     """Returns the learning rate of an update. It depends on the arguments only.
 
     The rate rises linearly during the warm-up. Then it is constant, or decays linearly or as a
@@ -128,7 +128,7 @@ def learning_rate(settings: configs.Learner, update: int, total_updates: int) ->
 
 
 def skipped_updates_error(
-    update: int, loss: float, grad_norm: float, settings: configs.Learner, num_updates: int
+    update: int, loss: float, grad_norm: float, settings: configs.LearnerSettings, num_updates: int
 ) -> RunError:
     """Returns the error that ends a run after `num_updates` consecutive unusable updates."""
     repetition = f", {num_updates} times in a row" if num_updates > 1 else ""

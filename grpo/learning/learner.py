@@ -47,7 +47,7 @@ from grpo.run import ranks
 from grpo.types import Batch
 
 if TYPE_CHECKING:
-    from grpo.config import DistillConfig, Soft
+    from grpo.config import DistillConfig, SoftTargetSettings
 
 # Offsets that keep the seeds of `Learner.perturbed` distinct.
 RANK_SEED_OFFSET = 100_000  # times the rank
@@ -86,11 +86,11 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        config: configs.Config | DistillConfig,
+        config: configs.TrainConfig | DistillConfig,
         loss: Loss,
         reference: nn.Module | None = None,
         *,
-        soft: Soft | None = None,
+        soft: SoftTargetSettings | None = None,
     ) -> None:
         """Prepares a model for training and passes it to DeepSpeed.
 
@@ -390,7 +390,9 @@ def _current_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _prepare_policy_model(model: Any, settings: configs.Model, device: torch.device) -> None:
+def _prepare_policy_model(
+    model: Any, settings: configs.ModelSettings, device: torch.device
+) -> None:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     moe.check(model, settings.router_aux_coef, settings.freeze_router)
@@ -410,7 +412,9 @@ def _freeze(reference: nn.Module, dtype: torch.dtype, device: torch.device) -> N
         models.use_fused_norms(reference)
 
 
-def _head_options(config: configs.Config | DistillConfig, soft: Soft | None) -> HeadOptions:
+def _head_options(
+    config: configs.TrainConfig | DistillConfig, soft: SoftTargetSettings | None
+) -> HeadOptions:
     # Soft targets have no sampler whose temperature the log-probabilities have to match.
     temperature = config.sampling.temperature if soft is None else 1.0
     return HeadOptions(
@@ -421,7 +425,9 @@ def _head_options(config: configs.Config | DistillConfig, soft: Soft | None) -> 
 
 
 def _reference_policy(
-    reference: nn.Module, config: configs.Config | DistillConfig, soft: Soft | None
+    reference: nn.Module,
+    config: configs.TrainConfig | DistillConfig,
+    soft: SoftTargetSettings | None,
 ) -> Policy:
     return Policy(
         reference,
@@ -432,8 +438,8 @@ def _reference_policy(
 
 def _trained_policy(
     model: nn.Module,
-    config: configs.Config | DistillConfig,
-    soft: Soft | None,
+    config: configs.TrainConfig | DistillConfig,
+    soft: SoftTargetSettings | None,
     reference: Policy | None,
 ) -> Policy:
     """Returns the policy to train. With `soft`, `reference` is its teacher."""
@@ -450,7 +456,9 @@ def _trained_policy(
     )
 
 
-def _with_distillation(result: Objective, output: PolicyOutput, soft: Soft) -> Objective:
+def _with_distillation(
+    result: Objective, output: PolicyOutput, soft: SoftTargetSettings
+) -> Objective:
     """Returns the objective plus the divergence from the teacher and the error of hidden states.
 
     Source: Hinton 1503.02531 (the factor T^2 of the divergence).

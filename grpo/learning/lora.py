@@ -18,13 +18,13 @@ from grpo.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from grpo.config import Config, RunConfig
-    from grpo.config.model import Lora
+    from grpo.config import RunConfig, TrainConfig
+    from grpo.config.model import LoraSettings
 
 ADAPTER = "default"  # peft's name of the adapter
 
 
-def add(model: Any, settings: Lora, base: str, seed: int) -> None:
+def add(model: Any, settings: LoraSettings, base: str, seed: int) -> None:
     """Adds adapters to every linear layer except the output head, in place.
 
     All other weights are frozen.
@@ -59,7 +59,7 @@ def add(model: Any, settings: Lora, base: str, seed: int) -> None:
     model.peft_config = {ADAPTER: config}
 
 
-def load_reference(config: Config, model_dir: Path, teacher_dir: Path | None) -> Any:
+def load_reference(config: TrainConfig, model_dir: Path, teacher_dir: Path | None) -> Any:
     """Returns the teacher if there is one, otherwise the reference model of the KL.
 
     Returns `None` if the run needs neither, or if the policy has adapters: without them the policy

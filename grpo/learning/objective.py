@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import Loss, LossOutput, ratio, row_mean
 from grpo.types import Batch, UserError
 
@@ -44,7 +44,7 @@ class Objective:
 
 
 def objective(
-    logprobs: Tensor, entropies: Tensor, batch: Batch, algorithm: Algorithm, loss: Loss
+    logprobs: Tensor, entropies: Tensor, batch: Batch, algorithm: AlgorithmSettings, loss: Loss
 ) -> Objective:
     """Returns the objective of a micro-batch.
 
@@ -96,7 +96,7 @@ def objective(
     return Objective(per_token=per_token, metrics=metrics, sampler_ratios=sampler_ratios)
 
 
-def _kl_coefficient(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> Tensor | float:
+def _kl_coefficient(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> Tensor | float:
     """Returns the factor of the KL term in the loss.
 
     With `kl_unbiased` it contains pi / pi_old [B, T], so that the expected gradient of the term is

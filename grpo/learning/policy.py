@@ -23,7 +23,7 @@ from grpo.learning.divergence import divergence, top_divergence
 from grpo.types import Batch, UserError
 
 if TYPE_CHECKING:
-    from grpo.config import Soft
+    from grpo.config import SoftTargetSettings
 
 
 class PolicyOutput(NamedTuple):
@@ -75,7 +75,7 @@ class SoftTargets:
             (`Batch.teacher_top`).
     """
 
-    settings: Soft
+    settings: SoftTargetSettings
     teacher: Policy | None
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.types import Batch
 
 
@@ -39,7 +39,7 @@ class LossOutput:
     metrics: dict[str, Tensor]
 
 
-Loss = Callable[[Tensor, Batch, Algorithm], LossOutput]
+Loss = Callable[[Tensor, Batch, AlgorithmSettings], LossOutput]
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:

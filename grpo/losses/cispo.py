@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import LossOutput, ratio
 from grpo.types import Batch
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
+def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOutput:
     """Returns -sg(min(r, ratio_max)) A log pi.
 
     The gradient flows through log pi only. `algorithm.ratio_max` is the cap of the ratio itself,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import LossOutput, clipped_loss, ratio
 from grpo.types import Batch
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
+def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOutput:
     """Returns -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
     With `algorithm.dual_clip`, r is replaced by min(r, dual_clip) where A < 0 (INTELLECT-2

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import LossOutput, clipped_loss, log_ratio, row_mean
 from grpo.types import Batch
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
+def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOutput:
     """Returns -min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) at every token of a sequence.
 
     s is the ratio of the sequence's probabilities to the power of 1 / length. It is computed as

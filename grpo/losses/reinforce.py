@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import LossOutput, ratio
 from grpo.types import Batch
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
+def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOutput:
     """Returns -r A. On-policy, where r is 1, its gradient is -A grad log pi.
 
     Source: RLOO 2402.14740 Eq. 6, the sum over tokens there.

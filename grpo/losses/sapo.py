@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import LossOutput, ratio
 from grpo.types import Batch
 
@@ -14,7 +14,7 @@ TEMPERATURE_POSITIVE = 1.0
 TEMPERATURE_NEGATIVE = 1.05
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
+def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOutput:
     """Returns -(4 / tau) sigmoid(tau (r - 1)) A, with tau by the sign of A.
 
     Source: SAPO 2511.20347 Eq. 5, 6.

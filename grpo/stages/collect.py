@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import Collect, CollectConfig, Data
+from grpo.config import CollectConfig, CollectSettings, DataSettings
 from grpo.experience.describing import describe, sample_rows
 from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
@@ -137,7 +137,7 @@ def _first_problems(stream: Mixture, count: int) -> list[Problem]:
     return list(problems.values())
 
 
-def drop_reasons(groups: Sequence[ScoredGroup], settings: Collect) -> list[str]:
+def drop_reasons(groups: Sequence[ScoredGroup], settings: CollectSettings) -> list[str]:
     """Returns why each completion is dropped, in order; "" if it is kept as a trace.
 
     At most `settings.keep` completions are kept per problem, the shortest ones.
@@ -148,7 +148,7 @@ def drop_reasons(groups: Sequence[ScoredGroup], settings: Collect) -> list[str]:
     return reasons
 
 
-def _drop_reasons_of_group(scored: ScoredGroup, settings: Collect) -> list[str]:
+def _drop_reasons_of_group(scored: ScoredGroup, settings: CollectSettings) -> list[str]:
     completions = scored.group.completions
     reasons = [_fault(scored, index, settings) for index in range(len(completions))]
 
@@ -170,7 +170,7 @@ def _drop_reasons_of_group(scored: ScoredGroup, settings: Collect) -> list[str]:
     return reasons
 
 
-def _fault(scored: ScoredGroup, index: int, settings: Collect) -> str:
+def _fault(scored: ScoredGroup, index: int, settings: CollectSettings) -> str:
     """Returns the first fault of a completion, "" if it has none."""
     completion = scored.group.completions[index]
     if completion.finish_reason == "length":
@@ -219,11 +219,11 @@ def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + n]) for start in range(num_starts)}
 
 
-def _excluded(config: CollectConfig) -> Data | None:
+def _excluded(config: CollectConfig) -> DataSettings | None:
     """Returns the evaluation sets that the traces must not overlap, None if there are none."""
     if not config.collect.decontaminate:
         return None
-    return Data(mixture=config.collect.decontaminate, path=config.data.path)
+    return DataSettings(mixture=config.collect.decontaminate, path=config.data.path)
 
 
 def _excluded_ngrams(config: CollectConfig) -> set[tuple[str, ...]]:

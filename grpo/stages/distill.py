@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import DistillConfig, Soft
+from grpo.config import DistillConfig, SoftTargetSettings
 from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
@@ -192,7 +192,7 @@ class SoftLoop:
 
     config: DistillConfig
     context: RunContext
-    soft: Soft
+    soft: SoftTargetSettings
     learner: Any
     texts: list[Sample]  # in the order of the updates
     teacher_top: TopLogprobs | None  # None: the learner holds the teacher

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import SampledConfig
+from grpo.config import SamplingStageConfig
 from grpo.learning import models, moe
 from grpo.run import ranks
 from grpo.stages.run_context import RunContext
@@ -43,7 +43,7 @@ class EngineModel:
     max_logprobs: int | None = None
 
 
-def start_engine(config: SampledConfig, context: RunContext, model: EngineModel) -> Any:
+def start_engine(config: SamplingStageConfig, context: RunContext, model: EngineModel) -> Any:
     """Starts an engine in the background and returns it. It is closed at the end of the run.
 
     The engine is a child process, or with `engine.servers` a pool of servers.
@@ -83,7 +83,9 @@ def start_engine(config: SampledConfig, context: RunContext, model: EngineModel)
     return engine
 
 
-def _start_server_pool(config: SampledConfig, context: RunContext, served: ServedModel) -> Any:
+def _start_server_pool(
+    config: SamplingStageConfig, context: RunContext, served: ServedModel
+) -> Any:
     from grpo.engines.servers.pool import PoolCallbacks, ServerPool
 
     tokenizer = models.load_tokenizer(Path(served.model_dir))

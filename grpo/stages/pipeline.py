@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo import config as configs
-from grpo.config import Judged, PipelineConfig, Quantize, RunConfig, Step
+from grpo.config import (
+    PipelineConfig,
+    PipelineEvalSettings,
+    PipelineStageSettings,
+    QuantizeSettings,
+    RunConfig,
+)
 from grpo.config.reading import apply_overrides, read_yaml
 from grpo.experience.prompts import Prompts
 from grpo.run.directory import RunDirectory, read_metrics, write_file
@@ -115,7 +121,9 @@ def plan(config: PipelineConfig) -> Iterator[PlannedCommand]:
                 yield _evaluation(config, f"{label}-{set_name}", evaluation, model)
 
 
-def _stage_command(config: PipelineConfig, name: str, step: Step) -> PlannedCommand:
+def _stage_command(
+    config: PipelineConfig, name: str, step: PipelineStageSettings
+) -> PlannedCommand:
     """Returns the command of a stage. The overrides of `step.set` come last and take precedence."""
     overrides = [f"run_dir={config.run_dir}/{name}", f"seed={config.seed}"]
     if step.model:
@@ -133,7 +141,7 @@ def _stage_command(config: PipelineConfig, name: str, step: Step) -> PlannedComm
 
 
 def _evaluation(
-    config: PipelineConfig, name: str, evaluation: Judged, model: str
+    config: PipelineConfig, name: str, evaluation: PipelineEvalSettings, model: str
 ) -> PlannedCommand:
     overrides = [
         f"run_dir={config.run_dir}/{name}",
@@ -153,7 +161,9 @@ def _models(config: PipelineConfig, name: str) -> dict[str, str]:
     if step.command == "collect":
         return {}
     if step.command == "quantize":
-        schemes = _config_tree(step).get("quantize", {}).get("schemes") or Quantize().schemes
+        schemes = (
+            _config_tree(step).get("quantize", {}).get("schemes") or QuantizeSettings().schemes
+        )
         return {f"{name}-{scheme}": f"{config.run_dir}/{name}/{scheme}" for scheme in schemes}
     return {name: _final_model(config, name)}
 
@@ -163,11 +173,11 @@ def _final_model(config: PipelineConfig, name: str) -> str:
     return f"{config.run_dir}/{name}/{folder}"
 
 
-def _is_sequence_distillation(step: Step) -> bool:
+def _is_sequence_distillation(step: PipelineStageSettings) -> bool:
     return step.command == "distill" and _config_tree(step).get("way") == "sequence"
 
 
-def _config_tree(step: Step) -> dict[str, Any]:
+def _config_tree(step: PipelineStageSettings) -> dict[str, Any]:
     """Returns the tree of a step's YAML file, without the overrides that depend on other stages."""
     return apply_overrides(read_yaml(step.config), _format_overrides(step.set))
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 HELD_OUT_SEED = 0  # the same for all runs, so that their evaluations have the same problems
 
 
-def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequence[Problem]]:
+def load_problems(
+    data: configs.DataSettings, split: str, seed: int
+) -> dict[str, Sequence[Problem]]:
     """Returns the problems of a data section by data set: `{"gsm8k": [Problem(...), ...]}`.
 
     Args:
@@ -40,7 +42,7 @@ def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequen
 
 
 def mixture(
-    data: configs.Data,
+    data: configs.DataSettings,
     problems: Mapping[str, Sequence[Problem]],
     prompts: Prompts | Chat,
     seed: int,
@@ -61,7 +63,7 @@ def mixture(
 
 
 def held_out(
-    data: configs.Data,
+    data: configs.DataSettings,
     problems: Mapping[str, Sequence[Problem]],
     prompts: Prompts | Chat,
     count: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo.config import SampledConfig, Teacher
+from grpo.config import EndpointSettings, SamplingStageConfig
 from grpo.experience import plugins
 from grpo.experience.prompts import Chat, Prompts
 from grpo.experience.sampling import make_group_requests, sample, sampling_options, seed_of
@@ -21,7 +21,7 @@ from rewards.workers.pool import Pool
 Rewards = dict[str, tuple[plugins.RewardFunction, float]]
 
 
-def load_rewards(config: SampledConfig) -> tuple[Pool, Rewards]:
+def load_rewards(config: SamplingStageConfig) -> tuple[Pool, Rewards]:
     """Returns a pool of reward workers and the rewards that use it. The caller closes the pool.
 
     Raises:
@@ -31,7 +31,7 @@ def load_rewards(config: SampledConfig) -> tuple[Pool, Rewards]:
     return pool, plugins.rewards(config.rewards, pool)
 
 
-def check_rewards(config: SampledConfig) -> None:
+def check_rewards(config: SamplingStageConfig) -> None:
     """Raises UserError if a reward does not exist or its options are wrong. Starts no worker."""
     plugins.rewards(config.rewards, Pool())
 
@@ -40,7 +40,7 @@ class Sampler:
     """Samples completions from an engine with the config's model, or from an endpoint."""
 
     def __init__(
-        self, config: SampledConfig, context: RunContext, endpoint: Teacher | None
+        self, config: SamplingStageConfig, context: RunContext, endpoint: EndpointSettings | None
     ) -> None:
         """Connects to `endpoint`. If it is None, starts an engine with `config.model`."""
         self._config = config

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from grpo.config import Data, RunConfig, Section, Teacher
+from grpo.config import DataSettings, EndpointSettings, RunConfig, Section
 from grpo.experience.prompts import Prompts
 from grpo.types import Problem
 
@@ -49,11 +49,11 @@ class ProblemNeeds:
     `ProblemNeeds(training=data, num_training=768, held_out=(data,), num_held_out=200)`.
     """
 
-    training: Data | None = None  # drawn from its training split
+    training: DataSettings | None = None  # drawn from its training split
     num_training: int = 0  # drawn in the complete run
-    held_out: tuple[Data, ...] = ()  # evaluated on their test splits
+    held_out: tuple[DataSettings, ...] = ()  # evaluated on their test splits
     num_held_out: int = 0  # evaluated per held-out set
-    excluded: Data | None = None  # traces must not overlap its test split
+    excluded: DataSettings | None = None  # traces must not overlap its test split
     overlap_words: int = OVERLAP_WORDS
     overlap_remedy: str = OVERLAP_REMEDY
 
@@ -103,7 +103,7 @@ class StageNeeds:
     memory: MemoryNeeds = MemoryNeeds()
     disk: DiskNeeds = DiskNeeds()
     rewards: tuple[str, ...] = ()  # names
-    endpoint: Teacher | None = None  # the stage samples from it instead of an engine
+    endpoint: EndpointSettings | None = None  # the stage samples from it instead of an engine
     shows_solution: bool = False  # the dry run shows the prompt with its worked solution
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo import config as configs
-from grpo.config import Config, SftConfig
+from grpo.config import SftConfig, TrainConfig
 from grpo.config.presets import describe
 from grpo.engines import Request
 from grpo.experience import plugins
@@ -76,7 +76,7 @@ class Components:
     learner: Any
 
 
-def train(config: Config, *, resume: bool, keep: bool = True) -> None:
+def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
     """Trains until the last rollout and writes `final/`.
 
     Args:
@@ -102,7 +102,7 @@ def train(config: Config, *, resume: bool, keep: bool = True) -> None:
         _run(config, context, inputs, resume=resume, keep=keep)
 
 
-def _load_inputs(config: Config) -> Inputs:
+def _load_inputs(config: TrainConfig) -> Inputs:
     workers, rewards = load_rewards(config)
     loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     problems = load_problems(config.data, "train", config.seed)
@@ -118,7 +118,9 @@ def _load_inputs(config: Config) -> Inputs:
     )
 
 
-def _run(config: Config, context: RunContext, inputs: Inputs, *, resume: bool, keep: bool) -> None:
+def _run(
+    config: TrainConfig, context: RunContext, inputs: Inputs, *, resume: bool, keep: bool
+) -> None:
     context.display.say(f"algorithm: {describe(config.algorithm)}")
     components = _load_components(config, context, inputs)
     loop = _make_loop(config, context, inputs, components)
@@ -139,7 +141,7 @@ def _run(config: Config, context: RunContext, inputs: Inputs, *, resume: bool, k
     write_final(context, config, start.model_dir, start.tokenizer, components.learner)
 
 
-def _load_components(config: Config, context: RunContext, inputs: Inputs) -> Components:
+def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -> Components:
     """Starts the engine and loads the learner while the engine starts."""
     from grpo.metrics import roofline
 
@@ -166,7 +168,7 @@ def _load_components(config: Config, context: RunContext, inputs: Inputs) -> Com
 
 
 def _load_learner(
-    config: Config, context: RunContext, start: StartModel, engine: Any, loss: Any
+    config: TrainConfig, context: RunContext, start: StartModel, engine: Any, loss: Any
 ) -> Any:
     """Returns the learner with its reference or teacher. The engine is ready afterwards."""
     import torch
@@ -189,7 +191,9 @@ def _load_learner(
     return learner
 
 
-def _make_loop(config: Config, context: RunContext, inputs: Inputs, components: Components) -> Loop:
+def _make_loop(
+    config: TrainConfig, context: RunContext, inputs: Inputs, components: Components
+) -> Loop:
     from grpo.experience.selection import Selection
     from grpo.training.journal import Journal
     from grpo.training.loop import Loop
@@ -232,7 +236,7 @@ def _make_loop(config: Config, context: RunContext, inputs: Inputs, components: 
     )
 
 
-def _held_out(config: Config, inputs: Inputs, prompts: Prompts) -> list[Problem]:
+def _held_out(config: TrainConfig, inputs: Inputs, prompts: Prompts) -> list[Problem]:
     """Returns the problems of each evaluation, an empty list without evaluations."""
     if not inputs.held_out_problems:
         return []
@@ -240,7 +244,7 @@ def _held_out(config: Config, inputs: Inputs, prompts: Prompts) -> list[Problem]
     return held_out(data, inputs.held_out_problems, prompts, config.eval.problems)
 
 
-def _make_weight_check(config: Config, components: Components) -> WeightCheck:
+def _make_weight_check(config: TrainConfig, components: Components) -> WeightCheck:
     """Returns the check of the engine's weights. It probes the first prompts that are short enough.
 
     A prompt and the probe's tokens must fit into the longest sequence of the config.
@@ -375,7 +379,7 @@ def _start_stream(loop: Loop, context: RunContext) -> Stream:
     return Stream(callbacks, limits)
 
 
-def warm_start_config(config: Config) -> SftConfig:
+def warm_start_config(config: TrainConfig) -> SftConfig:
     """Returns the config of the supervised fine-tuning that precedes the first rollout.
 
     It starts from the run's `model.path`, writes to `warm_start/` in the run directory, and has the
@@ -414,13 +418,13 @@ def _run_warm_start(config: SftConfig, context: RunContext) -> str:
 
 class _TrainStage:
     command = "train"
-    config_class = Config
+    config_class = TrainConfig
     sections = ()
 
-    def run(self, config: Config, *, resume: bool) -> None:
+    def run(self, config: TrainConfig, *, resume: bool) -> None:
         train(config, resume=resume)
 
-    def arithmetic(self, config: Config) -> str:
+    def arithmetic(self, config: TrainConfig) -> str:
         settings = config.train
         num_completions = settings.completions
         max_sampled_tokens = num_completions * config.sampling.max_tokens
@@ -442,7 +446,7 @@ class _TrainStage:
         ]
         return "\n".join(lines)
 
-    def needs(self, config: Config) -> StageNeeds:
+    def needs(self, config: TrainConfig) -> StageNeeds:
         settings = config.train
         held_out_data = (config.eval.data or config.data,) if config.eval.every else ()
         num_completions = settings.rollouts * settings.completions
@@ -464,10 +468,10 @@ class _TrainStage:
             rewards=tuple(config.rewards),
         )
 
-    def parts(self, config: Config) -> list[Part]:
+    def parts(self, config: TrainConfig) -> list[Part]:
         return [Part(stage=self, config=config)]
 
-    def preview(self, config: Config) -> list[str]:
+    def preview(self, config: TrainConfig) -> list[str]:
         check_rewards(config)
         plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
         if not config.model.warm_start:
@@ -476,9 +480,9 @@ class _TrainStage:
         return [f"warm start  {config.model.warm_start}", warm_start]
 
     def checks(
-        self, config: Config, problems: Sequence[Problem], prompts: Prompts
+        self, config: TrainConfig, problems: Sequence[Problem], prompts: Prompts
     ) -> Iterator[Check]:
         return iter(())
 
 
-STAGE: Stage[Config] = _TrainStage()
+STAGE: Stage[TrainConfig] = _TrainStage()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.engines import Engine, EngineError
 from grpo.experience.describing import sample_rows
 from grpo.learning.advantages import advantages, lengths, to_samples, unflatten
@@ -73,7 +73,7 @@ class Loop:
         progress: The progress of the run.
     """
 
-    config: Config
+    config: TrainConfig
     run: RunDirectory
     engine: Engine
     rollouts: Rollouts

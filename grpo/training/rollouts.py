@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.engines import Engine, SamplingOptions
 from grpo.experience.describing import describe, sample_rows
 from grpo.experience.plugins import RewardFunction
@@ -68,7 +68,7 @@ class Rollouts:
         held_out: The problems of an evaluation.
     """
 
-    config: Config
+    config: TrainConfig
     engine: Engine
     prompts: Prompts
     rewards: dict[str, tuple[RewardFunction, float]]

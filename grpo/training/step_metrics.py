@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.engines import SyncReport
 from grpo.experience.describing import advantage_histogram, describe, mean, staleness
 from grpo.metrics import roofline
@@ -71,7 +71,7 @@ class MachineReport:
 
 
 def step_row(
-    report: StepReport, machine: MachineReport, config: Config, timer: Timer
+    report: StepReport, machine: MachineReport, config: TrainConfig, timer: Timer
 ) -> dict[str, Any]:
     """Returns the metrics of a step by name."""
     row: dict[str, Any] = {"step": report.rollout, "rollout": report.rollout}
@@ -99,7 +99,7 @@ def start_row(
     }
 
 
-def _rollout_metrics(report: StepReport, config: Config) -> dict[str, Any]:
+def _rollout_metrics(report: StepReport, config: TrainConfig) -> dict[str, Any]:
     groups = report.groups
     metrics = describe(groups.sampled)
     metrics["completion/language"] = _language_share(groups.sampled)
@@ -145,7 +145,9 @@ def _sync_metrics(report: StepReport) -> dict[str, float]:
     return metrics
 
 
-def _time_bounds(report: StepReport, machine: MachineReport, config: Config) -> dict[str, float]:
+def _time_bounds(
+    report: StepReport, machine: MachineReport, config: TrainConfig
+) -> dict[str, float]:
     """Returns the shortest possible time of each phase of the step on this machine."""
     limits = roofline.Roofline(machine=machine.machine, shape=machine.shape)
     seconds = limits.bounds(

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.experience.sampling import seed_of
 from grpo.learning.advantages import unflatten
 from grpo.learning.batch import epoch_order, micro_batches, minibatches, token_weights
@@ -62,7 +62,7 @@ class Updater:
             micro-batches.
     """
 
-    config: Config
+    config: TrainConfig
     learner: Learner
     check_signals: Callable[[], None] = _do_nothing
 

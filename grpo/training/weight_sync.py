@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.engines import Engine, Request, SamplingOptions, SyncReport
 from grpo.learning.batch import micro_batches
 from grpo.learning.learner import Learner
@@ -80,7 +80,7 @@ class CheckSettings:
     rounds: bool = False
 
 
-def check_settings(config: Config) -> CheckSettings:
+def check_settings(config: TrainConfig) -> CheckSettings:
     """Returns the settings of the weight check for a run's config."""
     engine_dtype = config.engine.dtype or config.model.dtype
     is_float32 = engine_dtype == "float32" and config.model.dtype == "float32"

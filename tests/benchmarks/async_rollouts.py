@@ -116,10 +116,10 @@ def over_http(options: argparse.Namespace) -> None:
     """
     chance, seconds = random.Random(options.seed), {"child": [], "pool": []}
     folder = options.folder / "http"
-    model_dir = models.locate(configs.Model(path=options.model), folder, options.seed)
+    model_dir = models.locate(configs.ModelSettings(path=options.model), folder, options.seed)
     tokenizer, settings = (
         models.load_tokenizer(model_dir),
-        configs.Engine(kv_cache_gb=0.5, max_sequences=64),
+        configs.EngineSettings(kv_cache_gb=0.5, max_sequences=64),
     )
     model = ServedModel(
         model_dir=str(model_dir),
@@ -127,7 +127,7 @@ def over_http(options: argparse.Namespace) -> None:
         max_model_len=64 + options.tokens,
         load_weights=True,
     )
-    served = settings.model_copy(update={"servers": configs.Servers(count=1)})
+    served = settings.model_copy(update={"servers": configs.ServerSettings(count=1)})
     engines = {
         "child": VllmEngine(model=model, settings=settings, log_file=folder / "engine.log"),
         "pool": ServerPool(model=model, settings=served, run_dir=folder, decode=tokenizer.decode),

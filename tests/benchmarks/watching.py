@@ -44,7 +44,7 @@ def timed(owner: Any, name: str) -> None:
 
 def main() -> None:
     file, *overrides = sys.argv[1:] or ["configs/tiny.yaml"]
-    config: configs.Config = configs.load(file, ["run_dir=runs/watching", *overrides])
+    config: configs.TrainConfig = configs.load(file, ["run_dir=runs/watching", *overrides])
     for owner, name in ((Journal, "record"), (torch.linalg, "vecdot"), (learner, "objective")):
         timed(owner, name)
     train(config, resume=False)

@@ -157,7 +157,7 @@ def train_with_kills(options: argparse.Namespace, log: IO[str]) -> Counter[str]:
     return num_kills
 
 
-def used_problems(config: configs.Config, run_dir: Path) -> list[str]:
+def used_problems(config: configs.TrainConfig, run_dir: Path) -> list[str]:
     """Returns the problem id of each group of the run, in the order of training."""
     problem_ids = []
     for file in sorted((run_dir / "samples").glob("step-*.jsonl")):
@@ -167,7 +167,7 @@ def used_problems(config: configs.Config, run_dir: Path) -> list[str]:
     return problem_ids
 
 
-def stream_problems(config: configs.Config, model_dir: Path, count: int) -> list[str]:
+def stream_problems(config: configs.TrainConfig, model_dir: Path, count: int) -> list[str]:
     """Returns the ids of the first `count` problems of the stream."""
     prompts = Prompts(
         config.prompt, models.load_tokenizer(model_dir), models.eos_token_ids(model_dir)

@@ -17,7 +17,7 @@ from grpo.training.weight_sync import (
 )
 
 PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
-SETTINGS = configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
+SETTINGS = configs.EngineSettings(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
 
 
 def start_engine(

@@ -14,11 +14,11 @@ OPTIONS = SamplingOptions(max_tokens=24, ignore_eos=True)
 
 
 def settings(**servers):
-    return configs.Engine(
+    return configs.EngineSettings(
         kv_cache_gb=0.05,
         max_sequences=32,
         timeout_s=100,
-        servers=configs.Servers(**({"count": 2} | servers)),
+        servers=configs.ServerSettings(**({"count": 2} | servers)),
     )
 
 

@@ -23,7 +23,7 @@ class Weights(dict):
         return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()]
 
 
-def tiny_config(run_dir, model_dir, **sections) -> configs.Config:
+def tiny_config(run_dir, model_dir, **sections) -> configs.TrainConfig:
     """Returns a config of a run that takes seconds; sections are merged into it."""
     tree = {
         "run_dir": str(run_dir),

@@ -58,7 +58,7 @@ class VllmEngine:
         self,
         *,
         model: ServedModel,
-        settings: configs.Engine,
+        settings: configs.EngineSettings,
         log_file: Path,
         max_logprobs: int = 20,
         on_wait: Callable[[], None] = lambda: None,
@@ -286,7 +286,7 @@ def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connec
     return child, parent_end
 
 
-def cpu_bytes(settings: configs.Engine, weight_bytes: int) -> float:
+def cpu_bytes(settings: configs.EngineSettings, weight_bytes: int) -> float:
     """Returns an estimate of the memory that an engine on a CPU needs, in bytes.
 
     It is the sum of the KV cache, three copies of the weights (the weights, vLLM's packed weights
@@ -299,7 +299,7 @@ def cpu_bytes(settings: configs.Engine, weight_bytes: int) -> float:
     return settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30
 
 
-def check_memory(settings: configs.Engine, weight_bytes: int, num_engines: int = 1) -> None:
+def check_memory(settings: configs.EngineSettings, weight_bytes: int, num_engines: int = 1) -> None:
     """Raises UserError if the free memory of the machine is too small for the engines.
 
     Does nothing if there is a GPU, whose memory vLLM checks.

@@ -25,7 +25,7 @@ SENDERS: dict[str, type[WeightSender]] = {
 }
 
 
-def choose_sender(servers: configs.Servers | None) -> type[WeightSender]:
+def choose_sender(servers: configs.ServerSettings | None) -> type[WeightSender]:
     """Returns the class of the weight sender.
 
     Args:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.config import Engine
+from grpo.config import EngineSettings
 from grpo.engines import Request, SamplingOptions
 from grpo.engines.local.child import ChildEngine
 from grpo.engines.vllm_options import ServedModel, llm_arguments
@@ -76,7 +76,7 @@ def run_one() -> int:
     model_dir = KIT / "tiny"
     if not model_dir.exists():
         models.make_tiny("tiny-qwen2", model_dir, 0, initializer_range=0.1)
-    settings = Engine(
+    settings = EngineSettings(
         memory_fraction=0.2, max_sequences=64, eager=True if os.environ.get("GK_EAGER") else None
     )
     model = ServedModel(

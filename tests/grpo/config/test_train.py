@@ -108,7 +108,7 @@ def test_overrides_are_yaml_and_scientific_notation_is_a_number():
     )
     config = configs.parse(tree)
     assert config.learner.lr == 3e-5
-    assert config.rewards == {"accuracy": configs.Reward(weight=1.0)}
+    assert config.rewards == {"accuracy": configs.RewardSettings(weight=1.0)}
     assert config.model.warm_start is None
     assert "learner" not in MINIMAL  # the tree is not modified
 
@@ -173,11 +173,11 @@ def nested_sections(section):
 
 
 def test_the_description_of_every_key_ends_with_a_full_stop():
-    sections = {configs.Reward}
+    sections = {configs.RewardSettings}
     for command in SUMMARIES:
         sections.update(nested_sections(find_stage(command).config_class))
-    assert configs.Lora in sections
-    assert configs.Judged in sections
+    assert configs.LoraSettings in sections
+    assert configs.PipelineEvalSettings in sections
     for section in sections:
         for key, field in section.model_fields.items():
             description = field.description or ""

@@ -28,7 +28,7 @@ def chat(tokenizer):
 
 
 def test_a_chat_template_is_rendered_with_system_prompt_and_prefill(chat):
-    prompts = Prompts(configs.Prompt(system="Think.", think_prefill=True), chat)
+    prompts = Prompts(configs.PromptSettings(system="Think.", think_prefill=True), chat)
     expected = (
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nWhat is 2 + "
         "3?<|im_end|>\n<|im_start|>assistant\n<think>\n"
@@ -40,7 +40,7 @@ def test_a_chat_template_is_rendered_with_system_prompt_and_prefill(chat):
 
 def test_a_completion_ends_at_the_end_of_turn_token_and_at_eos(chat):
     # The EOS token of a base model often differs from the end-of-turn token of its chat template.
-    prompts = Prompts(configs.Prompt(), chat, eos_token_ids=[9])
+    prompts = Prompts(configs.PromptSettings(), chat, eos_token_ids=[9])
     assert set(prompts.stop_token_ids) == {
         chat.eos_token_id,
         chat.convert_tokens_to_ids("<|im_end|>"),
@@ -58,7 +58,7 @@ def test_a_completion_ends_at_the_end_of_turn_token_and_at_eos(chat):
     ],
 )
 def test_the_saved_chat_template_of_a_base_model_renders_its_training_prompts(tokenizer, settings):
-    prompts = Prompts(configs.Prompt(**settings), tokenizer)
+    prompts = Prompts(configs.PromptSettings(**settings), tokenizer)
     tokenizer.chat_template = prompts.saved_template()
     with_braces = Problem(id="q", question="{{ 7 }} + 5?\n", answer="", source="")
     for problem in (PROBLEM, with_braces):
@@ -68,14 +68,14 @@ def test_the_saved_chat_template_of_a_base_model_renders_its_training_prompts(to
             add_generation_prompt=True,
         )
         assert text == prompts.text(problem)
-    reloaded = Prompts(configs.Prompt(**settings), tokenizer)
+    reloaded = Prompts(configs.PromptSettings(**settings), tokenizer)
     assert reloaded.saved_template() == tokenizer.chat_template
 
 
 def test_the_saved_chat_template_contains_the_prefill_only_once(chat):
-    prompts = Prompts(configs.Prompt(think_prefill=True), chat)
+    prompts = Prompts(configs.PromptSettings(think_prefill=True), chat)
     chat.chat_template = prompts.saved_template()
-    reloaded = Prompts(configs.Prompt(think_prefill=True), chat)
+    reloaded = Prompts(configs.PromptSettings(think_prefill=True), chat)
     assert reloaded.text(PROBLEM) == prompts.text(PROBLEM)
     assert reloaded.saved_template() == chat.chat_template
     conversation = chat.apply_chat_template(
@@ -87,13 +87,13 @@ def test_the_saved_chat_template_contains_the_prefill_only_once(chat):
 
 def test_a_template_that_already_ends_in_think_is_not_prefilled_twice(chat):
     chat.chat_template = CHAT.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
-    prompts = Prompts(configs.Prompt(think_prefill=True), chat)
+    prompts = Prompts(configs.PromptSettings(think_prefill=True), chat)
     assert prompts.text(PROBLEM).count("<think>") == 1
     assert prompts.prefill(PROBLEM) == "<think>\n"
 
 
 def test_r1_zero_is_the_template_of_the_paper_and_stops_at_the_closing_answer_tag(tokenizer):
-    prompts = Prompts(configs.Prompt(template="r1_zero"), tokenizer)
+    prompts = Prompts(configs.PromptSettings(template="r1_zero"), tokenizer)
     text = prompts.text(PROBLEM)
     assert text.startswith(
         "A conversation between User and Assistant. The User asks a question and the Assistant "
@@ -105,7 +105,7 @@ def test_r1_zero_is_the_template_of_the_paper_and_stops_at_the_closing_answer_ta
 
 
 def test_braces_in_a_question_are_not_replaced(tokenizer):
-    prompts = Prompts(configs.Prompt(template="plain"), tokenizer)
+    prompts = Prompts(configs.PromptSettings(template="plain"), tokenizer)
     problem = Problem(id="b", question=r"\frac{1}{2} {question}", answer="", source="")
     assert prompts.text(problem) == r"\frac{1}{2} {question}" + "\n"
 
@@ -120,19 +120,19 @@ def test_braces_in_a_question_are_not_replaced(tokenizer):
 )
 def test_invalid_prompt_settings_are_errors(tokenizer, settings, message):
     with pytest.raises(UserError, match=message):
-        Prompts(configs.Prompt(**settings), tokenizer)
+        Prompts(configs.PromptSettings(**settings), tokenizer)
 
 
 def test_overlong_prompts_are_an_error_or_dropped(tokenizer):
     problems = [Problem(id=f"p{n}", question="x" * n, answer="", source="") for n in (3, 30, 20)]
-    prompts = Prompts(configs.Prompt(template="plain", max_tokens=10), tokenizer)
+    prompts = Prompts(configs.PromptSettings(template="plain", max_tokens=10), tokenizer)
     with pytest.raises(
         UserError,
         match=r"2 of 3 prompts are longer than prompt.max_tokens=10. The longest, p30, has 31 "
         r"tokens. Set prompt.max_tokens=31, or drop",
     ):
         prompts.fitting(problems)
-    settings = configs.Prompt(template="plain", max_tokens=10, overlong="drop")
+    settings = configs.PromptSettings(template="plain", max_tokens=10, overlong="drop")
     remaining = Prompts(settings, tokenizer).fitting(problems)
     assert [problem.id for problem in remaining] == ["p3"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.experience.selection import MAX_EXCLUDED, Selection, has_training_signal, pass_rate
 from grpo.run.directory import RunDirectory
 from grpo.types import Completion, Exhausted, Group, Problem, ScoredGroup, Verdict
@@ -49,7 +49,7 @@ def make_selection(size: int = 2, **algorithm) -> Selection:
     def take(position: int, count: int) -> list[Problem]:
         return [PROBLEMS[(position + i) % len(PROBLEMS)] for i in range(count)]
 
-    return Selection(algorithm=Algorithm(**algorithm), size=size, take=take)
+    return Selection(algorithm=AlgorithmSettings(**algorithm), size=size, take=take)
 
 
 @pytest.mark.parametrize(

@@ -326,14 +326,14 @@ def test_no_operator_is_compiled(tmp_path):
 
 
 def test_learning_rate_golden_numbers():
-    cosine = configs.Learner(lr=1.0, warmup_updates=2, schedule="cosine", min_lr_ratio=0.1)
+    cosine = configs.LearnerSettings(lr=1.0, warmup_updates=2, schedule="cosine", min_lr_ratio=0.1)
     # The warm-up is 1/2, 1. The cosine then decays from 1 to 0.1 over 8 updates, and update 6 is
     # halfway: 0.1 + 0.9 * 0.5 = 0.55.
     rates = [learning_rate(cosine, update, 10) for update in (0, 1, 2, 6)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.55])
 
-    linear = configs.Learner(lr=1.0, schedule="linear")
+    linear = configs.LearnerSettings(lr=1.0, schedule="linear")
     assert [learning_rate(linear, update, 4) for update in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
     # `min_lr_ratio` has no effect on the default schedule, which is constant.
-    assert learning_rate(configs.Learner(lr=1.0, min_lr_ratio=0.5), 3, 4) == 1.0
+    assert learning_rate(configs.LearnerSettings(lr=1.0, min_lr_ratio=0.5), 3, 4) == 1.0

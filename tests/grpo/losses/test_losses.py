@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.config.presets import PRESETS
 from grpo.experience import plugins
 from grpo.learning.advantages import advantages
@@ -28,14 +28,14 @@ NUM_GROUPS = 3
 GROUP_SIZE = 4
 
 
-def algorithm_of(preset, **changes) -> Algorithm:
+def algorithm_of(preset, **changes) -> AlgorithmSettings:
     """Returns the algorithm settings of a preset, with changes."""
     settings = {"preset": preset}
     for key, value in PRESETS[preset].settings.items():
         if key.startswith("algorithm."):
             settings[key.removeprefix("algorithm.")] = value
     settings.update(changes)
-    return Algorithm(**settings)
+    return AlgorithmSettings(**settings)
 
 
 def test_clipped_loss_golden_numbers():
@@ -503,7 +503,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches_or_the_
 class TrlCase:
     """A recipe of grpo, and TRL's options for the same loss."""
 
-    algorithm: Algorithm
+    algorithm: AlgorithmSettings
     loss_type: str
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2

@@ -7,7 +7,7 @@ from stage_configs import collect_config
 from whole_runs import run
 
 from data import traces
-from grpo.config import Collect, Teacher
+from grpo.config import CollectSettings, EndpointSettings
 from grpo.engines import EngineError, SamplingOptions
 from grpo.engines.endpoint import Endpoint
 from grpo.stages.collect import drop_reasons, ngrams
@@ -71,7 +71,7 @@ def test_every_drop_reason(check_verdicts):
         "repetition": (completion_with_thoughts(REPEATED_WORDS), "correct", "stop"),
         "too long": (completion_with_thoughts(LONG_THOUGHTS), "correct", "stop"),
     }
-    settings = Collect(
+    settings = CollectSettings(
         problems=1,
         right=check_verdicts,
         min_tokens=3,
@@ -92,7 +92,7 @@ def test_only_the_shortest_completions_without_duplicates_are_kept():
     longer = GOOD.replace("We add", "Now we add")
     duplicate = GOOD.replace("We add", "We  add")
     group = scored(longest, longer, GOOD, duplicate)
-    reasons = drop_reasons([group], Collect(problems=1, keep=2))
+    reasons = drop_reasons([group], CollectSettings(problems=1, keep=2))
     assert reasons == ["over keep", "", "", "duplicate"]
 
 
@@ -201,7 +201,7 @@ def test_problems_of_an_evaluation_set_are_not_collected(tiny, tmp_path):
 
 @pytest.mark.engine
 def test_traces_are_collected_from_a_teacher_behind_an_endpoint(vllm_server, tiny, tmp_path):
-    endpoint = Endpoint(Teacher(url=vllm_server, model="teacher", concurrency=4))
+    endpoint = Endpoint(EndpointSettings(url=vllm_server, model="teacher", concurrency=4))
     messages = [{"role": "user", "content": "2+3="}]
     # A request is (messages, seed, number of completions).
     requests = [(messages, 7, 2), (messages, 8, 1)]
@@ -226,13 +226,13 @@ def test_traces_are_collected_from_a_teacher_behind_an_endpoint(vllm_server, tin
 @pytest.mark.engine
 def test_unusable_endpoint_raises(vllm_server):
     with pytest.raises(UserError, match=r"does not serve this model\. Available: teacher"):
-        Endpoint(Teacher(url=vllm_server, model="other"))
+        Endpoint(EndpointSettings(url=vllm_server, model="other"))
     with pytest.raises(UserError, match=r"teacher\.url=http://127\.0\.0\.1:1/v1"):
-        Endpoint(Teacher(url="http://127.0.0.1:1/v1", model="teacher", retries=0))
+        Endpoint(EndpointSettings(url="http://127.0.0.1:1/v1", model="teacher", retries=0))
     with pytest.raises(UserError, match="GRPO_NO_SUCH_KEY is not set"):
-        Endpoint(Teacher(url=vllm_server, model="teacher", api_key_env="GRPO_NO_SUCH_KEY"))
+        Endpoint(EndpointSettings(url=vllm_server, model="teacher", api_key_env="GRPO_NO_SUCH_KEY"))
 
-    endpoint = Endpoint(Teacher(url=vllm_server, model="teacher", retries=0))
+    endpoint = Endpoint(EndpointSettings(url=vllm_server, model="teacher", retries=0))
     request = ([{"role": "user", "content": "x"}], 0, 1)
     with pytest.raises(EngineError, match="teacher http"):
         endpoint.generate([request], SamplingOptions(max_tokens=100_000))

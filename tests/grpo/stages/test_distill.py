@@ -14,7 +14,7 @@ from tiny_models import tiny_config
 from whole_runs import rows, run
 
 from grpo import config as configs
-from grpo.config import DistillConfig, Soft
+from grpo.config import DistillConfig, SoftTargetSettings
 from grpo.learning import models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.divergence import divergence, top_divergence
@@ -145,7 +145,7 @@ def soft_loss(student, teacher, samples, kind):
 
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 def test_gradient_of_soft_targets_equals_plain_torch_for_every_split(tiny, tmp_path, kind):
-    settings = Soft(
+    settings = SoftTargetSettings(
         divergence=kind, temperature=2.0, soft_weight=0.7, hard_weight=HARD_WEIGHT, updates=5
     )
     teacher_dir = tiny(intermediate_size=128)
@@ -233,7 +233,9 @@ def test_gradient_of_hidden_states_equals_plain_torch_for_every_split(
     tiny, tmp_path, hidden_layers, layer_pairs
 ):
     teacher_dir = tiny(intermediate_size=128, num_hidden_layers=4, hidden_size=128)
-    settings = Soft(soft_weight=0.5, hidden_weight=0.2, hidden_layers=hidden_layers, updates=5)
+    settings = SoftTargetSettings(
+        soft_weight=0.5, hidden_weight=0.2, hidden_layers=hidden_layers, updates=5
+    )
 
     def make_learner(attention):
         return Learner(
@@ -271,7 +273,7 @@ def test_gradient_of_hidden_states_equals_plain_torch_for_every_split(
 
 
 def test_missing_hidden_layer_raises(tiny, tmp_path):
-    soft = Soft(hidden_weight=1.0, hidden_layers={9: 1}, updates=1)
+    soft = SoftTargetSettings(hidden_weight=1.0, hidden_layers={9: 1}, updates=1)
     with pytest.raises(UserError, match=r"\{9: 1\} names a layer .* student has layers 1 to 2"):
         Learner(
             models.load_model(tiny(), "eager"),

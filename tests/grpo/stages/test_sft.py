@@ -10,7 +10,7 @@ from whole_runs import rows, run, write_config
 
 from grpo import config as configs
 from grpo.config import SftConfig
-from grpo.config.model import Rope
+from grpo.config.model import RopeSettings
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.deepspeed_setup import learning_rate
@@ -113,7 +113,9 @@ def test_extended_context_is_part_of_the_trained_model(tiny, tmp_path):
     assert saved["rope_parameters"]["factor"] == 4.0
     assert saved["rope_parameters"]["original_max_position_embeddings"] == 512
 
-    extended_dir = models.extended(tiny(), Rope(factor=4.0, original_tokens=512), tmp_path / "x")
+    extended_dir = models.extended(
+        tiny(), RopeSettings(factor=4.0, original_tokens=512), tmp_path / "x"
+    )
     plain = models.load_model(tiny(), "eager")
     extended = models.load_model(extended_dir, "eager")
     ids = torch.arange(7, 47)[None]

@@ -91,7 +91,7 @@ def test_transformers_and_vllm_load_the_final_model(straight, tmp_path):
 
     served = ServedModel(model_dir=str(final), dtype="float32", max_model_len=64, load_weights=True)
     engine = VllmEngine(
-        model=served, settings=configs.Engine(kv_cache_gb=0.05), log_file=tmp_path / "log"
+        model=served, settings=configs.EngineSettings(kv_cache_gb=0.05), log_file=tmp_path / "log"
     )
     try:
         request = Request(prompt_ids=prompt_ids, seed=0)

@@ -9,7 +9,7 @@ from tiny_models import tiny_config
 from whole_runs import write_config, write_tree
 
 from grpo import cli
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.learner import Learner
@@ -167,7 +167,7 @@ def test_a_teacher_with_another_vocabulary_fails(tiny, tmp_path, capsys):
         model={"path": str(tiny()), "dtype": "float32", "teacher": str(teacher_dir)},
         algorithm={"preset": "on_policy_distill"},
     )
-    assert isinstance(config, Config)
+    assert isinstance(config, TrainConfig)
     assert cli.main(["doctor", write_config(tmp_path / "c.yaml", config), "--no-sample"]) == 2
     assert "fail  vocabulary" in capsys.readouterr().out
 

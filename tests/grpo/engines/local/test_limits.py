@@ -14,7 +14,7 @@ from grpo.engines.local.engine import VllmEngine
 from grpo.engines.vllm_options import ServedModel
 
 SUPPORT = str(Path(__file__).parents[3] / "support")  # contains stuck_child.py
-SETTINGS = configs.Engine(timeout_s=1.0, start_timeout_s=20.0)
+SETTINGS = configs.EngineSettings(timeout_s=1.0, start_timeout_s=20.0)
 OPTIONS = SamplingOptions(max_tokens=4)
 
 

@@ -232,7 +232,7 @@ def make_scheduler(servers, client):
     """Returns a scheduler of rank 0 and its state. The servers are not supervised."""
     state = PoolState(servers)
     state.version = VERSION
-    settings = configs.Engine(servers=configs.Servers(count=len(servers)))
+    settings = configs.EngineSettings(servers=configs.ServerSettings(count=len(servers)))
     updates = WeightUpdates(client, sync_timeout_s=10.0)
     supervisor = Supervisor(state, updates, settings, keeps_weights=True, say=lambda _: None)
     watched = WatchedServers(state, supervisor)

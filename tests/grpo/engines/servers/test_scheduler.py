@@ -17,7 +17,9 @@ from grpo.engines.servers.weight_updates import WeightUpdates
 
 REQUEST = Request(prompt_ids=(1,), seed=7)
 OPTIONS = SamplingOptions(max_tokens=24)
-SETTINGS = configs.Engine(servers=configs.Servers(count=1), max_sequences=8, start_timeout_s=1.0)
+SETTINGS = configs.EngineSettings(
+    servers=configs.ServerSettings(count=1), max_sequences=8, start_timeout_s=1.0
+)
 
 
 class FakeClient:

@@ -48,7 +48,7 @@ def test_server_process_that_does_not_end_when_killed_is_an_error(server, monkey
 
 def test_event_loop_keeps_running_while_a_lost_server_is_killed(server, monkeypatch):
     state = PoolState([server])
-    settings = configs.Engine(servers=configs.Servers(count=1))
+    settings = configs.EngineSettings(servers=configs.ServerSettings(count=1))
     updates = WeightUpdates(None, sync_timeout_s=10.0)
     supervisor = Supervisor(state, updates, settings, keeps_weights=True, say=lambda _: None)
     intervals_s = []  # between iterations of the event loop

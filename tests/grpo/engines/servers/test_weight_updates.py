@@ -15,7 +15,7 @@ from grpo.engines.servers.supervisor import Supervisor
 from grpo.engines.servers.weight_updates import ServersReceiver, WeightUpdates
 from grpo.engines.transfer.nccl import EngineGroup
 
-SETTINGS = configs.Engine(servers=configs.Servers(count=1))
+SETTINGS = configs.EngineSettings(servers=configs.ServerSettings(count=1))
 
 
 class Post(NamedTuple):
