@@ -52,11 +52,11 @@ def _run_command(arguments: list[str] | None) -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     from grpo.run import ranks
-    from grpo.run.signals import Interrupted
+    from grpo.run.signals import RunInterruptedError
 
     try:
         options = _parse(arguments)
-        ranks.adopt_srun()
+        ranks.adopt_slurm_variables()
         exit_code: int = options.handler(options)
         return exit_code
     except UserError as error:
@@ -65,8 +65,8 @@ def _run_command(arguments: list[str] | None) -> int:
     except RunError as error:
         _report_error(error)
         return 1
-    except Interrupted as error:
-        if not ranks.failed_elsewhere(error):
+    except RunInterruptedError as error:
+        if not ranks.failed_on_another_rank(error):
             print(f"grpo: interrupted by {error}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
@@ -113,10 +113,10 @@ def _report_error(error: Exception) -> None:
     """
     from grpo.run import ranks
 
-    is_unexpected = isinstance(error, ranks.UnexpectedError | ranks.BrokenExchangeError)
+    is_unexpected = isinstance(error, ranks.UnexpectedError | ranks.BrokenCollectiveError)
     if is_unexpected and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
-    is_reported_elsewhere = ranks.failed_elsewhere(error)
+    is_reported_elsewhere = ranks.failed_on_another_rank(error)
     is_repeated = ranks.local_rank() > 0 and isinstance(error, UserError)
     if is_reported_elsewhere or is_repeated:
         with contextlib.suppress(KeyboardInterrupt):
@@ -328,10 +328,10 @@ def _doctor(options: argparse.Namespace) -> int:
     """Checks the config of any stage. Returns 2 if a check fails."""
     from grpo import config as configs
     from grpo.config.reading import apply_overrides, read_yaml
-    from grpo.stages.registry import stage_of
+    from grpo.stages.registry import stage_for_config
 
     tree = apply_overrides(read_yaml(options.config), options.overrides)
-    stage = stage_of(tree)
+    stage = stage_for_config(tree)
     config = configs.parse(tree, options.config, stage.config_class)
     if options.dry_run:
         return _dry_run(stage, config)
@@ -400,7 +400,7 @@ def _should_resume(options: argparse.Namespace, config: Any) -> bool:
     from grpo.run import ranks
 
     if ranks.world_size() > 1:
-        ranks.join(config.longest_wait_s)
+        ranks.join_process_group(config.longest_wait_s)
     exists = (Path(config.run_dir) / "manifest.json").exists()
     return ranks.all_gather("the run directory", exists)[0]
 

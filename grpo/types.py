@@ -50,7 +50,7 @@ class UserError(GrpoError, ValueError):
     """
 
 
-class Unreachable(UserError):
+class DownloadError(UserError):
     """A model or a data set is not on this machine and cannot be downloaded.
 
     `--dry-run` prints the message and continues without the model or the data set.
@@ -64,7 +64,7 @@ class RunError(GrpoError, RuntimeError):
     """
 
 
-class Exhausted(RunError):
+class TrainingStoppedError(RunError):
     """Training stops because no training signal is left or because of an alarm.
 
     The state after the last complete rollout is valid and is saved.

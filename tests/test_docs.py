@@ -14,7 +14,7 @@ from grpo import cli
 from grpo import config as configs
 from grpo.config.presets import PRESETS
 from grpo.metrics.diagnosis import RULES
-from grpo.stages.registry import find_stage, stage_of
+from grpo.stages.registry import find_stage, stage_for_config
 from grpo.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def test_a_command_with_a_config_loads_it(page, line):
     _, command, config, *overrides = shlex.split(line)
     overrides = [word for word in overrides if "=" in word and not word.startswith("-")]
     if command == "doctor":
-        stage = stage_of(configs.read_yaml(str(ROOT / config)))
+        stage = stage_for_config(configs.read_yaml(str(ROOT / config)))
     elif command == "bench":
         stage = find_stage("train")
     else:

@@ -136,10 +136,10 @@ def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, mo
     }
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    ranks.adopt_srun()
+    ranks.adopt_slurm_variables()
     assert ranks.world_size() == 1
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    ranks.adopt_srun()
+    ranks.adopt_slurm_variables()
     assert (ranks.rank(), ranks.world_size(), ranks.local_rank(), ranks.local_world_size()) == (
         3,
         4,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo.types import Problem, Unreachable, UserError
+from grpo.types import DownloadError, Problem, UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 # Fields of an evaluation set that are copied to `Problem.meta`.
@@ -52,7 +52,7 @@ def read_rows(path: str | None, *, stems: Sequence[str], hub: HubDataset | None)
 
     Raises:
         UserError: There is no such file, or it is unreadable, empty or in an unsupported format.
-        Unreachable: The hub cannot be reached.
+        DownloadError: The hub cannot be reached.
     """
     if path is None:
         assert hub is not None, "a problem set without a hub data set must require a path"
@@ -240,7 +240,7 @@ def _read_hub(hub: HubDataset) -> list[Row]:
         table = datasets.load_dataset(hub.id, hub.config, split=hub.split)
     # Network, authorization and cache errors of several libraries. The way out is the same.
     except Exception as error:
-        raise Unreachable(
+        raise DownloadError(
             f"{hub.id} cannot be fetched from the hub. Set data.path to a local file or folder. "
             f"({_one_line(error)})"
         ) from error

@@ -55,7 +55,7 @@ class ModelSettings(Section):
 
     path: str = Field(
         description="Hub id, local Hugging Face directory, or one of the built-in models with "
-        "random weights, such as tiny-llama, tiny-qwen2 and tiny-qwen3 (`TINY` in "
+        "random weights, such as tiny-llama, tiny-qwen2 and tiny-qwen3 (`TINY_MODELS` in "
         "`grpo/learning/models.py`). `grpo eval` also accepts a run directory."
     )
     revision: str | None = Field(

@@ -231,10 +231,10 @@ def apply_preset(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_clipping_keys(algorithm: dict[str, Any], preset: Preset, loss: str) -> None:
-    """Raises ValueError if section `algorithm` changes a key of BOUNDS that its loss ignores."""
+    """Raises ValueError if `algorithm` changes a key of CLIPPING_KEYS that its loss ignores."""
     if loss not in EQUATIONS:  # a user's own loss may read any key
         return
-    for key, losses in BOUNDS.items():
+    for key, losses in CLIPPING_KEYS.items():
         default = _preset_value(preset, key)
         if loss not in losses and algorithm.get(key, default) != default:
             raise ValueError(
@@ -250,7 +250,7 @@ def _preset_value(preset: Preset, key: str) -> Any:
 
 
 # The clipping keys of section `algorithm`, and the losses that read them.
-BOUNDS = {
+CLIPPING_KEYS = {
     "clip_low": ("grpo", "gspo", "gmpo"),
     "clip_high": ("grpo", "gspo", "gmpo"),
     "dual_clip": ("grpo",),
@@ -328,7 +328,7 @@ def _kl_formula(algorithm: AlgorithmSettings) -> str:
     return kl
 
 
-def describe(algorithm: AlgorithmSettings) -> str:
+def describe_recipe(algorithm: AlgorithmSettings) -> str:
     """Returns a recipe in one line: its preset and source, the changed keys, and its formulas.
 
     `grpo (DeepSeekMath 2402.03300 Eq. 3, 4, with dual_clip=4.0): equation ...; advantage ...;

@@ -418,7 +418,7 @@ class EvalConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> EvalConfig:
-        """Replaces the checks of `Config`, which are about training."""
+        """Replaces the checks of `TrainConfig`, which are about training."""
         if self.model.warm_start:
             raise ValueError(
                 "model.warm_start: `grpo eval` evaluates model.path without training it. Set "

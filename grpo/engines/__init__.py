@@ -139,7 +139,7 @@ class ServerError(EngineError):
         return f"{self.path} at {self.server}: {self.status} {self.body}"
 
 
-class RefusedError(ServerError):
+class RejectedRequestError(ServerError):
     """A server rejected a request (status 4xx).
 
     The server works. The request would fail again, on this server and on any other.

@@ -30,13 +30,13 @@ RewardValue = float | Score | Verdict | None  # None: the reward does not apply 
 RewardFunction = Callable[[Sequence[Group], Sequence[Prompt]], Sequence[Sequence[RewardValue]]]
 
 
-def names(package: str) -> list[str]:
+def plugin_names(package: str) -> list[str]:
     """Returns the plugins in a package's folder: its files without a leading underscore."""
     folder = Path(importlib.import_module(package).__path__[0])
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
-def find(package: str, name: str, function: str, key: str) -> Callable[..., Any]:
+def find_function(package: str, name: str, function: str, key: str) -> Callable[..., Any]:
     """Returns the function that a config names.
 
     Args:
@@ -50,7 +50,7 @@ def find(package: str, name: str, function: str, key: str) -> Callable[..., Any]
     """
     if ":" in name:
         return _import_function(name, key)
-    available = names(package)
+    available = plugin_names(package)
     if name not in available:
         message = (
             f"{key}.{name}: unknown {_KINDS[function]}. Available: {', '.join(available)}. "
@@ -98,11 +98,11 @@ def rewards(
     """
     functions = {}
     for name, settings in section.items():
-        functions[name] = (reward(name, settings.options, pool), settings.weight)
+        functions[name] = (load_reward(name, settings.options, pool), settings.weight)
     return functions
 
 
-def reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
+def load_reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
     """Returns a reward as a function of groups and their prompts.
 
     Three kinds of reward function are supported. The kind is determined by the parameter names.
@@ -120,7 +120,7 @@ def reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
         UserError: The reward is unknown, its parameters are of no supported kind, the options do
             not match them, or `prepare` rejects the options.
     """
-    function = find("rewards", name, "reward", "rewards")
+    function = find_function("rewards", name, "reward", "rewards")
     parameters = inspect.signature(function).parameters
     if len(parameters) < 2:
         raise UserError(
@@ -221,7 +221,7 @@ class _PooledReward:
             elif result.kind == "error":
                 raise reward_error(self.name, group, index, result.reason)
             else:
-                values.append(verdict_of(result))
+                values.append(verdict_for_failure(result))
         return values
 
 
@@ -230,7 +230,7 @@ def _without_token_data(completion: Completion) -> Completion:
     return replace(completion, logprobs=(), versions=())
 
 
-def verdict_of(failure: Failure) -> Verdict:
+def verdict_for_failure(failure: Failure) -> Verdict:
     """Converts a failed call of a reward worker to a verdict.
 
     It is `undecided` if the worker was lost or the function raised an exception, and `wrong` if the

@@ -100,7 +100,7 @@ class Prompts:
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         """Returns the chat messages: the system prompt, if configured, and the question."""
-        return Chat(self._settings).messages(problem)
+        return ChatPrompts(self._settings).messages(problem)
 
     def for_rewards(self, problem: Problem) -> str | list[dict[str, str]]:
         """Returns the prompt as TRL's reward functions expect it.
@@ -250,7 +250,7 @@ def _check_template(settings: configs.PromptSettings, tokenizer: Any) -> None:
         )
 
 
-class Chat:
+class ChatPrompts:
     """Renders problems as messages, for a model behind an OpenAI-compatible endpoint.
 
     The endpoint applies its own template and stop tokens. Prompts are not checked for their length.
@@ -282,7 +282,7 @@ class Chat:
         return problems
 
 
-def visible(text: str, tokenizer: Any) -> str:
+def mark_special_tokens(text: str, tokenizer: Any) -> str:
     """Returns a rendered prompt with visible special tokens and line ends, for `--dry-run`.
 
     Special tokens are enclosed in ⟦ ⟧, and ⏎ marks the end of a line.

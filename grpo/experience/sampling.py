@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from grpo.engines import Engine, Request, SamplingOptions
-from grpo.experience.prompts import Chat, Prompts
+from grpo.experience.prompts import ChatPrompts, Prompts
 from grpo.types import Completion, Group, Problem
 
 if TYPE_CHECKING:
     from grpo.config import SamplingStageConfig
 
 
-def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
+def derive_seed(run_seed: int, rollout: int | str, problem_id: str) -> int:
     """Returns the sampling seed of a group; completion i has this seed plus i.
 
     The seed depends on the arguments only, so a resumed run needs no state of the sampler.
@@ -28,7 +28,7 @@ def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
 
 
 def sampling_options(
-    config: SamplingStageConfig, prompts: Prompts | Chat, temperature: float
+    config: SamplingStageConfig, prompts: Prompts | ChatPrompts, temperature: float
 ) -> SamplingOptions:
     """Returns the engine's sampling options for a config."""
     sampling = config.sampling
@@ -72,7 +72,7 @@ def make_group_requests(
         seed_key = f"{problem.id}#{occurrence}" if occurrence else problem.id
         request = Request(
             prompt_ids=prompts.ids(problem),
-            seed=seed_of(run_seed, rollout, seed_key),
+            seed=derive_seed(run_seed, rollout, seed_key),
             n=group_size,
         )
         requests.append(GroupRequest(problem=problem, request=request))
@@ -110,11 +110,11 @@ def sample(
             f"the engine returned {len(completions)} completions for problem {problem.id}, "
             f"expected {request.n}"
         )
-        groups.append(group_of(problem, request.prompt_ids, prompts, completions))
+        groups.append(make_group(problem, request.prompt_ids, prompts, completions))
     return groups
 
 
-def group_of(
+def make_group(
     problem: Problem,
     prompt_ids: tuple[int, ...],
     prompts: Prompts,

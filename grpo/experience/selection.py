@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.config.algorithm import AlgorithmSettings
 from grpo.learning.advantages import has_signal
-from grpo.types import Completion, Exhausted, Group, Problem, ScoredGroup, UserError, Verdict
+from grpo.types import (
+    Completion,
+    Group,
+    Problem,
+    ScoredGroup,
+    TrainingStoppedError,
+    UserError,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from grpo.experience.stream import Stream
@@ -68,7 +76,7 @@ class Selection:
             sample_round: Samples and scores groups. Not called with asynchronous rollouts.
 
         Raises:
-            Exhausted: Too few problems or groups are left to learn from.
+            TrainingStoppedError: Too few problems or groups are left to learn from.
         """
         self.sampled = []
         no_signal = self.algorithm.no_signal
@@ -83,7 +91,7 @@ class Selection:
     def _collect_until_full(self, sample_round: SampleRound) -> SelectedGroups:
         """Samples until `size` groups have a training signal and carries the surplus over.
 
-        Raises Exhausted if `algorithm.max_rounds` rounds are not enough.
+        Raises TrainingStoppedError if `algorithm.max_rounds` rounds are not enough.
 
         Source: dynamic sampling is DAPO 2503.14476 Eq. 11.
         """
@@ -108,13 +116,13 @@ class Selection:
         num_with_signal = sum(has_training_signal(scored) for scored in self.sampled)
         return max(MIN_SIGNAL_SHARE, num_with_signal / len(self.sampled))
 
-    def _too_few_groups_error(self, num_used: int) -> Exhausted:
+    def _too_few_groups_error(self, num_used: int) -> TrainingStoppedError:
         num_without_reward = 0
         for scored in self.sampled:
             decided = [reward for reward in scored.rewards if reward is not None]
             if max(decided, default=0) <= 0:
                 num_without_reward += 1
-        return Exhausted(
+        return TrainingStoppedError(
             f"algorithm.no_signal=resample: {len(self.sampled)} groups in "
             f"{self.algorithm.max_rounds} rounds gave only {num_used} of {self.size} groups with "
             f"right and wrong completions ({num_without_reward} have no reward above 0). The "
@@ -144,7 +152,7 @@ class Selection:
         """Returns the next `count` problems that pass the filters.
 
         Raises:
-            Exhausted: The filters exclude MAX_EXCLUDED problems in a row.
+            TrainingStoppedError: The filters exclude MAX_EXCLUDED problems in a row.
         """
         problems: list[Problem] = []
         num_excluded = 0  # in a row
@@ -157,7 +165,7 @@ class Selection:
                 continue
             num_excluded += 1
             if num_excluded == MAX_EXCLUDED:
-                raise Exhausted(
+                raise TrainingStoppedError(
                     "algorithm.drop_solved and algorithm.pass_rate exclude the last "
                     f"{num_excluded} problems. Either the model has learned this data, or the "
                     "bounds are too narrow."
@@ -194,7 +202,7 @@ class Selection:
         """Restores a checkpoint's state, except that of the stream."""
         self.position = state["position"]
         self.pass_rates = dict(state["rates"])
-        self.carried = [scored_group(tree) for tree in state["carried"]]
+        self.carried = [parse_scored_group(tree) for tree in state["carried"]]
 
 
 def has_training_signal(scored: ScoredGroup) -> bool:
@@ -227,7 +235,7 @@ def pass_rate(scored: ScoredGroup) -> float:
     return sum(is_right) / len(is_right)
 
 
-def scored_group(tree: dict[str, Any]) -> ScoredGroup:
+def parse_scored_group(tree: dict[str, Any]) -> ScoredGroup:
     """Parses a scored group from the JSON of a checkpoint, which grpo/run/directory.py writes."""
     group = tree["group"]
     return ScoredGroup(

@@ -296,7 +296,7 @@ def _version_per_token(completion: Completion) -> tuple[int, ...]:
     return tuple(versions)
 
 
-def lengths(groups: Sequence[ScoredGroup]) -> list[list[int]]:
+def completion_lengths(groups: Sequence[ScoredGroup]) -> list[list[int]]:
     """Returns the number of tokens of each completion, [P, G]."""
     lengths_PG = []
     for scored in groups:

@@ -23,7 +23,7 @@ from grpo.types import Batch, Sample
 PADDING_ID = 0
 
 
-def minibatches(samples: list[Sample], num_minibatches: int, seed: int) -> list[list[Sample]]:
+def mini_batches(samples: list[Sample], num_minibatches: int, seed: int) -> list[list[Sample]]:
     """Returns the samples in random parts of about equal size, one per optimizer update.
 
     A single part keeps the order of the samples. With fewer samples than `num_minibatches` there is
@@ -36,7 +36,7 @@ def minibatches(samples: list[Sample], num_minibatches: int, seed: int) -> list[
     return [part for part in parts if part]
 
 
-def epoch_order(num_minibatches: int, seed: int, epoch: int) -> list[int]:
+def mini_batch_order(num_minibatches: int, seed: int, epoch: int) -> list[int]:
     """Returns the order of the mini-batches in an epoch: `0, 1, ...` in the first, then random."""
     if epoch == 0:
         return list(range(num_minibatches))

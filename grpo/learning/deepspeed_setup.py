@@ -35,7 +35,7 @@ M_MMAP_MAX = -4
 def init_deepspeed() -> Any:
     """Joins the process group. Returns the module `deepspeed`, with its logging reduced."""
     deepspeed = _import_deepspeed()
-    ranks.join()
+    ranks.join_process_group()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed

@@ -144,7 +144,7 @@ class Learner:
         if self._reference is not None:
             return self._score_with(self._reference, batches)
         # With LoRA, the policy without its adapters is the reference.
-        with lora.off(self._policy.model):
+        with lora.adapters_disabled(self._policy.model):
             return self._score_with(self._engine, batches)
 
     def _score_with(self, policy: Any, batches: Sequence[Batch]) -> list[Scores]:
@@ -339,7 +339,7 @@ class Learner:
 
     def save_adapter(self, directory: Path) -> None:
         """Writes the policy's LoRA adapter."""
-        lora.save(self._policy.model, directory)
+        lora.save_adapter(self._policy.model, directory)
 
     def load(self, directory: Path) -> None:
         """Loads a checkpoint of `save`, which any number of ranks may have written.
@@ -395,7 +395,7 @@ def _prepare_policy_model(
 ) -> None:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    moe.check(model, settings.router_aux_coef, settings.freeze_router)
+    moe.configure_routers(model, settings.router_aux_coef, settings.freeze_router)
     model.train()
     if device.type == "cuda":
         models.use_fused_norms(model)
@@ -432,7 +432,7 @@ def _reference_policy(
     return Policy(
         reference,
         _head_options(config, soft),
-        ulysses=ulysses.shared(reference, config.learner.sequence_parallel),
+        ulysses=ulysses.create_ulysses(reference, config.learner.sequence_parallel),
     )
 
 
@@ -452,7 +452,7 @@ def _trained_policy(
         replace(_head_options(config, soft), entropy_gradient=has_entropy_gradient),
         router_loss=config.model.router_aux_coef > 0,
         soft_targets=soft_targets,
-        ulysses=ulysses.shared(model, config.learner.sequence_parallel),
+        ulysses=ulysses.create_ulysses(model, config.learner.sequence_parallel),
     )
 
 

@@ -55,13 +55,13 @@ class LearnerWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yields `(name, tensor)` for every weight."""
-        adapted_layers = lora.of(self._model)
+        adapted_layers = lora.adapted_layers(self._model)
         for bucket in self._buckets():
             with gathered([parameter for _, parameter in bucket], self._zero_stage):
                 for name, parameter in bucket:
                     weight = parameter.data
                     if name in adapted_layers:
-                        weight = lora.merged(weight, adapted_layers[name])
+                        weight = lora.merged_weight(weight, adapted_layers[name])
                     yield from moe.hub_weights(self._model, name, weight)
         yield from self._saved_buffers()
 

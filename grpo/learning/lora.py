@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"  # peft's name of the adapter
 
 
-def add(model: Any, settings: LoraSettings, base: str, seed: int) -> None:
+def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> None:
     """Adds adapters to every linear layer except the output head, in place.
 
     All other weights are frozen.
@@ -63,7 +63,7 @@ def load_reference(config: TrainConfig, model_dir: Path, teacher_dir: Path | Non
     """Returns the teacher if there is one, otherwise the reference model of the KL.
 
     Returns `None` if the run needs neither, or if the policy has adapters: without them the policy
-    is the reference (`off`).
+    is the reference (`adapters_disabled`).
 
     Args:
         config: the run's config.
@@ -88,13 +88,13 @@ def load_policy(config: RunConfig, model_dir: Path, attention: str) -> Any:
     """
     model = models.load_model(model_dir, attention)
     if config.model.qat:
-        quantization.learn_rounded(model, config.model.qat.scheme, config.model.qat.group_size)
+        quantization.enable_qat(model, config.model.qat.scheme, config.model.qat.group_size)
     if config.model.lora:
-        add(model, config.model.lora, config.model.path, config.seed)
+        add_adapters(model, config.model.lora, config.model.path, config.seed)
     return model
 
 
-def of(model: nn.Module) -> dict[str, Any]:
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """Returns the layers that have adapters, by the hub name of their weight.
 
     For example `{"model.layers.0.self_attn.q_proj.weight": LoraLayer, ...}`; empty for a model
@@ -111,21 +111,21 @@ def of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def merged(weight: Tensor, layer: Any) -> Tensor:
+def merged_weight(weight: Tensor, layer: Any) -> Tensor:
     """Returns weight + scaling * B A, computed in float32, in the dtype of the weight.
 
     Args:
         weight: weight of the layer [out, in], without the adapter.
-        layer: the layer, from `of`.
+        layer: the layer, from `adapted_layers`.
     """
     delta: Tensor = layer.get_delta_weight(ADAPTER).float().to(weight.device)
     return (weight.float() + delta).to(weight.dtype)
 
 
 @contextlib.contextmanager
-def off(model: nn.Module) -> Iterator[None]:
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Disables the adapters within the context: the model is then the reference."""
-    layers = of(model).values()
+    layers = adapted_layers(model).values()
     assert layers, "the model has no adapters, and no reference model was loaded"
     for layer in layers:
         layer.enable_adapters(False)
@@ -136,7 +136,7 @@ def off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def save(model: Any, target: Path) -> None:
+def save_adapter(model: Any, target: Path) -> None:
     """Writes the adapter without the base model to the directory `target`.
 
     `peft.PeftModel.from_pretrained(base_model, target)` reads it.

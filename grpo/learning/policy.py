@@ -248,7 +248,7 @@ class Policy(nn.Module):
             options["output_router_logits"] = True
         if layers:
             options["output_hidden_states"] = True
-        if self.model.config._attn_implementation == packing.NAME:
+        if self.model.config._attn_implementation == packing.PACKED_ATTENTION:
             run = self._run_packed(batch, options)
         else:
             run = self._run_padded(batch, options)
@@ -267,8 +267,10 @@ class Policy(nn.Module):
     def _run_packed(self, batch: Batch, options: dict[str, Any]) -> _ModelRun:
         device = batch.input_ids.device
         mask = batch.token_mask
-        has_kernel = packing.has_kernel(self.model.config, self.model.dtype, device)
-        layout = packing.layout(batch.sequences, batch.prompt_lengths, device, kernel=has_kernel)
+        has_kernel = packing.supports_varlen_kernel(self.model.config, self.model.dtype, device)
+        layout = packing.make_layout(
+            batch.sequences, batch.prompt_lengths, device, kernel=has_kernel
+        )
         if self._ulysses is not None:
             layout, is_local = self._ulysses.part(layout)
             mask = torch.zeros_like(mask).masked_scatter_(mask, is_local)

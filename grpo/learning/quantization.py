@@ -43,7 +43,7 @@ def linear_layers(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def arguments(scheme: str, group_size: int) -> Rounding:
+def quantization_args(scheme: str, group_size: int) -> Rounding:
     """Returns how a scheme rounds weights and activations.
 
     int8         weights with one scale per output channel, activations with one scale per token
@@ -64,7 +64,7 @@ def arguments(scheme: str, group_size: int) -> Rounding:
     )
 
 
-def best_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
+def best_scales(weight: Tensor, args: QuantizationArgs) -> Tensor:
     """Returns the scales of a weight, float32.
 
     The scale of 8 bits covers the largest value. The scale of 4 bits is clipped where the squared
@@ -120,7 +120,7 @@ def _values_per_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
     raise ValueError(f"unsupported strategy {args.strategy}")
 
 
-def check_groups(model: Any, key: str, group_size: int) -> None:
+def check_group_size(model: Any, key: str, group_size: int) -> None:
     """Raises UserError if the inputs of a linear layer are not divisible by `group_size`.
 
     Args:
@@ -136,7 +136,7 @@ def check_groups(model: Any, key: str, group_size: int) -> None:
             )
 
 
-def learn_rounded(model: Any, scheme: str, group_size: int) -> None:
+def enable_qat(model: Any, scheme: str, group_size: int) -> None:
     """Makes every linear layer except the output head compute with rounded weights, in place.
 
     In int8 the layers also round their inputs. The stored weights are not rounded. The gradient
@@ -153,8 +153,8 @@ def learn_rounded(model: Any, scheme: str, group_size: int) -> None:
     Source: straight-through estimator 1308.3432; training with it, Jacob et al. 1712.05877.
     """
     if scheme == "int4":
-        check_groups(model, "model.qat.group_size", group_size)
-    rounding = arguments(scheme, group_size)
+        check_group_size(model, "model.qat.group_size", group_size)
+    rounding = quantization_args(scheme, group_size)
     for _, layer in linear_layers(model):
         layer.forward = functools.partial(_forward, layer, rounding)
 
@@ -191,7 +191,7 @@ def rounded_weight(weight: Tensor, args: QuantizationArgs) -> Tensor:
     import torch
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
-    scales = best_scale(weight, args)
+    scales = best_scales(weight, args)
     zero_points = torch.zeros_like(scales)  # the rounding is symmetric
     rounded: Tensor = fake_quantize(weight.float(), scales, zero_points, args)
     return rounded.to(weight.dtype)

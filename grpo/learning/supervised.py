@@ -103,7 +103,9 @@ class SupervisedTrainer(SFTTrainer):
         # Under ZeRO-3, the arguments have to exist before the model is loaded: transformers then
         # splits the weights across ranks while it loads them.
         arguments = _training_arguments(config, output_dir)
-        attention = packing.ROWS if config.model.packed else config.model.attention
+        attention = (
+            packing.CONCATENATED_ATTENTION if config.model.packed else config.model.attention
+        )
         model = lora.load_policy(config, inputs.model_dir, attention)
         rows = list(inputs.rows)
         self._row_tokens = [_num_trained_tokens(row) for row in rows]
@@ -121,7 +123,7 @@ class SupervisedTrainer(SFTTrainer):
         All ranks must iterate together. With ZeRO-3, rank 0 alone gets the weights.
         """
         model: Any = self.model
-        adapted_layers = lora.of(model)
+        adapted_layers = lora.adapted_layers(model)
         # The state dict contains tied weights twice, `named_parameters` once.
         names = {name for name, _ in model.named_parameters()}
         names.update(name for name, _ in model.named_buffers())
@@ -132,12 +134,12 @@ class SupervisedTrainer(SFTTrainer):
             # peft moves the weight of an adapted layer into `base_layer`.
             hub_name = name.replace(".base_layer.", ".")
             if hub_name in adapted_layers:
-                tensor = lora.merged(tensor, adapted_layers[hub_name])
+                tensor = lora.merged_weight(tensor, adapted_layers[hub_name])
             yield hub_name, tensor
 
     def save_adapter(self, directory: Path) -> None:
         """Writes the model's LoRA adapter."""
-        lora.save(self.model, directory)
+        lora.save_adapter(self.model, directory)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Returns a scheduler with the rates of `learning_rate`, in place of transformers' own."""

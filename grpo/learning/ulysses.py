@@ -127,7 +127,7 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
-def shared(model: Any, size: int) -> Ulysses | None:
+def create_ulysses(model: Any, size: int) -> Ulysses | None:
     """Returns the `Ulysses` of a model, `None` if streams are not shared (`size` 1)."""
     if size == 1:
         return None

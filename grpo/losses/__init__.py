@@ -60,7 +60,7 @@ def ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
     return torch.exp(log_ratio(logprobs, old_logprobs))
 
 
-def row_mean(values: Tensor, mask: Tensor) -> Tensor:
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Returns the mean of each sequence over its masked positions, repeated at all T positions.
 
     Args:

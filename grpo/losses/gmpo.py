@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo.config.algorithm import AlgorithmSettings
-from grpo.losses import LossOutput, log_ratio, row_mean
+from grpo.losses import LossOutput, log_ratio, sequence_mean
 from grpo.types import Batch
 
 
@@ -23,7 +23,7 @@ def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOu
     clipped_high = (log_ratios > algorithm.clip_high) & (batch.advantages > 0)
     bounds = log_ratios.clamp(-algorithm.clip_low, algorithm.clip_high).detach()
     clipped_log_ratios = torch.where(clipped_low | clipped_high, bounds, log_ratios)
-    ratios = torch.exp(row_mean(clipped_log_ratios, batch.token_mask))
+    ratios = torch.exp(sequence_mean(clipped_log_ratios, batch.token_mask))
     return LossOutput(
         per_token=-ratios * batch.advantages,
         metrics={

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo.config.algorithm import AlgorithmSettings
-from grpo.losses import LossOutput, clipped_loss, log_ratio, row_mean
+from grpo.losses import LossOutput, clipped_loss, log_ratio, sequence_mean
 from grpo.types import Batch
 
 
@@ -20,7 +20,7 @@ def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOu
     the paper's mean over sequences.
     """
     log_ratios = log_ratio(logprobs, batch.old_logprobs)
-    ratios = torch.exp(row_mean(log_ratios, batch.token_mask))
+    ratios = torch.exp(sequence_mean(log_ratios, batch.token_mask))
     clipped = clipped_loss(ratios, batch.advantages, algorithm.clip_low, algorithm.clip_high)
     return LossOutput(
         per_token=clipped.per_token,

@@ -27,7 +27,7 @@ class Finding:
     text: str
 
 
-class Watch:
+class Diagnosis:
     """Follows a run row by row, and reports each rule once."""
 
     def __init__(self, rows: Sequence[Row] = ()) -> None:
@@ -42,7 +42,7 @@ class Watch:
         if "reward/mean" not in row:
             return []
         self._rows.append(row)
-        past = Past(self._rows)
+        past = History(self._rows)
         new_findings = []
         for rule, apply_rule in RULES.items():
             if rule in self._reported_rules:
@@ -54,20 +54,20 @@ class Watch:
         return new_findings
 
 
-def findings(rows: Sequence[Row]) -> list[Finding]:
+def diagnose(rows: Sequence[Row]) -> list[Finding]:
     """Returns all findings of a run, each at the first step at which its rule applies.
 
     Args:
         rows: The lines of metrics.jsonl, in order.
     """
-    watch = Watch()
+    watch = Diagnosis()
     all_findings: list[Finding] = []
     for row in rows:
         all_findings += watch.see(row)
     return all_findings
 
 
-class Past:
+class History:
     """The metrics of a run so far."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -97,7 +97,7 @@ class Past:
 # below are therefore written as "if not (value >= limit): return None".
 
 
-def _too_hard(past: Past) -> str | None:
+def _too_hard(past: History) -> str | None:
     all_wrong = past.now("group/all_wrong")
     if not all_wrong >= 0.8:
         return None
@@ -119,7 +119,7 @@ def _too_hard(past: Past) -> str | None:
     )
 
 
-def _no_signal(past: Past) -> str | None:
+def _no_signal(past: History) -> str | None:
     no_signal = past.now("group/no_signal")
     explained = 0.0  # by groups that are all wrong or all correct
     for key in ("group/all_wrong", "group/all_correct"):
@@ -134,7 +134,7 @@ def _no_signal(past: Past) -> str | None:
     )
 
 
-def _mismatch(past: Past) -> str | None:
+def _mismatch(past: History) -> str | None:
     gap = past.now("mismatch/abs")
     effective_share = past.now("mismatch/effective")
     if not (gap >= 0.15 or effective_share <= 0.7):
@@ -146,7 +146,7 @@ def _mismatch(past: Past) -> str | None:
     )
 
 
-def _zero_loss(past: Past) -> str | None:
+def _zero_loss(past: History) -> str | None:
     if len(past.rows) > 1:
         return None
     (row,) = past.rows
@@ -158,7 +158,7 @@ def _zero_loss(past: Past) -> str | None:
     )
 
 
-def _entropy(past: Past) -> str | None:
+def _entropy(past: History) -> str | None:
     if len(past.rows) < 2 * WINDOW:
         return None
     first_entropy = past.first("policy/entropy")
@@ -173,7 +173,7 @@ def _entropy(past: Past) -> str | None:
     )
 
 
-def _clipped(past: Past) -> str | None:
+def _clipped(past: History) -> str | None:
     share = past.now("clip/low") + past.now("clip/high")
     if not share >= 0.2:
         return None
@@ -183,7 +183,7 @@ def _clipped(past: Past) -> str | None:
     )
 
 
-def _gradient(past: Past) -> str | None:
+def _gradient(past: History) -> str | None:
     norms = past.values("policy/grad_norm")
     if len(norms) <= 10:
         return None
@@ -196,7 +196,7 @@ def _gradient(past: Past) -> str | None:
     )
 
 
-def _format_only(past: Past) -> str | None:
+def _format_only(past: History) -> str | None:
     if len(past.rows) < 20:
         return None
     if not (past.now("reward/format") >= 0.9 and past.now("reward/accuracy", 10) <= 0.02):
@@ -207,7 +207,7 @@ def _format_only(past: Past) -> str | None:
     )
 
 
-def _hacking(past: Past) -> str | None:
+def _hacking(past: History) -> str | None:
     accuracies = past.values("eval/accuracy")
     if len(accuracies) < 3:
         return None
@@ -223,7 +223,7 @@ def _hacking(past: Past) -> str | None:
     )
 
 
-def _flat(past: Past) -> str | None:
+def _flat(past: History) -> str | None:
     values = past.values("reward/mean")
     if len(values) < 30:
         return None
@@ -240,7 +240,7 @@ def _flat(past: Past) -> str | None:
     )
 
 
-def _slow_rewards(past: Past) -> str | None:
+def _slow_rewards(past: History) -> str | None:
     share = past.now("time/rewards_s") / past.now("time/total_s")
     if not share >= 0.25:
         return None
@@ -249,7 +249,7 @@ def _slow_rewards(past: Past) -> str | None:
     )
 
 
-def _language(past: Past) -> str | None:
+def _language(past: History) -> str | None:
     share = past.now("completion/language")
     if not share <= 0.8:
         return None
@@ -259,7 +259,7 @@ def _language(past: Past) -> str | None:
     )
 
 
-def _waiting(past: Past) -> str | None:
+def _waiting(past: History) -> str | None:
     if math.isnan(past.now("staleness/mean")):
         return None  # in a synchronous step one side always waits
     remedies = {
@@ -276,13 +276,15 @@ def _waiting(past: Past) -> str | None:
     return None
 
 
-def _above(key: str, limit: float, text: str, window: int = WINDOW) -> Callable[[Past], str | None]:
+def _above(
+    key: str, limit: float, text: str, window: int = WINDOW
+) -> Callable[[History], str | None]:
     """Returns a rule that applies when the mean of a metric is at least `limit`.
 
     `text` is a format string for the mean.
     """
 
-    def rule(past: Past) -> str | None:
+    def rule(past: History) -> str | None:
         value = past.now(key, window)
         return text.format(value) if value >= limit else None
 
@@ -290,7 +292,7 @@ def _above(key: str, limit: float, text: str, window: int = WINDOW) -> Callable[
 
 
 # By name. DIAGNOSIS_RULES in grpo/config/sections.py lists the same names, for logging.alarms.
-RULES: dict[str, Callable[[Past], str | None]] = {
+RULES: dict[str, Callable[[History], str | None]] = {
     "too_hard": _too_hard,
     "too_easy": _above(
         "group/all_correct",

@@ -36,7 +36,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class ModelShape:
     """Sizes of a dense model, as far as the bounds need them."""
 
     num_weights: int  # all weights
@@ -59,7 +59,7 @@ class Shape:
         return self.num_weights * self.bytes_per_weight
 
 
-def measure(dtype: str, seconds: float = 0.3) -> Machine:
+def measure_machine(dtype: str, seconds: float = 0.3) -> Machine:
     """Measures the rates of this machine. No other work may run at the same time.
 
     Args:
@@ -90,7 +90,7 @@ def _fastest(operation: Callable[[], Any], device: torch.device, seconds: float)
     return best
 
 
-def shape(model_dir: Path, num_weights: int, dtype: str) -> Shape:
+def model_shape(model_dir: Path, num_weights: int, dtype: str) -> ModelShape:
     """Returns the sizes of a dense model from its config.json.
 
     Args:
@@ -106,7 +106,7 @@ def shape(model_dir: Path, num_weights: int, dtype: str) -> Shape:
     num_embeddings = 1 if config.get("tie_word_embeddings", False) else 2
     bytes_per_weight = 2 if dtype == "bfloat16" else 4
     kv_values = 2 * config["num_hidden_layers"] * num_kv_heads * head_size
-    return Shape(
+    return ModelShape(
         num_weights=num_weights,
         body_weights=num_weights - embedding_weights * num_embeddings,
         num_layers=config["num_hidden_layers"],
@@ -123,7 +123,7 @@ class Roofline:
     """The rates of a machine and the sizes of a model, which together bound the time of a step."""
 
     machine: Machine
-    shape: Shape
+    shape: ModelShape
 
     def bounds(
         self, groups: Sequence[Group], *, updates: int, reference: bool, ranks: int = 1
@@ -196,8 +196,8 @@ class Roofline:
         return seconds
 
 
-def memory(
-    config: Any, shape: Shape, ranks: int = 1, reference_weights: int | None = None
+def learner_memory(
+    config: Any, shape: ModelShape, ranks: int = 1, reference_weights: int | None = None
 ) -> dict[str, float]:
     """Estimates the memory of a learner rank at the longest sequences, in bytes per part.
 
@@ -246,8 +246,8 @@ def _has_reference(config: Any) -> bool:
     return bool(algorithm and algorithm.kl_coef and not config.model.lora)
 
 
-def sizing(
-    config: TrainConfig, shape: Shape, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
+def memory_table(
+    config: TrainConfig, shape: ModelShape, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
 ) -> list[str]:
     """Returns a markdown table of the memory of learner and engine, one row per number of GPUs.
 
@@ -261,7 +261,7 @@ def sizing(
     ]
     engine_gb = shape.weight_bytes / GB
     for count in gpus:
-        learner_gb = sum(memory(config, shape, count).values()) / GB
+        learner_gb = sum(learner_memory(config, shape, count).values()) / GB
         num_sequences = min(config.engine.max_sequences, -(-config.train.completions // count))
         cache_bytes = num_sequences * config.max_sequence_tokens * shape.kv_bytes_per_token
         cache_gb = cache_bytes / GB

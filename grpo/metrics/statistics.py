@@ -28,7 +28,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
+def majority_accuracy(answers: Sequence[str | None], right: Sequence[bool]) -> float:
     """Returns the expected accuracy of the most frequent answer of a problem (maj@n).
 
     All correct answers count as one answer. Wrong answers are grouped by their text. A completion
@@ -51,7 +51,7 @@ def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
     return (True in winners) / len(winners)
 
 
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """Returns the 95 % bootstrap interval of the mean over problems (10,000 resamples).
 
     Args:
@@ -62,7 +62,7 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     return _percentile_bounds(means)
 
 
-def paired(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict[str, float]:
+def paired_comparison(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict[str, float]:
     """Returns a paired bootstrap comparison of B with A on the same problems.
 
     Args:

@@ -13,7 +13,7 @@ def free_port() -> int:
         return int(bound_socket.getsockname()[1])
 
 
-def address_towards(url: str) -> str:
+def local_address_for(url: str) -> str:
     """Returns the IPv4 address of this machine on its network route to the host of `url`."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp_socket:

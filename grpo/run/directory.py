@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_update(folder: Path, step: int) -> list[Sample]:
+def read_update_samples(folder: Path, step: int) -> list[Sample]:
     """Returns the samples of a step's updates, which `RunDirectory.write_update` has kept.
 
     Raises:
@@ -409,7 +409,9 @@ class RunDirectory:
                 ranks.all_gather("the checkpoint's directory", None)
                 write(scratch)
                 ranks.all_gather("the other ranks' parts of the checkpoint", None)
-                text = json.dumps({**state, "files": _file_hashes(scratch)}, default=_fields)
+                text = json.dumps(
+                    {**state, "files": _file_hashes(scratch)}, default=dataclass_fields
+                )
                 (scratch / "state.json").write_text(text)
         except RunError:
             raise
@@ -495,8 +497,8 @@ def _file_hashes(directory: Path) -> dict[str, str]:
     return hashes
 
 
-def _fields(value: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass by name: `json.dumps(..., default=_fields)`."""
+def dataclass_fields(value: Any) -> dict[str, Any]:
+    """Returns the fields of a dataclass by name: `json.dumps(..., default=dataclass_fields)`."""
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 

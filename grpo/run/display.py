@@ -49,7 +49,7 @@ class Display:
             total: The number of steps of the run.
             unit: The name of a step: "rollout", "update", ...
         """
-        # A copy of stderr, because stderr goes to a file while libraries are loading (`quiet`).
+        # A copy of stderr, because `redirect_output` sends stderr to a file while libraries load.
         stderr = os.fdopen(os.dup(2), "w")
         self._console = Console(file=stderr, highlight=False, soft_wrap=True)
         self._mode = mode
@@ -170,7 +170,7 @@ class Timer:
 
 
 @contextlib.contextmanager
-def quiet(log_file: Path) -> Iterator[None]:
+def redirect_output(log_file: Path) -> Iterator[None]:
     """Redirects standard output and error, also of C libraries, to a file within the context."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -28,7 +28,7 @@ _timeout = timedelta(minutes=30)
 _num_exchanges = 0  # exchanges so far
 
 
-class BrokenExchangeError(RunError):
+class BrokenCollectiveError(RunError):
     """A rank failed inside a collective and cannot notify the others; it ends, and the job ends."""
 
 
@@ -36,7 +36,7 @@ class UnexpectedError(RunError):
     """An exception that is not a GrpoError, as text, so that it can be sent to every rank."""
 
 
-class ExchangeMismatchError(RunError):
+class CollectiveMismatchError(RunError):
     """The ranks are in different exchanges: they run different programs or configs.
 
     All ranks raise it. They cannot write a checkpoint together afterwards, because they may not
@@ -85,7 +85,7 @@ def local_world_size() -> int:
     return world_size()
 
 
-def adopt_srun() -> None:
+def adopt_slurm_variables() -> None:
     """Sets torch's process group variables from those of Slurm's `srun`.
 
     Does nothing without `srun`, or if another launcher (torchrun, deepspeed) has set them.
@@ -122,7 +122,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def join(timeout_s: float = 1800.0) -> None:
+def join_process_group(timeout_s: float = 1800.0) -> None:
     """Joins the process group, which is a group of one without a launcher.
 
     Args:
@@ -243,7 +243,7 @@ def all_gather(name: str, value: T) -> list[T]:
 
     Raises:
         RunError: A rank is lost, or did not arrive in time.
-        ExchangeMismatchError: The ranks are in different exchanges. All ranks raise it.
+        CollectiveMismatchError: The ranks are in different exchanges. All ranks raise it.
     """
     global _num_exchanges
     if world_size() == 1:
@@ -263,7 +263,7 @@ def all_gather(name: str, value: T) -> list[T]:
         ) from None
     exchanges = [(rank_name, rank_number) for rank_name, rank_number, _ in messages]
     if len(set(exchanges)) > 1:
-        raise ExchangeMismatchError(exchanges)
+        raise CollectiveMismatchError(exchanges)
     return [rank_value for _, _, rank_value in messages]
 
 
@@ -305,19 +305,19 @@ def _mark_known_to_all(error: GrpoError, failed_rank: int) -> GrpoError:
     return error
 
 
-def known_to_all(error: Exception) -> bool:
+def is_known_to_all_ranks(error: Exception) -> bool:
     """Returns whether all ranks raise an error, so that they can still write a checkpoint."""
     if world_size() == 1:
         return True
     return isinstance(error, GrpoError) and error.known_to_all_ranks
 
 
-def failed_elsewhere(error: Exception) -> bool:
+def failed_on_another_rank(error: Exception) -> bool:
     """Returns whether an error was first raised on another rank, which then reports it."""
     return isinstance(error, GrpoError) and error.failed_rank not in (None, rank())
 
 
-def sum_seconds(num_bytes: int, tries: int = 5) -> float:
+def measure_all_reduce_s(num_bytes: int, tries: int = 5) -> float:
     """Returns the seconds that an all-reduce of `num_bytes` of float32 takes.
 
     It is the median over `tries`, on the rank where that is largest.

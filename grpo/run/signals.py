@@ -10,12 +10,12 @@ from typing import Any
 from grpo.types import GrpoError
 
 
-class Interrupted(GrpoError):
+class RunInterruptedError(GrpoError):
     """The run received Ctrl-C or SIGTERM: it saves its state and stops."""
 
 
 class Signals:
-    """Handles SIGINT and SIGTERM: the first one is stored, and `check` raises `Interrupted`.
+    """Handles SIGINT and SIGTERM: stores the first one, for which `check` raises an error.
 
     The first signal restores the previous handlers, so a second one ends the process as usual.
     """
@@ -34,9 +34,9 @@ class Signals:
         self.restore()
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal was received, except within `held`."""
+        """Raises `RunInterruptedError` if a signal was received, except within `held`."""
         if self.got and not self._is_held:
-            raise Interrupted(self.got)
+            raise RunInterruptedError(self.got)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import CollectConfig, CollectSettings, DataSettings
-from grpo.experience.describing import describe, sample_rows
+from grpo.experience.group_metrics import group_metrics, sample_rows
 from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
 from grpo.run.directory import write_file
-from grpo.stages.problems import load_problems, mixture
+from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
@@ -45,7 +45,7 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
     Raises:
         UserError: The config, the data or a path is wrong.
         RunError: The run cannot continue.
-        Interrupted: A signal stopped the run. Finished chunks are kept.
+        RunInterruptedError: A signal stopped the run. Finished chunks are kept.
     """
     require_one_rank("collect")
     workers, rewards = load_rewards(config)
@@ -56,7 +56,7 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
     with open_stage(config, "collect", total=total, unit="chunk", resume=resume) as context:
         context.stack.callback(workers.close)
         sampler = Sampler(config, context, config.teacher)
-        stream = mixture(config.data, problems, sampler.prompts, config.seed)
+        stream = make_mixture(config.data, problems, sampler.prompts, config.seed)
         candidates = _first_problems(stream, settings.problems)
         uncontaminated = [
             problem
@@ -111,7 +111,7 @@ class ChunkCollector:
         self.context.run.write_samples(f"chunk-{num_done:06d}", rows)
         metrics = {
             "step": num_done,
-            **describe(scored),
+            **group_metrics(scored),
             "trace/kept": sum(not reason for reason in reasons),
         }
         self.context.record(metrics)

@@ -23,13 +23,13 @@ from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
 from grpo.run import ranks
 from grpo.run.directory import RunDirectory
-from grpo.run.display import Timer, quiet
-from grpo.run.signals import Interrupted
+from grpo.run.display import Timer, redirect_output
+from grpo.run.signals import RunInterruptedError
 from grpo.stages import collect, sft, train
 from grpo.stages.engine import EngineModel, start_engine
 from grpo.stages.final_model import write_final
-from grpo.stages.problems import load_problems, mixture
-from grpo.stages.resume import check_same
+from grpo.stages.problems import load_problems, make_mixture
+from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.sampling import check_rewards
 from grpo.stages.solutions import check_solutions, tokenize_solutions
@@ -58,7 +58,7 @@ def distill(config: DistillConfig, *, resume: bool) -> None:
     Raises:
         UserError: The config, the data or a model is wrong.
         RunError: The run cannot continue.
-        Interrupted: A signal stopped the run. Its progress is saved.
+        RunInterruptedError: A signal stopped the run. Its progress is saved.
     """
     if config.way == "sequence":
         _run_sequence(config, resume)
@@ -85,7 +85,7 @@ def _run_sequence(config: DistillConfig, resume: bool) -> None:
             folder = Path(config.run_dir) / name
             context.signals.check()
             if RunDirectory.status(folder) == "finished":
-                check_same(folder, part_config)
+                require_same_config(folder, part_config)
                 continue
             context.display.say(f"{name}: {folder}")
             is_started = (folder / "manifest.json").exists()
@@ -98,22 +98,22 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
     soft = config.soft
     assert soft is not None
     problems = load_problems(config.data, "train", config.seed)
-    loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+    loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     with open_stage(config, "distill", total=soft.updates, unit="update", resume=resume) as context:
         log_file = context.run.log_file("learner")
         context.display.phase(0, "loading the models")
         start = find_start_model(config, context.run)
         models.check_context(start.model_dir, soft.max_tokens)
-        stream = mixture(config.data, problems, start.prompts, config.seed)
+        stream = make_mixture(config.data, problems, start.prompts, config.seed)
         require_same_start(start.tokenizer, stream)
         training_problems = stream.take(0, soft.updates * soft.batch_size)
         texts = training_texts(
             training_problems, start.prompts, soft.max_tokens, hard_weight=soft.hard_weight
         )
-        with quiet(log_file):
+        with redirect_output(log_file):
             teacher_dir = find_teacher(config, context.run, start.tokenizer, soft.max_tokens)
         teacher_top = _fill_teacher_top(config, context, teacher_dir, texts)
-        with quiet(log_file):
+        with redirect_output(log_file):
             loaded_teacher_dir = teacher_dir if teacher_top is None else None
             learner = _load_learner(config, start.model_dir, loaded_teacher_dir, loss)
         loop = SoftLoop(
@@ -206,13 +206,13 @@ class SoftLoop:
         if checkpoint is None:
             self.context.resume_after(None, "update")
             return
-        with quiet(run.log_file("learner")):
+        with redirect_output(run.log_file("learner")):
             self.learner.load(checkpoint)
         self.last_saved = self.learner.updates
         self.context.resume_after(self.learner.updates, "update")
 
     def train(self) -> None:
-        """Runs all remaining updates and saves. On Interrupted, it saves and raises the error."""
+        """Runs all remaining updates and saves. A signal saves and raises RunInterruptedError."""
         every = self.config.checkpoint.every
         self.context.display.begin(self.learner.updates)
         while self.learner.updates < self.soft.updates:
@@ -230,7 +230,7 @@ class SoftLoop:
             with timer("update"):
                 ranks.all_gather_or_raise("the update", context.signals.check)
                 metrics = learner.update(batches, self._check_signals)
-        except Interrupted:
+        except RunInterruptedError:
             self.save()
             context.display.say(
                 f"stopped after update {learner.updates}: saved; continue with --resume"
@@ -247,7 +247,7 @@ class SoftLoop:
         context.display.phase(learner.updates, "update")
 
     def _check_signals(self, num_done: int, total: int) -> None:
-        """Raises Interrupted after a micro-batch if a signal arrived."""
+        """Raises RunInterruptedError after a micro-batch if a signal arrived."""
         # With several ranks, the others would wait in a collective for the rank that stops.
         if ranks.world_size() == 1:
             self.context.signals.check()
@@ -306,7 +306,7 @@ class TopLogprobs:
         """Computes the missing files with a temporary engine.
 
         Raises:
-            Interrupted: A signal stopped the run. Finished files are kept.
+            RunInterruptedError: A signal stopped the run. Finished files are kept.
             EngineError: The engine failed.
         """
         assert config.soft is not None and config.soft.teacher_topk is not None

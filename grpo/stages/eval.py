@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 from grpo import config as configs
 from grpo.config import EvalConfig
 from grpo.config.reading import read_yaml
-from grpo.experience.describing import mean, sample_rows
+from grpo.experience.group_metrics import mean, sample_rows
 from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import statistics
 from grpo.run.directory import write_file
 from grpo.stages.final_model import final_model_path
-from grpo.stages.problems import held_out, load_problems
+from grpo.stages.problems import load_problems, select_held_out
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
@@ -61,7 +61,7 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
     Raises:
         UserError: The config, the data or the model is wrong.
         RunError: The run cannot continue.
-        Interrupted: A signal stopped the run. Finished chunks are kept.
+        RunInterruptedError: A signal stopped the run. Finished chunks are kept.
     """
     require_one_rank("eval")
     config = config.by_protocol()
@@ -78,7 +78,7 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
         metrics: dict[str, float] = {}
         table: dict[str, dict[str, float]] = {}
         for num_done, (name, data) in enumerate(sets.items()):
-            evaluated = held_out(data, problems[name], sampler.prompts, config.eval.problems)
+            evaluated = select_held_out(data, problems[name], sampler.prompts, config.eval.problems)
             evaluation = Evaluation(
                 config=config,
                 context=context,
@@ -88,13 +88,13 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
                 num_done=num_done,
             )
             rows = evaluation.rows(evaluated)
-            sampled_metrics = summary([row for row in rows if not row["greedy"]])
+            sampled_metrics = evaluation_metrics([row for row in rows if not row["greedy"]])
             greedy_rows = [row for row in rows if row["greedy"]]
             prefix = f"eval/{name}/" if name else "eval/"
             table[name or "all"] = sampled_metrics
             metrics.update(_with_prefix(prefix, sampled_metrics))
             if greedy_rows:
-                metrics.update(_with_prefix(f"{prefix}greedy/", summary(greedy_rows)))
+                metrics.update(_with_prefix(f"{prefix}greedy/", evaluation_metrics(greedy_rows)))
         _write_results(context, metrics, table)
 
 
@@ -193,7 +193,7 @@ def _show_progress(
     context.display.phase(num_done_sets, "sampling", f"{part}, {num_finished}/{total}")
 
 
-def summary(rows: Sequence[Row]) -> dict[str, float]:
+def evaluation_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """Returns the metrics of completions.
 
     The accuracy is the mean over problems of the share of correct completions (pass@1), with its
@@ -234,7 +234,7 @@ def _accuracy(rows: Sequence[Row]) -> dict[str, float]:
         groups[row["problem"]].append(row)
     is_correct = [[row["verdict"] == "correct" for row in group] for group in groups.values()]
     pass_rates = [sum(group) / len(group) for group in is_correct]
-    low, high = statistics.interval(pass_rates)
+    low, high = statistics.bootstrap_interval(pass_rates)
     metrics = {"accuracy": mean(pass_rates), "accuracy/low": low, "accuracy/high": high}
     min_group_size = min(len(group) for group in is_correct)
     if min_group_size == 1:
@@ -247,7 +247,7 @@ def _accuracy(rows: Sequence[Row]) -> dict[str, float]:
     majorities = []
     for group, is_correct_in_group in zip(groups.values(), is_correct, strict=True):
         answers = [final_answer(row["completion"]) for row in group]
-        majorities.append(statistics.majority(answers, is_correct_in_group))
+        majorities.append(statistics.majority_accuracy(answers, is_correct_in_group))
     metrics[f"maj@{min_group_size}"] = mean(majorities)
     return metrics
 
@@ -404,12 +404,12 @@ def _merge_sets(rates: Mapping[str, PassRates]) -> PassRates:
 
 
 def _print_accuracy(label: str, pass_rates: Sequence[float]) -> None:
-    low, high = statistics.interval(pass_rates)
+    low, high = statistics.bootstrap_interval(pass_rates)
     print(f"{label:40} {mean(pass_rates):6.1%}  [{low:.1%}, {high:.1%}]")
 
 
 def _print_difference(before: Sequence[float], after: Sequence[float]) -> None:
-    test = statistics.paired(before, after)
+    test = statistics.paired_comparison(before, after)
     print(
         f"second - first: {test['difference']:+.1%} [{test['low']:+.1%}, {test['high']:+.1%}], "
         f"p = {test['p']:.3g}, {len(before)} problems: better on {test['better']:.0f}, worse on "

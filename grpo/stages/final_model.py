@@ -10,7 +10,7 @@ from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.run import ranks
 from grpo.run.directory import read_manifest
-from grpo.run.display import quiet
+from grpo.run.display import redirect_output
 from grpo.stages.run_context import RunContext
 
 
@@ -30,7 +30,7 @@ def write_final(
     """
     folder = context.run.path
     is_rank0 = ranks.rank() == 0
-    with quiet(context.run.log_file("learner")):
+    with redirect_output(context.run.log_file("learner")):
         prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
         tokenizer.chat_template = prompts.saved_template()
         weights = {}

@@ -28,9 +28,9 @@ from grpo.config import (
 from grpo.config.reading import apply_overrides, read_yaml
 from grpo.experience.prompts import Prompts
 from grpo.run.directory import RunDirectory, read_metrics, write_file
-from grpo.run.signals import Interrupted
+from grpo.run.signals import RunInterruptedError
 from grpo.stages.registry import find_stage
-from grpo.stages.resume import check_same
+from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import require_one_rank
 from grpo.stages.stage import Check, Part, Stage
 from grpo.types import Problem, RunError, UserError
@@ -71,7 +71,7 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
         UserError: A config is wrong, which is found before the first command starts. Or a command
             reported a user's mistake.
         RunError: A command failed.
-        Interrupted: A signal stopped a command.
+        RunInterruptedError: A signal stopped a command.
     """
     require_one_rank("pipeline")
     commands = checked_plan(config)
@@ -209,7 +209,7 @@ def _run_unfinished(command: PlannedCommand, run: RunDirectory, *, num_ranks: in
     folder = run.path / command.name
     status = RunDirectory.status(folder)
     if status == "finished":
-        check_same(folder, command.load_config())
+        require_same_config(folder, command.load_config())
         return
     arguments = [*command.arguments]
     if status is not None:
@@ -220,9 +220,9 @@ def _run_unfinished(command: PlannedCommand, run: RunDirectory, *, num_ranks: in
         return
     run.update_manifest(status=f"stopped in {command.name}")
     if result.forwarded_signals:
-        raise Interrupted(signal.Signals(result.forwarded_signals[0]).name)
+        raise RunInterruptedError(signal.Signals(result.forwarded_signals[0]).name)
     if result.exit_code == EXIT_INTERRUPTED:
-        raise Interrupted("a signal")
+        raise RunInterruptedError("a signal")
     message = (
         f"stage {command.name} failed with exit code {result.exit_code}; run the same command "
         "again to continue"

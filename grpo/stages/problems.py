@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from grpo import config as configs
 from grpo.experience import plugins
-from grpo.experience.prompts import Chat, Prompts
+from grpo.experience.prompts import ChatPrompts, Prompts
 from grpo.types import Problem, UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def load_problems(
     """
     problems = {}
     for name, source in data.sources.items():
-        load = plugins.find("data", name, "load", "data")
+        load = plugins.find_function("data", name, "load", "data")
         try:
             inspect.signature(load).bind(split, seed=seed, path=source.path, **source.options)
         except TypeError as error:
@@ -41,10 +41,10 @@ def load_problems(
     return problems
 
 
-def mixture(
+def make_mixture(
     data: configs.DataSettings,
     problems: Mapping[str, Sequence[Problem]],
-    prompts: Prompts | Chat,
+    prompts: Prompts | ChatPrompts,
     seed: int,
 ) -> Mixture:
     """Returns the stream of all problems whose prompts fit, in the order in which a run draws them.
@@ -62,10 +62,10 @@ def mixture(
     return Mixture(fitting, weights, seed, data.curriculum)
 
 
-def held_out(
+def select_held_out(
     data: configs.DataSettings,
     problems: Mapping[str, Sequence[Problem]],
-    prompts: Prompts | Chat,
+    prompts: Prompts | ChatPrompts,
     count: int,
 ) -> list[Problem]:
     """Returns at most `count` different problems for an evaluation.
@@ -73,7 +73,7 @@ def held_out(
     They do not depend on the seed or the curriculum of the run.
     """
     without_curriculum = data.model_copy(update={"curriculum": None})
-    stream = mixture(without_curriculum, problems, prompts, HELD_OUT_SEED)
+    stream = make_mixture(without_curriculum, problems, prompts, HELD_OUT_SEED)
     return without_repeats(stream.take(0, count))
 
 

@@ -17,11 +17,16 @@ from typing import Any
 from grpo.config import EvalConfig, QuantizeConfig
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
-from grpo.learning.quantization import arguments, best_scale, check_groups, linear_layers
+from grpo.learning.quantization import (
+    best_scales,
+    check_group_size,
+    linear_layers,
+    quantization_args,
+)
 from grpo.run.directory import RunDirectory, read_metrics, replace_directory, write_file
-from grpo.run.display import quiet
+from grpo.run.display import redirect_output
 from grpo.stages.eval import evaluate
-from grpo.stages.resume import check_same
+from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import check_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
@@ -36,7 +41,7 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
     Raises:
         UserError: The config or the model is wrong.
         RunError: An evaluation cannot continue.
-        Interrupted: A signal stopped the run. Finished schemes and evaluations are kept.
+        RunInterruptedError: A signal stopped the run. Finished schemes and evaluations are kept.
     """
     require_one_rank("quantize")
     schemes = config.quantize.schemes
@@ -59,7 +64,7 @@ def _write_schemes(config: QuantizeConfig, context: RunContext) -> Path:
     """Writes the model in each scheme that is not on disk yet. Returns the original model."""
     group_size = config.quantize.group_size
     log_file = context.run.path / "learner.log"
-    with quiet(log_file):
+    with redirect_output(log_file):
         model_dir = models.locate(config.model, context.run.path, config.seed)
         tokenizer = models.load_tokenizer(model_dir)
         # Only int4 has groups. A group size of 1 divides every layer.
@@ -70,7 +75,7 @@ def _write_schemes(config: QuantizeConfig, context: RunContext) -> Path:
         context.display.phase(num_done, "rounding", scheme)
         target = context.run.path / scheme
         if not target.exists():
-            with quiet(log_file):
+            with redirect_output(log_file):
                 write_quantized(model_dir, target, scheme, group_size, tokenizer)
     return model_dir
 
@@ -80,7 +85,7 @@ def _evaluate_all(context: RunContext, evaluations: Mapping[str, EvalConfig]) ->
     for name, config in evaluations.items():
         folder = Path(config.run_dir)
         if RunDirectory.status(folder) == "finished":
-            check_same(folder, config)
+            require_same_config(folder, config)
             continue
         shutil.rmtree(folder, ignore_errors=True)
         context.display.say(f"evaluating {name}: {folder}")
@@ -130,7 +135,7 @@ def check_quantizable(model_dir: Path, group_size: int) -> None:
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    check_groups(model, "quantize.group_size", group_size)
+    check_group_size(model, "quantize.group_size", group_size)
 
 
 def write_quantized(
@@ -153,7 +158,7 @@ def write_quantized(
     )
     from transformers import AutoModelForCausalLM
 
-    weights, activations = arguments(scheme, group_size)
+    weights, activations = quantization_args(scheme, group_size)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
     groups = {
         "group_0": QuantizationScheme(
@@ -161,7 +166,7 @@ def write_quantized(
         )
     }
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
-    scales = {layer: best_scale(layer.weight.data, weights) for _, layer in linear_layers(model)}
+    scales = {layer: best_scales(layer.weight.data, weights) for _, layer in linear_layers(model)}
     # The compressor divides weights by scales. In bfloat16, the quotients would round differently.
     for layer, scale in scales.items():
         layer.weight.data = layer.weight.data.float()

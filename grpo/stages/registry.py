@@ -33,7 +33,7 @@ def find_stage(command: str) -> Stage[Any]:
     return stage
 
 
-def stage_of(tree: dict[str, Any]) -> Stage[Any]:
+def stage_for_config(tree: dict[str, Any]) -> Stage[Any]:
     """Returns the kind of stage that a config's sections identify, `train` by default.
 
     Args:

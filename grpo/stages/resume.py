@@ -38,7 +38,7 @@ LOCAL_KEYS = ("run_dir", "learner.threads", "logging.progress", "engine.servers.
 PATH_KEYS = ("path", "test_path", "warm_start", "teacher")
 
 
-def check_same(folder: Path, config: RunConfig) -> None:
+def require_same_config(folder: Path, config: RunConfig) -> None:
     """Raises UserError if the config differs from that of the run in `folder`.
 
     Keys in `FREE_ON_RESUME` may differ. Callers use it before they resume a run and before they

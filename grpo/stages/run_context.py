@@ -22,7 +22,7 @@ from grpo.run.directory import RunDirectory, write_file
 from grpo.run.display import Display
 from grpo.run.signals import Signals
 from grpo.run.trackers import TrackedRun, Trackers
-from grpo.stages.resume import check_same, shared_values
+from grpo.stages.resume import require_same_config, shared_values
 from grpo.types import UserError
 
 # Their versions are written into the manifest.
@@ -125,12 +125,12 @@ def open_stage(
 def _open_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     """Opens the run directory after the ranks have joined and compared their code and configs."""
     if ranks.world_size() > 1:
-        ranks.join(config.longest_wait_s)
+        ranks.join_process_group(config.longest_wait_s)
     run = RunDirectory(config.run_dir, resume=resume)
     if ranks.world_size() > 1:
-        ranks.require_equal({"code": fingerprints.of_code(), **shared_values(config)})
+        ranks.require_equal({"code": fingerprints.fingerprint_code(), **shared_values(config)})
     if resume:
-        check_same(run.path, config)
+        require_same_config(run.path, config)
     return run
 
 

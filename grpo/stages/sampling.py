@@ -7,10 +7,10 @@ from typing import Any
 
 from grpo.config import EndpointSettings, SamplingStageConfig
 from grpo.experience import plugins
-from grpo.experience.prompts import Chat, Prompts
-from grpo.experience.sampling import make_group_requests, sample, sampling_options, seed_of
+from grpo.experience.prompts import ChatPrompts, Prompts
+from grpo.experience.sampling import derive_seed, make_group_requests, sample, sampling_options
 from grpo.learning import models
-from grpo.run.display import quiet
+from grpo.run.display import redirect_output
 from grpo.stages.engine import EngineModel, send_weights, start_engine
 from grpo.stages.run_context import RunContext
 from grpo.stages.start_model import find_start_model
@@ -46,12 +46,12 @@ class Sampler:
         self._config = config
         self._endpoint: Any = None
         self.engine: Any = None
-        self.prompts: Prompts | Chat
+        self.prompts: Prompts | ChatPrompts
         if endpoint is not None:
             from grpo.engines.endpoint import Endpoint
 
             self._endpoint = Endpoint(endpoint, on_wait=context.signals.check)
-            self.prompts = Chat(config.prompt)
+            self.prompts = ChatPrompts(config.prompt)
             return
         start = find_start_model(config, context.run)
         self.prompts = start.prompts
@@ -64,7 +64,7 @@ class Sampler:
         self.engine = start_engine(config, context, model)
         if config.engine.servers and config.engine.servers.urls:
             # Servers that were started elsewhere have random weights or those of another run.
-            with quiet(context.run.log_file("learner")):
+            with redirect_output(context.run.log_file("learner")):
                 send_weights(self.engine, start.model_dir)
 
     def sample(
@@ -92,7 +92,7 @@ class Sampler:
             )
             return sample(self.engine, self.prompts, group_requests, options, on_progress)
         requests = [
-            (self.prompts.messages(problem), seed_of(run_seed, 0, problem.id), group_size)
+            (self.prompts.messages(problem), derive_seed(run_seed, 0, problem.id), group_size)
             for problem in problems
         ]
         completions = self._endpoint.generate(requests, options, on_progress)

@@ -16,10 +16,10 @@ from grpo.config import SftConfig
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.run import ranks
-from grpo.run.display import quiet
-from grpo.run.signals import Interrupted
+from grpo.run.display import redirect_output
+from grpo.run.signals import RunInterruptedError
 from grpo.stages.final_model import write_final
-from grpo.stages.problems import load_problems, mixture
+from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.solutions import check_solutions, tokenize_solutions
 from grpo.stages.stage import (
@@ -44,7 +44,7 @@ def sft(config: SftConfig, *, resume: bool) -> None:
     Raises:
         UserError: The config, the data or the model is wrong.
         RunError: The run cannot continue.
-        Interrupted: A signal stopped the run after it had saved a checkpoint.
+        RunInterruptedError: A signal stopped the run after it had saved a checkpoint.
     """
     if config.sft.batch_size % ranks.world_size():
         raise UserError(
@@ -68,13 +68,13 @@ def _run(
     display.phase(0, "loading the model")
     start = find_start_model(config, run)
     models.check_context(start.model_dir, config.sft.max_tokens)
-    stream = mixture(config.data, problems, start.prompts, config.seed)
+    stream = make_mixture(config.data, problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, stream)
     training_problems = stream.take(0, config.sft.updates * config.sft.batch_size)
     resume_point = ResumePoint()
     if resume:
         resume_point = _find_resume_point(context)
-    with quiet(run.log_file("learner")):
+    with redirect_output(run.log_file("learner")):
         from grpo.learning.supervised import SupervisedInputs, SupervisedTrainer
 
         callbacks = TrainerCallbacks(config, context)
@@ -90,7 +90,7 @@ def _run(
             display.say(
                 f"stopped after update {trainer.state.global_step}: saved; continue with --resume"
             )
-            raise Interrupted(callbacks.signal)
+            raise RunInterruptedError(callbacks.signal)
     write_final(context, config, start.model_dir, start.tokenizer, trainer)
 
 

@@ -138,7 +138,7 @@ class Stage(Protocol[ConfigT]):
         Raises:
             UserError: The config, the data or a path is wrong.
             RunError: The run cannot continue.
-            Interrupted: The process received SIGINT or SIGTERM.
+            RunInterruptedError: The process received SIGINT or SIGTERM.
         """
 
     def arithmetic(self, config: ConfigT) -> str:

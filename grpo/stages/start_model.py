@@ -12,7 +12,7 @@ from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.run import fingerprints, ranks
 from grpo.run.directory import RunDirectory
-from grpo.run.display import quiet
+from grpo.run.display import redirect_output
 
 COMPARED_PROBLEMS = 1000  # the ranks compare this many problems at the start of the stream
 
@@ -32,7 +32,7 @@ def find_start_model(config: RunConfig, run: RunDirectory) -> StartModel:
     Raises:
         UserError: The model does not exist, or the prompts do not fit its tokenizer.
     """
-    with quiet(run.log_file("learner")):
+    with redirect_output(run.log_file("learner")):
         model_dir = ranks.rank0_first(
             "the model", lambda: models.locate(config.model, run.path, config.seed)
         )
@@ -53,8 +53,8 @@ def require_same_start(tokenizer: Any, stream: Mixture) -> None:
         return
     ranks.require_equal(
         {
-            "tokenizer": fingerprints.of_tokenizer(tokenizer),
-            "data": fingerprints.of_problems(stream.take(0, COMPARED_PROBLEMS)),
+            "tokenizer": fingerprints.fingerprint_tokenizer(tokenizer),
+            "data": fingerprints.fingerprint_problems(stream.take(0, COMPARED_PROBLEMS)),
         }
     )
 

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from grpo import config as configs
 from grpo.config import SftConfig, TrainConfig
-from grpo.config.presets import describe
+from grpo.config.presets import describe_recipe
 from grpo.engines import Request
 from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
-from grpo.experience.sampling import group_of, sampling_options, seed_of
+from grpo.experience.sampling import derive_seed, make_group, sampling_options
 from grpo.experience.scoring import score
 from grpo.learning import lora, models
-from grpo.metrics.diagnosis import Watch
+from grpo.metrics.diagnosis import Diagnosis
 from grpo.run import ranks
-from grpo.run.display import quiet
-from grpo.run.signals import Interrupted
+from grpo.run.display import redirect_output
+from grpo.run.signals import RunInterruptedError
 from grpo.stages import sft
 from grpo.stages.engine import EngineModel, start_engine
 from grpo.stages.final_model import write_final
-from grpo.stages.problems import held_out, load_problems, mixture
+from grpo.stages.problems import load_problems, make_mixture, select_held_out
 from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.sampling import Rewards, check_rewards, load_rewards
 from grpo.stages.stage import (
@@ -42,7 +42,7 @@ from grpo.stages.stage import (
     max_checkpoints_on_disk,
 )
 from grpo.stages.start_model import StartModel, find_start_model, find_teacher, require_same_start
-from grpo.types import Completion, Exhausted, Problem, RunError, ScoredGroup
+from grpo.types import Completion, Problem, RunError, ScoredGroup, TrainingStoppedError
 from rewards.workers.pool import Pool
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Components:
     start: StartModel
     stream: Mixture  # training problems in the order in which the run draws them
     machine: roofline.Machine
-    shape: roofline.Shape
+    shape: roofline.ModelShape
     engine: Any
     learner: Any
 
@@ -87,7 +87,7 @@ def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
     Raises:
         UserError: The config, the data or a model is wrong.
         RunError: The run cannot continue.
-        Interrupted: A signal stopped the run after it had saved a checkpoint.
+        RunInterruptedError: A signal stopped the run after it had saved a checkpoint.
     """
     inputs = _load_inputs(config)
     warm_start = warm_start_config(config) if config.model.warm_start else None
@@ -104,7 +104,7 @@ def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
 
 def _load_inputs(config: TrainConfig) -> Inputs:
     workers, rewards = load_rewards(config)
-    loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+    loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     problems = load_problems(config.data, "train", config.seed)
     held_out_problems = {}
     if config.eval.every:
@@ -121,7 +121,7 @@ def _load_inputs(config: TrainConfig) -> Inputs:
 def _run(
     config: TrainConfig, context: RunContext, inputs: Inputs, *, resume: bool, keep: bool
 ) -> None:
-    context.display.say(f"algorithm: {describe(config.algorithm)}")
+    context.display.say(f"algorithm: {describe_recipe(config.algorithm)}")
     components = _load_components(config, context, inputs)
     loop = _make_loop(config, context, inputs, components)
     state = _load_checkpoint(loop, context) if resume else None
@@ -148,12 +148,12 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
     context.display.phase(0, "loading the model")
     start = find_start_model(config, context.run)
     models.check_context(start.model_dir, config.max_sequence_tokens)
-    stream = mixture(config.data, inputs.problems, start.prompts, config.seed)
+    stream = make_mixture(config.data, inputs.problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, stream)
     num_weights = models.num_weights(start.model_dir)
     # The machine is measured before the engine starts to use it.
-    machine = roofline.measure(config.model.dtype)
-    shape = roofline.shape(start.model_dir, num_weights, config.model.dtype)
+    machine = roofline.measure_machine(config.model.dtype)
+    shape = roofline.model_shape(start.model_dir, num_weights, config.model.dtype)
     engine_model = EngineModel(model_dir=start.model_dir, num_weights=num_weights)
     engine = start_engine(config, context, engine_model)
     learner = _load_learner(config, context, start, engine, inputs.loss)
@@ -176,7 +176,7 @@ def _load_learner(
     from grpo.learning.learner import Learner
 
     run = context.run
-    with quiet(run.log_file("learner")):
+    with redirect_output(run.log_file("learner")):
         policy = lora.load_policy(config, start.model_dir, config.model.attention)
         teacher_dir = None
         if config.model.teacher:
@@ -241,7 +241,7 @@ def _held_out(config: TrainConfig, inputs: Inputs, prompts: Prompts) -> list[Pro
     if not inputs.held_out_problems:
         return []
     data = config.eval.data or config.data
-    return held_out(data, inputs.held_out_problems, prompts, config.eval.problems)
+    return select_held_out(data, inputs.held_out_problems, prompts, config.eval.problems)
 
 
 def _make_weight_check(config: TrainConfig, components: Components) -> WeightCheck:
@@ -273,21 +273,21 @@ def _load_checkpoint(loop: Loop, context: RunContext) -> dict[str, Any] | None:
     if checkpoint is None:
         context.resume_after(None, "rollout")
     else:
-        with quiet(run.log_file("learner")):
+        with redirect_output(run.log_file("learner")):
             loop.updater.learner.load(checkpoint)
         loop.resume(state)
         context.resume_after(loop.progress.rollout, "rollout")
     earlier_metrics = ranks.all_gather("the metrics so far", run.read_metrics())[0]
-    loop.journal.watch = Watch(earlier_metrics)
+    loop.journal.watch = Diagnosis(earlier_metrics)
     return state if checkpoint is not None else None
 
 
 def _save_if_possible(loop: Loop, error: Exception) -> None:
     """Saves the last complete rollout before the run stops, if all ranks can save together."""
     progress = loop.progress
-    # Interrupted and Exhausted are never raised in the middle of a rollout's updates.
-    is_between_updates = isinstance(error, Interrupted | Exhausted)
-    can_save = is_between_updates or (progress.savable and ranks.known_to_all(error))
+    # These two errors are never raised in the middle of a rollout's updates.
+    is_between_updates = isinstance(error, RunInterruptedError | TrainingStoppedError)
+    can_save = is_between_updates or (progress.savable and ranks.is_known_to_all_ranks(error))
     if not can_save:
         return
     if progress.rollout == 0:
@@ -311,7 +311,7 @@ def _attach_stream(loop: Loop, context: RunContext, stream_state: dict[str, Any]
         context: The run.
         stream_state: State of the stream in the checkpoint, None for a new stream.
     """
-    from grpo.experience.selection import scored_group
+    from grpo.experience.selection import parse_scored_group
 
     selection = loop.rollouts.selection
     stream: Stream | None = None
@@ -320,7 +320,7 @@ def _attach_stream(loop: Loop, context: RunContext, stream_state: dict[str, Any]
         selection.stream = stream
         context.stack.callback(stream.close)
         if stream_state:
-            stream.load(stream_state, scored_group)
+            stream.load(stream_state, parse_scored_group)
 
     def take(count: int) -> list[ScoredGroup]:
         return stream.take(count) if stream is not None else []
@@ -348,13 +348,13 @@ def _start_stream(loop: Loop, context: RunContext) -> Stream:
         return engine.begin(request, options)
 
     def make_request(problem: Problem, number: int) -> Request:
-        seed = seed_of(config.seed, f"stream/{number}", problem.id)
+        seed = derive_seed(config.seed, f"stream/{number}", problem.id)
         return Request(prompt_ids=prompts.ids(problem), seed=seed, n=settings.group_size)
 
     def score_completions(
         problem: Problem, request: Request, completions: tuple[Completion, ...]
     ) -> ScoredGroup:
-        group = group_of(problem, request.prompt_ids, prompts, completions)
+        group = make_group(problem, request.prompt_ids, prompts, completions)
         return score([group], loop.rollouts.rewards, prompts.for_rewards)[0]
 
     def draw_problem() -> Problem:
@@ -434,7 +434,7 @@ class _TrainStage:
         min_sequences = max(1, micro_batch_tokens // config.max_sequence_tokens)
         num_problems = settings.rollouts * settings.problems
         lines = [
-            f"algorithm   {describe(config.algorithm)}",
+            f"algorithm   {describe_recipe(config.algorithm)}",
             f"rollout     {settings.problems} problems x {settings.group_size} completions = "
             f"{num_completions} completions, at most {max_sampled_tokens:,} sampled tokens",
             f"update      {completions_per_update} completions ({updates_per_rollout} updates per "
@@ -473,7 +473,7 @@ class _TrainStage:
 
     def preview(self, config: TrainConfig) -> list[str]:
         check_rewards(config)
-        plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+        plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
         if not config.model.warm_start:
             return []
         warm_start = sft.STAGE.arithmetic(warm_start_config(config))

@@ -11,7 +11,7 @@ from grpo.config import TrainConfig
 from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.run.directory import read_metrics
-from grpo.run.display import quiet
+from grpo.run.display import redirect_output
 from grpo.stages.train import train
 from grpo.tools import simulate as simulation
 from grpo.types import UserError
@@ -63,7 +63,7 @@ def simulate(config: TrainConfig, device: str, mean: float | None) -> str:
     if metrics_file.exists():
         rows = read_metrics(metrics_file)
         updated_rows = [row for row in rows if "time/rollout_s" in row and row["bound/update_s"]]
-        rates = simulation.measured(updated_rows, rows[0])
+        rates = simulation.rates_of_run(updated_rows, rows[0])
         default_mean = statistics.mean(row["completion/length"] for row in updated_rows)
     elif device in simulation.DEVICES:
         rates = simulation.DEVICES[device]
@@ -82,7 +82,7 @@ def simulate(config: TrainConfig, device: str, mean: float | None) -> str:
     return "\n".join([heading, *simulation.table(rates, _model_shape(config), work)])
 
 
-def _workload(config: TrainConfig, mean: float) -> simulation.Work:
+def _workload(config: TrainConfig, mean: float) -> simulation.Workload:
     """Returns the work of one step; `mean` is the mean completion length in tokens."""
     num_forwards = 0
     if config.algorithm.kl_coef > 0:
@@ -90,8 +90,10 @@ def _workload(config: TrainConfig, mean: float) -> simulation.Work:
     if config.train.updates_per_rollout > 1:
         num_forwards += 1  # old logprobs
     servers = config.engine.servers
-    return simulation.Work(
-        lengths=simulation.lengths(config.train.completions, mean, config.sampling.max_tokens),
+    return simulation.Workload(
+        lengths=simulation.lognormal_lengths(
+            config.train.completions, mean, config.sampling.max_tokens
+        ),
         prompt=round(config.prompt.max_tokens / 2),
         updates=config.train.updates_per_rollout,
         forwards=num_forwards,
@@ -101,14 +103,14 @@ def _workload(config: TrainConfig, mean: float) -> simulation.Work:
     )
 
 
-def _model_shape(config: TrainConfig) -> roofline.Shape:
+def _model_shape(config: TrainConfig) -> roofline.ModelShape:
     """Returns the sizes of the model, without downloading its weights."""
     with (
         tempfile.TemporaryDirectory(prefix="grpo-simulate-") as scratch,
-        quiet(Path(scratch) / "log"),
+        redirect_output(Path(scratch) / "log"),
     ):
         model_dir = models.locate(config.model, Path(scratch), config.seed, weights=False)
-        return roofline.shape(model_dir, models.num_weights(model_dir), config.model.dtype)
+        return roofline.model_shape(model_dir, models.num_weights(model_dir), config.model.dtype)
 
 
 def table(rows: list[dict[str, Any]], first: dict[str, Any]) -> str:

@@ -17,9 +17,9 @@ import psutil
 import torch
 
 from grpo.config import RunConfig
-from grpo.engines.local.engine import cpu_bytes
-from grpo.experience.describing import describe
-from grpo.experience.prompts import Prompts, visible
+from grpo.engines.local.engine import estimated_cpu_bytes
+from grpo.experience.group_metrics import group_metrics
+from grpo.experience.prompts import Prompts, mark_special_tokens
 from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.stages.collect import ngrams
@@ -146,7 +146,7 @@ def _first_prompt(prompts: Prompts, tokenizer: Any, problem: Problem) -> Check:
         padding = f"padding token {tokenizer.pad_token}"
     if tokenizer.pad_token_id in prompts.stop_token_ids:
         padding += ", which is also EOS (EOS is trained: masks come from lengths)"
-    text = visible(prompts.text(problem), tokenizer)
+    text = mark_special_tokens(prompts.text(problem), tokenizer)
     return Check(
         "ok", "prompt", f"stop tokens {stop_tokens or 'none'}{stop_strings}; {padding}:\n{text}"
     )
@@ -162,7 +162,7 @@ def vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> Iterator[Check]:
 
 
 def memory(
-    config: Any, needs: MemoryNeeds, shape: roofline.Shape, num_reference_weights: int
+    config: Any, needs: MemoryNeeds, shape: roofline.ModelShape, num_reference_weights: int
 ) -> Iterator[Check]:
     """Compares the memory of learner and engine with that of this machine or its GPU.
 
@@ -177,7 +177,7 @@ def memory(
     needed_bytes, cache_bytes = 0.0, 0.0
     messages = []
     if needs.learner:
-        parts = roofline.memory(config, shape, reference_weights=num_reference_weights)
+        parts = roofline.learner_memory(config, shape, reference_weights=num_reference_weights)
         if not needs.reference:
             parts.pop("reference", None)
         needed_bytes = sum(parts.values())
@@ -188,7 +188,7 @@ def memory(
             engine_bytes = config.engine.memory_fraction * available_bytes
             cache_bytes = engine_bytes - shape.weight_bytes
         else:
-            engine_bytes = cpu_bytes(config.engine, shape.weight_bytes)
+            engine_bytes = estimated_cpu_bytes(config.engine, shape.weight_bytes)
             cache_bytes = config.engine.kv_cache_gb * GB
         messages.append(f"engine {engine_bytes / GB:.1f} GB")
         if on_gpu and config.engine.sleep:  # learner and engine use the memory alternately
@@ -214,7 +214,9 @@ def _available_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _kv_cache(config: Any, needs: MemoryNeeds, shape: roofline.Shape, cache_bytes: float) -> Check:
+def _kv_cache(
+    config: Any, needs: MemoryNeeds, shape: roofline.ModelShape, cache_bytes: float
+) -> Check:
     """Compares the capacity of the KV cache with the number of sequences sampled at the same time.
 
     Room for less than half of them is a warning, room for none a failure.
@@ -295,7 +297,7 @@ def _normalized(text: str) -> str:
 
 def samples(groups: Sequence[ScoredGroup]) -> Iterator[Check]:
     """Reports pass rates, shares and one completion of groups of `SAMPLED` completions."""
-    metrics = describe(groups)
+    metrics = group_metrics(groups)
     yield _pass_rates(groups, metrics["reward/mean"])
     for key, name, max_share, remedy in SHARES:
         share = metrics.get(key, 0.0)

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import TrainConfig
-from grpo.experience.prompts import Chat, Prompts
+from grpo.experience.prompts import ChatPrompts, Prompts
 from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.run import ranks
-from grpo.run.display import quiet
+from grpo.run.display import redirect_output
 from grpo.stages.engine import send_weights
-from grpo.stages.problems import held_out, load_problems, mixture, without_repeats
+from grpo.stages.problems import load_problems, make_mixture, select_held_out, without_repeats
 from grpo.stages.run_context import open_stage
 from grpo.stages.sampling import Sampler, load_rewards
 from grpo.stages.stage import Check, Part, ProblemNeeds, Stage, StageNeeds
@@ -41,7 +41,7 @@ class LocalModel:
     tokenizer: Any
     prompts: Prompts
     num_weights: int
-    shape: roofline.Shape
+    shape: roofline.ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,13 +105,13 @@ def _memory_table(stage: Stage[Any], config: Any) -> str:
         raise UserError("--gpus: needs the config of grpo train")
     with tempfile.TemporaryDirectory(prefix="grpo-doctor-") as scratch:
         model = _find_model(needs, Path(scratch))
-        return "\n".join(roofline.sizing(config, model.shape))
+        return "\n".join(roofline.memory_table(config, model.shape))
 
 
 def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:
     """Returns the model of the stage. A generated model is written to `scratch`."""
     config = needs.config
-    with quiet(scratch / "log"):
+    with redirect_output(scratch / "log"):
         model_dir = models.locate(config.model, scratch, config.seed)
         tokenizer = models.load_tokenizer(model_dir)
         prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
@@ -121,7 +121,7 @@ def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:
         tokenizer=tokenizer,
         prompts=prompts,
         num_weights=num_weights,
-        shape=roofline.shape(model_dir, num_weights, config.model.dtype),
+        shape=roofline.model_shape(model_dir, num_weights, config.model.dtype),
     )
 
 
@@ -136,7 +136,7 @@ def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None)
     if needs.problems.training is not None:
         training = load_problems(needs.problems.training, "train", config.seed)
     model = None
-    prompts: Prompts | Chat = Chat(config.prompt)
+    prompts: Prompts | ChatPrompts = ChatPrompts(config.prompt)
     if needs.endpoint is None:
         model = _find_model(needs, scratch)
         prompts = model.prompts
@@ -159,25 +159,29 @@ def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None)
 def _training_problems(
     needs: ProblemNeeds,
     training: dict[str, Sequence[Problem]],
-    prompts: Prompts | Chat,
+    prompts: Prompts | ChatPrompts,
     seed: int,
 ) -> list[Problem]:
     """Returns the first problems that the run draws, without repeats, at most `MAX_PROBLEMS`."""
     if needs.training is None:
         return []
-    stream = mixture(needs.training, training, prompts, seed)
+    stream = make_mixture(needs.training, training, prompts, seed)
     count = max(SAMPLED, min(MAX_PROBLEMS, needs.num_training))
     return without_repeats(stream.take(0, count))
 
 
-def _held_out_problems(needs: ProblemNeeds, prompts: Prompts | Chat, seed: int) -> list[Problem]:
+def _held_out_problems(
+    needs: ProblemNeeds, prompts: Prompts | ChatPrompts, seed: int
+) -> list[Problem]:
     """Returns the problems of the evaluation, or those that traces must not overlap with."""
     problems: list[Problem] = []
     if needs.excluded is not None:
         for problems_of_set in load_problems(needs.excluded, "test", seed).values():
             problems += problems_of_set
     for data in needs.held_out:
-        problems += held_out(data, load_problems(data, "test", seed), prompts, needs.num_held_out)
+        problems += select_held_out(
+            data, load_problems(data, "test", seed), prompts, needs.num_held_out
+        )
     return problems
 
 
@@ -189,7 +193,7 @@ def _check_model(
     yield from checks.prompt(config, prompts, model.tokenizer, problems[0], needs.rewards)
     num_reference_weights = model.num_weights
     if config.model.teacher:
-        with quiet(scratch / "log"):
+        with redirect_output(scratch / "log"):
             teacher_dir = models.resolve(
                 config.model.teacher, None, scratch / "teacher", config.seed
             )
@@ -233,7 +237,7 @@ def _run_trial(
         sampler = Sampler(config, context, needs.endpoint)
         sync_s = 0.0
         if model is not None and needs.memory.syncs_weights:
-            with quiet(scratch / "log"):
+            with redirect_output(scratch / "log"):
                 sync_s = send_weights(sampler.engine, model.model_dir)
         start = time.monotonic()
         groups = sampler.sample(problems, SAMPLED, config.sampling.temperature, lambda *_: None)
@@ -246,11 +250,11 @@ def _run_trial(
 
 
 def _estimate_time(
-    config: TrainConfig, shape: roofline.Shape, trial: Trial, price: float | None
+    config: TrainConfig, shape: roofline.ModelShape, trial: Trial, price: float | None
 ) -> Check:
     """Estimates the duration of a step and of the run, at the completion lengths of the trial."""
     settings = config.train
-    limits = roofline.Roofline(machine=roofline.measure(config.model.dtype), shape=shape)
+    limits = roofline.Roofline(machine=roofline.measure_machine(config.model.dtype), shape=shape)
     num_copies = round(settings.problems / len(trial.groups)) * settings.group_size // SAMPLED
     groups = [scored.group for scored in trial.groups] * max(1, num_copies)
     bounds = limits.bounds(
@@ -277,9 +281,9 @@ def _measure_interconnect(config: Any) -> None:
 
     The bandwidth is the bus bandwidth of nccl-tests: 2 (n - 1) / n times the bytes per second.
     """
-    ranks.join(config.learner.timeout_s)
-    latency_s = ranks.sum_seconds(4)
-    seconds = ranks.sum_seconds(ALL_REDUCE_BYTES)
+    ranks.join_process_group(config.learner.timeout_s)
+    latency_s = ranks.measure_all_reduce_s(4)
+    seconds = ranks.measure_all_reduce_s(ALL_REDUCE_BYTES)
     if ranks.rank() > 0:
         return
     num_ranks = ranks.world_size()

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo import config as configs
-from grpo.experience.prompts import EXAMPLE, R1_ZERO, Prompts, visible
+from grpo.experience.prompts import EXAMPLE, R1_ZERO, Prompts, mark_special_tokens
 from grpo.learning import models
-from grpo.run.display import quiet
+from grpo.run.display import redirect_output
 from grpo.stages.problems import load_problems
 from grpo.stages.stage import Stage, StageNeeds
-from grpo.types import Problem, Unreachable
+from grpo.types import DownloadError, Problem
 
 
 def dry_run(stage: Stage[Any], config: Any) -> None:
@@ -52,7 +52,7 @@ def _load_problems(needs: StageNeeds) -> list[Sequence[Problem]]:
             problems += load_problems(needs.problems.training, "train", seed).values()
         for data in needs.problems.held_out:
             problems += load_problems(data, "test", seed).values()
-    except Unreachable as error:
+    except DownloadError as error:
         print(f"data: {error}")
     return problems
 
@@ -63,12 +63,12 @@ def _prompt(needs: StageNeeds, problems: Sequence[Sequence[Problem]]) -> str:
     problem = problems[0][0]
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with quiet(Path(scratch) / "log"):
+            with redirect_output(Path(scratch) / "log"):
                 model_dir = models.locate(config.model, Path(scratch), config.seed, weights=False)
                 tokenizer = models.load_tokenizer(model_dir)
                 prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
             models.check_context(model_dir, needs.max_sequence_tokens)
-        except Unreachable as error:
+        except DownloadError as error:
             text = problem.question
             if config.prompt.template == "r1_zero":
                 text = R1_ZERO.replace("{question}", problem.question)
@@ -88,5 +88,5 @@ def _rendered(needs: StageNeeds, prompts: Prompts, tokenizer: Any, problem: Prob
     stop_strings = f", stop strings {', '.join(prompts.stop)}" if prompts.stop else ""
     return (
         f"prompt ({num_tokens} tokens, stop tokens {stop_tokens}{stop_strings}):\n"
-        f"{visible(text, tokenizer)}"
+        f"{mark_special_tokens(text, tokenizer)}"
     )

@@ -101,7 +101,9 @@ def verdicts(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         results = pool.map("rewards.accuracy:verify", calls, timeout_s=accuracy.TIMEOUT_S)
     graded = []
     for row, result in zip(rows, results, strict=True):
-        verdict: Verdict = plugins.verdict_of(result) if isinstance(result, Failure) else result
+        verdict: Verdict = (
+            plugins.verdict_for_failure(result) if isinstance(result, Failure) else result
+        )
         graded.append({**row, "verdict": verdict.value, "reason": verdict.reason})
     return graded, "\n".join(_summary_lines(graded))
 
@@ -134,14 +136,14 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
     Raises:
         UserError: `run` has no samples or no config.yaml.
     """
-    from grpo.stages.registry import stage_of
+    from grpo.stages.registry import stage_for_config
 
     files = sorted((run / "samples").glob("*.jsonl"))
     if not files or not (run / "config.yaml").exists():
         raise UserError(f"{run}: not a run directory with samples/ and config.yaml")
     tree = yaml.safe_load((run / "config.yaml").read_text())
     # every stage that writes samples has rewards
-    config: Any = configs.parse(tree, str(run / "config.yaml"), stage_of(tree).config_class)
+    config: Any = configs.parse(tree, str(run / "config.yaml"), stage_for_config(tree).config_class)
     rows: list[dict[str, Any]] = []
     for file in files:
         rows += [{**row, "file": file.stem} for _, row in _json_lines(file)]

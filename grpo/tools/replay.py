@@ -16,14 +16,14 @@ import yaml
 
 from grpo import config as configs
 from grpo.config import TrainConfig
-from grpo.config.presets import BOUNDS, describe
+from grpo.config.presets import CLIPPING_KEYS, describe_recipe
 from grpo.config.reading import apply_overrides
 from grpo.experience import plugins
 from grpo.learning import lora, models
 from grpo.learning.advantages import advantages, unflatten
-from grpo.run.directory import read_metrics, read_update
-from grpo.run.display import quiet
-from grpo.stages.registry import stage_of
+from grpo.run.directory import read_metrics, read_update_samples
+from grpo.run.display import redirect_output
+from grpo.stages.registry import stage_for_config
 from grpo.types import Sample, UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
             "another algorithm"
         )
     metrics = _repeat_updates(new_config, stored, with_new_advantages=has_new_algorithm)
-    print(describe(new_config.algorithm))
+    print(describe_recipe(new_config.algorithm))
     _print_comparison(stored, metrics)
     return all(stored.metrics.get(key) == metrics.get(key) for key in ("loss", "policy/grad_norm"))
 
@@ -95,7 +95,7 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
     tree: dict[str, Any] = yaml.safe_load(file.read_text())
-    command = stage_of(tree).command
+    command = stage_for_config(tree).command
     if command != "train":
         raise UserError(
             f"{run_dir}: a run of grpo {command}, which stores no updates; grpo replay needs a run "
@@ -125,7 +125,7 @@ def _with_overrides(tree: dict[str, Any], overrides: list[str]) -> TrainConfig:
     if any(override.startswith("algorithm.preset=") for override in overrides):
         algorithm = {}
     if any(override.startswith("algorithm.loss=") for override in overrides):
-        for key in BOUNDS:
+        for key in CLIPPING_KEYS:
             algorithm.pop(key, None)
     return configs.parse(apply_overrides({**tree, "algorithm": algorithm}, overrides))
 
@@ -157,7 +157,7 @@ def _find_step(run_dir: Path, step: int | None) -> StoredStep:
         run_dir=run_dir,
         step=step,
         metrics=rows[step],
-        samples=read_update(run_dir, step),
+        samples=read_update_samples(run_dir, step),
         checkpoint=checkpoints[step - 1] if step > 1 else None,
     )
 
@@ -169,7 +169,7 @@ def _repeat_updates(
     from grpo.training.updates import Updater
 
     with tempfile.TemporaryDirectory(prefix="grpo-replay-") as scratch:
-        with quiet(Path(scratch) / "log"):
+        with redirect_output(Path(scratch) / "log"):
             learner = _load_learner(config, stored, Path(scratch))
         updater = Updater(config=config, learner=learner)
         samples = stored.samples
@@ -191,12 +191,12 @@ def _load_learner(config: TrainConfig, stored: StoredStep, scratch: Path) -> Any
     model_dir = run_dir / "warm_start" / "final"
     if not model_dir.exists():
         model_dir = models.resolve(settings.path, settings.revision, run_dir / "model", config.seed)
-    model_dir = models.extended(model_dir, settings.rope, scratch / "extended")
+    model_dir = models.extend_context(model_dir, settings.rope, scratch / "extended")
     teacher_dir = None
     if settings.teacher:
         teacher_dir = models.resolve(settings.teacher, None, run_dir / "teacher", config.seed)
     reference = lora.load_reference(config, model_dir, teacher_dir)
-    loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+    loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     policy = lora.load_policy(config, model_dir, settings.attention)
     learner = Learner(policy, config, loss, reference)
     if stored.checkpoint is not None:

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import yaml
 
-from grpo.metrics.diagnosis import Watch, findings
+from grpo.metrics.diagnosis import Diagnosis, diagnose
 from grpo.run.directory import RunDirectory, read_manifest, read_metrics, write_file
 from grpo.tools.charts import charts, series
 from grpo.types import UserError
@@ -172,7 +172,7 @@ def _findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     items = []
     for name, rows_of_run in rows.items():
         prefix = f"{name} " if len(rows) > 1 else ""
-        for finding in findings(rows_of_run):
+        for finding in diagnose(rows_of_run):
             heading = html.escape(f"{prefix}step {finding.step}, {finding.rule}")
             items.append(f"<li><b>{heading}</b>: {html.escape(finding.text)}</li>")
     if not items:
@@ -276,7 +276,7 @@ def follow(run: str, *, seconds: float = 1.0) -> None:
     folder = Path(run)
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder}: not a run directory (no manifest.json)")
-    watch = Watch()
+    watch = Diagnosis()
     num_printed = 0
     while True:
         # the status is read first, so that no row is missed when the run ends

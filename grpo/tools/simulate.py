@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, median
 
-from grpo.metrics.roofline import Shape
+from grpo.metrics.roofline import ModelShape
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # numbers of GPUs in the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
+class DeviceRates:
     """Rates of one device, and the shares of them that sampling and training reach."""
 
     flops: float  # peak FLOP/s in bfloat16
@@ -36,14 +36,14 @@ class Rates:
 
 
 DEVICES = {
-    "a100": Rates(flops=312e12, bandwidth=2.04e12, network=25e9),
-    "h100": Rates(flops=989e12, bandwidth=3.35e12, network=50e9),
-    "h200": Rates(flops=989e12, bandwidth=4.8e12, network=50e9),
+    "a100": DeviceRates(flops=312e12, bandwidth=2.04e12, network=25e9),
+    "h100": DeviceRates(flops=989e12, bandwidth=3.35e12, network=50e9),
+    "h200": DeviceRates(flops=989e12, bandwidth=4.8e12, network=50e9),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Workload:
     """One rollout and its updates."""
 
     lengths: tuple[int, ...]  # tokens of each completion
@@ -56,7 +56,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class DeviceLayout:
     """How the devices share the work."""
 
     learners: int
@@ -65,7 +65,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class SimulatedStep:
     """Estimated time of a step, in seconds, and the number of devices on each side."""
 
     seconds: float
@@ -81,7 +81,7 @@ class Step:
         return 1 - self.update / self.seconds, 1 - self.rollout / self.seconds
 
 
-def measured(rows: Sequence[dict[str, float]], first: dict[str, float]) -> Rates:
+def rates_of_run(rows: Sequence[dict[str, float]], first: dict[str, float]) -> DeviceRates:
     """Returns the rates of the machine and of the phases in a run.
 
     Args:
@@ -89,7 +89,7 @@ def measured(rows: Sequence[dict[str, float]], first: dict[str, float]) -> Rates
         first: The first row of the metrics, with the keys `machine/...`.
     """
     bandwidth = first["machine/gb_per_s"] * 1e9
-    return Rates(
+    return DeviceRates(
         flops=first["machine/gflops"] * 1e9,
         bandwidth=bandwidth,
         network=bandwidth,
@@ -98,7 +98,9 @@ def measured(rows: Sequence[dict[str, float]], first: dict[str, float]) -> Rates
     )
 
 
-def lengths(count: int, mean: float, longest: int, spread: float = 0.8) -> tuple[int, ...]:
+def lognormal_lengths(
+    count: int, mean: float, longest: int, spread: float = 0.8
+) -> tuple[int, ...]:
     """Returns `count` quantiles of a log-normal distribution of completion lengths, in tokens.
 
     The result is deterministic.
@@ -114,7 +116,9 @@ def lengths(count: int, mean: float, longest: int, spread: float = 0.8) -> tuple
     return tuple(max(1, min(longest, round(length))) for length in quantiles)
 
 
-def decode_seconds(rates: Rates, model: Shape, lengths: Sequence[int], work: Work) -> float:
+def decode_seconds(
+    rates: DeviceRates, model: ModelShape, lengths: Sequence[int], work: Workload
+) -> float:
     """Returns the seconds that one engine takes to decode completions of these lengths.
 
     The simulation advances from the end of one completion to the end of the next.
@@ -141,7 +145,7 @@ def decode_seconds(rates: Rates, model: Shape, lengths: Sequence[int], work: Wor
 
 
 def _token_step(
-    rates: Rates, model: Shape, num_active: float, context: float, num_gpus: int
+    rates: DeviceRates, model: ModelShape, num_active: float, context: float, num_gpus: int
 ) -> float:
     """Returns the seconds of one decoding step of `num_active` sequences."""
     num_bytes = model.weight_bytes + model.kv_bytes_per_token * context
@@ -151,7 +155,9 @@ def _token_step(
     return max(read_s, compute_s) / rates.decode
 
 
-def simulate(rates: Rates, model: Shape, work: Work, layout: Layout) -> Step:
+def simulate(
+    rates: DeviceRates, model: ModelShape, work: Workload, layout: DeviceLayout
+) -> SimulatedStep:
     """Returns the estimated step of `work` on the devices of `layout`."""
     rollout_s = _rollout_seconds(rates, model, work, layout)
     update_s = _update_seconds(rates, model, work, layout.learners)
@@ -161,7 +167,7 @@ def simulate(rates: Rates, model: Shape, work: Work, layout: Layout) -> Step:
         seconds = max(rollout_s, update_s) + sync_s
     else:
         seconds = rollout_s + update_s + sync_s
-    return Step(
+    return SimulatedStep(
         seconds=seconds,
         rollout=rollout_s,
         update=update_s,
@@ -171,7 +177,9 @@ def simulate(rates: Rates, model: Shape, work: Work, layout: Layout) -> Step:
     )
 
 
-def _rollout_seconds(rates: Rates, model: Shape, work: Work, layout: Layout) -> float:
+def _rollout_seconds(
+    rates: DeviceRates, model: ModelShape, work: Workload, layout: DeviceLayout
+) -> float:
     """Returns the seconds of the slowest engine. Asynchronous engines share the work evenly."""
     num_devices = layout.engines or layout.learners
     num_engines = max(1, num_devices // work.tensor_parallel)
@@ -183,7 +191,9 @@ def _rollout_seconds(rates: Rates, model: Shape, work: Work, layout: Layout) -> 
     return decode_seconds(rates, model, slowest_share, work)
 
 
-def _steady_rollout_seconds(rates: Rates, model: Shape, work: Work, num_engines: int) -> float:
+def _steady_rollout_seconds(
+    rates: DeviceRates, model: ModelShape, work: Workload, num_engines: int
+) -> float:
     """Returns the seconds of a rollout if all slots of the engines are always in use."""
     num_tokens = sum(work.lengths)
     mean_length = num_tokens / len(work.lengths)
@@ -193,7 +203,7 @@ def _steady_rollout_seconds(rates: Rates, model: Shape, work: Work, num_engines:
     return num_tokens / num_engines / num_active * step_s
 
 
-def _update_seconds(rates: Rates, model: Shape, work: Work, learners: int) -> float:
+def _update_seconds(rates: DeviceRates, model: ModelShape, work: Workload, learners: int) -> float:
     num_tokens = sum(work.lengths) + len(work.lengths) * work.prompt
     flop_per_weight = 2 * work.forwards + (8 if work.checkpointing else 6)
     flop = flop_per_weight * model.num_weights * num_tokens
@@ -203,18 +213,22 @@ def _update_seconds(rates: Rates, model: Shape, work: Work, learners: int) -> fl
     return compute_s + work.updates * (exchange_s + optimizer_s)
 
 
-def best_split(rates: Rates, model: Shape, work: Work, devices: int, *, asynchronous: bool) -> Step:
+def best_split(
+    rates: DeviceRates, model: ModelShape, work: Workload, devices: int, *, asynchronous: bool
+) -> SimulatedStep:
     """Returns the fastest step over the splits of `devices` into learners and engines."""
     candidates = {max(1, round(devices * share / 32)) for share in range(1, 32)}
     steps = []
     for learners in sorted(candidates & set(range(1, devices))):
         engines = devices - learners
-        layout = Layout(learners=learners, engines=engines, asynchronous=asynchronous)
+        layout = DeviceLayout(learners=learners, engines=engines, asynchronous=asynchronous)
         steps.append(simulate(rates, model, work, layout))
     return min(steps, key=lambda step: step.seconds)
 
 
-def table(rates: Rates, model: Shape, work: Work, sizes: Sequence[int] = SIZES) -> list[str]:
+def table(
+    rates: DeviceRates, model: ModelShape, work: Workload, sizes: Sequence[int] = SIZES
+) -> list[str]:
     """Returns a markdown table of the step time, one row per number of GPUs.
 
     It compares colocated devices with the best split, synchronous and asynchronous.
@@ -225,7 +239,7 @@ def table(rates: Rates, model: Shape, work: Work, sizes: Sequence[int] = SIZES) 
         "|---|---|---|---|---|---|",
     ]
     for devices in sizes:
-        colocated = simulate(rates, model, work, Layout(learners=devices))
+        colocated = simulate(rates, model, work, DeviceLayout(learners=devices))
         if devices < 2:
             lines.append(f"| {devices} | {colocated.seconds:.1f} s | | | | |")
             continue

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo.metrics.diagnosis import Finding, Watch
+from grpo.metrics.diagnosis import Diagnosis, Finding
 from grpo.run import ranks
 from grpo.run.display import Display
 
@@ -28,7 +28,7 @@ class Journal:
     record_row: Callable[[dict[str, Any]], None]
     display: Display
     alarm_rules: Mapping[str, str] = field(default_factory=dict)
-    watch: Watch = field(default_factory=Watch)
+    watch: Diagnosis = field(default_factory=Diagnosis)
     latest: dict[str, Any] = field(default_factory=dict)
     _alarms: list[Finding] = field(default_factory=list)
 

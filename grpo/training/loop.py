@@ -14,8 +14,8 @@ from typing import Any
 
 from grpo.config import TrainConfig
 from grpo.engines import Engine, EngineError
-from grpo.experience.describing import sample_rows
-from grpo.learning.advantages import advantages, lengths, to_samples, unflatten
+from grpo.experience.group_metrics import sample_rows
+from grpo.learning.advantages import advantages, completion_lengths, to_samples, unflatten
 from grpo.metrics import roofline
 from grpo.run import ranks
 from grpo.run.directory import RunDirectory
@@ -25,8 +25,8 @@ from grpo.training.journal import Journal
 from grpo.training.rollouts import RolloutGroups, Rollouts
 from grpo.training.step_metrics import MachineReport, StepReport, start_row, step_row
 from grpo.training.updates import Updater, UpdateReport
-from grpo.training.weight_sync import WeightCheck, sync
-from grpo.types import Exhausted, Sample, ScoredGroup
+from grpo.training.weight_sync import WeightCheck, sync_weights
+from grpo.types import Sample, ScoredGroup, TrainingStoppedError
 
 # Both hold one value per group, completion and token.
 KlPenalties = list[list[list[float]]]
@@ -43,8 +43,9 @@ class Progress:
         num_idle: Number of consecutive rollouts without an update.
         selection: State of the selection after the last completed rollout.
         savable: Whether the learner's weights may be saved after an error. False from the start of
-            a rollout's updates until the probe has verified the new weights. Interrupted and
-            Exhausted do not depend on it: they are raised only while no update is partly applied.
+            a rollout's updates until the probe has verified the new weights. RunInterruptedError
+            and TrainingStoppedError do not depend on it: they are raised only while no update is
+            partly applied.
     """
 
     rollout: int = 0
@@ -83,7 +84,7 @@ class Loop:
     display: Display
     signals: Signals
     machine: roofline.Machine
-    shape: roofline.Shape
+    shape: roofline.ModelShape
     progress: Progress = field(default_factory=Progress)
 
     def start(self, fresh: bool) -> None:
@@ -98,7 +99,7 @@ class Loop:
         if self.config.probe.canary:
             gap = self.weight_check.canary(0, self.signals)
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
-        sync(self.engine, learner, self._next_version(), self.signals)
+        sync_weights(self.engine, learner, self._next_version(), self.signals)
         probe = self.weight_check.probe()
         row = start_row(progress.rollout, learner.updates, self.machine, probe)
         if fresh or self._is_evaluation_missing():
@@ -108,7 +109,8 @@ class Loop:
     def train(self) -> None:
         """Runs all remaining steps, with checkpoints and alarms.
 
-        If it raises `Interrupted`, the state of the run is that of the last completed rollout.
+        If it raises RunInterruptedError, the state of the run is that of the last completed
+        rollout.
         """
         self.display.begin(self.progress.rollout)
         while self.progress.rollout < self.config.train.rollouts:
@@ -151,7 +153,7 @@ class Loop:
     def _next_groups(self, timer: Timer) -> RolloutGroups:
         try:
             groups = self.rollouts.next_groups(self.progress.rollout, timer)
-        except Exhausted:
+        except TrainingStoppedError:
             self._write_samples(sample_rows(self.rollouts.sampled_so_far))
             raise
         if self.config.algorithm.advantage != "teacher":
@@ -166,7 +168,7 @@ class Loop:
             if self.updater.penalty_estimator is None:
                 return None
             no_advantages = []
-            for group_lengths in lengths(groups):
+            for group_lengths in completion_lengths(groups):
                 no_advantages.append([(0.0,) * length for length in group_lengths])
             # `to_samples` skips completions without a reward. With rewards of 0 for all of them,
             # there is one sample, and one list of penalties, per completion.
@@ -181,7 +183,7 @@ class Loop:
     ) -> Advantages:
         rewards = [scored.rewards for scored in groups]
         kind = self.config.algorithm.advantage
-        return advantages(rewards, lengths(groups), kind, kl_penalties)
+        return advantages(rewards, completion_lengths(groups), kind, kl_penalties)
 
     def _make_samples(self, groups: RolloutGroups, token_advantages: Advantages) -> list[Sample]:
         """Returns one sample per completion to learn from, and writes the files in samples/."""
@@ -207,7 +209,7 @@ class Loop:
             self.display.phase(self.progress.rollout - 1, "sync")
             ranks.all_gather_or_raise("engine wake-up", self.engine.wake)
             learner = self.updater.learner
-            sync_report = sync(self.engine, learner, self._next_version(), self.signals)
+            sync_report = sync_weights(self.engine, learner, self._next_version(), self.signals)
         with timer("probe"):
             probe_report = self.weight_check.probe()
         self.progress.savable = True
@@ -233,7 +235,7 @@ class Loop:
         """
         if isinstance(error, EngineError):
             self.progress.savable = True  # The engine failed, not the learner.
-        if ranks.known_to_all(error):
+        if ranks.is_known_to_all_ranks(error):
             self._record(report, timer)
 
     def _machine_report(self) -> MachineReport:
@@ -246,11 +248,15 @@ class Loop:
         )
 
     def _stop_if_idle(self) -> None:
-        """Raises Exhausted after every `algorithm.max_idle` consecutive rollouts without update."""
+        """Stops the training after `algorithm.max_idle` consecutive rollouts without an update.
+
+        Raises:
+            TrainingStoppedError: The number of such rollouts is a multiple of `max_idle`.
+        """
         num_idle = self.progress.num_idle
         max_idle = self.config.algorithm.max_idle
         if num_idle and max_idle and num_idle % max_idle == 0:
-            raise Exhausted(
+            raise TrainingStoppedError(
                 f"algorithm.max_idle={max_idle}: {num_idle} consecutive rollouts without an "
                 "update, because the completions of every group have equal rewards (mean reward "
                 f"{self.journal.latest['reward/mean']:.3g}). The problems are too hard or too easy "
@@ -284,14 +290,15 @@ class Loop:
     def _handle_alarms(self) -> None:
         """Keeps a checkpoint for each alarm.
 
-        Raises Exhausted, which stops the run, if the alarm's action in `logging.alarms` is `stop`.
+        Raises:
+            TrainingStoppedError: The action of the alarm in `logging.alarms` is `stop`.
         """
         for finding in self.journal.take_alarms():
             self.save()
             checkpoint = self.run.checkpoints / f"step-{self.progress.rollout:06d}"
             self.run.keep(checkpoint, f"alarm-{finding.rule}")
             if self.config.logging.alarms[finding.rule] == "stop":
-                raise Exhausted(f"logging.alarms.{finding.rule}: {finding.text}")
+                raise TrainingStoppedError(f"logging.alarms.{finding.rule}: {finding.text}")
 
     def save(self) -> None:
         """Writes a checkpoint of the last completed rollout, unless it exists."""

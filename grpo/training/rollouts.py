@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from grpo.config import TrainConfig
 from grpo.engines import Engine, SamplingOptions
-from grpo.experience.describing import describe, sample_rows
+from grpo.experience.group_metrics import group_metrics, sample_rows
 from grpo.experience.plugins import RewardFunction
 from grpo.experience.prompts import Prompts
 from grpo.experience.sampling import make_group_requests, sample, sampling_options
@@ -85,7 +85,8 @@ class Rollouts:
             timer: Measures the phases `rollout` and `rewards`.
 
         Raises:
-            Exhausted: Too few groups to learn from. `sampled_so_far` contains the sampled groups.
+            TrainingStoppedError: Too few groups have a training signal. `sampled_so_far` contains
+                the sampled groups.
         """
         self.workers.counts.clear()  # discards the calls of an evaluation
         stream = self.selection.stream
@@ -199,7 +200,7 @@ class Rollouts:
 def _evaluation_metrics(scored: list[ScoredGroup], prefix: str) -> dict[str, float]:
     """Returns the reward and completion metrics: `eval/accuracy`, `eval/completion/length`."""
     metrics = {}
-    for name, value in describe(scored).items():
+    for name, value in group_metrics(scored).items():
         if name.startswith(("reward/", "completion/")):
             metrics[prefix + name.removeprefix("reward/")] = value
     return metrics

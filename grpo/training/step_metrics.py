@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo.config import TrainConfig
 from grpo.engines import SyncReport
-from grpo.experience.describing import advantage_histogram, describe, mean, staleness
+from grpo.experience.group_metrics import advantage_histogram, group_metrics, mean, staleness
 from grpo.metrics import roofline
 from grpo.run import ranks
 from grpo.run.display import Timer
@@ -65,7 +65,7 @@ class MachineReport:
     """
 
     machine: roofline.Machine
-    shape: roofline.Shape
+    shape: roofline.ModelShape
     engine_counts: Mapping[str, int]
     engine_idle_s: float | None = None
 
@@ -101,7 +101,7 @@ def start_row(
 
 def _rollout_metrics(report: StepReport, config: TrainConfig) -> dict[str, Any]:
     groups = report.groups
-    metrics = describe(groups.sampled)
+    metrics = group_metrics(groups.sampled)
     metrics["completion/language"] = _language_share(groups.sampled)
     for name, count in groups.verifier_counts.items():
         metrics[f"verifier/{name}"] = count

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from grpo.config import TrainConfig
-from grpo.experience.sampling import seed_of
+from grpo.experience.sampling import derive_seed
 from grpo.learning.advantages import unflatten
-from grpo.learning.batch import epoch_order, micro_batches, minibatches, token_weights
+from grpo.learning.batch import micro_batches, mini_batch_order, mini_batches, token_weights
 from grpo.learning.learner import Learner
 from grpo.learning.objective import kl_estimate
 from grpo.run import ranks
@@ -82,24 +82,24 @@ class Updater:
             on_progress: Called as `on_progress(done, total)` after each micro-batch of an update.
         """
         train = self.config.train
-        seed = seed_of(self.config.seed, rollout, "mini-batches")
-        mini_batches: list[list[Sample]] = []
+        seed = derive_seed(self.config.seed, rollout, "mini-batches")
+        trained_batches: list[list[Sample]] = []
         if samples:
             # Without a signal, the KL term, the entropy bonus and the momentum would move the
             # policy although it learns nothing.
-            mini_batches = [
+            trained_batches = [
                 mini_batch
-                for mini_batch in minibatches(samples, train.updates_per_rollout, seed)
+                for mini_batch in mini_batches(samples, train.updates_per_rollout, seed)
                 if _has_advantage(mini_batch)
             ]
         ranks.all_gather_or_raise("the update", self.check_signals)
         batches: list[list[Batch]] = []
-        if mini_batches:
-            batches = self.prepare(mini_batches, rollout)
+        if trained_batches:
+            batches = self.prepare(trained_batches, rollout)
         updates_before = self.learner.updates
         reports: list[dict[str, float]] = []
         for epoch in range(train.epochs):
-            for index in epoch_order(len(batches), seed, epoch):
+            for index in mini_batch_order(len(batches), seed, epoch):
                 on_batch = on_progress if reports else self._interruptible(on_progress)
                 reports.append(self.learner.update(batches[index], on_batch))
         self._reset_reference_if_due(updates_before)

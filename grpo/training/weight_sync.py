@@ -1,7 +1,8 @@
-"""Sends the learner's weights to the engine (`sync`) and checks that they arrived (`WeightCheck`).
+"""Sends the learner's weights to the engine and checks that they arrived.
 
-The check compares the logprobs of engine and learner on the same tokens. It runs after every sync
-(`probe`), and once at the start of a run with visibly perturbed weights (`canary`).
+`sync_weights` sends the weights. `WeightCheck` compares the logprobs of engine and learner on the
+same tokens. It runs after every sync (`probe`), and once at the start of a run with visibly
+perturbed weights (`canary`).
 
 The engine samples the tokens instead of scoring given ones, because scoring would bypass its prefix
 cache. The prompts are always the same and longer than one KV block, so the check also detects a
@@ -27,7 +28,7 @@ from grpo.types import Batch, GrpoError, RunError, Sample
 PROMPT_TOKENS = 96  # three KV blocks on a CPU; the first two can be found in the prefix cache
 # Default limits of the gap. Measured: 1e-6 in float32, 0.03-0.07 in bfloat16 on SmolLM2-135M.
 MAX_GAP_FLOAT32 = 1e-3
-MAX_GAP_ROUNDED = 0.2
+MAX_GAP_LOW_PRECISION = 0.2
 CANARY_SEEDS = tuple(20_000 + 1_000 * draw for draw in range(8))
 # The limit of the canary is at least this multiple of the rounding noise of its perturbation ...
 NOISE_FACTOR = 2.5
@@ -84,7 +85,7 @@ def check_settings(config: TrainConfig) -> CheckSettings:
     """Returns the settings of the weight check for a run's config."""
     engine_dtype = config.engine.dtype or config.model.dtype
     is_float32 = engine_dtype == "float32" and config.model.dtype == "float32"
-    default_max_gap = MAX_GAP_FLOAT32 if is_float32 else MAX_GAP_ROUNDED
+    default_max_gap = MAX_GAP_FLOAT32 if is_float32 else MAX_GAP_LOW_PRECISION
     return CheckSettings(
         temperature=config.sampling.temperature,
         num_tokens=config.probe.tokens,
@@ -151,14 +152,14 @@ class WeightCheck:
         Between two updates the weights change little, so the probe would not detect a head, a layer
         or a kind of weight that never arrives. The canary does.
 
-        The engine holds perturbed weights afterwards: call `sync` next.
+        The engine holds perturbed weights afterwards: call `sync_weights` next.
 
         Raises:
             WeightMismatchError: The gap is above the limit.
         """
         perturbation = self._least_noisy_perturbation()
         with self._learner.perturbed(perturbation.seed):
-            sync(self._engine, self._learner, version, signals)
+            sync_weights(self._engine, self._learner, version, signals)
             gap = self.gap()
         limit = max(self._settings.max_gap, NOISE_FACTOR * perturbation.noise)
         limit = min(limit, MAX_LIMIT_FACTOR * self._settings.max_gap)
@@ -297,7 +298,7 @@ def _require_gap_within(limit: float, gap: float, *, check: str, cause: str) -> 
     )
 
 
-def sync(
+def sync_weights(
     engine: Engine, learner: Learner, version: int, signals: Signals | None = None
 ) -> SyncReport:
     """Sends the learner's weights to the engine, which confirms the version.
@@ -314,7 +315,7 @@ def sync(
 
     Raises:
         EngineError: With one rank: the sync failed.
-        BrokenExchangeError: With several ranks: the sync failed on this rank.
+        BrokenCollectiveError: With several ranks: the sync failed on this rank.
     """
     if ranks.world_size() == 1:
         return engine.load_weights(learner.weights(), version)
@@ -323,9 +324,9 @@ def sync(
         with held:
             report = engine.load_weights(learner.weights(), version)
     except GrpoError as error:
-        raise ranks.BrokenExchangeError(str(error)) from None
+        raise ranks.BrokenCollectiveError(str(error)) from None
     except Exception as error:
-        raise ranks.BrokenExchangeError(f"{type(error).__name__}: {error}") from error
+        raise ranks.BrokenCollectiveError(f"{type(error).__name__}: {error}") from error
     reports = ranks.all_gather("the weight sync", report)
     return replace(reports[0], seconds=max(each.seconds for each in reports))
 

@@ -105,7 +105,7 @@ def main() -> None:
     ours = [right(row["completion"], row["answer"]) for row in rows]
     theirs = [right(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
     for name, verdicts in (("grpo eval", ours), ("transformers", theirs)):
-        low, high = statistics.interval([float(ok) for ok in verdicts])
+        low, high = statistics.bootstrap_interval([float(ok) for ok in verdicts])
         print(
             f"{name:14} {sum(verdicts) / len(verdicts):6.1%}  [{low:.1%}, {high:.1%}] of "
             f"{len(verdicts)} problems"

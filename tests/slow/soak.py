@@ -31,7 +31,7 @@ import psutil
 from grpo import config as configs
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
-from grpo.stages.problems import load_problems, mixture
+from grpo.stages.problems import load_problems, make_mixture
 
 CONFIG_FILE = "configs/tiny.yaml"
 # Exit codes of a trainer that may be restarted: finished, failed with an error, killed.
@@ -173,7 +173,7 @@ def stream_problems(config: configs.TrainConfig, model_dir: Path, count: int) ->
         config.prompt, models.load_tokenizer(model_dir), models.eos_token_ids(model_dir)
     )
     problems = load_problems(config.data, "train", config.seed)
-    stream = mixture(config.data, problems, prompts, config.seed)
+    stream = make_mixture(config.data, problems, prompts, config.seed)
     return [problem.id for problem in stream.take(0, count)]
 
 

@@ -18,7 +18,7 @@ from whole_runs import rows, run, start, wait_for, write_config, write_tree
 
 from grpo import config as configs
 from grpo.config import SftConfig
-from grpo.stages.eval import summary
+from grpo.stages.eval import evaluation_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -132,7 +132,7 @@ def test_killed_evaluation_resumes_with_the_same_samples_and_the_same_table(tiny
     (row,) = rows(run_dir)
     hard_samples = read_json_lines(samples / "eval-hard.jsonl")
     sampled = [sample for sample in hard_samples if not sample["greedy"]]
-    assert row["eval/hard/accuracy"] == summary(sampled)["accuracy"]
+    assert row["eval/hard/accuracy"] == evaluation_metrics(sampled)["accuracy"]
     assert "eval/easy/greedy/mean" in row
     assert "second - first: +0.0%" in eval_output(str(run_dir), str(expected_dir))
     assert eval_output(str(model), "--ask", "1+1=").strip()

@@ -70,13 +70,16 @@ def make_loop(tmp_path, tiny, resume=False, reward=None, take=None, kind="tiny-q
     config = tiny_config(tmp_path, tiny(kind), **{**base, **sections})
     model, reference = models.load_model(tiny(kind), "packed"), None
     if config.model.lora:
-        lora.add(model, config.model.lora, "tiny", config.seed)
+        lora.add_adapters(model, config.model.lora, "tiny", config.seed)
     elif config.algorithm.kl_coef or config.model.teacher:
         reference = models.load_model(
             tiny(kind, intermediate_size=128) if config.model.teacher else tiny(kind), "packed"
         )
     learner = Learner(
-        model, config, plugins.find("grpo.losses", config.algorithm.loss, "loss", "loss"), reference
+        model,
+        config,
+        plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "loss"),
+        reference,
     )
     reward = reward or (lambda completion, problem: float(completion.token_ids[0] % 2 == 0))
     rewards = {
@@ -126,7 +129,7 @@ def make_loop(tmp_path, tiny, resume=False, reward=None, take=None, kind="tiny-q
         signals=SimpleNamespace(check=lambda: None),
         display=display,
         machine=roofline.Machine(flops=1e9, bandwidth=1e9),
-        shape=roofline.shape(tiny(kind), 100_000, "float32"),
+        shape=roofline.model_shape(tiny(kind), 100_000, "float32"),
     )
     if resume:
         learner.load(run.latest())

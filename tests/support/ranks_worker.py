@@ -103,7 +103,7 @@ def main(model, folder):
 
     Then from the other world's checkpoints, if they are there; perturbs and restores.
     """
-    ranks.join(60)
+    ranks.join_process_group(60)
     found = {}
     for stage, dtype in COMBINATIONS:
         name = f"{stage}-{dtype}"

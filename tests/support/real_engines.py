@@ -10,7 +10,7 @@ from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
 from grpo.training.weight_sync import (
     MAX_GAP_FLOAT32,
-    MAX_GAP_ROUNDED,
+    MAX_GAP_LOW_PRECISION,
     CheckSettings,
     WeightCheck,
     probe_prompts,
@@ -37,7 +37,7 @@ def put_together(engine, model_dir, tmp_path, rounds=False):
     settings = CheckSettings(
         temperature=1.0,
         num_tokens=8,
-        max_gap=MAX_GAP_ROUNDED if rounds else MAX_GAP_FLOAT32,
+        max_gap=MAX_GAP_LOW_PRECISION if rounds else MAX_GAP_FLOAT32,
         micro_batch_tokens=1024,
         rounds=rounds,
     )

@@ -73,7 +73,7 @@ def scored(model, samples, max_tokens, device="cpu"):
     """Logprobs and entropies of every completion token in the samples' order, and the gradient of
     advantage x logprob.
     """
-    packed = model.config._attn_implementation == packing.NAME
+    packed = model.config._attn_implementation == packing.PACKED_ATTENTION
     policy = Policy(model, HeadOptions(temperature=0.7, chunk_tokens=5))
     found = {}
     for batch in micro_batches(samples, [1.0] * len(samples), max_tokens=max_tokens, packed=packed):

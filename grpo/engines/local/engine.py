@@ -35,7 +35,7 @@ from grpo.engines.transfer.interface import SenderOptions
 from grpo.engines.vllm_options import ServedModel, llm_arguments, vllm_environment
 from grpo.types import Completion, UserError
 
-KILL_LIMIT_S = 10.0  # the longest wait for the end of the killed child
+KILL_TIMEOUT_S = 10.0  # the longest wait for the end of the killed child
 EXIT_LIMIT_S = 5.0  # the longest wait for the exit code of a child whose pipe is closed
 # GPU memory that stays free in addition to the engine's memory and the buffers of a weight sync
 SPARE_BYTES = 2**29
@@ -186,13 +186,13 @@ class VllmEngine:
         """Kills the child, which has no state to save."""
         self._child.kill()
         try:
-            self._child.wait(timeout=KILL_LIMIT_S)
+            self._child.wait(timeout=KILL_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             logger.warning(
                 "the engine's child %d did not end within %g s after SIGKILL; its memory stays in "
                 "use",
                 self._child.pid,
-                KILL_LIMIT_S,
+                KILL_TIMEOUT_S,
             )
         self._pipe.close()
         self._sender.close()
@@ -286,7 +286,7 @@ def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connec
     return child, parent_end
 
 
-def cpu_bytes(settings: configs.EngineSettings, weight_bytes: int) -> float:
+def estimated_cpu_bytes(settings: configs.EngineSettings, weight_bytes: int) -> float:
     """Returns an estimate of the memory that an engine on a CPU needs, in bytes.
 
     It is the sum of the KV cache, three copies of the weights (the weights, vLLM's packed weights
@@ -313,7 +313,7 @@ def check_memory(settings: configs.EngineSettings, weight_bytes: int, num_engine
 
     if torch.cuda.is_available():
         return
-    needed_bytes = num_engines * cpu_bytes(settings, weight_bytes)
+    needed_bytes = num_engines * estimated_cpu_bytes(settings, weight_bytes)
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
         engines_need = "the engine needs" if num_engines == 1 else f"{num_engines} engines need"

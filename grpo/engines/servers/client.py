@@ -20,7 +20,7 @@ from grpo.engines import (
     IncompleteResponseError,
     MalformedResponseError,
     NoResponseError,
-    RefusedError,
+    RejectedRequestError,
     Request,
     SamplingOptions,
     ServerError,
@@ -236,8 +236,8 @@ class ServerClient:
         Raises:
             UserError: The server rejects the token.
             NoResponseError: The server did not respond in time, or the connection failed.
-            ServerError: The response has an error status: RefusedError for 4xx, EngineDeadError
-                for 503.
+            ServerError: The response has an error status: RejectedRequestError for 4xx,
+                EngineDeadError for 503.
         """
         if timeout_s is None:
             timeout_s = self._timeout_s
@@ -263,7 +263,7 @@ class ServerClient:
                 f"{self._token_env} to the server's token"
             )
         if 400 <= status < 500:
-            error_class: type[ServerError] = RefusedError
+            error_class: type[ServerError] = RejectedRequestError
         elif status == 503:
             error_class = EngineDeadError
         else:

@@ -13,7 +13,7 @@ import time
 from grpo.engines import (
     EngineError,
     MalformedResponseError,
-    RefusedError,
+    RejectedRequestError,
     Request,
     SamplingOptions,
 )
@@ -85,7 +85,7 @@ class Scheduler:
         """Returns the completions of a request, sampled by any server.
 
         Raises:
-            RefusedError: A server rejects the request. It is not retried.
+            RejectedRequestError: A server rejects the request. It is not retried.
             EngineError: The last retry failed, or no server can become available.
         """
         max_attempts = 1 + self._retries + self._availability.num_extra_retries
@@ -97,7 +97,7 @@ class Scheduler:
             try:
                 await self._availability.check_before_request(server)
                 return await self.sample_on(server, request, options)
-            except RefusedError:
+            except RejectedRequestError:
                 raise
             except EngineError as error:
                 await self._record_failure(server, num_starts, error)

@@ -6,7 +6,7 @@ To add a transport, write
 
 1. a `WeightSender` in a file of its own,
 2. a receiving engine in receivers.py, registered in receiver_registration.py,
-3. the condition of its use in choose.py, and its name in `Servers.transfer` of
+3. the condition of its use in choose.py, and its name in `ServerSettings.transfer` of
    grpo/config/sections.py.
 """
 

@@ -15,7 +15,7 @@ from grpo.engines import EngineError, EngineTimeoutError
 from grpo.engines.transfer.checksums import WeightStream
 from grpo.engines.transfer.interface import SenderOptions, WeightReceiver
 from grpo.run import ranks
-from grpo.run.addresses import address_towards, free_port
+from grpo.run.addresses import free_port, local_address_for
 
 LEAVE_LIMIT_S = 20.0  # the longest wait for the thread of a failed send after its group is aborted
 
@@ -164,7 +164,7 @@ class NcclSender:
         first_url, _ = members[0]
         init_info = NCCLTrainerInitInfo(
             rank=0,
-            master_address=address_towards(first_url),
+            master_address=local_address_for(first_url),
             master_port=free_port(),
             world_size=1 + len(members) * num_workers,
         )

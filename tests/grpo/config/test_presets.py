@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo import config as configs
-from grpo.config.presets import PRESETS, describe, formulas
+from grpo.config.presets import PRESETS, describe_recipe, formulas
 from grpo.experience import plugins
 from grpo.types import UserError
 
@@ -31,7 +31,7 @@ def config_tree(preset, **algorithm):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_fills_in_its_settings_and_keys_of_the_config_override_it(preset):
     config = configs.parse(config_tree(preset))
-    plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+    plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     for path, expected in PRESETS[preset].settings.items():
         section_name, _, key = path.partition(".")
         section = getattr(config, section_name)
@@ -44,14 +44,16 @@ def test_a_preset_fills_in_its_settings_and_keys_of_the_config_override_it(prese
     ).algorithm
     assert changed.advantage == "none"
     assert changed.kl_coef == 0.5
-    assert "kl_coef=0.5" in describe(changed)
+    assert "kl_coef=0.5" in describe_recipe(changed)
 
 
 def test_the_description_of_a_recipe_lists_every_changed_key():
     config = configs.parse(
         config_tree("dr_grpo", dual_clip=4.0, mismatch="icepop", top_entropy=0.2)
     )
-    assert "with dual_clip=4.0, mismatch=icepop, top_entropy=0.2)" in describe(config.algorithm)
+    assert "with dual_clip=4.0, mismatch=icepop, top_entropy=0.2)" in describe_recipe(
+        config.algorithm
+    )
 
 
 def test_parsing_a_resolved_config_gives_the_same_config():

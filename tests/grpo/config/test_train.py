@@ -12,7 +12,7 @@ import yaml
 
 from grpo import cli
 from grpo import config as configs
-from grpo.stages.registry import SUMMARIES, find_stage, stage_of
+from grpo.stages.registry import SUMMARIES, find_stage, stage_for_config
 from grpo.types import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -136,7 +136,7 @@ def test_the_problem_sets_of_a_mixture_inherit_the_path_of_section_data():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.stem)
 def test_every_config_in_the_repository_is_valid_and_short(path, capsys, monkeypatch):
     text = path.read_text()
-    stage = stage_of(yaml.safe_load(text))
+    stage = stage_for_config(yaml.safe_load(text))
     configs.load(str(path), kind=stage.config_class)
     monkeypatch.chdir(ROOT)
     overrides = REPLACED_INPUTS.get(path.stem, [])

@@ -15,7 +15,7 @@ EXAMPLES = {
     "ProcessNotEndedError": (("process 7", 10.0), "process 7 did not end within 10 s"),
     "NoResponseError": (("http://s0", "/health", "ConnectError"), "/health at http://s0: Conn"),
     "ServerError": (("http://s0", "/pause", 500, "oh"), "/pause at http://s0: 500 oh"),
-    "RefusedError": (("http://s0", "/pause", 404, "no"), "/pause at http://s0: 404 no"),
+    "RejectedRequestError": (("http://s0", "/pause", 404, "no"), "/pause at http://s0: 404 no"),
     "EngineDeadError": (("http://s0", "/health", 503, ""), "/health at http://s0: 503"),
     "MalformedResponseError": (("http://s0", "/x", "no JSON"), "cannot be decoded: no JSON"),
     "IncompleteResponseError": (("http://s0", 1, 3), "incomplete response: 1 of 3 completions"),

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from grpo.experience import plugins
-from grpo.experience.describing import describe
-from grpo.experience.sampling import seed_of
+from grpo.experience.group_metrics import group_metrics
+from grpo.experience.sampling import derive_seed
 from grpo.experience.scoring import score
 from grpo.types import Completion, Group, Problem, Score, UserError, Verdict
 from rewards.workers.pool import Pool
@@ -48,7 +48,7 @@ def reward_values(name, group, prompt="prompt", pool=None, **options):
     """Returns the values of one reward for the completions of a group."""
     if pool is None:
         pool = Pool()
-    reward = plugins.reward(name, options, pool)
+    reward = plugins.load_reward(name, options, pool)
     return reward([group], [prompt])[0]
 
 
@@ -56,8 +56,8 @@ def reward_values(name, group, prompt="prompt", pool=None, **options):
     ("package", "function"), [("rewards", "reward"), ("data", "load"), ("grpo.losses", "loss")]
 )
 def test_every_plugin_file_defines_its_function_with_a_docstring(package, function):
-    for name in plugins.names(package):
-        plugin = plugins.find(package, name, function, package)
+    for name in plugins.plugin_names(package):
+        plugin = plugins.find_function(package, name, function, package)
         assert plugin.__doc__
         assert plugin.__module__ == f"{package}.{name}"
 
@@ -67,7 +67,7 @@ def test_an_unknown_reward_is_an_error_with_the_available_and_the_nearest_names(
         UserError,
         match=r"rewards.acuracy: unknown reward. Available: accuracy, .*Did you mean accuracy\?",
     ):
-        plugins.reward("acuracy", {}, Pool())
+        plugins.load_reward("acuracy", {}, Pool())
 
 
 def test_a_reward_function_receives_completion_and_problem(write_module):
@@ -115,11 +115,11 @@ def test_a_data_folder_in_the_working_directory_does_not_shadow_the_data_package
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("raise RuntimeError('shadowed')")
     name = write_module("mine_e", "def f(completion, problem): return 0.0")
-    plugins.reward(f"{name}:f", {}, Pool())
+    plugins.load_reward(f"{name}:f", {}, Pool())
     for module in list(sys.modules):
         if module == "data" or module.startswith("data."):
             sys.modules.pop(module)
-    assert "arithmetic" in plugins.names("data")
+    assert "arithmetic" in plugins.plugin_names("data")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_data_folder_in_the_working_directory_does_not_shadow_the_data_package
 )
 def test_a_function_that_cannot_be_imported_is_an_error(name, message):
     with pytest.raises(UserError, match=message):
-        plugins.reward(name, {}, Pool())
+        plugins.load_reward(name, {}, Pool())
 
 
 def render_prompt(problem):
@@ -149,7 +149,7 @@ def test_rewards_are_weighted_sums_and_undecided_completions_have_no_reward():
     (scored,) = score([group_of("x", "y", "z")], rewards, render_prompt)
     assert scored.rewards == (1.5, 0.0, None)
     assert scored.parts[1] == {"a": 0.0, "b": None}
-    metrics = describe([scored])
+    metrics = group_metrics([scored])
     # A mean covers the completions that have a value.
     assert metrics["reward/a"] == 0.5  # (1 + 0) / 2
     assert metrics["reward/b"] == 1.0  # (1 + 1) / 2
@@ -178,7 +178,7 @@ def test_the_reason_of_a_low_score_is_a_metric():
     (scored,) = score([group_of("x", "y", "z")], rewards, render_prompt)
     assert scored.parts == ({"format": 0.0}, {"format": 1.0}, {"format": 0.0})
     assert scored.faults == ({"format": "no answer"}, {}, {"format": "no answer"})
-    assert describe([scored])["format/no_answer"] == pytest.approx(2 / 3)
+    assert group_metrics([scored])["format/no_answer"] == pytest.approx(2 / 3)
 
 
 def test_options_are_passed_to_the_reward_and_invalid_ones_are_errors(write_module):
@@ -189,11 +189,11 @@ def test_options_are_passed_to_the_reward_and_invalid_ones_are_errors(write_modu
     with pytest.raises(
         UserError, match=r"rewards.mine_f:f.options: missing a required .*argument: 'scale'"
     ):
-        plugins.reward(f"{name}:f", {}, Pool())
+        plugins.load_reward(f"{name}:f", {}, Pool())
     with pytest.raises(
         UserError, match=r"rewards.mine_f:f.options: got an unexpected keyword argument 'size'"
     ):
-        plugins.reward(f"{name}:f", {"scale": 1, "size": 2}, Pool())
+        plugins.load_reward(f"{name}:f", {"scale": 1, "size": 2}, Pool())
 
 
 def test_options_are_passed_to_a_trl_reward(write_module):
@@ -235,6 +235,11 @@ def test_a_reward_with_a_time_limit_runs_in_the_worker_pool(write_module):
 
 
 def test_the_seed_of_a_group_depends_on_run_rollout_and_problem():
-    assert seed_of(0, 3, "p7") == seed_of(0, 3, "p7")
-    seeds = {seed_of(0, 3, "p7"), seed_of(1, 3, "p7"), seed_of(0, 4, "p7"), seed_of(0, 3, "p8")}
+    assert derive_seed(0, 3, "p7") == derive_seed(0, 3, "p7")
+    seeds = {
+        derive_seed(0, 3, "p7"),
+        derive_seed(1, 3, "p7"),
+        derive_seed(0, 4, "p7"),
+        derive_seed(0, 3, "p8"),
+    }
     assert len(seeds) == 4

@@ -3,7 +3,7 @@
 import pytest
 
 from grpo import config as configs
-from grpo.experience.prompts import Prompts, visible
+from grpo.experience.prompts import Prompts, mark_special_tokens
 from grpo.learning import models
 from grpo.types import Problem, UserError
 
@@ -138,10 +138,13 @@ def test_overlong_prompts_are_an_error_or_dropped(tokenizer):
 
 
 def test_special_tokens_and_newlines_are_made_visible(chat):
-    assert visible("<|im_start|>user\nx<|im_end|>", chat) == "⟦<|im_start|>⟧user⏎\nx⟦<|im_end|>⟧"
+    assert (
+        mark_special_tokens("<|im_start|>user\nx<|im_end|>", chat)
+        == "⟦<|im_start|>⟧user⏎\nx⟦<|im_end|>⟧"
+    )
 
 
-@pytest.mark.parametrize("kind", models.TINY)
+@pytest.mark.parametrize("kind", models.TINY_MODELS)
 def test_the_tiny_tokenizer_decodes_its_tokens_to_the_same_text(tiny, kind):
     tokenizer = models.load_tokenizer(tiny(kind))
     text = "<think>7+5=12  é\n</think> <answer>12</answer>"

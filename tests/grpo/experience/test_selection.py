@@ -5,7 +5,7 @@ import pytest
 from grpo.config.algorithm import AlgorithmSettings
 from grpo.experience.selection import MAX_EXCLUDED, Selection, has_training_signal, pass_rate
 from grpo.run.directory import RunDirectory
-from grpo.types import Completion, Exhausted, Group, Problem, ScoredGroup, Verdict
+from grpo.types import Completion, Group, Problem, ScoredGroup, TrainingStoppedError, Verdict
 
 PROBLEMS = [Problem(id=str(i), question=f"{i}+1", answer=str(i + 1), source="s") for i in range(8)]
 
@@ -94,7 +94,7 @@ def test_too_few_groups_with_a_training_signal_end_the_run():
         return [scored_group(problem, "wrong", "wrong") for problem in problems]
 
     with pytest.raises(
-        Exhausted, match=r"6 groups in 3 rounds gave only 0 of 2 .*\(6 have no reward"
+        TrainingStoppedError, match=r"6 groups in 3 rounds gave only 0 of 2 .*\(6 have no reward"
     ):
         selection.collect(sample)
     assert len(selection.sampled) == 6
@@ -106,7 +106,7 @@ def test_solved_problems_are_not_drawn_again_and_the_run_ends_if_all_are_solved(
     assert [problem.id for problem in selection.draw(3)] == ["1", "3", "4"]
     assert selection.position == 5
     selection.pass_rates = {problem.id: 1.0 for problem in PROBLEMS}
-    with pytest.raises(Exhausted, match=f"exclude the last {MAX_EXCLUDED} problems"):
+    with pytest.raises(TrainingStoppedError, match=f"exclude the last {MAX_EXCLUDED} problems"):
         selection.draw(1)
 
 

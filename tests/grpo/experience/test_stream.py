@@ -12,8 +12,8 @@ from concurrent.futures import Future
 import pytest
 
 from grpo.engines import EngineError, Request
-from grpo.experience.describing import advantage_histogram, staleness
-from grpo.experience.selection import scored_group
+from grpo.experience.group_metrics import advantage_histogram, staleness
+from grpo.experience.selection import parse_scored_group
 from grpo.experience.stream import Stream, StreamCallbacks, StreamLimits
 from grpo.run import directory
 from grpo.types import Completion, Group, Problem, Sample, ScoredGroup
@@ -128,7 +128,7 @@ def test_the_stream_samples_and_scores_while_the_learner_updates():
 def test_a_resume_uses_the_finished_groups_and_restarts_the_unfinished_ones():
     stream = make_stream(ShuffledEngine(max_delay_s=0.05))
     used = problem_ids_of(stream.take(4))
-    state = json.loads(json.dumps(stream.state(), default=directory._fields))
+    state = json.loads(json.dumps(stream.state(), default=directory.dataclass_fields))
     stream.close()
     assert len(state["items"]) == 8
     finished = {item["number"] for item in state["items"] if item["scored"]}
@@ -136,7 +136,7 @@ def test_a_resume_uses_the_finished_groups_and_restarts_the_unfinished_ones():
 
     engine = ShuffledEngine(seed=1)
     stream = make_stream(engine, first_problem=12)
-    stream.load(state, scored_group)
+    stream.load(state, parse_scored_group)
     used += problem_ids_of(stream.take(4))
     used += problem_ids_of(stream.take(8))
     stream.close()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.learning.advantages import advantages, has_signal, lengths, to_samples
+from grpo.learning.advantages import advantages, completion_lengths, has_signal, to_samples
 from grpo.types import Completion, Group, Problem, ScoredGroup
 
 GROUP_KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std")
@@ -148,7 +148,7 @@ def scored_group(rewards_G):
 
 def test_samples_repeat_the_advantage_per_token_and_skip_completions_without_reward():
     groups = [scored_group([1.0, None, 0.0])]
-    advantages_PGL = advantages([groups[0].rewards], lengths(groups), "none")
+    advantages_PGL = advantages([groups[0].rewards], completion_lengths(groups), "none")
     samples = to_samples(groups, advantages_PGL)
     assert [sample.token_ids for sample in samples] == [(5, 6, 7), (5, 6, 7, 8, 9)]
     assert [sample.advantages for sample in samples] == [(0.5,), (-0.5, -0.5, -0.5)]
@@ -161,6 +161,6 @@ def test_a_masked_completion_counts_only_in_the_baseline():
     truncated = replace(last_completion, finish_reason="length")
     group = replace(scored.group, completions=(completion, truncated))
     groups = [replace(scored, group=group)]
-    advantages_PGL = advantages([scored.rewards], lengths(groups), "none")
+    advantages_PGL = advantages([scored.rewards], completion_lengths(groups), "none")
     [sample] = to_samples(groups, advantages_PGL, mask_truncated=True)
     assert sample.advantages == (0.5,)

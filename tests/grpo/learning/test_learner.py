@@ -51,7 +51,7 @@ def completion_logprobs(logits, sample):
     return logits.log_softmax(-1).gather(1, completion_ids[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("kind", models.TINY)
+@pytest.mark.parametrize("kind", models.TINY_MODELS)
 def test_logprobs_and_entropies_equal_transformers_at_a_temperature(tiny, kind):
     model = models.load_model(tiny(kind), "eager")
     rows = samples()

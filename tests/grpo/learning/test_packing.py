@@ -20,7 +20,7 @@ GOLDEN_PROMPT_LENGTHS = [2, 2, 1]
 
 def test_golden_layout():
     """The last token of a completion is not in the stream, because it predicts nothing."""
-    layout = packing.layout(GOLDEN_ROWS, GOLDEN_PROMPT_LENGTHS, torch.device("cpu"))
+    layout = packing.make_layout(GOLDEN_ROWS, GOLDEN_PROMPT_LENGTHS, torch.device("cpu"))
     assert layout.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
     assert layout.positions.tolist() == [[0, 1, 0, 2, 1, 2]]
     # The 6 at index 1 predicts 7 and 9, and the 7 at index 3 predicts 8. The 4, 3 and 2 at indices
@@ -44,7 +44,9 @@ def test_golden_layout():
 
 def test_golden_varlen_sequences():
     """The keys of a completion are those of its prompt and of its inputs. (9,) has no inputs."""
-    layout = packing.layout(GOLDEN_ROWS, GOLDEN_PROMPT_LENGTHS, torch.device("cpu"), kernel=True)
+    layout = packing.make_layout(
+        GOLDEN_ROWS, GOLDEN_PROMPT_LENGTHS, torch.device("cpu"), kernel=True
+    )
     assert layout.padded is None
     assert layout.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
 
@@ -115,7 +117,7 @@ def assert_close(values, gradients, expected_values, expected_gradients):
         assert torch.allclose(gradients[name], expected, atol=tolerance), name
 
 
-@pytest.mark.parametrize("kind", models.TINY)
+@pytest.mark.parametrize("kind", models.TINY_MODELS)
 @pytest.mark.parametrize("max_tokens", [1000, 60])
 def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, max_tokens):
     expected_values, expected_gradients = scored(
@@ -126,7 +128,9 @@ def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, ma
 
 
 # The kernel does not support tiny-deepseek-v3, whose values have a smaller head size than its keys.
-@pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in models.TINY_MODELS if kind != "tiny-deepseek-v3"]
+)
 @pytest.mark.parametrize("max_tokens", [1000, 60])
 def test_varlen_equals_padded_in_logprobs_entropies_and_gradients(
     tiny, monkeypatch, kind, max_tokens
@@ -142,7 +146,7 @@ def test_varlen_equals_padded_in_logprobs_entropies_and_gradients(
         num_calls += 1
         return plain_varlen_attention(*arguments, **options)
 
-    monkeypatch.setattr(packing, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(packing, "supports_varlen_kernel", lambda *_: True)
     monkeypatch.setattr(packing, "_varlen_attention", lambda: counting_attention)
     model = models.load_model(tiny(kind), "packed")
     values, gradients = scored(model, groups(), max_tokens)
@@ -182,8 +186,8 @@ def test_the_kernel_is_used_only_for_supported_models_dtypes_and_gpus(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model_config = SimpleNamespace(**config)
-    assert packing.has_kernel(model_config, dtype, torch.device("cuda")) == expected
-    assert not packing.has_kernel(model_config, dtype, torch.device("cpu"))
+    assert packing.supports_varlen_kernel(model_config, dtype, torch.device("cuda")) == expected
+    assert not packing.supports_varlen_kernel(model_config, dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe"])

@@ -194,7 +194,7 @@ def loss_and_gradient(rows, algorithm, max_tokens, *, with_old_logprobs=True):
     """
     samples = make_samples(rows, algorithm)
     weights = token_weights(samples, algorithm.reduction, MAX_TOKENS)
-    loss = plugins.find("grpo.losses", algorithm.loss, "loss", "algorithm.loss")
+    loss = plugins.find_function("grpo.losses", algorithm.loss, "loss", "algorithm.loss")
     total = 0.0
     gradient = torch.zeros(len(rows), MAX_COMPLETION_TOKENS)
     for batch in micro_batches(samples, weights, max_tokens=max_tokens):

@@ -13,8 +13,8 @@ from random_loop import make_loop
 
 from grpo import config as configs
 from grpo.config.sections import DIAGNOSIS_RULES
-from grpo.metrics.diagnosis import RULES, Watch, findings
-from grpo.types import Exhausted, Problem, UserError, Verdict
+from grpo.metrics.diagnosis import RULES, Diagnosis, diagnose
+from grpo.types import Problem, TrainingStoppedError, UserError, Verdict
 
 # The metrics of one rollout of a healthy run.
 HEALTHY = {
@@ -100,12 +100,12 @@ FAULTY_RUNS = {
 @pytest.mark.parametrize("rule", RULES)
 def test_a_run_with_one_fault_has_one_finding_of_the_matching_rule(rule):
     rows, expected_text = FAULTY_RUNS[rule]
-    (finding,) = findings(rows)
+    (finding,) = diagnose(rows)
     assert finding.rule == rule
     assert expected_text in finding.text
     # The step of the finding is the first at which the rule applies.
     rows_before = rows[: finding.step - 1]
-    assert rule not in [earlier.rule for earlier in findings(rows_before)]
+    assert rule not in [earlier.rule for earlier in diagnose(rows_before)]
 
 
 def replace_in_completions(loop, **fields):
@@ -290,8 +290,8 @@ def test_a_real_training_loop_with_a_fault_logs_the_diagnosis(tiny, tmp_path, ru
 
 
 def test_a_healthy_run_has_no_findings():
-    assert findings(metrics_rows(60)) == []
-    assert findings([]) == []
+    assert diagnose(metrics_rows(60)) == []
+    assert diagnose([]) == []
     # The entropy falls while the reward rises to its maximum and stays there.
     successful_run = metrics_rows(
         60,
@@ -299,19 +299,19 @@ def test_a_healthy_run_has_no_findings():
         reward__mean=lambda step: min(1.1, step / 8),
         reward__accuracy=1.0,
     )
-    assert findings(successful_run) == []
+    assert diagnose(successful_run) == []
 
 
 def test_metrics_that_are_missing_or_not_finite_have_no_findings():
     nan = float("nan")
-    assert findings([{"step": i, "reward/mean": None} for i in range(20)]) == []
+    assert diagnose([{"step": i, "reward/mean": None} for i in range(20)]) == []
     nan_rows = [{"step": i, "reward/mean": nan, "group/all_wrong": nan} for i in range(20)]
-    assert findings(nan_rows) == []
+    assert diagnose(nan_rows) == []
 
 
 def test_a_resumed_run_does_not_repeat_earlier_findings():
     rows, _ = FAULTY_RUNS["undecided"]
-    watch = Watch(rows[:8])
+    watch = Diagnosis(rows[:8])
     for row in rows[8:]:
         assert watch.see(row) == []
 
@@ -328,7 +328,8 @@ def test_an_alarm_keeps_a_checkpoint_and_the_action_stop_ends_the_run(tiny, tmp_
     )
     if action == "stop":
         with pytest.raises(
-            Exhausted, match=r"logging.alarms.no_signal: 100% of groups have equal rewards"
+            TrainingStoppedError,
+            match=r"logging.alarms.no_signal: 100% of groups have equal rewards",
         ):
             loop.train()
         assert loop.progress.rollout == 5

@@ -2,10 +2,10 @@
 
 import pytest
 
-from grpo.metrics.roofline import Machine, Roofline, Shape
+from grpo.metrics.roofline import Machine, ModelShape, Roofline
 from grpo.types import Completion, Group, Problem
 
-SHAPE = Shape(
+SHAPE = ModelShape(
     num_weights=30,
     body_weights=20,
     num_layers=1,

@@ -9,9 +9,14 @@ import random
 import numpy as np
 import pytest
 
-from grpo.experience.describing import sample_rows
-from grpo.metrics.statistics import interval, majority, paired, pass_at_k
-from grpo.stages.eval import summary
+from grpo.experience.group_metrics import sample_rows
+from grpo.metrics.statistics import (
+    bootstrap_interval,
+    majority_accuracy,
+    paired_comparison,
+    pass_at_k,
+)
+from grpo.stages.eval import evaluation_metrics
 from grpo.types import Completion, Group, Problem, ScoredGroup, Verdict
 
 
@@ -26,14 +31,18 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_correct_completion(n, righ
 
 
 def test_majority_and_its_tie_rule():
-    assert majority(["5", "5", "7"], [True, True, False]) == 1.0
-    assert majority(["5", "7", "7"], [True, False, False]) == 0.0
+    assert majority_accuracy(["5", "5", "7"], [True, True, False]) == 1.0
+    assert majority_accuracy(["5", "7", "7"], [True, False, False]) == 0.0
     # A tie between a correct and a wrong answer.
-    assert majority(["5", "7", None], [True, False, False]) == 0.5
-    assert majority([None, None], [False, False]) == 0.0
+    assert majority_accuracy(["5", "7", None], [True, False, False]) == 0.5
+    assert majority_accuracy([None, None], [False, False]) == 0.0
     # "1/2" and "0.5" are both correct and count as one answer with two votes.
-    assert majority(["1/2", "7", "0.5", "7", "7"], [True, False, True, False, False]) == 0.0
-    assert majority(["1/2", "7", "0.5", "7", None], [True, False, True, False, False]) == 0.5
+    assert (
+        majority_accuracy(["1/2", "7", "0.5", "7", "7"], [True, False, True, False, False]) == 0.0
+    )
+    assert (
+        majority_accuracy(["1/2", "7", "0.5", "7", None], [True, False, True, False, False]) == 0.5
+    )
 
 
 def simulated_majority(votes, generator):
@@ -57,23 +66,23 @@ def test_majority_equals_a_simulation_with_random_tie_breaks():
         right = [answer == "5" for answer in answers]
         votes = [answer for answer in answers if answer]
         expected = simulated_majority(votes, generator)
-        assert majority(answers, right) == pytest.approx(expected, abs=0.06)
+        assert majority_accuracy(answers, right) == pytest.approx(expected, abs=0.06)
 
 
 def test_the_interval_equals_the_normal_interval_for_many_problems():
     values = np.random.default_rng(0).random(500) < 0.3
     mean = values.mean()
-    low, high = interval(values)
+    low, high = bootstrap_interval(values)
     half_width = 1.96 * math.sqrt(mean * (1 - mean) / 500)
     assert (low, high) == pytest.approx((mean - half_width, mean + half_width), abs=0.006)
-    assert interval(values) == (low, high)  # the resampling has a fixed seed
+    assert bootstrap_interval(values) == (low, high)  # the resampling has a fixed seed
 
 
 def test_the_interval_covers_the_true_mean_with_the_stated_probability():
     generator = np.random.default_rng(1)
     num_covered = 0
     for _ in range(100):
-        low, high = interval(generator.random(100) < 0.4)
+        low, high = bootstrap_interval(generator.random(100) < 0.4)
         if low <= 0.4 <= high:
             num_covered += 1
     assert 88 <= num_covered <= 100
@@ -83,11 +92,11 @@ def test_paired_comparison_detects_a_difference_that_is_small_against_the_spread
     generator = np.random.default_rng(2)
     a = generator.random(200)
     b = a + 0.02 + 0.01 * generator.standard_normal(200)
-    comparison = paired(a, b)
+    comparison = paired_comparison(a, b)
     assert comparison["low"] > 0
     assert comparison["p"] < 0.01
     assert comparison["better"] > 190
-    comparison_with_itself = paired(a, a)
+    comparison_with_itself = paired_comparison(a, a)
     assert comparison_with_itself["difference"] == 0
     assert comparison_with_itself["p"] == 1.0
     assert comparison_with_itself["equal"] == 200
@@ -118,7 +127,7 @@ def test_the_summary_of_an_evaluation():
         verdicts=verdicts,
         faults=({},) * 4,
     )
-    metrics = summary(sample_rows([scored]))
+    metrics = evaluation_metrics(sample_rows([scored]))
     assert metrics["accuracy"] == 0.5
     assert 0 <= metrics["accuracy/low"] <= 0.5 <= metrics["accuracy/high"] <= 1
     # Two of four completions are correct. They have 1 and 2 tokens, the others 3 and 4.

@@ -13,7 +13,7 @@ from tiny_models import tiny_config
 
 from grpo import config as configs
 from grpo.run.directory import RunDirectory, replace_directory, write_file
-from grpo.stages.resume import check_same
+from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import open_stage
 from grpo.types import RunError, UserError
 
@@ -146,7 +146,7 @@ def test_a_resume_accepts_new_keys_and_free_keys_but_no_other_change_of_the_conf
 
     def write_and_check():
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-        check_same(tmp_path, config)
+        require_same_config(tmp_path, config)
 
     # An older version of grpo did not have this key.
     del written["learner"]["sequence_parallel"]

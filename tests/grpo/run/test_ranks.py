@@ -29,7 +29,7 @@ from grpo.learning import models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.run import fingerprints, ranks, signals
 from grpo.run.addresses import free_port
-from grpo.training.weight_sync import sync
+from grpo.training.weight_sync import sync_weights
 from grpo.types import Problem, RunError
 
 pytestmark = pytest.mark.engine
@@ -290,13 +290,15 @@ def test_all_ranks_raise_if_their_exchanges_or_fingerprints_differ(tmp_path):
 
 def test_fingerprints_of_different_tokenizers_and_problems_differ(tiny):
     tokenizer = models.load_tokenizer(tiny())
-    fingerprint = fingerprints.of_tokenizer(tokenizer)
-    assert fingerprint == fingerprints.of_tokenizer(models.load_tokenizer(tiny()))
+    fingerprint = fingerprints.fingerprint_tokenizer(tokenizer)
+    assert fingerprint == fingerprints.fingerprint_tokenizer(models.load_tokenizer(tiny()))
     tokenizer.chat_template = "{{ messages }}"
-    assert fingerprint != fingerprints.of_tokenizer(tokenizer)
+    assert fingerprint != fingerprints.fingerprint_tokenizer(tokenizer)
     problems = [Problem(id=str(i), question="?", answer="1", source="t") for i in range(3)]
-    assert fingerprints.of_problems(problems) != fingerprints.of_problems(problems[::-1])
-    assert len(fingerprints.of_code()) == 16
+    assert fingerprints.fingerprint_problems(problems) != fingerprints.fingerprint_problems(
+        problems[::-1]
+    )
+    assert len(fingerprints.fingerprint_code()) == 16
 
 
 def test_a_single_process_runs_exchanges_without_a_process_group():
@@ -367,9 +369,9 @@ def test_a_signal_does_not_interrupt_the_sync_of_several_ranks(monkeypatch):
     engine = SimpleNamespace(load_weights=load_weights)
     learner = SimpleNamespace(weights=lambda: ())
     try:
-        report = sync(engine, learner, 3, signal_handlers)
+        report = sync_weights(engine, learner, 3, signal_handlers)
         assert report.version == 3
-        with pytest.raises(signals.Interrupted, match="SIGTERM"):
+        with pytest.raises(signals.RunInterruptedError, match="SIGTERM"):
             signal_handlers.check()
     finally:
         signal_handlers.restore()

@@ -16,10 +16,10 @@ from grpo.engines import Request, SamplingOptions
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.learning.quantization import (
-    arguments,
-    best_scale,
-    learn_rounded,
+    best_scales,
+    enable_qat,
     linear_layers,
+    quantization_args,
     rounded_weight,
 )
 from grpo.losses import cross_entropy
@@ -30,7 +30,7 @@ SCHEMES = ("int8", "int8_tensor", "int4")
 GROUP_SIZE = 32
 
 
-def quantization_args(strategy, num_bits):
+def expected_quantization_args(strategy, num_bits):
     group_size = 16 if strategy == "group" else None
     return QuantizationArgs(
         num_bits=num_bits, strategy=strategy, symmetric=True, group_size=group_size
@@ -63,12 +63,12 @@ def test_int8_scales_cover_the_largest_weight_and_int4_scales_reduce_the_error(s
     largest = parts.abs().amax(-1)
 
     # 8 bits: the range is [-128, 127], and a scale is the largest absolute weight / 127.5.
-    int8_scale = best_scale(weight, quantization_args(strategy, 8))
+    int8_scale = best_scales(weight, expected_quantization_args(strategy, 8))
     assert int8_scale.shape == shape
     assert torch.allclose(int8_scale, largest / 127.5)
 
     # 4 bits: the range is [-8, 7]. Without clipping, a scale is the largest absolute weight / 7.5.
-    int4_scale = best_scale(weight, quantization_args(strategy, 4))
+    int4_scale = best_scales(weight, expected_quantization_args(strategy, 4))
     error = rounding_error(parts, int4_scale)
     unclipped_error = rounding_error(parts, largest / 7.5)
     assert bool((error <= unclipped_error + 1e-6).all())
@@ -109,7 +109,7 @@ def test_written_weights_equal_rounded_weights_in_bfloat16(tiny, tmp_path, schem
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path / scheme, dtype="auto")
     quantised(torch.tensor([[40, 41]]))  # the first forward pass unpacks the weights
 
-    weight_args, _ = arguments(scheme, GROUP_SIZE)
+    weight_args, _ = quantization_args(scheme, GROUP_SIZE)
     original_layers = linear_layers(original)
     quantised_layers = linear_layers(quantised)
     for (name, original_layer), (_, quantised_layer) in zip(
@@ -127,7 +127,7 @@ def test_quantisation_aware_model_computes_the_logits_of_the_written_model(tiny,
     )
     plain = models.load_model(tiny(), "eager")
     aware = models.load_model(tiny(), "eager")
-    learn_rounded(aware, scheme, GROUP_SIZE)
+    enable_qat(aware, scheme, GROUP_SIZE)
     assert aware.state_dict().keys() == plain.state_dict().keys()
 
     ids = torch.tensor([list(range(40, 80))])
@@ -180,11 +180,11 @@ def test_final_training_with_rounding_reduces_the_loss_of_the_quantised_model(ti
 
     plain = start_again()
     learner = train_on_texts(plain, config_with(lr=1e-4), batch)
-    learn_rounded(plain, "int4", GROUP_SIZE)
+    enable_qat(plain, "int4", GROUP_SIZE)
     loss_without_qat = mean_loss(learner, batch)
 
     aware = start_again()
-    learn_rounded(aware, "int4", GROUP_SIZE)
+    enable_qat(aware, "int4", GROUP_SIZE)
     learner = train_on_texts(aware, config_with(lr=1e-4), batch)
     loss_with_qat = mean_loss(learner, batch)
 
@@ -196,7 +196,7 @@ def test_qat_is_only_for_models_that_are_not_sampled_in_training(tiny, tmp_path)
     with pytest.raises(UserError, match=r"model\.qat is for `grpo sft`, and for `grpo distill`"):
         tiny_config(tmp_path, tiny(), model=qat)
     with pytest.raises(UserError, match=r"model\.qat\.group_size=24 does not divide the 64 inputs"):
-        learn_rounded(models.load_model(tiny(), "eager"), "int4", 24)
+        enable_qat(models.load_model(tiny(), "eager"), "int4", 24)
     tree = {
         "run_dir": str(tmp_path),
         "model": qat | {"teacher": str(tiny())},

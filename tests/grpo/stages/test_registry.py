@@ -10,7 +10,7 @@ from pydantic import Field
 from grpo import cli
 from grpo import config as configs
 from grpo.config import RunConfig, Section
-from grpo.stages.registry import find_stage, stage_of
+from grpo.stages.registry import find_stage, stage_for_config
 from grpo.stages.resume import shared_values
 from grpo.stages.stage import (
     Check,
@@ -39,7 +39,7 @@ def stage_needs(*sections):
     tree = dict(TREE)
     for section in sections:
         tree.update(section)
-    stage = stage_of(tree)
+    stage = stage_for_config(tree)
     return stage.needs(configs.parse(tree, kind=stage.config_class))
 
 
@@ -57,7 +57,7 @@ def stage_needs(*sections):
     ],
 )
 def test_sections_of_a_config_identify_its_stage(keys, command):
-    assert stage_of({key: {} for key in keys}).command == command
+    assert stage_for_config({key: {} for key in keys}).command == command
 
 
 def test_only_train_syncs_weights_between_a_learner_and_an_engine():

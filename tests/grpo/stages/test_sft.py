@@ -14,7 +14,7 @@ from grpo.config.model import RopeSettings
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.deepspeed_setup import learning_rate
-from grpo.stages.problems import load_problems, mixture
+from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.sft import training_rows
 from grpo.types import UserError
 
@@ -22,7 +22,7 @@ from grpo.types import UserError
 def load_training_rows(config):
     tokenizer = models.load_tokenizer(config.model.path)
     prompts = Prompts(config.prompt, tokenizer)
-    stream = mixture(config.data, load_problems(config.data, "train", 0), prompts, 0)
+    stream = make_mixture(config.data, load_problems(config.data, "train", 0), prompts, 0)
     problems = stream.take(0, config.sft.updates * config.sft.batch_size)
     return list(training_rows(problems, prompts, config.sft.max_tokens))
 
@@ -113,7 +113,7 @@ def test_extended_context_is_part_of_the_trained_model(tiny, tmp_path):
     assert saved["rope_parameters"]["factor"] == 4.0
     assert saved["rope_parameters"]["original_max_position_embeddings"] == 512
 
-    extended_dir = models.extended(
+    extended_dir = models.extend_context(
         tiny(), RopeSettings(factor=4.0, original_tokens=512), tmp_path / "x"
     )
     plain = models.load_model(tiny(), "eager")

@@ -27,7 +27,7 @@ def by_name(findings):
 
 
 def shape_of(tiny):
-    return roofline.shape(tiny(), models.num_weights(tiny()), "float32")
+    return roofline.model_shape(tiny(), models.num_weights(tiny()), "float32")
 
 
 def memory_findings(tiny, config):
@@ -68,7 +68,7 @@ def test_insufficient_memory_and_kv_cache_fail_with_a_remedy(tiny, tmp_path, mon
 
 def test_estimated_state_sizes_equal_those_of_a_real_learner(tiny, tmp_path):
     config = tiny_config(tmp_path, tiny(), algorithm={"kl_coef": 0.1})
-    estimate = roofline.memory(config, shape_of(tiny))
+    estimate = roofline.learner_memory(config, shape_of(tiny))
     policy = models.load_model(tiny(), "eager")
     reference = models.load_model(tiny(), "eager")
     learner = Learner(policy, config, loss, reference)
@@ -81,7 +81,7 @@ def test_estimated_state_sizes_equal_those_of_a_real_learner(tiny, tmp_path):
     lora_config = tiny_config(
         tmp_path, tiny(), model={"path": str(tiny()), "dtype": "float32", "lora": {"rank": 4}}
     )
-    lora_estimate = roofline.memory(lora_config, shape_of(tiny))
+    lora_estimate = roofline.learner_memory(lora_config, shape_of(tiny))
     assert lora_estimate["optimizer"] < 0.5 * estimate["optimizer"]
 
 

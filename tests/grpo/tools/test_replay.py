@@ -11,7 +11,7 @@ from random_loop import make_loop
 
 from grpo import config as configs
 from grpo.cli import main
-from grpo.run.directory import read_update
+from grpo.run.directory import read_update_samples
 from grpo.tools.replay import replay
 from grpo.types import UserError
 
@@ -89,7 +89,7 @@ def test_another_loss_uses_its_default_clip_bounds(run_dir, tmp_path):
 def test_the_updates_of_the_last_steps_are_stored_completely(run_dir):
     stored = sorted(path.name for path in (run_dir / "samples").glob("*.npz"))
     assert stored == ["step-000002.npz", "step-000003.npz", "step-000004.npz"]
-    samples = read_update(run_dir, 4)
+    samples = read_update_samples(run_dir, 4)
     assert len(samples) == 16
     assert {sample.group for sample in samples} == {0, 1, 2, 3}
     assert {sample.reward for sample in samples} <= {0.0, 1.0}

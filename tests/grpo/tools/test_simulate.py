@@ -15,16 +15,16 @@ from whole_runs import write_config
 
 from grpo import cli
 from grpo import config as configs
-from grpo.metrics.roofline import Shape, sizing
+from grpo.metrics.roofline import ModelShape, memory_table
 from grpo.tools.simulate import (
     DEVICES,
-    Layout,
-    Rates,
-    Work,
+    DeviceLayout,
+    DeviceRates,
+    Workload,
     best_split,
     decode_seconds,
-    lengths,
-    measured,
+    lognormal_lengths,
+    rates_of_run,
     simulate,
     table,
 )
@@ -60,7 +60,7 @@ class Dimensions(NamedTuple):
 def bfloat16_shape(model):
     num_embeddings = 1 if model.tied else 2
     embedding_weights = model.vocab_size * model.hidden_size
-    return Shape(
+    return ModelShape(
         num_weights=model.num_weights,
         body_weights=model.num_weights - embedding_weights * num_embeddings,
         num_layers=model.num_layers,
@@ -98,7 +98,7 @@ def sizing_rows():
     )
     rows = []
     for name, shape in QWEN.items():
-        table_without_header = sizing(config, shape, (1, 8, 16, 64))[2:]
+        table_without_header = memory_table(config, shape, (1, 8, 16, 64))[2:]
         rows += [f"| {name} {row}" for row in table_without_header]
     return rows
 
@@ -106,7 +106,7 @@ def sizing_rows():
 def test_the_tables_of_the_cluster_page_are_up_to_date():
     page = (ROOT / "docs" / "cluster.md").read_text()
     assert "\n".join(sizing_rows()) in page
-    work = Work(lengths=lengths(1024, 2000, 8192), prompt=200, checkpointing=True)
+    work = Workload(lengths=lognormal_lengths(1024, 2000, 8192), prompt=200, checkpointing=True)
     step_times = table(H100, QWEN_7B, work, (1, 8, 16, 32, 64, 256, 1024))
     assert "\n".join(step_times) in page
 
@@ -116,8 +116,8 @@ def test_a_simulated_step_is_within_a_third_of_a_published_one():
 
     Published times: rollout 0.752 s, update 1.27 s including the old logprobs.
     """
-    work = Work(lengths=lengths(64, 180, 256, 0.4), prompt=105, forwards=1)
-    step = simulate(H100, QWEN_1_5B, work, Layout(learners=1, engines=0))
+    work = Workload(lengths=lognormal_lengths(64, 180, 256, 0.4), prompt=105, forwards=1)
+    step = simulate(H100, QWEN_1_5B, work, DeviceLayout(learners=1, engines=0))
     assert step.rollout == pytest.approx(0.752, rel=1 / 3)
     assert step.update == pytest.approx(0.298 + 0.301 + 0.653, rel=1 / 3)
 
@@ -128,7 +128,7 @@ def test_simulated_decoding_steps_are_within_a_quarter_of_published_ones(sequenc
 
     The time is per position of the longest completion; 66% to 40% of the slots are occupied.
     """
-    work = Work(lengths=lengths(sequences, 180, 256, 0.4), prompt=105)
+    work = Workload(lengths=lognormal_lengths(sequences, 180, 256, 0.4), prompt=105)
     seconds = decode_seconds(H100, QWEN_1_5B, work.lengths, work)
     assert 1e3 * seconds / max(work.lengths) == pytest.approx(milliseconds, rel=0.25)
 
@@ -140,15 +140,15 @@ def test_simulated_weight_syncs_are_within_a_factor_of_two_of_published_ones(wei
     Source: recipes 4.3.
     """
     model = bfloat16_shape(Dimensions(5120, 94, 4, 151_936, int(weights), tied=False))
-    work = Work(lengths=(100,) * 64, prompt=100)
-    step = simulate(H100, model, work, Layout(learners=8, engines=8))
+    work = Workload(lengths=(100,) * 64, prompt=100)
+    step = simulate(H100, model, work, DeviceLayout(learners=8, engines=8))
     assert seconds / 2 < step.sync < 2 * seconds
 
 
 def test_decoding_time_equals_a_hand_calculation():
     # A sequence of 10 tokens takes 10 steps, and each step reads all weights. A step takes
     # 100 bytes / (10 bytes/s) = 10 s, because the decode share is 1.
-    model = Shape(
+    model = ModelShape(
         num_weights=50,
         body_weights=40,
         num_layers=1,
@@ -158,21 +158,21 @@ def test_decoding_time_equals_a_hand_calculation():
         kv_bytes_per_token=0,
         bytes_per_weight=2,
     )
-    rates = Rates(flops=1e9, bandwidth=10, network=1, decode=1.0, update=1.0)
-    work = Work(lengths=(10,), prompt=5)
+    rates = DeviceRates(flops=1e9, bandwidth=10, network=1, decode=1.0, update=1.0)
+    work = Workload(lengths=(10,), prompt=5)
     assert decode_seconds(rates, model, [10], work) == pytest.approx(100)
     # Two sequences are decoded at the same time and share the read. The third one (7 tokens) starts
     # when the first one ends, after 4 steps, and ends after 4 + 7 = 11 steps.
-    two_slots = Work(lengths=(4, 10, 7), prompt=5, concurrency=2)
+    two_slots = Workload(lengths=(4, 10, 7), prompt=5, concurrency=2)
     assert decode_seconds(rates, model, [4, 10, 7], two_slots) == pytest.approx(110)
 
 
 @given(st.integers(1, 8), st.floats(50, 2000), st.booleans())
 def test_twice_the_engines_never_sample_more_slowly(power, mean, asynchronous):
-    work = Work(lengths=lengths(512, mean, 4096), prompt=100)
+    work = Workload(lengths=lognormal_lengths(512, mean, 4096), prompt=100)
 
     def rollout_s(engines):
-        layout = Layout(learners=8, engines=engines, asynchronous=asynchronous)
+        layout = DeviceLayout(learners=8, engines=engines, asynchronous=asynchronous)
         return simulate(H100, QWEN_7B, work, layout).rollout
 
     assert rollout_s(2**power) <= rollout_s(2 ** (power - 1)) * 1.02
@@ -180,8 +180,8 @@ def test_twice_the_engines_never_sample_more_slowly(power, mean, asynchronous):
 
 @given(st.integers(1, 8), st.floats(50, 2000))
 def test_an_asynchronous_step_takes_the_longer_of_rollout_and_update(power, mean):
-    work = Work(lengths=lengths(512, mean, 4096), prompt=100)
-    layout = Layout(learners=8, engines=2**power, asynchronous=True)
+    work = Workload(lengths=lognormal_lengths(512, mean, 4096), prompt=100)
+    layout = DeviceLayout(learners=8, engines=2**power, asynchronous=True)
     step = simulate(H100, QWEN_7B, work, layout)
     assert step.seconds == pytest.approx(max(step.rollout, step.update) + step.sync)
     # The slower side waits only for the weight sync.
@@ -192,8 +192,8 @@ def test_for_long_completions_the_best_split_has_more_engines_than_learners():
     """AReaL 2505.24298: with three quarters of the devices as engines, a step is faster than with
     an even split.
     """
-    work = Work(lengths=lengths(4096, 8000, 32_000), prompt=150, checkpointing=True)
-    even = simulate(H100, QWEN_7B, work, Layout(learners=64, engines=64, asynchronous=True))
+    work = Workload(lengths=lognormal_lengths(4096, 8000, 32_000), prompt=150, checkpointing=True)
+    even = simulate(H100, QWEN_7B, work, DeviceLayout(learners=64, engines=64, asynchronous=True))
     best = best_split(H100, QWEN_7B, work, 128, asynchronous=True)
     assert best.engines > best.learners
     assert best.seconds < even.seconds
@@ -202,12 +202,12 @@ def test_for_long_completions_the_best_split_has_more_engines_than_learners():
 
 def test_one_very_long_completion_delays_a_synchronous_rollout_but_not_an_asynchronous_one():
     def rollout_s(completion_lengths, asynchronous):
-        work = Work(lengths=completion_lengths, prompt=100)
-        layout = Layout(learners=8, engines=8, asynchronous=asynchronous)
+        work = Workload(lengths=completion_lengths, prompt=100)
+        layout = DeviceLayout(learners=8, engines=8, asynchronous=asynchronous)
         return simulate(H100, QWEN_7B, work, layout).rollout
 
-    usual = lengths(512, 500, 1000)
-    with_straggler = (*lengths(511, 500, 1000), 30_000)
+    usual = lognormal_lengths(512, 500, 1000)
+    with_straggler = (*lognormal_lengths(511, 500, 1000), 30_000)
     assert rollout_s(with_straggler, False) > 5 * rollout_s(usual, False)
     assert rollout_s(with_straggler, True) < 1.2 * rollout_s(usual, True)
 
@@ -219,7 +219,7 @@ def test_measured_rates_are_the_shares_of_the_rooflines_that_a_run_reached():
         "bound/update_s": 2.0,
         "time/update_s": 5.0,
     }
-    rates = measured([row, row], {"machine/gflops": 200.0, "machine/gb_per_s": 20.0})
+    rates = rates_of_run([row, row], {"machine/gflops": 200.0, "machine/gb_per_s": 20.0})
     assert rates.flops == 200e9
     assert rates.bandwidth == 20e9
     assert rates.decode == 1.0 / 4.0
@@ -227,6 +227,6 @@ def test_measured_rates_are_the_shares_of_the_rooflines_that_a_run_reached():
 
 
 def test_the_table_has_a_row_for_each_number_of_gpus():
-    rows = table(H100, QWEN_1_5B, Work(lengths=lengths(64, 100, 256), prompt=50))
+    rows = table(H100, QWEN_1_5B, Workload(lengths=lognormal_lengths(64, 100, 256), prompt=50))
     num_header_rows = 2
     assert len(rows) == num_header_rows + 11

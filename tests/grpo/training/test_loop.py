@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from grpo.config.presets import PRESETS
 from grpo.experience.selection import has_training_signal, pass_rate
 from grpo.learning import models
-from grpo.learning.advantages import advantages, lengths, to_samples
+from grpo.learning.advantages import advantages, completion_lengths, to_samples
 from grpo.run.display import Timer
 from grpo.types import Problem, RunError, ScoredGroup, UserError, Verdict
 
@@ -92,7 +92,7 @@ def collect_groups(loop):
 
 def samples_of(groups):
     rewards = [scored.rewards for scored in groups]
-    return to_samples(groups, advantages(rewards, lengths(groups), "none"))
+    return to_samples(groups, advantages(rewards, completion_lengths(groups), "none"))
 
 
 @pytest.mark.parametrize("recipe", [*PRESETS, "everything", "lora"])

@@ -22,11 +22,11 @@ from grpo.losses.grpo import loss
 from grpo.training import weight_sync
 from grpo.training.weight_sync import (
     MAX_GAP_FLOAT32,
-    MAX_GAP_ROUNDED,
+    MAX_GAP_LOW_PRECISION,
     CheckSettings,
     WeightCheck,
     probe_prompts,
-    sync,
+    sync_weights,
 )
 from grpo.types import RunError, UserError
 
@@ -149,7 +149,7 @@ def test_canary_avoids_perturbations_that_amplify_rounding(tiny, tmp_path, monke
         settings = CheckSettings(
             temperature=1.0,
             num_tokens=16,
-            max_gap=MAX_GAP_ROUNDED,
+            max_gap=MAX_GAP_LOW_PRECISION,
             micro_batch_tokens=1024,
             rounds=True,
         )
@@ -198,7 +198,7 @@ def test_every_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
     try:
         learner, weight_check = put_together(engine, model_dir, tmp_path)
         assert weight_check.canary(version=0) < 1e-4
-        report = sync(engine, learner, version=1)
+        report = sync_weights(engine, learner, version=1)
         assert report.version == 1
         assert weight_check.probe().gap < 1e-4
         completion = sample_one(engine, PROMPTS[0], seed=1, options=SamplingOptions(max_tokens=4))
@@ -267,11 +267,11 @@ def test_faulty_sync_is_detected_before_the_first_rollout(
     learner, weight_check = put_together(faulty_engine, tiny(), tmp_path)
     # A sync without a fault removes the effects of the previous test.
     faulty_engine.set_fault("none")
-    sync(faulty_engine, learner, version=0)
+    sync_weights(faulty_engine, learner, version=0)
     faulty_engine.set_fault(fault)
     with pytest.raises(RunError, match=message):
         weight_check.canary(version=0)
-        sync(faulty_engine, learner, version=1)
+        sync_weights(faulty_engine, learner, version=1)
         weight_check.probe()
 
 

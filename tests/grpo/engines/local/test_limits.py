@@ -80,7 +80,7 @@ def test_incomplete_answer_of_a_frozen_child_times_out(start_stuck_engine):
 def test_close_returns_although_the_killed_child_does_not_end(
     start_stuck_engine, monkeypatch, caplog
 ):
-    monkeypatch.setattr(engine_module, "KILL_LIMIT_S", 0.5)
+    monkeypatch.setattr(engine_module, "KILL_TIMEOUT_S", 0.5)
     engine = start_stuck_engine("message")
     # Simulates a child that SIGKILL cannot end.
     monkeypatch.setattr(engine._child, "kill", lambda: None)

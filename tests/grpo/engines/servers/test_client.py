@@ -16,7 +16,7 @@ from grpo.engines import (
     IncompleteResponseError,
     MalformedResponseError,
     NoResponseError,
-    RefusedError,
+    RejectedRequestError,
     Request,
     SamplingOptions,
     ServerError,
@@ -209,7 +209,12 @@ def test_each_kind_of_unusable_response_has_its_error_class(
 
 @pytest.mark.parametrize(
     ("status", "error"),
-    [(400, RefusedError), (404, RefusedError), (500, ServerError), (503, EngineDeadError)],
+    [
+        (400, RejectedRequestError),
+        (404, RejectedRequestError),
+        (500, ServerError),
+        (503, EngineDeadError),
+    ],
 )
 def test_status_of_a_response_determines_the_error_class(scripted_server, status, error):
     # The text names other statuses. It must not influence the class.

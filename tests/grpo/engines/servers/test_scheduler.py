@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from grpo import config as configs
-from grpo.engines import EngineError, RefusedError, Request, SamplingOptions
+from grpo.engines import EngineError, RejectedRequestError, Request, SamplingOptions
 from grpo.engines.servers import availability
 from grpo.engines.servers.availability import UnwatchedServers, WatchedServers
 from grpo.engines.servers.scheduler import Scheduler
@@ -95,11 +95,11 @@ def test_request_fails_after_the_configured_number_of_retries_on_different_serve
 
 def test_rejected_request_is_not_retried_and_its_server_stays_up():
     async def reject(server, request, options, version):
-        raise RefusedError("s0", "/generate", 400, "the prompt is too long")
+        raise RejectedRequestError("s0", "/generate", 400, "the prompt is too long")
 
     async def sample():
         rank0 = make_rank0(0, 0, generate=reject)
-        with pytest.raises(RefusedError, match="too long"):
+        with pytest.raises(RejectedRequestError, match="too long"):
             await rank0.scheduler.sample(REQUEST, OPTIONS)
         for server in rank0.state.servers:
             assert server.up

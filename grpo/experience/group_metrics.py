@@ -14,7 +14,7 @@ from grpo.learning.advantages import has_signal
 from grpo.types import Completion, Sample, ScoredGroup
 
 
-def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
+def group_metrics(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
     """Returns the metrics of scored groups by name.
 
     For example `{"reward/mean": 0.25, "group/no_signal": 0.5, "completion/length": 31.0, ...}`.
