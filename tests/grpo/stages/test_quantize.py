@@ -145,21 +145,21 @@ def train_on_texts(model, config, batch):
     """Trains a model for 60 updates on the same batch and returns the learner."""
     learner = Learner(model, config, cross_entropy.loss)
     for _ in range(60):
-        learner.update(batch)
+        learner.update([batch])
     return learner
 
 
 def mean_loss(learner, batch):
-    """Returns the mean negative logprob of the completion tokens of the first micro-batch."""
-    scores = learner.score(batch)[0]
-    return -float(scores.logprobs[batch[0].token_mask].mean())
+    """Returns the mean negative logprob of the completion tokens of a batch."""
+    (scores,) = learner.score([batch])
+    return -float(scores.logprobs[batch.token_mask].mean())
 
 
 def test_final_training_with_rounding_reduces_the_loss_of_the_quantised_model(tiny, tmp_path):
     texts = []
     for sample in samples(count=30):
         texts.append(replace(sample, advantages=(1.0,) * len(sample.advantages)))
-    batch = batches(texts, 100_000)
+    (batch,) = batches(texts, 100_000)
 
     def config_with(lr):
         return tiny_config(
