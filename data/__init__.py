@@ -1,4 +1,5 @@
-"""Problem sets.
+"""Problem sets, one file per set.
 
-One file each, with `load(split, *, seed, path, **options) -> Sequence[Problem]`.
+A config names a set by its file: `data: {name: gsm8k}` uses gsm8k.py. Each file has a function
+`load(split, *, seed, path, **options) -> Sequence[Problem]`; `options` come from `data.options`.
 """

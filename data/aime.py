@@ -1,31 +1,33 @@
-"""AIME: 30 competition problems per year with an integer answer of 0 to 999.
+"""AIME: 30 competition problems per year with an integer answer from 0 to 999. Evaluation only.
 
-They are by the Mathematical Association of America. To judge by.
+Source: Mathematical Association of America.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.common.files import Hub, for_judging, rows
+from data.common.files import HubDataset, evaluation_problems, read_rows
 from grpo.types import Problem, UserError
 
-HUBS = {
-    2024: Hub("HuggingFaceH4/aime_2024", None, "train"),
-    2025: Hub("math-ai/aime25", None, "test"),
+HUB_DATASETS = {
+    2024: HubDataset("HuggingFaceH4/aime_2024", None, "train"),
+    2025: HubDataset("math-ai/aime25", None, "test"),
 }
 
 
 def load(split: str, *, seed: int, path: str | None = None, year: int = 2024) -> Sequence[Problem]:
-    """The problems of a year, 2024 or 2025.
+    """Returns the problems of one year.
 
-    `path`: aime24.jsonl or aime25.jsonl, or their folder; None: the hub.
+    Args:
+        split: Must be `test`.
+        seed: Unused.
+        path: aime24.jsonl or aime25.jsonl, or its folder. None: the hub.
+        year: 2024 or 2025.
     """
-    if year not in HUBS:
-        raise UserError(f"data.aime.year: got {year}; have {', '.join(map(str, HUBS))}")
-    return for_judging(
-        "aime",
-        split,
-        rows(path, stems=[f"aime{year % 100}", f"aime_{year}"], hub=HUBS[year]),
-        f"{year}/",
-    )
+    if year not in HUB_DATASETS:
+        years = ", ".join(str(available) for available in HUB_DATASETS)
+        raise UserError(f"data.aime.year: unknown year {year}. Available: {years}.")
+    stems = [f"aime{year % 100}", f"aime_{year}"]
+    rows = read_rows(path, stems=stems, hub=HUB_DATASETS[year])
+    return evaluation_problems("aime", split, rows, id_prefix=f"{year}/")

@@ -1,18 +1,25 @@
-"""AMC 12 of 2022 and 2023.
+"""AMC 12 of 2022 and 2023: 40 competition problems with a numeric answer. Evaluation only.
 
-40 competition problems with a number as answer (Mathematical Association of America). To judge by.
+Source: Mathematical Association of America.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.common.files import Hub, for_judging, rows
+from data.common.files import HubDataset, evaluation_problems, read_rows
 from grpo.types import Problem
+
+HUB_DATASET = HubDataset("math-ai/amc23", None, "test")
 
 
 def load(split: str, *, seed: int, path: str | None = None) -> Sequence[Problem]:
-    """The problems. `path`: amc23.jsonl or its folder; None: the hub."""
-    return for_judging(
-        "amc", split, rows(path, stems=["amc23", "amc"], hub=Hub("math-ai/amc23", None, "test"))
-    )
+    """Returns the problems.
+
+    Args:
+        split: Must be `test`.
+        seed: Unused.
+        path: amc23.jsonl or its folder. None: the hub.
+    """
+    rows = read_rows(path, stems=["amc23", "amc"], hub=HUB_DATASET)
+    return evaluation_problems("amc", split, rows)

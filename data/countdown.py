@@ -1,30 +1,23 @@
-"""Countdown: make a target from given numbers, each used exactly once, with + - * /.
+"""Countdown: reach a target from given numbers, each used exactly once, with + - * /.
 
-Solvable by construction.
+Every problem is solvable, because its target is the value of a random expression.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from random import Random
 from typing import NamedTuple
 
 from data.common.files import check_split
-from data.common.procedural import Procedural, check_range, draw
+from data.common.procedural import Drawn, GeneratedProblems, check_range, draw_for_split
 from grpo.types import Problem, UserError
 
 
-class Drawn(NamedTuple):
-    """`Drawn([3, 5, 7], 22, "3 * 5 + 7", "3*5=15 15+7=22")`."""
-
-    numbers: list[int]
-    target: int
-    expression: str
-    steps: str
-
-
-def load(
+# The keyword parameters are the options of the data set in a config.
+def load(  # noqa: PLR0913
     split: str,
     *,
     seed: int,
@@ -35,75 +28,141 @@ def load(
     max_target: int = 100,
     size: int = 100_000,
 ) -> Sequence[Problem]:
-    """Returns `size` problems in TinyZero's words.
+    """Returns problems with the wording of TinyZero.
 
-    A problem has min_numbers..max_numbers numbers in 1..max_number and a target in 1..max_target.
+    Problem i is a function of (seed, i) and the options. The same numbers and target belong to the
+    same split for every seed.
 
-    Problem i depends on (seed, i, options) alone. The same numbers and target are in train or in
-    test for every seed.
+    Args:
+        split: `train` or `test`.
+        seed: Seed of all random draws.
+        path: Must be None: the problems are generated.
+        min_numbers: Fewest numbers of a problem, at least 2.
+        max_numbers: Most numbers of a problem, at most 8.
+        max_number: Largest number; the smallest is 1.
+        max_target: Largest target; the smallest is 1.
+        size: Number of problems.
+
+    Raises:
+        UserError: An option is invalid.
     """
     check_split("countdown", split)
     if path is not None:
-        raise UserError("data.countdown: problems are drawn; leave data.path out")
-    check_range("countdown", "max_numbers", max_numbers, 2, 8)
-    check_range("countdown", "min_numbers", min_numbers, 2, max_numbers)
-    check_range("countdown", "max_number", max_number, 1, 10**6)
-    check_range("countdown", "max_target", max_target, 1, 10**9)
-    check_range("countdown", "size", size, 1, 10**9)
+        raise UserError("data.countdown: the problems are generated. Remove data.path.")
+    check_range("countdown.max_numbers", max_numbers, 2, 8)
+    check_range("countdown.min_numbers", min_numbers, 2, max_numbers)
+    check_range("countdown.max_number", max_number, 1, 10**6)
+    check_range("countdown.max_target", max_target, 1, 10**9)
+    check_range("countdown.size", size, 1, 10**9)
+    generator = _Generator(
+        split=split,
+        seed=seed,
+        min_numbers=min_numbers,
+        max_numbers=max_numbers,
+        max_number=max_number,
+        max_target=max_target,
+    )
+    return GeneratedProblems(size, generator.problem)
 
-    def one(random: Random) -> tuple[str, Drawn] | None:
-        drawn = _draw(
-            random,
-            [
-                random.randint(1, max_number)
-                for _ in range(random.randint(min_numbers, max_numbers))
-            ],
-        )
-        if drawn is None or not 1 <= drawn.target <= max_target:
-            return None
-        return f"{sorted(drawn.numbers)} {drawn.target}", drawn
 
-    def make(i: int) -> Problem:
-        numbers, target, expression, steps = draw(
-            one, "countdown", split, seed, i, min_numbers, max_numbers, max_number, max_target
+class _Puzzle(NamedTuple):
+    """Numbers and target, with a solution: `_Puzzle([3, 5, 7], 22, "3 * 5 + 7", "3*5=15 15+7=22")`.
+
+    `steps` are the intermediate results of the expression, one per operation.
+    """
+
+    numbers: list[int]
+    target: int
+    expression: str
+    steps: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Generator:
+    """Generates the problems of one split from the options of `load`."""
+
+    split: str
+    seed: int
+    min_numbers: int
+    max_numbers: int
+    max_number: int
+    max_target: int
+
+    def problem(self, index: int) -> Problem:
+        puzzle = draw_for_split(
+            self._draw_puzzle,
+            "countdown",
+            self.split,
+            self.seed,
+            index,
+            self.min_numbers,
+            self.max_numbers,
+            self.max_number,
+            self.max_target,
         )
         return Problem(
-            id=f"countdown/{split}/{i}",
-            question=f"Using the numbers {numbers}, create an equation that "
-            f"equals {target}. You can use basic arithmetic operations "
+            id=f"countdown/{self.split}/{index}",
+            question=f"Using the numbers {puzzle.numbers}, create an equation that "
+            f"equals {puzzle.target}. You can use basic arithmetic operations "
             "(+, -, *, /) and each number can only be used once.",
-            answer=expression,
+            answer=puzzle.expression,
             source="countdown",
-            solution=f"<think>{steps}</think><answer>{expression}</answer>",
-            meta={"numbers": numbers, "target": target},
+            solution=f"<think>{puzzle.steps}</think><answer>{puzzle.expression}</answer>",
+            meta={"numbers": puzzle.numbers, "target": puzzle.target},
         )
 
-    return Procedural(size, make)
+    def _draw_puzzle(self, random: Random) -> Drawn[_Puzzle] | None:
+        count = random.randint(self.min_numbers, self.max_numbers)
+        numbers = [random.randint(1, self.max_number) for _ in range(count)]
+        puzzle = _random_puzzle(random, numbers)
+        if puzzle is None or not 1 <= puzzle.target <= self.max_target:
+            return None
+        return Drawn(f"{sorted(puzzle.numbers)} {puzzle.target}", puzzle)
 
 
-def _draw(random: Random, numbers: list[int]) -> Drawn | None:
-    """A random expression over all the numbers; None if it divides by zero or is no integer."""
-    terms = [(Fraction(n), str(n)) for n in numbers]
+class _Term(NamedTuple):
+    value: Fraction
+    expression: str
+
+
+def _random_puzzle(random: Random, numbers: list[int]) -> _Puzzle | None:
+    """Combines two random terms until one is left.
+
+    Returns None if a divisor is zero or the result is not an integer.
+    """
+    terms = [_Term(Fraction(number), str(number)) for number in numbers]
     steps = []
     while len(terms) > 1:
-        (a, left), (b, right) = (
-            terms.pop(random.randrange(len(terms))),
-            terms.pop(random.randrange(len(terms))),
-        )
+        first = terms.pop(random.randrange(len(terms)))
+        second = terms.pop(random.randrange(len(terms)))
         operation = random.choice("+-*/")
-        if operation == "/" and b == 0:
+        if operation == "/" and second.value == 0:
             return None
-        value = {"+": a + b, "-": a - b, "*": a * b}[operation] if operation != "/" else a / b
-        steps.append(f"{_show(a)}{operation}{_show(b)}={value}")
-        terms.append((value, f"({left} {operation} {right})"))
-    value, expression = terms[0]
-    return (
-        Drawn(numbers, int(value), expression[1:-1], " ".join(steps))
-        if value.denominator == 1
-        else None
-    )
+        value = _apply(operation, first.value, second.value)
+        steps.append(f"{_format(first.value)}{operation}{_format(second.value)}={value}")
+        terms.append(_Term(value, f"({first.expression} {operation} {second.expression})"))
+    result = terms[0]
+    if result.value.denominator != 1:
+        return None
+    expression = result.expression[1:-1]  # without the outer brackets
+    return _Puzzle(numbers, int(result.value), expression, " ".join(steps))
 
 
-def _show(value: Fraction) -> str:
-    """`-3` and `2/3` in brackets, so that a step reads only one way."""
-    return str(value) if value >= 0 and value.denominator == 1 else f"({value})"
+def _apply(operation: str, first: Fraction, second: Fraction) -> Fraction:
+    if operation == "+":
+        return first + second
+    if operation == "-":
+        return first - second
+    if operation == "*":
+        return first * second
+    return first / second
+
+
+def _format(value: Fraction) -> str:
+    """Returns the value, in brackets if it is negative or a fraction: `5`, `(-3)`, `(2/3)`.
+
+    Without brackets, a step such as `(-3)-(2/3)=-11/3` would be ambiguous.
+    """
+    if value >= 0 and value.denominator == 1:
+        return str(value)
+    return f"({value})"

@@ -1,20 +1,30 @@
-"""A user's own JSONL, JSON or parquet file.
+"""A user's JSONL, JSON or parquet file.
 
-Fields problem | question | prompt, answer, and optionally id, solution, source.
+Fields: `problem`, `question` or `prompt`; `answer`; optionally `id`, `solution` and `source`. All
+other fields become `Problem.meta`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.common.files import check_split, rows, text, unique
+from data.common.files import (
+    Row,
+    check_split,
+    check_unique_ids,
+    find_field,
+    read_rows,
+    text_field,
+)
 from data.common.mixture import stable_hash
 from grpo.types import Problem, UserError
 
-QUESTION = ("problem", "question", "prompt")
+QUESTION_FIELDS = ("problem", "question", "prompt")
+OTHER_FIELDS = ("answer", "id", "solution", "source")
 
 
-def load(
+# The keyword parameters are the options of the data set in a config.
+def load(  # noqa: PLR0913
     split: str,
     *,
     seed: int,
@@ -23,53 +33,67 @@ def load(
     test_fraction: float = 0.1,
     answers: bool = True,
 ) -> Sequence[Problem]:
-    """The problems of a split.
+    """Returns the problems of a split, in file order.
 
-    Test is `test_path`, or without it the questions whose hash falls into `test_fraction` of
-    `path`.
+    With `test_path`, `path` is the train split and `test_path` is the test split. Otherwise a
+    question of `path` is in the test split if its hash falls into `test_fraction`. The hash depends
+    only on the question, so no question is in both splits.
 
-    `answers=False`: general prompts without gold answers, for rewards that need none (preference);
-    then nothing is held out. The hash reads the question alone, so no question is in both splits.
-    Fields beyond those named above go into `meta`.
+    Args:
+        split: `train` or `test`.
+        seed: Unused.
+        path: The file, or a folder with a file train.jsonl (or .json, .parquet).
+        test_path: File of the test split, or a folder with a file test.jsonl.
+        test_fraction: Share of the questions of `path` in the test split, in [0, 1).
+        answers: False: the rows are prompts without gold answers, for rewards that need none, such
+            as `preference`. All of them are in the train split.
+
+    Raises:
+        UserError: An option is invalid, a row is incomplete, or the split has no problems.
     """
     check_split("jsonl", split)
     if path is None:
-        raise UserError("data.path: none given; give a .jsonl, .json or .parquet file")
+        raise UserError("data.path: missing. Set it to a .jsonl, .json or .parquet file.")
     if not 0 <= test_fraction < 1:
-        raise UserError(f"data.jsonl.test_fraction: got {test_fraction}; give a share in [0, 1)")
-    own_test = test_path is not None
-    file = test_path if own_test and split == "test" else path
-    stems = [split] if own_test else ["train"]
-    problems = []
-    if not answers and own_test:
         raise UserError(
-            "data.jsonl.answers: false: prompts without answers have no test set to judge by"
+            f"data.jsonl.test_fraction: got {test_fraction}, expected a share in [0, 1)"
         )
-    for i, row in enumerate(rows(file, stems=stems, hub=None)):
-        question = text(row, *QUESTION)
-        held_out = answers and stable_hash(question) < test_fraction * 2**64
-        if own_test or held_out == (split == "test"):
-            name = next(name for name in QUESTION if name in row.fields)
-            meta = {
-                key: value
-                for key, value in row.fields.items()
-                if key not in (name, "answer", "id", "solution", "source")
-            }
-            own_id = text(row, "id") if row.fields.get("id") is not None else f"jsonl/{split}/{i}"
-            source, solution = str(row.fields.get("source") or "jsonl"), row.fields.get("solution")
-            answer = text(row, "answer") if answers else ""
-            problems.append(
-                Problem(
-                    id=own_id,
-                    question=question,
-                    answer=answer,
-                    source=source,
-                    solution=solution,
-                    meta=meta,
-                )
-            )
+    if test_path is not None and not answers:
+        raise UserError(
+            "data.jsonl: test_path cannot be used with answers=false, because problems without a "
+            "gold answer cannot be evaluated"
+        )
+    if test_path is None:
+        rows = read_rows(path, stems=["train"], hub=None)
+    else:
+        rows = read_rows(test_path if split == "test" else path, stems=[split], hub=None)
+    problems = []
+    for index, row in enumerate(rows):
+        question = text_field(row, *QUESTION_FIELDS)
+        is_held_out = answers and stable_hash(question) < test_fraction * 2**64
+        if test_path is not None or is_held_out == (split == "test"):
+            problems.append(_problem(row, f"jsonl/{split}/{index}", has_answer=answers))
     if not problems:
         raise UserError(
-            f"data.jsonl: {path} gives no {split} problems; give test_path or a larger file"
+            f"data.jsonl: {path} has no {split} problems. Set test_path, or use a larger file."
         )
-    return unique(problems)
+    check_unique_ids(problems)
+    return problems
+
+
+def _problem(row: Row, default_id: str, *, has_answer: bool) -> Problem:
+    question_field = find_field(row, QUESTION_FIELDS)
+    meta = {
+        field: value
+        for field, value in row.fields.items()
+        if field != question_field and field not in OTHER_FIELDS
+    }
+    has_id = row.fields.get("id") is not None
+    return Problem(
+        id=text_field(row, "id") if has_id else default_id,
+        question=text_field(row, question_field),
+        answer=text_field(row, "answer") if has_answer else "",
+        source=str(row.fields.get("source") or "jsonl"),
+        solution=row.fields.get("solution"),
+        meta=meta,
+    )

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
-from data.common.files import Hub, Row, check_split, rows, text, unique
+from data.common.files import (
+    HubDataset,
+    Row,
+    check_split,
+    check_unique_ids,
+    read_rows,
+    text_field,
+)
 from grpo.types import Problem, UserError
 
-HUBS = {
-    "train": Hub("DigitalLearningGmbH/MATH-lighteval", "default", "train"),
-    "test": Hub("HuggingFaceH4/MATH-500", None, "test"),
+HUB_DATASETS = {
+    "train": HubDataset("DigitalLearningGmbH/MATH-lighteval", "default", "train"),
+    "test": HubDataset("HuggingFaceH4/MATH-500", None, "test"),
 }
 STEMS = {"train": ["math_train"], "test": ["math500", "math_test"]}
 log = logging.getLogger(__name__)
@@ -23,63 +29,76 @@ log = logging.getLogger(__name__)
 def load(
     split: str, *, seed: int, path: str | None = None, levels: list[int] | None = None
 ) -> Sequence[Problem]:
-    """The problems of a split with one of `levels` (1 to 5; None: all).
+    """Returns the problems of a split, in file order.
 
-    `path`: math_train.jsonl, math500.jsonl or their folder.
+    Args:
+        split: `train` or `test`.
+        seed: Unused.
+        path: math_train.jsonl or math500.jsonl, or its folder. None: the hub.
+        levels: Difficulty levels to keep, each from 1 to 5. None: all.
     """
     check_split("math", split)
     if levels is not None and (not levels or not set(levels) <= {1, 2, 3, 4, 5}):
-        raise UserError(f"data.math.levels: got {levels}; give some of 1, 2, 3, 4, 5")
+        raise UserError(f"data.math.levels: got {levels}, expected a list of levels from 1 to 5")
     problems = []
-    without_answer = 0
-    for i, row in enumerate(rows(path, stems=STEMS[split], hub=HUBS[split])):
-        answer = (
-            text(row, "answer") if "answer" in row.fields else _last_boxed(text(row, "solution"))
-        )
+    num_without_answer = 0
+    for index, row in enumerate(read_rows(path, stems=STEMS[split], hub=HUB_DATASETS[split])):
+        answer = _answer(row)
         if not answer:  # two rows of the hub's train split have an empty box
-            without_answer += 1
+            num_without_answer += 1
             continue
-        meta = {
-            "level": _level(row),
-            "subject": row.fields.get("subject") or row.fields.get("type"),
-        }
-        if levels is None or meta["level"] in levels:
-            solution = row.fields.get("solution")
-            question = text(row, "problem")
-            problems.append(
-                Problem(
-                    id=f"math/{split}/{i}",
-                    question=question,
-                    answer=answer,
-                    source="math",
-                    solution=solution,
-                    meta=meta,
-                )
-            )
-    if without_answer:
-        log.warning("math %s: left out %d problems without a boxed answer", split, without_answer)
-    return unique(problems)
+        level = _level(row)
+        if levels is not None and level not in levels:
+            continue
+        problem = Problem(
+            id=f"math/{split}/{index}",
+            question=text_field(row, "problem"),
+            answer=answer,
+            source="math",
+            solution=row.fields.get("solution"),
+            meta={
+                "level": level,
+                "subject": row.fields.get("subject") or row.fields.get("type"),
+            },
+        )
+        problems.append(problem)
+    if num_without_answer > 0:
+        log.warning(
+            "math %s: skipped %d problems without a boxed answer", split, num_without_answer
+        )
+    check_unique_ids(problems)
+    return problems
+
+
+def _answer(row: Row) -> str:
+    if "answer" in row.fields:
+        return text_field(row, "answer")
+    return _last_boxed(text_field(row, "solution"))
 
 
 def _level(row: Row) -> int | None:
-    """5 for `5` and for "Level 5"; None for "Level ?"."""
-    value: Any = row.fields.get("level")
-    digits = str(value).removeprefix("Level ").strip()
+    """Returns 5 for `5` and for `"Level 5"`, and None for `"Level ?"`."""
+    digits = str(row.fields.get("level")).removeprefix("Level ").strip()
     return int(digits) if digits.isdecimal() else None
 
 
 def _last_boxed(solution: str) -> str:
+    r"""Returns the content of the last `\boxed{...}` or `\fbox{...}`, or "" if there is none.
+
+    `\boxed 5`, without braces, counts only in a solution that has no box with braces.
+    """
     start = max(solution.rfind(r"\boxed{"), solution.rfind(r"\fbox{"))
-    if start < 0:  # `\boxed 5`, without braces
-        return (
-            solution.rpartition(r"\boxed ")[2].split("$")[0].strip()
-            if r"\boxed " in solution
-            else ""
-        )
+    if start < 0:
+        if r"\boxed " not in solution:
+            return ""
+        return solution.rpartition(r"\boxed ")[2].split("$")[0].strip()
     start = solution.index("{", start) + 1
     depth = 1
     for end in range(start, len(solution)):
-        depth += {"{": 1, "}": -1}.get(solution[end], 0)
+        if solution[end] == "{":
+            depth += 1
+        elif solution[end] == "}":
+            depth -= 1
         if depth == 0:
             return solution[start:end].strip()
     return ""

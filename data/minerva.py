@@ -1,20 +1,25 @@
-"""Minerva: 272 undergraduate problems of MIT OpenCourseWare in science and mathematics.
+"""Minerva: 272 undergraduate science and mathematics problems of MIT OpenCourseWare.
 
-Source: Lewkowycz et al. 2206.14858. To judge by.
+Evaluation only. Source: Lewkowycz et al. 2206.14858.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.common.files import Hub, for_judging, rows
+from data.common.files import HubDataset, evaluation_problems, read_rows
 from grpo.types import Problem
+
+HUB_DATASET = HubDataset("math-ai/minervamath", None, "test")
 
 
 def load(split: str, *, seed: int, path: str | None = None) -> Sequence[Problem]:
-    """The problems. `path`: minerva.jsonl or its folder; None: the hub."""
-    return for_judging(
-        "minerva",
-        split,
-        rows(path, stems=["minerva", "minerva_math"], hub=Hub("math-ai/minervamath", None, "test")),
-    )
+    """Returns the problems.
+
+    Args:
+        split: Must be `test`.
+        seed: Unused.
+        path: minerva.jsonl or its folder. None: the hub.
+    """
+    rows = read_rows(path, stems=["minerva", "minerva_math"], hub=HUB_DATASET)
+    return evaluation_problems("minerva", split, rows)

@@ -1,24 +1,25 @@
-"""OlympiadBench.
+"""OlympiadBench: 675 open-ended olympiad problems in English, text only. Evaluation only.
 
-675 olympiad problems in English, text only, open-ended (He et al. 2402.14008). To judge by.
+Source: He et al. 2402.14008.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.common.files import Hub, for_judging, rows
+from data.common.files import HubDataset, evaluation_problems, read_rows
 from grpo.types import Problem
+
+HUB_DATASET = HubDataset("math-ai/olympiadbench", None, "test")
 
 
 def load(split: str, *, seed: int, path: str | None = None) -> Sequence[Problem]:
-    """The problems. `path`: olympiad.jsonl or its folder; None: the hub."""
-    return for_judging(
-        "olympiadbench",
-        split,
-        rows(
-            path,
-            stems=["olympiad", "olympiadbench"],
-            hub=Hub("math-ai/olympiadbench", None, "test"),
-        ),
-    )
+    """Returns the problems.
+
+    Args:
+        split: Must be `test`.
+        seed: Unused.
+        path: olympiad.jsonl or its folder. None: the hub.
+    """
+    rows = read_rows(path, stems=["olympiad", "olympiadbench"], hub=HUB_DATASET)
+    return evaluation_problems("olympiadbench", split, rows)

@@ -1,27 +1,31 @@
-"""Traces: worked solutions with their thoughts.
+"""Traces: solutions with the thoughts that lead to them.
 
-`grpo collect` writes them, and published sets of reasoning traces hold them.
+`grpo collect` writes them, and reasoning data sets publish them. A row has one of these forms:
 
-Read from a file or a folder with traces.jsonl: fields question | problem and solution (ours);
-messages or conversations; prompt and completion | response (text or messages); the thoughts in
-their own field, or marked by R1's or Sky-T1's tags.
+- a question and a solution: `question` or `problem`, and `solution` (the form of `grpo collect`)
+- a conversation: `messages` or `conversations`
+- `prompt`, and `completion` or `response`, as text or as messages
+
+The thoughts are in the solution, between <think> tags or the tags of Sky-T1, or in their own field.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from data.common.files import Hub, Row, check_split, rows, unique
+from data.common.files import HubDataset, Row, check_split, check_unique_ids, read_rows
 from grpo.types import Problem, UserError
 
-QUESTION, ANSWER = (
-    ("question", "problem", "prompt", "instruction"),
-    ("solution", "trace", "completion", "response", "output", "content"),
-)
-THOUGHTS = ("thinking", "reasoning_content", "reasoning", "think", "thought")
-MARKS = {
+QUESTION_FIELDS = ("question", "problem", "prompt", "instruction")
+SOLUTION_FIELDS = ("solution", "trace", "completion", "response", "output", "content")
+CONVERSATION_FIELDS = ("messages", "conversations")
+THOUGHTS_FIELDS = ("thinking", "reasoning_content", "reasoning", "think", "thought")
+USER_ROLES = ("user", "human")
+ASSISTANT_ROLES = ("assistant", "gpt")
+# Sky-T1's tags and their replacements.
+TAG_REPLACEMENTS = {
     r"<\|begin_of_thought\|>": "<think>",
     r"<\|end_of_thought\|>": "</think>",
     r"<\|(?:begin|end)_of_solution\|>": "",
@@ -36,92 +40,120 @@ def load(
     hub: str | None = None,
     subset: str | None = None,
 ) -> Sequence[Problem]:
-    """The traces as problems whose solution holds `<think>...</think>` and what follows.
+    """Returns the traces as problems. Each solution is `<think>...</think>` and the text after it.
 
-    Raises UserError naming a row without either.
+    Args:
+        split: `train` or `test`; both return all traces.
+        seed: Unused.
+        path: A file, or a folder with traces.jsonl, such as the run directory of `grpo collect`.
+        hub: A data set on the hub, used if `path` is None. Its train split is read. Example:
+            `options: {hub: open-r1/OpenR1-Math-220k, subset: default}`.
+        subset: The configuration of the data set on the hub.
 
-    Without `path`, those of the hub's data set `hub`, its train split: `options: {hub:
-    open-r1/OpenR1-Math-220k, subset: default}`.
+    Raises:
+        UserError: A row has no question, no solution or no thoughts.
     """
     check_split("traces", split)
     if path is None and hub is None:
         raise UserError(
-            "data.traces: no data.path; give traces.jsonl, the run directory of `grpo collect`, "
-            "or options: {hub: OWNER/NAME}"
+            "data.traces: no data.path. Set it to a traces.jsonl or to the run directory of `grpo "
+            "collect`, or set options: {hub: OWNER/NAME}."
         )
+    hub_dataset = HubDataset(hub, subset, "train") if hub else None
     problems = []
-    for number, row in enumerate(
-        rows(path, stems=["traces"], hub=Hub(hub, subset, "train") if hub else None)
-    ):
-        question, solution = _pair(row)
-        own_id = row.fields.get("id")
-        problems.append(
-            Problem(
-                id=str(own_id) if own_id is not None else f"traces/{number}",
-                question=question,
-                solution=solution,
-                answer=str(row.fields.get("answer") or ""),
-                source=str(row.fields.get("source") or "traces"),
-            )
+    for index, row in enumerate(read_rows(path, stems=["traces"], hub=hub_dataset)):
+        trace = _read_trace(row)
+        row_id = row.fields.get("id")
+        problem = Problem(
+            id=str(row_id) if row_id is not None else f"traces/{index}",
+            question=trace.question,
+            solution=trace.solution,
+            answer=str(row.fields.get("answer") or ""),
+            source=str(row.fields.get("source") or "traces"),
         )
-    return unique(problems)
+        problems.append(problem)
+    check_unique_ids(problems)
+    return problems
 
 
-def _pair(row: Row) -> tuple[str, str]:
-    """Returns question and solution of a row in any of the forms."""
-    fields = row.fields
-    turns = next((fields[key] for key in ("messages", "conversations") if fields.get(key)), None)
-    if turns is not None:
-        asked, answered = (
-            _of_role(row, turns, ("user", "human")),
-            _of_role(row, turns, ("assistant", "gpt")),
-        )
-        thoughts = next(
-            (
-                turn.get(key)
-                for turn in turns
-                if isinstance(turn, dict)
-                for key in THOUGHTS
-                if turn.get(key)
-            ),
-            None,
-        )
+class _Trace(NamedTuple):
+    question: str
+    solution: str
+
+
+def _read_trace(row: Row) -> _Trace:
+    messages = _first_value(row.fields, CONVERSATION_FIELDS)
+    if messages is not None:
+        question = _message_of(row, messages, USER_ROLES)
+        solution = _message_of(row, messages, ASSISTANT_ROLES)
+        thoughts = _thoughts_of_messages(messages)
     else:
-        asked, answered = (
-            _field(row, QUESTION, ("user", "human")),
-            _field(row, ANSWER, ("assistant", "gpt")),
-        )
-        thoughts = next((fields[key] for key in THOUGHTS if fields.get(key)), None)
-    for mark, tag in MARKS.items():
-        answered = re.sub(mark, tag, answered)
-    if "<think>" not in answered and "</think>" in answered:
-        answered = "<think>" + answered  # the prompt held the first tag
-    if "<think>" not in answered and isinstance(thoughts, str):
-        answered = f"<think>\n{thoughts.strip()}\n</think>\n{answered}"
-    if "</think>" not in answered.partition("<think>")[2]:
+        question = _text_of(row, QUESTION_FIELDS, USER_ROLES)
+        solution = _text_of(row, SOLUTION_FIELDS, ASSISTANT_ROLES)
+        thoughts = _first_value(row.fields, THOUGHTS_FIELDS)
+    solution = _with_think_tags(solution, thoughts)
+    if "</think>" not in solution.partition("<think>")[2]:
         raise UserError(
-            f"{row.place}: no thoughts: expected <think>...</think> in the solution, or one of "
-            f"{', '.join(THOUGHTS)}"
+            f"{row.location}: no thoughts, expected <think>...</think> in the solution or one of "
+            f"the fields {', '.join(THOUGHTS_FIELDS)}"
         )
-    return asked.strip(), answered.strip()
+    return _Trace(question.strip(), solution.strip())
 
 
-def _field(row: Row, names: Sequence[str], roles: tuple[str, ...]) -> str:
-    value = next((row.fields[name] for name in names if row.fields.get(name)), None)
+def _first_value(fields: dict[str, Any], names: Sequence[str]) -> Any:
+    """Returns the value of the first field out of `names` that is not empty, None if all are."""
+    for name in names:
+        if fields.get(name):
+            return fields[name]
+    return None
+
+
+def _thoughts_of_messages(messages: Any) -> Any:
+    for message in messages:
+        if isinstance(message, dict):
+            thoughts = _first_value(message, THOUGHTS_FIELDS)
+            if thoughts is not None:
+                return thoughts
+    return None
+
+
+def _with_think_tags(solution: str, thoughts: Any) -> str:
+    """Returns the solution with its thoughts between <think> tags, if it has thoughts.
+
+    Args:
+        solution: The text of the assistant.
+        thoughts: The value of a separate field of thoughts, None without one.
+    """
+    for pattern, tag in TAG_REPLACEMENTS.items():
+        solution = re.sub(pattern, tag, solution)
+    if "<think>" in solution:
+        return solution
+    if "</think>" in solution:  # the opening tag was the end of the prompt
+        return "<think>" + solution
+    if isinstance(thoughts, str):
+        return f"<think>\n{thoughts.strip()}\n</think>\n{solution}"
+    return solution
+
+
+def _text_of(row: Row, names: Sequence[str], roles: tuple[str, ...]) -> str:
+    value = _first_value(row.fields, names)
     if isinstance(value, list):
-        return _of_role(row, value, roles)
+        return _message_of(row, value, roles)
     if not isinstance(value, str):
-        raise UserError(f"{row.place}: no {' or '.join(names)}; have {', '.join(row.fields)}")
+        raise UserError(
+            f"{row.location}: no {' or '.join(names)}. The row has the fields "
+            f"{', '.join(row.fields)}."
+        )
     return value
 
 
-def _of_role(row: Row, turns: Any, roles: tuple[str, ...]) -> str:
-    """Returns the first message of a role. A longer conversation is not a trace of one problem."""
-    found = [
-        turn.get("content", turn.get("value"))
-        for turn in turns
-        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in roles
+def _message_of(row: Row, messages: Any, roles: tuple[str, ...]) -> str:
+    """Returns the only message of a role. A longer conversation is not a trace of one problem."""
+    contents = [
+        message.get("content", message.get("value"))
+        for message in messages
+        if isinstance(message, dict) and message.get("role", message.get("from")) in roles
     ]
-    if len(found) != 1 or not isinstance(found[0], str):
-        raise UserError(f"{row.place}: expected one message of {roles[0]}, got {len(found)}")
-    return found[0]
+    if len(contents) != 1 or not isinstance(contents[0], str):
+        raise UserError(f"{row.location}: expected one message of {roles[0]}, got {len(contents)}")
+    return contents[0]

@@ -1,6 +1,6 @@
-"""grpo: reinforcement learning of reasoning with GRPO, on vLLM and DeepSpeed.
+"""grpo: reinforcement learning of reasoning models with GRPO, on vLLM and DeepSpeed.
 
-It runs on anything from a laptop's CPU to a cluster.
+The program runs on a laptop's CPU, on one GPU and on a cluster.
 """
 
 __version__ = "0.1.0"

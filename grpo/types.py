@@ -1,8 +1,24 @@
-"""The values that flow through the program. Standard library only.
+"""The values that flow through the program, and the base classes of its errors.
 
-Experience:  Problem -> Group of Completions -> ScoredGroup        Learning:  Sample -> Batch
-Every value is frozen: a step never changes what it was given, it returns the next type.
-Axes in names and comments: P problems, G group, B sequences, T positions, L ragged length.
+The values form two chains:
+
+    experience   Problem -> Group (of Completions) -> ScoredGroup
+    learning     ScoredGroup -> Sample -> Batch
+
+All values are frozen: a step of the program reads its input and returns a new value.
+
+A checkpoint stores scored groups as JSON, with their problems and completions. The field names of
+these classes are its keys, so a renamed field breaks the resume of earlier runs.
+
+Shapes and the suffixes of names (`rewards_PG`) use these letters:
+
+    P   problems
+    G   completions per group
+    B   sequences of a micro-batch
+    T   positions of a padded sequence
+    L   tokens of one sequence; differs between sequences
+
+At run time this module imports the standard library only.
 """
 
 from __future__ import annotations
@@ -15,10 +31,12 @@ if TYPE_CHECKING:
 
 
 class GrpoError(Exception):
-    """An error of ours, which ranks can send to each other.
+    """Base class of the errors that grpo raises. Instances can be pickled and sent between ranks.
 
-    `known_to_all_ranks`: every rank raises it, so all can still do something together, such as
-    write a checkpoint. `failed_rank`: the rank that it began on; None if it was not sent.
+    Attributes:
+        known_to_all_ranks: True if all ranks raise an error at the same point. They can then still
+            run collectives, for example to write a checkpoint.
+        failed_rank: the rank on which the error occurred; None if the ranks have not exchanged it.
     """
 
     known_to_all_ranks: bool = False
@@ -26,30 +44,30 @@ class GrpoError(Exception):
 
 
 class UserError(GrpoError, ValueError):
-    """A mistake the user can mend (config, data, paths).
+    """An error in the config, the data or a path, which the user can fix.
 
-    The CLI prints it in one line and exits with 2.
+    The CLI prints the message in one line and exits with code 2.
     """
 
 
 class Unreachable(UserError):
-    """A model or a data set that is not here and cannot be fetched.
+    """A model or a data set is not on this machine and cannot be downloaded.
 
-    `--dry-run` goes on without it.
+    `--dry-run` prints the message and continues without the model or the data set.
     """
 
 
 class RunError(GrpoError, RuntimeError):
-    """A run that cannot go on (lost engine, failed probe, full disk).
+    """An error that ends a run, such as a lost engine, a failed probe or a full disk.
 
-    The CLI prints it in one line and exits with 1.
+    The CLI prints the message in one line and exits with code 1.
     """
 
 
 class Exhausted(RunError):
-    """A run that has nothing left to learn from.
+    """Training stops because no training signal is left or because of an alarm.
 
-    The state after its last whole rollout is good and is saved.
+    The state after the last complete rollout is valid and is saved.
     """
 
 
@@ -57,15 +75,31 @@ class Exhausted(RunError):
 class Problem:
     """One problem with a checkable answer.
 
-    `Problem(id="gsm8k/train/7", question="2+2?", answer="4", source="gsm8k")`.
+    Example:
+        A problem of the Countdown game::
+
+            Problem(
+                id="countdown/train/7",
+                question="Use 3, 5 and 7 once each to make 22.",
+                answer="3 * 5 + 7",
+                source="countdown",
+                meta={"numbers": [3, 5, 7], "target": 22},
+            )
+
+    Attributes:
+        id: unique within the data of a run. Seeds and samples are keyed by it.
+        question: the text of the problem, which becomes part of the prompt.
+        answer: the correct answer, which a reward compares with the completion.
+        source: the name of the data set.
+        solution: a worked solution, the target text of supervised training; None without one.
+        meta: other fields of the data set, which rewards and filters read by name.
     """
 
     id: str
     question: str
     answer: str
     source: str
-    solution: str | None = None  # worked solution, for SFT
-    # e.g. countdown: {"numbers": [3, 5, 7], "target": 22}
+    solution: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,13 +107,30 @@ class Problem:
 class Completion:
     """One sampled completion of L tokens.
 
-    `token_ids=(52, 9, 1), logprobs=(-0.1, -2.3, 0.0), text="<think>..."`.
+    An OpenAI-compatible endpoint reports neither token ids nor logprobs. Its completions have
+    `token_ids` of L zeros and empty `logprobs`.
 
-    `token_ids` include the EOS token when one was sampled. `logprobs` are the sampler's, after
-    temperature.
-    `text` is what rewards judge: the sampled text without its EOS token, with a `<think>` that the
-    prompt prefilled put back in front.
-    `versions` are spans `(weight version, start, end)`; one span when on-policy.
+    Example:
+        Three tokens, of which weight version 4 sampled two and version 5 sampled one::
+
+            Completion(
+                token_ids=(52, 9, 1),
+                logprobs=(-0.1, -2.3, -0.7),
+                text="<think>...",
+                finish_reason="stop",
+                versions=((4, 0, 2), (5, 2, 3)),
+            )
+
+    Attributes:
+        token_ids: `[L]`, the sampled tokens, including the EOS token if one was sampled.
+        logprobs: `[L]`, the natural logarithm of the probability with which the engine sampled
+            each token, after temperature.
+        text: the text that rewards score: the decoded tokens without the EOS token. If the prompt
+            ends in a prefilled `<think>`, the text begins with it.
+        finish_reason: "stop" after a stop token or a stop string, "length" at the token limit.
+        versions: spans `(weight version, start, end)`: the weights of that version sampled
+            `token_ids[start:end]`. The spans cover all tokens. There is one span unless the engine
+            received new weights during the completion.
     """
 
     token_ids: tuple[int, ...]
@@ -91,7 +142,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The G completions of one prompt."""
+    """The completions of one prompt.
+
+    Attributes:
+        problem: the problem in the prompt.
+        prompt_ids: `[prompt length]`, the tokens of the prompt.
+        completions: `[G]`, in the order of their seeds.
+    """
 
     problem: Problem
     prompt_ids: tuple[int, ...]
@@ -100,9 +157,15 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """A judgement of one completion.
+    """The result of verifying a completion's final answer.
 
-    `undecided` means a failure of ours (a gold answer we cannot read), never the completion's.
+    Example:
+        `Verdict(value="wrong", reason="no final answer")`
+
+    Attributes:
+        value: "correct" or "wrong". "undecided" if the verification itself failed, for example
+            because the problem's answer cannot be parsed; the completion then gets no reward.
+        reason: a short explanation, empty if there is none.
     """
 
     value: Literal["correct", "wrong", "undecided"]
@@ -111,9 +174,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A reward and, in a few fixed words, what kept it low: `Score(value=0.0, reason="no answer")`.
+    """The value of a reward function, and the reason if the value is low.
 
-    Each reason becomes a metric.
+    Example:
+        `Score(value=0.0, reason="no answer")`
+
+    Attributes:
+        value: the reward, before its weight.
+        reason: why the value is low, empty if it is not. Each distinct reason becomes a metric
+            (`format/no_answer`), so a reward function must use a small fixed set of reasons.
     """
 
     value: float
@@ -122,12 +191,30 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A group with its rewards [G].
+    """A group with its rewards.
 
-    `None` marks a completion without a reward, which is left out of the baseline and the update.
+    Example:
+        Two completions, of which the first is correct and the second has no answer::
 
-    `parts` [G] hold each reward function's value, before weights: `{"accuracy": 1.0, "format":
-    0.0}`; `faults` [G] the reasons of its scores: `{"format": "no answer"}`.
+            ScoredGroup(
+                group=group,
+                rewards=(1.1, 0.0),
+                parts=({"accuracy": 1.0, "format": 1.0}, {"accuracy": 0.0, "format": 0.0}),
+                verdicts=(
+                    Verdict(value="correct"),
+                    Verdict(value="wrong", reason="no final answer"),
+                ),
+                faults=({}, {"format": "no answer"}),
+            )
+
+    Attributes:
+        group: the prompt and its completions.
+        rewards: `[G]`, the weighted sum of `parts`. None marks a completion without a reward: it
+            is excluded from the group's baseline and from the update.
+        parts: `[G]`, the value of each reward function by name, before its weight. None if the
+            function does not apply to the problem.
+        verdicts: `[G]`, the first verdict that a reward function returned; None without one.
+        faults: `[G]`, the reasons of the scores, by reward function.
     """
 
     group: Group
@@ -139,11 +226,31 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One trainable sequence [L]: prompt then completion. `prompt_length` tokens carry no loss.
+    """One training sequence of L tokens: a prompt and its completion.
 
-    `advantages` [completion length]; `sampler_logprobs` and `versions` (of the weights that sampled
-    a token) [completion length] or None when there was no sampler. `group`: which of the update's
-    groups it belongs to.
+    Example:
+        A prompt of two tokens and a completion of three::
+
+            Sample(
+                token_ids=(5, 6, 7, 8, 1),
+                prompt_length=2,
+                advantages=(0.7, 0.7, 0.7),
+                sampler_logprobs=(-0.1, -2.3, -0.7),
+                versions=(4, 4, 4),
+                group=0,
+                reward=1.0,
+            )
+
+    Attributes:
+        token_ids: `[L]`, the prompt's tokens, then the completion's.
+        prompt_length: the number of prompt tokens, which carry no loss.
+        advantages: `[completion length]`, one per completion token.
+        sampler_logprobs: `[completion length]`, the engine's `Completion.logprobs`; None if no
+            engine sampled the tokens (supervised training).
+        versions: `[completion length]`, the version of the weights that sampled each token; None
+            if no engine sampled the tokens.
+        group: the index of the sample's group within the update.
+        reward: the completion's reward; 0 in supervised training.
     """
 
     token_ids: tuple[int, ...]
@@ -156,20 +263,53 @@ class Sample:
 
     @property
     def completion_length(self) -> int:
-        """Tokens of the completion: all that follow the prompt."""
+        """The number of completion tokens."""
         return len(self.token_ids) - self.prompt_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One padded micro-batch [B, T]; position t predicts `labels[:, t]`, shifted left once, here.
+    """One micro-batch of B sequences, padded on the right to T positions.
 
-    With prompt (5, 6), completion (7, 8) and padding 0 to T = 5:
-        input_ids      5  6  7  8  0
-        labels         6  7  8  0  0
-        token_weights  0  w  w  0  0
-    The reduction is in the weights: 0 on prompt, padding and dropped completions. `index` [B] tells
-    which of the update's samples each row is; `sequences` [B] are its tokens without padding.
+    Position t predicts the token `labels[:, t]`: the labels are the input shifted left by one
+    position. The tensors from `token_mask` on are aligned with the labels: position t holds the
+    values of the token that it predicts.
+
+    Example:
+        The prompt (5, 6) and the completion (7, 8), padded with 0 to T = 5::
+
+            input_ids         5  6  7  8  0
+            attention_mask    1  1  1  1  0
+            labels            6  7  8  0  0
+            token_mask        F  T  T  F  F
+            token_weights     0  w  w  0  0
+
+    Attributes:
+        index: `[B]`, the index of each row's sample in the list that was split into micro-batches.
+        sequences: `[B]`, the tokens of each row without padding.
+        prompt_lengths: `[B]`, the number of prompt tokens of each row.
+        input_ids: `[B, T]`, int64.
+        attention_mask: `[B, T]`, int64: 1 on tokens, 0 on padding.
+        labels: `[B, T]`, int64.
+        token_mask: `[B, T]`, bool: True where the predicted token belongs to the completion.
+        token_weights: `[B, T]`, float32: the reduction of the loss, which is the sum of
+            `token_weights * per_token_loss`. 0 on the prompt and on padding.
+        advantages: `[B, T]`, float32.
+        sampler_logprobs: `[B, T]`, float32, of the engine; 0 if no engine sampled the token.
+        versions: `[B, T]`, int64: the version of the weights that sampled the token; -1 if no
+            engine sampled the token.
+        teacher_top: `(token ids, logprobs)` of the teacher's k most likely tokens, each `[N, k]`
+            for the N completion tokens of the batch, row by row. None if there is no teacher or
+            if the learner computes its logprobs.
+        idle: True for a filler whose token weights are 0. A rank without further samples needs it
+            to take part in the collectives of the other ranks.
+        most: the largest number of completion tokens on any rank for this micro-batch. All ranks
+            run the output head in the same number of chunks, because ZeRO-3 gathers its weights
+            for each chunk.
+        old_logprobs: `[B, T]`, the denominator of the policy ratio: logprobs of the policy before
+            the rollout's first update, or those of the sampler. None if they equal the policy's
+            current logprobs, so that every ratio is 1.
+        ref_logprobs: `[B, T]`, of the reference model. None if the loss has no KL term.
     """
 
     index: tuple[int, ...]
@@ -178,17 +318,13 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    token_mask: Tensor  # bool: positions that predict a completion token
+    token_mask: Tensor
     token_weights: Tensor
     advantages: Tensor
     sampler_logprobs: Tensor
-    versions: Tensor  # of the weights that sampled a token; -1 where nothing did
-    # token ids and logprobs [N, k] of the teacher, for the N completion tokens in order
+    versions: Tensor
     teacher_top: tuple[Tensor, Tensor] | None = None
-    # a rank that has nothing to do in an exchange does this one's work, of weight 0
     idle: bool = False
-    # the most completion tokens that a rank has at this time: all run the head as often (ZeRO-3
-    # makes it whole each time)
     most: int = 1
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None

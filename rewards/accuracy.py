@@ -1,69 +1,75 @@
-"""Accuracy reward: is the final answer equal in value and kind to the gold answer?
+"""Accuracy reward: is the final answer equal to the gold answer, in value and kind?
 
-Where it stands: verifier/parse.py; equality: verifier/equal.py.
+The rules: verifier/parse.py extracts the answer, verifier/equal.py compares it.
 """
 
 from __future__ import annotations
 
 from grpo.types import Completion, Problem, Verdict
-from rewards.verifier.equal import equal
+from rewards.verifier.equal import compare_answers
 from rewards.verifier.latex import normalise
 from rewards.verifier.parse import TAGS, final_answer
 
-# in a worker of the pool; deterministic bounds come first, so that no answer should ever take as
-# long
+# Time limit of one call in a worker of the pool. It is a second line of defence: the verifier
+# bounds the size of an answer, so that no answer should take this long.
 TIMEOUT_S = 5.0
-MAX_BARE = 1000  # characters of an answer without tags or box
+MAX_BARE_CHARS = 1000  # length of a bare answer, without tags and box
 
 
 def reward(completion: Completion, problem: Problem) -> Verdict | None:
-    """The verdict on the completion's final answer; wrong when there is none.
+    """Returns the verdict on the completion's final answer, None if there is no gold answer.
 
-    None for a prompt that has no gold answer.
+    A completion without a final answer is wrong.
 
     Source: DeepSeek-R1 2501.12948 section 2.2.2.
     """
     if not problem.answer:
         return None
-    answer = final_answer(completion.text)
-    return (
-        Verdict(value="wrong", reason="no final answer")
-        if answer is None
-        else equal(answer, problem.answer)
-    )
+    return _verdict(final_answer(completion.text), problem.answer)
 
 
 def verify(prediction: str, gold: str) -> Verdict:
-    """The verdict on a whole completion, or on a bare answer: `verify("1/2", "0.5")` is correct.
+    """Returns the verdict on a completion or on a bare answer.
 
-    Never raises, never evaluates the text.
+    The text is never evaluated as code, and no exception is raised.
+
+    Args:
+        prediction: A completion, or an answer without tags and box of up to MAX_BARE_CHARS.
+        gold: The gold answer.
+
+    Example: `verify("1/2", "0.5")` is correct.
     """
-    answer = _answer(prediction)
-    return (
-        Verdict(value="wrong", reason="no final answer") if answer is None else equal(answer, gold)
-    )
+    return _verdict(_answer_of(prediction), gold)
+
+
+def _verdict(answer: str | None, gold: str) -> Verdict:
+    if answer is None:
+        return Verdict(value="wrong", reason="no final answer")
+    return compare_answers(answer, gold)
 
 
 def explain(prediction: str, gold: str) -> str:
-    """`verify` in words: where the answer was found, how both were read, and the verdict."""
-    verdict, answer = verify(prediction, gold), _answer(prediction)
-    lines = {
-        "answer": answer,
-        "found": "a bare answer" if answer is prediction else "in the completion",
-        "gold": gold,
-    }
-    if answer is not None and len(answer) <= MAX_BARE:
-        lines |= {"answer, normalised": normalise(answer), "gold, normalised": normalise(gold)}
-    lines |= {"verdict": f"{verdict.value}{verdict.reason and ': ' + verdict.reason}"}
-    return "\n".join(
-        f"{name:20}{text!r}" if name != "verdict" else f"{name:20}{text}"
-        for name, text in lines.items()
-    )
+    """Returns the verdict of `verify` as text, with the answer, its origin and normalised forms."""
+    answer = _answer_of(prediction)
+    verdict = _verdict(answer, gold)
+    origin = "a bare answer" if _is_bare_answer(prediction) else "in the completion"
+    lines = [f"{'answer':20}{answer!r}", f"{'found':20}{origin!r}", f"{'gold':20}{gold!r}"]
+    if answer is not None and len(answer) <= MAX_BARE_CHARS:
+        lines.append(f"{'answer, normalised':20}{normalise(answer)!r}")
+        lines.append(f"{'gold, normalised':20}{normalise(gold)!r}")
+    if verdict.reason:
+        lines.append(f"{'verdict':20}{verdict.value}: {verdict.reason}")
+    else:
+        lines.append(f"{'verdict':20}{verdict.value}")
+    return "\n".join(lines)
 
 
 def warm_up() -> None:
-    """Loads sympy and the LaTeX parser: not the time of the first answer."""
-    for example in (
+    """Loads sympy and the LaTeX parser, so that the first answer does not wait for them.
+
+    The parser extends its tables with each new construct, so the examples cover the usual ones.
+    """
+    examples = (
         r"\sqrt{2}+x^2-3xy",
         r"\frac{a}{b}\cdot(1+\pi)",
         r"\cos(2x)\log_2 3",
@@ -71,12 +77,18 @@ def warm_up() -> None:
         r"(1,\infty)\cup[2,3]",
         r"y=2x+e^{-t}",
         r"|x|!",
-    ):
-        equal(example, example + "+1")  # its tables grow with what it meets
-
-
-def _answer(prediction: str) -> str | None:
-    bare = len(prediction) <= MAX_BARE and not any(
-        mark in prediction for mark in (*TAGS, r"\boxed")
     )
-    return prediction if bare else final_answer(prediction)
+    for example in examples:
+        compare_answers(example, example + "+1")
+
+
+def _answer_of(prediction: str) -> str | None:
+    if _is_bare_answer(prediction):
+        return prediction
+    return final_answer(prediction)
+
+
+def _is_bare_answer(prediction: str) -> bool:
+    """Returns whether a text is an answer itself, not a completion with tags or a box."""
+    has_mark = any(mark in prediction for mark in (*TAGS, r"\boxed"))
+    return len(prediction) <= MAX_BARE_CHARS and not has_mark

@@ -1,6 +1,6 @@
 """Multiple-choice reward: is the final answer the gold letter?
 
-`B`, `(B)`, `B. 42` and the words of the choice are one answer.
+`B`, `(B)`, `B. 42` and the text of the choice are the same answer.
 """
 
 from __future__ import annotations
@@ -8,60 +8,71 @@ from __future__ import annotations
 import re
 
 from grpo.types import Completion, Problem, Verdict
-from rewards.verifier.latex import normalise, words
+from rewards.verifier.latex import as_words, normalise
 from rewards.verifier.parse import final_answer
 
+# A letter with an optional introduction and an optional text: `the answer is (b) 42`.
 LETTER = re.compile(
     r"(?:(?:the )?(?:correct )?(?:answer|choice|option)(?: is)?:? ?)?\(?([a-z])(?:[).:,]+|$)\s*(.*)"
 )
+# A second letter at the beginning of that text: `b` in `A, B` and in `A or B`.
+SECOND_LETTER = re.compile(r"(?:(?:and|or) )?\(?[a-z]\)?(?:$|[).,:;]| (?:and|or) )")
 MAX_CHARS = 2000
 
 
 def reward(completion: Completion, problem: Problem) -> Verdict:
-    """The verdict on the chosen letter.
+    """Returns the verdict on the chosen letter.
 
-    `problem.meta["choices"]`, a list of texts or letter -> text, allows the text for the letter.
+    `problem.meta["choices"]` is optional: the texts of the choices, as a list or as a dict from
+    letter to text. With it, the text of a choice is accepted for its letter.
     """
     choices = problem.meta.get("choices") or {}
     if not isinstance(choices, dict):
-        choices = {chr(ord("A") + i): text for i, text in enumerate(choices)}
-    gold = letter(problem.answer, choices)
+        choices = {chr(ord("A") + index): text for index, text in enumerate(choices)}
+    gold = chosen_letter(problem.answer, choices)
     if gold is None:
         return Verdict(value="undecided", reason="the gold answer is none of the choices")
     answer = final_answer(completion.text)
     if answer is None:
         return Verdict(value="wrong", reason="no final answer")
-    chosen = letter(answer, choices)
-    return (
-        Verdict(value="correct")
-        if chosen == gold
-        else Verdict(value="wrong", reason=f"chose {chosen or 'nothing readable'}")
-    )
+    letter = chosen_letter(answer, choices)
+    if letter != gold:
+        return Verdict(value="wrong", reason=f"chose {letter or 'nothing readable'}")
+    return Verdict(value="correct")
 
 
-def letter(answer: str, choices: dict[str, str]) -> str | None:
-    """The letter that an answer names.
+def chosen_letter(answer: str, choices: dict[str, str]) -> str | None:
+    """Returns the letter that an answer chooses, in upper case, or None.
 
-    `letter("(b) 42", {})` is "B"; None for none, or for a letter with another choice's text.
+    In this order:
+
+    - An answer that is the letter of one of `choices` chooses this letter.
+    - An answer that is the text of exactly one choice chooses its letter.
+    - A letter, alone or followed by a text, chooses this letter, with two exceptions: the text
+      belongs to another choice, or it begins with a second letter (`A, B`).
+
+    Example: `chosen_letter("(b) 42", {})` is "B".
     """
     if len(answer) > MAX_CHARS:
         return None
-    said = words(normalise(answer))
-    texts = {name.upper(): words(normalise(str(text))) for name, text in choices.items()}
-    if said.upper() in texts:
-        return said.upper()
-    named = [name for name, text in texts.items() if text == said]
-    if len(named) == 1:
-        return named[0]
-    match = LETTER.fullmatch(said)
-    if match is None or (texts and match[1].upper() not in texts):
+    words = as_words(normalise(answer))
+    texts = {letter.upper(): as_words(normalise(str(text))) for letter, text in choices.items()}
+    if words.upper() in texts:
+        return words.upper()
+    matching_letters = [letter for letter, text in texts.items() if text == words]
+    if len(matching_letters) == 1:
+        return matching_letters[0]
+    match = LETTER.fullmatch(words)
+    if match is None:
         return None
-    chosen, rest = match[1].upper(), match[2].strip(" .")
-    if rest and rest in texts.values() and rest != texts[chosen]:
+    letter = match[1].upper()
+    if texts and letter not in texts:
         return None
-    return (
-        None
-        if re.match(r"(?:(?:and|or) )?\(?[a-z]\)?(?:$|[).,:;]| (?:and|or) )", rest)
-        and rest != texts.get(chosen)
-        else chosen
-    )  # `A, B`
+    text_after_letter = match[2].strip(" .")
+    if text_after_letter == texts.get(letter):
+        return letter
+    if text_after_letter and text_after_letter in texts.values():
+        return None
+    if SECOND_LETTER.match(text_after_letter):
+        return None
+    return letter

@@ -1,41 +1,52 @@
 """Code reward: does the completion's program pass its tests?
 
-Run in a sandbox (see workers/sandbox.py for what it stops), one process a test run.
+Each test run is a process in a sandbox; workers/sandbox.py describes the isolation. The tests come
+with the problem, in `Problem.meta`:
 
-Tests come with the problem, in `meta`: HumanEval's `test` and `entry_point`; MBPP's `test_list` and
-`test_setup_code`; or `io`, a list of `{"input": ..., "output": ...}` for programs that read and
-write. A program that ends before its tests (`exit(0)`) fails, so does a function that returns an
-object of its own class that is equal to everything. Function tests run in the program's
-interpreter, so a program that sets out to can still forge a pass (replace `exec`, read its judge's
-mark): read the samples. `io` tests are judged outside.
+- HumanEval: `test` and `entry_point`.
+- MBPP: `test_list` and `test_setup_code`.
+- Programs that read and write: `io`, a list of `{"input": ..., "output": ...}`. The output is
+  compared outside of the sandbox.
+
+The tests of functions (HumanEval, MBPP) run in the interpreter of the program. Two simple ways to
+cheat fail: ending before the tests (`exit(0)`), and returning an object that equals everything. A
+program that targets the test harness can still forge a pass, for example by replacing `exec` or by
+reading the token that marks success. Read the samples.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import secrets
 import time
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from grpo.types import Completion, Problem, UserError, Verdict
 from rewards.verifier.parse import final_answer, visible
-from rewards.workers.sandbox import NoSandbox, Outcome, run
+from rewards.workers.sandbox import Outcome, SandboxUnavailableError, run
 
-TIMEOUT_S = 120.0  # of the whole call, in a worker of the pool
+TIMEOUT_S = 120.0  # time limit of one call in a worker of the pool
+OVERHEAD_S = 10  # reserved for everything but the test runs
 MAX_CHARS = 50_000
-JUDGE = """
+# Runs a program and its function tests. It prints the token when all tests have passed. The tests
+# call the program's functions through wrappers that reject objects with an __eq__ of the program;
+# the program's own calls do not use the wrappers.
+HARNESS = """
 import functools, json, os, sys
-program, setup, tests, check, token = json.loads({spec!r})
-space = {{"__name__": "__main__"}}
-exec(compile(setup, "setup", "exec"), space)
-before = set(space)
-exec(compile(program, "program", "exec"), space)
-judged = dict(space)  # the program's own calls stay as they are
+program, setup, tests, entry_point, token = json.loads({spec!r})
+namespace = {{"__name__": "__main__"}}
+exec(compile(setup, "setup", "exec"), namespace)
+setup_names = set(namespace)
+exec(compile(program, "program", "exec"), namespace)
+test_namespace = dict(namespace)
 
-def honest(value, depth=0):
-    own = type(value).__module__ == "__main__" and type(value).__eq__ is not object.__eq__
-    assert not own and depth < 50, "an object with an equality of its own"
+def checked(value, depth=0):
+    kind = type(value)
+    has_own_equality = kind.__module__ == "__main__" and kind.__eq__ is not object.__eq__
+    assert not has_own_equality and depth < 50, "an object with its own __eq__"
     if isinstance(value, dict):
         parts = [*value, *value.values()]
     elif isinstance(value, (list, tuple, set, frozenset)):
@@ -43,18 +54,18 @@ def honest(value, depth=0):
     else:
         parts = ()
     for part in parts:
-        honest(part, depth + 1)
+        checked(part, depth + 1)
     return value
 
-def guarded(function):
-    return functools.wraps(function)(lambda *args, **kwargs: honest(function(*args, **kwargs)))
+def wrapped(function):
+    return functools.wraps(function)(lambda *args, **kwargs: checked(function(*args, **kwargs)))
 
-for name in set(space) - before:
-    if callable(space[name]) and not isinstance(space[name], type):
-        judged[name] = guarded(space[name])
-exec(compile(tests, "tests", "exec"), judged)
-if check:
-    judged["check"](judged[check])
+for name in set(namespace) - setup_names:
+    if callable(namespace[name]) and not isinstance(namespace[name], type):
+        test_namespace[name] = wrapped(namespace[name])
+exec(compile(tests, "tests", "exec"), test_namespace)
+if entry_point:
+    test_namespace["check"](test_namespace[entry_point])
 os.write(1, token.encode())
 os._exit(0)
 """
@@ -63,31 +74,32 @@ os._exit(0)
 def prepare(
     isolation: Literal["namespaces", "rlimits"] = "namespaces", timeout_s: float = 10.0, **_: object
 ) -> None:
-    """Checks that this machine can make the sandbox, and that the options are usable.
+    """Checks the options and that the sandbox works on this machine.
 
-    Raises UserError when the sandbox cannot be made, the isolation is unknown, or the time limit is
-    of no use.
+    Raises:
+        UserError: The isolation is unknown, the time limit is out of range, or the system does not
+            allow the sandbox.
     """
     if not 0 < timeout_s <= TIMEOUT_S / 2:
         raise UserError(
-            f"rewards.code.options.timeout_s: got {timeout_s}; give up to {TIMEOUT_S / 2:g} seconds"
+            f"rewards.code.options.timeout_s: got {timeout_s}, expected more than 0 and at most "
+            f"{TIMEOUT_S / 2:g} seconds"
         )
     if isolation not in ("namespaces", "rlimits"):
         raise UserError(
-            f"rewards.code.options.isolation: got {isolation!r}; give namespaces or rlimits"
+            f"rewards.code.options.isolation: got {isolation!r}, expected namespaces or rlimits"
         )
     try:
         outcome = run("print(6 * 7)", timeout_s=30, isolation=isolation)
-    except NoSandbox as error:
+    except SandboxUnavailableError as error:
         raise UserError(
             f"rewards.code: this system forbids the namespaces of the sandbox ({error}). Allow "
-            "user namespaces "
-            "(sysctl user.max_user_namespaces, docker --security-opt seccomp=unconfined), or run "
-            "completions without a sandbox, "
-            "at your own risk: options: {isolation: rlimits}"
+            "user namespaces (sysctl user.max_user_namespaces, docker --security-opt "
+            "seccomp=unconfined). To run completions without a sandbox, at your own risk, set "
+            "options: {isolation: rlimits}."
         ) from None
     if outcome.output != "42\n":
-        raise UserError(f"rewards.code: a first program in the sandbox failed: {outcome}")
+        raise UserError(f"rewards.code: a test program in the sandbox failed: {outcome}")
 
 
 def reward(
@@ -98,82 +110,111 @@ def reward(
     memory_mb: int = 1024,
     isolation: Literal["namespaces", "rlimits"] = "namespaces",
 ) -> Verdict | None:
-    """The verdict on the completion's program, or None for a problem without tests.
+    """Returns the verdict on the completion's program, None for a problem without tests.
 
-    `timeout_s`: of each run (`io`: of each pair).
+    Args:
+        completion: The completion; see `extract_program` for what counts as its program.
+        problem: A problem with tests in its `meta`; see the module.
+        timeout_s: Time limit of each test run. With `io`, each pair is a run.
+        memory_mb: Address space of each test run, in MiB.
+        isolation: `namespaces` is the sandbox. `rlimits` limits resources only: files and network
+            are open.
     """
     meta = problem.meta
     if not any(meta.get(key) for key in ("test", "test_list", "io")):
         return None
-    program = extract(completion.text)
-    if program is None or len(program) > MAX_CHARS:
-        return Verdict(
-            value="wrong",
-            reason="no program" if program is None else f"longer than {MAX_CHARS} characters",
-        )
-    limits = {"timeout_s": timeout_s, "memory_mb": memory_mb, "isolation": isolation}
-    end = time.monotonic() + TIMEOUT_S - timeout_s - 10
-    for number, pair in enumerate(meta.get("io") or []):
-        if time.monotonic() > end:
-            return Verdict(
-                value="wrong",
-                reason=f"took more than {TIMEOUT_S - timeout_s - 10:g} s for {number} inputs",
-            )
-        outcome = run(program, str(pair["input"]), **limits)  # type: ignore[arg-type]
-        if fault := _fault(outcome, _lines(outcome.output) == _lines(str(pair["output"]))):
-            return Verdict(value="wrong", reason=f"input {number}: {fault}")
-    if meta.get("test") or meta.get("test_list"):
+    program = extract_program(completion.text)
+    if program is None:
+        return _wrong("no program")
+    if len(program) > MAX_CHARS:
+        return _wrong(f"longer than {MAX_CHARS} characters")
+    run_limited = functools.partial(
+        run, timeout_s=timeout_s, memory_mb=memory_mb, isolation=isolation
+    )
+    time_limit_s = TIMEOUT_S - timeout_s - OVERHEAD_S
+    fault = _fault_on_inputs(program, meta.get("io") or [], run_limited, time_limit_s)
+    if not fault and (meta.get("test") or meta.get("test_list")):
         token = secrets.token_hex()
-        outcome = run(_judged(program, problem, token), **limits)  # type: ignore[arg-type]
-        if fault := _fault(outcome, outcome.output.endswith(token)):
-            return Verdict(value="wrong", reason=fault)
-    return Verdict(value="correct")
+        outcome = run_limited(_with_tests(program, problem, token))
+        fault = _fault_of(outcome, passed=outcome.output.endswith(token))
+    return _wrong(fault) if fault else Verdict(value="correct")
 
 
-def extract(text: str) -> str | None:
-    """The program of a completion.
+def _wrong(reason: str) -> Verdict:
+    return Verdict(value="wrong", reason=reason)
 
-    It is the last fenced block of the answer, or the whole of what stands in `<answer>` tags.
+
+def extract_program(text: str) -> str | None:
+    """Returns the program of a completion, None if there is none.
+
+    It is the last closed code block (between lines that begin with ```) of the answer. The answer
+    is the content of the `<answer>` tags or, without them, the text outside the thoughts. An answer
+    in tags without a code block is the program itself.
     """
-    answer = final_answer(text) if "<answer>" in visible(text) else None
+    visible_text = visible(text)
+    answer = final_answer(text) if "<answer>" in visible_text else None
+    searched_text = visible_text if answer is None else answer
     blocks: list[str] = []
-    block: list[str] | None = None
-    for line in (visible(text) if answer is None else answer).splitlines():
+    open_block: list[str] | None = None
+    for line in searched_text.splitlines():
         if line.startswith("```"):
-            if block is not None:
-                blocks.append("\n".join(block) + "\n")
-            block = [] if block is None else None
-        elif block is not None:
-            block.append(line)
+            if open_block is None:
+                open_block = []
+            else:
+                blocks.append("\n".join(open_block) + "\n")
+                open_block = None
+        elif open_block is not None:
+            open_block.append(line)
     return blocks[-1] if blocks else answer
 
 
-def _judged(program: str, problem: Problem, token: str) -> str:
-    """Returns the source that runs a program and its function tests.
+def _fault_on_inputs(
+    program: str,
+    pairs: Sequence[dict[str, Any]],
+    run_limited: Callable[[str, str], Outcome],
+    time_limit_s: float,
+) -> str:
+    """Runs a program on each input. Returns the first fault, "" if all outputs are right.
 
-    The source prints the token when all tests have passed.
+    The time limit is checked before each run.
     """
+    deadline = time.monotonic() + time_limit_s
+    for number, pair in enumerate(pairs):
+        if time.monotonic() > deadline:
+            return f"took more than {time_limit_s:g} s for {number} inputs"
+        outcome = run_limited(program, str(pair["input"]))
+        passed = _stripped_lines(outcome.output) == _stripped_lines(str(pair["output"]))
+        fault = _fault_of(outcome, passed=passed)
+        if fault:
+            return f"input {number}: {fault}"
+    return ""
+
+
+def _with_tests(program: str, problem: Problem, token: str) -> str:
+    """Returns the source that runs a program and its function tests, and prints the token last."""
     meta = problem.meta
-    entry = str(meta.get("entry_point") or "")
-    if entry and not re.search(rf"^def {re.escape(entry)}\b", program, re.MULTILINE):
-        # HumanEval: the completion goes on where the prompt ends
-        program = problem.question + program
-    before, found, _ = problem.question.partition(f"def {entry}(") if entry else ("", "", "")
-    # the prompt's imports and helpers
-    setup = before if found else str(meta.get("test_setup_code") or "")
+    entry_point = str(meta.get("entry_point") or "")
+    setup = str(meta.get("test_setup_code") or "")
+    if entry_point:
+        if not re.search(rf"^def {re.escape(entry_point)}\b", program, re.MULTILINE):
+            # HumanEval: the completion continues the function at the end of the prompt.
+            program = problem.question + program
+        imports_and_helpers, definition, _ = problem.question.partition(f"def {entry_point}(")
+        if definition:
+            setup = imports_and_helpers
     tests = str(meta.get("test") or "\n".join(meta.get("test_list") or []))
-    return JUDGE.format(
-        spec=json.dumps([program, setup, tests, entry if meta.get("test") else "", token])
-    )
+    checked_function = entry_point if meta.get("test") else ""
+    return HARNESS.format(spec=json.dumps([program, setup, tests, checked_function, token]))
 
 
-def _fault(outcome: Outcome, right: bool) -> str:
+def _fault_of(outcome: Outcome, *, passed: bool) -> str:
+    """Returns the reason why a run failed, "" if it passed."""
     if outcome.timed_out:
         return "took too long"
     if outcome.code != 0:
         return f"ended with code {outcome.code}"
-    return "" if right else "failed"
+    return "" if passed else "failed"
 
 
-def _lines(text: str) -> list[str]:
+def _stripped_lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]

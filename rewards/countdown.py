@@ -1,6 +1,7 @@
-"""Countdown reward: does the answer make the target from the given numbers, each used exactly once?
+"""Countdown reward: does the answer reach the target, with each given number used exactly once?
 
-Parsed, never evaluated.
+The answer is parsed into a syntax tree and computed in exact fractions. It is never evaluated as
+code.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from grpo.types import Completion, Problem, Verdict
 from rewards.verifier.parse import final_answer
 
 MAX_CHARS = 200
-SYMBOLS = {
+ALLOWED_CHARS = frozenset("0123456789+-*/() ")
+# Other spellings of the operators. Dollar signs are removed.
+REPLACEMENTS = {
     "×": "*",
     "·": "*",
     "÷": "/",
@@ -27,69 +30,81 @@ SYMBOLS = {
 
 
 def reward(completion: Completion, problem: Problem) -> Verdict | None:
-    """The verdict on the final answer, or None for a problem that is no countdown.
+    """Returns the verdict on the completion's final answer.
 
-    Needs `meta` with `numbers` and `target`.
+    Returns None if the problem is no countdown problem: `problem.meta` must have `numbers` and
+    `target`.
     """
     if "numbers" not in problem.meta or "target" not in problem.meta:
         return None
     answer = final_answer(completion.text)
     if answer is None:
-        return Verdict(value="wrong", reason="no final answer")
-    return check(answer, problem.meta["numbers"], problem.meta["target"])
+        return _wrong("no final answer")
+    return check_expression(answer, problem.meta["numbers"], problem.meta["target"])
 
 
-def check(answer: str, numbers: list[int], target: int) -> Verdict:
-    """The verdict on an expression: `check("(7 - 3) * 5 = 20", [3, 5, 7], 20)` is correct.
+def check_expression(answer: str, numbers: list[int], target: int) -> Verdict:
+    """Returns the verdict on an expression.
 
-    Exact fractions, + - * / only.
+    The expression may consist of integers, + - * / and brackets. It must have the value `target`
+    and use each of `numbers` exactly once. It may state its result (`= 20`), which must be the
+    target.
+
+    Example: `check_expression("(7 - 3) * 5 = 20", [3, 5, 7], 20)` is correct.
     """
     if len(answer) > MAX_CHARS:
-        return Verdict(value="wrong", reason=f"longer than {MAX_CHARS} characters")
-    for symbol, plain in SYMBOLS.items():
-        answer = answer.replace(symbol, plain)
-    expression, equals, tail = (part.strip() for part in answer.partition("="))
-    if equals and tail != str(target):
-        return Verdict(value="wrong", reason="the stated result is not the target")
-    if not set(expression) <= set("0123456789+-*/() "):
-        return Verdict(value="wrong", reason="other characters than numbers, + - * / and brackets")
+        return _wrong(f"longer than {MAX_CHARS} characters")
+    for symbol, replacement in REPLACEMENTS.items():
+        answer = answer.replace(symbol, replacement)
+    expression, equals_sign, result = answer.partition("=")
+    expression = expression.strip()
+    if equals_sign and result.strip() != str(target):
+        return _wrong("the stated result is not the target")
+    if not set(expression) <= ALLOWED_CHARS:
+        return _wrong("other characters than numbers, + - * / and brackets")
     used: list[int] = []
     try:
-        value = _value(ast.parse(expression, mode="eval").body, used)
+        value = _evaluate(ast.parse(expression, mode="eval").body, used)
     except (SyntaxError, ValueError, RecursionError, MemoryError, ZeroDivisionError) as error:
-        return Verdict(value="wrong", reason=f"{type(error).__name__}: {error}")
+        return _wrong(f"{type(error).__name__}: {error}")
     if Counter(used) != Counter(numbers):
-        return Verdict(value="wrong", reason=f"uses {sorted(used)}")
-    return (
-        Verdict(value="correct")
-        if value == target
-        else Verdict(value="wrong", reason=f"makes {value}")
-    )
+        return _wrong(f"uses {sorted(used)}")
+    if value != target:
+        return _wrong(f"makes {value}")
+    return Verdict(value="correct")
 
 
-def _value(node: ast.expr, used: list[int]) -> Fraction:
-    """The exact value; collects the numbers on the way.
+def _wrong(reason: str) -> Verdict:
+    return Verdict(value="wrong", reason=reason)
 
-    Raises ValueError for anything but the four operations on integers.
+
+def _evaluate(node: ast.expr, used: list[int]) -> Fraction:
+    """Returns the exact value of a syntax tree and appends its numbers to `used`.
+
+    Raises:
+        ValueError: The tree has anything but integers, + - * / and signs.
+        ZeroDivisionError: A divisor is zero.
     """
     match node:
         case ast.Constant(value=int(number)):
             used.append(number)
             return Fraction(number)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand, used)
+            return -_evaluate(operand, used)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return _value(operand, used)
+            return _evaluate(operand, used)
         case ast.BinOp(
             left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div() as operation, right=right
         ):
-            a, b = _value(left, used), _value(right, used)
-            match operation:
-                case ast.Add():
-                    return a + b
-                case ast.Sub():
-                    return a - b
-                case ast.Mult():
-                    return a * b
-            return a / b
+            return _apply(operation, _evaluate(left, used), _evaluate(right, used))
     raise ValueError(f"{type(getattr(node, 'op', node)).__name__} is not allowed")
+
+
+def _apply(operation: ast.operator, first: Fraction, second: Fraction) -> Fraction:
+    if isinstance(operation, ast.Add):
+        return first + second
+    if isinstance(operation, ast.Sub):
+        return first - second
+    if isinstance(operation, ast.Mult):
+        return first * second
+    return first / second

@@ -1,6 +1,6 @@
-"""Format reward: 1.0 for exactly `<think>...</think><answer>...</answer>`.
+"""Format reward: 1.0 for exactly `<think>...</think><answer>...</answer>`, else 0.0.
 
-A plain parser; knows nothing of right answers.
+The tags are found by plain text search. The content of the answer does not matter.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from grpo.types import Completion, Problem, Score
 from rewards.verifier.parse import TAGS
 
+TAG_NAMES = ("think", "think end", "answer", "answer end")  # of TAGS, in reasons
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatVerdict:
-    """`FormatVerdict(ok=False, reason="text after answer")`; true when well-formed.
+    """The result of `check`. It is true if the completion is well-formed.
 
-    The reasons, in the order in which they are looked for: `no think`, `several think`, and so on
-    for the four tags (`think end`, `answer`, `answer end`); `tags out of order`; `text before
-    think`, `empty thoughts`, `text between`, `empty answer`, `text after answer`.
+    Example: `FormatVerdict(ok=False, reason="text after answer")`.
+
+    The reasons, in the order of the checks: `no NAME` or `several NAME` for each of TAG_NAMES;
+    `tags out of order`; `text before think`, `empty thoughts`, `text between`, `empty answer` and
+    `text after answer`.
     """
 
     ok: bool
@@ -29,40 +33,62 @@ class FormatVerdict:
 
 
 def reward(completion: Completion, problem: Problem) -> Score:
-    """1.0 when the completion is well-formed, else 0.0 and why.
+    """Returns 1.0 if the completion is well-formed, else 0.0 with the reason.
 
-    Source: DeepSeek-R1 2501.12948 section 2.2.2; ours: every rule of `check`.
+    A `<think>` at the end of the prompt is already part of the completion's text.
 
-    A `<think>` that the prompt ended in stands in front of the completion's text already.
+    Source: DeepSeek-R1 2501.12948 section 2.2.2. The exact rules (see `check`) are grpo's.
     """
     verdict = check(completion.text)
     return Score(value=float(verdict.ok), reason=verdict.reason)
 
 
 def check(completion: str, prefilled: bool = False) -> FormatVerdict:
-    """Returns whether a completion is well-formed, and if not, why.
+    """Returns whether a completion is well-formed, and the reason if it is not.
 
-    The four tags stand exactly once, lower case and in order; both parts are filled; outside there
-    is only white space.
+    A completion is well-formed if each of the four tags occurs exactly once, in lower case and in
+    order; if the thoughts and the answer are not empty; and if there is only white space outside of
+    them. The check takes time linear in the length of the text.
 
-    `prefilled`: the opening `<think>` stood at the end of the prompt and is put back in front.
-    Linear in the text.
+    Args:
+        completion: The text to check.
+        prefilled: Whether the prompt ends with the opening `<think>`, so that the text lacks it.
     """
     text = "<think>" + completion if prefilled else completion
-    for tag, name in zip(TAGS, ("think", "think end", "answer", "answer end"), strict=True):
-        if (count := text.count(tag)) != 1:
-            return FormatVerdict(ok=False, reason=f"{'several' if count else 'no'} {name}")
-    think, think_end, answer, answer_end = (text.index(tag) for tag in TAGS)
-    if not think < think_end < answer < answer_end:
-        return FormatVerdict(ok=False, reason="tags out of order")
-    parts = {
-        "text before think": (text[:think], False),
-        "empty thoughts": (text[think + len("<think>") : think_end], True),
-        "text between": (text[think_end + len("</think>") : answer], False),
-        "empty answer": (text[answer + len("<answer>") : answer_end], True),
-        "text after answer": (text[answer_end + len("</answer>") :], False),
-    }
-    fault = next(
-        (fault for fault, (part, filled) in parts.items() if bool(part.strip()) != filled), ""
-    )
-    return FormatVerdict(ok=not fault, reason=fault)
+    reason = _tag_fault(text)
+    if not reason:
+        reason = _content_fault(text)
+    return FormatVerdict(ok=not reason, reason=reason)
+
+
+def _tag_fault(text: str) -> str:
+    """Returns the reason if a tag is missing, repeated or out of order, else ""."""
+    for tag, name in zip(TAGS, TAG_NAMES, strict=True):
+        count = text.count(tag)
+        if count == 0:
+            return f"no {name}"
+        if count > 1:
+            return f"several {name}"
+    starts = [text.index(tag) for tag in TAGS]
+    if starts != sorted(starts):
+        return "tags out of order"
+    return ""
+
+
+def _content_fault(text: str) -> str:
+    """Returns the reason if a part of a text with correct tags is empty or misplaced, else ""."""
+    before_think, _, text = text.partition("<think>")
+    thoughts, _, text = text.partition("</think>")
+    between, _, text = text.partition("<answer>")
+    answer, _, after_answer = text.partition("</answer>")
+    if before_think.strip():
+        return "text before think"
+    if not thoughts.strip():
+        return "empty thoughts"
+    if between.strip():
+        return "text between"
+    if not answer.strip():
+        return "empty answer"
+    if after_answer.strip():
+        return "text after answer"
+    return ""

@@ -1,20 +1,25 @@
-"""Language reward.
+"""Language reward: the share of the thoughts that is in the language of the question.
 
-The share of the thoughts that is in the prompt's language, by script and small words.
-Deterministic; no model.
+DeepSeek-R1's second RL stage uses it against chains of thought that mix languages (2501.12948
+section 2.3.2). The paper does not say how it identifies the language of a word. Here no model is
+used:
 
-R1's second stage pays for it so that chains of thought do not mix languages (DeepSeek-R1 2501.12948
-section 2.3.2).
+- Other scripts than Latin identify a language by themselves, such as Hangul for Korean.
+- Languages in Latin script are identified by function words ("the", "und", "est").
+
+Formulas, code, links and single letters belong to no language.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import NamedTuple
 
 from grpo.types import Completion, Problem, UserError
 
-SCRIPTS = {  # script -> its characters
+# Character ranges of each script.
+SCRIPTS = {
     "latin": r"A-Za-z\u00c0-\u024f",
     "han": r"\u3400-\u4dbf\u4e00-\u9fff",
     "kana": r"\u3040-\u30ff",
@@ -26,13 +31,22 @@ SCRIPTS = {  # script -> its characters
     "thai": r"\u0e00-\u0e7f",
     "hebrew": r"\u0590-\u05ff",
 }
-PATTERN = re.compile(
-    "|".join(
-        f"(?P<{name}>[{chars}]{'' if name in ('han', 'kana') else '+'})"
-        for name, chars in SCRIPTS.items()
-    )
-)
-SMALL = {  # words that only one of these languages writes so, and writes all the time
+SCRIPTS_WITHOUT_SPACES = ("han", "kana")  # each character counts as a word
+
+
+def _word_pattern() -> re.Pattern[str]:
+    """Returns a pattern that matches a word in any script. The group name is the script."""
+    alternatives = []
+    for script, characters in SCRIPTS.items():
+        repeat = "" if script in SCRIPTS_WITHOUT_SPACES else "+"
+        alternatives.append(f"(?P<{script}>[{characters}]{repeat})")
+    return re.compile("|".join(alternatives))
+
+
+WORD = _word_pattern()
+# Frequent function words of the languages in Latin script. A word that is in several lists does not
+# identify a language.
+FUNCTION_WORDS = {
     "en": "the of and to is that it for as with was are be this have "
     "from or but not by what all we when can there an which if then so",
     "de": "der die das und ist nicht ein eine mit für auf den dem wir "
@@ -46,7 +60,8 @@ SMALL = {  # words that only one of these languages writes so, and writes all th
     "pt": "o os e é uma que para com não do da dos das "
     "em por mais como mas então se isso são ao temos",
 }
-LANGUAGES: dict[str, set[str]] = {  # language -> the scripts it is written in
+# The scripts in which each language is written.
+LANGUAGES: dict[str, set[str]] = {
     "zh": {"han"},
     "ja": {"han", "kana"},
     "ko": {"hangul"},
@@ -56,81 +71,105 @@ LANGUAGES: dict[str, set[str]] = {  # language -> the scripts it is written in
     "el": {"greek"},
     "th": {"thai"},
     "he": {"hebrew"},
-    **{name: {"latin"} for name in SMALL},
 }
-OWNERS = {
-    word: [name for name, words in SMALL.items() if word in words.split()]
-    for words in SMALL.values()
-    for word in words.split()
-}
-FORMULA = re.compile(
+LANGUAGES |= {language: {"latin"} for language in FUNCTION_WORDS}
+
+
+def _identifying_words() -> dict[str, str]:
+    """Returns the language of each function word that occurs in only one language."""
+    languages_of: dict[str, list[str]] = {}
+    for language, words in FUNCTION_WORDS.items():
+        for word in set(words.split()):
+            languages_of.setdefault(word, []).append(language)
+    return {word: languages[0] for word, languages in languages_of.items() if len(languages) == 1}
+
+
+LANGUAGE_OF_WORD = _identifying_words()
+# Text without a language: formulas, code, LaTeX commands, links, single letters.
+NO_LANGUAGE = re.compile(
     r"\$[^$]*\$|\\\([^()]*\\\)|\\\[[^\[\]]*\\\]|```[^`]*```|`[^`]*`|\\[A-Za-z]+|https?:\S+"
     r"|(?<![A-Za-z])[A-Za-z\u0370-\u03ff](?![A-Za-z\u0370-\u03ff])"
 )
 
 
 def prepare(language: str | None = None) -> None:
-    """Raises UserError for a language that is not known."""
+    """Raises UserError for an unknown language."""
     if language is not None and language not in LANGUAGES:
         raise UserError(
-            f"rewards.language.options.language: got {language!r}; have "
-            f"{', '.join(sorted(LANGUAGES))}"
+            f"rewards.language.options.language: unknown language {language!r}. Available: "
+            f"{', '.join(sorted(LANGUAGES))}."
         )
 
 
 def reward(completion: Completion, problem: Problem, *, language: str | None = None) -> float:
-    """0 to 1: the share of the thoughts' words in `language` (default: the question's).
+    """Returns the share of the thoughts that is in a language, from 0 to 1.
 
-    1 without words: formulas are of no language.
+    Thoughts without words have the reward 1.
 
-    Source: DeepSeek-R1 2501.12948 section 2.3.2, which does not say how languages are told apart.
+    Args:
+        completion: The completion to score.
+        problem: Its problem.
+        language: A key of LANGUAGES. None: the language of the question.
+
+    Source: DeepSeek-R1 2501.12948 section 2.3.2; see the module for what the paper leaves open.
     """
     thoughts = completion.text.partition("</think>")[0].replace("<think>", "")
     return share(thoughts, language or of(problem.question))
 
 
 def share(text: str, language: str) -> float:
-    """The share of a text's words in a language: `share("So x 是 the answer", "en")` is 3/4.
+    """Returns the share of a text's words that are in a language, 1 if it has no words.
 
-    A Han character counts as a word.
+    For a language in Latin script, its share of the words in Latin script is estimated: it is its
+    share of the function words that identify a language, or 1 if there are none.
 
-    Of words in Latin letters, as many are foreign as there are foreign words among the small ones
-    ("the", "und", "est").
+    Example: `share("So x 是 the answer", "en")` is 3/4. Each Han character counts as a word.
     """
-    counts, small = _counts(text)
-    total = sum(counts.values())
-    if not total:
+    counts = _count_words(text)
+    num_words = counts.by_script.total()
+    if num_words == 0:
         return 1.0
-    ours = sum(counts[script] for script in LANGUAGES[language])
-    if language not in SMALL:
-        return ours / total
-    known = small[language] + (foreign := sum(n for name, n in small.items() if name != language))
-    return ours * (1 - foreign / known if known else 1.0) / total
+    num_in_scripts = sum(counts.by_script[script] for script in LANGUAGES[language])
+    if language not in FUNCTION_WORDS:
+        return num_in_scripts / num_words
+    num_identified = counts.by_language.total()
+    if num_identified == 0:
+        return num_in_scripts / num_words
+    num_foreign = num_identified - counts.by_language[language]
+    return num_in_scripts * (1 - num_foreign / num_identified) / num_words
 
 
 def of(text: str) -> str:
-    """The language of a text: the one that holds most of its words, English when nothing tells."""
-    counts, small = _counts(text)
-    if not counts:
-        return "en"
-    if counts["kana"]:
-        return "ja"
-    script = max(counts, key=lambda name: counts[name])
-    if script == "latin":
-        return max(SMALL, key=lambda name: (small[name], name == "en"))
-    return next(name for name, scripts in LANGUAGES.items() if script in scripts)
+    """Returns the language of a text: the language of most of its words.
 
-
-def _counts(text: str) -> tuple[Counter[str], Counter[str]]:
-    """Words by script, and small words by language.
-
-    Formulas, code, links and single letters left out.
+    A text with kana is Japanese. Otherwise the most frequent script decides, and for Latin script
+    the most frequent function words. A text without words is English, and so is a text in which
+    English has as many function words as any other language.
     """
-    counts: Counter[str] = Counter()
-    small: Counter[str] = Counter()
-    for match in PATTERN.finditer(FORMULA.sub(" ", text)):
-        counts[match.lastgroup or ""] += 1
-        owners = OWNERS.get(match.group().lower(), ())
-        if len(owners) == 1:
-            small[owners[0]] += 1
-    return counts, small
+    counts = _count_words(text)
+    if not counts.by_script:
+        return "en"
+    if counts.by_script["kana"]:
+        return "ja"
+    main_script = max(counts.by_script, key=counts.by_script.__getitem__)
+    if main_script == "latin":
+        max_words = max(counts.by_language.values(), default=0)
+        candidates = [name for name in FUNCTION_WORDS if counts.by_language[name] == max_words]
+        return "en" if "en" in candidates else candidates[0]
+    return next(language for language, scripts in LANGUAGES.items() if main_script in scripts)
+
+
+class _WordCounts(NamedTuple):
+    by_script: Counter[str]
+    by_language: Counter[str]  # only the words of LANGUAGE_OF_WORD
+
+
+def _count_words(text: str) -> _WordCounts:
+    counts = _WordCounts(Counter(), Counter())
+    for match in WORD.finditer(NO_LANGUAGE.sub(" ", text)):
+        if match.lastgroup is not None:
+            counts.by_script[match.lastgroup] += 1
+        language = LANGUAGE_OF_WORD.get(match.group().lower())
+        if language is not None:
+            counts.by_language[language] += 1
+    return counts

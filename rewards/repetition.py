@@ -1,7 +1,4 @@
-"""Repetition penalty.
-
-0 for a text whose n-grams are all different, towards -1 the more of them come again.
-"""
+"""Repetition penalty: 0 if all n-grams of a completion are different, down to -1 if they repeat."""
 
 from __future__ import annotations
 
@@ -13,19 +10,22 @@ WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+|[^\w\s]")  # a Han character, a word
 
 
 def reward(completion: Completion, problem: Problem, *, n: int = 20) -> float:
-    """Minus the share of the completion's `n`-grams of words that it said before.
+    """Returns minus the share of repeated `n`-grams in the completion.
 
-    Source: the n-gram penalty of 2502.03373 section 4.2, there a token (n = 40); ours: one number a
-    completion, -1 to 0.
+    Source: the n-gram penalty of 2502.03373 section 4.2. The paper counts n-grams of tokens (n =
+    40) and penalizes each token; this reward counts words and is one number per completion.
     """
     return -repeated(completion.text, n)
 
 
 def repeated(text: str, n: int) -> float:
-    """The share of n-grams that came before: `repeated("a b a b a b", 2)` is 3/5.
+    """Returns the share of n-grams that occur earlier in the text, in time linear in its length.
 
-    Linear in the text.
+    Example: `repeated("a b a b a b", 2)` is 3/5.
     """
     words = WORD.findall(text)
-    total = len(words) - n + 1
-    return 1 - len({tuple(words[i : i + n]) for i in range(total)}) / total if total > 0 else 0.0
+    num_ngrams = len(words) - n + 1
+    if num_ngrams <= 0:
+        return 0.0
+    distinct = {tuple(words[start : start + n]) for start in range(num_ngrams)}
+    return 1 - len(distinct) / num_ngrams

@@ -1,1 +1,1 @@
-"""What problem sets share: reading files, drawing by formula, and the order of problems."""
+"""Code shared by the problem sets: reading files, generating problems, and ordering them."""

@@ -1,6 +1,7 @@
-"""Rows of a problem set, from the hub or from a local file.
+"""Reads the rows of a problem set from a local file or from the Hugging Face hub.
 
-Knows the formats and no set; every fault names its file and line.
+This module handles file formats (JSONL, JSON, parquet). It contains nothing that is specific to one
+problem set. Error messages name the file and the line or row.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ from typing import Any, NamedTuple
 from grpo.types import Problem, Unreachable, UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# Fields of an evaluation set that are copied to `Problem.meta`.
+EVALUATION_META_FIELDS = ("subject", "level", "unit", "tolerance", "year")
 
 
 class Row(NamedTuple):
-    """One row and where it stands.
+    """One row of a data set, with its location for error messages.
 
-    `Row("train.jsonl: line 3", {"question": "2+2?", "answer": 4})`.
+    Example: `Row("train.jsonl: line 3", {"question": "2+2?", "answer": 4})`.
     """
 
-    place: str
+    location: str
     fields: dict[str, Any]
 
 
-class Hub(NamedTuple):
-    """A data set of the hub: `Hub("openai/gsm8k", "main", "train")`."""
+class HubDataset(NamedTuple):
+    """One split of a data set on the hub, such as `HubDataset("openai/gsm8k", "main", "train")`."""
 
     id: str
     config: str | None
@@ -34,168 +37,211 @@ class Hub(NamedTuple):
 
 
 def check_split(name: str, split: str) -> None:
-    """Raises UserError for a split other than train and test."""
+    """Raises UserError if `split` is neither `train` nor `test`."""
     if split not in ("train", "test"):
-        raise UserError(f"data.{name}: no split {split!r}; have train, test")
+        raise UserError(f"data.{name}: unknown split {split!r}. Available: train, test.")
 
 
-def rows(path: str | None, *, stems: Sequence[str], hub: Hub | None) -> list[Row]:
-    """All rows of a set.
+def read_rows(path: str | None, *, stems: Sequence[str], hub: HubDataset | None) -> list[Row]:
+    """Returns all rows of a data set, in file order.
 
-    `path` is a file, a folder that holds one of `stems` as .jsonl, .json or .parquet, or None for
-    the hub.
+    Args:
+        path: A file, or a folder that contains a file named after one of `stems`. None: read `hub`.
+        stems: File names without suffix, in order of preference. Suffixes: .jsonl, .json, .parquet.
+        hub: The data set on the hub. Required if `path` is None.
+
+    Raises:
+        UserError: There is no such file, or it is unreadable, empty or in an unsupported format.
+        Unreachable: The hub cannot be reached.
     """
     if path is None:
-        assert hub is not None, "a set without a hub must ask for its path"
-        return _from_hub(hub)
+        assert hub is not None, "a problem set without a hub data set must require a path"
+        return _read_hub(hub)
     file = Path(path).expanduser()
     if file.is_dir():
-        wanted = [stem + suffix for stem in stems for suffix in SUFFIXES]
-        found = next((file / name for name in wanted if (file / name).is_file()), None)
-        if found is None:
-            raise UserError(
-                f"data.path: {path} has none of {', '.join(wanted)}; put one there or give a file"
-            )
-        file = found
+        file = _find_file(file, stems)
     if not file.is_file():
         raise UserError(f"data.path: no such file or folder: {path}")
     if file.suffix not in SUFFIXES:
-        raise UserError(f"data.path: {path} is no {', '.join(SUFFIXES)} file")
-    read = _from_parquet(file) if file.suffix == ".parquet" else _from_json(file)
-    if not read:
-        raise UserError(f"{file}: no rows")
-    return read
-
-
-def text(row: Row, *names: str) -> str:
-    """The first of the fields `names` that the row has, as text.
-
-    Raises UserError when there is none or it is empty.
-    """
-    name = next((name for name in names if name in row.fields), None)
-    if name is None:
         raise UserError(
-            f"{row.place}: no field {' or '.join(map(repr, names))}; have {', '.join(row.fields)}"
+            f"data.path: {path} has an unsupported format. Supported: {', '.join(SUFFIXES)}."
         )
+    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
+    if not rows:
+        raise UserError(f"{file}: no rows")
+    return rows
+
+
+def _find_file(folder: Path, stems: Sequence[str]) -> Path:
+    names = []
+    for stem in stems:
+        names += [stem + suffix for suffix in SUFFIXES]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"data.path: {folder} has none of {', '.join(names)}. Add one of them, or set data.path to "
+        "a file."
+    )
+
+
+def find_field(row: Row, names: Sequence[str]) -> str:
+    """Returns the first of `names` that is a field of the row. Raises UserError if none is."""
+    for name in names:
+        if name in row.fields:
+            return name
+    expected = " or ".join(repr(name) for name in names)
+    raise UserError(
+        f"{row.location}: no field {expected}. The row has the fields {', '.join(row.fields)}."
+    )
+
+
+def text_field(row: Row, *names: str) -> str:
+    """Returns the value of the row's first field out of `names`, as text without outer white space.
+
+    Raises:
+        UserError: The row has none of the fields, or the value is empty or neither text nor a
+            number.
+    """
+    name = find_field(row, names)
     value = row.fields[name]
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise UserError(f"{row.place}: field {name!r} is empty")
+        raise UserError(f"{row.location}: field {name!r} is empty")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(
-            f"{row.place}: field {name!r} is a {type(value).__name__}; give text or a number"
+            f"{row.location}: field {name!r} is a {type(value).__name__}, expected text or a number"
         )
     return str(value).strip()
 
 
-def for_judging(name: str, split: str, read: Iterable[Row], part: str = "") -> list[Problem]:
-    """The problems of a set that is for evaluation alone.
+def evaluation_problems(
+    name: str, split: str, rows: Iterable[Row], id_prefix: str = ""
+) -> list[Problem]:
+    """Returns the problems of a set that is used for evaluation only.
 
-    Fields problem | question, answer | final_answer (of several, the first). `part` of the set: in
-    the ids, which two parts must not share.
+    Args:
+        name: Name of the problem set.
+        split: Must be `test`.
+        rows: Rows with the fields `problem` or `question`, and `answer` or `final_answer`. If the
+            answer is a list, its first element is the gold answer.
+        id_prefix: Prefix of the row number in problem ids. It distinguishes the parts of a set,
+            such as `2024/`.
 
-    Raises UserError for its train split: nothing may be learned from it.
+    Raises:
+        UserError: `split` is `train`, or a row is incomplete.
     """
     check_split(name, split)
     if split == "train":
-        raise UserError(f"data.{name}: a set to judge by (eval.data), not to learn from")
+        raise UserError(
+            f"data.{name}: this set is for evaluation only and has no train split. Use it in "
+            "eval.data."
+        )
     problems = []
-    for i, row in enumerate(read):
-        given = row.fields.get("answer", row.fields.get("final_answer"))
-        row = Row(
-            row.place,
-            row.fields | {"answer": given[0] if isinstance(given, list) and given else given},
-        )
+    for index, row in enumerate(rows):
+        question = text_field(row, "problem", "question")
         solution = row.fields.get("solution")
-        meta = {
-            key: row.fields[key]
-            for key in ("subject", "level", "unit", "tolerance", "year")
-            if row.fields.get(key) is not None
-        }
-        problems.append(
-            Problem(
-                id=f"{name}/{part}{i}",
-                question=text(row, "problem", "question"),
-                answer=text(row, "answer"),
-                source=name,
-                solution=solution if isinstance(solution, str) else None,
-                meta=meta,
-            )
+        meta = {}
+        for field in EVALUATION_META_FIELDS:
+            if row.fields.get(field) is not None:
+                meta[field] = row.fields[field]
+        problem = Problem(
+            id=f"{name}/{id_prefix}{index}",
+            question=question,
+            answer=_gold_answer(row),
+            source=name,
+            solution=solution if isinstance(solution, str) else None,
+            meta=meta,
         )
-    return unique(problems)
+        problems.append(problem)
+    check_unique_ids(problems)
+    return problems
 
 
-def unique(problems: Iterable[Problem]) -> list[Problem]:
-    """The problems as a list.
+def _gold_answer(row: Row) -> str:
+    answer = row.fields.get("answer", row.fields.get("final_answer"))
+    if isinstance(answer, list) and answer:
+        answer = answer[0]
+    return text_field(Row(row.location, {"answer": answer}), "answer")
 
-    Raises UserError when two have one id: samples and seeds are keyed by it.
-    """
-    by_id: dict[str, Problem] = {}
+
+def check_unique_ids(problems: Iterable[Problem]) -> None:
+    """Raises UserError if two problems have the same id: samples and seeds are keyed by it."""
+    ids: set[str] = set()
     for problem in problems:
-        if problem.id in by_id:
+        if problem.id in ids:
             raise UserError(
-                f"data: id {problem.id!r} appears twice; make ids unique or leave them out"
+                f"data: id {problem.id!r} appears twice. Make the ids unique, or remove the field "
+                "'id'."
             )
-        by_id[problem.id] = problem
-    return list(by_id.values())
+        ids.add(problem.id)
 
 
-def _from_json(file: Path) -> list[Row]:
-    # Line by line and not through `datasets`: its reader turns date-like text into timestamps,
-    # refuses columns of mixed types, fills every row with the other rows' fields, and names no
-    # line.
+# JSON is not read through `datasets`: it turns date-like text into timestamps, rejects columns of
+# mixed types, adds the fields of all rows to each row, and its errors do not name a line.
+def _read_json(file: Path) -> list[Row]:
     content = file.read_bytes()
+    if file.suffix == ".json" and content.lstrip()[:1] == b"[":
+        return _parse_json_array(file, content)
+    return _parse_json_lines(file, content)
+
+
+def _parse_json_array(file: Path, content: bytes) -> list[Row]:
     try:
-        if file.suffix == ".json" and content.lstrip()[:1] == b"[":
-            return [
-                _row(f"{file}: row {number}", fields)
-                for number, fields in enumerate(json.loads(content), start=1)
-            ]
+        elements = json.loads(content)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
-    read = []
+    return [
+        _row(f"{file}: row {number}", element) for number, element in enumerate(elements, start=1)
+    ]
+
+
+def _parse_json_lines(file: Path, content: bytes) -> list[Row]:
+    rows = []
     for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            try:
-                read.append(_row(f"{file}: line {number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise (
-                    error
-                    if isinstance(error, UserError)
-                    else UserError(f"{file}: line {number}: {error}")
-                ) from error
-    return read
+        if not line.strip():
+            continue
+        location = f"{file}: line {number}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{location}: {error}") from error
+        rows.append(_row(location, fields))
+    return rows
 
 
-def _row(place: str, fields: object) -> Row:
+def _row(location: str, fields: object) -> Row:
     if not isinstance(fields, dict):
-        raise UserError(f"{place}: got a {type(fields).__name__}, expected an object with fields")
-    return Row(place, fields)
+        raise UserError(
+            f"{location}: got a {type(fields).__name__}, expected an object with fields"
+        )
+    return Row(location, fields)
 
 
-def _from_parquet(file: Path) -> list[Row]:
-    datasets = _datasets()
+def _read_parquet(file: Path) -> list[Row]:
     from tempfile import TemporaryDirectory
 
-    with TemporaryDirectory() as cache:  # a cache of its own: never an older version of the file
+    datasets = _import_datasets()
+    # The default cache directory could return an older version of the file.
+    with TemporaryDirectory() as cache:
         try:
             table = datasets.Dataset.from_parquet(str(file), keep_in_memory=True, cache_dir=cache)
             return [
                 Row(f"{file}: row {number}", fields) for number, fields in enumerate(table, start=1)
             ]
-        except Exception as error:  # of many libraries; all mean that the file cannot be read
-            raise UserError(
-                f"{file}: not a readable parquet file: {_one_line(error.__cause__ or error)}"
-            ) from error
+        # Several libraries raise here, each with its own exceptions.
+        except Exception as error:
+            cause = error.__cause__ or error
+            raise UserError(f"{file}: not a readable parquet file: {_one_line(cause)}") from error
 
 
-def _from_hub(hub: Hub) -> list[Row]:
-    datasets = _datasets()
+def _read_hub(hub: HubDataset) -> list[Row]:
+    datasets = _import_datasets()
     try:
         table = datasets.load_dataset(hub.id, hub.config, split=hub.split)
-    # network, authorisation, cache: of many libraries, and all with one way out
+    # Network, authorization and cache errors of several libraries. The way out is the same.
     except Exception as error:
         raise Unreachable(
-            f"{hub.id} could not be fetched from the hub: give data.path=FILE_OR_FOLDER "
+            f"{hub.id} cannot be fetched from the hub. Set data.path to a local file or folder. "
             f"({_one_line(error)})"
         ) from error
     return [
@@ -204,7 +250,8 @@ def _from_hub(hub: Hub) -> list[Row]:
     ]
 
 
-def _datasets() -> Any:
+def _import_datasets() -> Any:
+    """Imports `datasets` and turns off its progress bars and messages."""
     import logging
 
     import datasets
@@ -216,4 +263,5 @@ def _datasets() -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]
+    first_line = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    return first_line[:200]

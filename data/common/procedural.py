@@ -1,28 +1,29 @@
-"""Problem sets that are drawn, not stored.
+"""Problem sets that are generated instead of stored.
 
-Problem i comes from (seed, i) alone, and train and test share no content.
+Problem i is a function of (seed, i) and the options of the set. Train and test never share the same
+content, for any pair of seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import TypeVar, overload
+from typing import Generic, NamedTuple, TypeVar, overload
 
-from data.common.mixture import seeded, stable_hash
+from data.common.mixture import seeded_random, stable_hash
 from grpo.types import Problem, UserError
 
 T = TypeVar("T")
-TRIES = 10_000  # draws before a set counts as impossible
+MAX_DRAWS = 10_000  # draws without a match after which the options are considered impossible
 
 
-class Procedural(Sequence[Problem]):
-    """`size` problems, each made when it is asked for by `make(i)`."""
+class GeneratedProblems(Sequence[Problem]):
+    """A sequence of `size` problems. Each problem is generated when it is accessed."""
 
-    def __init__(self, size: int, make: Callable[[int], Problem]) -> None:
-        """`make(i)` returns problem i of `size`, the same each time."""
+    def __init__(self, size: int, generate: Callable[[int], Problem]) -> None:
+        """`generate(i)` returns problem i, the same problem for each call."""
         self._size = size
-        self._make = make
+        self._generate = generate
 
     def __len__(self) -> int:
         """Returns the number of problems."""
@@ -33,33 +34,62 @@ class Procedural(Sequence[Problem]):
     @overload
     def __getitem__(self, index: slice) -> list[Problem]: ...
     def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        """Makes and returns a problem, or a list of them. Raises IndexError."""
+        """Generates one problem, or a list of problems for a slice.
+
+        Raises:
+            IndexError: The index is out of range.
+        """
         if isinstance(index, slice):
-            return [self._make(i) for i in range(*index.indices(self._size))]
+            return [self._generate(i) for i in range(*index.indices(self._size))]
         if not -self._size <= index < self._size:
-            raise IndexError(f"got index {index} in a set of {self._size}")
-        return self._make(index % self._size)
+            raise IndexError(f"got index {index} in a set of {self._size} problems")
+        return self._generate(index % self._size)
 
 
-def draw(
-    draw_one: Callable[[Random], tuple[str, T] | None], name: str, split: str, *key: object
-) -> T:
-    """The first draw that falls into `split`.
+class Drawn(NamedTuple, Generic[T]):
+    """A value drawn at random, and its content, which determines the split.
 
-    `draw_one` returns (canonical content, value), or None to draw again.
-
-    The content decides the split, whatever the seed: one tenth of all contents is test. Raises
-    UserError when no draw fits.
+    `content` is a canonical text: values that are the same exercise have the same content, such as
+    `"85+347"` for both 347+85 and 85+347.
     """
-    random = seeded(name, split, *key)
-    for _ in range(TRIES):
-        drawn = draw_one(random)
-        if drawn is not None and (stable_hash(f"{name}/{drawn[0]}") % 10 == 0) == (split == "test"):
-            return drawn[1]
-    raise UserError(f"data.{name}: no {split} problem in {TRIES} draws; widen its options")
+
+    content: str
+    value: T
 
 
-def check_range(name: str, option: str, value: int, low: int, high: int) -> None:
-    """Raises UserError when an option is not an integer in [low, high]."""
+def draw_for_split(
+    draw: Callable[[Random], Drawn[T] | None], name: str, split: str, *key: object
+) -> T:
+    """Returns the first drawn value that belongs to `split`.
+
+    The split of a value depends only on its content, not on the seed: one tenth of all contents is
+    in test.
+
+    Args:
+        draw: Draws one value; None if the draw is invalid and must be repeated.
+        name: Name of the problem set.
+        split: `train` or `test`.
+        key: Seed, index and options; with name and split they seed the random generator.
+
+    Raises:
+        UserError: No value of the split within MAX_DRAWS draws.
+    """
+    random = seeded_random(name, split, *key)
+    for _ in range(MAX_DRAWS):
+        drawn = draw(random)
+        if drawn is not None and _split_of(name, drawn.content) == split:
+            return drawn.value
+    raise UserError(
+        f"data.{name}: no {split} problem in {MAX_DRAWS} draws. Widen the ranges of its options."
+    )
+
+
+def _split_of(name: str, content: str) -> str:
+    is_test = stable_hash(f"{name}/{content}") % 10 == 0
+    return "test" if is_test else "train"
+
+
+def check_range(option: str, value: int, low: int, high: int) -> None:
+    """Raises UserError if an option, such as `arithmetic.digits`, is no integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"data.{name}.{option}: got {value!r}; give an integer in {low}..{high}")
+        raise UserError(f"data.{option}: got {value!r}, expected an integer from {low} to {high}")

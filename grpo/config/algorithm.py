@@ -1,6 +1,6 @@
-"""The algorithm section of a config: a recipe's choices.
+"""The config section `algorithm`: advantage, loss, KL and filters of a recipe.
 
-Published recipes by name are in grpo/config/presets.py.
+The published recipes are in grpo/config/presets.py.
 """
 
 from __future__ import annotations
@@ -12,60 +12,165 @@ from pydantic import Field, model_validator
 from grpo.config.reading import Section
 
 
-class Algorithm(Section):
-    """A recipe: advantage x loss x reduction, and what is around them.
+class AlgorithmSettings(Section):
+    """A recipe: an advantage, a loss, a reduction, and the terms and filters around them.
 
-    What the config does not say is the preset's (PRESETS).
+    Keys that the config does not set have the preset's value.
     """
 
-    preset: str = "grpo"  # a name in PRESETS
-    # grpo/learning/advantages.py
+    preset: str = Field(
+        "grpo",
+        description="Name of a published recipe (`PRESETS` in `grpo/config/presets.py`). It sets "
+        "every key that the config does not set itself.",
+    )
     advantage: Literal[
         "group_std", "batch_std", "centered_std", "none", "leave_one_out", "batch", "teacher"
-    ] = "group_std"
-    loss: str = "grpo"  # a file in grpo/losses/ or module:function
-    # grpo/learning/batch.py: token_weights
-    reduction: Literal["sequence", "token", "constant", "prompt"] = "sequence"
-    clip_low: float = Field(0.2, gt=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = Field(0.2, gt=0)
-    # grpo: the ratio counts as at most this where the advantage is negative
-    dual_clip: float | None = Field(None, gt=1)
-    ratio_max: float = Field(5.0, ge=1)  # cispo: cap of the ratio itself
-    # KL to the start model; above 0 keeps a second copy of the weights (none with LoRA)
-    kl_coef: float = Field(0.0, ge=0)
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_in: Literal["loss", "reward"] = "loss"
-    # in the loss: times pi / pi_old, so that its gradient has the right mean (DeepSeek-V3.2)
-    kl_unbiased: bool = False
-    # updates after which the reference becomes the policy; 0: never
-    reference_reset: int = Field(0, ge=0)
-    reset_optimizer: bool = False  # with it (ProRL)
-    # of pi_old: computed again where needed, or the engine's own
-    old_logprobs: Literal["learner", "sampler"] = "learner"
-    # grpo/learning/objective.py: mismatch_weights
-    mismatch: Literal["none", "tis", "mis_token", "mis_sequence", "icepop", "mask_sequence"] = (
-        "none"
+    ] = Field(
+        "group_std",
+        description="How advantages are computed (`grpo/learning/advantages.py`): from the rewards "
+        "of a group or of the batch, or, with `teacher`, from the log-probabilities of "
+        "`model.teacher`. Default: DeepSeekMath 2402.03300.",
     )
-    # bounds of pi_old / pi_sampler; defaults: MISMATCH_BOUNDS in learning/objective.py
-    mismatch_min: float | None = Field(None, ge=0)
-    mismatch_max: float | None = Field(None, gt=0)
-    # groups of equal rewards: counted, left out, or others sampled instead
-    no_signal: Literal["keep", "drop", "resample"] = "keep"
-    max_rounds: int = Field(10, ge=1)  # resample: samplings a rollout before it gives up
-    # rollouts in a row without an update after which the run stops; 0: never
-    max_idle: int = Field(50, ge=0)
-    # a problem with this pass rate is not drawn again (ScaleRL: 0.9)
-    drop_solved: float | None = Field(None, gt=0, le=1)
-    # a problem whose last pass rate is outside is not drawn again
-    pass_rate: tuple[float, float] | None = None
-    # mask: completions cut off by max_tokens count in the baseline only (DAPO)
-    truncated: Literal["keep", "mask"] = "keep"
-    entropy_coef: float = 0.0  # bonus on the policy's entropy, in the loss
-    # share of tokens, of the highest entropy, that the advantage goes to (2506.01939: 0.2)
-    top_entropy: float = Field(1.0, gt=0, le=1)
+    loss: str = Field(
+        "grpo",
+        description="Loss per token: the name of a file in `grpo/losses/`, or your own function "
+        "as `module:function`.",
+    )
+    reduction: Literal["sequence", "token", "constant", "prompt"] = Field(
+        "sequence",
+        description="How the losses of an update's tokens are averaged. `sequence`: mean over "
+        "completions of the mean over their tokens (DeepSeekMath 2402.03300 Eq. 3); `token`: mean "
+        "over all tokens; `constant`: sum over tokens / (completions x sampling.max_tokens); "
+        "`prompt`: mean over problems of the mean over their tokens.",
+    )
+    clip_low: float = Field(
+        0.2,
+        gt=0,
+        description="The ratio is clipped to [1 - clip_low, 1 + clip_high]. Loss `gmpo` clips the "
+        "log-ratio to [-clip_low, clip_high]. Default: DeepSeekMath 2402.03300.",
+    )
+    clip_high: float = Field(
+        0.2,
+        gt=0,
+        description="Upper clipping distance of the ratio, see `clip_low`. "
+        "Default: DeepSeekMath 2402.03300.",
+    )
+    dual_clip: float | None = Field(
+        None,
+        gt=1,
+        description="Upper bound of the ratio where the advantage is negative, for loss `grpo` "
+        "(INTELLECT-2 uses 4). Default: no bound.",
+    )
+    ratio_max: float = Field(
+        5.0,
+        ge=1,
+        description="Upper bound of the ratio for loss `cispo`. Default: ScaleRL 2510.13786.",
+    )
+    kl_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Coefficient of the KL to the reference model, which is `model.teacher` or the "
+        "start model. Above 0 the learner holds a second copy of the weights, except with LoRA.",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3",
+        description="Estimator of the KL per token, with d = log pi - log pi_ref: k1 = d, "
+        "k2 = d^2 / 2, k3 = exp(-d) + d - 1. Default: DeepSeekMath 2402.03300 Eq. 4.",
+    )
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss",
+        description="Where the KL is applied: as a term of the loss, or as a penalty per token in "
+        "the reward.",
+    )
+    kl_unbiased: bool = Field(
+        False,
+        description="With `kl_in: loss`, multiply the KL term by pi / pi_old, so that its gradient "
+        "is an unbiased estimate (DeepSeek-V3.2 2512.02556 Eq. 7).",
+    )
+    reference_reset: int = Field(
+        0,
+        ge=0,
+        description="Interval, in updates, at which the current policy becomes the reference model "
+        "(R1 uses 400). 0: never.",
+    )
+    reset_optimizer: bool = Field(
+        False,
+        description="Reset Adam's moments at every `reference_reset` (ProRL).",
+    )
+    old_logprobs: Literal["learner", "sampler"] = Field(
+        "learner",
+        description="Source of log pi_old: `learner` recomputes it where the ratio needs it, "
+        "`sampler` takes the engine's log-probabilities.",
+    )
+    mismatch: Literal["none", "tis", "mis_token", "mis_sequence", "icepop", "mask_sequence"] = (
+        Field(
+            "none",
+            description="Importance weights that correct the difference between pi_old and the "
+            "engine's distribution pi_sampler (`mismatch_weights` in "
+            "`grpo/learning/objective.py`).",
+        )
+    )
+    mismatch_min: float | None = Field(
+        None,
+        ge=0,
+        description="Lower bound of pi_old / pi_sampler in the correction. "
+        "Default: depends on `mismatch` (`MISMATCH_BOUNDS` in `grpo/learning/objective.py`).",
+    )
+    mismatch_max: float | None = Field(
+        None,
+        gt=0,
+        description="Upper bound of pi_old / pi_sampler in the correction. "
+        "Default: depends on `mismatch` (`MISMATCH_BOUNDS` in `grpo/learning/objective.py`).",
+    )
+    no_signal: Literal["keep", "drop", "resample"] = Field(
+        "keep",
+        description="Groups without a training signal: `keep` includes them in the average, `drop` "
+        "excludes groups with equal rewards, `resample` replaces groups that are all right or all "
+        "wrong by new ones (dynamic sampling, DAPO 2503.14476 Eq. 11).",
+    )
+    max_rounds: int = Field(
+        10,
+        ge=1,
+        description="With `no_signal: resample`, the maximum number of samplings per rollout. "
+        "After them the run stops.",
+    )
+    max_idle: int = Field(
+        50,
+        ge=0,
+        description="Number of consecutive rollouts without an update after which the run stops. "
+        "0: no limit.",
+    )
+    drop_solved: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="A problem whose last pass rate is at least this share is not drawn again "
+        "(ScaleRL uses 0.9). Default: no limit.",
+    )
+    pass_rate: tuple[float, float] | None = Field(
+        None,
+        description="Lowest and highest allowed pass rate: a problem whose last pass rate is "
+        "outside is not drawn again. Default: no limits.",
+    )
+    truncated: Literal["keep", "mask"] = Field(
+        "keep",
+        description="Completions that were cut off at `sampling.max_tokens`: `keep` trains on "
+        "them, `mask` counts them in the baseline only (overlong filtering, DAPO 2503.14476).",
+    )
+    entropy_coef: float = Field(
+        0.0,
+        description="Coefficient of a bonus on the policy's entropy in the loss.",
+    )
+    top_entropy: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a rollout's tokens that keep their advantage: those with the highest "
+        "entropy. All other tokens have advantage 0 (2506.01939 uses 0.2).",
+    )
 
     @model_validator(mode="after")
-    def _meaning(self) -> Algorithm:
+    def _check_kl(self) -> AlgorithmSettings:
         if (
             self.kl_coef
             and self.kl_in == "loss"
@@ -73,37 +178,56 @@ class Algorithm(Section):
             and not self.kl_unbiased
         ):
             raise ValueError(
-                "k1 in the loss has a gradient of mean zero: use kl_estimator k2 or k3, "
-                "kl_unbiased, or kl_in=reward"
+                "kl_estimator=k1 with kl_in=loss: the gradient of k1 has mean zero. Set "
+                "kl_estimator=k2 or k3, kl_unbiased=true, or kl_in=reward"
             )
         if self.kl_unbiased and self.kl_in == "reward":
             raise ValueError(
-                "kl_unbiased is for kl_in=loss: in the reward no gradient passes through the KL"
+                "kl_unbiased=true requires kl_in=loss: no gradient passes through a KL in the "
+                "reward"
             )
         if self.kl_unbiased and self.kl_estimator == "k2":
             raise ValueError(
-                "kl_unbiased with k2: the ratio times k2 does not have the KL's gradient; use k1 "
-                "or k3"
+                "kl_unbiased=true with kl_estimator=k2: the ratio times k2 does not have the "
+                "gradient of the KL. Set kl_estimator=k1 or k3"
             )
-        if self.advantage == "teacher" and (
-            self.no_signal != "keep" or (self.kl_coef and self.kl_in == "reward")
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _check_teacher_advantage(self) -> AlgorithmSettings:
+        if self.advantage != "teacher":
+            return self
+        has_kl_in_reward = self.kl_coef > 0 and self.kl_in == "reward"
+        if self.no_signal != "keep" or has_kl_in_reward:
             raise ValueError(
-                "advantage=teacher asks no rewards: no_signal is keep, and a KL goes into the loss"
+                "advantage=teacher does not use rewards: set no_signal=keep, and kl_in=loss if "
+                "kl_coef is above 0"
             )
-        if self.mismatch == "none" and (
-            self.mismatch_min is not None or self.mismatch_max is not None
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _check_mismatch_bounds(self) -> AlgorithmSettings:
+        has_bounds = self.mismatch_min is not None or self.mismatch_max is not None
+        if self.mismatch == "none" and has_bounds:
             raise ValueError(
-                "mismatch_min and mismatch_max bound a correction: choose one with mismatch"
+                "mismatch_min and mismatch_max have no effect with mismatch=none: choose a "
+                "correction, or remove the bounds"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_reset_optimizer(self) -> AlgorithmSettings:
         if self.reset_optimizer and not self.reference_reset:
             raise ValueError(
-                "reset_optimizer goes with reference_reset: give it a number of updates"
+                "reset_optimizer=true requires reference_reset: set it to a number of updates"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampler_logprobs(self) -> AlgorithmSettings:
         if self.old_logprobs == "sampler" and self.mismatch != "none":
             raise ValueError(
-                "with old_logprobs=sampler the ratio holds the mismatch already: set "
-                "mismatch=none, or old_logprobs=learner"
+                f"old_logprobs=sampler with mismatch={self.mismatch}: the ratio to the sampler "
+                "already includes the mismatch. Set mismatch=none, or old_logprobs=learner"
             )
         return self

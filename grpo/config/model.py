@@ -1,7 +1,4 @@
-"""The config's section about the model.
-
-It says where the model comes from, and how it is held, extended and trained.
-"""
+"""The config section `model`: the source, precision and trainable weights of the model."""
 
 from __future__ import annotations
 
@@ -12,74 +9,122 @@ from pydantic import Field
 from grpo.config.reading import Section
 
 
-class Lora(Section):
-    """Low-rank additions to the model's linear layers: their rank, and alpha for their scale."""
+class LoraSettings(Section):
+    """Low-rank adapters: the addition to a weight is `alpha / rank` times B A."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)  # the addition is alpha / rank times B A
+    rank: int = Field(16, ge=1, description="Rank of the adapter matrices A and B.")
+    alpha: float = Field(32.0, gt=0, description="Scale: the addition is alpha / rank times B A.")
 
 
-class Qat(Section):
-    """Quantisation-aware training: the forward pass rounds as `grpo quantize` will.
+class QatSettings(Section):
+    """Quantisation-aware training: the forward pass rounds as `grpo quantize` does.
 
-    For sft, and for distill's ways sequence and soft.
+    For `grpo sft`, and for `grpo distill` with way sequence or soft.
     """
 
-    scheme: Literal["int8", "int8_tensor", "int4"] = "int4"
-    group_size: int = Field(32, ge=2)  # int4
+    scheme: Literal["int8", "int8_tensor", "int4"] = Field(
+        "int4", description="Quantisation scheme, as in `quantize.schemes`."
+    )
+    group_size: int = Field(
+        32, ge=2, description="Number of weights that share a scale, for scheme int4."
+    )
 
 
-class Rope(Section):
-    """A longer context by other rotary frequencies.
+class RopeSettings(Section):
+    """A context extension by scaled rotary frequencies.
 
     It is written into the model's config, so that learner, engine and final model agree.
     """
 
-    # YaRN 2309.00071; linear: position interpolation 2306.15595
-    type: Literal["yarn", "linear", "dynamic"] = "yarn"
-    factor: float = Field(gt=1)  # times the context
-    # context the model was trained at; default: its config's
-    original_tokens: int | None = Field(None, ge=1)
+    type: Literal["yarn", "linear", "dynamic"] = Field(
+        "yarn",
+        description="Scaling method: YaRN (2309.00071), linear position interpolation "
+        "(2306.15595), or dynamic scaling.",
+    )
+    factor: float = Field(gt=1, description="Ratio of the extended context to the original one.")
+    original_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Context length in tokens that the model was trained with. "
+        "Default: from the model's config.",
+    )
 
 
-class Model(Section):
-    """Where the model comes from, and how it is held, extended and trained."""
+class ModelSettings(Section):
+    """The model that is trained: its source, precision, attention and trainable weights."""
 
-    # hub id, local Hugging Face directory, or `tiny-llama` / `tiny-qwen2` / `tiny-qwen3` (made on
-    # the spot, random weights)
-    path: str
-    revision: str | None = None  # hub revision
-    # of the forward pass; the optimizer's master weights are always float32
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # packed: ours, no padding, a group's prompt once
-    attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = "packed"
-    # one more forward pass for activations of one layer at a time
-    gradient_checkpointing: bool = False
-    # model that the KL is measured to, and that algorithm.advantage=teacher asks; default: the
-    # start model
-    teacher: str | None = None
-    # train low-rank additions to all linear layers but the head; wants ten times the learning rate
-    lora: Lora | None = None
-    rope: Rope | None = None  # a longer context; of a model that has none yet
-    qat: Qat | None = None  # learn with the rounding of fewer bits in the forward pass
-    # logits in float32, in the learner and in the engine (MiniMax-M1, ScaleRL)
-    float32_head: bool = False
-    # mixtures of experts: weight of the load-balancing loss
-    router_aux_coef: float = Field(0.0, ge=0)
-    freeze_router: bool = False  # mixtures of experts: the router stays as it is
-    # config of a supervised start (`grpo sft`) from `path`, made in the run's directory before its
-    # first rollout
-    warm_start: str | None = None
+    path: str = Field(
+        description="Hub id, local Hugging Face directory, or one of the built-in models with "
+        "random weights, such as tiny-llama, tiny-qwen2 and tiny-qwen3 (`TINY` in "
+        "`grpo/learning/models.py`). `grpo eval` also accepts a run directory."
+    )
+    revision: str | None = Field(
+        None, description="Revision of the model on the hub. Default: the main branch."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="Precision of the forward pass. The optimizer's master weights are always "
+        "float32.",
+    )
+    attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = Field(
+        "packed",
+        description="Attention implementation of the learner. `packed` is grpo's own: it needs no "
+        "padding and processes a group's prompt once. The others are those of transformers.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Store the activations of one layer at a time and recompute the others in the "
+        "backward pass. This saves memory and costs one more forward pass.",
+    )
+    teacher: str | None = Field(
+        None,
+        description="Hub id or directory of the model to which the KL is measured, and which "
+        "scores tokens with `algorithm.advantage: teacher`. Default: the KL is measured to the "
+        "start model. `grpo distill` requires a teacher.",
+    )
+    lora: LoraSettings | None = Field(
+        None,
+        description="Train low-rank adapters on all linear layers except the head, and freeze the "
+        "weights. Adapters need about ten times the learning rate.",
+    )
+    rope: RopeSettings | None = Field(
+        None,
+        description="Extend the context of a model whose context has not been extended yet.",
+    )
+    qat: QatSettings | None = Field(
+        None,
+        description="Quantisation-aware training: round to fewer bits in the forward pass.",
+    )
+    float32_head: bool = Field(
+        False,
+        description="Compute the logits in float32 in learner and engine (MiniMax-M1, ScaleRL).",
+    )
+    router_aux_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Coefficient of the load-balancing loss of a mixture of experts (Switch "
+        "Transformer).",
+    )
+    freeze_router: bool = Field(
+        False, description="Do not train the router of a mixture of experts."
+    )
+    warm_start: str | None = Field(
+        None,
+        description="Path of a `grpo sft` config. Before its first rollout, `grpo train` runs it "
+        "in the run directory, starting from `path`.",
+    )
 
     @property
     def packed(self) -> bool:
         """Whether micro-batches are streams without padding (grpo/learning/packing.py)."""
         return self.attention == "packed"
 
-    def check_shared(self, sequence_parallel: int) -> None:
-        """Raises ValueError for a model whose sequences ranks cannot share."""
-        if sequence_parallel > 1 and (not self.packed or self.router_aux_coef):
+    def check_sequence_parallel(self, size: int) -> None:
+        """Raises ValueError if `size` ranks cannot share this model's sequences."""
+        if size == 1:
+            return
+        if not self.packed or self.router_aux_coef:
             raise ValueError(
-                "learner.sequence_parallel needs model.attention=packed, and no "
-                "model.router_aux_coef"
+                f"learner.sequence_parallel={size} requires model.attention=packed and "
+                "model.router_aux_coef=0"
             )

@@ -1,22 +1,29 @@
-"""Published recipes by name, and what a recipe is in formulas.
+"""The published recipes by name (presets), and a recipe's formulas as text.
 
-A preset fills in, in any section, what the config does not say itself; sizes and learning rates are
-not part of it, they are in configs/. docs/algorithms.md has the same table, and a test keeps the
-two equal.
+A preset sets the keys, of any section, that the config does not set itself. It sets no sizes and no
+learning rates: those are in configs/. docs/algorithms.md has the same table; a test compares the
+two.
 """
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
+from grpo.config.reading import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A recipe: where it was published, what differs from there, and `section.key` -> value."""
+    """A published recipe.
+
+    Attributes:
+        source: Its publication.
+        settings: The keys that it sets, e.g. `{"algorithm.loss": "gspo"}`. A key without a dot is a
+            full section, e.g. `{"rewards": {"accuracy": 1.0}}`.
+        note: Where it differs from the publication, or is not obvious.
+    """
 
     source: str
     settings: dict[str, Any]
@@ -24,62 +31,96 @@ class Preset:
 
 
 def _algorithm(**settings: Any) -> dict[str, Any]:
+    """Returns the settings with the keys of section `algorithm`: `{"algorithm.loss": "gspo"}`."""
     return {f"algorithm.{key}": value for key, value in settings.items()}
 
 
-def _clip(low: float, high: float) -> dict[str, Any]:
-    return _algorithm(clip_low=low, clip_high=high)
-
-
-_R1 = _algorithm(
-    advantage="group_std", loss="grpo", reduction="sequence", kl_coef=0.001, reference_reset=400
-) | _clip(10.0, 10.0)
-_R1 |= {"train.updates_per_rollout": 16}
-_CISPO = _algorithm(loss="cispo", ratio_max=5.0, kl_coef=0.0)
+_R1 = {
+    **_algorithm(
+        advantage="group_std",
+        loss="grpo",
+        reduction="sequence",
+        kl_coef=0.001,
+        reference_reset=400,
+        clip_low=10.0,
+        clip_high=10.0,
+    ),
+    "train.updates_per_rollout": 16,
+}
 
 PRESETS = {
     "grpo": Preset(
-        "DeepSeekMath 2402.03300 Eq. 3, 4",
-        _algorithm(advantage="group_std", loss="grpo", reduction="sequence", kl_coef=0.04)
-        | _clip(0.2, 0.2),
-        "population std",
+        source="DeepSeekMath 2402.03300 Eq. 3, 4",
+        settings=_algorithm(
+            advantage="group_std",
+            loss="grpo",
+            reduction="sequence",
+            kl_coef=0.04,
+            clip_low=0.2,
+            clip_high=0.2,
+        ),
+        note="population std",
     ),
     "r1_zero": Preset(
-        "DeepSeek-R1, Nature 2025, training details",
-        _R1 | {"rewards": {"accuracy": 1.0, "format": 1.0}},
+        source="DeepSeek-R1, Nature 2025, training details",
+        settings={**_R1, "rewards": {"accuracy": 1.0, "format": 1.0}},
     ),
     "r1": Preset(
-        "DeepSeek-R1, Nature 2025, first RL stage",
-        _R1 | {"rewards": {"accuracy": 1.0, "format": 1.0, "language": 1.0}},
+        source="DeepSeek-R1, Nature 2025, first RL stage",
+        settings={**_R1, "rewards": {"accuracy": 1.0, "format": 1.0, "language": 1.0}},
     ),
     "dr_grpo": Preset(
-        "Dr.GRPO 2503.20783",
-        _algorithm(advantage="none", loss="grpo", reduction="constant", kl_coef=0.0)
-        | _clip(0.2, 0.2),
+        source="Dr.GRPO 2503.20783",
+        settings=_algorithm(
+            advantage="none",
+            loss="grpo",
+            reduction="constant",
+            kl_coef=0.0,
+            clip_low=0.2,
+            clip_high=0.2,
+        ),
     ),
     "dapo": Preset(
-        "DAPO 2503.14476 Eq. 8, 11, 13",
-        _algorithm(
-            advantage="group_std", loss="grpo", reduction="token", kl_coef=0.0, no_signal="resample"
-        )
-        | _clip(0.2, 0.28)
-        | {"train.updates_per_rollout": 16, "rewards": {"accuracy": 2.0, "length": 1.0}},
-        "accuracy 0 or 2 for -1 or 1: the same advantages",
+        source="DAPO 2503.14476 Eq. 8, 11, 13",
+        settings={
+            **_algorithm(
+                advantage="group_std",
+                loss="grpo",
+                reduction="token",
+                kl_coef=0.0,
+                no_signal="resample",
+                clip_low=0.2,
+                clip_high=0.28,
+            ),
+            "train.updates_per_rollout": 16,
+            "rewards": {"accuracy": 2.0, "length": 1.0},
+        },
+        note="accuracy 0 or 2 instead of -1 or 1: the advantages are the same",
     ),
     "gspo": Preset(
-        "GSPO 2507.18071 Eq. 5, 7",
-        _algorithm(advantage="group_std", loss="gspo", reduction="sequence", kl_coef=0.0)
-        | _clip(3e-4, 4e-4)
-        | {"train.updates_per_rollout": 4},
+        source="GSPO 2507.18071 Eq. 5, 7",
+        settings={
+            **_algorithm(
+                advantage="group_std",
+                loss="gspo",
+                reduction="sequence",
+                kl_coef=0.0,
+                clip_low=3e-4,
+                clip_high=4e-4,
+            ),
+            "train.updates_per_rollout": 4,
+        },
     ),
     "cispo": Preset(
-        "MiniMax-M1 2506.13585 Eq. 4, 5",
-        _CISPO | _algorithm(advantage="group_std", reduction="token"),
-        "the paper gives no cap: ScaleRL's",
+        source="MiniMax-M1 2506.13585 Eq. 4, 5",
+        settings=_algorithm(
+            loss="cispo", ratio_max=5.0, kl_coef=0.0, advantage="group_std", reduction="token"
+        ),
+        note="the paper gives no cap; 5 is ScaleRL's",
     ),
     "rloo": Preset(
-        "RLOO 2402.14740 section 3.3",
-        _algorithm(
+        source="RLOO 2402.14740 section 3.3",
+        settings=_algorithm(
             advantage="leave_one_out",
             loss="reinforce",
             reduction="constant",
@@ -87,115 +128,158 @@ PRESETS = {
             kl_estimator="k1",
             kl_in="reward",
         ),
-        "a constant divides the sum over tokens",
+        note="the sum over tokens is divided by a constant",
     ),
     "reinforce_pp": Preset(
-        "REINFORCE++ 2501.03262 Eq. 8-10",
-        _algorithm(
+        source="REINFORCE++ 2501.03262 Eq. 8-10",
+        settings=_algorithm(
             advantage="batch",
             loss="grpo",
             reduction="sequence",
             kl_coef=0.001,
             kl_estimator="k1",
             kl_in="reward",
-        )
-        | _clip(0.2, 0.2),
+            clip_low=0.2,
+            clip_high=0.2,
+        ),
     ),
     "lite_ppo": Preset(
-        "Lite-PPO 2508.08221",
-        _algorithm(advantage="batch_std", loss="grpo", reduction="token", kl_coef=0.0)
-        | _clip(0.2, 0.2),
+        source="Lite-PPO 2508.08221",
+        settings=_algorithm(
+            advantage="batch_std",
+            loss="grpo",
+            reduction="token",
+            kl_coef=0.0,
+            clip_low=0.2,
+            clip_high=0.2,
+        ),
     ),
     "scalerl": Preset(
-        "ScaleRL 2510.13786",
-        _CISPO
-        | _algorithm(
-            advantage="centered_std",
-            reduction="prompt",
-            old_logprobs="sampler",
-            no_signal="drop",
-            drop_solved=0.9,
-        )
-        | {"model.float32_head": True},
-        "its k = 8 steps off-policy: train.max_staleness; without forced ends of thoughts",
+        source="ScaleRL 2510.13786",
+        settings={
+            **_algorithm(
+                loss="cispo",
+                ratio_max=5.0,
+                kl_coef=0.0,
+                advantage="centered_std",
+                reduction="prompt",
+                old_logprobs="sampler",
+                no_signal="drop",
+                drop_solved=0.9,
+            ),
+            "model.float32_head": True,
+        },
+        note="its k = 8 off-policy steps: train.max_staleness; without forced interruptions",
     ),
     "sapo": Preset(
-        "SAPO 2511.20347",
-        _algorithm(advantage="group_std", loss="sapo", reduction="sequence", kl_coef=0.0),
+        source="SAPO 2511.20347",
+        settings=_algorithm(advantage="group_std", loss="sapo", reduction="sequence", kl_coef=0.0),
     ),
     "gmpo": Preset(
-        "GMPO 2507.20673 Eq. 4",
-        _algorithm(advantage="group_std", loss="gmpo", reduction="sequence", kl_coef=0.0)
-        | _clip(0.4, 0.4),
-        "clip_low and clip_high bound the log of the ratio",
+        source="GMPO 2507.20673 Eq. 4",
+        settings=_algorithm(
+            advantage="group_std",
+            loss="gmpo",
+            reduction="sequence",
+            kl_coef=0.0,
+            clip_low=0.4,
+            clip_high=0.4,
+        ),
+        note="clip_low and clip_high bound the log of the ratio",
     ),
     "on_policy_distill": Preset(
-        "on-policy distillation: GKD 2306.13649, Qwen3 2505.09388 section 4.5",
-        _algorithm(advantage="teacher", loss="reinforce", reduction="token", kl_coef=0.0),
-        "the teacher is model.teacher; rewards are only measured",
+        source="on-policy distillation: GKD 2306.13649, Qwen3 2505.09388 section 4.5",
+        settings=_algorithm(advantage="teacher", loss="reinforce", reduction="token", kl_coef=0.0),
+        note="the teacher is model.teacher; rewards are reported but not used",
     ),
 }
 
 
-def fill(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns a config's tree with its preset's values where it has none.
+def apply_preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config tree with its preset's value for each key that it does not set.
 
-    Raises ValueError for a preset that there is not.
+    Args:
+        tree: A config as nested dicts, e.g. `{"algorithm": {"preset": "dapo"}, ...}`. It is not
+            modified.
+
+    Raises:
+        ValueError: The preset is unknown, or the config sets a clipping key that has no effect on
+            its loss.
     """
-    section = tree.get("algorithm") or {}
-    name = section.get("preset", "grpo") if isinstance(section, dict) else "grpo"
+    algorithm = tree.get("algorithm") or {}
+    if not isinstance(algorithm, dict):  # the validation of the section reports it
+        algorithm = None
+    name = "grpo" if algorithm is None else algorithm.get("preset", "grpo")
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
         raise ValueError(
-            f"algorithm.preset: no preset {name!r}; have "
-            f"{', '.join(PRESETS)}{f' (did you mean {near[0]}?)' if near else ''}"
+            f"algorithm.preset: unknown preset {name!r}{did_you_mean(str(name), PRESETS)}. "
+            f"Available: {', '.join(PRESETS)}"
         )
     filled = dict(tree)
     for path, value in PRESETS[name].settings.items():
-        key, _, leaf = path.partition(".")
-        if not leaf:
+        key, _, subkey = path.partition(".")
+        if not subkey:
             filled.setdefault(key, value)
-        elif isinstance(filled.get(key) or {}, dict):
-            filled[key] = {leaf: value} | (filled.get(key) or {})
-    if isinstance(section, dict):
-        loss = filled["algorithm"].get("loss", Algorithm.model_fields["loss"].default)
-        for leaf, losses in BOUNDS.items():
-            usual = PRESETS[name].settings.get(
-                f"algorithm.{leaf}", Algorithm.model_fields[leaf].default
-            )
-            if str(loss) in EQUATIONS and loss not in losses and section.get(leaf, usual) != usual:
-                raise ValueError(
-                    f"algorithm.{leaf}: loss {loss} has none; it is of {', '.join(losses)}: leave "
-                    f"it out, or at {usual}"
-                )
+            continue
+        section = filled.get(key) or {}
+        if isinstance(section, dict):
+            filled[key] = {subkey: value, **section}
+    if algorithm is not None:
+        loss = filled["algorithm"].get("loss", AlgorithmSettings.model_fields["loss"].default)
+        _check_clipping_keys(algorithm, PRESETS[name], str(loss))
     return filled
 
 
-_CLIPPED = ("grpo", "gspo", "gmpo")
-# whose they are
+def _check_clipping_keys(algorithm: dict[str, Any], preset: Preset, loss: str) -> None:
+    """Raises ValueError if section `algorithm` changes a key of BOUNDS that its loss ignores."""
+    if loss not in EQUATIONS:  # a user's own loss may read any key
+        return
+    for key, losses in BOUNDS.items():
+        default = _preset_value(preset, key)
+        if loss not in losses and algorithm.get(key, default) != default:
+            raise ValueError(
+                f"algorithm.{key}: has no effect on loss {loss}, only on {', '.join(losses)}. "
+                f"Remove it, or set it to {default}"
+            )
+
+
+def _preset_value(preset: Preset, key: str) -> Any:
+    """Returns the value of a key of section `algorithm` with a preset and nothing else."""
+    default = AlgorithmSettings.model_fields[key].default
+    return preset.settings.get(f"algorithm.{key}", default)
+
+
+# The clipping keys of section `algorithm`, and the losses that read them.
 BOUNDS = {
-    "clip_low": _CLIPPED,
-    "clip_high": _CLIPPED,
+    "clip_low": ("grpo", "gspo", "gmpo"),
+    "clip_high": ("grpo", "gspo", "gmpo"),
     "dual_clip": ("grpo",),
     "ratio_max": ("cispo",),
 }
-EQUATIONS = {  # of what is maximised at each token; r = pi / pi_old, sg: without a gradient
-    "grpo": "min(r A, clip(r, {low:.6g}, {high:.6g}) A)",
-    "gspo": "min(s A, clip(s, {low:.6g}, {high:.6g}) A), s = (pi(o) / pi_old(o))^(1/|o|)",
+
+# By loss: the term that is maximised for each token. r = pi / pi_old, A is the advantage, and sg()
+# stops the gradient.
+EQUATIONS = {
+    "grpo": "min(r A, clip(r, {ratio_min:.6g}, {ratio_max:.6g}) A)",
+    "gspo": "min(s A, clip(s, {ratio_min:.6g}, {ratio_max:.6g}) A), "
+    "s = (pi(o) / pi_old(o))^(1/|o|)",
     "cispo": "sg(min(r, {cap:g})) A log pi",
     "reinforce": "r A",
     "sapo": "(4 / tau) sigmoid(tau (r - 1)) A, tau 1 where A > 0, else 1.05",
-    "gmpo": "s A, s = exp(mean of log r within [-{a.clip_low:g}, {a.clip_high:g}])",
+    "gmpo": "s A, s = exp(mean of log r within [-{clip_low:g}, {clip_high:g}])",
 }
+
+# R is a completion's reward, R_t a token's return.
 ADVANTAGES = {
-    "group_std": "(R - mean) / std of the group",
-    "batch_std": "(R - mean of the group) / std of the batch",
-    "centered_std": "(R - mean of the group) / std of these in the batch",
-    "none": "R - mean of the group",
-    "leave_one_out": "R - mean of the group's others",
-    "batch": "(R_t - mean) / std over the batch's tokens",
+    "group_std": "(R - group mean) / group std",
+    "batch_std": "(R - group mean) / batch std of R",
+    "centered_std": "(R - group mean) / batch std of (R - group mean)",
+    "none": "R - group mean",
+    "leave_one_out": "R - mean of the group's other completions",
+    "batch": "(R_t - mean) / std over all tokens of the batch",
     "teacher": "log pi_teacher - log pi_old at each token",
 }
+
 REDUCTIONS = {
     "sequence": "mean over completions of the mean over tokens",
     "token": "mean over all tokens",
@@ -204,43 +288,63 @@ REDUCTIONS = {
 }
 
 
-def parts(algorithm: Algorithm) -> dict[str, str]:
-    """Returns what a recipe is, in formulas: equation, advantage, reduction, KL."""
-    a = algorithm
-    equation = EQUATIONS.get(a.loss, a.loss).format(
-        low=1 - a.clip_low, high=1 + a.clip_high, cap=a.ratio_max, a=a
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formulas:
+    """A recipe in formulas.
+
+    `Formulas(equation="r A", advantage="R - group mean", reduction="mean over all tokens",
+    kl="0.04 k3 in the loss")`.
+    """
+
+    equation: str
+    advantage: str
+    reduction: str
+    kl: str
+
+
+def formulas(algorithm: AlgorithmSettings) -> Formulas:
+    """Returns a recipe in formulas. The equation of a user's loss is its name."""
+    equation = EQUATIONS.get(algorithm.loss, algorithm.loss)
+    return Formulas(
+        equation=equation.format(
+            ratio_min=1 - algorithm.clip_low,
+            ratio_max=1 + algorithm.clip_high,
+            cap=algorithm.ratio_max,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+        ),
+        advantage=ADVANTAGES[algorithm.advantage],
+        reduction=REDUCTIONS[algorithm.reduction],
+        kl=_kl_formula(algorithm),
     )
-    kl = f"{a.kl_coef:g} {a.kl_estimator} in the {a.kl_in}" if a.kl_coef else "none"
-    if a.kl_coef and a.reference_reset:
-        kl += f", reference reset every {a.reference_reset} updates"
-    return {
-        "equation": equation,
-        "advantage": ADVANTAGES[a.advantage],
-        "reduction": REDUCTIONS[a.reduction],
-        "KL": kl,
-    }
 
 
-def describe(algorithm: Algorithm) -> str:
-    """Returns a recipe in one line.
+def _kl_formula(algorithm: AlgorithmSettings) -> str:
+    if not algorithm.kl_coef:
+        return "none"
+    kl = f"{algorithm.kl_coef:g} {algorithm.kl_estimator} in the {algorithm.kl_in}"
+    if algorithm.reference_reset:
+        kl += f", reference reset every {algorithm.reference_reset} updates"
+    return kl
 
-    It has the recipe's name and source, what the config changed, and what the recipe is in
-    formulas.
+
+def describe(algorithm: AlgorithmSettings) -> str:
+    """Returns a recipe in one line: its preset and source, the changed keys, and its formulas.
+
+    `grpo (DeepSeekMath 2402.03300 Eq. 3, 4, with dual_clip=4.0): equation ...; advantage ...;
+    reduction ...; KL ...`
     """
     preset = PRESETS[algorithm.preset]
-    own = {path.removeprefix("algorithm."): value for path, value in preset.settings.items()}
-    usual = {
-        key: own.get(key, spec.default)
-        for key, spec in Algorithm.model_fields.items()
-        if key != "preset"
-    }
-    changed = [
-        f"{key}={getattr(algorithm, key)}"
-        for key, value in usual.items()
-        if getattr(algorithm, key) != value
-    ]
-    told = [f"{key} {value}" for key, value in parts(algorithm).items()]
+    changes = []
+    for key in AlgorithmSettings.model_fields:
+        value = getattr(algorithm, key)
+        if key != "preset" and value != _preset_value(preset, key):
+            changes.append(f"{key}={value}")
+    origin = preset.source
+    if changes:
+        origin += f", with {', '.join(changes)}"
+    recipe = formulas(algorithm)
     return (
-        f"{algorithm.preset} ({preset.source}{', with ' + ', '.join(changed) if changed else ''}): "
-        + "; ".join(told)
+        f"{algorithm.preset} ({origin}): equation {recipe.equation}; "
+        f"advantage {recipe.advantage}; reduction {recipe.reduction}; KL {recipe.kl}"
     )

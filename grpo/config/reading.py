@@ -1,12 +1,13 @@
-"""Reading a config: YAML, `key=value` overrides, and errors that name the nearest right key.
+"""Reads a config: YAML files, `key=value` overrides and readable validation errors.
 
-Knows no key itself.
+This module does not depend on any particular config key.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,133 +18,184 @@ from grpo.types import UserError
 
 
 class Section(BaseModel):
-    """Base of the config's sections: fields cannot be changed, and an unknown key is an error."""
+    """Base class of all config sections. Fields are read-only, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
+    """Returns a hint for an error message, e.g. " (did you mean dtype?)".
+
+    Args:
+        name: The unknown name.
+        candidates: The valid names.
+        cutoff: The lowest similarity, from 0 to 1, that counts as a match.
+
+    Returns:
+        The hint with the most similar candidate, "" if no candidate is similar enough.
+    """
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
+    if not matches:
+        return ""
+    return f" (did you mean {matches[0]}?)"
+
+
 def read_yaml(path: str) -> dict[str, Any]:
-    """Returns the mapping in a YAML file; raises UserError if there is none that can be read."""
+    """Returns the mapping in a YAML file.
+
+    Raises:
+        UserError: The file does not exist, cannot be read, is not valid YAML, or does not hold a
+            mapping.
+    """
     file = Path(path)
     if not file.is_file():
-        near = difflib.get_close_matches(
-            file.name,
-            [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else [],
-            n=1,
-        )
-        raise UserError(
-            f"{path}: no such config file"
-            + (f" (did you mean {file.parent / near[0]}?)" if near else "")
-        )
+        config_names = [config.name for config in file.parent.glob("*.yaml")]
+        raise UserError(f"{path}: config file not found{did_you_mean(file.name, config_names)}")
     try:
         tree = yaml.load(file.read_text(), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: invalid YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(
-            f"{path}: a config is a mapping of keys to values, got {type(tree).__name__}"
+            f"{path}: a config must be a mapping of keys to values, got {type(tree).__name__}"
         )
     return tree
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML 1.1 reads 1e-5 as text, and off and no as false; this reads what everyone means.
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
-    A key given twice is an error.
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """A YAML loader without the surprises of YAML 1.1, which rejects duplicate keys.
+
+    In YAML 1.1, `1e-5` is a string, and `on`, `off`, `yes` and `no` are booleans. Here `1e-5` is a
+    number, and only `true` and `false` are booleans.
     """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.YAMLError(
-                    f"key {key!r} is given twice, line {node.value[i][0].start_mark.line + 1}"
-                )
+        keys: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in keys:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"duplicate key {key!r} in line {line}")
+            keys.append(key)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
 
-BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag != BOOL]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_BOOL_TAG = "tag:yaml.org,2002:bool"
+_FLOAT_TAG = "tag:yaml.org,2002:float"
+
+
+def _without_booleans(resolvers: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Returns PyYAML's resolvers `first character -> [(tag, pattern)]` without those for booleans.
+
+    A class attribute of PyYAML holds them, so the result must not share lists with it.
+    """
+    kept = {}
+    for first_character, entries in resolvers.items():
+        kept[first_character] = [(tag, pattern) for tag, pattern in entries if tag != _BOOL_TAG]
+    return kept
+
+
+_Loader.yaml_implicit_resolvers = _without_booleans(yaml.SafeLoader.yaml_implicit_resolvers)
 _Loader.add_implicit_resolver(
-    BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    _BOOL_TAG, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    _FLOAT_TAG,
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Returns the tree with each `a.b=value` set.
+    """Returns a copy of a config tree with overrides applied.
 
-    Values are read as YAML: `train.rollouts=5 rewards={accuracy: 1.0}`.
+    Args:
+        tree: A config as nested dicts. It is not modified.
+        overrides: Assignments such as `train.rollouts=5` and `rewards={accuracy: 1.0}`. A value is
+            parsed as YAML; an empty value (`model.warm_start=`) is None.
+
+    Raises:
+        UserError: An override is not an assignment, its value is not valid YAML, or one of its
+            parent keys is not a section.
     """
     tree = _copy(tree)
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, text = override.partition("=")
         if not equals or not key:
-            raise UserError(f"{override}: an override is key=value, e.g. train.rollouts=20")
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{override}: {parent} is a value, not a section")
-        try:
-            node[leaf] = yaml.load(value, Loader=_Loader) if value else None
-        except yaml.YAMLError as error:
             raise UserError(
-                f"{override}: the value is not YAML: {' '.join(str(error).split())}"
-            ) from None
+                f"{override}: an override must have the form key=value, e.g. train.rollouts=20"
+            )
+        *parents, leaf = key.split(".")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{override}: {parent} is a value, not a section")
+        section[leaf] = _parse_value(override, text)
     return tree
 
 
-def explain(error: Any, kind: type[BaseModel]) -> str:
-    """Returns one of pydantic's errors in our words.
+def _parse_value(override: str, text: str) -> Any:
+    if not text:
+        return None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override}: the value is not valid YAML: {_one_line(error)}") from None
 
-    It names the key, what is wrong, and the nearest right key.
+
+def explain(error: Any, config_class: type[BaseModel]) -> str:
+    """Returns one of pydantic's errors as a message that names the key and the problem.
+
+    Args:
+        error: An entry of `ValidationError.errors()`.
+        config_class: The class of the config that was validated. For an unknown key, the message
+            lists the valid keys of its section.
     """
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         *parents, leaf = error["loc"]
-        fields = list(_section(kind, parents).model_fields)
-        near = difflib.get_close_matches(str(leaf), fields, n=1, cutoff=0.5)
-        return f"{key}: no such key; have {', '.join(fields)}" + (
-            f" (did you mean {near[0]}?)" if near else ""
-        )
+        fields = list(_section_class(config_class, parents).model_fields)
+        hint = did_you_mean(str(leaf), fields, cutoff=0.5)
+        return f"{key}: unknown key{hint}. Available: {', '.join(fields)}"
+    if error["type"] == "missing":
+        return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("missing", "value_error"):
-        return f"{key}: {'missing' if error['type'] == 'missing' else message}" if key else message
-    return f"{key}: {message[0].lower() + message[1:]}, got {error['input']!r}"
+    if error["type"] != "value_error":
+        return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+    if not key:  # a check of the whole config: its message names the keys
+        return str(message)
+    return f"{key}: {message}"
 
 
-def _section(kind: type[BaseModel], loc: list[Any]) -> type[BaseModel]:
-    """Returns the section class that a path of keys leads to."""
-    current: Any = kind
-    for part in loc:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            continue  # a key of a mapping: the value type was already taken
-        annotation = (
-            current.model_fields[part].annotation if part in current.model_fields else current
-        )
-        current = next(
-            (
-                a
-                for a in (annotation, *get_args(annotation))
-                if isinstance(a, type) and issubclass(a, BaseModel)
-            ),
-            current,
-        )
-    section: type[BaseModel] = current
-    return section
+def _section_class(config_class: type[BaseModel], path: list[Any]) -> type[BaseModel]:
+    """Returns the section class at a path of keys, e.g. `["learner"]` or `["data", "mixture"]`."""
+    current = config_class
+    for key in path:
+        # A name inside a mapping such as data.mixture.NAME is not a field: the class of the
+        # mapping's values is already current.
+        if key in current.model_fields:
+            current = _section_class_of(current.model_fields[key].annotation) or current
+    return current
+
+
+def _section_class_of(annotation: Any) -> type[BaseModel] | None:
+    """Returns the section class in an annotation such as `X`, `X | None` or `dict[str, X]`."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
 
 
 def _copy(tree: Any) -> Any:
-    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+    """Returns a copy of nested dicts. Lists and other values are shared."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _copy(value) for key, value in tree.items()}

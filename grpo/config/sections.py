@@ -1,7 +1,7 @@
-"""The sections that several commands share: what each key means, its unit and its default.
+"""The config sections that several commands share.
 
 The other sections are in model.py (`model`), algorithm.py (`algorithm`) and stages.py (`sft`,
-`collect`, `soft`, `quantize` and the like). A comment above or beside a field says what it means.
+`collect`, `soft`, `quantize` and the sections of `grpo pipeline`).
 """
 
 from __future__ import annotations
@@ -13,120 +13,191 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from grpo.config.reading import Section
 
 
-class Source(Section):
-    """One problem set: `name` is a file in data/ or `module:function`."""
+class DataSetSettings(Section):
+    """One problem set of a mixture. Its name is a file in data/ or `module:function`."""
 
-    weight: float = Field(1.0, gt=0)  # share of the mixture
-    path: str | None = None  # local file or directory; default: data.path, then the hub
-    options: dict[str, Any] = {}  # of the set's own `load`
+    weight: float = Field(
+        1.0, gt=0, description="Share of the mixture, relative to the weights of the other sets."
+    )
+    path: str | None = Field(
+        None,
+        description="Local file or directory with the set's problems. "
+        "Default: `data.path`, or the hub if that is not set.",
+    )
+    options: dict[str, Any] = Field(
+        {}, description="Keyword arguments of the set's `load` function."
+    )
 
 
-class Data(Section):
+class DataSettings(Section):
     """The problems: one problem set, or a weighted mixture of several."""
 
-    name: str | None = None  # one set ...
-    options: dict[str, Any] = {}
-    mixture: dict[str, Source] = {}  # ... or several, by name
-    path: str | None = None  # local file or directory with the sets' files; default: the hub
-    # field of the problems' meta; the first epoch is sorted by it, smallest first
-    curriculum: str | None = None
+    name: str | None = Field(
+        None,
+        description="Name of a problem set: a file in `data/` or `module:function`. "
+        "Set either `name` or `mixture`.",
+    )
+    options: dict[str, Any] = Field(
+        {}, description="Keyword arguments of the `load` function of the set `name`."
+    )
+    mixture: dict[str, DataSetSettings] = Field(
+        {}, description="Several problem sets by name, mixed by weight."
+    )
+    path: str | None = Field(
+        None,
+        description="Local file or directory with the files of all sets. Default: the hub.",
+    )
+    curriculum: str | None = Field(
+        None,
+        description="Numeric field of the problems' `meta`. The first epoch of each set is sorted "
+        "by it, smallest value first. Default: random order.",
+    )
 
     @model_validator(mode="after")
-    def _one_of(self) -> Data:
+    def _check_one_of_name_and_mixture(self) -> DataSettings:
         if bool(self.name) == bool(self.mixture):
-            raise ValueError("give either name (one set) or mixture (several)")
+            raise ValueError("set either name (one problem set) or mixture (several)")
         if self.mixture and self.options:
-            raise ValueError("with a mixture, options belong to each set: mixture.NAME.options")
+            raise ValueError(
+                "options has no effect with mixture: set mixture.NAME.options for each set"
+            )
         return self
 
     @property
-    def sources(self) -> dict[str, Source]:
-        """Every set by name, with the common path filled in."""
-        sources = self.mixture or {self.name or "": Source(options=self.options)}
+    def sources(self) -> dict[str, DataSetSettings]:
+        """All problem sets by name. A set without a path has that of the section."""
+        sources = self.mixture
+        if not sources:
+            sources = {self.name or "": DataSetSettings(options=self.options)}
         return {
             name: source.model_copy(update={"path": source.path or self.path})
             for name, source in sources.items()
         }
 
 
-class Prompt(Section):
+class PromptSettings(Section):
     """How a problem becomes a prompt: template, system prompt, prefill, stop strings, length."""
 
-    # chat (the tokenizer's), r1_zero (the paper's, for base models), plain (question and a newline)
-    template: str = "chat"
-    system: str | None = None  # chat only; `r1` is the system prompt that asks for the tags
-    think_prefill: bool = False  # end the prompt in `<think>`
-    stop: list[str] = []  # stop strings beside EOS; r1_zero adds </answer>
-    max_tokens: int = Field(512, ge=1)  # longest prompt
-    overlong: Literal["error", "drop"] = "error"  # a finite set's problems with a longer prompt
+    template: str = Field(
+        "chat",
+        description="Prompt template: `chat` (the tokenizer's), `r1_zero` (DeepSeek-R1, Table 1, "
+        "for base models) or `plain` (the question and a line break).",
+    )
+    system: str | None = Field(
+        None,
+        description="System prompt, for template `chat` only. `r1` is a built-in prompt that "
+        "requests the tags `<think>` and `<answer>`. Default: none.",
+    )
+    think_prefill: bool = Field(False, description="End the prompt with `<think>`.")
+    stop: list[str] = Field(
+        [],
+        description="Stop strings in addition to the EOS token. Template `r1_zero` adds "
+        "`</answer>`.",
+    )
+    max_tokens: int = Field(512, ge=1, description="Maximum length of a prompt in tokens.")
+    overlong: Literal["error", "drop"] = Field(
+        "error",
+        description="Problems with a prompt of more than `max_tokens`: `error` stops the command, "
+        "`drop` skips them.",
+    )
 
 
-class Sampling(Section):
-    """How completions are sampled: their longest length in tokens, temperature, top-p, top-k."""
+class SamplingSettings(Section):
+    """How completions are sampled: maximum length, temperature, top-p and top-k."""
 
-    max_tokens: int = Field(1024, ge=1)  # longest completion
-    temperature: float = Field(1.0, gt=0)  # R1-Zero: 1
-    # below 1 the sampler's distribution is not the policy's: ratios lose their meaning
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # 0: off
-    ignore_eos: bool = False  # sample to max_tokens whatever comes: benchmarks
+    max_tokens: int = Field(1024, ge=1, description="Maximum length of a completion in tokens.")
+    temperature: float = Field(
+        1.0, gt=0, description="Sampling temperature. Default: R1-Zero (Nature 2025)."
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: sample from the most likely tokens with this total "
+        "probability. Below 1 the sampler's distribution is not the policy's, and ratios between "
+        "them lose their meaning.",
+    )
+    top_k: int = Field(
+        0, ge=0, description="Sample from this many most likely tokens. 0: from all tokens."
+    )
+    ignore_eos: bool = Field(
+        False, description="Always sample `max_tokens` tokens, past the EOS token. For benchmarks."
+    )
 
 
-class Reward(Section):
-    """The weight of one reward, and the options of the reward's own function.
+class RewardSettings(Section):
+    """The weight and the options of one reward.
 
     A config gives the weight alone, `accuracy: 1.0`, or both, `length: {weight: 0.5, options:
     {max_tokens: 4096, buffer: 1024}}`.
     """
 
-    weight: float = 1.0
-    options: dict[str, Any] = {}
+    weight: float = Field(1.0, description="Weight of the reward in the sum of all rewards.")
+    options: dict[str, Any] = Field({}, description="Keyword arguments of the reward function.")
 
 
-def _as_reward(value: Any) -> Any:
+def _expand_weight(value: Any) -> Any:
+    """Returns `{"weight": value}` for a number, and any other value unchanged."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return {"weight": value}
     return value
 
 
-RewardEntry = Annotated[Reward, BeforeValidator(_as_reward)]  # a weight alone, or both
+RewardEntry = Annotated[RewardSettings, BeforeValidator(_expand_weight)]
 
 
-class RewardPool(Section):  # processes for the rewards whose file has a TIMEOUT_S
-    """Worker processes for rewards with a time limit: how many, and GB of memory per process."""
+class RewardPoolSettings(Section):
+    """The worker processes of the rewards that have a time limit (`TIMEOUT_S` in their file)."""
 
-    workers: int | None = Field(None, ge=1)  # default: the cores, up to 8
-    memory_gb: float = Field(4.0, gt=0)  # address space of each
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Number of worker processes. Default: the number of CPU cores, at most 8.",
+    )
+    memory_gb: float = Field(
+        4.0, gt=0, description="Maximum address space of each worker process in GB."
+    )
 
 
-class Train(Section):
-    """How many rollouts there are, how large each one is, and how it is split into updates."""
+class TrainSettings(Section):
+    """The number of rollouts, their size, and how they are split into updates."""
 
-    rollouts: int = Field(ge=1)  # times the policy is sampled
-    problems: int = Field(32, ge=1)  # P: problems per rollout
-    group_size: int = Field(8, ge=2)  # G: completions per problem
-    updates_per_rollout: int = Field(1, ge=1)  # mini-batches a rollout's completions are split into
-    epochs: int = Field(1, ge=1)  # times a rollout's completions are gone through
-    # versions that weights may be older than the learner's; above 0 rollouts go on during updates
-    max_staleness: int = Field(0, ge=0)
+    rollouts: int = Field(
+        ge=1, description="Number of rollouts, which is how often the policy is sampled."
+    )
+    problems: int = Field(32, ge=1, description="P: number of problems per rollout.")
+    group_size: int = Field(
+        8, ge=2, description="G: number of completions per problem. Default: TRL's."
+    )
+    updates_per_rollout: int = Field(
+        1,
+        ge=1,
+        description="Number of mini-batches into which a rollout's completions are split. There is "
+        "one update per mini-batch and epoch.",
+    )
+    epochs: int = Field(1, ge=1, description="Number of passes over a rollout's completions.")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Maximum age of the weights that sample a completion, in versions behind the "
+        "learner's. Above 0, sampling continues during updates, which needs `engine.servers`.",
+    )
 
     @model_validator(mode="after")
-    def _arithmetic(self) -> Train:
+    def _check_even_split(self) -> TrainSettings:
         total = self.completions
         num_updates = self.updates_per_rollout
-        if total % num_updates:
-            divisors = [n for n in range(1, total + 1) if total % n == 0]
-            near = [
-                max(n for n in divisors if n < num_updates),
-                *[n for n in divisors if n > num_updates][:1],
-            ]
-            raise ValueError(
-                f"{self.problems} problems x {self.group_size} completions = {total} completions "
-                "cannot be split evenly into "
-                f"updates_per_rollout={num_updates} mini-batches; near values that work: "
-                f"{', '.join(map(str, near))}"
-            )
-        return self
+        if total % num_updates == 0:
+            return self
+        divisors = [n for n in range(1, total + 1) if total % n == 0]
+        smaller = [n for n in divisors if n < num_updates]
+        larger = [n for n in divisors if n > num_updates]
+        nearest = smaller[-1:] + larger[:1]
+        raise ValueError(
+            f"{self.problems} problems x {self.group_size} completions = {total} completions "
+            f"cannot be split evenly into updates_per_rollout={num_updates} mini-batches. "
+            f"Nearest valid values: {', '.join(map(str, nearest))}"
+        )
 
     @property
     def completions(self) -> int:
@@ -139,129 +210,276 @@ class Train(Section):
         return self.rollouts * self.epochs * self.updates_per_rollout
 
 
-class Learner(Section):
-    """The learner's optimizer, learning-rate schedule, memory and parallelism."""
+class LearnerSettings(Section):
+    """The learner: optimizer, learning rate schedule, memory and parallelism."""
 
-    lr: float = Field(1e-6, gt=0)  # DeepSeekMath 1e-6, R1-Zero 3e-6; small models need 1e-5 or more
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_updates: int = Field(0, ge=0)
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)  # where linear and cosine end
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
-    # an update with a larger one is skipped, as one that is not finite; the third in a row stops
-    skip_grad_norm: float = Field(1e4, gt=0)
-    zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO; 0 needs model.dtype float32
-    offload_optimizer: bool = False  # optimizer states in CPU memory (GPU runs, ZeRO 1-3)
-    # tokens in one forward and backward pass, padding included
-    micro_batch_tokens: int = Field(8192, ge=1)
-    # ranks that share one pass: long sequences (DeepSpeed's Ulysses); GRPO, soft targets
-    sequence_parallel: int = Field(1, ge=1)
-    # completion positions whose [chunk, vocabulary] logits exist at once
-    logits_chunk_tokens: int = Field(512, ge=1)
-    # CPU threads; default: all cores, shared among a machine's ranks
-    threads: int | None = Field(None, ge=1)
-    timeout_s: float = Field(1800, gt=0)  # longest wait of one rank for another
+    lr: float = Field(
+        1e-6,
+        gt=0,
+        description="Learning rate after the warmup. Default: DeepSeekMath; R1-Zero uses 3e-6. "
+        "Small models need 1e-5 or more.",
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Learning rate schedule after the warmup."
+    )
+    warmup_updates: int = Field(
+        0, ge=0, description="Number of updates over which the learning rate rises linearly."
+    )
+    min_lr_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Final learning rate of the schedules `linear` and `cosine`, as a share of "
+        "`lr`.",
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, description="Weight decay of AdamW on matrices. Norms and biases have none."
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="Betas of AdamW. Default: PyTorch's."
+    )
+    eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW. Default: PyTorch's.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are clipped to this norm. 0: no clipping."
+    )
+    skip_grad_norm: float = Field(
+        1e4,
+        gt=0,
+        description="An update with a larger or non-finite gradient norm is skipped. The third "
+        "skipped update in a row stops the run.",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage. Stage 0 requires `model.dtype: float32`."
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="Keep the optimizer states in CPU memory, for GPU runs with ZeRO stage 1 to 3.",
+    )
+    micro_batch_tokens: int = Field(
+        8192,
+        ge=1,
+        description="Maximum number of tokens per forward and backward pass, including padding.",
+    )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="Number of ranks that share each forward and backward pass, for long sequences "
+        "(DeepSpeed's Ulysses). For `grpo train`, and for `grpo distill` with way soft or "
+        "on_policy.",
+    )
+    logits_chunk_tokens: int = Field(
+        512,
+        ge=1,
+        description="Number of completion tokens whose logits [chunk, vocabulary] are in memory at "
+        "the same time.",
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="Number of CPU threads per rank. Default: all cores, divided by the ranks of "
+        "the machine.",
+    )
+    timeout_s: float = Field(
+        1800, gt=0, description="Maximum time in seconds that a rank waits for another rank."
+    )
 
 
-class Servers(Section):
-    """vLLM servers in place of the one child process.
+class ServerSettings(Section):
+    """vLLM servers that replace the engine in a child process.
 
-    There can be as many as there are GPUs, on this machine or elsewhere (launch/server.sh).
+    They run on this machine or on others (launch/server.sh).
     """
 
-    count: int = Field(0, ge=0)  # local ones, started and watched by rank 0
-    urls: list[str] = []  # others: http://HOST:PORT
-    tensor_parallel: int = Field(1, ge=1)  # GPUs of a server
-    cores: list[int] | None = None  # on a CPU: cores that the local servers share; default: all
-    # how weights go there; auto: nccl on GPUs, else memory, with urls file
-    transfer: Literal["auto", "memory", "file", "nccl"] = "auto"
-    # transfer file: a directory that all machines see; default: in the run's
-    folder: str | None = None
-    # environment variable with the token of `urls`; local servers get one of their own
-    token_env: str = "GRPO_ENGINE_TOKEN"
-    retries: int = Field(3, ge=0)  # of a request, with the same seed, on whatever server is there
-    restarts: int = Field(20, ge=0)  # of local servers, in a run
-    # a server that is asked something and makes no token for so long is lost
-    stall_s: float = Field(120, gt=0)
-    # a server that has not taken new weights by then is lost
-    sync_timeout_s: float = Field(600, gt=0)
+    count: int = Field(
+        0, ge=0, description="Number of local servers. Rank 0 starts, watches and restarts them."
+    )
+    urls: list[str] = Field(
+        [], description="Servers that are started separately, each as `http://HOST:PORT`."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="Number of GPUs per server.")
+    cores: list[int] | None = Field(
+        None,
+        description="Indices of the CPU cores that the local servers share, on a machine without "
+        "GPUs. Default: all cores.",
+    )
+    transfer: Literal["auto", "memory", "file", "nccl"] = Field(
+        "auto",
+        description="How weights are sent to the servers. `auto` is `nccl` on GPUs; otherwise "
+        "`file` with `urls`, and `memory` without.",
+    )
+    folder: str | None = Field(
+        None,
+        description="Directory for `transfer: file`, on a file system that all machines share. "
+        "Default: a folder of the run directory.",
+    )
+    token_env: str = Field(
+        "GRPO_ENGINE_TOKEN",
+        description="Environment variable with the access token of the servers. It is required "
+        "with `urls`; otherwise a token is generated if it is not set.",
+    )
+    retries: int = Field(
+        3,
+        ge=0,
+        description="Number of retries of a failed request. A retry has the same seed and may run "
+        "on another server.",
+    )
+    restarts: int = Field(
+        20, ge=0, description="Maximum number of restarts of local servers per run."
+    )
+    stall_s: float = Field(
+        120,
+        gt=0,
+        description="A server with requests that generates no token for this many seconds counts "
+        "as lost.",
+    )
+    sync_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="A server that has not loaded new weights within this many seconds counts as "
+        "lost.",
+    )
 
     @model_validator(mode="after")
-    def _some(self) -> Servers:
+    def _check_servers(self) -> ServerSettings:
         if not self.count and not self.urls:
             raise ValueError(
-                "servers: give count (local ones), urls, or both; leave the section out for one "
-                "child process"
+                "no servers: set count (local servers), urls (other servers) or both, or remove "
+                "the section to use an engine in a child process"
             )
         if self.transfer == "memory" and self.urls:
             raise ValueError(
-                "servers.transfer=memory reaches this machine only: use file or nccl for urls"
+                "transfer=memory reaches servers on this machine only: use file or nccl with urls"
             )
         return self
 
 
-class Engine(Section):
-    """The vLLM engine: precision, memory, sequences decoded at once, timeouts, servers if any."""
+class EngineSettings(Section):
+    """The vLLM engine: precision, memory, batch size, timeouts and servers."""
 
-    dtype: Literal["float32", "bfloat16"] | None = None  # default: model.dtype
-    kv_cache_gb: float = Field(2.0, gt=0)  # KV cache on a CPU; on a GPU set memory_fraction
-    memory_fraction: float = Field(0.4, gt=0, lt=1)  # share of a GPU's memory
-    max_sequences: int = Field(256, ge=1)  # decoded at once
-    # no torch.compile and CUDA graphs; default: on a CPU (starts in 9 s instead of 58, no slower)
-    eager: bool | None = None
-    # KV block; default 32 on a CPU (vLLM's own 128 shares nothing of short prompts)
-    block_size: int | None = None
-    # give the engine's GPU memory to the learner during updates (nothing to do on a CPU)
-    sleep: bool = True
-    servers: Servers | None = None
-    start_timeout_s: float = Field(300, gt=0)
-    timeout_s: float = Field(3600, gt=0)  # longest wait for a rollout, a sync or a score
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Precision of the engine. Default: `model.dtype`."
+    )
+    kv_cache_gb: float = Field(
+        2.0,
+        gt=0,
+        description="Size of the KV cache in GiB on a CPU. On a GPU, `memory_fraction` sets it.",
+    )
+    memory_fraction: float = Field(
+        0.4, gt=0, lt=1, description="Share of a GPU's memory that the engine uses."
+    )
+    max_sequences: int = Field(
+        256, ge=1, description="Maximum number of sequences that are decoded at the same time."
+    )
+    eager: bool | None = Field(
+        None,
+        description="Run without torch.compile and CUDA graphs. Default: true on a CPU, where the "
+        "engine then starts in 9 s instead of 58 s and is no slower; false on a GPU.",
+    )
+    block_size: int | None = Field(
+        None,
+        description="Number of tokens per block of the KV cache. Default: 32 on a CPU, because "
+        "blocks of 128 tokens (vLLM's default) share nothing of short prompts; vLLM's on a GPU.",
+    )
+    sleep: bool = Field(
+        True,
+        description="Release the engine's GPU memory during updates, so that the learner can use "
+        "it. No effect on a CPU.",
+    )
+    servers: ServerSettings | None = Field(
+        None,
+        description="Use vLLM servers. Default: an engine in a child process of each rank.",
+    )
+    start_timeout_s: float = Field(
+        300, gt=0, description="Maximum time in seconds until the engine has started."
+    )
+    timeout_s: float = Field(
+        3600,
+        gt=0,
+        description="Maximum time in seconds for a rollout, a weight sync or scoring.",
+    )
 
 
-class Probe(Section):
-    """How engine and learner are checked for the same weights, and the largest gap allowed."""
+class ProbeSettings(Section):
+    """The checks that engine and learner have the same weights."""
 
-    canary: bool = True  # a perturbed copy of the weights goes through the real sync at the start
-    prompts: int = Field(4, ge=1)  # sequences scored by engine and learner after each sync
-    tokens: int = Field(16, ge=1)  # sampled for each
-    # mean |difference of logprobs| that stops a run (canary: up to 2x); 1e-3, bfloat16: 0.2
-    max_gap: float | None = Field(None, gt=0)
+    canary: bool = Field(
+        True,
+        description="At the start, send a perturbed copy of the weights through the real weight "
+        "sync and check that it arrives.",
+    )
+    prompts: int = Field(
+        4,
+        ge=1,
+        description="Number of sequences whose log-probabilities in engine and learner are "
+        "compared after each weight sync.",
+    )
+    tokens: int = Field(
+        16, ge=1, description="Number of tokens that the engine samples for each sequence."
+    )
+    max_gap: float | None = Field(
+        None,
+        gt=0,
+        description="Mean absolute difference of the log-probabilities above which the run stops. "
+        "The canary allows up to twice as much. Default: 1e-3 in float32, 0.2 in bfloat16.",
+    )
 
 
-class Eval(Section):
-    """Evaluation on held-out problems: how often, on how many, and how completions are sampled."""
+class EvalSettings(Section):
+    """Evaluation on held-out problems: interval, number of problems, sampling."""
 
-    # rollouts; 0: never. Also before the first and after the last rollout
-    every: int = Field(10, ge=0)
-    problems: int = Field(200, ge=1)
-    data: Data | None = None  # default: the test split of `data`
-    # 0: greedy; above 0 a greedy completion is judged beside the samples
-    temperature: float = Field(0.0, ge=0)
-    samples: int = Field(1, ge=1)  # completions per problem, whose mean is reported
-    # grpo eval: r1 is temperature 0.6, top_p 0.95, 32,768 tokens, 64 or 16 samples
-    protocol: Literal["own", "greedy", "r1"] = "own"
+    every: int = Field(
+        10,
+        ge=0,
+        description="Number of rollouts between evaluations. The model is also evaluated before "
+        "the first and after the last rollout. 0: no evaluation.",
+    )
+    problems: int = Field(200, ge=1, description="Maximum number of held-out problems.")
+    data: DataSettings | None = Field(
+        None, description="Problem sets whose test split is used. Default: those of `data`."
+    )
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        description="Sampling temperature. 0: greedy. Above 0, one greedy completion per problem "
+        "is evaluated in addition to the samples.",
+    )
+    samples: int = Field(
+        1, ge=1, description="Number of completions per problem, over which metrics are averaged."
+    )
+    protocol: Literal["own", "greedy", "r1"] = Field(
+        "own",
+        description="Protocol of `grpo eval`: `own` uses the settings above; `greedy` is one "
+        "completion at temperature 0; `r1` is temperature 0.6, top_p 0.95, 32,768 tokens and 64 "
+        "completions per problem (16 for sets of more than 100 problems), as in DeepSeek-R1.",
+    )
 
     @model_validator(mode="after")
-    def _greedy_once(self) -> Eval:
+    def _check_samples(self) -> EvalSettings:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"samples={self.samples} greedy completions would all be the same: set "
-                "temperature above 0"
+                f"samples={self.samples} with temperature=0: greedy completions are all the same. "
+                "Set temperature above 0"
             )
         return self
 
 
-class Checkpoint(Section):
+class CheckpointSettings(Section):
     """How often checkpoints are written, and which of them are kept."""
 
-    every: int = Field(10, ge=0)  # rollouts (sft: updates); 0: only at the end
-    keep_last: int = Field(2, ge=1)
-    keep_best: str | None = None  # metric whose highest checkpoint is kept too, e.g. eval/accuracy
+    every: int = Field(
+        10,
+        ge=0,
+        description="Number of rollouts between checkpoints; of updates in `grpo sft` and in "
+        "`grpo distill` with way soft. 0: at the end only.",
+    )
+    keep_last: int = Field(2, ge=1, description="Number of the latest checkpoints to keep.")
+    keep_best: str | None = Field(
+        None,
+        description="Metric, e.g. eval/accuracy, whose best (highest) checkpoint is also kept.",
+    )
 
 
-# The rules of grpo/metrics/diagnosis.py by name; a test holds the two lists equal.
+# The names of the rules in grpo/metrics/diagnosis.py. A test compares the two lists.
 DIAGNOSIS_RULES = (
     "too_hard",
     "too_easy",
@@ -284,20 +502,32 @@ DIAGNOSIS_RULES = (
 )
 
 
-def _rule(name: str) -> str:
+def _check_rule(name: str) -> str:
     if name not in DIAGNOSIS_RULES:
-        raise ValueError(f"no such rule; have {', '.join(DIAGNOSIS_RULES)}")
+        raise ValueError(f"unknown rule. Available: {', '.join(DIAGNOSIS_RULES)}")
     return name
 
 
-class Logging(Section):
-    """Trackers, progress output, steps kept for `grpo replay`, and what alarms do."""
+class LoggingSettings(Section):
+    """Trackers, progress output, data for `grpo replay`, and alarms."""
 
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    project: str = "grpo"
-    # last steps whose tokens and advantages are kept for `grpo replay`
-    replay: int = Field(20, ge=0)
-    # auto: live on a terminal, one line per rollout elsewhere
-    progress: Literal["auto", "live", "line", "off"] = "auto"
-    # what a finding of grpo/metrics/diagnosis.py does
-    alarms: dict[Annotated[str, AfterValidator(_rule)], Literal["snapshot", "stop"]] = {}
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Experiment trackers that receive the metrics."
+    )
+    project: str = Field("grpo", description="Project name in W&B and trackio.")
+    replay: int = Field(
+        20,
+        ge=0,
+        description="Number of the latest steps whose tokens and advantages are kept for "
+        "`grpo replay`.",
+    )
+    progress: Literal["auto", "live", "line", "off"] = Field(
+        "auto",
+        description="Progress output: `live` is a status line, `line` prints one line per rollout "
+        "or update; `auto` is `live` on a terminal and `line` elsewhere.",
+    )
+    alarms: dict[Annotated[str, AfterValidator(_check_rule)], Literal["snapshot", "stop"]] = Field(
+        {},
+        description="What to do when a rule of the diagnosis (`grpo/metrics/diagnosis.py`) reports "
+        "a finding: `snapshot` keeps a checkpoint, `stop` keeps one and stops the run.",
+    )

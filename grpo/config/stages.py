@@ -1,7 +1,6 @@
-"""The configs of the stages around GRPO.
+"""The configs of the commands around `grpo train`, and the sections that only they have.
 
-The stages are supervised fine-tuning, rejection sampling, distillation, evaluation, quantisation,
-and the chain of them.
+The commands are sft, collect, distill, eval, quantize and pipeline.
 """
 
 from __future__ import annotations
@@ -11,407 +10,616 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.config.reading import Section
-from grpo.config.sections import Checkpoint, Data, Eval, Learner, Source, Train
-from grpo.config.train import Config, RunConfig, SampledConfig
+from grpo.config.sections import (
+    CheckpointSettings,
+    DataSetSettings,
+    DataSettings,
+    EvalSettings,
+    LearnerSettings,
+    PromptSettings,
+    TrainSettings,
+)
+from grpo.config.train import RunConfig, SamplingStageConfig, TrainConfig
 from grpo.run import ranks
 
 
-class Sft(Section):
-    """Supervised fine-tuning: updates, solutions per update, longest sequence, early stop."""
+class SftSettings(Section):
+    """Supervised fine-tuning: number and size of updates, maximum length, early stop."""
 
-    updates: int = Field(ge=1)
-    batch_size: int = Field(32, ge=1)  # solutions an update
-    max_tokens: int = Field(1024, ge=2)  # longest prompt with its solution
-    # token accuracy, mean of the last 10 updates, at which a cold start is enough
-    stop_at: float | None = Field(None, gt=0, le=1)
+    updates: int = Field(ge=1, description="Number of optimizer updates.")
+    batch_size: int = Field(32, ge=1, description="Number of solutions per update.")
+    max_tokens: int = Field(
+        1024, ge=2, description="Maximum length in tokens of a prompt with its solution."
+    )
+    stop_at: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Stop early when the token accuracy, averaged over the last 10 updates, "
+        "reaches this share. Default: run all updates.",
+    )
 
 
-def _check_fits(what: str, key: str, tokens: int, learner: Learner) -> None:
+def _check_fits_micro_batch(key: str, tokens: int, learner: LearnerSettings) -> None:
+    """Raises ValueError if a sequence of `tokens`, the value of `key`, exceeds a micro-batch."""
     if tokens > learner.micro_batch_tokens:
         raise ValueError(
-            f"one {what} can have {key}={tokens} tokens, more than "
-            f"learner.micro_batch_tokens={learner.micro_batch_tokens}: raise it, or lower {key}"
+            f"a sequence can have {key}={tokens} tokens, more than "
+            f"learner.micro_batch_tokens={learner.micro_batch_tokens}: raise "
+            f"learner.micro_batch_tokens, or lower {key}"
         )
 
 
-class SftLearner(Learner):
-    """The learner's settings with a learning rate for supervised training as default."""
+def _check_chat_prompt(key: str, prompt: PromptSettings) -> None:
+    """Raises ValueError if prompts cannot be sent to the endpoint in `key` as chat messages."""
+    if prompt.template != "chat" or prompt.think_prefill:
+        raise ValueError(
+            f"{key}: an endpoint receives prompts as chat messages. Set prompt.template=chat and "
+            "prompt.think_prefill=false"
+        )
 
-    lr: float = Field(2e-5, gt=0)  # TRL's default
+
+class SftLearnerSettings(LearnerSettings):
+    """The learner of supervised training: section `learner` with a larger learning rate."""
+
+    lr: float = Field(2e-5, gt=0, description="Learning rate after the warmup. Default: TRL's.")
 
 
 class SftConfig(RunConfig):
-    """`grpo sft`: supervised fine-tuning on the problems' worked solutions."""
+    """The config of `grpo sft`: supervised fine-tuning on the problems' worked solutions."""
 
     supervised: ClassVar[bool] = True
-    sft: Sft
-    learner: SftLearner = SftLearner()
-    checkpoint: Checkpoint = Checkpoint(every=100)
+    sft: SftSettings = Field(description="Number and size of updates, maximum length, early stop.")
+    learner: SftLearnerSettings = Field(
+        SftLearnerSettings(),
+        description="Optimizer, learning rate schedule, memory and parallelism.",
+    )
+    checkpoint: CheckpointSettings = Field(
+        CheckpointSettings(every=100),
+        description="When checkpoints are written and which are kept. Default: one every 100 "
+        "updates.",
+    )
 
     @model_validator(mode="after")
-    def _fits(self) -> SftConfig:
+    def _check_supervised(self) -> SftConfig:
         if self.model.warm_start:
-            raise ValueError("model.warm_start is for `grpo train`")
+            raise ValueError("model.warm_start is for `grpo train` only: remove it")
         if self.model.teacher:
-            raise ValueError("model.teacher is for train and distill")
+            raise ValueError("model.teacher is for `grpo train` and `grpo distill` only: remove it")
         if self.learner.sequence_parallel > 1:
             raise ValueError(
-                "learner.sequence_parallel is for train and for distill's ways soft and on_policy"
+                "learner.sequence_parallel is for `grpo train`, and for `grpo distill` with way "
+                "soft or on_policy: remove it"
             )
-        _check_fits("solution", "sft.max_tokens", self.sft.max_tokens, self.learner)
+        _check_fits_micro_batch("sft.max_tokens", self.sft.max_tokens, self.learner)
         return self
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Longest sequence in tokens: a prompt with its solution."""
+        """Maximum length of a sequence in tokens: a prompt with its solution."""
         return self.sft.max_tokens
 
     @property
     def micro_batch(self) -> int:
-        """Solutions in one forward and backward pass.
+        """Number of solutions per forward and backward pass.
 
-        It is the largest divisor of a rank's batch within `learner.micro_batch_tokens`.
+        It is the largest divisor of a rank's batch that fits `learner.micro_batch_tokens`.
         """
-        most, own = (
-            self.learner.micro_batch_tokens // self.sft.max_tokens,
-            self.sft.batch_size // ranks.world_size(),
-        )
-        return max(n for n in range(1, own + 1) if own % n == 0 and n <= most)
+        max_size = self.learner.micro_batch_tokens // self.sft.max_tokens
+        rank_batch_size = self.sft.batch_size // ranks.world_size()
+        divisors = [n for n in range(1, rank_batch_size + 1) if rank_batch_size % n == 0]
+        return max(n for n in divisors if n <= max_size)
 
 
-class Teacher(Section):
-    """A model behind an OpenAI-compatible endpoint: a vLLM server, or a service."""
+class EndpointSettings(Section):
+    """A model behind an OpenAI-compatible endpoint: a vLLM server or a service."""
 
-    url: str  # e.g. http://localhost:8000/v1
-    model: str  # as it is served
-    api_key_env: str | None = None  # environment variable that holds the key
-    concurrency: int = Field(32, ge=1)  # requests at once
-    timeout_s: float = Field(1800, gt=0)  # of one completion
-    retries: int = Field(5, ge=0)
-
-
-class Collect(Section):
-    """Rejection sampling: problems, completions per problem, and which of them become traces."""
-
-    problems: int = Field(ge=1)  # of the training split, each once
-    samples: int = Field(4, ge=1)  # N: completions a problem
-    keep: int = Field(1, ge=1)  # K: traces a problem at most, the shortest first
-    chunk: int = Field(64, ge=1)  # problems sampled and written down at once
-    right: bool = True  # only right traces; false: all, e.g. a student's own texts for soft targets
-    format: bool = True  # only well-formed traces
-    min_tokens: int = Field(1, ge=0)  # length of a trace
-    max_tokens: int | None = Field(None, ge=1)
-    # least share of the thoughts in the question's language
-    language: float = Field(0.0, ge=0, le=1)
-    # most share of 20-grams of words that were there before
-    repetition: float = Field(1.0, ge=0, le=1)
-    # evaluation sets whose test problems must not be among the traces
-    decontaminate: dict[str, Source] = {}
-    ngram: int = Field(10, ge=2)  # words in a row that count as an overlap (R1: 10)
+    url: str = Field(description="Base URL of the endpoint, e.g. `http://localhost:8000/v1`.")
+    model: str = Field(description="Name under which the endpoint serves the model.")
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the API key. Default: no key is sent."
+    )
+    concurrency: int = Field(32, ge=1, description="Maximum number of simultaneous requests.")
+    timeout_s: float = Field(1800, gt=0, description="Maximum time in seconds per completion.")
+    retries: int = Field(5, ge=0, description="Number of retries of a failed request.")
 
 
-class CollectConfig(SampledConfig):
-    """`grpo collect`: rejection sampling."""
+class CollectSettings(Section):
+    """Rejection sampling: which problems are sampled, and which completions become traces."""
 
-    collect: Collect
-    teacher: Teacher | None = None  # default: model.path on an engine of our own
+    problems: int = Field(
+        ge=1, description="Number of different problems of the training split to sample."
+    )
+    samples: int = Field(4, ge=1, description="N: number of completions per problem.")
+    keep: int = Field(
+        1, ge=1, description="K: maximum number of traces per problem. The shortest are kept."
+    )
+    chunk: int = Field(
+        64,
+        ge=1,
+        description="Number of problems that are sampled, scored and written together. A resumed "
+        "run continues after the last written chunk.",
+    )
+    right: bool = Field(
+        True,
+        description="Keep right completions only. Set it to false to keep all, e.g. a student's "
+        "own texts for soft targets.",
+    )
+    format: bool = Field(True, description="Keep well-formed completions only.")
+    min_tokens: int = Field(1, ge=0, description="Minimum length of a trace in tokens.")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Maximum length of a trace in tokens. Default: no limit."
+    )
+    language: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Minimum share of a trace's thoughts that is in the question's language.",
+    )
+    repetition: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Maximum share of a trace's 20-grams of words that repeat an earlier one.",
+    )
+    decontaminate: dict[str, DataSetSettings] = Field(
+        {},
+        description="Evaluation sets by name. A problem that shares `ngram` consecutive words with "
+        "a problem of their test split is excluded.",
+    )
+    ngram: int = Field(
+        10, ge=2, description="Number of consecutive words that count as an overlap. Default: R1."
+    )
+
+
+class CollectConfig(SamplingStageConfig):
+    """The config of `grpo collect`: rejection sampling."""
+
+    collect: CollectSettings = Field(
+        description="Which problems are sampled, and which completions become traces."
+    )
+    teacher: EndpointSettings | None = Field(
+        None,
+        description="Endpoint that samples the completions. Default: `model.path` on an engine of "
+        "the run.",
+    )
 
     @model_validator(mode="after")
-    def _asked(self) -> CollectConfig:
+    def _check_sampler(self) -> CollectConfig:
         if self.model.teacher:
             raise ValueError(
-                "model.teacher is for train and distill: collect samples from model.path, or from "
-                "teacher.url"
+                "model.teacher is for `grpo train` and `grpo distill` only: `grpo collect` samples "
+                "from model.path, or from the endpoint teacher.url"
             )
-        if self.teacher and (self.prompt.template != "chat" or self.prompt.think_prefill):
-            raise ValueError(
-                "teacher: an endpoint is asked by chat messages; set prompt.template=chat and no "
-                "think_prefill"
-            )
+        if self.teacher:
+            _check_chat_prompt("teacher", self.prompt)
         return self
 
 
-class Soft(Section):
-    """Soft targets: the student learns the teacher's distribution at every token of given texts."""
+class SoftTargetSettings(Section):
+    """Soft targets: the student learns the teacher's distribution at each token of given texts."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    # of both distributions; the divergence counts T^2 times (Hinton)
-    temperature: float = Field(1.0, gt=0)
-    beta: float = Field(0.5, gt=0, lt=1)  # jsd: 0 is forward, 1 reverse KL (GKD)
-    soft_weight: float = Field(1.0, ge=0)
-    hard_weight: float = Field(0.0, ge=0)  # of the cross-entropy of the text's own tokens
-    updates: int = Field(ge=1)
-    batch_size: int = Field(32, ge=1)  # texts an update
-    max_tokens: int = Field(1024, ge=2)  # longest prompt with its text
-    # teacher's k likeliest tokens and the rest as one, from vLLM, on disk; default: in memory
-    teacher_topk: int | None = Field(None, ge=1)
-    # of the mean squared error of projected hidden states (FitNets 1412.6550)
-    hidden_weight: float = Field(0.0, ge=0)
-    # student's layer: teacher's, from 1; default: evenly spread (TinyBERT 1909.10351)
-    hidden_layers: dict[int, int] = {}
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl",
+        description="Divergence at each token: `forward_kl` is KL(teacher || student), "
+        "`reverse_kl` is KL(student || teacher), `jsd` is the generalised Jensen-Shannon "
+        "divergence (GKD 2306.13649 Eq. 1).",
+    )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Temperature T of both distributions. The divergence is multiplied by T^2 "
+        "(Hinton 1503.02531).",
+    )
+    beta: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="For divergence `jsd`: towards 0 it becomes the forward KL, towards 1 the "
+        "reverse KL (GKD 2306.13649).",
+    )
+    soft_weight: float = Field(1.0, ge=0, description="Weight of the divergence.")
+    hard_weight: float = Field(
+        0.0, ge=0, description="Weight of the cross-entropy of the text's own tokens."
+    )
+    updates: int = Field(ge=1, description="Number of optimizer updates.")
+    batch_size: int = Field(32, ge=1, description="Number of texts per update.")
+    max_tokens: int = Field(
+        1024, ge=2, description="Maximum length in tokens of a prompt with its text."
+    )
+    teacher_topk: int | None = Field(
+        None,
+        ge=1,
+        description="Number k of the teacher's most likely tokens per position. vLLM computes "
+        "them once, and they are stored on disk; all other tokens count as one. "
+        "Default: the full distribution, with the teacher in memory.",
+    )
+    hidden_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean squared error between the student's projected hidden "
+        "states and the teacher's (FitNets 1412.6550).",
+    )
+    hidden_layers: dict[int, int] = Field(
+        {},
+        description="Layers that are compared, `student layer: teacher layer`, counted from 1. "
+        "Default: all layers of the student, evenly spaced in the teacher (TinyBERT 1909.10351).",
+    )
 
     @model_validator(mode="after")
-    def _teacher(self) -> Soft:
+    def _check_stored_logprobs(self) -> SoftTargetSettings:
         if self.teacher_topk and (self.temperature != 1 or self.hidden_weight):
             raise ValueError(
-                "teacher_topk: what is on disk is for temperature=1 and has no hidden states"
+                "teacher_topk needs temperature=1 and hidden_weight=0: the stored "
+                "log-probabilities have temperature 1, and no hidden states are stored"
             )
         return self
 
 
-class DistillConfig(SampledConfig):
-    """`grpo distill`: `model` is the student, `model.teacher` the teacher."""
+class DistillConfig(SamplingStageConfig):
+    """The config of `grpo distill`: `model` is the student, `model.teacher` the teacher."""
 
-    supervised: ClassVar[bool] = True  # but on_policy, whose part is a train config
-    way: Literal["sequence", "soft", "on_policy"]
-    # way soft: on the solutions of `data` (worked ones, or the traces of `grpo collect`)
-    soft: Soft | None = None
-    collect: Collect | None = None  # way sequence: what the teacher samples ...
-    sft: Sft | None = None  # ... and how the student learns from it
-    # way on_policy: GRPO's loop, the advantage is log pi_teacher - log pi
-    train: Train | None = None
-    eval: Eval = Eval()
-    learner: SftLearner = SftLearner()
+    # Way on_policy is not supervised, but it runs with the config of a `grpo train` (`parts`).
+    supervised: ClassVar[bool] = True
+    way: Literal["sequence", "soft", "on_policy"] = Field(
+        description="How the student learns: `sequence` fine-tunes it on the teacher's traces, "
+        "`soft` matches the teacher's distribution on given texts, `on_policy` lets the teacher "
+        "score the student's own completions."
+    )
+    soft: SoftTargetSettings | None = Field(
+        None,
+        description="For way soft: training on the solutions of `data`, which are worked solutions "
+        "or the traces of `grpo collect`.",
+    )
+    collect: CollectSettings | None = Field(
+        None, description="For way sequence: the teacher's traces that are collected."
+    )
+    sft: SftSettings | None = Field(
+        None, description="For way sequence: the student's fine-tuning on these traces."
+    )
+    train: TrainSettings | None = Field(
+        None,
+        description="For way on_policy: the rollouts and updates of `grpo train`, with the "
+        "advantage log pi_teacher - log pi.",
+    )
+    eval: EvalSettings = Field(
+        EvalSettings(), description="For way on_policy: evaluation on held-out problems."
+    )
+    learner: SftLearnerSettings = Field(
+        SftLearnerSettings(),
+        description="Optimizer, learning rate schedule, memory and parallelism.",
+    )
 
     @property
-    def algorithm(self) -> Algorithm:
-        """What a soft update has beside the divergence: cross-entropy of the text."""
-        return Algorithm(loss="cross_entropy")
+    def algorithm(self) -> AlgorithmSettings:
+        """The loss that way soft adds to the divergence: the cross-entropy of the text."""
+        return AlgorithmSettings(loss="cross_entropy")
 
     @model_validator(mode="after")
-    def _complete(self) -> DistillConfig:
+    def _check_way(self) -> DistillConfig:
         if self.model.warm_start:
             raise ValueError(
-                "model.warm_start is for `grpo train`: fine-tune the student first and give its "
-                "path"
+                "model.warm_start is for `grpo train` only: fine-tune the student first, and set "
+                "model.path to the result"
             )
         if not self.model.teacher:
-            raise ValueError("model.teacher: none given; give the path of a model")
-        needed = {"sequence": ("collect", "sft"), "soft": ("soft",), "on_policy": ("train",)}[
-            self.way
-        ]
-        if missing := [name for name in needed if getattr(self, name) is None]:
+            raise ValueError("model.teacher: missing. Set it to the path of a model")
+        sections_of_way = {
+            "sequence": ("collect", "sft"),
+            "soft": ("soft",),
+            "on_policy": ("train",),
+        }
+        missing = [name for name in sections_of_way[self.way] if getattr(self, name) is None]
+        if missing:
             raise ValueError(f"way={self.way} needs the section {' and '.join(missing)}")
         if self.soft:
-            self.model.check_shared(self.learner.sequence_parallel)
-            _check_fits("text", "soft.max_tokens", self.soft.max_tokens, self.learner)
-        self.parts()
+            self.model.check_sequence_parallel(self.learner.sequence_parallel)
+            _check_fits_micro_batch("soft.max_tokens", self.soft.max_tokens, self.learner)
+        self.parts()  # validates the configs of the stages
         return self
 
     def parts(self) -> dict[str, RunConfig]:
-        """Returns the configs of the stages that a way is made of, by their folder in run_dir.
+        """Returns the configs of the stages that make up the way, by their folder in run_dir.
 
-        The folder "" is run_dir itself. The way soft has no such stages.
+        Way sequence has the folders `collect` and `sft`. Way on_policy has one stage in run_dir
+        itself, with the key "". Way soft has none.
         """
         tree = self.model_dump(mode="json")
-        common = {key: tree[key] for key in ("seed", "prompt", "checkpoint", "logging", "data")}
-        sampled = {key: tree[key] for key in ("sampling", "rewards", "reward_pool", "engine")}
         if self.way == "sequence":
-            teacher = tree["model"] | {
-                "path": self.model.teacher,
-                "teacher": None,
-                "lora": None,
-                "qat": None,
-                "revision": None,
-            }
-            student = {
-                "model": tree["model"] | {"teacher": None},
-                "learner": tree["learner"],
-                "sft": tree["sft"],
-            }
-            traces = {"data": {"name": "traces", "path": f"{self.run_dir}/collect"}}
-            return {
-                "collect": CollectConfig(
-                    run_dir=f"{self.run_dir}/collect",
-                    model=teacher,
-                    collect=tree["collect"],
-                    **common,
-                    **sampled,
-                ),
-                "sft": SftConfig(run_dir=f"{self.run_dir}/sft", **student, **common | traces),
-            }
-        if self.way == "soft":
-            return {}
-        rest = {key: tree[key] for key in ("run_dir", "model", "learner", "train", "eval")}
-        return {"": Config(algorithm={"preset": "on_policy_distill"}, **rest, **common, **sampled)}
+            return {"collect": self._collect_config(tree), "sft": self._sft_config(tree)}
+        if self.way == "on_policy":
+            return {"": self._train_config(tree)}
+        return {}
 
-    @property
-    def max_sequence_tokens(self) -> int:
-        """Longest sequence in tokens: a prompt with its text (way soft) or its completion."""
-        return (
-            self.soft.max_tokens
-            if self.soft and self.way == "soft"
-            else super().max_sequence_tokens
+    def _collect_config(self, tree: dict[str, Any]) -> CollectConfig:
+        """Returns the config that samples the teacher. `tree`: this config as nested dicts."""
+        teacher = dict(tree["model"])
+        teacher["path"] = self.model.teacher
+        for key in ("teacher", "lora", "qat", "revision"):
+            teacher[key] = None
+        return CollectConfig(
+            run_dir=f"{self.run_dir}/collect",
+            model=teacher,
+            data=tree["data"],
+            collect=tree["collect"],
+            **_only(tree, *_COMMON_KEYS, *_SAMPLING_KEYS),
+        )
+
+    def _sft_config(self, tree: dict[str, Any]) -> SftConfig:
+        """Returns the config that fine-tunes the student on the collected traces."""
+        return SftConfig(
+            run_dir=f"{self.run_dir}/sft",
+            model={**tree["model"], "teacher": None},
+            data={"name": "traces", "path": f"{self.run_dir}/collect"},
+            **_only(tree, "learner", "sft", *_COMMON_KEYS),
+        )
+
+    def _train_config(self, tree: dict[str, Any]) -> TrainConfig:
+        """Returns the config that trains the student on its own completions."""
+        return TrainConfig(
+            algorithm={"preset": "on_policy_distill"},
+            **_only(tree, "run_dir", "model", "data", "learner", "train", "eval"),
+            **_only(tree, *_COMMON_KEYS, *_SAMPLING_KEYS),
         )
 
     @property
+    def max_sequence_tokens(self) -> int:
+        """Maximum length of a sequence in tokens: a prompt with its completion or given text."""
+        if self.way == "soft" and self.soft:
+            return self.soft.max_tokens
+        return super().max_sequence_tokens
+
+    @property
     def total_updates(self) -> int:
-        """Optimizer updates of the way soft."""
+        """Optimizer updates of way soft."""
         assert self.soft is not None
         return self.soft.updates
 
 
-class EvalConfig(Config):
-    """`grpo eval`: takes a train config, or one without the training.
+# Keys that a distillation and each of its stages share, and those of the stages that sample.
+_COMMON_KEYS = ("seed", "prompt", "checkpoint", "logging")
+_SAMPLING_KEYS = ("sampling", "rewards", "reward_pool", "engine")
 
-    It uses the config's model, prompts, rewards and problems.
+
+def _only(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: tree[key] for key in keys}
+
+
+class EvalConfig(TrainConfig):
+    """The config of `grpo eval`: a train config, or one without the sections for training.
+
+    The model, prompts, rewards and problems are those of the config.
     """
 
     evaluation_only: ClassVar[bool] = True
-    train: Train = Train(rollouts=1)
-    # a model behind an OpenAI-compatible endpoint; default: model.path on an engine of our own
-    endpoint: Teacher | None = None
-    # evaluation sets by name; default: eval.data, or the test split of data
-    sets: dict[str, Data] = {}
-    chunk: int = Field(64, ge=1)  # problems sampled and written down at once
+    train: TrainSettings = Field(
+        TrainSettings(rollouts=1),
+        description="Not used by the evaluation. The section is allowed so that a train config can "
+        "be evaluated without changes.",
+    )
+    endpoint: EndpointSettings | None = Field(
+        None,
+        description="Endpoint with the model to evaluate. Default: `model.path` on an engine of "
+        "the run.",
+    )
+    sets: dict[str, DataSettings] = Field(
+        {},
+        description="Evaluation sets by name. Default: one set, `eval.data` or the test split of "
+        "`data`.",
+    )
+    chunk: int = Field(
+        64,
+        ge=1,
+        description="Number of problems that are sampled, scored and written together. A resumed "
+        "run continues after the last written chunk.",
+    )
 
     @model_validator(mode="after")
-    def _combinations(self) -> EvalConfig:
-        """Instead of what a training needs."""
+    def _check_combinations(self) -> EvalConfig:
+        """Replaces the checks of `Config`, which are about training."""
         if self.model.warm_start:
             raise ValueError(
-                "grpo eval judges model.path as it is: give model.path=RUN, and model.warm_start= "
-                "(nothing)"
+                "model.warm_start: `grpo eval` evaluates model.path without training it. Set "
+                "model.path=RUN, and model.warm_start= (nothing)"
             )
-        if self.endpoint and (self.prompt.template != "chat" or self.prompt.think_prefill):
-            raise ValueError(
-                "endpoint: it is asked by chat messages; set prompt.template=chat and no "
-                "think_prefill"
-            )
-        if bad := [name for name in self.sets if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name)]:
-            raise ValueError(
-                f"sets.{bad[0]}: a set's name begins with a letter and has letters, digits, _ and "
-                ". only"
-            )
+        if self.endpoint:
+            _check_chat_prompt("endpoint", self.prompt)
+        for name in self.sets:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name):
+                raise ValueError(
+                    f"sets.{name}: invalid name. A name starts with a letter, and has letters, "
+                    "digits, _ and . only"
+                )
         return self
 
     @property
-    def judged(self) -> dict[str, Data]:
-        """The evaluation sets by name; "" for one that has none."""
-        return self.sets or {"": self.eval.data or self.data}
+    def judged(self) -> dict[str, DataSettings]:
+        """The evaluation sets by name. A single set without a name has the name ""."""
+        if self.sets:
+            return self.sets
+        return {"": self.eval.data or self.data}
 
     def by_protocol(self) -> EvalConfig:
-        """Returns the config with what `eval.protocol` says in the place of its own.
+        """Returns the config with the settings that `eval.protocol` prescribes.
 
         Source: DeepSeek-R1 2501.12948 section 3.
         """
-        sampling: dict[str, Any] = {"r1": {"max_tokens": 32768, "top_p": 0.95}}.get(
-            self.eval.protocol, {}
+        sampling_changes: dict[str, Any] = {}
+        eval_changes: dict[str, Any] = {}
+        if self.eval.protocol == "r1":
+            sampling_changes = {"max_tokens": 32768, "top_p": 0.95}
+            eval_changes = {"temperature": 0.6}
+        elif self.eval.protocol == "greedy":
+            eval_changes = {"temperature": 0.0, "samples": 1}
+        return self.model_copy(
+            update={
+                "sampling": self.sampling.model_copy(update=sampling_changes),
+                "eval": self.eval.model_copy(update=eval_changes),
+            }
         )
-        judged: dict[str, Any] = {
-            "r1": {"temperature": 0.6},
-            "greedy": {"temperature": 0.0, "samples": 1},
-        }.get(self.eval.protocol, {})
-        update = {
-            "sampling": self.sampling.model_copy(update=sampling),
-            "eval": self.eval.model_copy(update=judged),
-        }
-        return self.model_copy(update=update)
 
 
-class Quantize(Section):
-    """Quantisation: the schemes that are written, and how many weights share a scale in int4."""
+class QuantizeSettings(Section):
+    """The quantisation schemes that are written, and the group size of int4."""
 
-    # weights a channel, a tensor, a group
-    schemes: list[Literal["int8", "int8_tensor", "int4"]] = Field(["int8", "int4"], min_length=1)
-    group_size: int = Field(32, ge=2)  # int4: weights that share a scale
+    schemes: list[Literal["int8", "int8_tensor", "int4"]] = Field(
+        ["int8", "int4"],
+        min_length=1,
+        description="Schemes to write. Weights share a scale per channel (`int8`), per tensor "
+        "(`int8_tensor`) or per group (`int4`).",
+    )
+    group_size: int = Field(
+        32, ge=2, description="Number of weights that share a scale, for scheme int4."
+    )
 
 
-class QuantizeConfig(SampledConfig):
-    """`grpo quantize`: a finished model in fewer bits."""
+class QuantizeConfig(SamplingStageConfig):
+    """The config of `grpo quantize`: writes a finished model with fewer bits per weight."""
 
-    quantize: Quantize = Quantize()
-    eval: Eval | None = None  # judges the model and every scheme, as `grpo eval` would
+    quantize: QuantizeSettings = Field(
+        QuantizeSettings(), description="Schemes to write, and the group size."
+    )
+    eval: EvalSettings | None = Field(
+        None,
+        description="Evaluate the model and each scheme on held-out problems, as `grpo eval` does. "
+        "Default: no evaluation.",
+    )
 
     @model_validator(mode="after")
-    def _finished(self) -> QuantizeConfig:
+    def _check_finished_model(self) -> QuantizeConfig:
         if self.model.warm_start or self.model.teacher or self.model.lora:
             raise ValueError(
-                "grpo quantize takes a finished model: no model.warm_start, model.teacher or "
-                "model.lora"
+                "`grpo quantize` needs a finished model: remove model.warm_start, model.teacher "
+                "and model.lora"
             )
-        self.judged()
+        self.judged()  # validates the configs of the evaluations
         return self
 
     def judged(self) -> dict[str, EvalConfig]:
-        """Returns the evaluations by model: `parent`, then each scheme. None without `eval`."""
+        """Returns the configs of the evaluations by model: `parent`, then each scheme.
+
+        The result is empty without section `eval`.
+        """
         if self.eval is None:
             return {}
+        evaluations = {"parent": self._evaluation("parent", self.model.path)}
+        for scheme in self.quantize.schemes:
+            evaluations[scheme] = self._evaluation(scheme, f"{self.run_dir}/{scheme}")
+        return evaluations
+
+    def _evaluation(self, name: str, path: str) -> EvalConfig:
+        """Returns the config that evaluates the model at `path`: `parent` or a scheme."""
         tree = self.model_dump(mode="json", exclude={"quantize", "checkpoint", "learner"})
-        models = {"parent": self.model.path} | {
-            scheme: f"{self.run_dir}/{scheme}" for scheme in self.quantize.schemes
-        }
-        found = {}
-        for name, path in models.items():
-            # its kernels know no float32
-            engine = tree["engine"] | ({"dtype": "bfloat16"} if name == "int4" else {})
-            # theirs have it in their config
-            model = tree["model"] | {"path": path} | ({} if name == "parent" else {"rope": None})
-            own = {"run_dir": f"{self.run_dir}/eval-{name}", "model": model, "engine": engine}
-            found[name] = EvalConfig(**tree | own)
-        return found
+        tree["run_dir"] = f"{self.run_dir}/eval-{name}"
+        tree["model"]["path"] = path
+        if name != "parent":
+            tree["model"]["rope"] = None  # already in the config of the quantised model
+        if name == "int4":
+            tree["engine"]["dtype"] = "bfloat16"  # vLLM's int4 kernels do not support float32
+        return EvalConfig(**tree)
 
 
-class Step(Section):
-    """One stage of a pipeline: a command, its config, and what it takes from stages before it."""
+class PipelineStageSettings(Section):
+    """One stage of a pipeline: a command, its config, and its inputs from earlier stages."""
 
-    command: Literal["sft", "train", "collect", "distill", "quantize"]
-    config: str  # YAML file of that command
-    # stage whose final model this one starts from; default: the config's own
-    model: str | None = None
-    traces: str | None = None  # `collect` stage whose traces this one learns from
-    teacher: str | None = None  # stage whose final model is the teacher
-    set: dict[str, Any] = {}  # overrides: {train.rollouts: 5}
+    command: Literal["sft", "train", "collect", "distill", "quantize"] = Field(
+        description="Command of the stage."
+    )
+    config: str = Field(description="YAML file with the command's config.")
+    model: str | None = Field(
+        None,
+        description="Earlier stage from whose final model this stage starts. Default: the config's "
+        "own `model.path`.",
+    )
+    traces: str | None = Field(
+        None, description="Earlier `collect` stage whose traces this stage learns from."
+    )
+    teacher: str | None = Field(
+        None, description="Earlier stage whose final model is the teacher of this stage."
+    )
+    set: dict[str, Any] = Field(
+        {}, description="Overrides of the config, e.g. `{train.rollouts: 5}`."
+    )
 
 
-class Judged(Section):
-    """How the model of every stage is judged."""
+class PipelineEvalSettings(Section):
+    """One evaluation set of a pipeline, on which the model of each stage is evaluated."""
 
-    config: str  # a train config: its data, prompts, rewards and eval section
-    set: dict[str, Any] = {}
-    start: bool = True  # the first stage's own model too
+    config: str = Field(
+        description="YAML file of a train config: its data, prompts, rewards and section `eval` "
+        "are used."
+    )
+    set: dict[str, Any] = Field(
+        {}, description="Overrides of the config, e.g. `{eval.problems: 400}`."
+    )
+    start: bool = Field(
+        True, description="Also evaluate the model from which the first stage starts."
+    )
 
 
 class PipelineConfig(Section):
-    """`grpo pipeline`: runs stages in their order and evaluates their models.
+    """The config of `grpo pipeline`: runs stages in order and evaluates their models.
 
-    Each stage has a folder in run_dir. One table shows all models on all evaluation sets.
+    Each stage has a folder in run_dir. One table has all models and all evaluation sets.
     """
 
-    run_dir: str
-    seed: int = Field(0, ge=0)
-    ranks: int = Field(1, ge=1)  # learner ranks of sft, train and distill, on this machine
-    stages: dict[str, Step] = Field(min_length=1)
-    eval: dict[str, Judged] = {}  # evaluation sets by name
+    run_dir: str = Field(description="Directory of the pipeline, with a folder per stage.")
+    seed: int = Field(0, ge=0, description="Seed of all stages and evaluations.")
+    ranks: int = Field(
+        1,
+        ge=1,
+        description="Number of learner ranks of the stages sft, train and distill, on this "
+        "machine.",
+    )
+    stages: dict[str, PipelineStageSettings] = Field(
+        min_length=1, description="Stages by name, in order."
+    )
+    eval: dict[str, PipelineEvalSettings] = Field({}, description="Evaluation sets by name.")
 
     @model_validator(mode="after")
-    def _order(self) -> PipelineConfig:
-        before: dict[str, Step] = {}
+    def _check_stages(self) -> PipelineConfig:
+        earlier_steps: dict[str, PipelineStageSettings] = {}
         for name, step in self.stages.items():
-            if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in (
-                "start",
-                "samples",
-                "checkpoints",
-            ):
-                raise ValueError(
-                    f"stages.{name}: a stage's name is a folder's: letters, digits and _, not "
-                    "start, samples or checkpoints"
-                )
-            if step.teacher and step.command not in ("train", "distill"):
-                raise ValueError(f"stages.{name}.teacher: `grpo {step.command}` has none")
-            for key in ("model", "traces", "teacher"):
-                wanted = getattr(step, key)
-                if wanted is not None and wanted not in before:
-                    raise ValueError(
-                        f"stages.{name}.{key}={wanted}: no stage of that name before it; have "
-                        f"{', '.join(before) or 'none'}"
-                    )
-                if wanted is not None and (
-                    (made := before[wanted].command) == "quantize"
-                    or (made == "collect") != (key == "traces")
-                ):
-                    raise ValueError(f"stages.{name}.{key}={wanted}: that stage is a `grpo {made}`")
-            before[name] = step
+            _check_stage(name, step, earlier_steps)
+            earlier_steps[name] = step
         return self
+
+
+# For each input of a stage, the commands of the stages that can provide it.
+_COMMANDS_OF_INPUTS = {
+    "model": ("sft", "train", "distill"),
+    "traces": ("collect",),
+    "teacher": ("sft", "train", "distill"),
+}
+
+
+def _check_stage(
+    name: str, step: PipelineStageSettings, earlier_steps: dict[str, PipelineStageSettings]
+) -> None:
+    """Raises ValueError if a stage's name is invalid or its inputs are not of earlier stages."""
+    is_reserved = name in ("start", "samples", "checkpoints")
+    if is_reserved or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise ValueError(
+            f"stages.{name}: invalid name. The name becomes a folder: use letters, digits and _, "
+            "but not start, samples or checkpoints"
+        )
+    if step.teacher and step.command not in ("train", "distill"):
+        raise ValueError(f"stages.{name}.teacher: `grpo {step.command}` has no teacher: remove it")
+    for key, commands in _COMMANDS_OF_INPUTS.items():
+        source = getattr(step, key)
+        if source is None:
+            continue
+        if source not in earlier_steps:
+            available = ", ".join(earlier_steps) or "none"
+            raise ValueError(
+                f"stages.{name}.{key}={source}: not an earlier stage. Available: {available}"
+            )
+        command = earlier_steps[source].command
+        if command not in commands:
+            expected = " or ".join(f"`grpo {each}`" for each in commands)
+            raise ValueError(
+                f"stages.{name}.{key}={source}: that stage is a `grpo {command}`, expected "
+                f"{expected}"
+            )

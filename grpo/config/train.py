@@ -1,4 +1,4 @@
-"""The config of `grpo train`, what all commands' configs share, and how a config is loaded."""
+"""The config of `grpo train`, the bases of all commands' configs, and how a config is loaded."""
 
 from __future__ import annotations
 
@@ -7,99 +7,127 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from grpo.config.algorithm import Algorithm
-from grpo.config.model import Model
-from grpo.config.presets import fill
+from grpo.config.algorithm import AlgorithmSettings
+from grpo.config.model import ModelSettings
+from grpo.config.presets import apply_preset
 from grpo.config.reading import Section, apply_overrides, explain, read_yaml
 from grpo.config.sections import (
-    Checkpoint,
-    Data,
-    Engine,
-    Eval,
-    Learner,
-    Logging,
-    Probe,
-    Prompt,
-    Reward,
+    CheckpointSettings,
+    DataSettings,
+    EngineSettings,
+    EvalSettings,
+    LearnerSettings,
+    LoggingSettings,
+    ProbeSettings,
+    PromptSettings,
     RewardEntry,
-    RewardPool,
-    Sampling,
-    Train,
+    RewardPoolSettings,
+    RewardSettings,
+    SamplingSettings,
+    TrainSettings,
 )
 from grpo.types import UserError
 
 
 class RunConfig(Section):
-    """What every stage's config has."""
+    """The keys that the configs of all commands have, except `grpo pipeline`."""
 
-    supervised: ClassVar[bool] = False  # learns from texts, and nothing samples from it meanwhile
-    evaluation_only: ClassVar[bool] = False  # the section `eval` decides the result of the run
-    run_dir: str
-    seed: int = Field(0, ge=0)
-    model: Model
-    data: Data
-    prompt: Prompt = Prompt()
-    learner: Learner = Learner()
-    checkpoint: Checkpoint = Checkpoint()
-    logging: Logging = Logging()
+    # The command learns from given texts, and nothing is sampled from the model meanwhile.
+    supervised: ClassVar[bool] = False
+    # Section `eval` determines the result of the run, so it cannot change on a resume.
+    evaluation_only: ClassVar[bool] = False
+
+    run_dir: str = Field(
+        description="Directory of the run, with its metrics, samples, checkpoints and final model."
+    )
+    seed: int = Field(0, ge=0, description="Seed from which all random choices are derived.")
+    model: ModelSettings = Field(description="The model: source, precision and trainable weights.")
+    data: DataSettings = Field(description="The problems.")
+    prompt: PromptSettings = Field(PromptSettings(), description="How a problem becomes a prompt.")
+    learner: LearnerSettings = Field(
+        LearnerSettings(), description="Optimizer, learning rate schedule, memory and parallelism."
+    )
+    checkpoint: CheckpointSettings = Field(
+        CheckpointSettings(), description="When checkpoints are written and which are kept."
+    )
+    logging: LoggingSettings = Field(
+        LoggingSettings(),
+        description="Trackers, progress output, data for `grpo replay`, and alarms.",
+    )
 
     @model_validator(mode="after")
-    def _precision(self) -> RunConfig:
-        if self.model.dtype == "bfloat16" and self.learner.zero_stage == 0:
+    def _check_model_and_learner(self) -> RunConfig:
+        zero_stage = self.learner.zero_stage
+        if self.model.dtype == "bfloat16" and zero_stage == 0:
             raise ValueError(
-                "learner.zero_stage=0 keeps no float32 master weights: use zero_stage=1 or more, "
-                "or model.dtype=float32"
+                "learner.zero_stage=0 keeps no float32 master weights, which model.dtype=bfloat16 "
+                "needs: set learner.zero_stage to 1, 2 or 3, or model.dtype=float32"
             )
-        if self.model.lora and self.learner.zero_stage == 3:
-            raise ValueError("model.lora needs whole adapters: use learner.zero_stage 2 or less")
+        if self.model.lora and zero_stage == 3:
+            raise ValueError(
+                "model.lora does not support learner.zero_stage=3, which splits the adapters: set "
+                "it to 2 or less"
+            )
         if self.model.qat and (self.model.lora or not self.supervised):
             raise ValueError(
-                "model.qat is for grpo sft, and for grpo distill by way=sequence or soft, without "
-                "LoRA"
+                "model.qat is for `grpo sft`, and for `grpo distill` with way sequence or soft, "
+                "without model.lora"
             )
-        if self.learner.offload_optimizer and self.learner.zero_stage == 0:
-            raise ValueError("learner.offload_optimizer needs learner.zero_stage 1, 2 or 3")
+        if self.learner.offload_optimizer and zero_stage == 0:
+            raise ValueError(
+                "learner.offload_optimizer does not support learner.zero_stage=0: set it to 1, 2 "
+                "or 3"
+            )
         return self
 
     @property
     def longest_wait_s(self) -> float:
-        """Longest time in seconds that a rank waits for another, which may be in an update."""
+        """Maximum time in seconds that a rank waits for another one, which may be in an update."""
         return self.learner.timeout_s
 
 
-class SampledConfig(RunConfig):
-    """What the stages have that sample and judge."""
+class SamplingStageConfig(RunConfig):
+    """The keys that the configs of all commands with completions and rewards have."""
 
-    sampling: Sampling = Sampling()
-    rewards: dict[str, RewardEntry] = {
-        "accuracy": Reward(),
-        "format": Reward(weight=0.1),
-    }  # by file in rewards/
-    reward_pool: RewardPool = RewardPool()
-    engine: Engine = Engine()
+    sampling: SamplingSettings = Field(
+        SamplingSettings(), description="How completions are sampled."
+    )
+    rewards: dict[str, RewardEntry] = Field(
+        {"accuracy": RewardSettings(), "format": RewardSettings(weight=0.1)},
+        description="Rewards by name, a file in `rewards/` or `module:function`: the weight alone, "
+        "or `{weight: ..., options: {...}}`.",
+    )
+    reward_pool: RewardPoolSettings = Field(
+        RewardPoolSettings(), description="Worker processes of the rewards that have a time limit."
+    )
+    engine: EngineSettings = Field(
+        EngineSettings(), description="The vLLM engine: precision, memory, batch size and servers."
+    )
 
     @model_validator(mode="after")
-    def _rewards(self) -> SampledConfig:
+    def _check_rewards(self) -> SamplingStageConfig:
         length = self.rewards.get("length")
-        if length is not None and not length.options:  # DAPO's shares
+        if length is not None and not length.options:
+            # As in DAPO, the penalty starts in the last fifth of the maximum length.
             length.options["max_tokens"] = self.sampling.max_tokens
             length.options["buffer"] = max(1, self.sampling.max_tokens // 5)
         if not self.rewards:
             raise ValueError(
-                "rewards is empty: nothing can be learned; try rewards={accuracy: 1.0, format: 0.1}"
+                "rewards is empty: nothing can be learned. Set for example "
+                "rewards={accuracy: 1.0, format: 0.1}"
             )
         return self
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Longest sequence in tokens: a prompt and its completion."""
+        """Maximum length of a sequence in tokens: a prompt and its completion."""
         return self.prompt.max_tokens + self.sampling.max_tokens
 
     @property
     def longest_wait_s(self) -> float:
-        """Longest time in seconds that a rank waits for another.
+        """Maximum time in seconds that a rank waits for another one.
 
-        The other rank may be in an update, or wait for an engine.
+        The other one may be in an update, or may itself wait for an engine.
         """
         engine_wait_s = self.engine.timeout_s + 60
         if self.engine.servers:
@@ -107,97 +135,151 @@ class SampledConfig(RunConfig):
         return max(self.learner.timeout_s, engine_wait_s)
 
 
-class Config(SampledConfig):
-    """`grpo train`."""
+class TrainConfig(SamplingStageConfig):
+    """The config of `grpo train`."""
 
-    algorithm: Algorithm = Algorithm()
-    train: Train
-    probe: Probe = Probe()
-    eval: Eval = Eval()
+    algorithm: AlgorithmSettings = Field(
+        AlgorithmSettings(), description="The recipe: advantage, loss, reduction, KL and filters."
+    )
+    train: TrainSettings = Field(
+        description="Number and size of rollouts, and their split into updates."
+    )
+    probe: ProbeSettings = Field(
+        ProbeSettings(), description="Checks that engine and learner have the same weights."
+    )
+    eval: EvalSettings = Field(EvalSettings(), description="Evaluation on held-out problems.")
 
     @property
     def total_updates(self) -> int:
-        """Optimizer updates over which the learning rate is scheduled."""
+        """Number of optimizer updates over which the learning rate is scheduled."""
         return self.train.total_updates
 
     @model_validator(mode="before")
     @classmethod
-    def _recipe(cls, tree: Any) -> Any:
-        return fill(tree) if isinstance(tree, dict) else tree
+    def _apply_preset(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return apply_preset(tree)
 
+    # One validator for all checks, because EvalConfig replaces it as a unit.
     @model_validator(mode="after")
-    def _combinations(self) -> Config:
-        if self.algorithm.reference_reset and self.algorithm.kl_coef and self.model.lora:
-            raise ValueError(
-                "algorithm.reference_reset: with LoRA the reference is the model under it; train "
-                "all weights instead"
-            )
-        if self.algorithm.reference_reset and self.algorithm.kl_coef and self.model.teacher:
-            raise ValueError("algorithm.reference_reset would overwrite model.teacher: set it to 0")
-        asked = self.algorithm.advantage == "teacher"
-        if (asked and not self.model.teacher) or (
-            self.model.teacher and not asked and not self.algorithm.kl_coef
-        ):
-            raise ValueError(
-                "model.teacher and algorithm.advantage=teacher (preset on_policy_distill) go "
-                "together"
-            )
-        self.model.check_shared(self.learner.sequence_parallel)
+    def _check_combinations(self) -> TrainConfig:
+        self._check_reference_model()
+        self.model.check_sequence_parallel(self.learner.sequence_parallel)
         if self.model.float32_head and self.learner.zero_stage == 3:
             raise ValueError(
-                "model.float32_head needs the head whole: use learner.zero_stage 2 or less"
+                "model.float32_head does not support learner.zero_stage=3, which splits the head: "
+                "set it to 2 or less"
             )
-        if self.probe.tokens >= self.max_sequence_tokens:
-            raise ValueError(
-                f"probe.tokens={self.probe.tokens}: no room for a prompt in sequences of "
-                f"{self.max_sequence_tokens} tokens"
-            )
-        if self.max_sequence_tokens > self.learner.micro_batch_tokens:
-            raise ValueError(
-                "one sequence can have prompt.max_tokens + sampling.max_tokens = "
-                f"{self.max_sequence_tokens} tokens, more than "
-                f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise it, or "
-                "shorten the sequences"
-            )
+        self._check_sequence_length()
         if self.train.max_staleness and not self.engine.servers:
             raise ValueError(
-                "train.max_staleness needs servers, whose weights change while they sample: "
-                "engine.servers={count: 1}"
+                "train.max_staleness needs servers, which accept new weights while they sample: "
+                "set engine.servers={count: 1}"
             )
-        best, every = self.checkpoint.keep_best, self.checkpoint.every
-        if best and best.startswith("eval/") and (not self.eval.every or every % self.eval.every):
-            raise ValueError(
-                f"checkpoint.keep_best={best}: checkpoint.every={every} must be a multiple of "
-                f"eval.every={self.eval.every}"
-            )
+        self._check_keep_best()
         return self
 
+    def _check_reference_model(self) -> None:
+        """Raises ValueError if KL, reference reset and teacher do not go together."""
+        if self.algorithm.reference_reset and self.algorithm.kl_coef:
+            if self.model.lora:
+                raise ValueError(
+                    "algorithm.reference_reset does not support model.lora, whose reference is the "
+                    "model without adapters: remove one of them"
+                )
+            if self.model.teacher:
+                raise ValueError(
+                    "algorithm.reference_reset would overwrite model.teacher: set it to 0"
+                )
+        is_teacher_scored = self.algorithm.advantage == "teacher"
+        if is_teacher_scored and not self.model.teacher:
+            raise ValueError(
+                "algorithm.advantage=teacher (preset on_policy_distill) needs model.teacher: set "
+                "it to the path of a model"
+            )
+        if self.model.teacher and not is_teacher_scored and not self.algorithm.kl_coef:
+            raise ValueError(
+                "model.teacher has no effect without algorithm.advantage=teacher (preset "
+                "on_policy_distill) or algorithm.kl_coef: set one of them, or remove it"
+            )
 
-C = TypeVar("C", bound=Section)
+    def _check_sequence_length(self) -> None:
+        """Raises ValueError if the longest sequence is too short or too long."""
+        max_tokens = self.max_sequence_tokens
+        if self.probe.tokens >= max_tokens:
+            raise ValueError(
+                f"probe.tokens={self.probe.tokens} leaves no room for a prompt in sequences of "
+                f"{max_tokens} tokens (prompt.max_tokens + sampling.max_tokens): lower it"
+            )
+        if max_tokens > self.learner.micro_batch_tokens:
+            raise ValueError(
+                f"a sequence can have prompt.max_tokens + sampling.max_tokens = {max_tokens} "
+                "tokens, more than "
+                f"learner.micro_batch_tokens={self.learner.micro_batch_tokens}: raise "
+                "learner.micro_batch_tokens, or shorten the sequences"
+            )
+
+    def _check_keep_best(self) -> None:
+        """Raises ValueError if a checkpoint can lack the evaluation that ranks it."""
+        metric = self.checkpoint.keep_best
+        if not metric or not metric.startswith("eval/"):
+            return
+        every = self.checkpoint.every
+        if not self.eval.every or every % self.eval.every:
+            raise ValueError(
+                f"checkpoint.keep_best={metric}: checkpoint.every={every} must be a multiple of "
+                f"eval.every={self.eval.every}"
+            )
 
 
-def load(path: str, overrides: list[str] | None = None, kind: type[C] = Config) -> C:  # type: ignore[assignment]
-    """Returns the checked config of a YAML file with `key.sub=value` overrides.
+ConfigT = TypeVar("ConfigT", bound=Section)
 
-    Raises UserError with the way out.
+
+def load(
+    path: str,
+    overrides: list[str] | None = None,
+    kind: type[ConfigT] = TrainConfig,  # type: ignore[assignment]
+) -> ConfigT:
+    """Returns the validated config in a YAML file.
+
+    Args:
+        path: The YAML file.
+        overrides: Assignments that replace values of the file, e.g. `["train.rollouts=5"]`.
+        kind: The class of the config, which depends on the command.
+
+    Raises:
+        UserError: The file, an override or the config is invalid. The message has one line and
+            names the keys.
     """
-    return parse(apply_overrides(read_yaml(path), overrides or []), path, kind)
+    tree = apply_overrides(read_yaml(path), overrides or [])
+    return parse(tree, path, kind)
 
 
-def parse(tree: dict[str, Any], where: str = "config", kind: type[C] = Config) -> C:  # type: ignore[assignment]
-    """Returns the checked config of a plain tree.
+def parse(
+    tree: dict[str, Any],
+    where: str = "config",
+    kind: type[ConfigT] = TrainConfig,  # type: ignore[assignment]
+) -> ConfigT:
+    """Returns the validated config of a tree.
 
-    Raises UserError naming every wrong key, the nearest right one, and each wrong value.
+    Args:
+        tree: The config as nested dicts.
+        where: The source of the tree, for error messages.
+        kind: The class of the config, which depends on the command.
+
+    Raises:
+        UserError: The config is invalid. The message names every unknown key, with the most similar
+            valid one, and every invalid value.
     """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(
-            f"{where}: " + "; ".join(explain(e, kind) for e in error.errors())
-        ) from None
+        messages = [explain(each, kind) for each in error.errors()]
+        raise UserError(f"{where}: {'; '.join(messages)}") from None
 
 
 def dump(config: RunConfig) -> str:
-    """Returns the resolved config as YAML, every key present."""
+    """Returns the resolved config as YAML, with the defaults of all keys."""
     tree = config.model_dump(mode="json")
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))

@@ -1,12 +1,12 @@
-"""Engines sample completions: the `Engine` protocol, its values and its errors.
+"""Engines sample completions. This file defines the `Engine` protocol, its values and its errors.
 
     local/      vLLM in one child process per rank
-    servers/    vLLM servers over HTTP, watched and restarted by rank 0
-    transfer/   how weights reach an engine, one file per transport
+    servers/    vLLM servers over HTTP, monitored and restarted by rank 0
+    transfer/   sends weights to an engine, one file per transport
     endpoint    an OpenAI-compatible endpoint, for a teacher
 
-The rest of the program knows an engine by this file only. vLLM is imported only in this package;
-this file imports neither vLLM nor torch.
+The rest of the program uses engines through this file only. vLLM is imported only in this package.
+This file imports neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ if TYPE_CHECKING:
 
 
 class EngineError(RunError):
-    """An engine died, failed or did not answer in time. The base of every error of an engine.
+    """Base class of the engines' errors: an engine died, failed or did not answer in time.
 
-    Pass the fields of a subclass by position: the pickled form, which other ranks receive, holds
-    positional arguments only.
+    Pass the fields of a subclass as positional arguments. An error is pickled to be sent to other
+    ranks, and the pickle of an exception contains its positional arguments only.
     """
 
 
 @dataclass(eq=False)
 class EngineTimeoutError(EngineError):
-    """Something did not happen within its time limit.
+    """A time limit was exceeded.
 
-    `EngineTimeoutError("the engine did not answer `generate`", 5.0, "its log: engine.log")`.
+    Example:
+        `EngineTimeoutError("the engine did not answer `generate`", 5.0, "its log: engine.log")`
 
     Attributes:
-        event: what did not happen, as a sentence.
+        event: a clause that names the missing event. The message continues with "within 5 s".
         limit_s: the time limit in seconds.
-        details: where to look next, or the state at that time.
+        details: the log file, a config key or the state at that time.
     """
 
     event: str
@@ -60,9 +61,10 @@ class EngineDiedError(EngineError):
     """The engine's child process ended during a call.
 
     Attributes:
-        method: the call.
-        exit_code: of the process, negative for a signal, None if the process has not ended yet.
-        log_file: where the process wrote its messages.
+        method: the name of the call.
+        exit_code: the exit code of the process: negative for a signal, None if the process has not
+            ended yet.
+        log_file: the file with the output of the process.
     """
 
     method: str
@@ -71,10 +73,10 @@ class EngineDiedError(EngineError):
 
     def __str__(self) -> str:
         """Returns the message, with a hint when the process was probably out of memory."""
-        how = describe_exit(self.exit_code)
+        cause = describe_exit(self.exit_code)
         if self.exit_code == -signal.SIGKILL:
-            how += " (out of memory? lower engine.kv_cache_gb or engine.max_sequences)"
-        return f"the engine died during `{self.method}`: {how}; its log: {self.log_file}"
+            cause += " (out of memory? Lower engine.kv_cache_gb or engine.max_sequences)"
+        return f"the engine died during `{self.method}`: {cause}; its log: {self.log_file}"
 
 
 @dataclass(eq=False)
@@ -82,8 +84,8 @@ class ProcessNotEndedError(EngineError):
     """A killed process did not end within the time limit.
 
     Attributes:
-        process: which one.
-        limit_s: how long it was waited for after SIGKILL.
+        process: the description of the process.
+        limit_s: the time limit after SIGKILL, in seconds.
     """
 
     process: str
@@ -92,18 +94,18 @@ class ProcessNotEndedError(EngineError):
     def __str__(self) -> str:
         """Returns the message."""
         return (
-            f"{self.process} did not end within {self.limit_s:g} s after SIGKILL: the kernel holds "
-            "it (a hung GPU driver or network disk?); its memory and port stay in use"
+            f"{self.process} did not end within {self.limit_s:g} s after SIGKILL: it is blocked in "
+            "the kernel (a hung GPU driver or network disk?). Its memory and port stay in use."
         )
 
 
 @dataclass(eq=False)
 class NoResponseError(EngineError):
-    """A server did not answer a request: no connection, a broken one, or too late.
+    """A server did not answer a request: no connection, a broken connection or a timeout.
 
     Attributes:
         server: the server's description.
-        path: the route.
+        path: the route, such as "/health".
         reason: the kind of failure.
     """
 
@@ -124,23 +126,23 @@ class ServerError(EngineError):
         server: the server's description.
         path: the route.
         status: the HTTP status.
-        text: the beginning of the answer.
+        body: the beginning of the response's body.
     """
 
     server: str
     path: str
     status: int
-    text: str
+    body: str
 
     def __str__(self) -> str:
         """Returns the message."""
-        return f"{self.path} at {self.server}: {self.status} {self.text}"
+        return f"{self.path} at {self.server}: {self.status} {self.body}"
 
 
 class RefusedError(ServerError):
-    """A server refused a request (status 4xx).
+    """A server rejected a request (status 4xx).
 
-    The server is well. Asking again, or asking another server, would not help.
+    The server works. The request would fail again, on this server and on any other.
     """
 
 
@@ -150,31 +152,31 @@ class EngineDeadError(ServerError):
 
 @dataclass(eq=False)
 class MalformedResponseError(EngineError):
-    """A server's answer cannot be decoded: no JSON, missing keys, or values of a wrong type.
+    """A server's response cannot be decoded: no JSON, missing keys or values of a wrong type.
 
     Attributes:
         server: the server's description.
         path: the route.
-        problem: what is wrong with the answer.
+        reason: the defect of the response.
     """
 
     server: str
     path: str
-    problem: str
+    reason: str
 
     def __str__(self) -> str:
         """Returns the message."""
-        return f"{self.path} at {self.server}: the answer cannot be decoded: {self.problem}"
+        return f"{self.path} at {self.server}: the response cannot be decoded: {self.reason}"
 
 
 @dataclass(eq=False)
 class IncompleteResponseError(EngineError):
-    """A server returned another number of completions than the request asked for.
+    """A server did not return the requested number of completions.
 
     Attributes:
-        url: of the server.
-        num_completions: in the answer.
-        num_requested: in the request.
+        url: the server's URL.
+        num_completions: the number of completions in the response.
+        num_requested: the number of completions in the request.
     """
 
     url: str
@@ -194,8 +196,8 @@ class AbortedRequestError(EngineError):
     """A server ended a completion before a stop token, a stop string or the token limit.
 
     Attributes:
-        url: of the server.
-        finish_reason: as the server gives it, for example "abort".
+        url: the server's URL.
+        finish_reason: the finish reason in the response, for example "abort".
     """
 
     url: str
@@ -211,8 +213,8 @@ class UnknownWeightVersionError(EngineError):
     """A server sampled tokens with weights that the trainer did not send.
 
     Attributes:
-        url: of the server.
-        expected: the version of the weights sent last.
+        url: the server's URL.
+        expected: the version of the weights that the trainer sent last.
     """
 
     url: str
@@ -221,33 +223,35 @@ class UnknownWeightVersionError(EngineError):
     def __str__(self) -> str:
         """Returns the message."""
         return (
-            f"{self.url}: unknown weight version: sampled with weights that were not sent "
-            f"(current version {self.expected})"
+            f"{self.url}: unknown weight version: the server sampled with weights that this "
+            f"trainer did not send (current version {self.expected})"
         )
 
 
 @dataclass(eq=False)
 class WrongWeightVersionError(EngineError):
-    """An engine holds another weight version than the one it should hold.
+    """An engine does not hold the weight version that was sent to it.
 
     Attributes:
-        engine: its description.
-        held: the version that it reports.
+        engine: the engine's description.
+        reported: the version that the engine reports.
         expected: the version that was sent.
     """
 
     engine: str
-    held: str | int | None
+    reported: str | int | None
     expected: int
 
     def __str__(self) -> str:
         """Returns the message."""
-        return f"{self.engine} holds weight version {self.held}, expected version {self.expected}"
+        return (
+            f"{self.engine} holds weight version {self.reported}, expected version {self.expected}"
+        )
 
 
 @dataclass(eq=False)
 class ServerLostError(EngineError):
-    """A server was lost while it worked on a request.
+    """A server was lost while it processed a request.
 
     Attributes:
         server: the server's description.
@@ -261,7 +265,7 @@ class ServerLostError(EngineError):
 
 
 def describe_exit(exit_code: int | None) -> str:
-    """Returns how a process ended: "exit code 7", "killed by SIGKILL" or "not ended"."""
+    """Describes the end of a process: "exit code 7", "killed by SIGKILL" or "not ended"."""
     if exit_code is None:
         return "not ended"
     if exit_code < 0:
@@ -271,9 +275,16 @@ def describe_exit(exit_code: int | None) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Sample `n` completions of one prompt.
+    """A request for `n` completions of one prompt.
 
-    Completion i has seed `seed + i`, so a group, single requests and retries agree.
+    Example:
+        `Request(prompt_ids=(5, 6), seed=100, n=2)`
+
+    Attributes:
+        prompt_ids: the tokens of the prompt.
+        seed: the seed of the first completion. Completion i is sampled with `seed + i`, so one
+            request with n = G, G requests with n = 1 and a retry return the same completions.
+        n: the number of completions.
     """
 
     prompt_ids: tuple[int, ...]
@@ -283,7 +294,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """How an engine samples: the token limit, temperature, filters, and what ends a completion."""
+    """The sampling parameters of an engine.
+
+    Attributes:
+        max_tokens: the largest number of tokens per completion.
+        temperature: divides the logits; 0 samples greedily.
+        top_p: samples from the smallest set of most likely tokens with at least this probability; 1
+            for all tokens.
+        top_k: samples from this number of most likely tokens; 0 for all tokens.
+        stop: strings that end a completion. They remain in its text.
+        stop_token_ids: tokens that end a completion, in addition to the EOS token.
+        ignore_eos: do not end a completion at the EOS token.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -296,7 +318,13 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """What a weight sync reports: the weight version sent, its duration and the bytes sent."""
+    """The report of a weight sync.
+
+    Attributes:
+        version: the weight version that was sent.
+        seconds: the duration of the sync.
+        num_bytes: the size of the tensors that were sent, in bytes.
+    """
 
     version: int
     seconds: float
@@ -306,20 +334,21 @@ class SyncReport:
 class Weights(Protocol):
     """A model's weights by their Hugging Face names.
 
-    Copy a tensor before taking the next one: a tensor may be gathered only when it is asked for.
+    A tensor is valid until the iterator advances: sharded weights are gathered during the iteration
+    and released again. Copy a tensor that is needed for longer.
     """
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yields `(name, tensor)` for every weight."""
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Returns names, dtypes and shapes without gathering any weight."""
+        """Returns `(name, dtype, shape)` of every weight, without gathering any weight."""
 
 
 class Engine(Protocol):
-    """Samples completions with weights that it is sent.
+    """Samples completions with the weights that the trainer sends to it.
 
-    Every wait has a limit; a lost engine raises EngineError.
+    Every wait has a time limit. Every method raises EngineError if the engine is lost.
     """
 
     def generate(
@@ -328,33 +357,42 @@ class Engine(Protocol):
         options: SamplingOptions,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """Returns each request's completions, in order.
+        """Returns the completions of each request, in the order of the requests.
 
-        `on_progress(done, total)` counts finished completions.
+        Args:
+            requests: the prompts and their seeds.
+            options: the sampling parameters, the same for all requests.
+            on_progress: called as `on_progress(num_finished, num_total)`, in completions.
         """
 
     def prove(
         self, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
-        """Returns the completions of every copy of the model: one, or one per server of a pool."""
+        """Samples all requests on every copy of the model, so that the weights can be compared.
+
+        A child process holds one copy, a pool holds one per server.
+
+        Returns:
+            A list per copy that this rank manages, with the completions of each request.
+        """
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         """Replaces every weight and empties the prefix cache.
 
-        Completions carry `version` from here on.
+        Completions that start afterwards carry `version`.
         """
 
     def reset_cache(self) -> None:
         """Empties the prefix cache.
 
-        The last bits of later results then do not depend on earlier requests.
+        Later results then do not depend on earlier requests, not even in the last bits.
         """
 
     def sleep(self) -> None:
-        """Frees device memory, weights included: `load_weights` must follow `wake`."""
+        """Frees the device memory of the engine, weights included."""
 
     def wake(self) -> None:
-        """Takes back the device memory that `sleep` freed, without the weights that were in it."""
+        """Allocates the device memory that `sleep` freed. Call `load_weights` next."""
 
     def close(self) -> None:
-        """Ends the processes that the engine has started and frees its memory."""
+        """Ends the processes that the engine started and frees its memory."""

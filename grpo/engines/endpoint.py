@@ -16,7 +16,7 @@ from grpo.engines import EngineError, SamplingOptions
 from grpo.types import Completion, UserError
 
 if TYPE_CHECKING:
-    from grpo.config import Teacher
+    from grpo.config import EndpointSettings
 
 # The fields of a message in which servers return the reasoning of a model.
 REASONING_FIELDS = ("reasoning_content", "reasoning")
@@ -46,7 +46,9 @@ class _Result:
 class Endpoint:
     """Samples completions from the model that an OpenAI-compatible endpoint serves."""
 
-    def __init__(self, teacher: Teacher, on_wait: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, teacher: EndpointSettings, on_wait: Callable[[], None] = lambda: None
+    ) -> None:
         """Connects to the endpoint.
 
         Args:

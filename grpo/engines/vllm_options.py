@@ -1,4 +1,4 @@
-"""The arguments and the environment of a vLLM engine, for the child process and for servers."""
+"""Arguments and environment variables of a vLLM engine, for the child process and for servers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from grpo import config as configs
 from grpo.run import ranks
 
-# the learner's process group is not the engine's
+# A launcher sets these variables for the learner's process group. An engine must not inherit them:
+# it is not a member of that group.
 GROUP_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -20,18 +21,20 @@ GROUP_VARIABLES = (
     "OMP_NUM_THREADS",
 )
 GROUP_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+DEFAULT_CPU_BLOCK_SIZE = 32  # tokens per block of the KV cache on a CPU
+MIN_CPU_STEP_TOKENS = 4096  # lower bound of the tokens per scheduling step on a CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """The model of an engine.
+    """The model that an engine serves.
 
     Attributes:
-        model_dir: the directory with its config and weights.
+        model_dir: the directory with the model's config and weights.
         dtype: "float32" or "bfloat16".
-        max_model_len: the longest sequence in tokens.
-        load_weights: start from the weights in the directory. Without it the engine starts from
-            random weights, and a sync must come first.
+        max_model_len: the maximum length of a sequence, prompt and completion, in tokens.
+        load_weights: start with the weights in `model_dir`. If False, the engine starts with random
+            weights and must receive weights before it samples.
         float32_head: compute the output head in float32.
     """
 
@@ -42,42 +45,57 @@ class ServedModel:
     float32_head: bool = False
 
 
-def llm_arguments(model: ServedModel, settings: configs.Engine, *, cuda: bool) -> dict[str, Any]:
-    """Returns the arguments of vLLM's `LLM` for the settings, on a GPU (`cuda`) or a CPU."""
+def llm_arguments(
+    model: ServedModel, settings: configs.EngineSettings, *, cuda: bool
+) -> dict[str, Any]:
+    """Returns the keyword arguments of vLLM's `LLM`.
+
+    Args:
+        model: the model to serve.
+        settings: the section `engine` of the config.
+        cuda: True for an engine on a GPU, False for one on a CPU.
+    """
+    eager = settings.eager
+    if eager is None:
+        eager = not cuda
+    block_size = settings.block_size
+    if not block_size and not cuda:
+        block_size = DEFAULT_CPU_BLOCK_SIZE
     arguments: dict[str, Any] = {
         "model": model.model_dir,
         "dtype": model.dtype,
         "max_model_len": model.max_model_len,
         "load_format": "auto" if model.load_weights else "dummy",
         "max_num_seqs": settings.max_sequences,
-        "enforce_eager": not cuda if settings.eager is None else settings.eager,
+        "enforce_eager": eager,
         "enable_prefix_caching": True,
-        "seed": 0,  # every request has its own
+        "seed": 0,  # not used for sampling: every request has a seed of its own
     }
     if model.float32_head:
         arguments["hf_overrides"] = {"head_dtype": "float32"}
-    if settings.block_size or not cuda:
-        arguments["block_size"] = settings.block_size or 32
+    if block_size:
+        arguments["block_size"] = block_size
     if cuda:
         arguments["gpu_memory_utilization"] = settings.memory_fraction
         arguments["enable_sleep_mode"] = settings.sleep
     else:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
-        # A prompt in pieces makes vLLM 0.32 take a random number back, which a CPU's generator
-        # cannot: whole prompts, as many as fit.
+        # When vLLM 0.32 splits a prompt into chunks, it rewinds the request's random generator
+        # (`Generator.set_offset`), which a generator on a CPU does not support. Prompts are
+        # therefore not split, and a scheduling step has room for a prompt of maximum length.
         arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(model.max_model_len, 4096)
+        arguments["max_num_batched_tokens"] = max(model.max_model_len, MIN_CPU_STEP_TOKENS)
     return arguments
 
 
 def vllm_environment() -> dict[str, str]:
     """Returns the environment of a vLLM process.
 
-    It has nothing of the learner's process group. With several ranks it has this rank's GPU and its
-    share of the cores.
+    It is this process's environment without the variables of the learner's process group. With
+    several ranks it is limited to this rank's GPU and its share of the CPU cores.
     """
     environment = {
-        name: value for name, value in os.environ.items() if not _is_of_process_group(name)
+        name: value for name, value in os.environ.items() if not _is_group_variable(name)
     }
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     environment["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
@@ -90,13 +108,13 @@ def vllm_environment() -> dict[str, str]:
     return environment
 
 
-def _is_of_process_group(name: str) -> bool:
+def _is_group_variable(name: str) -> bool:
     return name in GROUP_VARIABLES or name.startswith(GROUP_PREFIXES)
 
 
 def _rank_gpu() -> str:
-    """Returns the CUDA_VISIBLE_DEVICES of this rank's engine, which shares the learner's GPU."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    if visible:
-        return visible[ranks.local_rank()]
+    """Returns CUDA_VISIBLE_DEVICES of this rank's engine, which shares the learner's GPU."""
+    visible_gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if visible_gpus:
+        return visible_gpus[ranks.local_rank()]
     return str(ranks.local_rank())

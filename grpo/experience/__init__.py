@@ -1,1 +1,1 @@
-"""From problems to scored groups: values without torch."""
+"""Turns problems into scored groups: prompts, sampling, rewards, selection. No torch."""

@@ -1,4 +1,7 @@
-"""What scored groups are in numbers: metrics, histograms, and one row per completion."""
+"""Summarizes scored groups: metrics, histograms, and one JSON object per completion.
+
+The metrics are documented in docs/watching.md.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,15 @@ from grpo.types import Completion, Sample, ScoredGroup
 
 
 def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
-    """Returns the metrics of scored groups.
+    """Returns the metrics of scored groups by name.
 
-    Every `mean` is over completions, every `group/` share over groups.
+    For example `{"reward/mean": 0.25, "group/no_signal": 0.5, "completion/length": 31.0, ...}`.
+
+    `group/` metrics are shares of groups. All other means are over completions. Completions without
+    a reward are excluded from the means of the rewards.
     """
     completions: list[Completion] = []
-    rewards: list[float] = []  # without those of completions that have none
+    rewards: list[float] = []  # of the completions that have one
     for scored in groups:
         completions += scored.group.completions
         rewards += [reward for reward in scored.rewards if reward is not None]
@@ -31,19 +37,19 @@ def describe(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
         "completion/length_max": float(max(lengths)),
         "completion/truncated": mean(truncated),
         "completion/tokens": float(sum(lengths)),
-        # completions of 2^i to 2^(i+1) - 1 tokens
+        # Bin i counts completions of 2^i to 2^(i+1) - 1 tokens.
         "histogram/length": _histogram([length.bit_length() - 1 for length in lengths]),
     }
     for name in groups[0].parts[0]:
-        metrics[f"reward/{name}"] = mean(_values_of_reward(groups, name))
-    for name, count in sorted(_fault_counts(groups).items()):
+        metrics[f"reward/{name}"] = mean(_reward_values(groups, name))
+    for name, count in sorted(_reason_counts(groups).items()):
         metrics[name] = count / len(completions)
     metrics.update(_verdict_metrics(groups))
     return metrics
 
 
-def _values_of_reward(groups: Sequence[ScoredGroup], name: str) -> list[float]:
-    """Returns the values that one reward gave, before weights."""
+def _reward_values(groups: Sequence[ScoredGroup], name: str) -> list[float]:
+    """Returns the values of one reward function, before its weight."""
     values = []
     for scored in groups:
         for part in scored.parts:
@@ -53,21 +59,18 @@ def _values_of_reward(groups: Sequence[ScoredGroup], name: str) -> list[float]:
     return values
 
 
-def _fault_counts(groups: Sequence[ScoredGroup]) -> Counter[str]:
-    """Returns how many completions have each fault: `{"format/no_answer": 3}`."""
+def _reason_counts(groups: Sequence[ScoredGroup]) -> Counter[str]:
+    """Returns the number of completions per reason for a low score: `{"format/no_answer": 3}`."""
     counts: Counter[str] = Counter()
     for scored in groups:
-        for faults in scored.faults:
-            for name, reason in faults.items():
+        for reasons in scored.faults:
+            for name, reason in reasons.items():
                 counts[f"{name}/{reason.replace(' ', '_')}"] += 1
     return counts
 
 
 def _verdict_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Returns the shares of undecided completions and of groups with one verdict throughout.
-
-    Without verdicts there are none.
-    """
+    """Returns the metrics that need verdicts; empty if no reward returns verdicts."""
     undecided = []
     for scored in groups:
         for verdict in scored.verdicts:
@@ -86,20 +89,22 @@ def _all_are(scored: ScoredGroup, value: str) -> bool:
     return all(verdict is not None and verdict.value == value for verdict in scored.verdicts)
 
 
-def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
-    """Returns by how many versions the weights that sampled each token lag behind the learner's.
+def staleness(groups: Sequence[ScoredGroup], learner_version: int) -> dict[str, Any]:
+    """Returns the age of the weights that sampled the tokens, in weight versions.
 
-    The metrics are the mean, the maximum, and the tokens by age. `version`: the learner's.
+    The age of a token is `learner_version` minus the version that sampled it. The metrics are the
+    mean age, the maximum age, and the number of tokens per age:
+    `{"staleness/mean": 1.4, "staleness/max": 2.0, "histogram/staleness": [0, 3, 2]}`.
     """
-    tokens_by_age = Counter[int]()
+    tokens_by_age: Counter[int] = Counter()
     for scored in groups:
         for completion in scored.group.completions:
-            for sampled, start, end in completion.versions:
-                tokens_by_age[version - sampled] += end - start
-    total = sum(tokens_by_age.values())
+            for version, start, end in completion.versions:
+                tokens_by_age[learner_version - version] += end - start
+    num_tokens = sum(tokens_by_age.values())
     max_age = max(tokens_by_age)
     return {
-        "staleness/mean": sum(age * count for age, count in tokens_by_age.items()) / total,
+        "staleness/mean": sum(age * count for age, count in tokens_by_age.items()) / num_tokens,
         "staleness/max": float(max_age),
         "histogram/staleness": [tokens_by_age[age] for age in range(max_age + 1)],
     }
@@ -108,29 +113,32 @@ def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, Any]:
 def sample_rows(
     groups: Sequence[ScoredGroup],
     used: Sequence[ScoredGroup] = (),
-    values: Sequence[Sequence[tuple[float, ...]]] = (),
+    advantages: Sequence[Sequence[tuple[float, ...]]] = (),
 ) -> list[dict[str, Any]]:
-    """Returns one JSON object per completion: problem, text, how it was scored, its advantage.
+    """Returns one JSON object per completion: problem, text, scores and advantage.
 
     Args:
-        groups: the groups to describe.
-        used: the groups that are learned from now; completions of others have no advantage.
-        values: the advantages of `used`, by group, completion and token.
+        groups: The groups whose completions are returned.
+        used: The groups in the update. The completions of all other groups have no advantage.
+        advantages: The advantages of `used` per group, completion and token. A row contains the
+            advantage of the completion's first token.
     """
-    values_of = {id(scored): rows for scored, rows in zip(used, values, strict=True)}
+    advantages_by_id = {id(scored): rows for scored, rows in zip(used, advantages, strict=True)}
     rows = []
     for scored in groups:
-        advantages = values_of.get(id(scored))
-        for i in range(len(scored.group.completions)):
-            advantage = advantages[i][0] if advantages is not None else None
-            rows.append(_sample_row(scored, i, advantage))
+        group_advantages = advantages_by_id.get(id(scored))
+        for index in range(len(scored.group.completions)):
+            advantage = None
+            if group_advantages is not None:
+                advantage = group_advantages[index][0]
+            rows.append(_sample_row(scored, index, advantage))
     return rows
 
 
-def _sample_row(scored: ScoredGroup, i: int, advantage: float | None) -> dict[str, Any]:
+def _sample_row(scored: ScoredGroup, index: int, advantage: float | None) -> dict[str, Any]:
     problem = scored.group.problem
-    completion = scored.group.completions[i]
-    verdict = scored.verdicts[i]
+    completion = scored.group.completions[index]
+    verdict = scored.verdicts[index]
     return {
         "problem": problem.id,
         "question": problem.question,
@@ -139,9 +147,9 @@ def _sample_row(scored: ScoredGroup, i: int, advantage: float | None) -> dict[st
         "completion": completion.text,
         "tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
-        "reward": scored.rewards[i],
-        "parts": scored.parts[i],
-        "faults": scored.faults[i],
+        "reward": scored.rewards[index],
+        "parts": scored.parts[index],
+        "faults": scored.faults[index],
         "verdict": verdict.value if verdict is not None else None,
         "reason": verdict.reason if verdict is not None else None,
         "advantage": advantage,
@@ -150,24 +158,29 @@ def _sample_row(scored: ScoredGroup, i: int, advantage: float | None) -> dict[st
 
 
 def advantage_histogram(samples: Sequence[Sample]) -> list[int]:
-    """Returns how many samples have which mean advantage of their tokens.
+    """Returns the number of samples per bin of their mean advantage over tokens.
 
-    The bins are 0.5 wide, around -4 to 4. The outer ones hold what lies beyond.
+    The 17 bins are 0.5 wide, with centers from -4 to 4. The outer bins include all values beyond.
+    Samples without tokens or with a NaN advantage are not counted.
     """
-    places = []
+    bins = []
     for sample in samples:
         advantage = mean(sample.advantages)
-        if not math.isnan(advantage):
-            bounded = max(-4.0, min(4.0, advantage))
-            places.append(round(2 * bounded) + 8)
-    return _histogram(places, 17)
+        if math.isnan(advantage):
+            continue
+        clamped = max(-4.0, min(4.0, advantage))
+        bins.append(round(2 * clamped) + 8)
+    return _histogram(bins, num_bins=17)
 
 
-def _histogram(places: Sequence[int], size: int = 0) -> list[int]:
-    counts = Counter(places)
-    return [counts[i] for i in range(size or max(places) + 1)]
+def _histogram(bins: Sequence[int], num_bins: int | None = None) -> list[int]:
+    """Returns the number of occurrences of each bin index, by default up to the largest index."""
+    if num_bins is None:
+        num_bins = max(bins) + 1
+    counts = Counter(bins)
+    return [counts[index] for index in range(num_bins)]
 
 
 def mean(values: Sequence[float]) -> float:
-    """Returns the mean, NaN of nothing."""
+    """Returns the arithmetic mean, NaN for an empty sequence."""
     return sum(values) / len(values) if values else float("nan")

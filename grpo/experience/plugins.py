@@ -1,6 +1,8 @@
-"""Finds the functions that a config names.
+"""Finds the functions that a config names: rewards, problem sets and losses.
 
-A name is a file in a folder (`rewards/accuracy.py`), or `package.module:function` from outside.
+A name is a file in a folder (`accuracy` is `rewards/accuracy.py`), or `package.module:function` for
+a function outside this repository. `reward` adapts the three supported kinds of reward function to
+one interface, `RewardFunction`.
 """
 
 from __future__ import annotations
@@ -11,61 +13,70 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Reward
+from grpo.config import RewardSettings
 from grpo.learning.advantages import unflatten
-from grpo.types import Group, Problem, Score, UserError, Verdict
+from grpo.types import Completion, Group, Score, UserError, Verdict
 from rewards.workers.pool import Failure, Pool
 
-KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}  # what a file's function is for
+# The function that a plugin file defines -> the kind of plugin, for messages.
+_KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}
 Prompt = str | list[dict[str, str]]  # text, or the messages of a chat, as in TRL
-RewardValue = float | Score | Verdict | None  # what a reward gives for a completion
+RewardValue = float | Score | Verdict | None  # None: the reward does not apply to the completion
+# Takes groups and their prompts, returns one value per group and completion.
 RewardFunction = Callable[[Sequence[Group], Sequence[Prompt]], Sequence[Sequence[RewardValue]]]
 
 
 def names(package: str) -> list[str]:
-    """Returns the names that a package's folder offers.
-
-    They are its files that do not begin with an underscore.
-    """
+    """Returns the plugins in a package's folder: its files without a leading underscore."""
     folder = Path(importlib.import_module(package).__path__[0])
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
 def find(package: str, name: str, function: str, key: str) -> Callable[..., Any]:
-    """Returns `function` of the file `name` in a package's folder.
+    """Returns the function that a config names.
 
-    If the name is `module:function`, it returns the function that this names.
+    Args:
+        package: The package with the plugin files, for example `rewards`.
+        name: A file in that package, or `module:function`.
+        function: The function that a plugin file defines: `reward`, `load` or `loss`.
+        key: The config key, for error messages.
 
-    Raises UserError that begins with the config's `key` and lists what there is.
+    Raises:
+        UserError: The name is unknown, or its module cannot be imported.
     """
     if ":" in name:
-        return _outside(name, key)
-    known = names(package)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(
-            f"{key}.{name}: no such {KINDS[function]}; have {', '.join(known)}, or "
-            f"module:function{hint}"
+        return _import_function(name, key)
+    available = names(package)
+    if name not in available:
+        message = (
+            f"{key}.{name}: unknown {_KINDS[function]}. Available: {', '.join(available)}. "
+            "Or name your own function as module:function."
         )
+        close_matches = difflib.get_close_matches(name, available, n=1)
+        if close_matches:
+            message += f" Did you mean {close_matches[0]}?"
+        raise UserError(message)
     module = importlib.import_module(f"{package}.{name}")
     plugin: Callable[..., Any] = getattr(module, function)
     return plugin
 
 
-def _outside(name: str, key: str) -> Callable[..., Any]:
+def _import_function(name: str, key: str) -> Callable[..., Any]:
+    """Imports `module:function` from the installed packages or the working directory."""
     module_name, _, function = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # last, so that a user's own data/ or rewards/ does not shadow ours
+    working_dir = str(Path.cwd())
+    if working_dir not in sys.path:
+        # Last, so that a data/ or rewards/ folder of the user does not shadow grpo's packages.
+        sys.path.append(working_dir)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{key}.{name}: {error} (looked in the installed packages, then in {here})"
+            f"{key}.{name}: {error} (searched the installed packages, then {working_dir})"
         ) from None
     except Exception as error:
         raise UserError(
@@ -77,139 +88,234 @@ def _outside(name: str, key: str) -> Callable[..., Any]:
     return plugin
 
 
-def rewards(chosen: Mapping[str, Reward], pool: Pool) -> dict[str, tuple[RewardFunction, float]]:
-    """Returns each reward's function for whole rollouts, and its weight.
+def rewards(
+    section: Mapping[str, RewardSettings], pool: Pool
+) -> dict[str, tuple[RewardFunction, float]]:
+    """Returns function and weight of each reward in the config section `rewards`.
 
-    Raises UserError before anything is judged.
+    Raises:
+        UserError: A reward is unknown, or its options are wrong.
     """
-    return {name: (reward(name, spec.options, pool), spec.weight) for name, spec in chosen.items()}
+    functions = {}
+    for name, settings in section.items():
+        functions[name] = (reward(name, settings.options, pool), settings.weight)
+    return functions
 
 
 def reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
-    """Returns a reward for whole groups from any of three kinds of function.
+    """Returns a reward as a function of groups and their prompts.
 
-    They are told apart by their parameters. Ours is `f(completion, problem, **options) -> float |
-    Score | Verdict | None`. TRL's is `f(prompts, completions, **columns) -> list`. The third,
-    `f(groups, prompts, **options)`, sees a whole rollout: for rewards that ask a server.
+    Three kinds of reward function are supported. The kind is determined by the parameter names.
 
-    A function of ours whose file has a `TIMEOUT_S` runs in the pool. A `prepare(**options)` beside
-    a function is called here, once, and may refuse.
+    - `f(completion, problem, **options) -> float | Score | Verdict | None` scores one completion.
+      If its module defines `TIMEOUT_S`, each call runs in `pool` under this limit, in seconds.
+    - `f(prompts, completions, **columns) -> list` scores one group, as in TRL.
+    - `f(groups, prompts, **options)` scores all groups of a rollout in one call, for example with
+      concurrent requests to a server.
+
+    If the module of `f` defines `prepare(**options)`, this function calls it to check the options
+    before any completion is sampled.
+
+    Raises:
+        UserError: The reward is unknown, its parameters are of no supported kind, the options do
+            not match them, or `prepare` rejects the options.
     """
     function = find("rewards", name, "reward", "rewards")
     parameters = inspect.signature(function).parameters
     if len(parameters) < 2:
-        takes = ", ".join(parameters)
         raise UserError(
-            f"rewards.{name}: takes ({takes}); expected f(completion, problem) or f(prompts, "
-            "completions, **columns)"
+            f"rewards.{name}: unsupported parameters ({', '.join(parameters)}). Expected "
+            "f(completion, problem), f(prompts, completions, **columns) or f(groups, prompts)."
         )
-    trl = "completions" in parameters
-    try:
-        inspect.signature(function).bind_partial(**options) if trl else inspect.signature(
-            function
-        ).bind(None, None, **options)
-    except TypeError as error:
-        raise UserError(f"rewards.{name}.options: {error}") from None
-    file = sys.modules[function.__module__]
-    getattr(file, "prepare", lambda **_: None)(**options)
+    is_trl = "completions" in parameters
+    _check_options(function, name, options, is_trl)
+    module = sys.modules[function.__module__]
+    if hasattr(module, "prepare"):
+        module.prepare(**options)
     if "groups" in parameters:
         return functools.partial(function, **options)
-    if trl:
-        bound = functools.partial(function, **options)
-        return lambda groups, prompts: [
-            _call_trl(bound, name, group, prompt)
-            for group, prompt in zip(groups, prompts, strict=True)
-        ]
-    if limit := getattr(file, "TIMEOUT_S", None):
-        where = f"{function.__module__}:{function.__name__}"
-        return lambda groups, _: _call_in_pool(
-            functools.partial(pool.map, where, timeout_s=limit, options=options), name, groups
+    if is_trl:
+        return _TrlReward(name=name, function=function, options=options)
+    timeout_s = getattr(module, "TIMEOUT_S", None)
+    if timeout_s:
+        return _PooledReward(
+            name=name, function=function, options=options, timeout_s=timeout_s, pool=pool
         )
-    return lambda groups, _: [
-        [_call(function, name, group, i, options) for i in range(len(group.completions))]
-        for group in groups
-    ]
+    return _CompletionReward(name=name, function=function, options=options)
 
 
-def _call(
-    function: Callable[..., Any], name: str, group: Group, i: int, options: Mapping[str, Any]
-) -> Any:
+def _check_options(
+    function: Callable[..., Any], name: str, options: Mapping[str, Any], is_trl: bool
+) -> None:
+    """Raises UserError if a reward function cannot be called with the options."""
+    signature = inspect.signature(function)
     try:
-        return function(group.completions[i], group.problem, **options)
-    except Exception as error:
-        raise failed(name, group, i, repr(error)) from error
+        if is_trl:
+            signature.bind_partial(**options)
+        else:
+            signature.bind(None, None, **options)
+    except TypeError as error:
+        raise UserError(f"rewards.{name}.options: {error}") from None
 
 
-def _call_in_pool(
-    map_calls: Callable[[list[Any]], list[Any]], name: str, groups: Sequence[Group]
-) -> list[list[Any]]:
-    """Returns what `_call` would for every completion."""
-    places = [(group, i) for group in groups for i in range(len(group.completions))]
-    light = [replace(group.completions[i], logprobs=(), versions=()) for group, i in places]
-    answers = map_calls(
-        [(completion, group.problem) for completion, (group, _) in zip(light, places, strict=True)]
-    )
-    for n, ((group, i), answer) in enumerate(zip(places, answers, strict=True)):
-        if isinstance(answer, Failure):
-            if answer.kind == "error":
-                raise failed(name, group, i, answer.reason)
-            answers[n] = verdict_of(answer)
-    return unflatten(answers, [len(group.completions) for group in groups])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CompletionReward:
+    """A reward function of one completion, called in this process."""
+
+    name: str
+    function: Callable[..., RewardValue]
+    options: Mapping[str, Any]
+
+    def __call__(
+        self, groups: Sequence[Group], prompts: Sequence[Prompt]
+    ) -> list[list[RewardValue]]:
+        return [self._values_of_group(group) for group in groups]
+
+    def _values_of_group(self, group: Group) -> list[RewardValue]:
+        values = []
+        for index, completion in enumerate(group.completions):
+            try:
+                value = self.function(completion, group.problem, **self.options)
+            except Exception as error:
+                raise reward_error(self.name, group, index, repr(error)) from error
+            values.append(value)
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PooledReward:
+    """A reward function of one completion, called in the worker pool under a time limit."""
+
+    name: str
+    function: Callable[..., RewardValue]
+    options: Mapping[str, Any]
+    timeout_s: float
+    pool: Pool
+
+    def __call__(
+        self, groups: Sequence[Group], prompts: Sequence[Prompt]
+    ) -> list[list[RewardValue]]:
+        calls = []
+        for group in groups:
+            for completion in group.completions:
+                calls.append((_without_token_data(completion), group.problem))
+        results = self.pool.map(
+            f"{self.function.__module__}:{self.function.__name__}",
+            calls,
+            timeout_s=self.timeout_s,
+            options=self.options,
+        )
+        results_by_group = unflatten(results, [len(group.completions) for group in groups])
+        return [
+            self._values_of_group(group, group_results)
+            for group, group_results in zip(groups, results_by_group, strict=True)
+        ]
+
+    def _values_of_group(
+        self, group: Group, results: Sequence[RewardValue | Failure]
+    ) -> list[RewardValue]:
+        values: list[RewardValue] = []
+        for index, result in enumerate(results):
+            if not isinstance(result, Failure):
+                values.append(result)
+            elif result.kind == "error":
+                raise reward_error(self.name, group, index, result.reason)
+            else:
+                values.append(verdict_of(result))
+        return values
+
+
+def _without_token_data(completion: Completion) -> Completion:
+    """Returns a completion without logprobs and versions, which workers do not need."""
+    return replace(completion, logprobs=(), versions=())
 
 
 def verdict_of(failure: Failure) -> Verdict:
-    """Returns what a call that was killed is worth.
+    """Converts a failed call of a reward worker to a verdict.
 
-    It is undecided when we lost the call, and wrong when the call took too much.
+    It is `undecided` if the worker was lost or the function raised an exception, and `wrong` if the
+    call exceeded its time or memory limit or crashed the worker.
     """
-    return Verdict(
-        value="undecided" if failure.kind in ("lost", "error") else "wrong", reason=failure.reason
-    )
+    if failure.kind in ("lost", "error"):
+        return Verdict(value="undecided", reason=failure.reason)
+    return Verdict(value="wrong", reason=failure.reason)
 
 
-def failed(name: str, group: Group, i: int, error: str) -> RuntimeError:
-    """Returns the error that names a reward and the completion on which it failed."""
-    where = f"completion {i} of problem {group.problem.id}"
+def reward_error(name: str, group: Group, index: int, error: str) -> RuntimeError:
+    """Returns the error for a reward that failed on completion `index` of a group."""
     return RuntimeError(
-        f"reward {name} failed on {where}: {error}; its text: {group.completions[i].text[:300]!r}"
+        f"reward {name} failed on completion {index} of problem {group.problem.id}: {error}; "
+        f"completion text: {group.completions[index].text[:300]!r}"
     )
 
 
-def _call_trl(
-    function: functools.partial[Any], name: str, group: Group, prompt: Prompt
-) -> list[float | None]:
-    size, problem = len(group.completions), group.problem
-    texts = [completion.text for completion in group.completions]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TrlReward:
+    """A reward function with TRL's interface: it gets a group's completions and dataset columns."""
+
+    name: str
+    function: Callable[..., Sequence[float | None]]
+    options: Mapping[str, Any]
+
+    def __call__(
+        self, groups: Sequence[Group], prompts: Sequence[Prompt]
+    ) -> list[list[float | None]]:
+        return [
+            self._values_of_group(group, prompt)
+            for group, prompt in zip(groups, prompts, strict=True)
+        ]
+
+    def _values_of_group(self, group: Group, prompt: Prompt) -> list[float | None]:
+        columns = self._accepted(_trl_columns(group, prompt))
+        try:
+            values = list(self.function(**self.options, **columns))
+        except Exception as error:
+            raise RuntimeError(
+                f"reward {self.name} failed on the completions of problem {group.problem.id}: "
+                f"{error!r}"
+            ) from error
+        if len(values) != len(group.completions):
+            raise RuntimeError(
+                f"reward {self.name} returned {len(values)} values for the "
+                f"{len(group.completions)} completions of problem {group.problem.id}"
+            )
+        return values
+
+    def _accepted(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the columns that the function accepts, except those that are options."""
+        parameters = inspect.signature(self.function).parameters
+        accepts_all = any(
+            parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+        )
+        accepted = {}
+        for key, column in columns.items():
+            if key not in self.options and (accepts_all or key in parameters):
+                accepted[key] = column
+        return accepted
+
+
+def _trl_columns(group: Group, prompt: Prompt) -> dict[str, Any]:
+    """Returns the keyword arguments of a TRL reward function, lists of one value per completion.
+
+    In addition to TRL's own arguments they contain the fields of the problem and of its `meta`.
+    """
+    size = len(group.completions)
+    problem = group.problem
+    completions: list[Any] = [completion.text for completion in group.completions]
+    if not isinstance(prompt, str):
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
     columns: dict[str, Any] = {
         "prompts": [prompt] * size,
-        "completions": texts
-        if isinstance(prompt, str)
-        else [[{"role": "assistant", "content": text}] for text in texts],
+        "completions": completions,
         "completion_ids": [list(completion.token_ids) for completion in group.completions],
-    } | {key: [value] * size for key, value in (problem.meta | _columns(problem)).items()}
-    parameters = inspect.signature(function.func).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        columns = {key: value for key, value in columns.items() if key in parameters}
-    # an option wins
-    columns = {key: value for key, value in columns.items() if key not in function.keywords}
-    try:
-        values = list(function(**columns))
-    except Exception as error:
-        raise RuntimeError(
-            f"reward {name} failed on the completions of problem {problem.id}: {error!r}"
-        ) from error
-    if len(values) != size:
-        raise RuntimeError(
-            f"reward {name} returned {len(values)} values for the {size} completions of problem "
-            f"{problem.id}"
-        )
-    return values
-
-
-def _columns(problem: Problem) -> dict[str, Any]:
-    return {
+    }
+    fields = {
+        **problem.meta,
         "question": problem.question,
         "answer": problem.answer,
         "solution": problem.solution,
         "source": problem.source,
     }
+    for key, value in fields.items():
+        columns[key] = [value] * size
+    return columns

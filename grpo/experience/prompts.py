@@ -1,6 +1,7 @@
-"""Everything about the text around a problem.
+"""Renders prompts: templates, system prompts, the `<think>` prefill, and what ends a completion.
 
-Templates, system prompts, the `<think>` prefill, stop strings and end-of-turn tokens.
+`Prompts` renders text and token ids with a model's tokenizer. `Chat` renders messages for a model
+behind an endpoint, whose tokenizer is not available.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from grpo import config as configs
 from grpo.types import Problem, UserError
 
-# DeepSeek-R1, Table 1, verbatim; the question brings its own full stop.
+# DeepSeek-R1, Table 1, verbatim, without the full stop after the question, which has its own.
 R1_ZERO = (
     "A conversation between User and Assistant. The User asks a question and the Assistant solves "
     "it. The Assistant first thinks about "
@@ -33,192 +34,236 @@ TEMPLATES = ("chat", "r1_zero", "plain")
 class Prompts:
     """Renders problems for one tokenizer.
 
-    `stop` and `stop_token_ids` end a completion; `text` and `ids` are the prompt.
+    Attributes:
+        stop: Stop strings, which end a completion.
+        stop_token_ids: Stop tokens, which end a completion.
     """
 
     def __init__(
-        self, settings: configs.Prompt, tokenizer: Any, eos_token_ids: list[int] | None = None
+        self,
+        settings: configs.PromptSettings,
+        tokenizer: Any,
+        eos_token_ids: list[int] | None = None,
     ) -> None:
-        """`eos_token_ids`: the model's own, from its generation config.
+        """Checks that the template can be rendered.
 
-        Raises UserError for a template that cannot be rendered.
+        Args:
+            settings: The config section `prompt`.
+            tokenizer: The model's tokenizer.
+            eos_token_ids: The EOS tokens of the model's generation config.
+
+        Raises:
+            UserError: The template is unknown or does not work with this tokenizer, or no token and
+                no string would end a completion.
         """
-        self._settings, self._tokenizer = settings, tokenizer
-        if settings.template not in TEMPLATES:
-            raise UserError(
-                f"prompt.template={settings.template}: no such template; have "
-                f"{', '.join(TEMPLATES)}"
-            )
-        if settings.template == "chat" and tokenizer.chat_template is None:
-            raise UserError(
-                "prompt.template=chat: this tokenizer has no chat template (a base model?): use "
-                "r1_zero or plain"
-            )
-        if settings.template != "chat" and settings.system:
-            raise UserError(
-                f"prompt.system is for chat templates; prompt.template is {settings.template}"
-            )
-        self._turn_end = self._end_of_turn()
-        ends = {tokenizer.eos_token_id, *(eos_token_ids or []), self._turn_end}
-        self.stop_token_ids = tuple(sorted(end for end in ends if end is not None))
+        _check_template(settings, tokenizer)
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._end_of_turn_id = self._find_end_of_turn_id()
+        stop_ids = {tokenizer.eos_token_id, *(eos_token_ids or []), self._end_of_turn_id}
+        self.stop_token_ids = tuple(sorted(token for token in stop_ids if token is not None))
         if not self.stop_token_ids and not settings.stop:
             raise UserError(
-                "neither the tokenizer nor the model names an EOS token: completions would never "
-                "end; set prompt.stop"
+                "neither the tokenizer nor the model defines an EOS token, so completions would "
+                "not end before sampling.max_tokens: set prompt.stop"
             )
         try:
             self.text(EXAMPLE)
-        except Exception as error:  # a template is a program of somebody else's
+        except Exception as error:  # A chat template is a program and can raise anything.
             raise UserError(
-                f"prompt: this tokenizer's chat template refuses it: {type(error).__name__}: "
-                f"{error}"
+                "prompt: the tokenizer's chat template cannot be rendered with these settings: "
+                f"{type(error).__name__}: {error}"
             ) from None
-        self.stop = (*settings.stop, *(("</answer>",) if settings.template == "r1_zero" else ()))
+        self.stop = tuple(settings.stop)
+        if settings.template == "r1_zero":
+            self.stop = (*self.stop, "</answer>")
 
     def text(self, problem: Problem) -> str:
-        """Returns the prompt as text, with the prefilled `<think>` at its end if there is one."""
-        settings = self._settings
-        if settings.template == "chat":
-            text: str = self._tokenizer.apply_chat_template(
-                self.messages(problem), tokenize=False, add_generation_prompt=True
-            )
+        """Returns the prompt as text, including the `<think>` prefill if it is configured."""
+        prefill = "<think>\n"
+        if self._settings.template == "chat":
+            text = self._apply_chat_template(problem)
+        elif self._settings.template == "r1_zero":
+            text = R1_ZERO.replace("{question}", problem.question)
+            prefill = " <think>"
         else:
-            text = {"r1_zero": R1_ZERO, "plain": "{question}\n"}[settings.template].replace(
-                "{question}", problem.question
-            )
-        if settings.think_prefill and not text.rstrip().endswith("<think>"):
-            text += " <think>" if settings.template == "r1_zero" else "<think>\n"
+            text = f"{problem.question}\n"
+        if self._settings.think_prefill and not text.rstrip().endswith("<think>"):
+            text += prefill
+        return text
+
+    def _apply_chat_template(self, problem: Problem) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            self.messages(problem), tokenize=False, add_generation_prompt=True
+        )
         return text
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """Returns a chat's messages: the system prompt, if any, and the question."""
+        """Returns the chat messages: the system prompt, if configured, and the question."""
         return Chat(self._settings).messages(problem)
 
     def for_rewards(self, problem: Problem) -> str | list[dict[str, str]]:
         """Returns the prompt as TRL's reward functions expect it.
 
-        It is a list of messages for a chat template, else text.
+        It is a list of messages for a chat template, and text for any other template.
         """
-        return self.messages(problem) if self._settings.template == "chat" else self.text(problem)
+        if self._settings.template == "chat":
+            return self.messages(problem)
+        return self.text(problem)
 
     def prefill(self, problem: Problem) -> str:
-        """Returns the part of the prompt that belongs to the completion when it is judged.
+        """Returns the end of the prompt that rewards read as the start of the completion.
 
-        It is `<think>` and what follows it, or nothing.
+        It is `<think>` with the whitespace after it, or "" if the prompt does not end with it.
         """
         text = self.text(problem)
-        return text[text.rindex("<think>") :] if text.rstrip().endswith("<think>") else ""
+        if not text.rstrip().endswith("<think>"):
+            return ""
+        return text[text.rindex("<think>") :]
 
     def ids(self, problem: Problem) -> tuple[int, ...]:
-        """Returns the prompt's tokens.
+        """Returns the token ids of the prompt.
 
-        A chat template writes its own special tokens; for the others the tokenizer adds its BOS, if
-        any.
+        A chat template contains its special tokens. For the other templates the tokenizer adds its
+        BOS token, if it has one; an EOS token that it appends is removed.
         """
-        ids = self._tokenizer(
-            self.text(problem), add_special_tokens=self._settings.template != "chat"
-        )["input_ids"]
-        return tuple(
-            ids[:-1]
-            if ids[-1] == self._tokenizer.eos_token_id and self._settings.template != "chat"
-            else ids
-        )
+        has_chat_template = self._settings.template == "chat"
+        encoding = self._tokenizer(self.text(problem), add_special_tokens=not has_chat_template)
+        ids = encoding["input_ids"]
+        if not has_chat_template and ids[-1] == self._tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return tuple(ids)
 
     def target_ids(self, problem: Problem) -> tuple[int, ...]:
-        """Returns the tokens of a worked solution as SFT teaches it.
+        """Returns the token ids of a worked solution, the target of supervised fine-tuning.
 
-        They are thoughts and answer in their tags, then the end of the turn.
-
-        A solution with tags stands as it is; another is
-        `<think>solution</think> <answer>answer</answer>`. What the prompt prefills is not repeated.
-        The end is the one that stops a completion: the chat template's end of turn, or EOS.
+        A solution without `<think>` becomes `<think>solution</think> <answer>answer</answer>`. A
+        `<think>` that the prompt prefills is not repeated. The last token ends a completion: the
+        chat template's end-of-turn token, or EOS.
         """
         solution = problem.solution or ""
         if "<think>" not in solution:
             solution = f"<think>{solution}</think> <answer>{problem.answer}</answer>"
         if self.prefill(problem):
             solution = solution.lstrip().removeprefix("<think>").lstrip()
-        end = self._turn_end or self._tokenizer.eos_token_id
         ids = self._tokenizer(solution, add_special_tokens=False)["input_ids"]
-        return (*ids, *([] if end is None else [end]))
+        end_id = self._end_of_turn_id or self._tokenizer.eos_token_id
+        if end_id is None:
+            return tuple(ids)
+        return (*ids, end_id)
 
     def saved_template(self) -> str:
-        """Returns the chat template that a trained model is saved with.
+        """Returns the chat template to save with a trained model.
 
-        A server that uses it prompts as the training did.
-
-        The tokenizer's own; without one, the template in use, around the last message. The
-        `<think>` prefill is added if there is one.
+        A server that applies it renders the same prompts as the training. A tokenizer without a
+        chat template gets the training's template, applied to the last message. Any other tokenizer
+        keeps its chat template, with the `<think>` prefill added if the training used both.
         """
-        own: str | None = self._tokenizer.chat_template
-        if own is None:
-            bos = (
-                "{{ bos_token }}"
-                if self.ids(EXAMPLE)[0] == self._tokenizer.bos_token_id is not None
-                else ""
-            )
-            text = self.text(EXAMPLE).replace(EXAMPLE.question, "{{ messages[-1]['content'] }}")
-            return bos + text.removesuffix("\n") + ("{{ '\\n' }}" if text.endswith("\n") else "")
-        shown = self._tokenizer.apply_chat_template(
-            self.messages(EXAMPLE), tokenize=False, add_generation_prompt=True
-        )
-        if (
-            self._settings.template != "chat"
-            or not self._settings.think_prefill
-            or shown.rstrip().endswith("<think>")
-        ):
-            return own
-        return own + "{%- if add_generation_prompt %}{{- '<think>\\n' }}{%- endif %}"
+        chat_template: str | None = self._tokenizer.chat_template
+        if chat_template is None:
+            return self._as_chat_template()
+        is_prefilled = self._settings.template == "chat" and self._settings.think_prefill
+        if not is_prefilled or self._apply_chat_template(EXAMPLE).rstrip().endswith("<think>"):
+            return chat_template
+        return chat_template + "{%- if add_generation_prompt %}{{- '<think>\\n' }}{%- endif %}"
+
+    def _as_chat_template(self) -> str:
+        """Returns the template `r1_zero` or `plain` as a Jinja chat template."""
+        template = self.text(EXAMPLE).replace(EXAMPLE.question, "{{ messages[-1]['content'] }}")
+        bos_id = self._tokenizer.bos_token_id
+        if bos_id is not None and self.ids(EXAMPLE)[0] == bos_id:
+            template = "{{ bos_token }}" + template
+        if template.endswith("\n"):  # Jinja removes a newline at the end of a template.
+            template = template.removesuffix("\n") + "{{ '\\n' }}"
+        return template
 
     def fitting(self, problems: Sequence[Problem]) -> Sequence[Problem]:
-        """Returns the problems whose prompts fit `prompt.max_tokens`.
+        """Returns the problems whose prompts have at most `prompt.max_tokens` tokens.
 
-        Raises UserError if some do not, or drops them if so configured.
+        Raises:
+            UserError: A prompt is longer, and `prompt.overlong` is `error`.
         """
-        limit = self._settings.max_tokens
-        overhead = len(self.text(Problem(id="", question="", answer="", source="")).encode())
-        # A token has at least one byte, so only prompts of more bytes than the limit need to be
-        # tokenised.
-        long = {
-            i: length
-            for i, problem in enumerate(problems)
-            if len(problem.question.encode()) + overhead > limit
-            and (length := len(self.ids(problem))) > limit
-        }
-        if not long:
+        long_prompts = self._long_prompts(problems)
+        if not long_prompts:
             return problems
         if self._settings.overlong == "error":
-            worst = max(long, key=lambda i: long[i])
+            longest = max(long_prompts, key=lambda index: long_prompts[index])
+            num_tokens = long_prompts[longest]
             raise UserError(
-                f"{len(long)} of {len(problems)} prompts are longer than "
-                f"prompt.max_tokens={limit} ({problems[worst].id} has {long[worst]} "
-                f"tokens): raise it to {long[worst]}, or drop them with prompt.overlong=drop"
+                f"{len(long_prompts)} of {len(problems)} prompts are longer than "
+                f"prompt.max_tokens={self._settings.max_tokens}. The longest, "
+                f"{problems[longest].id}, has {num_tokens} tokens. Set "
+                f"prompt.max_tokens={num_tokens}, or drop these problems with prompt.overlong=drop."
             )
-        return [problem for i, problem in enumerate(problems) if i not in long]
+        return [problem for index, problem in enumerate(problems) if index not in long_prompts]
 
-    def _end_of_turn(self) -> int | None:
-        """Returns the token that a chat template writes after an assistant's message.
+    def _long_prompts(self, problems: Sequence[Problem]) -> dict[int, int]:
+        """Returns the number of tokens of each prompt over the limit, by index of its problem.
 
-        A base model's EOS is often another one.
+        A token has at least one byte, so only prompts with more bytes than the limit are tokenized.
+        """
+        max_tokens = self._settings.max_tokens
+        empty_problem = Problem(id="", question="", answer="", source="")
+        template_bytes = len(self.text(empty_problem).encode())
+        long_prompts = {}
+        for index, problem in enumerate(problems):
+            if len(problem.question.encode()) + template_bytes <= max_tokens:
+                continue
+            num_tokens = len(self.ids(problem))
+            if num_tokens > max_tokens:
+                long_prompts[index] = num_tokens
+        return long_prompts
+
+    def _find_end_of_turn_id(self) -> int | None:
+        """Returns the special token that the chat template writes after an assistant message.
+
+        It often differs from the EOS token of a base model.
         """
         if self._settings.template != "chat":
             return None
-        mark = "@@"
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        after = self._tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)[2]
-        ids = self._tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
-        return ids[0] if ids and ids[0] in self._tokenizer.all_special_ids else None
+        marker = "@@"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        end_of_turn = text.rpartition(marker)[2].strip()
+        ids = self._tokenizer(end_of_turn, add_special_tokens=False)["input_ids"]
+        if not ids or ids[0] not in self._tokenizer.all_special_ids:
+            return None
+        end_of_turn_id: int = ids[0]
+        return end_of_turn_id
+
+
+def _check_template(settings: configs.PromptSettings, tokenizer: Any) -> None:
+    if settings.template not in TEMPLATES:
+        raise UserError(
+            f"prompt.template={settings.template}: unknown template. Available: "
+            f"{', '.join(TEMPLATES)}."
+        )
+    if settings.template == "chat" and tokenizer.chat_template is None:
+        raise UserError(
+            "prompt.template=chat: this tokenizer has no chat template (is it a base model?). Use "
+            "prompt.template=r1_zero or plain."
+        )
+    if settings.template != "chat" and settings.system:
+        raise UserError(
+            "prompt.system requires prompt.template=chat, but prompt.template is "
+            f"{settings.template}"
+        )
 
 
 class Chat:
-    """What a model behind an endpoint is asked: messages.
+    """Renders problems as messages, for a model behind an OpenAI-compatible endpoint.
 
-    Its tokenizer is not known here, so it adds no tokens and refuses no prompt.
+    The endpoint applies its own template and stop tokens. Prompts are not checked for their length.
+
+    Attributes:
+        stop: Stop strings, which end a completion.
+        stop_token_ids: Always empty.
     """
 
-    def __init__(self, settings: configs.Prompt) -> None:
-        """`settings`: only the system prompt and the stop strings are used."""
-        self.stop, self.stop_token_ids = tuple(settings.stop), tuple[int, ...]()
+    def __init__(self, settings: configs.PromptSettings) -> None:
+        """`settings`: the config section `prompt`. Only `system` and `stop` are used."""
+        self.stop = tuple(settings.stop)
+        self.stop_token_ids: tuple[int, ...] = ()
         self._system = settings.system
 
     def for_rewards(self, problem: Problem) -> list[dict[str, str]]:
@@ -226,23 +271,21 @@ class Chat:
         return self.messages(problem)
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """Returns the system prompt, if any, and the question as messages."""
-        user = {"role": "user", "content": problem.question}
-        return (
-            [{"role": "system", "content": SYSTEM.get(self._system, self._system)}, user]
-            if self._system
-            else [user]
-        )
+        """Returns the system prompt, if configured, and the question as messages."""
+        question = {"role": "user", "content": problem.question}
+        if not self._system:
+            return [question]
+        return [{"role": "system", "content": SYSTEM.get(self._system, self._system)}, question]
 
     def fitting(self, problems: Sequence[Problem]) -> Sequence[Problem]:
-        """Returns all problems, because their lengths in tokens are not known."""
+        """Returns all problems, because their lengths in tokens are unknown."""
         return problems
 
 
 def visible(text: str, tokenizer: Any) -> str:
-    """Returns a rendered prompt with its special tokens and line ends marked.
+    """Returns a rendered prompt with visible special tokens and line ends, for `--dry-run`.
 
-    Special tokens are in ⟦ ⟧. `--dry-run` shows this text.
+    Special tokens are enclosed in ⟦ ⟧, and ⏎ marks the end of a line.
     """
     for token in sorted(set(tokenizer.all_special_tokens), key=len, reverse=True):
         text = text.replace(token, f"⟦{token}⟧")

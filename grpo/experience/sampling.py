@@ -1,13 +1,13 @@
-"""Problems become groups of completions: seeds, options and requests to an engine.
+"""Samples groups: derives seeds, sends requests to an engine, and returns completions as groups.
 
-Knows engines by their interface only; no torch.
+Depends on the `Engine` protocol only. No torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from grpo.engines import Engine, Request, SamplingOptions
@@ -15,22 +15,22 @@ from grpo.experience.prompts import Chat, Prompts
 from grpo.types import Completion, Group, Problem
 
 if TYPE_CHECKING:
-    from grpo.config import SampledConfig
+    from grpo.config import SamplingStageConfig
 
 
 def seed_of(run_seed: int, rollout: int | str, problem_id: str) -> int:
-    """Returns a group's sampling seed; completion i has this plus i.
+    """Returns the sampling seed of a group; completion i has this seed plus i.
 
-    A function of its arguments alone: a resume needs no sampler state.
+    The seed depends on the arguments only, so a resumed run needs no state of the sampler.
     """
     digest = hashlib.blake2b(f"{run_seed}/{rollout}/{problem_id}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big")
 
 
 def sampling_options(
-    config: SampledConfig, prompts: Prompts | Chat, temperature: float
+    config: SamplingStageConfig, prompts: Prompts | Chat, temperature: float
 ) -> SamplingOptions:
-    """Returns how a config samples."""
+    """Returns the engine's sampling options for a config."""
     sampling = config.sampling
     return SamplingOptions(
         max_tokens=sampling.max_tokens,
@@ -43,41 +43,74 @@ def sampling_options(
     )
 
 
-def sample(
-    engine: Engine,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRequest:
+    """A problem and the engine request that samples its group."""
+
+    problem: Problem
+    request: Request
+
+
+def make_group_requests(
     prompts: Prompts,
     problems: Sequence[Problem],
-    options: SamplingOptions,
     *,
     group_size: int,
     run_seed: int,
     rollout: int | str,
-    on_progress: Callable[[int, int], None] | None = None,
-    share: slice = slice(None),
-) -> list[Group]:
-    """Returns one group of `group_size` completions per problem, in order.
+) -> list[GroupRequest]:
+    """Returns one request of `group_size` completions per problem, in order.
 
-    Only the problems at `share` are sampled, with the seeds that they have among all.
+    A problem that occurs several times gets a different seed for each occurrence. To sample only a
+    part of the problems, slice the result: the seeds stay those of the complete list.
     """
-    ids = [prompts.ids(problem) for problem in problems]
-    seen: dict[str, int] = {}
+    occurrences: dict[str, int] = {}
     requests = []
-    for problem, prompt_ids in zip(problems, ids, strict=True):
-        # a small set comes round within a rollout: other samples then
-        again = seen[problem.id] = seen.get(problem.id, -1) + 1
-        key = f"{problem.id}#{again}" if again else problem.id
-        requests.append(
-            Request(prompt_ids=prompt_ids, seed=seed_of(run_seed, rollout, key), n=group_size)
+    for problem in problems:
+        occurrence = occurrences.get(problem.id, 0)
+        occurrences[problem.id] = occurrence + 1
+        seed_key = f"{problem.id}#{occurrence}" if occurrence else problem.id
+        request = Request(
+            prompt_ids=prompts.ids(problem),
+            seed=seed_of(run_seed, rollout, seed_key),
+            n=group_size,
         )
-    # a resumed run and one that was never interrupted find the same, empty one
+        requests.append(GroupRequest(problem=problem, request=request))
+    return requests
+
+
+def sample(
+    engine: Engine,
+    prompts: Prompts,
+    requests: Sequence[GroupRequest],
+    options: SamplingOptions,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Group]:
+    """Samples one group per request and returns the groups in order.
+
+    The prefix cache is emptied first, so that a resumed run starts with the same cache as a run
+    that was never interrupted.
+
+    Args:
+        engine: The engine.
+        prompts: The prompts that `requests` were built with.
+        requests: From `make_group_requests`.
+        options: How the engine samples.
+        on_progress: Called as `on_progress(done, total)` with the number of finished completions.
+    """
     engine.reset_cache()
-    completions = engine.generate(requests[share], options, on_progress)
+    completions_per_request = engine.generate(
+        [group_request.request for group_request in requests], options, on_progress
+    )
     groups = []
-    for problem, prompt_ids, group in zip(problems[share], ids[share], completions, strict=True):
-        assert len(group) == group_size, (
-            f"got {len(group)} completions for {problem.id}, asked for {group_size}"
+    for group_request, completions in zip(requests, completions_per_request, strict=True):
+        problem = group_request.problem
+        request = group_request.request
+        assert len(completions) == request.n, (
+            f"the engine returned {len(completions)} completions for problem {problem.id}, "
+            f"expected {request.n}"
         )
-        groups.append(group_of(problem, prompt_ids, prompts, group))
+        groups.append(group_of(problem, request.prompt_ids, prompts, completions))
     return groups
 
 
@@ -87,7 +120,13 @@ def group_of(
     prompts: Prompts,
     completions: Sequence[Completion],
 ) -> Group:
-    """Returns completions as a group, what the prompt prefilled put back in front of their text."""
+    """Returns a problem's completions as a group.
+
+    If the prompt ends with a `<think>` prefill, it is prepended to the text of each completion,
+    because rewards expect complete tags.
+    """
     prefill = prompts.prefill(problem)
-    whole = tuple(replace(completion, text=prefill + completion.text) for completion in completions)
-    return Group(problem=problem, prompt_ids=prompt_ids, completions=whole)
+    with_prefill = [
+        replace(completion, text=prefill + completion.text) for completion in completions
+    ]
+    return Group(problem=problem, prompt_ids=prompt_ids, completions=tuple(with_prefill))

@@ -1,77 +1,102 @@
-"""Groups become scored groups: the weighted sum of the rewards that apply."""
+"""Scores groups: the reward of a completion is the weighted sum of the rewards that apply to it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from grpo.experience.plugins import Prompt, RewardFunction, RewardValue, failed
+from grpo.experience.plugins import Prompt, RewardFunction, RewardValue, reward_error
 from grpo.types import Group, Problem, Score, ScoredGroup, Verdict
 
 VERDICT_VALUES = {"correct": 1.0, "wrong": 0.0, "undecided": None}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ScoredCompletion:
+    """The fields of a `ScoredGroup` for one completion."""
+
+    reward: float | None
+    values: dict[str, float | None]
+    verdict: Verdict | None
+    reasons: dict[str, str]
+
+
 def score(
     groups: Sequence[Group],
     rewards: Mapping[str, tuple[RewardFunction, float]],
-    asked_as: Callable[[Problem], Prompt],
+    render_prompt: Callable[[Problem], Prompt],
 ) -> list[ScoredGroup]:
-    """Returns the groups with rewards: the weighted sum of the functions that apply.
+    """Returns the groups with their rewards.
+
+    A completion with an undecided verdict has no reward.
 
     Args:
-        groups: the groups.
-        rewards: function and weight by name.
-        asked_as: returns the prompt of a problem as its rewards see it.
+        groups: The groups to score.
+        rewards: Function and weight per reward name.
+        render_prompt: Returns the prompt of a problem in the form that reward functions expect.
+
+    Raises:
+        RuntimeError: A reward function failed or returned a value that is not finite. The message
+            names the reward and the completion.
     """
-    prompts = [asked_as(group.problem) for group in groups]
-    values = {name: function(groups, prompts) for name, (function, _) in rewards.items()}
-    weights = {name: weight for name, (_, weight) in rewards.items()}
+    prompts = [render_prompt(group.problem) for group in groups]
+    values: dict[str, Sequence[Sequence[RewardValue]]] = {}
+    weights: dict[str, float] = {}
+    for name, (function, weight) in rewards.items():
+        values[name] = function(groups, prompts)
+        weights[name] = weight
     scored = []
-    for n, group in enumerate(groups):
-        values_of_group = {name: values[name][n] for name in values}
-        scored.append(_score_group(group, values_of_group, weights))
+    for index, group in enumerate(groups):
+        group_values = {name: values[name][index] for name in values}
+        scored.append(_score_group(group, group_values, weights))
     return scored
 
 
 def _score_group(
     group: Group, values: Mapping[str, Sequence[RewardValue]], weights: Mapping[str, float]
 ) -> ScoredGroup:
-    """Returns a scored group. `values`: by reward, one per completion."""
-    rewards: list[float | None] = []
-    parts: list[dict[str, float | None]] = []
-    verdicts: list[Verdict | None] = []
-    faults: list[dict[str, str]] = []
-    for i in range(len(group.completions)):
-        reward_values = {name: values[name][i] for name in values}
-        numbers = {name: _number(value) for name, value in reward_values.items()}
-        for name, number in numbers.items():
-            if number is not None and not math.isfinite(number):
-                raise failed(name, group, i, f"it gave {number}")
-        verdicts_here = [value for value in reward_values.values() if isinstance(value, Verdict)]
-        is_undecided = any(verdict.value == "undecided" for verdict in verdicts_here)
-        rewards.append(None if is_undecided else _weighted_sum(numbers, weights))
-        parts.append(numbers)
-        verdicts.append(verdicts_here[0] if verdicts_here else None)
-        faults.append(_reasons(reward_values))
+    """Scores one group. `values` holds one value per completion for each reward name."""
+    completions = []
+    for index in range(len(group.completions)):
+        completion_values = {name: values[name][index] for name in values}
+        completions.append(_score_completion(group, index, completion_values, weights))
     return ScoredGroup(
         group=group,
-        rewards=tuple(rewards),
-        parts=tuple(parts),
-        verdicts=tuple(verdicts),
-        faults=tuple(faults),
+        rewards=tuple(completion.reward for completion in completions),
+        parts=tuple(completion.values for completion in completions),
+        verdicts=tuple(completion.verdict for completion in completions),
+        faults=tuple(completion.reasons for completion in completions),
+    )
+
+
+def _score_completion(
+    group: Group, index: int, values: Mapping[str, RewardValue], weights: Mapping[str, float]
+) -> _ScoredCompletion:
+    numbers = {name: _number(value) for name, value in values.items()}
+    for name, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            raise reward_error(name, group, index, f"it returned {number}")
+    verdicts = [value for value in values.values() if isinstance(value, Verdict)]
+    is_undecided = any(verdict.value == "undecided" for verdict in verdicts)
+    return _ScoredCompletion(
+        reward=None if is_undecided else _weighted_sum(numbers, weights),
+        values=numbers,
+        verdict=verdicts[0] if verdicts else None,
+        reasons=_reasons(values),
     )
 
 
 def _weighted_sum(
     numbers: Mapping[str, float | None], weights: Mapping[str, float]
 ) -> float | None:
-    """Returns the weighted sum of the rewards that apply; None if none does."""
+    """Returns the weighted sum of the rewards that apply, None if no reward applies."""
     terms = [weights[name] * number for name, number in numbers.items() if number is not None]
     return sum(terms) if terms else None
 
 
 def _reasons(values: Mapping[str, RewardValue]) -> dict[str, str]:
-    """Returns what kept scores low, by reward."""
+    """Returns the reason of each low score by reward name: `{"format": "no answer"}`."""
     reasons = {}
     for name, value in values.items():
         if isinstance(value, Score) and value.reason:

@@ -1,7 +1,8 @@
-"""Which problems are drawn, and which groups are learned from: dynamic sampling and filters.
+"""Draws the problems of a rollout and selects the groups to learn from.
 
-State over time, all of it in the checkpoint: the position in the data, groups sampled and not yet
-used, and each problem's pass rate.
+`Selection` implements dynamic sampling and the filters by pass rate. Its state is part of every
+checkpoint: the position in the data, the groups carried to the next rollout, and the pass rate of
+each problem.
 """
 
 from __future__ import annotations
@@ -9,108 +10,130 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.learning.advantages import has_signal
 from grpo.types import Completion, Exhausted, Group, Problem, ScoredGroup, UserError, Verdict
 
 if TYPE_CHECKING:
     from grpo.experience.stream import Stream
 
-MAX_REFUSED = 10_000  # problems in a row that the filters may refuse
-MIN_SHARE_THAT_TEACHES = 1 / 8  # a sampling takes at most 8 problems per missing group
+MAX_EXCLUDED = 10_000  # consecutive problems that the filters may exclude before the run stops
+# Lower bound of the expected share of groups with a training signal: a round of dynamic sampling
+# draws at most 8 problems per missing group.
+MIN_SIGNAL_SHARE = 1 / 8
+
+# Samples and scores one group per problem. The number counts the rounds of a rollout from 0.
+SampleRound = Callable[[list[Problem], int], list[ScoredGroup]]
+
+
+class SelectedGroups(NamedTuple):
+    """The groups of one rollout: those that it sampled, and those to learn from."""
+
+    sampled: list[ScoredGroup]
+    used: list[ScoredGroup]
 
 
 @dataclass(kw_only=True)
 class Selection:
-    """Draws the problems of a rollout and chooses the groups to learn from."""
+    """Draws the problems of a rollout and selects the groups to learn from.
 
-    algorithm: Algorithm
-    size: int  # groups a rollout learns from
-    take: Callable[[int, int], list[Problem]]  # (position, n) -> training problems
+    Attributes:
+        algorithm: The config section `algorithm`.
+        size: Number of groups that a rollout learns from.
+        take: `take(position, count)` returns training problems, starting at a position.
+        position: Position of the next problem in the training data.
+        carried: Groups that are kept for the next rollout.
+        pass_rates: Share of right completions in a problem's last group, by problem id.
+        sampled: Groups that the current rollout has sampled so far.
+        stream: Asynchronous rollouts, on rank 0 only: samples groups ahead of the learner.
+        streamed: Asynchronous rollouts, on every rank: returns the stream's next groups.
+    """
+
+    algorithm: AlgorithmSettings
+    size: int
+    take: Callable[[int, int], list[Problem]]
     position: int = 0
     carried: list[ScoredGroup] = field(default_factory=list)
-    # problem id -> share of its last group that was right
-    rates: dict[str, float] = field(default_factory=dict)
-    fresh: list[ScoredGroup] = field(default_factory=list)  # what this rollout has sampled so far
-    # asynchronous rollouts, on rank 0: samples groups ahead, of problems that it draws itself
+    pass_rates: dict[str, float] = field(default_factory=dict)
+    sampled: list[ScoredGroup] = field(default_factory=list)
     stream: Stream | None = None
-    # asynchronous rollouts, on every rank: returns the stream's next groups
     streamed: Callable[[int], list[ScoredGroup]] | None = None
 
-    def collect(
-        self, sample: Callable[[list[Problem], int], list[ScoredGroup]]
-    ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
-        """Returns `(fresh, used)`: the groups sampled now, and those to learn from.
+    def collect(self, sample_round: SampleRound) -> SelectedGroups:
+        """Samples the groups of a rollout and selects those to learn from.
 
-        `sample(problems, number)` samples and scores; `number` counts its calls from 0. Raises
-        Exhausted.
+        Args:
+            sample_round: Samples and scores groups. Not called with asynchronous rollouts.
+
+        Raises:
+            Exhausted: Too few problems or groups are left to learn from.
         """
-        self.fresh = []
+        self.sampled = []
         no_signal = self.algorithm.no_signal
         if no_signal == "resample":
-            return self._collect_until_full(sample)
-        self.fresh = self._sample(sample, self.size, 0)
+            return self._collect_until_full(sample_round)
+        self.sampled = self._sample(sample_round, self.size, 0)
         if no_signal == "keep":
-            return self.fresh, list(self.fresh)
-        return self.fresh, [scored for scored in self.fresh if has_signal(scored.rewards)]
+            return SelectedGroups(self.sampled, list(self.sampled))
+        used = [scored for scored in self.sampled if has_signal(scored.rewards)]
+        return SelectedGroups(self.sampled, used)
 
-    def _collect_until_full(
-        self, sample: Callable[[list[Problem], int], list[ScoredGroup]]
-    ) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
-        """Samples until `size` groups have right and wrong completions.
+    def _collect_until_full(self, sample_round: SampleRound) -> SelectedGroups:
+        """Samples until `size` groups have a training signal and carries the surplus over.
 
-        What is left over is carried to the next rollout. Raises Exhausted after `max_rounds`.
+        Raises Exhausted if `algorithm.max_rounds` rounds are not enough.
 
-        Source: DAPO 2503.14476 Eq. 11.
+        Source: dynamic sampling is DAPO 2503.14476 Eq. 11.
         """
         used = list(self.carried)
-        for number in range(self.algorithm.max_rounds):
+        for round_number in range(self.algorithm.max_rounds):
             num_missing = self.size - len(used)
             if num_missing <= 0:
                 break
-            count = min(self.size, math.ceil(num_missing / self._share_that_teaches()))
-            groups = self._sample(sample, count, number)
-            self.fresh += groups
-            used += [scored for scored in groups if teaches(scored)]
+            count = min(self.size, math.ceil(num_missing / self._signal_share()))
+            groups = self._sample(sample_round, count, round_number)
+            self.sampled += groups
+            used += [scored for scored in groups if has_training_signal(scored)]
         if len(used) < self.size:
-            raise self._too_few(len(used))
+            raise self._too_few_groups_error(len(used))
         self.carried = used[self.size :]
-        return self.fresh, used[: self.size]
+        return SelectedGroups(self.sampled, used[: self.size])
 
-    def _share_that_teaches(self) -> float:
-        """Returns the share of this rollout's groups that teach, 1 before the first."""
-        if not self.fresh:
+    def _signal_share(self) -> float:
+        """Returns the share of this rollout's groups with a training signal (1 without groups)."""
+        if not self.sampled:
             return 1.0
-        num_teaching = sum(teaches(scored) for scored in self.fresh)
-        return max(MIN_SHARE_THAT_TEACHES, num_teaching / len(self.fresh))
+        num_with_signal = sum(has_training_signal(scored) for scored in self.sampled)
+        return max(MIN_SIGNAL_SHARE, num_with_signal / len(self.sampled))
 
-    def _too_few(self, num_used: int) -> Exhausted:
+    def _too_few_groups_error(self, num_used: int) -> Exhausted:
         num_without_reward = 0
-        for scored in self.fresh:
+        for scored in self.sampled:
             decided = [reward for reward in scored.rewards if reward is not None]
             if max(decided, default=0) <= 0:
                 num_without_reward += 1
         return Exhausted(
-            f"algorithm.no_signal=resample: {len(self.fresh)} groups in "
-            f"{self.algorithm.max_rounds} samplings gave {num_used} of {self.size} that are "
-            f"neither all right nor all wrong ({num_without_reward} have no reward above 0): the "
-            "problems are too hard or too easy for this model, or a reward cannot read its "
-            "answers (see samples/); change the data, raise max_rounds, or set no_signal=keep"
+            f"algorithm.no_signal=resample: {len(self.sampled)} groups in "
+            f"{self.algorithm.max_rounds} rounds gave only {num_used} of {self.size} groups with "
+            f"right and wrong completions ({num_without_reward} have no reward above 0). The "
+            "problems are too hard or too easy for this model, or a reward cannot parse its "
+            "answers (see samples/). Change the data, raise algorithm.max_rounds, or set "
+            "algorithm.no_signal=keep."
         )
 
     def _sample(
-        self, sample: Callable[[list[Problem], int], list[ScoredGroup]], count: int, number: int
+        self, sample_round: SampleRound, count: int, round_number: int
     ) -> list[ScoredGroup]:
-        """Returns `count` new groups, of the stream if there is one, and notes their pass rates."""
+        """Returns `count` new groups, from the stream if there is one, and records pass rates."""
         if self.streamed is not None:
             groups = self.streamed(count)
         else:
-            groups = sample(self.draw(count), number)
+            groups = sample_round(self.draw(count), round_number)
         if self._has_filters:
             for scored in groups:
-                self.rates[scored.group.problem.id] = pass_rate(scored)
+                self.pass_rates[scored.group.problem.id] = pass_rate(scored)
         return groups
 
     @property
@@ -118,75 +141,78 @@ class Selection:
         return self.algorithm.drop_solved is not None or self.algorithm.pass_rate is not None
 
     def draw(self, count: int) -> list[Problem]:
-        """Returns the next problems that no filter refuses.
+        """Returns the next `count` problems that pass the filters.
 
-        Raises Exhausted when there seem to be none.
+        Raises:
+            Exhausted: The filters exclude MAX_EXCLUDED problems in a row.
         """
         problems: list[Problem] = []
-        num_refused = 0  # in a row
+        num_excluded = 0  # in a row
         while len(problems) < count:
             (problem,) = self.take(self.position, 1)
             self.position += 1
             if self._passes_filters(problem):
                 problems.append(problem)
-                num_refused = 0
+                num_excluded = 0
                 continue
-            num_refused += 1
-            if num_refused == MAX_REFUSED:
+            num_excluded += 1
+            if num_excluded == MAX_EXCLUDED:
                 raise Exhausted(
-                    f"algorithm.drop_solved and pass_rate refuse the last {num_refused} problems: "
-                    "the model has learned what this data can teach, or the bounds are too narrow"
+                    "algorithm.drop_solved and algorithm.pass_rate exclude the last "
+                    f"{num_excluded} problems. Either the model has learned this data, or the "
+                    "bounds are too narrow."
                 )
         return problems
 
     def _passes_filters(self, problem: Problem) -> bool:
-        """Returns whether the problem's pass rate, if it is known, is within the filters."""
+        """Returns whether the problem's pass rate is unknown or within the filters' bounds."""
         if not self._has_filters:
             return True
-        rate = self.rates.get(problem.id, problem.meta.get("pass_rate"))
+        rate = self.pass_rates.get(problem.id, problem.meta.get("pass_rate"))
         if rate is None:
             return True
         if not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
             raise UserError(
-                f"problem {problem.id}: meta.pass_rate is {rate!r}; give a share in [0, 1]"
+                f"problem {problem.id}: meta.pass_rate is {rate!r}, expected a number in [0, 1]"
             )
-        low, high = self.algorithm.pass_rate or (0.0, 1.0)
+        min_rate, max_rate = self.algorithm.pass_rate or (0.0, 1.0)
         is_solved = self.algorithm.drop_solved is not None and rate >= self.algorithm.drop_solved
-        return low <= rate <= high and not is_solved
+        return min_rate <= rate <= max_rate and not is_solved
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: position, carried groups, pass rates, and the stream."""
+        """Returns the state for a checkpoint, including the stream's if there is one."""
         state = {
             "position": self.position,
             "carried": self.carried,
-            "rates": dict(self.rates),
+            "rates": dict(self.pass_rates),
         }
         if self.stream is not None:
             state["stream"] = self.stream.state()
         return state
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restores position, carried groups and pass rates from a checkpoint's state."""
+        """Restores a checkpoint's state, except that of the stream."""
         self.position = state["position"]
-        self.rates = dict(state["rates"])
+        self.pass_rates = dict(state["rates"])
         self.carried = [scored_group(tree) for tree in state["carried"]]
 
 
-def teaches(scored: ScoredGroup) -> bool:
-    """Returns whether a group has right and wrong completions.
+def has_training_signal(scored: ScoredGroup) -> bool:
+    """Returns whether a group has both right and wrong completions.
 
     Without verdicts it returns whether the rewards differ.
     """
-    values = {verdict.value for verdict in scored.verdicts if verdict is not None}
-    if not values:
+    verdicts = {verdict.value for verdict in scored.verdicts if verdict is not None}
+    if not verdicts:
         return has_signal(scored.rewards)
-    return "correct" in values and "wrong" in values
+    return "correct" in verdicts and "wrong" in verdicts
 
 
 def pass_rate(scored: ScoredGroup) -> float:
-    """Returns the share of a group that was right, 0 if nothing of it was decided.
+    """Returns the share of right completions among the decided ones, 0 if none is decided.
 
-    Without verdicts it is the share with the highest reward if rewards differ, else 0.
+    Without verdicts the completions with the highest reward are right if the rewards differ; if all
+    rewards are equal, the result is 0.
     """
     is_right = [
         verdict.value == "correct"
@@ -202,7 +228,7 @@ def pass_rate(scored: ScoredGroup) -> float:
 
 
 def scored_group(tree: dict[str, Any]) -> ScoredGroup:
-    """Returns a scored group from its tree in a checkpoint (grpo/run/directory.py)."""
+    """Parses a scored group from the JSON of a checkpoint, which grpo/run/directory.py writes."""
     group = tree["group"]
     return ScoredGroup(
         group=Group(
@@ -220,7 +246,7 @@ def scored_group(tree: dict[str, Any]) -> ScoredGroup:
 
 
 def _completion(row: dict[str, Any]) -> Completion:
-    """Returns a completion; JSON has lists where it has tuples."""
+    """Parses a completion; JSON has lists where a completion has tuples."""
     fields = dict(row)
     fields["token_ids"] = tuple(row["token_ids"])
     fields["logprobs"] = tuple(row["logprobs"])

@@ -1,10 +1,13 @@
-"""Asynchronous rollouts: groups are sampled and scored while the learner updates.
+"""Asynchronous rollouts: samples and scores groups while the learner updates.
 
-Groups are used in the order in which they were begun. A group that finishes early waits its turn,
-so short completions are not learned from more often than long ones, and a group is at most
-`max_staleness` versions old when it is used. Weights change while a completion is sampled; each
-token carries the version that sampled it (PipelineRL 2509.19128). Finished groups that are not used
-are part of the checkpoint; unfinished ones are begun again after a resume.
+Groups are used in the order in which they were started. A group that finishes early waits for the
+groups before it, so short completions are not over-represented in the updates, and the weights that
+sampled a group are at most `train.max_staleness` versions old when it is used. The engine's weights
+can change while a completion is sampled: each token carries the version that sampled it
+(PipelineRL 2509.19128).
+
+A checkpoint contains the finished groups that are not used yet. Unfinished groups are started again
+after a resume.
 """
 
 from __future__ import annotations
@@ -13,173 +16,202 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from grpo.engines import EngineError, Request
 from grpo.types import Completion, Problem, ScoredGroup
 
+POLL_S = 0.2  # seconds between two calls of `on_wait` while `take` waits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamCallbacks:
+    """The functions that a stream calls.
+
+    Attributes:
+        draw: Returns the next problem.
+        request: Returns the request for a problem, given the group's number in the stream.
+        begin: Starts a request in the engine and returns a future of its completions.
+        finish: Scores a group. Called in the stream's own thread.
+        on_wait: Called every POLL_S seconds while `take` waits. May raise an exception.
+        engine_idle_s: Returns the seconds that the engine was idle since the last call.
+    """
+
+    draw: Callable[[], Problem]
+    request: Callable[[Problem, int], Request]
+    begin: Callable[[Request], Future[tuple[Completion, ...]]]
+    finish: Callable[[Problem, Request, tuple[Completion, ...]], ScoredGroup]
+    on_wait: Callable[[], None]
+    engine_idle_s: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamLimits:
+    """The limits of a stream.
+
+    Attributes:
+        num_ahead: Number of unused groups, finished or not, that the stream maintains.
+        num_groups: Number of groups that the run uses in total; None if it is unknown.
+        timeout_s: Longest wait of `take` in seconds (`engine.timeout_s`).
+    """
+
+    num_ahead: int
+    num_groups: int | None
+    timeout_s: float
+
 
 @dataclass(slots=True, eq=False)
-class _Item:
-    number: int  # of the run's groups, as they were begun
+class _StreamGroup:
+    """A group that is started and not used yet. `scored` is None until it is finished."""
+
+    number: int  # position in the run's order of groups, from 0
     problem: Problem
     scored: ScoredGroup | None = None
     request: Request | None = None
-    future: Any = None
+    future: Future[tuple[Completion, ...]] | None = None
 
 
 class Stream:
-    """Samples and scores groups ahead of the learner; they are used in the order of their start."""
+    """Samples and scores groups ahead of the learner and returns them in the order of their start.
 
-    def __init__(
-        self,
-        *,
-        begin: Callable[[Request], Any],
-        request: Callable[[Problem, int], Request],
-        finish: Callable[[Problem, Request, tuple[Completion, ...]], ScoredGroup],
-        draw: Callable[[], Problem],
-        ahead: int,
-        last: int | None,
-        timeout_s: float,
-        on_wait: Callable[[], None],
-        idle: Callable[[], float] = lambda: 0.0,
-    ) -> None:
-        """Starts the thread that scores.
+    The training loop's thread calls the public methods; a second thread scores the groups.
+    """
 
-        Args:
-            begin: starts a request and returns a future of its completions.
-            request: returns the request of a problem and its number in the stream.
-            finish: scores a group; called in the stream's thread.
-            draw: returns the next problem.
-            ahead: how many groups are begun and not used.
-            last: how many groups the run needs, None if that is not known.
-            timeout_s: the longest wait for a group.
-            on_wait: called five times a second while `take` waits; may raise.
-            idle: returns for how many seconds since its last call the engine was idle.
-        """
-        self._begin = begin
-        self._request = request
-        self._finish = finish
-        self._draw = draw
-        self._ahead = ahead
-        self._last = last
-        self._timeout_s = timeout_s
-        self._on_wait = on_wait
-        self.idle = idle
-        self._items: list[_Item] = []
-        self._number = 0
-        self._changed = threading.Condition()
-        self._failure: BaseException | None = None
-        self._ended = False
-        self._arrived: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._scorer = threading.Thread(target=self._score, daemon=True, name="stream")
-        self._scorer.start()
+    def __init__(self, callbacks: StreamCallbacks, limits: StreamLimits) -> None:
+        """Starts the scoring thread. No group is started before `take` or `load`."""
+        self._callbacks = callbacks
+        self._limits = limits
+        self._groups: list[_StreamGroup] = []  # in the order of their numbers
+        self._next_number = 0
+        self._changed = threading.Condition()  # guards all state; notified when a group is scored
+        self._failure: BaseException | None = None  # the first exception of the scoring thread
+        self._is_closed = False
+        # Groups whose requests are finished; None ends the scoring thread.
+        self._sampled: queue.SimpleQueue[_StreamGroup | None] = queue.SimpleQueue()
+        self._scoring_thread = threading.Thread(
+            target=self._score_sampled_groups, daemon=True, name="stream"
+        )
+        self._scoring_thread.start()
 
     def take(self, count: int) -> list[ScoredGroup]:
-        """Returns the `count` groups that were begun first, and begins as many more.
+        """Returns the next `count` groups and starts new groups in their place.
 
-        Raises what a reward or an engine raised.
+        Raises:
+            EngineError: The groups are not finished within `timeout_s`.
+            BaseException: The exception that a request or the scoring of a group raised.
         """
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._limits.timeout_s
         with self._changed:
-            self._fill(count)
-            while not all(item.scored for item in self._items[:count]):
-                self._on_wait()
+            self._start_groups(min_groups=count)
+            while self._num_unfinished(count):
+                self._callbacks.on_wait()
                 if self._failure is not None:
                     raise self._failure
                 if time.monotonic() > deadline:
-                    missing = sum(item.scored is None for item in self._items[:count])
                     raise EngineError(
-                        f"{missing} of the {count} groups to learn from next were not there "
-                        f"within {self._timeout_s:g} s"
+                        f"{self._num_unfinished(count)} of the next {count} groups were not "
+                        f"sampled and scored within engine.timeout_s={self._limits.timeout_s:g} s"
                     )
-                self._changed.wait(0.2)
-            taken = self._items[:count]
-            self._items = self._items[count:]
-            self._fill(0)
-        return [item.scored for item in taken if item.scored is not None]
+                self._changed.wait(POLL_S)
+            taken = self._groups[:count]
+            self._groups = self._groups[count:]
+            self._start_groups(min_groups=0)
+        return [group.scored for group in taken if group.scored is not None]
+
+    def _num_unfinished(self, count: int) -> int:
+        return sum(group.scored is None for group in self._groups[:count])
+
+    def engine_idle_s(self) -> float:
+        """Returns the seconds that the engine was idle since the last call."""
+        return self._callbacks.engine_idle_s()
 
     def depths(self) -> dict[str, float]:
-        """Returns how many groups wait to be used, and how many are in flight."""
+        """Returns the number of finished groups and of unfinished groups, as `queue/` metrics."""
         with self._changed:
-            ready = float(sum(item.scored is not None for item in self._items))
-            return {"queue/ready": ready, "queue/in_flight": len(self._items) - ready}
+            num_ready = float(sum(group.scored is not None for group in self._groups))
+            return {"queue/ready": num_ready, "queue/in_flight": len(self._groups) - num_ready}
 
     def state(self) -> dict[str, Any]:
-        """Returns what a resume needs, in the order in which it is used.
+        """Returns the state for a checkpoint: the next number and all groups that are not used.
 
-        The values are those that a checkpoint writes (grpo/run/directory.py).
+        Problems and scored groups are objects; grpo/run/directory.py writes them as JSON.
         """
         with self._changed:
             items = [
-                {"number": item.number, "problem": item.problem, "scored": item.scored}
-                for item in self._items
+                {"number": group.number, "problem": group.problem, "scored": group.scored}
+                for group in self._groups
             ]
-            return {"number": self._number, "items": items}
+            return {"number": self._next_number, "items": items}
 
     def load(
-        self, state: dict[str, Any], scored_group: Callable[[dict[str, Any]], ScoredGroup]
+        self, state: dict[str, Any], parse_scored_group: Callable[[dict[str, Any]], ScoredGroup]
     ) -> None:
-        """Takes up a checkpoint's state.
+        """Restores a checkpoint's state.
 
-        What was finished is used, what was in flight is begun again, with its seeds.
+        Finished groups are used as they are. Unfinished groups are started again, with the same
+        numbers and therefore the same seeds.
         """
         with self._changed:
-            self._number = state["number"]
+            self._next_number = state["number"]
             for row in state["items"]:
-                item = _Item(
-                    row["number"],
-                    Problem(**row["problem"]),
-                    row["scored"] and scored_group(row["scored"]),
-                )
-                self._items.append(item)
-                if item.scored is None:
-                    self._start(item)
+                group = _StreamGroup(number=row["number"], problem=Problem(**row["problem"]))
+                self._groups.append(group)
+                if row["scored"]:
+                    group.scored = parse_scored_group(row["scored"])
+                else:
+                    self._start(group)
 
     def close(self) -> None:
-        """Cancels what is in flight and ends the thread that scores, waiting 5 s at most."""
+        """Cancels the unfinished groups and waits at most 5 s for the end of the scoring thread."""
         with self._changed:
-            self._ended = True
-            for item in self._items:
-                if item.future is not None:
-                    item.future.cancel()
-        self._arrived.put(None)
-        self._scorer.join(timeout=5)
+            self._is_closed = True
+            for group in self._groups:
+                if group.future is not None:
+                    group.future.cancel()
+        self._sampled.put(None)
+        self._scoring_thread.join(timeout=5)
 
-    def _fill(self, min_items: int) -> None:
-        """Begins groups until there are `min_items`, and beyond that as many as are needed ahead.
+    def _start_groups(self, min_groups: int) -> None:
+        """Starts groups until there are `min_groups`, or `num_ahead` while the run needs more."""
+        while len(self._groups) < min_groups or self._needs_group_ahead():
+            group = _StreamGroup(number=self._next_number, problem=self._callbacks.draw())
+            self._next_number += 1
+            self._groups.append(group)
+            self._start(group)
 
-        Those ahead are `self._ahead`, less at the end of a run: it needs `self._last` groups.
-        """
+    def _needs_group_ahead(self) -> bool:
+        num_groups = self._limits.num_groups
+        if num_groups is not None and self._next_number >= num_groups:
+            return False
+        return len(self._groups) < self._limits.num_ahead
+
+    def _start(self, group: _StreamGroup) -> None:
+        group.request = self._callbacks.request(group.problem, group.number)
+        group.future = self._callbacks.begin(group.request)
+        group.future.add_done_callback(lambda _: self._sampled.put(group))
+
+    def _score_sampled_groups(self) -> None:
+        """Runs in the scoring thread: scores each group when its request is finished."""
         while True:
-            num_items = len(self._items)
-            is_last_begun = self._last is not None and self._number >= self._last
-            is_needed_ahead = num_items < self._ahead and not is_last_begun
-            if num_items >= min_items and not is_needed_ahead:
+            group = self._sampled.get()
+            if group is None:
                 return
-            item = _Item(self._number, self._draw())
-            self._number += 1
-            self._items.append(item)
-            self._start(item)
+            assert group.future is not None
+            if not self._is_closed and not group.future.cancelled():
+                self._score(group, group.future)
 
-    def _start(self, item: _Item) -> None:
-        item.request = self._request(item.problem, item.number)
-        item.future = self._begin(item.request)
-        item.future.add_done_callback(lambda _: self._arrived.put(item))
-
-    def _score(self) -> None:
-        while (item := self._arrived.get()) is not None:
-            if self._ended or item.future.cancelled():
-                continue
-            try:
-                assert item.request is not None
-                scored = self._finish(item.problem, item.request, item.future.result())
-            except BaseException as error:
-                with self._changed:
-                    self._failure = self._failure or error
-                    self._changed.notify_all()
-                continue
+    def _score(self, group: _StreamGroup, future: Future[tuple[Completion, ...]]) -> None:
+        try:
+            assert group.request is not None
+            scored = self._callbacks.finish(group.problem, group.request, future.result())
+        except BaseException as error:
             with self._changed:
-                item.scored = scored
+                if self._failure is None:
+                    self._failure = error
                 self._changed.notify_all()
+            return
+        with self._changed:
+            group.scored = scored
+            self._changed.notify_all()

@@ -1,1 +1,4 @@
-"""From samples to new weights: advantages, batches, the policy, and DeepSpeed's learner."""
+"""Training: turns samples into new weights.
+
+Contains advantages, batches, models, the policy, the objective and the learners.
+"""

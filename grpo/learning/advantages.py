@@ -1,19 +1,33 @@
-"""Advantages of completions from their rewards.
+"""Advantages: one number per completion token, computed from the rewards of a rollout.
 
-Pure functions of plain numbers; `None` rewards are left out.
+Pure functions of Python floats; nothing here uses torch. `advantages` computes every kind that
+`algorithm.advantage` can name, and cites the equation of each.
+
+Axes in names: P problems, G completions of a problem, L tokens of a completion (ragged).
+`rewards_PG[p][g]` is the reward of completion g of problem p. The completions of a problem are its
+group.
+
+Conventions, which the papers do not always state:
+- std is the population standard deviation: the sum of squares is divided by n, not by n - 1.
+- `None` in place of a reward means that the completion has no reward. It is excluded from every
+  mean and std, and its advantage is 0.
+- A group whose rewards are all equal, or that has a single reward, gets advantage 0. (For the kind
+  `batch`, this holds for all tokens of the batch instead of a group.) The test is max == min,
+  because rounding can make r - mean(group) differ from 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
-from grpo.types import Sample, ScoredGroup
+from grpo.types import Completion, Group, Sample, ScoredGroup
 
 T = TypeVar("T")
-EPSILON = 1e-6
+EPSILON = 1e-6  # added to a standard deviation before the division
 KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std", "batch", "teacher")
-# a group's completions' tokens: what each token costs
+# [P, G, L]: the amount that is subtracted from the reward for each token
 Penalties = Sequence[Sequence[Sequence[float]]]
 
 
@@ -21,173 +35,273 @@ def advantages(
     rewards_PG: Sequence[Sequence[float | None]],
     lengths_PG: Sequence[Sequence[int]],
     kind: str,
-    penalties: Penalties | None = None,
+    penalties_PGL: Penalties | None = None,
 ) -> list[list[tuple[float, ...]]]:
-    """Returns the advantage of each completion's tokens, groups and completions in order.
+    """Returns the advantage of every completion token, [P, G, L].
 
-    With r the reward less all its penalties:
+    `kind` selects the equation. r is the reward of a completion minus the sum of its penalties. The
+    tokens of a completion share one advantage, except for the kinds `batch` and `teacher`.
 
-    group_std      (r - mean) / (std + 1e-6), mean and std of the group
-                   DeepSeekMath 2402.03300 section 4.1.2
-    none           r - mean
-                   Dr.GRPO 2503.20783
-    leave_one_out  r - mean of the others
-                   RLOO 2402.14740 Eq. 8
-    batch_std      (r - mean of the group) / (std of all r + 1e-6)
-                   Lite-PPO 2508.08221
-    centered_std   (r - mean of the group) / (std of all of these + 1e-6)
-                   ScaleRL 2510.13786, REINFORCE++-baseline 2501.03262
-    batch          (R_t - mean) / (std + 1e-6) over all tokens of the batch, R_t the reward less
-                   the penalties from t on
-                   REINFORCE++ 2501.03262 Eq. 8-10
-    teacher        -log(pi / pi_teacher) of the token, which is its penalty
-                   GKD 2306.13649, with discount 0
+    group_std      (r - mean(group)) / (std(group) + EPSILON)
+                   Source: GRPO, DeepSeekMath 2402.03300 section 4.1.2
+    none           r - mean(group)
+                   Source: Dr.GRPO 2503.20783
+    leave_one_out  r - mean(the other completions of the group)
+                   Source: RLOO 2402.14740 Eq. 8
+    batch_std      (r - mean(group)) / (std(r of all groups) + EPSILON)
+                   Source: Lite-PPO 2508.08221
+    centered_std   (r - mean(group)) / (std(r - mean(group) of all groups) + EPSILON)
+                   Source: ScaleRL 2510.13786, REINFORCE++-baseline 2501.03262
+    batch          (R_t - mean) / (std + EPSILON), mean and std over all tokens of the batch.
+                   R_t is the reward minus the sum of the penalties of token t and all later tokens.
+                   Source: REINFORCE++ 2501.03262 Eq. 8-10
+    teacher        -log(pi / pi_teacher) of the token: the negated penalty of the token
+                   Source: GKD 2306.13649, with discount 0
 
-    `advantages([[1, 0, 0, 1]], [[1] * 4], "group_std")` is +-1 (up to 1e-6). A completion without a
-    reward gets 0 and enters no mean. A group whose rewards are all equal (decided by max == min,
-    not by an epsilon), or that has one reward, gets 0. Ours: population std.
+    Example:
+        `advantages([[1, 0, 0, 1]], [[1, 1, 1, 2]], "group_std")` returns
+        `[[(1.0,), (-1.0,), (-1.0,), (1.0, 1.0)]]`, up to EPSILON.
 
-    Raises ValueError for an unknown kind.
+    Args:
+        rewards_PG: rewards [P, G], `None` for a completion without a reward.
+        lengths_PG: number of tokens of each completion [P, G].
+        kind: one of KINDS.
+        penalties_PGL: penalties [P, G, L]; `None` means zero. For `teacher`, the penalty of a token
+            is log(pi / pi_teacher).
+
+    Raises:
+        ValueError: `kind` is unknown.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown advantage {kind!r}; have {', '.join(KINDS)}")
-    if penalties is None:
-        penalties = [[()] * len(lengths) for lengths in lengths_PG]
+        raise ValueError(
+            f"algorithm.advantage={kind}: unknown kind. Available: {', '.join(KINDS)}."
+        )
+    if penalties_PGL is None:
+        penalties_PGL = [[(0.0,) * length for length in lengths_G] for lengths_G in lengths_PG]
     if kind == "teacher":
-        return [[tuple(-cost for cost in costs) for costs in rows] for rows in penalties]
+        return _teacher_advantages(penalties_PGL)
     if kind == "batch":
-        return _batch(rewards_PG, lengths_PG, penalties)
-    totals = [
-        [
-            None if reward is None else reward - sum(cost)
-            for reward, cost in zip(rewards, costs, strict=True)
-        ]
-        for rewards, costs in zip(rewards_PG, penalties, strict=True)
-    ]
-    batch_std = _mean_std(_centered(totals) if kind == "centered_std" else _decided(totals))[1]
-    return [
-        [
-            (value,) * length
-            for value, length in zip(_of_group(group, kind, batch_std), lengths, strict=True)
-        ]
-        for group, lengths in zip(totals, lengths_PG, strict=True)
-    ]
+        return _batch_advantages(rewards_PG, penalties_PGL)
+    penalized_PG = _penalized_rewards(rewards_PG, penalties_PGL)
+    advantages_PG = _group_relative_advantages(penalized_PG, kind)
+    return _repeat_for_tokens(advantages_PG, lengths_PG)
 
 
-def _decided(totals_PG: Sequence[Sequence[float | None]]) -> list[float]:
-    """Returns all rewards of a batch."""
-    return [total for group in totals_PG for total in group if total is not None]
+def _penalized_rewards(
+    rewards_PG: Sequence[Sequence[float | None]], penalties_PGL: Penalties
+) -> list[list[float | None]]:
+    """Returns r = reward - sum of the completion's penalties, [P, G]."""
+    penalized_PG = []
+    for rewards_G, penalties_GL in zip(rewards_PG, penalties_PGL, strict=True):
+        penalized_G: list[float | None] = []
+        for reward, penalties_L in zip(rewards_G, penalties_GL, strict=True):
+            penalized_G.append(None if reward is None else reward - sum(penalties_L))
+        penalized_PG.append(penalized_G)
+    return penalized_PG
 
 
-def _centered(totals_PG: Sequence[Sequence[float | None]]) -> list[float]:
-    """Returns all rewards of a batch, less the mean of their group."""
-    centered = []
-    for group in totals_PG:
-        rewards = [total for total in group if total is not None]
-        mean, _ = _mean_std(rewards)
+def _group_relative_advantages(
+    rewards_PG: Sequence[Sequence[float | None]], kind: str
+) -> list[list[float]]:
+    """Returns (r - mean(group)) / scale, [P, G]. The kinds differ in the scale only."""
+    batch_std = 0.0
+    if kind == "batch_std":
+        batch_std = _population_std(_all_rewards(rewards_PG))
+    elif kind == "centered_std":
+        batch_std = _population_std(_all_centered_rewards(rewards_PG))
+
+    advantages_PG = []
+    for rewards_G in rewards_PG:
+        if not has_signal(rewards_G):
+            advantages_PG.append([0.0] * len(rewards_G))
+            continue
+        rewards = _without_none(rewards_G)
+        mean = _mean(rewards)
+        scale = _scale(rewards, kind, batch_std)
+        advantages_PG.append(
+            [0.0 if reward is None else (reward - mean) / scale for reward in rewards_G]
+        )
+    return advantages_PG
+
+
+def _scale(rewards: Sequence[float], kind: str, batch_std: float) -> float:
+    """Returns the divisor of a group's centered rewards."""
+    if kind == "group_std":
+        return _population_std(rewards) + EPSILON
+    if kind in ("batch_std", "centered_std"):
+        return batch_std + EPSILON
+    if kind == "leave_one_out":
+        # With n rewards, r - mean(the others) = (r - mean) * n / (n - 1) = (r - mean) / (1 - 1/n).
+        return 1 - 1 / len(rewards)
+    return 1.0
+
+
+def _batch_advantages(
+    rewards_PG: Sequence[Sequence[float | None]], penalties_PGL: Penalties
+) -> list[list[tuple[float, ...]]]:
+    """Returns (R_t - mean) / scale, with mean and scale over all tokens of the batch, [P, G, L]."""
+    all_returns: list[float] = []
+    for rewards_G, penalties_GL in zip(rewards_PG, penalties_PGL, strict=True):
+        for reward, penalties_L in zip(rewards_G, penalties_GL, strict=True):
+            if reward is not None:
+                all_returns += _returns_to_go(reward, penalties_L)
+    mean = _mean(all_returns)
+    scale = math.inf  # makes every advantage 0
+    if has_signal(all_returns):
+        scale = _population_std(all_returns) + EPSILON
+    advantages_PGL = []
+    for rewards_G, penalties_GL in zip(rewards_PG, penalties_PGL, strict=True):
+        advantages_GL: list[tuple[float, ...]] = []
+        for reward, penalties_L in zip(rewards_G, penalties_GL, strict=True):
+            if reward is None:
+                advantages_GL.append((0.0,) * len(penalties_L))
+            else:
+                returns_L = _returns_to_go(reward, penalties_L)
+                advantages_GL.append(tuple((value - mean) / scale for value in returns_L))
+        advantages_PGL.append(advantages_GL)
+    return advantages_PGL
+
+
+def _returns_to_go(reward: float, penalties_L: Sequence[float]) -> list[float]:
+    """Returns R_t = reward - sum of the penalties from token t to the last token, [L].
+
+    `_returns_to_go(1.0, [0.5, 0.25])` is `[0.25, 0.75]`.
+    """
+    return_to_go = reward
+    reversed_returns = []
+    for penalty in reversed(penalties_L):
+        return_to_go -= penalty
+        reversed_returns.append(return_to_go)
+    return reversed_returns[::-1]
+
+
+def _teacher_advantages(penalties_PGL: Penalties) -> list[list[tuple[float, ...]]]:
+    """Returns the negated penalties, [P, G, L]. The rewards are not used."""
+    advantages_PGL = []
+    for penalties_GL in penalties_PGL:
+        advantages_PGL.append(
+            [tuple(-penalty for penalty in penalties_L) for penalties_L in penalties_GL]
+        )
+    return advantages_PGL
+
+
+def _repeat_for_tokens(
+    advantages_PG: Sequence[Sequence[float]], lengths_PG: Sequence[Sequence[int]]
+) -> list[list[tuple[float, ...]]]:
+    """Returns the advantage of each completion, repeated for its tokens, [P, G, L]."""
+    advantages_PGL = []
+    for advantages_G, lengths_G in zip(advantages_PG, lengths_PG, strict=True):
+        advantages_PGL.append(
+            [(value,) * length for value, length in zip(advantages_G, lengths_G, strict=True)]
+        )
+    return advantages_PGL
+
+
+def _all_rewards(rewards_PG: Sequence[Sequence[float | None]]) -> list[float]:
+    rewards: list[float] = []
+    for rewards_G in rewards_PG:
+        rewards += _without_none(rewards_G)
+    return rewards
+
+
+def _all_centered_rewards(rewards_PG: Sequence[Sequence[float | None]]) -> list[float]:
+    """Returns r - mean(group) of all completions that have a reward."""
+    centered: list[float] = []
+    for rewards_G in rewards_PG:
+        rewards = _without_none(rewards_G)
+        mean = _mean(rewards)
         centered += [reward - mean for reward in rewards]
     return centered
 
 
-def _of_group(rewards_G: Sequence[float | None], kind: str, batch_std: float) -> list[float]:
-    if not has_signal(rewards_G):
-        return [0.0] * len(rewards_G)
-    rewards = [reward for reward in rewards_G if reward is not None]
-    mean, std = _mean_std(rewards)
-    if kind == "group_std":
-        scale = std + EPSILON
-    elif kind == "none":
-        scale = 1.0
-    elif kind == "leave_one_out":
-        scale = 1 - 1 / len(rewards)
-    else:  # batch_std, centered_std
-        scale = batch_std + EPSILON
-    return [0.0 if reward is None else (reward - mean) / scale for reward in rewards_G]
+def _without_none(rewards_G: Sequence[float | None]) -> list[float]:
+    return [reward for reward in rewards_G if reward is not None]
 
 
-def _batch(
-    rewards_PG: Sequence[Sequence[float | None]],
-    lengths_PG: Sequence[Sequence[int]],
-    penalties: Penalties,
-) -> list[list[tuple[float, ...]]]:
-    returns = [
-        [
-            None if reward is None else _returns(reward, cost or (0.0,) * length)
-            for reward, length, cost in zip(*rows, strict=True)
-        ]
-        for rows in zip(rewards_PG, lengths_PG, penalties, strict=True)
-    ]
-    known = [
-        value for group in returns for tokens in group if tokens is not None for value in tokens
-    ]
-    mean, std = _mean_std(known)
-    scale = std + EPSILON if known and max(known) != min(known) else float("inf")
-    return [
-        [
-            (0.0,) * length if tokens is None else tuple((value - mean) / scale for value in tokens)
-            for tokens, length in zip(group, lengths, strict=True)
-        ]
-        for group, lengths in zip(returns, lengths_PG, strict=True)
-    ]
+def _mean(values: Sequence[float]) -> float:
+    """Returns the mean, 0 for an empty sequence."""
+    if not values:
+        return 0.0
+    return sum(values) / len(values)
 
 
-def _returns(reward: float, costs: Sequence[float]) -> list[float]:
-    left, found = reward, []
-    for cost in reversed(costs):
-        left -= cost
-        found.append(left)
-    return found[::-1]
-
-
-def _mean_std(values: Sequence[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values) if values else 0.0
-    return mean, (sum((value - mean) ** 2 for value in values) / max(1, len(values))) ** 0.5
+def _population_std(values: Sequence[float]) -> float:
+    """Returns the square root of the mean squared deviation, 0 for an empty sequence."""
+    if not values:
+        return 0.0
+    mean = _mean(values)
+    variance = sum((value - mean) ** 2 for value in values) / len(values)
+    return float(variance**0.5)
 
 
 def has_signal(rewards_G: Sequence[float | None]) -> bool:
-    """Returns whether a group's rewards differ, so that it teaches something."""
-    known = [reward for reward in rewards_G if reward is not None]
-    return bool(known) and max(known) != min(known)
+    """Returns whether the rewards of a group differ. If not, all its advantages are 0."""
+    rewards = _without_none(rewards_G)
+    return bool(rewards) and max(rewards) != min(rewards)
 
 
 def to_samples(
     groups: Sequence[ScoredGroup],
-    values: Sequence[Sequence[tuple[float, ...]]],
+    advantages_PGL: Sequence[Sequence[tuple[float, ...]]],
     *,
     mask_truncated: bool = False,
 ) -> list[Sample]:
-    """Returns one sample for each completion that has a reward, groups in order.
+    """Returns one sample per completion that has a reward, in the order of the groups.
 
-    `values` are their advantages.
-
-    `mask_truncated` leaves out those that were cut off, whose rewards have counted in the means
-    (overlong filtering, DAPO 2503.14476).
+    Args:
+        groups: scored groups [P].
+        advantages_PGL: result of `advantages` for these groups.
+        mask_truncated: skip completions that were cut off by `sampling.max_tokens`. Their rewards
+            still count in the means of `advantages` (overlong filtering, DAPO 2503.14476).
     """
-    return [
-        Sample(
-            token_ids=scored.group.prompt_ids + completion.token_ids,
-            prompt_length=len(scored.group.prompt_ids),
-            advantages=value,
-            sampler_logprobs=completion.logprobs,
-            group=number,
-            reward=reward,
-            versions=tuple(
-                version for version, start, end in completion.versions for _ in range(start, end)
-            ),
-        )
-        for number, (scored, rows) in enumerate(zip(groups, values, strict=True))
-        for completion, reward, value in zip(
-            scored.group.completions, scored.rewards, rows, strict=True
-        )
-        if reward is not None and not (mask_truncated and completion.finish_reason == "length")
-    ]
+    samples = []
+    for group_index, (scored, advantages_GL) in enumerate(zip(groups, advantages_PGL, strict=True)):
+        for completion, reward, advantages_L in zip(
+            scored.group.completions, scored.rewards, advantages_GL, strict=True
+        ):
+            if reward is None:
+                continue
+            if mask_truncated and completion.finish_reason == "length":
+                continue
+            samples.append(_to_sample(scored.group, completion, advantages_L, reward, group_index))
+    return samples
+
+
+def _to_sample(
+    group: Group,
+    completion: Completion,
+    advantages_L: tuple[float, ...],
+    reward: float,
+    group_index: int,
+) -> Sample:
+    return Sample(
+        token_ids=group.prompt_ids + completion.token_ids,
+        prompt_length=len(group.prompt_ids),
+        advantages=advantages_L,
+        sampler_logprobs=completion.logprobs,
+        group=group_index,
+        reward=reward,
+        versions=_version_per_token(completion),
+    )
+
+
+def _version_per_token(completion: Completion) -> tuple[int, ...]:
+    """Returns the version of the weights that sampled each token, [L].
+
+    `completion.versions == ((3, 0, 2), (4, 2, 3))` gives `(3, 3, 4)`.
+    """
+    versions: list[int] = []
+    for version, start, end in completion.versions:
+        versions += [version] * (end - start)
+    return tuple(versions)
 
 
 def lengths(groups: Sequence[ScoredGroup]) -> list[list[int]]:
-    """Returns each completion's tokens."""
-    return [
-        [len(completion.token_ids) for completion in scored.group.completions] for scored in groups
-    ]
+    """Returns the number of tokens of each completion, [P, G]."""
+    lengths_PG = []
+    for scored in groups:
+        lengths_PG.append([len(completion.token_ids) for completion in scored.group.completions])
+    return lengths_PG
 
 
 def unflatten(values: Sequence[T], lengths: Sequence[int]) -> list[list[T]]:

@@ -1,13 +1,16 @@
-"""Samples become padded micro-batches.
+"""Mini-batches, token weights and padded micro-batches, made from samples.
 
-The reduction of the loss is decided here, once an update, as a weight for each token.
+The reduction of the loss is a weight per token. The weights are computed once per update, over all
+its samples, so the gradient does not depend on the split into micro-batches.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,43 +18,68 @@ from torch import Tensor
 
 from grpo.types import Batch, Sample
 
+# Fills `input_ids` and `labels` after the end of a sequence. Any token id would do: the masks come
+# from lengths, never from token ids, so an EOS token with this id is trained like any other token.
+PADDING_ID = 0
 
-def minibatches(samples: list[Sample], count: int, seed: int) -> list[list[Sample]]:
-    """Returns the samples in `count` random parts of about equal size; one part keeps the order."""
-    if count == 1:
+
+def minibatches(samples: list[Sample], num_minibatches: int, seed: int) -> list[list[Sample]]:
+    """Returns the samples in random parts of about equal size, one per optimizer update.
+
+    A single part keeps the order of the samples. With fewer samples than `num_minibatches` there is
+    one part per sample.
+    """
+    if num_minibatches == 1:
         return [samples]
-    order = random.Random(seed).sample(samples, len(samples))
-    return [part for i in range(count) if (part := order[i::count])]
+    shuffled = random.Random(seed).sample(samples, len(samples))
+    parts = [shuffled[i::num_minibatches] for i in range(num_minibatches)]
+    return [part for part in parts if part]
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """Returns the mini-batches of an epoch: the first in their order, later ones shuffled."""
-    return random.Random(seed + epoch).sample(range(count), count) if epoch else list(range(count))
+def epoch_order(num_minibatches: int, seed: int, epoch: int) -> list[int]:
+    """Returns the order of the mini-batches in an epoch: `0, 1, ...` in the first, then random."""
+    if epoch == 0:
+        return list(range(num_minibatches))
+    return random.Random(seed + epoch).sample(range(num_minibatches), num_minibatches)
 
 
 def token_weights(samples: Sequence[Sample], reduction: str, max_tokens: int) -> list[float]:
-    """Returns, for each completion of a whole update, the weight of each of its tokens.
+    """Returns the weight of each token of a completion, one number per sample.
 
-    The loss is `(weights * per_token).sum()`.
+    The loss of the update is `(weights * per_token_loss).sum()`. For N completions of lengths |o_i|
+    in P groups, the weight of a token of completion i is:
 
-    Over N completions of lengths |o_i| in P groups: sequence `1 / (N |o_i|)` (DeepSeekMath
-    2402.03300 Eq. 3), token `1 / sum |o_i|` (DAPO 2503.14476 Eq. 8), constant `1 / (N max_tokens)`
-    (Dr.GRPO 2503.20783), prompt `1 / (P sum of the group's |o_i|)` (ScaleRL 2510.13786).
-    Micro-batches cannot change them.
+    sequence  1 / (N |o_i|)                      DeepSeekMath 2402.03300 Eq. 3
+    token     1 / sum_j |o_j|                    DAPO 2503.14476 Eq. 8
+    constant  1 / (N max_tokens)                 Dr.GRPO 2503.20783
+    prompt    1 / (P sum_{j in group} |o_j|)     ScaleRL 2510.13786
+
+    Args:
+        samples: all samples of the update, on all ranks.
+        reduction: `sequence`, `token`, `constant` or `prompt`.
+        max_tokens: `sampling.max_tokens`, used by `constant`.
+
+    Raises:
+        ValueError: `reduction` is unknown.
     """
     lengths = [sample.completion_length for sample in samples]
-    n, total = len(lengths), sum(lengths)
+    num_samples = len(samples)
+    if reduction == "sequence":
+        return [1 / (num_samples * length) for length in lengths]
+    if reduction == "token":
+        num_tokens = sum(lengths)
+        return [1 / num_tokens for _ in samples]
+    if reduction == "constant":
+        return [1 / (num_samples * max_tokens) for _ in samples]
     if reduction == "prompt":
-        tokens: dict[int, int] = {}
+        group_tokens: dict[int, int] = {}
         for sample, length in zip(samples, lengths, strict=True):
-            tokens[sample.group] = tokens.get(sample.group, 0) + length
-        return [1 / (len(tokens) * tokens[sample.group]) for sample in samples]
-    return [
-        {"sequence": 1 / (n * length), "token": 1 / total, "constant": 1 / (n * max_tokens)}[
-            reduction
-        ]
-        for length in lengths
-    ]
+            group_tokens[sample.group] = group_tokens.get(sample.group, 0) + length
+        num_groups = len(group_tokens)
+        return [1 / (num_groups * group_tokens[sample.group]) for sample in samples]
+    raise ValueError(
+        f"algorithm.reduction={reduction}: unknown. Available: sequence, token, constant, prompt."
+    )
 
 
 def micro_batches(
@@ -60,117 +88,154 @@ def micro_batches(
     *,
     max_tokens: int,
     packed: bool = False,
-    pad_id: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
-    """Returns micro-batches of at most `max_tokens` tokens.
+    """Returns this rank's micro-batches of at most `max_tokens` tokens.
 
-    They are padded, with samples sorted by length so that few tokens are padding. For a packed
-    stream (grpo/learning/packing.py) a prompt's samples are side by side, and its tokens are
-    counted once.
+    A sample that is longer than `max_tokens` gets a micro-batch of its own.
 
-    `share` (rank, ranks): only this rank's part of them, the long ones dealt out evenly; every rank
-    gets as many, so that all meet in each exchange: the last may be `idle`, of weight 0.
+    Args:
+        samples: all samples of the update, the same on all ranks.
+        weights: result of `token_weights` for these samples.
+        max_tokens: upper limit of tokens per micro-batch, padding included.
+        packed: whether the model reads a packed stream (grpo/learning/packing.py). Samples of one
+            prompt are then placed next to each other, and the tokens of their prompt count once.
+        share: `(rank, num_ranks)`. The micro-batches are distributed over the ranks so that all
+            ranks have about the same number of tokens. All ranks get the same number of
+            micro-batches, because collectives need all of them: a rank without work in the last
+            round gets a copy of another rank's micro-batch with `idle` set and weights 0.
     """
-    rank, ranks = share
-    parts = _partition(samples, max_tokens, packed)
-    if ranks > 1:
-        parts.sort(key=lambda part: -part[1])
-    rounds = -(-len(parts) // ranks)
-    own = [n * ranks + (rank if n % 2 == 0 else ranks - 1 - rank) for n in range(rounds)]
-    made = [_collate(parts[i][0], samples, weights, pad_id) for i in own if i < len(parts)]
-    if len(made) < rounds:
-        made.append(
-            replace(_collate(parts[-1][0], samples, [0.0] * len(samples), pad_id), idle=True)
-        )
-    tokens = [sum(samples[i].completion_length for i in part) for part, _ in parts]
-    return [
-        replace(batch, most=max(tokens[n * ranks : (n + 1) * ranks]))
-        for n, batch in enumerate(made)
-    ]
-
-
-def _partition(
-    samples: Sequence[Sample], max_tokens: int, packed: bool
-) -> list[tuple[list[int], int]]:
-    """Returns the micro-batches as places of samples, with their tokens."""
-    longest: dict[tuple[int, ...], int] = {}
-    prompts = [sample.token_ids[: sample.prompt_length] if packed else () for sample in samples]
-    for prompt, sample in zip(prompts, samples, strict=True):
-        longest[prompt] = max(longest.get(prompt, 0), sample.completion_length)
-    order = sorted(
-        range(len(samples)),
-        key=lambda i: (-longest[prompts[i]], prompts[i], -len(samples[i].token_ids)),
-    )
-    parts, rows, cost = list[tuple[list[int], int]](), list[int](), 0
-    for i in order:
-        if packed:
-            shared = bool(rows) and prompts[rows[-1]] == prompts[i]
-            after = (
-                cost + samples[i].completion_length + (0 if shared else samples[i].prompt_length)
-            )
+    rank, num_ranks = share
+    parts = _split_packed(samples, max_tokens) if packed else _split_padded(samples, max_tokens)
+    if num_ranks > 1:
+        # The ranks work in rounds. Sorted, the micro-batches of a round have about the same size.
+        parts.sort(key=attrgetter("num_tokens"), reverse=True)
+    batches = []
+    for round_index in range(math.ceil(len(parts) / num_ranks)):
+        parts_of_round = parts[round_index * num_ranks : (round_index + 1) * num_ranks]
+        # The order of the ranks alternates. Otherwise rank 0 would get the longest of each round.
+        position = rank if round_index % 2 == 0 else num_ranks - 1 - rank
+        if position < len(parts_of_round):
+            batch = _collate(parts_of_round[position].indices, samples, weights)
         else:
-            after = (len(rows) + 1) * len(samples[rows[0] if rows else i].token_ids)
-        if rows and after > max_tokens:
-            parts.append((rows, cost))
-            rows, after = [], len(samples[i].token_ids)
-        rows.append(i)
-        cost = after
-    return [*parts, (rows, cost)] if rows else parts
+            zero_weights = [0.0] * len(samples)
+            batch = replace(_collate(parts[-1].indices, samples, zero_weights), idle=True)
+        max_completion_tokens = max(
+            sum(samples[i].completion_length for i in part.indices) for part in parts_of_round
+        )
+        batches.append(replace(batch, most=max_completion_tokens))
+    return batches
 
 
-def _collate(
-    rows: Sequence[int], samples: Sequence[Sample], weights: Sequence[float], pad_id: int
-) -> Batch:
-    """Pads on the right.
+@dataclass(slots=True)
+class _Part:
+    """The samples of one micro-batch."""
 
-    Masks come from lengths, never from token values (an EOS that is also the padding is still
-    trained).
-    """
-    length = max(len(samples[i].token_ids) for i in rows)
-    ids, labels = torch.full((len(rows), length), pad_id), torch.full((len(rows), length), pad_id)
-    attention, mask = (
-        torch.zeros(len(rows), length, dtype=torch.long),
-        torch.zeros(len(rows), length, dtype=torch.bool),
-    )
-    weight, advantage, sampler = (torch.zeros(len(rows), length) for _ in range(3))
-    versions = torch.full((len(rows), length), -1)
-    for row, i in enumerate(rows):
+    indices: list[int]  # of the samples
+    num_tokens: int  # compared with `max_tokens`; includes padding
+
+
+def _split_padded(samples: Sequence[Sample], max_tokens: int) -> list[_Part]:
+    """Splits the samples, longest first, so that few tokens are padding."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    parts: list[_Part] = []
+    for i in sorted(range(len(samples)), key=lengths.__getitem__, reverse=True):
+        if parts:
+            part = parts[-1]
+            longest = lengths[part.indices[0]]
+            num_tokens = (len(part.indices) + 1) * longest
+            if num_tokens <= max_tokens:
+                part.indices.append(i)
+                part.num_tokens = num_tokens
+                continue
+        parts.append(_Part(indices=[i], num_tokens=lengths[i]))
+    return parts
+
+
+def _split_packed(samples: Sequence[Sample], max_tokens: int) -> list[_Part]:
+    """Splits the samples prompt by prompt; the tokens of a prompt count once per part."""
+    prompts = [sample.token_ids[: sample.prompt_length] for sample in samples]
+    parts: list[_Part] = []
+    for i in _by_prompt(samples, prompts):
         sample = samples[i]
-        end = len(sample.token_ids)
-        # the positions that predict the completion
-        completion = slice(sample.prompt_length - 1, end - 1)
-        ids[row, :end] = torch.tensor(sample.token_ids)
-        labels[row, : end - 1] = ids[row, 1:end]
-        attention[row, :end] = 1
-        mask[row, completion] = True
-        weight[row, completion] = weights[i]
-        advantage[row, completion] = torch.tensor(sample.advantages)
+        if parts:
+            part = parts[-1]
+            num_tokens = part.num_tokens + sample.completion_length
+            if prompts[part.indices[-1]] != prompts[i]:
+                num_tokens += sample.prompt_length
+            if num_tokens <= max_tokens:
+                part.indices.append(i)
+                part.num_tokens = num_tokens
+                continue
+        parts.append(_Part(indices=[i], num_tokens=len(sample.token_ids)))
+    return parts
+
+
+def _by_prompt(samples: Sequence[Sample], prompts: Sequence[tuple[int, ...]]) -> list[int]:
+    """Returns the samples' indices, samples of one prompt next to each other.
+
+    Prompts with the longest completion come first, and so do the longest samples of a prompt.
+    """
+    max_lengths: dict[tuple[int, ...], int] = {}
+    for prompt, sample in zip(prompts, samples, strict=True):
+        max_lengths[prompt] = max(max_lengths.get(prompt, 0), sample.completion_length)
+
+    def sort_key(i: int) -> tuple[int, tuple[int, ...], int]:
+        prompt = prompts[i]
+        return (-max_lengths[prompt], prompt, -len(samples[i].token_ids))
+
+    return sorted(range(len(samples)), key=sort_key)
+
+
+def _collate(indices: Sequence[int], samples: Sequence[Sample], weights: Sequence[float]) -> Batch:
+    """Returns the samples at `indices` as one micro-batch, padded on the right."""
+    rows = [samples[i] for i in indices]
+    shape = (len(rows), max(len(sample.token_ids) for sample in rows))
+    input_ids = torch.full(shape, PADDING_ID)  # [B, T], as all that follow
+    labels = torch.full(shape, PADDING_ID)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    token_mask = torch.zeros(shape, dtype=torch.bool)
+    weights_BT = torch.zeros(shape)
+    advantages_BT = torch.zeros(shape)
+    sampler_logprobs = torch.zeros(shape)
+    versions = torch.full(shape, -1)
+    for row, (i, sample) in enumerate(zip(indices, rows, strict=True)):
+        length = len(sample.token_ids)
+        # Position t predicts token t + 1, so these positions predict the completion.
+        completion = slice(sample.prompt_length - 1, length - 1)
+        input_ids[row, :length] = torch.tensor(sample.token_ids)
+        labels[row, : length - 1] = input_ids[row, 1:length]
+        attention_mask[row, :length] = 1
+        token_mask[row, completion] = True
+        weights_BT[row, completion] = weights[i]
+        advantages_BT[row, completion] = torch.tensor(sample.advantages)
         if sample.sampler_logprobs is not None:
-            sampler[row, completion] = torch.tensor(sample.sampler_logprobs)
+            sampler_logprobs[row, completion] = torch.tensor(sample.sampler_logprobs)
         if sample.versions is not None:
             versions[row, completion] = torch.tensor(sample.versions)
     return Batch(
-        index=tuple(rows),
-        sequences=tuple(samples[i].token_ids for i in rows),
-        prompt_lengths=tuple(samples[i].prompt_length for i in rows),
-        input_ids=ids,
-        attention_mask=attention,
+        index=tuple(indices),
+        sequences=tuple(sample.token_ids for sample in rows),
+        prompt_lengths=tuple(sample.prompt_length for sample in rows),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
         labels=labels,
-        token_mask=mask,
-        token_weights=weight,
-        advantages=advantage,
-        sampler_logprobs=sampler,
+        token_mask=token_mask,
+        token_weights=weights_BT,
+        advantages=advantages_BT,
+        sampler_logprobs=sampler_logprobs,
         versions=versions,
     )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Returns the batch with its tensors on a device."""
-    held = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved: dict[str, Any] = {
-        name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)
-    }
+    """Returns the micro-batch with its tensors on `device`."""
+    moved: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device)
     if batch.teacher_top is not None:
-        moved["teacher_top"] = tuple(part.to(device) for part in batch.teacher_top)
+        token_ids, logprobs = batch.teacher_top
+        moved["teacher_top"] = (token_ids.to(device), logprobs.to(device))
     return replace(batch, **moved)

@@ -1,7 +1,6 @@
-"""What a learner is set up with.
+"""DeepSpeed for the learners: initialisation, config, learning rate, gradient-norm limit, memory.
 
-This is the process group, DeepSpeed's own config, the learning rate, and what of the memory is
-kept.
+`Learner` and `SupervisedTrainer` share this file.
 """
 
 from __future__ import annotations
@@ -23,42 +22,63 @@ from grpo import config as configs
 from grpo.run import ranks
 from grpo.types import RunError
 
+# A run stops after this many consecutive updates whose loss or gradient norm is not finite, or
+# whose gradient norm is above `learner.skip_grad_norm`. Each of these updates is skipped.
+MAX_SKIPPED_UPDATES = 3
 
-def learning_rate(settings: configs.Learner, update: int, total_updates: int) -> float:
-    """Returns the learning rate of an update, counted from 0.
+# Parameters of glibc's mallopt() (malloc.h).
+M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
+M_MMAP_MAX = -4
 
-    It warms up linearly, then is constant or goes down to `min_lr_ratio`, linearly or as a cosine.
-    There is no state.
+
+def init_deepspeed() -> Any:
+    """Joins the process group. Returns the module `deepspeed`, with its logging reduced."""
+    deepspeed = _import_deepspeed()
+    ranks.join()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _import_deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # DeepSpeed compiles an operator for inference on CPUs at every start, under a file lock. A
+    # killed process does not release the lock, and all later processes would wait for it.
+    communication = importlib.import_module("deepspeed.comm.torch")
+    setattr(communication, "build_shm_op", lambda: None)  # noqa: B010 - a module has no such type
+    return deepspeed
+
+
+def deepspeed_config(settings: configs.LearnerSettings, dtype: str) -> dict[str, Any]:
+    """Returns DeepSpeed's config dictionary.
+
+    Args:
+        settings: The config section `learner`.
+        dtype: The dtype of the forward pass, `float32` or `bfloat16`.
     """
-    if update < settings.warmup_updates:
-        return settings.lr * (update + 1) / settings.warmup_updates
-    progress = (update - settings.warmup_updates) / max(1, total_updates - settings.warmup_updates)
-    decay = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[settings.schedule]
-    floor = 1.0 if settings.schedule == "constant" else settings.min_lr_ratio
-    return settings.lr * (floor + (1 - floor) * decay)
-
-
-def deepspeed_config(settings: configs.Learner, dtype: str) -> dict[str, Any]:
-    """Returns DeepSpeed's own config, built from ours."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
-    if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
     optimizer = {
         "lr": settings.lr,
         "betas": list(settings.betas),
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
+        # torch's fused Adam updates the states in one pass. DeepSpeed's own Adam has to be compiled
+        # with nvcc.
+        "torch_adam": True,
+        "fused": True,
     }
-    # no compiler run (nvcc), as DeepSpeed's own would need; one pass over the states
-    optimizer |= {"torch_adam": True, "fused": True}
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # the number of micro-batches varies: step() ends an update
+        # The number of micro-batches varies, so DeepSpeed must not count them: each call of step()
+        # ends an update.
         "managed_gradient_accumulation": False,
         "optimizer": {"type": "AdamW", "params": optimizer},
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -69,10 +89,11 @@ def deepspeed_config(settings: configs.Learner, dtype: str) -> dict[str, Any]:
     }
 
 
-def parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[str, Any]]:
-    """Weight decay is for matrices; norms and biases have none."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+def parameter_groups(model: nn.Module, settings: configs.LearnerSettings) -> list[dict[str, Any]]:
+    """Returns the optimizer's parameter groups: matrices have weight decay, vectors have none."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trained if parameter.ndim < 2]  # norms and biases
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -80,47 +101,81 @@ def parameter_groups(model: nn.Module, settings: configs.Learner) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-MAX_LOST = 3  # updates in a row whose gradient is not finite, or too large; each is skipped
+def learning_rate(settings: configs.LearnerSettings, update: int, total_updates: int) -> float:
+    """Returns the learning rate of an update. It depends on the arguments only.
+
+    The rate rises linearly during the warm-up. Then it is constant, or decays linearly or as a
+    cosine from `lr` to `lr * min_lr_ratio`.
+
+    Args:
+        settings: The config section `learner`.
+        update: The index of the update, from 0.
+        total_updates: The number of updates of the run.
+    """
+    if update < settings.warmup_updates:
+        return settings.lr * (update + 1) / settings.warmup_updates
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = (update - settings.warmup_updates) / max(1, total_updates - settings.warmup_updates)
+    if settings.schedule == "linear":
+        decay = 1 - progress
+    elif settings.schedule == "cosine":
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        raise ValueError(f"unknown learner.schedule {settings.schedule!r}")
+    floor = settings.min_lr_ratio
+    return settings.lr * (floor + (1 - floor) * decay)
 
 
-def not_finite(
-    update: int, loss: float, norm: float, settings: configs.Learner, times: int = MAX_LOST
+def skipped_updates_error(
+    update: int, loss: float, grad_norm: float, settings: configs.LearnerSettings, num_updates: int
 ) -> RunError:
-    """Returns the error that ends a run whose updates were skipped, or spoiled its weights."""
+    """Returns the error that ends a run after `num_updates` consecutive unusable updates."""
+    repetition = f", {num_updates} times in a row" if num_updates > 1 else ""
     return RunError(
-        f"update {update}: loss {loss}, gradient norm {norm}: not finite or above "
-        f"learner.skip_grad_norm={settings.skip_grad_norm:g}, "
-        f"{times} times in a row. The last checkpoint is good: go on from it with --resume and a "
-        "lower "
-        "learner.lr (or, if such norms are usual here, a higher skip_grad_norm)"
+        f"update {update}: loss {loss} or gradient norm {grad_norm} is not finite or above "
+        f"learner.skip_grad_norm={settings.skip_grad_norm:g}{repetition}. The last checkpoint is "
+        "intact: continue from it with --resume and a lower learner.lr. If such gradient norms are "
+        "normal for this run, raise learner.skip_grad_norm instead."
     )
 
 
-class NormLimit:
-    """Makes DeepSpeed skip an update with a gradient norm above `limit` as one that is not finite.
+def torch_optimizer(deepspeed_engine: Any) -> Any:
+    """Returns the torch optimizer of a DeepSpeed engine. The ZeRO optimizers wrap it."""
+    optimizer = deepspeed_engine.optimizer
+    return getattr(optimizer, "optimizer", optimizer)
 
-    `norm` is the last one. Each of DeepSpeed's optimizers has its own method to get the norm;
-    there, a norm that is too large becomes infinite.
+
+class NormLimit:
+    """Makes DeepSpeed skip an update whose gradient norm is above a limit.
+
+    DeepSpeed skips an update whose gradient norm is not finite. Each of its ZeRO optimizers has its
+    own method that computes the norm. NormLimit replaces that method by one that returns infinity
+    for a norm above the limit.
+
+    Attributes:
+        norm: The gradient norm of the last update, before clipping.
     """
 
     def __init__(self, optimizer: Any, limit: float) -> None:
-        """Replaces the method by which DeepSpeed's `optimizer` gets its gradient norm."""
+        """Replaces the method of DeepSpeed's `optimizer` that computes its gradient norm."""
         self.norm = math.inf
         self._limit = limit
         replacements = {
-            "_get_norm_groups": self._of_groups,  # ZeRO-3
-            "scaled_global_norm": self._of_groups,  # ZeRO-1 and 2
-            "get_grads_for_norm": self._of_gradients,  # ZeRO-1 in bfloat16
+            "_get_norm_groups": self._limit_norms,  # ZeRO-3
+            "scaled_global_norm": self._limit_norms,  # ZeRO-1 and 2
+            "get_grads_for_norm": self._limit_gradients,  # ZeRO-1 in bfloat16
         }
         for name, replacement in replacements.items():
             original = getattr(optimizer, name, None)
             if original is not None:
                 setattr(optimizer, name, functools.partial(replacement, original))
 
-    def _of_groups(self, original: Callable[..., Any]) -> Any:
+    def _limit_norms(self, original: Callable[..., Any]) -> Any:
+        """Returns the norms of `original` (one, or one per group), or infinities."""
         norms = original()
         values = torch.as_tensor(norms)
-        # -1 stands for one that is not finite
+        # DeepSpeed returns -1 for a norm that is not finite.
         is_finite = bool((values >= 0).all())
         self.norm = float(values.norm()) if is_finite else math.inf
         if self.norm <= self._limit:
@@ -129,67 +184,46 @@ class NormLimit:
             return [norm * math.inf for norm in norms]
         return norms * math.inf
 
-    def _of_gradients(self, original: Callable[..., Any], **options: Any) -> Any:
-        if options:  # asked once more, for clipping
+    def _limit_gradients(self, original: Callable[..., Any], **options: Any) -> Any:
+        """Returns the gradients of `original`, or one infinite gradient if it is too large."""
+        if options:
+            # This call serves the clipping. The call for the norm has no options.
             return original(**options)
-        gradients, experts = original()
+        gradients, expert_gradients = original()
         self.norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not self.norm <= self._limit:  # NaN too
+        is_within_limit = self.norm <= self._limit  # False for NaN
+        if not is_within_limit:
             gradients = [torch.full_like(gradients[0], math.inf)]
-        return gradients, experts
+        return gradients, expert_gradients
 
 
-class FreedMemory:
-    """On a CPU, keeps the memory that an update has freed for the next one.
+class HeapReuse:
+    """Keeps the memory that an update frees, for the next update. Has an effect on CPUs only.
 
-    Otherwise glibc maps each large tensor anew, which takes a third of an SFT update's time.
+    By default glibc maps each large tensor anew, which takes a third of the time of an SFT update.
 
-    Sequences of unequal lengths leave holes that do not fit the next ones: when the process has
-    grown by half since its first update, they are given back.
+    Sequences of different lengths leave holes in the heap that later tensors do not fit into. When
+    the process has grown by half since its first update, the holes are returned to the system.
     """
 
     def __init__(self) -> None:
-        """Sets glibc's allocator; does nothing on a GPU, or with another C library."""
+        """Configures glibc's allocator. Does nothing on a GPU or with another C library."""
         self._libc: ctypes.CDLL | None = None
-        self._max_resident_pages = 0.0  # 0 before the first update
+        self._max_resident_pages: float | None = None  # set after the first update
         libc = ctypes.CDLL(None)
         if torch.cuda.is_available() or not hasattr(libc, "mallopt"):
             return
         self._libc = libc
-        # M_MMAP_MAX: no mappings of their own; M_TRIM_THRESHOLD: no trimming; M_TOP_PAD: grow by
-        # 256 MiB
-        for option, value in {-4: 0, -1: -1, -2: 1 << 28}.items():
-            libc.mallopt(option, value)
+        libc.mallopt(M_MMAP_MAX, 0)  # no separate mappings for large allocations
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # no automatic trimming
+        libc.mallopt(M_TOP_PAD, 2**28)  # the heap grows by 256 MiB at a time
 
     def after_update(self) -> None:
-        """Gives holes back to the system when the process has grown by half."""
+        """Returns free memory to the system if the process has grown by half."""
         if self._libc is None:
             return
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-        if not self._max_resident_pages:
+        if self._max_resident_pages is None:
             self._max_resident_pages = 1.5 * resident_pages
         if resident_pages > self._max_resident_pages:
             self._libc.malloc_trim(0)
-
-
-def join() -> Any:
-    """Joins the process group; returns DeepSpeed, with its chatter off."""
-    deepspeed = _quiet_deepspeed()
-    ranks.join()
-    deepspeed.init_distributed(
-        "nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
-    )
-    return deepspeed
-
-
-def _quiet_deepspeed() -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    # An operator for inference on CPUs, compiled at every start under a lock that a killed process
-    # leaves behind for all who come after.
-    communication = importlib.import_module("deepspeed.comm.torch")
-    setattr(communication, "build_shm_op", lambda: None)  # noqa: B010 - a module has no such type
-    return deepspeed

@@ -1,6 +1,6 @@
-"""Divergences between a teacher's and a student's distribution over the vocabulary.
+"""Divergences between the student's and the teacher's distribution over the vocabulary.
 
-There is one value per position: [N].
+Each function returns one value per position. Axes: N positions, V vocabulary, K teacher tokens.
 """
 
 from __future__ import annotations
@@ -14,44 +14,65 @@ from torch import Tensor
 def divergence(
     student: Tensor, teacher: Tensor, kind: str, temperature: float, beta: float = 0.5
 ) -> Tensor:
-    """Returns the divergence at each position, in float32 and at a temperature T.
+    """Returns the divergence [N] of the two distributions at a temperature, in float32.
 
-    forward_kl  KL(t || s)
-    reverse_kl  KL(s || t)
-    jsd         beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s
+    If the vocabularies are padded to different sizes (as in Qwen2.5), only the common part counts.
 
-    Of two vocabularies that are padded to different sizes (Qwen2.5) the common part counts.
-    Source: Hinton 1503.02531 (forward; the caller multiplies by T^2); GKD 2306.13649 Eq. 1 (jsd).
+    Args:
+        student: The student's logits [N, V].
+        teacher: The teacher's logits [N, V].
+        kind: With s for the student's and t for the teacher's distribution:
+
+            - `forward_kl`: KL(t || s)
+            - `reverse_kl`: KL(s || t)
+            - `jsd`: beta KL(t || m) + (1 - beta) KL(s || m), with m = beta t + (1 - beta) s
+        temperature: Divides both sets of logits.
+        beta: The weight of the teacher in `jsd`, between 0 and 1.
+
+    Source:
+        forward_kl: Hinton 1503.02531 (the caller multiplies by the squared temperature).
+        jsd: GKD 2306.13649 Eq. 1.
     """
-    size = min(student.shape[-1], teacher.shape[-1])
-    s, t = (
-        torch.log_softmax(logits[:, :size].float() / temperature, -1)
-        for logits in (student, teacher)
-    )
-    return between(s, t, kind, beta)
+    vocabulary = min(student.shape[-1], teacher.shape[-1])
+    student_logprobs = torch.log_softmax(student[:, :vocabulary].float() / temperature, -1)
+    teacher_logprobs = torch.log_softmax(teacher[:, :vocabulary].float() / temperature, -1)
+    return _divergence(student_logprobs, teacher_logprobs, kind, beta)
 
 
 def top_divergence(
     student: Tensor, ids: Tensor, logprobs: Tensor, kind: str, beta: float = 0.5
 ) -> Tensor:
-    """Returns the divergence [N] at temperature 1 from the k likeliest tokens of the teacher alone.
+    """Returns the divergence [N] at temperature 1, from the teacher's K most likely tokens only.
 
-    `ids` and `logprobs` are these tokens [N, k]. All other tokens count as one more token. The
-    result is never more than the whole divergence, and it is without the bias of a distribution
-    that is cut off (2503.16870). `student` [N, V]: logits.
+    All other tokens count as one additional token. The result is at most the divergence over the
+    full vocabulary, and it does not have the bias of a truncated distribution (2503.16870).
+
+    Args:
+        student: The student's logits [N, V].
+        ids: The teacher's K most likely tokens [N, K].
+        logprobs: The teacher's log-probabilities of these tokens [N, K].
+        kind: As in `divergence`.
+        beta: As in `divergence`.
     """
-    s = torch.log_softmax(student.float(), -1)
-    return between(_with_rest(s.gather(-1, ids)), _with_rest(logprobs.float()), kind, beta)
+    student_logprobs = torch.log_softmax(student.float(), -1).gather(-1, ids)
+    return _divergence(
+        _with_remaining_tokens(student_logprobs),
+        _with_remaining_tokens(logprobs.float()),
+        kind,
+        beta,
+    )
 
 
-def _with_rest(top: Tensor) -> Tensor:
-    """Returns log-probabilities [N, k + 1], the last one of all that is left."""
-    rest = (-torch.expm1(torch.logsumexp(top, -1, keepdim=True).clamp(max=-1e-7))).log()
-    return torch.cat([top, rest], -1)
+def _with_remaining_tokens(logprobs: Tensor) -> Tensor:
+    """Returns log-probabilities [N, K + 1]: the K given ones, and that of all remaining tokens."""
+    top_mass = torch.logsumexp(logprobs, -1, keepdim=True)
+    # A mass of exactly 1 would leave log 0 for the remaining tokens.
+    remaining = (-torch.expm1(top_mass.clamp(max=-1e-7))).log()
+    return torch.cat([logprobs, remaining], -1)
 
 
-def between(s: Tensor, t: Tensor, kind: str, beta: float) -> Tensor:
-    """Returns the divergence of log-probabilities [N, V] of student and teacher."""
+def _divergence(s: Tensor, t: Tensor, kind: str, beta: float) -> Tensor:
+    """Returns the divergence [N] of the student's and the teacher's log-probabilities [N, V]."""
     if kind == "forward_kl":
         return _kl(t, s)
     if kind == "reverse_kl":
@@ -62,4 +83,5 @@ def between(s: Tensor, t: Tensor, kind: str, beta: float) -> Tensor:
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Returns KL(p || q) [N] of two sets of log-probabilities [N, V]."""
     return (p.exp() * (p - q)).sum(-1)

@@ -1,161 +1,193 @@
-"""Log-probabilities and entropies of given tokens on a GPU.
+"""Triton kernels for the log-probabilities and entropies of given tokens, and for their gradient.
 
-The Triton kernels read a logit once for the values and once for the gradient, and write nothing of
-the vocabulary's size but the gradient. The same in PyTorch's own operations
-(grpo/learning/policy.py) takes eight passes over float32 copies. Computed in float32, whatever the
-logits' dtype.
+The forward pass and the backward pass each read every logit once. The gradient is the only result
+of the size of the vocabulary. The equivalent PyTorch operations (grpo/learning/policy.py) read
+float32 copies of the logits eight times. The kernels compute in float32, whatever the dtype of the
+logits.
+
+Axes: N rows (positions that predict a completion token), V vocabulary.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # logits of one row that a program reads at a time
-LOWEST = -1e30  # in place of logits past the end of a row: exp() of it is 0, and it times 0 is 0
+BLOCK = 4096  # logits of one row that a program loads at a time
+# Replaces the logits past the end of a row. It is finite: exp(LOWEST - max) is 0, and 0 * LOWEST is
+# 0, where 0 * -inf would be NaN.
+LOWEST = -1e30
 
 
-def values(logits: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three float32 tensors [N] for logits [N, V] divided by the temperature.
+class TokenValues(NamedTuple):
+    """Values of N target tokens, float32."""
 
-    They are the log-probabilities of `targets` [N], the entropies, and the logarithms of the
-    softmax's denominators.
+    logprobs: Tensor  # [N]
+    entropies: Tensor  # [N], of the distribution over the vocabulary
+    normalisers: Tensor  # [N], log of the softmax denominator: logsumexp(logits / temperature)
+
+
+def values(logits: Tensor, targets: Tensor, *, temperature: float) -> TokenValues:
+    """Returns log-probabilities and entropies under softmax(logits / temperature).
+
+    Args:
+        logits: [N, V].
+        targets: [N], token ids.
+        temperature: divides the logits.
     """
-    logprobs, entropies, normalisers = (
-        torch.empty(len(logits), device=logits.device) for _ in range(3)
-    )
-    if len(logits):
-        _values[(len(logits),)](
+    num_rows, vocab_size = logits.shape
+    logprobs = torch.empty(num_rows, device=logits.device)
+    entropies = torch.empty(num_rows, device=logits.device)
+    normalisers = torch.empty(num_rows, device=logits.device)
+    if num_rows > 0:
+        _values[(num_rows,)](
             logits,
             targets,
             logprobs,
             entropies,
             normalisers,
             logits.stride(0),
-            logits.shape[1],
+            vocab_size,
             temperature,
             LOWEST,
             BLOCK,
             num_warps=8,
         )
-    return logprobs, entropies, normalisers
+    return TokenValues(logprobs, entropies, normalisers)
 
 
-def gradient(
+# `_LogProbs` of policy.py calls this function or its equivalent for CPUs with the saved tensors of
+# the forward pass and the gradients that autograd passes to it.
+def gradient(  # noqa: PLR0913
     logits: Tensor,
     targets: Tensor,
     normalisers: Tensor,
     entropies: Tensor,
-    grad: Tensor,
+    logprob_grad: Tensor,
     entropy_grad: Tensor | None,
     *,
     temperature: float,
 ) -> Tensor:
-    """Returns the gradient [N, V] with respect to the logits, in their dtype.
+    """Returns the gradient with respect to the logits, [N, V], in their dtype.
 
-    It is the gradient of sum(grad x logprobs) + sum(entropy_grad x entropies).
+    It is the gradient of sum(logprob_grad * logprobs) + sum(entropy_grad * entropies), with
 
-    d logprob / d logit = (onehot - p) / temperature, d entropy / d logit = -p (log p + entropy) /
-    temperature.
+        d logprob / d logit = (onehot(target) - p) / temperature
+        d entropy / d logit = -p (log p + entropy) / temperature
+
+    Args:
+        logits: [N, V].
+        targets: [N], token ids.
+        normalisers: [N], from `values`.
+        entropies: [N], from `values`.
+        logprob_grad: [N].
+        entropy_grad: [N]; `None` if the entropies have no gradient.
+        temperature: divides the logits.
     """
-    out = torch.empty_like(logits)
-    if len(logits):
-        grid = (len(logits), triton.cdiv(logits.shape[1], BLOCK))
-        with_entropy = entropy_grad is not None
-        entropy_grads = grad if entropy_grad is None else entropy_grad  # not read without
-        _gradient[grid](
-            logits,
-            targets,
-            normalisers,
-            entropies,
-            grad.contiguous(),
-            entropy_grads.contiguous(),
-            out,
-            logits.stride(0),
-            out.stride(0),
-            logits.shape[1],
-            temperature,
-            with_entropy,
-            BLOCK,
-            num_warps=8,
-        )
-    return out
+    logits_grad = torch.empty_like(logits)
+    num_rows, vocab_size = logits.shape
+    if num_rows == 0:
+        return logits_grad
+    with_entropy = entropy_grad is not None
+    if entropy_grad is None:
+        entropy_grad = logprob_grad  # any pointer: the kernel does not read it
+    _gradient[(num_rows, triton.cdiv(vocab_size, BLOCK))](
+        logits,
+        targets,
+        normalisers,
+        entropies,
+        logprob_grad.contiguous(),
+        entropy_grad.contiguous(),
+        logits_grad,
+        logits.stride(0),
+        logits_grad.stride(0),
+        vocab_size,
+        temperature,
+        with_entropy,
+        BLOCK,
+        num_warps=8,
+    )
+    return logits_grad
 
 
+# A Triton kernel takes every pointer and every size as a separate parameter.
 @triton.jit  # type: ignore[untyped-decorator]
-def _values(  # type: ignore[no-untyped-def]
+def _values(  # type: ignore[no-untyped-def] # noqa: PLR0913
     logits,
     targets,
     logprobs,
     entropies,
     normalisers,
-    stride,
-    vocabulary,
+    row_stride,
+    vocab_size,
     temperature,
     lowest,
     block: tl.constexpr,
 ):
-    """One program per row.
+    """Computes one row per program.
 
-    The maximum is not known before the row's end: sums are scaled down whenever it rises (online
-    softmax).
+    The logits are read once, block by block. When a block raises the maximum, the sums so far are
+    scaled down (online softmax).
     """
     row = tl.program_id(0).to(tl.int64)
-    first = logits + row * stride
-    highest = lowest
-    total = 0.0  # sum of exp(logit - highest)
-    weighted = 0.0  # sum of exp(logit - highest) x logit
-    for start in range(0, vocabulary, block):
-        places = start + tl.arange(0, block)
-        scaled = (
-            tl.load(first + places, mask=places < vocabulary, other=lowest).to(tl.float32)
-            / temperature
-        )
-        rising = tl.maximum(highest, tl.max(scaled, 0))
-        weights = tl.exp(scaled - rising)
-        shrunk = tl.exp(highest - rising)
-        total = total * shrunk + tl.sum(weights, 0)
-        weighted = weighted * shrunk + tl.sum(weights * scaled, 0)
-        highest = rising
-    normaliser = highest + tl.log(total)
-    target = tl.load(first + tl.load(targets + row)).to(tl.float32) / temperature
+    row_start = logits + row * row_stride
+    max_logit = lowest
+    weight_sum = 0.0  # sum of exp(logit - max_logit)
+    weighted_sum = 0.0  # sum of exp(logit - max_logit) * logit
+    for start in range(0, vocab_size, block):
+        token_ids = start + tl.arange(0, block)
+        inside = token_ids < vocab_size
+        block_logits = tl.load(row_start + token_ids, mask=inside, other=lowest)
+        scaled = block_logits.to(tl.float32) / temperature
+        new_max = tl.maximum(max_logit, tl.max(scaled, 0))
+        weights = tl.exp(scaled - new_max)
+        correction = tl.exp(max_logit - new_max)
+        weight_sum = weight_sum * correction + tl.sum(weights, 0)
+        weighted_sum = weighted_sum * correction + tl.sum(weights * scaled, 0)
+        max_logit = new_max
+    normaliser = max_logit + tl.log(weight_sum)
+    target_logit = tl.load(row_start + tl.load(targets + row)).to(tl.float32) / temperature
     tl.store(normalisers + row, normaliser)
-    tl.store(logprobs + row, target - normaliser)
-    tl.store(entropies + row, normaliser - weighted / total)
+    tl.store(logprobs + row, target_logit - normaliser)
+    tl.store(entropies + row, normaliser - weighted_sum / weight_sum)
 
 
+# A Triton kernel takes every pointer and every size as a separate parameter.
 @triton.jit  # type: ignore[untyped-decorator]
-def _gradient(  # type: ignore[no-untyped-def]
+def _gradient(  # type: ignore[no-untyped-def] # noqa: PLR0913
     logits,
     targets,
     normalisers,
     entropies,
-    grads,
+    logprob_grads,
     entropy_grads,
-    out,
-    stride,
-    out_stride,
-    vocabulary,
+    logits_grad,
+    row_stride,
+    grad_row_stride,
+    vocab_size,
     temperature,
     with_entropy: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One program per row and block of the vocabulary."""
+    """Computes one row and one block of the vocabulary per program."""
     row = tl.program_id(0).to(tl.int64)
-    places = tl.program_id(1) * block + tl.arange(0, block)
-    inside = places < vocabulary
-    grad = tl.load(grads + row) / temperature
-    scaled = (
-        tl.load(logits + row * stride + places, mask=inside, other=0.0).to(tl.float32) / temperature
-    )
+    token_ids = tl.program_id(1) * block + tl.arange(0, block)
+    inside = token_ids < vocab_size
+    logprob_grad = tl.load(logprob_grads + row) / temperature
+    block_logits = tl.load(logits + row * row_stride + token_ids, mask=inside, other=0.0)
+    scaled = block_logits.to(tl.float32) / temperature
     log_probabilities = scaled - tl.load(normalisers + row)
-    factor = -grad
+    factor = -logprob_grad
     if with_entropy:
-        factor = -grad - tl.load(entropy_grads + row) / temperature * (
+        factor = -logprob_grad - tl.load(entropy_grads + row) / temperature * (
             log_probabilities + tl.load(entropies + row)
         )
     result = tl.exp(log_probabilities) * factor
-    result = tl.where(places == tl.load(targets + row), result + grad, result)
-    tl.store(out + row * out_stride + places, result.to(out.dtype.element_ty), mask=inside)
+    is_target = token_ids == tl.load(targets + row)
+    result = tl.where(is_target, result + logprob_grad, result)
+    pointers = logits_grad + row * grad_row_stride + token_ids
+    tl.store(pointers, result.to(logits_grad.dtype.element_ty), mask=inside)

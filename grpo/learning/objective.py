@@ -1,7 +1,8 @@
-"""What an update minimises at each token: a loss, and what every recipe may add to it.
+"""The objective that an update minimises, at each token.
 
-Added are the correction of the sampler's mismatch, the KL to the reference, and an entropy bonus.
-All tensors are [B, T]; nothing here reduces over tokens.
+It is the recipe's loss with three optional terms: the correction for the mismatch between learner
+and sampler, the KL to the reference, and an entropy bonus. All tensors are [B, T]. Nothing in this
+file reduces over tokens.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import Loss, LossOutput, ratio, row_mean
 from grpo.types import Batch, UserError
 
-# The default bounds (min, max) of pi_old / pi_sampler by the kind of correction.
+# Default bounds (min, max) of pi_old / pi_sampler for each kind of mismatch correction.
 MISMATCH_BOUNDS = {
-    # truncated importance sampling, "Your efficient RL framework secretly brings you off-policy RL
-    # training"
+    # Truncated importance sampling: "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    # Training".
     "tis": (0.0, 2.0),
     "mis_token": (0.0, 3.0),  # TRL's cap
     "mis_sequence": (0.0, 3.0),
@@ -29,10 +30,12 @@ MISMATCH_BOUNDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The objective at every token.
+    """The objective at each token of a micro-batch.
 
-    `per_token` [B, T] is minimised. `metrics` are quantities [B, T] whose means over completion
-    tokens are reported. `sampler_ratios` [B, T] are pi / pi_sampler, without a gradient.
+    Attributes:
+        per_token: [B, T], to be minimised.
+        metrics: Quantities [B, T] by metric name. Their means over completion tokens are reported.
+        sampler_ratios: [B, T], pi / pi_sampler, without a gradient.
     """
 
     per_token: Tensor
@@ -41,20 +44,19 @@ class Objective:
 
 
 def objective(
-    logprobs: Tensor, entropies: Tensor, batch: Batch, algorithm: Algorithm, loss: Loss
+    logprobs: Tensor, entropies: Tensor, batch: Batch, algorithm: AlgorithmSettings, loss: Loss
 ) -> Objective:
     """Returns the objective of a micro-batch.
 
-    With `kl_unbiased` the KL term is multiplied by pi / pi_old, whose gradient has the right mean.
-
     Args:
-        logprobs: [B, T], of the policy, with a gradient.
-        entropies: [B, T], of the policy.
-        batch: the micro-batch.
-        algorithm: the recipe.
-        loss: the recipe's loss.
+        logprobs: The policy's log-probabilities [B, T], with a gradient.
+        entropies: The policy's entropies [B, T].
+        batch: The micro-batch.
+        algorithm: The recipe.
+        loss: The recipe's loss.
 
-    Source: the unbiased KL is DeepSeek-V3.2 2512.02556 Eq. 7.
+    Raises:
+        UserError: `loss` does not return a LossOutput.
     """
     old_logprobs = logprobs if batch.old_logprobs is None else batch.old_logprobs
     log_ratios = (old_logprobs.detach() - batch.sampler_logprobs) * batch.token_mask
@@ -68,8 +70,8 @@ def objective(
     output = loss(logprobs, replace(batch, advantages=batch.advantages * weights), algorithm)
     if not isinstance(output, LossOutput):
         raise UserError(
-            f"algorithm.loss={algorithm.loss}: it returned {type(output).__name__}, expected "
-            "LossOutput(per_token=..., metrics=...) of grpo.losses"
+            f"algorithm.loss={algorithm.loss}: the loss returned {type(output).__name__}, "
+            "expected grpo.losses.LossOutput(per_token=..., metrics=...)"
         )
     per_token = output.per_token
     metrics = dict(output.metrics)
@@ -80,14 +82,12 @@ def objective(
         kl = kl_estimate(logprobs, batch.ref_logprobs, algorithm.kl_estimator)
         metrics["kl/ref"] = kl
         if algorithm.kl_in == "loss":
-            coefficient: Tensor | float = algorithm.kl_coef
-            if algorithm.kl_unbiased:
-                coefficient = algorithm.kl_coef * ratio(logprobs, batch.old_logprobs)
-            per_token = per_token + coefficient * kl
+            per_token = per_token + _kl_coefficient(logprobs, batch, algorithm) * kl
     if algorithm.entropy_coef:
         per_token = per_token - algorithm.entropy_coef * entropies
     if algorithm.old_logprobs == "sampler":
-        # old_logprobs are the sampler's here, so their ratio is 1: report the policy's own
+        # `batch.old_logprobs` are the sampler's, so their ratio to the sampler is 1. Report the
+        # ratio of the current policy instead.
         log_ratios = (logprobs.detach() - batch.sampler_logprobs) * batch.token_mask
     sampler_ratios = log_ratios.exp()
     metrics["policy/entropy"] = entropies
@@ -96,13 +96,32 @@ def objective(
     return Objective(per_token=per_token, metrics=metrics, sampler_ratios=sampler_ratios)
 
 
+def _kl_coefficient(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> Tensor | float:
+    """Returns the factor of the KL term in the loss.
+
+    With `kl_unbiased` it contains pi / pi_old [B, T], so that the expected gradient of the term is
+    the gradient of the KL.
+
+    Source: DeepSeek-V3.2 2512.02556 Eq. 7.
+    """
+    if algorithm.kl_unbiased:
+        return algorithm.kl_coef * ratio(logprobs, batch.old_logprobs)
+    return algorithm.kl_coef
+
+
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Returns an estimate of KL(pi || ref) at each token, with d = log pi - log ref.
 
-    The estimators are k1 = d, k2 = d^2 / 2 and k3 = exp(-d) + d - 1.
+    The estimators are:
 
-    Source: Schulman, "Approximating KL divergence"; k3 is DeepSeekMath 2402.03300 Eq. 4. k1 and k3
-    have the right mean; k2 has the right gradient when the samples are the policy's own.
+    - `k1`: d
+    - `k2`: d^2 / 2
+    - `k3`: exp(-d) + d - 1
+
+    k1 and k3 are unbiased. k2 is biased, but its gradient is unbiased if the tokens were sampled
+    from the current policy.
+
+    Source: Schulman, "Approximating KL divergence"; k3 is DeepSeekMath 2402.03300 Eq. 4.
     """
     difference = logprobs - ref_logprobs
     if estimator == "k1":
@@ -111,33 +130,36 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
         return difference.square() / 2
     if estimator == "k3":
         return torch.exp(-difference) + difference - 1
-    raise ValueError(f"unknown KL estimator {estimator!r}")
+    raise ValueError(f"unknown KL estimator {estimator!r}. Available: k1, k2, k3.")
 
 
 def mismatch_weights(
     log_ratios: Tensor, mask: Tensor, kind: str, low: float | None, high: float | None
 ) -> Tensor:
-    """Returns the weights [B, T] that correct sampling from the engine's distribution.
+    """Returns weights [B, T] that correct for sampling from the engine's distribution.
 
-    They are functions of rho = pi_old / pi_sampler, by `kind`:
-    - none: 1.
-    - tis: min(rho, high).
-    - mis_token and icepop: rho where low <= rho <= high, else 0.
-    - mis_sequence: the same of the whole sequence's rho.
-    - mask_sequence: 1 where the geometric mean of a sequence's rho is within the bounds, else 0.
+    They are functions of rho = pi_old / pi_sampler:
+
+    - `none`: 1
+    - `tis`: min(rho, high)
+    - `mis_token`, `icepop`: rho if low <= rho <= high, else 0
+    - `mis_sequence`: as `mis_token`, with the product of rho over the sequence
+    - `mask_sequence`: 1 if the geometric mean of rho over the sequence is within the bounds, else 0
 
     Args:
-        log_ratios: [B, T], log rho, 0 outside the completions.
-        mask: [B, T], the completion tokens.
-        kind: the correction.
-        low: the lower bound of rho; default: MISMATCH_BOUNDS.
-        high: the upper bound of rho; default: MISMATCH_BOUNDS.
+        log_ratios: log rho [B, T], 0 outside the completions.
+        mask: The completion tokens [B, T].
+        kind: The kind of correction.
+        low: Lower bound of rho. None: the default in MISMATCH_BOUNDS.
+        high: Upper bound of rho. None: the default in MISMATCH_BOUNDS.
     """
     if kind == "none":
         return torch.ones_like(log_ratios)
     default_low, default_high = MISMATCH_BOUNDS[kind]
-    low = default_low if low is None else low
-    high = default_high if high is None else high
+    if low is None:
+        low = default_low
+    if high is None:
+        high = default_high
     if kind == "mis_sequence":
         log_ratios = row_mean(log_ratios, mask) * mask.sum(-1, keepdim=True)
     elif kind == "mask_sequence":
@@ -145,7 +167,7 @@ def mismatch_weights(
     ratios = torch.exp(log_ratios)
     if kind == "tis":
         return ratios.clamp(min=low, max=high)
-    inside = (ratios >= low) & (ratios <= high)
+    is_within_bounds = (ratios >= low) & (ratios <= high)
     if kind == "mask_sequence":
-        return inside.float()
-    return torch.where(inside, ratios, 0.0)
+        return is_within_bounds.float()
+    return torch.where(is_within_bounds, ratios, 0.0)

@@ -1,12 +1,16 @@
-"""The policy as the learner sees it.
+"""The policy: a causal language model that scores given tokens.
 
-Tokens in, log-probabilities of the completion tokens out, never a [B, T, V] tensor.
+`Policy` maps a batch of tokens to the log-probabilities of its completion tokens. It never creates
+a [B, T, V] tensor of logits.
+
+Axes: B sequences, T positions, V vocabulary, H hidden size, N completion tokens of a batch (of this
+rank, if ranks share the batch), K tokens of a teacher's top-k distribution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,300 +23,459 @@ from grpo.learning.divergence import divergence, top_divergence
 from grpo.types import Batch, UserError
 
 if TYPE_CHECKING:
-    from grpo.config import Soft
+    from grpo.config import SoftTargetSettings
 
 
 class PolicyOutput(NamedTuple):
-    """What the policy says of a micro-batch's completion tokens; 0 at all other positions.
+    """The policy's values for the completion tokens of a micro-batch; 0 at all other positions.
 
-    A NamedTuple, because DeepSpeed's ZeRO-3 looks for a module's tensors in tuples only.
+    This is a NamedTuple because DeepSpeed's ZeRO-3 looks for the tensors of a module's output in
+    tuples only.
+
+    Attributes:
+        logprobs: Log-probabilities of the tokens in `batch.labels`, [B, T] float32.
+        entropies: Entropies of the policy's distribution, [B, T] float32.
+        divergences: Divergences from the teacher's distribution, [B, T]. None without a teacher.
+        hidden_errors: Errors of the projected hidden states, [B, T]. None if `soft.hidden_weight`
+            is 0.
+        balance_loss: The load-balancing loss of the routers, []. None without `router_loss`.
     """
 
-    logprobs: Tensor  # [B, T] float32, of the tokens in `batch.labels`
-    entropies: Tensor  # [B, T] float32, of the policy's distribution
-    divergences: Tensor | None = None  # [B, T], from the teacher's distribution
-    hidden_errors: Tensor | None = None  # [B, T], of projected hidden states (soft.hidden_weight)
-    balance_loss: Tensor | None = None  # [], the router's load-balancing loss
+    logprobs: Tensor
+    entropies: Tensor
+    divergences: Tensor | None = None
+    hidden_errors: Tensor | None = None
+    balance_loss: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOptions:
+    """Options of the output head.
+
+    Attributes:
+        temperature: Divides the logits, as the sampler does before its softmax.
+        chunk_tokens: Number of positions whose logits exist at once.
+        float32: Whether the logits are computed in float32.
+        entropy_gradient: Whether the entropies carry a gradient.
+    """
+
+    temperature: float
+    chunk_tokens: int
+    float32: bool = False
+    entropy_gradient: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftTargets:
+    """A teacher whose distribution the policy learns.
+
+    Attributes:
+        settings: The config section `soft`.
+        teacher: The teacher. None if the batches hold its most likely tokens
+            (`Batch.teacher_top`).
+    """
+
+    settings: SoftTargetSettings
+    teacher: Policy | None
+
+
+class LayerPair(NamedTuple):
+    """A layer of the student and the layer of the teacher that it is matched with, from 1."""
+
+    student: int
+    teacher: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModelRun:
+    """The output of the transformers model for a batch, either packed or padded."""
+
+    output: Any
+    # Positions [B, T] that predict completion tokens and whose hidden states are on this rank.
+    mask: Tensor
+    layout: packing.Layout | None = None  # of a packed stream
+    attention_mask: Tensor | None = None  # of a padded batch, [B, T]
+
+    def predictor_states(self, hidden: Tensor) -> Tensor:
+        """Returns the hidden states [N, H] at `mask`.
+
+        Args:
+            hidden: The hidden states of the packed stream [1, tokens, H] or of the batch [B, T, H].
+        """
+        if self.layout is None:
+            return hidden[self.mask]
+        return hidden[0].index_select(0, self.layout.predictors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _States:
-    """Hidden states that predict completion tokens: of all of them, or of this rank's N."""
+    """Hidden states at the N positions that predict completion tokens."""
 
-    last: Tensor  # [N, H], the last layer's
-    layers: list[Tensor]  # [N, H] each, of the layers that are compared with the teacher's
-    places: Tensor  # [B, T] bool: where the N tokens are
+    last: Tensor  # of the last layer, [N, H]
+    layers: list[Tensor]  # of the layers that are matched with the teacher's, [N, H] each
+    mask: Tensor  # the N positions, [B, T] bool
     balance_loss: Tensor | None
 
 
+@dataclass(slots=True, kw_only=True)
+class _HeadOutput:
+    """Values of the N completion tokens, one tensor per chunk. `_run_head` appends to the lists."""
+
+    logprobs: list[Tensor] = field(default_factory=list)
+    entropies: list[Tensor] = field(default_factory=list)
+    divergences: list[Tensor] = field(default_factory=list)
+
+
 class Policy(nn.Module):
-    """A causal language model that returns log-probabilities and entropies of given tokens.
+    """A transformers model that returns log-probabilities and entropies of given tokens.
 
-    The logits are divided by a temperature.
-
-    The output head runs only where `token_mask` is set, `chunk` positions at a time, and its logits
-    are computed again in the backward pass: memory is chunk x V, whatever the batch.
+    The output head runs only at the positions of `Batch.token_mask`, one chunk of positions at a
+    time. The backward pass recomputes the logits. Their memory is [chunk, V], independent of the
+    batch size.
     """
 
     def __init__(
         self,
         model: Any,
+        head: HeadOptions,
         *,
-        temperature: float,
-        chunk: int,
-        float32_head: bool = False,
-        entropy_gradient: bool = False,
-        router: bool = False,
-        teacher: Policy | None = None,
-        soft: Soft | None = None,
+        router_loss: bool = False,
+        soft_targets: SoftTargets | None = None,
         ulysses: Any = None,
     ) -> None:
         """Wraps a transformers model.
 
         Args:
-            model: the model.
-            temperature: divides the logits.
-            chunk: positions that the head computes at once.
-            float32_head: whether the head computes in float32.
-            entropy_gradient: whether entropies carry a gradient.
-            router: whether to return the load-balancing loss of a mixture of experts.
-            teacher: the policy that divergences are measured to.
-            soft: how they are measured.
-            ulysses: shares the stream among ranks (grpo/learning/ulysses.py).
+            model: The model.
+            head: Options of the output head.
+            router_loss: Whether to return the load-balancing loss of a mixture of experts.
+            soft_targets: The teacher to compute divergences from.
+            ulysses: Splits the stream of tokens across ranks (grpo/learning/ulysses.py).
+
+        Raises:
+            UserError: `soft.hidden_layers` names a layer that a model does not have.
         """
         super().__init__()
         self.model: Any = model
-        self.temperature = temperature
-        self.chunk = chunk
-        self.ulysses = ulysses
-        self.float32_head = float32_head
-        self.entropy_gradient = entropy_gradient
-        self.router = router
-        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
-        self._soft = soft
         self.projections = nn.ModuleDict()
-        if teacher is not None and soft is not None and soft.hidden_weight:
-            self.projections.update(_projections(model, teacher.model, soft))
+        self._head = head
+        self._router_loss = router_loss
+        self._soft_targets = soft_targets  # not a submodule: the teacher is not trained
+        self._ulysses = ulysses
+        self._layer_pairs: list[LayerPair] = []
+        if (
+            soft_targets is not None
+            and soft_targets.teacher is not None
+            and soft_targets.settings.hidden_weight
+        ):
+            self._add_projections(soft_targets.teacher, soft_targets.settings.hidden_layers)
+
+    def _add_projections(self, teacher: Policy, hidden_layers: dict[int, int]) -> None:
+        """Adds the trained maps from the student's hidden states to the teacher's."""
+        student_config = self.model.config
+        teacher_config = teacher.model.config
+        self._layer_pairs = _layer_pairs(
+            student_config.num_hidden_layers, teacher_config.num_hidden_layers, hidden_layers
+        )
+        self.projections.update(
+            _projections(self._layer_pairs, student_config.hidden_size, teacher_config.hidden_size)
+        )
 
     def forward(self, batch: Batch) -> PolicyOutput:
-        """Returns log-probabilities, entropies and whatever else the policy was made for.
+        """Returns the values of the batch's completion tokens. Position t predicts `labels[:, t]`.
 
-        Position t predicts `labels[:, t]`. Temperature divides the logits, as the sampler does
-        before its softmax.
+        The optional fields of the output depend on the arguments of the constructor.
         """
-        student_layers = [student_layer for student_layer, _ in self._layer_pairs()]
-        states = self._states(batch, student_layers)
+        states = self._states(batch, [pair.student for pair in self._layer_pairs])
         teacher_states = self._teacher_states(batch)
         hidden_errors = None
-        if teacher_states is not None and self.projections:
+        if teacher_states is not None and self._layer_pairs:
             errors = self._hidden_errors(states, teacher_states)
-            hidden_errors = self._grid([errors], states.places)
-        targets = batch.labels[states.places]  # [N]
-        teacher_top = None
-        if teacher_states is None and batch.teacher_top is not None:
-            held = states.places[batch.token_mask]
-            teacher_top = [part[held] for part in batch.teacher_top]  # [N, k]
-        weight = self._float32_weight() if self.float32_head else None
-        logprobs: list[Tensor] = []
-        entropies: list[Tensor] = []
-        divergences: list[Tensor] = []
-        # Every rank runs the head as often as the rank with most tokens.
-        for start in range(0, max(len(states.last), batch.most), self.chunk):
-            piece = slice(start, start + self.chunk)
-            last = states.last[piece]
-            logprob, entropy = checkpoint(
-                self._head, last, targets[piece], weight, use_reentrant=False
-            )
-            logprobs.append(logprob)
-            entropies.append(entropy)
-            if teacher_states is not None:
-                piece_divergence = checkpoint(
-                    self._divergence, last, teacher_states.last[piece], use_reentrant=False
-                )
-                divergences.append(piece_divergence)
-            elif teacher_top is not None:
-                ids, top_logprobs = teacher_top
-                piece_divergence = checkpoint(
-                    self._top_divergence,
-                    last,
-                    ids[piece],
-                    top_logprobs[piece],
-                    use_reentrant=False,
-                )
-                divergences.append(piece_divergence)
+            hidden_errors = self._grid([errors], states.mask)
+        head_output = self._run_head(batch, states, teacher_states)
+        logprobs = self._grid(head_output.logprobs, states.mask)
+        entropies = self._grid(head_output.entropies, states.mask)
+        divergences = None
+        if head_output.divergences:
+            divergences = self._grid(head_output.divergences, states.mask)
         return PolicyOutput(
-            logprobs=self._grid(logprobs, states.places),
-            entropies=self._grid(entropies, states.places),
-            divergences=self._grid(divergences, states.places) if divergences else None,
+            logprobs=logprobs,
+            entropies=entropies,
+            divergences=divergences,
             hidden_errors=hidden_errors,
             balance_loss=states.balance_loss,
         )
 
-    def _grid(self, pieces: list[Tensor], mask: Tensor) -> Tensor:
-        grid = _scatter(pieces, mask)
-        return grid if self.ulysses is None else self.ulysses.whole(grid)
+    def _grid(self, chunks: list[Tensor], mask: Tensor) -> Tensor:
+        """Returns the values of all ranks' tokens as a grid [B, T].
 
-    def _layer_pairs(self) -> list[tuple[int, int]]:
-        """Returns the layers that are compared: student's, teacher's."""
-        pairs = []
-        for name in self.projections:
-            student_layer, _, teacher_layer = name.partition("_")
-            pairs.append((int(student_layer), int(teacher_layer)))
-        return pairs
+        Args:
+            chunks: The values of this rank's N tokens, in order.
+            mask: The positions of these tokens, [B, T] bool.
+        """
+        grid = _scatter(chunks, mask)
+        if self._ulysses is None:
+            return grid
+        complete_grid: Tensor = self._ulysses.whole(grid)
+        return complete_grid
 
     @torch.no_grad()
     def _teacher_states(self, batch: Batch) -> _States | None:
-        teacher = self._teacher[0]
-        if teacher is None:
+        if self._soft_targets is None or self._soft_targets.teacher is None:
             return None
-        return teacher._states(batch, [teacher_layer for _, teacher_layer in self._layer_pairs()])
+        teacher_layers = [pair.teacher for pair in self._layer_pairs]
+        return self._soft_targets.teacher._states(batch, teacher_layers)
 
     def _hidden_errors(self, states: _States, teacher_states: _States) -> Tensor:
         """Returns the mean squared error [N] of projected hidden states, averaged over layers."""
         errors = []
-        for project, student_hidden, teacher_hidden in zip(
+        for projection, hidden, teacher_hidden in zip(
             self.projections.values(), states.layers, teacher_states.layers, strict=True
         ):
-            difference = project(student_hidden) - teacher_hidden
+            difference = projection(hidden) - teacher_hidden
             errors.append(difference.float().square().mean(-1))
         return torch.stack(errors).mean(0)
 
     def _states(self, batch: Batch, layers: list[int]) -> _States:
-        """Returns the hidden states that predict completion tokens, of the last and of `layers`."""
-        options: dict[str, Any] = {}
-        if self.router:
+        """Runs the model up to the output head.
+
+        Args:
+            batch: The micro-batch.
+            layers: The layers whose hidden states are returned in addition to the last one's.
+        """
+        options: dict[str, Any] = {"use_cache": False}
+        if self._router_loss:
             options["output_router_logits"] = True
         if layers:
             options["output_hidden_states"] = True
-        attention_mask: Tensor | None = None
-        places = batch.token_mask
         if self.model.config._attn_implementation == packing.NAME:
-            device = batch.input_ids.device
-            kernel = packing.has_kernel(self.model.config, self.model.dtype, device)
-            layout = packing.layout(batch.sequences, batch.prompt_lengths, device, kernel=kernel)
-            if self.ulysses is not None:
-                layout, held = self.ulysses.part(layout)
-                places = torch.zeros_like(places).masked_scatter_(places, held)
-            out = self.model.base_model(
-                input_ids=layout.ids,
-                position_ids=layout.positions,
-                use_cache=False,
-                packed=layout,
-                **options,
-            )
-
-            def predictors(hidden: Tensor) -> Tensor:
-                return hidden[0].index_select(0, layout.predictors)
+            run = self._run_packed(batch, options)
         else:
-            attention_mask = batch.attention_mask
-            out = self.model.base_model(
-                input_ids=batch.input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                **options,
-            )
-
-            def predictors(hidden: Tensor) -> Tensor:
-                return hidden[batch.token_mask]
-
+            run = self._run_padded(batch, options)
         balance_loss = None
-        if self.router:
-            balance_loss = moe.balance_loss(self.model, out.router_logits, attention_mask)
+        if self._router_loss:
+            balance_loss = moe.balance_loss(
+                self.model, run.output.router_logits, run.attention_mask
+            )
         return _States(
-            last=predictors(out.last_hidden_state),
-            layers=[predictors(out.hidden_states[layer]) for layer in layers],
-            places=places,
+            last=run.predictor_states(run.output.last_hidden_state),
+            layers=[run.predictor_states(run.output.hidden_states[layer]) for layer in layers],
+            mask=run.mask,
             balance_loss=balance_loss,
         )
 
-    def _divergence(self, states: Tensor, teacher_states: Tensor) -> Tensor:
-        """Returns the divergence from the teacher at each position.
-
-        In the backward pass everything is computed again, the logits included.
-        """
-        teacher = self._teacher[0]
-        soft = self._soft
-        assert teacher is not None and soft is not None
-        return divergence(
-            self._logits(states),
-            teacher._logits(teacher_states),
-            soft.divergence,
-            soft.temperature,
-            soft.beta,
+    def _run_packed(self, batch: Batch, options: dict[str, Any]) -> _ModelRun:
+        device = batch.input_ids.device
+        mask = batch.token_mask
+        has_kernel = packing.has_kernel(self.model.config, self.model.dtype, device)
+        layout = packing.layout(batch.sequences, batch.prompt_lengths, device, kernel=has_kernel)
+        if self._ulysses is not None:
+            layout, is_local = self._ulysses.part(layout)
+            mask = torch.zeros_like(mask).masked_scatter_(mask, is_local)
+        output = self.model.base_model(
+            input_ids=layout.ids, position_ids=layout.positions, packed=layout, **options
         )
+        return _ModelRun(output=output, mask=mask, layout=layout)
 
-    def _top_divergence(self, states: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-        assert self._soft is not None
-        return top_divergence(
-            self._logits(states), ids, logprobs, self._soft.divergence, self._soft.beta
+    def _run_padded(self, batch: Batch, options: dict[str, Any]) -> _ModelRun:
+        output = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options
         )
+        return _ModelRun(output=output, mask=batch.token_mask, attention_mask=batch.attention_mask)
 
-    def _head(
-        self, states: Tensor, targets: Tensor, weight: Tensor | None
+    def _run_head(
+        self, batch: Batch, states: _States, teacher_states: _States | None
+    ) -> _HeadOutput:
+        """Runs the output head on all completion tokens, one chunk at a time."""
+        targets = batch.labels[states.mask]  # [N]
+        teacher_top = None
+        if teacher_states is None and batch.teacher_top is not None:
+            is_local = states.mask[batch.token_mask]
+            teacher_top = [values[is_local] for values in batch.teacher_top]  # [N, K] each
+        float32_weight = self._float32_weight() if self._head.float32 else None
+        output = _HeadOutput()
+        # All ranks run the head in the same number of chunks, because ZeRO-3 gathers its weights
+        # for each chunk.
+        num_positions = max(len(states.last), batch.most)
+        for start in range(0, num_positions, self._head.chunk_tokens):
+            chunk = slice(start, start + self._head.chunk_tokens)
+            hidden = states.last[chunk]
+            logprobs, entropies = checkpoint(
+                self._logprobs, hidden, targets[chunk], float32_weight, use_reentrant=False
+            )
+            output.logprobs.append(logprobs)
+            output.entropies.append(entropies)
+            if teacher_states is not None:
+                divergences = checkpoint(
+                    self._divergence, hidden, teacher_states.last[chunk], use_reentrant=False
+                )
+                output.divergences.append(divergences)
+            elif teacher_top is not None:
+                ids, top_logprobs = teacher_top
+                divergences = checkpoint(
+                    self._top_divergence,
+                    hidden,
+                    ids[chunk],
+                    top_logprobs[chunk],
+                    use_reentrant=False,
+                )
+                output.divergences.append(divergences)
+        return output
+
+    def _logprobs(
+        self, hidden: Tensor, targets: Tensor, float32_weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        logits = self._logits(states, weight)
+        """Returns the log-probabilities of the targets and the entropies, of one chunk."""
+        logits = self._logits(hidden, float32_weight)
         logprobs_and_entropies: tuple[Tensor, Tensor]
         logprobs_and_entropies = _LogProbs.apply(  # type: ignore[no-untyped-call]
-            logits, targets, self.temperature, self.entropy_gradient
+            logits, targets, self._head.temperature, self._head.entropy_gradient
         )
         return logprobs_and_entropies
+
+    def _divergence(self, hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+        """Returns the divergences of one chunk from the teacher's distribution."""
+        assert self._soft_targets is not None and self._soft_targets.teacher is not None
+        settings = self._soft_targets.settings
+        return divergence(
+            self._logits(hidden),
+            self._soft_targets.teacher._logits(teacher_hidden),
+            settings.divergence,
+            settings.temperature,
+            settings.beta,
+        )
+
+    def _top_divergence(self, hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+        """Returns the divergences of one chunk from the teacher's K most likely tokens."""
+        assert self._soft_targets is not None
+        settings = self._soft_targets.settings
+        return top_divergence(
+            self._logits(hidden), ids, logprobs, settings.divergence, settings.beta
+        )
 
     def _float32_weight(self) -> Tensor:
         weight: Tensor = self.model.get_output_embeddings().weight.float()
         return weight
 
-    def _logits(self, states: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Returns logits [N, V]; `weight` is the head's in float32, made once for all chunks."""
+    def _logits(self, hidden: Tensor, float32_weight: Tensor | None = None) -> Tensor:
+        """Returns the logits, before the division by the temperature.
+
+        `float32_weight` is the head's weight in float32, converted once for all chunks.
+        """
         head = self.model.get_output_embeddings()
-        if not self.float32_head:
-            logits: Tensor = head(states)
+        if not self._head.float32:
+            logits: Tensor = head(hidden)
             return logits
-        if weight is None:
-            weight = self._float32_weight()
-        return F.linear(states.float(), weight, head.bias)
+        if float32_weight is None:
+            float32_weight = self._float32_weight()
+        return F.linear(hidden.float(), float32_weight, head.bias)
+
+
+def _layer_pairs(
+    num_student_layers: int, num_teacher_layers: int, hidden_layers: dict[int, int]
+) -> list[LayerPair]:
+    """Returns the layers whose hidden states are matched.
+
+    If `soft.hidden_layers` is empty, student layer m is matched with the teacher layer at the same
+    relative depth, m L_teacher / L_student.
+
+    Raises:
+        UserError: A layer does not exist.
+
+    Source: TinyBERT 1909.10351 (evenly spread layers).
+    """
+    if hidden_layers:
+        pairs = [LayerPair(student, teacher) for student, teacher in hidden_layers.items()]
+    else:
+        pairs = [
+            LayerPair(layer, round(layer * num_teacher_layers / num_student_layers))
+            for layer in range(1, num_student_layers + 1)
+        ]
+    for pair in pairs:
+        is_student_layer = 1 <= pair.student <= num_student_layers
+        is_teacher_layer = 1 <= pair.teacher <= num_teacher_layers
+        if not (is_student_layer and is_teacher_layer):
+            raise UserError(
+                f"soft.hidden_layers: {{{pair.student}: {pair.teacher}}} names a layer that does "
+                f"not exist. The student has layers 1 to {num_student_layers}, the teacher 1 to "
+                f"{num_teacher_layers}."
+            )
+    return pairs
+
+
+def _projections(
+    pairs: list[LayerPair], student_size: int, teacher_size: int
+) -> dict[str, nn.Module]:
+    """Returns one linear map from student to teacher hidden states per pair of layers.
+
+    The keys are part of the checkpoint: `{"1_2": Linear, "2_4": Linear}` for student layer 1 with
+    teacher layer 2, and 2 with 4.
+    """
+    projections: dict[str, nn.Module] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for pair in pairs:
+            projection = nn.Linear(student_size, teacher_size, bias=False)
+            nn.init.orthogonal_(projection.weight)
+            projections[f"{pair.student}_{pair.teacher}"] = projection
+    return projections
+
+
+def _scatter(chunks: list[Tensor], mask: Tensor) -> Tensor:
+    """Returns a float32 grid [B, T] with the values of the chunks, in order, where `mask` is set.
+
+    All other positions are 0.
+    """
+    grid = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    if not chunks:
+        return grid
+    return grid.masked_scatter(mask, torch.cat(chunks))
 
 
 class _LogProbs(torch.autograd.Function):
-    """Logits [N, V] -> log-probabilities and entropies [N] of targets, in float32.
+    """Maps logits [N, V] to log-probabilities of targets and entropies, both [N] float32.
 
-    The gradient keeps the logits' dtype.
+    The gradient has the logits' dtype.
 
-    Plain autograd makes ten passes over the vocabulary. On a CPU the few that are left go row block
-    by row block, within the cache: together four times as fast as whole, where they took longer
-    than the head's matrix product. On a GPU: grpo/learning/logprob_kernels.py.
+    Plain autograd makes ten passes over the vocabulary. This function makes fewer. On a CPU, it
+    makes them on blocks of rows that fit into the cache. That is four times as fast as passes over
+    all rows, which take longer than the matrix product of the output head. On a GPU, it calls the
+    kernels in grpo/learning/logprob_kernels.py.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        values = logprob_kernels().values if logits.is_cuda else _values
+        values = _kernels().values if logits.is_cuda else _values
         logprobs, entropies, normalisers = values(logits, targets, temperature=temperature)
         ctx.save_for_backward(logits, targets, normalisers, entropies)
-        ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
+        ctx.temperature = temperature
+        ctx.entropy_gradient = entropy_gradient
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(
+        ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor
+    ) -> tuple[Tensor, None, None, None]:
         logits, targets, normalisers, entropies = ctx.saved_tensors
-        gradient = logprob_kernels().gradient if logits.is_cuda else _gradient
-        entropy_grad_or_none = entropy_grad if ctx.entropy_gradient else None
+        gradient = _kernels().gradient if logits.is_cuda else _gradient
         logits_grad = gradient(
             logits,
             targets,
             normalisers,
             entropies,
-            grad,
-            entropy_grad_or_none,
+            logprob_grad,
+            entropy_grad if ctx.entropy_gradient else None,
             temperature=ctx.temperature,
         )
         return logits_grad, None, None, None
 
 
-def logprob_kernels() -> Any:
-    """Returns the module of Triton kernels, which comes with PyTorch for CUDA."""
+def _kernels() -> Any:
+    # Triton comes with PyTorch for CUDA only.
     from grpo.learning import logprob_kernels
 
     return logprob_kernels
@@ -321,88 +484,60 @@ def logprob_kernels() -> Any:
 def _values(
     logits: Tensor, targets: Tensor, *, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `values` of grpo/learning/logprob_kernels.py."""
-    logprobs, entropies, normalisers = (
-        torch.empty(len(logits), device=logits.device) for _ in range(3)
-    )
+    """Computes `values` of grpo/learning/logprob_kernels.py on a CPU."""
+    num_rows = len(logits)
+    logprobs = torch.empty(num_rows, device=logits.device)
+    entropies = torch.empty(num_rows, device=logits.device)
+    normalisers = torch.empty(num_rows, device=logits.device)
     for rows, scaled in _row_blocks(logits, temperature):
-        highest = scaled.amax(-1, keepdim=True)
-        picked = scaled.gather(-1, targets[rows, None])[:, 0]
-        weights = torch.exp(scaled - highest)
-        total = weights.sum(-1)
-        normalisers[rows] = highest[:, 0] + total.log()
-        logprobs[rows] = picked - normalisers[rows]
-        entropies[rows] = normalisers[rows] - torch.linalg.vecdot(weights, scaled) / total
+        max_logits = scaled.amax(-1, keepdim=True)
+        target_logits = scaled.gather(-1, targets[rows, None])[:, 0]
+        weights = torch.exp(scaled - max_logits)
+        total_weights = weights.sum(-1)
+        normalisers[rows] = max_logits[:, 0] + total_weights.log()
+        logprobs[rows] = target_logits - normalisers[rows]
+        mean_logits = torch.linalg.vecdot(weights, scaled) / total_weights
+        entropies[rows] = normalisers[rows] - mean_logits
     return logprobs, entropies, normalisers
 
 
-def _gradient(
+# The signature is that of the Triton kernels' `gradient`: `_LogProbs` calls either of them.
+def _gradient(  # noqa: PLR0913
     logits: Tensor,
     targets: Tensor,
     normalisers: Tensor,
     entropies: Tensor,
-    grad: Tensor,
+    logprob_grad: Tensor,
     entropy_grad: Tensor | None,
     *,
     temperature: float,
 ) -> Tensor:
-    """As `gradient` of grpo/learning/logprob_kernels.py."""
-    out = torch.empty_like(logits)
-    grad = grad[:, None] / temperature
+    """Computes `gradient` of grpo/learning/logprob_kernels.py on a CPU."""
+    logits_grad = torch.empty_like(logits)
+    logprob_grad = logprob_grad[:, None] / temperature
     for rows, scaled in _row_blocks(logits, temperature):
-        factor = -grad[rows]
+        factor = -logprob_grad[rows]
         scaled.sub_(normalisers[rows, None])
         if entropy_grad is not None:
             factor = factor - entropy_grad[rows, None] / temperature * (
                 scaled + entropies[rows, None]
             )
-        scaled.exp_().mul_(factor).scatter_add_(-1, targets[rows, None], grad[rows])
-        out[rows] = scaled.to(out.dtype)
-    return out
-
-
-def _projections(student: Any, teacher: Any, soft: Soft) -> dict[str, nn.Module]:
-    """Returns the maps from the student's hidden states to the teacher's.
-
-    They are named "student layer_teacher layer".
-
-    Without a map of the layers, layer m goes with m L_teacher / L_student (TinyBERT 1909.10351).
-    Raises UserError for a layer that is not there.
-    """
-    own, its = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    pairs = soft.hidden_layers or {m: round(m * its / own) for m in range(1, own + 1)}
-    for m, n in pairs.items():
-        if not (1 <= m <= own and 1 <= n <= its):
-            raise UserError(
-                f"soft.hidden_layers: {m}: {n}; the student has layers 1 to {own}, the teacher 1 "
-                f"to {its}"
-            )
-    made: dict[str, nn.Module] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for m, n in pairs.items():
-            projection = nn.Linear(
-                student.config.hidden_size, teacher.config.hidden_size, bias=False
-            )
-            nn.init.orthogonal_(projection.weight)
-            made[f"{m}_{n}"] = projection
-    return made
+        scaled.exp_().mul_(factor).scatter_add_(-1, targets[rows, None], logprob_grad[rows])
+        logits_grad[rows] = scaled.to(logits_grad.dtype)
+    return logits_grad
 
 
 def _row_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Yields `(rows, logits[rows] / temperature)` in float32, in one buffer that is used again."""
-    # on a CPU 4 MB
-    size = max(
-        1, min(len(logits), 2**20 // logits.shape[1] if logits.device.type == "cpu" else 2**20)
-    )
-    buffer = torch.empty(size, logits.shape[1], device=logits.device)
-    for start in range(0, len(logits), size):
-        rows = slice(start, min(start + size, len(logits)))
-        scaled = buffer[: rows.stop - start].copy_(logits[rows])
-        yield rows, scaled if temperature == 1 else scaled.div_(temperature)
-
-
-def _scatter(pieces: list[Tensor], mask: Tensor) -> Tensor:
-    """Returns a float32 [B, T] grid with the pieces' values, in order, where the mask is set."""
-    grid = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return grid.masked_scatter(mask, torch.cat(pieces)) if pieces else grid
+    """Yields `(rows, logits[rows] / temperature)` in float32. All blocks share one buffer."""
+    num_rows, vocabulary = logits.shape
+    block_rows = 2**20
+    if logits.device.type == "cpu":
+        block_rows = 2**20 // vocabulary  # 4 MB, which fit into the cache
+    block_rows = max(1, min(num_rows, block_rows))
+    buffer = torch.empty(block_rows, vocabulary, device=logits.device)
+    for start in range(0, num_rows, block_rows):
+        rows = slice(start, min(start + block_rows, num_rows))
+        block = buffer[: rows.stop - start].copy_(logits[rows])
+        if temperature != 1:
+            block.div_(temperature)
+        yield rows, block

@@ -1,14 +1,14 @@
-"""Fewer bits: how weights and activations are rounded, and a model that learns with that rounding.
+"""Rounding of weights and activations to int8 and int4, and training with that rounding.
 
-compressed-tensors does the rounding. Learning with it is quantisation-aware training (QAT). The
-rounding is the same in training and in what `grpo quantize` writes, clipped ranges included.
+compressed-tensors computes the rounding. `grpo quantize` writes models with it, and
+quantisation-aware training (QAT, `model.qat`) applies it in the forward pass. Both use the same
+scales, clipping included.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.types import UserError
 
@@ -16,13 +16,23 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
     from torch import Tensor
 
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a 4-bit range that are tried
+# Fractions of the largest value to which the range of a 4-bit scale is clipped. The one with the
+# smallest squared error is used.
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+class Rounding(NamedTuple):
+    """How a scheme rounds; compressed-tensors describes each with a `QuantizationArgs`."""
+
+    weights: QuantizationArgs
+    activations: QuantizationArgs | None  # None if activations are not rounded
 
 
 def linear_layers(model: Any) -> list[tuple[str, Any]]:
-    """Returns what is rounded: every linear layer but the output head.
+    """Returns the layers whose weights are rounded, `(name, layer)`.
 
-    A mixture's experts are no linear layers and stay.
+    These are all linear layers except the output head. The experts of a mixture of experts are not
+    linear layers and are not rounded.
     """
     import torch
 
@@ -33,112 +43,160 @@ def linear_layers(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def arguments(scheme: str, group_size: int) -> tuple[QuantizationArgs, QuantizationArgs | None]:
-    """Returns how weights are rounded, and activations where they are."""
+def arguments(scheme: str, group_size: int) -> Rounding:
+    """Returns how a scheme rounds weights and activations.
+
+    int8         weights with one scale per output channel, activations with one scale per token
+    int8_tensor  weights with one scale per tensor, activations with one scale per token
+    int4         weights with one scale per `group_size` inputs, activations are not rounded
+    """
     from compressed_tensors.quantization import QuantizationArgs
 
-    by_token = QuantizationArgs(num_bits=8, strategy="token", symmetric=True, dynamic=True)
-    return {
-        "int8": (QuantizationArgs(num_bits=8, strategy="channel", symmetric=True), by_token),
-        "int8_tensor": (QuantizationArgs(num_bits=8, strategy="tensor", symmetric=True), by_token),
-        "int4": (
-            QuantizationArgs(num_bits=4, strategy="group", group_size=group_size, symmetric=True),
-            None,
-        ),
-    }[scheme]
+    if scheme == "int4":
+        weights = QuantizationArgs(
+            num_bits=4, strategy="group", group_size=group_size, symmetric=True
+        )
+        return Rounding(weights, activations=None)
+    strategies = {"int8": "channel", "int8_tensor": "tensor"}
+    return Rounding(
+        weights=QuantizationArgs(num_bits=8, strategy=strategies[scheme], symmetric=True),
+        activations=QuantizationArgs(num_bits=8, strategy="token", symmetric=True, dynamic=True),
+    )
 
 
 def best_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
-    """Returns the scales of a weight [out, in].
+    """Returns the scales of a weight, float32.
 
-    They are [1], [out, 1] or [out, groups], each clipped where its own squared error is least.
+    The scale of 8 bits covers the largest value. The scale of 4 bits is clipped where the squared
+    error of its values is smallest, so a few large values do not make the steps too coarse.
+
+    Args:
+        weight: [out, in].
+        args: how the weight is rounded.
+
+    Returns:
+        Scales [1], [out, 1] or [out, groups], by `args.strategy`.
     """
     import torch
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    dtype, weight = weight.dtype, weight.float()
-    parts: Callable[[Tensor], Tensor] = {
-        "tensor": lambda w: w.reshape(1, 1, -1),
-        "channel": lambda w: w.unsqueeze(1),
-        "group": lambda w: w.unflatten(1, (-1, args.group_size or 1)),
-    }[args.strategy]  # [.., .., values of one scale]
-    low, high = parts(weight).amin(-1), parts(weight).amax(-1)
-    best: Tensor | None = None
-    least = torch.empty(())
-    for clip in CLIPS if args.num_bits == 4 else (1.0,):
-        scale, zero = calculate_qparams(low * clip, high * clip, args)
-        scale = scale.to(dtype).float()  # as it will be written, beside weights of that precision
+    stored_dtype = weight.dtype
+    weight = weight.float()
+    parts = _values_per_scale(weight, args)
+    min_values = parts.amin(-1)
+    max_values = parts.amax(-1)
+    clips = CLIPS if args.num_bits == 4 else (1.0,)
+    best_scales: Tensor | None = None
+    min_errors = torch.empty(())
+    for clip in clips:
+        scales, zero_points = calculate_qparams(min_values * clip, max_values * clip, args)
+        scales = scales.to(stored_dtype).float()  # files hold scales in the dtype of the weights
         if args.strategy == "tensor":
-            scale, zero = scale.reshape(1), zero.reshape(1)
-        error = (
-            (parts(fake_quantize(weight, scale, zero, args)) - parts(weight))
-            .square()
-            .sum(-1)
-            .reshape(scale.shape)
-        )
-        if best is None:
-            best, least = scale, error
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    assert best is not None
-    return best
+            scales = scales.reshape(1)
+            zero_points = zero_points.reshape(1)
+        rounded = fake_quantize(weight, scales, zero_points, args)
+        differences = _values_per_scale(rounded, args) - parts
+        errors = differences.square().sum(-1).reshape(scales.shape)
+        if best_scales is None:
+            best_scales = scales
+            min_errors = errors
+        is_better = errors < min_errors
+        best_scales = torch.where(is_better, scales, best_scales)
+        min_errors = torch.where(is_better, errors, min_errors)
+    assert best_scales is not None
+    return best_scales
+
+
+def _values_per_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
+    """Returns a weight [out, in] as [.., .., number of values that share a scale]."""
+    if args.strategy == "tensor":
+        return weight.reshape(1, 1, -1)
+    if args.strategy == "channel":
+        return weight.unsqueeze(1)
+    if args.strategy == "group":
+        groups: Tensor = weight.unflatten(1, (-1, args.group_size or 1))
+        return groups
+    raise ValueError(f"unsupported strategy {args.strategy}")
 
 
 def check_groups(model: Any, key: str, group_size: int) -> None:
-    """Raises UserError for a model with layers that the groups of int4 do not divide."""
+    """Raises UserError if the inputs of a linear layer are not divisible by `group_size`.
+
+    Args:
+        model: a transformers model.
+        key: config key of `group_size`, for the message.
+        group_size: number of inputs that share a scale (int4).
+    """
     for name, layer in linear_layers(model):
         if layer.in_features % group_size:
             raise UserError(
-                f"{key}={group_size} does not divide the {layer.in_features} inputs of {name}: "
-                "try 32 or 64"
+                f"{key}={group_size} does not divide the {layer.in_features} inputs of {name}. "
+                "Try 32 or 64."
             )
 
 
 def learn_rounded(model: Any, scheme: str, group_size: int) -> None:
-    """Makes every linear layer but the head compute with rounded weights, in place.
+    """Makes every linear layer except the output head compute with rounded weights, in place.
 
-    In int8 the activations are rounded too. Gradients pass the rounding as if it were not there
-    (straight-through, 1308.3432; Jacob et al. 1712.05877). The weights stay as they are. Raises
-    UserError.
+    In int8 the layers also round their inputs. The stored weights are not rounded. The gradient
+    treats the rounding as the identity (straight-through estimator).
+
+    Args:
+        model: a transformers model.
+        scheme: `int8`, `int8_tensor` or `int4`.
+        group_size: number of inputs that share a scale (int4).
+
+    Raises:
+        UserError: `group_size` does not divide the inputs of a layer.
+
+    Source: straight-through estimator 1308.3432; training with it, Jacob et al. 1712.05877.
     """
-    weights, activations = arguments(scheme, group_size)
     if scheme == "int4":
         check_groups(model, "model.qat.group_size", group_size)
+    rounding = arguments(scheme, group_size)
     for _, layer in linear_layers(model):
-        layer.forward = functools.partial(_forward, layer, weights, activations)
+        layer.forward = functools.partial(_forward, layer, rounding)
 
 
-def _forward(
-    layer: Any, weights: QuantizationArgs, activations: QuantizationArgs | None, x: Tensor
-) -> Tensor:
+def _forward(layer: Any, rounding: Rounding, x: Tensor) -> Tensor:
     import torch
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
     with torch.no_grad():
-        weight = rounded_weight(layer.weight, weights)
-        rounded = (
-            x
-            if activations is None
-            else fake_quantize(
-                x, *compute_dynamic_scales_and_zp(x, activations, layer), activations
-            )
-        )
-    weight, x = _through(layer.weight, weight), _through(x, rounded)
+        rounded_layer_weight = rounded_weight(layer.weight, rounding.weights)
+        rounded_x = x
+        if rounding.activations is not None:
+            rounded_x = _rounded_activations(layer, x, rounding.activations)
+    weight = _straight_through(layer.weight, rounded_layer_weight)
+    x = _straight_through(x, rounded_x)
     return torch.nn.functional.linear(x, weight, layer.bias)
 
 
+def _rounded_activations(layer: Any, x: Tensor, args: QuantizationArgs) -> Tensor:
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    scales, zero_points = compute_dynamic_scales_and_zp(x, args, layer)
+    rounded: Tensor = fake_quantize(x, scales, zero_points, args)
+    return rounded
+
+
 def rounded_weight(weight: Tensor, args: QuantizationArgs) -> Tensor:
-    """Returns the weight as it will be once quantised, in its own dtype."""
+    """Returns the weight with the values that `grpo quantize` writes, in its own dtype.
+
+    Args:
+        weight: [out, in].
+        args: how the weight is rounded.
+    """
     import torch
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
-    scale = best_scale(weight, args)
-    rounded: Tensor = fake_quantize(weight.float(), scale, torch.zeros_like(scale), args)
+    scales = best_scale(weight, args)
+    zero_points = torch.zeros_like(scales)  # the rounding is symmetric
+    rounded: Tensor = fake_quantize(weight.float(), scales, zero_points, args)
     return rounded.to(weight.dtype)
 
 
-def _through(value: Tensor, rounded: Tensor) -> Tensor:
-    """Returns `rounded`, with `value`'s gradient."""
+def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+    """Returns `rounded`, with the gradient of `value`."""
     return rounded + (value - value.detach())

@@ -1,6 +1,7 @@
-"""TRL's SFTTrainer as a learner of ours.
+"""Supervised fine-tuning with TRL's SFTTrainer.
 
-The loss and the loop are TRL's. The schedule, order, checkpoints, metrics and way to stop are ours.
+TRL provides the loss and the training loop. grpo provides the order of the rows, the learning-rate
+schedule, the checkpoints, the metrics and the stop condition.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
@@ -22,193 +24,270 @@ from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 from grpo.config import SftConfig
 from grpo.learning import lora, packing
 from grpo.learning.deepspeed_setup import (
-    MAX_LOST,
-    FreedMemory,
+    MAX_SKIPPED_UPDATES,
+    HeapReuse,
     NormLimit,
     deepspeed_config,
-    join,
+    init_deepspeed,
     learning_rate,
-    not_finite,
+    skipped_updates_error,
 )
 from grpo.run import ranks
 
+# TRL's names of metrics, and grpo's.
 METRICS = {
     "loss": "loss",
     "grad_norm": "policy/grad_norm",
     "entropy": "policy/entropy",
     "mean_token_accuracy": "policy/token_accuracy",
 }
+IGNORED_LABEL = -100  # of tokens that are not trained on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisedInputs:
+    """The model and the data of supervised training.
+
+    Attributes:
+        model_dir: The directory of the initial model.
+        tokenizer: Its tokenizer.
+        rows: The sequences, in the order of training, `sft.batch_size` per update:
+            `{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}`.
+    """
+
+    model_dir: Path
+    tokenizer: Any
+    rows: Iterable[dict[str, list[int]]]
+
+
+class SupervisedCallbacks(Protocol):
+    """The functions that SupervisedTrainer calls after an update."""
+
+    def on_update(self, row: dict[str, Any]) -> None:
+        """Receives the metrics of an update."""
+
+    def save(self, update: int, write: Callable[[Path], None]) -> None:
+        """Saves a checkpoint; `write(directory)` writes the trainer's files."""
+
+    def stop(self) -> bool:
+        """Returns whether to save a checkpoint now and end the training."""
 
 
 class SupervisedTrainer(SFTTrainer):
-    """Trains on rows in their order, `sft.batch_size` an update.
-
-    The caller's functions see each update and write each checkpoint.
-    """
+    """TRL's trainer with grpo's data order, learning rates, checkpoints and metrics."""
 
     def __init__(
         self,
         config: SftConfig,
-        model_dir: Path,
-        tokenizer: Any,
-        rows: Iterable[dict[str, list[int]]],
+        inputs: SupervisedInputs,
+        callbacks: SupervisedCallbacks,
         *,
-        on_update: Callable[[dict[str, Any]], None],
-        save: Callable[[int, Callable[[Path], None]], None],
-        stop: Callable[[], bool],
-        scratch: Path,
+        output_dir: Path,
     ) -> None:
-        """Sets up TRL's trainer, which calls `on_update(metrics)` after each update.
+        """Loads the model and sets up TRL's trainer.
 
-        `save(update, write)` saves a checkpoint, of which `write(directory)` writes the files.
-        `stop()` returns whether to save after this update and end.
+        Args:
+            config: The config of the run.
+            inputs: The model and the data.
+            callbacks: The functions to call after an update.
+            output_dir: TRL's output directory. TRL writes no checkpoints there, because
+                `callbacks.save` chooses their directories.
         """
-        join()
-        self._memory = FreedMemory()
-        self._config, self._on_update, self._keep, self._ended = config, on_update, save, stop
-        self._clock = time.monotonic()
-        self._limit: NormLimit | None = None
-        self._lost = 0  # updates in a row that were skipped
-        cuda = torch.cuda.is_available()
-        settings, micro = config.learner, config.micro_batch
-        arguments = SFTConfig(
-            output_dir=str(scratch),
-            use_cpu=not cuda,
-            bf16=config.model.dtype == "bfloat16",
-            seed=config.seed,
-            max_steps=config.sft.updates,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=config.sft.batch_size // micro // ranks.world_size(),
-            optim="adamw_torch_fused",
-            learning_rate=settings.lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_epsilon=settings.eps,
-            max_grad_norm=settings.max_grad_norm,
-            max_length=None,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            dataloader_pin_memory=cuda,
-            average_tokens_across_devices=True,
-            padding_free=config.model.packed,
-            deepspeed=_trainer_config(config),
-        )
-        model = lora.load_policy(
-            config, model_dir, packing.ROWS if config.model.packed else config.model.attention
-        )
-        taken = list(rows)
-        self._lengths = [sum(label != -100 for label in row["labels"]) for row in taken]
+        init_deepspeed()
+        self._heap = HeapReuse()
+        self._config = config
+        self._callbacks = callbacks
+        self._update_started_at = time.monotonic()
+        self._norm_limit: NormLimit | None = None  # set in the first training step
+        self._num_consecutive_skips = 0
+        # Under ZeRO-3, the arguments have to exist before the model is loaded: transformers then
+        # splits the weights across ranks while it loads them.
+        arguments = _training_arguments(config, output_dir)
+        attention = packing.ROWS if config.model.packed else config.model.attention
+        model = lora.load_policy(config, inputs.model_dir, attention)
+        rows = list(inputs.rows)
+        self._row_tokens = [_num_trained_tokens(row) for row in rows]
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_list(taken),
-            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=inputs.tokenizer,
         )
         self.remove_callback(PrinterCallback)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every weight whole, tied ones once, adapters merged."""
-        adapted = lora.of(self.model)  # type: ignore[arg-type]
-        own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # type: ignore[union-attr] # tied: once
-        # ZeRO-3 gives it to rank 0 alone
-        whole = self.accelerator.get_state_dict(self.deepspeed) or {}
-        for name, tensor in whole.items():
-            if name in own and "lora_" not in name:
-                name = name.replace(".base_layer.", ".")
-                yield name, lora.merged(tensor, adapted[name]) if name in adapted else tensor
+        """Yields `(name, tensor)` for every weight: complete, tied weights once, adapters merged.
+
+        All ranks must iterate together. With ZeRO-3, rank 0 alone gets the weights.
+        """
+        model: Any = self.model
+        adapted_layers = lora.of(model)
+        # The state dict contains tied weights twice, `named_parameters` once.
+        names = {name for name, _ in model.named_parameters()}
+        names.update(name for name, _ in model.named_buffers())
+        state = self.accelerator.get_state_dict(self.deepspeed) or {}
+        for name, tensor in state.items():
+            if name not in names or "lora_" in name:
+                continue
+            # peft moves the weight of an adapted layer into `base_layer`.
+            hub_name = name.replace(".base_layer.", ".")
+            if hub_name in adapted_layers:
+                tensor = lora.merged(tensor, adapted_layers[hub_name])
+            yield hub_name, tensor
 
     def save_adapter(self, directory: Path) -> None:
-        """Writes the model's LoRA adapter to `directory`."""
+        """Writes the model's LoRA adapter."""
         lora.save(self.model, directory)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Returns a scheduler that follows our `learning_rate` in place of transformers' own."""
+        """Returns a scheduler with the rates of `learning_rate`, in place of transformers' own."""
         settings = self._config.learner
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer,  # type: ignore[arg-type]
-            lambda update: learning_rate(settings, update, self._config.sft.updates) / settings.lr,
-        )
+
+        def relative_rate(update: int) -> float:
+            return learning_rate(settings, update, self._config.sft.updates) / settings.lr
+
+        if optimizer is None:
+            optimizer = self.optimizer
+        self.lr_scheduler = LambdaLR(optimizer, relative_rate)
         return self.lr_scheduler
 
-    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-        """Returns the loss of TRL's training step; the first sets the gradient norm's limit."""
-        if self._limit is None:  # DeepSpeed's optimizer is there now
-            engine: Any = self.deepspeed
-            self._limit = NormLimit(engine.optimizer, self._config.learner.skip_grad_norm)
-        loss: Tensor = super().training_step(*arguments, **named)  # type: ignore[no-untyped-call]
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs TRL's training step on a micro-batch and returns its loss."""
+        if self._norm_limit is None:
+            # DeepSpeed creates its optimizer after the constructor has returned.
+            deepspeed_engine: Any = self.deepspeed
+            self._norm_limit = NormLimit(
+                deepspeed_engine.optimizer, self._config.learner.skip_grad_norm
+            )
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+        if train_dataset is None:
+            train_dataset = self.train_dataset
+        return SequentialSampler(train_dataset)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Hands an update's metrics to `on_update`, and saves a checkpoint when one is due."""
-        if "loss" not in logs:  # the trainer's closing summary
-            return
-        super().log(logs, start_time)
-        self._memory.after_update()
-        update = self.state.global_step
-        settings = self._config.learner
-        row: dict[str, Any] = {"step": update, "update": update}
-        row |= {ours: float(logs[theirs]) for theirs, ours in METRICS.items() if theirs in logs}
-        row |= self._skipped(row)
-        size = self._config.sft.batch_size
-        # TRL's own count starts anew at a resume
-        row["update/tokens"] = sum(self._lengths[(update - 1) * size : update * size])
-        row |= {
-            "policy/lr": learning_rate(settings, update - 1, self._config.sft.updates),
-            "time/total_s": time.monotonic() - self._clock,
-        }
-        self._on_update(row)
-        every = self._config.checkpoint.every
-        last = update == self._config.sft.updates
-        if self._ended() or last or (every and update % every == 0):
-            self._keep(update, self._write)
-            if self._ended():
-                self.control.should_training_stop = True
-        self._clock = time.monotonic()
+        """Reports an update's metrics, and saves a checkpoint if one is due.
 
-    def _skipped(self, row: dict[str, Any]) -> dict[str, float]:
-        """Returns whether the update was skipped, and its norm.
-
-        Without ZeRO an update that is not finite is not skipped, and the weights are lost. Raises
-        RunError.
+        The Trainer calls it after each update.
         """
-        assert self._limit is not None
-        engine: Any = self.deepspeed
-        applied = bool(engine.was_step_applied()) and math.isfinite(row["loss"])
-        self._lost = 0 if applied else self._lost + 1
-        most = MAX_LOST if self._config.learner.zero_stage else 1
-        if self._lost == most:
-            raise not_finite(
-                row["update"], row["loss"], self._limit.norm, self._config.learner, most
-            )
-        return {"update/not_finite": float(not applied)} | (
-            {} if applied else {"policy/grad_norm": self._limit.norm}
-        )
+        if "loss" not in logs:
+            return  # the Trainer's summary at the end
+        super().log(logs, start_time)
+        self._heap.after_update()
+        update = self.state.global_step
+        self._callbacks.on_update(self._metrics_row(update, logs))
+        if self._callbacks.stop() or self._is_checkpoint_due(update):
+            self._callbacks.save(update, self._write_checkpoint)
+            # A signal may have arrived since the first check.
+            if self._callbacks.stop():
+                self.control.should_training_stop = True
+        self._update_started_at = time.monotonic()
 
-    def _write(self, directory: Path) -> None:
+    def _metrics_row(self, update: int, logs: dict[str, float]) -> dict[str, Any]:
+        """Returns the metrics of an update.
+
+        Raises:
+            RunError: Too many consecutive updates were skipped.
+        """
+        row: dict[str, Any] = {"step": update, "update": update}
+        for trl_name, name in METRICS.items():
+            if trl_name in logs:
+                row[name] = float(logs[trl_name])
+        assert self._norm_limit is not None
+        grad_norm = self._norm_limit.norm
+        deepspeed_engine: Any = self.deepspeed
+        is_applied = bool(deepspeed_engine.was_step_applied()) and math.isfinite(row["loss"])
+        self._stop_after_skipped_updates(update, row["loss"], grad_norm, is_applied=is_applied)
+        row["update/not_finite"] = float(not is_applied)
+        if not is_applied:
+            row["policy/grad_norm"] = grad_norm
+        # TRL's own count of tokens starts at 0 again after a resume.
+        batch_size = self._config.sft.batch_size
+        first_row = (update - 1) * batch_size
+        row["update/tokens"] = sum(self._row_tokens[first_row : first_row + batch_size])
+        row["policy/lr"] = learning_rate(self._config.learner, update - 1, self._config.sft.updates)
+        row["time/total_s"] = time.monotonic() - self._update_started_at
+        return row
+
+    def _stop_after_skipped_updates(
+        self, update: int, loss: float, grad_norm: float, *, is_applied: bool
+    ) -> None:
+        """Raises RunError after too many consecutive updates that were skipped."""
+        if is_applied:
+            self._num_consecutive_skips = 0
+            return
+        self._num_consecutive_skips += 1
+        # Without ZeRO, DeepSpeed applies an update that is not finite, and the weights are lost.
+        max_skips = MAX_SKIPPED_UPDATES if self._config.learner.zero_stage else 1
+        if self._num_consecutive_skips == max_skips:
+            raise skipped_updates_error(update, loss, grad_norm, self._config.learner, max_skips)
+
+    def _is_checkpoint_due(self, update: int) -> bool:
+        if update == self._config.sft.updates:
+            return True
+        every = self._config.checkpoint.every
+        return every > 0 and update % every == 0
+
+    def _write_checkpoint(self, directory: Path) -> None:
         self.args.output_dir = str(directory)
-        Trainer._save_checkpoint(self, self.model, trial=None)  # type: ignore[arg-type] # SFTTrainer's own adds a model card
+        # SFTTrainer's own method also writes a model card.
+        Trainer._save_checkpoint(self, self.model, trial=None)  # type: ignore[arg-type]
 
 
-def _trainer_config(config: SftConfig) -> dict[str, Any]:
+def _num_trained_tokens(row: dict[str, list[int]]) -> int:
+    return sum(label != IGNORED_LABEL for label in row["labels"])
+
+
+def _num_accumulation_steps(config: SftConfig) -> int:
+    """Returns the number of micro-batches per update and rank."""
+    return config.sft.batch_size // config.micro_batch // ranks.world_size()
+
+
+def _training_arguments(config: SftConfig, output_dir: Path) -> SFTConfig:
+    settings = config.learner
+    has_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(output_dir),
+        use_cpu=not has_gpu,
+        bf16=config.model.dtype == "bfloat16",
+        seed=config.seed,
+        max_steps=config.sft.updates,
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=_num_accumulation_steps(config),
+        optim="adamw_torch_fused",
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_epsilon=settings.eps,
+        max_grad_norm=settings.max_grad_norm,
+        max_length=None,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=has_gpu,
+        average_tokens_across_devices=True,
+        padding_free=config.model.packed,
+        deepspeed=_trainer_deepspeed_config(config),
+    )
+
+
+def _trainer_deepspeed_config(config: SftConfig) -> dict[str, Any]:
     """Returns DeepSpeed's config for transformers' Trainer.
 
-    The Trainer makes the optimizer and counts micro-batches itself.
+    The Trainer creates the optimizer and counts micro-batches itself.
     """
-    made = deepspeed_config(config.learner, config.model.dtype)
-    del made["optimizer"], made["managed_gradient_accumulation"]
-    made["zero_force_ds_cpu_optimizer"] = False  # offloaded, the states are torch's too
-    made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-    return made | {
-        "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": config.sft.batch_size
-        // config.micro_batch
-        // ranks.world_size(),
-    }
+    settings = deepspeed_config(config.learner, config.model.dtype)
+    del settings["optimizer"]
+    del settings["managed_gradient_accumulation"]
+    # With offloaded states, too, the optimizer is torch's and not DeepSpeed's own.
+    settings["zero_force_ds_cpu_optimizer"] = False
+    settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    settings["train_micro_batch_size_per_gpu"] = config.micro_batch
+    settings["gradient_accumulation_steps"] = _num_accumulation_steps(config)
+    return settings

@@ -1,16 +1,18 @@
 """Ulysses sequence parallelism (DeepSpeed-Ulysses 2309.14509, ALST 2506.13996).
 
-Neighbouring ranks share the stream of a micro-batch. For linear layers, norms and the head, each
-rank has a slice of it. Within attention, each has all of it, for a share of the heads. So what a
-long sequence leaves in memory for the backward pass is spread over the ranks. A loss sees whole
-sequences on each of them.
+`learner.sequence_parallel` neighbouring ranks share the packed stream of a micro-batch. In linear
+layers, norms and the output head, each rank has a slice of the stream. In attention, each rank has
+the complete stream for a part of the heads. The activations that a long sequence keeps for the
+backward pass are therefore distributed over the ranks. The results are summed into complete
+[B, T] tensors on every rank, so a loss may combine all tokens of a sequence.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,81 +23,98 @@ from grpo.run import ranks
 from grpo.types import UserError
 
 
-class Ulysses:
-    """What a model needs to share streams among `size` ranks.
+class LocalSlice(NamedTuple):
+    """This rank's slice of a packed stream."""
 
-    Raises UserError for ranks or heads that cannot be shared out so.
-    """
+    layout: packing.Layout  # with the `ids`, `positions` and `predictors` of the slice only
+    is_local: Tensor  # [N] bool: which predictors of the complete stream are in the slice
+
+
+class Ulysses:
+    """Splits packed streams across `size` neighbouring ranks."""
 
     def __init__(self, model: Any, size: int) -> None:
-        """`model`: a transformers model, whose config gives the heads; `size`: ranks per stream."""
-        shape = model.config
-        heads, shared = shape.num_attention_heads, shape.num_key_value_heads
-        width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-        if ranks.world_size() % size:
-            raise UserError(
-                f"learner.sequence_parallel={size} does not divide the {ranks.world_size()} ranks"
-            )
-        if (
-            heads % size
-            or (shared % size and size % shared)
-            or getattr(shape, "kv_lora_rank", None)
-        ):
-            kind = type(model).__name__
-            raise UserError(
-                f"learner.sequence_parallel={size} cannot share out {kind}'s {heads} heads with "
-                f"{shared} of keys and values"
-            )
+        """Creates the process group and DeepSpeed's attention for it.
+
+        Args:
+            model: a transformers model; its config gives the numbers of heads.
+            size: ranks per stream.
+
+        Raises:
+            UserError: the ranks cannot be grouped by `size`, or the heads cannot be split.
+        """
+        _check_divisible(model, size)
+        config = model.config
+        num_heads = config.num_attention_heads
+        num_kv_heads = config.num_key_value_heads
+        head_size = getattr(config, "head_dim", None)
+        if not head_size:
+            head_size = config.hidden_size // num_heads
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
-        self._group, self._place, self._size = _group(size), ranks.rank() % size, size
+        self._size = size
+        self._group = _neighbours(size)
+        self._rank_in_group = ranks.rank() % size
         self._attention = UlyssesSPAttentionHF(
             packing.attend,
             batch_size=1,
-            attn_head_count=heads,
-            attn_head_size=width,
-            kv_head_count=shared,
-            num_hidden_layers=shape.num_hidden_layers,
+            attn_head_count=num_heads,
+            attn_head_size=head_size,
+            kv_head_count=num_kv_heads,
+            num_hidden_layers=config.num_hidden_layers,
             process_group=self._group,
             seq_length_is_variable=True,
         )
 
-    def part(self, layout: packing.Layout) -> tuple[packing.Layout, Tensor]:
-        """Returns this rank's part of the layout, and a mask [N] of the predictors in it.
+    def part(self, layout: packing.Layout) -> LocalSlice:
+        """Returns this rank's slice of the stream.
 
-        The part has this rank's ids, positions and predictors. The mask is over all N predictors.
+        The slices of all ranks have the same length. Padding follows the end of the stream.
+
+        Args:
+            layout: layout of the complete stream of T tokens.
         """
-        length = layout.ids.shape[1]
-        size = -(-length // self._size)
-        first = self._place * size
-        own = (layout.predictors >= first) & (layout.predictors < first + size)
-        ids, positions = (
-            F.pad(part, (0, size * self._size - length))[:, first : first + size]
-            for part in (layout.ids, layout.positions)
-        )
-        return replace(
+        num_tokens = layout.ids.shape[1]
+        slice_length = math.ceil(num_tokens / self._size)
+        start = self._rank_in_group * slice_length
+        end = start + slice_length
+        num_padding = slice_length * self._size - num_tokens
+        is_local = (layout.predictors >= start) & (layout.predictors < end)  # [N]
+        local_layout = replace(
             layout,
-            ids=ids,
-            positions=positions,
-            predictors=layout.predictors[own] - first,
-            through=self._attend,
-        ), own
-
-    def _attend(self, *arguments: Any, packed: packing.Layout, **more: Any) -> tuple[Tensor, None]:
-        more["position_ids"] = packed.positions
-        attended: tuple[Tensor, None] = self._attention(
-            *arguments, packed=replace(packed, through=None), **more
+            ids=F.pad(layout.ids, (0, num_padding))[:, start:end],
+            positions=F.pad(layout.positions, (0, num_padding))[:, start:end],
+            predictors=layout.predictors[is_local] - start,
+            attend_across_ranks=self._attend,
         )
+        return LocalSlice(local_layout, is_local)
+
+    def _attend(
+        self, *arguments: Any, packed: packing.Layout, **options: Any
+    ) -> tuple[Tensor, None]:
+        """Attention function of transformers; DeepSpeed exchanges slices for heads around it."""
+        options["position_ids"] = packed.positions
+        # DeepSpeed calls `packing.attend` with the complete stream. Without this replacement,
+        # `packing.attend` would call this method again.
+        layout = replace(packed, attend_across_ranks=None)
+        attended: tuple[Tensor, None] = self._attention(*arguments, packed=layout, **options)
         return attended
 
     def whole(self, grid: Tensor) -> Tensor:
-        """Returns the sum of the ranks' grids [B, T], each 0 but where it is its own."""
+        """Returns the sum of the ranks' tensors [B, T].
+
+        The tensor of a rank holds the values of its own slice and 0 elsewhere.
+        """
         summed: Tensor = _Sum.apply(grid, self._group)  # type: ignore[no-untyped-call]
         return summed
 
 
 class _Sum(torch.autograd.Function):
-    """All ranks make the same loss of the sum, so each knows the gradient of its own places."""
+    """Sum over the ranks of a group, with the identity as its gradient.
+
+    All ranks compute the same loss from the sum, so the gradient is complete on every rank. Summing
+    it over the ranks would multiply it by their number.
+    """
 
     @staticmethod
     def forward(ctx: Any, grid: Tensor, group: Any) -> Tensor:
@@ -109,18 +128,43 @@ class _Sum(torch.autograd.Function):
 
 
 def shared(model: Any, size: int) -> Ulysses | None:
-    """Returns what a model needs to share streams among `size` ranks, None for one rank."""
-    return Ulysses(model, size) if size > 1 else None
+    """Returns the `Ulysses` of a model, `None` if streams are not shared (`size` 1)."""
+    if size == 1:
+        return None
+    return Ulysses(model, size)
+
+
+def _check_divisible(model: Any, size: int) -> None:
+    if ranks.world_size() % size:
+        raise UserError(
+            f"learner.sequence_parallel={size} does not divide the {ranks.world_size()} ranks. "
+            "Choose a divisor of the number of ranks."
+        )
+    config = model.config
+    model_class = type(model).__name__
+    if getattr(config, "kv_lora_rank", None):
+        raise UserError(
+            f"learner.sequence_parallel={size} does not support the latent attention of "
+            f"{model_class}. Set it to 1."
+        )
+    num_heads = config.num_attention_heads
+    num_kv_heads = config.num_key_value_heads
+    if num_heads % size or (num_kv_heads % size and size % num_kv_heads):
+        raise UserError(
+            f"learner.sequence_parallel={size} cannot split the {num_heads} query heads and "
+            f"{num_kv_heads} key-value heads of {model_class}. It must divide the query heads, and "
+            "it must divide the key-value heads or be a multiple of them."
+        )
 
 
 @functools.cache
-def _group(size: int) -> Any:
-    """Returns the process group of the `size` neighbours that this rank is one of.
+def _neighbours(size: int) -> Any:
+    """Returns the process group of the `size` neighbouring ranks to which this rank belongs.
 
-    All ranks make all groups.
+    Every rank creates the groups of all ranks, as `new_group` requires.
     """
     groups = [
-        torch.distributed.new_group(list(range(first, first + size)))
-        for first in range(0, ranks.world_size(), size)
+        torch.distributed.new_group(list(range(start, start + size)))
+        for start in range(0, ranks.world_size(), size)
     ]
     return groups[ranks.rank() // size]

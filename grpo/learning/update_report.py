@@ -1,4 +1,4 @@
-"""What the micro-batches of an update report, added up over micro-batches and ranks."""
+"""The measurements of an update: sums over the tokens of a micro-batch, of a rank, of all ranks."""
 
 from __future__ import annotations
 
@@ -13,30 +13,39 @@ from grpo.learning.objective import Objective
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatchReport:
-    """Sums over a micro-batch's completion tokens, scalars on the device.
+    """Sums over the completion tokens of a micro-batch, as scalars on the learner's device.
 
-    To read a value waits for everything that runs there, so they are read once per update.
+    Reading a value synchronizes with the GPU, so `sum_micro_batches` reads all values of an update
+    at once.
+
+    Attributes:
+        loss: The micro-batch's part of the update's loss.
+        metrics: The sum of each metric of the objective.
+        ratio_sum: The sum of pi / pi_sampler.
+        ratio_squared_sum: The sum of (pi / pi_sampler)^2.
+        max_ratio: The maximum of pi / pi_sampler.
     """
 
-    loss: Tensor  # the micro-batch's part of the update's loss
+    loss: Tensor
     metrics: dict[str, Tensor]
-    ratio_sum: Tensor  # of pi / pi_sampler
+    ratio_sum: Tensor
     ratio_squared_sum: Tensor
     max_ratio: Tensor
 
 
-def report_of(loss: Tensor, result: Objective, mask: Tensor) -> MicroBatchReport:
+def report_micro_batch(loss: Tensor, objective: Objective, mask: Tensor) -> MicroBatchReport:
     """Returns the report of a micro-batch.
 
     Args:
-        loss: [], the micro-batch's part of the update's loss.
-        result: the objective at every token, [B, T].
-        mask: [B, T], the completion tokens.
+        loss: The micro-batch's part of the update's loss, [].
+        objective: The objective at each token, [B, T].
+        mask: The completion tokens, [B, T].
     """
-    ratios = result.sampler_ratios.detach()[mask]
+    ratios = objective.sampler_ratios.detach()[mask]
+    metrics = {name: value.detach()[mask].sum() for name, value in objective.metrics.items()}
     return MicroBatchReport(
         loss=loss.detach(),
-        metrics={name: value.detach()[mask].sum() for name, value in result.metrics.items()},
+        metrics=metrics,
         ratio_sum=ratios.sum(),
         ratio_squared_sum=ratios.square().sum(),
         max_ratio=ratios.max(),
@@ -45,9 +54,12 @@ def report_of(loss: Tensor, result: Objective, mask: Tensor) -> MicroBatchReport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateTotals:
-    """An update's sums over tokens: of one rank, or of all. A rank without tokens has the default.
+    """Sums over the completion tokens of an update, of one rank or of all ranks.
 
-    `UpdateTotals(loss=0.1, metrics={"policy/entropy": 82.5}, ratio_sum=40.2)`.
+    The fields are those of MicroBatchReport. A rank without tokens has the default values.
+
+    `UpdateTotals(loss=0.1, metrics={"policy/entropy": 82.5}, ratio_sum=40.2,
+    ratio_squared_sum=41.0, max_ratio=1.3)`
     """
 
     loss: float = 0.0
@@ -57,33 +69,40 @@ class UpdateTotals:
     max_ratio: float = 0.0
 
 
-def total_of_micro_batches(reports: Sequence[MicroBatchReport]) -> UpdateTotals:
-    """Returns the sums over one rank's micro-batches, read from the device in one transfer."""
+def sum_micro_batches(reports: Sequence[MicroBatchReport]) -> UpdateTotals:
+    """Returns the totals of one rank's micro-batches, read from the device in one transfer."""
     if not reports:
         return UpdateTotals()
-    names = list(reports[0].metrics)
-    rows = []
-    for report in reports:
-        scalars = [report.loss, report.ratio_sum, report.ratio_squared_sum, report.max_ratio]
-        scalars += [report.metrics[name] for name in names]
-        rows.append(torch.stack([scalar.double() for scalar in scalars]))
-    columns = torch.stack(rows).T.tolist()
-    losses, ratio_sums, ratio_squared_sums, max_ratios, *metrics = columns
+    metric_names = list(reports[0].metrics)
+    table = torch.stack([_scalars(report, metric_names) for report in reports])
+    return sum_totals([_totals(scalars, metric_names) for scalars in table.tolist()])
+
+
+def _scalars(report: MicroBatchReport, metric_names: Sequence[str]) -> Tensor:
+    """Returns all values of a report as one float64 tensor, in the order that `_totals` reads."""
+    scalars = [report.loss, report.ratio_sum, report.ratio_squared_sum, report.max_ratio]
+    scalars += [report.metrics[name] for name in metric_names]
+    return torch.stack([scalar.double() for scalar in scalars])
+
+
+def _totals(scalars: Sequence[float], metric_names: Sequence[str]) -> UpdateTotals:
+    loss, ratio_sum, ratio_squared_sum, max_ratio, *metrics = scalars
     return UpdateTotals(
-        loss=sum(losses),
-        metrics={name: sum(column) for name, column in zip(names, metrics, strict=True)},
-        ratio_sum=sum(ratio_sums),
-        ratio_squared_sum=sum(ratio_squared_sums),
-        max_ratio=max(max_ratios),
+        loss=loss,
+        metrics=dict(zip(metric_names, metrics, strict=True)),
+        ratio_sum=ratio_sum,
+        ratio_squared_sum=ratio_squared_sum,
+        max_ratio=max_ratio,
     )
 
 
-def total_of_ranks(parts: Sequence[UpdateTotals]) -> UpdateTotals:
-    """Returns the sums over all ranks; a rank without tokens has no metrics."""
-    names = max((part.metrics for part in parts), key=len)
+def sum_totals(parts: Sequence[UpdateTotals]) -> UpdateTotals:
+    """Returns the totals of all parts. A part without tokens has no metrics."""
+    metric_names = max((list(part.metrics) for part in parts), key=len)
+    metrics = {name: sum(part.metrics.get(name, 0.0) for part in parts) for name in metric_names}
     return UpdateTotals(
         loss=sum(part.loss for part in parts),
-        metrics={name: sum(part.metrics.get(name, 0.0) for part in parts) for name in names},
+        metrics=metrics,
         ratio_sum=sum(part.ratio_sum for part in parts),
         ratio_squared_sum=sum(part.ratio_squared_sum for part in parts),
         max_ratio=max(part.max_ratio for part in parts),

@@ -1,9 +1,16 @@
-"""The per-token losses, one file each, and the terms that they share.
+"""The losses, one file each, and the terms that they share.
 
-A file `NAME.py` has `loss(logprobs, batch, algorithm) -> LossOutput`; a config names it as
-`algorithm.loss=NAME`. All tensors are [B, T]. No loss reduces over tokens: the reduction is in
-`batch.token_weights`. A loss must be homogeneous in the advantage, because the weight that corrects
-the sampler's mismatch is multiplied into the advantage (grpo/learning/objective.py).
+A file `NAME.py` defines `loss(logprobs, batch, algorithm) -> LossOutput`, and a config selects it
+with `algorithm.loss=NAME`.
+
+- All tensors are [B, T]: B sequences, T positions. Position t predicts `batch.labels[:, t]`.
+- A loss does not reduce over tokens. The reduction is in `batch.token_weights`: the learner
+  minimises `(batch.token_weights * per_token).sum()`.
+- A loss must be homogeneous in the advantage (a positive factor of the advantage is a factor of the
+  loss), because grpo/learning/objective.py multiplies the correction of the sampler's mismatch into
+  the advantage.
+
+Symbols in docstrings: r the ratio pi / pi_old of a token, A its advantage, sg stop-gradient.
 """
 
 from __future__ import annotations
@@ -14,30 +21,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.types import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """A loss at every token: `LossOutput(per_token=-ratios * advantages, metrics={...})`.
+    """The loss of each token, for example `LossOutput(per_token=-ratios * advantages, metrics={})`.
 
-    `per_token` [B, T] is minimised. `metrics` are quantities [B, T] by name; their means over
-    completion tokens are reported.
+    Attributes:
+        per_token: [B, T], minimised. Values outside the completions are ignored.
+        metrics: tensors [B, T] by metric name, for example `{"ratio/mean": ratios}`. Their means
+            over the completion tokens are reported.
     """
 
     per_token: Tensor
     metrics: dict[str, Tensor]
 
 
-Loss = Callable[[Tensor, Batch, Algorithm], LossOutput]
+Loss = Callable[[Tensor, Batch, AlgorithmSettings], LossOutput]
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """Returns log(pi / pi_old) [B, T].
+    """Returns log(pi / pi_old) of each token, [B, T].
 
-    Without old logprobs the policy is its own old policy: the value is 0, and the gradient is that
-    of the logprob.
+    Args:
+        logprobs: [B, T], of the policy, with a gradient.
+        old_logprobs: [B, T]; `None` if the policy itself is the old policy. The result is then 0,
+            with the gradient of `logprobs`.
     """
     if old_logprobs is None:
         return logprobs - logprobs.detach()
@@ -45,31 +56,53 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
 
 
 def ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """Returns pi / pi_old [B, T]."""
+    """Returns pi / pi_old of each token, [B, T]. The arguments are those of `log_ratio`."""
     return torch.exp(log_ratio(logprobs, old_logprobs))
 
 
 def row_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Returns the mean of each row where `mask` is set, repeated at every position of the row."""
-    sums = (values * mask).sum(-1, keepdim=True)
+    """Returns the mean of each sequence over its masked positions, repeated at all T positions.
+
+    Args:
+        values: [B, T].
+        mask: [B, T] bool, the positions that count.
+    """
+    sums = (values * mask).sum(-1, keepdim=True)  # [B, 1]
     counts = mask.sum(-1, keepdim=True).clamp(min=1)
     return (sums / counts).expand_as(values)
 
 
 @dataclass(frozen=True, slots=True)
-class Clipped:
-    """The clipped objective of PPO; `low` and `high` [B, T] are 1.0 where the gradient is cut."""
+class ClippedLoss:
+    """PPO's clipped loss, and the tokens whose gradient is clipped away.
+
+    Attributes:
+        per_token: [B, T].
+        clipped_low: [B, T], 1.0 where the ratio is below its lower bound and A < 0, otherwise 0.0.
+        clipped_high: [B, T], 1.0 where the ratio is above its upper bound and A > 0, otherwise 0.0.
+    """
 
     per_token: Tensor
-    low: Tensor
-    high: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
 
 
-def clipped(ratios: Tensor, advantages: Tensor, low: float, high: float) -> Clipped:
-    """Returns -min(r A, clip(r, 1 - low, 1 + high) A), and where the gradient is cut."""
-    bounded = ratios.clamp(1 - low, 1 + high)
-    return Clipped(
+def clipped_loss(
+    ratios: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> ClippedLoss:
+    """Returns -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+
+    Args:
+        ratios: [B, T], r.
+        advantages: [B, T], A.
+        clip_low: distance of the lower bound from 1.
+        clip_high: distance of the upper bound from 1.
+
+    Source: PPO 1707.06347 Eq. 7, with the sign of a loss and two bounds (DAPO 2503.14476 Eq. 10).
+    """
+    bounded = ratios.clamp(1 - clip_low, 1 + clip_high)
+    return ClippedLoss(
         per_token=-torch.minimum(ratios * advantages, bounded * advantages),
-        low=((ratios < 1 - low) & (advantages < 0)).float(),
-        high=((ratios > 1 + high) & (advantages > 0)).float(),
+        clipped_low=((ratios < 1 - clip_low) & (advantages < 0)).float(),
+        clipped_high=((ratios > 1 + clip_high) & (advantages > 0)).float(),
     )

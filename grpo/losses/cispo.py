@@ -1,18 +1,21 @@
-"""CISPO: the ratio is a capped weight without a gradient, so every token keeps its gradient."""
+"""CISPO: REINFORCE with a capped importance weight. No token loses its gradient."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import LossOutput, ratio
 from grpo.types import Batch
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
+def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOutput:
     """Returns -sg(min(r, ratio_max)) A log pi.
 
-    Source: MiniMax-M1 2506.13585 Eq. 4, 5; `ratio_max` is the cap itself, not 1 + epsilon.
+    The gradient flows through log pi only. `algorithm.ratio_max` is the cap of the ratio itself,
+    not 1 + epsilon.
+
+    Source: MiniMax-M1 2506.13585 Eq. 4, 5.
     """
     ratios = ratio(logprobs, batch.old_logprobs).detach()
     weights = ratios.clamp(max=algorithm.ratio_max)

@@ -1,16 +1,16 @@
-"""Cross-entropy of given tokens, with a weight per token in place of an advantage."""
+"""Cross-entropy of given tokens, weighted per token by the advantage."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import LossOutput
 from grpo.types import Batch
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
-    """Returns -A log pi."""
+def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOutput:
+    """Returns -A log pi, the cross-entropy if all advantages are 1."""
     return LossOutput(
         per_token=-batch.advantages * logprobs, metrics={"policy/cross_entropy": -logprobs}
     )

@@ -1,21 +1,21 @@
-"""SAPO: a soft gate in place of the clip."""
+"""SAPO: a smooth gate of the ratio instead of clipping."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import LossOutput, ratio
 from grpo.types import Batch
 
-# the paper's temperatures where the advantage is positive and where it is not
+# temperatures of the paper, by the sign of the advantage; 0 counts as negative
 TEMPERATURE_POSITIVE = 1.0
 TEMPERATURE_NEGATIVE = 1.05
 
 
-def loss(logprobs: Tensor, batch: Batch, algorithm: Algorithm) -> LossOutput:
-    """Returns -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A.
+def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOutput:
+    """Returns -(4 / tau) sigmoid(tau (r - 1)) A, with tau by the sign of A.
 
     Source: SAPO 2511.20347 Eq. 5, 6.
     """

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.types import Group
 
 GB = 2**30
@@ -247,7 +247,7 @@ def _has_reference(config: Any) -> bool:
 
 
 def sizing(
-    config: Config, shape: Shape, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
+    config: TrainConfig, shape: Shape, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
 ) -> list[str]:
     """Returns a markdown table of the memory of learner and engine, one row per number of GPUs.
 

@@ -1,1 +1,1 @@
-"""What one run is around its work: its directory, its ranks, its signals, and what it shows."""
+"""The environment of a run: directory, ranks, signals, progress output and trackers."""

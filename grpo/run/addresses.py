@@ -1,4 +1,4 @@
-"""Ports and addresses of this machine."""
+"""Network ports and addresses of this machine."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from urllib.parse import urlsplit
 
 
 def free_port() -> int:
-    """Returns a TCP port that is free on 127.0.0.1 at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Returns a TCP port that is currently free on 127.0.0.1."""
+    with socket.socket() as bound_socket:
+        bound_socket.bind(("127.0.0.1", 0))
+        return int(bound_socket.getsockname()[1])
 
 
 def address_towards(url: str) -> str:
-    """Returns the address of this machine on its network route to `url`'s host."""
+    """Returns the IPv4 address of this machine on its network route to the host of `url`."""
     parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # sends nothing
-        return str(probe.getsockname()[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp_socket:
+        udp_socket.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # sends no packet
+        return str(udp_socket.getsockname()[0])

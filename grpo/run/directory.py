@@ -1,6 +1,4 @@
-"""The run directory and its checkpoints: written aside, flushed to disk, renamed.
-
-What has its final name is whole.
+"""The run directory and its checkpoints.
 
     runs/NAME/
         config.yaml  manifest.json  metrics.jsonl
@@ -8,9 +6,12 @@ What has its final name is whole.
         checkpoints/step-000020/
         final/
 
-A checkpoint is taken between rollouts. Every seed and the engine's weights are functions of the
-number of rollouts done and need no files; the position in the data, carried groups and pass rates
-are in state.json.
+A file or directory is written under another name, flushed to disk and then renamed. One that has
+its final name is therefore complete.
+
+A checkpoint is written between rollouts. Seeds and the engine's weights are functions of the number
+of rollouts and need no files; the position in the data, carried groups and pass rates are in
+state.json.
 """
 
 from __future__ import annotations
@@ -23,267 +24,334 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 
 from grpo.run import ranks
 from grpo.types import RunError, Sample, UserError
 
+Parameters = ParamSpec("Parameters")
+
 
 def scratch_of(target: Path) -> Path:
-    """Returns the directory that `replace_directory` writes into."""
+    """Returns the directory that `replace_directory` fills before it is renamed to `target`."""
     return target.with_name(f".{target.name}.partial")
 
 
-def _by_rank_0(method: Callable[..., None]) -> Callable[..., None]:
+def _on_rank0(method: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Returns the method, which then does nothing on other ranks than rank 0."""
+
     @functools.wraps(method)
-    def run(*arguments: Any, **named: Any) -> None:
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         if ranks.rank() == 0:
-            method(*arguments, **named)
+            method(*args, **kwargs)
 
     return run
 
 
 @contextlib.contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
-    """Yields an empty directory beside `target`.
+    """Yields an empty directory next to `target`, which becomes `target` at the end of the context.
 
-    When the block ends, the directory is flushed and renamed to `target`. On an error nothing
-    changes.
+    It is flushed to disk before it is renamed. After an error, `target` is unchanged.
     """
     scratch = scratch_of(target)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        _flush(scratch)
+        _flush_tree(scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    old = target.with_name(f".{target.name}.old")
+    old = _trash_path(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     scratch.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-    _flush_file(target.parent)
+    _flush(target.parent)
+
+
+def _trash_path(directory: Path) -> Path:
+    """Returns the name that a directory has while it is removed."""
+    return directory.with_name(f".{directory.name}.old")
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replaces a file's text so that a reader sees the old or the new one, never a part."""
+    """Replaces the text of a file. Other processes read the old or the new text, never a mix."""
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_text(text)
-    _flush_file(scratch)
+    _flush(scratch)
     scratch.rename(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of a metrics.jsonl, none without a file.
+    """Returns the rows of a metrics.jsonl, an empty list if the file does not exist.
 
-    A killed writer may have left half a line.
+    An incomplete last line, left by a killed process, is skipped.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns what a run's manifest.json says, nothing where there is none."""
+    """Returns the manifest.json of the run in a folder, an empty dict if it does not exist."""
     file = folder / "manifest.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    manifest: dict[str, Any] = json.loads(file.read_text())
+    return manifest
 
 
 def read_update(folder: Path, step: int) -> list[Sample]:
-    """Returns the samples of a step's updates, as `RunDirectory.write_update` kept them.
+    """Returns the samples of a step's updates, which `RunDirectory.write_update` has kept.
 
-    Raises UserError when it did not.
+    Raises:
+        UserError: The samples of this step were not kept.
     """
     file = folder / "samples" / f"step-{step:06d}.npz"
     if not file.exists():
-        have = [int(path.stem.partition("-")[2]) for path in sorted(file.parent.glob("step-*.npz"))]
+        steps = [_number_of(kept_file) for kept_file in sorted(file.parent.glob("step-*.npz"))]
         raise UserError(
-            f"{folder}: step {step} was not kept for a replay; have {have} (logging.replay)"
+            f"{folder}: step {step} was not kept for a replay. Available: {steps}. "
+            "logging.replay sets how many steps are kept"
         )
-    with np.load(file) as columns:
-        held = {name: columns[name].tolist() for name in columns.files}
-    if "token_versions" not in held:  # of an older run: one a sample
-        sizes = zip(held["lengths"], held["prompts"], held["versions"], strict=True)
-        held["token_versions"] = [
-            version for length, prompt, version in sizes for _ in range(length - prompt)
-        ]
-    samples, token, place = [], 0, 0
-    for i, (length, prompt) in enumerate(zip(held["lengths"], held["prompts"], strict=True)):
-        own = slice(place, place + length - prompt)
+    with np.load(file) as arrays:
+        columns = {name: arrays[name].tolist() for name in arrays.files}
+    if "token_versions" not in columns:
+        columns["token_versions"] = _versions_per_token(columns)
+    return _samples_from_columns(columns)
+
+
+def _number_of(path: Path) -> int:
+    """Returns the number in a name such as step-000010.npz."""
+    return int(path.stem.partition("-")[2])
+
+
+def _versions_per_token(columns: Mapping[str, list[Any]]) -> list[int]:
+    """Returns the weight version of each completion token.
+
+    The files of older runs have one version per sample, in "versions".
+    """
+    token_versions: list[int] = []
+    for length, prompt_length, version in zip(
+        columns["lengths"], columns["prompts"], columns["versions"], strict=True
+    ):
+        token_versions += [version] * (length - prompt_length)
+    return token_versions
+
+
+def _samples_from_columns(columns: Mapping[str, list[Any]]) -> list[Sample]:
+    """Returns samples from the columns that `_columns_of` makes."""
+    samples = []
+    sequence_start = 0  # in the column of all tokens
+    completion_start = 0  # in the columns of completion tokens
+    for i, (length, prompt_length) in enumerate(
+        zip(columns["lengths"], columns["prompts"], strict=True)
+    ):
+        sequence_end = sequence_start + length
+        completion_end = completion_start + length - prompt_length
+        completion = slice(completion_start, completion_end)
         samples.append(
             Sample(
-                token_ids=tuple(held["ids"][token : token + length]),
-                prompt_length=prompt,
-                advantages=tuple(held["advantages"][own]),
-                sampler_logprobs=tuple(held["logprobs"][own]) or None,
-                versions=tuple(held["token_versions"][own]) or None,
-                group=held["groups"][i],
-                reward=held["rewards"][i],
+                token_ids=tuple(columns["ids"][sequence_start:sequence_end]),
+                prompt_length=prompt_length,
+                advantages=tuple(columns["advantages"][completion]),
+                sampler_logprobs=tuple(columns["logprobs"][completion]) or None,
+                versions=tuple(columns["token_versions"][completion]) or None,
+                group=columns["groups"][i],
+                reward=columns["rewards"][i],
             )
         )
-        token, place = token + length, own.stop
+        sequence_start = sequence_end
+        completion_start = completion_end
     return samples
 
 
-class RunDirectory:
-    """One run's files.
+def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Returns samples as columns: values per sample, and concatenated values per token.
 
-    Holds a lock on the directory for as long as the process lives. Only rank 0 writes; the others
-    see and read.
+    "ids" has all tokens; "advantages", "logprobs" and "token_versions" have completion tokens.
+    """
+    token_ids: list[int] = []
+    advantages: list[float] = []
+    logprobs: list[float] = []
+    token_versions: list[int] = []
+    for sample in samples:
+        token_ids += sample.token_ids
+        advantages += sample.advantages
+        logprobs += sample.sampler_logprobs or ()
+        token_versions += sample.versions or ()
+    return {
+        "lengths": [len(sample.token_ids) for sample in samples],
+        "prompts": [sample.prompt_length for sample in samples],
+        "groups": [sample.group for sample in samples],
+        "rewards": [sample.reward for sample in samples],
+        "token_versions": np.array(token_versions, dtype=np.int32),
+        "ids": np.array(token_ids, dtype=np.uint32),
+        # float32, as in a batch
+        "advantages": np.array(advantages, dtype=np.float32),
+        "logprobs": np.array(logprobs, dtype=np.float32),
+    }
+
+
+class RunDirectory:
+    """The files of one run.
+
+    The process holds a lock on the directory until it ends. Only rank 0 writes; all ranks read.
     """
 
     def __init__(self, path: str, *, resume: bool) -> None:
-        """Opens the run directory; rank 0 creates and locks it.
+        """Opens the run directory. Rank 0 creates and locks it.
 
-        Raises UserError if there is a run already and `resume` is not set, if there is no run to
-        resume, or if another process works on it.
+        Raises:
+            UserError: The directory holds a run and `resume` is not set, it holds no run to resume,
+                it cannot be written, another process works on it, or a rank has no access to it.
         """
         self.path = Path(path)
-        self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
-        self.metrics, self.manifest = self.path / "metrics.jsonl", self.path / "manifest.json"
-        ranks.rank0_first(
-            "the run directory",
-            lambda: self._open(path, resume) if ranks.rank() == 0 else self._see(path),
-        )
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.metrics = self.path / "metrics.jsonl"
+        self.manifest = self.path / "manifest.json"
 
-    def _see(self, path: str) -> None:
-        if not self.samples.exists():
-            raise UserError(
-                f"run_dir={path}: not seen by rank {ranks.rank()}: it has to be on a file system "
-                "that all nodes share"
-            )
+        def open_or_check() -> None:
+            if ranks.rank() == 0:
+                self._open(resume)
+            else:
+                self._check_shared()
 
-    def log_file(self, name: str) -> Path:
-        """Returns where this rank's `name` writes what it has to say."""
-        return self.path / (
-            f"{name}.log" if ranks.rank() == 0 else f"logs/{name}-{ranks.rank()}.log"
-        )
+        ranks.rank0_first("the run directory", open_or_check)
 
-    def _open(self, path: str, resume: bool) -> None:
+    def _open(self, resume: bool) -> None:
         if self.manifest.exists() and not resume:
             raise UserError(
-                f"run_dir={path}: there is a run in it: go on with --resume, or choose another "
-                "run_dir"
+                f"run_dir={self.path}: the directory already holds a run: continue it with "
+                "--resume, or choose another run_dir"
             )
         if resume and not self.manifest.exists():
-            raise UserError(f"run_dir={path}: there is no run to resume")
+            raise UserError(f"run_dir={self.path}: there is no run to resume")
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"run_dir={path}: cannot be written: {error.strerror}") from None
+            raise UserError(f"run_dir={self.path}: cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"run_dir={path}: another process is working on this run") from None
-        # of a killed save or prune
-        for leftover in [*self.checkpoints.glob(".*.partial"), *self.checkpoints.glob(".*.old")]:
-            shutil.rmtree(leftover)
+            raise UserError(
+                f"run_dir={self.path}: another process is working on this run"
+            ) from None
+        # A process that was killed in `save` or `prune` may have left these.
+        for pattern in (".*.partial", ".*.old"):
+            for leftover in list(self.checkpoints.glob(pattern)):
+                shutil.rmtree(leftover)
+
+    def _check_shared(self) -> None:
+        """Raises UserError if this rank cannot access the directory that rank 0 has created."""
+        if not self.samples.exists():
+            raise UserError(
+                f"run_dir={self.path}: rank {ranks.rank()} cannot access the directory: put it on "
+                "a file system that all nodes share"
+            )
+
+    def log_file(self, name: str) -> Path:
+        """Returns the log file `name` of this rank: NAME.log, or logs/NAME-RANK.log."""
+        if ranks.rank() == 0:
+            return self.path / f"{name}.log"
+        return self.path / f"logs/{name}-{ranks.rank()}.log"
 
     @staticmethod
     def status(folder: Path) -> str | None:
-        """Returns how the run in a folder ended, None when there is none."""
+        """Returns the status of the run in a folder, e.g. "finished". None if there is no run."""
         return read_manifest(folder).get("status")
 
     def began(self) -> bool:
-        """Returns whether anything was done that is worth keeping.
+        """Returns whether the run has results to keep.
 
-        That is a step, a part of the stage in a folder of its own, or a quantised model.
+        Results are a recorded step, a part of the stage in its own folder, or a quantised model.
         """
-        return self.metrics.exists() or any(
-            next(self.path.glob(name), None) for name in ("*/manifest.json", "int*/config.json")
-        )
+        if self.metrics.exists():
+            return True
+        for pattern in ("*/manifest.json", "int*/config.json"):
+            if any(self.path.glob(pattern)):
+                return True
+        return False
 
-    @_by_rank_0
+    @_on_rank0
     def clear(self) -> None:
-        """Forgets a run that never began."""
+        """Removes manifest and model of a run without results, so that it can be started again."""
         self.manifest.unlink(missing_ok=True)
         for name in ("model", "warm_start"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
-    @_by_rank_0
+    @_on_rank0
     def update_manifest(self, **entries: Any) -> None:
         """Merges entries into manifest.json."""
-        write_file(self.manifest, json.dumps(self.read_manifest() | entries, indent=2) + "\n")
+        manifest = {**self.read_manifest(), **entries}
+        write_file(self.manifest, json.dumps(manifest, indent=2) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
-        """Returns the contents of manifest.json, an empty dict if there is no such file."""
+        """Returns the contents of manifest.json, an empty dict if it does not exist."""
         return read_manifest(self.path)
 
-    @_by_rank_0
+    @_on_rank0
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Adds one object.
+        """Appends a row to metrics.jsonl.
 
-        A number that is not finite is written as null, which every JSON reader knows.
+        A number that is not finite becomes null, because JSON has no NaN and no infinity.
         """
-        row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
+        json_row = dict(row)
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                json_row[key] = None
         with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(json_row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns the complete lines of metrics.jsonl, an empty list if there is no such file."""
+        """Returns the rows of metrics.jsonl, an empty list if it does not exist."""
         return read_metrics(self.metrics)
 
-    @_by_rank_0
+    @_on_rank0
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Replaces `samples/NAME.jsonl` by one JSON object per row."""
-        write_file(
-            self.samples / f"{name}.jsonl",
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        )
+        """Writes `samples/NAME.jsonl`, one JSON object per row."""
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_file(self.samples / f"{name}.jsonl", "".join(lines))
 
-    @_by_rank_0
+    @_on_rank0
     def write_update(self, step: int, samples: Sequence[Sample], keep: int) -> None:
-        """Writes the samples that a step's updates are made from, for `grpo replay`.
+        """Writes the samples of a step's updates for `grpo replay`.
 
-        It removes all such files but the last `keep`. With `keep` 0 it does nothing.
+        Args:
+            step: The step.
+            samples: The samples of all its updates.
+            keep: The number of steps whose files are kept; older ones are removed. With 0, nothing
+                is written.
         """
         if not keep:
             return
-        columns: dict[str, Any] = {
-            "lengths": [len(sample.token_ids) for sample in samples],
-            "prompts": [sample.prompt_length for sample in samples],
-            "groups": [sample.group for sample in samples],
-            "rewards": [sample.reward for sample in samples],
-            "token_versions": np.array(
-                [version for sample in samples for version in sample.versions or ()], dtype=np.int32
-            ),
-            "ids": np.array(
-                [token for sample in samples for token in sample.token_ids], dtype=np.uint32
-            ),
-        }
-        for name, values in (
-            ("advantages", [s.advantages for s in samples]),
-            ("logprobs", [s.sampler_logprobs or () for s in samples]),
-        ):
-            # as a batch holds them
-            columns[name] = np.array([value for row in values for value in row], dtype=np.float32)
         target = self.samples / f"step-{step:06d}.npz"
         scratch = target.with_name(f".{target.name}")
-        np.savez_compressed(scratch, **columns)
+        np.savez_compressed(scratch, **_columns_of(samples))
         scratch.rename(target)
         for old in sorted(self.samples.glob("step-*.npz"))[:-keep]:
             old.unlink()
 
     def cut(self, step: int) -> None:
-        """Drops metrics and samples of work after a checkpoint, which will be done again.
+        """Removes the metrics and samples after a step. All ranks call it.
 
-        On a CPU the repeated work gives the same results.
+        A run that is resumed from a checkpoint repeats the steps after it. On a CPU they give the
+        same results.
         """
         if ranks.rank() == 0:
-            kept = [row for row in self.read_metrics() if row["step"] <= step]
-            write_file(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            lines = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
+            write_file(self.metrics, "".join(lines))
             for file in self.samples.glob("*-*.*"):
                 number = file.stem.rpartition("-")[2]
                 if number.isdecimal() and int(number) > step:
@@ -291,112 +359,144 @@ class RunDirectory:
         ranks.all_gather("the cut", None)
 
     def latest(self) -> Path | None:
-        """Returns the checkpoint of the last step."""
+        """Returns the checkpoint of the last step, None if there is no checkpoint."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
     def last_state(self) -> tuple[Path | None, dict[str, Any]]:
-        """Returns the last checkpoint and its state, on all ranks what rank 0 sees.
+        """Returns the last checkpoint and its state, (None, {}) without a checkpoint.
 
-        Raises RunError for one that is damaged.
+        All ranks return the values that rank 0 reads.
+
+        Raises:
+            RunError: The checkpoint is damaged.
         """
 
         def read() -> tuple[Path | None, dict[str, Any]]:
-            found = self.latest() if ranks.rank() == 0 else None
-            return found, self.read_state(found) if found else {}
+            checkpoint = self.latest() if ranks.rank() == 0 else None
+            if checkpoint is None:
+                return None, {}
+            return checkpoint, self.read_state(checkpoint)
 
         return ranks.all_gather_or_raise("the last checkpoint", read)[0]
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-        """Writes checkpoint `step`.
+        """Writes the checkpoint of a step and returns its directory. All ranks call it.
 
-        It holds whatever `write(directory)` puts there, and `state` with a hash of every file.
+        Args:
+            step: The step.
+            state: Written to state.json, with the step and a hash of every file.
+            write: Called as `write(directory)` on all ranks; writes this rank's files.
 
-        All ranks write into it together. Raises RunError when it cannot be written (a full disk);
-        earlier checkpoints are whole then.
+        Raises:
+            RunError: The checkpoint cannot be written, e.g. because the disk is full. Earlier
+                checkpoints are not affected.
         """
         target = self.checkpoints / f"step-{step:06d}"
-        if ranks.rank() > 0:
+        if ranks.rank() == 0:
+            self._save_on_rank0(target, {**state, "step": step}, write)
+        else:
             ranks.all_gather("the checkpoint's directory", None)
             write(scratch_of(target))
             ranks.all_gather("the other ranks' parts of the checkpoint", None)
-            ranks.all_gather("the checkpoint's end", None)
-            return target
+        ranks.all_gather("the checkpoint's end", None)
+        return target
+
+    def _save_on_rank0(
+        self, target: Path, state: dict[str, Any], write: Callable[[Path], None]
+    ) -> None:
         try:
             with replace_directory(target) as scratch:
                 ranks.all_gather("the checkpoint's directory", None)
                 write(scratch)
                 ranks.all_gather("the other ranks' parts of the checkpoint", None)
-                hashes = {
-                    str(file.relative_to(scratch)): _hash(file)
-                    for file in sorted(scratch.rglob("*"))
-                    if file.is_file()
-                }
-                (scratch / "state.json").write_text(
-                    json.dumps(state | {"step": step, "files": hashes}, default=_fields)
-                )
+                text = json.dumps({**state, "files": _file_hashes(scratch)}, default=_fields)
+                (scratch / "state.json").write_text(text)
+        except RunError:
+            raise
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            if isinstance(error, RunError):
-                raise
-            last_good = self.latest() or "none"
             raise RunError(
                 f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the "
-                f"disk full? Last good checkpoint: {last_good}"
+                f"disk full? Last good checkpoint: {self.latest() or 'none'}"
             ) from error
-        ranks.all_gather("the checkpoint's end", None)
-        return target
 
     def read_state(self, checkpoint: Path) -> dict[str, Any]:
-        """Returns a checkpoint's state after comparing every file with its hash.
+        """Returns the state of a checkpoint after verifying the hash of every file.
 
-        Raises RunError naming the first that differs.
+        Raises:
+            RunError: A file is missing or differs from its hash; the message names it.
         """
+        state_file = checkpoint / "state.json"
         try:
-            state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+            state: dict[str, Any] = json.loads(state_file.read_text())
         except (OSError, ValueError):
-            raise RunError(
-                f"{checkpoint / 'state.json'} is missing or damaged: remove {checkpoint} to "
-                "resume from the one before it"
-            ) from None
-        for name, expected in state["files"].items():
-            if not (checkpoint / name).is_file() or _hash(checkpoint / name) != expected:
-                raise RunError(
-                    f"{checkpoint / name} is missing or damaged: remove {checkpoint} to resume "
-                    "from the one before it"
-                )
+            raise _damaged(state_file, checkpoint) from None
+        for name, expected_hash in state["files"].items():
+            file = checkpoint / name
+            if not file.is_file() or _hash(file) != expected_hash:
+                raise _damaged(file, checkpoint)
         return state
 
-    @_by_rank_0
+    @_on_rank0
     def keep(self, checkpoint: Path, name: str) -> None:
-        """Keeps a checkpoint, whatever is pruned, as `kept/NAME`: linked, not copied."""
+        """Keeps a checkpoint as `kept/NAME`, where `prune` does not remove it.
+
+        Its files are hard links, which need no additional space.
+        """
         with replace_directory(self.path / "kept" / name) as scratch:
             shutil.copytree(checkpoint, scratch, copy_function=os.link, dirs_exist_ok=True)
 
-    @_by_rank_0
+    @_on_rank0
     def prune(self, keep_last: int, keep_best: str | None) -> None:
-        """Removes all checkpoints but the last `keep_last` and the best one.
+        """Removes all checkpoints except the last ones and the best one.
 
-        The best one is the checkpoint whose state has the highest metric `keep_best`.
+        Args:
+            keep_last: The number of last checkpoints that are kept.
+            keep_best: The metric whose highest value makes a checkpoint the best one; None keeps
+                the last ones only.
         """
-        found = sorted(self.checkpoints.glob("step-*"))
-        kept = set(found[-keep_last:])
+        checkpoints = sorted(self.checkpoints.glob("step-*"))
+        kept = set(checkpoints[-keep_last:])
         if keep_best:
-            values = {
-                path: json.loads((path / "state.json").read_text())["metrics"].get(keep_best)
-                for path in found
-            }
-            known = [
-                path for path in found if values[path] is not None and math.isfinite(values[path])
-            ]
-            kept |= {max(known, key=lambda path: values[path])} if known else set()
-        for path in found:
-            if path not in kept:
-                trash = path.with_name(f".{path.name}.old")
-                path.rename(trash)  # at once: no half-removed directory has a checkpoint's name
+            best = _best_checkpoint(checkpoints, keep_best)
+            if best is not None:
+                kept.add(best)
+        for checkpoint in checkpoints:
+            if checkpoint not in kept:
+                # Renamed first, so that no partly removed directory has a checkpoint's name.
+                trash = _trash_path(checkpoint)
+                checkpoint.rename(trash)
                 shutil.rmtree(trash)
 
 
+def _best_checkpoint(checkpoints: Sequence[Path], metric: str) -> Path | None:
+    """Returns the first checkpoint with the highest value of a metric, None if none has one."""
+    best: Path | None = None
+    best_value = -math.inf
+    for checkpoint in checkpoints:
+        value = json.loads((checkpoint / "state.json").read_text())["metrics"].get(metric)
+        if value is not None and math.isfinite(value) and value > best_value:
+            best = checkpoint
+            best_value = value
+    return best
+
+
+def _damaged(file: Path, checkpoint: Path) -> RunError:
+    return RunError(
+        f"{file} is missing or damaged: remove {checkpoint} to resume from the one before it"
+    )
+
+
+def _file_hashes(directory: Path) -> dict[str, str]:
+    """Returns the hash of every file in a directory tree, by relative path."""
+    hashes = {}
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            hashes[str(file.relative_to(directory))] = _hash(file)
+    return hashes
+
+
 def _fields(value: Any) -> dict[str, Any]:
-    """Returns a dataclass as json writes it, field by field: the groups that a state holds."""
+    """Returns the fields of a dataclass by name: `json.dumps(..., default=_fields)`."""
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
@@ -405,12 +505,13 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _flush(directory: Path) -> None:
+def _flush_tree(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
-        _flush_file(path)
+        _flush(path)
 
 
-def _flush_file(path: Path) -> None:
+def _flush(path: Path) -> None:
+    """Flushes a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

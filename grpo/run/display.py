@@ -1,7 +1,6 @@
-"""What a person sees of a run.
+"""Shows a run's progress on standard error: a live status line, or one line per step.
 
-It is one line per rollout or a live status. The same numbers are in metrics.jsonl and in trackers
-(grpo/run/trackers.py).
+The same numbers are in metrics.jsonl and in the trackers (grpo/run/trackers.py).
 """
 
 from __future__ import annotations
@@ -12,27 +11,57 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
+# The metrics in a progress line, in order, with their formats.
+METRIC_FORMATS = {
+    "loss": "loss {:.3f}",
+    "policy/token_accuracy": "token accuracy {:.1%}",
+    "reward/mean": "reward {:.3f}",
+    "reward/accuracy": "accuracy {:.1%}",
+    "completion/length": "length {:.0f}",
+    "rollout/tokens_per_s": "{:,.0f} tok/s",
+    "probe/gap": "gap {:.1e}",
+}
+
+
+class _Start(NamedTuple):
+    """The point from which the remaining time is estimated."""
+
+    num_done: int
+    time_s: float  # of time.monotonic()
+
 
 class Display:
-    """Progress on standard error.
+    """Progress output on standard error.
 
-    `live` keeps a status line on a terminal, `line` prints one line a rollout, `off` nothing.
+    Mode `live` keeps a status line on a terminal, `line` prints one line per step, and `off` prints
+    nothing. `auto` is `live` on a terminal and `line` elsewhere.
     """
 
     def __init__(self, mode: str, total: int, unit: str = "rollout") -> None:
-        """`total`: how many `unit`s the run has; mode auto is live on a terminal, else line."""
-        # A copy of stderr: libraries' output is sent elsewhere while models load.
-        self._console = Console(file=os.fdopen(os.dup(2), "w"), highlight=False, soft_wrap=True)
-        self._mode = {"auto": "live" if self._console.is_terminal else "line"}.get(mode, mode)
-        self._status = self._console.status("starting") if self._mode == "live" else None
-        self._total, self._unit = total, unit
-        self._began: tuple[int, float] | None = None
-        self._row: dict[str, Any] = {}
-        if self._status:
+        """Starts the output.
+
+        Args:
+            mode: "auto", "live", "line" or "off".
+            total: The number of steps of the run.
+            unit: The name of a step: "rollout", "update", ...
+        """
+        # A copy of stderr, because stderr goes to a file while libraries are loading (`quiet`).
+        stderr = os.fdopen(os.dup(2), "w")
+        self._console = Console(file=stderr, highlight=False, soft_wrap=True)
+        self._mode = mode
+        if mode == "auto":
+            self._mode = "live" if self._console.is_terminal else "line"
+        self._total = total
+        self._unit = unit
+        self._start: _Start | None = None
+        self._last_row: dict[str, Any] = {}
+        self._status = None
+        if self._mode == "live":
+            self._status = self._console.status("starting")
             self._status.start()
 
     def say(self, text: str) -> None:
@@ -41,73 +70,77 @@ class Display:
             self._console.print(text, markup=False)
 
     def begin(self, done: int) -> None:
-        """Marks the start of the work from which the time left is estimated.
+        """Starts the clock for the estimate of the remaining time.
 
-        It is called after loading, at `done` steps when resumed.
+        Call it after models are loaded. `done` is the number of steps that an earlier process has
+        made.
         """
-        self._began = (done, time.monotonic())
+        self._start = _Start(done, time.monotonic())
 
     def phase(self, step: int, name: str, detail: str = "") -> None:
-        """Shows what the run is doing now."""
+        """Updates the status line, e.g. "rollout 4/10 · update 1/4 · reward 0.250 · 14:00 left".
+
+        Args:
+            step: The number of steps that are done.
+            name: The current phase of the next step, e.g. "update".
+            detail: The progress within the phase, e.g. "1/4".
+        """
         if self._status is None:
             return
         parts = [
             f"{self._unit} {min(step + 1, self._total)}/{self._total}",
             f"{name} {detail}".strip(),
-            *self._numbers(),
-            self._left(step),
+            *self._metrics(),
+            self._time_left(step),
         ]
-        self._status.update(" · ".join(part for part in parts if part).replace("[", "\\["))
+        text = " · ".join(part for part in parts if part)
+        self._status.update(text.replace("[", "\\["))
 
     def row(self, row: dict[str, Any]) -> None:
-        """Prints a finished step's line."""
-        self._row = row
+        """Takes the metrics of a finished step: the status line shows them, mode line prints them.
+
+        Args:
+            row: The metrics, e.g. `{"step": 3, "reward/mean": 0.25, "time/total_s": 2.0}`.
+        """
+        self._last_row = row
         if self._mode == "line":
             seconds = row.get("time/total_s", 0.0)
-            self.say(
-                " · ".join(
-                    [
-                        f"{self._unit} {row['step']}/{self._total}",
-                        *self._numbers(),
-                        f"{seconds:.1f} s",
-                    ]
-                )
-            )
+            parts = [
+                f"{self._unit} {row['step']}/{self._total}",
+                *self._metrics(),
+                f"{seconds:.1f} s",
+            ]
+            self.say(" · ".join(parts))
 
     def close(self) -> None:
-        """Ends the live status, if there is one."""
-        if self._status:
+        """Ends the status line."""
+        if self._status is not None:
             self._status.stop()
 
-    def _numbers(self) -> list[str]:
-        shown = {
-            "loss": "loss {:.3f}",
-            "policy/token_accuracy": "token accuracy {:.1%}",
-            "reward/mean": "reward {:.3f}",
-            "reward/accuracy": "accuracy {:.1%}",
-            "completion/length": "length {:.0f}",
-            "rollout/tokens_per_s": "{:,.0f} tok/s",
-            "probe/gap": "gap {:.1e}",
-        }
-        if "reward/mean" in self._row:
-            del shown["loss"]
-        return [
-            text.format(self._row[key])
-            for key, text in shown.items()
-            if self._row.get(key) is not None
-        ]
+    def _metrics(self) -> list[str]:
+        """Returns the metrics of the last step as text: `["reward 0.250", "accuracy 50.0%"]`."""
+        texts = []
+        for key, text_format in METRIC_FORMATS.items():
+            if key == "loss" and "reward/mean" in self._last_row:
+                continue  # GRPO's loss does not measure progress
+            value = self._last_row.get(key)
+            if value is not None:
+                texts.append(text_format.format(value))
+        return texts
 
-    def _left(self, step: int) -> str:
-        if self._began is None or step <= self._began[0]:
+    def _time_left(self, step: int) -> str:
+        """Returns the estimated remaining time, "14:00 left"; "" before the first step."""
+        if self._start is None or step <= self._start.num_done:
             return ""
-        left = (time.monotonic() - self._began[1]) / (step - self._began[0]) * (self._total - step)
-        return f"{int(left // 60)}:{int(left % 60):02d} left"
+        elapsed_s = time.monotonic() - self._start.time_s
+        left_s = elapsed_s / (step - self._start.num_done) * (self._total - step)
+        return f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
 
 
 class Timer:
-    """Seconds a phase, exclusive and in order.
+    """Measures the seconds of the phases of a step. Phases do not overlap.
 
-    `with timer("rollout"): ...` -> timer.seconds["rollout"].
+    After `with timer("rollout"): ...`, `timer.seconds["rollout"]` has the seconds of the block.
     """
 
     def __init__(self) -> None:
@@ -125,19 +158,25 @@ class Timer:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 
     def metrics(self) -> dict[str, float]:
-        """Returns the seconds of each phase, of the rest and in total, as `time/` metrics."""
-        total = time.monotonic() - self._start
-        phases = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
-        return phases | {"time/rest_s": total - sum(self.seconds.values()), "time/total_s": total}
+        """Returns the seconds of each phase, outside of all phases, and in total.
+
+        `{"time/rollout_s": 3.0, "time/rest_s": 0.5, "time/total_s": 3.5}`.
+        """
+        total_s = time.monotonic() - self._start
+        metrics = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        metrics["time/rest_s"] = total_s - sum(self.seconds.values())
+        metrics["time/total_s"] = total_s
+        return metrics
 
 
 @contextlib.contextmanager
 def quiet(log_file: Path) -> Iterator[None]:
-    """Sends everything that libraries print, from Python or C, to a file while the block runs."""
+    """Redirects standard output and error, also of C libraries, to a file within the context."""
     sys.stdout.flush()
     sys.stderr.flush()
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    saved = [os.dup(1), os.dup(2)]
+    saved_stdout = os.dup(1)
+    saved_stderr = os.dup(2)
     with log_file.open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -146,6 +185,6 @@ def quiet(log_file: Path) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for target, descriptor in zip((1, 2), saved, strict=True):
-            os.dup2(descriptor, target)
-            os.close(descriptor)
+        for saved, target in ((saved_stdout, 1), (saved_stderr, 2)):
+            os.dup2(saved, target)
+            os.close(saved)

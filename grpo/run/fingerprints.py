@@ -1,4 +1,4 @@
-"""Short hashes by which ranks compare what they start from."""
+"""Short hashes with which ranks check that they start from the same code, tokenizer and data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PACKAGES = ("grpo", "rewards", "data")
 
 
 def of_text(text: str) -> str:
-    """Returns the first 64 bits of a text's SHA-256, in hexadecimal."""
+    """Returns the first 64 bits of a text's SHA-256, in hexadecimal: "9f86d081884c7d65"."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def of_code() -> str:
-    """Returns the fingerprint of all Python files of our packages, as they lie on this machine."""
+    """Returns the fingerprint of all Python files in grpo's packages on this machine."""
     digest = hashlib.sha256()
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*.py")):
@@ -37,5 +37,5 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 
 def of_problems(problems: Sequence[Problem]) -> str:
-    """Returns the fingerprint of problems with all their fields, in their order."""
+    """Returns the fingerprint of problems, with all their fields and in this order."""
     return of_text(json.dumps([asdict(problem) for problem in problems], default=str))

@@ -1,27 +1,31 @@
-"""The learner's ranks: who this process is, values from all to all, and work that is shared out.
+"""The learner's ranks: identity of this process, exchange of Python values, and shared work.
 
-One process alone is a group of one and needs no torch here. What a rollout samples is on all ranks
-(`split_across_ranks`), so every decision about it is made alike everywhere; weights, gradients and
-optimizer states are DeepSpeed's to share. Only rank 0 writes the run directory.
+An exchange is one call of `all_gather`. All ranks make the same exchanges in the same order. A
+process without a launcher is a group of one, whose exchanges need no torch.
+
+All ranks have all samples of a rollout (`split_across_ranks`), so they make the same decisions
+about it. DeepSpeed shares weights, gradients and optimizer states. Only rank 0 writes the run
+directory.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from grpo.run.addresses import free_port
 from grpo.types import GrpoError, RunError, UserError
 
 T = TypeVar("T")
-_objects: Any = None  # gloo: Python values go over the CPU, whatever the gradients go over
-_limit = timedelta(minutes=30)
-_num_exchanges = 0  # calls of `all_gather` so far: equal on all ranks that run the same program
+_gloo_group: Any = None  # for Python values, which are sent over the CPU also on GPU machines
+_timeout = timedelta(minutes=30)
+_num_exchanges = 0  # exchanges so far
 
 
 class BrokenExchangeError(RunError):
@@ -29,111 +33,123 @@ class BrokenExchangeError(RunError):
 
 
 class UnexpectedError(RunError):
-    """An exception that is none of ours, as text that can be sent to every rank."""
+    """An exception that is not a GrpoError, as text, so that it can be sent to every rank."""
 
 
 class ExchangeMismatchError(RunError):
-    """Ranks met in different exchanges: they do not run the same program, or not the same config.
+    """The ranks are in different exchanges: they run different programs or configs.
 
-    All ranks raise it, and nothing is saved together after it: they may not even agree on how far
-    the run is. `exchanges`: per rank the name of the exchange and how many it has made.
+    All ranks raise it. They cannot write a checkpoint together afterwards, because they may not
+    have made the same number of rollouts.
+
+    Attributes:
+        exchanges: The name and the number of the exchange of each rank:
+            `[("the groups", 3), ("the end", 3)]`.
     """
 
     def __init__(self, exchanges: Sequence[tuple[str, int]]) -> None:
-        """`exchanges`: one per rank."""
+        """`exchanges`: see the class."""
         super().__init__(exchanges)
         self.exchanges = list(exchanges)
 
     def __str__(self) -> str:
-        """Returns where each rank was."""
-        where = "; ".join(
-            f"rank {number}: {what!r}, exchange {made}"
-            for number, (what, made) in enumerate(self.exchanges)
+        """Returns a message with the exchange of each rank."""
+        positions = "; ".join(
+            f"rank {rank_number}: {name!r}, exchange {number}"
+            for rank_number, (name, number) in enumerate(self.exchanges)
         )
-        return f"the ranks met in different exchanges: {where}"
+        return f"the ranks are in different exchanges: {positions}"
 
 
 def rank() -> int:
-    """Returns the rank of this process among all, 0 without a launcher."""
+    """Returns the rank of this process among all ranks, 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Returns how many ranks there are on all machines, 1 without a launcher."""
+    """Returns the number of ranks on all machines, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """Returns the rank of this process on its machine, 0 without a launcher."""
+    """Returns the rank of this process among those of this machine, 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Returns how many ranks share this machine."""
-    # torchrun's name, deepspeed's
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+    """Returns the number of ranks on this machine."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun's, deepspeed's
+        value = os.environ.get(name)
+        if value:
+            return int(value)
+    return world_size()
 
 
 def adopt_srun() -> None:
-    """Takes the place in the group from `srun`, which sets variables of its own.
+    """Sets torch's process group variables from those of Slurm's `srun`.
 
-    torchrun and deepspeed set torch's variables.
+    Does nothing without `srun`, or if another launcher (torchrun, deepspeed) has set them.
     """
-    given = os.environ
-    # a batch script is no step
-    if "RANK" in given or int(given.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+    environment = os.environ
+    if "RANK" in environment:
+        return
+    # A batch script also has Slurm's variables, but it is no step of several tasks.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return
     hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", given["SLURM_STEP_NODELIST"]],
+        ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
         capture_output=True,
         text=True,
         check=True,
     )
-    per_node = given.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
-    given |= {
-        "RANK": given["SLURM_PROCID"],
-        "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": given["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": per_node,
-        "MASTER_ADDR": hosts.stdout.split()[0],
-        "MASTER_PORT": str(20_000 + int(given["SLURM_JOB_ID"]) % 20_000),
-    }
+    # "4", "4(x2)" for two nodes with 4 tasks, "4,3" for nodes with 4 and 3
+    tasks_per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    tasks_on_first_node = tasks_per_node.partition("(")[0].partition(",")[0]
+    environment.update(
+        {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": tasks_on_first_node,
+            "MASTER_ADDR": hosts.stdout.split()[0],
+            "MASTER_PORT": str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+        }
+    )
 
 
 def num_cores() -> int:
-    """Returns the number of cores that this process may use: all, or its share under Slurm."""
+    """Returns the number of CPU cores that this process may use, e.g. its share under Slurm."""
     return len(os.sched_getaffinity(0))
 
 
-def join(limit_s: float = 1800.0) -> None:
-    """Joins the process group, a group of one without a launcher.
+def join(timeout_s: float = 1800.0) -> None:
+    """Joins the process group, which is a group of one without a launcher.
 
-    `limit_s`: the longest wait for another rank. Raises RunError, and UserError for more ranks than
-    GPUs.
+    Args:
+        timeout_s: The maximum time in seconds to wait for another rank, now and in exchanges.
+
+    Raises:
+        UserError: There are more ranks than GPUs on this machine.
+        RunError: The group cannot be formed.
     """
-    global _objects, _limit
+    global _gloo_group, _timeout
     import torch
 
     if torch.distributed.is_initialized():
         return
-    _limit = timedelta(seconds=limit_s)
+    _timeout = timedelta(seconds=timeout_s)
     if world_size() == 1:
         _set_group_of_one()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        num_gpus = torch.cuda.device_count()
-        if local_world_size() > num_gpus:
-            raise UserError(
-                f"{local_world_size()} ranks on this machine, which shows {num_gpus} GPUs: start "
-                "one rank per GPU"
-            )
-        torch.cuda.set_device(local_rank())
-    elif "OMP_NUM_THREADS" not in os.environ or world_size() > 1:  # torchrun sets 1
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        _take_gpu()
+    elif "OMP_NUM_THREADS" not in os.environ or world_size() > 1:  # torchrun sets it to 1
         torch.set_num_threads(max(1, num_cores() // local_world_size()))
     try:
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=_limit)
+        backend = "nccl" if has_gpu else "gloo"
+        torch.distributed.init_process_group(backend, timeout=_timeout)
         if world_size() > 1:
-            _objects = torch.distributed.new_group(backend="gloo", timeout=_limit)
+            _gloo_group = torch.distributed.new_group(backend="gloo", timeout=_timeout)
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"rank {rank()} of {world_size()}: no process group at "
@@ -142,28 +158,43 @@ def join(limit_s: float = 1800.0) -> None:
     atexit.register(_end_gloo_groups)
 
 
-def _end_gloo_groups() -> None:
-    """Ends the threads of gloo while the interpreter still runs.
+def _take_gpu() -> None:
+    """Makes the GPU of this local rank the current one. Raises UserError if there is none."""
+    import torch
 
-    A thread that lets go of a tensor after the interpreter has ended aborts the process, and a run
-    that has succeeded ends with SIGABRT (pytorch/pytorch#179291). The last exchange of a run is on
-    `_objects`. DeepSpeed holds on to its groups of gloo, whose threads are idle by then. A group of
-    NCCL ends with the process: to destroy it takes all ranks, and one may have failed.
+    num_gpus = torch.cuda.device_count()
+    if local_world_size() > num_gpus:
+        raise UserError(
+            f"{local_world_size()} ranks on this machine, but it has {num_gpus} GPUs: start one "
+            "rank per GPU"
+        )
+    torch.cuda.set_device(local_rank())
+
+
+def _end_gloo_groups() -> None:
+    """Ends the threads of gloo before the interpreter ends.
+
+    A thread that frees a tensor after the end of the interpreter aborts the process, so a
+    successful run would end with SIGABRT (pytorch/pytorch#179291). The last exchange of a run uses
+    `_gloo_group`. DeepSpeed keeps references to its own gloo groups, whose threads are idle by
+    then. An NCCL group ends with the process: destroying it needs all ranks, and one may have
+    failed.
     """
-    global _objects
+    global _gloo_group
     from torch import distributed
 
     if not distributed.is_initialized():
         return
-    objects, _objects = _objects, None
+    group = _gloo_group
+    _gloo_group = None
     if distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
-    elif objects is not None:
-        distributed.destroy_process_group(objects)
+    elif group is not None:
+        distributed.destroy_process_group(group)
 
 
 def _set_group_of_one() -> None:
-    """Sets torch's variables as a launcher would for one rank, where they are not set."""
+    """Sets the variables that a launcher would set for a single rank, unless they are set."""
     variables = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -176,32 +207,43 @@ def _set_group_of_one() -> None:
 
 
 def require_equal(fingerprints: Mapping[str, str]) -> None:
-    """Raises UserError on all ranks naming what differs between them.
+    """Raises UserError on all ranks if their fingerprints differ; the message names which.
 
-    `fingerprints`: what the ranks start from, by name: `{"config": "9f86d081884c7d65"}`.
+    Args:
+        fingerprints: The fingerprints of this rank's inputs by name:
+            `{"config": "9f86d081884c7d65"}`.
     """
-    of_ranks = all_gather("the fingerprints", dict(fingerprints))
-    names = sorted(set().union(*of_ranks))  # the same on all ranks, which must all raise or none
-    differing = [name for name in names if len({each.get(name) for each in of_ranks}) > 1]
-    if not differing:
-        return
+    fingerprints_of_ranks = all_gather("the fingerprints", dict(fingerprints))
+    # The names of all ranks, so that either all ranks raise or none does.
+    names = sorted(set().union(*fingerprints_of_ranks))
+    differing_names = []
     details = []
-    for name in differing:
-        values = ", ".join(f"rank {i} {each.get(name)}" for i, each in enumerate(of_ranks))
-        details.append(f"{name}: {values}")
+    for name in names:
+        values = [of_rank.get(name) for of_rank in fingerprints_of_ranks]
+        if len(set(values)) > 1:
+            differing_names.append(name)
+            listed = ", ".join(f"rank {number} {value}" for number, value in enumerate(values))
+            details.append(f"{name}: {listed}")
+    if not differing_names:
+        return
     error = UserError(
-        f"the ranks do not start from the same {' and '.join(differing)} ({'; '.join(details)}): "
-        "give all nodes the same files"
+        f"the ranks do not start from the same {' and '.join(differing_names)} "
+        f"({'; '.join(details)}): give all nodes the same files"
     )
     error.known_to_all_ranks = True
     raise error
 
 
-def all_gather(what: str, value: T) -> list[T]:
-    """Returns every rank's value, in order of ranks.
+def all_gather(name: str, value: T) -> list[T]:
+    """Returns the values of all ranks, in order of ranks.
 
-    Raises RunError naming `what` it waited for and the ranks that did not come. Raises
-    ExchangeMismatchError on all ranks when they meet in different exchanges.
+    Args:
+        name: The name of the exchange, for error messages: "the fingerprints".
+        value: The value of this rank. It must support pickling.
+
+    Raises:
+        RunError: A rank is lost, or did not arrive in time.
+        ExchangeMismatchError: The ranks are in different exchanges. All ranks raise it.
     """
     global _num_exchanges
     if world_size() == 1:
@@ -209,28 +251,32 @@ def all_gather(what: str, value: T) -> list[T]:
     import torch
 
     _num_exchanges += 1
-    message = (what, _num_exchanges, value)
+    message = (name, _num_exchanges, value)
     messages: list[Any] = [None] * world_size()
     try:
-        torch.distributed.monitored_barrier(_objects, timeout=_limit, wait_all_ranks=True)
-        torch.distributed.all_gather_object(messages, message, group=_objects)
+        torch.distributed.monitored_barrier(_gloo_group, timeout=_timeout, wait_all_ranks=True)
+        torch.distributed.all_gather_object(messages, message, group=_gloo_group)
     except RuntimeError as error:
         raise RunError(
-            f"rank {rank()}: another rank is lost, or did not come within {_limit}: waited for "
-            f"{what} ({error})"
+            f"rank {rank()}: another rank is lost, or did not arrive within {_timeout}: waited for "
+            f"{name} ({error})"
         ) from None
-    exchanges = [(other_what, number) for other_what, number, _ in messages]
+    exchanges = [(rank_name, rank_number) for rank_name, rank_number, _ in messages]
     if len(set(exchanges)) > 1:
         raise ExchangeMismatchError(exchanges)
-    return [other_value for _, _, other_value in messages]
+    return [rank_value for _, _, rank_value in messages]
 
 
-def all_gather_or_raise(what: str, work: Callable[[], T]) -> list[T]:
-    """Returns what every rank's work returned.
+def all_gather_or_raise(name: str, work: Callable[[], T]) -> list[T]:
+    """Runs `work` on all ranks and returns the results, in order of ranks.
 
-    An error of one rank is raised on all, with `known_to_all_ranks` and `failed_rank` set. With
-    several ranks an exception that is none of ours is raised as UnexpectedError, with its cause
-    where it happened; with one rank it is raised as it is.
+    If `work` raises on one rank, all ranks raise its error, with `known_to_all_ranks` and
+    `failed_rank` set. With several ranks, an exception that is not a GrpoError becomes an
+    UnexpectedError, whose cause is set on the rank where it was raised.
+
+    Args:
+        name: The name of the exchange, for error messages.
+        work: A function without arguments. It must not make exchanges that other ranks do not make.
     """
     if world_size() == 1:
         return [work()]
@@ -243,75 +289,106 @@ def all_gather_or_raise(what: str, work: Callable[[], T]) -> list[T]:
     except Exception as error:
         failure = UnexpectedError(f"{type(error).__name__}: {error}")
         failure.__cause__ = error
-    results = all_gather(what, (result, failure))
-    for failed_rank, (_, error_of_rank) in enumerate(results):
-        if error_of_rank is not None:
-            raised = failure or error_of_rank
-            raised.known_to_all_ranks = True
-            raised.failed_rank = failed_rank if failure is None else rank()
-            raise raised
-    return [result for result, _ in results]  # type: ignore[misc] # only a failure leaves None
+    outcomes = all_gather(name, (result, failure))
+    # A rank that has failed raises its own error, the others that of the first failed rank.
+    if failure is not None:
+        raise _mark_known_to_all(failure, failed_rank=rank())
+    for number, (_, rank_failure) in enumerate(outcomes):
+        if rank_failure is not None:
+            raise _mark_known_to_all(rank_failure, failed_rank=number)
+    return [rank_result for rank_result, _ in outcomes]  # type: ignore[misc] # None only on failure
+
+
+def _mark_known_to_all(error: GrpoError, failed_rank: int) -> GrpoError:
+    error.known_to_all_ranks = True
+    error.failed_rank = failed_rank
+    return error
 
 
 def known_to_all(error: Exception) -> bool:
-    """Returns whether every rank raises an error, so that all can still do something together.
-
-    They can write a checkpoint, for example.
-    """
+    """Returns whether all ranks raise an error, so that they can still write a checkpoint."""
     if world_size() == 1:
         return True
     return isinstance(error, GrpoError) and error.known_to_all_ranks
 
 
 def failed_elsewhere(error: Exception) -> bool:
-    """Returns whether an error began on another rank, which reports it."""
+    """Returns whether an error was first raised on another rank, which then reports it."""
     return isinstance(error, GrpoError) and error.failed_rank not in (None, rank())
 
 
 def sum_seconds(num_bytes: int, tries: int = 5) -> float:
-    """Returns the seconds in which all ranks sum `num_bytes` of float32.
+    """Returns the seconds that an all-reduce of `num_bytes` of float32 takes.
 
-    It is the largest of the ranks' medians.
+    It is the median over `tries`, on the rank where that is largest.
     """
     import torch
 
-    values, taken = (
-        torch.zeros(num_bytes // 4, device="cuda" if torch.cuda.is_available() else "cpu"),
-        [],
-    )
-    for _ in range(tries + 1):  # the first makes the connections
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.zeros(num_bytes // 4, device=device)
+    durations_s = []
+    for _ in range(tries + 1):
         torch.distributed.barrier()
         start = time.perf_counter()
         torch.distributed.all_reduce(values)
         if values.is_cuda:
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return max(all_gather("the interconnect", sorted(taken[1:])[tries // 2]))
+        durations_s.append(time.perf_counter() - start)
+    # The first all-reduce opens the connections.
+    median_s = statistics.median_high(durations_s[1:])
+    return max(all_gather("the interconnect", median_s))
 
 
-def sequence_parallel_share(size: int) -> tuple[tuple[int, int], bool]:
-    """Returns `((part, parts), reports)`: this rank's part of some work, and whether it reports it.
+class SequenceParallelShare(NamedTuple):
+    """This rank's part of work that neighbouring ranks share.
 
-    `size` neighbouring ranks share a part. The first of them reports what came of it.
+    `SequenceParallelShare(share=(0, 2), is_reporter=True)`.
     """
-    return (rank() // size, world_size() // size), rank() % size == 0
+
+    share: tuple[int, int]  # (index of the part, number of parts)
+    is_reporter: bool  # whether this rank reports the result of the part
 
 
-def split_across_ranks(what: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
-    """Returns the whole of a list of which each rank makes its share.
+def sequence_parallel_share(size: int) -> SequenceParallelShare:
+    """Returns this rank's part of work, where `size` neighbouring ranks share each part.
 
-    `work(share)` returns the items at `share` of the whole.
+    The first rank of each part reports its result.
     """
-    parts = all_gather_or_raise(what, lambda: list(work(slice(rank(), None, world_size()))))
-    total = sum(map(len, parts))
+    return SequenceParallelShare(
+        share=(rank() // size, world_size() // size), is_reporter=rank() % size == 0
+    )
+
+
+def split_across_ranks(name: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
+    """Returns a list to which each rank contributes its share.
+
+    Args:
+        name: The name of the exchange, for error messages.
+        work: Called with this rank's share, the slice `slice(rank, None, world_size)` of the list;
+            returns the items at these positions.
+    """
+    share = slice(rank(), None, world_size())
+    parts = all_gather_or_raise(name, lambda: list(work(share)))
+    total = sum(len(part) for part in parts)
     return [parts[i % world_size()][i // world_size()] for i in range(total)]
 
 
-def rank0_first(what: str, work: Callable[[], T]) -> T:
-    """Returns the result of `work`, which rank 0 does before the other ranks do it.
+def rank0_first(name: str, work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0, then on the other ranks, and returns this rank's result.
 
-    The others then find what rank 0 made (a download, a directory).
+    The other ranks use files that rank 0 has created, e.g. a download.
+
+    Args:
+        name: The name of the exchange, for error messages.
+        work: A function without arguments.
     """
-    made: list[T] = []
-    all_gather_or_raise(what, lambda: made.append(work()) if rank() == 0 else None)
-    return made[0] if made else work()
+    results: list[T] = []
+
+    def run_on_rank0() -> None:
+        if rank() == 0:
+            results.append(work())
+
+    all_gather_or_raise(name, run_on_rank0)
+    if results:
+        return results[0]
+    return work()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, seen at safe points only."""
+"""Turns Ctrl-C and SIGTERM into an exception at points where a run can be saved."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from grpo.types import GrpoError
 
 
 class Interrupted(GrpoError):
-    """Ctrl-C or SIGTERM: the run saves and stops."""
+    """The run received Ctrl-C or SIGTERM: it saves its state and stops."""
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into `Interrupted` at safe points.
+    """Handles SIGINT and SIGTERM: the first one is stored, and `check` raises `Interrupted`.
 
-    A second one ends the process the ordinary way.
+    The first signal restores the previous handlers, so a second one ends the process as usual.
     """
 
     def __init__(self) -> None:
-        """Installs the handlers of SIGINT and SIGTERM in place of those that were there."""
-        self.got: str | None = None
-        self._held = False
-        self._before = {
+        """Replaces the handlers of SIGINT and SIGTERM."""
+        self.got: str | None = None  # name of the first signal, e.g. "SIGTERM"
+        self._is_held = False
+        self._previous_handlers = {
             number: signal.signal(number, self._handle)
             for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -34,23 +34,23 @@ class Signals:
         self.restore()
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal has come, except within `held`."""
-        if self.got and not self._held:
+        """Raises `Interrupted` if a signal was received, except within `held`."""
+        if self.got and not self._is_held:
             raise Interrupted(self.got)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Within this context no `check` interrupts.
+        """Prevents `check` from raising within the context.
 
-        It is for an exchange of several ranks, which one of them must not leave.
+        Use it around a collective of several ranks: if one rank leaves, the others hang.
         """
-        self._held = True
+        self._is_held = True
         try:
             yield
         finally:
-            self._held = False
+            self._is_held = False
 
     def restore(self) -> None:
-        """Puts back the handlers that were there before."""
-        for number, handler in self._before.items():
+        """Restores the previous handlers of SIGINT and SIGTERM."""
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)

@@ -1,1 +1,1 @@
-"""Commands that make a run, one file each, and what they share."""
+"""The commands that train, evaluate or convert a model: one module per command, and shared code."""

@@ -1,28 +1,31 @@
 """`grpo collect`: rejection sampling.
 
-A model samples completions; what is right, well-formed and readable is kept as traces.jsonl.
+A model samples completions; those that are correct, well-formed and readable are kept as traces in
+traces.jsonl. The problems are sampled in chunks. Each chunk is written to samples/, with the reason
+for every completion that was dropped, and a written chunk is not sampled again after a resume.
 
-Source: DeepSeek-R1 2501.12948 section 2.3.3. Problems go chunk by chunk into samples/, each
-completion with the reason why it was dropped; a chunk that is written is not sampled again.
+Source: DeepSeek-R1 2501.12948 section 2.3.3.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import Collect, CollectConfig, Data
+from grpo.config import CollectConfig, CollectSettings, DataSettings
 from grpo.experience.describing import describe, sample_rows
 from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
 from grpo.run.directory import write_file
 from grpo.stages.problems import load_problems, mixture
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
-from grpo.stages.sampling import Sampler, check_rewards, load_rewards
+from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, ScoredGroup
 from rewards import format, language, repetition
@@ -30,75 +33,103 @@ from rewards import format, language, repetition
 if TYPE_CHECKING:
     from data.common.mixture import Mixture
 
+# A Han character, or a run of letters and digits in another script.
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")
+REPETITION_NGRAM = 20  # words
+MAX_DRAWS_PER_PROBLEM = 10
 
 
 def collect(config: CollectConfig, *, resume: bool) -> None:
-    """Writes traces.jsonl, which `data: {name: traces}` reads.
+    """Samples completions and writes traces.jsonl, which `data: {name: traces}` reads.
 
-    Raises UserError, RunError, Interrupted (chunks that are done are kept).
+    Raises:
+        UserError: The config, the data or a path is wrong.
+        RunError: The run cannot continue.
+        Interrupted: A signal stopped the run. Finished chunks are kept.
     """
     require_one_rank("collect")
     workers, rewards = load_rewards(config)
     problems = load_problems(config.data, "train", config.seed)
     excluded_ngrams = _excluded_ngrams(config)
     settings = config.collect
-    total = -(-settings.problems // settings.chunk)
+    total = math.ceil(settings.problems / settings.chunk)
     with open_stage(config, "collect", total=total, unit="chunk", resume=resume) as context:
         context.stack.callback(workers.close)
         sampler = Sampler(config, context, config.teacher)
         stream = mixture(config.data, problems, sampler.prompts, config.seed)
-        drawn = _first_problems(stream, settings.problems)
-        clean = [
+        candidates = _first_problems(stream, settings.problems)
+        uncontaminated = [
             problem
-            for problem in drawn
+            for problem in candidates
             if not ngrams(problem.question, settings.ngram) & excluded_ngrams
         ]
-        done = 0
+        num_done = 0
         if resume:
-            done = max((row["step"] for row in context.run.read_metrics()), default=0)
-        context.run.cut(done)
-        context.display.begin(done)
-        for number in range(done, -(-len(clean) // settings.chunk)):
-            chunk = clean[number * settings.chunk : (number + 1) * settings.chunk]
-            context.signals.check()
-            on_progress = functools.partial(_show, context, number)
-            groups = sampler.sample(
-                chunk, settings.samples, config.sampling.temperature, on_progress
-            )
-            scored = score(groups, rewards, sampler.prompts.for_rewards)
-            _record(context, number + 1, scored, settings)
-        counts = _write(context, contaminated=len(drawn) - len(clean))
+            num_done = max((row["step"] for row in context.run.read_metrics()), default=0)
+        collector = ChunkCollector(config=config, context=context, sampler=sampler, rewards=rewards)
+        collector.sample_chunks(uncontaminated, num_done)
+        num_contaminated = len(candidates) - len(uncontaminated)
+        counts = _write_traces(context, num_contaminated)
         context.run.update_manifest(traces="traces.jsonl", counts=counts)
         context.display.say(", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
-def _record(
-    context: RunContext, number: int, scored: Sequence[ScoredGroup], settings: Collect
-) -> None:
-    """Writes a chunk's completions, with the reason why each was dropped, and its metrics."""
-    reasons = dropped(scored, settings)
-    rows = [
-        {**row, "dropped": reason} for row, reason in zip(sample_rows(scored), reasons, strict=True)
-    ]
-    context.run.write_samples(f"chunk-{number:06d}", rows)
-    metrics = {
-        "step": number,
-        **describe(scored),
-        "trace/kept": sum(not reason for reason in reasons),
-    }
-    context.record(metrics)
-    context.display.row(metrics)
+@dataclass(frozen=True, kw_only=True)
+class ChunkCollector:
+    """Samples, scores and records the problems of a run, one chunk after the other."""
+
+    config: CollectConfig
+    context: RunContext
+    sampler: Sampler
+    rewards: Rewards
+
+    def sample_chunks(self, problems: Sequence[Problem], num_done: int) -> None:
+        """Samples all chunks except the first `num_done`, which are on disk already."""
+        size = self.config.collect.chunk
+        self.context.run.cut(num_done)
+        self.context.display.begin(num_done)
+        for index in range(num_done, math.ceil(len(problems) / size)):
+            self.context.signals.check()
+            scored = self._sample(problems[index * size : (index + 1) * size], index)
+            self._record(scored, index + 1)
+
+    def _sample(self, chunk: Sequence[Problem], index: int) -> list[ScoredGroup]:
+        groups = self.sampler.sample(
+            chunk,
+            self.config.collect.samples,
+            self.config.sampling.temperature,
+            functools.partial(_show_progress, self.context, index),
+        )
+        return score(groups, self.rewards, self.sampler.prompts.for_rewards)
+
+    def _record(self, scored: Sequence[ScoredGroup], num_done: int) -> None:
+        """Writes the completions of a chunk, with their drop reasons, and its metrics."""
+        reasons = drop_reasons(scored, self.config.collect)
+        rows = sample_rows(scored)
+        for row, reason in zip(rows, reasons, strict=True):
+            row["dropped"] = reason
+        self.context.run.write_samples(f"chunk-{num_done:06d}", rows)
+        metrics = {
+            "step": num_done,
+            **describe(scored),
+            "trace/kept": sum(not reason for reason in reasons),
+        }
+        self.context.record(metrics)
+        self.context.display.row(metrics)
 
 
-def _show(context: RunContext, number: int, done: int, total: int) -> None:
-    context.display.phase(number, "sampling", f"{done}/{total}")
+def _show_progress(context: RunContext, chunk_index: int, num_finished: int, total: int) -> None:
+    context.display.phase(chunk_index, "sampling", f"{num_finished}/{total}")
 
 
 def _first_problems(stream: Mixture, count: int) -> list[Problem]:
-    """Returns the first `count` different problems of a stream, fewer if it has no more."""
+    """Returns the first `count` different problems of a stream, or all if it has fewer.
+
+    The stream is endless and repeats its problems, so the search ends after
+    `MAX_DRAWS_PER_PROBLEM` positions per problem.
+    """
     problems: dict[str, Problem] = {}
-    for position in range(10 * count):
+    for position in range(MAX_DRAWS_PER_PROBLEM * count):
         problem = stream[position]
         problems.setdefault(problem.id, problem)
         if len(problems) == count:
@@ -106,111 +137,134 @@ def _first_problems(stream: Mixture, count: int) -> list[Problem]:
     return list(problems.values())
 
 
-def dropped(groups: Sequence[ScoredGroup], settings: Collect) -> list[str]:
-    """Returns, for each completion in order, why it is no trace.
+def drop_reasons(groups: Sequence[ScoredGroup], settings: CollectSettings) -> list[str]:
+    """Returns why each completion is dropped, in order; "" if it is kept as a trace.
 
-    The reason is "" for a completion that is kept: at most `keep` per problem, the shortest first.
+    At most `settings.keep` completions are kept per problem, the shortest ones.
     """
     reasons: list[str] = []
     for scored in groups:
-        reasons += _dropped_of_group(scored, settings)
+        reasons += _drop_reasons_of_group(scored, settings)
     return reasons
 
 
-def _dropped_of_group(scored: ScoredGroup, settings: Collect) -> list[str]:
+def _drop_reasons_of_group(scored: ScoredGroup, settings: CollectSettings) -> list[str]:
     completions = scored.group.completions
-    reasons = [_fault(scored, i, settings) for i in range(len(completions))]
-    lengths = [len(completion.token_ids) for completion in completions]
-    texts: set[str] = set()
+    reasons = [_fault(scored, index, settings) for index in range(len(completions))]
+
+    def num_tokens(index: int) -> int:
+        return len(completions[index].token_ids)
+
+    shorter_texts: set[str] = set()
     num_kept = 0
-    for i in sorted(range(len(completions)), key=lambda i: (lengths[i], i)):
-        text = " ".join(completions[i].text.split())
-        if not reasons[i]:
-            if text in texts:
-                reasons[i] = "duplicate"
+    for index in sorted(range(len(completions)), key=num_tokens):
+        text = " ".join(completions[index].text.split())
+        if not reasons[index]:
+            if text in shorter_texts:
+                reasons[index] = "duplicate"
             elif num_kept == settings.keep:
-                reasons[i] = "over keep"
+                reasons[index] = "over keep"
             else:
                 num_kept += 1
-        texts.add(text)
+        shorter_texts.add(text)
     return reasons
 
 
-def _fault(scored: ScoredGroup, i: int, settings: Collect) -> str:
-    """Returns what is wrong with completion i, "" if nothing is; the first fault counts."""
-    completion, reward = scored.group.completions[i], scored.rewards[i]
-    thoughts = completion.text.partition("</think>")[0].replace("<think>", "")
-    length = len(completion.token_ids)
-    question = scored.group.problem.question
-    tests: dict[str, Callable[[], bool]] = {
-        "cut off": lambda: completion.finish_reason == "length",
-        "undecided": lambda: settings.right and reward is None,
-        "wrong": lambda: settings.right and not _is_right(scored, i),
-        "not well-formed": lambda: settings.format and not format.check(completion.text),
-        "too short": lambda: length < settings.min_tokens,
-        "too long": lambda: settings.max_tokens is not None and length > settings.max_tokens,
-        "language": lambda: language.share(thoughts, language.of(question)) < settings.language,
-        "repetition": lambda: repetition.repeated(completion.text, 20) > settings.repetition,
-    }
-    return next((name for name, test in tests.items() if test()), "")
+def _fault(scored: ScoredGroup, index: int, settings: CollectSettings) -> str:
+    """Returns the first fault of a completion, "" if it has none."""
+    completion = scored.group.completions[index]
+    if completion.finish_reason == "length":
+        return "cut off"
+    if settings.right and scored.rewards[index] is None:
+        return "undecided"
+    if settings.right and not _is_correct(scored, index):
+        return "wrong"
+    if settings.format and not format.check(completion.text):
+        return "not well-formed"
+    num_tokens = len(completion.token_ids)
+    if num_tokens < settings.min_tokens:
+        return "too short"
+    if settings.max_tokens is not None and num_tokens > settings.max_tokens:
+        return "too long"
+    if _share_in_language_of_question(scored, index) < settings.language:
+        return "language"
+    if repetition.repeated(completion.text, REPETITION_NGRAM) > settings.repetition:
+        return "repetition"
+    return ""
 
 
-def _is_right(scored: ScoredGroup, i: int) -> bool:
-    """Returns whether completion i is right: by its verdict, or without one by its reward."""
-    verdict = scored.verdicts[i]
+def _is_correct(scored: ScoredGroup, index: int) -> bool:
+    """Returns whether a completion's verdict is correct, or without a verdict its reward > 0."""
+    verdict = scored.verdicts[index]
     if verdict is not None:
         return verdict.value == "correct"
-    return (scored.rewards[i] or 0) > 0
+    reward = scored.rewards[index]
+    return reward is not None and reward > 0
+
+
+def _share_in_language_of_question(scored: ScoredGroup, index: int) -> float:
+    """Returns the share of a completion's thoughts in the language of the question."""
+    text = scored.group.completions[index].text
+    thoughts = text.partition("</think>")[0].replace("<think>", "")
+    return language.share(thoughts, language.of(scored.group.problem.question))
 
 
 def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    """Returns the runs of n words of a text; a shorter text is one run."""
+    """Returns the n-grams of a text's lower-cased words. A text of fewer words is one n-gram.
+
+    `ngrams("Add 2 and 3.", 3)` -> `{("add", "2", "and"), ("2", "and", "3")}`.
+    """
     words = [word.lower() for word in WORD.findall(text)]
-    return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
+    num_starts = max(1, len(words) - n + 1)
+    return {tuple(words[start : start + n]) for start in range(num_starts)}
 
 
-def _excluded(config: CollectConfig) -> Data | None:
-    """Returns the evaluation sets whose problems must not be among the traces."""
+def _excluded(config: CollectConfig) -> DataSettings | None:
+    """Returns the evaluation sets that the traces must not overlap, None if there are none."""
     if not config.collect.decontaminate:
         return None
-    return Data(mixture=config.collect.decontaminate, path=config.data.path)
+    return DataSettings(mixture=config.collect.decontaminate, path=config.data.path)
 
 
 def _excluded_ngrams(config: CollectConfig) -> set[tuple[str, ...]]:
-    """Returns the n-grams of all questions of the evaluation sets that traces must not overlap."""
+    """Returns the n-grams of all questions in the evaluation sets that traces must not overlap."""
     excluded = _excluded(config)
     if excluded is None:
         return set()
-    runs: set[tuple[str, ...]] = set()
+    excluded_ngrams: set[tuple[str, ...]] = set()
     for problems in load_problems(excluded, "test", config.seed).values():
         for problem in problems:
-            runs |= ngrams(problem.question, config.collect.ngram)
-    return runs
+            excluded_ngrams |= ngrams(problem.question, config.collect.ngram)
+    return excluded_ngrams
 
 
-def _write(context: RunContext, contaminated: int) -> dict[str, int]:
+def _write_traces(context: RunContext, num_contaminated: int) -> dict[str, int]:
     """Writes traces.jsonl from the samples of all chunks.
 
-    Returns the counts of what was kept and dropped.
+    Returns:
+        The number of traces, of completions by drop reason, and of contaminated problems:
+        `{"kept": 40, "contaminated problems": 2, "wrong": 18, "too long": 4}`.
     """
-    counts: Counter[str] = Counter({"kept": 0, "contaminated problems": contaminated})
+    counts: Counter[str] = Counter({"kept": 0, "contaminated problems": num_contaminated})
     num_traces: Counter[str] = Counter()  # by problem
     lines = []
     for file in sorted(context.run.samples.glob("chunk-*.jsonl")):
         for line in file.read_text().splitlines():
             row = json.loads(line)
-            counts[row["dropped"] or "kept"] += 1
-            if not row["dropped"]:
-                problem = row["problem"]
-                trace = _trace(row, num_traces[problem])
-                num_traces[problem] += 1
-                lines.append(json.dumps(trace, ensure_ascii=False) + "\n")
+            if row["dropped"]:
+                counts[row["dropped"]] += 1
+                continue
+            counts["kept"] += 1
+            problem_id = row["problem"]
+            trace = _trace(row, num_traces[problem_id])
+            num_traces[problem_id] += 1
+            lines.append(json.dumps(trace, ensure_ascii=False) + "\n")
     write_file(context.run.path / "traces.jsonl", "".join(lines))
     return dict(counts)
 
 
-def _trace(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """Returns a completion as a line of traces.jsonl; `number` counts its problem's traces."""
+def _trace(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Returns a row of samples/ as a trace. `number` counts the traces of its problem from 0."""
     return {
         "id": f"{row['problem']}#{number}",
         "question": row["question"],
@@ -236,12 +290,13 @@ class _CollectStage:
     def arithmetic(self, config: CollectConfig) -> str:
         settings = config.collect
         num_completions = settings.problems * settings.samples
+        max_sampled_tokens = num_completions * config.sampling.max_tokens
         source = config.teacher.url if config.teacher else "model.path"
         return (
-            f"a chunk     {settings.chunk} problems x {settings.samples} completions, at most "
-            f"{settings.keep} kept a problem\n"
-            f"the run     {settings.problems:,} problems, {num_completions:,} completions, at most "
-            f"{num_completions * config.sampling.max_tokens:,} tokens, from {source}"
+            f"chunk       {settings.chunk} problems x {settings.samples} completions, at most "
+            f"{settings.keep} kept per problem\n"
+            f"run         {settings.problems:,} problems, {num_completions:,} completions, at most "
+            f"{max_sampled_tokens:,} tokens, sampled from {source}"
         )
 
     def needs(self, config: CollectConfig) -> StageNeeds:
@@ -255,7 +310,7 @@ class _CollectStage:
                 num_training=settings.problems,
                 excluded=_excluded(config),
                 overlap_words=settings.ngram,
-                overlap_remedy="grpo collect leaves out what overlaps",
+                overlap_remedy="none needed: grpo collect skips these problems",
             ),
             memory=MemoryNeeds(engine=True, max_sequences=settings.chunk * settings.samples),
             disk=DiskNeeds(sampled_tokens=num_completions * config.sampling.max_tokens),

@@ -1,20 +1,23 @@
-"""`grpo distill`: a teacher's reasoning into a smaller student, in one of three ways.
+"""`grpo distill`: distils a teacher's reasoning into a smaller student.
 
-sequence   the teacher samples, what is right is kept, the student is fine-tuned on it: R1's own
-           way, whatever the vocabularies
-soft       the student matches the teacher's distribution at every token of given texts
-on_policy  the student samples, the teacher scores its tokens: reverse KL as the advantage in GRPO's
-           loop
+The config key `way` selects the method:
+
+- `sequence`: The teacher samples, correct completions are kept as traces, and the student is
+  fine-tuned on them, as in DeepSeek-R1. The vocabularies may differ.
+- `soft`: The student learns the teacher's distribution at every token of given texts.
+- `on_policy`: The student samples and the teacher scores its tokens. GRPO's training loop uses the
+  reverse KL as the advantage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import DistillConfig, Soft
+from grpo.config import DistillConfig, SoftTargetSettings
 from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
@@ -38,70 +41,81 @@ from grpo.stages.stage import (
     ProblemNeeds,
     Stage,
     StageNeeds,
-    num_checkpoints,
+    max_checkpoints_on_disk,
 )
-from grpo.stages.start_model import find_model, find_teacher, require_same_start
+from grpo.stages.start_model import find_start_model, find_teacher, require_same_start
 from grpo.types import Batch, Problem, Sample, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CACHED = 256  # texts per file
+TEXTS_PER_FILE = 256
 
 
 def distill(config: DistillConfig, *, resume: bool) -> None:
-    """Writes the student into `final/` (way sequence: `sft/final/`).
+    """Trains the student and writes it to `final/` (`way=sequence`: `sft/final/`).
 
-    Raises UserError, RunError, Interrupted (saved).
+    Raises:
+        UserError: The config, the data or a model is wrong.
+        RunError: The run cannot continue.
+        Interrupted: A signal stopped the run. Its progress is saved.
     """
     if config.way == "sequence":
-        _sequence(config, resume)
+        _run_sequence(config, resume)
     elif config.way == "soft":
-        _soft(config, resume)
+        _run_soft(config, resume)
     else:
         (part,) = STAGE.parts(config)
         part.stage.run(part.config, resume=resume)
 
 
-def _sequence(config: DistillConfig, resume: bool) -> None:
+def _run_sequence(config: DistillConfig, resume: bool) -> None:
+    """Collects traces from the teacher, then fine-tunes the student on them.
+
+    A stage that is finished is skipped.
+    """
     if ranks.world_size() > 1:
         raise UserError(
-            "grpo distill, way=sequence, begins with `grpo collect`, which is one process: start "
-            "it without torchrun"
+            "way=sequence starts with `grpo collect`, which runs in a single process: start `grpo "
+            "distill` without torchrun"
         )
+    stages: dict[str, Stage[Any]] = {"collect": collect.STAGE, "sft": sft.STAGE}
     with open_stage(config, "distill", total=2, unit="stage", resume=resume) as context:
-        for name, part in config.parts().items():
+        for name, part_config in config.parts().items():
             folder = Path(config.run_dir) / name
             context.signals.check()
             if RunDirectory.status(folder) == "finished":
-                check_same(folder, part)
+                check_same(folder, part_config)
                 continue
             context.display.say(f"{name}: {folder}")
-            run: Any = {"collect": collect.collect, "sft": sft.sft}[name]
-            run(part, resume=(folder / "manifest.json").exists())
+            is_started = (folder / "manifest.json").exists()
+            stages[name].run(part_config, resume=is_started)
         context.signals.check()
         context.run.update_manifest(final="sft/final")
 
 
-def _soft(config: DistillConfig, resume: bool) -> None:
-    """Matches the teacher's distribution: texts, updates, checkpoints, `final/`."""
+def _run_soft(config: DistillConfig, resume: bool) -> None:
     soft = config.soft
     assert soft is not None
     problems = load_problems(config.data, "train", config.seed)
     loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     with open_stage(config, "distill", total=soft.updates, unit="update", resume=resume) as context:
+        log_file = context.run.log_file("learner")
         context.display.phase(0, "loading the models")
-        model_dir, tokenizer, prompts = find_model(config, context.run)
-        models.check_context(model_dir, soft.max_tokens)
-        stream = mixture(config.data, problems, prompts, config.seed)
-        require_same_start(tokenizer, stream)
-        drawn = stream.take(0, soft.updates * soft.batch_size)
-        texts = samples(drawn, prompts, soft.max_tokens, soft.hard_weight)
-        with quiet(context.run.log_file("learner")):
-            teacher_dir = find_teacher(config, context.run, tokenizer, soft.max_tokens)
+        start = find_start_model(config, context.run)
+        models.check_context(start.model_dir, soft.max_tokens)
+        stream = mixture(config.data, problems, start.prompts, config.seed)
+        require_same_start(start.tokenizer, stream)
+        training_problems = stream.take(0, soft.updates * soft.batch_size)
+        texts = training_texts(
+            training_problems, start.prompts, soft.max_tokens, hard_weight=soft.hard_weight
+        )
+        with quiet(log_file):
+            teacher_dir = find_teacher(config, context.run, start.tokenizer, soft.max_tokens)
         teacher_top = _fill_teacher_top(config, context, teacher_dir, texts)
-        with quiet(context.run.log_file("learner")):
-            learner = _load_learner(config, model_dir, None if teacher_top else teacher_dir, loss)
+        with quiet(log_file):
+            loaded_teacher_dir = teacher_dir if teacher_top is None else None
+            learner = _load_learner(config, start.model_dir, loaded_teacher_dir, loss)
         loop = SoftLoop(
             config=config,
             context=context,
@@ -113,61 +127,92 @@ def _soft(config: DistillConfig, resume: bool) -> None:
         if resume:
             loop.resume()
         loop.train()
-        write_final(context, config, model_dir, tokenizer, learner)
+        write_final(context, config, start.model_dir, start.tokenizer, learner)
+
+
+def training_texts(
+    problems: Sequence[Problem], prompts: Prompts, max_tokens: int, *, hard_weight: float
+) -> list[Sample]:
+    """Returns the prompt and the worked solution of each problem as a training sample.
+
+    Args:
+        problems: Problems with a worked solution.
+        prompts: The prompts of the run.
+        max_tokens: Maximum length of a prompt with its solution.
+        hard_weight: Weight of the cross-entropy of every solution token, stored as its advantage.
+
+    Raises:
+        UserError: A problem has no solution, or is too long with it. The message names the problem.
+    """
+    return [
+        Sample(
+            token_ids=solution.prompt_ids + solution.target_ids,
+            prompt_length=len(solution.prompt_ids),
+            advantages=(hard_weight,) * len(solution.target_ids),
+        )
+        for solution in tokenize_solutions(problems, prompts, max_tokens, "soft")
+    ]
 
 
 def _fill_teacher_top(
     config: DistillConfig, context: RunContext, teacher_dir: Path, texts: list[Sample]
 ) -> TopLogprobs | None:
-    """Returns the teacher's likeliest tokens, which rank 0 asks for; None without teacher_topk."""
+    """Returns the teacher's top logprobs for the texts, None without `soft.teacher_topk`.
+
+    Rank 0 computes those that are not on disk yet.
+    """
     assert config.soft is not None
     if not config.soft.teacher_topk:
         return None
-    top = TopLogprobs(context.run.path / "teacher_top", texts)
-    ranks.all_gather_or_raise(
-        "the teacher's logprobs",
-        lambda: top.fill(config, context, teacher_dir) if ranks.rank() == 0 else None,
-    )
-    return top
+    teacher_top = TopLogprobs(context.run.path / "teacher_top", texts)
+
+    def fill_on_rank0() -> None:
+        if ranks.rank() == 0:
+            teacher_top.fill(config, context, teacher_dir)
+
+    ranks.all_gather_or_raise("the teacher's logprobs", fill_on_rank0)
+    return teacher_top
 
 
 def _load_learner(
     config: DistillConfig, model_dir: Path, teacher_dir: Path | None, loss: Any
 ) -> Any:
-    """Returns the student's learner. `teacher_dir`: None if the teacher is on disk as logprobs."""
+    """Returns the student's learner, which also holds the teacher if `teacher_dir` is not None."""
     from grpo.learning.learner import Learner
 
     attention = config.model.attention
-    teacher = models.load_model(teacher_dir, attention) if teacher_dir else None
+    teacher = models.load_model(teacher_dir, attention) if teacher_dir is not None else None
     student = lora.load_policy(config, model_dir, attention)
-    return Learner(student, config, loss, teacher, config.soft)
+    return Learner(student, config, loss, teacher, soft=config.soft)
 
 
 @dataclass(kw_only=True)
 class SoftLoop:
-    """The updates of the way soft, from text to text."""
+    """The training loop of `way=soft`."""
 
     config: DistillConfig
     context: RunContext
-    soft: Soft
+    soft: SoftTargetSettings
     learner: Any
     texts: list[Sample]  # in the order of the updates
-    teacher_top: TopLogprobs | None
-    num_saved: int = -1  # updates in the last checkpoint
-    metrics: dict[str, Any] = field(default_factory=dict)  # of the last update
+    teacher_top: TopLogprobs | None  # None: the learner holds the teacher
+    last_saved: int = -1  # number of updates in the last checkpoint
+    last_row: dict[str, Any] = field(default_factory=dict)  # metrics of the last update
 
     def resume(self) -> None:
-        """Loads the last checkpoint, and drops what was written after it."""
+        """Loads the last checkpoint and removes the records that are newer."""
         run = self.context.run
         checkpoint, _ = run.last_state()
-        if checkpoint:
-            with quiet(run.log_file("learner")):
-                self.learner.load(checkpoint)
-            self.num_saved = self.learner.updates
-        self.context.continue_after(self.learner.updates if checkpoint else None, "update")
+        if checkpoint is None:
+            self.context.resume_after(None, "update")
+            return
+        with quiet(run.log_file("learner")):
+            self.learner.load(checkpoint)
+        self.last_saved = self.learner.updates
+        self.context.resume_after(self.learner.updates, "update")
 
     def train(self) -> None:
-        """Runs to the last update and saves. On Interrupted it saves and raises."""
+        """Runs all remaining updates and saves. On Interrupted, it saves and raises the error."""
         every = self.config.checkpoint.every
         self.context.display.begin(self.learner.updates)
         while self.learner.updates < self.soft.updates:
@@ -177,37 +222,43 @@ class SoftLoop:
         self.save()
 
     def step(self) -> None:
-        """Makes one update and records it."""
+        """Runs one update and records its metrics."""
         context, learner = self.context, self.learner
         timer = Timer()
         batches = self.batches()
         try:
             with timer("update"):
                 ranks.all_gather_or_raise("the update", context.signals.check)
-                metrics = learner.update(
-                    batches, lambda *_: context.signals.check() if ranks.world_size() == 1 else None
-                )
+                metrics = learner.update(batches, self._check_signals)
         except Interrupted:
             self.save()
             context.display.say(
-                f"stopped after update {learner.updates}, saved; go on with --resume"
+                f"stopped after update {learner.updates}: saved; continue with --resume"
             )
             raise
-        # Nothing was sampled, so no engine can differ from the learner.
+        # Nothing is sampled, so the metrics that compare an engine with the learner do not apply.
         row = {key: value for key, value in metrics.items() if not key.startswith("mismatch/")}
-        row |= {"step": learner.updates, "update": learner.updates} | timer.metrics()
-        self.metrics = row
+        row["step"] = learner.updates
+        row["update"] = learner.updates
+        row.update(timer.metrics())
+        self.last_row = row
         context.record(row)
         context.display.row(row)
         context.display.phase(learner.updates, "update")
+
+    def _check_signals(self, num_done: int, total: int) -> None:
+        """Raises Interrupted after a micro-batch if a signal arrived."""
+        # With several ranks, the others would wait in a collective for the rank that stops.
+        if ranks.world_size() == 1:
+            self.context.signals.check()
 
     def batches(self) -> list[Batch]:
         """Returns the micro-batches of the next update."""
         from grpo.learning.batch import micro_batches, token_weights
 
-        size = self.soft.batch_size
-        start = self.learner.updates * size
-        texts = self.texts[start : start + size]
+        batch_size = self.soft.batch_size
+        start = self.learner.updates * batch_size
+        texts = self.texts[start : start + batch_size]
         batches = micro_batches(
             texts,
             token_weights(texts, "token", self.soft.max_tokens),
@@ -217,49 +268,50 @@ class SoftLoop:
         )
         if self.teacher_top is None:
             return batches
-        return [replace(batch, teacher_top=self.teacher_top.of(batch)) for batch in batches]
+        return [replace(batch, teacher_top=self.teacher_top.for_batch(batch)) for batch in batches]
 
     def save(self) -> None:
-        """Writes a checkpoint, unless this update has one."""
-        updates = self.learner.updates
-        if self.num_saved == updates:
+        """Writes a checkpoint, unless the last one is of the same update."""
+        num_updates = self.learner.updates
+        if self.last_saved == num_updates:
             return
-        self.num_saved = updates
+        self.last_saved = num_updates
         run, settings = self.context.run, self.config.checkpoint
-        state = {"updates": updates, "seed": self.config.seed, "metrics": self.metrics}
-        run.save(updates, state, self.learner.save)
+        state = {"updates": num_updates, "seed": self.config.seed, "metrics": self.last_row}
+        run.save(num_updates, state, self.learner.save)
         run.prune(settings.keep_last, settings.keep_best)
 
 
 class TopLogprobs:
-    """The logprobs that the teacher gives its likeliest tokens at each token of texts.
+    """The teacher's k most likely tokens, with logprobs, at every completion token of the texts.
 
-    They are asked from vLLM once, kept in files, and read as needed.
+    vLLM computes them once. They are kept in files and read when a batch needs them.
     """
 
-    def __init__(self, folder: Path, texts: list[Sample]) -> None:
-        """`folder` holds the files, in which equal `texts` have one place."""
+    def __init__(self, folder: Path, texts: Sequence[Sample]) -> None:
+        """`folder` holds the files. Equal texts are stored once."""
         self._folder = folder
-        self._texts = list({text.token_ids: text for text in texts}.values())
-        self._places = {text.token_ids: divmod(i, CACHED) for i, text in enumerate(self._texts)}
-        self._open: dict[int, Any] = {}
+        text_by_ids = {text.token_ids: text for text in texts}
+        self._texts = list(text_by_ids.values())
+        # (number of the file, index in the file) by token ids
+        self._positions = {
+            text.token_ids: divmod(index, TEXTS_PER_FILE) for index, text in enumerate(self._texts)
+        }
+        self._open_files: dict[int, Any] = {}
 
-    def _file(self, number: int) -> Path:
-        return self._folder / f"{number:06d}.safetensors"
+    def _path(self, file_number: int) -> Path:
+        return self._folder / f"{file_number:06d}.safetensors"
 
     def fill(self, config: DistillConfig, context: RunContext, teacher_dir: Path) -> None:
-        """Asks the teacher for what is not there yet.
+        """Computes the missing files with a temporary engine.
 
-        A file that is written is not asked for again. Raises Interrupted, EngineError.
+        Raises:
+            Interrupted: A signal stopped the run. Finished files are kept.
+            EngineError: The engine failed.
         """
-        from safetensors.numpy import save_file
-
         assert config.soft is not None and config.soft.teacher_topk is not None
-        missing = [
-            number
-            for number in range(-(-len(self._texts) // CACHED))
-            if not self._file(number).exists()
-        ]
+        num_files = math.ceil(len(self._texts) / TEXTS_PER_FILE)
+        missing = [number for number in range(num_files) if not self._path(number).exists()]
         if not missing:
             return
         self._folder.mkdir(exist_ok=True)
@@ -273,49 +325,43 @@ class TopLogprobs:
         )
         engine = start_engine(config, context, teacher)
         for number in missing:
-            context.display.phase(
-                0, "the teacher's logprobs", f"{number * CACHED}/{len(self._texts)}"
-            )
-            part = self._texts[number * CACHED : (number + 1) * CACHED]
-            answers = engine.top_logprobs(
-                [(text.token_ids, text.prompt_length) for text in part], k
-            )
-            arrays = {}
-            for i, (ids, logprobs) in enumerate(answers):
-                arrays[f"ids.{i}"] = ids
-                arrays[f"logprobs.{i}"] = logprobs
-            save_file(arrays, self._folder / ".partial")
-            (self._folder / ".partial").rename(self._file(number))
+            num_done = number * TEXTS_PER_FILE
+            context.display.phase(0, "the teacher's logprobs", f"{num_done}/{len(self._texts)}")
+            self._compute_file(number, engine, k)
         engine.close()
 
-    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns ids and logprobs [N, k] for the batch's completion tokens, row by row."""
+    def _compute_file(self, file_number: int, engine: Any, k: int) -> None:
+        from safetensors.numpy import save_file
+
+        first = file_number * TEXTS_PER_FILE
+        texts = self._texts[first : first + TEXTS_PER_FILE]
+        sequences = [(text.token_ids, text.prompt_length) for text in texts]
+        arrays = {}
+        for index, (ids, logprobs) in enumerate(engine.top_logprobs(sequences, k)):
+            arrays[f"ids.{index}"] = ids  # [completion tokens, k]
+            arrays[f"logprobs.{index}"] = logprobs
+        scratch = self._folder / ".partial"
+        save_file(arrays, scratch)
+        scratch.rename(self._path(file_number))
+
+    def for_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns token ids and logprobs [N, k] for the N completion tokens of a batch."""
         import torch
-        from safetensors import safe_open
 
         ids, logprobs = [], []
         for sequence in batch.sequences:
-            number, i = self._places[sequence]
-            if number not in self._open:
-                self._open[number] = safe_open(str(self._file(number)), "pt")
-            ids.append(self._open[number].get_tensor(f"ids.{i}").long())
-            logprobs.append(self._open[number].get_tensor(f"logprobs.{i}"))
+            file_number, index = self._positions[sequence]
+            file = self._open_file(file_number)
+            ids.append(file.get_tensor(f"ids.{index}").long())
+            logprobs.append(file.get_tensor(f"logprobs.{index}"))
         return torch.cat(ids), torch.cat(logprobs)
 
+    def _open_file(self, file_number: int) -> Any:
+        from safetensors import safe_open
 
-def samples(
-    problems: list[Problem], prompts: Prompts, max_tokens: int, weight: float
-) -> list[Sample]:
-    """Returns texts to learn from: prompt and worked solution.
-
-    Raises UserError naming a problem without one, or too long.
-    """
-    return [
-        Sample(
-            token_ids=prompt + target, prompt_length=len(prompt), advantages=(weight,) * len(target)
-        )
-        for prompt, target in tokenize_solutions(problems, prompts, max_tokens, "soft")
-    ]
+        if file_number not in self._open_files:
+            self._open_files[file_number] = safe_open(str(self._path(file_number)), "pt")
+        return self._open_files[file_number]
 
 
 class _DistillStage:
@@ -332,38 +378,37 @@ class _DistillStage:
         soft = config.soft
         assert soft is not None
         return (
-            f"an update   {soft.batch_size} texts of at most {soft.max_tokens} tokens, "
+            f"update      {soft.batch_size} texts of at most {soft.max_tokens} tokens, "
             f"{soft.divergence} to the teacher\n"
-            f"the run     {soft.updates} updates, {soft.updates * soft.batch_size:,} texts drawn"
+            f"run         {soft.updates} updates, {soft.updates * soft.batch_size:,} texts drawn"
         )
 
     def needs(self, config: DistillConfig) -> StageNeeds:
-        """Returns the needs of the way soft; the parts of the other ways have their own."""
+        """Returns the needs of `way=soft`. For the other ways, each part states its needs."""
         soft = config.soft
+        num_training = soft.updates * soft.batch_size if soft else 0
+        # With teacher_topk, the engine with the teacher is closed before the updates.
+        holds_teacher = soft is None or not soft.teacher_topk
         return StageNeeds(
             config=config,
             max_sequence_tokens=config.max_sequence_tokens,
-            problems=ProblemNeeds(
-                training=config.data,
-                num_training=soft.updates * soft.batch_size if soft else 0,
-            ),
-            # The teacher's likeliest tokens come from an engine that is closed before the updates.
-            memory=MemoryNeeds(learner=True, reference=not (soft and soft.teacher_topk)),
-            disk=DiskNeeds(checkpoints=num_checkpoints(config), models=1),
+            problems=ProblemNeeds(training=config.data, num_training=num_training),
+            memory=MemoryNeeds(learner=True, reference=holds_teacher),
+            disk=DiskNeeds(checkpoints=max_checkpoints_on_disk(config), models=1),
             rewards=tuple(config.rewards),
         )
 
     def parts(self, config: DistillConfig) -> list[Part]:
-        configs = config.parts()
+        part_configs = config.parts()
         if config.way == "sequence":
-            # The traces are not written yet: the same problems stand for them.
-            sft_config = configs["sft"].model_copy(update={"data": config.data})
+            # The traces do not exist yet, so the doctor inspects the problems instead.
+            sft_config = part_configs["sft"].model_copy(update={"data": config.data})
             return [
-                Part(stage=collect.STAGE, config=configs["collect"], name="collect"),
+                Part(stage=collect.STAGE, config=part_configs["collect"], name="collect"),
                 Part(stage=sft.STAGE, config=sft_config, name="sft", traces_to_come=True),
             ]
         if config.way == "on_policy":
-            return [Part(stage=train.STAGE, config=configs[""])]
+            return [Part(stage=train.STAGE, config=part_configs[""])]
         return [Part(stage=self, config=config)]
 
     def preview(self, config: DistillConfig) -> list[str]:

@@ -1,55 +1,65 @@
-"""The engine of a stage: started in the background, and given a directory's weights.
+"""Starts the engine of a stage, and sends it the weights of a model directory.
 
-vLLM itself is imported below, in grpo/engines.
+This module does not import vLLM; grpo/engines does.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grpo.config import SampledConfig
+from grpo.config import SamplingStageConfig
 from grpo.learning import models, moe
 from grpo.run import ranks
 from grpo.stages.run_context import RunContext
 
-MAX_LOGPROBS = 20  # of one token, unless more are asked for
+if TYPE_CHECKING:
+    from grpo.engines.vllm_options import ServedModel
+
+DEFAULT_MAX_LOGPROBS = 20  # per token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineModel:
-    """The model that an engine serves, and how much of it is asked for."""
+    """The model that an engine serves.
+
+    Attributes:
+        model_dir: Directory with the model's config and weights.
+        num_weights: Number of parameters.
+        load_weights: Load the weights of the directory. If False, the engine starts with random
+            weights and needs a sync before it samples.
+        max_model_len: Longest sequence in tokens. Default: the longest sequence of the config.
+        max_logprobs: Largest number of logprobs that can be requested per position. If it is set,
+            the engine is a child process, even if the config has `engine.servers`.
+    """
 
     model_dir: Path
     num_weights: int
-    load_weights: bool = False  # False: random weights until the first sync
-    max_model_len: int | None = None  # default: the longest sequence of the config
-    max_logprobs: int | None = None  # likeliest tokens per position; a child process only
+    load_weights: bool = False
+    max_model_len: int | None = None
+    max_logprobs: int | None = None
 
 
-def start_engine(config: SampledConfig, context: RunContext, model: EngineModel) -> Any:
-    """Starts the engine in the background and returns it; the run's end closes it.
+def start_engine(config: SamplingStageConfig, context: RunContext, model: EngineModel) -> Any:
+    """Starts an engine in the background and returns it. It is closed at the end of the run.
 
-    The engine is a child process, or the pool of `engine.servers`.
+    The engine is a child process, or with `engine.servers` a pool of servers.
 
     Raises:
-        UserError: The memory does not suffice.
+        UserError: The machine has too little memory.
     """
     from grpo.engines.local.engine import VllmEngine, check_memory
-    from grpo.engines.servers.pool import PoolCallbacks, ServerPool
     from grpo.engines.vllm_options import ServedModel
 
     dtype = config.engine.dtype or config.model.dtype
-    servers = config.engine.servers
-    if model.max_logprobs is not None:
-        servers = None
-    weight_bytes = model.num_weights * (2 if dtype == "bfloat16" else 4)
+    bytes_per_weight = 2 if dtype == "bfloat16" else 4
+    # Only the child process implements `top_logprobs`.
+    servers = config.engine.servers if model.max_logprobs is None else None
     num_engines = servers.count if servers else ranks.local_world_size()
-    check_memory(config.engine, weight_bytes, num_engines)
+    check_memory(config.engine, model.num_weights * bytes_per_weight, num_engines)
     context.display.phase(0, "starting the engine")
     served = ServedModel(
         model_dir=str(model.model_dir),
@@ -60,31 +70,40 @@ def start_engine(config: SampledConfig, context: RunContext, model: EngineModel)
     )
     engine: Any
     if servers:
-        tokenizer = models.load_tokenizer(model.model_dir)
-        decode: Any = functools.partial(tokenizer.decode, skip_special_tokens=False)
-        engine = ServerPool(
-            model=served,
-            settings=config.engine,
-            run_dir=context.run.path,
-            decode=decode,
-            callbacks=PoolCallbacks(on_wait=context.signals.check, say=context.display.say),
-        )
+        engine = _start_server_pool(config, context, served)
     else:
         engine = VllmEngine(
             model=served,
             settings=config.engine,
             log_file=context.run.log_file("engine"),
-            max_logprobs=model.max_logprobs or MAX_LOGPROBS,
+            max_logprobs=model.max_logprobs or DEFAULT_MAX_LOGPROBS,
             on_wait=context.signals.check,
         )
     context.stack.callback(engine.close)
     return engine
 
 
-def send_weights(engine: Any, model_dir: Path) -> float:
-    """Sends a directory's weights to an engine that is up, or starting.
+def _start_server_pool(
+    config: SamplingStageConfig, context: RunContext, served: ServedModel
+) -> Any:
+    from grpo.engines.servers.pool import PoolCallbacks, ServerPool
 
-    Returns the seconds of the sync.
+    tokenizer = models.load_tokenizer(Path(served.model_dir))
+    decode: Any = functools.partial(tokenizer.decode, skip_special_tokens=False)
+    return ServerPool(
+        model=served,
+        settings=config.engine,
+        run_dir=context.run.path,
+        decode=decode,
+        callbacks=PoolCallbacks(on_wait=context.signals.check, say=context.display.say),
+    )
+
+
+def send_weights(engine: Any, model_dir: Path) -> float:
+    """Sends the weights of a model directory to an engine, which may still be starting.
+
+    Returns:
+        The duration of the sync in seconds.
     """
     import torch
 
@@ -92,24 +111,25 @@ def send_weights(engine: Any, model_dir: Path) -> float:
     engine.wait_ready()
     if torch.cuda.is_available():
         model = model.cuda()
-    return float(engine.load_weights(ModelWeights(model), 1).seconds)
+    report = engine.load_weights(ModelWeights(model), 1)
+    return float(report.seconds)
 
 
 class ModelWeights:
-    """The weights of a model without a learner (a `grpo.engines.Weights`)."""
+    """The weights of a model that has no learner. Implements `grpo.engines.Weights`."""
 
     def __init__(self, model: Any) -> None:
         """`model`: a transformers model."""
         self._model = model
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Yields `(name, tensor)` for every weight and every buffer that a checkpoint has."""
-        saved_names = self._model.state_dict().keys()
-        buffers = (
-            (name, buffer) for name, buffer in self._model.named_buffers() if name in saved_names
-        )
-        for name, weight in itertools.chain(self._model.named_parameters(), buffers):
+        """Yields `(name, tensor)` for every weight and for every buffer that checkpoints have."""
+        for name, weight in self._model.named_parameters():
             yield from moe.hub_weights(self._model, name, weight.data)
+        saved_names = self._model.state_dict().keys()
+        for name, buffer in self._model.named_buffers():
+            if name in saved_names:
+                yield from moe.hub_weights(self._model, name, buffer.data)
 
     def layout(self) -> list[tuple[str, Any, tuple[int, ...]]]:
         """Returns the name, dtype and shape of every weight."""

@@ -1,26 +1,30 @@
-"""`grpo eval`: judges a model on held-out problems, and compares two evaluations.
+"""`grpo eval`: evaluates a model on held-out problems, and compares two evaluations.
 
-A train config's prompts and rewards, or a protocol, decide how a model is judged.
+The prompts and rewards come from a train config; an evaluation protocol can set how completions are
+sampled.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from grpo import config as configs
 from grpo.config import EvalConfig
+from grpo.config.reading import read_yaml
 from grpo.experience.describing import mean, sample_rows
 from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import statistics
 from grpo.run.directory import write_file
-from grpo.stages.final_model import final_model
+from grpo.stages.final_model import final_model_path
 from grpo.stages.problems import held_out, load_problems
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
@@ -28,13 +32,14 @@ from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds,
 from grpo.types import Problem, UserError
 from rewards.verifier.parse import final_answer
 
-Row = Mapping[str, Any]
-SHOWN = (
+Row = Mapping[str, Any]  # a completion in samples/
+PassRates = dict[str, float]  # by problem id
+
+# Metrics in table.md, in addition to pass@k and maj@n. table.json has all metrics.
+TABLE_METRICS = (
     "accuracy",
     "accuracy/low",
     "accuracy/high",
-    "pass@1",
-    "maj",
     "format",
     "undecided",
     "completion/truncated",
@@ -42,12 +47,21 @@ SHOWN = (
     "length/right",
     "length/wrong",
 )
+MAX_LISTED_CHANGES = 8  # problems that `compare` lists per direction
+# Completions per problem with eval.protocol=r1. DeepSeek-R1 samples 4 to 64, depending on the size
+# of the set (2501.12948 section 3).
+R1_SMALL_SET = 100
+R1_SAMPLES_SMALL_SET = 64
+R1_SAMPLES = 16
 
 
-def eval(config: EvalConfig, *, resume: bool) -> None:
-    """Writes `eval/` metrics, every completion, table.md and table.json into the run directory.
+def evaluate(config: EvalConfig, *, resume: bool) -> None:
+    """Writes `eval/` metrics, all completions, table.md and table.json into the run directory.
 
-    Raises UserError, RunError, Interrupted: chunks that are done are kept.
+    Raises:
+        UserError: The config, the data or the model is wrong.
+        RunError: The run cannot continue.
+        Interrupted: A signal stopped the run. Finished chunks are kept.
     """
     require_one_rank("eval")
     config = config.by_protocol()
@@ -59,33 +73,39 @@ def eval(config: EvalConfig, *, resume: bool) -> None:
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as context:
         context.stack.callback(workers.close)
         sampler = Sampler(config, context, config.endpoint)
-        write_file(context.run.metrics, "")  # one row, written at the end
+        write_file(context.run.metrics, "")  # the only row is written at the end
         context.display.begin(0)
-        metrics: dict[str, Any] = {}
-        table = {}
-        for done, (name, data) in enumerate(sets.items()):
-            chosen = held_out(data, problems[name], sampler.prompts, config.eval.problems)
+        metrics: dict[str, float] = {}
+        table: dict[str, dict[str, float]] = {}
+        for num_done, (name, data) in enumerate(sets.items()):
+            evaluated = held_out(data, problems[name], sampler.prompts, config.eval.problems)
             evaluation = Evaluation(
                 config=config,
                 context=context,
                 sampler=sampler,
                 rewards=rewards,
-                name=name,
-                num_done=done,
+                set_name=name,
+                num_done=num_done,
             )
-            rows = evaluation.rows(chosen)
-            sampled = summary([row for row in rows if not row["greedy"]])
+            rows = evaluation.rows(evaluated)
+            sampled_metrics = summary([row for row in rows if not row["greedy"]])
             greedy_rows = [row for row in rows if row["greedy"]]
             prefix = f"eval/{name}/" if name else "eval/"
-            table[name or "all"] = sampled
-            metrics |= _with_prefix(prefix, sampled)
+            table[name or "all"] = sampled_metrics
+            metrics.update(_with_prefix(prefix, sampled_metrics))
             if greedy_rows:
-                metrics |= _with_prefix(f"{prefix}greedy/", summary(greedy_rows))
-        context.record({"step": 0, **metrics})
-        write_file(context.run.path / "table.json", json.dumps(table, indent=2) + "\n")
-        write_file(context.run.path / "table.md", markdown(table) + "\n")
-        for key, value in metrics.items():
-            context.display.say(f"{key.removeprefix('eval/'):32} {value:.3f}")
+                metrics.update(_with_prefix(f"{prefix}greedy/", summary(greedy_rows)))
+        _write_results(context, metrics, table)
+
+
+def _write_results(
+    context: RunContext, metrics: Mapping[str, float], table: Mapping[str, Mapping[str, float]]
+) -> None:
+    context.record({"step": 0, **metrics})
+    write_file(context.run.path / "table.json", json.dumps(table, indent=2) + "\n")
+    write_file(context.run.path / "table.md", markdown_table(table) + "\n")
+    for key, value in metrics.items():
+        context.display.say(f"{key.removeprefix('eval/'):32} {value:.3f}")
 
 
 def _with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
@@ -93,140 +113,160 @@ def _with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def with_final_model(config: EvalConfig) -> EvalConfig:
-    """Returns the config with the model of the run directory, where model.path is one."""
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"path": final_model(config.model.path)})}
-    )
+    """Returns the config with its model.path resolved: a run directory becomes its final model."""
+    path = final_model_path(config.model.path)
+    model = config.model.model_copy(update={"path": path})
+    return config.model_copy(update={"model": model})
+
+
+class SamplingPass(NamedTuple):
+    """One pass over the problems: `SamplingPass(temperature=0.6, group_size=16)`."""
+
+    temperature: float
+    group_size: int  # completions per problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The evaluation of one set, chunk by chunk; a chunk that is written is not sampled again."""
+    """The evaluation of one set, in chunks. A chunk on disk is not sampled again."""
 
     config: EvalConfig
     context: RunContext
     sampler: Sampler
     rewards: Rewards
-    name: str  # of the set; "" if it has none
-    num_done: int  # sets before this one
+    set_name: str  # "" if the only set has no name
+    num_done: int  # finished sets
 
     def rows(self, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-        """Returns the rows of all completions, and leaves them in samples/eval-NAME.jsonl."""
+        """Returns the rows of all completions and writes them to samples/eval-NAME.jsonl."""
         folder = self.context.run.samples
-        label = self.name or "000000"
-        whole = folder / f"eval-{label}.jsonl"
-        size = self.config.chunk
+        label = self.set_name or "000000"
+        samples_file = folder / f"eval-{label}.jsonl"
+        chunk_size = self.config.chunk
         passes = self._passes(len(problems))
-        parts = []
-        for number, start in enumerate(range(0, len(problems), size)):
-            part = folder / f"part-{label}-{number:06d}.jsonl"
-            parts.append(part)
-            if whole.exists() or part.exists():
+        chunk_files = []
+        for number, start in enumerate(range(0, len(problems), chunk_size)):
+            chunk_file = folder / f"part-{label}-{number:06d}.jsonl"
+            chunk_files.append(chunk_file)
+            if samples_file.exists() or chunk_file.exists():
                 continue
-            progress = f"{self.name} {start}/{len(problems)}".strip()
-            rows = self._sample(problems[start : start + size], passes, progress)
-            self.context.run.write_samples(part.stem, rows)
-        if not whole.exists():
-            write_file(whole, "".join(part.read_text() for part in parts))
-        for part in parts:
-            part.unlink(missing_ok=True)
-        return [json.loads(line) for line in whole.read_text().splitlines()]
+            progress = f"{self.set_name} {start}/{len(problems)}".strip()
+            rows = self._sample(problems[start : start + chunk_size], passes, progress)
+            self.context.run.write_samples(chunk_file.stem, rows)
+        if not samples_file.exists():
+            write_file(samples_file, "".join(file.read_text() for file in chunk_files))
+        for chunk_file in chunk_files:
+            chunk_file.unlink(missing_ok=True)
+        return [json.loads(line) for line in samples_file.read_text().splitlines()]
 
-    def _passes(self, num_problems: int) -> list[tuple[float, int]]:
-        """Returns temperature and completions per problem, for each pass over the problems."""
+    def _passes(self, num_problems: int) -> list[SamplingPass]:
         settings = self.config.eval
         if settings.protocol == "r1":
-            return [(settings.temperature, 64 if num_problems <= 100 else 16)]
-        passes = [(settings.temperature, settings.samples)]
+            is_small = num_problems <= R1_SMALL_SET
+            group_size = R1_SAMPLES_SMALL_SET if is_small else R1_SAMPLES
+            return [SamplingPass(settings.temperature, group_size)]
+        passes = [SamplingPass(settings.temperature, settings.samples)]
         if settings.temperature:
-            passes.append((0.0, 1))
+            passes.append(SamplingPass(temperature=0.0, group_size=1))
         return passes
 
     def _sample(
-        self, problems: Sequence[Problem], passes: list[tuple[float, int]], progress: str
+        self, problems: Sequence[Problem], passes: Sequence[SamplingPass], progress: str
     ) -> list[dict[str, Any]]:
-        """Returns the scored completions of a chunk; `greedy` marks those of a second pass."""
+        """Returns a row per completion of a chunk. `greedy` marks the additional greedy pass."""
         rows = []
-        for temperature, count in passes:
+        for temperature, group_size in passes:
             self.context.signals.check()
             on_progress = partial(_show_progress, self.context, self.num_done, progress)
-            groups = self.sampler.sample(problems, count, temperature, on_progress)
+            groups = self.sampler.sample(problems, group_size, temperature, on_progress)
             scored = score(groups, self.rewards, self.sampler.prompts.for_rewards)
             is_greedy = len(passes) > 1 and temperature == 0
             for row in sample_rows(scored):
-                rows.append({**row, "greedy": is_greedy})
+                row["greedy"] = is_greedy
+                rows.append(row)
         return rows
+
+
+def _show_progress(
+    context: RunContext, num_done_sets: int, part: str, num_finished: int, total: int
+) -> None:
+    context.display.phase(num_done_sets, "sampling", f"{part}, {num_finished}/{total}")
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
     """Returns the metrics of completions.
 
-    Accuracy is the mean over problems of the share that is right (pass@1), with its 95 % interval
-    over problems; an undecided completion counts as wrong, and is counted. Then pass@k, maj@n, and
-    length of right and wrong ones.
+    The accuracy is the mean over problems of the share of correct completions (pass@1), with its
+    95 % interval over problems. An undecided completion counts as wrong; `undecided` is the share
+    of these. With several completions per problem, pass@k and maj@n are added. `length/right` and
+    `length/wrong` are the mean lengths of correct and of all other completions. Without verdicts,
+    there are only means of rewards and lengths.
+
+    Args:
+        rows: The completions as rows of samples/.
     """
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
-    cut_off = [float(row["finish_reason"] == "length") for row in rows]
+    truncated = [float(row["finish_reason"] == "length") for row in rows]
     metrics = {
         "mean": mean(rewards),
         "completion/length": mean([row["tokens"] for row in rows]),
-        "completion/truncated": mean(cut_off),
+        "completion/truncated": mean(truncated),
     }
     for name in rows[0]["parts"]:
         metrics[name] = mean([row["parts"][name] for row in rows if row["parts"][name] is not None])
     if any(row["verdict"] is None for row in rows):
         return metrics
-    metrics |= _accuracy(rows)
+    metrics.update(_accuracy(rows))
     metrics["undecided"] = mean([float(row["verdict"] == "undecided") for row in rows])
-    for name, is_right in (("right", True), ("wrong", False)):
-        lengths = [
-            float(row["tokens"]) for row in rows if (row["verdict"] == "correct") == is_right
-        ]
-        if lengths:
-            metrics[f"length/{name}"] = mean(lengths)
+    correct_lengths = [float(row["tokens"]) for row in rows if row["verdict"] == "correct"]
+    if correct_lengths:
+        metrics["length/right"] = mean(correct_lengths)
+    wrong_lengths = [float(row["tokens"]) for row in rows if row["verdict"] != "correct"]
+    if wrong_lengths:
+        metrics["length/wrong"] = mean(wrong_lengths)
     return metrics
 
 
 def _accuracy(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns accuracy with its interval, and with several completions pass@k and maj@n."""
-    groups: dict[str, list[Row]] = defaultdict(list)
+    """Returns the accuracy with its interval, and with several completions pass@k and maj@n."""
+    groups: dict[str, list[Row]] = defaultdict(list)  # by problem id
     for row in rows:
         groups[row["problem"]].append(row)
-    right = [[row["verdict"] == "correct" for row in group] for group in groups.values()]
-    shares = [sum(group) / len(group) for group in right]
-    low, high = statistics.interval(shares)
-    metrics = {"accuracy": mean(shares), "accuracy/low": low, "accuracy/high": high}
-    num_samples = min(len(group) for group in right)
-    if num_samples == 1:
+    is_correct = [[row["verdict"] == "correct" for row in group] for group in groups.values()]
+    pass_rates = [sum(group) / len(group) for group in is_correct]
+    low, high = statistics.interval(pass_rates)
+    metrics = {"accuracy": mean(pass_rates), "accuracy/low": low, "accuracy/high": high}
+    min_group_size = min(len(group) for group in is_correct)
+    if min_group_size == 1:
         return metrics
     k = 1
-    while k <= num_samples:
-        values = [statistics.pass_at_k(len(group), sum(group), k) for group in right]
+    while k <= min_group_size:
+        values = [statistics.pass_at_k(len(group), sum(group), k) for group in is_correct]
         metrics[f"pass@{k}"] = mean(values)
         k *= 2
     majorities = []
-    for group, is_right in zip(groups.values(), right, strict=True):
+    for group, is_correct_in_group in zip(groups.values(), is_correct, strict=True):
         answers = [final_answer(row["completion"]) for row in group]
-        majorities.append(statistics.majority(answers, is_right))
-    metrics[f"maj@{num_samples}"] = mean(majorities)
+        majorities.append(statistics.majority(answers, is_correct_in_group))
+    metrics[f"maj@{min_group_size}"] = mean(majorities)
     return metrics
 
 
-def _show_progress(context: RunContext, done: int, part: str, ready: int, total: int) -> None:
-    context.display.phase(done, "sampling", f"{part}, {ready}/{total}")
+def markdown_table(table: Mapping[str, Mapping[str, float]]) -> str:
+    """Returns a table with a row per set and a column per metric of `TABLE_METRICS`.
 
-
-def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
-    """Returns the sets down and what is most asked for across; table.json has everything."""
+    Args:
+        table: The metrics by set: `{"aime": {"accuracy": 0.5}, "amc": {"accuracy": 0.75}}`.
+    """
     columns: list[str] = []
-    for row in table.values():
-        for key in row:
-            is_shown = key in SHOWN or key.startswith(("pass@", "maj@"))
-            if is_shown and key not in columns:
+    for metrics in table.values():
+        for key in metrics:
+            is_column = key in TABLE_METRICS or key.startswith(("pass@", "maj@"))
+            if is_column and key not in columns:
                 columns.append(key)
     lines = ["| set | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for name, row in table.items():
-        cells = [_cell(key, row.get(key)) for key in columns]
+    for name, metrics in table.items():
+        cells = [_cell(key, metrics.get(key)) for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -234,133 +274,168 @@ def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
 def _cell(key: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.1f}" if "length" in key else f"{value:.1%}"
+    if "length" in key:
+        return f"{value:.1f}"
+    return f"{value:.1%}"
 
 
 def ask(model: str, question: str) -> None:
-    """Prints what a model thinks of a problem, and its answer.
+    """Prints a model's thoughts and answer for one problem.
 
-    `model`: a run, whose prompts it takes, a directory or a hub id.
+    Args:
+        model: A run directory, a model directory or a hub id. From a run, the prompts, sampling and
+            engine settings are used too.
+        question: The text of the problem.
     """
-    import tempfile
-
-    from grpo import config as configs
-    from grpo.config.reading import read_yaml
-
     require_one_rank("ask")
-    file = Path(model) / "config.yaml"
-    run_tree = read_yaml(str(file)) if file.exists() else {}
-    dtype = run_tree.get("model", {}).get("dtype", "bfloat16")
-    if "quantize" in run_tree:
-        dtype = "bfloat16"  # the kernels of int4 know no other
     with tempfile.TemporaryDirectory(prefix="grpo-ask-") as scratch:
-        tree: dict[str, Any] = {}
-        for key in ("prompt", "sampling", "engine"):
-            if key in run_tree:
-                tree[key] = run_tree[key]
-        if not tree:
-            model_dir = models.resolve(final_model(model), None, Path(scratch) / "model", 0)
-            has_template = models.load_tokenizer(model_dir).chat_template
-            tree["prompt"] = {"template": "chat" if has_template else "plain"}
-        tree["run_dir"] = f"{scratch}/run"
-        tree["model"] = {"path": final_model(model), "dtype": dtype}
-        tree["data"] = {"name": "arithmetic"}
-        tree["logging"] = {"progress": "off"}
-        config = configs.parse(tree, kind=EvalConfig)
+        config = _ask_config(model, Path(scratch))
         with open_stage(config, "ask", total=1, unit="question", resume=False) as context:
             problem = Problem(id="asked", question=question, answer="", source="asked")
             sampler = Sampler(config, context, None)
-            (group,) = sampler.sample([problem], 1, 0.0, lambda *_: None)
-    thoughts, end, answer = group.completions[0].text.rpartition("</think>")
-    print(f"{thoughts}{end}\n" if end else "", answer.strip(), sep="")
+            (group,) = sampler.sample([problem], 1, 0.0, _ignore_progress)
+    thoughts, end_tag, answer = group.completions[0].text.rpartition("</think>")
+    if end_tag:
+        print(f"{thoughts}{end_tag}")
+    print(answer.strip())
+
+
+def _ask_config(model: str, scratch: Path) -> EvalConfig:
+    """Returns a config to sample from `model`, with the settings of its run if it is one."""
+    config_file = Path(model) / "config.yaml"
+    run_tree = read_yaml(str(config_file)) if config_file.exists() else {}
+    dtype = run_tree.get("model", {}).get("dtype", "bfloat16")
+    if "quantize" in run_tree:
+        dtype = "bfloat16"  # the only dtype of vLLM's int4 kernels
+    tree: dict[str, Any] = {}
+    for key in ("prompt", "sampling", "engine"):
+        if key in run_tree:
+            tree[key] = run_tree[key]
+    if not tree:
+        model_dir = models.resolve(final_model_path(model), None, scratch / "model", 0)
+        has_template = models.load_tokenizer(model_dir).chat_template
+        tree["prompt"] = {"template": "chat" if has_template else "plain"}
+    tree["run_dir"] = f"{scratch}/run"
+    tree["model"] = {"path": final_model_path(model), "dtype": dtype}
+    tree["data"] = {"name": "arithmetic"}  # required, not used
+    tree["logging"] = {"progress": "off"}
+    return configs.parse(tree, kind=EvalConfig)
+
+
+def _ignore_progress(num_finished: int, total: int) -> None:
+    pass
 
 
 def compare(first: str, second: str) -> None:
-    """Prints how two evaluations of the same problems differ, set by set.
+    """Prints the accuracy of two evaluations on their common problems, and the difference, per set.
 
-    It uses a paired bootstrap over problems, and lists the problems that changed most.
+    The difference is tested with a paired bootstrap over problems. The problems with the largest
+    changes are listed.
+
+    Args:
+        first: Run directory of an evaluation, or of a training run with evaluations.
+        second: Another one.
+
+    Raises:
+        UserError: A directory has no evaluation or no verdicts, or there are no common problems.
     """
-    first_rates, second_rates = _rates(Path(first)), _rates(Path(second))
+    first_rates = _pass_rates_by_set(Path(first))
+    second_rates = _pass_rates_by_set(Path(second))
     if not first_rates.keys() & second_rates.keys():
-        # The evaluations of a run are a set without a name: compare by problem alone.
-        first_rates = {"": _all_sets(first_rates)}
-        second_rates = {"": _all_sets(second_rates)}
-    common = {}
+        # The evaluations of a training run are one set without a name. Compare by problem id only.
+        first_rates = {"": _merge_sets(first_rates)}
+        second_rates = {"": _merge_sets(second_rates)}
+    common_problems = {}  # by set
     for name in first_rates:
-        problems = [id for id in first_rates[name] if id in second_rates.get(name, {})]
-        if problems:
-            common[name] = problems
-    if not common:
-        raise UserError(f"{first} and {second} have no problem in common")
-    for name, problems in common.items():
-        before = [first_rates[name][problem] for problem in problems]
-        after = [second_rates[name][problem] for problem in problems]
-        for folder, rates in ((first, before), (second, after)):
-            low, high = statistics.interval(rates)
-            print(f"{f'{folder} {name}'.strip():40} {mean(rates):6.1%}  [{low:.1%}, {high:.1%}]")
-        _print_difference(problems, before, after)
+        rates_of_set = second_rates.get(name, {})
+        problem_ids = [problem_id for problem_id in first_rates[name] if problem_id in rates_of_set]
+        if problem_ids:
+            common_problems[name] = problem_ids
+    if not common_problems:
+        raise UserError(
+            f"{first} and {second} have no problem in common: evaluate both on the same data"
+        )
+    for name, problem_ids in common_problems.items():
+        before = [first_rates[name][problem_id] for problem_id in problem_ids]
+        after = [second_rates[name][problem_id] for problem_id in problem_ids]
+        _print_accuracy(f"{first} {name}".strip(), before)
+        _print_accuracy(f"{second} {name}".strip(), after)
+        _print_difference(before, after)
+        _print_largest_changes(problem_ids, before, after)
 
 
-def _all_sets(rates: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Returns the pass rates of all sets by problem."""
-    all_rates: dict[str, float] = {}
-    for rates_of_set in rates.values():
-        all_rates.update(rates_of_set)
-    return all_rates
+def _pass_rates_by_set(folder: Path) -> dict[str, PassRates]:
+    """Returns the pass rates of an evaluation by set, or of the last evaluation of a training run.
 
-
-def _print_difference(
-    problems: Sequence[str], before: Sequence[float], after: Sequence[float]
-) -> None:
-    test = statistics.paired(before, after)
-    print(
-        f"second less first: {test['difference']:+.1%} [{test['low']:+.1%}, "
-        f"{test['high']:+.1%}], p = {test['p']:.3g}, "
-        f"{len(problems)} problems: better on {test['better']:.0f}, worse on "
-        f"{test['worse']:.0f}, equal on {test['equal']:.0f}"
-    )
-    changes = sorted(
-        (new - old, problem)
-        for old, new, problem in zip(before, after, problems, strict=True)
-        if old != new
-    )
-    better = [change for change in reversed(changes) if change[0] > 0]
-    worse = [change for change in changes if change[0] < 0]
-    for label, largest in (("better", better), ("worse", worse)):
-        if largest:
-            listed = ", ".join(f"{problem} {change:+.0%}" for change, problem in largest[:8])
-            print(f"  {label}: {listed}{', ...' if largest[8:] else ''}")
-
-
-def _rates(folder: Path) -> dict[str, dict[str, float]]:
-    """Returns, set by set, the pass rate of each problem.
-
-    The samples are those of an evaluation, or the last ones of a run. Greedy samples are left out
-    where there are others.
+    The name of a set is "" if it has none.
     """
     files = {
         file.stem.removeprefix("eval-"): file
         for file in sorted((folder / "samples").glob("eval-*.jsonl"))
     }
     if not files:
-        raise UserError(f"{folder}: no evaluation in it (samples/eval-*.jsonl)")
-    numbered = [name for name in files if name.isdecimal()]
-    if numbered:
-        return {"": _rates_of_file(folder, files[numbered[-1]])}
-    return {name: _rates_of_file(folder, file) for name, file in files.items()}
+        raise UserError(f"{folder}: no evaluation found (samples/eval-*.jsonl)")
+    rollouts = [name for name in files if name.isdecimal()]
+    if rollouts:
+        return {"": _read_pass_rates(folder, files[rollouts[-1]])}
+    return {name: _read_pass_rates(folder, file) for name, file in files.items()}
 
 
-def _rates_of_file(folder: Path, file: Path) -> dict[str, float]:
-    verdicts: dict[str, list[float]] = defaultdict(list)
+def _read_pass_rates(folder: Path, file: Path) -> PassRates:
+    """Returns the pass rates in a file of samples, without those of the additional greedy pass."""
+    is_correct: dict[str, list[float]] = defaultdict(list)  # by problem id
     for line in file.read_text().splitlines():
         row = json.loads(line)
         if row["verdict"] is None:
             raise UserError(
-                f"{folder}: its rewards give no verdicts, there is no accuracy to compare"
+                f"{folder}: the rewards of this evaluation return no verdicts, so there is no "
+                "accuracy to compare"
             )
         if not row.get("greedy"):
-            verdicts[row["problem"]].append(float(row["verdict"] == "correct"))
-    return {problem: mean(values) for problem, values in verdicts.items()}
+            is_correct[row["problem"]].append(float(row["verdict"] == "correct"))
+    return {problem_id: mean(values) for problem_id, values in is_correct.items()}
+
+
+def _merge_sets(rates: Mapping[str, PassRates]) -> PassRates:
+    merged: PassRates = {}
+    for rates_of_set in rates.values():
+        merged.update(rates_of_set)
+    return merged
+
+
+def _print_accuracy(label: str, pass_rates: Sequence[float]) -> None:
+    low, high = statistics.interval(pass_rates)
+    print(f"{label:40} {mean(pass_rates):6.1%}  [{low:.1%}, {high:.1%}]")
+
+
+def _print_difference(before: Sequence[float], after: Sequence[float]) -> None:
+    test = statistics.paired(before, after)
+    print(
+        f"second - first: {test['difference']:+.1%} [{test['low']:+.1%}, {test['high']:+.1%}], "
+        f"p = {test['p']:.3g}, {len(before)} problems: better on {test['better']:.0f}, worse on "
+        f"{test['worse']:.0f}, equal on {test['equal']:.0f}"
+    )
+
+
+def _print_largest_changes(
+    problem_ids: Sequence[str], before: Sequence[float], after: Sequence[float]
+) -> None:
+    changes = sorted(
+        (new - old, problem_id)
+        for old, new, problem_id in zip(before, after, problem_ids, strict=True)
+    )
+    better = [change for change in reversed(changes) if change[0] > 0]
+    worse = [change for change in changes if change[0] < 0]
+    for label, largest_first in (("better", better), ("worse", worse)):
+        if not largest_first:
+            continue
+        listed = [
+            f"{problem_id} {change:+.0%}"
+            for change, problem_id in largest_first[:MAX_LISTED_CHANGES]
+        ]
+        if len(largest_first) > MAX_LISTED_CHANGES:
+            listed.append("...")
+        print(f"  {label}: {', '.join(listed)}")
 
 
 class _EvalStage:
@@ -369,25 +444,28 @@ class _EvalStage:
     sections = ("sets", "endpoint")
 
     def run(self, config: EvalConfig, *, resume: bool) -> None:
-        eval(config, resume=resume)
+        evaluate(config, resume=resume)
 
     def arithmetic(self, config: EvalConfig) -> str:
         config = config.by_protocol()
         settings = config.eval
-        samples = str(settings.samples)
+        num_samples = str(settings.samples)
         if settings.protocol == "r1":
-            samples = "64 (sets of at most 100 problems) or 16"
+            num_samples = (
+                f"{R1_SAMPLES_SMALL_SET} (sets of at most {R1_SMALL_SET} problems) or {R1_SAMPLES}"
+            )
         return (
-            f"a problem   {samples} completions of at most {config.sampling.max_tokens} tokens at "
-            f"temperature {settings.temperature:g}\n"
-            f"the sets    {', '.join(config.sets) or 'one'}, at most {settings.problems} problems "
-            "each"
+            f"problem     {num_samples} completions of at most {config.sampling.max_tokens} tokens "
+            f"at temperature {settings.temperature:g}\n"
+            f"sets        {', '.join(config.sets) or 'one'}, at most {settings.problems} problems "
+            "per set"
         )
 
     def needs(self, config: EvalConfig) -> StageNeeds:
         config = with_final_model(config.by_protocol())
         settings = config.eval
-        num_completions = settings.problems * (len(config.sets) or 1) * settings.samples
+        num_sets = len(config.judged)
+        num_completions = settings.problems * num_sets * settings.samples
         return StageNeeds(
             config=config,
             max_sequence_tokens=config.max_sequence_tokens,

@@ -1,4 +1,4 @@
-"""The model that a stage leaves in its run directory: written here, and found again by others."""
+"""The final model of a run: `write_final` writes it, `final_model_path` finds it for other runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ def write_final(
 ) -> None:
     """Writes the trained model to `final/`, and with LoRA the adapter to `adapter/`.
 
+    All ranks must call it.
+
     Args:
         context: The run.
-        config: Its config.
+        config: The config of the run.
         model_dir: The model that the run started from.
-        tokenizer: Its tokenizer; gets the chat template of the run's prompts.
-        learner: Has `weights()`, which all ranks call, and `save_adapter(folder)`.
+        tokenizer: The tokenizer of that model. It gets the chat template of the run's prompts.
+        learner: An object with `weights()`, which all ranks call, and `save_adapter(folder)`.
     """
     folder = context.run.path
     is_rank0 = ranks.rank() == 0
@@ -43,8 +45,8 @@ def write_final(
     context.display.say(f"finished: {folder / 'final'}")
 
 
-def final_model(path: str) -> str:
-    """Returns the final model of a run directory, and any other path unchanged."""
+def final_model_path(path: str) -> str:
+    """Returns the final model of a run directory. Any other path is returned unchanged."""
     manifest = read_manifest(Path(path))
     if not manifest:
         return path

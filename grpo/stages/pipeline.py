@@ -1,9 +1,8 @@
-"""`grpo pipeline`: the chain of R1's stages from one YAML.
+"""`grpo pipeline`: runs the stages of one YAML file in order and evaluates the model of each.
 
-Each stage is a command of its own, in a process and a folder of its own.
-
-A stage that is finished is not run again, one that was killed goes on, and the table of all models
-on all evaluation sets is the result.
+Each stage and each evaluation is a separate command in a separate process, with a run directory
+inside the pipeline's. Finished commands are skipped and interrupted ones are resumed. The result is
+a table of all models on all evaluation sets.
 """
 
 from __future__ import annotations
@@ -13,12 +12,19 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo import config as configs
-from grpo.config import Judged, PipelineConfig, Quantize, RunConfig, Step
+from grpo.config import (
+    PipelineConfig,
+    PipelineEvalSettings,
+    PipelineStageSettings,
+    QuantizeSettings,
+    RunConfig,
+)
 from grpo.config.reading import apply_overrides, read_yaml
 from grpo.experience.prompts import Prompts
 from grpo.run.directory import RunDirectory, read_metrics, write_file
@@ -29,214 +35,292 @@ from grpo.stages.run_context import require_one_rank
 from grpo.stages.stage import Check, Part, Stage
 from grpo.types import Problem, RunError, UserError
 
+PR_SET_PDEATHSIG = 1  # Linux prctl: the signal that a process receives when its parent dies
+EXIT_USER_ERROR = 2  # exit codes of the command line
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedCommand:
+    """A command of a pipeline.
+
+    `PlannedCommand(name="rl", command="train", config_file="rl.yaml", overrides=("seed=3",))`.
+    """
+
+    name: str  # folder in the pipeline's run_dir
+    command: str
+    config_file: str
+    overrides: tuple[str, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of `grpo` on the command line."""
+        return [self.command, self.config_file, *self.overrides]
+
+    def load_config(self) -> RunConfig:
+        """Returns the checked config. Raises UserError if it is wrong."""
+        config_class = find_stage(self.command).config_class
+        config: RunConfig = configs.load(self.config_file, list(self.overrides), config_class)
+        return config
+
 
 def pipeline(config: PipelineConfig, *, resume: bool) -> None:
-    """Runs what is not finished, writes table.md and table.json.
+    """Runs all unfinished commands, then writes table.md and table.json.
 
-    Raises UserError for any stage's mistake before the first one starts.
+    Raises:
+        UserError: A config is wrong, which is found before the first command starts. Or a command
+            reported a user's mistake.
+        RunError: A command failed.
+        Interrupted: A signal stopped a command.
     """
     require_one_rank("pipeline")
-    steps = checked(config)
-    run = RunDirectory(
-        config.run_dir, resume=resume or (Path(config.run_dir) / "manifest.json").exists()
-    )
+    commands = checked_plan(config)
+    has_run = (Path(config.run_dir) / "manifest.json").exists()
+    run = RunDirectory(config.run_dir, resume=resume or has_run)
     run.update_manifest(
-        stage="pipeline", status="running", seed=config.seed, stages=[name for name, *_ in steps]
+        stage="pipeline",
+        status="running",
+        seed=config.seed,
+        stages=[command.name for command in commands],
     )
-    for name, command, arguments in steps:
-        folder = Path(config.run_dir) / name
-        status = RunDirectory.status(folder)
-        if status == "finished":
-            check_same(folder, _load(command, arguments))
-        else:
-            call = [command, *arguments, *(["--resume"] if status is not None else [])]
-            print(f"== {name}: grpo {' '.join(call)}", file=sys.stderr, flush=True)
-            _call(call, name, run, _ranks(config, name, command))
+    for command in commands:
+        _run_unfinished(command, run, num_ranks=_num_ranks(config, command))
     rows = table(config)
     write_file(run.path / "table.json", json.dumps(rows, indent=2) + "\n")
-    write_file(run.path / "table.md", markdown(rows) + "\n")
+    write_file(run.path / "table.md", markdown_table(rows) + "\n")
     run.update_manifest(status="finished")
-    print(markdown(rows))
+    print(markdown_table(rows))
 
 
-def checked(config: PipelineConfig) -> list[tuple[str, str, list[str]]]:
-    """Returns the plan. Raises UserError naming the stage whose config is wrong."""
-    steps = list(plan(config))
-    for name, command, arguments in steps:
-        try:
-            _load(command, arguments)
-        except UserError as error:
-            raise UserError(f"stage {name}: {error}") from None
-    return steps
+def checked_plan(config: PipelineConfig) -> list[PlannedCommand]:
+    """Returns the plan after loading every config.
 
-
-def _load(command: str, arguments: list[str]) -> RunConfig:
-    """Returns the checked config of a step. `arguments` are `[config, override, ...]`."""
-    config: RunConfig = configs.load(arguments[0], arguments[1:], find_stage(command).config_class)
-    return config
-
-
-def plan(config: PipelineConfig) -> Iterator[tuple[str, str, list[str]]]:
-    """Yields `(folder, command, arguments)` of every stage and every evaluation, in order.
-
-    `arguments` are `[config, override, ...]`.
+    Raises:
+        UserError: A config is wrong. The message names the stage or evaluation.
     """
-    first = next(iter(config.stages.values()))
-    for judged, settings in config.eval.items():
-        if settings.start:
-            own = str(_tree(first).get("model", {}).get("path"))
-            yield f"start-{judged}", "eval", _evaluation(config, f"start-{judged}", settings, own)
+    commands = list(plan(config))
+    for command in commands:
+        try:
+            command.load_config()
+        except UserError as error:
+            raise UserError(f"stage {command.name}: {error}") from None
+    return commands
+
+
+def plan(config: PipelineConfig) -> Iterator[PlannedCommand]:
+    """Yields the commands of all stages and evaluations, in order."""
+    first_step = next(iter(config.stages.values()))
+    for set_name, evaluation in config.eval.items():
+        if evaluation.start:
+            start_model = str(_config_tree(first_step).get("model", {}).get("path"))
+            yield _evaluation(config, f"start-{set_name}", evaluation, start_model)
     for name, step in config.stages.items():
-        yield (
-            name,
-            step.command,
-            [
-                step.config,
-                f"run_dir={config.run_dir}/{name}",
-                f"seed={config.seed}",
-                *_inherited(config, step),
-            ],
-        )
+        yield _stage_command(config, name, step)
         for label, model in _models(config, name).items():
-            for judged, settings in config.eval.items():
-                yield (
-                    f"{label}-{judged}",
-                    "eval",
-                    _evaluation(config, f"{label}-{judged}", settings, model),
-                )
+            for set_name, evaluation in config.eval.items():
+                yield _evaluation(config, f"{label}-{set_name}", evaluation, model)
 
 
-def _inherited(config: PipelineConfig, step: Step) -> list[str]:
-    """Returns the overrides that carry what earlier stages left, then the step's own."""
-    found = []
+def _stage_command(
+    config: PipelineConfig, name: str, step: PipelineStageSettings
+) -> PlannedCommand:
+    """Returns the command of a stage. The overrides of `step.set` come last and take precedence."""
+    overrides = [f"run_dir={config.run_dir}/{name}", f"seed={config.seed}"]
     if step.model:
-        found += [
-            f"model.path={_final(config, step.model)}",
-            *(["model.warm_start="] if step.command == "train" else []),
-        ]
+        overrides.append(f"model.path={_final_model(config, step.model)}")
+        if step.command == "train":
+            overrides.append("model.warm_start=")
     if step.teacher:
-        found.append(f"model.teacher={_final(config, step.teacher)}")
+        overrides.append(f"model.teacher={_final_model(config, step.teacher)}")
     if step.traces:
-        found.append(f"data={{name: traces, path: {config.run_dir}/{step.traces}}}")
-    return found + _overrides(step.set)
+        overrides.append(f"data={{name: traces, path: {config.run_dir}/{step.traces}}}")
+    overrides += _format_overrides(step.set)
+    return PlannedCommand(
+        name=name, command=step.command, config_file=step.config, overrides=tuple(overrides)
+    )
 
 
-def _evaluation(config: PipelineConfig, folder: str, settings: Judged, model: str) -> list[str]:
-    own = [
-        f"run_dir={config.run_dir}/{folder}",
+def _evaluation(
+    config: PipelineConfig, name: str, evaluation: PipelineEvalSettings, model: str
+) -> PlannedCommand:
+    overrides = [
+        f"run_dir={config.run_dir}/{name}",
         f"seed={config.seed}",
         f"model.path={model}",
         "model.warm_start=",
+        *_format_overrides(evaluation.set),
     ]
-    return [settings.config, *own, *_overrides(settings.set)]
+    return PlannedCommand(
+        name=name, command="eval", config_file=evaluation.config, overrides=tuple(overrides)
+    )
 
 
 def _models(config: PipelineConfig, name: str) -> dict[str, str]:
-    """Returns the models that a stage leaves, by their row of the table."""
+    """Returns the models that a stage writes, by their label in the table."""
     step = config.stages[name]
     if step.command == "collect":
         return {}
     if step.command == "quantize":
-        schemes = _tree(step).get("quantize", {}).get("schemes") or Quantize().schemes
+        schemes = (
+            _config_tree(step).get("quantize", {}).get("schemes") or QuantizeSettings().schemes
+        )
         return {f"{name}-{scheme}": f"{config.run_dir}/{name}/{scheme}" for scheme in schemes}
-    return {name: _final(config, name)}
+    return {name: _final_model(config, name)}
 
 
-def _final(config: PipelineConfig, name: str) -> str:
-    sequence = (
-        config.stages[name].command == "distill"
-        and _tree(config.stages[name]).get("way") == "sequence"
-    )
-    return f"{config.run_dir}/{name}/{'sft/final' if sequence else 'final'}"
+def _final_model(config: PipelineConfig, name: str) -> str:
+    folder = "sft/final" if _is_sequence_distillation(config.stages[name]) else "final"
+    return f"{config.run_dir}/{name}/{folder}"
 
 
-def _tree(step: Step) -> dict[str, Any]:
-    """Returns what a step's YAML says, before what earlier stages add to it."""
-    return apply_overrides(read_yaml(step.config), _overrides(step.set))
+def _is_sequence_distillation(step: PipelineStageSettings) -> bool:
+    return step.command == "distill" and _config_tree(step).get("way") == "sequence"
 
 
-def _overrides(given: dict[str, Any]) -> list[str]:
-    """Returns command-line words that YAML reads back as the same values.
+def _config_tree(step: PipelineStageSettings) -> dict[str, Any]:
+    """Returns the tree of a step's YAML file, without the overrides that depend on other stages."""
+    return apply_overrides(read_yaml(step.config), _format_overrides(step.set))
 
-    The values are quoted, so that "off" and "Think: then answer" stay strings.
+
+def _format_overrides(values: Mapping[str, Any]) -> list[str]:
+    """Returns command-line overrides that parse to the same values.
+
+    Strings are quoted, so that YAML does not read "off" as a boolean or "Think: then answer" as a
+    mapping.
     """
-    return [f"{key}={'' if value is None else json.dumps(value)}" for key, value in given.items()]
+    overrides = []
+    for key, value in values.items():
+        text = "" if value is None else json.dumps(value)
+        overrides.append(f"{key}={text}")
+    return overrides
 
 
-def _ranks(config: PipelineConfig, name: str, command: str) -> int:
-    """Returns on how many ranks a stage runs: those that only learn on as many as there are."""
-    sequence = command == "distill" and _tree(config.stages[name]).get("way") == "sequence"
-    return config.ranks if command in ("sft", "train", "distill") and not sequence else 1
+def _num_ranks(config: PipelineConfig, command: PlannedCommand) -> int:
+    """Returns the number of learner ranks of a command. Those without a learner are one process."""
+    if command.command not in ("sft", "train", "distill"):
+        return 1
+    if _is_sequence_distillation(config.stages[command.name]):
+        return 1
+    return config.ranks
 
 
-def _call(arguments: list[str], name: str, run: RunDirectory, ranks: int) -> None:
-    """Runs a command to its end. Raises UserError, RunError or Interrupted as it ended."""
-    libc, got = ctypes.CDLL(None), list[int]()
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        if ranks > 1
-        else []
+def _run_unfinished(command: PlannedCommand, run: RunDirectory, *, num_ranks: int) -> None:
+    """Runs or resumes a command. If it is finished, checks that its config is the same."""
+    folder = run.path / command.name
+    status = RunDirectory.status(folder)
+    if status == "finished":
+        check_same(folder, command.load_config())
+        return
+    arguments = [*command.arguments]
+    if status is not None:
+        arguments.append("--resume")
+    print(f"== {command.name}: grpo {' '.join(arguments)}", file=sys.stderr, flush=True)
+    result = _run_process(arguments, num_ranks)
+    if result.exit_code == 0 and not result.forwarded_signals:
+        return
+    run.update_manifest(status=f"stopped in {command.name}")
+    if result.forwarded_signals:
+        raise Interrupted(signal.Signals(result.forwarded_signals[0]).name)
+    if result.exit_code == EXIT_INTERRUPTED:
+        raise Interrupted("a signal")
+    message = (
+        f"stage {command.name} failed with exit code {result.exit_code}; run the same command "
+        "again to continue"
     )
-    # a process group of its own: a terminal's Ctrl-C reaches it once, from here
+    if result.exit_code == EXIT_USER_ERROR:
+        raise UserError(message)
+    raise RunError(message)
+
+
+class ProcessResult(NamedTuple):
+    """How a process ended: `ProcessResult(exit_code=130, forwarded_signals=[2])`."""
+
+    exit_code: int
+    forwarded_signals: list[int]
+
+
+def _run_process(arguments: Sequence[str], num_ranks: int) -> ProcessResult:
+    """Runs `grpo` in a process until it ends, and forwards SIGINT and SIGTERM to it."""
+    libc = ctypes.CDLL(None)
+    forwarded_signals: list[int] = []
+    launcher = []
+    if num_ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+
+    def terminate_with_parent() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    # In a separate process group, the process receives a terminal's Ctrl-C once, through `forward`.
     process = subprocess.Popen(
         [sys.executable, *launcher, "-m", "grpo", *arguments],
-        preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),
+        preexec_fn=terminate_with_parent,
         process_group=0,
     )
 
-    def forward(number: int, _: Any) -> None:
-        got.append(number)
+    def forward(number: int, frame: Any) -> None:
+        forwarded_signals.append(number)
         process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {
+        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        code = process.wait()
+        exit_code = process.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-    if code or got:
-        run.update_manifest(status=f"stopped in {name}")
-        if code == 130 or got:
-            raise Interrupted(signal.Signals(got[0]).name if got else "a signal")
-        raise (UserError if code == 2 else RunError)(
-            f"stage {name} ended with code {code}; go on with the same command"
-        )
+    return ProcessResult(exit_code, forwarded_signals)
 
 
 def table(config: PipelineConfig) -> list[dict[str, Any]]:
-    """Returns one row a model: its stage, and for each evaluation set the `eval/` metrics."""
-    names = [*(["start"] if any(judged.start for judged in config.eval.values()) else [])]
-    names += [label for name in config.stages for label in _models(config, name)]
+    """Returns one row per model with the `eval/` metrics of every set.
+
+    `[{"stage": "start", "aime": {"accuracy": 0.1}}, {"stage": "rl", "aime": {"accuracy": 0.4}}]`.
+    """
+    labels = []
+    if any(evaluation.start for evaluation in config.eval.values()):
+        labels.append("start")
+    for name in config.stages:
+        labels.extend(_models(config, name).keys())
     rows = []
-    for name in names:
-        row: dict[str, Any] = {"stage": name}
-        for judged in config.eval:
-            found = read_metrics(Path(config.run_dir) / f"{name}-{judged}" / "metrics.jsonl")
-            if found:
-                row[judged] = {
-                    key.removeprefix("eval/"): value
-                    for key, value in found[-1].items()
-                    if key.startswith("eval/")
-                }
+    for label in labels:
+        row: dict[str, Any] = {"stage": label}
+        for set_name in config.eval:
+            folder = Path(config.run_dir) / f"{label}-{set_name}"
+            metrics_rows = read_metrics(folder / "metrics.jsonl")
+            if metrics_rows:
+                row[set_name] = _eval_metrics(metrics_rows[-1])
         rows.append(row)
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Returns the table of accuracies, stages down, evaluation sets across.
+def _eval_metrics(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")
+    }
 
-    Where there is no accuracy, the first metric takes its place.
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the accuracies as a table with a row per model and a column per evaluation set.
+
+    A set without accuracies shows its first metric instead.
     """
-    sets = list(dict.fromkeys(key for row in rows for key in row if key != "stage"))
+    sets: list[str] = []
+    for row in rows:
+        sets += [key for key in row if key != "stage" and key not in sets]
     lines = ["| stage | " + " | ".join(sets) + " |", "|---|" + "---|" * len(sets)]
     for row in rows:
-        cells = []
-        for name in sets:
-            metrics = row.get(name)
-            value = metrics and metrics.get("accuracy", next(iter(metrics.values())))
-            cells.append("" if value is None else f"{value:.1%}")
+        cells = [_cell(row.get(name)) for name in sets]
         lines.append(f"| {row['stage']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(metrics: Mapping[str, float | None] | None) -> str:
+    if not metrics:
+        return ""
+    first_metric = next(iter(metrics.values()))
+    value = metrics.get("accuracy", first_metric)
+    return "" if value is None else f"{value:.1%}"
 
 
 class _PipelineStage:
@@ -249,8 +333,8 @@ class _PipelineStage:
 
     def arithmetic(self, config: PipelineConfig) -> str:
         return "\n".join(
-            f"{name:24} grpo {command} {' '.join(arguments)}"
-            for name, command, arguments in checked(config)
+            f"{command.name:24} grpo {' '.join(command.arguments)}"
+            for command in checked_plan(config)
         )
 
     def needs(self, config: PipelineConfig) -> None:
@@ -258,8 +342,8 @@ class _PipelineStage:
 
     def parts(self, config: PipelineConfig) -> list[Part]:
         raise UserError(
-            "grpo doctor takes the config of one stage; `grpo pipeline CONFIG --dry-run` checks "
-            "the chain"
+            "grpo doctor inspects the config of one stage. To check a pipeline, use `grpo pipeline "
+            "CONFIG --dry-run`"
         )
 
     def preview(self, config: PipelineConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""The problems that a stage works on: loaded, mixed, held out for evaluation."""
+"""Loads the problems of a stage, mixes data sets, and selects held-out problems for evaluation."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from grpo.types import Problem, UserError
 if TYPE_CHECKING:
     from data.common.mixture import Mixture
 
+HELD_OUT_SEED = 0  # the same for all runs, so that their evaluations have the same problems
 
-def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequence[Problem]]:
-    """Returns the problems of every set of a data section, by the set's name.
+
+def load_problems(
+    data: configs.DataSettings, split: str, seed: int
+) -> dict[str, Sequence[Problem]]:
+    """Returns the problems of a data section by data set: `{"gsm8k": [Problem(...), ...]}`.
 
     Args:
         data: The data section.
-        split: `train` or `test`.
-        seed: The run's seed, for sets that are generated.
+        split: "train" or "test".
+        seed: The run's seed, for data sets that are generated.
 
     Raises:
-        UserError: A set, a file or a line of one is wrong; the message names it.
+        UserError: A data set, a file or a line in a file is wrong. The message names it.
     """
     problems = {}
     for name, source in data.sources.items():
@@ -38,12 +42,19 @@ def load_problems(data: configs.Data, split: str, seed: int) -> dict[str, Sequen
 
 
 def mixture(
-    data: configs.Data,
+    data: configs.DataSettings,
     problems: Mapping[str, Sequence[Problem]],
     prompts: Prompts | Chat,
     seed: int,
 ) -> Mixture:
-    """Returns the stream of all problems whose prompts fit, in the order of the run."""
+    """Returns the stream of all problems whose prompts fit, in the order in which a run draws them.
+
+    Args:
+        data: The data section: weights and curriculum.
+        problems: The problems by data set, as `load_problems` returns them.
+        prompts: Determines which prompts fit.
+        seed: Determines the order.
+    """
     from data.common.mixture import Mixture
 
     weights = {name: source.weight for name, source in data.sources.items()}
@@ -52,20 +63,21 @@ def mixture(
 
 
 def held_out(
-    data: configs.Data,
+    data: configs.DataSettings,
     problems: Mapping[str, Sequence[Problem]],
     prompts: Prompts | Chat,
     count: int,
 ) -> list[Problem]:
     """Returns at most `count` different problems for an evaluation.
 
-    They are the same for every seed and do not follow a curriculum.
+    They do not depend on the seed or the curriculum of the run.
     """
     without_curriculum = data.model_copy(update={"curriculum": None})
-    stream = mixture(without_curriculum, problems, prompts, 0)
+    stream = mixture(without_curriculum, problems, prompts, HELD_OUT_SEED)
     return without_repeats(stream.take(0, count))
 
 
 def without_repeats(problems: Sequence[Problem]) -> list[Problem]:
     """Returns the problems in order, each id once."""
-    return list({problem.id: problem for problem in problems}.values())
+    problem_by_id = {problem.id: problem for problem in problems}
+    return list(problem_by_id.values())

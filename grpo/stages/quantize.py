@@ -1,17 +1,16 @@
-"""`grpo quantize`: writes a finished model in int8 and int4, and tells what that costs in accuracy.
+"""`grpo quantize`: writes a finished model in int8 and int4 and measures its size and accuracy.
 
-The format is compressed-tensors, which vLLM serves.
-
-This is post-training and needs no data: weights are rounded to the nearest step, each range clipped
-where the squared error is least; int8 schemes round activations too, token by token, when the model
-runs. Embeddings and the output head stay as they are.
+The result is in the compressed-tensors format, which vLLM serves. The quantisation is post-training
+and needs no data: weights are rounded to the nearest step, and each range is clipped so that the
+squared error is minimal. The int8 schemes also round activations, per token, when the model runs.
+Embeddings and the output head are not quantised.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from grpo.learning import models
 from grpo.learning.quantization import arguments, best_scale, check_groups, linear_layers
 from grpo.run.directory import RunDirectory, read_metrics, replace_directory, write_file
 from grpo.run.display import quiet
-from grpo.stages.eval import eval
+from grpo.stages.eval import evaluate
 from grpo.stages.resume import check_same
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import check_rewards
@@ -30,52 +29,69 @@ from grpo.types import Problem, UserError
 
 
 def quantize(config: QuantizeConfig, *, resume: bool) -> None:
-    """Writes a Hugging Face directory per scheme, and a table of sizes (with `eval`: accuracies).
+    """Writes one Hugging Face directory per scheme, and a table of sizes and accuracies.
 
-    Raises UserError, RunError, Interrupted.
+    The table has accuracies if the config has the section `eval`.
+
+    Raises:
+        UserError: The config or the model is wrong.
+        RunError: An evaluation cannot continue.
+        Interrupted: A signal stopped the run. Finished schemes and evaluations are kept.
     """
     require_one_rank("quantize")
     schemes = config.quantize.schemes
-    group_size = config.quantize.group_size
     evaluations = config.judged()
     total = len(schemes)
     with open_stage(config, "quantize", total=total, unit="scheme", resume=resume) as context:
-        log = context.run.path / "learner.log"
-        with quiet(log):
-            model_dir = models.locate(config.model, context.run.path, config.seed)
-            tokenizer = models.load_tokenizer(model_dir)
-            check(model_dir, group_size if "int4" in schemes else 1)
-        for done, scheme in enumerate(schemes):
-            context.signals.check()
-            context.display.phase(done, "rounding", scheme)
-            target = context.run.path / scheme
-            if not target.exists():
-                with quiet(log):
-                    write_quantized(model_dir, target, scheme, group_size, tokenizer)
-        _evaluate(context, evaluations)
-        rows = [_row("parent", model_dir, evaluations)]
-        rows += [_row(scheme, context.run.path / scheme, evaluations) for scheme in schemes]
-        table = _markdown(rows, with_accuracy=bool(evaluations))
+        model_dir = _write_schemes(config, context)
+        _evaluate_all(context, evaluations)
+        rows = [_table_row("parent", model_dir, evaluations)]
+        for scheme in schemes:
+            rows.append(_table_row(scheme, context.run.path / scheme, evaluations))
+        table = _markdown_table(rows, with_accuracy=bool(evaluations))
         write_file(context.run.path / "table.md", table + "\n")
         write_file(context.run.path / "table.json", json.dumps(rows, indent=2) + "\n")
         context.run.update_manifest(final=schemes[0])
         context.display.say(table)
 
 
-def _evaluate(context: RunContext, evaluations: dict[str, EvalConfig]) -> None:
-    """Evaluates the model and every scheme, unless that was finished by an earlier start."""
+def _write_schemes(config: QuantizeConfig, context: RunContext) -> Path:
+    """Writes the model in each scheme that is not on disk yet. Returns the original model."""
+    group_size = config.quantize.group_size
+    log_file = context.run.path / "learner.log"
+    with quiet(log_file):
+        model_dir = models.locate(config.model, context.run.path, config.seed)
+        tokenizer = models.load_tokenizer(model_dir)
+        # Only int4 has groups. A group size of 1 divides every layer.
+        checked_group_size = group_size if "int4" in config.quantize.schemes else 1
+        check_quantizable(model_dir, checked_group_size)
+    for num_done, scheme in enumerate(config.quantize.schemes):
+        context.signals.check()
+        context.display.phase(num_done, "rounding", scheme)
+        target = context.run.path / scheme
+        if not target.exists():
+            with quiet(log_file):
+                write_quantized(model_dir, target, scheme, group_size, tokenizer)
+    return model_dir
+
+
+def _evaluate_all(context: RunContext, evaluations: Mapping[str, EvalConfig]) -> None:
+    """Evaluates the original model and every scheme, except where a finished evaluation exists."""
     for name, config in evaluations.items():
         folder = Path(config.run_dir)
         if RunDirectory.status(folder) == "finished":
             check_same(folder, config)
             continue
         shutil.rmtree(folder, ignore_errors=True)
-        context.display.say(f"judging {name}: {folder}")
-        eval(config, resume=False)
+        context.display.say(f"evaluating {name}: {folder}")
+        evaluate(config, resume=False)
 
 
-def _row(name: str, folder: Path, evaluations: dict[str, EvalConfig]) -> dict[str, Any]:
-    """Returns a model's size, and its accuracy with the 95 % interval where it was evaluated."""
+def _table_row(name: str, folder: Path, evaluations: Mapping[str, EvalConfig]) -> dict[str, Any]:
+    """Returns the size of a model and, if it was evaluated, its accuracy with the 95 % interval.
+
+    `{"model": "int8", "megabytes": 512.3, "accuracy": "71.5%", "interval": "68.0% to 75.1%"}`.
+    """
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     row = {"model": name, "megabytes": round(num_bytes / 1e6, 3), "accuracy": "", "interval": ""}
     if not evaluations:
@@ -88,26 +104,30 @@ def _row(name: str, folder: Path, evaluations: dict[str, EvalConfig]) -> dict[st
     return row
 
 
-def _markdown(rows: list[dict[str, Any]], *, with_accuracy: bool) -> str:
+def _markdown_table(rows: Sequence[Mapping[str, Any]], *, with_accuracy: bool) -> str:
     columns = ["model", "megabytes"]
     if with_accuracy:
         columns += ["accuracy", "interval"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
+    for row in rows:
+        cells = [str(row[name]) for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def check(model_dir: Path, group_size: int) -> None:
-    """Raises UserError for a model that cannot be quantised, before any weight is loaded.
+def check_quantizable(model_dir: Path, group_size: int) -> None:
+    """Raises UserError if a model cannot be quantised. Loads no weights.
 
-    Such a model is quantised already, or the groups do not divide its layers.
+    It cannot if it is quantised already, or if `group_size` does not divide the inputs of a layer.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model_dir)
     if getattr(config, "quantization_config", None):
-        raise UserError(f"model.path={model_dir}: is quantised already")
+        raise UserError(
+            f"model.path={model_dir}: the model is already quantised: give the original model"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     check_groups(model, "quantize.group_size", group_size)
@@ -116,7 +136,15 @@ def check(model_dir: Path, group_size: int) -> None:
 def write_quantized(
     model_dir: Path, target: Path, scheme: str, group_size: int, tokenizer: Any
 ) -> None:
-    """Writes the model of `model_dir` in a scheme (int8, int8_tensor, int4) to `target`."""
+    """Writes a quantised copy of a model.
+
+    Args:
+        model_dir: Directory of the original model.
+        target: Directory to write.
+        scheme: "int8", "int8_tensor" or "int4".
+        group_size: Number of weights per scale in int4.
+        tokenizer: Saved with the model.
+    """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationConfig,
@@ -134,9 +162,10 @@ def write_quantized(
     }
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
     scales = {layer: best_scale(layer.weight.data, weights) for _, layer in linear_layers(model)}
-    # weight / scale in float32: in bfloat16 it would round to other steps
+    # The compressor divides weights by scales. In bfloat16, the quotients would round differently.
     for layer, scale in scales.items():
-        layer.weight.data, layer.weight_scale.data = layer.weight.data.float(), scale
+        layer.weight.data = layer.weight.data.float()
+        layer.weight_scale.data = scale
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     for layer in scales:
@@ -157,7 +186,10 @@ class _QuantizeStage:
 
     def arithmetic(self, config: QuantizeConfig) -> str:
         settings = config.quantize
-        return f"schemes     {', '.join(settings.schemes)}; int4 in groups of {settings.group_size}"
+        return (
+            f"schemes     {', '.join(settings.schemes)}; int4 has one scale per "
+            f"{settings.group_size} weights"
+        )
 
     def needs(self, config: QuantizeConfig) -> StageNeeds:
         return StageNeeds(

@@ -1,6 +1,7 @@
-"""All kinds of stages. A new kind is a file here with a `STAGE`, and a line in `SUMMARIES`.
+"""All kinds of stages, by command.
 
-A kind's file is imported only when it is asked for, so that the command line starts at once.
+A new kind is a module in this package that defines `STAGE`, and a line in `SUMMARIES`. The module
+is imported when its kind is requested, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo.stages.stage import Stage
 
-# By command, which is also the name of the file: one line of help, in the order of the help.
+# Help text by command, in the order of `grpo --help`. The command is also the name of the module.
 SUMMARIES = {
     "sft": "fine-tune on worked solutions",
-    "train": "train by GRPO",
-    "collect": "sample completions and keep the right, readable ones as traces",
-    "distill": "a teacher's reasoning into a student: by text, by its distribution, or on-policy",
-    "quantize": "write a finished model in int8 and int4, and judge it before and after",
-    "eval": "judge a model by a config's prompts and rewards; or compare two: `grpo eval RUN "
-    "RUN`; or ask it: --ask",
-    "pipeline": "run a chain of stages and judge the model of each",
+    "train": "train with GRPO",
+    "collect": "sample completions and keep the correct, readable ones as traces",
+    "distill": "distil a teacher into a student: from its texts, its distribution, or on-policy",
+    "quantize": "convert a finished model to int8 and int4, and evaluate it before and after",
+    "eval": "evaluate a model with a config's prompts and rewards; or compare two evaluations: "
+    "`grpo eval RUN RUN`; or let a model solve one problem: --ask",
+    "pipeline": "run several stages in order and evaluate the model of each",
 }
-# A config of these may have sections of other kinds too.
+# A config of these commands can also have sections of other commands, so these are matched first.
 COMPOSED = ("pipeline", "distill")
 
 
@@ -33,7 +34,11 @@ def find_stage(command: str) -> Stage[Any]:
 
 
 def stage_of(tree: dict[str, Any]) -> Stage[Any]:
-    """Returns the stage that a config's sections belong to; `train` if they belong to no other."""
+    """Returns the kind of stage that a config's sections identify, `train` by default.
+
+    Args:
+        tree: The config as a tree, for example `{"run_dir": "runs/x", "sft": {"updates": 5}}`.
+    """
     for command in (*COMPOSED, *SUMMARIES):
         stage = find_stage(command)
         if any(key in tree for key in stage.sections):

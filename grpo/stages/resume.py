@@ -1,4 +1,4 @@
-"""Which config may continue a run: the keys that may change, and the comparison of all others."""
+"""Compares configs: of a run and of its resume, and of the ranks of one run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo import config as configs
 from grpo.config import RunConfig
 from grpo.types import UserError
 
-# Keys, or whole sections, that may change when a run is resumed.
+# Keys and sections that may change when a run is resumed.
 FREE_ON_RESUME = (
     "run_dir",
     "logging",
@@ -32,7 +32,8 @@ FREE_ON_RESUME = (
     "algorithm.no_signal",
 )
 
-# Keys that may differ between the ranks of a run: the machine's own, and paths of local copies.
+# Keys that may differ between the ranks of a run: settings of one machine, and paths of copies that
+# each node has on its own disk. A path key matches in every section.
 LOCAL_KEYS = ("run_dir", "learner.threads", "logging.progress", "engine.servers.cores")
 PATH_KEYS = ("path", "test_path", "warm_start", "teacher")
 
@@ -40,15 +41,15 @@ PATH_KEYS = ("path", "test_path", "warm_start", "teacher")
 def check_same(folder: Path, config: RunConfig) -> None:
     """Raises UserError if the config differs from that of the run in `folder`.
 
-    The run is to be resumed, or reused as it is. Keys in `FREE_ON_RESUME` may differ.
+    Keys in `FREE_ON_RESUME` may differ. Callers use it before they resume a run and before they
+    reuse a finished one.
     """
     before = _flatten(_written_config(folder, config))
     after = _flatten(yaml.safe_load(configs.dump(config)))
-    changes = [
-        f"{key} was {before.get(key)}, is {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _may_change(key, config)
-    ]
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and not _may_change(key, config):
+            changes.append(f"{key} was {before.get(key)}, is {after.get(key)}")
     if changes:
         raise UserError(
             f"{folder}: the config differs from the one this run was started with: "
@@ -57,9 +58,9 @@ def check_same(folder: Path, config: RunConfig) -> None:
 
 
 def shared_values(config: RunConfig) -> dict[str, str]:
-    """Returns what the ranks of a run must have alike, by dotted key: `{"learner.lr": "1e-06"}`.
+    """Returns the values that all ranks of a run must share: `{"learner.lr": "1e-06"}`.
 
-    Left out is what may differ from node to node: LOCAL_KEYS, and paths of local copies.
+    `LOCAL_KEYS` and `PATH_KEYS` are excluded, because they may differ between nodes.
     """
     values = _flatten(yaml.safe_load(configs.dump(config)))
     return {
@@ -70,10 +71,10 @@ def shared_values(config: RunConfig) -> dict[str, str]:
 
 
 def _written_config(folder: Path, config: RunConfig) -> Any:
-    """Returns the tree of the run's config.yaml, with defaults for keys it does not have."""
+    """Returns the tree of the run's config.yaml, with defaults for missing keys."""
     tree = yaml.safe_load((folder / "config.yaml").read_text())
-    # An older version did not write keys that are new; their default is how it behaved. A tree
-    # that is no valid config today is compared as it was written.
+    # An older version of grpo wrote no keys that are newer than it; their defaults describe how it
+    # behaved. If the tree is not a valid config today, it is compared without them.
     with contextlib.suppress(UserError):
         tree = yaml.safe_load(configs.dump(configs.parse(tree, kind=type(config))))
     return tree
@@ -91,8 +92,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _may_change(key: str, config: RunConfig) -> bool:
-    """Returns whether a key may differ from the config that the run was started with."""
     section = key.partition(".")[0]
     if section == "eval" and config.evaluation_only:
         return False
-    return any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)

@@ -1,6 +1,6 @@
-"""The frame of a stage's run: its directory, display, trackers and signals, from start to end.
+"""The context of a stage's run: its directory, display, trackers and signal handlers.
 
-Knows nothing of models, problems or engines.
+This module does not depend on models, problems or engines.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from grpo.run import fingerprints, ranks
 from grpo.run.directory import RunDirectory, write_file
 from grpo.run.display import Display
 from grpo.run.signals import Signals
-from grpo.run.trackers import Trackers
+from grpo.run.trackers import TrackedRun, Trackers
 from grpo.stages.resume import check_same, shared_values
 from grpo.types import UserError
 
-PACKAGES = (
+# Their versions are written into the manifest.
+RECORDED_PACKAGES = (
     "torch",
     "transformers",
     "vllm",
@@ -40,39 +41,40 @@ PACKAGES = (
 
 @dataclass(kw_only=True)
 class RunContext:
-    """What a running stage writes to and listens to."""
+    """The outputs and the signal handlers of a running stage."""
 
     run: RunDirectory
     display: Display
     trackers: Trackers
     signals: Signals
-    stack: contextlib.ExitStack  # closes what the stage opens
+    stack: contextlib.ExitStack  # closes the resources that the stage opens
 
     def record(self, row: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl and sends it to the trackers."""
         self.run.append_metrics(row)
         self.trackers.log(row)
 
-    def continue_after(self, done: int | None, unit: str) -> None:
-        """Drops what was written after a checkpoint, and says where the run continues.
+    def resume_after(self, num_done: int | None, unit: str) -> None:
+        """Removes the records that are newer than the checkpoint and reports where the run resumes.
 
         Args:
-            done: how many units the checkpoint has; None if the run has no checkpoint yet.
+            num_done: Number of units in the checkpoint. None if the run has no checkpoint yet.
             unit: "rollout" or "update".
         """
-        self.run.cut(-1 if done is None else done)
-        if done is None:
-            self.display.say("no checkpoint yet: starting again")
+        if num_done is None:
+            self.run.cut(-1)
+            self.display.say("no checkpoint yet: the run starts from the beginning")
         else:
-            self.display.say(f"resumed after {unit} {done}")
+            self.run.cut(num_done)
+            self.display.say(f"resumed after {unit} {num_done}")
 
 
 def require_one_rank(command: str) -> None:
-    """Raises UserError if a launcher started several ranks of a command that is one process."""
+    """Raises UserError if a launcher started a single-process command on several ranks."""
     if ranks.world_size() > 1:
         raise UserError(
-            f"grpo {command} is one process, whatever engines it asks: start it without torchrun "
-            "or srun's tasks"
+            f"grpo {command} runs in a single process, even with several engines: start it without "
+            "torchrun, or with one srun task"
         )
 
 
@@ -80,22 +82,48 @@ def require_one_rank(command: str) -> None:
 def open_stage(
     config: RunConfig, name: str, *, total: int, unit: str, resume: bool
 ) -> Iterator[RunContext]:
-    """Yields the context of a stage's run.
+    """Yields the context of a stage's run, and records in the manifest how the run ends.
 
-    The manifest says how the run ended. A user's mistake before the first step leaves no run
-    behind.
+    After a UserError before the first step, the run is removed, so that the corrected config can
+    use the same directory.
 
     Args:
         config: The stage's config.
-        name: The command, as it is written into the manifest.
-        total: How many `unit`s the run has.
-        unit: What the display counts.
+        name: The command, for the manifest.
+        total: Number of units in the run.
+        unit: The unit that the display counts, for example "rollout".
         resume: Whether to continue the run in `config.run_dir`.
 
     Raises:
-        UserError: The directory holds a run; with `resume`, it holds none or one with a different
-            config. Or the ranks have different code or configs.
+        UserError: The directory already holds a run; or, with `resume`, it holds no run or a run
+            with a different config. Or the ranks have different code or different configs.
     """
+    run = _open_directory(config, resume=resume)
+    progress = config.logging.progress if ranks.rank() == 0 else "off"
+    display = Display(progress, total, unit)
+    with contextlib.ExitStack() as stack:
+        stack.callback(display.close)
+        run_id = run.read_manifest().get("id")
+        if run_id is None:
+            run_id = secrets.token_hex(4)
+        trackers = stack.enter_context(_open_trackers(config, run, run_id))
+        signals = Signals()
+        stack.callback(signals.restore)
+        _record_start(run, config, name, run_id)
+        try:
+            yield RunContext(
+                run=run, display=display, trackers=trackers, signals=signals, stack=stack
+            )
+        except BaseException as error:
+            # Closing can take a while: with the previous handlers, a signal ends the process.
+            signals.restore()
+            _record_failure(run, error, resume=resume)
+            raise
+        _record_success(run)
+
+
+def _open_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
+    """Opens the run directory after the ranks have joined and compared their code and configs."""
     if ranks.world_size() > 1:
         ranks.join(config.longest_wait_s)
     run = RunDirectory(config.run_dir, resume=resume)
@@ -103,64 +131,69 @@ def open_stage(
         ranks.require_equal({"code": fingerprints.of_code(), **shared_values(config)})
     if resume:
         check_same(run.path, config)
-    is_rank0 = ranks.rank() == 0
-    display = Display(config.logging.progress if is_rank0 else "off", total, unit)
-    with contextlib.ExitStack() as stack:
-        stack.callback(display.close)
-        run_id = run.read_manifest().get("id") or secrets.token_hex(4)
-        trackers = stack.enter_context(_open_trackers(config, run, run_id))
-        signals = Signals()
-        stack.callback(signals.restore)
-        if is_rank0:
-            write_file(run.path / "config.yaml", configs.dump(config))
-        run.update_manifest(
-            id=run_id,
-            stage=name,
-            status="running",
-            seed=config.seed,
-            started=_now(),
-            **_provenance(),
-        )
-        try:
-            yield RunContext(
-                run=run, display=display, trackers=trackers, signals=signals, stack=stack
-            )
-        except BaseException as error:
-            # Closing may take a while: from here on, a signal ends the process the ordinary way.
-            signals.restore()
-            if isinstance(error, UserError) and not resume and not run.began():
-                run.clear()
-            else:
-                cause = error.__cause__ if isinstance(error, ranks.UnexpectedError) else None
-                run.update_manifest(
-                    status=f"stopped: {type(cause or error).__name__}", ended=_now()
-                )
-            raise
-        ranks.all_gather("the end", None)
-        entries = {"status": "finished", "ended": _now()}
-        if (run.path / "final").exists():
-            entries["final"] = "final"
-        run.update_manifest(**entries)
+    return run
 
 
 def _open_trackers(config: RunConfig, run: RunDirectory, run_id: str) -> Trackers:
-    """Returns the trackers of rank 0, and none on the other ranks."""
+    """Opens the configured trackers on rank 0 and none on the other ranks."""
     names = config.logging.trackers if ranks.rank() == 0 else []
-    return Trackers(names, config.logging.project, run.path, run_id, config.model_dump(mode="json"))
+    tracked_run = TrackedRun(
+        project=config.logging.project,
+        run_dir=run.path,
+        run_id=run_id,
+        config=config.model_dump(mode="json"),
+    )
+    return Trackers(names, tracked_run)
 
 
-def _provenance() -> dict[str, Any]:
-    """Returns the versions of the main packages and the git commit, for the manifest."""
+def _record_start(run: RunDirectory, config: RunConfig, name: str, run_id: str) -> None:
+    if ranks.rank() == 0:
+        write_file(run.path / "config.yaml", configs.dump(config))
+    run.update_manifest(
+        id=run_id,
+        stage=name,
+        status="running",
+        seed=config.seed,
+        started=_now(),
+        versions=_installed_versions(),
+        commit=_commit(),
+    )
+
+
+def _record_failure(run: RunDirectory, error: BaseException, *, resume: bool) -> None:
+    """Writes the error into the manifest, or removes a new run that stopped before its first step.
+
+    Only a UserError removes the run.
+    """
+    if isinstance(error, UserError) and not resume and not run.began():
+        run.clear()
+        return
+    cause = error
+    if isinstance(error, ranks.UnexpectedError) and error.__cause__ is not None:
+        cause = error.__cause__
+    run.update_manifest(status=f"stopped: {type(cause).__name__}", ended=_now())
+
+
+def _record_success(run: RunDirectory) -> None:
+    """Marks the run as finished after all ranks have finished it."""
+    ranks.all_gather("the end of the run", None)
+    entries = {"status": "finished", "ended": _now()}
+    if (run.path / "final").exists():
+        entries["final"] = "final"
+    run.update_manifest(**entries)
+
+
+def _installed_versions() -> dict[str, str]:
     versions = {}
-    for name in PACKAGES:
+    for name in RECORDED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {"versions": versions, "commit": _commit()}
+    return versions
 
 
 def _commit() -> str | None:
-    """Returns the git commit of this checkout, None if the package is installed elsewhere."""
-    # A repository that merely contains an installed package has another commit.
+    """Returns the git commit of this checkout, None if the package is not run from a checkout."""
+    # An installed package can be inside the checkout of another project, which has other commits.
     if not (Path(__file__).parents[2] / ".git").exists():
         return None
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]

@@ -1,97 +1,102 @@
-"""Sampling and scoring of the stages that do not learn: a `Sampler`, and the reward functions."""
+"""Sampling and scoring for the stages without a learner: `Sampler`, and the reward functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo.config import SampledConfig, Teacher
+from grpo.config import EndpointSettings, SamplingStageConfig
 from grpo.experience import plugins
 from grpo.experience.prompts import Chat, Prompts
-from grpo.experience.sampling import sample, sampling_options, seed_of
+from grpo.experience.sampling import make_group_requests, sample, sampling_options, seed_of
 from grpo.learning import models
 from grpo.run.display import quiet
 from grpo.stages.engine import EngineModel, send_weights, start_engine
 from grpo.stages.run_context import RunContext
-from grpo.stages.start_model import find_model
+from grpo.stages.start_model import find_start_model
 from grpo.types import Group, Problem
 from rewards.workers.pool import Pool
 
-Rewards = dict[str, tuple[plugins.RewardFunction, float]]  # function and weight, by name
+# Function and weight by the name of the reward.
+Rewards = dict[str, tuple[plugins.RewardFunction, float]]
 
 
-def load_rewards(config: SampledConfig) -> tuple[Pool, Rewards]:
-    """Returns a pool of reward workers, which the caller closes, and the rewards that use it.
+def load_rewards(config: SamplingStageConfig) -> tuple[Pool, Rewards]:
+    """Returns a pool of reward workers and the rewards that use it. The caller closes the pool.
 
-    Raises UserError if a reward is unknown or its options are wrong.
+    Raises:
+        UserError: A reward does not exist, or its options are wrong.
     """
     pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
     return pool, plugins.rewards(config.rewards, pool)
 
 
-def check_rewards(config: SampledConfig) -> None:
-    """Raises UserError if a reward is unknown or its options are wrong. Starts no worker."""
+def check_rewards(config: SamplingStageConfig) -> None:
+    """Raises UserError if a reward does not exist or its options are wrong. Starts no worker."""
     plugins.rewards(config.rewards, Pool())
 
 
 class Sampler:
-    """Samples from the model of a config on an engine, or from a model behind an endpoint."""
+    """Samples completions from an engine with the config's model, or from an endpoint."""
 
     def __init__(
-        self, config: SampledConfig, context: RunContext, endpoint: Teacher | None
+        self, config: SamplingStageConfig, context: RunContext, endpoint: EndpointSettings | None
     ) -> None:
-        """Connects to `endpoint`, or starts the engine of `config.model` if it is None."""
+        """Connects to `endpoint`. If it is None, starts an engine with `config.model`."""
         self._config = config
         self._endpoint: Any = None
         self.engine: Any = None
         self.prompts: Prompts | Chat
-        if endpoint:
+        if endpoint is not None:
             from grpo.engines.endpoint import Endpoint
 
             self._endpoint = Endpoint(endpoint, on_wait=context.signals.check)
             self.prompts = Chat(config.prompt)
             return
-        model_dir, _, self.prompts = find_model(config, context.run)
-        models.check_context(model_dir, config.max_sequence_tokens)
+        start = find_start_model(config, context.run)
+        self.prompts = start.prompts
+        models.check_context(start.model_dir, config.max_sequence_tokens)
         model = EngineModel(
-            model_dir=model_dir, num_weights=models.num_weights(model_dir), load_weights=True
+            model_dir=start.model_dir,
+            num_weights=models.num_weights(start.model_dir),
+            load_weights=True,
         )
         self.engine = start_engine(config, context, model)
         if config.engine.servers and config.engine.servers.urls:
-            # Servers that run already have random weights, or those of another run.
+            # Servers that were started elsewhere have random weights or those of another run.
             with quiet(context.run.log_file("learner")):
-                send_weights(self.engine, model_dir)
+                send_weights(self.engine, start.model_dir)
 
     def sample(
         self,
         problems: Sequence[Problem],
-        count: int,
+        group_size: int,
         temperature: float,
         on_progress: Callable[[int, int], None],
     ) -> list[Group]:
-        """Returns `count` completions of each problem.
+        """Returns one group of completions per problem, in order.
 
-        Their seeds depend on the run's seed and the problem only.
+        The sampling seeds depend only on the run's seed and the problem.
+
+        Args:
+            problems: The problems to sample.
+            group_size: Completions per problem.
+            temperature: Sampling temperature; 0 is greedy.
+            on_progress: Called as `on_progress(num_finished, total)` during sampling.
         """
         options = sampling_options(self._config, self.prompts, temperature)
         run_seed = self._config.seed
         if isinstance(self.prompts, Prompts):
-            return sample(
-                self.engine,
-                self.prompts,
-                problems,
-                options,
-                group_size=count,
-                run_seed=run_seed,
-                rollout=0,
-                on_progress=on_progress,
+            group_requests = make_group_requests(
+                self.prompts, problems, group_size=group_size, run_seed=run_seed, rollout=0
             )
+            return sample(self.engine, self.prompts, group_requests, options, on_progress)
         requests = [
-            (self.prompts.messages(problem), seed_of(run_seed, 0, problem.id), count)
+            (self.prompts.messages(problem), seed_of(run_seed, 0, problem.id), group_size)
             for problem in problems
         ]
         completions = self._endpoint.generate(requests, options, on_progress)
         return [
-            Group(problem=problem, prompt_ids=(), completions=row)
-            for problem, row in zip(problems, completions, strict=True)
+            Group(problem=problem, prompt_ids=(), completions=completions_of_problem)
+            for problem, completions_of_problem in zip(problems, completions, strict=True)
         ]

@@ -1,18 +1,16 @@
-"""`grpo sft`: supervised fine-tuning on worked solutions, which is R1's cold start.
+"""`grpo sft`: supervised fine-tuning on worked solutions, for example R1's cold start.
 
-It runs TRL's SFTTrainer with DeepSpeed under it.
-
-The trainer's own are the loss (cross-entropy over the solution's tokens alone, one mean over an
-update) and the loop. Ours are the prompts (those that GRPO will use), the order of the data, the
-learning rate, the run directory, checkpoints and metrics.
+It runs TRL's SFTTrainer on DeepSpeed. The training loop and the loss are TRL's: the cross-entropy
+over the solution's tokens, averaged over all tokens of an update. The prompts, which are those of
+GRPO, the data order, the learning rate, the run directory, checkpoints and metrics are grpo's.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo.config import SftConfig
 from grpo.experience.prompts import Prompts
@@ -32,9 +30,9 @@ from grpo.stages.stage import (
     ProblemNeeds,
     Stage,
     StageNeeds,
-    num_checkpoints,
+    max_checkpoints_on_disk,
 )
-from grpo.stages.start_model import find_model, require_same_start
+from grpo.stages.start_model import find_start_model, require_same_start
 from grpo.types import Problem, UserError
 
 STOP_WINDOW = 10  # updates whose mean token accuracy is compared with sft.stop_at
@@ -43,12 +41,15 @@ STOP_WINDOW = 10  # updates whose mean token accuracy is compared with sft.stop_
 def sft(config: SftConfig, *, resume: bool) -> None:
     """Trains on `sft.updates x sft.batch_size` solutions and writes `final/`.
 
-    Raises UserError, RunError, Interrupted (saved).
+    Raises:
+        UserError: The config, the data or the model is wrong.
+        RunError: The run cannot continue.
+        Interrupted: A signal stopped the run after it had saved a checkpoint.
     """
     if config.sft.batch_size % ranks.world_size():
         raise UserError(
-            f"sft.batch_size={config.sft.batch_size} cannot be split evenly over "
-            f"{ranks.world_size()} ranks"
+            f"sft.batch_size={config.sft.batch_size} must be a multiple of the number of ranks, "
+            f"{ranks.world_size()}"
         )
     problems = load_problems(config.data, "train", config.seed)
     total = config.sft.updates
@@ -56,50 +57,67 @@ def sft(config: SftConfig, *, resume: bool) -> None:
         _run(config, context, problems, resume=resume)
 
 
-def _run(config: SftConfig, context: RunContext, problems: Any, *, resume: bool) -> None:
+def _run(
+    config: SftConfig,
+    context: RunContext,
+    problems: Mapping[str, Sequence[Problem]],
+    *,
+    resume: bool,
+) -> None:
     run, display = context.run, context.display
     display.phase(0, "loading the model")
-    model_dir, tokenizer, prompts = find_model(config, run)
-    models.check_context(model_dir, config.sft.max_tokens)
-    stream = mixture(config.data, problems, prompts, config.seed)
-    require_same_start(tokenizer, stream)
-    drawn = stream.take(0, config.sft.updates * config.sft.batch_size)
-    checkpoint, state = run.last_state() if resume else (None, {})
-    done = state["step"] if checkpoint else 0
+    start = find_start_model(config, run)
+    models.check_context(start.model_dir, config.sft.max_tokens)
+    stream = mixture(config.data, problems, start.prompts, config.seed)
+    require_same_start(start.tokenizer, stream)
+    training_problems = stream.take(0, config.sft.updates * config.sft.batch_size)
+    resume_point = ResumePoint()
     if resume:
-        context.continue_after(done if checkpoint else None, "update")
+        resume_point = _find_resume_point(context)
     with quiet(run.log_file("learner")):
-        from grpo.learning.supervised import SupervisedTrainer
+        from grpo.learning.supervised import SupervisedInputs, SupervisedTrainer
 
-        callbacks = Callbacks(config, context)
-        trainer = SupervisedTrainer(
-            config,
-            model_dir,
-            tokenizer,
-            rows(drawn, prompts, config.sft.max_tokens),
-            on_update=callbacks.on_update,
-            save=callbacks.save,
-            stop=callbacks.stop,
-            scratch=run.checkpoints,
+        callbacks = TrainerCallbacks(config, context)
+        inputs = SupervisedInputs(
+            model_dir=start.model_dir,
+            tokenizer=start.tokenizer,
+            rows=training_rows(training_problems, start.prompts, config.sft.max_tokens),
         )
-        display.begin(done)
-        trainer.train(
-            resume_from_checkpoint=str(checkpoint / f"checkpoint-{done}") if checkpoint else None
-        )
+        trainer = SupervisedTrainer(config, inputs, callbacks, output_dir=run.checkpoints)
+        display.begin(resume_point.num_updates)
+        trainer.train(resume_from_checkpoint=resume_point.trainer_checkpoint)
         if callbacks.signal is not None:
             display.say(
-                f"stopped after update {trainer.state.global_step}, saved; go on with --resume"
+                f"stopped after update {trainer.state.global_step}: saved; continue with --resume"
             )
             raise Interrupted(callbacks.signal)
-    write_final(context, config, model_dir, tokenizer, trainer)
+    write_final(context, config, start.model_dir, start.tokenizer, trainer)
 
 
-class Callbacks:
-    """What TRL's trainer calls: metrics after an update, checkpoints, and whether to stop."""
+class ResumePoint(NamedTuple):
+    """The checkpoint from which the training continues."""
+
+    num_updates: int = 0
+    trainer_checkpoint: str | None = None  # directory in the format of transformers' Trainer
+
+
+def _find_resume_point(context: RunContext) -> ResumePoint:
+    """Returns the last checkpoint and removes the records that are newer."""
+    checkpoint, state = context.run.last_state()
+    if checkpoint is None:
+        context.resume_after(None, "update")
+        return ResumePoint()
+    num_updates = state["step"]
+    context.resume_after(num_updates, "update")
+    return ResumePoint(num_updates, str(checkpoint / f"checkpoint-{num_updates}"))
+
+
+class TrainerCallbacks:
+    """The functions that the trainer calls: to record metrics, to save, and to decide to stop."""
 
     def __init__(self, config: SftConfig, context: RunContext) -> None:
-        """Starts from the metrics of the updates before a resume, if there are any."""
-        self.signal: str | None = None  # that stops the run, whichever rank has got it
+        """Reads the metrics of earlier updates if the run is resumed."""
+        self.signal: str | None = None  # name of a signal that any rank has received
         self._config = config
         self._context = context
         self._latest: dict[str, Any] = {}
@@ -108,7 +126,7 @@ class Callbacks:
         self._accuracies: deque[float] = deque(accuracies, maxlen=STOP_WINDOW)
 
     def on_update(self, row: dict[str, Any]) -> None:
-        """Records and shows an update's metrics."""
+        """Records and displays the metrics of an update."""
         self._latest.update(row)
         self._accuracies.append(row["policy/token_accuracy"])
         self._context.record(row)
@@ -116,7 +134,12 @@ class Callbacks:
         self._context.display.phase(row["step"], "update")
 
     def save(self, update: int, write: Callable[[Path], None]) -> None:
-        """Writes a checkpoint; `write(directory)` puts the trainer's state there."""
+        """Writes a checkpoint after an update.
+
+        Args:
+            update: Number of updates so far.
+            write: `write(directory)` writes the trainer's state.
+        """
         run, settings = self._context.run, self._config.checkpoint
         self._context.display.phase(update, "checkpoint")
         state = {"updates": update, "seed": self._config.seed, "metrics": self._latest}
@@ -124,27 +147,33 @@ class Callbacks:
         run.prune(settings.keep_last, settings.keep_best)
 
     def stop(self) -> bool:
-        """Returns whether to stop: the model is good enough, or a rank has got a signal."""
+        """Returns whether to stop: a rank received a signal, or the model reached `sft.stop_at`."""
         signals = ranks.all_gather("the update", self._context.signals.got)
         self.signal = next((signal for signal in signals if signal), None)
-        return self.signal is not None or self._is_good_enough()
+        return self.signal is not None or self._is_accurate_enough()
 
-    def _is_good_enough(self) -> bool:
+    def _is_accurate_enough(self) -> bool:
         stop_at = self._config.sft.stop_at
         if stop_at is None or len(self._accuracies) < STOP_WINDOW:
             return False
         return bool(sum(self._accuracies) / STOP_WINDOW >= stop_at)
 
 
-def rows(
-    problems: list[Problem], prompts: Prompts, max_tokens: int
+def training_rows(
+    problems: Sequence[Problem], prompts: Prompts, max_tokens: int
 ) -> Iterator[dict[str, list[int]]]:
-    """Yields `input_ids` and `labels` (-100 on the prompt).
+    """Yields `{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}` per problem.
 
-    Raises UserError naming a problem without a solution or too long.
+    The labels are -100 on the prompt, which has no loss.
+
+    Raises:
+        UserError: A problem has no solution, or is too long with it. The message names the problem.
     """
-    for prompt, target in tokenize_solutions(problems, prompts, max_tokens, "sft"):
-        yield {"input_ids": [*prompt, *target], "labels": [-100] * len(prompt) + list(target)}
+    for solution in tokenize_solutions(problems, prompts, max_tokens, "sft"):
+        yield {
+            "input_ids": [*solution.prompt_ids, *solution.target_ids],
+            "labels": [-100] * len(solution.prompt_ids) + list(solution.target_ids),
+        }
 
 
 class _SftStage:
@@ -157,11 +186,12 @@ class _SftStage:
 
     def arithmetic(self, config: SftConfig) -> str:
         batch_size = config.sft.batch_size
+        num_micro_batches = batch_size // config.micro_batch
+        num_problems = config.sft.updates * batch_size
         return (
-            f"an update   {batch_size} solutions in {batch_size // config.micro_batch} "
-            f"micro-batches of {config.micro_batch}\n"
-            f"the run     {config.sft.updates} updates, {config.sft.updates * batch_size:,} "
-            "solutions drawn"
+            f"update      {batch_size} solutions in {num_micro_batches} micro-batches of "
+            f"{config.micro_batch}\n"
+            f"run         {config.sft.updates} updates, {num_problems:,} solutions drawn"
         )
 
     def needs(self, config: SftConfig) -> StageNeeds:
@@ -172,7 +202,7 @@ class _SftStage:
                 training=config.data, num_training=config.sft.updates * config.sft.batch_size
             ),
             memory=MemoryNeeds(learner=True),
-            disk=DiskNeeds(checkpoints=num_checkpoints(config), models=1),
+            disk=DiskNeeds(checkpoints=max_checkpoints_on_disk(config), models=1),
             shows_solution=True,
         )
 

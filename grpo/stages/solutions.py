@@ -1,61 +1,74 @@
-"""Worked solutions that a stage learns from: their tokens, and the doctor's check of them."""
+"""Worked solutions as training targets: their token ids, and the doctor's check of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from grpo.experience.prompts import Prompts
 from grpo.stages.stage import Check
 from grpo.types import Problem, UserError
 
 
+class TokenizedSolution(NamedTuple):
+    """The token ids of a prompt and its worked solution."""
+
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+
+
 def tokenize_solutions(
     problems: Sequence[Problem], prompts: Prompts, max_tokens: int, section: str
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields the token ids of each problem's prompt and of its worked solution.
+) -> Iterator[TokenizedSolution]:
+    """Yields each problem's prompt and worked solution as token ids.
 
     Args:
         problems: Problems with a worked solution.
         prompts: The prompts of the run.
-        max_tokens: The longest prompt with its solution.
-        section: The config section with `max_tokens`, for error messages.
+        max_tokens: Maximum length of a prompt with its solution.
+        section: The config section that sets `max_tokens`, for error messages.
 
     Raises:
-        UserError: A problem has no solution, or is too long with it; the message names it.
+        UserError: A problem has no solution, or is longer than `max_tokens` with it. The message
+            names the problem.
     """
     for problem in problems:
         if problem.solution is None:
-            raise UserError(f"{section}: problem {problem.id} has no worked solution to learn from")
+            raise UserError(
+                f"{section}: problem {problem.id} has no worked solution, which is the training "
+                "target; use data with solutions, for example the traces of grpo collect"
+            )
         prompt_ids = prompts.ids(problem)
         target_ids = prompts.target_ids(problem)
-        length = len(prompt_ids) + len(target_ids)
-        if length > max_tokens:
+        num_tokens = len(prompt_ids) + len(target_ids)
+        if num_tokens > max_tokens:
             raise UserError(
-                f"{section}: {problem.id} has {length} tokens with its solution; "
-                f"{section}.max_tokens is {max_tokens}"
+                f"{section}: problem {problem.id} has {num_tokens} tokens with its solution, more "
+                f"than {section}.max_tokens={max_tokens}: raise the limit or remove the problem"
             )
-        yield prompt_ids, target_ids
+        yield TokenizedSolution(prompt_ids, target_ids)
 
 
 def check_solutions(
     max_tokens: int, problems: Sequence[Problem], prompts: Prompts
 ) -> Iterator[Check]:
-    """Yields whether every problem has a worked solution, and fits into `max_tokens` with it."""
-    missing = [problem.id for problem in problems if problem.solution is None]
-    lengths = [
+    """Yields one finding: whether all problems have a worked solution within `max_tokens`."""
+    without_solution = [problem.id for problem in problems if problem.solution is None]
+    lengths = [  # in tokens, with the prompt
         len(prompts.ids(problem)) + len(prompts.target_ids(problem))
         for problem in problems
         if problem.solution is not None
     ]
-    num_long = sum(length > max_tokens for length in lengths)
+    num_too_long = sum(length > max_tokens for length in lengths)
     message = (
-        f"{len(lengths)} of {max(lengths, default=0)} tokens at most; {num_long} of more than "
-        f"max_tokens={max_tokens}"
+        f"{len(lengths)} solutions, at most {max(lengths, default=0)} tokens with their "
+        f"prompts; {num_too_long} exceed max_tokens={max_tokens}"
     )
-    if missing:
-        message += f"; {len(missing)} problems have none, such as {missing[0]}"
-        remedy = "data={name: traces, path: RUN}: what `grpo collect` kept"
-    elif num_long:
+    if without_solution:
+        num_missing = len(without_solution)
+        message += f"; {num_missing} problems have no solution, for example {without_solution[0]}"
+        remedy = "train on the traces of grpo collect: data={name: traces, path: RUN}"
+    elif num_too_long:
         remedy = "raise max_tokens"
     else:
         remedy = ""

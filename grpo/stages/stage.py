@@ -1,7 +1,7 @@
-"""The `Stage` protocol: what a kind of stage answers about its config, and the values it returns.
+"""The `Stage` protocol and the values that its methods return.
 
-Each kind implements it at the end of its own file, and registry.py lists the kinds by command. The
-command line, the doctor and the dry run know the kinds by this protocol only.
+Each kind of stage implements the protocol at the end of its own module, and registry.py lists the
+kinds by command. The command line, the doctor and the dry run use a kind only through the protocol.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from grpo.config import Data, RunConfig, Section, Teacher
+from grpo.config import DataSettings, EndpointSettings, RunConfig, Section
 from grpo.experience.prompts import Prompts
 from grpo.types import Problem
 
-C = TypeVar("C", bound=Section)
+ConfigT = TypeVar("ConfigT", bound=Section)
 
-OVERLAP_WORDS = 10  # words in a row that count as an overlap (R1: 10)
-OVERLAP_REMEDY = "judge on another set, or leave those out: such accuracy is partly memory"
+OVERLAP_WORDS = 10  # consecutive words that count as an overlap (R1: 10)
+OVERLAP_REMEDY = (
+    "evaluate on another set, or exclude the overlapping problems: the model may have memorised "
+    "their answers"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Check:
     remedy: str = ""
 
     def __str__(self) -> str:
-        """Returns the finding in columns, and its remedy on a line of its own."""
+        """Returns the finding in columns, with the remedy on a separate line."""
         indent = " " * 21
         text = self.text.replace("\n", f"\n{indent}")
         line = f"{self.level:5} {self.name:14} {text}"
@@ -41,114 +44,128 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemNeeds:
-    """The problems of a stage.
+    """The problems that a stage draws.
 
     `ProblemNeeds(training=data, num_training=768, held_out=(data,), num_held_out=200)`.
     """
 
-    training: Data | None = None  # drawn from the training split
-    num_training: int = 0  # drawn in the whole run
-    held_out: tuple[Data, ...] = ()  # evaluated on the test split
-    num_held_out: int = 0  # per held-out set
-    excluded: Data | None = None  # its test split must not be among the traces
+    training: DataSettings | None = None  # drawn from its training split
+    num_training: int = 0  # drawn in the complete run
+    held_out: tuple[DataSettings, ...] = ()  # evaluated on their test splits
+    num_held_out: int = 0  # evaluated per held-out set
+    excluded: DataSettings | None = None  # traces must not overlap its test split
     overlap_words: int = OVERLAP_WORDS
     overlap_remedy: str = OVERLAP_REMEDY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryNeeds:
-    """What a stage holds in memory at the same time."""
+    """The parts of a run that are in memory at the same time."""
 
     learner: bool = False  # weights, gradients, optimizer states, activations
-    reference: bool = True  # the learner holds the reference or the teacher, if there is one
+    reference: bool = True  # the learner also holds the reference or the teacher, if there is one
     engine: bool = False
-    max_sequences: int = 0  # sampled by the stage itself at once; 0: it samples none
+    max_sequences: int = 0  # sampled concurrently by the stage itself; 0: it does not sample
 
     @property
     def syncs_weights(self) -> bool:
-        """Whether the learner's weights go to the engine: GRPO's circle."""
+        """Whether the learner sends its weights to the engine, as GRPO does."""
         return self.learner and self.engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskNeeds:
-    """What a stage writes at most."""
+    """Upper bounds for the files of a stage."""
 
     checkpoints: int = 0
     models: int = 0
-    sampled_tokens: int = 0
+    sampled_tokens: int = 0  # in samples/
 
 
-def num_checkpoints(config: RunConfig) -> int:
-    """Returns how many checkpoints lie on disk at once: the kept ones and one being written."""
+def max_checkpoints_on_disk(config: RunConfig) -> int:
+    """Returns the largest number of checkpoints that are on disk at the same time."""
     settings = config.checkpoint
-    return settings.keep_last + 1 + bool(settings.keep_best)
+    num_kept = settings.keep_last
+    if settings.keep_best:
+        num_kept += 1
+    return num_kept + 1  # a new checkpoint is complete before an old one is removed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageNeeds:
-    """What a stage needs of data, model, memory and disk."""
+    """The data, model, memory and disk space that a stage needs."""
 
-    # As the run resolves it: the model of a finished run, the settings of an evaluation protocol.
+    # The config as the run resolves it: `model.path` is the model of a finished run, and an
+    # evaluation protocol has replaced the settings that it defines.
     config: Any
     max_sequence_tokens: int
     problems: ProblemNeeds
     memory: MemoryNeeds = MemoryNeeds()
     disk: DiskNeeds = DiskNeeds()
     rewards: tuple[str, ...] = ()  # names
-    endpoint: Teacher | None = None  # samples in place of an engine
+    endpoint: EndpointSettings | None = None  # the stage samples from it instead of an engine
     shows_solution: bool = False  # the dry run shows the prompt with its worked solution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One of the stages that a stage is made of. `name` is "" for a stage without parts."""
+    """A stage that the doctor inspects: `Part(stage=STAGE, config=config, name="sft")`."""
 
     stage: Stage[Any]
     config: RunConfig
-    name: str = ""
-    traces_to_come: bool = False  # it learns from traces that an earlier part will write
+    name: str = ""  # "" if it is not one of several parts of a stage
+    traces_to_come: bool = False  # it trains on traces that an earlier part will write
 
 
-class Stage(Protocol[C]):
+class Stage(Protocol[ConfigT]):
     """One kind of stage."""
 
     @property
     def command(self) -> str:
-        """The command of the CLI: `sft`."""
+        """The command of the CLI, for example `sft`."""
 
     @property
-    def config_class(self) -> type[C]:
-        """The class of its configs."""
+    def config_class(self) -> type[ConfigT]:
+        """The class of this kind's configs."""
 
     @property
     def sections(self) -> tuple[str, ...]:
-        """Config keys by which its configs are recognised."""
+        """The top-level config keys that identify a config of this kind."""
 
-    def run(self, config: C, *, resume: bool) -> None:
-        """Runs the stage to its end. Raises UserError, RunError, Interrupted."""
+    def run(self, config: ConfigT, *, resume: bool) -> None:
+        """Runs the stage until it is finished.
 
-    def arithmetic(self, config: C) -> str:
-        """Returns the batch arithmetic in plain words. A chain returns its commands."""
+        Raises:
+            UserError: The config, the data or a path is wrong.
+            RunError: The run cannot continue.
+            Interrupted: The process received SIGINT or SIGTERM.
+        """
 
-    def needs(self, config: C) -> StageNeeds | None:
-        """Returns what the stage needs, None for a chain of stages with needs of their own."""
+    def arithmetic(self, config: ConfigT) -> str:
+        """Returns the batch arithmetic as text. A pipeline returns its commands."""
 
-    def parts(self, config: C) -> list[Part]:
+    def needs(self, config: ConfigT) -> StageNeeds | None:
+        """Returns the needs of the stage, or None for a pipeline, which runs other stages."""
+
+    def parts(self, config: ConfigT) -> list[Part]:
         """Returns the stages that the doctor inspects: the parts, or the stage itself.
 
-        Raises UserError for a chain.
+        Raises:
+            UserError: The stage is a pipeline.
         """
 
-    def preview(self, config: C) -> list[str]:
-        """Loads the plug-ins as the run would; returns further lines for the dry run.
+    def preview(self, config: ConfigT) -> list[str]:
+        """Loads the plug-ins as the run would and returns additional lines for the dry run.
 
-        Raises UserError for a plug-in that is missing or wrong.
+        Raises:
+            UserError: A plug-in is missing or wrong.
         """
 
-    def checks(self, config: C, problems: Sequence[Problem], prompts: Prompts) -> Iterator[Check]:
-        """Yields the findings that only this kind has, on the problems that the run draws.
+    def checks(
+        self, config: ConfigT, problems: Sequence[Problem], prompts: Prompts
+    ) -> Iterator[Check]:
+        """Yields the findings that are specific to this kind, on the problems that the run draws.
 
-        The doctor does not ask a stage that samples from an endpoint, whose prompts are not known,
-        nor one whose traces are still to come.
+        The doctor does not call this method for a stage that samples from an endpoint, because its
+        prompts are unknown, nor for a stage whose traces do not exist yet.
         """

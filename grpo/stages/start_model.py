@@ -1,7 +1,8 @@
-"""The models that a stage starts from: the policy with its tokenizer and prompts, the teacher."""
+"""The models that a run starts from: the policy with its tokenizer and prompts, and the teacher."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +14,68 @@ from grpo.run import fingerprints, ranks
 from grpo.run.directory import RunDirectory
 from grpo.run.display import quiet
 
-COMPARED_PROBLEMS = 1000
+COMPARED_PROBLEMS = 1000  # the ranks compare this many problems at the start of the stream
 
 
-def find_model(config: RunConfig, run: RunDirectory) -> tuple[Path, Any, Prompts]:
-    """Returns the model's directory, its tokenizer and the run's prompts. Raises UserError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartModel:
+    """The model that a run starts from, on disk: no weights are loaded."""
+
+    model_dir: Path
+    tokenizer: Any
+    prompts: Prompts
+
+
+def find_start_model(config: RunConfig, run: RunDirectory) -> StartModel:
+    """Returns the model of `config.model`, downloaded or created if necessary.
+
+    Raises:
+        UserError: The model does not exist, or the prompts do not fit its tokenizer.
+    """
     with quiet(run.log_file("learner")):
         model_dir = ranks.rank0_first(
             "the model", lambda: models.locate(config.model, run.path, config.seed)
         )
         tokenizer = models.load_tokenizer(model_dir)
         prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
-        return model_dir, tokenizer, prompts
+        return StartModel(model_dir=model_dir, tokenizer=tokenizer, prompts=prompts)
 
 
 def require_same_start(tokenizer: Any, stream: Mixture) -> None:
     """Raises UserError on all ranks if their tokenizers or their first problems differ.
 
-    `stream`: the problems in the order in which the run draws them. A set with another number of
-    problems is drawn in another order, so it shows in the first ones.
+    Args:
+        tokenizer: The tokenizer of this rank.
+        stream: The problems in the order in which the run draws them. The order depends on the size
+            of every data set, so a difference in size is visible in the first problems.
     """
-    if ranks.world_size() > 1:
-        ranks.require_equal(
-            {
-                "tokenizer": fingerprints.of_tokenizer(tokenizer),
-                "data": fingerprints.of_problems(stream.take(0, COMPARED_PROBLEMS)),
-            }
-        )
+    if ranks.world_size() == 1:
+        return
+    ranks.require_equal(
+        {
+            "tokenizer": fingerprints.of_tokenizer(tokenizer),
+            "data": fingerprints.of_problems(stream.take(0, COMPARED_PROBLEMS)),
+        }
+    )
 
 
-def find_teacher(config: RunConfig, run: RunDirectory, tokenizer: Any, num_tokens: int) -> Path:
+def find_teacher(
+    config: RunConfig, run: RunDirectory, tokenizer: Any, max_sequence_tokens: int
+) -> Path:
     """Returns the directory of `model.teacher`.
 
-    Raises UserError unless the teacher has the student's vocabulary and a context of `num_tokens`.
+    Args:
+        config: The config of the run.
+        run: The run directory, in which a tiny teacher is created.
+        tokenizer: The tokenizer of the student.
+        max_sequence_tokens: Longest sequence that the teacher must process.
+
+    Raises:
+        UserError: The teacher does not exist, its vocabulary differs from the student's, or its
+            context is too short.
     """
     assert config.model.teacher
     teacher_dir = models.resolve(config.model.teacher, None, run.path / "teacher", config.seed)
     models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
-    models.check_context(teacher_dir, num_tokens)
+    models.check_context(teacher_dir, max_sequence_tokens)
     return teacher_dir

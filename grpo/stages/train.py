@@ -1,10 +1,11 @@
-"""`grpo train`: puts a run together from its config and runs the loop.
+"""`grpo train`: builds the training loop from its config and runs it.
 
-Cheap checks come first and models last.
+Inexpensive checks come first, so that a user's mistake is reported before a model is loaded.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo import config as configs
-from grpo.config import Config, SftConfig
+from grpo.config import SftConfig, TrainConfig
 from grpo.config.presets import describe
 from grpo.engines import Request
 from grpo.experience import plugins
@@ -38,23 +39,25 @@ from grpo.stages.stage import (
     ProblemNeeds,
     Stage,
     StageNeeds,
-    num_checkpoints,
+    max_checkpoints_on_disk,
 )
-from grpo.stages.start_model import find_model, find_teacher, require_same_start
+from grpo.stages.start_model import StartModel, find_start_model, find_teacher, require_same_start
 from grpo.types import Completion, Exhausted, Problem, RunError, ScoredGroup
 from rewards.workers.pool import Pool
 
 if TYPE_CHECKING:
     from data.common.mixture import Mixture
+    from grpo.experience.stream import Stream
+    from grpo.metrics import roofline
     from grpo.training.loop import Loop
     from grpo.training.weight_sync import WeightCheck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What is loaded and checked before the run is opened. The run closes `workers`."""
+    """The plug-ins and problems, loaded and checked before the run is opened."""
 
-    workers: Pool
+    workers: Pool  # closed at the end of the run
     rewards: Rewards
     loss: Any
     problems: dict[str, Sequence[Problem]]
@@ -62,22 +65,29 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Assembly:
-    """The loop with its learner, and the model that they started from."""
+class Components:
+    """The model, problems, engine and learner that the training loop is built from."""
 
-    loop: Loop
+    start: StartModel
+    stream: Mixture  # training problems in the order in which the run draws them
+    machine: roofline.Machine
+    shape: roofline.Shape
+    engine: Any
     learner: Any
-    model_dir: Path
-    tokenizer: Any
 
 
-def train(config: Config, *, resume: bool, keep: bool = True) -> None:
-    """Trains to the last rollout and writes `final/`.
+def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
+    """Trains until the last rollout and writes `final/`.
 
-    Without `keep` (a benchmark) it writes no model and no checkpoint.
+    Args:
+        config: The config of the run.
+        resume: Whether to continue the run in `config.run_dir`.
+        keep: Whether to write the last checkpoint and `final/`. A benchmark needs neither.
 
-    Raises UserError before anything heavy is done, RunError when the run cannot go on, Interrupted
-    after Ctrl-C or SIGTERM (saved).
+    Raises:
+        UserError: The config, the data or a model is wrong.
+        RunError: The run cannot continue.
+        Interrupted: A signal stopped the run after it had saved a checkpoint.
     """
     inputs = _load_inputs(config)
     warm_start = warm_start_config(config) if config.model.warm_start else None
@@ -86,14 +96,13 @@ def train(config: Config, *, resume: bool, keep: bool = True) -> None:
     ) as context:
         context.stack.callback(inputs.workers.close)
         if warm_start is not None:
-            path = _warm_started(warm_start, context)
+            path = _run_warm_start(warm_start, context)
             model = config.model.model_copy(update={"path": path})
             config = config.model_copy(update={"model": model})
         _run(config, context, inputs, resume=resume, keep=keep)
 
 
-def _load_inputs(config: Config) -> Inputs:
-    """Returns rewards, loss and problems. Raises UserError."""
+def _load_inputs(config: TrainConfig) -> Inputs:
     workers, rewards = load_rewards(config)
     loss = plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     problems = load_problems(config.data, "train", config.seed)
@@ -109,15 +118,18 @@ def _load_inputs(config: Config) -> Inputs:
     )
 
 
-def _run(config: Config, context: RunContext, inputs: Inputs, *, resume: bool, keep: bool) -> None:
+def _run(
+    config: TrainConfig, context: RunContext, inputs: Inputs, *, resume: bool, keep: bool
+) -> None:
     context.display.say(f"algorithm: {describe(config.algorithm)}")
-    assembly = _assemble(config, context, inputs)
-    loop = assembly.loop
-    state = _load_checkpoint(assembly, context) if resume else None
+    components = _load_components(config, context, inputs)
+    loop = _make_loop(config, context, inputs, components)
+    state = _load_checkpoint(loop, context) if resume else None
     try:
         loop.start(fresh=state is None)
         if config.train.max_staleness:
-            _stream(loop, context, state["selection"].get("stream") if state else None)
+            stream_state = state["selection"].get("stream") if state is not None else None
+            _attach_stream(loop, context, stream_state)
         loop.train()
     except Exception as error:
         _save_if_possible(loop, error)
@@ -125,188 +137,253 @@ def _run(config: Config, context: RunContext, inputs: Inputs, *, resume: bool, k
     if not keep:
         return
     loop.save()
-    write_final(context, config, assembly.model_dir, assembly.tokenizer, assembly.learner)
+    start = components.start
+    write_final(context, config, start.model_dir, start.tokenizer, components.learner)
 
 
-def _assemble(config: Config, context: RunContext, inputs: Inputs) -> Assembly:
-    """Returns the loop, its engine ready and its learner loaded."""
+def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -> Components:
+    """Starts the engine and loads the learner while the engine starts."""
+    from grpo.metrics import roofline
+
+    context.display.phase(0, "loading the model")
+    start = find_start_model(config, context.run)
+    models.check_context(start.model_dir, config.max_sequence_tokens)
+    stream = mixture(config.data, inputs.problems, start.prompts, config.seed)
+    require_same_start(start.tokenizer, stream)
+    num_weights = models.num_weights(start.model_dir)
+    # The machine is measured before the engine starts to use it.
+    machine = roofline.measure(config.model.dtype)
+    shape = roofline.shape(start.model_dir, num_weights, config.model.dtype)
+    engine_model = EngineModel(model_dir=start.model_dir, num_weights=num_weights)
+    engine = start_engine(config, context, engine_model)
+    learner = _load_learner(config, context, start, engine, inputs.loss)
+    return Components(
+        start=start,
+        stream=stream,
+        machine=machine,
+        shape=shape,
+        engine=engine,
+        learner=learner,
+    )
+
+
+def _load_learner(
+    config: TrainConfig, context: RunContext, start: StartModel, engine: Any, loss: Any
+) -> Any:
+    """Returns the learner with its reference or teacher. The engine is ready afterwards."""
     import torch
 
-    from grpo.experience.selection import Selection
     from grpo.learning.learner import Learner
-    from grpo.metrics import roofline
+
+    run = context.run
+    with quiet(run.log_file("learner")):
+        policy = lora.load_policy(config, start.model_dir, config.model.attention)
+        teacher_dir = None
+        if config.model.teacher:
+            teacher_dir = find_teacher(config, run, start.tokenizer, config.max_sequence_tokens)
+        reference = lora.load_reference(config, start.model_dir, teacher_dir)
+        if torch.cuda.is_available() and not config.engine.servers:
+            # The engine measures the free GPU memory while it starts. GPU memory that the learner
+            # allocated during that time would be missing in the KV cache.
+            engine.wait_ready()
+        learner = Learner(policy, config, loss, reference)
+        engine.wait_ready()
+    return learner
+
+
+def _make_loop(
+    config: TrainConfig, context: RunContext, inputs: Inputs, components: Components
+) -> Loop:
+    from grpo.experience.selection import Selection
     from grpo.training.journal import Journal
     from grpo.training.loop import Loop
     from grpo.training.rollouts import Rollouts
     from grpo.training.updates import Updater
 
-    run, display = context.run, context.display
-    display.phase(0, "loading the model")
-    model_dir, tokenizer, prompts = find_model(config, run)
-    models.check_context(model_dir, config.max_sequence_tokens)
-    stream = mixture(config.data, inputs.problems, prompts, config.seed)
-    require_same_start(tokenizer, stream)
-    num_weights = models.num_weights(model_dir)
-    machine = roofline.measure(config.model.dtype)
-    shape = roofline.shape(model_dir, num_weights, config.model.dtype)
-    engine_model = EngineModel(model_dir=model_dir, num_weights=num_weights)
-    engine = start_engine(config, context, engine_model)
-    with quiet(run.log_file("learner")):
-        model = lora.load_policy(config, model_dir, config.model.attention)
-        teacher_dir = None
-        if config.model.teacher:
-            teacher_dir = find_teacher(config, run, tokenizer, config.max_sequence_tokens)
-        reference = lora.load_reference(config, model_dir, teacher_dir)
-        if torch.cuda.is_available() and not config.engine.servers:
-            # The engine measures the GPU's free memory while it starts: what a learner took
-            # meanwhile would be missing in its KV cache.
-            engine.wait_ready()
-        learner = Learner(model, config, inputs.loss, reference)
-        engine.wait_ready()
-    loop = Loop(
+    display = context.display
+    engine = components.engine
+    prompts = components.start.prompts
+    rollouts = Rollouts(
         config=config,
-        run=run,
         engine=engine,
-        rollouts=Rollouts(
-            config=config,
-            engine=engine,
-            prompts=prompts,
-            rewards=inputs.rewards,
-            selection=Selection(
-                algorithm=config.algorithm, size=config.train.problems, take=stream.take
-            ),
-            workers=inputs.workers,
-            display=display,
-            held_out=_held_out(config, inputs, prompts),
+        prompts=prompts,
+        rewards=inputs.rewards,
+        selection=Selection(
+            algorithm=config.algorithm,
+            size=config.train.problems,
+            take=components.stream.take,
         ),
-        updater=Updater(config=config, learner=learner, check_signals=context.signals.check),
-        weight_check=_weight_check(config, engine, learner, prompts, stream),
-        journal=Journal(
-            record_row=context.record, display=display, alarm_rules=config.logging.alarms
-        ),
+        workers=inputs.workers,
+        display=display,
+        held_out=_held_out(config, inputs, prompts),
+    )
+    updater = Updater(
+        config=config, learner=components.learner, check_signals=context.signals.check
+    )
+    journal = Journal(record_row=context.record, display=display, alarm_rules=config.logging.alarms)
+    return Loop(
+        config=config,
+        run=context.run,
+        engine=engine,
+        rollouts=rollouts,
+        updater=updater,
+        weight_check=_make_weight_check(config, components),
+        journal=journal,
         display=display,
         signals=context.signals,
-        machine=machine,
-        shape=shape,
+        machine=components.machine,
+        shape=components.shape,
     )
-    return Assembly(loop=loop, learner=learner, model_dir=model_dir, tokenizer=tokenizer)
 
 
-def _held_out(config: Config, inputs: Inputs, prompts: Prompts) -> list[Problem]:
-    """Returns the problems of every evaluation, none without evaluations."""
+def _held_out(config: TrainConfig, inputs: Inputs, prompts: Prompts) -> list[Problem]:
+    """Returns the problems of each evaluation, an empty list without evaluations."""
     if not inputs.held_out_problems:
         return []
     data = config.eval.data or config.data
     return held_out(data, inputs.held_out_problems, prompts, config.eval.problems)
 
 
-def _weight_check(
-    config: Config, engine: Any, learner: Any, prompts: Prompts, stream: Mixture
-) -> WeightCheck:
-    """Returns the check of the engine's weights, on the first prompts that leave room for it."""
+def _make_weight_check(config: TrainConfig, components: Components) -> WeightCheck:
+    """Returns the check of the engine's weights. It probes the first prompts that are short enough.
+
+    A prompt and the probe's tokens must fit into the longest sequence of the config.
+    """
     from grpo.training.weight_sync import WeightCheck, check_settings, probe_prompts
 
-    drawn = (prompts.ids(stream[i]) for i in itertools.count())
+    prompts, stream = components.start.prompts, components.stream
+    prompts_in_order = (prompts.ids(stream[position]) for position in itertools.count())
     max_prompt_tokens = config.max_sequence_tokens - config.probe.tokens
     return WeightCheck(
-        engine,
-        learner,
-        probe_prompts(drawn, config.probe.prompts, max_prompt_tokens),
+        components.engine,
+        components.learner,
+        probe_prompts(prompts_in_order, config.probe.prompts, max_prompt_tokens),
         check_settings(config),
     )
 
 
-def _load_checkpoint(assembly: Assembly, context: RunContext) -> dict[str, Any] | None:
-    """Loads the last checkpoint and drops what was written after it.
+def _load_checkpoint(loop: Loop, context: RunContext) -> dict[str, Any] | None:
+    """Loads the last checkpoint and removes the records that are newer.
 
-    Returns its state, None if the run has no checkpoint yet.
+    Returns:
+        The state of the checkpoint, None if the run has no checkpoint yet.
     """
-    run, loop = context.run, assembly.loop
+    run = context.run
     checkpoint, state = run.last_state()
-    if checkpoint:
+    if checkpoint is None:
+        context.resume_after(None, "rollout")
+    else:
         with quiet(run.log_file("learner")):
-            assembly.learner.load(checkpoint)
+            loop.updater.learner.load(checkpoint)
         loop.resume(state)
-    context.continue_after(loop.progress.rollout if checkpoint else None, "rollout")
-    loop.journal.watch = Watch(ranks.all_gather("the metrics so far", run.read_metrics())[0])
-    return state if checkpoint else None
+        context.resume_after(loop.progress.rollout, "rollout")
+    earlier_metrics = ranks.all_gather("the metrics so far", run.read_metrics())[0]
+    loop.journal.watch = Watch(earlier_metrics)
+    return state if checkpoint is not None else None
 
 
 def _save_if_possible(loop: Loop, error: Exception) -> None:
-    """Saves the last whole rollout before a run stops, where all ranks can do so together."""
+    """Saves the last complete rollout before the run stops, if all ranks can save together."""
     progress = loop.progress
-    # these two are raised only where nothing of a rollout's updates is half applied
-    learner_is_whole = isinstance(error, Interrupted | Exhausted)
-    if not learner_is_whole and not (progress.savable and ranks.known_to_all(error)):
+    # Interrupted and Exhausted are never raised in the middle of a rollout's updates.
+    is_between_updates = isinstance(error, Interrupted | Exhausted)
+    can_save = is_between_updates or (progress.savable and ranks.known_to_all(error))
+    if not can_save:
         return
-    outcome = ": nothing to save yet"
-    if progress.rollout:
+    if progress.rollout == 0:
+        outcome = "nothing to save yet"
+    else:
         try:
             loop.save()
-            outcome = ", saved; go on with --resume"
+            outcome = "saved; continue with --resume"
         except RunError as save_error:
-            outcome = f", not saved: {save_error}"
-    loop.display.say(f"stopped after rollout {progress.rollout}{outcome}")
+            outcome = f"not saved: {save_error}"
+    loop.display.say(f"stopped after rollout {progress.rollout}: {outcome}")
 
 
-def _stream(loop: Loop, context: RunContext, state: dict[str, Any] | None) -> None:
-    """Puts asynchronous rollouts under the loop's selection.
+def _attach_stream(loop: Loop, context: RunContext, stream_state: dict[str, Any] | None) -> None:
+    """Makes the loop take its groups from a stream that samples them asynchronously.
 
-    The stream is on rank 0, which gives every rank what it takes.
+    Rank 0 has the stream and sends the groups that it takes to all ranks.
+
+    Args:
+        loop: The training loop.
+        context: The run.
+        stream_state: State of the stream in the checkpoint, None for a new stream.
     """
     from grpo.experience.selection import scored_group
-    from grpo.experience.stream import Stream
 
-    config = loop.config
-    prompts = loop.rollouts.prompts
     selection = loop.rollouts.selection
-    settings = config.train
-    engine: Any = loop.engine
-    options = sampling_options(config, prompts, config.sampling.temperature)
-
-    def request(problem: Problem, number: int) -> Request:
-        seed = seed_of(config.seed, f"stream/{number}", problem.id)
-        return Request(prompt_ids=prompts.ids(problem), seed=seed, n=settings.group_size)
-
-    def finish(
-        problem: Problem, request: Request, completions: tuple[Completion, ...]
-    ) -> ScoredGroup:
-        group = group_of(problem, request.prompt_ids, prompts, completions)
-        return score([group], loop.rollouts.rewards, prompts.for_rewards)[0]
-
     stream: Stream | None = None
     if ranks.rank() == 0:
-        last = settings.problems * settings.rollouts
-        stream = Stream(
-            begin=lambda one: engine.begin(one, options),
-            request=request,
-            finish=finish,
-            draw=lambda: selection.draw(1)[0],
-            ahead=settings.problems * settings.max_staleness,
-            timeout_s=config.engine.timeout_s,
-            on_wait=context.signals.check,
-            idle=engine.idle,
-            last=None if config.algorithm.no_signal == "resample" else last,
-        )
+        stream = _start_stream(loop, context)
         selection.stream = stream
         context.stack.callback(stream.close)
-        if state:
-            stream.load(state, scored_group)
+        if stream_state:
+            stream.load(stream_state, scored_group)
 
     def take(count: int) -> list[ScoredGroup]:
         return stream.take(count) if stream is not None else []
 
     def take_on_all_ranks(count: int) -> list[ScoredGroup]:
-        return ranks.all_gather_or_raise("the groups to learn from next", lambda: take(count))[0]
+        groups_by_rank = ranks.all_gather_or_raise(
+            "the groups to learn from next", functools.partial(take, count)
+        )
+        return groups_by_rank[0]
 
     selection.streamed = take_on_all_ranks
 
 
-def warm_start_config(config: Config) -> SftConfig:
-    """Returns the config of the run's supervised start.
+def _start_stream(loop: Loop, context: RunContext) -> Stream:
+    """Returns a stream that samples with the loop's engine and draws from its selection."""
+    from grpo.experience.stream import Stream, StreamCallbacks, StreamLimits
 
-    It begins from the run's `model.path` and writes into the run's directory, with the run's seed,
-    progress and data.path.
+    config = loop.config
+    settings = config.train
+    prompts = loop.rollouts.prompts
+    engine: Any = loop.engine
+    options = sampling_options(config, prompts, config.sampling.temperature)
+
+    def begin(request: Request) -> Any:
+        return engine.begin(request, options)
+
+    def make_request(problem: Problem, number: int) -> Request:
+        seed = seed_of(config.seed, f"stream/{number}", problem.id)
+        return Request(prompt_ids=prompts.ids(problem), seed=seed, n=settings.group_size)
+
+    def score_completions(
+        problem: Problem, request: Request, completions: tuple[Completion, ...]
+    ) -> ScoredGroup:
+        group = group_of(problem, request.prompt_ids, prompts, completions)
+        return score([group], loop.rollouts.rewards, prompts.for_rewards)[0]
+
+    def draw_problem() -> Problem:
+        return loop.rollouts.selection.draw(1)[0]
+
+    num_groups: int | None = settings.problems * settings.rollouts
+    if config.algorithm.no_signal == "resample":
+        num_groups = None  # depends on the number of groups without signal
+    callbacks = StreamCallbacks(
+        draw=draw_problem,
+        request=make_request,
+        begin=begin,
+        finish=score_completions,
+        on_wait=context.signals.check,
+        engine_idle_s=engine.idle,
+    )
+    limits = StreamLimits(
+        num_ahead=settings.problems * settings.max_staleness,
+        num_groups=num_groups,
+        timeout_s=config.engine.timeout_s,
+    )
+    return Stream(callbacks, limits)
+
+
+def warm_start_config(config: TrainConfig) -> SftConfig:
+    """Returns the config of the supervised fine-tuning that precedes the first rollout.
+
+    It starts from the run's `model.path`, writes to `warm_start/` in the run directory, and has the
+    run's seed and logging, and its data.path unless it sets one.
     """
     assert config.model.warm_start
     sft_config = configs.load(config.model.warm_start, kind=SftConfig)
@@ -322,54 +399,56 @@ def warm_start_config(config: Config) -> SftConfig:
     )
 
 
-def _warm_started(config: SftConfig, context: RunContext) -> str:
-    """Returns the directory of the model after its supervised start.
+def _run_warm_start(config: SftConfig, context: RunContext) -> str:
+    """Returns the directory of the fine-tuned model, after running or resuming the fine-tuning.
 
-    If the model is not there, the supervised start is made, or finished.
+    A finished fine-tuning is not repeated.
     """
-    target = Path(config.run_dir)
-    if not ranks.all_gather("the warm start", (target / "final").exists())[0]:
+    folder = Path(config.run_dir)
+    is_finished = ranks.all_gather("the warm start", (folder / "final").exists())[0]
+    if not is_finished:
         context.display.say(
             f"warm start: {config.sft.updates} supervised updates of {config.sft.batch_size} "
             "solutions"
         )
-        sft.sft(config, resume=(target / "manifest.json").exists())
-    return str(target / "final")
+        is_started = (folder / "manifest.json").exists()
+        sft.sft(config, resume=is_started)
+    return str(folder / "final")
 
 
 class _TrainStage:
     command = "train"
-    config_class = Config
+    config_class = TrainConfig
     sections = ()
 
-    def run(self, config: Config, *, resume: bool) -> None:
+    def run(self, config: TrainConfig, *, resume: bool) -> None:
         train(config, resume=resume)
 
-    def arithmetic(self, config: Config) -> str:
+    def arithmetic(self, config: TrainConfig) -> str:
         settings = config.train
         num_completions = settings.completions
-        per_update = num_completions // settings.updates_per_rollout
+        max_sampled_tokens = num_completions * config.sampling.max_tokens
+        completions_per_update = num_completions // settings.updates_per_rollout
+        updates_per_rollout = settings.updates_per_rollout * settings.epochs
         micro_batch_tokens = config.learner.micro_batch_tokens
-        num_longest = max(1, micro_batch_tokens // config.max_sequence_tokens)
-        return "\n".join(
-            [
-                f"algorithm   {describe(config.algorithm)}",
-                f"a rollout   {settings.problems} problems x {settings.group_size} completions = "
-                f"{num_completions} completions, "
-                f"at most {num_completions * config.sampling.max_tokens:,} sampled tokens",
-                f"an update   {per_update} completions "
-                f"({settings.updates_per_rollout * settings.epochs} "
-                f"updates a rollout, epochs: {settings.epochs})",
-                f"micro-batch {micro_batch_tokens:,} tokens, padding included: {num_longest} or "
-                f"more sequences of {config.max_sequence_tokens}",
-                f"the run     {settings.rollouts} rollouts = {settings.total_updates} updates, "
-                f"{settings.rollouts * settings.problems:,} problems drawn",
-            ]
-        )
+        min_sequences = max(1, micro_batch_tokens // config.max_sequence_tokens)
+        num_problems = settings.rollouts * settings.problems
+        lines = [
+            f"algorithm   {describe(config.algorithm)}",
+            f"rollout     {settings.problems} problems x {settings.group_size} completions = "
+            f"{num_completions} completions, at most {max_sampled_tokens:,} sampled tokens",
+            f"update      {completions_per_update} completions ({updates_per_rollout} updates per "
+            f"rollout, epochs: {settings.epochs})",
+            f"micro-batch {micro_batch_tokens:,} tokens with padding: at least {min_sequences} "
+            f"sequences of {config.max_sequence_tokens}",
+            f"run         {settings.rollouts} rollouts = {settings.total_updates} updates, "
+            f"{num_problems:,} problems drawn",
+        ]
+        return "\n".join(lines)
 
-    def needs(self, config: Config) -> StageNeeds:
+    def needs(self, config: TrainConfig) -> StageNeeds:
         settings = config.train
-        held_out = (config.eval.data or config.data,) if config.eval.every else ()
+        held_out_data = (config.eval.data or config.data,) if config.eval.every else ()
         num_completions = settings.rollouts * settings.completions
         return StageNeeds(
             config=config,
@@ -377,22 +456,22 @@ class _TrainStage:
             problems=ProblemNeeds(
                 training=config.data,
                 num_training=settings.rollouts * settings.problems,
-                held_out=held_out,
+                held_out=held_out_data,
                 num_held_out=config.eval.problems,
             ),
             memory=MemoryNeeds(learner=True, engine=True, max_sequences=settings.completions),
             disk=DiskNeeds(
-                checkpoints=num_checkpoints(config),
+                checkpoints=max_checkpoints_on_disk(config),
                 models=1,
                 sampled_tokens=num_completions * config.sampling.max_tokens,
             ),
             rewards=tuple(config.rewards),
         )
 
-    def parts(self, config: Config) -> list[Part]:
+    def parts(self, config: TrainConfig) -> list[Part]:
         return [Part(stage=self, config=config)]
 
-    def preview(self, config: Config) -> list[str]:
+    def preview(self, config: TrainConfig) -> list[str]:
         check_rewards(config)
         plugins.find("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
         if not config.model.warm_start:
@@ -401,9 +480,9 @@ class _TrainStage:
         return [f"warm start  {config.model.warm_start}", warm_start]
 
     def checks(
-        self, config: Config, problems: Sequence[Problem], prompts: Prompts
+        self, config: TrainConfig, problems: Sequence[Problem], prompts: Prompts
     ) -> Iterator[Check]:
         return iter(())
 
 
-STAGE: Stage[Config] = _TrainStage()
+STAGE: Stage[TrainConfig] = _TrainStage()

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.run.directory import read_metrics
@@ -19,7 +19,7 @@ from grpo.types import UserError
 PHASES = ("rollout", "rewards", "update", "sync", "probe", "rest")
 
 
-def bench(config: Config, *, resume: bool) -> None:
+def bench(config: TrainConfig, *, resume: bool) -> None:
     """Runs one warm-up rollout and `train.rollouts` measured ones, and prints a table.
 
     The run directory is temporary.
@@ -46,7 +46,7 @@ def bench(config: Config, *, resume: bool) -> None:
     print(table(measured_rows, rows[0]))
 
 
-def simulate(config: Config, device: str, mean: float | None) -> str:
+def simulate(config: TrainConfig, device: str, mean: float | None) -> str:
     """Returns a table of the estimated step time on 1 to 1,024 devices (grpo/tools/simulate.py).
 
     Args:
@@ -82,7 +82,7 @@ def simulate(config: Config, device: str, mean: float | None) -> str:
     return "\n".join([heading, *simulation.table(rates, _model_shape(config), work)])
 
 
-def _workload(config: Config, mean: float) -> simulation.Work:
+def _workload(config: TrainConfig, mean: float) -> simulation.Work:
     """Returns the work of one step; `mean` is the mean completion length in tokens."""
     num_forwards = 0
     if config.algorithm.kl_coef > 0:
@@ -101,7 +101,7 @@ def _workload(config: Config, mean: float) -> simulation.Work:
     )
 
 
-def _model_shape(config: Config) -> roofline.Shape:
+def _model_shape(config: TrainConfig) -> roofline.Shape:
     """Returns the sizes of the model, without downloading its weights."""
     with (
         tempfile.TemporaryDirectory(prefix="grpo-simulate-") as scratch,

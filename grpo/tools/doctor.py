@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.experience.prompts import Chat, Prompts
 from grpo.experience.scoring import score
 from grpo.learning import models
@@ -246,7 +246,7 @@ def _run_trial(
 
 
 def _estimate_time(
-    config: Config, shape: roofline.Shape, trial: Trial, price: float | None
+    config: TrainConfig, shape: roofline.Shape, trial: Trial, price: float | None
 ) -> Check:
     """Estimates the duration of a step and of the run, at the completion lengths of the trial."""
     settings = config.train

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from grpo import config as configs
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.config.presets import BOUNDS, describe
 from grpo.config.reading import apply_overrides
 from grpo.experience import plugins
@@ -70,7 +70,7 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
     """
     run_dir = Path(folder)
     tree = _read_config(run_dir)
-    config: Config = configs.parse(tree, str(run_dir / "config.yaml"))
+    config: TrainConfig = configs.parse(tree, str(run_dir / "config.yaml"))
     new_config = _with_overrides(tree, overrides) if overrides else config
     stored = _find_step(run_dir, step)
     has_new_algorithm = (
@@ -115,7 +115,7 @@ def _print_comparison(stored: StoredStep, metrics: dict[str, float]) -> None:
         print(f"{key:20}{then:>16}{now:>16}{mark}")
 
 
-def _with_overrides(tree: dict[str, Any], overrides: list[str]) -> Config:
+def _with_overrides(tree: dict[str, Any], overrides: list[str]) -> TrainConfig:
     """Returns the config of the run with overrides.
 
     A preset replaces all choices of the run's algorithm. A loss replaces its clipping bounds,
@@ -163,7 +163,7 @@ def _find_step(run_dir: Path, step: int | None) -> StoredStep:
 
 
 def _repeat_updates(
-    config: Config, stored: StoredStep, *, with_new_advantages: bool
+    config: TrainConfig, stored: StoredStep, *, with_new_advantages: bool
 ) -> dict[str, float]:
     """Returns the metrics of the repeated updates."""
     from grpo.training.updates import Updater
@@ -182,7 +182,7 @@ def _repeat_updates(
         return metrics
 
 
-def _load_learner(config: Config, stored: StoredStep, scratch: Path) -> Any:
+def _load_learner(config: TrainConfig, stored: StoredStep, scratch: Path) -> Any:
     """Returns the learner in its state before the step."""
     from grpo.learning.learner import Learner
 

@@ -1,1 +1,1 @@
-"""The circle of rollouts and updates, and the weights' way back into the engine."""
+"""The GRPO training loop: rollouts, updates, and the weight sync from learner to engine."""

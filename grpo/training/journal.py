@@ -1,4 +1,4 @@
-"""Records a run's metrics, shows its progress, and reports the findings of the diagnosis."""
+"""Records the metrics of a run, shows its progress, and collects alarms of the diagnosis."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from grpo.run.display import Display
 
 @dataclass(kw_only=True)
 class Journal:
-    """Records a run's rows of metrics and collects the alarms that they raise.
+    """Records rows of metrics and collects the alarms that they raise.
 
-    `alarm_rules` are the rules of the diagnosis whose findings are alarms, with what is done then
-    (`logging.alarms`). `latest` is the last row's numbers, by which a checkpoint is judged.
+    Attributes:
+        record_row: Writes a row to metrics.jsonl and to the trackers.
+        display: Shows progress.
+        alarm_rules: The config key `logging.alarms`: the rules of the diagnosis whose findings are
+            alarms, and the action for each, `snapshot` or `stop`.
+        watch: Evaluates the rules of the diagnosis.
+        latest: The numbers of the last row. Every checkpoint contains them, so that
+            `checkpoint.keep_best` can compare checkpoints.
     """
 
-    record_row: Callable[[dict[str, Any]], None]  # writes metrics.jsonl and the trackers
+    record_row: Callable[[dict[str, Any]], None]
     display: Display
     alarm_rules: Mapping[str, str] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
@@ -27,9 +33,9 @@ class Journal:
     _alarms: list[Finding] = field(default_factory=list)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Writes and shows rank 0's row of metrics, and what the diagnosis says of it."""
-        # Times differ between ranks; what is decided by them must not.
-        row = ranks.all_gather("the other ranks' row", row)[0]
+        """Records and shows a row of metrics and its findings. All ranks use the row of rank 0."""
+        # Measured times differ between ranks. Alarms must be the same on all of them.
+        row = ranks.all_gather("the row of metrics", row)[0]
         self.latest = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         self.record_row(row)
         if "reward/mean" in row:

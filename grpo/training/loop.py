@@ -1,7 +1,10 @@
-"""The training loop: sample, select, compute advantages, update, sync, verify, record.
+"""The GRPO training loop.
 
-It holds the run's counters; all other state over time is in the learner, the selection and the
-journal.
+A step is one rollout and its updates: sample and score groups, compute advantages, update the
+policy, send the new weights to the engine, verify them, evaluate, record. `Loop.step` shows it.
+
+`Loop` keeps only the progress of the run. All other state is in the learner, the selection and the
+journal. With several ranks, every rank runs this loop.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.engines import Engine, EngineError
 from grpo.experience.describing import sample_rows
 from grpo.learning.advantages import advantages, lengths, to_samples, unflatten
@@ -21,30 +24,56 @@ from grpo.run.signals import Signals
 from grpo.training.journal import Journal
 from grpo.training.rollouts import RolloutGroups, Rollouts
 from grpo.training.step_metrics import MachineReport, StepReport, start_row, step_row
-from grpo.training.updates import Updater
+from grpo.training.updates import Updater, UpdateReport
 from grpo.training.weight_sync import WeightCheck, sync
-from grpo.types import Exhausted, ScoredGroup
+from grpo.types import Exhausted, Sample, ScoredGroup
+
+# Both hold one value per group, completion and token.
+KlPenalties = list[list[list[float]]]
+Advantages = list[list[tuple[float, ...]]]
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run is. `rollout`, `idle` and `selection` are part of every checkpoint."""
+    """The progress of a run. A checkpoint contains `rollout`, `num_idle` and `selection`.
 
-    rollout: int = 0  # whole rollouts, with their updates
-    saved: int = -1  # rollouts of the last checkpoint
-    idle: int = 0  # rollouts in a row without an update
-    selection: dict[str, Any] = field(default_factory=dict)  # after the last whole rollout
-    # False while the learner is in the middle of a rollout's updates, or its weights are in doubt:
-    # after an error such a state is not saved. Interrupted and Exhausted are raised only where the
-    # learner is whole.
+    Attributes:
+        rollout: Number of completed rollouts, including their updates.
+        saved_rollout: `rollout` of the last checkpoint, -1 without one.
+        num_idle: Number of consecutive rollouts without an update.
+        selection: State of the selection after the last completed rollout.
+        savable: Whether the learner's weights may be saved after an error. False from the start of
+            a rollout's updates until the probe has verified the new weights. Interrupted and
+            Exhausted do not depend on it: they are raised only while no update is partly applied.
+    """
+
+    rollout: int = 0
+    saved_rollout: int = -1
+    num_idle: int = 0
+    selection: dict[str, Any] = field(default_factory=dict)
     savable: bool = True
 
 
 @dataclass(kw_only=True)
 class Loop:
-    """A run, put together by grpo/stages/train.py."""
+    """A training run. grpo/stages/train.py creates its parts.
 
-    config: Config
+    Attributes:
+        config: The config of the run.
+        run: The run directory.
+        engine: Samples completions.
+        rollouts: Samples, scores and selects groups.
+        updater: Runs the optimizer updates.
+        weight_check: Compares engine and learner.
+        journal: Records metrics and collects alarms.
+        display: Shows progress.
+        signals: Ctrl-C and SIGTERM.
+        machine: The measured rates of the machine.
+        shape: The shape of the model.
+        progress: The progress of the run.
+    """
+
+    config: TrainConfig
     run: RunDirectory
     engine: Engine
     rollouts: Rollouts
@@ -58,9 +87,10 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
 
     def start(self, fresh: bool) -> None:
-        """Verifies the way from learner to engine and puts the true weights there.
+        """Verifies the weight sync and sends the learner's weights to the engine.
 
-        A fresh run is evaluated before it learns.
+        Call it before `train`. A fresh run is evaluated before its first step. A resumed run is
+        evaluated if it was interrupted before an evaluation that was due.
         """
         progress = self.progress
         learner = self.updater.learner
@@ -68,51 +98,54 @@ class Loop:
         if self.config.probe.canary:
             gap = self.weight_check.canary(0, self.signals)
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
-        # weights n sample rollout n
-        sync(self.engine, learner, progress.rollout + 1, self.signals)
+        sync(self.engine, learner, self._next_version(), self.signals)
         probe = self.weight_check.probe()
         row = start_row(progress.rollout, learner.updates, self.machine, probe)
-        if fresh or self._evaluation_is_missing():
-            row.update(self.evaluate() or {})
+        if fresh or self._is_evaluation_missing():
+            row.update(self._evaluate() or {})
             self.journal.record(row)
 
     def train(self) -> None:
-        """Runs to the last rollout.
+        """Runs all remaining steps, with checkpoints and alarms.
 
-        On `Interrupted` the state is that of the last whole rollout.
+        If it raises `Interrupted`, the state of the run is that of the last completed rollout.
         """
         self.display.begin(self.progress.rollout)
         while self.progress.rollout < self.config.train.rollouts:
             self.step()
-            self.handle_alarms()
+            self._handle_alarms()
             if self._is_due(self.config.checkpoint.every):
                 self.save()
 
     def step(self) -> None:
-        """Makes one rollout and its updates, verifies the new weights in the engine, and records.
+        """Runs one rollout and its updates, verifies the new weights, and records the step.
 
-        What was measured is recorded before an error of the sync, the probe or the evaluation is
-        raised, if all ranks raise it.
+        If the sync, the probe or the evaluation fails on all ranks, the step is recorded before the
+        error is raised.
         """
         timer = Timer()
-        groups = self._next_groups(timer)
-        ranks.all_gather_or_raise("the engines' sleep", self.engine.sleep)
-        report = self._update(groups, timer)
-        error: Exception | None = None
+        groups = self._next_groups(timer)  # sampled, scored and selected
+        ranks.all_gather_or_raise("engine sleep", self.engine.sleep)
+        kl_penalties = self._kl_penalties(groups.used, timer)
+        self.progress.savable = False  # until the probe has verified the new weights
+        token_advantages = self._advantages(groups.used, kl_penalties)
+        samples = self._make_samples(groups, token_advantages)
+        update = self._update(samples, timer)
+        report = StepReport(
+            rollout=self.progress.rollout,
+            updates=self.updater.learner.updates,
+            groups=groups,
+            samples=samples,
+            kl_penalty=_mean_kl(kl_penalties, self.updater.penalty_coefficient),
+            update=update,
+        )
         try:
             report = self._sync_and_verify(report, timer)
-            if self._is_due(self.config.eval.every):
-                with timer("eval"):
-                    report = replace(report, evaluation=self.evaluate())
-        except Exception as failure:
-            error = failure
-            if isinstance(failure, EngineError):
-                self.progress.savable = True  # nothing speaks against the learner's weights
-            if not ranks.known_to_all(failure):
-                raise
-        self.journal.record(step_row(report, self._machine_report(), self.config, timer))
-        if error is not None:
-            raise error
+            report = self._evaluate_if_due(report, timer)
+        except Exception as error:
+            self._record_failed_step(report, error, timer)
+            raise
+        self._record(report, timer)
         self._stop_if_idle()
 
     def _next_groups(self, timer: Timer) -> RolloutGroups:
@@ -121,65 +154,87 @@ class Loop:
         except Exhausted:
             self._write_samples(sample_rows(self.rollouts.sampled_so_far))
             raise
-        if self.config.algorithm.advantage == "teacher":
-            # rewards are only measured: an undecided one leaves no completion out
-            return replace(groups, used=[_with_decided_rewards(each) for each in groups.used])
-        return groups
+        if self.config.algorithm.advantage != "teacher":
+            return groups
+        # The advantages come from the teacher and the rewards are only metrics, so a completion
+        # without a reward takes part in the update.
+        return replace(groups, used=[_with_decided_rewards(scored) for scored in groups.used])
 
-    def _update(self, groups: RolloutGroups, timer: Timer) -> StepReport:
-        """Computes advantages, makes the rollout's updates and counts the rollout."""
-        algorithm = self.config.algorithm
+    def _kl_penalties(self, groups: list[ScoredGroup], timer: Timer) -> KlPenalties | None:
+        """Returns the KL penalties of all tokens, None if the recipe has no penalty."""
+        with timer("update"):
+            if self.updater.penalty_estimator is None:
+                return None
+            no_advantages = []
+            for group_lengths in lengths(groups):
+                no_advantages.append([(0.0,) * length for length in group_lengths])
+            # `to_samples` skips completions without a reward. With rewards of 0 for all of them,
+            # there is one sample, and one list of penalties, per completion.
+            rewarded = [replace(scored, rewards=(0.0,) * len(scored.rewards)) for scored in groups]
+            penalties = self.updater.kl_penalties(to_samples(rewarded, no_advantages))
+            if penalties is None:
+                return None
+            return unflatten(penalties, [len(scored.rewards) for scored in groups])
+
+    def _advantages(
+        self, groups: list[ScoredGroup], kl_penalties: KlPenalties | None
+    ) -> Advantages:
+        rewards = [scored.rewards for scored in groups]
+        kind = self.config.algorithm.advantage
+        return advantages(rewards, lengths(groups), kind, kl_penalties)
+
+    def _make_samples(self, groups: RolloutGroups, token_advantages: Advantages) -> list[Sample]:
+        """Returns one sample per completion to learn from, and writes the files in samples/."""
+        self._write_samples(sample_rows(groups.sampled, groups.used, token_advantages))
+        mask_truncated = self.config.algorithm.truncated == "mask"
+        samples = to_samples(groups.used, token_advantages, mask_truncated=mask_truncated)
+        self.run.write_update(self.progress.rollout + 1, samples, self.config.logging.replay)
+        return samples
+
+    def _update(self, samples: list[Sample], timer: Timer) -> UpdateReport:
+        """Runs the optimizer updates of the rollout and counts the rollout as completed."""
         progress = self.progress
         with timer("update"):
-            penalties = self._kl_penalties(groups.used)
-        progress.savable = False
-        values = advantages(
-            [scored.rewards for scored in groups.used],
-            lengths(groups.used),
-            algorithm.advantage,
-            penalties,
-        )
-        self._write_samples(sample_rows(groups.sampled, groups.used, values))
-        samples = to_samples(groups.used, values, mask_truncated=algorithm.truncated == "mask")
-        self.run.write_update(progress.rollout + 1, samples, self.config.logging.replay)
-        with timer("update"):
-            update = self.updater.update(samples, progress.rollout, self._show_update)
-        progress.idle = 0 if update.num_made else progress.idle + 1
+            report = self.updater.update(samples, progress.rollout, self._show_update)
+        progress.num_idle = 0 if report.num_made else progress.num_idle + 1
         progress.rollout += 1
         progress.selection = self.rollouts.selection.state()
-        return StepReport(
-            rollout=progress.rollout,
-            updates=self.updater.learner.updates,
-            groups=groups,
-            samples=samples,
-            kl_penalty=_mean_kl(penalties, self.updater.penalty_coefficient),
-            update=update,
-        )
-
-    def _kl_penalties(self, groups: list[ScoredGroup]) -> list[list[list[float]]] | None:
-        """Returns what each token is charged, by group and completion; None without penalties."""
-        if self.updater.penalty_estimator is None:
-            return None
-        zeros = [[(0.0,) * length for length in row] for row in lengths(groups)]
-        # undecided completions too, so that penalties and completions have the same places
-        decided = [replace(scored, rewards=(0.0,) * len(scored.rewards)) for scored in groups]
-        penalties = self.updater.kl_penalties(to_samples(decided, zeros))
-        if penalties is None:
-            return None
-        return unflatten(penalties, [len(scored.rewards) for scored in groups])
+        return report
 
     def _sync_and_verify(self, report: StepReport, timer: Timer) -> StepReport:
-        """Sends the new weights to the engine and probes them."""
-        progress = self.progress
+        """Sends the new weights to the engine and verifies them with the probe."""
         with timer("sync"):
-            self.display.phase(progress.rollout - 1, "sync")
-            ranks.all_gather_or_raise("the engines' waking", self.engine.wake)
+            self.display.phase(self.progress.rollout - 1, "sync")
+            ranks.all_gather_or_raise("engine wake-up", self.engine.wake)
             learner = self.updater.learner
-            sync_report = sync(self.engine, learner, progress.rollout + 1, self.signals)
+            sync_report = sync(self.engine, learner, self._next_version(), self.signals)
         with timer("probe"):
             probe_report = self.weight_check.probe()
-        progress.savable = True
+        self.progress.savable = True
         return replace(report, sync=sync_report, probe=probe_report)
+
+    def _next_version(self) -> int:
+        """Returns the version of the weights that sample the next rollout: 1 for the first."""
+        return self.progress.rollout + 1
+
+    def _evaluate_if_due(self, report: StepReport, timer: Timer) -> StepReport:
+        if not self._is_due(self.config.eval.every):
+            return report
+        with timer("eval"):
+            return replace(report, evaluation=self._evaluate())
+
+    def _record(self, report: StepReport, timer: Timer) -> None:
+        self.journal.record(step_row(report, self._machine_report(), self.config, timer))
+
+    def _record_failed_step(self, report: StepReport, error: Exception, timer: Timer) -> None:
+        """Records a step whose sync, probe or evaluation raised `error`.
+
+        Recording exchanges values between ranks, so it is possible only if all ranks raise.
+        """
+        if isinstance(error, EngineError):
+            self.progress.savable = True  # The engine failed, not the learner.
+        if ranks.known_to_all(error):
+            self._record(report, timer)
 
     def _machine_report(self) -> MachineReport:
         stream = self.rollouts.selection.stream
@@ -187,43 +242,49 @@ class Loop:
             machine=self.machine,
             shape=self.shape,
             engine_counts=getattr(self.engine, "counts", {}),
-            engine_idle_s=stream.idle() if stream is not None else None,
+            engine_idle_s=stream.engine_idle_s() if stream is not None else None,
         )
 
     def _stop_if_idle(self) -> None:
-        """Raises Exhausted after `algorithm.max_idle` rollouts in a row without an update."""
-        idle = self.progress.idle
+        """Raises Exhausted after every `algorithm.max_idle` consecutive rollouts without update."""
+        num_idle = self.progress.num_idle
         max_idle = self.config.algorithm.max_idle
-        if idle and max_idle and idle % max_idle == 0:
+        if num_idle and max_idle and num_idle % max_idle == 0:
             raise Exhausted(
-                f"{idle} rollouts in a row taught nothing: the completions of every group have "
-                f"equal rewards ({self.journal.latest['reward/mean']:.3g} in the mean). The "
-                "problems are too hard or too easy for this model, or a reward cannot read its "
-                "answers: see samples/"
+                f"algorithm.max_idle={max_idle}: {num_idle} consecutive rollouts without an "
+                "update, because the completions of every group have equal rewards (mean reward "
+                f"{self.journal.latest['reward/mean']:.3g}). The problems are too hard or too easy "
+                "for this model, or a reward cannot parse its answers: see samples/."
             )
 
-    def evaluate(self) -> dict[str, float] | None:
-        """Returns accuracy and other metrics on held-out problems, and keeps the completions.
+    def _evaluate(self) -> dict[str, float] | None:
+        """Evaluates on the held-out problems and writes the completions to samples/.
 
-        Without held-out problems it returns None.
+        Returns the `eval/` metrics, None without held-out problems.
         """
         if not self.rollouts.held_out:
             return None
         rollout = self.progress.rollout
-        metrics, rows = self.rollouts.evaluate(rollout)
-        self.run.write_samples(f"eval-{rollout:06d}", rows)
-        accuracy = metrics.get("eval/accuracy")
+        evaluation = self.rollouts.evaluate(rollout)
+        self.run.write_samples(f"eval-{rollout:06d}", evaluation.rows)
+        accuracy = evaluation.metrics.get("eval/accuracy")
         if accuracy is not None:
             self.display.say(
-                f"held-out accuracy after {rollout} rollouts: {accuracy:.1%} of "
-                f"{len(self.rollouts.held_out)} problems"
+                f"evaluation after {rollout} rollouts: accuracy {accuracy:.1%} on "
+                f"{len(self.rollouts.held_out)} held-out problems"
             )
-        return metrics
+        return evaluation.metrics
 
-    def handle_alarms(self) -> None:
-        """Does what `logging.alarms` asks for.
+    def _is_evaluation_missing(self) -> bool:
+        """Returns whether an evaluation is due and the last row of metrics has none."""
+        if not self._is_due(self.config.eval.every):
+            return False
+        return not any(key.startswith("eval/") for key in self.journal.latest)
 
-        Keeps a checkpoint beside the others, or stops the run (Exhausted: it is saved).
+    def _handle_alarms(self) -> None:
+        """Keeps a checkpoint for each alarm.
+
+        Raises Exhausted, which stops the run, if the alarm's action in `logging.alarms` is `stop`.
         """
         for finding in self.journal.take_alarms():
             self.save()
@@ -233,9 +294,9 @@ class Loop:
                 raise Exhausted(f"logging.alarms.{finding.rule}: {finding.text}")
 
     def save(self) -> None:
-        """Writes a checkpoint of the last whole rollout, unless there is one."""
+        """Writes a checkpoint of the last completed rollout, unless it exists."""
         progress = self.progress
-        if progress.saved == progress.rollout:
+        if progress.saved_rollout == progress.rollout:
             return
         self.display.phase(progress.rollout, "checkpoint")
         state: dict[str, Any] = {
@@ -243,27 +304,25 @@ class Loop:
             "seed": self.config.seed,
             "metrics": self.journal.latest,
             "selection": progress.selection,
-            "idle": progress.idle,
+            "idle": progress.num_idle,
         }
         self.run.save(progress.rollout, state, self.updater.learner.save)
         self.run.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
-        progress.saved = progress.rollout
+        progress.saved_rollout = progress.rollout
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Takes up the counters and the selection of a checkpoint's state."""
+        """Restores progress, metrics and selection from a checkpoint's state.
+
+        The learner is restored separately, with `Learner.load`.
+        """
         self.progress.rollout = state["step"]
-        self.progress.saved = state["step"]
-        self.progress.idle = state["idle"]
+        self.progress.saved_rollout = state["step"]
+        self.progress.num_idle = state["idle"]
         self.journal.latest = state["metrics"]
         self.rollouts.selection.load(state["selection"])
 
-    def _evaluation_is_missing(self) -> bool:
-        """Returns whether a run was interrupted before an evaluation that was due."""
-        if not self._is_due(self.config.eval.every):
-            return False
-        return not any(key.startswith("eval/") for key in self.journal.latest)
-
     def _is_due(self, every: int) -> bool:
+        """Returns whether the last completed rollout is a multiple of `every` or the final one."""
         rollout = self.progress.rollout
         return every > 0 and (rollout % every == 0 or rollout == self.config.train.rollouts)
 
@@ -275,12 +334,16 @@ class Loop:
 
 
 def _with_decided_rewards(scored: ScoredGroup) -> ScoredGroup:
+    """Returns a group with reward 0 for each completion without a reward."""
     return replace(scored, rewards=tuple(reward or 0.0 for reward in scored.rewards))
 
 
-def _mean_kl(penalties: list[list[list[float]]] | None, coefficient: float) -> float | None:
-    """Returns the mean KL per token, before its coefficient."""
-    if penalties is None:
+def _mean_kl(kl_penalties: KlPenalties | None, coefficient: float) -> float | None:
+    """Returns the mean KL per token, which is the penalty divided by its coefficient."""
+    if kl_penalties is None:
         return None
-    tokens = [penalty for group in penalties for completion in group for penalty in completion]
+    tokens: list[float] = []
+    for group_penalties in kl_penalties:
+        for completion_penalties in group_penalties:
+            tokens += completion_penalties
     return sum(tokens) / len(tokens) / coefficient

@@ -1,6 +1,6 @@
-"""The row of metrics of one step, made from what the step's parts report.
+"""Computes the row of metrics of one training step from the reports of its parts.
 
-Names of metrics are `noun/quantity` (docs/watching.md). Nothing here has an effect.
+The functions have no side effects. docs/watching.md describes the metrics.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.engines import SyncReport
 from grpo.experience.describing import advantage_histogram, describe, mean, staleness
 from grpo.metrics import roofline
@@ -21,18 +21,32 @@ from grpo.training.weight_sync import ProbeReport
 from grpo.types import Sample, ScoredGroup
 from rewards import language
 
-LANGUAGE_COMPLETIONS = 32  # completions of a rollout whose language is looked at
+NUM_LANGUAGE_COMPLETIONS = 32  # completions per rollout in `completion/language`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one step did. What comes after the updates is None if it failed."""
+    """The results of one training step.
 
-    rollout: int  # rollouts done, with this one
-    updates: int  # optimizer updates done, with this step's
+    `sync`, `probe` and `evaluation` are None if they were not reached or failed.
+
+    Attributes:
+        rollout: Number of completed rollouts, including this one.
+        updates: Number of optimizer updates so far, including those of this step.
+        groups: The groups of the rollout.
+        samples: The samples of the updates.
+        kl_penalty: Mean KL per token that was subtracted from the rewards, before its coefficient.
+        update: The updates of the step.
+        sync: The weight sync.
+        probe: The comparison of engine and learner after the sync.
+        evaluation: The metrics of the evaluation; None if none was due.
+    """
+
+    rollout: int
+    updates: int
     groups: RolloutGroups
     samples: list[Sample]
-    kl_penalty: float | None  # mean KL per token that was charged in the rewards
+    kl_penalty: float | None
     update: UpdateReport
     sync: SyncReport | None = None
     probe: ProbeReport | None = None
@@ -41,59 +55,40 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineReport:
-    """What the machine can do, what happened to the engine, and for how long it was idle."""
+    """The machine, the model's shape, and the state of the engine.
+
+    Attributes:
+        machine: The measured rates of the machine.
+        shape: The shape of the model.
+        engine_counts: Events since the start of the run: `{"lost": 0, "restarted": 0, ...}`.
+        engine_idle_s: Asynchronous rollouts: seconds of the step that the engine was idle.
+    """
 
     machine: roofline.Machine
     shape: roofline.Shape
-    engine_counts: Mapping[str, int]  # servers lost, restarted, requests retried
-    engine_idle_s: float | None = None  # asynchronous rollouts: seconds without work
+    engine_counts: Mapping[str, int]
+    engine_idle_s: float | None = None
 
 
 def step_row(
-    report: StepReport, machine: MachineReport, config: Config, timer: Timer
+    report: StepReport, machine: MachineReport, config: TrainConfig, timer: Timer
 ) -> dict[str, Any]:
     """Returns the metrics of a step by name."""
     row: dict[str, Any] = {"step": report.rollout, "rollout": report.rollout}
-    row.update(describe(report.groups.sampled))
-    row["completion/language"] = _language_share(report.groups.sampled)
-    for name, count in report.groups.verifier_counts.items():
-        row[f"verifier/{name}"] = count
-    row["group/sampled"] = float(len(report.groups.sampled))
-    row["group/used"] = float(len(report.groups.used))
-    row["group/carried"] = float(report.groups.num_carried)
-    if config.train.max_staleness:
-        learned_from = report.groups.used or report.groups.sampled
-        row.update(staleness(learned_from, report.rollout))
-        row.update(report.groups.queue)
-    row["histogram/advantage"] = advantage_histogram(report.samples)
-    if report.kl_penalty is not None:
-        row["kl/ref"] = report.kl_penalty
-    row.update(report.update.metrics)
-    row["update/made"] = float(report.update.num_made)
-    row["update/skipped"] = float(report.update.num_skipped)
-    row["update"] = report.updates
-    if report.sync is not None:
-        row["sync/seconds"] = report.sync.seconds
-        row["sync/bytes"] = report.sync.num_bytes
-    if report.probe is not None:
-        row.update(report.probe.metrics())
+    row.update(_rollout_metrics(report, config))
+    row.update(_update_metrics(report))
+    row.update(_sync_metrics(report))
     row.update(report.evaluation or {})
     row.update(timer.metrics())
-    row.update(_bounds(report, machine, config))
-    row["rollout/tokens_per_s"] = row["completion/tokens"] / row["time/rollout_s"]
-    row["idle/engine"] = 1 - timer.seconds["rollout"] / row["time/total_s"]
-    row["idle/learner"] = 1 - timer.seconds["update"] / row["time/total_s"]
-    for name, count in machine.engine_counts.items():
-        row[f"engine/{name}"] = float(count)
-    if machine.engine_idle_s is not None:
-        row["idle/engine"] = min(1.0, machine.engine_idle_s / row["time/total_s"])
+    row.update(_time_bounds(report, machine, config))
+    row.update(_utilization(row, machine, timer))
     return row
 
 
 def start_row(
     rollout: int, updates: int, machine: roofline.Machine, probe: ProbeReport
 ) -> dict[str, Any]:
-    """Returns the metrics of a run's start, before its first step."""
+    """Returns the metrics at the start of a run, before its first step."""
     return {
         "step": rollout,
         "rollout": rollout,
@@ -104,17 +99,56 @@ def start_row(
     }
 
 
+def _rollout_metrics(report: StepReport, config: TrainConfig) -> dict[str, Any]:
+    groups = report.groups
+    metrics = describe(groups.sampled)
+    metrics["completion/language"] = _language_share(groups.sampled)
+    for name, count in groups.verifier_counts.items():
+        metrics[f"verifier/{name}"] = count
+    metrics["group/sampled"] = float(len(groups.sampled))
+    metrics["group/used"] = float(len(groups.used))
+    metrics["group/carried"] = float(groups.num_carried)
+    if config.train.max_staleness:
+        # The learner's weights had version `rollout` before this step's updates.
+        metrics.update(staleness(groups.used or groups.sampled, report.rollout))
+        metrics.update(groups.queue_depths)
+    return metrics
+
+
 def _language_share(groups: list[ScoredGroup]) -> float:
-    """Returns the mean share of the first completions' text in their question's language."""
+    """Returns the mean share of words in the question's language, over one completion per group."""
     shares = []
-    for scored in groups[:LANGUAGE_COMPLETIONS]:
+    for scored in groups[:NUM_LANGUAGE_COMPLETIONS]:
         expected = language.of(scored.group.problem.question)
         shares.append(language.share(scored.group.completions[0].text, expected))
     return mean(shares)
 
 
-def _bounds(report: StepReport, machine: MachineReport, config: Config) -> dict[str, float]:
-    """Returns the least seconds that the step's phases take on this machine."""
+def _update_metrics(report: StepReport) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"histogram/advantage": advantage_histogram(report.samples)}
+    if report.kl_penalty is not None:
+        metrics["kl/ref"] = report.kl_penalty
+    metrics.update(report.update.metrics)
+    metrics["update/made"] = float(report.update.num_made)
+    metrics["update/skipped"] = float(report.update.num_skipped)
+    metrics["update"] = report.updates
+    return metrics
+
+
+def _sync_metrics(report: StepReport) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    if report.sync is not None:
+        metrics["sync/seconds"] = report.sync.seconds
+        metrics["sync/bytes"] = report.sync.num_bytes
+    if report.probe is not None:
+        metrics.update(report.probe.metrics())
+    return metrics
+
+
+def _time_bounds(
+    report: StepReport, machine: MachineReport, config: TrainConfig
+) -> dict[str, float]:
+    """Returns the shortest possible time of each phase of the step on this machine."""
     limits = roofline.Roofline(machine=machine.machine, shape=machine.shape)
     seconds = limits.bounds(
         [scored.group for scored in report.groups.sampled],
@@ -125,3 +159,19 @@ def _bounds(report: StepReport, machine: MachineReport, config: Config) -> dict[
     bounds = {f"bound/{phase}_s": value for phase, value in seconds.items()}
     bounds["bound/total_s"] = sum(seconds.values())
     return bounds
+
+
+def _utilization(row: Mapping[str, Any], machine: MachineReport, timer: Timer) -> dict[str, float]:
+    """Returns the sampling rate, the idle shares of engine and learner, and the engine's events."""
+    total_s = row["time/total_s"]
+    engine_idle = 1 - timer.seconds["rollout"] / total_s
+    if machine.engine_idle_s is not None:
+        engine_idle = min(1.0, machine.engine_idle_s / total_s)
+    metrics = {
+        "rollout/tokens_per_s": row["completion/tokens"] / row["time/rollout_s"],
+        "idle/engine": engine_idle,
+        "idle/learner": 1 - timer.seconds["update"] / total_s,
+    }
+    for name, count in machine.engine_counts.items():
+        metrics[f"engine/{name}"] = float(count)
+    return metrics

@@ -1,17 +1,21 @@
-"""From samples to optimizer updates: what the recipe needs before them, and the updates themselves.
+"""Turns the samples of a rollout into optimizer updates.
 
-It knows the learner and the recipe; nothing of problems, rewards or engines.
+`Updater` splits the samples into mini-batches, adds the logprobs and penalties that the recipe
+needs, and runs the updates. It depends on the learner and the config, not on problems, rewards or
+engines.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.experience.sampling import seed_of
 from grpo.learning.advantages import unflatten
 from grpo.learning.batch import epoch_order, micro_batches, minibatches, token_weights
@@ -20,13 +24,19 @@ from grpo.learning.objective import kl_estimate
 from grpo.run import ranks
 from grpo.types import Batch, Sample
 
+OldLogprobsSource = Literal["none", "learner", "sampler"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
-    """What the updates of one rollout were.
+    """The optimizer updates of one rollout.
 
-    `UpdateReport(num_made=16, num_skipped=0, metrics={"loss": 0.01, "policy/grad_norm": 0.4})`.
-    `metrics` are means over the updates, empty without one.
+    For example `UpdateReport(num_made=16, num_skipped=0, metrics={"loss": 0.01, ...})`.
+
+    Attributes:
+        num_made: Number of updates.
+        num_skipped: Number of updates that were skipped because no sample has an advantage.
+        metrics: Means over the updates; empty without updates.
     """
 
     num_made: int
@@ -34,86 +44,64 @@ class UpdateReport:
     metrics: dict[str, float]
 
 
+def _do_nothing() -> None: ...
+
+
+def _ignore_progress(done: int, total: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Updater:
-    """Makes a rollout's updates.
+    """Runs the optimizer updates of a rollout.
 
-    `check_signals` is called before the first update and after its micro-batches; it may raise:
-    nothing of the rollout's updates has been applied then.
+    Attributes:
+        config: The config of the run.
+        learner: Computes logprobs and applies updates.
+        check_signals: Raises an exception to interrupt the run. Called only while no update of the
+            rollout has been applied: before the first update and, with one rank, after each of its
+            micro-batches.
     """
 
-    config: Config
+    config: TrainConfig
     learner: Learner
-    check_signals: Callable[[], None] = lambda: None
-
-    def kl_penalties(self, samples: list[Sample]) -> list[list[float]] | None:
-        """Returns what each completion token of each sample is charged for leaving the reference.
-
-        That is the recipe's KL in the reward, or log pi / pi_teacher with a teacher as critic. A
-        recipe without either has none.
-        """
-        estimator = self.penalty_estimator
-        if estimator is None or not samples:
-            return None
-        batches = self._micro_batches(samples)
-        policy = self.learner.score(batches)
-        reference = self.learner.score(batches, reference=True)
-        local_penalties: dict[int, list[float]] = {}
-        for batch, policy_scores, reference_scores in zip(batches, policy, reference, strict=True):
-            if batch.idle:
-                continue
-            kl = kl_estimate(policy_scores.logprobs, reference_scores.logprobs, estimator)
-            penalties = self.penalty_coefficient * kl  # [B, T]
-            for row, i in enumerate(batch.index):
-                local_penalties[i] = penalties[row][batch.token_mask[row]].tolist()
-        all_penalties: dict[int, list[float]] = {}
-        for part in ranks.all_gather("the penalties", local_penalties):
-            all_penalties.update(part)
-        return [all_penalties[i] for i in range(len(samples))]
-
-    @property
-    def penalty_estimator(self) -> str | None:
-        """The KL estimator of `kl_penalties`; None if the recipe charges nothing."""
-        algorithm = self.config.algorithm
-        if algorithm.advantage == "teacher":
-            return "k1"
-        if algorithm.kl_coef and algorithm.kl_in == "reward":
-            return algorithm.kl_estimator
-        return None
-
-    @property
-    def penalty_coefficient(self) -> float:
-        """What the KL is multiplied by in `kl_penalties`."""
-        algorithm = self.config.algorithm
-        return 1.0 if algorithm.advantage == "teacher" else algorithm.kl_coef
+    check_signals: Callable[[], None] = _do_nothing
 
     def update(
         self,
         samples: list[Sample],
         rollout: int,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int], None] = _ignore_progress,
     ) -> UpdateReport:
-        """Makes the updates of a rollout, one per random mini-batch of its samples and epoch.
+        """Runs the updates of a rollout: per epoch, one update for each random mini-batch.
+
+        A mini-batch is skipped if none of its samples has an advantage.
 
         Args:
-            samples: of all ranks, the same on all.
-            rollout: rollouts done before this one.
-            on_progress: called as `on_progress(done, total)` after each micro-batch.
+            samples: The samples of all ranks, the same on every rank.
+            rollout: Number of completed rollouts, without this one.
+            on_progress: Called as `on_progress(done, total)` after each micro-batch of an update.
         """
         train = self.config.train
         seed = seed_of(self.config.seed, rollout, "mini-batches")
-        parts = minibatches(samples, train.updates_per_rollout, seed) if samples else []
-        # Without a signal KL, entropy bonus and momentum must not act alone: they would move a
-        # policy that learns nothing.
-        parts = [part for part in parts if any(any(sample.advantages) for sample in part)]
+        mini_batches: list[list[Sample]] = []
+        if samples:
+            # Without a signal, the KL term, the entropy bonus and the momentum would move the
+            # policy although it learns nothing.
+            mini_batches = [
+                mini_batch
+                for mini_batch in minibatches(samples, train.updates_per_rollout, seed)
+                if _has_advantage(mini_batch)
+            ]
         ranks.all_gather_or_raise("the update", self.check_signals)
-        batches = self.prepare(parts, rollout) if parts else []
+        batches: list[list[Batch]] = []
+        if mini_batches:
+            batches = self.prepare(mini_batches, rollout)
         updates_before = self.learner.updates
         reports: list[dict[str, float]] = []
         for epoch in range(train.epochs):
-            for place in epoch_order(len(batches), seed, epoch):
+            for index in epoch_order(len(batches), seed, epoch):
                 on_batch = on_progress if reports else self._interruptible(on_progress)
-                reports.append(self.learner.update(batches[place], on_batch))
+                reports.append(self.learner.update(batches[index], on_batch))
         self._reset_reference_if_due(updates_before)
         return UpdateReport(
             num_made=len(reports),
@@ -122,9 +110,10 @@ class Updater:
         )
 
     def _interruptible(self, on_progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        """Returns `on_progress` for the first update: nothing is applied yet, it can be given up.
+        """Returns `on_progress` with a check for signals, for the first update of a rollout.
 
-        With several ranks it cannot: one of them must not leave the others.
+        The first update can be abandoned, because nothing has been applied yet. With several ranks
+        it cannot: a rank that raises would leave the others waiting in a collective.
         """
         if ranks.world_size() > 1:
             return on_progress
@@ -136,6 +125,7 @@ class Updater:
         return check_and_show
 
     def _reset_reference_if_due(self, updates_before: int) -> None:
+        """Resets the reference if a multiple of `algorithm.reference_reset` updates was reached."""
         algorithm = self.config.algorithm
         every = algorithm.reference_reset
         if not every or not algorithm.kl_coef:
@@ -143,21 +133,23 @@ class Updater:
         if updates_before // every != self.learner.updates // every:
             self.learner.reset_reference(optimizer=algorithm.reset_optimizer)
 
-    def prepare(self, parts: Sequence[list[Sample]], rollout: int) -> list[list[Batch]]:
-        """Returns each mini-batch's micro-batches with what the recipe needs before updates.
+    def prepare(self, mini_batches: Sequence[list[Sample]], rollout: int) -> list[list[Batch]]:
+        """Returns the micro-batches of each mini-batch, with the tensors that the recipe needs.
 
-        These are old and reference logprobs, and advantages of 0 where the entropy is not among the
-        top. All are of the policy before the rollout's first update.
+        These are the old logprobs, the reference logprobs, and the restriction of the advantages to
+        the tokens of highest entropy. All are computed before the rollout's first update.
         """
-        micro_batches_of = [self._micro_batches(part) for part in parts]
-        batches = [batch for part in micro_batches_of for batch in part]
-        samples = [sample for part in parts for sample in part]
-        num_updates = len(parts) * self.config.train.epochs
-        batches = self._with_old_logprobs(batches, samples, rollout, num_updates)
+        batches_per_mini_batch = [self._micro_batches(mini_batch) for mini_batch in mini_batches]
+        batches = list(itertools.chain.from_iterable(batches_per_mini_batch))
+        samples = list(itertools.chain.from_iterable(mini_batches))
+        num_updates = len(mini_batches) * self.config.train.epochs
+        old_source = self._old_logprobs_source(samples, rollout + 1, num_updates)
+        batches = self._with_policy_scores(batches, old_source, rollout + 1)
         batches = self._with_reference_logprobs(batches)
-        return unflatten(batches, [len(part) for part in micro_batches_of])
+        return unflatten(batches, [len(part) for part in batches_per_mini_batch])
 
     def _micro_batches(self, samples: list[Sample]) -> list[Batch]:
+        """Returns this rank's micro-batches of one mini-batch."""
         config = self.config
         weights = token_weights(samples, config.algorithm.reduction, config.sampling.max_tokens)
         return micro_batches(
@@ -168,44 +160,66 @@ class Updater:
             share=self.learner.share,
         )
 
-    def _with_old_logprobs(
-        self, batches: list[Batch], samples: list[Sample], rollout: int, num_updates: int
-    ) -> list[Batch]:
-        """Returns the batches with old logprobs where the ratio needs them.
+    def _old_logprobs_source(
+        self, samples: list[Sample], version: int, num_updates: int
+    ) -> OldLogprobsSource:
+        """Returns where the old logprobs of the updates come from.
 
-        A single update of the current policy's own samples needs none: pi_old is pi.
+        - none: The objective uses the policy's own logprobs. A single update of samples of the
+          current weights needs no others, because pi_old is pi.
+        - learner: The policy scores the samples before the updates.
+        - sampler: The logprobs that the engine returned with the samples.
 
-        Where other weights sampled a token, those weights are gone. Its ratio is then to what
-        sampled it, unless a mismatch correction bridges the two (AReaL 2505.24298).
+        Args:
+            samples: The samples of the updates.
+            version: The version of the current weights.
+            num_updates: Number of updates with these samples.
         """
         algorithm = self.config.algorithm
-        version = rollout + 1
-        per_token = algorithm.mismatch == "none"  # which weights sampled a token decides
-        versions = _versions(samples) if per_token else {version}
-        needs_old = algorithm.old_logprobs == "learner" and (
-            num_updates > 1 or versions != {version}
-        )
-        if algorithm.top_entropy < 1 or (needs_old and version in versions):
+        if algorithm.old_logprobs == "sampler":
+            return "sampler"
+        versions = {version}
+        if algorithm.mismatch == "none":
+            versions = _sampler_versions(samples)
+        if num_updates <= 1 and versions == {version}:
+            return "none"
+        return "learner" if version in versions else "sampler"
+
+    def _with_policy_scores(
+        self, batches: list[Batch], old_source: OldLogprobsSource, version: int
+    ) -> list[Batch]:
+        """Adds the old logprobs, and restricts the advantages to the tokens of highest entropy.
+
+        One scoring pass of the policy serves both. It is skipped if the recipe needs neither.
+        """
+        has_entropy_limit = self.config.algorithm.top_entropy < 1
+        if has_entropy_limit or old_source == "learner":
             scores = self.learner.score(batches)
-            if algorithm.top_entropy < 1:
+            if has_entropy_limit:
                 entropies = [score.entropies for score in scores]
-                batches = _with_top_entropy_only(batches, entropies, algorithm.top_entropy)
+                share = self.config.algorithm.top_entropy
+                batches = _with_top_entropy_only(batches, entropies, share)
             batches = [
-                replace(
-                    batch,
-                    old_logprobs=score.logprobs.where(
-                        batch.versions == version, batch.sampler_logprobs
-                    )
-                    if per_token
-                    else score.logprobs,
-                )
+                replace(batch, old_logprobs=self._old_logprobs(batch, score.logprobs, version))
                 for batch, score in zip(batches, scores, strict=True)
             ]
-        if algorithm.old_logprobs == "sampler" or (needs_old and version not in versions):
+        if old_source == "sampler":
             batches = [replace(batch, old_logprobs=batch.sampler_logprobs) for batch in batches]
         return batches
 
+    def _old_logprobs(self, batch: Batch, policy_logprobs: Tensor, version: int) -> Tensor:
+        """Returns the old logprobs [B, T] of a batch that the policy has scored.
+
+        Weights of other versions, which sampled some of the tokens, no longer exist. The ratio of
+        these tokens is computed against the sampler's logprobs, unless a mismatch correction
+        accounts for the difference between pi_old and the sampler (AReaL 2505.24298).
+        """
+        if self.config.algorithm.mismatch != "none":
+            return policy_logprobs
+        return policy_logprobs.where(batch.versions == version, batch.sampler_logprobs)
+
     def _with_reference_logprobs(self, batches: list[Batch]) -> list[Batch]:
+        """Returns the batches with reference logprobs if the loss has a KL term."""
         algorithm = self.config.algorithm
         if not algorithm.kl_coef or algorithm.kl_in != "loss":
             return batches
@@ -215,8 +229,54 @@ class Updater:
             for batch, score in zip(batches, scores, strict=True)
         ]
 
+    def kl_penalties(self, samples: list[Sample]) -> list[list[float]] | None:
+        """Returns the KL penalty of each completion token of each sample.
 
-def _versions(samples: Iterable[Sample]) -> set[int]:
+        It is the KL term in the reward, or log pi / pi_teacher if the teacher's logprobs are the
+        advantage. Returns None if the recipe has no penalty, or without samples.
+        """
+        estimator = self.penalty_estimator
+        if estimator is None or not samples:
+            return None
+        batches = self._micro_batches(samples)
+        policy_scores = self.learner.score(batches)
+        reference_scores = self.learner.score(batches, reference=True)
+        local_penalties: dict[int, list[float]] = {}  # by index of the sample
+        for batch, policy, reference in zip(batches, policy_scores, reference_scores, strict=True):
+            if batch.idle:
+                continue
+            kl = kl_estimate(policy.logprobs, reference.logprobs, estimator)
+            penalties = self.penalty_coefficient * kl  # [B, T]
+            for row, index in enumerate(batch.index):
+                local_penalties[index] = penalties[row][batch.token_mask[row]].tolist()
+        all_penalties: dict[int, list[float]] = {}
+        for penalties_of_rank in ranks.all_gather("the KL penalties", local_penalties):
+            all_penalties.update(penalties_of_rank)
+        return [all_penalties[index] for index in range(len(samples))]
+
+    @property
+    def penalty_estimator(self) -> str | None:
+        """The KL estimator of `kl_penalties`; None if the recipe has no penalty."""
+        algorithm = self.config.algorithm
+        if algorithm.advantage == "teacher":
+            return "k1"
+        if algorithm.kl_coef and algorithm.kl_in == "reward":
+            return algorithm.kl_estimator
+        return None
+
+    @property
+    def penalty_coefficient(self) -> float:
+        """The factor of the KL in `kl_penalties`."""
+        algorithm = self.config.algorithm
+        return 1.0 if algorithm.advantage == "teacher" else algorithm.kl_coef
+
+
+def _has_advantage(samples: Iterable[Sample]) -> bool:
+    """Returns whether a token has an advantage other than 0."""
+    return any(any(sample.advantages) for sample in samples)
+
+
+def _sampler_versions(samples: Iterable[Sample]) -> set[int]:
     """Returns the versions of all weights that sampled a token."""
     versions: set[int] = set()
     for sample in samples:
@@ -227,32 +287,34 @@ def _versions(samples: Iterable[Sample]) -> set[int]:
 def _with_top_entropy_only(
     batches: list[Batch], entropies: list[Tensor], share: float
 ) -> list[Batch]:
-    """Returns the batches with an advantage only at the `share` of tokens of highest entropy.
+    """Returns the batches with advantages of 0 except for the tokens of highest entropy.
 
     Args:
-        batches: of this rank.
-        entropies: [B, T] per batch.
-        share: of the completion tokens of all ranks.
+        batches: The micro-batches of this rank.
+        entropies: The policy's entropies [B, T] for each batch.
+        share: Share of the completion tokens of all ranks that keep their advantage.
 
     Source: "Beyond the 80/20 rule" 2506.01939 section 5 (0.2 there).
     """
-    local = [
-        values[batch.token_mask]
-        for batch, values in zip(batches, entropies, strict=True)
+    local_entropies = [
+        batch_entropies[batch.token_mask]
+        for batch, batch_entropies in zip(batches, entropies, strict=True)
         if not batch.idle
     ]
-    gathered = ranks.all_gather("the entropies", local)
-    all_entropies = torch.cat([values for part in gathered for values in part])
+    flat_entropies: list[Tensor] = []
+    for entropies_of_rank in ranks.all_gather("the entropies", local_entropies):
+        flat_entropies += entropies_of_rank
+    all_entropies = torch.cat(flat_entropies)  # [completion tokens of all ranks]
     num_kept = round(share * len(all_entropies))
     threshold = all_entropies.sort(descending=True).values[max(0, num_kept - 1)]
     return [
-        replace(batch, advantages=batch.advantages * (values >= threshold))
-        for batch, values in zip(batches, entropies, strict=True)
+        replace(batch, advantages=batch.advantages * (batch_entropies >= threshold))
+        for batch, batch_entropies in zip(batches, entropies, strict=True)
     ]
 
 
 def _mean_metrics(reports: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Returns the means over updates; of the largest weight the maximum."""
+    """Returns the means over updates, and the maximum of `mismatch/max_weight`."""
     if not reports:
         return {}
     means = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}

@@ -1,10 +1,11 @@
-"""Sends the learner's weights to the engine (`sync`) and checks that it holds them.
+"""Sends the learner's weights to the engine (`sync`) and checks that they arrived (`WeightCheck`).
 
-Both score the same tokens: after every sync (`probe`), and once, at the start of a run, with
-visibly changed weights (`canary`).
+The check compares the logprobs of engine and learner on the same tokens. It runs after every sync
+(`probe`), and once at the start of a run with visibly perturbed weights (`canary`).
 
-The engine's side is what it samples with: prompts of more than one KV block, always the same, so
-that a prefix cached under older weights shows too (scoring given tokens would skip the cache).
+The engine samples the tokens instead of scoring given ones, because scoring would bypass its prefix
+cache. The prompts are always the same and longer than one KV block, so the check also detects a
+prefix that was cached under older weights.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from grpo.config import Config
+from grpo.config import TrainConfig
 from grpo.engines import Engine, Request, SamplingOptions, SyncReport
 from grpo.learning.batch import micro_batches
 from grpo.learning.learner import Learner
@@ -22,29 +24,34 @@ from grpo.run import ranks
 from grpo.run.signals import Signals
 from grpo.types import Batch, GrpoError, RunError, Sample
 
-PROMPT_TOKENS = 96  # three KV blocks on a CPU: the first two are found in the cache
-# Measured gaps: 1e-6 in float32, 0.03-0.07 in bfloat16 on SmolLM2-135M.
+PROMPT_TOKENS = 96  # three KV blocks on a CPU; the first two can be found in the prefix cache
+# Default limits of the gap. Measured: 1e-6 in float32, 0.03-0.07 in bfloat16 on SmolLM2-135M.
 MAX_GAP_FLOAT32 = 1e-3
 MAX_GAP_ROUNDED = 0.2
 CANARY_SEEDS = tuple(20_000 + 1_000 * draw for draw in range(8))
-# The canary's limit is at least this times its perturbation's rounding noise ...
+# The limit of the canary is at least this multiple of the rounding noise of its perturbation ...
 NOISE_FACTOR = 2.5
-# ... and at most this times the probe's limit: beyond it a stale kind of weight would not show.
+# ... and at most this multiple of the probe's limit. A higher limit would hide stale weights.
 MAX_LIMIT_FACTOR = 2.0
 
 
 class WeightMismatchError(RunError):
-    """Engine and learner disagree about the same tokens; all ranks raise it alike."""
+    """Engine and learner compute different logprobs for the same tokens. Raised on all ranks."""
 
     known_to_all_ranks = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
-    """A probe's result: `ProbeReport(gap=0.03, max_gap=0.2)`."""
+    """The result of a probe, for example `ProbeReport(gap=0.03, max_gap=0.2)`.
 
-    gap: float  # mean |log pi_engine - log pi_learner| over the sampled tokens
-    max_gap: float  # the gap that stops the run
+    Attributes:
+        gap: Mean |log pi_engine - log pi_learner| over the sampled tokens.
+        max_gap: The gap above which the run stops.
+    """
+
+    gap: float
+    max_gap: float
 
     def metrics(self) -> dict[str, float]:
         """Returns the `probe/` metrics."""
@@ -55,8 +62,14 @@ class ProbeReport:
 class CheckSettings:
     """How engine and learner are compared.
 
-    `num_tokens` are sampled per prompt at `temperature`. A gap above `max_gap` stops the run.
-    `rounds`: engine or learner computes in less than float32, so they differ by rounding.
+    Attributes:
+        temperature: Sampling temperature.
+        num_tokens: Number of tokens sampled per prompt.
+        max_gap: The gap above which the run stops.
+        micro_batch_tokens: Maximum number of tokens per micro-batch of the learner.
+        packed: Whether the learner packs the samples of a prompt into one stream.
+        rounds: Whether engine or learner computes in less than float32, so that their logprobs
+            differ by rounding.
     """
 
     temperature: float
@@ -67,18 +80,26 @@ class CheckSettings:
     rounds: bool = False
 
 
-def check_settings(config: Config) -> CheckSettings:
-    """Returns how a run's config compares engine and learner."""
+def check_settings(config: TrainConfig) -> CheckSettings:
+    """Returns the settings of the weight check for a run's config."""
     engine_dtype = config.engine.dtype or config.model.dtype
-    rounds = not engine_dtype == config.model.dtype == "float32"
+    is_float32 = engine_dtype == "float32" and config.model.dtype == "float32"
+    default_max_gap = MAX_GAP_FLOAT32 if is_float32 else MAX_GAP_ROUNDED
     return CheckSettings(
         temperature=config.sampling.temperature,
         num_tokens=config.probe.tokens,
-        max_gap=config.probe.max_gap or (MAX_GAP_ROUNDED if rounds else MAX_GAP_FLOAT32),
+        max_gap=config.probe.max_gap or default_max_gap,
         micro_batch_tokens=config.learner.micro_batch_tokens,
         packed=config.model.packed,
-        rounds=rounds,
+        rounds=not is_float32,
     )
+
+
+class _Perturbation(NamedTuple):
+    """A perturbation of the learner's weights for the canary."""
+
+    seed: int
+    noise: float  # mean change of a logprob by rounding, under the perturbed weights
 
 
 class WeightCheck:
@@ -91,48 +112,91 @@ class WeightCheck:
         prompts: Sequence[tuple[int, ...]],
         settings: CheckSettings,
     ) -> None:
-        """`prompts`: token ids, see `probe_prompts`."""
+        """Prepares the engine's requests.
+
+        Args:
+            engine: The engine.
+            learner: The learner.
+            prompts: Token ids of each prompt, from `probe_prompts`.
+            settings: How they are compared.
+        """
         self._engine = engine
         self._learner = learner
         self._settings = settings
-        self._requests = [Request(prompt_ids=ids, seed=i) for i, ids in enumerate(prompts)]
+        self._requests = [
+            Request(prompt_ids=prompt_ids, seed=seed) for seed, prompt_ids in enumerate(prompts)
+        ]
         self._options = SamplingOptions(
             max_tokens=settings.num_tokens, temperature=settings.temperature, ignore_eos=True
         )
 
+    def probe(self) -> ProbeReport:
+        """Returns the gap after a sync.
+
+        Raises:
+            WeightMismatchError: The gap is above the limit.
+        """
+        gap = self.gap()
+        _require_gap_within(
+            self._settings.max_gap,
+            gap,
+            check="the probe",
+            cause="stale or wrong weights in the engine, a stale prefix cache",
+        )
+        return ProbeReport(gap=gap, max_gap=self._settings.max_gap)
+
+    def canary(self, version: int, signals: Signals | None = None) -> float:
+        """Sends visibly perturbed weights through the real sync and returns the gap.
+
+        Between two updates the weights change little, so the probe would not detect a head, a layer
+        or a kind of weight that never arrives. The canary does.
+
+        The engine holds perturbed weights afterwards: call `sync` next.
+
+        Raises:
+            WeightMismatchError: The gap is above the limit.
+        """
+        perturbation = self._least_noisy_perturbation()
+        with self._learner.perturbed(perturbation.seed):
+            sync(self._engine, self._learner, version, signals)
+            gap = self.gap()
+        limit = max(self._settings.max_gap, NOISE_FACTOR * perturbation.noise)
+        limit = min(limit, MAX_LIMIT_FACTOR * self._settings.max_gap)
+        _require_gap_within(
+            limit,
+            gap,
+            check="the canary",
+            cause="a weight that does not arrive in the engine or is loaded into another tensor",
+        )
+        return gap
+
     def gap(self) -> float:
         """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens.
 
-        With several copies of the model it returns the largest mean, or NaN if one is NaN.
+        If the engine has several copies of the model, it returns the largest mean, or NaN if a mean
+        is NaN.
         """
-        samples = self._sampled()
-        batches = self._batches(samples)
-        local_gaps: dict[int, list[float]] = {}
-        for batch, score in zip(batches, self._learner.score(batches), strict=True):
-            if batch.idle:
-                continue
-            differences = (score.logprobs - batch.sampler_logprobs).abs()  # [B, T]
-            for row, i in enumerate(batch.index):
-                local = differences[row][batch.token_mask[row]]
-                local_gaps.setdefault(samples[i].group, []).extend(local.tolist())
-        gaps: dict[int, list[float]] = {}
-        for part in ranks.all_gather("the probe of the other ranks", local_gaps):
-            for copy, values in part.items():
+        samples = self._sample_every_copy()
+        gaps: dict[int, list[float]] = {}  # by copy of the model
+        for gaps_of_rank in ranks.all_gather("the gaps of the probe", self._local_gaps(samples)):
+            for copy, values in gaps_of_rank.items():
                 gaps.setdefault(copy, []).extend(values)
         means = [sum(values) / len(values) for values in gaps.values()]
         if any(math.isnan(mean) for mean in means):
             return math.nan
         return max(means)
 
-    def _sampled(self) -> list[Sample]:
-        """Returns what every copy of the model samples; a sample's group is its copy's number."""
-        copies_of_ranks = ranks.all_gather_or_raise(
-            "the probe's samples", lambda: self._engine.prove(self._requests, self._options)
+    def _sample_every_copy(self) -> list[Sample]:
+        """Samples the prompts with every copy of the model; `group` is the number of the copy."""
+        copies_per_rank = ranks.all_gather_or_raise(
+            "the samples of the probe", lambda: self._engine.prove(self._requests, self._options)
         )
-        copies = [rows for copies_of_rank in copies_of_ranks for rows in copies_of_rank]
+        copies = []
+        for copies_of_rank in copies_per_rank:
+            copies += copies_of_rank
         samples = []
-        for copy, rows in enumerate(copies):
-            for request, (completion,) in zip(self._requests, rows, strict=True):
+        for copy, completions_per_request in enumerate(copies):
+            for request, (completion,) in zip(self._requests, completions_per_request, strict=True):
                 samples.append(
                     Sample(
                         token_ids=request.prompt_ids + completion.token_ids,
@@ -144,55 +208,43 @@ class WeightCheck:
                 )
         return samples
 
-    def canary(self, version: int, signals: Signals | None = None) -> float:
-        """Sends visibly perturbed weights through the real sync and returns the gap.
+    def _local_gaps(self, samples: list[Sample]) -> dict[int, list[float]]:
+        """Returns |log pi_engine - log pi_learner| per token, by copy, for this rank's samples."""
+        batches = self._batches(samples)
+        gaps: dict[int, list[float]] = {}
+        for batch, scores in zip(batches, self._learner.score(batches), strict=True):
+            if batch.idle:
+                continue
+            differences = (scores.logprobs - batch.sampler_logprobs).abs()  # [B, T]
+            for row, index in enumerate(batch.index):
+                values = differences[row][batch.token_mask[row]].tolist()
+                gaps.setdefault(samples[index].group, []).extend(values)
+        return gaps
 
-        The caller must send the true ones next. Raises WeightMismatchError.
+    def _least_noisy_perturbation(self) -> _Perturbation:
+        """Returns the first perturbation with little rounding noise, or the least noisy of all.
 
-        A head, a layer or a kind of weight that does not arrive shows here, where one small
-        optimizer step would hide it.
+        In bfloat16 some perturbations make a model so sensitive that two correct implementations
+        disagree. On SmolLM2-135M the noise of twelve perturbations was 0.03 to 0.7, while a stale
+        kind of weight causes a gap of 0.2 to 2.
         """
-        seed, noise = self._quiet_perturbation()
-        with self._learner.perturbed(seed):
-            sync(self._engine, self._learner, version, signals)
-            gap = self.gap()
-        limit = max(self._settings.max_gap, NOISE_FACTOR * noise)
-        limit = min(limit, MAX_LIMIT_FACTOR * self._settings.max_gap)
-        _require(
-            gap,
-            limit,
-            "the canary",
-            "a weight does not arrive in the engine, or arrives in the wrong place",
-        )
-        return gap
-
-    def _quiet_perturbation(self) -> tuple[int, float]:
-        """Returns the seed of a perturbation under which rounding changes little, and the noise.
-
-        The noise is how much rounding changes a logprob.
-
-        In bfloat16 some perturbations make a model so sensitive that two right implementations
-        disagree: on SmolLM2-135M the noise of twelve of them lay between 0.03 and 0.7, where a
-        stale kind of weight shows as 0.2 to 2.
-        """
-        if not self._settings.rounds:
-            return CANARY_SEEDS[0], 0.0
-        best_seed = CANARY_SEEDS[0]
-        min_noise = math.inf
-        for seed in CANARY_SEEDS:
-            noise = self._rounding_noise(seed)
-            if noise < min_noise:
-                best_seed = seed
-                min_noise = noise
-            if NOISE_FACTOR * min_noise <= self._settings.max_gap:
-                break
-        return best_seed, min_noise if math.isfinite(min_noise) else 0.0
+        best = _Perturbation(seed=CANARY_SEEDS[0], noise=math.inf)
+        if self._settings.rounds:
+            for seed in CANARY_SEEDS:
+                noise = self._rounding_noise(seed)
+                if noise < best.noise:
+                    best = _Perturbation(seed=seed, noise=noise)
+                if NOISE_FACTOR * best.noise <= self._settings.max_gap:
+                    break
+        if not math.isfinite(best.noise):
+            return _Perturbation(seed=best.seed, noise=0.0)
+        return best
 
     def _rounding_noise(self, seed: int) -> float:
-        """Returns the mean |difference of logprobs| when the perturbed weights are jittered.
+        """Returns the mean |change of a logprob| when the perturbed weights are jittered.
 
-        The learner scores the second halves of the prompts. The result is within a factor of two of
-        what computing in bfloat16 does.
+        The learner scores the second half of each prompt. The result is within a factor of two of
+        the noise of computing in bfloat16.
         """
         samples = []
         for request in self._requests:
@@ -206,23 +258,25 @@ class WeightCheck:
                         advantages=(0.0,) * (length - start),
                     )
                 )
-        if not samples:  # prompts of one token
+        if not samples:  # All prompts have one token.
             return 0.0
         batches = self._batches(samples)
         with self._learner.perturbed(seed):
-            before = self._learner.score(batches)
+            plain_scores = self._learner.score(batches)
         with self._learner.perturbed(seed, jitter=True):
-            after = self._learner.score(batches)
-        local: list[float] = []
-        for batch, score, jittered_score in zip(batches, before, after, strict=True):
+            jittered_scores = self._learner.score(batches)
+        local_changes: list[float] = []
+        for batch, plain, jittered in zip(batches, plain_scores, jittered_scores, strict=True):
             if not batch.idle:
-                difference = (score.logprobs - jittered_score.logprobs)[batch.token_mask]
-                local += difference.abs().tolist()
-        gathered = ranks.all_gather("the canary's noise", local)
-        differences = [value for part in gathered for value in part]
-        return sum(differences) / len(differences)
+                changes = (plain.logprobs - jittered.logprobs)[batch.token_mask]
+                local_changes += changes.abs().tolist()
+        all_changes: list[float] = []
+        for changes_of_rank in ranks.all_gather("the noise of the canary", local_changes):
+            all_changes += changes_of_rank
+        return sum(all_changes) / len(all_changes)
 
     def _batches(self, samples: list[Sample]) -> list[Batch]:
+        """Returns this rank's micro-batches of the samples."""
         return micro_batches(
             samples,
             [0.0] * len(samples),
@@ -231,37 +285,36 @@ class WeightCheck:
             share=self._learner.share,
         )
 
-    def probe(self) -> ProbeReport:
-        """Returns the gap after a sync. Raises WeightMismatchError if it is above the limit."""
-        gap = self.gap()
-        _require(
-            gap,
-            self._settings.max_gap,
-            "the probe",
-            "stale or wrong weights in the engine, or a stale prefix cache",
-        )
-        return ProbeReport(gap=gap, max_gap=self._settings.max_gap)
 
-
-def _require(gap: float, limit: float, check: str, meaning: str) -> None:
-    """Raises WeightMismatchError for a gap above the limit, or that is NaN."""
+def _require_gap_within(limit: float, gap: float, *, check: str, cause: str) -> None:
+    """Raises WeightMismatchError if the gap is above the limit or NaN."""
     if gap <= limit:
         return
     raise WeightMismatchError(
         f"{check} found that engine and learner disagree: mean |difference of logprobs| {gap:.4g}, "
-        f"allowed {limit:.3g}. Either {meaning}, or this model's low-precision noise is larger: "
-        "see probe.max_gap, or try engine.dtype=float32"
+        f"allowed {limit:.3g}. Possible causes: {cause}, or a model with more low-precision noise "
+        "than the limit allows. Against noise, raise probe.max_gap or set engine.dtype=float32."
     )
 
 
 def sync(
     engine: Engine, learner: Learner, version: int, signals: Signals | None = None
 ) -> SyncReport:
-    """Sends the learner's weights to the engine under a version, which it acknowledges.
+    """Sends the learner's weights to the engine, which confirms the version.
 
-    All ranks call it together, each for its own engine. With several ranks `signals` interrupt none
-    of them before all are through, and an error of one rank ends the job (BrokenExchangeError): the
-    others are in an exchange that it has left.
+    All ranks call it together, each for its own engine. With several ranks, signals do not
+    interrupt the sync on any rank, and the error of one rank ends the job, because the other ranks
+    wait for it in a collective.
+
+    Args:
+        engine: The engine of this rank.
+        learner: The learner.
+        version: The version of the weights; rollout n is sampled with version n.
+        signals: The signals that are held back during the sync.
+
+    Raises:
+        EngineError: With one rank: the sync failed.
+        BrokenExchangeError: With several ranks: the sync failed on this rank.
     """
     if ranks.world_size() == 1:
         return engine.load_weights(learner.weights(), version)
@@ -273,19 +326,25 @@ def sync(
         raise ranks.BrokenExchangeError(str(error)) from None
     except Exception as error:
         raise ranks.BrokenExchangeError(f"{type(error).__name__}: {error}") from error
-    reports = ranks.all_gather("the weight sync of the other ranks", report)
+    reports = ranks.all_gather("the weight sync", report)
     return replace(reports[0], seconds=max(each.seconds for each in reports))
 
 
 def probe_prompts(
     ids: Iterable[tuple[int, ...]], count: int, max_tokens: int
 ) -> list[tuple[int, ...]]:
-    """Returns `count` prompts of up to PROMPT_TOKENS tokens, joined from real prompts."""
+    """Returns up to `count` prompts of PROMPT_TOKENS tokens, joined from real prompts.
+
+    Args:
+        ids: Token ids of real prompts. It can be infinite.
+        count: Number of prompts.
+        max_tokens: Maximum length of a prompt, if it is less than PROMPT_TOKENS.
+    """
     prompts: list[tuple[int, ...]] = []
     current: tuple[int, ...] = ()
     length = min(PROMPT_TOKENS, max_tokens)
-    for prompt in ids:
-        current += prompt
+    for prompt_ids in ids:
+        current += prompt_ids
         if len(current) >= length:
             prompts.append(current[:length])
             current = ()

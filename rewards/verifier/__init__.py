@@ -1,1 +1,1 @@
-"""Reads answers out of completions and decides whether two answers are equal."""
+"""Extracts answers from completions and decides whether two answers are equal."""

@@ -1,9 +1,9 @@
-r"""Exact values of plain numbers and arithmetic in LaTeX, as fractions.
+r"""Evaluates numbers and arithmetic in LaTeX exactly, as fractions.
 
 Examples: `\frac{1}{2^{99}}`, `3\frac{1}{2}`, `1,000`, `3.2\times10^5`.
 
-Reads normalised text only (see `normalise` in latex.py). Recursive descent with bounds on size;
-knows no variables and no functions.
+The input must be normalised (see `normalise` in latex.py). Variables and functions are not
+supported. The size of all values is bounded.
 """
 
 from __future__ import annotations
@@ -12,113 +12,154 @@ import re
 from fractions import Fraction
 from math import factorial
 
-MAX_BITS = 20_000  # of any numerator or denominator
+MAX_BITS = 20_000  # of a numerator or a denominator
 MAX_FACTORIAL = 2_200
+# A number with thousands separators, a decimal number, a LaTeX command, or any other character.
 TOKEN = re.compile(r"\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+|\\[a-z]+|\S)")
-PRODUCTS = {"*": False, r"\times": False, r"\cdot": False, "/": True, r"\div": True}
-CLOSING = {"(": ")", "{": "}"}
+MULTIPLICATIONS = ("*", r"\times", r"\cdot")
+DIVISIONS = ("/", r"\div")
+CLOSING_BRACKET = {"(": ")", "{": "}"}
 
 
-class TooLarge(ValueError):
-    """A value beyond the bounds: wrong by rule."""
+class TooLargeError(ValueError):
+    """A value exceeds the bounds. A prediction that raises it is wrong."""
 
 
-def exact(text: str) -> Fraction | None:
-    """The value of an arithmetic expression in numbers alone, or None for anything else.
+def exact_value(text: str) -> Fraction | None:
+    """Returns the exact value of an arithmetic expression in numbers, None for any other text.
 
-    Raises TooLarge.
+    Two forms may have spaces between digits: mixed numbers (`3 1/2`) and thousands (`1 000`).
+
+    Raises:
+        TooLargeError: The value or an intermediate value exceeds MAX_BITS or MAX_FACTORIAL.
     """
-    if re.fullmatch(r"-?\d+ \d+/\d+", text):  # a mixed number, 3 1/2
+    if re.fullmatch(r"-?\d+ \d+/\d+", text):  # 3 1/2
         text = re.sub(r" (\d+)/(\d+)", r"\\frac{\1}{\2}", text)
     elif re.fullmatch(r"-?\d{1,3}( \d{3})+", text):  # 1 000 000
         text = text.replace(" ", "")
     elif re.search(r"\d\s+[\d.]", text):
         return None
-    reader = _Reader(TOKEN.findall(text))
+    parser = _Parser(TOKEN.findall(text))
     try:
-        value = reader.total()
+        value = parser.parse_sum()
     except (SyntaxError, ZeroDivisionError):
         return None
     except RecursionError as error:
-        raise TooLarge("nested too deep") from error
-    return value if reader.peek() == "" else None
-
-
-def _bits(value: Fraction) -> int:
-    return max(value.numerator.bit_length(), value.denominator.bit_length())
-
-
-def _bounded(value: Fraction) -> Fraction:
-    if _bits(value) > MAX_BITS:
-        raise TooLarge(f"a number beyond {MAX_BITS} bits")
+        raise TooLargeError("nested too deep") from error
+    if parser.peek() != "":  # text after the expression
+        return None
     return value
 
 
-class _Reader:
+def _num_bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _within_bounds(value: Fraction) -> Fraction:
+    """Returns `value`. Raises TooLargeError if it exceeds MAX_BITS."""
+    if _num_bits(value) > MAX_BITS:
+        raise TooLargeError(f"a number beyond {MAX_BITS} bits")
+    return value
+
+
+class _Parser:
+    r"""A recursive descent parser that evaluates while it parses.
+
+    The grammar, with one method per rule:
+
+        sum     = product (("+" | "-") product)*
+        product = signed (operator signed | factor)*
+        signed  = ("+" | "-")* power
+        power   = atom "!"* ("^" exponent)?
+        atom    = number | integer "\frac" atom atom | "\frac" atom atom
+                | "(" sum ")" | "{" sum "}"
+
+    A factor is a power that begins with "(". An exponent is an atom, or a signed that begins with
+    "-". All methods raise SyntaxError if the tokens do not match the grammar, and TooLargeError if
+    a value exceeds the bounds.
+    """
+
     def __init__(self, tokens: list[str]) -> None:
-        self.tokens = tokens
-        self.at = 0
+        self._tokens = tokens
+        self._position = 0
 
     def peek(self) -> str:
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+        """Returns the next token without consuming it, "" at the end."""
+        if self._position >= len(self._tokens):
+            return ""
+        return self._tokens[self._position]
 
-    def next(self) -> str:
-        self.at += 1
-        return self.tokens[self.at - 1] if self.at <= len(self.tokens) else ""
+    def _next(self) -> str:
+        token = self.peek()
+        self._position += 1
+        return token
 
-    def total(self) -> Fraction:
-        value = self.product()
+    def parse_sum(self) -> Fraction:
+        value = self._parse_product()
         while self.peek() in ("+", "-"):
-            value = _bounded(
-                value + self.product() if self.next() == "+" else value - self.product()
-            )
+            if self._next() == "+":
+                value = _within_bounds(value + self._parse_product())
+            else:
+                value = _within_bounds(value - self._parse_product())
         return value
 
-    def product(self) -> Fraction:
-        value = self.signed()
-        while (token := self.peek()) in PRODUCTS or token == "(":
-            divides = token != "(" and PRODUCTS[self.next()]
-            factor = self.power() if token == "(" else self.signed()
-            value = _bounded(value / factor if divides else value * factor)
-        return value
+    def _parse_product(self) -> Fraction:
+        value = self._parse_signed()
+        while True:
+            token = self.peek()
+            if token in DIVISIONS:
+                self._next()
+                value = _within_bounds(value / self._parse_signed())
+            elif token in MULTIPLICATIONS:
+                self._next()
+                value = _within_bounds(value * self._parse_signed())
+            elif token == "(":  # 2(3+4)
+                value = _within_bounds(value * self._parse_power())
+            else:
+                return value
 
-    def signed(self) -> Fraction:
+    def _parse_signed(self) -> Fraction:
         sign = 1
         while self.peek() in ("+", "-"):
-            sign = -sign if self.next() == "-" else sign
-        return sign * self.power()
+            if self._next() == "-":
+                sign = -sign
+        return sign * self._parse_power()
 
-    def power(self) -> Fraction:
-        base = self.atom()
+    def _parse_power(self) -> Fraction:
+        base = self._parse_atom()
         while self.peek() == "!":
-            self.next()
-            if base.denominator != 1 or base < 0:
-                raise SyntaxError("factorial of no natural number")
-            if base > MAX_FACTORIAL:
-                raise TooLarge(f"factorial beyond {MAX_FACTORIAL}")
-            base = Fraction(factorial(int(base)))
+            self._next()
+            base = _factorial(base)
         if self.peek() != "^":
             return base
-        self.next()
-        exponent = self.signed() if self.peek() == "-" else self.atom()
+        self._next()
+        exponent = self._parse_signed() if self.peek() == "-" else self._parse_atom()
         if exponent.denominator != 1:
             raise SyntaxError("a root")
-        if abs(exponent) * _bits(base) > MAX_BITS:
-            raise TooLarge(f"a power beyond {MAX_BITS} bits")
+        if abs(exponent) * _num_bits(base) > MAX_BITS:
+            raise TooLargeError(f"a power beyond {MAX_BITS} bits")
         return base ** int(exponent)
 
-    def atom(self) -> Fraction:
-        token = self.next()
+    def _parse_atom(self) -> Fraction:
+        token = self._next()
         if token[:1].isdecimal() or (token[:1] == "." and len(token) > 1):
             value = Fraction(token.replace(",", ""))
-            # mixed
-            return (
-                value + self.atom() if self.peek() == r"\frac" and value.denominator == 1 else value
-            )
+            if self.peek() == r"\frac" and value.denominator == 1:  # a mixed number
+                return value + self._parse_atom()
+            return value
         if token == r"\frac":
-            return self.atom() / self.atom()
-        if token in CLOSING:
-            value = self.total()
-            if self.next() == CLOSING[token]:
+            numerator = self._parse_atom()
+            return numerator / self._parse_atom()
+        if token in CLOSING_BRACKET:
+            value = self.parse_sum()
+            if self._next() == CLOSING_BRACKET[token]:
                 return value
         raise SyntaxError(f"not a number: {token}")
+
+
+def _factorial(value: Fraction) -> Fraction:
+    if value.denominator != 1 or value < 0:
+        raise SyntaxError("a factorial of no natural number")
+    if value > MAX_FACTORIAL:
+        raise TooLargeError(f"factorial beyond {MAX_FACTORIAL}")
+    return Fraction(factorial(int(value)))

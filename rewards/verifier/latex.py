@@ -1,6 +1,6 @@
-"""One spelling for each answer: what unicode, LaTeX and habit write differently.
+r"""Normalises the spelling of answers: unicode, LaTeX and habits that are written differently.
 
-Text in, text out; knows nothing of values.
+All functions map text to text. They do not interpret values: `1/2` and `0.5` stay different.
 """
 
 from __future__ import annotations
@@ -8,190 +8,260 @@ from __future__ import annotations
 import re
 
 UNICODE: dict[str, str | int | None] = {
-    **{
-        "−": "-",
-        "–": "-",
-        "—": "-",
-        "‑": "-",
-        "×": r"\times ",
-        "÷": r"\div ",
-        "·": r"\cdot ",
-        "⋅": r"\cdot ",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-    },
-    **{
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "±": r"\pm ",
-        "∪": r"\cup ",
-        "∩": r"\cap ",
-        "∈": r"\in ",
-        "°": r"^\circ ",
-        "θ": r"\theta ",
-    },
-    **{
-        "\u00a0": " ",
-        "\u202f": " ",
-        "\u2009": " ",
-        "∅": r"\emptyset ",
-        "％": "%",
-        "€": r"\text{euro}",
-        "£": r"\text{pound}",
-    },
-    **{
-        "½": r"\frac{1}{2}",
-        "⅓": r"\frac{1}{3}",
-        "⅔": r"\frac{2}{3}",
-        "¼": r"\frac{1}{4}",
-        "¾": r"\frac{3}{4}",
-        "⅛": r"\frac{1}{8}",
-    },
-    **{char: f"^{{{digit}}}" for digit, char in zip("0123456789-+n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", strict=True)},
-    **{char: f"_{{{digit}}}" for digit, char in enumerate("₀₁₂₃₄₅₆₇₈₉")},
-    **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width
+    # operators and signs
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "‑": "-",
+    "×": r"\times ",
+    "÷": r"\div ",
+    "·": r"\cdot ",
+    "⋅": r"\cdot ",
+    "±": r"\pm ",
+    # symbols
+    "π": r"\pi ",
+    "θ": r"\theta ",
+    "∞": r"\infty ",
+    "°": r"^\circ ",
+    # relations and sets
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "≠": r"\ne ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "∅": r"\emptyset ",
+    # spaces
+    "\u00a0": " ",
+    "\u202f": " ",
+    "\u2009": " ",
+    # units
+    "％": "%",
+    "€": r"\text{euro}",
+    "£": r"\text{pound}",
+    # fractions
+    "½": r"\frac{1}{2}",
+    "⅓": r"\frac{1}{3}",
+    "⅔": r"\frac{2}{3}",
+    "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}",
+    "⅛": r"\frac{1}{8}",
 }
-TABLE = str.maketrans(UNICODE)
-SAME = [  # (what it is, what it becomes), in this order
-    (r"^\s*(\*\*|__)(?=[^\s*_])(.*[^\s*_])\1\s*$", r"\2"),  # markdown's bold
+# superscripts: ² -> ^{2}
+UNICODE |= {
+    char: f"^{{{plain}}}" for plain, char in zip("0123456789-+n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", strict=True)
+}
+# subscripts: ₂ -> _{2}
+UNICODE |= {char: f"_{{{digit}}}" for digit, char in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+# full-width forms of ASCII
+UNICODE |= {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+UNICODE_TABLE = str.maketrans(UNICODE)
+
+# Regular expressions and their replacements, applied in this order.
+REPLACEMENTS = [
+    # Markdown's bold: **5** -> 5
+    (r"^\s*(\*\*|__)(?=[^\s*_])(.*[^\s*_])\1\s*$", r"\2"),
+    # thousands separators: 10,\!080 -> 10,080
     (r",\s*\\!\s*(?=\d{3})", ","),
+    # roots: √2 -> \sqrt{2}, ∛2 -> \sqrt[3]{2}
     (r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
     (r"∛\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt[3]{\1}"),
+    # sizes of brackets, styles, negative spaces and \limits are removed: \left( -> (
     (
         r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?"
         r"|\\(?:display|text)style(?![A-Za-z])|\\!\s*|\\limits",
         "",
     ),
+    # horizontal spaces: \, \; ~ \quad
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
+    # fractions: \dfrac -> \frac
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    # commands for text: \mbox{ -> \text{
     (r"\\(?:mbox|textbf|textit|textrm|mathrm|mathbf|emph)\s*\{", r"\\text{"),
+    # relations: \leq and <= -> \le
     (r"\\le(?:q|qslant)(?![A-Za-z])", r"\\le "),
     (r"\\ge(?:q|qslant)(?![A-Za-z])", r"\\ge "),
     (r"(?<![\\<>])<=", r"\\le "),
     (r"(?<![\\<>])>=", r"\\ge "),
+    # braces of sets: \lbrace -> \{
     (r"\\(?:lbrace|\{)", r"\\{"),
     (r"\\(?:rbrace|\})", r"\\}"),
+    # degrees: 90^{\circ} -> 90\text{degree}
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", r"\\text{degree}"),
+    # lists: 1 or 2, 1 \text{ and } 2 -> 1,2
     (r",?\s*\\text\{\s*(?:or|and)\s*\}|,?\s+(?:or|and)\s+", ","),
+    # subscripts of one character: x_{1} -> x_1
     (r"_\{(\w)\}", r"_\1"),
+    # thousands separators: 10{,}080 -> 10,080
     (r"\{,\}", ","),
+    # "approximately" in front of the answer is removed: \approx 8.24 -> 8.24
     (r"^(\s*\$?)\s*\\approx(?![A-Za-z])", r"\1"),
+    # invisible text is removed: \phantom{0}
     (r"\\phantom(?:\{[^{}]*\}|\s*.)", ""),
+    # Python's power: x**2 -> x^2
     (r"\*\*", "^"),
+    # longer subscripts: x_{ \max } -> x_{max}
     (r"_\{\s*\\?(\w+)\s*\}", r"_{\1}"),
-    (r"\\\\\[[^\[\]]{1,8}\]", r"\\\\"),  # a row's extra space
+    # extra space between the rows of a matrix: \\[2pt] -> \\
+    (r"\\\\\[[^\[\]]{1,8}\]", r"\\\\"),
+    # arrays in brackets are matrices: (\begin{array}{c} ... \end{array}) -> \begin{pmatrix} ...
     (
         r"([(\[]?)\s*\\begin\{array\}\s*\{[lcr| ]*\}([^()]*)\\end\{array\}\s*[)\]]?",
         r"\\begin{pmatrix}\2\\end{pmatrix}",
     ),
+    # several choices: \text{A, B} -> A, B
     (r"^\\text\{\s*([A-Z](?:\s*,\s*[A-Z])+)\s*\}$", r"\1"),
+    # names with a subscript: \text{x}_1 -> x_1
     (r"\\text\{(\w+)\}_", r"\1_"),
+    # scientific notation: 3.2e5 -> 3.2\times 10^{5}
     (r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,4})$", r"\1\\times 10^{\2}"),
 ]
+SUPERSCRIPTS_IN_A_ROW = re.compile(r"\^\{[\d+-]\}\^\{[\dn]\}")
 DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\\text\{degree\}")
-REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\{(\d{1,20})\}")
+REPEATING_DECIMAL = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\{(\d{1,20})\}")
 TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
+COMMAND = re.compile(r"\\[A-Za-z]+|\\.")
+NUM_ARGUMENTS = {r"\frac": 2, r"\sqrt": 1}
 
 
 def normalise(text: str) -> str:
-    r"""One spelling of an answer.
+    r"""Returns the normalised spelling of an answer.
 
-    `$\dfrac12$.` -> `\frac{1}{2}`, `10,\!080` -> `10,080`, `90°` -> `90\text{degree}`.
+    In this order: unicode becomes LaTeX; REPLACEMENTS are applied; a full stop at the end, dollar
+    signs in pairs, and `\(...\)` or `\[...\]` around the answer are removed; repeating decimals
+    become fractions; degrees become radians if the answer has a trigonometric function; white
+    space becomes single spaces; the arguments of `\frac` and `\sqrt` get braces.
+
+    Examples: `$\dfrac12$.` -> `\frac{1}{2}`, `10,\!080` -> `10,080`, `90°` -> `90\text{degree}`.
     """
-    text = text.translate(TABLE)
-    # ¹⁰ is one exponent
-    text = (
-        re.sub(r"\}\^\{(?=[\dn]\})", "", text)
-        if re.search(r"\^\{[\d+-]\}\^\{[\dn]\}", text)
-        else text
-    )
-    for pattern, plain in SAME:
-        text = re.sub(pattern, plain, text)
+    text = text.translate(UNICODE_TABLE)
+    if SUPERSCRIPTS_IN_A_ROW.search(text):  # ¹⁰ is one exponent: ^{1}^{0} -> ^{10}
+        text = re.sub(r"\}\^\{(?=[\dn]\})", "", text)
+    for pattern, replacement in REPLACEMENTS:
+        text = re.sub(pattern, replacement, text)
     text = text.strip().rstrip(".。").strip()
-    if len(dollars := re.findall(r"(?<!\\)\$", text)) % 2 == 0 and dollars:
+    num_dollars = len(re.findall(r"(?<!\\)\$", text))
+    if num_dollars % 2 == 0:
         text = re.sub(r"(?<!\\)\$", "", text)
     if text[:2] in (r"\(", r"\[") and text[-2:] in (r"\)", r"\]"):
         text = text[2:-2]
-    text = REPEATING.sub(_repeating, text)
+    text = REPEATING_DECIMAL.sub(_fraction_of_repeating_decimal, text)
     if TRIGONOMETRIC.search(text):
         text = DEGREES.sub(r"(\1\\pi/180)", text)
-    return braced(re.sub(r"\s+", " ", text.strip().rstrip("."))).strip()
+    text = re.sub(r"\s+", " ", text.strip().rstrip("."))
+    return with_braces(text).strip()
 
 
-def braced(text: str) -> str:
-    r"""Returns the text with the arguments of `\frac` and `\sqrt` in braces.
+def with_braces(text: str) -> str:
+    r"""Returns the text with braces around the arguments of `\frac` and `\sqrt`.
 
-    `\frac12` -> `\frac{1}{2}`, `\frac{270}7`, `\sqrt2`, `\sqrt[3]5` likewise.
+    Examples: `\frac12` -> `\frac{1}{2}`, `\frac{270}7` -> `\frac{270}{7}`, `\sqrt[3]5` ->
+    `\sqrt[3]{5}`.
     """
-    out: list[str] = []
-    i = 0
-    pending = 0  # arguments that the command before still takes
-    while i < len(text):
-        command = re.compile(r"\\[A-Za-z]+|\\.").match(text, i)
-        token = command.group() if command else text[i]
-        i += len(token)
-        if token == " " and pending:
+    pieces: list[str] = []
+    num_missing = 0  # arguments that the last \frac or \sqrt still needs
+    index = 0
+    while index < len(text):
+        command = COMMAND.match(text, index)
+        token = command.group() if command else text[index]
+        index += len(token)
+        if token in NUM_ARGUMENTS:
+            # As an argument it gets no braces, because its own arguments follow: \frac\sqrt23.
+            pieces.append(token)
+            num_missing = NUM_ARGUMENTS[token]
+        elif num_missing == 0:
+            pieces.append(token)
+        elif token == " ":
             continue
-        if pending and token == "[" and out[-1] == r"\sqrt" and "]" in text[i:]:
-            end = text.index("]", i) + 1
-            token, i = token + text[i:end], end
-        elif pending and token == "{":
-            end = closing(text, i - 1)
+        elif token == "[" and pieces[-1] == r"\sqrt" and "]" in text[index:]:
+            end = text.index("]", index) + 1
+            pieces.append(text[index - 1 : end])
+            index = end
+        elif token == "{":
+            end = find_closing(text, index - 1)
             if end < 0:
-                return "".join(out) + text[i - 1 :]
-            token, i, pending = "{" + braced(text[i:end]) + "}", end + 1, pending - 1
-        elif pending and not command:
-            token, pending = "{" + token + "}", pending - 1
-        # `\frac\pi2`: the command is the argument; a command with arguments of its own is left as
-        # it is
-        elif pending:
-            token, pending = (
-                ("{" + token + "}", pending - 1)
-                if token not in (r"\frac", r"\sqrt")
-                else (token, 0)
-            )
-        if token in (r"\frac", r"\sqrt"):
-            pending = 2 if token == r"\frac" else 1
-        out.append(token)
-    return "".join(out)
+                pieces.append(text[index - 1 :])
+                break
+            pieces.append("{" + with_braces(text[index:end]) + "}")
+            num_missing -= 1
+            index = end + 1
+        else:  # a character, or a command without arguments: \frac\pi2
+            pieces.append("{" + token + "}")
+            num_missing -= 1
+    return "".join(pieces)
 
 
-def closing(text: str, start: int) -> int:
-    """Returns where the bracket at `start` is closed, -1 if nowhere.
+def _depth_change(char: str) -> int:
+    """Returns 1 for an opening bracket of any kind, -1 for a closing one, 0 otherwise."""
+    if char in "([{":
+        return 1
+    if char in ")]}":
+        return -1
+    return 0
 
-    Brackets of all kinds count alike: any of ), ] and } closes one.
+
+def nesting_depth(text: str) -> int:
+    """Returns the depth of the most deeply nested brackets: 2 for `((x)+1)`."""
+    depth = 0
+    max_depth = 0
+    for char in text:
+        depth += _depth_change(char)
+        max_depth = max(max_depth, depth)
+    return max_depth
+
+
+def find_closing(text: str, start: int) -> int:
+    """Returns the index at which the bracket at `start` is closed, -1 if it is never closed.
+
+    All kinds of brackets are equivalent: an interval such as (3,4] is closed by its `]`.
     """
     depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] in "([{") - (text[i] in ")]}")
+    for index in range(start, len(text)):
+        depth += _depth_change(text[index])
         if depth == 0:
-            return i
+            return index
     return -1
 
 
-def split(text: str, separators: tuple[str, ...] = (",", ";")) -> list[str]:
-    """The pieces between separators outside all brackets: `"(1,2),3"` -> `["(1,2)", "3"]`."""
-    pieces, start, depth, i = [], 0, 0, 0
-    while i < len(text):
-        found = next((s for s in separators if depth == 0 and text.startswith(s, i)), "")
-        if found:
-            pieces.append(text[start:i].strip())
-            start = i + len(found)
-        depth += (text[i] in "([{") - (text[i] in ")]}")
-        i += len(found) or 1
-    return [*pieces, text[start:].strip()]
+def split_at_top_level(text: str, separators: tuple[str, ...] = (",", ";")) -> list[str]:
+    """Splits text at separators outside all brackets: `"(1,2),3"` -> `["(1,2)", "3"]`."""
+    pieces = []
+    piece_start = 0
+    depth = 0
+    index = 0
+    while index < len(text):
+        separator = _separator_at(text, index, separators) if depth == 0 else ""
+        if separator:
+            pieces.append(text[piece_start:index].strip())
+            piece_start = index + len(separator)
+        depth += _depth_change(text[index])
+        index += len(separator) or 1
+    pieces.append(text[piece_start:].strip())
+    return pieces
 
 
-def _repeating(match: re.Match[str]) -> str:
-    r"""`0.1\overline{6}` -> `\frac{15}{90}`."""
-    whole, once, again = match.groups()
-    numerator = int(whole + once + again) - int(whole + once or 0)
-    denominator = 10 ** len(once) * (10 ** len(again) - 1)
+def _separator_at(text: str, index: int, separators: tuple[str, ...]) -> str:
+    for separator in separators:
+        if text.startswith(separator, index):
+            return separator
+    return ""
+
+
+def _fraction_of_repeating_decimal(match: re.Match[str]) -> str:
+    r"""Returns a repeating decimal as a fraction: `0.1\overline{6}` -> `\frac{15}{90}`."""
+    integer, fixed, repeating = match.groups()
+    numerator = int(integer + fixed + repeating) - int(integer + fixed or 0)
+    denominator = 10 ** len(fixed) * (10 ** len(repeating) - 1)
     return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
-def words(text: str) -> str:
-    r"""`\text{ (C) }`, `C.` and `c` -> "c"."""
-    text = " ".join(re.sub(r"\\text|[{}$]", "", text).casefold().split()).strip(" .")
-    return text[1:-1].strip() if re.fullmatch(r"\(\s*\w\s*\)", text) else text
+def as_words(text: str) -> str:
+    r"""Returns text in lower case, without LaTeX's text command, outer brackets and full stop.
+
+    Examples: `\text{ (C) }`, `C.` and `c` -> "c"; `\text{Two  Points}` -> "two points".
+    """
+    text = re.sub(r"\\text|[{}$]", "", text).casefold()
+    text = " ".join(text.split()).strip(" .")
+    if re.fullmatch(r"\(\s*\w\s*\)", text):
+        return text[1:-1].strip()
+    return text

@@ -1,6 +1,7 @@
-"""The only reader of the tags: which part of a completion is its answer.
+r"""Extracts the answer of a completion from its tags or its last `\boxed{...}`.
 
-Linear in the text; knows nothing of what an answer means.
+This is the only module that reads the answer tags. It does not interpret the answer. All functions
+take time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -9,45 +10,52 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def visible(text: str) -> str:
-    """What stands outside the thoughts.
+    """Returns the part of a completion outside the thoughts.
 
-    The text after the last `</think>`, up to a `<think>` that is never closed.
+    It starts after the last `</think>` and ends before a `<think>` that is never closed.
     """
-    return text[text.rfind("</think>") + len("</think>") if "</think>" in text else 0 :].partition(
-        "<think>"
-    )[0]
+    after_thoughts = text.rpartition("</think>")[2]
+    return after_thoughts.partition("<think>")[0]
 
 
 def final_answer(text: str) -> str | None:
-    r"""The answer of a completion.
+    r"""Returns the answer of a completion, or None if it has none.
 
-    `"<think>1+1</think><answer>2</answer>"` -> "2", `"so \boxed{2}"` -> "2", else None.
+    Only the text outside the thoughts is considered:
 
-    The content of the last complete `<answer>` outside the thoughts, else of the last `\boxed`; a
-    box inside the tags is opened. Nothing inside the thoughts is an answer, nor is a last box that
-    does not end or an empty one.
+    - With a complete pair of answer tags, the answer is the content of the last pair. If this
+      content has a `\boxed`, the answer is the content of its last box.
+    - Without answer tags, the answer is the content of the last `\boxed{...}`.
+    - An empty answer, or a last box that is empty or never closed, is no answer.
+
+    Examples: `"<think>1+1</think><answer>2</answer>"` -> "2", `"so \boxed{2}"` -> "2".
     """
-    shown = visible(text)
-    end = shown.rfind("</answer>")
-    start = shown.rfind("<answer>", 0, max(end, 0))
+    visible_text = visible(text)
+    end = visible_text.rfind("</answer>")
+    start = visible_text.rfind("<answer>", 0, max(end, 0))
     if start < 0:
-        return boxed(shown)
-    answer = shown[start + len("<answer>") : end].strip()
-    return boxed(answer) if r"\boxed" in answer else answer or None
+        return last_boxed(visible_text)
+    answer = visible_text[start + len("<answer>") : end].strip()
+    if r"\boxed" in answer:
+        return last_boxed(answer)
+    return answer or None
 
 
-def boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, braces balanced.
+def last_boxed(text: str) -> str | None:
+    r"""Returns the content of the last `\boxed{...}`, with balanced braces.
 
-    None without one, or when it is empty or does not end.
+    Returns None if there is no box, or if the last one is empty or never closed.
     """
-    start = text.rfind(r"\boxed")
-    rest = text[start + len(r"\boxed") :].lstrip() if start >= 0 else ""
-    if not rest.startswith("{"):
+    _, command, after_command = text.rpartition(r"\boxed")
+    box = after_command.lstrip()
+    if not command or not box.startswith("{"):
         return None
     depth = 0
-    for i, char in enumerate(rest):
-        depth += (char == "{") - (char == "}")
+    for index, char in enumerate(box):
+        if char == "{":
+            depth += 1
+        elif char == "}":
+            depth -= 1
         if depth == 0:
-            return rest[1:i].strip() or None
+            return box[1:index].strip() or None
     return None

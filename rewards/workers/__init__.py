@@ -1,1 +1,1 @@
-"""Processes that run what must not run here: slow verifiers, and hostile programs."""
+"""Processes for code that must not run in the trainer: slow verifiers and untrusted programs."""

@@ -1,13 +1,12 @@
-"""Worker processes that judge completions, each call under a wall-clock limit enforced by killing.
+"""Worker processes that score completions. A call that exceeds its time limit is killed.
 
-Works from any thread of any process.
+A pool can be used from any thread of any process. A worker is `python -m rewards.workers.pool`. It
+is started for the first call and kept; between calls it blocks on a pipe and uses no processor
+time. It imports functions by name and sends back their values. The result of a call that fails is a
+`Failure`.
 
-A worker is `python -m rewards.workers.pool`. It is started for the first call and kept: between
-calls it waits on a pipe and costs nothing. It knows functions by name and answers with the value
-that they return; a call without an answer returns a `Failure`.
-
-No wait is unlimited: a frozen worker neither takes a call that is larger than its socket's buffer
-nor ends an answer that it has begun, so the socket has time limits in both directions.
+A frozen worker neither reads a call that is larger than the buffer of its socket nor completes an
+answer. The socket therefore has time limits in both directions, so that no wait is unlimited.
 """
 
 from __future__ import annotations
@@ -27,54 +26,78 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-START_TIMEOUT_S = 120.0  # importing sympy from a cold disk
-RECYCLE = 5_000  # calls after which a worker is replaced: sympy's caches grow
-END_LIMIT_S = 10.0  # the longest wait for the end of a worker that was killed or closed its pipe
-LOADED = object()  # stands for a worker's first message: the time of the call begins
-# a call that had less than this share of its time on a processor was starved by the machine
-STARVED = 0.5
+START_TIMEOUT_S = 120.0  # to import a function; sympy from a cold disk is slow
+MAX_CALLS_PER_WORKER = 5_000  # a worker is replaced then, because sympy's caches grow
+END_LIMIT_S = 10.0  # longest wait for the exit of a worker that was killed or closed its pipe
+# A call that times out with less processor time than this share of its limit was starved by other
+# processes. It counts as lost, not as timed out.
+MIN_CPU_SHARE = 0.5
+MAX_ATTEMPTS = 2
+# Signals that are sent from outside, not raised by the call itself.
+OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+# First message of a worker for a function: it is imported, and the time limit of the call starts.
+LOADED = object()
 
 logger = logging.getLogger(__name__)
-
-_How = tuple[str, float, dict[str, Any]]  # function, time limit, options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a call has no answer.
+    """The result of a call that failed.
 
-    `error`: the function raised an exception. `timeout`, `memory`, `crash`: the call took too long,
-    too much memory, or ended its process. `lost`: the call is not to blame, and was lost twice.
+    Kinds:
+        error: The function raised an exception.
+        timeout, memory: The call exceeded its time or memory limit.
+        crash: The call ended its process.
+        lost: Twice, the worker was killed from outside or was given too little processor time.
     """
 
     kind: Literal["error", "timeout", "memory", "crash", "lost"]
     reason: str
 
 
+class _Function(NamedTuple):
+    """A function to call, with its time limit and keyword arguments. It is sent to the worker."""
+
+    name: str  # module:function
+    timeout_s: float
+    options: dict[str, Any]
+
+
+class _Job(NamedTuple):
+    """A call that waits or runs: its index in the list of calls, and the attempt from 1 on."""
+
+    call_index: int
+    attempt: int
+
+
 class Pool:
     """Worker processes that call functions by name, each call under a time limit.
 
-    `Pool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` ->
+    `Pool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` returns
     `[Verdict(value="correct")]`.
+
+    `counts` has the number of `calls`, of failures by kind (including those of first attempts), and
+    of `restarts`. The reader may clear it.
     """
 
     def __init__(self, workers: int | None = None, *, memory_gb: float = 4.0) -> None:
-        """Sets the limits; starts no process yet.
+        """Starts no process yet.
 
-        There are at most `workers` processes (default: the cores, up to 8) of `memory_gb` of
-        address space each.
+        Args:
+            workers: Largest number of worker processes. None: the number of cores, at most 8.
+            memory_gb: Address space of each worker in GiB.
         """
-        self._most = workers or min(len(os.sched_getaffinity(0)), 8)
+        self._max_workers = workers or min(len(os.sched_getaffinity(0)), 8)
         self._memory_gb = memory_gb
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._pid = os.getpid()
-        # calls, failures by kind (every try), restarts; whoever reads them may clear them
         self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> Pool:
@@ -86,7 +109,7 @@ class Pool:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers; a later `map` starts new ones."""
+        """Kills the workers. A later `map` starts new ones."""
         workers = self._workers
         self._workers = []
         for worker in workers:
@@ -100,71 +123,104 @@ class Pool:
         timeout_s: float,
         options: Mapping[str, Any] | None = None,
     ) -> list[Any]:
-        """Returns, in order, what `module:function` returns for each call, or a `Failure`.
+        """Calls a function once per element of `calls`.
 
-        The function gets the call's arguments and the common `options`. A call past its limit is
-        killed. A call whose worker was killed from outside, crashed, or had no processor is made
-        once more. Raises RuntimeError when a worker cannot load the function.
+        A call is repeated once if it was lost or crashed.
+
+        Args:
+            function: Name of the function as `module:function`.
+            calls: Positional arguments of each call.
+            timeout_s: Time limit of each call.
+            options: Keyword arguments of all calls.
+
+        Returns:
+            The value of each call, or a `Failure`, in the order of `calls`.
+
+        Raises:
+            RuntimeError: A worker cannot import the function.
         """
-        # forked: the workers, and whoever holds the lock, are the parent's
+        # In a forked child, the workers and the holder of the lock belong to the parent.
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._workers = []
             self._lock = threading.Lock()
         with self._lock:
             try:
-                return self._map((function, timeout_s, dict(options or {})), calls)
-            except BaseException:  # Ctrl-C too: a late answer must not be the next call's
+                return self._map(_Function(function, timeout_s, dict(options or {})), calls)
+            # Including KeyboardInterrupt: a pending answer must not be taken for that of a later
+            # call.
+            except BaseException:
                 self.close()
                 raise
 
-    def _map(self, how: _How, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _map(self, function: _Function, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         results: list[Any] = [None] * len(calls)
-        todo = deque((i, 1) for i in range(len(calls)))  # position, which try
+        queue = deque(_Job(call_index, attempt=1) for call_index in range(len(calls)))
         self.counts["calls"] += len(calls)
-        while todo or any(worker.job for worker in self._workers):
-            self._hand_out(how, calls, todo)
-            busy = [worker for worker in self._workers if worker.job]
-            ready = wait(
-                [worker.pipe for worker in busy],
-                max(min(worker.deadline for worker in busy) - time.monotonic(), 0),
-            )
-            for worker in busy:
-                if worker.pipe not in ready and time.monotonic() < worker.deadline:
+        while queue or self._busy_workers():
+            self._start_jobs(function, calls, queue)
+            for worker, answer in self._wait_for_answers():
+                job = worker.job
+                if answer is LOADED or job is None:
                     continue
-                answer = worker.answer() if worker.pipe in ready else worker.overdue()
-                if answer is LOADED or worker.job is None:
-                    continue
-                (position, tries), worker.job = worker.job, None
+                worker.job = None
                 if isinstance(answer, Failure) and answer.kind != "error":
                     self.counts.update([answer.kind, "restarts"])
-                    self._workers.remove(worker)
-                    worker.end()
-                if isinstance(answer, Failure) and answer.kind in ("lost", "crash") and tries == 1:
-                    todo.appendleft((position, 2))
+                    self._remove(worker)
+                if _may_retry(answer) and job.attempt < MAX_ATTEMPTS:
+                    queue.appendleft(_Job(job.call_index, job.attempt + 1))
                 else:
-                    results[position] = answer
+                    results[job.call_index] = answer
         return results
 
-    def _hand_out(
-        self, how: _How, calls: Sequence[tuple[Any, ...]], todo: deque[tuple[int, int]]
+    def _busy_workers(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.job is not None]
+
+    def _idle_workers(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.job is None]
+
+    def _remove(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        worker.end()
+
+    def _start_jobs(
+        self, function: _Function, calls: Sequence[tuple[Any, ...]], queue: deque[_Job]
     ) -> None:
-        for worker in [
-            worker for worker in self._workers if not worker.job and worker.served >= RECYCLE
-        ]:
-            self._workers.remove(worker)
-            worker.end()
-        idle = [worker for worker in self._workers if not worker.job]
-        while todo and (idle or len(self._workers) < self._most):
+        """Gives jobs to idle workers and starts new workers while there are fewer than allowed."""
+        for worker in self._idle_workers():
+            if worker.num_calls >= MAX_CALLS_PER_WORKER:
+                self._remove(worker)
+        idle = self._idle_workers()
+        while queue and (idle or len(self._workers) < self._max_workers):
             if not idle:
-                idle = [_Worker(self._memory_gb)]
-                self._workers += idle
-            job = todo.popleft()
-            idle.pop().begin(job, how, calls[job[0]])
+                worker = _Worker(self._memory_gb)
+                self._workers.append(worker)
+                idle.append(worker)
+            job = queue.popleft()
+            idle.pop().begin(job, function, calls[job.call_index])
+
+    def _wait_for_answers(self) -> Iterator[tuple[_Worker, Any]]:
+        """Waits for the first answer or deadline. Yields each worker that has one, and its answer.
+
+        The answer is a value of the function, a `Failure` or LOADED.
+        """
+        busy = self._busy_workers()
+        next_deadline = min(worker.deadline for worker in busy)
+        timeout_s = max(next_deadline - time.monotonic(), 0)
+        ready = wait([worker.pipe for worker in busy], timeout_s)
+        for worker in busy:
+            if worker.pipe in ready:
+                yield worker, worker.read_answer()
+            elif time.monotonic() >= worker.deadline:
+                yield worker, worker.fail_overdue()
+
+
+def _may_retry(answer: Any) -> bool:
+    return isinstance(answer, Failure) and answer.kind in ("lost", "crash")
 
 
 class _Worker:
-    """One process; at its other end `main`."""
+    """The parent's side of a worker process. The child runs `main`."""
 
     def __init__(self, memory_gb: float) -> None:
         parent_end, child_end = socket.socketpair()
@@ -176,88 +232,98 @@ class _Worker:
             str(child_end.fileno()),
             str(int(memory_gb * 2**30)),
         ]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = dict(os.environ)
+        environment["PYTHONPATH"] = os.pathsep.join(path or "." for path in sys.path)
+        environment["OMP_NUM_THREADS"] = "1"
         self._process = subprocess.Popen(
             command,
             pass_fds=[child_end.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # a session of its own: Ctrl-C is the trainer's to handle
+            start_new_session=True,  # Ctrl-C interrupts the trainer only
+        )
         child_end.close()
-        self._socket = parent_end  # shares its file with `pipe`, to set the time limits
+        # The socket and the pipe are the same file. The socket is kept to set the time limits.
+        self._socket = parent_end
         self.pipe = Connection(os.dup(parent_end.fileno()))
-        self.job: tuple[int, int] | None = None
-        self.deadline = 0.0
-        self.served = 0
+        self.job: _Job | None = None
+        self.deadline = 0.0  # of the job, or of importing its function
+        self.num_calls = 0
         self._timeout_s = 0.0
         self._loaded: set[str] = set()
-        # the function that is being imported: what fails then is no call's fault
-        self._loading = ""
-        self._cpu_s = 0.0  # at the call's begin
+        self._loading = ""  # name of the function that is being imported, "" if none is
+        self._cpu_s_at_begin = 0.0
 
-    def begin(self, job: tuple[int, int], how: _How, arguments: tuple[Any, ...]) -> None:
+    def begin(self, job: _Job, function: _Function, arguments: tuple[Any, ...]) -> None:
         """Sends a call to the worker."""
-        function, timeout_s, _ = how
         self.job = job
-        self.served += 1
-        self._timeout_s = timeout_s
-        self._cpu_s = self._cpu()
-        self._loading = "" if function in self._loaded else function
-        self._loaded.add(function)
-        limit_s = START_TIMEOUT_S if self._loading else timeout_s
+        self.num_calls += 1
+        self._timeout_s = function.timeout_s
+        self._cpu_s_at_begin = self._cpu_s()
+        self._loading = "" if function.name in self._loaded else function.name
+        self._loaded.add(function.name)
+        limit_s = START_TIMEOUT_S if self._loading else function.timeout_s
         self._limit_socket(limit_s)
         self.deadline = time.monotonic() + limit_s
         try:
-            self.pipe.send((how, arguments))
-        except BlockingIOError:  # frozen: part of the call is sent, `overdue` ends the worker
+            self.pipe.send((function, arguments))
+        except BlockingIOError:  # frozen; a part of the call is sent, so the worker must be ended
             self.deadline = time.monotonic()
         except OSError:
-            pass  # a dead worker is found out when its answer is read
+            pass  # the worker has ended; `read_answer` reports it
 
-    def answer(self) -> Any:
-        """Returns the next message over the pipe: the call's answer, or `LOADED`."""
+    def read_answer(self) -> Any:
+        """Returns the value of the call, a `Failure`, or LOADED.
+
+        Raises:
+            RuntimeError: The worker ended while it imported the function.
+        """
         try:
             kind, value = self.pipe.recv()
         except BlockingIOError:  # frozen in the middle of its answer
-            return self.overdue()
+            return self.fail_overdue()
         except (EOFError, OSError, pickle.UnpicklingError):
-            return self._ended()
+            return self._fail_ended()
         if kind == "loaded":
             self._loading = ""
             self._limit_socket(self._timeout_s)
             self.deadline = time.monotonic() + self._timeout_s
-            self._cpu_s = self._cpu()
+            self._cpu_s_at_begin = self._cpu_s()
             return LOADED
         return value
 
-    def _ended(self) -> Failure:
-        """Returns why the worker closed its pipe. Raises RuntimeError if it was loading."""
+    def _fail_ended(self) -> Failure:
+        """Returns the failure of a worker that has closed its pipe.
+
+        Raises:
+            RuntimeError: The worker was importing the function.
+        """
         code = self._wait()
-        if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT):
+        if code is not None and -code in OUTSIDE_SIGNALS:
             return Failure(
                 kind="lost", reason=f"its worker was killed by {signal.Signals(-code).name}"
             )
         if self._loading:
             raise RuntimeError(
-                f"a worker ended with code {code} while it loaded {self._loading}: see its "
-                "message above"
+                f"a worker ended with code {code} while it loaded {self._loading}. Its error "
+                "message is printed above."
             )
         if code is None:
             return Failure(kind="crash", reason="its worker closed its pipe and did not end")
         return Failure(kind="crash", reason=f"its worker ended with code {code}")
 
-    def overdue(self) -> Failure:
-        """Returns why the call is late. Raises RuntimeError if the worker is still loading."""
+    def fail_overdue(self) -> Failure:
+        """Returns the failure of a call that has passed its deadline.
+
+        Raises:
+            RuntimeError: The worker is still importing the function.
+        """
         if self._loading:
             raise RuntimeError(
                 f"a worker needs more than {START_TIMEOUT_S:g} s to load {self._loading}"
             )
-        if self._cpu() - self._cpu_s < STARVED * self._timeout_s:
+        if self._cpu_s() - self._cpu_s_at_begin < MIN_CPU_SHARE * self._timeout_s:
             return Failure(
                 kind="lost",
                 reason=f"its worker got too little processor time in {self._timeout_s:g} s",
@@ -282,40 +348,41 @@ class _Worker:
             return None
 
     def _limit_socket(self, limit_s: float) -> None:
-        """Makes a write or a read that makes no progress for `limit_s` raise BlockingIOError."""
+        """Makes a read or write raise BlockingIOError if it makes no progress for `limit_s`."""
         seconds = int(limit_s)
-        timeval = struct.pack("ll", seconds, int((limit_s - seconds) * 1e6))
+        microseconds = int((limit_s - seconds) * 1e6)
+        timeval = struct.pack("ll", seconds, microseconds)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
-    def _cpu(self) -> float:
-        """Returns the processor seconds of the worker so far."""
+    def _cpu_s(self) -> float:
+        """Returns the processor time that the worker has used, in seconds."""
         with contextlib.suppress(OSError):
-            # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3)
+            # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3).
             return time.clock_gettime((~self._process.pid << 3) | 2)
-        return self._cpu_s
+        return self._cpu_s_at_begin
 
 
-def main(pipe_fd: int, memory: int) -> None:
+def main(pipe_fd: int, memory_bytes: int) -> None:
     """Runs a worker: answers calls until the pipe closes."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe = Connection(pipe_fd)
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, Callable[..., Any]] = {}
     while True:
         try:
-            (name, timeout_s, options), arguments = pipe.recv()
+            function, arguments = pipe.recv()
         except EOFError:
             return
         try:
-            if name not in loaded:
-                loaded[name] = _load(name)
+            if function.name not in loaded:
+                loaded[function.name] = _load(function.name)
                 pipe.send(("loaded", None))
-            # without a parent to kill it, it ends by itself
-            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
-            answer = loaded[name](*arguments, **options)
+            # Ends a call whose parent is dead and cannot kill it.
+            signal.setitimer(signal.ITIMER_REAL, 2 * function.timeout_s + 1)
+            answer = loaded[function.name](*arguments, **function.options)
         except MemoryError:
-            answer = Failure(kind="memory", reason=f"more than {memory / 2**30:g} GB")
+            answer = Failure(kind="memory", reason=f"more than {memory_bytes / 2**30:g} GB")
         except Exception as error:
             answer = Failure(kind="error", reason=f"{type(error).__name__}: {error}")
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -323,18 +390,23 @@ def main(pipe_fd: int, memory: int) -> None:
             pipe.send(("answer", answer))
         except BrokenPipeError:
             return
-        except Exception as error:  # pickle's: the answer cannot be sent
+        except Exception as error:  # the value cannot be pickled
             pipe.send(
                 ("answer", Failure(kind="error", reason=f"its answer cannot be sent: {error}"))
             )
 
 
-def _load(name: str) -> Any:
-    """Returns the function, warmed up. A failure ends the worker: no call is to blame."""
+def _load(name: str) -> Callable[..., Any]:
+    """Imports a function and calls `warm_up()` of its module, if there is one.
+
+    If this fails, the worker ends. The failure then does not count as the failure of a call.
+    """
     try:
-        module, _, attribute = name.partition(":")
-        function = getattr(importlib.import_module(module), attribute)
-        getattr(sys.modules[module], "warm_up", lambda: None)()
+        module_name, _, attribute = name.partition(":")
+        module = importlib.import_module(module_name)
+        function: Callable[..., Any] = getattr(module, attribute)
+        if hasattr(module, "warm_up"):
+            module.warm_up()
         return function
     except BaseException:
         traceback.print_exc()
@@ -342,6 +414,7 @@ def _load(name: str) -> Any:
 
 
 if __name__ == "__main__":
+    # The module is imported under its full name, so that unpickled classes are those of `main`.
     from rewards.workers import pool
 
     pool.main(int(sys.argv[1]), int(sys.argv[2]))

@@ -136,7 +136,7 @@ def compare_over_http(options: argparse.Namespace) -> None:
     """Samples the same requests with both engines alternately and prints the ratio of the times."""
     generator = random.Random(options.seed)
     folder = options.folder / "http"
-    model_dir = models.locate(configs.Model(path=options.model), folder, options.seed)
+    model_dir = models.locate(configs.ModelSettings(path=options.model), folder, options.seed)
     tokenizer = models.load_tokenizer(model_dir)
     model = ServedModel(
         model_dir=str(model_dir),
@@ -167,8 +167,8 @@ def start_engines(
     model: ServedModel, folder: Path, decode: Callable[..., str]
 ) -> dict[str, VllmEngine | ServerPool]:
     """Starts a child process and a pool of one server, without waiting until they are ready."""
-    settings = configs.Engine(kv_cache_gb=0.5, max_sequences=64)
-    pool_settings = settings.model_copy(update={"servers": configs.Servers(count=1)})
+    settings = configs.EngineSettings(kv_cache_gb=0.5, max_sequences=64)
+    pool_settings = settings.model_copy(update={"servers": configs.ServerSettings(count=1)})
     return {
         "child": VllmEngine(model=model, settings=settings, log_file=folder / "engine.log"),
         "pool": ServerPool(model=model, settings=pool_settings, run_dir=folder, decode=decode),

@@ -49,7 +49,7 @@ def time_calls(owner: Any, name: str) -> None:
 
 def main() -> None:
     config_file, *overrides = sys.argv[1:] or ["configs/tiny.yaml"]
-    config: configs.Config = configs.load(config_file, ["run_dir=runs/watching", *overrides])
+    config: configs.TrainConfig = configs.load(config_file, ["run_dir=runs/watching", *overrides])
     time_calls(Journal, "record")
     time_calls(torch.linalg, "vecdot")
     time_calls(learner, "objective")

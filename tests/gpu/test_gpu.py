@@ -13,7 +13,7 @@ from whole_runs import rows, run, write_config
 from grpo.learning import models, policy
 from grpo.learning.batch import micro_batches, to_device
 from grpo.learning.learner import Learner
-from grpo.learning.policy import Policy
+from grpo.learning.policy import HeadOptions, Policy
 from grpo.losses.grpo import loss
 from grpo.training.weight_sync import MAX_GAP_ROUNDED, sync
 from grpo.types import Sample
@@ -78,7 +78,8 @@ def logprobs_of_long_samples(model_dir, attention, dtype):
     )
     model = models.load_model(model_dir, attention).to(DEVICE, dtype)
     with torch.no_grad():
-        output = Policy(model, temperature=1.0, chunk=512)(to_device(batch, DEVICE))
+        policy = Policy(model, HeadOptions(temperature=1.0, chunk_tokens=512))
+        output = policy(to_device(batch, DEVICE))
     logprobs = []
     for row in torch.tensor(batch.index).argsort().tolist():
         mask = batch.token_mask[row].to(DEVICE)
@@ -118,14 +119,14 @@ def test_logprob_kernels_match_pytorch_operations():
     generator = torch.Generator(DEVICE).manual_seed(0)
     logits = 4 * torch.randn(5, 49_153, device=DEVICE, generator=generator)
     targets = torch.randint(0, 49_153, (5,), device=DEVICE, generator=generator)
-    grad, entropy_grad = torch.randn(2, 5, device=DEVICE, generator=generator)
+    logprob_grad, entropy_grad = torch.randn(2, 5, device=DEVICE, generator=generator)
     expected_values = policy._values(logits, targets, temperature=0.7)
     actual_values = logprob_kernels.values(logits, targets, temperature=0.7)
     for actual, expected in zip(actual_values, expected_values, strict=True):
         assert torch.allclose(actual, expected, atol=1e-4)
     _, entropies, normalisers = expected_values
     for optional_entropy_grad in (None, entropy_grad):
-        arguments = (logits, targets, normalisers, entropies, grad, optional_entropy_grad)
+        arguments = (logits, targets, normalisers, entropies, logprob_grad, optional_entropy_grad)
         actual = logprob_kernels.gradient(*arguments, temperature=0.7)
         expected = policy._gradient(*arguments, temperature=0.7)
         assert torch.allclose(actual, expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The command line: where words may stand, and what happens when nobody reads the output."""
+"""The command line: order of the arguments, invalid arguments, and closed output pipes."""
 
 import os
 import subprocess
@@ -25,8 +25,8 @@ FLAGS = {
 }
 
 
-def places(flag: list[str]) -> list[list[str]]:
-    """Returns the words of a command with a flag before, between and after the overrides."""
+def with_flag_at_each_position(flag: list[str]) -> list[list[str]]:
+    """Returns the arguments of a command with the flag before, between and after the overrides."""
     first, second = OVERRIDES
     return [
         [*flag, "c.yaml", first, second],
@@ -37,44 +37,55 @@ def places(flag: list[str]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", FLAGS)
-def test_flags_stand_before_between_and_after_overrides(command):
-    parsed = [cli._parse([command, *words]) for words in places(FLAGS[command])]
-    assert all(options.overrides == OVERRIDES for options in parsed)
-    assert all(vars(options) == vars(parsed[0]) for options in parsed)
+def test_a_flag_can_be_before_between_or_after_the_overrides(command):
+    parsed = [
+        cli._parse([command, *arguments])
+        for arguments in with_flag_at_each_position(FLAGS[command])
+    ]
+    for options in parsed:
+        assert options.overrides == OVERRIDES
+        assert vars(options) == vars(parsed[0])
 
 
-def test_two_flags_stand_among_three_overrides():
+def test_several_flags_can_be_mixed_with_overrides():
     options = cli._parse(["doctor", "c.yaml", "a=1", "--price", "2", "b=2", "--no-sample", "c=3"])
     assert options.overrides == ["a=1", "b=2", "c=3"]
-    assert (options.price, options.no_sample) == (2.0, True)
+    assert options.price == 2.0
+    assert options.no_sample is True
 
 
-def test_runs_may_follow_a_flag():
-    expected = ["a", "b", "c"]
-    for words in ("a b c --output f", "a --output f b c", "a b --output f c", "--output f a b c"):
-        options = cli._parse(["report", *words.split()])
-        assert (options.runs, options.output) == (expected, "f")
+def test_runs_and_overrides_can_follow_a_flag():
+    for arguments in (
+        "a b c --output f",
+        "a --output f b c",
+        "a b --output f c",
+        "--output f a b c",
+    ):
+        options = cli._parse(["report", *arguments.split()])
+        assert options.runs == ["a", "b", "c"]
+        assert options.output == "f"
     assert cli._parse(["eval", "a", "--resume", "b"]).overrides == ["b"]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     ["train c.yaml a=1 --resum-it", "grade answers.jsonl a=1", "grade a.jsonl --explain 1 b.jsonl"],
 )
-def test_words_that_no_command_takes_are_refused(words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli._parse(words.split())
-    assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+def test_unknown_arguments_are_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli._parse(arguments.split())
+    assert raised.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
 
 
-def test_a_word_that_is_no_override_is_named(tiny, tmp_path, capsys):
+def test_an_argument_that_is_not_an_override_is_an_error_that_names_it(tiny, tmp_path, capsys):
     config = write_config(tmp_path / "c.yaml", sft_config(tmp_path / "run", tiny()))
-    for words in (["oops", "--dry-run"], ["--dry-run", "oops"]):
-        assert cli.main(["sft", config, *words]) == 2
-        assert "oops: an override is key=value" in capsys.readouterr().err
+    for arguments in (["oops", "--dry-run"], ["--dry-run", "oops"]):
+        assert cli.main(["sft", config, *arguments]) == 2
+        assert "oops: an override must have the form key=value" in capsys.readouterr().err
 
 
-def start(*arguments: str, stdout: int, unbuffered: str = "") -> subprocess.Popen:
+def start_grpo(*arguments: str, stdout: int, unbuffered: str = "") -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "grpo", *arguments],
         stdout=stdout,
@@ -85,11 +96,12 @@ def start(*arguments: str, stdout: int, unbuffered: str = "") -> subprocess.Pope
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_leaves_ends_the_command_quietly(tiny, tmp_path, unbuffered):
-    """`grpo doctor CONFIG | head -1`."""
+def test_a_command_ends_quietly_when_the_reader_closes_the_pipe(tiny, tmp_path, unbuffered):
+    """As in `grpo doctor CONFIG | head -1`."""
     config = write_config(tmp_path / "c.yaml", sft_config(tmp_path / "run", tiny()))
-    pipe = subprocess.PIPE
-    process = start("doctor", config, "--no-sample", stdout=pipe, unbuffered=unbuffered)
+    process = start_grpo(
+        "doctor", config, "--no-sample", stdout=subprocess.PIPE, unbuffered=unbuffered
+    )
     assert process.stdout.readline().startswith("ok    batch")
     process.stdout.close()
     assert process.wait(timeout=60) == 1
@@ -97,21 +109,22 @@ def test_a_reader_that_leaves_ends_the_command_quietly(tiny, tmp_path, unbuffere
 
 
 @pytest.mark.parametrize("command", [[], ["train"]])
-def test_a_reader_that_never_came_is_no_error_of_a_finished_command(command):
-    """What is printed is written out at the end only, when Python exits."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    process = start(*command, "--help", stdout=writer)
-    os.close(writer)
+def test_a_command_succeeds_if_its_buffered_output_has_no_reader(command):
+    """Python writes a short buffered output only at exit, after the command has succeeded."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = start_grpo(*command, "--help", stdout=write_end)
+    os.close(write_end)
     assert process.wait(timeout=60) == 0
     assert process.stderr.read() == ""
 
 
-def test_a_broken_pipe_inside_is_an_error_like_any_other(monkeypatch, capsys):
-    def lost(options):
+def test_a_broken_pipe_other_than_standard_output_is_reported(monkeypatch, capsys):
+    def raise_broken_pipe(options):
         raise BrokenPipeError("the pipe to the engine")
 
-    monkeypatch.setattr(cli, "_grade", lost)
+    monkeypatch.setattr(cli, "_grade", raise_broken_pipe)
     assert cli.main(["grade", "answers.jsonl"]) == 1
     errors = capsys.readouterr().err
-    assert "Traceback" in errors and "grpo: BrokenPipeError: the pipe to the engine" in errors
+    assert "Traceback" in errors
+    assert "grpo: BrokenPipeError: the pipe to the engine" in errors

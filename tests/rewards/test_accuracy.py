@@ -1,10 +1,12 @@
 """The accuracy reward.
 
-Equal in value and kind is correct, all else is wrong, and no text of a model makes it fail or run.
+An answer that equals the gold answer in value and kind is correct, all others are wrong. No text of
+a model raises an exception or is executed.
 """
 
 import json
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ from hypothesis import strategies as st
 
 from grpo.types import Completion, Problem
 from rewards.accuracy import explain, reward, verify
-from rewards.verifier.equal import equal
-from rewards.verifier.exact_values import TooLarge, exact
+from rewards.verifier.equal import compare_answers
+from rewards.verifier.exact_values import TooLargeError, exact_value
 
 CASES = [
     json.loads(line)
@@ -219,20 +221,20 @@ def test_equal_in_value_and_kind_is_correct(prediction, gold):
 
 
 @pytest.mark.parametrize(("prediction", "gold"), WRONG)
-def test_another_value_or_kind_is_wrong(prediction, gold):
+def test_a_different_value_or_kind_is_wrong(prediction, gold):
     verdict = verify(f"<think>{gold}</think><answer>{prediction}</answer>", gold)
     assert verdict.value == "wrong"
     assert verdict.reason
 
 
 @pytest.mark.parametrize("gold", sorted({gold for _, gold in CORRECT + WRONG}))
-def test_every_gold_answer_is_correct_for_itself_respelled(gold):
-    assert equal(f" ${gold}$. ", gold).value == "correct"
+def test_every_gold_answer_equals_itself_in_another_spelling(gold):
+    assert compare_answers(f" ${gold}$. ", gold).value == "correct"
 
 
 @pytest.mark.parametrize("gold", ["5", "x+1", "(1,2)", r"\sqrt{2}", r"\text{east}"])
 @pytest.mark.parametrize("prediction", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_is_wrong_by_rule(prediction, gold):
+def test_hostile_text_is_wrong(prediction, gold):
     assert verify(f"<answer>{prediction}</answer>", gold).value == "wrong"
 
 
@@ -247,24 +249,24 @@ def test_hostile_text_is_wrong_by_rule(prediction, gold):
     ],
 )
 def test_empty_elements_are_wrong(prediction, gold):
-    assert equal(prediction, gold).value == "wrong"
+    assert compare_answers(prediction, gold).value == "wrong"
 
 
 def test_a_gold_answer_beyond_the_bounds_is_undecided():
-    assert equal("5", "10^{99999}").value == "undecided"
-    assert equal("10^{99999}", "5").value == "wrong"
+    assert compare_answers("5", "10^{99999}").value == "undecided"
+    assert compare_answers("10^{99999}", "5").value == "wrong"
 
 
 @pytest.mark.parametrize(
     "prediction",
     ["2^-" * 332 + "2", r"\frac" * 190 + "1", "3\\frac1" * 120, "-(" * 29 + "1" + ")" * 29],
 )
-def test_deep_recursion_is_no_exception(prediction):
-    assert equal(prediction, "5").value == "wrong"
+def test_deep_recursion_raises_no_exception(prediction):
+    assert compare_answers(prediction, "5").value == "wrong"
 
 
-def test_a_long_prediction_is_wrong_by_rule():
-    assert equal("5" + " " * 10**6, "5").reason == "longer than 1000 characters"
+def test_a_long_prediction_is_wrong():
+    assert compare_answers("5" + " " * 10**6, "5").reason == "longer than 1000 characters"
     assert verify("5" + " " * 2000, "5").reason == "no final answer"
 
 
@@ -287,18 +289,25 @@ def test_a_completion_without_a_final_answer_is_wrong(text):
     assert reward(completion(text + "<answer>2</answer>"), problem).value == "correct"
 
 
-def test_a_gold_answer_that_we_cannot_read_is_undecided_unless_the_text_is_the_same():
+def test_an_unreadable_gold_answer_is_undecided_unless_the_text_is_the_same():
     gold = r"\frac{1}{"
-    assert equal("5", gold).value == "undecided"
-    assert equal(gold, gold).value == "correct"
-    assert equal("5", " ").value == "undecided"
+    assert compare_answers("5", gold).value == "undecided"
+    assert compare_answers(gold, gold).value == "correct"
+    assert compare_answers("5", " ").value == "undecided"
 
 
 def test_exact_values_worked_by_hand():
-    assert exact(r"3\frac{1}{2}") == exact("3 1/2") == exact("7/2") == exact("3.5")
-    assert exact("1,234,567.5") * 2 == 2469135
-    assert exact("-2^2") == -4 and exact("(-2)^2") == 4 and exact("2^{-2}") * 4 == 1
-    assert exact("2+3*4-6/3") == 12 and exact("3!^2") == 36
+    for text in (r"3\frac{1}{2}", "3 1/2", "7/2", "3.5"):
+        assert exact_value(text) == Fraction(7, 2)
+    assert exact_value("1,234,567.5") == Fraction(2469135, 2)
+    assert exact_value("-2^2") == -4
+    assert exact_value("(-2)^2") == 4
+    assert exact_value("2^{-2}") == Fraction(1, 4)
+    assert exact_value("2+3*4-6/3") == 12
+    assert exact_value("3!^2") == 36
+
+
+def test_text_that_is_no_arithmetic_has_no_exact_value():
     for text in (
         "1,00",
         "1 2",
@@ -313,72 +322,62 @@ def test_exact_values_worked_by_hand():
         "5-",
         "(-1)!",
     ):
-        assert exact(text) is None
+        assert exact_value(text) is None
+
+
+def test_exact_values_beyond_the_bounds_are_too_large():
     for text in ("10^{99999}", "2201!", "9^{9^{9^{9}}}", "*".join(["10^{400}"] * 20)):
-        with pytest.raises(TooLarge):
-            exact(text)
+        with pytest.raises(TooLargeError):
+            exact_value(text)
 
 
 @given(st.integers(-(10**30), 10**30), st.integers(1, 10**30))
 def test_neighbours_are_never_equal(numerator, denominator):
-    assert (
-        equal(f"{numerator}/{denominator}", rf"\frac{{{numerator}}}{{{denominator}}}").value
-        == "correct"
-    )
-    assert (
-        equal(f"{numerator + 1}/{denominator}", rf"\frac{{{numerator}}}{{{denominator}}}").value
-        == "wrong"
-    )
+    gold = rf"\frac{{{numerator}}}{{{denominator}}}"
+    assert compare_answers(f"{numerator}/{denominator}", gold).value == "correct"
+    assert compare_answers(f"{numerator + 1}/{denominator}", gold).value == "wrong"
 
 
 @given(st.text("0123456789.,/-+()[]{}\\$%= ^_abx", max_size=40))
 def test_any_text_gets_a_verdict_against_a_number(prediction):
-    assert equal(prediction, "12345678.5").value == "wrong" or "5678" in prediction
+    assert compare_answers(prediction, "12345678.5").value == "wrong" or "5678" in prediction
 
 
 @pytest.mark.parametrize("category", sorted({case["category"] for case in CASES}))
 def test_the_labelled_cases(category):
-    """Written from the conventions by people who had not seen the verifier
-    (tests/benchmarks/verifier_audit.py has the table).
+    """Cases labelled by the conventions in docs/rewards.md, by authors who had not seen the code.
+
+    tests/benchmarks/verifier_audit.py compares other verifiers on these cases.
     """
-    cases = [case for case in CASES if case["category"] == category]
-    wrong = [
-        (case, found)
-        for case in cases
-        if (found := verify(case["prediction"], case["gold"])).value != case["label"]
-    ]
-    assert not wrong, wrong
+    for case in CASES:
+        if case["category"] == category:
+            verdict = verify(case["prediction"], case["gold"])
+            assert verdict.value == case["label"], (case, verdict)
 
 
 @pytest.mark.parametrize("kind", sorted({case["kind"] for case in ATTACKS}))
-def test_hostile_text_gets_nothing_and_runs_nothing(kind, monkeypatch, tmp_path):
+def test_hostile_text_is_wrong_and_not_executed(kind, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    found = []
+    predictions = []
+    for case in ATTACKS:
+        if case["kind"] == kind:
+            text = case["prediction"] * case.get("repeat", 1)
+            text = case.get("prefix", "") + text + case.get("suffix", "")
+            predictions.append((text, case["gold"]))
+            predictions.append((f"<think>x</think><answer>{text}</answer>", case["gold"]))
+    verdicts = []
 
-    def judge():  # in a thread: nothing here may need signals
-        for case in ATTACKS:
-            text = (
-                case.get("prefix", "")
-                + case["prediction"] * case.get("repeat", 1)
-                + case.get("suffix", "")
-            )
-            if case["kind"] == kind:
-                forms = (text, f"<think>x</think><answer>{text}</answer>")
-                found.extend(
-                    (case, value)
-                    for form in forms
-                    if (value := verify(form, case["gold"]).value) != "wrong"
-                )
+    def verify_all():
+        for prediction, gold in predictions:
+            verdicts.append(verify(prediction, gold).value)
 
-    before = set(Path("/tmp").iterdir())
-    thread = threading.Thread(target=judge)
+    existed_before = Path("/tmp/pwned").exists()
+    thread = threading.Thread(target=verify_all)  # signals do not work in a thread
     thread.start()
     thread.join()
-    assert (
-        not found
-        and not list(tmp_path.iterdir())
-        and Path("/tmp/pwned") not in set(Path("/tmp").iterdir()) - before
-    )
+    assert verdicts == ["wrong"] * len(predictions)
+    assert not list(tmp_path.iterdir())
+    assert Path("/tmp/pwned").exists() == existed_before
 
 
 numbers = st.one_of(
@@ -434,7 +433,7 @@ def test_an_answer_equals_itself_and_its_noisy_spelling(answer):
 @settings(max_examples=200)
 @given(answers, answers)
 def test_equality_is_symmetric(a, b):
-    assert (equal(a, b).value == "correct") == (equal(b, a).value == "correct")
+    assert (compare_answers(a, b).value == "correct") == (compare_answers(b, a).value == "correct")
 
 
 @settings(max_examples=300)
@@ -449,9 +448,14 @@ def test_scrambled_mathematics_gets_a_verdict(prediction, gold):
     assert verify(prediction, gold).value in ("correct", "wrong")
 
 
-def test_explain_says_where_the_answer_was_found_and_how_it_was_read():
-    told = explain(r"<think>1</think><answer>$\dfrac12$.</answer>", "0.5")
-    assert "in the completion" in told and r"\\frac{1}{2}" in told and told.endswith("correct")
-    assert explain("no box", "0.5").endswith("wrong: cannot read the answer") or "wrong" in explain(
-        "no box", "0.5"
-    )
+def test_explain_shows_the_answer_and_how_it_is_read():
+    assert explain(r"<think>1</think><answer>$\dfrac12$.</answer>", "0.5").splitlines() == [
+        r"answer              '$\\dfrac12$.'",
+        "found               'in the completion'",
+        "gold                '0.5'",
+        r"answer, normalised  '\\frac{1}{2}'",
+        "gold, normalised    '0.5'",
+        "verdict             correct",
+    ]
+    assert "found               'a bare answer'" in explain("no box", "0.5")
+    assert "verdict             wrong: " in explain("no box", "0.5")

@@ -1,6 +1,6 @@
 """The code reward.
 
-Right programs pass, wrong and hostile ones do not, and the sandbox keeps what it promises.
+Correct programs pass, wrong and hostile programs do not, and the sandbox isolates them.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import pytest
 from grpo.types import Completion, Problem, UserError
 from rewards import code
 from rewards.workers import sandbox
-from rewards.workers.sandbox import NoSandbox, run
+from rewards.workers.sandbox import SandboxUnavailableError, run
 
 SQUARE = Problem(
     id="c/0",
@@ -57,7 +57,7 @@ def fenced(program):
     return completion(f"<think>Easy.</think>\nHere:\n```python\n{program}\n```\nDone.")
 
 
-def judge(program, problem=SQUARE, **options):
+def verdict_on(program, problem=SQUARE, **options):
     return code.reward(
         fenced(program),
         problem,
@@ -82,8 +82,8 @@ def judge(program, problem=SQUARE, **options):
         ("if __name__ == '__main__':\n    print(sum(map(int, input().split())), end='')", ADD),
     ],
 )
-def test_right_programs_pass(program, problem):
-    assert judge(program, problem).value == "correct"
+def test_correct_programs_pass(program, problem):
+    assert verdict_on(program, problem).value == "correct"
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_right_programs_pass(program, problem):
         ("def square(x): return square(x)", SQUARE, "ended with code 1"),
     ],
 )
-def test_wrong_programs_fail_and_say_how(program, problem, reason):
-    verdict = judge(program, problem, timeout_s=2)
+def test_wrong_programs_fail_with_a_reason(program, problem, reason):
+    verdict = verdict_on(program, problem, timeout_s=2)
     assert (verdict.value, verdict.reason) == ("wrong", reason)
 
 
@@ -118,23 +118,28 @@ def test_wrong_programs_fail_and_say_how(program, problem, reason):
         "import builtins\nbuiltins.AssertionError = None\ndef square(x): return 1",
     ],
 )
-def test_programs_that_cheat_get_nothing(program):
-    assert judge(program).value == "wrong"
+def test_programs_that_cheat_are_wrong(program):
+    assert verdict_on(program).value == "wrong"
 
 
 def test_the_program_is_the_last_block_of_the_visible_answer():
     assert (
-        code.extract("<think>```python\nbad\n```</think>```\nfirst\n```\nthen\n```py\nlast\n```")
+        code.extract_program(
+            "<think>```python\nbad\n```</think>```\nfirst\n```\nthen\n```py\nlast\n```"
+        )
         == "last\n"
     )
-    assert code.extract("<think>x</think><answer>print(1)</answer>") == "print(1)"
+    assert code.extract_program("<think>x</think><answer>print(1)</answer>") == "print(1)"
     assert (
-        code.extract("<think>x</think><answer>See\n```python\nprint(2)\n```\n</answer>")
+        code.extract_program("<think>x</think><answer>See\n```python\nprint(2)\n```\n</answer>")
         == "print(2)\n"
     )
-    assert code.extract("no program") is None and code.extract("```python\nnever closed") is None
+    assert (
+        code.extract_program("no program") is None
+        and code.extract_program("```python\nnever closed") is None
+    )
     # a regular expression would take hours
-    assert code.extract("```" + " " * 10**6 + "\n```" * 10**5) == "\n"
+    assert code.extract_program("```" + " " * 10**6 + "\n```" * 10**5) == "\n"
     assert code.reward(completion("nothing"), SQUARE).reason == "no program"
     assert (
         code.reward(fenced("print(1)"), Problem(id="m", question="2+2?", answer="4", source="t"))
@@ -144,7 +149,7 @@ def test_the_program_is_the_last_block_of_the_visible_answer():
 
 @sandboxed
 @pytest.mark.parametrize(
-    ("program", "said"),
+    ("program", "output"),
     [
         ("import socket; socket.create_connection(('127.0.0.1', 22), 2)", ""),
         ("import socket; socket.getaddrinfo('example.org', 80)", ""),
@@ -160,14 +165,15 @@ def test_the_program_is_the_last_block_of_the_visible_answer():
         ("import os; print(os.path.exists('/dev/shm'), os.getpid(), os.getppid())", "False 2 1\n"),
     ],
 )
-def test_the_sandbox_has_no_network_no_files_and_no_other_processes(program, said):
+def test_the_sandbox_has_no_network_no_files_and_no_other_processes(program, output):
     outcome = run(program, timeout_s=5)
-    assert outcome.output == said, outcome
-    assert not outcome.timed_out and (outcome.code == 0) == bool(said)
+    assert outcome.output == output, outcome
+    assert not outcome.timed_out
+    assert (outcome.code == 0) == bool(output)
 
 
 @sandboxed
-def test_nothing_survives_the_sandbox(tmp_path):
+def test_no_process_survives_the_sandbox(tmp_path):
     def processes():
         return {path for path in Path("/proc").iterdir() if path.name.isdigit()}
 
@@ -180,27 +186,26 @@ def test_nothing_survives_the_sandbox(tmp_path):
     outcome = run(escape + program, timeout_s=1)
     assert outcome.timed_out
     time.sleep(0.2)
-    left = [
-        (path / "cmdline").read_text()
-        for path in processes() - before
-        if (path / "cmdline").exists()
-    ]
-    assert not [line for line in left if "exec(compile" in line or "_sandbox" in line]
+    for path in processes() - before:
+        if (path / "cmdline").exists():
+            command = (path / "cmdline").read_text()
+            assert "exec(compile" not in command
+            assert "_sandbox" not in command
 
 
 @sandboxed
 def test_a_flood_of_output_is_cut_and_a_fork_bomb_ends():
     outcome = run("while True: print('x' * 10000)", timeout_s=5)
-    assert outcome.code != 0 and len(outcome.output) <= sandbox.OUTPUT_BYTES
+    assert outcome.code != 0 and len(outcome.output) <= sandbox.MAX_OUTPUT_BYTES
     start = time.monotonic()
     run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", timeout_s=1)
     assert time.monotonic() - start < 10
 
 
-def test_where_namespaces_are_forbidden_it_refuses_unless_allowed_by_name(monkeypatch):
+def test_without_namespaces_it_fails_unless_rlimits_are_chosen(monkeypatch):
     def forbidden(*_, isolation, **__):
         if isolation == "namespaces":
-            raise NoSandbox("[Errno 1] unshare: Operation not permitted")
+            raise SandboxUnavailableError("[Errno 1] unshare: Operation not permitted")
         return sandbox.Outcome(0, "42\n", False)
 
     monkeypatch.setattr(code, "run", forbidden)
@@ -210,15 +215,15 @@ def test_where_namespaces_are_forbidden_it_refuses_unless_allowed_by_name(monkey
     ):
         code.prepare()
     code.prepare(isolation="rlimits")
-    with pytest.raises(UserError, match="give namespaces or rlimits"):
+    with pytest.raises(UserError, match="expected namespaces or rlimits"):
         code.prepare(isolation="docker")
 
 
 @pytest.mark.skipif(
     os.geteuid() != 0 or bool(NAMESPACES),
-    reason="a user who is not root takes this way in every test",
+    reason="without root, every test uses a user namespace",
 )
-def test_it_works_without_roots_powers_too():
+def test_the_sandbox_works_without_the_privileges_of_root():
     child = os.fork()
     # CAP_SYS_ADMIN (21) leaves the bounding set: the sandbox must make a user namespace
     if child == 0:

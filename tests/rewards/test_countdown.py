@@ -1,6 +1,6 @@
 """The countdown reward.
 
-Exact fractions, every number exactly once, and text that is parsed and never run.
+Fractions are exact, each number is used exactly once, and the text is parsed, never evaluated.
 """
 
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.types import Completion, Problem
-from rewards.countdown import check, reward
+from rewards.countdown import check_expression, reward
 
 PROBLEM = Problem(
     id="c/0",
@@ -40,7 +40,7 @@ def completion(text: str) -> Completion:
     ],
 )
 def test_a_solution_is_correct(answer):
-    assert check(answer, [3, 5, 7], 20).value == "correct"
+    assert check_expression(answer, [3, 5, 7], 20).value == "correct"
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_a_solution_is_correct(answer):
         ("5+5", [5, 5], 10),
     ],
 )
-def test_fractions_on_the_way_are_exact(answer, numbers, target):
-    assert check(answer, numbers, target).value == "correct"
+def test_intermediate_fractions_are_exact(answer, numbers, target):
+    assert check_expression(answer, numbers, target).value == "correct"
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_fractions_on_the_way_are_exact(answer, numbers, target):
         ("1" * 10**6, "longer than 200 characters"),
     ],
 )
-def test_everything_else_is_wrong_and_says_why(answer, reason):
-    verdict = check(answer, [3, 5, 7], 20)
+def test_everything_else_is_wrong_with_a_reason(answer, reason):
+    verdict = check_expression(answer, [3, 5, 7], 20)
     assert verdict.value == "wrong"
     assert reason in verdict.reason
 
 
-def test_a_decimal_does_not_use_its_digits():
-    assert check("1.5*2", [1, 5, 2], 3).value == "wrong"
+def test_the_digits_of_a_decimal_are_no_numbers():
+    assert check_expression("1.5*2", [1, 5, 2], 3).value == "wrong"
 
 
-def test_the_reward_reads_the_final_answer_only():
+def test_the_reward_reads_only_the_final_answer():
     assert (
         reward(completion("<think>x</think><answer>(7-3)*5</answer>"), PROBLEM).value == "correct"
     )
@@ -111,7 +111,7 @@ def test_the_reward_reads_the_final_answer_only():
     )
 
 
-def test_a_problem_of_another_kind_has_no_countdown_reward():
+def test_other_problems_have_no_countdown_reward():
     assert (
         reward(
             completion("<answer>2</answer>"),
@@ -122,10 +122,10 @@ def test_a_problem_of_another_kind_has_no_countdown_reward():
 
 
 @given(st.text("0123456789+-*/()= .×÷x", max_size=60))
-def test_any_text_gets_a_verdict_that_agrees_with_python(answer):
-    verdict = check(answer, [3, 5, 7], 20)
+def test_every_text_gets_a_verdict_that_agrees_with_python(answer):
+    verdict = check_expression(answer, [3, 5, 7], 20)
     if verdict.value == "correct":
         plain = answer.replace("×", "*").replace("÷", "/").split("=")[0].strip()
-        assert abs(eval(plain) - 20) < 1e-9  # only digits and operators by now
+        assert abs(eval(plain) - 20) < 1e-9  # only digits and operators remain
     else:
         assert verdict.value == "wrong"

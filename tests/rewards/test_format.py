@@ -1,4 +1,4 @@
-"""The format reward: four tags, once each, in order, filled, and nothing around them."""
+"""The format reward: each of the four tags once, in order, not empty, and nothing around them."""
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from grpo.types import Completion, Problem, Score
 from rewards.format import check, reward
-from rewards.verifier.parse import TAGS, boxed, final_answer
+from rewards.verifier.parse import TAGS, final_answer, last_boxed
 
 GOOD = "<think>1+1</think><answer>2</answer>"
 PROBLEM = Problem(id="t/0", question="1+1?", answer="2", source="t")
@@ -62,14 +62,14 @@ def test_well_formed_completions_pass(text):
         ("<think>1+1</think><answer>\n</answer>", "empty answer"),
     ],
 )
-def test_each_fault_is_named(text, reason):
+def test_each_fault_has_a_reason(text, reason):
     verdict = check(text)
     assert not verdict
     assert verdict.reason == reason
     assert reward(completion(text), PROBLEM) == Score(value=0.0, reason=reason)
 
 
-def test_a_prefilled_tag_is_put_back_before_judging():
+def test_a_prefilled_tag_is_added_before_the_check():
     assert check("1+1</think><answer>2</answer>", prefilled=True)
     assert not check("1+1</think><answer>2</answer>")
     assert check(GOOD, prefilled=True).reason == "several think"
@@ -78,7 +78,7 @@ def test_a_prefilled_tag_is_put_back_before_judging():
 @given(
     st.lists(st.sampled_from([*TAGS, "x", " ", "\n", "\\boxed{", "}", "<", "/think>"]), max_size=14)
 )
-def test_what_passes_is_exactly_the_shape(pieces):
+def test_only_the_exact_format_passes(pieces):
     text = "".join(pieces)
     if check(text):
         thoughts, answer = (
@@ -111,11 +111,11 @@ def test_what_passes_is_exactly_the_shape(pieces):
         ("", None),
     ],
 )
-def test_the_final_answer_stands_in_the_tags_or_in_the_last_box(text, answer):
+def test_the_final_answer_is_in_the_tags_or_in_the_last_box(text, answer):
     assert final_answer(text) == answer
 
 
 @given(st.text("a\\{}", max_size=30))
 def test_a_box_has_balanced_braces(content):
-    found = boxed("\\boxed{" + content)
-    assert found is None or found.count("{") == found.count("}")
+    answer = last_boxed("\\boxed{" + content)
+    assert answer is None or answer.count("{") == answer.count("}")

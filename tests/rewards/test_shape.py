@@ -1,7 +1,4 @@
-"""Rewards for how a completion is written.
-
-Language, length, repetition; and the letter of a choice.
-"""
+"""Rewards for the form of a completion: language, length, repetition; and multiple choice."""
 
 import pytest
 from hypothesis import given
@@ -13,9 +10,9 @@ from rewards import choice, language, length, repetition
 QUESTION = Problem(id="t/0", question="What is the sum of 1 and 2?", answer="B", source="t")
 
 
-def completion(text, tokens=1):
+def completion(text, num_tokens=1):
     return Completion(
-        token_ids=(0,) * tokens, logprobs=(), text=text, finish_reason="stop", versions=()
+        token_ids=(0,) * num_tokens, logprobs=(), text=text, finish_reason="stop", versions=()
     )
 
 
@@ -23,13 +20,13 @@ def completion(text, tokens=1):
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted", "share"),
+    ("text", "expected_language", "share"),
     [
         ("So the answer is three", "en", 1.0),
         ("So 这 is 三", "en", 2 / 4),  # so, is; two Han characters
         ("这是答案", "zh", 1.0),
         ("答案 is 三", "zh", 3 / 4),
-        # formulas and single letters are of no language
+        # formulas and single letters belong to no language
         ("答案是 x = 3, $\\frac{1}{2}$ \\boxed{3}", "zh", 1.0),
         ("", "en", 1.0),
         ("1 + 2 = 3", "en", 1.0),
@@ -40,12 +37,12 @@ def completion(text, tokens=1):
         ("ответ is три", "ru", 2 / 3),
     ],
 )
-def test_the_share_of_words_in_a_language(text, wanted, share):
-    assert language.share(text, wanted) == pytest.approx(share)
+def test_the_share_of_words_in_a_language(text, expected_language, share):
+    assert language.share(text, expected_language) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("What is the sum of 1 and 2?", "en"),
         ("求 1 和 2 的和。", "zh"),
@@ -60,21 +57,21 @@ def test_the_share_of_words_in_a_language(text, wanted, share):
         ("1 더하기 2는?", "ko"),
     ],
 )
-def test_the_language_of_a_question(text, found):
-    assert language.of(text) == found
+def test_the_language_of_a_question(text, expected):
+    assert language.of(text) == expected
 
 
-def test_the_language_reward_reads_the_thoughts_alone():
+def test_the_language_reward_reads_only_the_thoughts():
     mixed = completion("<think>So the sum is 三</think><answer>答案</answer>")
     assert language.reward(mixed, QUESTION) == pytest.approx(4 / 5)
     assert language.reward(mixed, QUESTION, language="zh") == pytest.approx(1 / 5)
-    # cut off before its thoughts ended
+    # cut off before the end of its thoughts
     assert language.reward(completion("the sum is"), QUESTION) == 1.0
 
 
 @given(st.text(max_size=200), st.sampled_from(sorted(language.LANGUAGES)))
-def test_a_share_is_a_share(text, wanted):
-    assert 0 <= language.share(text, wanted) <= 1
+def test_a_share_is_between_0_and_1(text, expected_language):
+    assert 0 <= language.share(text, expected_language) <= 1
     assert language.of(text) in language.LANGUAGES
 
 
@@ -82,11 +79,12 @@ def test_a_share_is_a_share(text, wanted):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "value"), [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (500, -1.0)]
+    ("num_tokens", "value"),
+    [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (500, -1.0)],
 )
-def test_the_soft_overlong_punishment(tokens, value):
+def test_the_soft_overlong_punishment(num_tokens, value):
     assert length.reward(
-        completion("", tokens), QUESTION, max_tokens=100, buffer=20
+        completion("", num_tokens), QUESTION, max_tokens=100, buffer=20
     ) == pytest.approx(value)
 
 
@@ -124,8 +122,8 @@ def test_repeated_ngrams_are_counted():
         "B. A triangle",
     ],
 )
-def test_one_letter_in_many_spellings(answer):
-    assert choice.letter(answer, {}) == "B"
+def test_a_letter_may_be_written_in_many_ways(answer):
+    assert choice.chosen_letter(answer, {}) == "B"
     assert (
         choice.reward(completion(f"<think>x</think><answer>{answer}</answer>"), QUESTION).value
         == "correct"
@@ -135,14 +133,14 @@ def test_one_letter_in_many_spellings(answer):
 @pytest.mark.parametrize(
     "answer", ["A", "A, B", "A or B", "B and C", "Bob", "the best", "", "42", "B" * 5000, "A B C D"]
 )
-def test_what_is_no_single_letter_is_wrong(answer):
+def test_an_answer_that_is_no_single_letter_is_wrong(answer):
     assert (
         choice.reward(completion(f"<think>B</think><answer>{answer}</answer>"), QUESTION).value
         == "wrong"
     )
 
 
-def test_the_words_of_a_choice_are_its_letter():
+def test_the_text_of_a_choice_counts_as_its_letter():
     problem = Problem(
         id="t/1",
         question="?",

@@ -1,4 +1,4 @@
-"""Servers that are killed, hang or belong to somebody else, alone and in whole runs."""
+"""Pools of real servers: killed servers, frozen servers, remote servers and complete runs."""
 
 import json
 import os
@@ -23,149 +23,168 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_flipped_bit_on_the_way_is_named_and_the_server_gets_the_weights_again(
-    pool, tiny, said, monkeypatch
-):
+def wait_until_all_up(pool):
+    wait_for(lambda: all(server.up for server in pool._state.servers), seconds=90)
+
+
+def wait_until_up(server):
+    wait_for(lambda: server.up, seconds=90)
+
+
+def token_ids(groups):
+    """Returns the token ids of each completion of each group."""
+    result = []
+    for group in groups:
+        result.append([completion.token_ids for completion in group])
+    return result
+
+
+def max_probe_gap(run_dir):
+    return max(row["probe/gap"] for row in rows(run_dir))
+
+
+def test_flipped_bit_is_reported_and_the_servers_load_the_next_weights(pool, tiny, monkeypatch):
     write = pool._sender.write
 
-    def broken(stream):
+    def write_and_flip_bit(stream):
         update_info = write(stream)
-        sent = pool._sender._mapped.bytes
-        sent[sent.numel() // 2] ^= 4
+        stored_bytes = pool._sender._mapped.bytes
+        stored_bytes[stored_bytes.numel() // 2] ^= 4
         return update_info
 
-    monkeypatch.setattr(pool._sender, "write", broken)
-    with pytest.raises(EngineError, match=r"the bytes of \S+ are not those that were sent"):
+    monkeypatch.setattr(pool._sender, "write", write_and_flip_bit)
+    with pytest.raises(EngineError, match=r"the bytes of \S+ differ from those that were sent"):
         pool.load_weights(weights(tiny()), 4)
     monkeypatch.undo()
-    pool.load_weights(weights(tiny()), 5)  # nobody is there to take them: who comes back gets them
-    wait_for(lambda: all(server.up for server in pool._state.servers), seconds=90)
+    # No server is up at this time. Each server loads these weights when it has recovered.
+    pool.load_weights(weights(tiny()), 5)
+    wait_until_all_up(pool)
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 2
 
 
-def test_a_server_killed_in_the_middle_of_a_rollout_costs_only_what_it_was_doing(pool, tiny, said):
+def test_completions_do_not_change_if_a_server_is_killed_during_a_rollout(pool, tiny, said):
     pool.load_weights(weights(tiny()), 5)
-    expected = pool.generate(REQUESTS, OPTIONS)
+    expected = token_ids(pool.generate(REQUESTS, OPTIONS))
     pool.prove(REQUESTS[:4], OPTIONS)
-    victim, seen = pool._state.servers[0], len(said)
-    family = [
-        psutil.Process(victim.process.pid),
-        *psutil.Process(victim.process.pid).children(recursive=True),
-    ]
+    num_earlier_messages = len(said)
+    victim = pool._state.servers[0]
+    victim_process = psutil.Process(victim.process.pid)
+    engine_processes = victim_process.children(recursive=True)  # the engine core and its worker
     future = pool._loop.submit(pool._generate(REQUESTS, OPTIONS, None))
     wait_for(lambda: victim.load, seconds=90)
-    family[0].kill()
-    assert [[c.token_ids for c in row] for row in future.result(60)] == [
-        [c.token_ids for c in row] for row in expected
-    ]
+    victim_process.kill()
+    assert token_ids(future.result(60)) == expected
     assert pool.counts["retried"] > 0
-    assert not psutil.wait_procs(family[1:], timeout=10)[1]  # its core and worker go with it
-    wait_for(lambda: victim.up, seconds=90)
-    assert "killed by SIGKILL" in said[seen] and "is back with weights 5" in said[-1]
-    assert [[c.token_ids for c in row] for row in pool.generate(REQUESTS, OPTIONS)] == [
-        [c.token_ids for c in row] for row in expected
-    ]
+    _, alive = psutil.wait_procs(engine_processes, timeout=10)
+    assert not alive
+    wait_until_up(victim)
+    assert "killed by SIGKILL" in said[num_earlier_messages]
+    assert "is back with weights 5" in said[-1]
+    assert token_ids(pool.generate(REQUESTS, OPTIONS)) == expected
 
 
-def test_a_server_that_hangs_is_started_again(pool, said, monkeypatch):
+def test_frozen_server_is_restarted(pool, said, monkeypatch):
     monkeypatch.setattr(supervisor, "HEALTH_TIMEOUT_S", 4.0)
     victim = pool._state.servers[1]
     os.killpg(victim.process.pid, signal.SIGSTOP)
     assert len(pool.generate(REQUESTS, OPTIONS)) == len(REQUESTS)
-    wait_for(lambda: victim.up, seconds=90)
-    assert any("no response for 4 s" in text for text in said)
+    wait_until_up(victim)
+    assert any("no response for 4 s" in message for message in said)
 
 
-def test_a_server_killed_in_the_middle_of_a_sync_gets_the_weights_when_it_is_back(
+def test_server_killed_during_a_sync_loads_the_weights_when_it_recovers(
     pool, tiny, said, monkeypatch
 ):
+    victim = pool._state.servers[0]
     load_stored = pool._updates.load_stored
 
-    async def killing(server, version, update_info):
-        if server is pool._state.servers[0] and server.version >= 0:
+    async def kill_victim_and_load(server, version, update_info):
+        if server is victim and server.version >= 0:
             server.process.kill()
         await load_stored(server, version, update_info)
 
-    monkeypatch.setattr(pool._updates, "load_stored", killing)
+    monkeypatch.setattr(pool._updates, "load_stored", kill_victim_and_load)
     pool.load_weights(weights(tiny(), 0.9), 6)
     assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 1
-    wait_for(lambda: pool._state.servers[0].up, seconds=90)
-    assert supervisor.mean_logprob_gap(*pool.prove(REQUESTS[:4], OPTIONS)) < 1e-4 and any(
-        "weights 6 did not reach" in text for text in said
-    )
+    wait_until_up(victim)
+    first, second = pool.prove(REQUESTS[:4], OPTIONS)
+    assert supervisor.mean_logprob_gap(first, second) < 1e-4
+    assert any("weights 6 did not reach" in message for message in said)
 
 
-def test_a_port_taken_meanwhile_costs_a_start_and_weights_go_through_files(
+def test_server_starts_on_another_port_if_its_port_is_taken_and_loads_weights_from_files(
     tiny, tmp_path, monkeypatch
 ):
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        taken = other.getsockname()[1]
-        monkeypatch.setattr(pool_module, "free_port", lambda: taken)
-        pool = pool_of(tiny(), tmp_path, count=1, transfer="file", folder=str(tmp_path / "weights"))
+    folder = tmp_path / "weights"
+    with socket.socket() as other_socket:
+        other_socket.bind(("127.0.0.1", 0))
+        other_socket.listen()
+        taken_port = other_socket.getsockname()[1]
+        monkeypatch.setattr(pool_module, "free_port", lambda: taken_port)
+        pool = pool_of(tiny(), tmp_path, count=1, transfer="file", folder=str(folder))
         try:
-            assert (
-                pool.wait_ready()["servers"]
-                == [pool._state.servers[0].url]
-                != [f"http://127.0.0.1:{taken}"]
-            )
+            urls = pool.wait_ready()["servers"]
+            assert urls == [pool._state.servers[0].url]
+            assert urls != [f"http://127.0.0.1:{taken_port}"]
             pool.load_weights(weights(tiny()), 1)
             (before,) = pool.prove(REQUESTS[:4], OPTIONS)
             pool.load_weights(weights(tiny(), 0.7), 2)
             (after,) = pool.prove(REQUESTS[:4], OPTIONS)
-            assert after[0][0].versions[0][0] == 2
+            first_completion = after[0][0]
+            first_version, _, _ = first_completion.versions[0]
+            assert first_version == 2
             assert supervisor.mean_logprob_gap(before, after) > 1e-4
-            assert len(list((tmp_path / "weights").glob("*/*.safetensors"))) == 1
+            assert len(list(folder.glob("*/*.safetensors"))) == 1
         finally:
             pool.close()
-        assert not list((tmp_path / "weights").glob("*/*.safetensors"))
+        assert not list(folder.glob("*/*.safetensors"))
 
 
-def test_a_server_whose_engine_hangs_in_a_sync_is_left_out_of_it_and_started_again(
+def suspend_engine_core(server):
+    """Suspends the engine core of a server. Its HTTP server still reports that it is healthy."""
+    engine_cores = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        if "EngineCore" in process.name():
+            engine_cores.append(process)
+    (engine_core,) = engine_cores
+    engine_core.suspend()
+
+
+def test_server_with_a_frozen_engine_core_is_restarted_after_a_sync_timeout_or_a_stall(
     pool, tiny, said, monkeypatch
 ):
-    """Its HTTP side still says that it is well."""
     pool.load_weights(weights(tiny()), 20)
     pool.prove(REQUESTS[:4], OPTIONS)
-    wait_for(lambda: all(server.up for server in pool._state.servers), seconds=90)
+    wait_until_all_up(pool)
     victim = pool._state.servers[1]
-    (core,) = [
-        p
-        for p in psutil.Process(victim.process.pid).children(recursive=True)
-        if "EngineCore" in p.name()
-    ]
-    core.suspend()
+
+    suspend_engine_core(victim)
     with monkeypatch.context() as patch:
         patch.setattr(pool._updates, "sync_timeout_s", 10.0)
-        start = time.monotonic()
+        start_time = time.monotonic()
         pool.load_weights(weights(tiny(), 0.7), 21)
-        assert time.monotonic() - start < 25 and pool._state.servers[0].version == 21
-    assert any("did not load weights 21 within 10 s" in line for line in said)
-    wait_for(lambda: victim.up, seconds=90)
+        assert time.monotonic() - start_time < 25
+        assert pool._state.servers[0].version == 21
+    assert any("did not load weights 21 within 10 s" in message for message in said)
+    wait_until_up(victim)
     first, second = pool.prove(REQUESTS[:4], OPTIONS)
     assert supervisor.mean_logprob_gap(first, second) < 1e-4
-    (core,) = [
-        p
-        for p in psutil.Process(victim.process.pid).children(recursive=True)
-        if "EngineCore" in p.name()
-    ]
-    core.suspend()
-    impatient = pool._supervisor._servers.model_copy(update={"stall_s": 10.0})
+
+    suspend_engine_core(victim)
+    short_stall = pool._supervisor._servers.model_copy(update={"stall_s": 10.0})
     with monkeypatch.context() as patch:
-        patch.setattr(pool._supervisor, "_servers", impatient)
-        (only,) = pool.prove(REQUESTS[:4], OPTIONS)  # the other one's samples
-    assert (
-        any("no token generated for 10 s" in line for line in said)
-        and supervisor.mean_logprob_gap(first, only) < 1e-4
-    )
+        patch.setattr(pool._supervisor, "_servers", short_stall)
+        (completions,) = pool.prove(REQUESTS[:4], OPTIONS)  # of the other server only
+    assert any("no token generated for 10 s" in message for message in said)
+    assert supervisor.mean_logprob_gap(first, completions) < 1e-4
 
 
-def test_a_run_on_a_pool_is_proved_and_survives_a_killed_server(tiny, tmp_path):
+def test_run_on_a_pool_passes_the_probe_and_continues_after_a_server_is_killed(tiny, tmp_path):
+    run_dir = tmp_path / "run"
     config = write_config(
         tmp_path / "config.yaml",
         pooled(
-            tmp_path / "run",
+            run_dir,
             tiny(),
             eval={"every": 0},
             checkpoint={"every": 0},
@@ -174,123 +193,128 @@ def test_a_run_on_a_pool_is_proved_and_survives_a_killed_server(tiny, tmp_path):
     )
     process = start(config, "logging.progress=line")
     wait_for(
-        lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 3,
+        lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) >= 3,
         process,
     )
-    servers = [
-        p for p in psutil.Process(process.pid).children() if "api_server" in " ".join(p.cmdline())
-    ]
+    servers = []
+    for child in psutil.Process(process.pid).children():
+        if "api_server" in " ".join(child.cmdline()):
+            servers.append(child)
     assert len(servers) == 2
     servers[0].kill()
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    found = rows(tmp_path / "run")
-    assert (
-        found[-1]["engine/lost"] == 1
-        and max(row["probe/gap"] for row in found) < 1e-4
-        and "killed by SIGKILL" in errors
-    )
-    assert [row["rollout"] for row in found] == list(range(21))
+    assert rows(run_dir)[-1]["engine/lost"] == 1
+    assert max_probe_gap(run_dir) < 1e-4
+    assert "killed by SIGKILL" in errors
+    assert [row["rollout"] for row in rows(run_dir)] == list(range(21))
 
 
-def test_a_server_of_two_workers_that_share_each_layer_gets_its_weights(tiny, tmp_path):
-    split = {"servers": {"count": 1, "tensor_parallel": 2}, "timeout_s": 100}
-    run(write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), engine=split)))
-    found = rows(tmp_path / "run")
-    assert len(found) == 5 and max(row["probe/gap"] for row in found) < 1e-4
-    assert not [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if str(tmp_path / "run") in " ".join(p.info["cmdline"] or [])
-    ]
+def command_lines():
+    """Returns the command lines of all processes of this machine."""
+    result = []
+    for process in psutil.process_iter(["cmdline"]):
+        arguments = process.info["cmdline"] or []
+        result.append(" ".join(arguments))
+    return result
 
 
-def test_servers_of_somebody_else_train_and_judge_the_model_that_they_are_sent(
+def test_server_with_two_tensor_parallel_workers_loads_the_weights(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    engine = {"servers": {"count": 1, "tensor_parallel": 2}, "timeout_s": 100}
+    run(write_config(tmp_path / "config.yaml", pooled(run_dir, tiny(), engine=engine)))
+    assert len(rows(run_dir)) == 5
+    assert max_probe_gap(run_dir) < 1e-4
+    assert not any(str(run_dir) in command_line for command_line in command_lines())
+
+
+def evaluated_completions(run_dir):
+    lines = (run_dir / "samples" / "eval-000000.jsonl").read_text().splitlines()
+    return [json.loads(line)["completion"] for line in lines]
+
+
+def test_remote_server_trains_and_evaluates_the_weights_that_a_run_sends(
     tiny, tmp_path, monkeypatch
 ):
-    """launch/server.sh, by URL.
+    """The server is started with launch/server.sh and reached by its URL.
 
-    Weights go through files, a wrong token is told, and an evaluation is not of what the server
-    holds.
+    The weights are sent through files. An evaluation uses the config's model, not the weights that
+    the server holds after the training. A wrong token is a user error.
     """
+    run_dir = tmp_path / "run"
     port = free_port()
-    urls = {"servers": {"urls": [f"http://127.0.0.1:{port}"]}}
-    config = write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), engine=urls))
+    engine = {"servers": {"urls": [f"http://127.0.0.1:{port}"]}}
+    config = write_config(tmp_path / "config.yaml", pooled(run_dir, tiny(), engine=engine))
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     with (tmp_path / "server.log").open("w") as log:
         command = [str(ROOT / "launch" / "server.sh"), config, str(port), "engine.kv_cache_gb=0.05"]
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         run(config)
-        assert (
-            len(rows(tmp_path / "run")) == 5
-            and max(row["probe/gap"] for row in rows(tmp_path / "run")) < 1e-4
-        )
-        # the model before the training
-        run(config, f"run_dir={tmp_path / 'theirs'}", "eval.problems=8", command="eval")
-        run(
-            config,
-            f"run_dir={tmp_path / 'ours'}",
-            "eval.problems=8",
-            "engine.servers=null",
-            command="eval",
-        )
-        judged = [
-            (tmp_path / name / "samples" / "eval-000000.jsonl").read_text().splitlines()
-            for name in ("theirs", "ours")
-        ]
-        assert [json.loads(line)["completion"] for line in judged[0]] == [
-            json.loads(line)["completion"] for line in judged[1]
-        ]
+        assert len(rows(run_dir)) == 5
+        assert max_probe_gap(run_dir) < 1e-4
+
+        # Both evaluate the model before the training.
+        remote_dir = tmp_path / "remote-eval"
+        local_dir = tmp_path / "local-eval"
+        run(config, f"run_dir={remote_dir}", "eval.problems=8", command="eval")
+        local_engine = "engine.servers=null"
+        run(config, f"run_dir={local_dir}", "eval.problems=8", local_engine, command="eval")
+        assert evaluated_completions(remote_dir) == evaluated_completions(local_dir)
+
         monkeypatch.setenv(TOKEN_VARIABLE, "guess")
-        assert "rejected the token (401): set GRPO_ENGINE_TOKEN" in run(
-            config, f"run_dir={tmp_path / 'wrong'}", code=2
-        )
+        errors = run(config, f"run_dir={tmp_path / 'wrong-token'}", code=2)
+        assert "rejected the token (401): set GRPO_ENGINE_TOKEN" in errors
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
-def test_asynchronous_rollouts_stay_within_their_staleness_and_resume_loses_no_group(
-    tiny, tmp_path
-):
-    made = {
+def training_samples(run_dir):
+    """Returns the completions of all rollouts in the order of training."""
+    samples = []
+    for file in sorted((run_dir / "samples").glob("step-*.jsonl")):
+        samples += [json.loads(line) for line in file.read_text().splitlines()]
+    return samples
+
+
+def test_asynchronous_run_respects_max_staleness_and_resumes_with_its_queued_groups(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    sections = {
         "train": {"rollouts": 12, "problems": 4, "group_size": 4, "max_staleness": 2},
         "checkpoint": {"every": 1, "keep_last": 20},
         "eval": {"every": 0},
-    }
-    made |= {
         "sampling": {"max_tokens": 40, "ignore_eos": True},
         "engine": {"servers": {"count": 2}, "timeout_s": 100},
+        "algorithm": {"mismatch": "tis"},
     }
-    made["algorithm"] = {"mismatch": "tis"}
-    config = write_config(tmp_path / "config.yaml", pooled(tmp_path / "run", tiny(), **made))
+    config = write_config(tmp_path / "config.yaml", pooled(run_dir, tiny(), **sections))
     process = start(config)
-    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000004").exists(), process)
+    wait_for(lambda: (run_dir / "checkpoints" / "step-000004").exists(), process)
     process.kill()
     process.communicate()
-    last = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
-    waiting = json.loads((last / "state.json").read_text())["selection"]["stream"]["items"]
-    assert waiting
+    last_checkpoint = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    state = json.loads((last_checkpoint / "state.json").read_text())
+    queued_groups = state["selection"]["stream"]["items"]
+    assert queued_groups
+
     run(config, "--resume", ranks=2)
-    found = rows(tmp_path / "run")[1:]
-    assert all(0 < row["mismatch/weight"] <= 2 and row["update/made"] == 1 for row in found)
-    assert (
-        len(found) == 12
-        and all(row["staleness/max"] <= 2 for row in found)
-        and max(row["staleness/max"] for row in found) >= 1
-    )
-    assert (
-        all(0 <= row["idle/engine"] <= 1 for row in found)
-        and {"queue/ready", "queue/in_flight", "histogram/staleness"} <= found[0].keys()
-    )
-    kept = [
-        json.loads(line)
-        for file in sorted((tmp_path / "run" / "samples").glob("step-*.jsonl"))
-        for line in file.read_text().splitlines()
-    ]
-    order = list(dict.fromkeys(row["problem"] for row in kept))
-    assert len(kept) == 12 * 16
-    step = int(last.name.partition("-")[2])
-    used = [row["problem"] for row in kept[16 * step :: 4]][: len(waiting)]
-    assert used == [item["problem"]["id"] for item in waiting], order
+
+    rollout_rows = rows(run_dir)[1:]
+    assert len(rollout_rows) == 12
+    for row in rollout_rows:
+        assert 0 < row["mismatch/weight"] <= 2
+        assert row["update/made"] == 1
+        assert row["staleness/max"] <= 2
+        assert 0 <= row["idle/engine"] <= 1
+    assert max(row["staleness/max"] for row in rollout_rows) >= 1
+    assert {"queue/ready", "queue/in_flight", "histogram/staleness"} <= rollout_rows[0].keys()
+
+    samples = training_samples(run_dir)
+    assert len(samples) == 12 * 16  # 12 rollouts of 4 groups of 4 completions
+    step = int(last_checkpoint.name.partition("-")[2])
+    first_samples = samples[16 * step :: 4]  # the first sample of each group after the checkpoint
+    used_problems = [sample["problem"] for sample in first_samples][: len(queued_groups)]
+    queued_problems = [group["problem"]["id"] for group in queued_groups]
+    problem_order = list(dict.fromkeys(sample["problem"] for sample in samples))
+    assert used_problems == queued_problems, problem_order

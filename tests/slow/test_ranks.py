@@ -1,4 +1,4 @@
-"""Whole runs on two ranks: the run of one, and no rank left waiting when one is lost."""
+"""Complete runs on two ranks: equality with the run on one rank, lost ranks and resuming."""
 
 import json
 import signal
@@ -11,150 +11,163 @@ from whole_runs import SECTIONS, rows, run, start, wait_for, write_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
+COMPARED_METRICS = (
+    "reward/mean",
+    "loss",
+    "policy/grad_norm",
+    "kl/ref",
+    "policy/entropy",
+    "completion/tokens",
+    "eval/digits:share",
+    "update",
+)
+
 
 @pytest.fixture(scope="module")
-def straight(tiny, tmp_path_factory):
-    """One rank's run and two ranks', of the same config."""
-    folder = tmp_path_factory.mktemp("straight")
-    made = SECTIONS | {
+def reference_runs(tiny, tmp_path_factory):
+    """A folder with a run on one rank (1.yaml, run-1/) and on two ranks (2.yaml, run-2/).
+
+    Both configs are equal except for the run directory.
+    """
+    folder = tmp_path_factory.mktemp("reference")
+    sections = {
+        **SECTIONS,
         "model": {"dtype": "float32"},
         "learner": {"zero_stage": 2},
         "checkpoint": {"keep_last": 9},
     }
-    for count in (1, 2):
+    for num_ranks in (1, 2):
+        run_dir = folder / f"run-{num_ranks}"
         config = write_config(
-            folder / f"{count}.yaml", tiny_config(folder / f"run-{count}", tiny(), **made)
+            folder / f"{num_ranks}.yaml", tiny_config(run_dir, tiny(), **sections)
         )
-        run(config, ranks=count)
+        run(config, ranks=num_ranks)
     return folder
 
 
-def curve(run_dir):
-    keys = (
-        "reward/mean",
-        "loss",
-        "policy/grad_norm",
-        "kl/ref",
-        "policy/entropy",
-        "completion/tokens",
-        "eval/digits:share",
-        "update",
-    )
-    return [{key: row[key] for key in keys if key in row} for row in rows(run_dir)]
+def copy_config(reference_runs, num_ranks, folder):
+    """Writes the config of a reference run with the run directory `folder/run`.
+
+    Returns the path of the config.
+    """
+    reference_config = (reference_runs / f"{num_ranks}.yaml").read_text()
+    reference_run_dir = str(reference_runs / f"run-{num_ranks}")
+    config = folder / "config.yaml"
+    config.write_text(reference_config.replace(reference_run_dir, str(folder / "run")))
+    return str(config)
 
 
-def test_two_ranks_with_an_engine_each_have_the_run_of_one(straight):
-    one, two = (curve(straight / f"run-{count}") for count in (1, 2))
-    assert len(one) == 5 and all(
-        b == pytest.approx(a, rel=1e-3, abs=1e-4) for a, b in zip(one, two, strict=True)
-    )
-    samples = [
-        (straight / f"run-{count}" / "samples" / "step-000003.jsonl").read_text().splitlines()
-        for count in (1, 2)
+def compared_rows(run_dir):
+    """Returns COMPARED_METRICS of each row of metrics."""
+    result = []
+    for row in rows(run_dir):
+        result.append({key: row[key] for key in COMPARED_METRICS if key in row})
+    return result
+
+
+def assert_equal_metrics(run_dir, reference_run_dir):
+    actual_rows = compared_rows(run_dir)
+    expected_rows = compared_rows(reference_run_dir)
+    for actual, expected in zip(actual_rows, expected_rows, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def problems_and_completions(run_dir):
+    lines = (run_dir / "samples" / "step-000003.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    return [(sample["problem"], sample["completion"]) for sample in samples]
+
+
+def test_run_on_two_ranks_with_an_engine_each_equals_the_run_on_one_rank(reference_runs):
+    one_rank = reference_runs / "run-1"
+    two_ranks = reference_runs / "run-2"
+    assert len(rows(one_rank)) == 5
+    assert_equal_metrics(two_ranks, one_rank)
+    assert problems_and_completions(one_rank) == problems_and_completions(two_ranks)
+
+
+def test_killed_rank_ends_the_job_and_one_rank_resumes_the_run_of_two(reference_runs, tmp_path):
+    run_dir = tmp_path / "run"
+    config = copy_config(reference_runs, 2, tmp_path)
+    launcher = start(config, ranks=2)
+    wait_for(lambda: (run_dir / "checkpoints" / "step-000002").exists(), launcher)
+    job_processes = psutil.Process(launcher.pid).children(recursive=True)
+    (rank1,) = [
+        child
+        for child in psutil.Process(launcher.pid).children()
+        if child.environ().get("RANK") == "1"
     ]
-    texts = [
-        [(json.loads(line)["problem"], json.loads(line)["completion"]) for line in side]
-        for side in samples
-    ]
-    assert texts[0] == texts[1]
+    rank1.kill()
+    kill_time = time.monotonic()
+    launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert time.monotonic() - kill_time < 40
+    _, alive = psutil.wait_procs(job_processes, timeout=10)
+    assert not alive
+    run(config, "--resume")
+    assert_equal_metrics(run_dir, reference_runs / "run-2")
 
 
-def test_a_killed_rank_ends_the_job_and_one_rank_goes_on_where_two_stopped(
-    straight, tiny, tmp_path
+def test_run_whose_reward_fails_on_one_rank_resumes_after_the_last_complete_rollout(
+    tiny, tmp_path, monkeypatch
 ):
-    config = (
-        (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))
-    )
-    (tmp_path / "config.yaml").write_text(config)
-    process = start(str(tmp_path / "config.yaml"), ranks=2)
-    wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000002").exists(), process)
-    family = psutil.Process(process.pid).children(recursive=True)
-    (victim,) = [
-        member
-        for member in psutil.Process(process.pid).children()
-        if member.environ().get("RANK") == "1"
-    ]
-    victim.kill()
-    started = time.monotonic()
-    process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - started < 40
-    assert not psutil.wait_procs(family, timeout=10)[1]
-    run(str(tmp_path / "config.yaml"), "--resume")
-    assert all(
-        b == pytest.approx(a, rel=1e-3, abs=1e-4)
-        for a, b in zip(curve(straight / "run-2"), curve(tmp_path / "run"), strict=True)
-    )
-
-
-def test_a_reward_that_fails_on_one_rank_costs_the_rollout_and_no_more(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("CALLS", "16")  # of rank 1: half of four groups of four a rollout
-    made = SECTIONS | {
+    run_dir = tmp_path / "run"
+    # Rank 1 scores 8 of the 16 completions of a rollout, so its reward fails in the third rollout.
+    monkeypatch.setenv("CALLS", "16")
+    sections = {
+        **SECTIONS,
         "model": {"dtype": "float32"},
         "checkpoint": {"every": 0},
         "eval": {"every": 0},
-    }
-    made |= {
         "rewards": {"digits:share_until_the_third": 1.0},
         "train": {"rollouts": 4, "problems": 4, "group_size": 4},
     }
-    errors = run(
-        write_config(tmp_path / "c.yaml", tiny_config(tmp_path / "run", tiny(), **made)),
-        ranks=2,
-        code=1,
-    )
-    assert (
-        "reward digits:share_until_the_third failed on completion" in errors
-        and "ValueError: no more" in errors
-    )
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == [
-        "step-000002"
-    ]
+    config = write_config(tmp_path / "config.yaml", tiny_config(run_dir, tiny(), **sections))
+    errors = run(config, ranks=2, code=1)
+    assert "reward digits:share_until_the_third failed on completion" in errors
+    assert "ValueError: no more" in errors
+    checkpoints = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    assert checkpoints == ["step-000002"]
     monkeypatch.setenv("CALLS", "1000")
-    run(str(tmp_path / "c.yaml"), "--resume", ranks=2)
-    assert [row["rollout"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
+    run(config, "--resume", ranks=2)
+    assert [row["rollout"] for row in rows(run_dir) if "loss" in row] == [1, 2, 3, 4]
 
 
-def test_a_signal_to_the_launcher_saves_and_two_ranks_go_on(straight, tmp_path):
-    config = (
-        (straight / "2.yaml").read_text().replace(str(straight / "run-2"), str(tmp_path / "run"))
-    )
-    (tmp_path / "config.yaml").write_text(config)
-    process = start(str(tmp_path / "config.yaml"), "checkpoint.every=0", ranks=2)
+def test_run_on_two_ranks_saves_when_the_launcher_gets_sigterm_and_resumes(
+    reference_runs, tmp_path
+):
+    run_dir = tmp_path / "run"
+    config = copy_config(reference_runs, 2, tmp_path)
+    launcher = start(config, "checkpoint.every=0", ranks=2)
     wait_for(
-        lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows(tmp_path / "run")) >= 2,
-        process,
+        lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) >= 2,
+        launcher,
     )
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and list((tmp_path / "run" / "checkpoints").glob("step-*")), (
-        errors
-    )
-    run(str(tmp_path / "config.yaml"), "--resume", ranks=2)
-    assert curve(straight / "run-2")[-1] == pytest.approx(
-        curve(tmp_path / "run")[-1], rel=1e-3, abs=1e-4
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0, errors
+    assert list((run_dir / "checkpoints").glob("step-*")), errors
+    run(config, "--resume", ranks=2)
+    expected = compared_rows(run_dir)[-1]
+    assert compared_rows(reference_runs / "run-2")[-1] == pytest.approx(
+        expected, rel=1e-3, abs=1e-4
     )
 
 
 @pytest.mark.parametrize(
-    "more",
-    [["engine.servers={count: 2}"], ["learner.sequence_parallel=2"]],
-    ids=["servers", "shared"],
+    "override",
+    ["engine.servers={count: 2}", "learner.sequence_parallel=2"],
+    ids=["servers", "sequence_parallel"],
 )
-def test_two_ranks_with_servers_or_with_shared_sequences_have_the_run_of_one(
-    straight, tmp_path, more
+def test_run_on_two_ranks_with_servers_or_sequence_parallelism_equals_the_run_on_one_rank(
+    reference_runs, tmp_path, override
 ):
-    config = (
-        (straight / "1.yaml").read_text().replace(str(straight / "run-1"), str(tmp_path / "run"))
-    )
-    (tmp_path / "config.yaml").write_text(config)
-    run(str(tmp_path / "config.yaml"), *more, ranks=2)
-    assert all(
-        b == pytest.approx(a, rel=1e-3, abs=1e-4)
-        for a, b in zip(curve(straight / "run-1"), curve(tmp_path / "run"), strict=True)
-    )
+    config = copy_config(reference_runs, 1, tmp_path)
+    run(config, override, ranks=2)
+    assert_equal_metrics(tmp_path / "run", reference_runs / "run-1")
 
 
-def test_supervised_ranks_see_different_rows_and_make_the_updates_of_one(tiny, tmp_path):
+def test_supervised_training_on_two_ranks_makes_the_updates_of_one_rank(tiny, tmp_path):
     sections = {
         "prompt": {"template": "plain"},
         "data": {"name": "arithmetic", "options": {"digits": 2}},
@@ -163,13 +176,13 @@ def test_supervised_ranks_see_different_rows_and_make_the_updates_of_one(tiny, t
         "learner": {"lr": 1e-3, "micro_batch_tokens": 200},
         "model": {"path": str(tiny()), "dtype": "float32"},
     }
-    for count in (1, 2):
-        (tmp_path / f"{count}.yaml").write_text(
-            json.dumps(sections | {"run_dir": str(tmp_path / f"run-{count}")})
-        )
-        run(str(tmp_path / f"{count}.yaml"), command="sft", ranks=count)
-    one, two = (rows(tmp_path / f"run-{count}") for count in (1, 2))
-    for a, b in zip(one, two, strict=True):
-        assert (a["loss"], a["policy/grad_norm"]) == pytest.approx(
-            (b["loss"], b["policy/grad_norm"]), rel=1e-3
-        )
+    for num_ranks in (1, 2):
+        config = tmp_path / f"{num_ranks}.yaml"
+        run_dir = tmp_path / f"run-{num_ranks}"
+        config.write_text(json.dumps({**sections, "run_dir": str(run_dir)}))
+        run(str(config), command="sft", ranks=num_ranks)
+    one_rank_rows = rows(tmp_path / "run-1")
+    two_ranks_rows = rows(tmp_path / "run-2")
+    for one_rank, two_ranks in zip(one_rank_rows, two_ranks_rows, strict=True):
+        for metric in ("loss", "policy/grad_norm"):
+            assert one_rank[metric] == pytest.approx(two_ranks[metric], rel=1e-3)

@@ -28,8 +28,7 @@ import torch
 from tiny_models import tiny_config
 from training_samples import COMBINATIONS, samples
 
-from grpo.learning import learner as learner_module
-from grpo.learning import models
+from grpo.learning import learner_weights, models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
@@ -39,7 +38,7 @@ from grpo.types import Sample
 
 NUM_UPDATES = 4
 HALF = NUM_UPDATES // 2  # a checkpoint is saved after this number of updates
-learner_module.BUCKET = 2**14  # bytes; small, so that ZeRO-3 gathers the model in many parts
+learner_weights.BUCKET_BYTES = 2**14  # small, so that ZeRO-3 gathers the model in many buckets
 
 METRICS = ("loss", "policy/grad_norm", "policy/entropy", "update/tokens")
 SHARED_METRICS = (*METRICS, "kl/ref", "mismatch/effective", "mismatch/max_weight")

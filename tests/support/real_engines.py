@@ -18,25 +18,23 @@ from grpo.training.weight_sync import (
 
 # Four prompts of 100 token ids, longer than several KV blocks.
 PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
-SETTINGS = configs.Engine(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
+SETTINGS = configs.EngineSettings(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
 
 
 def start_engine(
-    model_dir, tmp_path, dtype="float32", module="grpo.engines.local.child", **options
+    model_dir, tmp_path, engine_class=VllmEngine, *, dtype="float32", **options
 ) -> VllmEngine:
     """Starts an engine on a model. Its log is `tmp_path/engine.log`.
 
     Args:
         model_dir: Directory of the model.
         tmp_path: Existing directory for the log.
+        engine_class: VllmEngine, or a subclass with another child process.
         dtype: Data type of the engine's weights.
-        module: Module that the child process runs.
         options: Further fields of ServedModel.
     """
     model = ServedModel(model_dir=str(model_dir), dtype=dtype, max_model_len=160, **options)
-    return VllmEngine(
-        model=model, settings=SETTINGS, log_file=tmp_path / "engine.log", module=module
-    )
+    return engine_class(model=model, settings=SETTINGS, log_file=tmp_path / "engine.log")
 
 
 def put_together(engine, model_dir, tmp_path, rounds=False):

@@ -16,8 +16,8 @@ OPTIONS = SamplingOptions(max_tokens=24, ignore_eos=True)
 def settings(**servers):
     """Returns the engine's config with two servers. `servers` overrides keys of engine.servers."""
     servers = {"count": 2, **servers}
-    return configs.Engine(
-        kv_cache_gb=0.05, max_sequences=32, timeout_s=100, servers=configs.Servers(**servers)
+    return configs.EngineSettings(
+        kv_cache_gb=0.05, max_sequences=32, timeout_s=100, servers=configs.ServerSettings(**servers)
     )
 
 

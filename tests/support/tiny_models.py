@@ -26,7 +26,7 @@ class Weights(dict):
         return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()]
 
 
-def tiny_config(run_dir, model_dir, **sections) -> configs.Config:
+def tiny_config(run_dir, model_dir, **sections) -> configs.TrainConfig:
     """Returns the config of a training run that takes seconds.
 
     Args:

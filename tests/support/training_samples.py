@@ -4,7 +4,7 @@ import torch
 
 from grpo.learning import packing
 from grpo.learning.batch import micro_batches, to_device, token_weights
-from grpo.learning.policy import Policy
+from grpo.learning.policy import HeadOptions, Policy
 from grpo.types import Sample
 
 # (ZeRO stage, dtype of the model)
@@ -100,7 +100,7 @@ def scored(model, samples, max_tokens, device="cpu"):
         parameter name.
     """
     packed = model.config._attn_implementation == packing.NAME
-    policy = Policy(model, temperature=0.7, chunk=5)
+    policy = Policy(model, HeadOptions(temperature=0.7, chunk_tokens=5))
     values_of_samples = {}  # index of a sample -> [2, completion length]
     for batch in micro_batches(samples, [1.0] * len(samples), max_tokens=max_tokens, packed=packed):
         batch = to_device(batch, torch.device(device))

@@ -36,7 +36,7 @@ def write_tree(path: Path, tree: dict) -> str:
     return str(path)
 
 
-def write_config(path: Path, config: configs.Config) -> str:
+def write_config(path: Path, config: configs.TrainConfig) -> str:
     """Writes a config as YAML and returns the path as a string."""
     return write_tree(path, config.model_dump(mode="json"))
 

@@ -1,7 +1,7 @@
 """vLLM in one child process per rank.
 
-engine            this side: starts the child, asks it, notices when it dies
+engine            the parent's side: starts the child, calls it and detects its end
 weight_receiver   the child as the receiver of a weight sender
 pipe              messages with time limits
-child             the other side, with vLLM
+child             the child's side, which runs vLLM
 """

@@ -1,6 +1,6 @@
-"""vLLM in one child process (child.py).
+"""An engine that runs vLLM in one child process (child.py).
 
-This side starts it, asks it over a pipe and notices when it dies.
+This module is the parent's side: it starts the child, calls it over a pipe and detects its end.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,65 +37,76 @@ from grpo.types import Completion, UserError
 
 KILL_LIMIT_S = 10.0  # the longest wait for the end of the killed child
 EXIT_LIMIT_S = 5.0  # the longest wait for the exit code of a child whose pipe is closed
-SPARE_BYTES = 2**29  # GPU memory that stays free beside the engine and the sync's buffers
+# GPU memory that stays free in addition to the engine's memory and the buffers of a weight sync
+SPARE_BYTES = 2**29
 
 logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """An `Engine`.
+    """An `Engine` in a child process.
 
-    The child starts in the background: construct the engine, do other work, then `wait_ready`.
+    The child starts in the background: construct the engine, do other work, then call `wait_ready`.
 
-    Args:
-        model: what the child serves.
-        settings: the engine's settings.
-        log_file: where the child writes its messages.
-        max_logprobs: the largest k of `top_logprobs`.
-        on_wait: called five times a second while waiting; may raise.
-        module: the child's program; tests inject faults with it.
+    Attributes:
+        child_module: the module that the child runs. Tests replace it with one that has a fault.
     """
+
+    child_module: ClassVar[str] = "grpo.engines.local.child"
 
     def __init__(
         self,
         *,
         model: ServedModel,
-        settings: configs.Engine,
+        settings: configs.EngineSettings,
         log_file: Path,
         max_logprobs: int = 20,
         on_wait: Callable[[], None] = lambda: None,
-        module: str = "grpo.engines.local.child",
     ) -> None:
-        """Starts the child; does not wait for it."""
+        """Starts the child and does not wait for it.
+
+        Args:
+            model: the model that the child serves.
+            settings: the section `engine` of the config.
+            log_file: the file for the output of the child.
+            max_logprobs: the largest k of `top_logprobs`.
+            on_wait: called five times per second while this process waits for the child. An
+                exception that it raises ends the wait.
+        """
         self._on_wait = on_wait
         self._settings = settings
         self._log_file = log_file
         self._dtype = getattr(torch, model.dtype)
         self._cuda = torch.cuda.is_available()
-        self._sender = choose_sender(None)(SenderOptions(on_wait=on_wait))
-        # GPU memory that the engine freed when it fell asleep and takes back when it wakes
-        self._slept_bytes = 0
-        self._description: dict[str, Any] | None = None  # None until the child has answered `start`
-        self._child, connection = _spawn(module, log_file)
+        sender_class = choose_sender(None)
+        self._sender = sender_class(SenderOptions(on_wait=on_wait))
+        self._bytes_freed_by_sleep = 0  # GPU memory that `wake` allocates again
+        self._description: dict[str, Any] | None = None  # None until the reply to `start`
+        self._child, connection = _spawn(self.child_module, log_file)
         self._pipe = LimitedPipe(connection, on_wait)
-        llm = llm_arguments(model, settings, cuda=self._cuda)
-        llm["max_logprobs"] = max_logprobs
-        start = ("start", {"llm": llm, "backend": self._sender.backend})
+        arguments = llm_arguments(model, settings, cuda=self._cuda)
+        arguments["max_logprobs"] = max_logprobs
+        self._send_start(arguments)
+
+    def _send_start(self, arguments: dict[str, Any]) -> None:
+        """Sends the call `start`. Leaves the report of any failure to `wait_ready`."""
+        call = ("start", {"llm_arguments": arguments, "backend": self._sender.backend})
         try:
-            self._pipe.send(start, settings.start_timeout_s)
+            self._pipe.send(call, self._settings.start_timeout_s)
         except TimeoutError:
-            self._child.kill()  # it reads nothing: wait_ready reports its end
+            self._child.kill()  # the child does not read its pipe
         except (BrokenPipeError, ConnectionResetError):
-            logger.debug("the engine's child ended before `start`: wait_ready reports it")
+            logger.debug("the engine's child ended before it received `start`")
 
     def wait_ready(self) -> dict[str, Any]:
-        """Waits until the child can sample and returns its description of itself.
+        """Waits until the child can sample and returns `{"vllm": "0.32.0"}`, vLLM's version.
 
-        Later calls return the same. Raises EngineError.
+        Later calls return the same value at once. Raises EngineError if the start failed.
         """
         if self._description is None:
-            self._description = {}  # a failed start raises once and is not waited for again
-            self._description = self._receive("start", self._settings.start_timeout_s, None)
+            # Set first, so that only the first call waits for a start that fails.
+            self._description = {}
+            self._description = self._receive("start", self._settings.start_timeout_s)
         return self._description
 
     def generate(
@@ -105,75 +115,75 @@ class VllmEngine:
         options: SamplingOptions,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """Returns each request's completions, in order, as the child samples them."""
-        rows = self._call(
-            "generate",
-            {
-                "requests": [(r.prompt_ids, r.seed, r.n) for r in requests],
-                "options": asdict(options),
-            },
-            on_progress=on_progress,
-        )
-        if len(rows) != len(requests):
+        """Returns the completions of each request, in the order of the requests."""
+        arguments = {"requests": list(requests), "options": options}
+        groups: list[tuple[Completion, ...]] = self._call("generate", arguments, on_progress)
+        if len(groups) != len(requests):
             raise EngineError(
-                f"the engine returned {len(rows)} groups for {len(requests)} requests; its log: "
+                f"the engine returned {len(groups)} groups for {len(requests)} requests; its log: "
                 f"{self._log_file}"
             )
-        return [tuple(_completion(fields) for fields in row) for row in rows]
+        return groups
 
     def top_logprobs(
         self, sequences: Sequence[tuple[tuple[int, ...], int]], k: int
     ) -> list[tuple[Any, Any]]:
-        """Returns, per sequence, ids and logprobs of the k likeliest tokens at temperature 1.
+        """Returns the k most likely tokens at each completion token, at temperature 1.
 
-        A sequence is `(token_ids, prompt_length)`. Both results are NumPy arrays [T, k], with a row
-        for each of the sequence's T completion tokens.
+        Args:
+            sequences: `(token_ids, prompt_length)` per sequence.
+            k: the number of tokens per position, at most `max_logprobs`.
+
+        Returns:
+            `(token ids, logprobs)` per sequence, NumPy arrays `[T, k]` for its T completion tokens,
+            the most likely token first.
         """
-        ids_and_logprobs: list[tuple[Any, Any]] = self._call(
-            "top_logprobs", {"sequences": list(sequences), "k": k}
-        )
-        return ids_and_logprobs
+        arguments = {"sequences": list(sequences), "k": k}
+        top_tokens: list[tuple[Any, Any]] = self._call("top_logprobs", arguments)
+        return top_tokens
 
     def prove(
         self, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
-        """Returns the completions of the one copy of the model, as a list of one."""
+        """Returns the completions of the only copy of the model, in a list of length 1."""
         return [self.generate(requests, options)]
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        """Sends every weight to the child; raises EngineError unless it acknowledges `version`."""
-        start = time.monotonic()
+        """Sends every weight. Raises EngineError unless the child acknowledges `version`."""
+        started_at = time.monotonic()
         stream = WeightStream(weights, self._dtype)
         self._sender.send(stream, ChildReceiver(self._call, version))
-        return SyncReport(
-            version=version, seconds=time.monotonic() - start, num_bytes=stream.num_bytes
-        )
+        seconds = time.monotonic() - started_at
+        return SyncReport(version=version, seconds=seconds, num_bytes=stream.num_bytes)
 
     def reset_cache(self) -> None:
         """Empties the child's prefix cache."""
         self._call("reset_cache", {})
 
     def sleep(self) -> None:
-        """Frees the engine's GPU memory, if `engine.sleep` is set and there is a GPU."""
-        if self._cuda and self._settings.sleep:
-            free_before, _ = torch.cuda.mem_get_info()
-            self._call("sleep", {})
-            free_after, _ = torch.cuda.mem_get_info()
-            self._slept_bytes = max(0, free_after - free_before)
+        """Frees the engine's GPU memory. Does nothing on a CPU or without `engine.sleep`."""
+        if not (self._cuda and self._settings.sleep):
+            return
+        free_before, _ = torch.cuda.mem_get_info()
+        self._call("sleep", {})
+        free_after, _ = torch.cuda.mem_get_info()
+        self._bytes_freed_by_sleep = max(0, free_after - free_before)
 
     def wake(self) -> None:
-        """Takes the engine's GPU memory back, if `engine.sleep` is set and there is a GPU."""
-        if self._cuda and self._settings.sleep:
-            # PyTorch keeps the memory that the update has freed. It is given back only where the
-            # engine has no room without it: getting it again costs the next update time. The sync
-            # that follows needs a buffer on each side too.
-            free, _ = torch.cuda.mem_get_info()
-            if free < self._slept_bytes + 2 * self._sender.buffer_bytes + SPARE_BYTES:
-                torch.cuda.empty_cache()
-            self._call("wake", {})
+        """Allocates the memory that `sleep` freed. Does nothing if `sleep` does nothing."""
+        if not (self._cuda and self._settings.sleep):
+            return
+        # PyTorch caches the memory that the learner has freed. It is returned to the GPU only if
+        # the engine needs it, because allocating it again slows down the next update. The weight
+        # sync that follows needs a buffer in both processes.
+        free_bytes, _ = torch.cuda.mem_get_info()
+        sync_bytes = 2 * self._sender.buffer_bytes
+        if free_bytes < self._bytes_freed_by_sleep + sync_bytes + SPARE_BYTES:
+            torch.cuda.empty_cache()
+        self._call("wake", {})
 
     def close(self) -> None:
-        """Kills the child in whatever it is doing; it has nothing to save."""
+        """Kills the child, which has no state to save."""
         self._child.kill()
         try:
             self._child.wait(timeout=KILL_LIMIT_S)
@@ -193,29 +203,34 @@ class VllmEngine:
         arguments: dict[str, Any],
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Any:
-        """Returns the child's answer. Raises EngineError."""
+        """Calls a method of the child and returns its result. Raises EngineError."""
         self.wait_ready()
+        timeout_s = self._settings.timeout_s
         try:
-            self._pipe.send((method, arguments), self._settings.timeout_s)
+            self._pipe.send((method, arguments), timeout_s)
         except TimeoutError:
-            raise self._timed_out(
-                f"the engine did not take the message `{method}`", self._settings.timeout_s
-            ) from None
+            event = f"the engine did not read the message `{method}`"
+            raise self._kill_after_timeout(event, timeout_s) from None
         except (BrokenPipeError, ConnectionResetError):
-            raise self._died(method) from None
-        return self._receive(method, self._settings.timeout_s, on_progress)
+            raise self._died_error(method) from None
+        return self._receive(method, timeout_s, on_progress)
 
     def _receive(
-        self, method: str, timeout_s: float, on_progress: Callable[[int, int], None] | None
+        self,
+        method: str,
+        timeout_s: float,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> Any:
+        """Waits for the reply to a call and returns the result. Raises EngineError."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
                 kind, value = self._pipe.receive(deadline)
             except TimeoutError:
-                raise self._timed_out(f"the engine did not answer `{method}`", timeout_s) from None
+                event = f"the engine did not answer `{method}`"
+                raise self._kill_after_timeout(event, timeout_s) from None
             except (EOFError, ConnectionResetError):
-                raise self._died(method) from None
+                raise self._died_error(method) from None
             if kind == "ok":
                 return value
             if kind == "error":
@@ -223,27 +238,37 @@ class VllmEngine:
                     f"the engine failed in `{method}`: {value}; its log: {self._log_file}"
                 )
             if on_progress is not None:
-                on_progress(*value)
+                num_finished, num_total = value
+                on_progress(num_finished, num_total)
 
-    def _timed_out(self, event: str, timeout_s: float) -> EngineTimeoutError:
-        """Kills the child: its late answer would be taken for that of the next call."""
+    def _kill_after_timeout(self, event: str, timeout_s: float) -> EngineTimeoutError:
+        """Kills the child and returns the error.
+
+        A late reply of the child would be taken for the reply to the next call.
+        """
         self._child.kill()
         return EngineTimeoutError(event, timeout_s, f"its log: {self._log_file}")
 
-    def _died(self, method: str) -> EngineDiedError:
-        # a signal to the whole group may have reached the child before it could ignore it
+    def _died_error(self, method: str) -> EngineDiedError:
+        # If a signal to the process group ended the child, this process received it too, and
+        # `on_wait` raises the exception for it.
         self._on_wait()
+        exit_code: int | None
         try:
-            exit_code: int | None = self._child.wait(timeout=EXIT_LIMIT_S)
+            exit_code = self._child.wait(timeout=EXIT_LIMIT_S)
         except subprocess.TimeoutExpired:
             exit_code = None
         return EngineDiedError(method, exit_code, str(self._log_file))
 
 
 def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Starts `python -m module` with one end of a pipe and returns the process and the other end.
+    """Starts `python -m module` with one end of a new pipe.
 
-    It does not use multiprocessing's spawn, which would run the user's script again.
+    It does not use the start method "spawn" of multiprocessing, which would run the user's script
+    again.
+
+    Returns:
+        The process and the parent's end of the pipe.
     """
     parent_end, child_end = Pipe()
     command = [sys.executable, "-m", module, str(child_end.fileno()), str(os.getpid())]
@@ -261,41 +286,39 @@ def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connec
     return child, parent_end
 
 
-def cpu_bytes(settings: configs.Engine, weight_bytes: int) -> float:
-    """Returns the bytes that an engine needs on a CPU.
+def cpu_bytes(settings: configs.EngineSettings, weight_bytes: int) -> float:
+    """Returns an estimate of the memory that an engine on a CPU needs, in bytes.
 
-    They hold its cache, the weights, the packed weights, their shared copy and libraries.
+    It is the sum of the KV cache, three copies of the weights (the weights, vLLM's packed weights
+    and the copy in shared memory) and 1.5 GB for libraries.
+
+    Args:
+        settings: the section `engine` of the config.
+        weight_bytes: the size of the weights in the engine's dtype, in bytes.
     """
     return settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30
 
 
-def check_memory(settings: configs.Engine, weight_bytes: int, count: int = 1) -> None:
-    """Raises UserError when `count` engines do not fit beside what already runs (CPU only).
+def check_memory(settings: configs.EngineSettings, weight_bytes: int, num_engines: int = 1) -> None:
+    """Raises UserError if the free memory of the machine is too small for the engines.
 
-    vLLM itself checks a GPU.
+    Does nothing if there is a GPU, whose memory vLLM checks.
+
+    Args:
+        settings: the section `engine` of the config.
+        weight_bytes: the size of the weights in the engine's dtype, in bytes.
+        num_engines: the number of engines on this machine.
     """
     import psutil
 
     if torch.cuda.is_available():
         return
-    needed = count * cpu_bytes(settings, weight_bytes)
-    free = psutil.virtual_memory().available
-    if needed > free:
-        who = "the engine needs" if count == 1 else f"{count} engines need"
+    needed_bytes = num_engines * cpu_bytes(settings, weight_bytes)
+    free_bytes = psutil.virtual_memory().available
+    if needed_bytes > free_bytes:
+        engines_need = "the engine needs" if num_engines == 1 else f"{num_engines} engines need"
         raise UserError(
-            f"{who} about {needed / 2**30:.1f} GB of memory (KV cache {settings.kv_cache_gb:g} "
-            "GB, three copies of the "
-            f"weights), {free / 2**30:.1f} GB are free: lower engine.kv_cache_gb or use a smaller "
-            "model"
+            f"{engines_need} about {needed_bytes / 2**30:.1f} GB of memory (per engine: KV cache "
+            f"{settings.kv_cache_gb:g} GB and three copies of the weights), but "
+            f"{free_bytes / 2**30:.1f} GB are free: lower engine.kv_cache_gb or use a smaller model"
         )
-
-
-def _completion(row: tuple[Any, ...]) -> Completion:
-    token_ids, logprobs, text, finish_reason, version = row
-    return Completion(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        text=text,
-        finish_reason=finish_reason,
-        versions=((version, 0, len(token_ids)),),
-    )

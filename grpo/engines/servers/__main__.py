@@ -28,7 +28,7 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
     Raises:
         UserError: The config is invalid, or the token is not set.
     """
-    config: configs.Config = configs.load(config_file, overrides)
+    config: configs.TrainConfig = configs.load(config_file, overrides)
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         raise UserError(
@@ -36,7 +36,7 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
             "servers"
         )
     # Any URL marks this server as one of `urls`. Only the trainer uses the address.
-    servers = config.engine.servers or configs.Servers(urls=["here"])
+    servers = config.engine.servers or configs.ServerSettings(urls=["here"])
     model_dir = models.locate(
         config.model, Path(tempfile.mkdtemp(prefix="grpo-server-")), config.seed
     )

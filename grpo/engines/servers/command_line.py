@@ -24,7 +24,7 @@ GUARD = "grpo.engines.servers.guard.Guard"
 
 
 def server_arguments(
-    model: ServedModel, settings: configs.Engine, tensor_parallel: int, backend: str
+    model: ServedModel, settings: configs.EngineSettings, tensor_parallel: int, backend: str
 ) -> list[str]:
     """Returns the arguments of COMMAND except host and port.
 
@@ -74,7 +74,7 @@ def check_tensor_parallel(model_dir: str, tensor_parallel: int) -> None:
         )
 
 
-def server_cores(server_index: int, servers: configs.Servers) -> frozenset[int]:
+def server_cores(server_index: int, servers: configs.ServerSettings) -> frozenset[int]:
     """Returns the CPU cores of a local server.
 
     The local servers share the cores equally. On a machine with GPUs the result is empty, which
@@ -89,7 +89,7 @@ def server_cores(server_index: int, servers: configs.Servers) -> frozenset[int]:
 
 
 def server_environment(
-    token: str, server_index: int, servers: configs.Servers, cores: frozenset[int]
+    token: str, server_index: int, servers: configs.ServerSettings, cores: frozenset[int]
 ) -> dict[str, str]:
     """Returns the environment of a local server, with its token and its GPUs or CPU cores.
 
@@ -111,7 +111,7 @@ def server_environment(
     return environment
 
 
-def _server_gpus(server_index: int, servers: configs.Servers) -> str:
+def _server_gpus(server_index: int, servers: configs.ServerSettings) -> str:
     """Returns the CUDA_VISIBLE_DEVICES of a local server: "4,5".
 
     The learner's ranks use the first GPUs of the machine, the servers the GPUs after them.
@@ -157,7 +157,7 @@ def base_environment(tensor_parallel: int) -> dict[str, str]:
     return environment
 
 
-def server_token(servers: configs.Servers) -> str:
+def server_token(servers: configs.ServerSettings) -> str:
     """Returns the token of the servers, the same on all ranks.
 
     It is the value of the variable `engine.servers.token_env`, or random for local servers without

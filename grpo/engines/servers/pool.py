@@ -63,7 +63,7 @@ class ServerPool:
         self,
         *,
         model: ServedModel,
-        settings: configs.Engine,
+        settings: configs.EngineSettings,
         run_dir: Path,
         decode: Callable[[Sequence[int]], str],
         callbacks: PoolCallbacks = NO_CALLBACKS,
@@ -318,7 +318,7 @@ class ServerPool:
         return list(await asyncio.gather(*(sample(request) for request in requests)))
 
 
-def _reachable_servers(settings: configs.Engine) -> configs.Servers:
+def _reachable_servers(settings: configs.EngineSettings) -> configs.ServerSettings:
     """Returns `settings.servers`. Raises UserError if a rank cannot reach the local servers."""
     if settings.servers is None:
         raise ValueError("a server pool needs settings.servers")
@@ -331,8 +331,8 @@ def _reachable_servers(settings: configs.Engine) -> configs.Servers:
 
 
 def _create_client(
-    settings: configs.Engine,
-    servers: configs.Servers,
+    settings: configs.EngineSettings,
+    servers: configs.ServerSettings,
     token: str,
     decode: Callable[[Sequence[int]], str],
 ) -> ServerClient:
@@ -346,7 +346,7 @@ def _create_client(
 
 
 def _create_servers(
-    servers: configs.Servers, arguments: Sequence[str], token: str, run_dir: Path
+    servers: configs.ServerSettings, arguments: Sequence[str], token: str, run_dir: Path
 ) -> list[Server]:
     """Returns the servers of `urls`, then the local servers. Rank 0 starts the local servers."""
     is_rank0 = ranks.rank() == 0
@@ -372,7 +372,7 @@ def _create_servers(
 
 
 def _sender_options(
-    servers: configs.Servers, run_dir: Path, callbacks: PoolCallbacks
+    servers: configs.ServerSettings, run_dir: Path, callbacks: PoolCallbacks
 ) -> SenderOptions:
     return SenderOptions(
         folder=_weights_folder(servers, run_dir),
@@ -382,7 +382,7 @@ def _sender_options(
     )
 
 
-def _weights_folder(servers: configs.Servers, run_dir: Path) -> Path:
+def _weights_folder(servers: configs.ServerSettings, run_dir: Path) -> Path:
     """Returns the directory of the transport `file`. No other run uses it."""
     if not servers.folder:
         return run_dir / "weights"

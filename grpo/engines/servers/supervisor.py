@@ -49,7 +49,7 @@ class Supervisor:
         self,
         state: PoolState,
         updates: WeightUpdates,
-        settings: configs.Engine,
+        settings: configs.EngineSettings,
         *,
         keeps_weights: bool,
         say: Callable[[str], None],

@@ -1,7 +1,7 @@
-"""How weights travel into an engine, and how their arrival is checked.
+"""Transfers weights to an engine and verifies their arrival.
 
-interface                          what sender and receiver expect of each other
-choose                             which transport a run uses
+interface                          protocols of the sending and the receiving side
+choose                             selects the transport of a run
 memory, file, ipc, nccl            one transport each, the sending side
 receivers, receiver_registration   the receiving side, in vLLM's processes
 checksums, layout                  the tensors with their checksums, in memory or in a file

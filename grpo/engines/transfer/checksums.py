@@ -1,6 +1,7 @@
 """Checksums of a weight sync: the stream that carries them, and the check on arrival.
 
-Must not import vllm: the learner's side uses it too.
+The sending side and the receiving side use this module. It must not import vLLM, because the
+sending side runs in the learner's process.
 """
 
 from __future__ import annotations
@@ -16,32 +17,36 @@ from torch import Tensor
 if TYPE_CHECKING:
     from grpo.engines import Weights
 
-# The name of the last tensor of a sync: the checksums of all other tensors in the order sent,
-# as uint8 because a packed buffer does not align its tensors.
-CHECKSUMS = "grpo.checksums"
-# Weights that keep their dtype. DeepSeek-V3's router adds this bias to scores in [0, 1]: in
-# bfloat16 it would choose other experts.
-KEEPS_DTYPE = "e_score_correction_bias"
+# The name of the last tensor of a sync, which holds the checksums of all other tensors in the order
+# of sending. Its dtype is uint8 because tensors in a packed buffer are not aligned.
+CHECKSUMS_NAME = "grpo.checksums"
+# Weights whose names end with this suffix keep their dtype. DeepSeek-V3's router adds this bias to
+# scores in [0, 1]; rounded to bfloat16 it would select different experts.
+KEEP_DTYPE_SUFFIX = "e_score_correction_bias"
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Returns, [] on the tensor's device, its bytes as int64 words summed modulo 2^64.
+    """Returns the sum of the tensor's bytes as int64 words, modulo 2^64.
 
-    Any flipped bit changes it.
+    Bytes after the last complete word are added one by one. Any single flipped bit changes the sum.
+
+    Returns:
+        A tensor of shape `[]` and dtype int64 on the device of `tensor`.
     """
     flat = tensor.detach().reshape(-1)
     if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0:
         return flat.view(torch.int64).sum()
-    data = flat.view(torch.uint8).clone()  # a new storage begins at a multiple of 8 bytes
-    num_whole = data.numel() // 8 * 8
-    return data[:num_whole].view(torch.int64).sum() + data[num_whole:].sum()
+    data = flat.view(torch.uint8).clone()  # the new storage is aligned to 8 bytes
+    num_word_bytes = data.numel() // 8 * 8
+    return data[:num_word_bytes].view(torch.int64).sum() + data[num_word_bytes:].sum()
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor that will be sent, as vLLM's `ParamMeta`.
+    """The description of a tensor that will be sent. vLLM uses it as a `ParamMeta`.
 
-    `TensorInfo("model.norm.weight", torch.bfloat16, (896,))`.
+    Example:
+        `TensorInfo("model.norm.weight", torch.bfloat16, (896,))`
     """
 
     name: str
@@ -50,33 +55,39 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Returns the size of the tensor in bytes."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightStream:
-    """The tensors of one weight sync, in the order sent (a `WeightSource` of vLLM).
+    """The tensors of one weight sync in the order of sending. vLLM uses it as a `WeightSource`.
 
-    Floating-point weights are cast to `dtype`, except KEEPS_DTYPE. CHECKSUMS is computed while the
-    weights are iterated and comes last.
+    The last tensor, CHECKSUMS_NAME, is computed while the weights are iterated.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        """Iterates `weights` once per iteration of the stream."""
+        """Prepares the stream without reading any weight.
+
+        Args:
+            weights: the weights. Each iteration of the stream iterates them once.
+            dtype: the dtype to which floating-point weights are cast, except those whose names end
+                with KEEP_DTYPE_SUFFIX.
+        """
         self._weights = weights
         self._dtype = dtype
 
     def metadata(self) -> list[TensorInfo]:
-        """Returns what iteration yields, without gathering any weight."""
+        """Describes the tensors that the iteration yields, without gathering any weight."""
         infos = [
             TensorInfo(name, self._sent_dtype(name, dtype), shape)
             for name, dtype, shape in self._weights.layout()
         ]
-        return [*infos, TensorInfo(CHECKSUMS, torch.uint8, (8 * len(infos),))]
+        checksums_info = TensorInfo(CHECKSUMS_NAME, torch.uint8, (8 * len(infos),))
+        return [*infos, checksums_info]
 
     @property
     def num_bytes(self) -> int:
-        """Returns the size of all tensors in bytes."""
+        """The size of all tensors in bytes."""
         return sum(info.num_bytes for info in self.metadata())
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -87,23 +98,23 @@ class WeightStream:
             sums.append(checksum(cast))
             yield name, cast
         if sums[0].is_cuda:
-            torch.cuda.synchronize()  # vLLM's sending side alternates between streams
-        yield CHECKSUMS, torch.stack(sums).view(torch.uint8)
+            torch.cuda.synchronize()  # vLLM's sender alternates between CUDA streams
+        yield CHECKSUMS_NAME, torch.stack(sums).view(torch.uint8)
 
     def _sent_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        if dtype.is_floating_point and not name.endswith(KEEPS_DTYPE):
+        if dtype.is_floating_point and not name.endswith(KEEP_DTYPE_SUFFIX):
             return self._dtype
         return dtype
 
 
 class ArrivalCheck:
-    """Loads weights into an engine's model and compares them with the checksums that come last.
+    """Loads weights into an engine's model and verifies them with the checksums, which arrive last.
 
-    A transfer engine loads into it in place of the model.
+    A receiving engine calls `load_weights` of this object in place of the model's.
     """
 
     def __init__(self, model: Any) -> None:
-        """Expects every parameter of `model`."""
+        """Begins the check of one update, in which every parameter of `model` must arrive."""
         self._model = model
         self._expected = {name for name, _ in model.named_parameters()}
         self._loaded: set[str] = set()
@@ -111,23 +122,23 @@ class ArrivalCheck:
         self._sent_sums: Tensor | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Loads weights into the model; once the checksums have arrived, checks every weight.
+        """Loads weights into the model. Checks all weights once the checksums have arrived.
 
         Raises:
-            RuntimeError: bytes differ from those sent, or a weight of the model did not arrive. The
-                message names the tensors.
+            RuntimeError: a tensor differs from the one that was sent, or a weight of the model did
+                not arrive. The message names the tensors.
         """
         self._loaded |= set(self._model.load_weights(self._record_sums(weights)))
         if self._sent_sums is None:
             return
         if self._sent_sums.is_cuda:
-            torch.cuda.synchronize()  # vLLM's receiving side alternates between streams
+            torch.cuda.synchronize()  # vLLM's receiver alternates between CUDA streams
         self._check_sums(self._sent_sums)
         self._check_missing()
 
     def _record_sums(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            if name == CHECKSUMS:
+            if name == CHECKSUMS_NAME:
                 self._sent_sums = tensor.clone()
             else:
                 self._sums[name] = checksum(tensor)
@@ -140,14 +151,14 @@ class ArrivalCheck:
             raise RuntimeError(
                 f"weight transfer: {len(arrived)} tensors arrived, {len(sent)} were sent"
             )
-        wrong = []
+        corrupted = []
         for name, arrived_sum, sent_sum in zip(self._sums, arrived, sent, strict=True):
             if arrived_sum != sent_sum:
-                wrong.append(name)
-        if wrong:
+                corrupted.append(name)
+        if corrupted:
             raise RuntimeError(
-                f"weight transfer: the bytes of {', '.join(wrong[:5])} are not those that were "
-                "sent (checksum)"
+                f"weight transfer: the bytes of {', '.join(corrupted[:5])} differ from those that "
+                "were sent (checksum)"
             )
 
     def _check_missing(self) -> None:
@@ -162,9 +173,9 @@ class ArrivalCheck:
 
 
 def tied_head(model: Any) -> Any:
-    """Returns the output head if it shares the embedding's weight, otherwise None.
+    """Returns the output head of a vLLM model if it shares the embedding's weight, else None.
 
-    On a CPU vLLM then keeps a second, packed copy of that weight.
+    On a CPU, vLLM keeps a second, packed copy of that weight for the head.
     """
     head = getattr(model, "lm_head", None)
     config = getattr(model, "config", None)

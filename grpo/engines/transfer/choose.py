@@ -1,4 +1,4 @@
-"""Chooses the transport of a run: the only place that knows all of them."""
+"""Selects the transport of a run. This is the only module that imports all transports."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from grpo.engines.transfer.memory import MemorySender
 from grpo.engines.transfer.nccl import NcclSender
 from grpo.types import UserError
 
-# the entry point of pyproject.toml, by which vLLM's processes load our receivers
+# The entry point in pyproject.toml through which vLLM's processes load grpo's receiving engines.
 PLUGIN = "grpo.engines.servers.plugin:register"
 
+# `engine.servers.transfer` -> the sender class
 SENDERS: dict[str, type[WeightSender]] = {
     "memory": MemorySender,
     "file": FileSender,
@@ -24,10 +25,15 @@ SENDERS: dict[str, type[WeightSender]] = {
 }
 
 
-def choose_sender(servers: configs.Servers | None) -> type[WeightSender]:
-    """Returns the sender class of a pool of servers, or of the child process if there are none.
+def choose_sender(servers: configs.ServerSettings | None) -> type[WeightSender]:
+    """Returns the class of the weight sender.
 
-    Raises UserError if this machine cannot use what `engine.servers.transfer` names.
+    Args:
+        servers: the section `engine.servers` of the config; None for an engine in a child process.
+
+    Raises:
+        UserError: this machine cannot use the transport that `engine.servers.transfer` names, or
+            grpo's vLLM plugin is not installed.
     """
     has_gpu = torch.cuda.is_available()
     if servers is None:
@@ -46,10 +52,10 @@ def choose_sender(servers: configs.Servers | None) -> type[WeightSender]:
 
 
 def _check_plugin() -> None:
-    """Raises UserError unless vLLM's processes will load our receiving engines."""
+    """Raises UserError unless vLLM's processes can load grpo's receiving engines."""
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
     if not any(plugin.value == PLUGIN for plugin in plugins):
         raise UserError(
-            "engine.servers: vLLM does not see grpo's plugin: install the package again "
-            "(./launch/setup.sh)"
+            "engine.servers: grpo is not installed as a plugin of vLLM (entry point "
+            "vllm.general_plugins): install the package again (./launch/setup.sh)"
         )

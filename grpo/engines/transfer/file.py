@@ -1,21 +1,25 @@
-"""Transport `file`: a safetensors file in a directory that every machine sees."""
+"""Transport `file`: a safetensors file in a directory that all machines can read."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import ClassVar
 
 from grpo.engines.transfer.checksums import WeightStream
 from grpo.engines.transfer.interface import SenderOptions, WeightReceiver
-from grpo.engines.transfer.layout import MappedWeights, no_room, required_bytes, update_info
+from grpo.engines.transfer.layout import (
+    MappedWeights,
+    no_space_error,
+    required_bytes,
+    update_info,
+)
 
 
 class FileSender:
-    """Writes the weights into a new file per send and deletes the file before it.
+    """Writes the weights of each send to a new file and deletes the previous file.
 
-    A network file system shows a reader the content at the time when it opened the file, so a file
-    is never written twice.
+    No file is written twice, because on a network file system a process may continue to read the
+    content that a file had when the process opened it.
     """
 
     backend: ClassVar[str] = "grpo_file"
@@ -24,45 +28,45 @@ class FileSender:
     def __init__(self, options: SenderOptions) -> None:
         """Creates the directory and a first, empty file.
 
-        Deletes files that a killed trainer left there: nobody else uses `options.folder`.
+        Deletes files that a killed trainer left in `options.folder`, which no other run may use.
         """
         if options.folder is None:
-            raise ValueError("the transport `file` needs a folder")
+            raise ValueError("the transport `file` needs SenderOptions.folder")
         self.buffer_bytes = 0
         self._folder = options.folder
-        self._num_written = 0
-        for leftover in self._folder.glob("weights-*.safetensors"):
-            leftover.unlink(missing_ok=True)
-        self._open()
+        self._num_files = 0
+        for old_file in self._folder.glob("weights-*.safetensors"):
+            old_file.unlink(missing_ok=True)
+        self._open_new_file()
 
-    def _open(self) -> None:
+    def _open_new_file(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._num_written += 1
-        self.path = str((self._folder / f"weights-{self._num_written}.safetensors").absolute())
+        self._num_files += 1
+        self._file = (self._folder / f"weights-{self._num_files}.safetensors").absolute()
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._mapped = MappedWeights(os.open(self.path, flags, 0o600))
+        self._mapped = MappedWeights(os.open(self._file, flags, 0o600))
 
     def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
-        """Writes the weights, then has the receiver load them. Raises EngineError."""
+        """Writes the weights, then makes the receiver load them. Raises EngineError."""
         receiver.load_stored_weights(self.write(stream))
 
     def write(self, stream: WeightStream) -> dict[str, object]:
-        """Writes the weights and returns the `UpdateInfo` (receivers.py) of their place.
+        """Writes the weights and returns their location: the fields of `UpdateInfo` (receivers.py).
 
-        Raises EngineError if there is no room.
+        Raises EngineError if the disk has no space for them.
         """
         num_bytes = required_bytes(stream)
         try:
             self.close()
-            self._open()
+            self._open_new_file()
             self._mapped.reserve(num_bytes, allocate=True)
         except OSError as error:
-            raise no_room(num_bytes, f"at {self.path}", error) from None
+            raise no_space_error(num_bytes, f"at {self._file}", error) from None
         self._mapped.fill(stream)
         self._mapped.flush()
-        return update_info(self.path, stream)
+        return update_info(str(self._file), stream)
 
     def close(self) -> None:
         """Deletes the file."""
         self._mapped.close()
-        Path(self.path).unlink(missing_ok=True)
+        self._file.unlink(missing_ok=True)

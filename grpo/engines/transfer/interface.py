@@ -1,9 +1,13 @@
-"""What the two sides of a weight transfer expect of each other.
+"""The protocols of a weight transfer: the sender of a transport and the receiver of an engine.
 
-An engine hands its sender the weights and a receiver; it does not know the transport. A new
-transport is one file with a `WeightSender`, a receiving engine in receivers.py and its name in
-receiver_registration.py; choose.py chooses it, and `Servers.transfer` of grpo/config/sections.py
-allows its name.
+An engine passes the weights and a receiver to its sender and does not depend on the transport.
+
+To add a transport, write
+
+1. a `WeightSender` in a file of its own,
+2. a receiving engine in receivers.py, registered in receiver_registration.py,
+3. the condition of its use in choose.py, and its name in `Servers.transfer` of
+   grpo/config/sections.py.
 """
 
 from __future__ import annotations
@@ -18,12 +22,12 @@ from grpo.engines.transfer.checksums import WeightStream
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SenderOptions:
-    """What a sender is made with.
+    """The options of a weight sender. Each transport uses some of them.
 
     Attributes:
-        folder: a directory of this run's own, visible to every engine (transport `file`).
-        limit_s: the longest time of one send, in seconds (transport `nccl`).
-        on_wait: called while a send waits; may raise.
+        folder: a directory that only this run uses and all engines can read (transport `file`).
+        limit_s: the time limit of one send, in seconds (transport `nccl`).
+        on_wait: called while a send waits. An exception that it raises ends the wait.
         say: prints a line for the user.
     """
 
@@ -34,39 +38,43 @@ class SenderOptions:
 
 
 class WeightReceiver(Protocol):
-    """The engine, or all servers of a pool at once, as a sender drives it.
+    """The receiver of weights: one engine, or all servers of a pool together.
 
     The first four methods are those of vLLM's `VLLMWeightSyncClient`. Every method raises
-    EngineError when the engine fails or does not answer in time.
+    EngineError if an engine fails or does not answer in time.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connects the engine to the transport."""
+        """Connects the engine to the transport. The keys of `init_info` depend on the transport."""
 
     def start_weight_update(self) -> None:
-        """Begins an update; the engine samples nothing until it is finished."""
+        """Begins an update. The engine does not sample until the update has ended."""
 
     def update_weights(self, update_info: Any) -> None:
         """Loads the weights that `update_info` describes."""
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Ends an update. The engine must acknowledge the receiver's weight version."""
+        """Ends an update. The engine must acknowledge the weight version of this receiver."""
 
     def load_stored_weights(self, update_info: dict[str, Any]) -> None:
-        """Runs a whole update from weights that stay readable at the place `update_info` names.
+        """Runs a complete update from weights in shared memory or a file.
 
-        Each of several engines takes them at its own pace.
+        The weights remain stored, so that several engines can load them independently.
+
+        Args:
+            update_info: the location of the weights: the fields of `UpdateInfo` (receivers.py).
         """
 
 
 class WeightSender(Protocol):
-    """One transport, seen from the trainer.
+    """The sending side of a transport.
 
     Attributes:
-        backend: the name of the receiving engine for vLLM (receiver_registration.py).
-        keeps_weights: whether the weights sent last stay readable, so that an engine that starts
-            later takes them without another send.
-        buffer_bytes: device memory that a send needs on each side, in bytes.
+        backend: the name under which the receiving engine is registered with vLLM
+            (receiver_registration.py).
+        keeps_weights: True if the weights of the last send remain stored, so that an engine that
+            starts later can load them without another send.
+        buffer_bytes: the device memory that a send needs in each process, in bytes.
     """
 
     backend: ClassVar[str]
@@ -74,10 +82,10 @@ class WeightSender(Protocol):
     buffer_bytes: int
 
     def __init__(self, options: SenderOptions) -> None:
-        """Prepares the transport, as far as that is possible without an engine."""
+        """Prepares the transport. No engine needs to be ready."""
 
     def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
-        """Sends every weight. Raises EngineError."""
+        """Sends every weight. Raises EngineError if the transfer or the receiver failed."""
 
     def close(self) -> None:
-        """Frees what the transport holds."""
+        """Frees the resources of the transport."""

@@ -1,4 +1,4 @@
-"""Weights laid out as safetensors in memory that engines map: used by memory.py and file.py."""
+"""Weights in the safetensors format in a memory-mapped file, for memory.py and file.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from grpo.engines import EngineError
 from grpo.engines.transfer.checksums import TensorInfo, WeightStream
 
+HEADER_LENGTH_BYTES = 8  # the file begins with the length of the header, a 64-bit integer
+ALIGNMENT_BYTES = 64  # the first tensor begins at a multiple of this
+# names of the safetensors format
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -28,23 +32,27 @@ DTYPE_NAMES = {
 
 
 class MappedWeights:
-    """A writable mapping of a file that holds one model's weights as safetensors."""
+    """A writable mapping of a file with the weights of one model.
+
+    Attributes:
+        bytes: `[file size in bytes]`, uint8: the mapping.
+    """
 
     def __init__(self, file_descriptor: int) -> None:
-        """Maps nothing yet; `close` closes `file_descriptor` too."""
+        """Takes over an open file, which `close` closes. `reserve` maps it."""
         self._file_descriptor = file_descriptor
-        self.bytes = torch.empty(0, dtype=torch.uint8)  # [file size], the mapping
+        self.bytes = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, num_bytes: int, *, allocate: bool) -> None:
-        """Maps a file of that size.
+        """Sets the size of the file and maps it.
 
         Args:
-            num_bytes: the size, see `required_bytes`.
-            allocate: reserve the space, so that a full disk is an error here and not SIGBUS during
-                a write through the mapping.
+            num_bytes: the size of the file, see `required_bytes`.
+            allocate: allocate the disk space now. A full disk is then an OSError of this call
+                instead of a SIGBUS during a write to the mapping.
 
         Raises:
-            OSError: there is no room.
+            OSError: there is not enough space.
         """
         if self.bytes.numel() == num_bytes:
             return
@@ -55,21 +63,26 @@ class MappedWeights:
         self.bytes = torch.frombuffer(mapping, dtype=torch.uint8)
 
     def fill(self, stream: WeightStream) -> None:
-        """Writes every tensor of the stream into the reserved space."""
-        header, places = _layout(stream.metadata())
-        self.bytes[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        """Writes every tensor of the stream to the mapping, which `reserve` must have sized."""
+        layout = _file_layout(stream.metadata())
+        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        self.bytes[: len(header)] = header
+        missing_ranges = dict(layout.byte_ranges)
         for name, tensor in stream:
-            start, end = places.pop(name)
-            self.bytes[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        if places:
-            raise RuntimeError(f"weights that were announced and not sent: {', '.join(places)}")
+            target = self.bytes[missing_ranges.pop(name)]
+            target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        if missing_ranges:
+            raise RuntimeError(
+                "weights that the stream's metadata lists but its iteration did not yield: "
+                f"{', '.join(missing_ranges)}"
+            )
 
     def flush(self) -> None:
         """Writes the file to its disk."""
         os.fsync(self._file_descriptor)
 
     def close(self) -> None:
-        """Drops the mapping, which is unmapped with the last tensor that views it."""
+        """Closes the file. The memory is unmapped when no tensor refers to it any more."""
         self.bytes = torch.empty(0, dtype=torch.uint8)
         if self._file_descriptor >= 0:
             os.close(self._file_descriptor)
@@ -77,27 +90,26 @@ class MappedWeights:
 
 
 def required_bytes(stream: WeightStream) -> int:
-    """Returns the size in bytes of a file that holds the stream."""
-    _, places = _layout(stream.metadata())
-    return max(end for _, end in places.values())
+    """Returns the size of a file that holds the tensors of the stream, in bytes."""
+    return _file_layout(stream.metadata()).num_bytes
 
 
-def no_room(num_bytes: int, place: str, error: OSError) -> EngineError:
-    """Returns the error for weights that a place has no room for: "in shared memory"."""
+def no_space_error(num_bytes: int, location: str, error: OSError) -> EngineError:
+    """Returns the error for weights that do not fit at a location, such as "in shared memory"."""
     return EngineError(
-        f"no room for {num_bytes / 2**30:.2f} GB of weights {place}: {error.strerror}"
+        f"no space for {num_bytes / 2**30:.2f} GB of weights {location}: {error.strerror}"
     )
 
 
 def update_info(path: str, stream: WeightStream) -> dict[str, object]:
-    """Returns what a receiver must know of stored weights (`UpdateInfo` in receivers.py)."""
+    """Returns the fields of `UpdateInfo` (receivers.py) for a stream that is stored at `path`."""
     return {"path": path, "names": [info.name for info in stream.metadata()]}
 
 
 def read_tensors(path: str, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields `(name, tensor)` of a file, in the order of `names`.
+    """Yields `(name, tensor)` from a file, in the order of `names`.
 
-    The tensors view the mapped file: copy what must outlive the next write.
+    The tensors are views of the mapped file. Copy a tensor that must survive the next send.
     """
     from safetensors import safe_open
 
@@ -106,27 +118,40 @@ def read_tensors(path: str, names: Sequence[str]) -> Iterator[tuple[str, Tensor]
             yield name, file.get_tensor(name)
 
 
-def _layout(metadata: Sequence[TensorInfo]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Returns the header of a safetensors file, and where in the file each tensor starts and ends.
+@dataclass(frozen=True, slots=True)
+class _FileLayout:
+    """The layout of a safetensors file.
 
-    Wide dtypes come first, so all tensors are aligned.
+    Attributes:
+        header: the first bytes of the file, before the tensors.
+        byte_ranges: the bytes of each tensor in the file, by the tensor's name.
+        num_bytes: the size of the file.
     """
-    header: dict[str, object] = {}
-    offsets: dict[str, tuple[int, int]] = {}
+
+    header: bytes
+    byte_ranges: dict[str, slice]
+    num_bytes: int
+
+
+def _file_layout(metadata: Sequence[TensorInfo]) -> _FileLayout:
+    """Lays out tensors in a safetensors file, wide dtypes first, so that all are aligned."""
+    entries: dict[str, object] = {}
+    offsets: dict[str, tuple[int, int]] = {}  # start and end, relative to the end of the header
     end = 0
     for info in sorted(metadata, key=lambda info: -info.dtype.itemsize):
         start = end
         end = start + info.num_bytes
         offsets[info.name] = (start, end)
-        header[info.name] = {
+        entries[info.name] = {
             "dtype": DTYPE_NAMES[info.dtype],
             "shape": info.shape,
             "data_offsets": (start, end),
         }
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    data_start = 8 + len(text)
-    places = {
-        name: (start + data_start, end + data_start) for name, (start, end) in offsets.items()
+    text = json.dumps(entries).encode()
+    text += b" " * (-(HEADER_LENGTH_BYTES + len(text)) % ALIGNMENT_BYTES)
+    header = len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
+    byte_ranges = {
+        name: slice(len(header) + start, len(header) + end)
+        for name, (start, end) in offsets.items()
     }
-    return len(text).to_bytes(8, "little") + text, places
+    return _FileLayout(header, byte_ranges, num_bytes=len(header) + end)

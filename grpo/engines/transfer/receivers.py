@@ -1,10 +1,10 @@
 """The receiving side of a weight sync, inside vLLM's processes.
 
-The classes implement vLLM's weight-transfer interface and check every weight that they receive.
+The classes implement vLLM's weight-transfer interface and verify every weight that they receive.
 
-`MemoryTransfer` follows vLLM 0.32's IPC engine with two differences: it does no device
-synchronisation (the base class assumes an accelerator), and it packs a tied output head and a
-layer's experts again.
+`MemoryTransfer` follows vLLM 0.32's IPC engine with two differences. It does not synchronise the
+device, because the base class assumes an accelerator. After a reload it packs a tied output head
+and the experts of each layer again.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ from grpo.engines.transfer.layout import read_tensors
 
 
 class ChecksArrivals:
-    """Mixin: every weight that a transfer engine of vLLM receives passes through `ArrivalCheck`.
+    """Mixin for a transfer engine of vLLM: passes the received weights through `ArrivalCheck`.
 
-    It must come before that engine among the base classes.
+    List it before the transfer engine among the base classes.
     """
 
     model: Any
 
     def start_weight_update(self) -> None:
-        """Begins an update and a new check."""
+        """Begins an update and its check."""
         super().start_weight_update()  # type: ignore[misc]
         self._arrivals = ArrivalCheck(self.model)
 
     def receive_weights(self, update_info: Any) -> None:
-        """Loads weights through the check. Raises RuntimeError naming each fault."""
+        """Loads weights through the check. Raises RuntimeError naming the wrong or missing ones."""
         model = self.model
+        # The transfer engine calls `self.model.load_weights`.
         self.model = self._arrivals
         try:
             super().receive_weights(update_info)  # type: ignore[misc]
@@ -56,14 +57,14 @@ class ChecksArrivals:
 
 
 class LoadsInPlace(ChecksArrivals):
-    """Mixin: weights are loaded straight into the parameters that CUDA graphs read.
+    """Mixin: loads weights directly into the parameters that CUDA graphs read, where possible.
 
-    vLLM's layer-wise reload assembles a layer's new weights beside the old ones, processes and
-    copies them. A model that uses its weights as loaded does not need that.
+    vLLM's layer-wise reload collects the new weights of a layer in additional memory, processes
+    them and copies the result. A model that uses its weights unprocessed does not need the reload.
     """
 
     def start_weight_update(self) -> None:
-        """Begins an update, without the layer-wise reload where the model does not need it."""
+        """Begins an update. Skips the layer-wise reload if the model does not need it."""
         if loads_in_place(self.model):
             self._arrivals = ArrivalCheck(self.model)
         else:
@@ -71,9 +72,10 @@ class LoadsInPlace(ChecksArrivals):
 
 
 def loads_in_place(model: Any) -> bool:
-    """Returns whether a model on a GPU uses its weights as they are loaded.
+    """Returns whether a model on a GPU uses its weights unprocessed.
 
-    Then no layer packs, shuffles, quantises or derives anything of its weights after loading.
+    That is the case if no layer packs, shuffles or quantises its weights after loading, or derives
+    other tensors from them.
     """
     for module in model.modules():
         method = getattr(module, "quant_method", None)
@@ -88,7 +90,10 @@ def loads_in_place(model: Any) -> bool:
 
 
 def _is_plain_attention(module: Any) -> bool:
-    """Returns whether a layer, after loading, only sets its scales, which are not sent."""
+    """Returns whether a module is an attention layer that only sets its scales after loading.
+
+    The scales are not part of a weight sync.
+    """
     if type(module) is not Attention:
         return False
     return (
@@ -98,25 +103,25 @@ def _is_plain_attention(module: Any) -> bool:
 
 
 class IpcTransfer(LoadsInPlace, IPCWeightTransferEngine):
-    """Receives weights by CUDA IPC (transport `ipc`)."""
+    """Receives weights through CUDA IPC (transport `ipc`)."""
 
 
 class NcclTransfer(LoadsInPlace, NCCLWeightTransferEngine):
-    """Receives weights by an NCCL broadcast (transport `nccl`)."""
+    """Receives weights through an NCCL broadcast (transport `nccl`)."""
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """What a connection to shared memory or a file needs: nothing."""
+    """The connection info of shared memory and files, which need none."""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Where the weights of one update are.
+    """The location of the weights of one update.
 
     Attributes:
-        path: of the shared memory or the file.
-        names: of the tensors, in the order sent.
+        path: the path of the shared memory or of the file.
+        names: the names of the tensors in the order of sending.
     """
 
     path: str
@@ -150,13 +155,13 @@ class _MemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 class MemoryTransfer(ChecksArrivals, _MemoryTransfer):
-    """Reads weights from shared memory or a file (transports `memory` and `file`)."""
+    """Reads weights from shared memory or from a file (transports `memory` and `file`)."""
 
 
 def retie_head(model: Any) -> None:
-    """Points a tied head at the embedding's new weight and packs it again.
+    """Sets the weight of a tied head to the embedding's new weight and packs it again.
 
-    A reload leaves its packed copy as it was (vLLM 0.32, CPU).
+    vLLM 0.32's reload does not update the packed copy of the head on a CPU.
     """
     head = tied_head(model)
     if head is not None:
@@ -165,9 +170,9 @@ def retie_head(model: Any) -> None:
 
 
 def repack_experts(model: Any) -> None:
-    """Packs every layer's experts into the layout of their kernel.
+    """Packs the experts of every layer into the layout of their kernel.
 
-    A reload leaves them in the layout in which they were sent (vLLM 0.32, CPU).
+    vLLM 0.32's reload leaves them in the layout of the transfer on a CPU.
     """
     for module in model.modules():
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)

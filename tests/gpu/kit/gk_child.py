@@ -27,7 +27,7 @@ def time_calls(name: str) -> None:
         result = method(self, **arguments)
         size = ""
         if name == "generate":
-            size = f" of {sum(n for _, _, n in arguments['requests'])}"
+            size = f" of {sum(request.n for request in arguments['requests'])}"
         print(f"TIMED {name}{size}: {time.perf_counter() - start:.4f} s", flush=True)
         return result
 

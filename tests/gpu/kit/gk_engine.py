@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.config import Engine
+from grpo.config import EngineSettings
+from grpo.engines import Request, SamplingOptions
 from grpo.engines.local.child import ChildEngine
 from grpo.engines.vllm_options import ServedModel, llm_arguments
 from grpo.learning import models
+from grpo.types import Completion
 
 KIT = Path("/tmp/gk")
 # Without this library vLLM uses its Triton attention.
@@ -84,9 +86,9 @@ def run_one() -> int:
     engine = start_engine(model_dir)
     prompts = [tuple(10 + (7 * i + j) % 90 for j in range(PROMPT_TOKENS)) for i in range(8)]
     groups = sample(engine, prompts)
-    token_ids, engine_logprobs, *_ = groups[0][0]
-    reference_logprobs = logprobs_of_transformers(model_dir, prompts[0], token_ids)
-    gap = float((reference_logprobs - torch.tensor(engine_logprobs)).abs().mean())
+    completion = groups[0][0]
+    reference_logprobs = logprobs_of_transformers(model_dir, prompts[0], completion.token_ids)
+    gap = float((reference_logprobs - torch.tensor(completion.logprobs)).abs().mean())
     print(f"mean gap to transformers in float32: {gap:.4f}")
     engine.sleep()
     print("asleep: GPU memory free and total", torch.cuda.mem_get_info())
@@ -97,7 +99,7 @@ def run_one() -> int:
 
 def start_engine(model_dir: Path) -> ChildEngine:
     eager = True if os.environ.get("GK_EAGER") else None
-    settings = Engine(memory_fraction=0.2, max_sequences=64, eager=eager)
+    settings = EngineSettings(memory_fraction=0.2, max_sequences=64, eager=eager)
     model = ServedModel(
         model_dir=str(model_dir), dtype="bfloat16", max_model_len=512, load_weights=True
     )
@@ -109,19 +111,17 @@ def start_engine(model_dir: Path) -> ChildEngine:
     return engine
 
 
-def sample(engine: ChildEngine, prompts: list[tuple[int, ...]]) -> list[list[tuple[Any, ...]]]:
+def sample(engine: ChildEngine, prompts: list[tuple[int, ...]]) -> list[tuple[Completion, ...]]:
     """Samples 8 completions per prompt three times and returns the last ones."""
-    options = {"max_tokens": 256, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "ignore_eos": True}
+    requests = [Request(prompt_ids=prompt, seed=100 * i, n=8) for i, prompt in enumerate(prompts)]
+    options = SamplingOptions(max_tokens=256, ignore_eos=True)
     for _ in range(3):
         start = time.monotonic()
-        groups = engine.generate(
-            [(prompt, 100 * i, 8) for i, prompt in enumerate(prompts)],
-            options | {"stop": (), "stop_token_ids": ()},
-        )
+        groups = engine.generate(requests, options)
         seconds = time.monotonic() - start
         num_tokens = 0
         for group in groups:
-            num_tokens += sum(len(token_ids) for token_ids, *_ in group)
+            num_tokens += sum(len(completion.token_ids) for completion in group)
         print(f"{num_tokens} tokens in {seconds:.2f} s", flush=True)
     return groups
 

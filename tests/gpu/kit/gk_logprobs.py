@@ -32,14 +32,14 @@ def milliseconds(work: Callable[[], object]) -> float:
 def compare(dtype: torch.dtype) -> None:
     logits = (4 * torch.randn(ROWS, VOCAB_SIZE, device="cuda")).to(dtype)
     targets = torch.randint(0, VOCAB_SIZE, (ROWS,), device="cuda")
-    grad = torch.randn(ROWS, device="cuda")
+    logprob_grad = torch.randn(ROWS, device="cuda")
     _, entropies, normalisers = policy._values(logits, targets, temperature=TEMPERATURE)
 
     def time_both(values: Callable[..., object], gradient: Callable[..., object]) -> str:
         values_ms = milliseconds(lambda: values(logits, targets, temperature=TEMPERATURE))
         gradient_ms = milliseconds(
             lambda: gradient(
-                logits, targets, normalisers, entropies, grad, None, temperature=TEMPERATURE
+                logits, targets, normalisers, entropies, logprob_grad, None, temperature=TEMPERATURE
             )
         )
         return f"values {values_ms:.2f} ms, gradient {gradient_ms:.2f} ms"

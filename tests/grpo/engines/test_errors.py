@@ -1,4 +1,4 @@
-"""The engines' errors: their messages, and that they reach other ranks whole."""
+"""The engines' error classes: their messages, and pickling, which sends errors to other ranks."""
 
 import pickle
 from dataclasses import astuple, is_dataclass
@@ -8,6 +8,7 @@ import pytest
 import grpo.engines
 from grpo.engines import EngineError
 
+# For each error class: its fields, and a regular expression that its message matches.
 EXAMPLES = {
     "EngineTimeoutError": (("the engine did not answer `x`", 5.0, "its log: f"), "within 5 s; its"),
     "EngineDiedError": (("generate", -9, "f"), r"killed by SIGKILL \(out of memory\?"),
@@ -25,17 +26,19 @@ EXAMPLES = {
 }
 
 
-def test_every_error_has_an_example_here():
-    classes = {
-        name
-        for name, value in vars(grpo.engines).items()
-        if isinstance(value, type) and issubclass(value, EngineError) and value is not EngineError
+def is_engine_error_subclass(value):
+    return isinstance(value, type) and issubclass(value, EngineError) and value is not EngineError
+
+
+def test_every_error_class_has_an_example():
+    class_names = {
+        name for name, value in vars(grpo.engines).items() if is_engine_error_subclass(value)
     }
-    assert classes == EXAMPLES.keys()
+    assert class_names == EXAMPLES.keys()
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_error_keeps_its_fields_and_its_message_when_it_is_sent_to_another_rank(name):
+def test_pickled_error_keeps_its_class_fields_and_message(name):
     fields, message = EXAMPLES[name]
     error = getattr(grpo.engines, name)(*fields)
     with pytest.raises(EngineError, match=message):
@@ -43,6 +46,9 @@ def test_an_error_keeps_its_fields_and_its_message_when_it_is_sent_to_another_ra
     error.known_to_all_ranks = True
     error.failed_rank = 3
     copy = pickle.loads(pickle.dumps(error))
-    assert type(copy) is type(error) and str(copy) == str(error) and copy.known_to_all_ranks
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert copy.known_to_all_ranks
     assert copy.failed_rank == 3
-    assert is_dataclass(copy) and astuple(copy) == fields
+    assert is_dataclass(copy)
+    assert astuple(copy) == fields

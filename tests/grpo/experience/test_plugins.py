@@ -1,4 +1,6 @@
-"""Names in a config: files in folders, functions from outside, two kinds of reward."""
+"""Plugins named in a config: files in the packages, functions by module name, both kinds of reward
+function, and how their values become rewards and metrics.
+"""
 
 import os
 import sys
@@ -13,103 +15,110 @@ from grpo.types import Completion, Group, Problem, Score, UserError, Verdict
 from rewards.workers.pool import Pool
 
 
-def group(*texts):
-    completions = tuple(
+def group_of(*texts):
+    """Returns a group of problem p7 with one completion of two tokens per text."""
+    completions = [
         Completion(
             token_ids=(1, 2),
             logprobs=(0.0, 0.0),
-            text=t,
+            text=text,
             finish_reason="stop",
             versions=((0, 0, 2),),
         )
-        for t in texts
-    )
+        for text in texts
+    ]
     problem = Problem(id="p7", question="2+2?", answer="4", source="s", meta={"level": 3})
-    return Group(problem=problem, prompt_ids=(5,), completions=completions)
+    return Group(problem=problem, prompt_ids=(5,), completions=tuple(completions))
 
 
 @pytest.fixture
-def outside(tmp_path, monkeypatch):
-    """Makes a module in a working directory of its own."""
+def write_module(tmp_path, monkeypatch):
+    """Returns a function that writes a module to the working directory and returns its name."""
 
-    def make(name, text):
+    def write(name, text):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "path", [*sys.path])
         (tmp_path / f"{name}.py").write_text(text)
         return name
 
-    return make
+    return write
 
 
-def judge(name, *groups, prompt="prompt", pool=None, **options):
-    """The values of one reward for the completions of the first group.
-
-    Without a group it is only looked up.
-    """
-    function = plugins.reward(name, options, pool or Pool())
-    return function(groups, [prompt])[0] if groups else None
+def reward_values(name, group, prompt="prompt", pool=None, **options):
+    """Returns the values of one reward for the completions of a group."""
+    if pool is None:
+        pool = Pool()
+    reward = plugins.reward(name, options, pool)
+    return reward([group], [prompt])[0]
 
 
 @pytest.mark.parametrize(
     ("package", "function"), [("rewards", "reward"), ("data", "load"), ("grpo.losses", "loss")]
 )
-def test_every_file_in_a_folder_has_its_function_and_a_first_line_that_says_what_it_is(
-    package, function
-):
+def test_every_plugin_file_defines_its_function_with_a_docstring(package, function):
     for name in plugins.names(package):
-        found = plugins.find(package, name, function, package)
-        assert found.__doc__ and found.__module__ == f"{package}.{name}"
+        plugin = plugins.find(package, name, function, package)
+        assert plugin.__doc__
+        assert plugin.__module__ == f"{package}.{name}"
 
 
-def test_a_wrong_name_lists_what_there_is_and_the_nearest():
+def test_an_unknown_reward_is_an_error_with_the_available_and_the_nearest_names():
     with pytest.raises(
         UserError,
-        match=r"rewards.acuracy: no such reward; have accuracy, .*did you mean accuracy\?",
+        match=r"rewards.acuracy: unknown reward. Available: accuracy, .*Did you mean accuracy\?",
     ):
-        judge("acuracy")
+        plugins.reward("acuracy", {}, Pool())
 
 
-def test_a_reward_of_ours_sees_completion_and_problem(outside):
-    name = outside(
+def test_a_reward_function_receives_completion_and_problem(write_module):
+    name = write_module(
         "mine_a", "def f(completion, problem): return len(completion.text) + problem.meta['level']"
     )
-    assert judge(f"{name}:f", group("ab", "")) == [5, 3]
+    assert reward_values(f"{name}:f", group_of("ab", "")) == [5, 3]
 
 
-def test_a_trl_reward_is_called_unchanged(outside):
-    text = "def f(prompts, completions, answer, completion_ids, **columns):\n"
-    text += (
-        "    return [float(c == a) + len(i) + columns['level'][0] for c, a, i in zip(completions, "
-        "answer, completion_ids)]"
-    )
-    assert judge(f"{outside('mine_b', text)}:f", group("4", "5")) == [6.0, 5.0]
-    narrow = outside("mine_c", "def f(completions, answer): return [None for _ in completions]")
-    assert judge(f"{narrow}:f", group("4")) == [None]
+ALL_TRL_COLUMNS = """
+def f(prompts, completions, answer, completion_ids, **columns):
+    return [
+        float(text == gold) + len(ids) + columns['level'][0]
+        for text, gold, ids in zip(completions, answer, completion_ids)
+    ]
+"""
 
 
-def test_trls_own_rewards_take_a_chats_completions_as_messages():
+def test_a_trl_reward_function_is_called_with_trls_columns(write_module):
+    name = write_module("mine_b", ALL_TRL_COLUMNS)
+    assert reward_values(f"{name}:f", group_of("4", "5")) == [6.0, 5.0]
+    name = write_module("mine_c", "def f(completions, answer): return [None for _ in completions]")
+    assert reward_values(f"{name}:f", group_of("4")) == [None]
+
+
+def test_rewards_of_trl_receive_the_completions_of_a_chat_as_messages():
     pytest.importorskip("trl")
     chat = [{"role": "user", "content": "2+2?"}]
-    assert judge(
-        "trl.rewards:think_format_reward", group("<think>a</think>b", "b"), prompt=chat
-    ) == [1.0, 0.0]
+    group = group_of("<think>a</think>b", "b")
+    values = reward_values("trl.rewards:think_format_reward", group, prompt=chat)
+    assert values == [1.0, 0.0]
 
 
-def test_an_exception_stops_the_run_and_names_the_completion(outside):
-    name = outside("mine_d", "def f(completion, problem): return 1 / len(completion.text)")
+def test_an_exception_in_a_reward_names_the_completion(write_module):
+    name = write_module("mine_d", "def f(completion, problem): return 1 / len(completion.text)")
     with pytest.raises(
         RuntimeError, match=r"mine_d:f failed on completion 1 of problem p7: ZeroDivisionError"
     ):
-        judge(f"{name}:f", group("a", ""))
+        reward_values(f"{name}:f", group_of("a", ""))
 
 
-def test_a_users_own_data_folder_does_not_shadow_ours(outside, tmp_path):
+def test_a_data_folder_in_the_working_directory_does_not_shadow_the_data_package(
+    write_module, tmp_path
+):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("raise RuntimeError('shadowed')")
-    outside("mine_e", "def f(completion, problem): return 0.0")
-    judge("mine_e:f")
-    for module in [name for name in sys.modules if name == "data" or name.startswith("data.")]:
-        sys.modules.pop(module)
+    name = write_module("mine_e", "def f(completion, problem): return 0.0")
+    plugins.reward(f"{name}:f", {}, Pool())
+    for module in list(sys.modules):
+        if module == "data" or module.startswith("data."):
+            sys.modules.pop(module)
     assert "arithmetic" in plugins.names("data")
 
 
@@ -117,102 +126,115 @@ def test_a_users_own_data_folder_does_not_shadow_ours(outside, tmp_path):
     ("name", "message"),
     [("nowhere:f", "No module named 'nowhere'"), ("json:f", "has no function 'f'")],
 )
-def test_what_cannot_be_imported_is_told(name, message):
+def test_a_function_that_cannot_be_imported_is_an_error(name, message):
     with pytest.raises(UserError, match=message):
-        judge(name)
+        plugins.reward(name, {}, Pool())
 
 
-def asked_as(problem):
+def render_prompt(problem):
     return "prompt"
 
 
-def test_rewards_are_summed_by_weight_and_undecided_completions_have_none():
+def constant_reward(values):
+    """Returns a reward function that returns these values for its only group."""
+    return lambda groups, prompts: [values]
+
+
+def test_rewards_are_weighted_sums_and_undecided_completions_have_no_reward():
     verdicts = [Verdict(value="correct"), Verdict(value="wrong"), Verdict(value="undecided")]
     rewards = {
-        "a": (lambda groups, prompts: [verdicts], 1.0),
-        "b": (lambda groups, prompts: [[1.0, None, 1.0]], 0.5),
+        "a": (constant_reward(verdicts), 1.0),
+        "b": (constant_reward([1.0, None, 1.0]), 0.5),
     }
-    (scored,) = score([group("x", "y", "z")], rewards, asked_as)
+    (scored,) = score([group_of("x", "y", "z")], rewards, render_prompt)
     assert scored.rewards == (1.5, 0.0, None)
     assert scored.parts[1] == {"a": 0.0, "b": None}
     metrics = describe([scored])
-    # means over those that have a value: a (1 + 0) / 2, b (1 + 1) / 2, reward (1.5 + 0) / 2; one of
-    # three is missing
-    assert (metrics["reward/a"], metrics["reward/b"], metrics["reward/mean"]) == (0.5, 1.0, 0.75)
-    assert metrics["reward/missing"] == pytest.approx(1 / 3) and metrics[
-        "reward/undecided"
-    ] == pytest.approx(1 / 3)
-    assert metrics["group/no_signal"] == 0.0 and metrics["completion/length"] == 2.0
+    # A mean covers the completions that have a value.
+    assert metrics["reward/a"] == 0.5  # (1 + 0) / 2
+    assert metrics["reward/b"] == 1.0  # (1 + 1) / 2
+    assert metrics["reward/mean"] == 0.75  # (1.5 + 0) / 2
+    assert metrics["reward/missing"] == pytest.approx(1 / 3)
+    assert metrics["reward/undecided"] == pytest.approx(1 / 3)
+    assert metrics["group/no_signal"] == 0.0
+    assert metrics["completion/length"] == 2.0
 
 
-def test_a_reward_that_is_no_number_names_the_completion():
-    values = {"odd": (lambda groups, prompts: [[1.0, float("nan")]], 1.0)}
-    with pytest.raises(RuntimeError, match="odd failed on completion 1 of problem p7: it gave nan"):
-        score([group("a", "b")], values, asked_as)
+def test_a_reward_that_is_not_a_number_names_the_completion():
+    rewards = {"odd": (constant_reward([1.0, float("nan")]), 1.0)}
+    with pytest.raises(
+        RuntimeError, match="odd failed on completion 1 of problem p7: it returned nan"
+    ):
+        score([group_of("a", "b")], rewards, render_prompt)
 
 
-def test_what_kept_a_score_low_is_a_metric():
+def test_the_reason_of_a_low_score_is_a_metric():
     scores = [
         Score(value=0.0, reason="no answer"),
         Score(value=1.0),
         Score(value=0.0, reason="no answer"),
     ]
-    (scored,) = score(
-        [group("x", "y", "z")], {"format": (lambda groups, prompts: [scores], 1.0)}, asked_as
-    )
+    rewards = {"format": (constant_reward(scores), 1.0)}
+    (scored,) = score([group_of("x", "y", "z")], rewards, render_prompt)
     assert scored.parts == ({"format": 0.0}, {"format": 1.0}, {"format": 0.0})
     assert scored.faults == ({"format": "no answer"}, {}, {"format": "no answer"})
     assert describe([scored])["format/no_answer"] == pytest.approx(2 / 3)
 
 
-def test_a_rewards_options_reach_it_and_wrong_ones_are_told(outside):
-    name = outside(
+def test_options_are_passed_to_the_reward_and_invalid_ones_are_errors(write_module):
+    name = write_module(
         "mine_f", "def f(completion, problem, *, scale): return scale * len(completion.text)"
     )
-    assert judge(f"{name}:f", group("ab"), scale=3) == [6]
+    assert reward_values(f"{name}:f", group_of("ab"), scale=3) == [6]
     with pytest.raises(
         UserError, match=r"rewards.mine_f:f.options: missing a required .*argument: 'scale'"
     ):
-        judge(f"{name}:f")
+        plugins.reward(f"{name}:f", {}, Pool())
     with pytest.raises(
         UserError, match=r"rewards.mine_f:f.options: got an unexpected keyword argument 'size'"
     ):
-        judge(f"{name}:f", scale=1, size=2)
+        plugins.reward(f"{name}:f", {"scale": 1, "size": 2}, Pool())
 
 
-def test_a_trl_reward_takes_options_too(outside):
-    name = outside(
+def test_options_are_passed_to_a_trl_reward(write_module):
+    name = write_module(
         "mine_g",
-        "def f(completions, scale=1, **columns): return [scale * float(len(text)) for text in "
-        "completions]",
+        "def f(completions, scale=1, **columns):\n"
+        "    return [scale * float(len(text)) for text in completions]\n",
     )
-    assert judge(f"{name}:f", group("ab", "c"), scale=2) == [4.0, 2.0]
+    assert reward_values(f"{name}:f", group_of("ab", "c"), scale=2) == [4.0, 2.0]
 
 
-def test_a_reward_with_a_time_limit_runs_in_the_pool(outside):
-    text = "import os, time\nTIMEOUT_S = 1.0\ndef f(completion, problem, *, add=0):\n"
-    text += "    while completion.text == 'loop': pass\n"
-    text += (
-        "    if completion.text == 'bad': raise ValueError('no such thing')\n    return "
-        "os.getpid() + add\n"
-    )
-    name = outside("mine_h", text)
+REWARD_WITH_TIME_LIMIT = """
+import os, time
+TIMEOUT_S = 1.0
+def f(completion, problem, *, add=0):
+    while completion.text == 'loop': pass
+    if completion.text == 'bad': raise ValueError('no such thing')
+    return os.getpid() + add
+"""
+
+
+def test_a_reward_with_a_time_limit_runs_in_the_worker_pool(write_module):
+    name = write_module("mine_h", REWARD_WITH_TIME_LIMIT)
     with Pool(1) as pool:
-        first, looped, last = judge(f"{name}:f", group("a", "loop", "b"), pool=pool, add=0.5)
-        assert first != os.getpid() + 0.5 and first % 1 == 0.5 and last % 1 == 0.5
-        assert looped == Verdict(value="wrong", reason="longer than 1 s")
-        assert pool.counts["timeout"] == pool.counts["restarts"] == 1
-        with pytest.raises(
-            RuntimeError,
-            match=r"mine_h:f failed on completion 1 of problem "
-            r"p7: ValueError: no such thing; its text: 'bad'",
-        ):
-            judge(f"{name}:f", group("a", "bad"), pool=pool)
+        group = group_of("a", "loop", "b")
+        first, timed_out, last = reward_values(f"{name}:f", group, pool=pool, add=0.5)
+        assert first != os.getpid() + 0.5
+        assert first % 1 == 0.5
+        assert last % 1 == 0.5
+        assert timed_out == Verdict(value="wrong", reason="longer than 1 s")
+        assert pool.counts["timeout"] == 1
+        assert pool.counts["restarts"] == 1
+        message = (
+            r"mine_h:f failed on completion 1 of problem p7: ValueError: no such thing; "
+            r"completion text: 'bad'"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            reward_values(f"{name}:f", group_of("a", "bad"), pool=pool)
 
 
-def test_a_groups_seed_depends_on_run_rollout_and_problem_alone():
+def test_the_seed_of_a_group_depends_on_run_rollout_and_problem():
     assert seed_of(0, 3, "p7") == seed_of(0, 3, "p7")
-    assert (
-        len({seed_of(*key) for key in [(0, 3, "p7"), (1, 3, "p7"), (0, 4, "p7"), (0, 3, "p8")]})
-        == 4
-    )
+    seeds = {seed_of(0, 3, "p7"), seed_of(1, 3, "p7"), seed_of(0, 4, "p7"), seed_of(0, 3, "p8")}
+    assert len(seeds) == 4

@@ -1,4 +1,4 @@
-"""Prompts: templates, the prefilled `<think>`, and which tokens end a completion."""
+"""Prompts: templates, the prefilled `<think>`, and the tokens that end a completion."""
 
 import pytest
 
@@ -27,19 +27,20 @@ def chat(tokenizer):
     return tokenizer
 
 
-def test_chat_template_with_system_prompt_and_prefill(chat):
-    prompts = Prompts(configs.Prompt(system="Think.", think_prefill=True), chat)
+def test_a_chat_template_is_rendered_with_system_prompt_and_prefill(chat):
+    prompts = Prompts(configs.PromptSettings(system="Think.", think_prefill=True), chat)
     expected = (
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nWhat is 2 + "
         "3?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     )
-    assert prompts.text(PROBLEM) == expected and prompts.prefill(PROBLEM) == "<think>\n"
+    assert prompts.text(PROBLEM) == expected
+    assert prompts.prefill(PROBLEM) == "<think>\n"
     assert chat.decode(prompts.ids(PROBLEM)) == expected
 
 
-def test_a_completion_ends_at_the_turns_end_of_a_chat_template_and_at_eos(chat):
-    # a base model's EOS is often not the token that its chat template ends a turn with
-    prompts = Prompts(configs.Prompt(), chat, eos_token_ids=[9])
+def test_a_completion_ends_at_the_end_of_turn_token_and_at_eos(chat):
+    # The EOS token of a base model often differs from the end-of-turn token of its chat template.
+    prompts = Prompts(configs.PromptSettings(), chat, eos_token_ids=[9])
     assert set(prompts.stop_token_ids) == {
         chat.eos_token_id,
         chat.convert_tokens_to_ids("<|im_end|>"),
@@ -56,95 +57,95 @@ def test_a_completion_ends_at_the_turns_end_of_a_chat_template_and_at_eos(chat):
         {"template": "r1_zero", "think_prefill": True},
     ],
 )
-def test_a_base_model_is_saved_with_the_prompts_that_it_was_trained_on(tokenizer, settings):
-    prompts = Prompts(configs.Prompt(**settings), tokenizer)
+def test_the_saved_chat_template_of_a_base_model_renders_its_training_prompts(tokenizer, settings):
+    prompts = Prompts(configs.PromptSettings(**settings), tokenizer)
     tokenizer.chat_template = prompts.saved_template()
-    other = Problem(id="q", question="{{ 7 }} + 5?\n", answer="", source="")
-    for problem in (PROBLEM, other):
-        shown = tokenizer.apply_chat_template(
+    with_braces = Problem(id="q", question="{{ 7 }} + 5?\n", answer="", source="")
+    for problem in (PROBLEM, with_braces):
+        text = tokenizer.apply_chat_template(
             [{"role": "user", "content": problem.question}],
             tokenize=False,
             add_generation_prompt=True,
         )
-        assert shown == prompts.text(problem)
-    assert (
-        Prompts(configs.Prompt(**settings), tokenizer).saved_template() == tokenizer.chat_template
-    )
+        assert text == prompts.text(problem)
+    reloaded = Prompts(configs.PromptSettings(**settings), tokenizer)
+    assert reloaded.saved_template() == tokenizer.chat_template
 
 
-def test_a_chat_model_is_saved_with_its_prefill_once(chat):
-    prompts = Prompts(configs.Prompt(think_prefill=True), chat)
+def test_the_saved_chat_template_contains_the_prefill_only_once(chat):
+    prompts = Prompts(configs.PromptSettings(think_prefill=True), chat)
     chat.chat_template = prompts.saved_template()
-    again = Prompts(configs.Prompt(think_prefill=True), chat)
-    assert (
-        again.text(PROBLEM) == prompts.text(PROBLEM)
-        and again.saved_template() == chat.chat_template
-    )
-    whole = chat.apply_chat_template(
+    reloaded = Prompts(configs.PromptSettings(think_prefill=True), chat)
+    assert reloaded.text(PROBLEM) == prompts.text(PROBLEM)
+    assert reloaded.saved_template() == chat.chat_template
+    conversation = chat.apply_chat_template(
         [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>a</think> b"}],
         tokenize=False,
     )
-    assert whole.count("<think>") == 1
+    assert conversation.count("<think>") == 1
 
 
 def test_a_template_that_already_ends_in_think_is_not_prefilled_twice(chat):
     chat.chat_template = CHAT.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
-    prompts = Prompts(configs.Prompt(think_prefill=True), chat)
-    assert prompts.text(PROBLEM).count("<think>") == 1 and prompts.prefill(PROBLEM) == "<think>\n"
+    prompts = Prompts(configs.PromptSettings(think_prefill=True), chat)
+    assert prompts.text(PROBLEM).count("<think>") == 1
+    assert prompts.prefill(PROBLEM) == "<think>\n"
 
 
-def test_r1_zero_is_the_papers_text_and_stops_at_the_answers_end(tokenizer):
-    prompts = Prompts(configs.Prompt(template="r1_zero"), tokenizer)
+def test_r1_zero_is_the_template_of_the_paper_and_stops_at_the_closing_answer_tag(tokenizer):
+    prompts = Prompts(configs.PromptSettings(template="r1_zero"), tokenizer)
     text = prompts.text(PROBLEM)
     assert text.startswith(
         "A conversation between User and Assistant. The User asks a question and the Assistant "
         "solves it."
     )
     assert text.endswith("User: What is 2 + 3? Assistant:")
-    # the tags quoted in the prompt are no prefill
-    assert prompts.stop == ("</answer>",) and prompts.prefill(PROBLEM) == ""
+    assert prompts.stop == ("</answer>",)
+    assert prompts.prefill(PROBLEM) == ""  # the instructions quote the tags, but end without one
 
 
-def test_a_question_with_braces_is_left_as_it_is(tokenizer):
-    prompts = Prompts(configs.Prompt(template="plain"), tokenizer)
-    braces = Problem(id="b", question=r"\frac{1}{2} {question}", answer="", source="")
-    assert prompts.text(braces) == r"\frac{1}{2} {question}" + "\n"
+def test_braces_in_a_question_are_not_replaced(tokenizer):
+    prompts = Prompts(configs.PromptSettings(template="plain"), tokenizer)
+    problem = Problem(id="b", question=r"\frac{1}{2} {question}", answer="", source="")
+    assert prompts.text(problem) == r"\frac{1}{2} {question}" + "\n"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"template": "chat"}, "this tokenizer has no chat template .* use r1_zero or plain"),
-        ({"template": "caht"}, "no such template; have chat, r1_zero, plain"),
-        ({"template": "plain", "system": "r1"}, "prompt.system is for chat templates"),
+        ({"template": "chat"}, "this tokenizer has no chat template .*r1_zero or plain"),
+        ({"template": "caht"}, "unknown template. Available: chat, r1_zero, plain"),
+        ({"template": "plain", "system": "r1"}, "prompt.system requires prompt.template=chat"),
     ],
 )
-def test_what_cannot_be_rendered_is_told(tokenizer, settings, message):
+def test_invalid_prompt_settings_are_errors(tokenizer, settings, message):
     with pytest.raises(UserError, match=message):
-        Prompts(configs.Prompt(**settings), tokenizer)
+        Prompts(configs.PromptSettings(**settings), tokenizer)
 
 
-def test_prompts_that_are_too_long_are_counted_and_the_longest_named(tokenizer):
+def test_overlong_prompts_are_an_error_or_dropped(tokenizer):
     problems = [Problem(id=f"p{n}", question="x" * n, answer="", source="") for n in (3, 30, 20)]
+    prompts = Prompts(configs.PromptSettings(template="plain", max_tokens=10), tokenizer)
     with pytest.raises(
         UserError,
-        match=r"2 of 3 prompts are longer than "
-        r"prompt.max_tokens=10 \(p30 has 31 tokens\): raise it to 31, or drop",
+        match=r"2 of 3 prompts are longer than prompt.max_tokens=10. The longest, p30, has 31 "
+        r"tokens. Set prompt.max_tokens=31, or drop",
     ):
-        Prompts(configs.Prompt(template="plain", max_tokens=10), tokenizer).fitting(problems)
-    dropped = Prompts(
-        configs.Prompt(template="plain", max_tokens=10, overlong="drop"), tokenizer
-    ).fitting(problems)
-    assert [problem.id for problem in dropped] == ["p3"]
+        prompts.fitting(problems)
+    settings = configs.PromptSettings(template="plain", max_tokens=10, overlong="drop")
+    remaining = Prompts(settings, tokenizer).fitting(problems)
+    assert [problem.id for problem in remaining] == ["p3"]
 
 
-def test_special_tokens_are_visible(chat):
+def test_special_tokens_and_newlines_are_made_visible(chat):
     assert visible("<|im_start|>user\nx<|im_end|>", chat) == "⟦<|im_start|>⟧user⏎\nx⟦<|im_end|>⟧"
 
 
 @pytest.mark.parametrize("kind", models.TINY)
-def test_the_tiny_tokenizer_gives_any_text_back_whatever_class_reads_it(tiny, kind):
+def test_the_tiny_tokenizer_decodes_its_tokens_to_the_same_text(tiny, kind):
     tokenizer = models.load_tokenizer(tiny(kind))
     text = "<think>7+5=12  é\n</think> <answer>12</answer>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == text and ids[0] == 2 and max(ids) < 262
+    assert tokenizer.decode(ids) == text
+    assert ids[0] == 2  # <think>
+    assert max(ids) < 262

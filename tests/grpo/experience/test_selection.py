@@ -1,17 +1,25 @@
-"""Which problems are drawn, and which groups are learned from."""
+"""Selection: the problems that are drawn, and the groups that the update uses."""
 
 import pytest
 
-from grpo.config.algorithm import Algorithm
-from grpo.experience.selection import MAX_REFUSED, Selection, pass_rate, teaches
+from grpo.config.algorithm import AlgorithmSettings
+from grpo.experience.selection import MAX_EXCLUDED, Selection, has_training_signal, pass_rate
 from grpo.run.directory import RunDirectory
 from grpo.types import Completion, Exhausted, Group, Problem, ScoredGroup, Verdict
 
 PROBLEMS = [Problem(id=str(i), question=f"{i}+1", answer=str(i + 1), source="s") for i in range(8)]
 
 
-def scored(problem: Problem, *values: str | float | None) -> ScoredGroup:
-    """A group with a verdict ("correct", "wrong", "undecided") or a reward per completion."""
+REWARDS = {"correct": 1.0, "wrong": 0.0, "undecided": None}
+
+
+def scored_group(problem: Problem, *values: str | float | None) -> ScoredGroup:
+    """Returns a group of one completion per value.
+
+    Args:
+        problem: The problem of the group.
+        values: A verdict ("correct", "wrong", "undecided"), or a reward without a verdict.
+    """
     completion = Completion(
         token_ids=(1, 2),
         logprobs=(-0.5, -0.25),
@@ -19,81 +27,99 @@ def scored(problem: Problem, *values: str | float | None) -> ScoredGroup:
         finish_reason="stop",
         versions=((3, 0, 2),),
     )
-    verdicts = tuple(Verdict(value=value) if isinstance(value, str) else None for value in values)
-    reward_of = {"correct": 1.0, "wrong": 0.0, "undecided": None}
-    rewards = tuple(reward_of.get(value, value) for value in values)
+    verdicts = []
+    rewards = []
+    for value in values:
+        if isinstance(value, str):
+            verdicts.append(Verdict(value=value))
+            rewards.append(REWARDS[value])
+        else:
+            verdicts.append(None)
+            rewards.append(value)
     return ScoredGroup(
         group=Group(problem=problem, prompt_ids=(7,), completions=(completion,) * len(values)),
-        rewards=rewards,
+        rewards=tuple(rewards),
         parts=tuple({"accuracy": reward} for reward in rewards),
-        verdicts=verdicts,
+        verdicts=tuple(verdicts),
         faults=({},) * len(values),
     )
 
 
-def selection(size: int = 2, **algorithm) -> Selection:
+def make_selection(size: int = 2, **algorithm) -> Selection:
     def take(position: int, count: int) -> list[Problem]:
         return [PROBLEMS[(position + i) % len(PROBLEMS)] for i in range(count)]
 
-    return Selection(algorithm=Algorithm(**algorithm), size=size, take=take)
+    return Selection(algorithm=AlgorithmSettings(**algorithm), size=size, take=take)
 
 
 @pytest.mark.parametrize(
-    ("values", "rate", "is_teaching"),
+    ("values", "rate", "has_signal"),
     [
         (("correct", "wrong", "wrong", "undecided"), 1 / 3, True),
         (("correct", "correct"), 1.0, False),
         (("wrong", "undecided"), 0.0, False),
         (("undecided", "undecided"), 0.0, False),
-        ((0.5, 0.2, None, 0.5), 2 / 3, True),  # without verdicts the highest reward is right
+        # Without verdicts, the completions with the highest reward count as correct.
+        ((0.5, 0.2, None, 0.5), 2 / 3, True),
         ((0.5, 0.5), 0.0, False),
     ],
 )
-def test_pass_rate_and_signal_of_a_group(values, rate, is_teaching):
-    group = scored(PROBLEMS[0], *values)
-    assert pass_rate(group) == pytest.approx(rate) and teaches(group) == is_teaching
+def test_pass_rate_and_training_signal_of_a_group(values, rate, has_signal):
+    group = scored_group(PROBLEMS[0], *values)
+    assert pass_rate(group) == pytest.approx(rate)
+    assert has_training_signal(group) == has_signal
 
 
-def test_resampling_goes_on_until_enough_groups_teach_and_carries_the_rest():
-    chosen = selection(no_signal="resample")
-    sizes = []
+def test_resampling_continues_until_enough_groups_have_a_training_signal():
+    selection = make_selection(no_signal="resample")
+    num_drawn = []
 
     def sample(problems, number):
-        sizes.append(len(problems))
+        num_drawn.append(len(problems))
         values = ("correct", "correct") if number == 0 else ("correct", "wrong")
-        return [scored(problem, *values) for problem in problems]
+        return [scored_group(problem, *values) for problem in problems]
 
-    fresh, used = chosen.collect(sample)
-    # none of the first two taught, so the second sampling takes as many as a rollout has
-    assert sizes == [2, 2] and len(fresh) == 4
-    assert [each.group.problem.id for each in used] == ["2", "3"] and chosen.carried == []
+    selected = selection.collect(sample)
+    # The first two groups have no signal, so the second round draws a full rollout of two groups.
+    assert num_drawn == [2, 2]
+    assert len(selected.sampled) == 4
+    assert [scored.group.problem.id for scored in selected.used] == ["2", "3"]
+    assert selection.carried == []
 
 
-def test_too_few_groups_that_teach_end_the_run():
-    chosen = selection(no_signal="resample", max_rounds=3)
+def test_too_few_groups_with_a_training_signal_end_the_run():
+    selection = make_selection(no_signal="resample", max_rounds=3)
+
+    def sample(problems, number):
+        return [scored_group(problem, "wrong", "wrong") for problem in problems]
+
     with pytest.raises(
-        Exhausted, match=r"6 groups in 3 samplings gave 0 of 2 .*\(6 have no reward"
+        Exhausted, match=r"6 groups in 3 rounds gave only 0 of 2 .*\(6 have no reward"
     ):
-        chosen.collect(lambda problems, _: [scored(each, "wrong", "wrong") for each in problems])
-    assert len(chosen.fresh) == 6
+        selection.collect(sample)
+    assert len(selection.sampled) == 6
 
 
-def test_a_solved_problem_is_not_drawn_again_and_without_others_the_run_ends():
-    chosen = selection(drop_solved=1.0)
-    chosen.rates = {"0": 1.0, "1": 0.9, "2": 1.0}
-    assert [problem.id for problem in chosen.draw(3)] == ["1", "3", "4"] and chosen.position == 5
-    chosen.rates = {problem.id: 1.0 for problem in PROBLEMS}
-    with pytest.raises(Exhausted, match=f"refuse the last {MAX_REFUSED} problems"):
-        chosen.draw(1)
+def test_solved_problems_are_not_drawn_again_and_the_run_ends_if_all_are_solved():
+    selection = make_selection(drop_solved=1.0)
+    selection.pass_rates = {"0": 1.0, "1": 0.9, "2": 1.0}
+    assert [problem.id for problem in selection.draw(3)] == ["1", "3", "4"]
+    assert selection.position == 5
+    selection.pass_rates = {problem.id: 1.0 for problem in PROBLEMS}
+    with pytest.raises(Exhausted, match=f"exclude the last {MAX_EXCLUDED} problems"):
+        selection.draw(1)
 
 
-def test_the_state_survives_a_checkpoint(tmp_path):
-    before = selection(drop_solved=1.0)
-    before.position = 5
-    before.rates = {"0": 0.5}
-    before.carried = [scored(PROBLEMS[0], "correct", "undecided"), scored(PROBLEMS[1], 0.5, None)]
-    after = selection(drop_solved=1.0)
+def test_the_state_is_restored_from_a_checkpoint(tmp_path):
+    saved = make_selection(drop_solved=1.0)
+    saved.position = 5
+    saved.pass_rates = {"0": 0.5}
+    saved.carried = [
+        scored_group(PROBLEMS[0], "correct", "undecided"),
+        scored_group(PROBLEMS[1], 0.5, None),
+    ]
     run = RunDirectory(str(tmp_path / "run"), resume=False)
-    run.save(1, before.state(), lambda folder: None)
-    after.load(run.last_state()[1])
-    assert after.state() == before.state()
+    run.save(1, saved.state(), lambda folder: None)
+    restored = make_selection(drop_solved=1.0)
+    restored.load(run.last_state()[1])
+    assert restored.state() == saved.state()

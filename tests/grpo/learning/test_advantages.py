@@ -1,4 +1,4 @@
-"""Group-relative advantages: golden numbers first, then what must hold for every group."""
+"""Tests of group-relative advantages: golden numbers, and properties of arbitrary groups."""
 
 from dataclasses import replace
 
@@ -10,135 +10,157 @@ from grpo.learning.advantages import advantages, has_signal, lengths, to_samples
 from grpo.types import Completion, Group, Problem, ScoredGroup
 
 GROUP_KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std")
-rewards = st.lists(
+group_rewards = st.lists(
     st.one_of(st.none(), st.sampled_from([0.0, 0.1, 0.3, 0.9, 1.0, 1.1])), min_size=1, max_size=12
 )
 
 
-def of_group(rewards_G, kind):
-    (found,) = advantages([rewards_G], [[1] * len(rewards_G)], kind)
-    return [value for (value,) in found]
+def group_advantages(rewards_G, kind):
+    """Returns the advantages [G] of a single group whose completions have one token each."""
+    [advantages_GL] = advantages([rewards_G], [[1] * len(rewards_G)], kind)
+    return [advantage for (advantage,) in advantages_GL]
 
 
-def test_golden_numbers():
-    # mean 0.5, population std 0.5 -> +-1; mean 0.25, std sqrt(3)/4 = 0.4330 -> 0.75/0.4330 =
-    # 1.7320, -0.25/0.4330 = -0.5774
-    assert of_group([1, 0, 0, 1], "group_std") == pytest.approx([1, -1, -1, 1], abs=1e-5)
-    assert of_group([1, 0, 0, 0], "group_std") == pytest.approx(
+def test_golden_numbers_of_one_group():
+    # The mean of 1 0 0 1 is 0.5 and the population std is 0.5, so the advantages are +1 and -1.
+    assert group_advantages([1, 0, 0, 1], "group_std") == pytest.approx([1, -1, -1, 1], abs=1e-5)
+
+    # The mean of 1 0 0 0 is 0.25 and the population std is sqrt(3)/4 = 0.4330:
+    # 0.75 / 0.4330 = 1.7320 and -0.25 / 0.4330 = -0.5774.
+    assert group_advantages([1, 0, 0, 0], "group_std") == pytest.approx(
         [1.7320, -0.5774, -0.5774, -0.5774], abs=1e-4
     )
-    assert of_group([1, 0, 0, 0], "none") == [0.75, -0.25, -0.25, -0.25]
-    # the mean of the others is 0 for the first, 1/3 for the rest
-    assert of_group([1, 0, 0, 0], "leave_one_out") == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    assert group_advantages([1, 0, 0, 0], "none") == [0.75, -0.25, -0.25, -0.25]
 
-
-def test_batch_std_is_that_of_all_rewards_and_the_baseline_the_groups():
-    # all rewards 1 0 0 0 | 1 1 1 0: mean 0.5, std 0.5; group means 0.25 and 0.75
-    found = advantages([[1, 0, 0, 0], [1, 1, 1, 0]], [[1] * 4] * 2, "batch_std")
-    assert [value for row in found for (value,) in row] == pytest.approx(
-        [1.5, -0.5, -0.5, -0.5, 0.5, 0.5, 0.5, -1.5], abs=1e-5
+    # The mean of the other three rewards is 0 for the first completion and 1/3 for the others.
+    assert group_advantages([1, 0, 0, 0], "leave_one_out") == pytest.approx(
+        [1, -1 / 3, -1 / 3, -1 / 3]
     )
 
 
-def test_centered_std_is_that_of_what_is_left_of_the_rewards():
-    # 1 0 0 0 | 1 1 1 0, less the means 0.25 and 0.75: 0.75 -0.25 x3 | 0.25 x3 -0.75: std sqrt(3)/4
-    found = advantages([[1, 0, 0, 0], [1, 1, 1, 0]], [[1] * 4] * 2, "centered_std")
-    assert found[0][0][0] == pytest.approx(1.7320, abs=1e-4) and found[1][0][0] == pytest.approx(
-        0.5774, abs=1e-4
-    )
+def test_batch_std_subtracts_the_group_mean_and_divides_by_the_std_of_all_rewards():
+    # The rewards of both groups, 1 0 0 0 and 1 1 1 0, have std 0.5. The group means are 0.25 and
+    # 0.75.
+    first, second = advantages([[1, 0, 0, 0], [1, 1, 1, 0]], [[1] * 4] * 2, "batch_std")
+    assert [advantage for (advantage,) in first] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
+    assert [advantage for (advantage,) in second] == pytest.approx([0.5, 0.5, 0.5, -1.5], abs=1e-5)
 
 
-def test_batch_normalises_the_return_of_every_token():
-    # rewards 1 and 0, penalties 0.5 0.5 and 0: returns 0 0.5 and 0: mean 1/6, std sqrt(2)/6
-    found = advantages([[1, 0]], [[2, 1]], "batch", [[[0.5, 0.5], [0.0]]])
-    assert [*found[0][0], *found[0][1]] == pytest.approx([-0.7071, 1.4142, -0.7071], abs=1e-4)
+def test_centered_std_divides_by_the_std_of_all_centered_rewards():
+    # 1 0 0 0 minus its mean 0.25 is 0.75 -0.25 -0.25 -0.25, and 1 1 1 0 minus its mean 0.75 is
+    # 0.25 0.25 0.25 -0.75. The std of these eight values is sqrt(3)/4 = 0.4330:
+    # 0.75 / 0.4330 = 1.7320 and 0.25 / 0.4330 = 0.5774.
+    first, second = advantages([[1, 0, 0, 0], [1, 1, 1, 0]], [[1] * 4] * 2, "centered_std")
+    assert first[0][0] == pytest.approx(1.7320, abs=1e-4)
+    assert second[0][0] == pytest.approx(0.5774, abs=1e-4)
+
+
+def test_batch_normalizes_the_return_of_each_token():
+    # Reward 1 with penalties 0.5 and 0.5 gives the returns 0 and 0.5. Reward 0 with penalty 0 gives
+    # the return 0. The three returns have mean 1/6 and std sqrt(2)/6.
+    [[first, second]] = advantages([[1, 0]], [[2, 1]], "batch", [[[0.5, 0.5], [0.0]]])
+    assert [*first, *second] == pytest.approx([-0.7071, 1.4142, -0.7071], abs=1e-4)
+
+    # Equal returns have advantage 0, and so have the tokens of a completion without a reward.
     assert advantages([[1, None], [1, 1]], [[1, 2], [1, 1]], "batch") == [
         [(0.0,), (0.0, 0.0)],
         [(0.0,), (0.0,)],
     ]
 
 
-def test_penalties_lower_a_completions_reward_before_the_baseline():
-    # rewards 1 - 0.3, 0 - 0.1 -> 0.7, -0.1: mean 0.3
-    found = advantages([[1, 0]], [[2, 1]], "none", [[[0.1, 0.2], [0.1]]])
-    assert [*found[0][0], *found[0][1]] == pytest.approx([0.4, 0.4, -0.4])
+def test_penalties_are_subtracted_from_the_reward_before_the_baseline():
+    # The penalized rewards are 1 - 0.3 = 0.7 and 0 - 0.1 = -0.1, with mean 0.3.
+    [[first, second]] = advantages([[1, 0]], [[2, 1]], "none", [[[0.1, 0.2], [0.1]]])
+    assert [*first, *second] == pytest.approx([0.4, 0.4, -0.4])
 
 
 def test_group_of_one_has_zero_advantage():
     for kind in GROUP_KINDS:
-        assert of_group([1.0], kind) == [0.0]
+        assert group_advantages([1.0], kind) == [0.0]
 
 
-def test_equal_rewards_that_floats_cannot_hold_exactly_have_zero_advantage():
+def test_equal_rewards_with_rounding_error_have_zero_advantage():
     for kind in (*GROUP_KINDS, "batch"):
-        assert of_group([0.3] * 12, kind) == [0.0] * 12
-        assert of_group([0.1 + 0.2] * 7, kind) == [0.0] * 7
+        assert group_advantages([0.3] * 12, kind) == [0.0] * 12
+        assert group_advantages([0.1 + 0.2] * 7, kind) == [0.0] * 7
 
 
-def test_completion_without_a_reward_is_left_out_of_the_baseline():
-    with_gap = of_group([1, None, 0, 0], "group_std")
-    without = of_group([1, 0, 0], "group_std")
-    assert [with_gap[0], *with_gap[2:]] == without and with_gap[1] == 0.0
+def test_completion_without_reward_is_excluded_from_the_baseline():
+    actual = group_advantages([1, None, 0, 0], "group_std")
+    expected = group_advantages([1, 0, 0], "group_std")
+    assert [actual[0], *actual[2:]] == expected
+    assert actual[1] == 0.0
 
 
-@given(rewards)
+def assert_higher_rewards_have_no_lower_advantages(rewards_G, advantages_G):
+    pairs = []
+    for reward, advantage in zip(rewards_G, advantages_G, strict=True):
+        if reward is not None:
+            pairs.append((reward, advantage))
+    for low_reward, advantage_of_low in pairs:
+        for high_reward, advantage_of_high in pairs:
+            if low_reward < high_reward:
+                assert advantage_of_low <= advantage_of_high
+
+
+@given(group_rewards)
 def test_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards_G):
     for kind in GROUP_KINDS:
-        found = of_group(rewards_G, kind)
-        assert sum(found) == pytest.approx(0, abs=1e-6)
-        pairs = [(r, a) for r, a in zip(rewards_G, found, strict=True) if r is not None]
-        assert all(a <= b for r, a in pairs for s, b in pairs if r < s)
-        assert has_signal(rewards_G) == any(found)
+        advantages_G = group_advantages(rewards_G, kind)
+        assert sum(advantages_G) == pytest.approx(0, abs=1e-6)
+        assert_higher_rewards_have_no_lower_advantages(rewards_G, advantages_G)
+        assert has_signal(rewards_G) == any(advantages_G)
 
 
-@given(st.lists(rewards, min_size=1, max_size=4))
-def test_unequal_groups_stay_relative_to_themselves(groups):
-    found = advantages(groups, [[2] * len(group) for group in groups], "group_std")
-    assert found == [advantages([group], [[2] * len(group)], "group_std")[0] for group in groups]
+@given(st.lists(group_rewards, min_size=1, max_size=4))
+def test_group_std_advantages_do_not_depend_on_other_groups(rewards_PG):
+    actual = advantages(rewards_PG, [[2] * len(rewards_G) for rewards_G in rewards_PG], "group_std")
+    for rewards_G, advantages_GL in zip(rewards_PG, actual, strict=True):
+        assert [advantages_GL] == advantages([rewards_G], [[2] * len(rewards_G)], "group_std")
 
 
-def scored(rewards_G):
-    completions = tuple(
-        Completion(
-            token_ids=(7, 8, 9)[: i + 1],
-            logprobs=(-1.0,) * (i + 1),
-            text="",
-            finish_reason="stop",
-            versions=((0, 0, i + 1),),
-        )
-        for i in range(len(rewards_G))
+def completion_of_length(length):
+    return Completion(
+        token_ids=(7, 8, 9)[:length],
+        logprobs=(-1.0,) * length,
+        text="",
+        finish_reason="stop",
+        versions=((0, 0, length),),
     )
+
+
+def scored_group(rewards_G):
+    """Returns a group with prompt (5, 6) and completions (7,), (7, 8) and (7, 8, 9)."""
+    num_completions = len(rewards_G)
     group = Group(
         problem=Problem(id="p", question="", answer="", source=""),
         prompt_ids=(5, 6),
-        completions=completions,
+        completions=tuple(completion_of_length(i + 1) for i in range(num_completions)),
     )
-    none = (None,) * len(rewards_G)
     return ScoredGroup(
         group=group,
         rewards=tuple(rewards_G),
-        parts=({},) * len(rewards_G),
-        verdicts=none,
-        faults=({},) * len(rewards_G),
+        parts=({},) * num_completions,
+        verdicts=(None,) * num_completions,
+        faults=({},) * num_completions,
     )
 
 
-def test_samples_repeat_the_advantage_over_a_completions_tokens_and_drop_the_undecided():
-    groups = [scored([1.0, None, 0.0])]
-    values = advantages([groups[0].rewards], lengths(groups), "none")
-    samples = to_samples(groups, values)
+def test_samples_repeat_the_advantage_per_token_and_skip_completions_without_reward():
+    groups = [scored_group([1.0, None, 0.0])]
+    advantages_PGL = advantages([groups[0].rewards], lengths(groups), "none")
+    samples = to_samples(groups, advantages_PGL)
     assert [sample.token_ids for sample in samples] == [(5, 6, 7), (5, 6, 7, 8, 9)]
     assert [sample.advantages for sample in samples] == [(0.5,), (-0.5, -0.5, -0.5)]
     assert [sample.completion_length for sample in samples] == [1, 3]
 
 
-def test_a_masked_completion_counts_in_the_baseline_only():
-    whole = scored([1.0, 0.0])
-    cut = replace(whole.group.completions[1], finish_reason="length")
-    groups = [
-        replace(whole, group=replace(whole.group, completions=(whole.group.completions[0], cut)))
-    ]
-    (sample,) = to_samples(
-        groups, advantages([whole.rewards], lengths(groups), "none"), mask_truncated=True
-    )
+def test_a_masked_completion_counts_only_in_the_baseline():
+    scored = scored_group([1.0, 0.0])
+    completion, last_completion = scored.group.completions
+    truncated = replace(last_completion, finish_reason="length")
+    group = replace(scored.group, completions=(completion, truncated))
+    groups = [replace(scored, group=group)]
+    advantages_PGL = advantages([scored.rewards], lengths(groups), "none")
+    [sample] = to_samples(groups, advantages_PGL, mask_truncated=True)
     assert sample.advantages == (0.5,)

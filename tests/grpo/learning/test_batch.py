@@ -1,6 +1,4 @@
-"""Batches: the shift happens once, masks come from lengths, the reduction cannot depend on the
-split.
-"""
+"""Tests of token weights and micro-batches: labels, masks, padding and the token budget."""
 
 import pytest
 import torch
@@ -11,23 +9,22 @@ from grpo.learning.batch import micro_batches, token_weights
 from grpo.types import Sample
 
 
-def sample(prompt, completion, advantage=1.0, group=0):
-    n = len(completion)
+def make_sample(prompt, completion, advantage=1.0, group=0):
+    length = len(completion)
     return Sample(
         token_ids=(*prompt, *completion),
         prompt_length=len(prompt),
-        advantages=(advantage,) * n,
-        sampler_logprobs=tuple(-0.5 - i for i in range(n)),
+        advantages=(advantage,) * length,
+        sampler_logprobs=tuple(-0.5 - i for i in range(length)),
         group=group,
     )
 
 
 def test_golden_batch():
-    # The example of types.Batch: prompt (5, 6), completion (7, 8), padded to 5 by a longer
-    # neighbour.
-    (batch,) = micro_batches(
-        [sample((5, 6), (7, 8), 2.0), sample((1, 2), (3, 4, 9))], [0.25, 0.1], max_tokens=100
-    )
+    # The second row is the example of types.Batch: prompt (5, 6) and completion (7, 8), padded to
+    # the 5 tokens of the first row.
+    samples = [make_sample((5, 6), (7, 8), advantage=2.0), make_sample((1, 2), (3, 4, 9))]
+    [batch] = micro_batches(samples, [0.25, 0.1], max_tokens=100)
     assert batch.index == (1, 0)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 9], [5, 6, 7, 8, 0]]
     assert batch.labels.tolist() == [[2, 3, 4, 9, 0], [6, 7, 8, 0, 0]]
@@ -36,28 +33,33 @@ def test_golden_batch():
         [False, True, True, True, False],
         [False, True, True, False, False],
     ]
-    assert torch.equal(
-        batch.token_weights, torch.tensor([[0, 0.1, 0.1, 0.1, 0], [0, 0.25, 0.25, 0, 0]])
-    )
+    expected_weights = torch.tensor([[0, 0.1, 0.1, 0.1, 0], [0, 0.25, 0.25, 0, 0]])
+    assert torch.equal(batch.token_weights, expected_weights)
     assert batch.advantages[1].tolist() == [0, 2, 2, 0, 0]
     assert batch.sampler_logprobs[1].tolist() == [0, -0.5, -1.5, 0, 0]
 
 
-def test_eos_that_is_also_the_padding_is_trained():
-    (batch,) = micro_batches(
-        [sample((5,), (7, 0)), sample((5,), (7, 7, 0))], [1.0, 1.0], max_tokens=100, pad_id=0
-    )
+def test_an_eos_token_with_the_padding_id_is_trained():
+    samples = [make_sample((5,), (7, 0)), make_sample((5,), (7, 7, 0))]
+    [batch] = micro_batches(samples, [1.0, 1.0], max_tokens=100)
     assert batch.token_mask.sum(1).tolist() == [3, 2]
     assert batch.labels[1][batch.token_mask[1]].tolist() == [7, 0]
 
 
 def test_token_weights_are_the_published_reductions():
-    # lengths 2, 3 in group 0, 4 in group 1: sequence 1/(3*2), 1/(3*3), 1/(3*4); token 1/9; constant
-    # 1/(3*10); prompt 1/(2*5), 1/(2*4)
-    samples = [sample((1,), (2,) * n, group=group) for n, group in ((2, 0), (3, 0), (4, 1))]
+    # Three completions: lengths 2 and 3 in group 0, length 4 in group 1.
+    samples = [
+        make_sample((1,), (2,) * 2, group=0),
+        make_sample((1,), (2,) * 3, group=0),
+        make_sample((1,), (2,) * 4, group=1),
+    ]
+    # 1 / (3 * 2), 1 / (3 * 3), 1 / (3 * 4)
     assert token_weights(samples, "sequence", 10) == [1 / 6, 1 / 9, 1 / 12]
+    # 1 / (2 + 3 + 4)
     assert token_weights(samples, "token", 10) == [1 / 9] * 3
+    # 1 / (3 * 10)
     assert token_weights(samples, "constant", 10) == [1 / 30] * 3
+    # 1 / (2 * 5) for the group of 2 + 3 tokens, 1 / (2 * 4) for the group of 4 tokens
     assert token_weights(samples, "prompt", 10) == [1 / 10, 1 / 10, 1 / 8]
 
 
@@ -66,12 +68,21 @@ def test_token_weights_are_the_published_reductions():
     st.integers(40, 200),
     st.sampled_from(["sequence", "token", "prompt"]),
 )
-def test_micro_batches_keep_every_token_once_within_the_budget(lengths, budget, reduction):
-    samples = [sample((1,) * 5, (2,) * n, group=i // 3) for i, n in enumerate(lengths)]
-    batches = micro_batches(samples, token_weights(samples, reduction, 30), max_tokens=budget)
-    assert sorted(i for batch in batches for i in batch.index) == list(range(len(samples)))
+def test_micro_batches_contain_every_token_once_and_respect_the_token_budget(
+    lengths, max_tokens, reduction
+):
+    samples = [
+        make_sample((1,) * 5, (2,) * length, group=i // 3) for i, length in enumerate(lengths)
+    ]
+    weights = token_weights(samples, reduction, 30)
+    batches = micro_batches(samples, weights, max_tokens=max_tokens)
+
+    indices = []
+    for batch in batches:
+        indices += batch.index
+    assert sorted(indices) == list(range(len(samples)))
     assert sum(int(batch.token_mask.sum()) for batch in batches) == sum(lengths)
     assert sum(float(batch.token_weights.sum()) for batch in batches) == pytest.approx(1, abs=1e-5)
-    assert all(
-        batch.input_ids.numel() <= max(budget, batch.input_ids.shape[1]) for batch in batches
-    )
+    for batch in batches:
+        longest = batch.input_ids.shape[1]
+        assert batch.input_ids.numel() <= max(max_tokens, longest)

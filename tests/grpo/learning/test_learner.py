@@ -1,6 +1,7 @@
-"""The learner against plain torch.
+"""Tests of the learner against plain PyTorch, for every ZeRO stage and dtype.
 
-Logprobs, the AdamW update, and a save that continues bit for bit, for every ZeRO stage and dtype.
+They cover log-probabilities and their gradients, AdamW updates, checkpoints, skipped updates and
+the learning rate.
 """
 
 import os
@@ -18,81 +19,110 @@ from grpo.learning import models
 from grpo.learning.batch import token_weights
 from grpo.learning.deepspeed_setup import learning_rate
 from grpo.learning.learner import Learner
-from grpo.learning.policy import Policy
+from grpo.learning.policy import HeadOptions, Policy
 from grpo.losses.grpo import loss
 from grpo.types import RunError, Sample
 
 
-def naive_logprobs(model, row, temperature=1.0):
-    ids = torch.tensor([row.token_ids])
-    logits = model(input_ids=ids).logits[0, :-1].float() / temperature
-    return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0][row.prompt_length - 1 :]
+def make_learner(tiny, tmp_path, attention="eager", **sections):
+    """Returns a learner of a tiny model. The config sections are those of `tiny_config`."""
+    config = tiny_config(tmp_path, tiny(), **sections)
+    return Learner(models.load_model(tiny(), attention), config, loss)
+
+
+def copy_weights(learner):
+    return {name: weight.clone() for name, weight in learner.weights()}
+
+
+def assert_weights_equal(learner, expected):
+    for name, weight in learner.weights():
+        assert torch.equal(expected[name], weight), name
+
+
+def completion_logits(model, sample, temperature=1.0):
+    """Returns the logits that predict the completion tokens, [L, V]."""
+    logits = model(input_ids=torch.tensor([sample.token_ids])).logits[0, :-1].float()
+    return logits[sample.prompt_length - 1 :] / temperature
+
+
+def completion_logprobs(logits, sample):
+    """Returns the log-probabilities of the completion tokens, [L], from their logits [L, V]."""
+    completion_ids = torch.tensor(sample.token_ids[sample.prompt_length :])
+    return logits.log_softmax(-1).gather(1, completion_ids[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("kind", models.TINY)
-def test_logprobs_and_entropy_equal_transformers_at_a_temperature(tiny, kind):
+def test_logprobs_and_entropies_equal_transformers_at_a_temperature(tiny, kind):
     model = models.load_model(tiny(kind), "eager")
     rows = samples()
-    (batch,) = batches(rows, 10_000)
+    [batch] = batches(rows, 10_000)
     with torch.no_grad():
-        policy = Policy(model, temperature=0.7, chunk=16)
+        policy = Policy(model, HeadOptions(temperature=0.7, chunk_tokens=16))
         logprobs, entropies, *_ = policy(batch)
-        for place, i in enumerate(batch.index):
-            assert torch.allclose(
-                logprobs[place][batch.token_mask[place]],
-                naive_logprobs(model, rows[i], 0.7),
-                atol=1e-5,
-            )
-        logits = (
-            model(input_ids=torch.tensor([rows[batch.index[0]].token_ids])).logits[0, :-1] / 0.7
-        )
-        expected = torch.distributions.Categorical(logits=logits).entropy()[
-            rows[batch.index[0]].prompt_length - 1 :
-        ]
-    assert torch.allclose(entropies[0][batch.token_mask[0]], expected, atol=1e-5)
+        for position, i in enumerate(batch.index):
+            mask = batch.token_mask[position]
+            logits = completion_logits(model, rows[i], temperature=0.7)
+            expected_logprobs = completion_logprobs(logits, rows[i])
+            assert torch.allclose(logprobs[position][mask], expected_logprobs, atol=1e-5)
+        first_logits = completion_logits(model, rows[batch.index[0]], temperature=0.7)
+        expected_entropies = torch.distributions.Categorical(logits=first_logits).entropy()
+    assert torch.allclose(entropies[0][batch.token_mask[0]], expected_entropies, atol=1e-5)
 
 
 @pytest.mark.parametrize("float32_head", [False, True])
 def test_logprobs_and_entropies_have_the_gradients_of_plain_autograd(tiny, float32_head):
     model = models.load_model(tiny(), "eager")
     rows = samples()
-    (batch,) = batches(rows, 10_000)
-    logprobs, entropies, *_ = Policy(
-        model, temperature=0.7, chunk=7, float32_head=float32_head, entropy_gradient=True
-    )(batch)
-    weights = torch.rand(2, *logprobs.shape, generator=torch.Generator().manual_seed(0))
-    (weights[0] * logprobs - 3 * weights[1] * entropies).sum().backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    [batch] = batches(rows, 10_000)
+    head = HeadOptions(temperature=0.7, chunk_tokens=7, float32=float32_head, entropy_gradient=True)
+    logprobs, entropies, *_ = Policy(model, head)(batch)
+    generator = torch.Generator().manual_seed(0)
+    logprob_weights, entropy_weights = torch.rand(2, *logprobs.shape, generator=generator)
+    (logprob_weights * logprobs - 3 * entropy_weights * entropies).sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
     model.zero_grad()
-    for place, i in enumerate(batch.index):
-        mask = batch.token_mask[place]
-        logits = (
-            model(input_ids=torch.tensor([rows[i].token_ids])).logits[0, :-1][
-                rows[i].prompt_length - 1 :
-            ]
-            / 0.7
-        )
-        own = logits.log_softmax(-1)
-        picked = own.gather(1, torch.tensor(rows[i].token_ids[rows[i].prompt_length :])[:, None])[
-            :, 0
-        ]
-        (
-            weights[0, place][mask] * picked
-            + 3 * weights[1, place][mask] * (own.exp() * own).sum(-1)
-        ).sum().backward()
-    assert all(
-        torch.allclose(found[name], parameter.grad, atol=1e-4)
-        for name, parameter in model.named_parameters()
-    )
+    for position, i in enumerate(batch.index):
+        mask = batch.token_mask[position]
+        logits = completion_logits(model, rows[i], temperature=0.7)
+        log_distribution = logits.log_softmax(-1)  # [L, V]
+        negative_entropies = (log_distribution.exp() * log_distribution).sum(-1)  # [L]
+        per_token = logprob_weights[position][mask] * completion_logprobs(logits, rows[i])
+        per_token = per_token + 3 * entropy_weights[position][mask] * negative_entropies
+        per_token.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(gradients[name], parameter.grad, atol=1e-4), name
+
+
+def plain_adamw(model):
+    """Returns AdamW with weight decay for matrices and without weight decay for vectors."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
+
+
+def naive_loss(model, rows):
+    """Returns the on-policy GRPO loss of all samples, computed one sample at a time."""
+    total = torch.zeros(())
+    for row, weight in zip(rows, token_weights(rows, "sequence", 20), strict=True):
+        logprobs = completion_logprobs(completion_logits(model, row), row)
+        ratios = torch.exp(logprobs - logprobs.detach())
+        total = total - weight * (ratios * torch.tensor(row.advantages)).sum()
+    return total
 
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
-def test_update_equals_plain_adamw_and_a_checkpoint_continues_it_bit_for_bit(
+def test_updates_equal_plain_adamw_and_a_checkpoint_continues_them_bit_for_bit(
     tiny, tmp_path, stage, dtype
 ):
-    """Three updates with clipping, weight decay and warm-up, each split differently.
+    """Makes three updates with clipping, weight decay and warm-up.
 
-    bfloat16 is compared loosely.
+    Each update is split into micro-batches of a different size. The tolerances of bfloat16 are
+    wide.
     """
     settings = {
         "lr": 1e-2,
@@ -102,153 +132,150 @@ def test_update_equals_plain_adamw_and_a_checkpoint_continues_it_bit_for_bit(
         "max_grad_norm": 0.5,
         "zero_stage": stage,
     }
-    config = tiny_config(tmp_path, tiny(), model={"dtype": dtype}, learner=settings)
-    reference = models.load_model(tiny(), "eager")
-    learner = Learner(models.load_model(tiny(), "packed"), config, loss)
+    if dtype == "float32":
+        norm_tolerance = 1e-4
+        weight_tolerance = 2e-5
+    else:
+        norm_tolerance = 0.05
+        weight_tolerance = 2e-2
+    model = models.load_model(tiny(), "eager")
+    optimizer = plain_adamw(model)
+    learner = make_learner(tiny, tmp_path, "packed", model={"dtype": dtype}, learner=settings)
     rows = samples()
-    groups = [
-        {
-            "params": [p for p in reference.parameters() if (p.ndim >= 2) == wide],
-            "weight_decay": 0.1 * wide,
-        }
-        for wide in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
-    for update, budget in enumerate((10_000, 100, 40)):
-        report = learner.update(batches(rows, budget))
+    for update, max_tokens in enumerate((10_000, 100, 40)):
+        report = learner.update(batches(rows, max_tokens))
+        lr = 1e-2 * min(1.0, (update + 1) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(1.0, (update + 1) / 2)
-        value = torch.zeros(())
-        for row, weight in zip(rows, token_weights(rows, "sequence", 20), strict=True):
-            logprobs = naive_logprobs(reference, row)
-            value = (
-                value
-                - weight
-                * (torch.exp(logprobs - logprobs.detach()) * torch.tensor(row.advantages)).sum()
-            )
+            group["lr"] = lr
+        expected_loss = naive_loss(model, rows)
         optimizer.zero_grad()
-        value.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5))
+        expected_loss.backward()
+        expected_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
         optimizer.step()
-        assert report["policy/grad_norm"] == pytest.approx(
-            norm, rel=1e-4 if dtype == "float32" else 0.05
-        )
-        assert report["policy/lr"] == pytest.approx(1e-2 * min(1.0, (update + 1) / 2))
-        assert report["loss"] == pytest.approx(float(value), abs=1e-5)
-    expected = dict(reference.named_parameters())
+        assert report["policy/grad_norm"] == pytest.approx(expected_norm, rel=norm_tolerance)
+        assert report["policy/lr"] == pytest.approx(lr)
+        assert report["loss"] == pytest.approx(float(expected_loss), abs=1e-5)
+    expected_weights = dict(model.named_parameters())
     for name, weight in learner.weights():
-        assert torch.allclose(
-            weight.float(), expected[name], atol=2e-5 if dtype == "float32" else 2e-2
-        ), name
+        assert torch.allclose(weight.float(), expected_weights[name], atol=weight_tolerance), name
+
     learner.save(tmp_path / "saved")
     learner.update(batches(rows, 100))
-    after = {name: weight.clone() for name, weight in learner.weights()}
+    weights_after_fourth_update = copy_weights(learner)
     learner.load(tmp_path / "saved")
     assert learner.updates == 3
     learner.update(batches(rows, 100))
-    assert all(torch.equal(after[name], weight) for name, weight in learner.weights())
+    assert_weights_equal(learner, weights_after_fourth_update)
 
 
 @pytest.mark.parametrize("attention", ["packed", "sdpa"])
 def test_gradient_checkpointing_changes_no_gradient(tiny, tmp_path, attention):
-    after = []
+    norms = []
+    weights = []
     for checkpointing in (False, True):
-        config = tiny_config(tmp_path, tiny(), model={"gradient_checkpointing": checkpointing})
-        learner = Learner(models.load_model(tiny(), attention), config, loss)
-        report = learner.update(batches(samples(), 100))
-        after.append(
-            (
-                report["policy/grad_norm"],
-                {name: weight.clone() for name, weight in learner.weights()},
-            )
+        learner = make_learner(
+            tiny, tmp_path, attention, model={"gradient_checkpointing": checkpointing}
         )
+        report = learner.update(batches(samples(), 100))
+        norms.append(report["policy/grad_norm"])
+        weights.append(copy_weights(learner))
     assert learner._policy.model.is_gradient_checkpointing
-    assert after[0][0] == pytest.approx(after[1][0], rel=1e-6)
-    assert all(
-        torch.allclose(after[0][1][name], weight, atol=1e-6) for name, weight in after[1][1].items()
-    )
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    for name, weight in weights[1].items():
+        assert torch.allclose(weights[0][name], weight, atol=1e-6), name
 
 
-def test_perturbed_changes_every_weight_and_puts_it_back_bit_for_bit(tiny, tmp_path):
-    learner = Learner(models.load_model(tiny(), "eager"), tiny_config(tmp_path, tiny()), loss)
-    before = {name: weight.clone() for name, weight in learner.weights()}
+def test_perturbed_changes_every_weight_and_restores_it_bit_for_bit(tiny, tmp_path):
+    learner = make_learner(tiny, tmp_path)
+    before = copy_weights(learner)
     with learner.perturbed(seed=3):
         for name, weight in learner.weights():
-            assert float((weight - before[name]).abs().mean()) > 0.05 * float(
-                before[name].abs().mean()
-            ), name
-    assert all(torch.equal(before[name], weight) for name, weight in learner.weights())
+            mean_change = float((weight - before[name]).abs().mean())
+            assert mean_change > 0.05 * float(before[name].abs().mean()), name
+    assert_weights_equal(learner, before)
 
 
-def test_an_interrupt_between_micro_batches_changes_nothing(tiny, tmp_path):
-    learner = Learner(models.load_model(tiny(), "eager"), tiny_config(tmp_path, tiny()), loss)
-    before = {name: weight.clone() for name, weight in learner.weights()}
+def test_an_interrupt_between_micro_batches_changes_no_weight(tiny, tmp_path):
+    learner = make_learner(tiny, tmp_path)
+    before = copy_weights(learner)
 
-    def stop(done, total):
+    def interrupt(num_done, num_batches):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learner.update(batches(samples(), 40), stop)
+        learner.update(batches(samples(), 40), interrupt)
     assert learner.updates == 0
-    assert all(torch.equal(before[name], weight) for name, weight in learner.weights())
+    assert_weights_equal(learner, before)
 
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
-def test_an_update_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_the_run(
+def test_a_non_finite_update_is_skipped_and_the_third_in_a_row_stops_the_run(
     tiny, tmp_path, stage, dtype
 ):
-    config = tiny_config(tmp_path, tiny(), model={"dtype": dtype}, learner={"zero_stage": stage})
-    learner = Learner(models.load_model(tiny(), "eager"), config, loss)
+    learner = make_learner(tiny, tmp_path, model={"dtype": dtype}, learner={"zero_stage": stage})
     learner.update(batches(samples(), 1000))
-    before = {name: weight.clone() for name, weight in learner.weights()}
-    bad = batches(
-        [Sample(token_ids=(7, 8, 9), prompt_length=1, advantages=(float("nan"),) * 2)], 100
-    )
-    assert (
-        learner.update(bad)["update/not_finite"] == 1
-        and learner.update(bad)["update/not_finite"] == 1
-    )
-    assert all(torch.equal(before[name], weight) for name, weight in learner.weights())
-    # and what comes next is learned from
+    before = copy_weights(learner)
+    nan_advantages = (float("nan"),) * 2
+    sample = Sample(token_ids=(7, 8, 9), prompt_length=1, advantages=nan_advantages)
+    nan_batches = batches([sample], 100)
+
+    for _ in range(2):
+        assert learner.update(nan_batches)["update/not_finite"] == 1
+    assert_weights_equal(learner, before)
+
+    # A finite update is applied and resets the count of skipped updates.
     assert learner.update(batches(samples(), 1000))["update/not_finite"] == 0
-    assert any(
-        not torch.equal(before[name], weight) and weight.isfinite().all()
-        for name, weight in learner.weights()
-    )
-    learner.update(bad), learner.update(bad)
+    has_finite_change = False
+    for name, weight in learner.weights():
+        if not torch.equal(before[name], weight) and weight.isfinite().all():
+            has_finite_change = True
+    assert has_finite_change
+
+    for _ in range(2):
+        learner.update(nan_batches)
     with pytest.raises(RunError, match=r"not finite or above .*, 3 times in a row"):
-        learner.update(bad)
+        learner.update(nan_batches)
+
+
+def samples_with_large_advantages():
+    rows = []
+    for row in samples():
+        rows.append(replace(row, advantages=tuple(1e4 * value for value in row.advantages)))
+    return rows
 
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
-def test_an_update_with_an_exploding_gradient_is_skipped_with_its_norm(
+def test_an_update_with_an_exploding_gradient_is_skipped_and_its_norm_reported(
     tiny, tmp_path, stage, dtype
 ):
-    config = tiny_config(
+    learner = make_learner(
+        tiny,
         tmp_path,
-        tiny(),
         model={"dtype": dtype},
         learner={"zero_stage": stage, "skip_grad_norm": 100.0},
     )
-    learner = Learner(models.load_model(tiny(), "eager"), config, loss)
     usual = learner.update(batches(samples(), 1000))
-    before = {name: weight.clone() for name, weight in learner.weights()}
-    large = [
-        replace(sample, advantages=tuple(1e4 * value for value in sample.advantages))
-        for sample in samples()
-    ]
-    skipped = learner.update(batches(large, 1000))
-    assert (
-        skipped["update/not_finite"] == 1
-        and 100 < skipped["policy/grad_norm"] < 1e6 * usual["policy/grad_norm"]
-    )
-    assert all(torch.equal(before[name], weight) for name, weight in learner.weights())
+    before = copy_weights(learner)
+    skipped = learner.update(batches(samples_with_large_advantages(), 1000))
+    assert skipped["update/not_finite"] == 1
+    assert 100 < skipped["policy/grad_norm"] < 1e6 * usual["policy/grad_norm"]
+    assert_weights_equal(learner, before)
     assert learner.update(batches(samples(), 1000))["update/not_finite"] == 0
+
+
+def norms_and_skipped_update(learner):
+    """Returns the gradient norms of three updates, and whether an exploding fourth is skipped."""
+    norms = []
+    for _ in range(3):
+        report = learner.update(batches(samples(), 1000))
+        norms.append(report["policy/grad_norm"])
+    report = learner.update(batches(samples_with_large_advantages(), 1000))
+    return norms, report["update/not_finite"]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_offloaded_optimizer_makes_the_same_updates(tiny, tmp_path, stage):
-    ends = {}
+    results = {}
     for offload in (False, True):
         settings = {
             "lr": 1e-2,
@@ -256,67 +283,57 @@ def test_an_offloaded_optimizer_makes_the_same_updates(tiny, tmp_path, stage):
             "offload_optimizer": offload,
             "skip_grad_norm": 1000.0,
         }
-        learner = Learner(
-            models.load_model(tiny(), "eager"),
-            tiny_config(tmp_path, tiny(), model={"dtype": "bfloat16"}, learner=settings),
-            loss,
-        )
-        norms = [learner.update(batches(samples(), 1000))["policy/grad_norm"] for _ in range(3)]
-        large = [
-            replace(sample, advantages=tuple(1e4 * value for value in sample.advantages))
-            for sample in samples()
-        ]
-        ends[offload] = [*norms, learner.update(batches(large, 1000))["update/not_finite"]]
-    assert (
-        ends[True] == pytest.approx(ends[False], rel=1e-3)
-        and ends[True][-1] == 1
-        and ends[True][0] != ends[True][1]
-    )
+        learner = make_learner(tiny, tmp_path, model={"dtype": "bfloat16"}, learner=settings)
+        results[offload] = norms_and_skipped_update(learner)
+    expected_norms, expected_skipped = results[False]
+    norms, skipped = results[True]
+    assert norms == pytest.approx(expected_norms, rel=1e-3)
+    assert norms[0] != norms[1]
+    assert expected_skipped == 1
+    assert skipped == 1
 
 
-def test_metrics_are_means_over_completion_tokens_whatever_the_split(tiny, tmp_path):
-    learner = Learner(
-        models.load_model(tiny(), "eager"),
-        tiny_config(tmp_path, tiny(), learner={"lr": 1e-12}),
-        loss,
-    )
-    whole, split = (
-        learner.update(batches(samples(), 10_000)),
-        learner.update(batches(samples(), 40)),
-    )
+def test_metrics_are_means_over_completion_tokens_for_any_split_into_micro_batches(tiny, tmp_path):
+    learner = make_learner(tiny, tmp_path, learner={"lr": 1e-12})
+    expected = learner.update(batches(samples(), 10_000))
+    actual = learner.update(batches(samples(), 40))
     for name in ("policy/entropy", "mismatch/abs", "ratio/mean", "policy/grad_norm", "loss"):
-        assert split[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+        assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
 def test_no_operator_is_compiled(tmp_path):
-    """DeepSpeed's lock on that outlives a killed process.
+    """DeepSpeed compiles operators under a file lock that a killed process does not release.
 
-    Whoever starts later would wait for ever.
+    All later processes would wait for it forever.
     """
-    program = "from grpo.learning.deepspeed_setup import join; join(); print('joined')"
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")
-    }
-    environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    done = subprocess.run(
+    program = (
+        "from grpo.learning.deepspeed_setup import init_deepspeed; "
+        "init_deepspeed(); print('initialized')"
+    )
+    environment = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        environment.pop(name, None)
+    environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path)
+    process = subprocess.run(
         [sys.executable, "-c", program],
         env=environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert "joined" in done.stdout and not list(tmp_path.iterdir()), done.stderr
+    assert "initialized" in process.stdout, process.stderr
+    assert not list(tmp_path.iterdir()), process.stderr
 
 
 def test_learning_rate_golden_numbers():
-    settings = configs.Learner(lr=1.0, warmup_updates=2, schedule="cosine", min_lr_ratio=0.1)
-    # warm-up 1/2, 1; then cosine over 8 updates from 1 to 0.1: update 6 is half way, 0.1 + 0.9 *
-    # 0.5
-    assert [learning_rate(settings, update, 10) for update in (0, 1, 2, 6)] == pytest.approx(
-        [0.5, 1.0, 1.0, 0.55]
-    )
-    linear = configs.Learner(lr=1.0, schedule="linear")
+    cosine = configs.LearnerSettings(lr=1.0, warmup_updates=2, schedule="cosine", min_lr_ratio=0.1)
+    # The warm-up is 1/2, 1. The cosine then decays from 1 to 0.1 over 8 updates, and update 6 is
+    # halfway: 0.1 + 0.9 * 0.5 = 0.55.
+    rates = [learning_rate(cosine, update, 10) for update in (0, 1, 2, 6)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.55])
+
+    linear = configs.LearnerSettings(lr=1.0, schedule="linear")
     assert [learning_rate(linear, update, 4) for update in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert learning_rate(configs.Learner(lr=1.0, min_lr_ratio=0.5), 3, 4) == 1.0
+
+    # `min_lr_ratio` has no effect on the default schedule, which is constant.
+    assert learning_rate(configs.LearnerSettings(lr=1.0, min_lr_ratio=0.5), 3, 4) == 1.0

@@ -1,6 +1,7 @@
-"""The Triton kernels on a CPU.
+"""Tests of the Triton kernels on a CPU.
 
-Computed by Triton's interpreter, and compiled for a GPU that is not there.
+Triton's interpreter runs them. Triton's compiler compiles them for a GPU, which does not have to be
+installed.
 """
 
 import importlib.util
@@ -19,94 +20,91 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compare(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
-    """Asserts that values and gradients are those of PyTorch's own operations."""
+def check_values_and_gradients(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    """Asserts that the kernels' values and gradients are those of PyTorch's operations."""
     from grpo.learning import logprob_kernels
 
-    generator = torch.Generator().manual_seed(rows)
-    logits = (5 * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
-    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
-    grad, entropy_grad = torch.randn(2, rows, generator=generator)
-    expected = policy._values(logits, targets, temperature=0.7)
-    for one, other in zip(
-        logprob_kernels.values(logits, targets, temperature=0.7), expected, strict=True
-    ):
-        assert torch.allclose(one, other, atol=1e-5)
-    for wanted in (None, entropy_grad):
-        arguments = (logits, targets, expected[2], expected[1], grad, wanted)
-        gradient = logprob_kernels.gradient(*arguments, temperature=0.7)
-        exact = policy._gradient(logits.float(), *arguments[1:], temperature=0.7)
-        relative = 1e-4 if dtype == torch.float32 else 2**-7  # bfloat16 rounds the result
+    generator = torch.Generator().manual_seed(num_rows)
+    logits = (5 * torch.randn(num_rows, vocab_size, generator=generator)).to(dtype)
+    targets = torch.randint(0, vocab_size, (num_rows,), generator=generator)
+    logprob_grad, entropy_grad = torch.randn(2, num_rows, generator=generator)
+
+    expected_values = policy._values(logits, targets, temperature=0.7)
+    values = logprob_kernels.values(logits, targets, temperature=0.7)
+    for actual, expected in zip(values, expected_values, strict=True):
+        assert torch.allclose(actual, expected, atol=1e-5)
+
+    _, entropies, normalisers = expected_values
+    # In bfloat16, the kernels round their result.
+    tolerance = 1e-4 if dtype == torch.float32 else 2**-7
+    for optional_grad in (None, entropy_grad):
+        arguments = (targets, normalisers, entropies, logprob_grad, optional_grad)
+        gradient = logprob_kernels.gradient(logits, *arguments, temperature=0.7)
+        expected_gradient = policy._gradient(logits.float(), *arguments, temperature=0.7)
         assert gradient.dtype == dtype
-        assert torch.allclose(gradient.float(), exact, rtol=relative, atol=1e-7)
+        assert torch.allclose(gradient.float(), expected_gradient, rtol=tolerance, atol=1e-7)
 
 
-def compare_all() -> None:
+def check_all_shapes_and_dtypes() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        for rows, vocabulary in ((3, 5000), (2, 4096), (4, 37), (0, 100)):
-            compare(rows, vocabulary, dtype)
+        for num_rows, vocab_size in ((3, 5000), (2, 4096), (4, 37), (0, 100)):
+            check_values_and_gradients(num_rows, vocab_size, dtype)
 
 
 def test_values_and_gradients_are_those_of_pytorchs_operations():
-    """In a process of its own: Triton decides when it is imported whether it interprets."""
-    command = [
-        sys.executable,
-        "-c",
-        "import test_logprob_kernels; test_logprob_kernels.compare_all()",
-    ]
+    """Runs in a subprocess, because Triton reads TRITON_INTERPRET when it is imported."""
+    program = "import test_logprob_kernels; test_logprob_kernels.check_all_shapes_and_dtypes()"
+    environment = dict(os.environ)
+    environment["TRITON_INTERPRET"] = "1"
     subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent, check=True
+        [sys.executable, "-c", program], env=environment, cwd=Path(__file__).parent, check=True
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_kernels_compile_for_a_hopper_gpu(dtype):
+def compile_for_hopper(kernel, signature, constants):
+    """Returns the machine code of a kernel for an H100 (compute capability 9.0, warps of 32)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options={"num_warps": 8}).asm["cubin"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_kernels_compile_for_a_hopper_gpu(dtype):
     from grpo.learning import logprob_kernels
 
-    logits, floats, numbers = f"*{dtype}", "*fp32", "i32"
-    values = {
-        "logits": logits,
+    values_signature = {
+        "logits": f"*{dtype}",
         "targets": "*i64",
-        "logprobs": floats,
-        "entropies": floats,
-        "normalisers": floats,
-    }
-    values |= {
-        "stride": numbers,
-        "vocabulary": numbers,
+        "logprobs": "*fp32",
+        "entropies": "*fp32",
+        "normalisers": "*fp32",
+        "row_stride": "i32",
+        "vocab_size": "i32",
         "temperature": "fp32",
         "lowest": "fp32",
         "block": "constexpr",
     }
-    gradient = {
-        "logits": logits,
+    gradient_signature = {
+        "logits": f"*{dtype}",
         "targets": "*i64",
-        "normalisers": floats,
-        "entropies": floats,
-        "grads": floats,
-        "entropy_grads": floats,
-    }
-    gradient |= {
-        "out": logits,
-        "stride": numbers,
-        "out_stride": numbers,
-        "vocabulary": numbers,
+        "normalisers": "*fp32",
+        "entropies": "*fp32",
+        "logprob_grads": "*fp32",
+        "entropy_grads": "*fp32",
+        "logits_grad": f"*{dtype}",
+        "row_stride": "i32",
+        "grad_row_stride": "i32",
+        "vocab_size": "i32",
         "temperature": "fp32",
+        "with_entropy": "constexpr",
+        "block": "constexpr",
     }
-    gradient |= {"with_entropy": "constexpr", "block": "constexpr"}
-    kernels = [(logprob_kernels._values, values, {})]
-    kernels += [
-        (logprob_kernels._gradient, gradient, {"with_entropy": with_entropy})
-        for with_entropy in (False, True)
-    ]
-    for kernel, signature, constants in kernels:
-        source = ASTSource(
-            kernel, signature=signature, constexprs=constants | {"block": logprob_kernels.BLOCK}
-        )
-        assert triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
-        ).asm["cubin"]
+    block = logprob_kernels.BLOCK
+    assert compile_for_hopper(logprob_kernels._values, values_signature, {"block": block})
+    for with_entropy in (False, True):
+        constants = {"with_entropy": with_entropy, "block": block}
+        assert compile_for_hopper(logprob_kernels._gradient, gradient_signature, constants)

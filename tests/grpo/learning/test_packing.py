@@ -1,7 +1,4 @@
-"""The packed stream against the padded batch.
-
-The same logprobs and gradients, each prompt once, no padding.
-"""
+"""Tests of the packed stream: its layout, and its values and gradients against a padded batch."""
 
 import inspect
 from itertools import pairwise
@@ -16,127 +13,150 @@ from grpo.learning.batch import micro_batches
 from grpo.learning.ulysses import Ulysses
 from grpo.types import Sample, UserError
 
+# Prompt (5, 6) with completions (7, 8) and (9,), prompt (4,) with completion (3, 2, 1)
+GOLDEN_ROWS = [(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)]
+GOLDEN_PROMPT_LENGTHS = [2, 2, 1]
+
 
 def test_golden_layout():
-    """Prompt (5, 6) with completions (7, 8) and (9,), prompt (4,) with (3, 2, 1).
+    """The last token of a completion is not in the stream, because it predicts nothing."""
+    layout = packing.layout(GOLDEN_ROWS, GOLDEN_PROMPT_LENGTHS, torch.device("cpu"))
+    assert layout.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
+    assert layout.positions.tolist() == [[0, 1, 0, 2, 1, 2]]
+    # The 6 at index 1 predicts 7 and 9, and the 7 at index 3 predicts 8. The 4, 3 and 2 at indices
+    # 2, 4 and 5 predict 3, 2 and 1.
+    assert layout.predictors.tolist() == [1, 3, 1, 2, 4, 5]
+    assert layout.varlen is None
 
-    A last token predicts nothing and is left out.
-    """
-    made = packing.layout([(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)], [2, 2, 1], torch.device("cpu"))
-    assert made.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
-    assert made.positions.tolist() == [[0, 1, 0, 2, 1, 2]]
-    # 7 and 9 are predicted by the 6 at place 1, 8 by the 7 at place 3; 3, 2, 1 by the 4, 3, 2 at
-    # places 2, 4, 5
-    assert made.predictors.tolist() == [1, 3, 1, 2, 4, 5]
-    rows = made.rows
-    assert made.spans is None
-    assert rows.prompts.tolist() == [0, 1, 2, 0] and rows.prompt_places.tolist() == [0, 1, 2]
-    assert rows.completions.tolist() == [3, 0, 0, 0, 4, 5] and rows.completion_places.tolist() == [
-        0,
-        4,
-        5,
-    ]
-    assert rows.prompt_of.tolist() == [0, 0, 1]
-    # prompt of two places, then two own places: the second completion input of row 2 sees 4, 3 and
-    # 2
+    rows = layout.padded
+    # prompts (5, 6) and (4, padding)
+    assert rows.prompt_index.tolist() == [0, 1, 2, 0]
+    assert rows.prompt_slots.tolist() == [0, 1, 2]
+    # completion inputs (7, padding), (padding, padding) and (3, 2)
+    assert rows.completion_index.tolist() == [3, 0, 0, 0, 4, 5]
+    assert rows.completion_slots.tolist() == [0, 4, 5]
+    assert rows.prompt_of_completion.tolist() == [0, 0, 1]
+    # The columns are two slots of the prompt and two slots of the completion inputs. In row 2, the
+    # first input attends to 4 and 3, and the second input to 4, 3 and 2.
     assert rows.mask[2, 0].tolist() == [[True, False, True, False], [True, False, True, True]]
     assert rows.mask[0, 0, 0].tolist() == [True, True, True, False]
 
 
-def test_golden_spans():
-    """The layout above for the variable-length kernel.
+def test_golden_varlen_sequences():
+    """The keys of a completion are those of its prompt and of its inputs. (9,) has no inputs."""
+    layout = packing.layout(GOLDEN_ROWS, GOLDEN_PROMPT_LENGTHS, torch.device("cpu"), kernel=True)
+    assert layout.padded is None
+    assert layout.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
 
-    Each completion's keys are its prompt's and its own; (9,) has no input.
-    """
-    made = packing.layout(
-        [(5, 6, 7, 8), (5, 6, 9), (4, 3, 2, 1)], [2, 2, 1], torch.device("cpu"), kernel=True
-    )
-    spans = made.spans
-    assert made.rows is None and made.ids.tolist() == [[5, 6, 4, 7, 3, 2]]
-    assert spans.query_starts.tolist() == [0, 2, 3, 4, 6]  # (5 6), (4), (7), (3 2)
-    assert spans.keys.tolist() == [0, 1, 2, 0, 1, 3, 2, 4, 5]  # (5 6), (4), (5 6 7), (4 3 2)
-    assert spans.key_starts.tolist() == [0, 2, 3, 6, 9]
-    assert (spans.num_queries, spans.max_queries, spans.max_keys) == (6, 2, 3)
+    sequences = layout.varlen
+    # queries (5, 6), (4), (7), (3, 2)
+    assert sequences.cu_seq_q.tolist() == [0, 2, 3, 4, 6]
+    # keys (5, 6), (4), (5, 6, 7), (4, 3, 2)
+    assert sequences.key_index.tolist() == [0, 1, 2, 0, 1, 3, 2, 4, 5]
+    assert sequences.cu_seq_k.tolist() == [0, 2, 3, 6, 9]
+    assert sequences.num_queries == 6
+    assert sequences.max_q == 2
+    assert sequences.max_k == 3
 
 
-def plain_varlen_attention(
-    query, key, value, query_starts, key_starts, max_queries, max_keys, scale
-):
-    """torch.nn.attention.varlen.varlen_attn with window_size=(-1, 0), one sequence after another,
-    in any dtype.
-    """
+# The parameters are those of torch.nn.attention.varlen.varlen_attn.
+def plain_varlen_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale):
+    """Computes varlen_attn with window_size=(-1, 0) in plain PyTorch, in any dtype."""
+    query_ranges = list(pairwise(cu_seq_q.tolist()))
+    key_ranges = list(pairwise(cu_seq_k.tolist()))
+    assert max_q == max(end - start for start, end in query_ranges)
+    assert max_k == max(end - start for start, end in key_ranges)
     outputs = []
-    queries, keys = (list(pairwise(starts.tolist())) for starts in (query_starts, key_starts))
-    assert max_queries == max(end - start for start, end in queries) and max_keys == max(
-        end - start for start, end in keys
-    )
-    for (query_start, query_end), (key_start, key_end) in zip(queries, keys, strict=True):
-        q = query[query_start:query_end]  # [T, Hq, D]
-        group = q.shape[1] // key.shape[1]
-        k = key[key_start:key_end].repeat_interleave(group, dim=1)  # [S, Hq, D]
-        v = value[key_start:key_end].repeat_interleave(group, dim=1)
-        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
-        scores = torch.einsum("thd,shd->hts", q, k) * scale
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        outputs.append(torch.einsum("hts,shd->thd", weights, v))
+    for query_range, key_range in zip(query_ranges, key_ranges, strict=True):
+        queries = slice(*query_range)
+        keys = slice(*key_range)
+        outputs.append(causal_attention(query[queries], key[keys], value[keys], scale))
     return torch.cat(outputs)
 
 
-def test_ranks_and_heads_that_cannot_share_a_stream_are_named(tiny, monkeypatch):
+def causal_attention(query, key, value, scale):
+    """Returns the attention output of one sequence, [T, Hq, D].
+
+    The causal mask is aligned at the end: the last query attends to all keys.
+
+    Args:
+        query: [T, Hq, D].
+        key: [S, Hkv, D].
+        value: [S, Hkv, D].
+        scale: factor of the scores.
+    """
+    num_queries = len(query)
+    num_keys = len(key)
+    heads_per_key_head = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(heads_per_key_head, dim=1)  # [S, Hq, D]
+    value = value.repeat_interleave(heads_per_key_head, dim=1)
+    is_hidden = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    is_hidden = is_hidden.triu(num_keys - num_queries + 1)
+    scores = torch.einsum("thd,shd->hts", query, key) * scale
+    weights = scores.masked_fill(is_hidden, -torch.inf).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, value)
+
+
+def test_errors_name_ranks_and_heads_that_cannot_share_a_stream(tiny, monkeypatch):
     model = models.load_model(tiny(), "packed")
     with pytest.raises(UserError, match="sequence_parallel=2 does not divide the 1 ranks"):
         Ulysses(model, 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="cannot share out Qwen2ForCausalLM's 2 heads with 1"):
+    with pytest.raises(
+        UserError, match="cannot split the 2 query heads and 1 key-value heads of Qwen2"
+    ):
         Ulysses(model, 3)
 
 
 def assert_close(values, gradients, expected_values, expected_gradients):
     assert torch.allclose(values, expected_values, atol=1e-5)
     for name, expected in expected_gradients.items():
-        assert torch.allclose(gradients[name], expected, atol=1e-5 * float(expected.abs().max())), (
-            name
-        )
+        tolerance = 1e-5 * float(expected.abs().max())
+        assert torch.allclose(gradients[name], expected, atol=tolerance), name
 
 
 @pytest.mark.parametrize("kind", models.TINY)
 @pytest.mark.parametrize("max_tokens", [1000, 60])
 def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, max_tokens):
-    expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
-    values, ours = scored(models.load_model(tiny(kind), "packed"), groups(), max_tokens)
-    assert_close(values, ours, expected, gradients)
+    expected_values, expected_gradients = scored(
+        models.load_model(tiny(kind), "eager"), groups(), 1000
+    )
+    values, gradients = scored(models.load_model(tiny(kind), "packed"), groups(), max_tokens)
+    assert_close(values, gradients, expected_values, expected_gradients)
 
 
-# its values are narrower than its keys
+# The kernel does not support tiny-deepseek-v3, whose values have a smaller head size than its keys.
 @pytest.mark.parametrize("kind", [kind for kind in models.TINY if kind != "tiny-deepseek-v3"])
 @pytest.mark.parametrize("max_tokens", [1000, 60])
-def test_spans_equal_padded_in_logprobs_entropies_and_gradients(
+def test_varlen_equals_padded_in_logprobs_entropies_and_gradients(
     tiny, monkeypatch, kind, max_tokens
 ):
-    """What a GPU's kernel is given, computed in plain PyTorch."""
-    expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
-    calls = []
+    """Replaces the GPU kernel with plain PyTorch that takes the same arguments."""
+    expected_values, expected_gradients = scored(
+        models.load_model(tiny(kind), "eager"), groups(), 1000
+    )
+    num_calls = 0
 
-    def counted(*arguments, **options):
-        calls.append(arguments)
+    def counting_attention(*arguments, **options):
+        nonlocal num_calls
+        num_calls += 1
         return plain_varlen_attention(*arguments, **options)
 
     monkeypatch.setattr(packing, "has_kernel", lambda *_: True)
-    monkeypatch.setattr(packing, "_varlen_attention", lambda: counted)
+    monkeypatch.setattr(packing, "_varlen_attention", lambda: counting_attention)
     model = models.load_model(tiny(kind), "packed")
-    values, ours = scored(model, groups(), max_tokens)
-    assert len(calls) >= model.config.num_hidden_layers
-    assert_close(values, ours, expected, gradients)
+    values, gradients = scored(model, groups(), max_tokens)
+    assert num_calls >= model.config.num_hidden_layers
+    assert_close(values, gradients, expected_values, expected_gradients)
 
 
-def test_the_kernel_is_called_causally_with_arguments_that_this_pytorch_has():
+def test_the_kernel_is_causal_and_gets_only_options_that_this_pytorch_supports():
     from torch.nn.attention.varlen import varlen_attn
 
-    options, parameters = (
-        packing._varlen_attention().keywords,
-        inspect.signature(varlen_attn).parameters,
-    )
-    assert options["window_size"] == (-1, 0) and options.keys() | {"scale"} <= parameters.keys()
+    options = packing._varlen_attention().keywords
+    parameters = inspect.signature(varlen_attn).parameters
+    assert options["window_size"] == (-1, 0)
+    assert options.keys() | {"scale"} <= parameters.keys()
     assert options.get("enable_gqa", False) == ("enable_gqa" in parameters)
 
 
@@ -157,49 +177,66 @@ def test_the_kernel_is_called_causally_with_arguments_that_this_pytorch_has():
         ({"head_dim": 64, "kv_lora_rank": 512}, torch.bfloat16, (9, 0), False),
     ],
 )
-def test_the_kernel_is_for_what_it_can_compute(monkeypatch, config, dtype, capability, expected):
+def test_the_kernel_is_used_only_for_supported_models_dtypes_and_gpus(
+    monkeypatch, config, dtype, capability, expected
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert packing.has_kernel(SimpleNamespace(**config), dtype, torch.device("cuda")) == expected
-    assert not packing.has_kernel(SimpleNamespace(**config), dtype, torch.device("cpu"))
+    model_config = SimpleNamespace(**config)
+    assert packing.has_kernel(model_config, dtype, torch.device("cuda")) == expected
+    assert not packing.has_kernel(model_config, dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe"])
-def test_fused_norms_compute_what_transformers_norms_do(tiny, kind):
-    expected, gradients = scored(models.load_model(tiny(kind), "eager"), groups(), 1000)
+def test_fused_norms_equal_the_norms_of_transformers(tiny, kind):
+    expected_values, expected_gradients = scored(
+        models.load_model(tiny(kind), "eager"), groups(), 1000
+    )
     model = models.load_model(tiny(kind), "eager")
-    fused = models.use_fused_norms(model)
-    assert fused == sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
-    values, ours = scored(model, groups(), 1000)
-    assert_close(values, ours, expected, gradients)
+    num_fused = models.use_fused_norms(model)
+    num_norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
+    assert num_fused == num_norms
+    values, gradients = scored(model, groups(), 1000)
+    assert_close(values, gradients, expected_values, expected_gradients)
 
 
-def test_one_token_completions_need_no_completion_inputs(tiny):
+def test_logprobs_are_correct_if_all_completions_have_one_token(tiny):
     samples = [
         Sample(token_ids=(9, 8, token), prompt_length=2, advantages=(1.0,)) for token in (10, 11)
     ]
     expected, _ = scored(models.load_model(tiny(), "eager"), samples, 100)
-    values, _ = scored(models.load_model(tiny(), "packed"), samples, 100)
-    assert torch.allclose(values, expected, atol=1e-5)
+    actual, _ = scored(models.load_model(tiny(), "packed"), samples, 100)
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
-def test_a_groups_samples_share_a_micro_batch_and_count_their_prompt_once():
+def sample_with_prompt_of_ten(prompt_token, completion_length):
+    return Sample(
+        token_ids=(prompt_token,) * 10 + (1,) * completion_length,
+        prompt_length=10,
+        advantages=(1.0,) * completion_length,
+    )
+
+
+def test_samples_of_a_group_share_a_micro_batch_and_their_prompt_counts_once():
     samples = [
-        Sample(token_ids=(prompt,) * 10 + (1,) * n, prompt_length=10, advantages=(1.0,) * n)
-        for n in (3, 5)
-        for prompt in (7, 8)
+        sample_with_prompt_of_ten(7, completion_length=3),
+        sample_with_prompt_of_ten(8, completion_length=3),
+        sample_with_prompt_of_ten(7, completion_length=5),
+        sample_with_prompt_of_ten(8, completion_length=5),
     ]
-    batches = micro_batches(samples, [1.0] * 4, max_tokens=18, packed=True)
-    assert [sorted(samples[i].token_ids[0] for i in batch.index) for batch in batches] == [
-        [7, 7],
-        [8, 8],
-    ]
-    assert len(micro_batches(samples, [1.0] * 4, max_tokens=36, packed=True)) == 1
-    assert len(micro_batches(samples, [1.0] * 4, max_tokens=17, packed=True)) == 4
+    weights = [1.0] * 4
+    # A group has 10 + 3 + 5 = 18 tokens.
+    batches = micro_batches(samples, weights, max_tokens=18, packed=True)
+    prompt_tokens = []
+    for batch in batches:
+        prompt_tokens.append([samples[i].token_ids[0] for i in batch.index])
+    assert prompt_tokens == [[7, 7], [8, 8]]
+    assert len(micro_batches(samples, weights, max_tokens=36, packed=True)) == 1
+    assert len(micro_batches(samples, weights, max_tokens=17, packed=True)) == 4
 
 
-def test_attention_that_is_not_plain_is_refused(tiny):
+def test_attention_with_a_sliding_window_is_rejected(tiny):
     model = models.load_model(
         tiny(use_sliding_window=True, sliding_window=4, max_window_layers=0), "packed"
     )
-    with pytest.raises(NotImplementedError, match=r"use sdpa or eager"):
+    with pytest.raises(NotImplementedError, match=r"Set model\.attention to sdpa or eager"):
         scored(model, groups(), 1000)

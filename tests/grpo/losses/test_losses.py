@@ -1,427 +1,634 @@
-# ruff: noqa: B023 - the lambdas of a row are called where they are made
-"""Losses against golden numbers, a naive triple loop over each paper's equation, limits, and TRL's
-trainer on the same tensors.
+"""Tests of the losses.
+
+The references are golden numbers, a naive loop over each paper's equation, limiting cases, and
+TRL's trainer on the same tensors.
 """
 
 import math
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from grpo.config.algorithm import Algorithm
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.config.presets import PRESETS
 from grpo.experience import plugins
 from grpo.learning.advantages import advantages
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.objective import kl_estimate, mismatch_weights, objective
-from grpo.losses import clipped, ratio
+from grpo.losses import clipped_loss, ratio
 from grpo.types import Sample
 
-MAX_TOKENS = 20
+MAX_TOKENS = 20  # `sampling.max_tokens`
+MAX_COMPLETION_TOKENS = 8  # of a random completion
+NUM_GROUPS = 3
+GROUP_SIZE = 4
 
 
-def algorithm_of(preset, **changed) -> Algorithm:
-    settings = {
-        key.removeprefix("algorithm."): value
-        for key, value in PRESETS[preset].settings.items()
-        if key.startswith("algorithm.")
-    }
-    return Algorithm(**{"preset": preset} | settings | changed)
+def algorithm_of(preset, **changes) -> AlgorithmSettings:
+    """Returns the algorithm settings of a preset, with changes."""
+    settings = {"preset": preset}
+    for key, value in PRESETS[preset].settings.items():
+        if key.startswith("algorithm."):
+            settings[key.removeprefix("algorithm.")] = value
+    settings.update(changes)
+    return AlgorithmSettings(**settings)
 
 
-def test_clipped_golden_numbers():
-    # A = 2: r = 1.5 is clipped to 1.2 -> -2.4; A = -1: r = 0.5 -> min(-0.5, -0.8) -> 0.8; A = -1: r
-    # = 1.5 is not clipped -> 1.5
-    ratios, values = torch.tensor([1.5, 0.5, 1.5, 1.0]), torch.tensor([2.0, -1.0, -1.0, 3.0])
-    clip = clipped(ratios, values, 0.2, 0.2)
-    assert clip.per_token.tolist() == pytest.approx([-2.4, 0.8, 1.5, -3.0])
-    assert clip.low.tolist() == [0, 1, 0, 0] and clip.high.tolist() == [1, 0, 0, 0]
+def test_clipped_loss_golden_numbers():
+    # A = 2, r = 1.5: r is clipped to 1.2, so the loss is -2.4.
+    # A = -1, r = 0.5: min(-0.5, -0.8) = -0.8, so the loss is 0.8.
+    # A = -1, r = 1.5: r is not clipped, and the loss is 1.5.
+    # A = 3, r = 1: r is not clipped, and the loss is -3.
+    ratios = torch.tensor([1.5, 0.5, 1.5, 1.0])
+    token_advantages = torch.tensor([2.0, -1.0, -1.0, 3.0])
+    clipped = clipped_loss(ratios, token_advantages, 0.2, 0.2)
+    assert clipped.per_token.tolist() == pytest.approx([-2.4, 0.8, 1.5, -3.0])
+    assert clipped.clipped_low.tolist() == [0, 1, 0, 0]
+    assert clipped.clipped_high.tolist() == [1, 0, 0, 0]
 
 
 def test_kl_golden_numbers():
-    # pi = -1, ref = -1 + log 2: d = -log 2: k1 -0.693147, k2 0.240227, k3 2 - log 2 - 1 = 0.306853;
-    # equal: 0
-    own, ref = torch.tensor([-1.0, -1.0]), torch.tensor([-1 + math.log(2), -1.0])
+    # The first token has log pi = -1 and log ref = -1 + log 2, so d = log pi - log ref = -log 2:
+    # k1 = d = -0.693147
+    # k2 = d^2 / 2 = 0.240227
+    # k3 = exp(-d) + d - 1 = 2 - log 2 - 1 = 0.306853
+    # The second token has equal log-probabilities, so every estimate is 0.
+    logprobs = torch.tensor([-1.0, -1.0])
+    ref_logprobs = torch.tensor([-1 + math.log(2), -1.0])
     for estimator, expected in {"k1": -0.693147, "k2": 0.240227, "k3": 0.306853}.items():
-        assert kl_estimate(own, ref, estimator).tolist() == pytest.approx([expected, 0], abs=1e-6)
+        estimates = kl_estimate(logprobs, ref_logprobs, estimator)
+        assert estimates.tolist() == pytest.approx([expected, 0], abs=1e-6)
 
 
 def test_mismatch_golden_numbers():
-    # rho per token 1, 4 and 1, 1/4 in two rows of which a third place is padding; of the rows 4 and
-    # 1/4, their geometric means 2 and 1/2
-    log_rho = torch.tensor([[0.0, math.log(4), 9.0], [0.0, -math.log(4), 9.0]])
+    # rho of the tokens is 1 and 4 in the first sequence, 1 and 1/4 in the second. The third
+    # position of both is padding. The products over the sequences are 4 and 1/4, the geometric
+    # means 2 and 1/2.
+    log_ratios = torch.tensor([[0.0, math.log(4), 9.0], [0.0, -math.log(4), 9.0]])
     mask = torch.tensor([[True, True, False]] * 2)
 
-    def found(kind, low=None, high=None):
-        return mismatch_weights(log_rho, mask, kind, low, high)[:, :2].flatten().tolist()
+    def token_mismatch_weights(kind, low=None, high=None):
+        return mismatch_weights(log_ratios, mask, kind, low, high)[:, :2].flatten().tolist()
 
-    assert found("none") == [1, 1, 1, 1]
-    assert found("tis") == pytest.approx([1, 2, 1, 0.25])
-    assert found("mis_token") == pytest.approx([1, 0, 1, 0.25])
-    assert found("icepop") == pytest.approx([1, 4, 1, 0])
-    assert found("mis_sequence") == pytest.approx([0, 0, 0.25, 0.25])
-    assert found("mis_sequence", 0.5, 5) == pytest.approx([4, 4, 0, 0])
-    assert found("mask_sequence", 0.6, 2.5) == [1, 1, 0, 0]
-
-
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "sapo"])
-def test_on_policy_every_recipe_has_reinforces_gradient(preset):
-    rows = random_update(4)
-    algorithm = algorithm_of(preset, kl_coef=0.0)
-    _, gradient = ours(rows, algorithm, 1000, old=False)
-    _, expected = ours(rows, algorithm.model_copy(update={"loss": "reinforce"}), 1000, old=False)
-    assert torch.allclose(gradient, expected, atol=1e-7) and gradient.abs().max() > 0
+    assert token_mismatch_weights("none") == [1, 1, 1, 1]
+    assert token_mismatch_weights("tis") == pytest.approx([1, 2, 1, 0.25])
+    assert token_mismatch_weights("mis_token") == pytest.approx([1, 0, 1, 0.25])
+    assert token_mismatch_weights("icepop") == pytest.approx([1, 4, 1, 0])
+    assert token_mismatch_weights("mis_sequence") == pytest.approx([0, 0, 0.25, 0.25])
+    assert token_mismatch_weights("mis_sequence", 0.5, 5) == pytest.approx([4, 4, 0, 0])
+    assert token_mismatch_weights("mask_sequence", 0.6, 2.5) == [1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("preset", ["grpo", "dapo", "gmpo"])
-def test_a_clipped_token_has_exactly_no_gradient(preset):
-    rows = [
-        row | {"pi": [old + shift for old in row["old"]]}
-        for row in random_update(5)
-        for shift in [9.0 if row["reward"] else -9.0]
-    ]
-    _, gradient = ours(rows, algorithm_of(preset, kl_coef=0.0), 1000)
-    assert gradient.tolist() == torch.zeros_like(gradient).tolist()
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A completion of an update, with the log-probabilities of its tokens."""
+
+    group: int
+    reward: float
+    policy_logprobs: list[float]
+    old_logprobs: list[float]  # also those of the sampler
+    ref_logprobs: list[float]  # of the reference model or the teacher
+
+    @property
+    def length(self) -> int:
+        return len(self.policy_logprobs)
 
 
-def test_cispo_keeps_the_gradient_of_every_token():
-    rows = [row | {"pi": [old + 9.0 for old in row["old"]]} for row in random_update(5)]
-    _, gradient = ours(rows, algorithm_of("cispo"), 1000)
-    assert all(gradient[i, : row["n"]].abs().min() > 0 for i, row in enumerate(rows))
-
-
-def test_dual_clip_bounds_the_ratio_where_the_advantage_is_negative():
-    rows = [row | {"pi": [old + 9.0 for old in row["old"]]} for row in random_update(5)]
-    value, _ = ours(rows, algorithm_of("grpo", kl_coef=0.0, dual_clip=4.0), 1000)
-    assert abs(value) < 10 < ours(rows, algorithm_of("grpo", kl_coef=0.0), 1000)[0]
-
-
-def test_kl_in_the_loss_with_the_ratio_has_the_gradient_of_the_exact_kl():
-    # one token of a vocabulary of 3: sum over its tokens of old(v) d/dz [ratio(v) k(v)] is the
-    # gradient of KL(pi || ref)
-    logits = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
-    ref = torch.log_softmax(torch.tensor([-0.1, 0.4, 0.2]), 0)
-    own = torch.log_softmax(logits, 0)
-    exact = torch.autograd.grad((own.exp() * (own - ref)).sum(), logits)[0]
-    for estimator in ("k1", "k3"):
-        own = torch.log_softmax(logits, 0)
-        weighted = own.exp().detach() * ratio(own, None) * kl_estimate(own, ref, estimator)
-        assert torch.allclose(torch.autograd.grad(weighted.sum(), logits)[0], exact, atol=1e-6)
-
-
-def random_update(seed, groups=3, size=4):
+def random_update(seed):
+    """Returns the rows of an update, group by group. Group g has g + 1 correct completions."""
     generator = torch.Generator().manual_seed(seed)
+
+    def random_logprobs(length):
+        return (torch.randn(length, generator=generator) * 0.4).tolist()
+
     rows = []
-    for number in range(groups * size):
-        n = int(torch.randint(1, 9, (), generator=generator))
-
-        def draw(n=n):
-            return (torch.randn(n, generator=generator) * 0.4).tolist()
-
-        reward = float(number % size < 1 + number // size)  # 1, 2 and 3 of four are right
-        rows.append(
-            {
-                "group": number // size,
-                "n": n,
-                "reward": reward,
-                "pi": draw(),
-                "old": draw(),
-                "ref": draw(),
-            }
+    for number in range(NUM_GROUPS * GROUP_SIZE):
+        length = int(torch.randint(1, MAX_COMPLETION_TOKENS + 1, (), generator=generator))
+        group = number // GROUP_SIZE
+        is_correct = number % GROUP_SIZE < group + 1
+        row = Row(
+            group=group,
+            reward=float(is_correct),
+            policy_logprobs=random_logprobs(length),
+            old_logprobs=random_logprobs(length),
+            ref_logprobs=random_logprobs(length),
         )
+        rows.append(row)
     return rows
 
 
-def ours(rows, algorithm, budget, old=True):
-    """Returns the loss summed over micro-batches and its gradient with respect to every row's
-    logprobs, [rows, 8].
-    """
-    groups = [
-        [row for row in rows if row["group"] == number]
-        for number in range(1 + max(row["group"] for row in rows))
-    ]
-    penalties = None
-    if algorithm.advantage == "teacher":
-        penalties = [
-            [[old - ref for old, ref in zip(row["old"], row["ref"], strict=True)] for row in group]
-            for group in groups
-        ]
+def with_log_ratio(row, log_ratio):
+    """Returns the row with log(pi / pi_old) = `log_ratio` at every token."""
+    return replace(row, policy_logprobs=[value + log_ratio for value in row.old_logprobs])
+
+
+def split_by_group(rows):
+    groups = [[] for _ in range(NUM_GROUPS)]
+    for row in rows:
+        groups[row.group].append(row)
+    return groups
+
+
+def token_penalties(row, algorithm):
+    """Returns the penalty of each token of a row, or `None` if the algorithm has no penalties."""
+    old_logprobs = torch.tensor(row.old_logprobs)
+    ref_logprobs = torch.tensor(row.ref_logprobs)
     if algorithm.kl_coef and algorithm.kl_in == "reward":
+        kl = kl_estimate(old_logprobs, ref_logprobs, algorithm.kl_estimator)
+        return (algorithm.kl_coef * kl).tolist()
+    if algorithm.advantage == "teacher":
+        return (old_logprobs - ref_logprobs).tolist()
+    return None
 
-        def cost(row):
-            return kl_estimate(
-                torch.tensor(row["old"]), torch.tensor(row["ref"]), algorithm.kl_estimator
+
+def make_samples(rows, algorithm):
+    """Returns one sample per row. The rows are ordered by group."""
+    groups = split_by_group(rows)
+    rewards_PG = [[row.reward for row in group] for group in groups]
+    lengths_PG = [[row.length for row in group] for group in groups]
+    penalties_PGL = [[token_penalties(row, algorithm) for row in group] for group in groups]
+    if penalties_PGL[0][0] is None:
+        penalties_PGL = None
+    samples = []
+    advantages_PGL = advantages(rewards_PG, lengths_PG, algorithm.advantage, penalties_PGL)
+    for group, advantages_GL in zip(groups, advantages_PGL, strict=True):
+        for row, advantages_L in zip(group, advantages_GL, strict=True):
+            sample = Sample(
+                token_ids=(1,) * (2 + row.length),
+                prompt_length=2,
+                advantages=advantages_L,
+                group=row.group,
+                sampler_logprobs=tuple(row.old_logprobs),
             )
+            samples.append(sample)
+    return samples
 
-        penalties = [
-            [(algorithm.kl_coef * cost(row)).tolist() for row in group] for group in groups
-        ]
-    values = advantages(
-        [[r["reward"] for r in g] for g in groups],
-        [[r["n"] for r in g] for g in groups],
-        algorithm.advantage,
-        penalties,
-    )
-    flat = [value for group in values for value in group]
-    samples = [
-        Sample(
-            token_ids=(1,) * (row["n"] + 2),
-            prompt_length=2,
-            advantages=value,
-            group=row["group"],
-            sampler_logprobs=tuple(row["old"]),
-        )
-        for row, value in zip(rows, flat, strict=True)
-    ]
+
+def logprob_grid(batch, logprobs_of_rows):
+    """Returns the log-probabilities of the batch's completion tokens as a grid [B, T]."""
+    grid = torch.zeros(batch.token_mask.shape)
+    for position, i in enumerate(batch.index):
+        logprobs = logprobs_of_rows[i]
+        # The second prompt token, at position 1, predicts the first completion token.
+        grid[position, 1 : 1 + len(logprobs)] = torch.tensor(logprobs)
+    return grid
+
+
+class LossAndGradient(NamedTuple):
+    loss: float  # summed over the micro-batches
+    gradient: torch.Tensor  # with respect to the policy's logprobs, [rows, MAX_COMPLETION_TOKENS]
+
+
+def loss_and_gradient(rows, algorithm, max_tokens, *, with_old_logprobs=True):
+    """Computes an update with grpo.
+
+    Args:
+        rows: the completions, ordered by group.
+        algorithm: the recipe.
+        max_tokens: upper limit of tokens per micro-batch.
+        with_old_logprobs: whether the policy differs from the old policy. If not, all ratios are 1.
+    """
+    samples = make_samples(rows, algorithm)
     weights = token_weights(samples, algorithm.reduction, MAX_TOKENS)
     loss = plugins.find("grpo.losses", algorithm.loss, "loss", "algorithm.loss")
-    total, gradient = 0.0, torch.zeros(len(rows), 8)
-    for batch in micro_batches(samples, weights, max_tokens=budget):
-        grid = {name: torch.zeros(batch.token_mask.shape) for name in ("pi", "old", "ref")}
-        for place, i in enumerate(batch.index):
-            for name, put in grid.items():
-                put[place, 1 : 1 + rows[i]["n"]] = torch.tensor(rows[i][name])
-        logprobs = grid["pi"].requires_grad_()
-        batch = replace(
-            batch,
-            old_logprobs=grid["old"] if old else None,
-            ref_logprobs=grid["ref"] if algorithm.kl_coef else None,
-        )
+    total = 0.0
+    gradient = torch.zeros(len(rows), MAX_COMPLETION_TOKENS)
+    for batch in micro_batches(samples, weights, max_tokens=max_tokens):
+        logprobs = logprob_grid(batch, [row.policy_logprobs for row in rows]).requires_grad_()
+        if with_old_logprobs:
+            old_logprobs = logprob_grid(batch, [row.old_logprobs for row in rows])
+            batch = replace(batch, old_logprobs=old_logprobs)
+        if algorithm.kl_coef:
+            ref_logprobs = logprob_grid(batch, [row.ref_logprobs for row in rows])
+            batch = replace(batch, ref_logprobs=ref_logprobs)
         result = objective(logprobs, torch.zeros_like(logprobs), batch, algorithm, loss)
-        part = (batch.token_weights * result.per_token).sum()
-        part.backward()
-        total += float(part)
-        for place, i in enumerate(batch.index):
-            gradient[i, : rows[i]["n"]] = logprobs.grad[place, 1 : 1 + rows[i]["n"]]
-    return total, gradient
+        batch_loss = (batch.token_weights * result.per_token).sum()
+        batch_loss.backward()
+        total += float(batch_loss)
+        for position, i in enumerate(batch.index):
+            length = rows[i].length
+            gradient[i, :length] = logprobs.grad[position, 1 : 1 + length]
+    return LossAndGradient(total, gradient)
 
 
-def naive(preset, rows, pi):
-    """Each paper's equation, sign turned, in loops over groups, completions and tokens.
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "sapo"])
+def test_on_policy_every_recipe_has_the_gradient_of_reinforce(preset):
+    rows = random_update(4)
+    algorithm = algorithm_of(preset, kl_coef=0.0)
+    reinforce = algorithm.model_copy(update={"loss": "reinforce"})
+    actual = loss_and_gradient(rows, algorithm, 1000, with_old_logprobs=False)
+    expected = loss_and_gradient(rows, reinforce, 1000, with_old_logprobs=False)
+    assert torch.allclose(actual.gradient, expected.gradient, atol=1e-7)
+    assert actual.gradient.abs().max() > 0
 
-    `pi` [rows][tokens] are the logprobs.
+
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "gmpo"])
+def test_a_clipped_token_has_exactly_zero_gradient(preset):
+    rows = []
+    for row in random_update(5):
+        # A correct completion has a positive advantage, so its ratio is clipped from above.
+        log_ratio = 9.0 if row.reward else -9.0
+        rows.append(with_log_ratio(row, log_ratio))
+    result = loss_and_gradient(rows, algorithm_of(preset, kl_coef=0.0), 1000)
+    assert torch.equal(result.gradient, torch.zeros_like(result.gradient))
+
+
+def test_cispo_keeps_the_gradient_of_every_token():
+    rows = [with_log_ratio(row, 9.0) for row in random_update(5)]
+    result = loss_and_gradient(rows, algorithm_of("cispo"), 1000)
+    for row, gradient in zip(rows, result.gradient, strict=True):
+        assert gradient[: row.length].abs().min() > 0
+
+
+def test_dual_clip_bounds_the_ratio_where_the_advantage_is_negative():
+    rows = [with_log_ratio(row, 9.0) for row in random_update(5)]
+    bounded = loss_and_gradient(rows, algorithm_of("grpo", kl_coef=0.0, dual_clip=4.0), 1000)
+    unbounded = loss_and_gradient(rows, algorithm_of("grpo", kl_coef=0.0), 1000)
+    assert abs(bounded.loss) < 10
+    assert unbounded.loss > 10
+
+
+def test_kl_in_the_loss_with_the_ratio_has_the_gradient_of_the_exact_kl():
+    # For one token of a vocabulary of 3, the gradient of KL(pi || ref) is the sum over the
+    # vocabulary of old(v) d/dz [ratio(v) k(v)], with the logits z.
+    logits = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
+    ref_logprobs = torch.log_softmax(torch.tensor([-0.1, 0.4, 0.2]), 0)
+    logprobs = torch.log_softmax(logits, 0)
+    exact_kl = (logprobs.exp() * (logprobs - ref_logprobs)).sum()
+    [expected] = torch.autograd.grad(exact_kl, logits)
+    for estimator in ("k1", "k3"):
+        logprobs = torch.log_softmax(logits, 0)
+        estimates = ratio(logprobs, None) * kl_estimate(logprobs, ref_logprobs, estimator)
+        expected_estimate = (logprobs.exp().detach() * estimates).sum()
+        [actual] = torch.autograd.grad(expected_estimate, logits)
+        assert torch.allclose(actual, expected, atol=1e-6)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def population_std(values):
+    return mean([(value - mean(values)) ** 2 for value in values]) ** 0.5
+
+
+@dataclass(frozen=True)
+class NaiveUpdate:
+    """The quantities of the papers' equations, for token t of completion i, in plain Python.
+
+    `policy_logprobs[i][t]` are the arguments of which the loss is a function. Where an equation
+    stops the gradient, the log-probabilities of `rows` are used instead.
     """
 
-    def mean(xs):
-        return sum(xs) / len(xs)
+    rows: list[Row]
+    policy_logprobs: list[list[float]]
 
-    def std(xs):
-        return mean([(x - mean(xs)) ** 2 for x in xs]) ** 0.5
+    def group_of(self, i):
+        return [row for row in self.rows if row.group == self.rows[i].group]
 
-    def clip(r, a, low, high):
-        return -min(r * a, min(max(r, 1 - low), 1 + high) * a)
+    def group_rewards(self, i):
+        return [row.reward for row in self.group_of(i)]
 
-    def k1(row, t):
-        return row["old"][t] - row["ref"][t]
+    def centered_reward(self, i):
+        return self.rows[i].reward - mean(self.group_rewards(i))
 
-    everything = [row["reward"] for row in rows]
-    total_tokens = sum(row["n"] for row in rows)
-    returns = [
-        [
-            row["reward"] - 0.001 * sum(k1(row, s) for s in range(t, row["n"]))
-            for t in range(row["n"])
-        ]
-        for row in rows
-    ]
-    flat = [value for row in returns for value in row]
-    loss = 0.0
+    def advantage(self, i):
+        """Returns GRPO's advantage."""
+        return self.centered_reward(i) / population_std(self.group_rewards(i))
+
+    def log_ratio(self, i, t):
+        return self.policy_logprobs[i][t] - self.rows[i].old_logprobs[t]
+
+    def ratio(self, i, t):
+        return math.exp(self.log_ratio(i, t))
+
+    def ratio_without_gradient(self, i, t):
+        row = self.rows[i]
+        return math.exp(row.policy_logprobs[t] - row.old_logprobs[t])
+
+    def k3(self, i, t):
+        d = self.rows[i].ref_logprobs[t] - self.policy_logprobs[i][t]
+        return math.exp(d) - d - 1
+
+    def per_completion(self, i):
+        """Returns the token weight of the mean over completions of the mean over tokens."""
+        return 1 / (len(self.rows) * self.rows[i].length)
+
+    def per_token(self):
+        """Returns the token weight of the mean over all tokens."""
+        return 1 / sum(row.length for row in self.rows)
+
+    def per_max_tokens(self):
+        """Returns the token weight of the sum over tokens, divided by a constant."""
+        return 1 / (len(self.rows) * MAX_TOKENS)
+
+    def per_group(self, i):
+        """Returns the token weight of the mean over groups of the mean over a group's tokens."""
+        return 1 / (NUM_GROUPS * sum(row.length for row in self.group_of(i)))
+
+
+def naive_clipped_loss(r, advantage, low, high):
+    clipped = min(max(r, 1 - low), 1 + high)
+    return -min(r * advantage, clipped * advantage)
+
+
+def reward_to_go(row, t, kl_coef):
+    """Returns the reward minus the k1 penalties of token t and all later tokens."""
+    penalties = [row.old_logprobs[s] - row.ref_logprobs[s] for s in range(t, row.length)]
+    return row.reward - kl_coef * sum(penalties)
+
+
+# Each of the following functions is the equation of a paper, with the sign of a loss, for token t
+# of completion i. The loss of an update is the sum over its tokens. docs/algorithms.md cites the
+# papers.
+
+
+def naive_grpo(update, i, t):
+    clipped = naive_clipped_loss(update.ratio(i, t), update.advantage(i), 0.2, 0.2)
+    return (clipped + 0.04 * update.k3(i, t)) * update.per_completion(i)
+
+
+def naive_r1(update, i, t):
+    clipped = naive_clipped_loss(update.ratio(i, t), update.advantage(i), 10, 10)
+    return (clipped + 0.001 * update.k3(i, t)) * update.per_completion(i)
+
+
+def naive_dr_grpo(update, i, t):
+    clipped = naive_clipped_loss(update.ratio(i, t), update.centered_reward(i), 0.2, 0.2)
+    return clipped * update.per_max_tokens()
+
+
+def naive_dapo(update, i, t):
+    clipped = naive_clipped_loss(update.ratio(i, t), update.advantage(i), 0.2, 0.28)
+    return clipped * update.per_token()
+
+
+def naive_gspo(update, i, t):
+    length = update.rows[i].length
+    sequence_ratio = math.exp(mean([update.log_ratio(i, s) for s in range(length)]))
+    clipped = naive_clipped_loss(sequence_ratio, update.advantage(i), 3e-4, 4e-4)
+    return clipped * update.per_completion(i)
+
+
+def naive_cispo(update, i, t):
+    weight = min(update.ratio_without_gradient(i, t), 5)
+    loss = -weight * update.advantage(i) * update.policy_logprobs[i][t]
+    return loss * update.per_token()
+
+
+def naive_rloo(update, i, t):
+    row = update.rows[i]
+    others = [other for other in update.group_of(i) if other is not row]
+    baseline = mean([reward_to_go(other, 0, kl_coef=0.03) for other in others])
+    advantage = reward_to_go(row, 0, kl_coef=0.03) - baseline
+    return -update.ratio(i, t) * advantage * update.per_max_tokens()
+
+
+def naive_reinforce_pp(update, i, t):
+    returns = []
+    for row in update.rows:
+        returns += [reward_to_go(row, s, kl_coef=0.001) for s in range(row.length)]
+    token_return = reward_to_go(update.rows[i], t, kl_coef=0.001)
+    advantage = (token_return - mean(returns)) / population_std(returns)
+    clipped = naive_clipped_loss(update.ratio(i, t), advantage, 0.2, 0.2)
+    return clipped * update.per_completion(i)
+
+
+def naive_lite_ppo(update, i, t):
+    batch_std = population_std([row.reward for row in update.rows])
+    advantage = update.centered_reward(i) / batch_std
+    clipped = naive_clipped_loss(update.ratio(i, t), advantage, 0.2, 0.2)
+    return clipped * update.per_token()
+
+
+def naive_scalerl(update, i, t):
+    centered_rewards = [update.centered_reward(j) for j in range(len(update.rows))]
+    advantage = update.centered_reward(i) / population_std(centered_rewards)
+    weight = min(update.ratio_without_gradient(i, t), 5)
+    return -weight * advantage * update.policy_logprobs[i][t] * update.per_group(i)
+
+
+def naive_sapo(update, i, t):
+    advantage = update.advantage(i)
+    tau = 1.0 if advantage > 0 else 1.05
+    gate = 4 / tau / (1 + math.exp(-tau * (update.ratio(i, t) - 1)))
+    return -gate * advantage * update.per_completion(i)
+
+
+def naive_gmpo(update, i, t):
+    advantage = update.advantage(i)
+    log_ratios = [update.log_ratio(i, s) for s in range(update.rows[i].length)]
+    if advantage > 0:
+        clipped = [min(value, 0.4) for value in log_ratios]
+    else:
+        clipped = [max(value, -0.4) for value in log_ratios]
+    return -advantage * math.exp(mean(clipped)) * update.per_completion(i)
+
+
+def naive_on_policy_distill(update, i, t):
+    row = update.rows[i]
+    advantage = row.ref_logprobs[t] - row.old_logprobs[t]
+    return -update.ratio(i, t) * advantage * update.per_token()
+
+
+NAIVE_LOSSES = {
+    "grpo": naive_grpo,
+    "r1_zero": naive_r1,
+    "r1": naive_r1,
+    "dr_grpo": naive_dr_grpo,
+    "dapo": naive_dapo,
+    "gspo": naive_gspo,
+    "cispo": naive_cispo,
+    "rloo": naive_rloo,
+    "reinforce_pp": naive_reinforce_pp,
+    "lite_ppo": naive_lite_ppo,
+    "scalerl": naive_scalerl,
+    "sapo": naive_sapo,
+    "gmpo": naive_gmpo,
+    "on_policy_distill": naive_on_policy_distill,
+}
+
+
+def naive_loss(preset, rows, policy_logprobs):
+    update = NaiveUpdate(rows, policy_logprobs)
+    token_loss = NAIVE_LOSSES[preset]
+    total = 0.0
     for i, row in enumerate(rows):
-        group = [other for other in rows if other["group"] == row["group"]]
-        rewards = [other["reward"] for other in group]
-        r_mean, n = mean(rewards), row["n"]
-        a = (row["reward"] - r_mean) / std(rewards)
-        ratios = [math.exp(pi[i][t] - row["old"][t]) for t in range(n)]
-        fixed = [math.exp(row["pi"][t] - row["old"][t]) for t in range(n)]  # stop-gradient
-        s = math.exp(mean([pi[i][t] - row["old"][t] for t in range(n)]))
-        for t in range(n):
-            d = row["ref"][t] - pi[i][t]
-            k3 = math.exp(d) - d - 1
-            a_batch = (row["reward"] - r_mean) / std(everything)
-            a_centered = (row["reward"] - r_mean) / std(
-                [
-                    o["reward"] - mean([p["reward"] for p in rows if p["group"] == o["group"]])
-                    for o in rows
-                ]
-            )
-            bounded = [min(math.log(x), 0.4) if a > 0 else max(math.log(x), -0.4) for x in ratios]
-            tau = 1.0 if a > 0 else 1.05
-            own = row["reward"] - 0.03 * sum(k1(row, u) for u in range(n))
-            others = [
-                o["reward"] - 0.03 * sum(k1(o, u) for u in range(o["n"]))
-                for o in group
-                if o is not row
-            ]
-            loss += {
-                "grpo": lambda: (clip(ratios[t], a, 0.2, 0.2) + 0.04 * k3) / (len(rows) * n),
-                "r1_zero": lambda: (clip(ratios[t], a, 10, 10) + 0.001 * k3) / (len(rows) * n),
-                "r1": lambda: (clip(ratios[t], a, 10, 10) + 0.001 * k3) / (len(rows) * n),
-                "dr_grpo": lambda: (
-                    clip(ratios[t], row["reward"] - r_mean, 0.2, 0.2) / (len(rows) * MAX_TOKENS)
-                ),
-                "dapo": lambda: clip(ratios[t], a, 0.2, 0.28) / total_tokens,
-                "gspo": lambda: clip(s, a, 3e-4, 4e-4) / (len(rows) * n),
-                "cispo": lambda: -min(fixed[t], 5) * a * pi[i][t] / total_tokens,
-                "rloo": lambda: -ratios[t] * (own - mean(others)) / (len(rows) * MAX_TOKENS),
-                "reinforce_pp": lambda: (
-                    clip(ratios[t], (returns[i][t] - mean(flat)) / std(flat), 0.2, 0.2)
-                    / (len(rows) * n)
-                ),
-                "lite_ppo": lambda: clip(ratios[t], a_batch, 0.2, 0.2) / total_tokens,
-                "scalerl": lambda: (
-                    -min(fixed[t], 5) * a_centered * pi[i][t] / (3 * sum(o["n"] for o in group))
-                ),
-                "sapo": lambda: (
-                    -4 / tau / (1 + math.exp(-tau * (ratios[t] - 1))) * a / (len(rows) * n)
-                ),
-                "on_policy_distill": lambda: (
-                    -ratios[t] * (row["ref"][t] - row["old"][t]) / total_tokens
-                ),
-                "gmpo": lambda: -a * math.exp(mean(bounded)) / (len(rows) * n),
-            }[preset]()
-    return loss
+        for t in range(row.length):
+            total += token_loss(update, i, t)
+    return total
+
+
+def central_difference(preset, rows, i, t):
+    """Returns the derivative of the naive loss with respect to the policy's logprob of a token."""
+    losses = []
+    for step in (1e-4, -1e-4):
+        policy_logprobs = [list(row.policy_logprobs) for row in rows]
+        policy_logprobs[i][t] += step
+        losses.append(naive_loss(preset, rows, policy_logprobs))
+    return (losses[0] - losses[1]) / 2e-4
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_equals_a_naive_triple_loop_over_the_papers_equation(preset):
+def test_loss_and_gradient_equal_a_naive_loop_over_the_papers_equation(preset):
     rows = random_update(1)
-    algorithm = algorithm_of(preset)
-    value, gradient = ours(rows, algorithm, 1000)
-    pi = [list(row["pi"]) for row in rows]
-    assert value == pytest.approx(naive(preset, rows, pi), abs=2e-5)
-    # and its gradient, by central differences
-    for i, t in [(0, 0), (3, 0), (5, 0), (8, 0), (11, rows[11]["n"] - 1)]:
-        sides = []
-        for step in (1e-4, -1e-4):
-            moved = [list(row) for row in pi]
-            moved[i][t] += step
-            sides.append(naive(preset, rows, moved))
-        assert float(gradient[i, t]) == pytest.approx((sides[0] - sides[1]) / 2e-4, abs=2e-5)
+    result = loss_and_gradient(rows, algorithm_of(preset), 1000)
+    expected_loss = naive_loss(preset, rows, [row.policy_logprobs for row in rows])
+    assert result.loss == pytest.approx(expected_loss, abs=2e-5)
+    for i, t in [(0, 0), (3, 0), (5, 0), (8, 0), (11, rows[11].length - 1)]:
+        expected_gradient = central_difference(preset, rows, i, t)
+        assert float(result.gradient[i, t]) == pytest.approx(expected_gradient, abs=2e-5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches_or_the_order(preset):
     rows = random_update(2)
     algorithm = algorithm_of(preset)
-    whole, gradient = ours(rows, algorithm, 1000)
-    for budget in (10, 25):
-        value, split = ours(rows, algorithm, budget)
-        assert value == pytest.approx(whole, abs=1e-5)
-        assert torch.allclose(split, gradient, atol=1e-6)
-    turned = [row | {"group": 2 - row["group"]} for row in rows[::-1]]
-    value, backwards = ours(turned, algorithm, 1000)
-    assert value == pytest.approx(whole, abs=1e-5)
-    assert torch.allclose(backwards.flip(0), gradient, atol=1e-6)
+    expected = loss_and_gradient(rows, algorithm, 1000)
+    for max_tokens in (10, 25):
+        split = loss_and_gradient(rows, algorithm, max_tokens)
+        assert split.loss == pytest.approx(expected.loss, abs=1e-5)
+        assert torch.allclose(split.gradient, expected.gradient, atol=1e-6)
+    reversed_rows = [replace(row, group=NUM_GROUPS - 1 - row.group) for row in rows[::-1]]
+    backwards = loss_and_gradient(reversed_rows, algorithm, 1000)
+    assert backwards.loss == pytest.approx(expected.loss, abs=1e-5)
+    assert torch.allclose(backwards.gradient.flip(0), expected.gradient, atol=1e-6)
 
 
-TRL = {  # ours, TRL's arguments. Where TRL has a recipe but another number: docs/algorithms.md
-    "grpo": (algorithm_of("grpo"), {"loss_type": "grpo"}),
-    "dr_grpo": (algorithm_of("dr_grpo", kl_coef=0.04), {"loss_type": "dr_grpo"}),
-    "dapo": (algorithm_of("dapo", kl_coef=0.04), {"loss_type": "dapo", "epsilon_high": 0.28}),
-    "gspo": (
-        algorithm_of("gspo", kl_coef=0.04),
-        {
-            "loss_type": "grpo",
-            "importance_sampling_level": "sequence",
-            "epsilon_low": 3e-4,
-            "epsilon_high": 4e-4,
-        },
+@dataclass(frozen=True, kw_only=True)
+class TrlCase:
+    """A recipe of grpo, and TRL's options for the same loss."""
+
+    algorithm: AlgorithmSettings
+    loss_type: str
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    importance_sampling_level: str = "token"
+    delta: float | None = None
+    use_bias_correction_kl: bool = False
+
+
+TRL_KL_COEF = 0.04
+
+# For recipes that TRL has with other constants, see docs/algorithms.md.
+TRL_CASES = {
+    "grpo": TrlCase(algorithm=algorithm_of("grpo"), loss_type="grpo"),
+    "dr_grpo": TrlCase(algorithm=algorithm_of("dr_grpo", kl_coef=TRL_KL_COEF), loss_type="dr_grpo"),
+    "dapo": TrlCase(
+        algorithm=algorithm_of("dapo", kl_coef=TRL_KL_COEF), loss_type="dapo", epsilon_high=0.28
     ),
-    "cispo": (algorithm_of("cispo", kl_coef=0.04), {"loss_type": "cispo", "epsilon_high": 5.0}),
-    "sapo": (algorithm_of("sapo", kl_coef=0.04), {"loss_type": "sapo"}),
-    "two-sided": (algorithm_of("grpo", dual_clip=1.3), {"loss_type": "grpo", "delta": 1.3}),
-    "kl_unbiased": (
-        algorithm_of("grpo", kl_unbiased=True),
-        {"loss_type": "grpo", "use_bias_correction_kl": True},
+    "gspo": TrlCase(
+        algorithm=algorithm_of("gspo", kl_coef=TRL_KL_COEF),
+        loss_type="grpo",
+        importance_sampling_level="sequence",
+        epsilon_low=3e-4,
+        epsilon_high=4e-4,
+    ),
+    "cispo": TrlCase(
+        algorithm=algorithm_of("cispo", kl_coef=TRL_KL_COEF), loss_type="cispo", epsilon_high=5.0
+    ),
+    "sapo": TrlCase(algorithm=algorithm_of("sapo", kl_coef=TRL_KL_COEF), loss_type="sapo"),
+    "two-sided": TrlCase(
+        algorithm=algorithm_of("grpo", dual_clip=1.3), loss_type="grpo", delta=1.3
+    ),
+    "kl_unbiased": TrlCase(
+        algorithm=algorithm_of("grpo", kl_unbiased=True),
+        loss_type="grpo",
+        use_bias_correction_kl=True,
     ),
 }
 
 
-@pytest.mark.parametrize("recipe", TRL)
-def test_equals_trl_on_the_same_tensors(recipe):
-    trl = pytest.importorskip("trl")
-    algorithm, arguments = TRL[recipe]
-    rows = random_update(3)
-    values = advantages(
-        [[r["reward"] for r in rows[n : n + 4]] for n in (0, 4, 8)],
-        [[1] * 4] * 3,
-        algorithm.advantage,
-    )
-    size = max(row["n"] for row in rows)
-    grid = {
-        name: torch.tensor([row[name] + [0.0] * (size - row["n"]) for row in rows])
-        for name in ("pi", "old", "ref")
+def pad(values, length):
+    return values + [0] * (length - len(values))
+
+
+def trl_inputs(rows, algorithm):
+    """Returns the inputs of TRL's loss, except the policy's log-probabilities."""
+    length = max(row.length for row in rows)
+    mask = torch.tensor([pad([1] * row.length, length) for row in rows])
+    rewards_PG = [[row.reward for row in group] for group in split_by_group(rows)]
+    lengths_PG = [[1] * GROUP_SIZE] * NUM_GROUPS  # TRL has one advantage per completion
+    completion_advantages = []
+    for advantages_GL in advantages(rewards_PG, lengths_PG, algorithm.advantage):
+        completion_advantages += [advantage for (advantage,) in advantages_GL]
+    return {
+        "prompt_ids": torch.ones(len(rows), 2, dtype=torch.long),
+        "prompt_mask": torch.ones(len(rows), 2, dtype=torch.long),
+        "completion_ids": torch.ones_like(mask),
+        "completion_mask": mask,
+        "advantages": torch.tensor(completion_advantages),
+        "old_per_token_logps": torch.tensor([pad(row.old_logprobs, length) for row in rows]),
+        "ref_per_token_logps": torch.tensor([pad(row.ref_logprobs, length) for row in rows]),
+        "num_items_in_batch": mask.sum(),
     }
-    mask = torch.tensor([[1] * row["n"] + [0] * (size - row["n"]) for row in rows])
-    logprobs = grid["pi"].clone().requires_grad_()
-    value = trl_loss(
-        trl,
-        logprobs,
-        grid,
-        mask,
-        torch.tensor([value for group in values for (value,) in group]),
-        arguments,
-    )
-    value.backward()
-    mine, gradient = ours(rows, algorithm, 1000)
-    assert mine == pytest.approx(float(value), abs=1e-6)
-    assert torch.allclose(gradient[:, :size], logprobs.grad, atol=1e-6)
 
 
-def trl_loss(trl, logprobs, grid, mask, values, arguments):
-    """Calls GRPOTrainer's own `_compute_loss` on a bare object that has what it reads."""
-    chosen = {
-        "epsilon_low": 0.2,
-        "epsilon_high": 0.2,
-        "importance_sampling_level": "token",
-        "delta": None,
-    } | arguments
+def unchanged(tensor, **_):
+    """Stands in for a collective of a single process."""
+    return tensor
 
-    class Bare(trl.GRPOTrainer):
-        def __init__(self):  # no model, no accelerator
-            metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-            args = SimpleNamespace(
-                delta=chosen.pop("delta"),
-                use_bias_correction_kl=chosen.pop("use_bias_correction_kl", False),
-                sapo_temperature_pos=1.0,
-                sapo_temperature_neg=1.05,
-                steps_per_generation=1,
-            )
-            accelerator = SimpleNamespace(
-                gather=lambda x: x, device="cpu", num_processes=1, reduce=lambda x, **_: x
-            )
-            self.__dict__.update(
-                args=args,
-                beta=0.04,
-                top_entropy_quantile=1.0,
-                entropy_coef=0.0,
-                off_policy_mask_threshold=None,
-                use_vllm=False,
-                max_completion_length=MAX_TOKENS,
-                current_gradient_accumulation_steps=1,
-                accelerator=accelerator,
-                _metrics=metrics,
-                model=SimpleNamespace(training=True),
-                vllm_importance_sampling_correction=False,
-                scale_rewards="group",
-                aux_loss_enabled=False,
-                _entropy_bonus_enabled=False,
-                **chosen,
-            )
+
+def trl_trainer(trl, case, logprobs):
+    """Returns a GRPOTrainer without a model that has the attributes read by `_compute_loss`."""
+
+    class TrainerWithoutModel(trl.GRPOTrainer):
+        def __init__(self):
+            pass
 
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
             return logprobs, torch.zeros_like(logprobs), None
 
-    inputs = {
-        "prompt_ids": torch.ones(len(mask), 2, dtype=torch.long),
-        "prompt_mask": torch.ones(len(mask), 2, dtype=torch.long),
-        "completion_ids": torch.ones_like(mask),
-        "completion_mask": mask,
-        "advantages": values,
-        "old_per_token_logps": grid["old"],
-        "ref_per_token_logps": grid["ref"],
-        "num_items_in_batch": mask.sum(),
-    }
-    return Bare()._compute_loss(SimpleNamespace(training=True), inputs)
+    trainer = TrainerWithoutModel()
+    # Some attributes are properties of GRPOTrainer's base classes, which have no setter.
+    vars(trainer).update(
+        args=SimpleNamespace(
+            delta=case.delta,
+            use_bias_correction_kl=case.use_bias_correction_kl,
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+            steps_per_generation=1,
+        ),
+        loss_type=case.loss_type,
+        epsilon_low=case.epsilon_low,
+        epsilon_high=case.epsilon_high,
+        importance_sampling_level=case.importance_sampling_level,
+        beta=TRL_KL_COEF,
+        top_entropy_quantile=1.0,
+        entropy_coef=0.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        max_completion_length=MAX_TOKENS,
+        current_gradient_accumulation_steps=1,
+        accelerator=SimpleNamespace(
+            gather=unchanged, reduce=unchanged, device="cpu", num_processes=1
+        ),
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        model=SimpleNamespace(training=True),
+        vllm_importance_sampling_correction=False,
+        scale_rewards="group",
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+    )
+    return trainer
+
+
+@pytest.mark.parametrize("recipe", TRL_CASES)
+def test_loss_and_gradient_equal_trl_on_the_same_tensors(recipe):
+    trl = pytest.importorskip("trl")
+    case = TRL_CASES[recipe]
+    rows = random_update(3)
+    inputs = trl_inputs(rows, case.algorithm)
+    length = inputs["completion_mask"].shape[1]
+    padded_logprobs = [pad(row.policy_logprobs, length) for row in rows]
+    logprobs = torch.tensor(padded_logprobs, requires_grad=True)
+    trainer = trl_trainer(trl, case, logprobs)
+    trl_loss = trainer._compute_loss(SimpleNamespace(training=True), inputs)
+    trl_loss.backward()
+    result = loss_and_gradient(rows, case.algorithm, 1000)
+    assert result.loss == pytest.approx(float(trl_loss), abs=1e-6)
+    assert torch.allclose(result.gradient[:, :length], logprobs.grad, atol=1e-6)

@@ -1,11 +1,12 @@
-"""What is said of a run's numbers.
-
-Every rule on a run with its fault, and nothing on one that is well.
+"""Tests the diagnosis rules: each rule reports a run with its fault, no rule reports a healthy run,
+and an alarm keeps a checkpoint or stops the run.
 """
 
 import math
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from random_loop import make_loop
@@ -15,7 +16,8 @@ from grpo.config.sections import DIAGNOSIS_RULES
 from grpo.metrics.diagnosis import RULES, Watch, findings
 from grpo.types import Exhausted, Problem, UserError, Verdict
 
-WELL = {
+# The metrics of one rollout of a healthy run.
+HEALTHY = {
     "reward/mean": 0.5,
     "reward/accuracy": 0.45,
     "reward/format": 0.9,
@@ -40,213 +42,282 @@ WELL = {
 }
 
 
-def run(count=12, **changed):
-    """Rows of a run that is well but for what is changed: a value, or a function of the step."""
-    made = []
-    for step in range(1, count + 1):
-        values = {
-            key.replace("__", "/"): value(step) if callable(value) else value
-            for key, value in changed.items()
-        }
-        made.append({"step": step} | WELL | {"reward/mean": 0.3 + 0.4 * step / count} | values)
-    return made
+def metrics_rows(num_rollouts=12, **changes):
+    """Returns the rows of a healthy run with changed metrics.
+
+    A change is a value or a function of the step: `kl__ref=3.0` sets `kl/ref` to 3 in every row.
+    """
+    rows = []
+    for step in range(1, num_rollouts + 1):
+        row = {"step": step, **HEALTHY, "reward/mean": 0.3 + 0.4 * step / num_rollouts}
+        for name, change in changes.items():
+            row[name.replace("__", "/")] = change(step) if callable(change) else change
+        rows.append(row)
+    return rows
 
 
-FAULTS = {
+# By rule: the rows of a run with its fault, and a part of the reported text.
+FAULTY_RUNS = {
     "too_hard": (
-        run(group__all_wrong=0.82, reward__undecided=0.08),
+        metrics_rows(group__all_wrong=0.82, reward__undecided=0.08),
         "82% of groups are all wrong (8% undecided)",
     ),
-    "too_easy": (run(group__all_correct=0.9), "90% of groups are all correct"),
-    "no_signal": (run(group__no_signal=0.95), "95% of groups have equal rewards"),
-    "undecided": (run(reward__undecided=0.2), "20% of completions are undecided"),
-    "truncated": (run(completion__truncated=0.5), "50% of completions are truncated"),
+    "too_easy": (metrics_rows(group__all_correct=0.9), "90% of groups are all correct"),
+    "no_signal": (metrics_rows(group__no_signal=0.95), "95% of groups have equal rewards"),
+    "undecided": (metrics_rows(reward__undecided=0.2), "20% of completions are undecided"),
+    "truncated": (metrics_rows(completion__truncated=0.5), "50% of completions are truncated"),
     "stale_weights": (
-        run(probe__gap_share=lambda step: 0.3 if step < 8 else 0.8),
+        metrics_rows(probe__gap_share=lambda step: 0.3 if step < 8 else 0.8),
         "may be stale: the probe gap is 80% of the limit",
     ),
-    "mismatch": (run(mismatch__abs=0.4), "engine and learner disagree"),
-    "zero_loss": (run(loss=1e-9, update__made=1.0), "a loss near 0 is expected"),
-    "entropy": (run(policy__entropy=lambda step: 1.0 / step**2), "entropy is collapsing"),
-    "clipped": (run(clip__low=0.2, clip__high=0.15), "35% of tokens are clipped"),
+    "mismatch": (metrics_rows(mismatch__abs=0.4), "engine and learner disagree"),
+    "zero_loss": (metrics_rows(loss=1e-9, update__made=1.0), "a loss near 0 is expected"),
+    "entropy": (metrics_rows(policy__entropy=lambda step: 1.0 / step**2), "entropy is collapsing"),
+    "clipped": (metrics_rows(clip__low=0.2, clip__high=0.15), "35% of tokens are clipped"),
     "gradient": (
-        run(policy__grad_norm=lambda step: 0.4 if step < 12 else 9.0),
+        metrics_rows(policy__grad_norm=lambda step: 0.4 if step < 12 else 9.0),
         "the gradient norm jumped to 9, 22 times",
     ),
     "format_only": (
-        run(25, reward__accuracy=0.0, reward__format=0.95),
+        metrics_rows(25, reward__accuracy=0.0, reward__format=0.95),
         "has learned the format, but its answers stay wrong",
     ),
-    "hacking": (run(eval__accuracy=lambda step: 0.6 - 0.04 * step), "rewards rise"),
+    "hacking": (metrics_rows(eval__accuracy=lambda step: 0.6 - 0.04 * step), "rewards rise"),
     "flat": (
-        run(40, reward__mean=lambda step: 0.3 + 0.02 * math.sin(step)),
+        metrics_rows(40, reward__mean=lambda step: 0.3 + 0.02 * math.sin(step)),
         "the reward has not moved in",
     ),
-    "slow_rewards": (run(time__rewards_s=30.0), "rewards take 50% of the time"),
+    "slow_rewards": (metrics_rows(time__rewards_s=30.0), "rewards take 50% of the time"),
     "waiting": (
-        run(staleness__mean=0.4, idle__engine=0.05, idle__learner=0.6),
+        metrics_rows(staleness__mean=0.4, idle__engine=0.05, idle__learner=0.6),
         "the learner is idle for 60% of the time: use more servers",
     ),
-    "far": (run(kl__ref=3.0), "KL of 3.0 per token"),
-    "language": (run(completion__language=0.6), "only 60% of the text"),
+    "far": (metrics_rows(kl__ref=3.0), "KL of 3.0 per token"),
+    "language": (metrics_rows(completion__language=0.6), "only 60% of the text"),
 }
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_rule_speaks_once_of_its_own_fault_and_of_nothing_else(rule):
-    rows, text = FAULTS[rule]
+def test_a_run_with_one_fault_has_one_finding_of_the_matching_rule(rule):
+    rows, expected_text = FAULTY_RUNS[rule]
     (finding,) = findings(rows)
-    assert finding.rule == rule and text in finding.text
-    assert not [finding for finding in findings(rows[: finding.step - 1]) if finding.rule == rule]
+    assert finding.rule == rule
+    assert expected_text in finding.text
+    # The step of the finding is the first at which the rule applies.
+    rows_before = rows[: finding.step - 1]
+    assert rule not in [earlier.rule for earlier in findings(rows_before)]
 
 
-def completing(loop, **changed):
-    """Every completion of the loop's engine is as it would be, but for what is changed."""
-    made = loop.engine._completion
-    loop.engine._completion = lambda seed: replace(made(seed), **changed)
+def replace_in_completions(loop, **fields):
+    """Replaces fields of every completion of the loop's engine."""
+    original = loop.engine._completion
+
+    def changed_completion(seed):
+        return replace(original(seed), **fields)
+
+    loop.engine._completion = changed_completion
 
 
-def rewarded(loop, **functions):
-    """Rewards by name, of the loop, a completion and its problem."""
+def set_rewards(loop, **score_functions):
+    """Sets the rewards of the loop by name. Each function is called as `(completion, problem)`."""
     loop.rollouts.rewards = {
-        name: (
-            lambda groups, _, f=f: [
-                [f(loop, c, group.problem) for c in group.completions] for group in groups
-            ],
-            1.0,
-        )
-        for name, f in functions.items()
+        name: (reward_function(score), 1.0) for name, score in score_functions.items()
     }
 
 
-def even(loop, completion, problem):
+def reward_function(score):
+    """Returns the reward function of groups that applies `score` to each completion."""
+
+    def reward(groups, _):
+        return [
+            [score(completion, group.problem) for completion in group.completions]
+            for group in groups
+        ]
+
+    return reward
+
+
+def first_token_is_even(completion, problem):
     return float(completion.token_ids[0] % 2 == 0)
 
 
-def judge(value):
-    return lambda loop, completion, problem: Verdict(value=value)
+def always_wrong(completion, problem):
+    return Verdict(value="wrong")
 
 
-def seldom_decided(loop, completion, problem):
-    return Verdict(value="undecided" if completion.token_ids[0] % 3 else "correct")
+def always_correct(completion, problem):
+    return Verdict(value="correct")
 
 
-def hacked(loop):
+def leave_the_loop_unchanged(loop):
+    """For faults that the config or the random engine causes."""
+
+
+def make_all_wrong(loop):
+    set_rewards(loop, accuracy=always_wrong)
+
+
+def make_all_correct(loop):
+    set_rewards(loop, accuracy=always_correct)
+
+
+def make_most_undecided(loop):
+    def score(completion, problem):
+        is_decided = completion.token_ids[0] % 3 == 0
+        return Verdict(value="correct" if is_decided else "undecided")
+
+    set_rewards(loop, accuracy=score)
+
+
+def make_rewards_constant(loop):
+    set_rewards(loop, constant=lambda completion, problem: 0.5)
+
+
+def make_all_truncated(loop):
+    replace_in_completions(loop, finish_reason="length")
+
+
+def enlarge_the_rewards_of_rollout_13(loop):
+    def score(completion, problem):
+        factor = 99 if loop.progress.rollout == 12 else 1
+        return first_token_is_even(completion, problem) * factor
+
+    set_rewards(loop, even=score)
+
+
+def reward_only_the_format(loop):
+    set_rewards(
+        loop,
+        format=lambda completion, problem: 1.0,
+        accuracy=always_wrong,
+        even=first_token_is_even,
+    )
+
+
+def raise_rewards_while_held_out_accuracy_falls(loop):
     loop.rollouts.held_out = [
         Problem(id=f"p{i}", question="", answer="", source="held out") for i in range(8)
     ]
-    rewarded(
-        loop,
-        accuracy=lambda loop, c, p: Verdict(
-            value="correct" if p.source == "held out" and loop.progress.rollout < 3 else "wrong"
-        ),
-        length=lambda loop, c, p: float(len(c.token_ids) > 8 - loop.progress.rollout),
-    )
+
+    def accuracy(completion, problem):
+        is_correct = problem.source == "held out" and loop.progress.rollout < 3
+        return Verdict(value="correct" if is_correct else "wrong")
+
+    def length(completion, problem):
+        return float(len(completion.token_ids) > 8 - loop.progress.rollout)
+
+    set_rewards(loop, accuracy=accuracy, length=length)
 
 
-EVERY = {"rollouts": 5, "problems": 4, "group_size": 4}
-REAL = {  # what is done to a loop, and its config; each makes real rollouts and updates
-    "too_hard": (lambda loop: rewarded(loop, accuracy=judge("wrong")), {}),
-    "too_easy": (lambda loop: rewarded(loop, accuracy=judge("correct")), {}),
-    "undecided": (lambda loop: rewarded(loop, accuracy=seldom_decided), {}),
-    "no_signal": (lambda loop: rewarded(loop, kind=lambda *_: 0.5), {}),
-    "truncated": (lambda loop: completing(loop, finish_reason="length"), {}),
-    "mismatch": (lambda loop: None, {}),  # the engine's logprobs are of no model
-    "zero_loss": (lambda loop: None, {"algorithm": {"kl_coef": 0.0}}),
-    "clipped": (
-        lambda loop: None,
-        {
-            "algorithm": {"clip_low": 1e-4, "clip_high": 1e-4},
-            "learner": {"lr": 1e-2},
-            "train": EVERY | {"updates_per_rollout": 4},
-        },
+def make_rewards_slow(loop):
+    def score(completion, problem):
+        time.sleep(0.05)
+        return first_token_is_even(completion, problem)
+
+    set_rewards(loop, even=score)
+
+
+def make_completions_chinese(loop):
+    replace_in_completions(loop, text="我们先把两个数相加然后得到最后的答案")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopFault:
+    """A fault of a real training loop: a change of the loop, and of sections of its config."""
+
+    change: Callable[[Any], None] = leave_the_loop_unchanged
+    train: dict[str, Any] = field(default_factory=dict)
+    algorithm: dict[str, Any] = field(default_factory=dict)
+    other_sections: dict[str, Any] = field(default_factory=dict)
+
+
+LOOP_FAULTS = {
+    "too_hard": LoopFault(change=make_all_wrong),
+    "too_easy": LoopFault(change=make_all_correct),
+    "undecided": LoopFault(change=make_most_undecided),
+    "no_signal": LoopFault(change=make_rewards_constant),
+    "truncated": LoopFault(change=make_all_truncated),
+    "mismatch": LoopFault(),  # the random engine's logprobs are not those of the policy
+    "zero_loss": LoopFault(algorithm={"kl_coef": 0.0}),
+    "clipped": LoopFault(
+        train={"updates_per_rollout": 4},
+        algorithm={"clip_low": 1e-4, "clip_high": 1e-4},
+        other_sections={"learner": {"lr": 1e-2}},
     ),
-    "far": (lambda loop: None, {"learner": {"lr": 0.1}, "algorithm": {"kl_coef": 1e-6}}),
-    "gradient": (
-        lambda loop: rewarded(
-            loop,
-            even=lambda loop, c, p: even(loop, c, p) * (99 if loop.progress.rollout == 12 else 1),
-        ),
-        {
-            "algorithm": {"advantage": "none"},
-            "train": EVERY | {"rollouts": 13},
-            "learner": {"lr": 1e-9},
-        },
+    "far": LoopFault(algorithm={"kl_coef": 1e-6}, other_sections={"learner": {"lr": 0.1}}),
+    "gradient": LoopFault(
+        change=enlarge_the_rewards_of_rollout_13,
+        train={"rollouts": 13},
+        algorithm={"advantage": "none"},
+        other_sections={"learner": {"lr": 1e-9}},
     ),
-    "format_only": (
-        lambda loop: rewarded(
-            loop, format=lambda loop, c, p: 1.0, accuracy=judge("wrong"), even=even
-        ),
-        {"train": EVERY | {"rollouts": 20}},
+    "format_only": LoopFault(change=reward_only_the_format, train={"rollouts": 20}),
+    "hacking": LoopFault(
+        change=raise_rewards_while_held_out_accuracy_falls,
+        train={"rollouts": 8},
+        other_sections={"eval": {"every": 1}},
     ),
-    "hacking": (hacked, {"train": EVERY | {"rollouts": 8}, "eval": {"every": 1}}),
-    "flat": (lambda loop: None, {"train": EVERY | {"rollouts": 40}, "learner": {"lr": 1e-9}}),
-    "slow_rewards": (lambda loop: rewarded(loop, even=lambda *a: time.sleep(0.05) or even(*a)), {}),
-    "language": (lambda loop: completing(loop, text="我们先把两个数相加然后得到最后的答案"), {}),
+    "flat": LoopFault(train={"rollouts": 40}, other_sections={"learner": {"lr": 1e-9}}),
+    "slow_rewards": LoopFault(change=make_rewards_slow),
+    "language": LoopFault(change=make_completions_chinese),
 }
 
 
-@pytest.mark.parametrize("rule", REAL)
-def test_a_real_loop_with_the_fault_is_told_of_it(tiny, tmp_path, rule):
-    prepare, sections = REAL[rule]
+def english_problems(position, count):
+    """Returns `count` problems from a position in an endless cycle of 40 problems."""
+    return [
+        Problem(id=f"p{i % 40}", question="How many apples are there?", answer="", source="t")
+        for i in range(position, position + count)
+    ]
 
-    def named(at, n):
-        return [
-            Problem(
-                id=f"p{(at + i) % 40}", question="How many apples are there?", answer="", source="t"
-            )
-            for i in range(n)
-        ]
 
+@pytest.mark.parametrize("rule", LOOP_FAULTS)
+def test_a_real_training_loop_with_a_fault_logs_the_diagnosis(tiny, tmp_path, rule):
+    fault = LOOP_FAULTS[rule]
     loop = make_loop(
         tmp_path,
         tiny,
-        take=named,
-        **(
-            {"train": EVERY}
-            | sections
-            | {"algorithm": {"max_idle": 0} | sections.get("algorithm", {})}
-        ),
+        take=english_problems,
+        train={"rollouts": 5, "problems": 4, "group_size": 4, **fault.train},
+        algorithm={"max_idle": 0, **fault.algorithm},
+        **fault.other_sections,
     )
-    said = []
-    loop.display.say = said.append
-    prepare(loop)
+    messages = []
+    loop.display.say = messages.append
+    fault.change(loop)
     loop.train()
-    assert any(text.startswith(f"diagnosis, {rule}: ") for text in said), said
+    assert any(message.startswith(f"diagnosis, {rule}: ") for message in messages), messages
 
 
-def test_a_run_that_is_well_is_left_in_peace():
-    assert findings(run(60)) == [] and findings([]) == []
-    learned = run(
+def test_a_healthy_run_has_no_findings():
+    assert findings(metrics_rows(60)) == []
+    assert findings([]) == []
+    # The entropy falls while the reward rises to its maximum and stays there.
+    successful_run = metrics_rows(
         60,
         policy__entropy=lambda step: 1 / step,
         reward__mean=lambda step: min(1.1, step / 8),
         reward__accuracy=1.0,
     )
-    assert findings(learned) == []  # entropy falls as answers become sure
+    assert findings(successful_run) == []
 
 
-def test_missing_and_broken_numbers_say_nothing():
+def test_metrics_that_are_missing_or_not_finite_have_no_findings():
+    nan = float("nan")
     assert findings([{"step": i, "reward/mean": None} for i in range(20)]) == []
-    assert (
-        findings(
-            [
-                {"step": i, "reward/mean": float("nan"), "group/all_wrong": float("nan")}
-                for i in range(20)
-            ]
-        )
-        == []
-    )
+    nan_rows = [{"step": i, "reward/mean": nan, "group/all_wrong": nan} for i in range(20)]
+    assert findings(nan_rows) == []
 
 
-def test_a_resumed_run_does_not_repeat_itself():
-    rows, _ = FAULTS["undecided"]
+def test_a_resumed_run_does_not_repeat_earlier_findings():
+    rows, _ = FAULTY_RUNS["undecided"]
     watch = Watch(rows[:8])
-    assert [finding.rule for row in rows[8:] for finding in watch.see(row)] == []
+    for row in rows[8:]:
+        assert watch.see(row) == []
 
 
 @pytest.mark.parametrize("action", ["snapshot", "stop"])
-def test_an_alarm_keeps_a_checkpoint_or_stops_with_one(tiny, tmp_path, action):
+def test_an_alarm_keeps_a_checkpoint_and_the_action_stop_ends_the_run(tiny, tmp_path, action):
     loop = make_loop(
         tmp_path,
         tiny,
@@ -264,22 +335,22 @@ def test_an_alarm_keeps_a_checkpoint_or_stops_with_one(tiny, tmp_path, action):
     else:
         loop.train()
         assert loop.progress.rollout == 8
-    kept = tmp_path / "kept" / "alarm-no_signal"
-    assert (kept / "state.json").exists() and loop.run.read_state(kept)["step"] == 5
+    checkpoint = tmp_path / "kept" / "alarm-no_signal"
+    assert (checkpoint / "state.json").exists()
+    assert loop.run.read_state(checkpoint)["step"] == 5
 
 
-def test_an_alarm_of_no_rule_is_refused():
-    with pytest.raises(UserError, match=r"logging.alarms.*no such rule; have too_hard"):
-        configs.parse(
-            {
-                "run_dir": "x",
-                "model": {"path": "tiny-qwen2"},
-                "data": {"name": "arithmetic"},
-                "train": {"rollouts": 1},
-                "logging": {"alarms": {"entropi": "stop"}},
-            }
-        )
+def test_an_alarm_of_an_unknown_rule_is_an_error():
+    tree = {
+        "run_dir": "x",
+        "model": {"path": "tiny-qwen2"},
+        "data": {"name": "arithmetic"},
+        "train": {"rollouts": 1},
+        "logging": {"alarms": {"entropi": "stop"}},
+    }
+    with pytest.raises(UserError, match=r"logging.alarms.*unknown rule. Available: too_hard"):
+        configs.parse(tree)
 
 
-def test_the_config_knows_every_rule_by_name():
+def test_the_config_lists_the_names_of_all_rules():
     assert list(DIAGNOSIS_RULES) == list(RULES)

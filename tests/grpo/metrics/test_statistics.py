@@ -1,6 +1,5 @@
-"""Statistics against independent computations.
-
-Enumeration for pass@k, the normal interval for the bootstrap, coverage by simulation.
+"""Tests the statistics of evaluations against independent computations: enumeration for pass@k,
+simulation for maj@n, and the normal interval and simulated coverage for the bootstrap.
 """
 
 import itertools
@@ -19,73 +18,92 @@ from grpo.types import Completion, Group, Problem, ScoredGroup, Verdict
 @pytest.mark.parametrize(
     ("n", "right", "k"), [(6, 2, 1), (6, 2, 3), (6, 0, 2), (6, 6, 4), (5, 1, 5)]
 )
-def test_pass_at_k_equals_drawing_every_subset(n, right, k):
+def test_pass_at_k_equals_the_share_of_subsets_with_a_correct_completion(n, right, k):
     subsets = list(itertools.combinations(range(n), k))
-    assert pass_at_k(n, right, k) == pytest.approx(
-        sum(min(subset) < right for subset in subsets) / len(subsets)
-    )
+    # Completions 0 to right - 1 are the correct ones.
+    num_solved = sum(min(subset) < right for subset in subsets)
+    assert pass_at_k(n, right, k) == pytest.approx(num_solved / len(subsets))
 
 
 def test_majority_and_its_tie_rule():
     assert majority(["5", "5", "7"], [True, True, False]) == 1.0
     assert majority(["5", "7", "7"], [True, False, False]) == 0.0
-    assert majority(["5", "7", None], [True, False, False]) == 0.5  # drawn between the two
+    # A tie between a correct and a wrong answer.
+    assert majority(["5", "7", None], [True, False, False]) == 0.5
     assert majority([None, None], [False, False]) == 0.0
+    # "1/2" and "0.5" are both correct and count as one answer with two votes.
     assert majority(["1/2", "7", "0.5", "7", "7"], [True, False, True, False, False]) == 0.0
-    # one answer, spelled in two ways
     assert majority(["1/2", "7", "0.5", "7", None], [True, False, True, False, False]) == 0.5
 
 
-def test_majority_equals_drawing_among_the_most_frequent():
-    chance = random.Random(0)
+def simulated_majority(votes, generator):
+    """Returns how often "5" is the most frequent vote in 1000 draws, ties broken at random."""
+    if not votes:
+        return 0.0
+    num_correct = 0
+    for _ in range(1000):
+        shuffled = generator.sample(votes, len(votes))
+        winner = max(shuffled, key=votes.count)  # the first of tied votes
+        if winner == "5":
+            num_correct += 1
+    return num_correct / 1000
+
+
+def test_majority_equals_a_simulation_with_random_tie_breaks():
+    generator = random.Random(0)
     for _ in range(50):
-        answers = [chance.choice(["5", "6", "7", None]) for _ in range(chance.randint(1, 7))]
+        num_answers = generator.randint(1, 7)
+        answers = [generator.choice(["5", "6", "7", None]) for _ in range(num_answers)]
         right = [answer == "5" for answer in answers]
-        given = [answer for answer in answers if answer]
-        drawn = (
-            [max(chance.sample(given, len(given)), key=given.count) == "5" for _ in range(1000)]
-            if given
-            else [False]
-        )
-        assert majority(answers, right) == pytest.approx(sum(drawn) / len(drawn), abs=0.06)
+        votes = [answer for answer in answers if answer]
+        expected = simulated_majority(votes, generator)
+        assert majority(answers, right) == pytest.approx(expected, abs=0.06)
 
 
-def test_the_interval_is_the_normal_one_for_many_problems():
+def test_the_interval_equals_the_normal_interval_for_many_problems():
     values = np.random.default_rng(0).random(500) < 0.3
+    mean = values.mean()
     low, high = interval(values)
-    half = 1.96 * math.sqrt(values.mean() * (1 - values.mean()) / 500)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.006)
-    assert interval(values) == (low, high)
+    half_width = 1.96 * math.sqrt(mean * (1 - mean) / 500)
+    assert (low, high) == pytest.approx((mean - half_width, mean + half_width), abs=0.006)
+    assert interval(values) == (low, high)  # the resampling has a fixed seed
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    draw = np.random.default_rng(1)
-    covered = [
-        low <= 0.4 <= high for low, high in (interval(draw.random(100) < 0.4) for _ in range(100))
-    ]
-    assert 88 <= sum(covered) <= 100
+def test_the_interval_covers_the_true_mean_with_the_stated_probability():
+    generator = np.random.default_rng(1)
+    num_covered = 0
+    for _ in range(100):
+        low, high = interval(generator.random(100) < 0.4)
+        if low <= 0.4 <= high:
+            num_covered += 1
+    assert 88 <= num_covered <= 100
 
 
-def test_paired_comparison_sees_what_two_intervals_hide():
-    draw = np.random.default_rng(2)
-    a = draw.random(200)
-    found = paired(a, a + 0.02 + 0.01 * draw.standard_normal(200))
-    assert found["low"] > 0 and found["p"] < 0.01 and found["better"] > 190
-    same = paired(a, a)
-    assert same["difference"] == 0 and same["p"] == 1.0 and same["equal"] == 200
+def test_paired_comparison_detects_a_difference_that_is_small_against_the_spread():
+    generator = np.random.default_rng(2)
+    a = generator.random(200)
+    b = a + 0.02 + 0.01 * generator.standard_normal(200)
+    comparison = paired(a, b)
+    assert comparison["low"] > 0
+    assert comparison["p"] < 0.01
+    assert comparison["better"] > 190
+    comparison_with_itself = paired(a, a)
+    assert comparison_with_itself["difference"] == 0
+    assert comparison_with_itself["p"] == 1.0
+    assert comparison_with_itself["equal"] == 200
 
 
-def test_an_evaluations_summary():
+def test_the_summary_of_an_evaluation():
     texts = ["<answer>5</answer>", "<answer>5</answer>", "<answer>6</answer>", "nothing"]
     completions = tuple(
         Completion(
-            token_ids=(1,) * (i + 1),
+            token_ids=(1,) * length,
             logprobs=(),
             text=text,
             finish_reason="stop",
             versions=((0, 0, 1),),
         )
-        for i, text in enumerate(texts)
+        for length, text in enumerate(texts, start=1)
     )
     verdicts = tuple(Verdict(value=value) for value in ("correct", "correct", "wrong", "undecided"))
     group = Group(
@@ -100,15 +118,15 @@ def test_an_evaluations_summary():
         verdicts=verdicts,
         faults=({},) * 4,
     )
-    found = summary(sample_rows([scored]))
-    assert (
-        found["accuracy"] == 0.5
-        and 0 <= found["accuracy/low"] <= 0.5 <= found["accuracy/high"] <= 1
-    )
-    # 2 of 4 right: pass@1 1/2, pass@2 1 - C(2,2)/C(4,2) = 5/6, pass@4 1
-    assert (found["pass@1"], found["pass@2"], found["pass@4"], found["maj@4"]) == pytest.approx(
-        (0.5, 5 / 6, 1.0, 1.0)
-    )
-    assert (
-        found["undecided"] == 0.25 and found["length/right"] == 1.5 and found["length/wrong"] == 3.5
-    )
+    metrics = summary(sample_rows([scored]))
+    assert metrics["accuracy"] == 0.5
+    assert 0 <= metrics["accuracy/low"] <= 0.5 <= metrics["accuracy/high"] <= 1
+    # Two of four completions are correct. They have 1 and 2 tokens, the others 3 and 4.
+    assert metrics["pass@1"] == pytest.approx(0.5)
+    assert metrics["pass@2"] == pytest.approx(5 / 6)  # 1 - C(2, 2) / C(4, 2)
+    assert metrics["pass@4"] == pytest.approx(1.0)
+    # The votes are 5, 5 and 6.
+    assert metrics["maj@4"] == pytest.approx(1.0)
+    assert metrics["undecided"] == 0.25
+    assert metrics["length/right"] == 1.5
+    assert metrics["length/wrong"] == 3.5

@@ -1,13 +1,11 @@
-"""Checkpoints.
-
-What has its final name is whole, whatever happens while it is written; nothing is kept that should
-not be.
+"""Tests the run directory: a checkpoint that has its final name is complete, failed writes leave
+nothing behind, and old or invalid runs are kept, removed or rejected correctly.
 """
 
+import contextlib
 import json
 import resource
 import signal
-from pathlib import Path
 
 import pytest
 import yaml
@@ -20,143 +18,175 @@ from grpo.stages.run_context import open_stage
 from grpo.types import RunError, UserError
 
 
-def run_directory(tmp_path, **options):
-    run = RunDirectory(str(tmp_path / "run"), resume=options.pop("resume", False))
+def make_run_directory(tmp_path):
+    """Returns the directory of a new run."""
+    run = RunDirectory(str(tmp_path / "run"), resume=False)
     run.update_manifest(stage="train")
     return run
 
 
-def save(run, rollouts, content="weights", **metrics):
-    return run.save(
-        rollouts,
-        {"metrics": metrics},
-        lambda directory: write_file(directory / "weights.bin", content),
-    )
+def save_checkpoint(run, step, content="weights", **metrics):
+    """Saves a checkpoint with the single file weights.bin and returns its directory."""
+
+    def write(directory):
+        write_file(directory / "weights.bin", content)
+
+    return run.save(step, {"metrics": metrics}, write)
 
 
-def test_an_error_while_writing_leaves_the_old_directory_whole_and_nothing_beside_it(tmp_path):
+def sorted_names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@contextlib.contextmanager
+def limited_file_size(max_bytes):
+    """Makes every write past `max_bytes` of a file fail, as on a full disk."""
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard_limit))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_an_error_in_replace_directory_keeps_the_old_directory_and_removes_the_new(tmp_path):
     target = tmp_path / "final"
     with replace_directory(target) as scratch:
         (scratch / "a").write_text("1")
     with pytest.raises(KeyboardInterrupt), replace_directory(target) as scratch:
         (scratch / "a").write_text("2")
         raise KeyboardInterrupt
-    assert (target / "a").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["final"]
+    assert (target / "a").read_text() == "1"
+    assert sorted_names(tmp_path) == ["final"]
 
 
-def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_last_good_one_stays(tmp_path):
-    """A file size limit makes every write past 1 MB fail, as a full disk would."""
-    run = run_directory(tmp_path)
-    good = save(run, 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
-        with pytest.raises(
-            RunError,
-            match=r"step-000002 could not be written .* Last good checkpoint: .*step-000001",
-        ):
-            save(run, 2, "x" * 2_000_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert run.latest() == good and run.read_state(good)["step"] == 1
-    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000001"]
+def test_a_failed_write_of_a_checkpoint_is_an_error_and_keeps_the_previous_checkpoint(tmp_path):
+    run = make_run_directory(tmp_path)
+    checkpoint = save_checkpoint(run, 1)
+    message = r"step-000002 could not be written .* Last good checkpoint: .*step-000001"
+    with limited_file_size(1_000_000), pytest.raises(RunError, match=message):
+        save_checkpoint(run, 2, "x" * 2_000_000)
+    assert run.latest() == checkpoint
+    assert run.read_state(checkpoint)["step"] == 1
+    assert sorted_names(run.checkpoints) == ["step-000001"]
 
 
-def test_a_failed_torch_write_is_told_the_same_way(tmp_path):
+def test_a_failed_write_of_torch_is_also_a_run_error(tmp_path):
     def fail(directory):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     with pytest.raises(RunError, match="could not be written"):
-        run_directory(tmp_path).save(1, {"metrics": {}}, fail)
+        make_run_directory(tmp_path).save(1, {"metrics": {}}, fail)
 
 
-def test_a_damaged_file_is_named(tmp_path):
-    run = run_directory(tmp_path)
-    checkpoint = save(run, 1)
-    (checkpoint / "weights.bin").write_text("weighty")
+def test_the_error_of_a_damaged_checkpoint_names_the_file(tmp_path):
+    run = make_run_directory(tmp_path)
+    checkpoint = save_checkpoint(run, 1)
+    (checkpoint / "weights.bin").write_text("damaged")
     with pytest.raises(RunError, match=r"weights.bin is missing or damaged: remove .*step-000001"):
         run.read_state(checkpoint)
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    run = run_directory(tmp_path)
-    for rollouts, accuracy in [(1, 0.2), (2, 0.9), (3, 0.5), (4, 0.6)]:
-        save(run, rollouts, **{"eval/accuracy": accuracy})
+def test_prune_keeps_the_last_and_the_best_checkpoints(tmp_path):
+    run = make_run_directory(tmp_path)
+    for step, accuracy in [(1, 0.2), (2, 0.9), (3, 0.5), (4, 0.6)]:
+        save_checkpoint(run, step, **{"eval/accuracy": accuracy})
     run.prune(keep_last=1, keep_best="eval/accuracy")
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-000002", "step-000004"]
+    assert sorted_names(run.checkpoints) == ["step-000002", "step-000004"]
     run.prune(keep_last=1, keep_best=None)
-    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000004"]
+    assert sorted_names(run.checkpoints) == ["step-000004"]
 
 
-def test_leftovers_of_a_killed_save_are_neither_found_nor_in_the_way(tmp_path):
-    run = run_directory(tmp_path)
-    (run.checkpoints / ".step-000002.partial").mkdir()
-    (run.checkpoints / ".step-000002.partial" / "weights.bin").write_text("half")
+def test_the_partial_directory_of_a_killed_save_is_no_checkpoint_and_is_replaced(tmp_path):
+    run = make_run_directory(tmp_path)
+    partial = run.checkpoints / ".step-000002.partial"
+    partial.mkdir()
+    (partial / "weights.bin").write_text("incomplete")
     assert run.latest() is None
-    assert save(run, 2).name == "step-000002"
+    assert save_checkpoint(run, 2).name == "step-000002"
 
 
-def test_metrics_and_samples_past_a_checkpoint_are_cut_off(tmp_path):
-    run = run_directory(tmp_path)
-    for rollout in range(5):
-        run.append_metrics({"step": rollout})
-        run.write_samples(f"step-{rollout:06d}", [])
+def test_cut_removes_the_metrics_and_samples_after_a_step(tmp_path):
+    run = make_run_directory(tmp_path)
+    for step in range(5):
+        run.append_metrics({"step": step})
+        run.write_samples(f"step-{step:06d}", [])
     run.write_samples("eval-000004", [])
     with run.metrics.open("a") as file:
-        file.write('{"step": 5, "rew')  # killed in the middle of a line
+        file.write('{"step": 5, "rew')  # the process was killed while it wrote this line
     run.cut(2)
-    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [0, 1, 2]
-    assert sorted(p.name for p in run.samples.iterdir()) == [
-        f"step-00000{i}.jsonl" for i in range(3)
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert sorted_names(run.samples) == [
+        "step-000000.jsonl",
+        "step-000001.jsonl",
+        "step-000002.jsonl",
     ]
 
 
-def test_a_run_directory_is_taken_once(tmp_path):
-    run_directory(tmp_path)
-    with pytest.raises(UserError, match="there is a run in it: go on with --resume"):
-        run_directory(tmp_path)
+def test_a_new_run_needs_an_unused_directory_and_a_resume_needs_a_run(tmp_path):
+    make_run_directory(tmp_path)
+    with pytest.raises(UserError, match="already holds a run: continue it with --resume"):
+        make_run_directory(tmp_path)
     with pytest.raises(UserError, match="there is no run to resume"):
         RunDirectory(str(tmp_path / "other"), resume=True)
 
 
 def test_two_processes_cannot_work_on_one_run(tmp_path):
-    run = run_directory(tmp_path)
+    run = make_run_directory(tmp_path)
     with pytest.raises(UserError, match="another process is working on this run"):
         RunDirectory(str(run.path), resume=True)
 
 
-def test_a_run_of_an_older_version_goes_on_and_a_changed_key_is_named(tmp_path):
+def test_a_resume_accepts_new_keys_and_free_keys_but_no_other_change_of_the_config(tmp_path):
     config = tiny_config(tmp_path, "tiny-qwen2")
     written = yaml.safe_load(configs.dump(config))
-    del written["learner"]["sequence_parallel"]  # a key that came later
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-    check_same(tmp_path, config)
-    written["learner"]["lr"] = 0.5  # what a run that stopped may need
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-    check_same(tmp_path, config)
-    written["learner"]["weight_decay"] = 0.5
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-    with pytest.raises(
-        UserError, match=r"the config differs from .*: learner.weight_decay was 0.5, is 0.0"
-    ):
+
+    def write_and_check():
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
         check_same(tmp_path, config)
 
+    # An older version of grpo did not have this key.
+    del written["learner"]["sequence_parallel"]
+    write_and_check()
+    # The learning rate may change on resume.
+    written["learner"]["lr"] = 0.5
+    write_and_check()
+    written["learner"]["weight_decay"] = 0.5
+    message = r"the config differs from .*: learner.weight_decay was 0.5, is 0.0"
+    with pytest.raises(UserError, match=message):
+        write_and_check()
 
-def test_a_mistake_that_shows_late_keeps_what_is_done_and_is_in_the_manifest(tiny, tmp_path):
-    """Before anything was done a run is forgotten; a part of a stage within, or a step, is not."""
-    for name in (None, "warm_start/manifest.json", "int8/config.json", "metrics.jsonl"):
-        config = tiny_config(tmp_path / str(name).replace("/", "-"), tiny())
-        file = name and Path(config.run_dir) / name
-        with (
-            pytest.raises(UserError, match="too late"),
-            open_stage(config, "train", total=1, unit="step", resume=False) as stage,
-        ):
-            if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text("")
-            raise UserError("too late")
-        assert stage.run.manifest.exists() == bool(file) and (file is None or file.exists())
-        assert file is None or stage.run.read_manifest()["status"] == "stopped: UserError"
-        del stage  # and with it the lock
+
+def fail_with_user_error(run_dir, model_dir, written_file=None):
+    """Runs a stage that writes an empty file, if one is named, and then raises UserError.
+
+    Returns:
+        The directory of the run.
+    """
+    with (
+        pytest.raises(UserError, match="invalid data"),
+        open_stage(
+            tiny_config(run_dir, model_dir), "train", total=1, unit="step", resume=False
+        ) as stage,
+    ):
+        if written_file is not None:
+            file = run_dir / written_file
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("")
+        raise UserError("invalid data")
+    return stage.run
+
+
+def test_a_user_error_removes_a_run_without_results_and_is_recorded_in_one_with_results(
+    tiny, tmp_path
+):
+    """Results are the finished part of a stage, a quantized model, or a recorded step."""
+    run = fail_with_user_error(tmp_path / "no_results", tiny())
+    assert not run.manifest.exists()
+    for i, name in enumerate(("warm_start/manifest.json", "int8/config.json", "metrics.jsonl")):
+        run = fail_with_user_error(tmp_path / f"results-{i}", tiny(), name)
+        assert (run.path / name).exists()
+        assert run.read_manifest()["status"] == "stopped: UserError"

@@ -1,4 +1,4 @@
-"""What a person and a tracker see of a run."""
+"""Tests the progress output, the trackers and the timer of a run."""
 
 import os
 import pty
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from grpo.run.display import Timer
-from grpo.run.trackers import Trackers
+from grpo.run.trackers import TrackedRun, Trackers
 
 ROW = {
     "step": 3,
@@ -18,23 +18,27 @@ ROW = {
     "time/total_s": 2.0,
     "note": "not a number",
 }
-STATUS = f"""
+# A run of 10 rollouts that was resumed after 2. The third one takes two minutes.
+RESUMED_RUN = f"""
 import time
+
 from grpo.run.display import Display
+
 display = Display("auto", 10)
 display.phase(0, "starting the engine")
 display.begin(2)
-start = time.monotonic()
-time.monotonic = lambda: start + 120
+two_minutes_later = time.monotonic() + 120
+time.monotonic = lambda: two_minutes_later
 display.row({ROW})
 display.phase(3, "update", "1/4")
-time.sleep(0.3)
+time.sleep(0.3)  # the status line is redrawn several times per second
 display.say("held-out accuracy [50 %]")
 display.close()
 """
 
 
-def on_terminal(program: str) -> str:
+def stderr_on_terminal(program: str) -> str:
+    """Runs a program whose standard error is a terminal and returns the text on the terminal."""
     parent, child = pty.openpty()
     subprocess.run(
         [sys.executable, "-c", program],
@@ -47,60 +51,64 @@ def on_terminal(program: str) -> str:
     while True:
         try:
             text += os.read(parent, 65536)
-        except OSError:  # the other end is closed and read to its end
+        except OSError:  # all text is read, and the child's end is closed
             return text.decode()
 
 
-def test_on_a_terminal_a_status_line_shows_phase_numbers_and_time_left_since_the_resume():
-    """A run resumed after 2 of 10 rollouts, one done in 2 minutes: 7 to go, 14 minutes."""
-    text = on_terminal(STATUS)
+def test_a_terminal_shows_a_status_line_with_the_time_left_since_the_resume():
+    text = stderr_on_terminal(RESUMED_RUN)
+    # One rollout took 2 minutes, so the 7 remaining ones take 14 minutes.
     assert (
         "rollout 4/10 · update 1/4 · reward 0.250 · accuracy 50.0% · length 12 · 14:00 left" in text
     )
     assert "held-out accuracy [50 %]" in text
 
 
-def test_elsewhere_one_line_a_rollout():
-    done = subprocess.run(
-        [sys.executable, "-c", STATUS], stderr=subprocess.PIPE, text=True, check=True
+def test_a_pipe_gets_one_line_per_rollout():
+    process = subprocess.run(
+        [sys.executable, "-c", RESUMED_RUN], stderr=subprocess.PIPE, text=True, check=True
     )
-    assert done.stderr.splitlines() == [
+    assert process.stderr.splitlines() == [
         "rollout 3/10 · reward 0.250 · accuracy 50.0% · length 12 · 2.0 s",
         "held-out accuracy [50 %]",
     ]
 
 
-def test_tensorboard_gets_every_number_at_its_step(tmp_path):
+def tracked_run(run_dir):
+    return TrackedRun(project="grpo", run_dir=run_dir, run_id="id", config={})
+
+
+def test_tensorboard_stores_every_number_at_its_step(tmp_path):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",
         reason="tensorboard is not installed",
     )
-    with Trackers(["tensorboard"], "grpo", tmp_path, "id", {}) as trackers:
+    with Trackers(["tensorboard"], tracked_run(tmp_path)) as trackers:
         trackers.log(ROW)
         trackers.log(ROW | {"step": 4, "reward/mean": 0.75})
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [
-        (3, 0.25),
-        (4, 0.75),
-    ]
+    points = [(event.step, event.value) for event in events.Scalars("reward/mean")]
+    assert points == [(3, 0.25), (4, 0.75)]
     assert "note" not in events.Tags()["scalars"]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_that_is_not_installed_is_a_users_error(name, tmp_path, monkeypatch):
+def test_the_error_of_a_tracker_that_is_not_installed_names_the_package(
+    name, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=f"pip install {name}"):
-        Trackers([name], "grpo", tmp_path, "id", {})
+        Trackers([name], tracked_run(tmp_path))
 
 
-def test_phases_and_the_rest_add_up_to_the_whole():
+def test_the_seconds_of_the_phases_and_the_rest_add_up_to_the_total():
     timer = Timer()
     with timer("rollout"):
         pass
     with timer("update"):
         pass
     metrics = timer.metrics()
-    parts = [value for key, value in metrics.items() if key != "time/total_s"]
     assert set(metrics) == {"time/rollout_s", "time/update_s", "time/rest_s", "time/total_s"}
-    assert sum(parts) == pytest.approx(metrics["time/total_s"])
+    parts_s = metrics["time/rollout_s"] + metrics["time/update_s"] + metrics["time/rest_s"]
+    assert parts_s == pytest.approx(metrics["time/total_s"])

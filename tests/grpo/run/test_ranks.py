@@ -1,9 +1,9 @@
-"""Several ranks on one machine, over gloo.
-
-The same updates as one rank, checkpoints for any number, and no rank left waiting.
+"""Tests several ranks on one machine, over gloo: they make the same updates as one rank, load
+checkpoints of another number of ranks, and report a rank that fails or is in another exchange.
 """
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -35,95 +37,134 @@ SUPPORT = Path(__file__).parents[2] / "support"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
+@dataclass(frozen=True)
+class TrainedModels:
+    """The results of ranks_worker.py on one rank and on two ranks.
+
+    In all methods, `num_ranks` is "one" or "two", and `name` identifies one of the models that the
+    program trains: "1-float32" (ZeRO stage and dtype) or "shared-1" (the ranks share sequences).
+    """
+
+    folder: Path
+    results: dict[str, dict[str, Any]]  # the contents of found.json, by "one" and "two"
+
+    def rows(self, num_ranks: str, name: str) -> list[dict[str, float]]:
+        """Returns the metrics of each update."""
+        return self.results[num_ranks][name]["rows"]
+
+    def weights(self, num_ranks: str, name: str) -> dict[str, torch.Tensor]:
+        """Returns the final weights by name."""
+        return torch.load(self.folder / num_ranks / f"{name}.pt")
+
+    def assert_equal_on_one_and_two_ranks(
+        self, name: str, *, metrics_tolerance: float, weights_tolerance: float
+    ) -> None:
+        """Asserts that metrics and final weights are the same on one and on two ranks."""
+        for one_rank, two_ranks in zip(self.rows("one", name), self.rows("two", name), strict=True):
+            assert two_ranks == pytest.approx(
+                one_rank, rel=metrics_tolerance, abs=metrics_tolerance
+            )
+        weights_of_one = self.weights("one", name)
+        weights_of_two = self.weights("two", name)
+        for weight_name, weight in weights_of_one.items():
+            assert torch.allclose(weight, weights_of_two[weight_name], atol=weights_tolerance)
+
+
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
-    """Returns what one rank and what two have come to.
+    """Runs ranks_worker.py on one rank, on two, and on one again, and returns its results.
 
-    The second ran, and the first again, beside the other's checkpoints.
+    The second and the third run also resume from the checkpoints of the other number of ranks.
     """
-    folder, model = tmp_path_factory.mktemp("ranks"), str(tiny())
-    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN), ("one", [sys.executable])):
-        (folder / name).mkdir(exist_ok=True)
-        command = [*launcher, str(SUPPORT / "ranks_worker.py"), model, str(folder / name)]
-        done = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=300
+    folder = tmp_path_factory.mktemp("ranks")
+    python = [sys.executable]
+    for num_ranks, launcher in (("one", python), ("two", TORCHRUN), ("one", python)):
+        (folder / num_ranks).mkdir(exist_ok=True)
+        process = subprocess.run(
+            [*launcher, str(SUPPORT / "ranks_worker.py"), str(tiny()), str(folder / num_ranks)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        name: json.loads((folder / name / "found.json").read_text()) for name in ("one", "two")
-    }, folder
+        assert process.returncode == 0, process.stderr[-3000:]
+    results = {}
+    for num_ranks in ("one", "two"):
+        results[num_ranks] = json.loads((folder / num_ranks / "found.json").read_text())
+    return TrainedModels(folder, results)
 
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
-def test_two_ranks_make_the_updates_of_one(trained, stage, dtype):
-    """In float32 to 1e-5; in bfloat16 gradients are summed in another order, to 8 bits."""
-    found, folder = trained
-    name, rel = f"{stage}-{dtype}", 1e-5 if dtype == "float32" else 0.02
-    for one, two in zip(found["one"][name]["rows"], found["two"][name]["rows"], strict=True):
-        assert two == pytest.approx(one, rel=rel, abs=rel)
-    first, second = (torch.load(folder / side / f"{name}.pt") for side in ("one", "two"))
-    assert all(
-        torch.allclose(first[n], second[n], atol=1e-4 if dtype == "float32" else 0.02)
-        for n in first
+def test_two_ranks_make_the_same_updates_as_one(trained, stage, dtype):
+    """In bfloat16, two ranks sum gradients in another order, so the results differ by rounding."""
+    is_float32 = dtype == "float32"
+    trained.assert_equal_on_one_and_two_ranks(
+        f"{stage}-{dtype}",
+        metrics_tolerance=1e-5 if is_float32 else 0.02,
+        weights_tolerance=1e-4 if is_float32 else 0.02,
     )
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_that_share_each_sequence_make_the_updates_of_one(trained, stage):
-    """Ulysses: attention by heads, all else by slices of the stream.
+def test_two_ranks_that_share_each_sequence_make_the_same_updates_as_one(trained, stage):
+    """Ulysses: attention is split by heads, everything else by slices of the packed stream.
 
-    The loss is of whole sequences (GSPO).
+    The loss is GSPO, whose ratio depends on complete sequences.
     """
-    found, folder = trained
-    for one, two in zip(
-        *(found[side][f"shared-{stage}"]["rows"] for side in ("one", "two")), strict=True
-    ):
-        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
-    first, second = (torch.load(folder / side / f"shared-{stage}.pt") for side in ("one", "two"))
-    assert all(torch.allclose(first[n], second[n], atol=1e-4) for n in first)
-
-
-@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
-@pytest.mark.parametrize("side", ["one", "two"])
-def test_a_checkpoint_of_another_number_of_ranks_goes_on_as_if_it_were_ours(
-    trained, stage, dtype, side
-):
-    name, rel = f"{stage}-{dtype}", 1e-4 if dtype == "float32" else 0.02
-    other = trained[0]["two" if side == "one" else "one"][name]["rows"]
-    for then, now in zip(other[-2:], trained[0][side][name]["resumed"], strict=True):
-        assert now == pytest.approx(then, rel=rel, abs=rel)
-
-
-@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
-def test_the_canarys_perturbation_reaches_every_weight_and_leaves_none(trained, stage, dtype):
-    for side in ("one", "two"):
-        found = trained[0][side][f"{stage}-{dtype}"]
-        assert found["perturbed"] and found["restored"]
-
-
-@given(st.integers(1, 12), st.integers(1, 5), st.sampled_from([50, 100, 1000]), st.booleans())
-def test_every_sample_is_on_one_rank_and_all_have_as_many_micro_batches(
-    count, size, budget, packed
-):
-    rows = samples(3, count)
-    weights = token_weights(rows, "token", 20)
-    shares = [
-        micro_batches(rows, weights, max_tokens=budget, packed=packed, share=(rank, size))
-        for rank in range(size)
-    ]
-    assert len({len(batches) for batches in shares}) == 1
-    own = [batch for batches in shares for batch in batches if not batch.idle]
-    assert sorted(i for batch in own for i in batch.index) == list(range(count))
-    assert sum(float(batch.token_weights.sum()) for batch in own) == pytest.approx(1, abs=1e-5)
-    assert all(
-        not batch.token_weights.any() for batches in shares for batch in batches if batch.idle
+    trained.assert_equal_on_one_and_two_ranks(
+        f"shared-{stage}", metrics_tolerance=1e-5, weights_tolerance=1e-4
     )
 
 
-def on_two_ranks(
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize("num_ranks", ["one", "two"])
+def test_training_resumes_from_a_checkpoint_of_another_number_of_ranks(
+    trained, stage, dtype, num_ranks
+):
+    name = f"{stage}-{dtype}"
+    tolerance = 1e-4 if dtype == "float32" else 0.02
+    num_ranks_of_checkpoint = "two" if num_ranks == "one" else "one"
+    uninterrupted_rows = trained.rows(num_ranks_of_checkpoint, name)[-2:]
+    resumed_rows = trained.results[num_ranks][name]["resumed"]
+    for uninterrupted, resumed in zip(uninterrupted_rows, resumed_rows, strict=True):
+        assert resumed == pytest.approx(uninterrupted, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+def test_the_canarys_perturbation_changes_every_weight_and_is_undone(trained, stage, dtype):
+    for num_ranks in ("one", "two"):
+        result = trained.results[num_ranks][f"{stage}-{dtype}"]
+        assert result["perturbed"]
+        assert result["restored"]
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.sampled_from([50, 100, 1000]), st.booleans())
+def test_every_sample_is_on_one_rank_and_all_ranks_have_the_same_number_of_micro_batches(
+    num_samples, num_ranks, max_tokens, packed
+):
+    rows = samples(3, num_samples)
+    weights = token_weights(rows, "token", 20)
+    batches_of_ranks = [
+        micro_batches(rows, weights, max_tokens=max_tokens, packed=packed, share=(rank, num_ranks))
+        for rank in range(num_ranks)
+    ]
+    assert len({len(batches) for batches in batches_of_ranks}) == 1
+    indices = []
+    total_weight = 0.0
+    for batch in itertools.chain.from_iterable(batches_of_ranks):
+        if batch.idle:
+            assert not batch.token_weights.any()
+        else:
+            indices += batch.index
+            total_weight += float(batch.token_weights.sum())
+    assert sorted(indices) == list(range(num_samples))
+    assert total_weight == pytest.approx(1, abs=1e-5)
+
+
+def run_on_two_ranks(
     tmp_path: Path, program: str, *arguments: str, timeout_s: float = 60
 ) -> subprocess.CompletedProcess:
-    """Returns what became of a program under torchrun."""
+    """Runs the text of a program under torchrun on two ranks and returns the ended process."""
     file = tmp_path / "program.py"
     file.write_text(program)
     return subprocess.run(
@@ -135,177 +176,206 @@ def on_two_ranks(
     )
 
 
-LOST = """
-import sys, time
+FAILING_RANK = """
+import sys
+import time
+
 from grpo.run import ranks
-ranks.join(float(sys.argv[1]))
-ranks.all_gather("a first greeting", 1)
+
+failure = sys.argv[1]
+ranks.join(3)
+ranks.all_gather("the first exchange", 1)
 if ranks.rank() == 1:
-    sys.argv[2] == "exit" and sys.exit(3)
-    if sys.argv[2] == "raise": ranks.all_gather_or_raise("a hard sum", lambda: 1 / 0)
+    if failure == "raise":
+        ranks.all_gather_or_raise("the division", lambda: 1 / 0)
     time.sleep(60)
-ranks.all_gather_or_raise("a hard sum", lambda: 1)
+ranks.all_gather_or_raise("the division", lambda: 1)
 """
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
-    [("hang", "waited for a hard sum"), ("raise", "ZeroDivisionError: division by zero")],
+    ("failure", "message"),
+    [("hang", "waited for the division"), ("raise", "ZeroDivisionError: division by zero")],
 )
-def test_a_rank_that_hangs_or_fails_is_told_by_the_others(tmp_path, how, told):
-    started = time.monotonic()
-    done = on_two_ranks(tmp_path, LOST, "3", how)
-    assert done.returncode == 1 and told in done.stderr
-    assert time.monotonic() - started < 45
+def test_a_rank_that_hangs_or_fails_ends_the_job_with_an_error(tmp_path, failure, message):
+    started_at = time.monotonic()
+    process = run_on_two_ranks(tmp_path, FAILING_RANK, failure)
+    assert process.returncode == 1
+    assert message in process.stderr
+    assert time.monotonic() - started_at < 45
 
 
-ENDED = """
-import atexit, sys
+GLOO_THREADS = """
+import atexit
+import sys
 from pathlib import Path
+
 from grpo.run import ranks
-def gloo_threads():
+
+
+def count_gloo_threads():
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     return sum("gloo" in name for name in names)
-def at_exit():  # registered first, so it runs last
-    sys.stdout.write(f"rank {ranks.rank()}: {before > 0} {gloo_threads()}\\n")
+
+
+def print_threads_at_exit():
+    has_had_threads = num_threads > 0
+    sys.stdout.write(f"rank {ranks.rank()}: {has_had_threads} {count_gloo_threads()}\\n")
     sys.stdout.flush()
-atexit.register(at_exit)
+
+
+atexit.register(print_threads_at_exit)  # registered first, so it is called last
 ranks.join(30)
-ranks.all_gather("a greeting", 1)
-before = gloo_threads()
+ranks.all_gather("an exchange", 1)
+num_threads = count_gloo_threads()
 """
 
 
-def test_no_thread_of_gloo_outlives_the_interpreter(tmp_path):
-    # one that frees a tensor then aborts a process that has succeeded
-    done = on_two_ranks(tmp_path, ENDED, timeout_s=90)
-    assert sorted(done.stdout.splitlines()) == ["rank 0: True 0", "rank 1: True 0"], done.stderr
+def test_the_threads_of_gloo_end_before_the_interpreter(tmp_path):
+    """A thread that frees a tensor after the end of the interpreter aborts the process."""
+    process = run_on_two_ranks(tmp_path, GLOO_THREADS, timeout_s=90)
+    lines = sorted(process.stdout.splitlines())
+    assert lines == ["rank 0: True 0", "rank 1: True 0"], process.stderr
 
 
-CROSSED = """
+DIFFERENT_RANKS = """
 import sys
+
 from grpo.run import ranks
-ranks.join(20)
-def say(text):  # in one piece: both ranks write to one pipe
+from grpo.types import UserError
+
+
+def write_line(text):  # with a single call, because both ranks write to the same pipe
     sys.stdout.write(f"rank {ranks.rank()}: {text}\\n")
     sys.stdout.flush()
+
+
+def require_equal(fingerprints):
+    try:
+        ranks.require_equal(fingerprints)
+    except UserError as error:
+        write_line(f"{error} known_to_all_ranks={error.known_to_all_ranks}")
+
+
+ranks.join(20)
+exchange = "the groups" if ranks.rank() == 0 else "the end"
 try:
-    ranks.all_gather("the groups" if ranks.rank() == 0 else "the end", f"of rank {ranks.rank()}")
+    ranks.all_gather(exchange, f"value of rank {ranks.rank()}")
 except ranks.ExchangeMismatchError as error:
-    say(error)
-try:
-    ranks.require_equal({"code": "1", "config": f"of rank {ranks.rank()}"})
-except Exception as error:
-    say(f"{error} {error.known_to_all_ranks}")
-try:
-    more = {} if ranks.rank() == 0 else {"rewards.format": "1"}
-    ranks.require_equal({"code": "1"} | more)
-except Exception as error:
-    say(f"{error} {error.known_to_all_ranks}")
+    write_line(error)
+require_equal({"code": "1", "config": f"hash-{ranks.rank()}"})
+if ranks.rank() == 0:
+    require_equal({"code": "1"})
+else:
+    require_equal({"code": "1", "rewards.format": "1"})
 """
 
 
-def test_ranks_that_meet_in_different_exchanges_do_not_get_each_others_values(tmp_path):
-    done = on_two_ranks(tmp_path, CROSSED)
-    assert done.returncode == 0, done.stderr
+def test_all_ranks_raise_if_their_exchanges_or_fingerprints_differ(tmp_path):
+    process = run_on_two_ranks(tmp_path, DIFFERENT_RANKS)
+    assert process.returncode == 0, process.stderr
     for rank in (0, 1):
         assert (
-            f"rank {rank}: the ranks met in different exchanges: rank 0: 'the groups', exchange "
-            "1; rank 1: 'the end', exchange 1" in done.stdout
+            f"rank {rank}: the ranks are in different exchanges: rank 0: 'the groups', exchange "
+            "1; rank 1: 'the end', exchange 1" in process.stdout
         )
         assert (
-            f"rank {rank}: the ranks do not start from the same config (config: rank 0 of rank 0, "
-            "rank 1 of rank 1)" in done.stdout
+            f"rank {rank}: the ranks do not start from the same config (config: rank 0 hash-0, "
+            "rank 1 hash-1)" in process.stdout
         )
-        # a key that only one rank has is an error on both
-        assert f"rank {rank}: the ranks do not start from the same rewards.format" in done.stdout
-    assert done.stdout.count("True") == 4
+        # Both ranks raise for a key that only one of them has.
+        assert f"rank {rank}: the ranks do not start from the same rewards.format" in process.stdout
+    assert process.stdout.count("known_to_all_ranks=True") == 4
 
 
-def test_fingerprints_tell_code_tokenizers_and_problems_apart(tiny):
+def test_fingerprints_of_different_tokenizers_and_problems_differ(tiny):
     tokenizer = models.load_tokenizer(tiny())
-    before = fingerprints.of_tokenizer(tokenizer)
-    assert before == fingerprints.of_tokenizer(models.load_tokenizer(tiny()))
+    fingerprint = fingerprints.of_tokenizer(tokenizer)
+    assert fingerprint == fingerprints.of_tokenizer(models.load_tokenizer(tiny()))
     tokenizer.chat_template = "{{ messages }}"
-    assert before != fingerprints.of_tokenizer(tokenizer)
+    assert fingerprint != fingerprints.of_tokenizer(tokenizer)
     problems = [Problem(id=str(i), question="?", answer="1", source="t") for i in range(3)]
     assert fingerprints.of_problems(problems) != fingerprints.of_problems(problems[::-1])
     assert len(fingerprints.of_code()) == 16
 
 
-def test_alone_there_is_nobody_to_wait_for():
-    assert ranks.all_gather("nobody", 5) == [5] and ranks.split_across_ranks(
-        "nobody", lambda share: [1, 2, 3][share]
-    ) == [1, 2, 3]
+def test_a_single_process_runs_exchanges_without_a_process_group():
+    def divide_by_zero():
+        return 1 / 0
+
+    def raise_run_error():
+        raise RunError("the error of the work")
+
+    assert ranks.all_gather("an exchange", 5) == [5]
+    assert ranks.split_across_ranks("an exchange", lambda share: [1, 2, 3][share]) == [1, 2, 3]
     with pytest.raises(ZeroDivisionError):
-        ranks.all_gather_or_raise("nobody", lambda: 1 / 0)
-    with pytest.raises(RunError, match="as it was"):
-        ranks.rank0_first("nobody", lambda: (_ for _ in ()).throw(RunError("as it was")))
+        ranks.all_gather_or_raise("an exchange", divide_by_zero)
+    with pytest.raises(RunError, match="the error of the work"):
+        ranks.rank0_first("an exchange", raise_run_error)
 
 
-def test_the_doctor_tells_what_lies_between_the_ranks(tiny, tmp_path):
+def test_the_doctor_measures_the_interconnect_of_the_ranks(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
     process = start(config, command="doctor", ranks=2, stdout=subprocess.PIPE)
-    out, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    (found,) = re.findall(
+    (measured,) = re.findall(
         r"^ok +interconnect +2 ranks sum 67 MB in ([\d.]+) ms \(([\d.]+) GB/s\), 4 bytes in (\d+) "
         r"us$",
-        out,
+        output,
         re.MULTILINE,
     )
-    many, rate, few = map(float, found)
-    # of two ranks each sends all bytes once
-    assert 1e3 * many > few > 0 and rate * many == pytest.approx(67.1, rel=0.1)
+    duration_ms, bandwidth, latency_us = map(float, measured)
+    assert 1000 * duration_ms > latency_us > 0
+    # In an all-reduce of two ranks, each rank sends all bytes once. GB/s x ms = MB.
+    assert bandwidth * duration_ms == pytest.approx(67.1, rel=0.1)
 
 
-def test_deepspeeds_launcher_is_a_launcher(tiny, tmp_path):
-    """It gives --local_rank, and the number of ranks here by another name than torchrun."""
+def test_deepspeeds_launcher_can_start_the_ranks(tiny, tmp_path):
+    """It passes --local_rank, and sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE."""
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    gpus_by_host = json.dumps({"localhost": [0, 1]})
+    world_info = base64.urlsafe_b64encode(gpus_by_host.encode()).decode()
     launcher = [
         sys.executable,
         "-m",
         "deepspeed.launcher.launch",
-        f"--world_info={world}",
+        f"--world_info={world_info}",
         f"--master_port={free_port()}",
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         [*launcher, "--module", "grpo", "doctor", config],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0 and "2 ranks sum 67 MB" in done.stdout, done.stderr[-2000:]
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert "2 ranks sum 67 MB" in process.stdout, process.stderr[-2000:]
 
 
-def test_a_signal_waits_for_the_end_of_a_sync_of_several_ranks(monkeypatch):
+def test_a_signal_does_not_interrupt_the_sync_of_several_ranks(monkeypatch):
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    monkeypatch.setattr(ranks, "all_gather", lambda what, value: [value])
-    watched = signals.Signals()
+    monkeypatch.setattr(ranks, "all_gather", lambda name, value: [value])
+    signal_handlers = signals.Signals()
 
     def load_weights(weights, version):
         os.kill(os.getpid(), signal.SIGTERM)
-        watched.check()  # as an engine does while it waits
+        signal_handlers.check()  # as an engine does while it waits
         return SyncReport(version=version, seconds=1.0, num_bytes=0)
 
+    engine = SimpleNamespace(load_weights=load_weights)
+    learner = SimpleNamespace(weights=lambda: ())
     try:
-        assert (
-            sync(
-                SimpleNamespace(load_weights=load_weights),
-                SimpleNamespace(weights=lambda: ()),
-                3,
-                watched,
-            ).version
-            == 3
-        )
+        report = sync(engine, learner, 3, signal_handlers)
+        assert report.version == 3
         with pytest.raises(signals.Interrupted, match="SIGTERM"):
-            watched.check()
+            signal_handlers.check()
     finally:
-        watched.restore()
+        signal_handlers.restore()
 
 
-def test_what_runs_in_one_process_says_so(tiny, tmp_path):
+def test_a_single_process_command_on_two_ranks_reports_one_error(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
-    assert run(config, command="eval", ranks=2, code=1).count("grpo eval is one process") == 1
+    errors = run(config, command="eval", ranks=2, code=1)
+    assert errors.count("grpo eval runs in a single process") == 1

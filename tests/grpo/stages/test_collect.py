@@ -1,8 +1,4 @@
-"""Rejection sampling.
-
-What is kept, what is dropped and why; a run that goes on where it was killed; traces in every
-published form.
-"""
+"""`grpo collect`: drop reasons, decontamination, teachers behind an endpoint, formats of traces."""
 
 import json
 
@@ -11,91 +7,99 @@ from stage_configs import collect_config
 from whole_runs import run
 
 from data import traces
-from grpo.config import Collect, Teacher
+from grpo.config import CollectSettings, EndpointSettings
 from grpo.engines import EngineError, SamplingOptions
 from grpo.engines.endpoint import Endpoint
-from grpo.stages.collect import dropped, ngrams
+from grpo.stages.collect import drop_reasons, ngrams
 from grpo.types import Completion, Group, Problem, ScoredGroup, UserError, Verdict
 
 GOOD = "<think>We add two and three, and that is five.</think><answer>5</answer>"
 
 
-def scored(*texts, values=None, reasons=None, question="What is two and three?"):
-    problem = Problem(id="p", question=question, answer="5", source="t")
-    completions = tuple(
-        Completion(
+def scored(*texts, verdicts=None, finish_reasons=None):
+    """Returns a scored group whose completions have as many tokens as words.
+
+    By default all completions are correct and finished. A correct completion has the reward 1.
+    """
+    if verdicts is None:
+        verdicts = ["correct"] * len(texts)
+    if finish_reasons is None:
+        finish_reasons = ["stop"] * len(texts)
+    completions = []
+    for text, finish_reason in zip(texts, finish_reasons, strict=True):
+        completion = Completion(
             token_ids=(1,) * len(text.split()),
             logprobs=(),
             text=text,
-            finish_reason=reason,
+            finish_reason=finish_reason,
             versions=((0, 0, 1),),
         )
-        for text, reason in zip(texts, reasons or ["stop"] * len(texts), strict=True)
-    )
-    verdicts = tuple(Verdict(value=value) for value in values or ["correct"] * len(texts))
-    known = tuple(
-        None if verdict.value == "undecided" else float(verdict.value == "correct")
-        for verdict in verdicts
-    )
-    group = Group(problem=problem, prompt_ids=(), completions=completions)
+        completions.append(completion)
+    rewards = []
+    for verdict in verdicts:
+        rewards.append(None if verdict == "undecided" else float(verdict == "correct"))
+    problem = Problem(id="p", question="What is two and three?", answer="5", source="t")
     return ScoredGroup(
-        group=group,
-        rewards=known,
+        group=Group(problem=problem, prompt_ids=(), completions=tuple(completions)),
+        rewards=tuple(rewards),
         parts=({},) * len(texts),
-        verdicts=verdicts,
+        verdicts=tuple(Verdict(value=verdict) for verdict in verdicts),
         faults=({},) * len(texts),
     )
 
 
-def test_every_reason_to_drop_a_completion():
-    loop = "sum " * 60
+def completion_with_thoughts(thoughts):
+    return f"<think>{thoughts}</think><answer>5</answer>"
+
+
+MIXED_LANGUAGES = "Das ist nicht der Weg und wir sind 两个数字相加等于五"
+REPEATED_WORDS = "The " + "sum " * 60
+LONG_THOUGHTS = " ".join(f"The word {i} is of it." for i in range(100))
+
+
+@pytest.mark.parametrize("check_verdicts", [True, False])
+def test_every_drop_reason(check_verdicts):
+    # drop reason -> (text, verdict, finish reason)
     cases = {
         "": (GOOD, "correct", "stop"),
         "wrong": (GOOD, "wrong", "stop"),
         "undecided": (GOOD, "undecided", "stop"),
         "cut off": (GOOD, "correct", "length"),
         "not well-formed": (GOOD + " And more.", "correct", "stop"),
-        "too short": ("<think>x</think><answer>5</answer>", "correct", "stop"),
-        "language": (
-            "<think>Das ist nicht der Weg und wir sind 两个数字相加等于五</think>"
-            "<answer>5</answer>",
-            "correct",
-            "stop",
-        ),
-        "repetition": (f"<think>The {loop}</think><answer>5</answer>", "correct", "stop"),
-        "too long": (
-            "<think>"
-            + " ".join(f"The word {i} is of it." for i in range(100))
-            + "</think><answer>5</answer>",
-            "correct",
-            "stop",
-        ),
+        "too short": (completion_with_thoughts("x"), "correct", "stop"),
+        "language": (completion_with_thoughts(MIXED_LANGUAGES), "correct", "stop"),
+        "repetition": (completion_with_thoughts(REPEATED_WORDS), "correct", "stop"),
+        "too long": (completion_with_thoughts(LONG_THOUGHTS), "correct", "stop"),
     }
-    settings = Collect(problems=1, min_tokens=3, max_tokens=200, language=0.8, repetition=0.5)
-    for expected, (text, value, reason) in cases.items():
-        assert dropped([scored(text, values=[value], reasons=[reason])], settings) == [expected]
-        # a student's own texts, for soft targets
-        own = settings.model_copy(update={"right": False})
-        assert dropped([scored(text, values=[value], reasons=[reason])], own) == [
-            "" if value != "correct" else expected
-        ]
+    settings = CollectSettings(
+        problems=1,
+        right=check_verdicts,
+        min_tokens=3,
+        max_tokens=200,
+        language=0.8,
+        repetition=0.5,
+    )
+    for reason, (text, verdict, finish_reason) in cases.items():
+        expected = reason
+        if not check_verdicts and verdict != "correct":
+            expected = ""
+        group = scored(text, verdicts=[verdict], finish_reasons=[finish_reason])
+        assert drop_reasons([group], settings) == [expected]
 
 
-def test_the_shortest_are_kept_without_duplicates():
-    longer, same = GOOD.replace("We add", "Now we add"), GOOD.replace("We add", "We  add")
+def test_only_the_shortest_completions_without_duplicates_are_kept():
     longest = GOOD.replace("We add", "So now then we add")
-    assert dropped([scored(longest, longer, GOOD, same)], Collect(problems=1, keep=2)) == [
-        "over keep",
-        "",
-        "",
-        "duplicate",
-    ]
+    longer = GOOD.replace("We add", "Now we add")
+    duplicate = GOOD.replace("We add", "We  add")
+    group = scored(longest, longer, GOOD, duplicate)
+    reasons = drop_reasons([group], CollectSettings(problems=1, keep=2))
+    assert reasons == ["over keep", "", "", "duplicate"]
 
 
-def test_ngrams_see_an_overlap_whatever_its_case_and_marks():
-    runs = ngrams("If x + 3 = 5, what is the value of x?", 5)
-    assert runs & ngrams("Now: WHAT is  the value, of y", 5)
-    assert not runs & ngrams("what is the sum of x", 5)
+def test_ngrams_ignore_case_and_punctuation():
+    question_ngrams = ngrams("If x + 3 = 5, what is the value of x?", 5)
+    assert question_ngrams & ngrams("Now: WHAT is  the value, of y", 5)
+    assert not question_ngrams & ngrams("what is the sum of x", 5)
     assert ngrams("Two words", 5) == {("two", "words")}
 
 
@@ -136,10 +140,11 @@ def test_ngrams_see_an_overlap_whatever_its_case_and_marks():
         },
     ],
 )
-def test_traces_of_every_published_form_are_read(tmp_path, row):
+def test_every_published_trace_format_is_read(tmp_path, row):
     (tmp_path / "traces.jsonl").write_text(json.dumps(row) + "\n")
     (problem,) = traces.load("train", seed=0, path=str(tmp_path))
-    assert (problem.question, "".join(problem.solution.split())) == ("2+3?", "<think>a</think>5")
+    assert problem.question == "2+3?"
+    assert "".join(problem.solution.split()) == "<think>a</think>5"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_traces_of_every_published_form_are_read(tmp_path, row):
         ),
     ],
 )
-def test_a_row_that_is_no_trace_is_named(tmp_path, row, message):
+def test_invalid_trace_raises(tmp_path, row, message):
     (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=message):
         traces.load("train", seed=0, path=str(tmp_path / "t.jsonl"))
@@ -164,37 +169,49 @@ def test_problems_of_an_evaluation_set_are_not_collected(tiny, tmp_path):
     (tmp_path / "test.jsonl").write_text(
         json.dumps({"question": "What is one and two and three?", "answer": "6"}) + "\n"
     )
-    asked = [
+    train_rows = [
         {"question": "Say: what is one and two and three?", "answer": "6"},
         {"question": "Name a number.", "answer": "1"},
     ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    mine = {
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train_rows))
+    data = {
         "name": "jsonl",
         "path": str(tmp_path / "train.jsonl"),
         "options": {"test_fraction": 0.0},
     }
-    against = {
+    evaluation_set = {
         "jsonl": {
             "path": str(tmp_path / "test.jsonl"),
             "options": {"test_path": str(tmp_path / "test.jsonl")},
         }
     }
-    settings = {"problems": 2, "samples": 2, "format": False, "decontaminate": against, "ngram": 5}
-    run(collect_config(tmp_path, tiny(), data=mine, collect=settings), command="collect")
+    settings = {
+        "problems": 2,
+        "samples": 2,
+        "format": False,
+        "decontaminate": evaluation_set,
+        "ngram": 5,
+    }
+    run(collect_config(tmp_path, tiny(), data=data, collect=settings), command="collect")
     counts = json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]
-    assert counts["contaminated problems"] == 1 and sum(counts.values()) == 1 + 2
+    assert counts["contaminated problems"] == 1
+    # The other counts add up to the two completions of the other problem.
+    assert sum(counts.values()) == 1 + 2
 
 
 @pytest.mark.engine
-def test_a_teacher_behind_an_endpoint(vllm_server, tiny, tmp_path):
-    endpoint = Endpoint(Teacher(url=vllm_server, model="teacher", concurrency=4))
+def test_traces_are_collected_from_a_teacher_behind_an_endpoint(vllm_server, tiny, tmp_path):
+    endpoint = Endpoint(EndpointSettings(url=vllm_server, model="teacher", concurrency=4))
     messages = [{"role": "user", "content": "2+3="}]
-    (first, second) = endpoint.generate(
-        [(messages, 7, 2), (messages, 8, 1)], SamplingOptions(max_tokens=5)
-    )
-    assert len(first) == 2 and len(second) == 1 and len(first[0].token_ids) <= 5
-    assert first[1].text == second[0].text  # seed 7 + 1
+    # A request is (messages, seed, number of completions).
+    requests = [(messages, 7, 2), (messages, 8, 1)]
+    two_completions, one_completion = endpoint.generate(requests, SamplingOptions(max_tokens=5))
+    assert len(two_completions) == 2
+    assert len(one_completion) == 1
+    assert len(two_completions[0].token_ids) <= 5
+    # The second completion of a request has its seed + 1: 7 + 1 = 8.
+    assert two_completions[1].text == one_completion[0].text
+
     config = collect_config(
         tmp_path,
         tiny(),
@@ -202,19 +219,20 @@ def test_a_teacher_behind_an_endpoint(vllm_server, tiny, tmp_path):
         prompt={"template": "chat", "stop": list("etao")},
     )
     run(config, command="collect")
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]["kept"] > 0
+    counts = json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]
+    assert counts["kept"] > 0
 
 
 @pytest.mark.engine
-def test_a_teacher_that_is_not_there_or_refuses_is_told(vllm_server, monkeypatch):
+def test_unusable_endpoint_raises(vllm_server):
     with pytest.raises(UserError, match=r"does not serve this model\. Available: teacher"):
-        Endpoint(Teacher(url=vllm_server, model="other"))
+        Endpoint(EndpointSettings(url=vllm_server, model="other"))
     with pytest.raises(UserError, match=r"teacher\.url=http://127\.0\.0\.1:1/v1"):
-        Endpoint(Teacher(url="http://127.0.0.1:1/v1", model="teacher", retries=0))
+        Endpoint(EndpointSettings(url="http://127.0.0.1:1/v1", model="teacher", retries=0))
     with pytest.raises(UserError, match="GRPO_NO_SUCH_KEY is not set"):
-        Endpoint(Teacher(url=vllm_server, model="teacher", api_key_env="GRPO_NO_SUCH_KEY"))
-    endpoint = Endpoint(Teacher(url=vllm_server, model="teacher", retries=0))
+        Endpoint(EndpointSettings(url=vllm_server, model="teacher", api_key_env="GRPO_NO_SUCH_KEY"))
+
+    endpoint = Endpoint(EndpointSettings(url=vllm_server, model="teacher", retries=0))
+    request = ([{"role": "user", "content": "x"}], 0, 1)
     with pytest.raises(EngineError, match="teacher http"):
-        endpoint.generate(
-            [([{"role": "user", "content": "x"}], 0, 1)], SamplingOptions(max_tokens=100_000)
-        )
+        endpoint.generate([request], SamplingOptions(max_tokens=100_000))

@@ -1,7 +1,6 @@
-"""Distillation.
+"""`grpo distill`: divergences, losses and gradients, and runs of the three values of `way`.
 
-Divergences against NumPy, the soft update against plain torch, and each of the three ways as a
-whole run.
+Divergences are compared with NumPy, losses and gradients with plain PyTorch.
 """
 
 import json
@@ -15,7 +14,7 @@ from tiny_models import tiny_config
 from whole_runs import rows, run
 
 from grpo import config as configs
-from grpo.config import DistillConfig, Soft
+from grpo.config import DistillConfig, SoftTargetSettings
 from grpo.learning import models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.divergence import divergence, top_divergence
@@ -25,8 +24,23 @@ from grpo.types import Sample, UserError
 
 
 def probabilities(logits, temperature):
-    exponents = np.exp(logits / temperature - (logits / temperature).max(-1, keepdims=True))
+    scaled = logits / temperature
+    exponents = np.exp(scaled - scaled.max(-1, keepdims=True))
     return exponents / exponents.sum(-1, keepdims=True)
+
+
+def kl(p, q):
+    return (p * np.log(p / q)).sum(-1)
+
+
+def numpy_divergence(student, teacher, kind, beta):
+    """Returns the divergence of probabilities [N, V] per position."""
+    if kind == "forward_kl":
+        return kl(teacher, student)
+    if kind == "reverse_kl":
+        return kl(student, teacher)
+    mixture = beta * teacher + (1 - beta) * student
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -35,181 +49,238 @@ def probabilities(logits, temperature):
 )
 def test_divergences_equal_numpy(kind, beta, temperature):
     student, teacher = np.random.default_rng(0).normal(size=(2, 6, 11)) * 3
-    s, t = probabilities(student, temperature), probabilities(teacher, temperature)
+    expected = numpy_divergence(
+        probabilities(student, temperature), probabilities(teacher, temperature), kind, beta
+    )
+    student_logits = torch.tensor(student)
+    teacher_logits = torch.tensor(teacher)
+    actual = divergence(student_logits, teacher_logits, kind, temperature, beta)
+    assert np.allclose(actual.numpy(), expected, atol=1e-5)
 
-    def kl(p, q):
-        return (p * np.log(p / q)).sum(-1)
-
-    m = beta * t + (1 - beta) * s
-    expected = {
-        "forward_kl": kl(t, s),
-        "reverse_kl": kl(s, t),
-        "jsd": beta * kl(t, m) + (1 - beta) * kl(s, m),
-    }[kind]
-    found = divergence(torch.tensor(student), torch.tensor(teacher), kind, temperature, beta)
-    assert np.allclose(found.numpy(), expected, atol=1e-5)
-    # a vocabulary padded to another size
-    padded = torch.nn.functional.pad(torch.tensor(teacher), (0, 3), value=5.0)
-    assert torch.allclose(divergence(torch.tensor(student), padded, kind, temperature, beta), found)
+    # The teacher's vocabulary is padded to another size. Only the common part counts.
+    padded = torch.nn.functional.pad(teacher_logits, (0, 3), value=5.0)
+    with_padding = divergence(student_logits, padded, kind, temperature, beta)
+    assert torch.allclose(with_padding, actual)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_the_likeliest_tokens_and_the_rest_come_within_a_thousandth_of_the_whole_divergence(kind):
-    """Of language models.
+def test_top_divergence_is_a_close_lower_bound_of_the_full_divergence(kind):
+    """The distributions resemble those of language models.
 
-    32 tokens that hold nearly all, a long tail of the rest in which student and teacher differ too.
+    Few tokens have nearly all of the probability. Student and teacher also differ in the long tail.
     """
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(200, 5000, generator=generator) * 4
-    student, teacher = (
-        common + torch.randn(200, 5000, generator=generator) * 0.3 for _ in range(2)
-    )
-    whole = divergence(student, teacher, kind, 1.0)
-    for k, within in ((512, 1e-3), (64, 1e-2)):
-        logprobs, ids = teacher.log_softmax(-1).topk(k)
-        found = top_divergence(student, ids, logprobs, kind)
-        assert bool((found <= whole + 1e-5).all()) and float((found - whole).abs().mean()) < within
-    logprobs, ids = teacher.log_softmax(-1).topk(5000)
-    assert torch.allclose(top_divergence(student, ids, logprobs, kind), whole, atol=1e-5)
+    student = common + torch.randn(200, 5000, generator=generator) * 0.3
+    teacher = common + torch.randn(200, 5000, generator=generator) * 0.3
+    full = divergence(student, teacher, kind, 1.0)
+    teacher_logprobs = teacher.log_softmax(-1)
+
+    for k, max_mean_error in ((512, 1e-3), (64, 1e-2)):
+        top_logprobs, top_ids = teacher_logprobs.topk(k)
+        top = top_divergence(student, top_ids, top_logprobs, kind)
+        assert bool((top <= full + 1e-5).all())
+        assert float((top - full).abs().mean()) < max_mean_error
+
+    all_logprobs, all_ids = teacher_logprobs.topk(5000)
+    assert torch.allclose(top_divergence(student, all_ids, all_logprobs, kind), full, atol=1e-5)
 
 
-def texts(count=6):
+HARD_WEIGHT = 0.3  # of the cross-entropy of a completion token, stored as its advantage
+
+
+def random_texts():
+    """Returns six prompts with completions of random tokens."""
     generator = torch.Generator().manual_seed(1)
+    samples = []
+    for _ in range(6):
+        prompt_length = int(torch.randint(2, 6, (), generator=generator))
+        completion_length = int(torch.randint(1, 12, (), generator=generator))
+        num_tokens = prompt_length + completion_length
+        ids = torch.randint(7, 200, (num_tokens,), generator=generator).tolist()
+        sample = Sample(
+            token_ids=tuple(ids),
+            prompt_length=prompt_length,
+            advantages=(HARD_WEIGHT,) * completion_length,
+        )
+        samples.append(sample)
+    return samples
 
-    def integer(low, high):
-        return int(torch.randint(low, high, (), generator=generator))
 
-    made = []
-    for _ in range(count):
-        prompt, target = integer(2, 6), integer(1, 12)
-        ids = torch.randint(7, 200, (prompt + target,), generator=generator).tolist()
-        made.append(Sample(token_ids=tuple(ids), prompt_length=prompt, advantages=(0.3,) * target))
-    return made
+def prompt_and_completion_ids(sample):
+    return torch.tensor([sample.token_ids])  # [1, tokens]
+
+
+def completion_positions(sample):
+    """Returns the positions whose logits predict the completion tokens."""
+    return slice(sample.prompt_length - 1, -1)
+
+
+def completion_logprobs(logits, sample):
+    """Returns the logprobs of the completion tokens under logits [T, V]."""
+    completion_ids = torch.tensor(sample.token_ids[sample.prompt_length :])
+    return logits.log_softmax(-1).gather(1, completion_ids[:, None])[:, 0]
+
+
+def make_batches(samples, *, max_tokens, attention):
+    weights = token_weights(samples, "token", 20)
+    return micro_batches(samples, weights, max_tokens=max_tokens, packed=attention == "packed")
+
+
+def soft_loss(student, teacher, samples, kind):
+    """Returns the mean loss per token: soft targets at temperature 2, and hard targets."""
+    num_tokens = sum(sample.completion_length for sample in samples)
+    total = torch.zeros(())
+    for sample in samples:
+        ids = prompt_and_completion_ids(sample)
+        positions = completion_positions(sample)
+        student_logits = student(input_ids=ids).logits[0, positions]
+        teacher_logits = teacher(input_ids=ids).logits[0, positions].detach()
+        # The weight of the soft targets is soft_weight x temperature^2 = 0.7 x 4.
+        soft = 0.7 * 4 * divergence(student_logits, teacher_logits, kind, 2.0)
+        hard = -HARD_WEIGHT * completion_logprobs(student_logits, sample)
+        total = total + (soft + hard).sum() / num_tokens
+    return total
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
-def test_a_soft_update_has_the_gradient_of_plain_torch_whatever_the_split(tiny, tmp_path, kind):
-    soft = Soft(divergence=kind, temperature=2.0, soft_weight=0.7, hard_weight=0.3, updates=5)
+def test_gradient_of_soft_targets_equals_plain_torch_for_every_split(tiny, tmp_path, kind):
+    settings = SoftTargetSettings(
+        divergence=kind, temperature=2.0, soft_weight=0.7, hard_weight=HARD_WEIGHT, updates=5
+    )
     teacher_dir = tiny(intermediate_size=128)
-    made = texts()
-    student, teacher = models.load_model(tiny(), "eager"), models.load_model(teacher_dir, "eager")
-    value, tokens = torch.zeros(()), sum(sample.completion_length for sample in made)
-    for sample in made:
-        ids = torch.tensor([sample.token_ids])
-        own, its = (
-            model(input_ids=ids).logits[0, sample.prompt_length - 1 : -1]
-            for model in (student, teacher)
-        )
-        picked = own.log_softmax(-1).gather(1, ids[0, sample.prompt_length :, None])[:, 0]
-        value = (
-            value
-            + (0.7 * 4 * divergence(own, its.detach(), kind, 2.0) - 0.3 * picked).sum() / tokens
-        )
-    value.backward()
-    norm = float(torch.nn.utils.get_total_norm([p.grad for p in student.parameters()]))
-    for budget, attention in ((1000, "packed"), (20, "packed"), (40, "eager")):
-        config = tiny_config(tmp_path, tiny(), learner={"lr": 1e-12})
+    samples = random_texts()
+    student = models.load_model(tiny(), "eager")
+    teacher = models.load_model(teacher_dir, "eager")
+    expected_loss = soft_loss(student, teacher, samples, kind)
+    expected_loss.backward()
+    gradients = [parameter.grad for parameter in student.parameters()]
+    expected_norm = float(torch.nn.utils.get_total_norm(gradients))
+
+    for max_tokens, attention in ((1000, "packed"), (20, "packed"), (40, "eager")):
         learner = Learner(
             models.load_model(tiny(), attention),
-            config,
+            tiny_config(tmp_path, tiny(), learner={"lr": 1e-12}),
             loss,
             models.load_model(teacher_dir, attention),
-            soft,
+            soft=settings,
         )
-        batches = micro_batches(
-            made, token_weights(made, "token", 20), max_tokens=budget, packed=attention == "packed"
-        )
-        report = learner.update(batches)
-        assert report["loss"] == pytest.approx(float(value), rel=1e-4)
-        assert report["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
+        report = learner.update(make_batches(samples, max_tokens=max_tokens, attention=attention))
+        assert report["loss"] == pytest.approx(float(expected_loss), rel=1e-4)
+        assert report["policy/grad_norm"] == pytest.approx(expected_norm, rel=1e-4)
 
 
-def test_different_vocabularies_are_refused_with_the_way_out(tiny, tmp_path):
-    tokenizer = models.load_tokenizer(tiny())
-    other = models.load_tokenizer(tiny())
-    other.add_tokens(["<more>"])
-    models.check_same_vocabulary(tokenizer, tokenizer)
+def test_different_vocabularies_raise_and_the_message_names_an_alternative(tiny, tmp_path):
+    student_tokenizer = models.load_tokenizer(tiny())
+    teacher_tokenizer = models.load_tokenizer(tiny())
+    teacher_tokenizer.add_tokens(["<more>"])
+    models.check_same_vocabulary(student_tokenizer, student_tokenizer)
     with pytest.raises(
         UserError,
-        match=r"different vocabularies \(263 and 264 tokens.*distil by text: `grpo collect`",
+        match=r"different vocabularies \(263 and 264 tokens.*Distill from texts.*`grpo collect`",
     ):
-        models.check_same_vocabulary(tokenizer, other)
+        models.check_same_vocabulary(student_tokenizer, teacher_tokenizer)
 
 
-@pytest.mark.parametrize("layers", [{}, {1: 3, 2: 1}])
-def test_hidden_states_are_matched_as_in_plain_torch_whatever_the_split(tiny, tmp_path, layers):
-    made, teacher_dir = texts(), tiny(intermediate_size=128, num_hidden_layers=4, hidden_size=128)
-    soft = Soft(soft_weight=0.5, hidden_weight=0.2, hidden_layers=layers, updates=5)
-    pairs = layers or {1: 2, 2: 4}
-    student, teacher = models.load_model(tiny(), "eager"), models.load_model(teacher_dir, "eager")
+def hidden_state_loss(student, teacher, samples, projections):
+    """Returns the mean loss per token: hidden states, soft targets and hard targets.
 
-    def config():
-        return tiny_config(tmp_path, tiny(), learner={"lr": 1e-12})
+    `projections` maps (student's layer, teacher's layer) to the weight of the projection.
+    """
+    num_tokens = sum(sample.completion_length for sample in samples)
+    total = torch.zeros(())
+    for sample in samples:
+        ids = prompt_and_completion_ids(sample)
+        positions = completion_positions(sample)
+        student_output = student(input_ids=ids, output_hidden_states=True)
+        teacher_output = teacher(input_ids=ids, output_hidden_states=True)
+        student_logits = student_output.logits[0, positions]
+        teacher_logits = teacher_output.logits[0, positions].detach()
+        soft = 0.5 * divergence(student_logits, teacher_logits, "forward_kl", 1.0)
+        hard = -HARD_WEIGHT * completion_logprobs(student_logits, sample)
+        total = total + (soft + hard).sum() / num_tokens
+        for (student_layer, teacher_layer), weight in projections.items():
+            student_states = student_output.hidden_states[student_layer][0, positions]
+            teacher_states = teacher_output.hidden_states[teacher_layer][0, positions].detach()
+            error = (student_states @ weight.T - teacher_states).square().mean(-1)
+            total = total + 0.2 * error.sum() / len(projections) / num_tokens
+    return total
 
-    learners = [
-        (
-            Learner(
-                models.load_model(tiny(), attention),
-                config(),
-                loss,
-                models.load_model(teacher_dir, attention),
-                soft,
-            ),
-            budget,
-            attention,
+
+def up_projection(model):
+    return dict(model.named_parameters())["model.layers.0.mlp.up_proj.weight"]
+
+
+def record_gradients(parameter):
+    """Returns a list. Every backward pass appends its gradient of the parameter."""
+    gradients = []
+
+    def record(gradient):
+        gradients.append(gradient.clone())
+
+    parameter.register_hook(record)
+    return gradients
+
+
+@pytest.mark.parametrize(
+    ("hidden_layers", "layer_pairs"),
+    [
+        ({}, [(1, 2), (2, 4)]),  # the default for a student of 2 layers and a teacher of 4
+        ({1: 3, 2: 1}, [(1, 3), (2, 1)]),
+    ],
+)
+def test_gradient_of_hidden_states_equals_plain_torch_for_every_split(
+    tiny, tmp_path, hidden_layers, layer_pairs
+):
+    teacher_dir = tiny(intermediate_size=128, num_hidden_layers=4, hidden_size=128)
+    settings = SoftTargetSettings(
+        soft_weight=0.5, hidden_weight=0.2, hidden_layers=hidden_layers, updates=5
+    )
+
+    def make_learner(attention):
+        return Learner(
+            models.load_model(tiny(), attention),
+            tiny_config(tmp_path, tiny(), learner={"lr": 1e-12}),
+            loss,
+            models.load_model(teacher_dir, attention),
+            soft=settings,
         )
-        for budget, attention in ((1000, "packed"), (40, "eager"))
-    ]
-    maps = {
-        name: layer.weight.detach().clone()
-        for name, layer in learners[0][0]._policy.projections.items()
-    }
-    assert list(maps) == [f"{m}_{n}" for m, n in pairs.items()]
-    value, tokens = torch.zeros(()), sum(sample.completion_length for sample in made)
-    for sample in made:
-        ids, span = torch.tensor([sample.token_ids]), slice(sample.prompt_length - 1, -1)
-        own, its = (model(input_ids=ids, output_hidden_states=True) for model in (student, teacher))
-        picked = (
-            own.logits[0, span]
-            .log_softmax(-1)
-            .gather(1, ids[0, sample.prompt_length :, None])[:, 0]
-        )
-        whole = divergence(own.logits[0, span], its.logits[0, span].detach(), "forward_kl", 1.0)
-        value = value + (0.5 * whole - 0.3 * picked).sum() / tokens
-        for m, n in pairs.items():
-            error = (
-                own.hidden_states[m][0, span] @ maps[f"{m}_{n}"].T
-                - its.hidden_states[n][0, span].detach()
-            )
-            value = value + 0.2 * error.square().mean(-1).sum() / len(pairs) / tokens
-    value.backward()
-    gradient = dict(student.named_parameters())["model.layers.0.mlp.up_proj.weight"].grad
-    for learner, budget, attention in learners:
-        seen = []
-        own = dict(learner._policy.model.named_parameters())["model.layers.0.mlp.up_proj.weight"]
-        own.register_hook(lambda grad, seen=seen: seen.append(grad.clone()))
-        report = learner.update(
-            micro_batches(
-                made,
-                token_weights(made, "token", 20),
-                max_tokens=budget,
-                packed=attention == "packed",
-            )
-        )
-        assert report["loss"] == pytest.approx(float(value), rel=1e-4)
-        assert torch.allclose(torch.stack(seen).sum(0), gradient, atol=1e-6)
+
+    packed_learner = make_learner("packed")
+    eager_learner = make_learner("eager")
+    learner_projections = packed_learner._policy.projections
+    assert list(learner_projections) == [f"{m}_{n}" for m, n in layer_pairs]
+    projections = {}  # the same in both learners
+    for pair, layer in zip(layer_pairs, learner_projections.values(), strict=True):
+        projections[pair] = layer.weight.detach().clone()
+
+    samples = random_texts()
+    student = models.load_model(tiny(), "eager")
+    teacher = models.load_model(teacher_dir, "eager")
+    expected_loss = hidden_state_loss(student, teacher, samples, projections)
+    expected_loss.backward()
+    expected_gradient = up_projection(student).grad
+
+    for learner, max_tokens, attention in (
+        (packed_learner, 1000, "packed"),
+        (eager_learner, 40, "eager"),
+    ):
+        gradients = record_gradients(up_projection(learner._policy.model))  # per micro-batch
+        report = learner.update(make_batches(samples, max_tokens=max_tokens, attention=attention))
+        assert report["loss"] == pytest.approx(float(expected_loss), rel=1e-4)
+        assert torch.allclose(torch.stack(gradients).sum(0), expected_gradient, atol=1e-6)
         assert not any("project" in name for name, _ in learner.weights())
 
 
-def test_a_layer_that_is_not_there_is_told(tiny, tmp_path):
-    soft = Soft(hidden_weight=1.0, hidden_layers={9: 1}, updates=1)
-    with pytest.raises(UserError, match="9: 1; the student has layers 1 to 2"):
+def test_missing_hidden_layer_raises(tiny, tmp_path):
+    soft = SoftTargetSettings(hidden_weight=1.0, hidden_layers={9: 1}, updates=1)
+    with pytest.raises(UserError, match=r"\{9: 1\} names a layer .* student has layers 1 to 2"):
         Learner(
             models.load_model(tiny(), "eager"),
             tiny_config(tmp_path, tiny()),
             loss,
             models.load_model(tiny(), "eager"),
-            soft,
+            soft=soft,
         )
 
 
@@ -218,13 +289,13 @@ def test_a_layer_that_is_not_there_is_told(tiny, tmp_path):
     [
         (
             {"way": "soft", "soft": {"updates": 1, "teacher_topk": 8, "temperature": 2.0}},
-            "teacher_topk: what is on disk is for temperature=1",
+            "teacher_topk needs temperature=1 and hidden_weight=0",
         ),
         ({"way": "soft"}, "way=soft needs the section soft"),
         ({"way": "sequence", "collect": {"problems": 1}}, "way=sequence needs the section sft"),
         (
             {"way": "soft", "soft": {"updates": 1}, "model": {"path": "tiny-qwen2"}},
-            "model.teacher: none given",
+            "model.teacher: missing",
         ),
         (
             {
@@ -245,7 +316,7 @@ def test_a_layer_that_is_not_there_is_told(tiny, tmp_path):
         ),
     ],
 )
-def test_configs_that_cannot_work_are_refused(section, message):
+def test_invalid_distill_config_raises(section, message):
     tree = {
         "run_dir": "x",
         "data": {"name": "arithmetic"},
@@ -255,44 +326,50 @@ def test_configs_that_cannot_work_are_refused(section, message):
         configs.parse(tree | section, kind=DistillConfig)
 
 
-def test_soft_targets_draw_the_student_to_its_teacher_and_resume_bit_for_bit(tiny, tmp_path):
+def test_soft_targets_reduce_the_divergence_and_a_resumed_run_ends_with_equal_weights(
+    tiny, tmp_path
+):
+    run_dir = tmp_path / "run"
     soft = {"updates": 8, "batch_size": 8, "max_tokens": 96, "hard_weight": 0.1}
     config = distill_config(tmp_path, tiny, way="soft", soft=soft, checkpoint={"every": 4})
     run(config, command="distill")
-    metrics = rows(tmp_path / "run")
+    metrics = rows(run_dir)
     assert metrics[-1]["policy/divergence"] < 0.8 * metrics[0]["policy/divergence"]
-    final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
-    for name in ("final/model.safetensors", "checkpoints/step-000008/state.json"):
-        (tmp_path / "run" / name).unlink()
-    (tmp_path / "run" / "checkpoints" / "step-000008").rename(tmp_path / "gone")
+
+    # Remove the results after update 4, so that the run resumes there.
+    final_weights_file = run_dir / "final" / "model.safetensors"
+    final_weights = final_weights_file.read_bytes()
+    last_checkpoint = run_dir / "checkpoints" / "step-000008"
+    final_weights_file.unlink()
+    (last_checkpoint / "state.json").unlink()
+    last_checkpoint.rename(tmp_path / "gone")
     run(config, "--resume", command="distill")
-    assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == final
-    assert [row["update"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+    assert final_weights_file.read_bytes() == final_weights
+    assert [row["update"] for row in rows(run_dir)] == list(range(1, 9))
 
 
-def test_a_text_that_does_not_fit_is_told_before_a_model_is_loaded(tiny, tmp_path):
-    config = distill_config(
-        tmp_path, tiny, way="soft", soft={"updates": 3, "batch_size": 2, "max_tokens": 8}
-    )
-    assert "soft.max_tokens is 8" in run(config, command="distill", code=2)
+def test_too_long_text_raises_before_a_model_is_loaded(tiny, tmp_path):
+    soft = {"updates": 3, "batch_size": 2, "max_tokens": 8}
+    config = distill_config(tmp_path, tiny, way="soft", soft=soft)
+    assert "more than soft.max_tokens=8" in run(config, command="distill", code=2)
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
-def test_without_gold_answers_on_policy_distillation_uses_every_completion(tiny, tmp_path):
+def test_on_policy_distillation_without_answers_uses_every_completion(tiny, tmp_path):
     def undecided(completion, problem):
         return None
 
-    teacher = {"model": {"teacher": "another"}, "algorithm": {"preset": "on_policy_distill"}}
-    loop = make_loop(tmp_path, tiny, reward=undecided, **teacher)
+    sections = {"model": {"teacher": "another"}, "algorithm": {"preset": "on_policy_distill"}}
+    loop = make_loop(tmp_path, tiny, reward=undecided, **sections)
     loop.step()
-    assert (
-        loop.journal.latest["update/made"] == 1
-        and loop.journal.latest["update/tokens"] == loop.journal.latest["completion/tokens"]
-    )
+    metrics = loop.journal.latest
+    assert metrics["update/made"] == 1
+    assert metrics["update/tokens"] == metrics["completion/tokens"]
 
 
 @pytest.mark.engine
-def test_distillation_by_text_collects_from_the_teacher_and_teaches_the_student(tiny, tmp_path):
+def test_sequence_distillation_trains_the_student_on_texts_of_the_teacher(tiny, tmp_path):
+    run_dir = tmp_path / "run"
     sections = {
         "collect": {"problems": 4, "samples": 4, "chunk": 4, "format": False},
         "rewards": {"finished": 1.0},
@@ -300,41 +377,37 @@ def test_distillation_by_text_collects_from_the_teacher_and_teaches_the_student(
         "prompt": {"template": "plain", "max_tokens": 48, "stop": list("etao")},
     }
     config = distill_config(tmp_path, tiny, way="sequence", **sections)
-    # a random teacher writes no thoughts: said at the first trace
+    # The texts of a teacher with random weights have no thoughts, so the first trace is invalid.
     errors = run(config, command="distill", code=2)
-    assert "no thoughts" in errors and (tmp_path / "run" / "collect" / "traces.jsonl").exists()
-    traces = tmp_path / "run" / "collect" / "traces.jsonl"
-    rows_of = [json.loads(line) for line in traces.read_text().splitlines()]
-    fixed = [
-        {
-            "id": row["id"],
-            "question": row["question"],
+    assert "no thoughts" in errors
+
+    # Replace the solutions of the traces. The resumed run reads them and does not collect again.
+    traces_file = run_dir / "collect" / "traces.jsonl"
+    lines = []
+    for line in traces_file.read_text().splitlines():
+        trace = json.loads(line)
+        trace = {
+            "id": trace["id"],
+            "question": trace["question"],
             "solution": "<think>1</think> <answer>2</answer>",
         }
-        for row in rows_of
-    ]
-    traces.write_text("".join(json.dumps(row) + "\n" for row in fixed))
-    run(config, "--resume", command="distill")  # what is collected is not collected again
-    assert (tmp_path / "run" / "sft" / "final" / "model.safetensors").exists()
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["final"] == "sft/final"
+        lines.append(json.dumps(trace) + "\n")
+    traces_file.write_text("".join(lines))
+    run(config, "--resume", command="distill")
+    assert (run_dir / "sft" / "final" / "model.safetensors").exists()
+    assert json.loads((run_dir / "manifest.json").read_text())["final"] == "sft/final"
 
 
 @pytest.mark.engine
-def test_on_policy_the_student_comes_nearer_to_its_teacher(tiny, tmp_path):
+def test_on_policy_distillation_reduces_the_divergence_from_the_teacher(tiny, tmp_path):
     sections = {
         "train": {"rollouts": 6, "problems": 8, "group_size": 8},
+        "learner": {"lr": 5e-3, "zero_stage": 1, "micro_batch_tokens": 512},
         "eval": {"every": 0},
         "rewards": {"finished": 1.0},
     }
-    run(
-        distill_config(
-            tmp_path,
-            tiny,
-            way="on_policy",
-            learner={"lr": 5e-3, "zero_stage": 1, "micro_batch_tokens": 512},
-            **sections,
-        ),
-        command="distill",
-    )
-    distances = [row["kl/ref"] for row in rows(tmp_path / "run") if "kl/ref" in row]
-    assert len(distances) == 6 and distances[-1] < 0.9 * distances[0]
+    config = distill_config(tmp_path, tiny, way="on_policy", **sections)
+    run(config, command="distill")
+    divergences = [row["kl/ref"] for row in rows(tmp_path / "run") if "kl/ref" in row]
+    assert len(divergences) == 6
+    assert divergences[-1] < 0.9 * divergences[0]

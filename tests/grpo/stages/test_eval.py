@@ -1,8 +1,4 @@
-"""Evaluation.
-
-Protocols, several sets, chunks that are not sampled again, a model behind an endpoint, one problem
-asked.
-"""
+"""`grpo eval`: protocols, config errors, the table of accuracies, and comparisons of two runs."""
 
 import json
 
@@ -11,86 +7,98 @@ from stage_configs import eval_config
 
 from grpo import config as configs
 from grpo.config import EvalConfig
-from grpo.stages.eval import compare, markdown
-from grpo.stages.final_model import final_model
+from grpo.stages.eval import compare, markdown_table
+from grpo.stages.final_model import final_model_path
 from grpo.types import UserError
 
 
-def test_protocols_set_what_they_name_and_nothing_of_a_training_is_asked_for(tiny, tmp_path):
-    config = configs.load(
-        eval_config(tmp_path, tiny()), ["eval.protocol=r1"], EvalConfig
-    ).by_protocol()
-    assert (config.sampling.max_tokens, config.sampling.top_p, config.eval.temperature) == (
-        32768,
-        0.95,
-        0.6,
-    )
-    greedy = configs.load(
-        eval_config(tmp_path, tiny()), ["eval.protocol=greedy"], EvalConfig
-    ).by_protocol()
-    assert (greedy.eval.temperature, greedy.eval.samples, greedy.sampling.max_tokens) == (
-        0.0,
-        1,
-        12,
-    )
-    # more than a learner could take
-    own = configs.load(eval_config(tmp_path, tiny()), ["sampling.max_tokens=30000"], EvalConfig)
-    assert own.by_protocol() == own
+def load_eval_config(tmp_path, model_dir, override):
+    return configs.load(eval_config(tmp_path, model_dir), [override], EvalConfig)
+
+
+def test_protocols_replace_sampling_settings(tiny, tmp_path):
+    config = load_eval_config(tmp_path, tiny(), "eval.protocol=r1")
+    r1 = config.by_protocol()
+    assert r1.sampling.max_tokens == 32768
+    assert r1.sampling.top_p == 0.95
+    assert r1.eval.temperature == 0.6
+
+    config = load_eval_config(tmp_path, tiny(), "eval.protocol=greedy")
+    greedy = config.by_protocol()
+    assert greedy.eval.temperature == 0.0
+    assert greedy.eval.samples == 1
+    assert greedy.sampling.max_tokens == 12  # from the config
+
+    # Without a protocol the config does not change. No limit of a learner applies to max_tokens.
+    config = load_eval_config(tmp_path, tiny(), "sampling.max_tokens=30000")
+    assert config.by_protocol() == config
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.warm_start=x.yaml", "judges model.path as it is"),
-        ("endpoint={url: u, model: m}", "it is asked by chat messages"),
-        ("sets={1a: {name: arithmetic}}", "a set's name begins with a letter"),
+        ("model.warm_start=x.yaml", "evaluates model.path without training it"),
+        ("endpoint={url: u, model: m}", "receives prompts as chat messages"),
+        ("sets={1a: {name: arithmetic}}", "sets.1a: invalid name. A name starts with a letter"),
         ("eval.protocol=r2", "eval.protocol"),
     ],
 )
-def test_what_cannot_work_is_told(tiny, tmp_path, override, message):
+def test_invalid_eval_config_raises(tiny, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
-        configs.load(eval_config(tmp_path, tiny()), [override], EvalConfig)
+        load_eval_config(tmp_path, tiny(), override)
 
 
-def test_a_run_directory_stands_for_the_model_that_it_left(tmp_path):
+def test_path_of_a_finished_run_resolves_to_its_final_model(tmp_path):
     (tmp_path / "manifest.json").write_text('{"final": "sft/final"}')
-    assert (
-        final_model(str(tmp_path)) == f"{tmp_path}/sft/final"
-        and final_model("owner/name") == "owner/name"
-    )
+    assert final_model_path(str(tmp_path)) == f"{tmp_path}/sft/final"
+    assert final_model_path("owner/name") == "owner/name"
 
 
-def test_the_table_has_a_row_a_set():
-    found = {
+def test_markdown_table_has_one_row_per_set():
+    metrics = {
         "accuracy": 0.5,
         "accuracy/low": 0.25,
         "accuracy/high": 0.75,
         "completion/length": 30.25,
     }
-    table = markdown({"a": found | {"pass@2": 0.6}, "b": found})
+    table = markdown_table({"a": metrics | {"pass@2": 0.6}, "b": metrics})
     assert table.splitlines()[2:] == [
         "| a | 50.0% | 25.0% | 75.0% | 30.2 | 60.0% |",
         "| b | 50.0% | 25.0% | 75.0% | 30.2 |  |",
     ]
 
 
-def test_two_evaluations_are_compared_set_by_set(tmp_path, capsys):
-    def judged(run, **sets):
-        (tmp_path / run / "samples").mkdir(parents=True)
-        for name, verdicts in sets.items():
-            lines = [
-                json.dumps({"problem": f"p{i}", "verdict": verdict}) + "\n"
-                for i, verdict in enumerate(verdicts)
-            ]
-            (tmp_path / run / "samples" / f"eval-{name}.jsonl").write_text("".join(lines))
-        return str(tmp_path / run)
+def write_evaluation(run_dir, **verdicts_by_set):
+    """Writes the samples of an evaluation, one per problem, and returns its run directory."""
+    samples = run_dir / "samples"
+    samples.mkdir(parents=True)
+    for name, verdicts in verdicts_by_set.items():
+        lines = []
+        for i, verdict in enumerate(verdicts):
+            lines.append(json.dumps({"problem": f"p{i}", "verdict": verdict}) + "\n")
+        (samples / f"eval-{name}.jsonl").write_text("".join(lines))
+    return str(run_dir)
 
-    right, wrong = ["correct"] * 4, ["wrong"] * 4
-    a = judged("a", easy=right, hard=wrong)
-    compare(a, judged("b", easy=[*right[:3], "wrong"], hard=["correct", *wrong[:3]]))
-    out = capsys.readouterr().out
-    assert "worse: p3 -100%" in out and "better: p0 +100%" in out and out.count("4 problems") == 2
-    compare(judged("c", **{"000000": right}), judged("d", one=wrong))  # a run's own set has no name
-    assert "second less first: -100.0%" in capsys.readouterr().out
+
+def test_compare_prints_the_differences_of_each_set(tmp_path, capsys):
+    correct = ["correct"] * 4
+    wrong = ["wrong"] * 4
+    first = write_evaluation(tmp_path / "a", easy=correct, hard=wrong)
+    second = write_evaluation(
+        tmp_path / "b", easy=[*correct[:3], "wrong"], hard=["correct", *wrong[:3]]
+    )
+    compare(first, second)
+    output = capsys.readouterr().out
+    assert "worse: p3 -100%" in output
+    assert "better: p0 +100%" in output
+    assert output.count("4 problems") == 2
+
+    # The evaluation of a training run has no set name. Problems are matched by their ids only.
+    unnamed = write_evaluation(tmp_path / "c", **{"000000": correct})
+    named = write_evaluation(tmp_path / "d", one=wrong)
+    compare(unnamed, named)
+    assert "second - first: -100.0%" in capsys.readouterr().out
+
+    without_verdict = write_evaluation(tmp_path / "e", easy=[None])
     with pytest.raises(UserError, match="no verdicts"):
-        compare(a, judged("e", easy=[None]))
+        compare(first, without_verdict)

@@ -1,7 +1,6 @@
-"""The chain of stages.
+"""`grpo pipeline`: the plan of a chain of stages, config errors, and the table of accuracies.
 
-Its plan, its mistakes before anything starts, and a whole chain that is killed in a stage and goes
-on.
+Complete chains run in tests/slow/test_stages.py and tests/slow/test_chain.py.
 """
 
 import pytest
@@ -9,15 +8,21 @@ import pytest
 from grpo import config as configs
 from grpo.config import PipelineConfig
 from grpo.config.reading import apply_overrides
-from grpo.stages.pipeline import _overrides, checked, markdown, plan
+from grpo.stages.pipeline import _format_overrides, checked_plan, markdown_table, plan
 from grpo.types import UserError
 
 
-def chain(**sections):
+def pipeline_config(**sections):
     return configs.parse({"run_dir": "runs/x", "seed": 3, **sections}, kind=PipelineConfig)
 
 
-def test_a_plan_hands_on_models_and_traces_and_judges_every_model():
+def planned_commands(stages):
+    """Returns the commands by name. The pipeline evaluates its models on one set, `s`."""
+    config = pipeline_config(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}})
+    return {command.name: command for command in checked_plan(config)}
+
+
+def test_plan_passes_models_and_traces_on_and_evaluates_every_model():
     stages = {
         "cold": {"command": "sft", "config": "configs/tiny_sft.yaml"},
         "rl": {
@@ -29,32 +34,24 @@ def test_a_plan_hands_on_models_and_traces_and_judges_every_model():
         "traces": {"command": "collect", "config": "configs/tiny_collect.yaml", "model": "rl"},
         "again": {"command": "sft", "config": "configs/tiny_sft.yaml", "traces": "traces"},
     }
-    steps = {
-        name: (command, arguments)
-        for name, command, arguments in checked(
-            chain(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}})
-        )
-    }
-    assert list(steps) == ["start-s", "cold", "cold-s", "rl", "rl-s", "traces", "again", "again-s"]
-    assert steps["rl"] == (
+    commands = planned_commands(stages)
+    expected_names = ["start-s", "cold", "cold-s", "rl", "rl-s", "traces", "again", "again-s"]
+    assert list(commands) == expected_names
+    assert commands["rl"].arguments == [
         "train",
-        [
-            "configs/tiny.yaml",
-            "run_dir=runs/x/rl",
-            "seed=3",
-            "model.path=runs/x/cold/final",
-            "model.warm_start=",
-            "train.rollouts=2",
-        ],
-    )
-    assert "data={name: traces, path: runs/x/traces}" in steps["again"][1]
-    assert (
-        steps["start-s"][1][3] == "model.path=tiny-qwen2"
-        and steps["rl-s"][1][3] == "model.path=runs/x/rl/final"
-    )
+        "configs/tiny.yaml",
+        "run_dir=runs/x/rl",
+        "seed=3",
+        "model.path=runs/x/cold/final",
+        "model.warm_start=",
+        "train.rollouts=2",
+    ]
+    assert "data={name: traces, path: runs/x/traces}" in commands["again"].overrides
+    assert commands["start-s"].overrides[2] == "model.path=tiny-qwen2"
+    assert commands["rl-s"].overrides[2] == "model.path=runs/x/rl/final"
 
 
-def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_path):
+def test_distill_stage_uses_the_teacher_and_the_traces_of_earlier_stages(tmp_path):
     (tmp_path / "d.yaml").write_text(
         "way: soft\nmodel: {path: tiny-qwen2}\nsoft: {updates: 1}\nprompt: {template: plain}\n"
     )
@@ -68,16 +65,9 @@ def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_pat
             "traces": "traces",
         },
     }
-    steps = {
-        name: arguments
-        for name, _, arguments in checked(
-            chain(stages=stages, eval={"s": {"config": "configs/tiny.yaml"}})
-        )
-    }
-    assert (
-        "model.teacher=runs/x/rl/final" in steps["small"]
-        and "model.path=runs/x/small/final" in steps["small-s"]
-    )
+    commands = planned_commands(stages)
+    assert "model.teacher=runs/x/rl/final" in commands["small"].overrides
+    assert "model.path=runs/x/small/final" in commands["small-s"].overrides
 
 
 @pytest.mark.parametrize(
@@ -85,18 +75,18 @@ def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_pat
     [
         (
             {"a-b": {"command": "sft", "config": "configs/tiny_sft.yaml"}},
-            "stages.a-b: a stage's name is a folder's",
+            "stages.a-b: invalid name. The name becomes a folder",
         ),
         (
             {
                 "a": {"command": "train", "config": "configs/tiny.yaml"},
                 "b": {"command": "sft", "config": "configs/tiny_sft.yaml", "teacher": "a"},
             },
-            "stages.b.teacher: `grpo sft` has none",
+            "stages.b.teacher: `grpo sft` has no teacher",
         ),
         (
             {"a": {"command": "train", "config": "configs/tiny.yaml", "model": "b"}},
-            r"stages.a.model=b: no stage of that name before it; have none",
+            r"stages.a.model=b: not an earlier stage. Available: none",
         ),
         (
             {
@@ -111,17 +101,17 @@ def test_a_distill_stage_may_get_its_teacher_and_its_data_from_the_chain(tmp_pat
         ),
         (
             {"a": {"command": "sft", "config": "configs/none.yaml"}},
-            "configs/none.yaml: no such config file",
+            "configs/none.yaml: config file not found",
         ),
     ],
 )
-def test_a_mistake_in_any_stage_is_told_before_the_first_one_starts(stages, message):
+def test_invalid_stage_raises_before_the_first_stage_starts(stages, message):
     with pytest.raises(UserError, match=message):
-        checked(chain(stages=stages))
+        checked_plan(pipeline_config(stages=stages))
 
 
-def test_what_a_stage_sets_arrives_as_it_was_written():
-    given = {
+def test_values_of_set_keep_their_types_as_overrides():
+    values = {
         "a": "Think: then answer",
         "b": "off",
         "c": "1",
@@ -132,21 +122,23 @@ def test_what_a_stage_sets_arrives_as_it_was_written():
         "i": None,
         "j": "a\nb",
     }
-    assert apply_overrides({}, _overrides(given)) == given
+    assert apply_overrides({}, _format_overrides(values)) == values
 
 
-def test_the_table_has_a_row_a_model():
+def test_markdown_table_has_one_row_per_model():
     rows = [
         {"stage": "start", "a": {"accuracy": 0.5}, "b": {"accuracy": 0.25}},
         {"stage": "rl", "a": {"accuracy": 1.0}},
     ]
-    assert markdown(rows).splitlines() == [
+    assert markdown_table(rows).splitlines() == [
         "| stage | a | b |",
         "|---|---|---|",
         "| start | 50.0% | 25.0% |",
         "| rl | 100.0% |  |",
     ]
-    assert (
-        next(plan(chain(stages={"a": {"command": "sft", "config": "configs/tiny_sft.yaml"}})))[0]
-        == "a"
-    )
+
+
+def test_plan_without_evaluation_sets_starts_with_the_first_stage():
+    stages = {"a": {"command": "sft", "config": "configs/tiny_sft.yaml"}}
+    first_command = next(plan(pipeline_config(stages=stages)))
+    assert first_command.name == "a"

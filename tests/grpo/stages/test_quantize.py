@@ -1,7 +1,4 @@
-"""Quantisation.
-
-The scales, what is refused, and a model in each scheme as the real vLLM serves it.
-"""
+"""Quantisation: scales, written weights, quantisation-aware training, and serving with vLLM."""
 
 from dataclasses import replace
 
@@ -26,129 +23,177 @@ from grpo.learning.quantization import (
     rounded_weight,
 )
 from grpo.losses import cross_entropy
-from grpo.stages.quantize import check, write_quantized
+from grpo.stages.quantize import check_quantizable, write_quantized
 from grpo.types import UserError
 
+SCHEMES = ("int8", "int8_tensor", "int4")
+GROUP_SIZE = 32
 
-def rounded(weight, scale, low, high):
-    return (weight / scale).round().clamp(low, high) * scale
+
+def quantization_args(strategy, num_bits):
+    group_size = 16 if strategy == "group" else None
+    return QuantizationArgs(
+        num_bits=num_bits, strategy=strategy, symmetric=True, group_size=group_size
+    )
+
+
+def split_by_scale(weight, strategy):
+    """Returns a weight [24, 64] reshaped such that the last axis has the values of one scale."""
+    if strategy == "tensor":
+        return weight.reshape(1, 24 * 64)
+    if strategy == "channel":
+        return weight.reshape(24, 1, 64)
+    return weight.reshape(24, 4, 16)
+
+
+def rounding_error(parts, scale):
+    """Returns the squared error of rounding to 4 bits, per scale."""
+    scale = scale[..., None]
+    rounded = (parts / scale).round().clamp(-8, 7) * scale
+    return (rounded - parts).square().sum(-1)
 
 
 @pytest.mark.parametrize(
     ("strategy", "shape"), [("tensor", (1,)), ("channel", (24, 1)), ("group", (24, 4))]
 )
-def test_scales_are_those_of_the_largest_weight_and_no_clip_does_better(strategy, shape):
+def test_int8_scales_cover_the_largest_weight_and_int4_scales_reduce_the_error(strategy, shape):
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
-    weight[3, 5] = 9.0  # one large weight: worth clipping at 4 bits
-    sized = {"group_size": 16} if strategy == "group" else {}
-    found = best_scale(
-        weight, QuantizationArgs(num_bits=8, strategy=strategy, symmetric=True, **sized)
-    )
-    parts = {
-        "tensor": weight.reshape(1, -1),
-        "channel": weight.reshape(24, 1, 64),
-        "group": weight.reshape(24, 4, 16),
-    }[strategy]
-    assert found.shape == shape and torch.allclose(found, parts.abs().amax(-1) / 127.5)
-    four = best_scale(
-        weight, QuantizationArgs(num_bits=4, strategy=strategy, symmetric=True, **sized)
-    )
+    weight[3, 5] = 9.0  # an outlier: clipping it reduces the error in 4 bits
+    parts = split_by_scale(weight, strategy)
+    largest = parts.abs().amax(-1)
 
-    def error(scale):
-        return (rounded(parts, scale[..., None], -8, 7) - parts).square().sum(-1)
+    # 8 bits: the range is [-128, 127], and a scale is the largest absolute weight / 127.5.
+    int8_scale = best_scale(weight, quantization_args(strategy, 8))
+    assert int8_scale.shape == shape
+    assert torch.allclose(int8_scale, largest / 127.5)
 
-    widest = parts.abs().amax(-1) / 7.5
-    assert bool((error(four) <= error(widest) + 1e-6).all()) and float(error(four).sum()) < float(
-        error(widest).sum()
-    )
+    # 4 bits: the range is [-8, 7]. Without clipping, a scale is the largest absolute weight / 7.5.
+    int4_scale = best_scale(weight, quantization_args(strategy, 4))
+    error = rounding_error(parts, int4_scale)
+    unclipped_error = rounding_error(parts, largest / 7.5)
+    assert bool((error <= unclipped_error + 1e-6).all())
+    assert float(error.sum()) < float(unclipped_error.sum())
 
 
-def test_what_cannot_be_quantised_is_told_before_a_weight_is_loaded(tiny, tmp_path):
+def write_scheme(model_dir, target, scheme):
+    """Writes the model in a scheme to the directory `target`."""
+    write_quantized(model_dir, target, scheme, GROUP_SIZE, models.load_tokenizer(model_dir))
+
+
+def test_model_that_cannot_be_quantised_raises(tiny, tmp_path):
     with pytest.raises(
         UserError, match=r"quantize.group_size=24 does not divide the 64 inputs of model.layers.0"
     ):
-        check(tiny(), 24)
-    write_quantized(tiny(), tmp_path / "int8", "int8", 32, models.load_tokenizer(tiny()))
-    with pytest.raises(UserError, match="quantised already"):
-        check(tmp_path / "int8", 1)
+        check_quantizable(tiny(), 24)
+    write_scheme(tiny(), tmp_path / "int8", "int8")
+    with pytest.raises(UserError, match="already quantised"):
+        check_quantizable(tmp_path / "int8", 1)
     tree = {
         "run_dir": "x",
         "data": {"name": "arithmetic"},
         "model": {"path": "tiny-qwen2", "lora": {}},
     }
-    with pytest.raises(UserError, match="takes a finished model"):
+    with pytest.raises(UserError, match="needs a finished model"):
         configs.parse(tree, kind=QuantizeConfig)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8_tensor", "int4"])
-def test_the_rounded_weights_are_those_written_in_bfloat16_too(tiny, tmp_path, scheme):
-    models.load_model(tiny(), "eager").to(torch.bfloat16).save_pretrained(tmp_path / "own")
-    write_quantized(tmp_path / "own", tmp_path / scheme, scheme, 32, models.load_tokenizer(tiny()))
-    written = AutoModelForCausalLM.from_pretrained(tmp_path / scheme, dtype="auto")
-    written(torch.tensor([[40, 41]]))  # unpacks its weights
-    own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype="auto")
-    for (name, layer), (_, theirs) in zip(linear_layers(own), linear_layers(written), strict=True):
-        assert torch.equal(
-            rounded_weight(layer.weight.data, arguments(scheme, 32)[0]), theirs.weight
-        ), name
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_written_weights_equal_rounded_weights_in_bfloat16(tiny, tmp_path, scheme):
+    original_dir = tmp_path / "original"
+    models.load_model(tiny(), "eager").to(torch.bfloat16).save_pretrained(original_dir)
+    original = AutoModelForCausalLM.from_pretrained(original_dir, dtype="auto")
+
+    write_quantized(
+        original_dir, tmp_path / scheme, scheme, GROUP_SIZE, models.load_tokenizer(tiny())
+    )
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / scheme, dtype="auto")
+    quantised(torch.tensor([[40, 41]]))  # the first forward pass unpacks the weights
+
+    weight_args, _ = arguments(scheme, GROUP_SIZE)
+    original_layers = linear_layers(original)
+    quantised_layers = linear_layers(quantised)
+    for (name, original_layer), (_, quantised_layer) in zip(
+        original_layers, quantised_layers, strict=True
+    ):
+        expected = rounded_weight(original_layer.weight.data, weight_args)
+        assert torch.equal(expected, quantised_layer.weight), name
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8_tensor", "int4"])
-def test_learning_with_rounding_computes_what_is_written(tiny, tmp_path, scheme):
-    write_quantized(tiny(), tmp_path / scheme, scheme, 32, models.load_tokenizer(tiny()))
-    written = AutoModelForCausalLM.from_pretrained(
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantisation_aware_model_computes_the_logits_of_the_written_model(tiny, tmp_path, scheme):
+    write_scheme(tiny(), tmp_path / scheme, scheme)
+    quantised = AutoModelForCausalLM.from_pretrained(
         tmp_path / scheme, dtype=torch.float32, attn_implementation="eager"
     )
-    plain, aware = models.load_model(tiny(), "eager"), models.load_model(tiny(), "eager")
-    learn_rounded(aware, scheme, 32)
-    ids = torch.tensor([list(range(40, 80))])
-    found, expected = aware(ids).logits, written(ids).logits
-    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(
-        plain(ids).logits, expected, atol=1e-2
-    )
+    plain = models.load_model(tiny(), "eager")
+    aware = models.load_model(tiny(), "eager")
+    learn_rounded(aware, scheme, GROUP_SIZE)
     assert aware.state_dict().keys() == plain.state_dict().keys()
-    found.logsumexp(-1).sum().backward()
-    assert all(layer.weight.grad.abs().sum() > 0 for _, layer in linear_layers(aware))
+
+    ids = torch.tensor([list(range(40, 80))])
+    logits = aware(ids).logits
+    expected = quantised(ids).logits
+    assert torch.allclose(logits, expected, atol=1e-4)
+    assert not torch.allclose(plain(ids).logits, expected, atol=1e-2)
+
+    logits.logsumexp(-1).sum().backward()
+    for name, layer in linear_layers(aware):
+        assert layer.weight.grad.abs().sum() > 0, name
 
 
-def test_a_model_that_learned_with_rounding_at_last_is_better_rounded(tiny, tmp_path):
-    taught = [
-        replace(sample, advantages=(1.0,) * len(sample.advantages)) for sample in samples(count=30)
-    ]
-    batch = batches(taught, 100_000)
+def train_on_texts(model, config, batch):
+    """Trains a model for 60 updates on the same batch and returns the learner."""
+    learner = Learner(model, config, cross_entropy.loss)
+    for _ in range(60):
+        learner.update(batch)
+    return learner
 
-    def learned(model, lr):
-        settings = {"lr": lr, "zero_stage": 0, "schedule": "linear"}
-        config = tiny_config(
+
+def mean_loss(learner, batch):
+    """Returns the mean negative logprob of the completion tokens of the first micro-batch."""
+    scores = learner.score(batch)[0]
+    return -float(scores.logprobs[batch[0].token_mask].mean())
+
+
+def test_final_training_with_rounding_reduces_the_loss_of_the_quantised_model(tiny, tmp_path):
+    texts = []
+    for sample in samples(count=30):
+        texts.append(replace(sample, advantages=(1.0,) * len(sample.advantages)))
+    batch = batches(texts, 100_000)
+
+    def config_with(lr):
+        return tiny_config(
             tmp_path,
             tiny(),
-            learner=settings,
+            learner={"lr": lr, "zero_stage": 0, "schedule": "linear"},
             algorithm={"loss": "cross_entropy"},
             train={"rollouts": 60},
         )
-        learner = Learner(model, config, cross_entropy.loss)
-        for _ in range(60):
-            learner.update(batch)
-        return learner
 
-    start_of_both, ends = models.load_model(tiny(), "eager"), {}
-    learned(start_of_both, 3e-3)
-    for scheme in (None, "int4"):
+    common_start = models.load_model(tiny(), "eager")
+    train_on_texts(common_start, config_with(lr=3e-3), batch)
+
+    def start_again():
         model = models.load_model(tiny(), "eager")
-        model.load_state_dict(start_of_both.state_dict())
-        if scheme:
-            learn_rounded(model, scheme, 32)
-        learner = learned(model, 1e-4)
-        if not scheme:
-            learn_rounded(model, "int4", 32)
-        (logprobs, _), mask = learner.score(batch)[0], batch[0].token_mask
-        ends[scheme] = -float(logprobs[mask].mean())
-    assert ends["int4"] < 0.8 * ends[None], ends  # 0.17 and 0.24
+        model.load_state_dict(common_start.state_dict())
+        return model
+
+    plain = start_again()
+    learner = train_on_texts(plain, config_with(lr=1e-4), batch)
+    learn_rounded(plain, "int4", GROUP_SIZE)
+    loss_without_qat = mean_loss(learner, batch)
+
+    aware = start_again()
+    learn_rounded(aware, "int4", GROUP_SIZE)
+    learner = train_on_texts(aware, config_with(lr=1e-4), batch)
+    loss_with_qat = mean_loss(learner, batch)
+
+    assert loss_with_qat < 0.8 * loss_without_qat  # measured: 0.17 and 0.24
 
 
-def test_rounding_while_learning_is_for_what_nothing_samples_from(tiny, tmp_path):
+def test_qat_is_only_for_models_that_are_not_sampled_in_training(tiny, tmp_path):
     qat = {"path": str(tiny()), "dtype": "float32", "qat": {"scheme": "int4"}}
-    with pytest.raises(UserError, match=r"model\.qat is for grpo sft, and for grpo distill"):
+    with pytest.raises(UserError, match=r"model\.qat is for `grpo sft`, and for `grpo distill`"):
         tiny_config(tmp_path, tiny(), model=qat)
     with pytest.raises(UserError, match=r"model\.qat\.group_size=24 does not divide the 64 inputs"):
         learn_rounded(models.load_model(tiny(), "eager"), "int4", 24)
@@ -158,39 +203,44 @@ def test_rounding_while_learning_is_for_what_nothing_samples_from(tiny, tmp_path
         "data": {"name": "arithmetic"},
         "way": "sequence",
     }
-    config = configs.parse(
-        tree | {"collect": {"problems": 4}, "sft": {"updates": 1}}, kind=DistillConfig
-    )
-    collect, sft = config.parts().values()
-    assert collect.model.qat is None and sft.model.qat.scheme == "int4"
+    sequence = tree | {"collect": {"problems": 4}, "sft": {"updates": 1}}
+    parts = configs.parse(sequence, kind=DistillConfig).parts()
+    collect, sft = parts.values()
+    assert collect.model.qat is None
+    assert sft.model.qat.scheme == "int4"
+    on_policy = tree | {"way": "on_policy", "train": {"rollouts": 1}}
     with pytest.raises(UserError, match=r"model\.qat is for"):
-        configs.parse(tree | {"way": "on_policy", "train": {"rollouts": 1}}, kind=DistillConfig)
+        configs.parse(on_policy, kind=DistillConfig)
+
+
+def mean_gap_to_parent(parent, prompt, completion):
+    """Returns the mean absolute difference of the engine's and the parent's logprobs."""
+    ids = torch.tensor([prompt + completion.token_ids])
+    logits = parent(input_ids=ids).logits[0, len(prompt) - 1 : -1]  # [T, V]
+    completion_ids = torch.tensor(completion.token_ids)[:, None]
+    parent_logprobs = logits.log_softmax(-1).gather(1, completion_ids)[:, 0]
+    engine_logprobs = torch.tensor(completion.logprobs)
+    return (parent_logprobs - engine_logprobs).abs().mean()
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("scheme", ["int8", "int8_tensor", "int4"])
-def test_vllm_serves_it_and_its_logprobs_are_near_the_parents(tiny, tmp_path, scheme):
-    write_quantized(tiny(), tmp_path / scheme, scheme, 32, models.load_tokenizer(tiny()))
+@pytest.mark.parametrize(
+    ("scheme", "max_gap"), [("int8", 0.1), ("int8_tensor", 0.15), ("int4", 0.6)]
+)
+def test_vllm_serves_the_quantised_model_with_logprobs_near_those_of_its_parent(
+    tiny, tmp_path, scheme, max_gap
+):
+    write_scheme(tiny(), tmp_path / scheme, scheme)
     engine = start_engine(tmp_path / scheme, tmp_path, dtype="bfloat16", load_weights=True)
     try:
+        requests = [Request(prompt_ids=prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
         options = SamplingOptions(max_tokens=12, ignore_eos=True)
-        completions = [
-            c
-            for (c,) in engine.generate(
-                [Request(prompt_ids=p, seed=i) for i, p in enumerate(PROMPTS)], options
-            )
-        ]
+        groups = engine.generate(requests, options)
     finally:
         engine.close()
     parent = models.load_model(tiny(), "eager")
     gaps = []
-    for prompt, completion in zip(PROMPTS, completions, strict=True):
-        logits = parent(input_ids=torch.tensor([prompt + completion.token_ids])).logits[
-            0, len(prompt) - 1 : -1
-        ]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[
-            :, 0
-        ]
-        gaps.append((expected - torch.tensor(completion.logprobs)).abs().mean())
+    for prompt, (completion,) in zip(PROMPTS, groups, strict=True):
+        gaps.append(mean_gap_to_parent(parent, prompt, completion))
     gap = float(torch.stack(gaps).mean())
-    assert gap < {"int8": 0.1, "int8_tensor": 0.15, "int4": 0.6}[scheme], gap
+    assert gap < max_gap

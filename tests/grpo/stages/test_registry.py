@@ -1,4 +1,4 @@
-"""Kinds of stages: each answers for itself, and a new one is a file and a line in the registry."""
+"""Kinds of stages: the registry, their needs and parts, and a new kind that the tests define."""
 
 import sys
 from types import SimpleNamespace
@@ -30,14 +30,15 @@ TREE = {
 }
 SAMPLED = {"sampling": {"max_tokens": 16}}
 TRAIN = {"train": {"rollouts": 3, "problems": 4, "group_size": 8}, "probe": {"tokens": 4}}
-TAUGHT = {"model": MODEL | {"teacher": "tiny-llama"}}
+WITH_TEACHER = {"model": MODEL | {"teacher": "tiny-llama"}}
 SOFT = {"way": "soft", "soft": {"updates": 5, "batch_size": 2, "max_tokens": 64}}
 
 
-def needs_of(*sections):
+def stage_needs(*sections):
+    """Returns the needs of the stage that TREE, updated with the sections, identifies."""
     tree = dict(TREE)
     for section in sections:
-        tree |= section
+        tree.update(section)
     stage = stage_of(tree)
     return stage.needs(configs.parse(tree, kind=stage.config_class))
 
@@ -55,51 +56,71 @@ def needs_of(*sections):
         (("stages",), "pipeline"),
     ],
 )
-def test_a_config_belongs_to_the_stage_whose_sections_it_has(keys, command):
+def test_sections_of_a_config_identify_its_stage(keys, command):
     assert stage_of({key: {} for key in keys}).command == command
 
 
-def test_only_train_has_a_learner_and_an_engine_that_exchange_weights():
-    assert needs_of(SAMPLED, TRAIN).memory == MemoryNeeds(
-        learner=True, engine=True, max_sequences=4 * 8
-    )
-    assert needs_of(SAMPLED, TRAIN).memory.syncs_weights
-    assert needs_of({"sft": {"updates": 2}}).memory == MemoryNeeds(learner=True)
+def test_only_train_syncs_weights_between_a_learner_and_an_engine():
+    train = stage_needs(SAMPLED, TRAIN).memory
+    assert train == MemoryNeeds(learner=True, engine=True, max_sequences=4 * 8)
+    assert train.syncs_weights
+
+    sft = {"sft": {"updates": 2}}
+    assert stage_needs(sft).memory == MemoryNeeds(learner=True)
+
     collect = {"collect": {"problems": 100, "chunk": 6, "samples": 3}}
-    assert needs_of(SAMPLED, collect).memory == MemoryNeeds(engine=True, max_sequences=6 * 3)
-    assert needs_of(SAMPLED, {"quantize": {}}).memory == MemoryNeeds()
-    assert needs_of(SAMPLED, {"quantize": {}, "eval": {}}).memory == MemoryNeeds(engine=True)
+    assert stage_needs(SAMPLED, collect).memory == MemoryNeeds(engine=True, max_sequences=6 * 3)
+
+    assert stage_needs(SAMPLED, {"quantize": {}}).memory == MemoryNeeds()
+    quantize_and_evaluate = {"quantize": {}, "eval": {}}
+    assert stage_needs(SAMPLED, quantize_and_evaluate).memory == MemoryNeeds(engine=True)
 
 
-def test_a_teacher_on_an_engine_is_closed_before_the_student_learns():
-    assert needs_of(TAUGHT, SOFT).memory == MemoryNeeds(learner=True, reference=True)
-    top = {"soft": SOFT["soft"] | {"teacher_topk": 4}}
-    assert needs_of(TAUGHT, SOFT, top).memory == MemoryNeeds(learner=True, reference=False)
+def test_soft_distillation_with_stored_teacher_logprobs_has_no_teacher_in_the_learner():
+    full_distribution = stage_needs(WITH_TEACHER, SOFT)
+    assert full_distribution.memory == MemoryNeeds(learner=True, reference=True)
+    # An engine computes the top-k logprobs. It is closed before the student is trained.
+    top_k = {"soft": SOFT["soft"] | {"teacher_topk": 4}}
+    stored_logprobs = stage_needs(WITH_TEACHER, SOFT, top_k)
+    assert stored_logprobs.memory == MemoryNeeds(learner=True, reference=False)
 
 
-def test_what_is_written_is_counted():
-    keep = {"checkpoint": {"keep_last": 3, "keep_best": "reward/mean"}}
-    assert needs_of(SAMPLED, TRAIN, keep).disk == DiskNeeds(
+def test_disk_needs_count_checkpoints_models_and_samples():
+    checkpoint = {"checkpoint": {"keep_last": 3, "keep_best": "reward/mean"}}
+    # 3 rollouts x 4 problems x 8 completions of up to 16 tokens. Three checkpoints are kept, one
+    # more is kept as the best, and one more is on disk while it is written.
+    assert stage_needs(SAMPLED, TRAIN, checkpoint).disk == DiskNeeds(
         checkpoints=3 + 1 + 1, models=1, sampled_tokens=3 * 4 * 8 * 16
     )
+
     schemes = {"quantize": {"schemes": ["int8", "int8_tensor", "int4"]}}
-    assert needs_of(SAMPLED, schemes).disk == DiskNeeds(models=3)
+    assert stage_needs(SAMPLED, schemes).disk == DiskNeeds(models=3)
+
+    # 2 sets x 7 problems x 2 completions of up to 16 tokens.
     sets = {"sets": {"a": {"name": "arithmetic"}, "b": {"name": "arithmetic"}}}
-    judged = {"eval": {"problems": 7, "samples": 2, "temperature": 1.0}}
-    assert needs_of(SAMPLED, sets, judged).disk == DiskNeeds(sampled_tokens=7 * 2 * 2 * 16)
+    evaluation = {"eval": {"problems": 7, "samples": 2, "temperature": 1.0}}
+    disk = stage_needs(SAMPLED, sets, evaluation).disk
+    assert disk == DiskNeeds(sampled_tokens=2 * 7 * 2 * 16)
 
 
-def test_distill_consists_of_the_stages_of_its_way():
-    tree = TREE | TAUGHT | SAMPLED | {"collect": {"problems": 4}, "sft": {"updates": 1}}
+def test_parts_of_distill_depend_on_its_method():
     stage = find_stage("distill")
-    config = configs.parse(tree | {"way": "sequence"}, kind=stage.config_class)
-    sampled, learned = stage.parts(config)
-    assert (sampled.stage.command, sampled.config.model.path) == ("collect", "tiny-llama")
-    assert (learned.stage.command, learned.config.model.path) == ("sft", "tiny-qwen2")
-    assert learned.traces_to_come and not sampled.traces_to_come
-    on_policy = TREE | TAUGHT | SAMPLED | {"way": "on_policy", "train": TRAIN["train"]}
-    (part,) = stage.parts(configs.parse(on_policy, kind=stage.config_class))
-    assert part.stage.command == "train"
+    base = TREE | WITH_TEACHER | SAMPLED
+
+    sequence = {"way": "sequence", "collect": {"problems": 4}, "sft": {"updates": 1}}
+    config = configs.parse(base | sequence, kind=stage.config_class)
+    collect_part, sft_part = stage.parts(config)
+    assert collect_part.stage.command == "collect"
+    assert collect_part.config.model.path == "tiny-llama"
+    assert not collect_part.traces_to_come
+    assert sft_part.stage.command == "sft"
+    assert sft_part.config.model.path == "tiny-qwen2"
+    assert sft_part.traces_to_come
+
+    on_policy = {"way": "on_policy", "train": TRAIN["train"]}
+    config = configs.parse(base | on_policy, kind=stage.config_class)
+    (train_part,) = stage.parts(config)
+    assert train_part.stage.command == "train"
 
 
 class Count(Section):
@@ -111,7 +132,7 @@ class CountConfig(RunConfig):
 
 
 class CountStage:
-    """A kind that is in no file of the package."""
+    """A kind of stage that the package does not contain."""
 
     command = "count"
     config_class = CountConfig
@@ -143,30 +164,38 @@ class CountStage:
         yield Check("warn", "problems", f"{len(problems)} to count", "count them")
 
 
-def test_a_new_kind_has_its_command_its_dry_run_and_its_doctor(tiny, tmp_path, monkeypatch, capsys):
+def test_cli_dry_run_and_doctor_work_with_a_new_kind(tiny, tmp_path, monkeypatch, capsys):
     from grpo.stages import registry
 
     stage = CountStage()
     monkeypatch.setitem(registry.SUMMARIES, "count", "count")
     monkeypatch.setitem(sys.modules, "grpo.stages.count", SimpleNamespace(STAGE=stage))
-    tree = TREE | {"model": MODEL | {"path": str(tiny())}, "count": {"to": 3}}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree | {"run_dir": str(tmp_path / "run")}))
-    assert cli.main(["count", str(tmp_path / "c.yaml")]) == 0 and stage.counted == [0, 1, 2]
-    assert cli.main(["count", str(tmp_path / "c.yaml"), "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert "count       to 3\nnothing is loaded\nprompt (" in out
-    assert cli.main(["doctor", str(tmp_path / "c.yaml")]) == 0
-    out = capsys.readouterr().out
-    assert "warn  problems       8 to count" in out and "-> count them" in out
+    tree = TREE | {
+        "run_dir": str(tmp_path / "run"),
+        "model": MODEL | {"path": str(tiny())},
+        "count": {"to": 3},
+    }
+    config_file = tmp_path / "c.yaml"
+    config_file.write_text(yaml.safe_dump(tree))
+
+    assert cli.main(["count", str(config_file)]) == 0
+    assert stage.counted == [0, 1, 2]
+
+    assert cli.main(["count", str(config_file), "--dry-run"]) == 0
+    assert "count       to 3\nnothing is loaded\nprompt (" in capsys.readouterr().out
+
+    assert cli.main(["doctor", str(config_file)]) == 0
+    output = capsys.readouterr().out
+    assert "warn  problems       8 to count" in output
+    assert "-> count them" in output
 
 
-def test_ranks_compare_all_keys_but_those_of_a_machine():
+def test_shared_values_contain_all_keys_except_those_of_one_machine():
     config = configs.parse(TREE | SAMPLED | TRAIN)
     values = shared_values(config)
-    assert values["train.rollouts"] == "3" and values["learner.lr"] == "1e-06"
-    assert (
-        "eval.every" in values
-        and "engine.timeout_s" in values
-        and "rewards.format.weight" in values
-    )
+    assert values["train.rollouts"] == "3"
+    assert values["learner.lr"] == "1e-06"
+    assert "eval.every" in values
+    assert "engine.timeout_s" in values
+    assert "rewards.format.weight" in values
     assert not {"run_dir", "model.path", "data.path", "learner.threads"} & values.keys()

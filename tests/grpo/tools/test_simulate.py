@@ -1,10 +1,11 @@
-"""The simulator.
+"""The simulator: hand calculations, published step times, and properties of splits.
 
-Limits that must hold, a real step's published seconds, and what is known of splits.
+The tables of docs/cluster.md are checked too.
 """
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -31,48 +32,60 @@ from grpo.tools.simulate import (
 H100 = DEVICES["h100"]
 
 
-def test_the_commands_print_the_tables(tiny, tmp_path, capsys):
+def test_bench_and_doctor_print_a_row_for_each_number_of_gpus(tiny, tmp_path, capsys):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
     assert cli.main(["bench", config, "--simulate", "h100", "--mean", "8"]) == 0
-    table = capsys.readouterr().out
+    bench_output = capsys.readouterr().out
+    num_gpus = ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1024"]
+    assert first_column(bench_output) == num_gpus
     assert cli.main(["doctor", config, "--gpus"]) == 0
-    sizes = [
-        re.findall(r"^\| (\d+) \|", out, re.MULTILINE) for out in (table, capsys.readouterr().out)
-    ]
-    assert sizes == [
-        ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1024"],
-        ["1", "2", "4", "8", "16", "32", "64"],
-    ]
+    doctor_output = capsys.readouterr().out
+    assert first_column(doctor_output) == ["1", "2", "4", "8", "16", "32", "64"]
     assert not (tmp_path / "run").exists()
 
 
-def shape(hidden, layers, kv_heads, vocabulary, weights, tied):
-    embeddings = vocabulary * hidden
+def first_column(output):
+    return re.findall(r"^\| (\d+) \|", output, re.MULTILINE)
+
+
+class Dimensions(NamedTuple):
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int  # of 128 dimensions
+    vocab_size: int
+    num_weights: int
+    tied: bool  # input and output embeddings share their weights
+
+
+def bfloat16_shape(model):
+    num_embeddings = 1 if model.tied else 2
+    embedding_weights = model.vocab_size * model.hidden_size
     return Shape(
-        num_weights=weights,
-        body_weights=weights - embeddings * (1 if tied else 2),
-        num_layers=layers,
-        hidden_size=hidden,
-        vocab_size=vocabulary,
-        attention_width=hidden,
-        kv_bytes_per_token=2 * layers * kv_heads * 128 * 2,
+        num_weights=model.num_weights,
+        body_weights=model.num_weights - embedding_weights * num_embeddings,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        attention_width=model.hidden_size,
+        kv_bytes_per_token=2 * model.num_layers * model.num_kv_heads * 128 * 2,
         bytes_per_weight=2,
     )
 
 
-QWEN = {  # Qwen2.5: hidden, layers, KV heads, vocabulary, weights, tied
-    "0.5B": (896, 24, 1, 151_936, 494_032_768, True),
-    "1.5B": (1536, 28, 2, 151_936, 1_543_714_304, True),
-    "7B": (3584, 28, 4, 152_064, 7_615_616_512, False),
-    "14B": (5120, 48, 8, 152_064, 14_770_033_664, False),
-    "32B": (5120, 64, 8, 152_064, 32_763_876_352, False),
+QWEN = {  # Qwen2.5
+    "0.5B": bfloat16_shape(Dimensions(896, 24, 1, 151_936, 494_032_768, tied=True)),
+    "1.5B": bfloat16_shape(Dimensions(1536, 28, 2, 151_936, 1_543_714_304, tied=True)),
+    "7B": bfloat16_shape(Dimensions(3584, 28, 4, 152_064, 7_615_616_512, tied=False)),
+    "14B": bfloat16_shape(Dimensions(5120, 48, 8, 152_064, 14_770_033_664, tied=False)),
+    "32B": bfloat16_shape(Dimensions(5120, 64, 8, 152_064, 32_763_876_352, tied=False)),
 }
-QWEN_1_5B, QWEN_7B = shape(*QWEN["1.5B"]), shape(*QWEN["7B"])
+QWEN_1_5B = QWEN["1.5B"]
+QWEN_7B = QWEN["7B"]
 ROOT = Path(__file__).parents[3]
 
 
-def sized():
-    """The rows of docs/cluster.md: what the models need of 1 to 64 GPUs."""
+def sizing_rows():
+    """Returns the rows of docs/cluster.md: the memory that each model needs on 1 to 64 GPUs."""
     overrides = [
         "learner.offload_optimizer=false",
         "sampling.max_tokens=8192",
@@ -83,43 +96,37 @@ def sized():
         str(ROOT / "configs" / "r1_zero_math_7b.yaml"),
         [*overrides, "train={problems: 128, group_size: 8, rollouts: 1}"],
     )
-    return [
-        f"| {name} {row}"
-        for name, numbers in QWEN.items()
-        for row in sizing(config, shape(*numbers), (1, 8, 16, 64))[2:]
-    ]
+    rows = []
+    for name, shape in QWEN.items():
+        table_without_header = sizing(config, shape, (1, 8, 16, 64))[2:]
+        rows += [f"| {name} {row}" for row in table_without_header]
+    return rows
 
 
-def test_the_page_has_what_the_doctor_and_the_simulator_reckon():
-    text = (ROOT / "docs" / "cluster.md").read_text()
+def test_the_tables_of_the_cluster_page_are_up_to_date():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    assert "\n".join(sizing_rows()) in page
     work = Work(lengths=lengths(1024, 2000, 8192), prompt=200, checkpointing=True)
-    assert (
-        "\n".join(sized()) in text
-        and "\n".join(table(H100, QWEN_7B, work, (1, 8, 16, 32, 64, 256, 1024))) in text
-    )
+    step_times = table(H100, QWEN_7B, work, (1, 8, 16, 32, 64, 256, 1024))
+    assert "\n".join(step_times) in page
 
 
-def test_a_published_step_within_a_third():
+def test_a_simulated_step_is_within_a_third_of_a_published_one():
     """TRL with colocated vLLM, Qwen2.5-1.5B, 8 x 8 completions of at most 256 tokens, one H100.
 
-    0.752 s, 1.27 s with the old logprobs.
+    Published times: rollout 0.752 s, update 1.27 s including the old logprobs.
     """
-    step = simulate(
-        H100,
-        QWEN_1_5B,
-        Work(lengths=lengths(64, 180, 256, 0.4), prompt=105, forwards=1),
-        Layout(learners=1, engines=0),
-    )
-    assert step.rollout == pytest.approx(0.752, rel=1 / 3) and step.update == pytest.approx(
-        0.298 + 0.301 + 0.653, rel=1 / 3
-    )
+    work = Work(lengths=lengths(64, 180, 256, 0.4), prompt=105, forwards=1)
+    step = simulate(H100, QWEN_1_5B, work, Layout(learners=1, engines=0))
+    assert step.rollout == pytest.approx(0.752, rel=1 / 3)
+    assert step.update == pytest.approx(0.298 + 0.301 + 0.653, rel=1 / 3)
 
 
 @pytest.mark.parametrize(("sequences", "milliseconds"), [(32, 2.6), (64, 3.0), (128, 4.3)])
-def test_published_decode_steps_within_a_quarter(sequences, milliseconds):
-    """The same model and GPU.
+def test_simulated_decoding_steps_are_within_a_quarter_of_published_ones(sequences, milliseconds):
+    """The model and the GPU of the test above (recipes 4.1 and 4.2).
 
-    Per position of the longest sample, slots occupied by 0.66 to 0.40 (recipes 4.1, 4.2).
+    The time is per position of the longest completion; 66% to 40% of the slots are occupied.
     """
     work = Work(lengths=lengths(sequences, 180, 256, 0.4), prompt=105)
     seconds = decode_seconds(H100, QWEN_1_5B, work.lengths, work)
@@ -127,21 +134,20 @@ def test_published_decode_steps_within_a_quarter(sequences, milliseconds):
 
 
 @pytest.mark.parametrize(("weights", "seconds"), [(106e9, 3.47), (235e9, 6.22)])
-def test_published_syncs_of_large_models_within_a_factor_of_two(weights, seconds):
-    """checkpoint-engine on 8 x H800, broadcast.
+def test_simulated_weight_syncs_are_within_a_factor_of_two_of_published_ones(weights, seconds):
+    """checkpoint-engine broadcasts GLM-4.5-Air and Qwen3-235B in bfloat16 on 8 H800 GPUs.
 
-    GLM-4.5-Air and Qwen3-235B in bfloat16 (recipes 4.3).
+    Source: recipes 4.3.
     """
-    model = shape(5120, 94, 4, 151_936, int(weights), False)
-    step = simulate(
-        H100, model, Work(lengths=(100,) * 64, prompt=100), Layout(learners=8, engines=8)
-    )
+    model = bfloat16_shape(Dimensions(5120, 94, 4, 151_936, int(weights), tied=False))
+    work = Work(lengths=(100,) * 64, prompt=100)
+    step = simulate(H100, model, work, Layout(learners=8, engines=8))
     assert seconds / 2 < step.sync < 2 * seconds
 
 
-def test_by_hand():
-    # One sequence of 10 tokens: 10 steps that each read all weights. 100 bytes / (10 bytes/s) = 10
-    # s a step at a decode share of 1.
+def test_decoding_time_equals_a_hand_calculation():
+    # A sequence of 10 tokens takes 10 steps, and each step reads all weights. A step takes
+    # 100 bytes / (10 bytes/s) = 10 s, because the decode share is 1.
     model = Shape(
         num_weights=50,
         body_weights=40,
@@ -155,52 +161,58 @@ def test_by_hand():
     rates = Rates(flops=1e9, bandwidth=10, network=1, decode=1.0, update=1.0)
     work = Work(lengths=(10,), prompt=5)
     assert decode_seconds(rates, model, [10], work) == pytest.approx(100)
-    # Two at once share the reading; a third waits for the first to end: 4 + 6 steps beside, then 1
-    # more alone.
-    two = Work(lengths=(4, 10, 7), prompt=5, concurrency=2)
-    assert decode_seconds(rates, model, [4, 10, 7], two) == pytest.approx(110)
+    # Two sequences are decoded at the same time and share the read. The third one (7 tokens) starts
+    # when the first one ends, after 4 steps, and ends after 4 + 7 = 11 steps.
+    two_slots = Work(lengths=(4, 10, 7), prompt=5, concurrency=2)
+    assert decode_seconds(rates, model, [4, 10, 7], two_slots) == pytest.approx(110)
 
 
 @given(st.integers(1, 8), st.floats(50, 2000), st.booleans())
-def test_more_engines_never_take_longer_and_an_asynchronous_step_is_its_longer_side(
-    power, mean, asynchronous
-):
+def test_twice_the_engines_never_sample_more_slowly(power, mean, asynchronous):
     work = Work(lengths=lengths(512, mean, 4096), prompt=100)
-    few, many = (
-        simulate(H100, QWEN_7B, work, Layout(learners=8, engines=2**n, asynchronous=asynchronous))
-        for n in (power - 1, power)
-    )
-    assert many.rollout <= few.rollout * 1.02
-    step = simulate(H100, QWEN_7B, work, Layout(learners=8, engines=2**power, asynchronous=True))
+
+    def rollout_s(engines):
+        layout = Layout(learners=8, engines=engines, asynchronous=asynchronous)
+        return simulate(H100, QWEN_7B, work, layout).rollout
+
+    assert rollout_s(2**power) <= rollout_s(2 ** (power - 1)) * 1.02
+
+
+@given(st.integers(1, 8), st.floats(50, 2000))
+def test_an_asynchronous_step_takes_the_longer_of_rollout_and_update(power, mean):
+    work = Work(lengths=lengths(512, mean, 4096), prompt=100)
+    layout = Layout(learners=8, engines=2**power, asynchronous=True)
+    step = simulate(H100, QWEN_7B, work, layout)
     assert step.seconds == pytest.approx(max(step.rollout, step.update) + step.sync)
+    # The slower side waits only for the weight sync.
     assert min(step.idle) <= step.sync / step.seconds + 1e-9
 
 
-def test_long_completions_want_most_devices_to_sample():
-    """AReaL 2505.24298: three quarters on generation beat an even split, at long completions."""
+def test_for_long_completions_the_best_split_has_more_engines_than_learners():
+    """AReaL 2505.24298: with three quarters of the devices as engines, a step is faster than with
+    an even split.
+    """
     work = Work(lengths=lengths(4096, 8000, 32_000), prompt=150, checkpointing=True)
     even = simulate(H100, QWEN_7B, work, Layout(learners=64, engines=64, asynchronous=True))
     best = best_split(H100, QWEN_7B, work, 128, asynchronous=True)
-    assert best.engines > best.learners and best.seconds < even.seconds
+    assert best.engines > best.learners
+    assert best.seconds < even.seconds
     assert best.seconds < best_split(H100, QWEN_7B, work, 128, asynchronous=False).seconds
 
 
-def test_a_straggler_costs_a_synchronous_step_its_whole_length_and_an_asynchronous_one_its_share():
-    usual, one_long = lengths(512, 500, 1000), (*lengths(511, 500, 1000), 30_000)
-    for asynchronous, most in ((False, 1e9), (True, 1.2)):
-        steps = [
-            simulate(
-                H100,
-                QWEN_7B,
-                Work(lengths=rows, prompt=100),
-                Layout(learners=8, engines=8, asynchronous=asynchronous),
-            ).rollout
-            for rows in (usual, one_long)
-        ]
-        assert (steps[1] > 5 * steps[0]) == (not asynchronous) and steps[1] < most * steps[0]
+def test_one_very_long_completion_delays_a_synchronous_rollout_but_not_an_asynchronous_one():
+    def rollout_s(completion_lengths, asynchronous):
+        work = Work(lengths=completion_lengths, prompt=100)
+        layout = Layout(learners=8, engines=8, asynchronous=asynchronous)
+        return simulate(H100, QWEN_7B, work, layout).rollout
+
+    usual = lengths(512, 500, 1000)
+    with_straggler = (*lengths(511, 500, 1000), 30_000)
+    assert rollout_s(with_straggler, False) > 5 * rollout_s(usual, False)
+    assert rollout_s(with_straggler, True) < 1.2 * rollout_s(usual, True)
 
 
-def test_a_runs_metrics_give_rates_that_give_back_its_seconds():
+def test_measured_rates_are_the_shares_of_the_rooflines_that_a_run_reached():
     row = {
         "bound/rollout_s": 1.0,
         "time/rollout_s": 4.0,
@@ -208,8 +220,13 @@ def test_a_runs_metrics_give_rates_that_give_back_its_seconds():
         "time/update_s": 5.0,
     }
     rates = measured([row, row], {"machine/gflops": 200.0, "machine/gb_per_s": 20.0})
-    assert (rates.flops, rates.bandwidth, rates.decode, rates.update) == (200e9, 20e9, 0.25, 0.4)
+    assert rates.flops == 200e9
+    assert rates.bandwidth == 20e9
+    assert rates.decode == 1.0 / 4.0
+    assert rates.update == 2.0 / 5.0
 
 
-def test_the_table_has_every_size():
-    assert len(table(H100, QWEN_1_5B, Work(lengths=lengths(64, 100, 256), prompt=50))) == 2 + 11
+def test_the_table_has_a_row_for_each_number_of_gpus():
+    rows = table(H100, QWEN_1_5B, Work(lengths=lengths(64, 100, 256), prompt=50))
+    num_header_rows = 2
+    assert len(rows) == num_header_rows + 11

@@ -1,7 +1,4 @@
-"""The pool of workers.
-
-Its clock kills, its losses are made good, and nothing of it costs anything while it waits.
-"""
+"""The worker pool: time limits, lost and crashed workers, and idle workers."""
 
 import os
 import resource
@@ -67,21 +64,21 @@ def run(pool, name, *arguments, timeout_s=5.0, **options):
 
 @pytest.fixture
 def fresh(calls):
-    """A pool whose workers see the test's own module."""
+    """A pool whose workers can import pool_calls."""
     with Pool(2, memory_gb=2) as pool:
         yield pool
 
 
-def test_answers_come_in_order(fresh):
+def test_answers_have_the_order_of_the_calls(fresh):
     assert run(fresh, "double", *[(i,) for i in range(100)]) == [2 * i for i in range(100)]
     assert run(fresh, "grow", (1,), by=5) == [6]
     assert run(fresh, "nothing", (), ()) == [None, None]
-    assert run(fresh, "talk") == ["said"]  # what it prints is not the protocol
+    assert run(fresh, "talk") == ["said"]  # its output does not disturb the protocol
     assert len(set(run(fresh, "pid", *[()] * 50))) <= 2
 
 
 @pytest.mark.parametrize("name", ["spin", "spin_deaf"])
-def test_a_call_that_computes_too_long_is_killed_by_the_clock(fresh, name):
+def test_a_call_that_computes_too_long_is_killed(fresh, name):
     run(fresh, "double", (1,), (2,))
     start = time.monotonic()
     assert run(fresh, name, timeout_s=1.0) == [Failure(kind="timeout", reason="longer than 1 s")]
@@ -90,7 +87,7 @@ def test_a_call_that_computes_too_long_is_killed_by_the_clock(fresh, name):
     assert run(fresh, "double", (3,)) == [6]
 
 
-def test_a_call_that_got_no_processor_is_made_once_more_and_then_lost(fresh):
+def test_a_call_without_processor_time_is_repeated_once_and_then_lost(fresh):
     (lost,) = run(fresh, "doze", timeout_s=0.3)
     assert lost.kind == "lost" and "processor time" in lost.reason
     assert fresh.counts["lost"] == 2
@@ -107,7 +104,7 @@ def test_an_idle_worker_killed_from_outside_costs_nothing(fresh):
     assert run(fresh, "double", *[(i,) for i in range(20)]) == [2 * i for i in range(20)]
 
 
-def test_a_frozen_worker_that_takes_no_large_call_is_replaced(fresh):
+def test_a_frozen_worker_that_does_not_read_a_large_call_is_replaced(fresh):
     run(fresh, "double", (1,))
     (pid,) = run(fresh, "pid")
     os.kill(pid, signal.SIGSTOP)
@@ -125,20 +122,22 @@ def test_a_worker_that_freezes_in_its_answer_is_replaced_and_the_call_is_lost(fr
     assert run(fresh, "double", (3,)) == [6]
 
 
-def test_a_worker_that_closes_its_pipe_and_goes_on_is_a_crash(fresh, monkeypatch):
+def test_a_worker_that_closes_its_pipe_and_continues_is_a_crash(fresh, monkeypatch):
     monkeypatch.setattr(pool_module, "END_LIMIT_S", 0.3)
     run(fresh, "double", (1,))
     (crash,) = run_within(20, lambda: run(fresh, "close_pipe"))
     assert crash == Failure(kind="crash", reason="its worker closed its pipe and did not end")
 
 
-def test_a_worker_that_does_not_end_when_killed_is_given_up(fresh, monkeypatch, caplog):
+def test_a_worker_that_does_not_end_when_killed_is_abandoned_with_a_warning(
+    fresh, monkeypatch, caplog
+):
     monkeypatch.setattr(pool_module, "END_LIMIT_S", 0.3)
     run(fresh, "double", (1,))
     (worker,) = fresh._workers
     with monkeypatch.context() as patch:
         patch.setattr(worker._process, "kill", lambda: None)  # as if the kernel held it
-        os.kill(worker._process.pid, signal.SIGSTOP)  # nor does it see that its pipe is closed
+        os.kill(worker._process.pid, signal.SIGSTOP)  # it does not notice that its pipe is closed
         run_within(20, fresh.close)
     assert "did not end within 0.3 s after SIGKILL" in caplog.text
     worker._process.kill()
@@ -151,9 +150,12 @@ def test_memory_crashes_and_exceptions_are_failures_of_the_call(fresh):
     assert run(fresh, "unsendable")[0].kind == "error"
 
 
-def test_what_cannot_be_loaded_is_no_calls_fault(fresh, tmp_path, monkeypatch):
+def test_a_function_that_cannot_be_loaded_raises_an_error(fresh):
     with pytest.raises(RuntimeError, match="while it loaded pool_calls:absent"):
         run(fresh, "absent")
+
+
+def test_a_folder_named_rewards_does_not_shadow_the_package(tmp_path, monkeypatch):
     (tmp_path / "elsewhere" / "rewards").mkdir(parents=True)
     (tmp_path / "elsewhere" / "rewards" / "__init__.py").write_text(
         "raise RuntimeError('shadowed')"
@@ -165,38 +167,38 @@ def test_what_cannot_be_loaded_is_no_calls_fault(fresh, tmp_path, monkeypatch):
         ]
 
 
-def test_it_works_from_any_thread(fresh):
-    found = {}
+def test_a_pool_works_from_any_thread(fresh):
+    answers = {}
 
     def work(i):
-        found[i] = run(fresh, "double", (i,), (i + 1,))
+        answers[i] = run(fresh, "double", (i,), (i + 1,))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert found == {i: [2 * i, 2 * i + 2] for i in range(4)}
+    assert answers == {i: [2 * i, 2 * i + 2] for i in range(4)}
 
 
-def test_a_thread_that_ends_takes_no_worker_with_it(fresh):
+def test_workers_survive_the_end_of_the_thread_that_started_them(fresh):
     thread = threading.Thread(target=run, args=(fresh, "double", (1,)))
     thread.start()
     thread.join(60)
     assert run(fresh, "double", (2,)) == [4] and fresh.counts["restarts"] == 0
 
 
-def test_a_forked_child_has_workers_of_its_own(fresh):
-    ours = set(run(fresh, "pid", *[()] * 20))
+def test_a_forked_child_has_separate_workers(fresh):
+    parent_workers = set(run(fresh, "pid", *[()] * 20))
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        theirs = set(run(fresh, "pid", *[()] * 20))
-        os.write(writer, b"ok" if not theirs & ours else b"shared")
+        child_workers = set(run(fresh, "pid", *[()] * 20))
+        os.write(writer, b"shared" if child_workers & parent_workers else b"ok")
         fresh.close()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0 and os.read(reader, 10) == b"ok"
-    assert set(run(fresh, "pid", *[()] * 20)) <= ours
+    assert set(run(fresh, "pid", *[()] * 20)) <= parent_workers
 
 
 def test_idle_workers_use_no_processor_and_end_with_their_parent(tmp_path):
@@ -221,8 +223,8 @@ def test_idle_workers_use_no_processor_and_end_with_their_parent(tmp_path):
 
 def test_the_verifier_answers_through_the_pool(pool):
     calls = [(f"<think>x</think><answer>{i}</answer>", str(i % 3)) for i in range(30)]
-    found = pool.map("rewards.accuracy:verify", calls, timeout_s=5)
-    assert [verdict.value for verdict in found] == [
+    verdicts = pool.map("rewards.accuracy:verify", calls, timeout_s=5)
+    assert [verdict.value for verdict in verdicts] == [
         "correct" if i == i % 3 else "wrong" for i in range(30)
     ]
     assert pool.map("rewards.accuracy:verify", [(r"\sqrt{8}", r"2\sqrt{2}")], timeout_s=5) == [
@@ -230,7 +232,7 @@ def test_the_verifier_answers_through_the_pool(pool):
     ]
 
 
-def test_a_pool_that_is_not_used_starts_nothing():
+def test_an_unused_pool_starts_no_process():
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with Pool(8) as pool:
         assert pool.map("os:getpid", [], timeout_s=1) == []

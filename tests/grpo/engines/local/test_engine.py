@@ -1,4 +1,4 @@
-"""The real vLLM in its child process: what it samples, the weights that it holds, how it dies."""
+"""The real vLLM in a child process: samples, weight syncs and their checks, and its end."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
 from grpo.engines import EngineError, Request, SamplingOptions
-from grpo.engines.local.engine import check_memory
+from grpo.engines.local.engine import VllmEngine, check_memory
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
@@ -30,7 +30,7 @@ from grpo.training.weight_sync import (
 )
 from grpo.types import RunError, UserError
 
-SUPPORT = str(Path(__file__).parents[3] / "support")  # where faulty_child.py lies
+SUPPORT = str(Path(__file__).parents[3] / "support")  # contains faulty_child.py
 
 
 @pytest.fixture(scope="module")
@@ -40,93 +40,104 @@ def engine(tiny, tmp_path_factory):
     engine.close()
 
 
+def sample_one(engine, prompt_ids, seed, options):
+    """Returns one completion of a prompt."""
+    (group,) = engine.generate([Request(prompt_ids=prompt_ids, seed=seed)], options)
+    (completion,) = group
+    return completion
+
+
 @pytest.mark.engine
-def test_groups_single_requests_and_repeats_agree(engine):
+def test_groups_are_reproducible_and_equal_single_requests_with_consecutive_seeds(engine):
     options = SamplingOptions(max_tokens=8, ignore_eos=True)
-    groups = engine.generate(
-        [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options
-    )
-    again = engine.generate(
-        [Request(prompt_ids=p, seed=100 * i, n=3) for i, p in enumerate(PROMPTS)], options
-    )
-    assert groups == again
-    single = [
-        engine.generate([Request(prompt_ids=PROMPTS[1], seed=100 + i)], options)[0][0]
-        for i in range(3)
+    requests = [Request(prompt_ids=ids, seed=100 * i, n=3) for i, ids in enumerate(PROMPTS)]
+    groups = engine.generate(requests, options)
+    repeated_groups = engine.generate(requests, options)
+    assert groups == repeated_groups
+    group_token_ids = [completion.token_ids for completion in groups[1]]
+    single_token_ids = [
+        sample_one(engine, PROMPTS[1], seed, options).token_ids for seed in (100, 101, 102)
     ]
-    assert [c.token_ids for c in single] == [c.token_ids for c in groups[1]]
-    assert len({c.token_ids for c in groups[1]}) == 3
+    assert single_token_ids == group_token_ids
+    assert len(set(group_token_ids)) == 3
 
 
 @pytest.mark.engine
-def test_more_prompt_tokens_than_one_step_takes_are_sampled_like_a_few(engine):
-    """vLLM 0.32 ends in an error on a CPU when it cuts a prompt in pieces (its default) and a
-    request has a seed.
+def test_prompts_that_do_not_fit_in_one_step_are_sampled_like_a_single_prompt(engine):
+    """vLLM 0.32 fails on a CPU if it splits the prompt of a request that has a seed.
+
+    Splitting is vLLM's default. The 32 sequences of the first step have 4,800 prompt tokens.
     """
-    requests = [
-        Request(prompt_ids=tuple(10 + (i * 7 + j) % 180 for j in range(150)), seed=i)
-        for i in range(40)
-    ]  # 32 at once: 4,800 tokens
+    requests = []
+    for i in range(40):
+        prompt_ids = tuple(10 + (i * 7 + j) % 180 for j in range(150))
+        requests.append(Request(prompt_ids=prompt_ids, seed=i))
     options = SamplingOptions(max_tokens=3, ignore_eos=True)
-    together = engine.generate(requests, options)
-    alone = engine.generate(requests[-1:], options)
-    assert [c.token_ids for c in together[-1]] == [c.token_ids for c in alone[0]] and len(
-        together
-    ) == 40
+    groups = engine.generate(requests, options)
+    (last_group,) = engine.generate(requests[-1:], options)
+    assert len(groups) == 40
+    batched_token_ids = [completion.token_ids for completion in groups[-1]]
+    assert batched_token_ids == [completion.token_ids for completion in last_group]
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_the_samplers_after_temperature(engine, tiny, temperature):
+def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(engine, tiny, temperature):
+    prompt_ids = PROMPTS[0]
+    prompt_length = len(prompt_ids)
     (group,) = engine.generate(
-        [Request(prompt_ids=PROMPTS[0], seed=1, n=4)],
+        [Request(prompt_ids=prompt_ids, seed=1, n=4)],
         SamplingOptions(max_tokens=8, temperature=temperature),
     )
     model = models.load_model(tiny(), "eager")
     for completion in group:
-        ids = torch.tensor([PROMPTS[0] + completion.token_ids])
+        token_ids = torch.tensor([prompt_ids + completion.token_ids])  # [1, prompt + T]
         with torch.no_grad():
-            logits = model(input_ids=ids).logits[0, len(PROMPTS[0]) - 1 : -1] / temperature
-        expected = logits.log_softmax(-1).gather(1, ids[0, len(PROMPTS[0]) :, None])[:, 0]
+            logits = model(input_ids=token_ids).logits[0, prompt_length - 1 : -1]  # [T, V]
+        all_logprobs = (logits / temperature).log_softmax(-1)
+        expected = all_logprobs.gather(1, token_ids[0, prompt_length:, None])[:, 0]  # [T]
         assert torch.allclose(expected, torch.tensor(completion.logprobs), atol=1e-4)
 
 
 @pytest.mark.engine
-def test_stop_reasons_eos_kept_in_tokens_and_not_in_text(engine):
-    free, *_ = engine.generate(
-        [Request(prompt_ids=PROMPTS[0], seed=5)], SamplingOptions(max_tokens=12, ignore_eos=True)
-    )[0]
-    assert free.finish_reason == "length" and len(free.token_ids) == 12
-    end = free.token_ids[4]
-    (stopped,) = engine.generate(
-        [Request(prompt_ids=PROMPTS[0], seed=5)],
-        SamplingOptions(max_tokens=12, stop_token_ids=(end,)),
-    )[0]
-    first = free.token_ids.index(end)
-    assert stopped.finish_reason == "stop" and stopped.token_ids == free.token_ids[: first + 1]
-    assert stopped.text == free.text[: len(stopped.text)] and len(stopped.logprobs) == first + 1
+def test_stop_token_ends_the_tokens_and_is_not_in_the_text(engine):
+    complete = sample_one(
+        engine, PROMPTS[0], seed=5, options=SamplingOptions(max_tokens=12, ignore_eos=True)
+    )
+    assert complete.finish_reason == "length"
+    assert len(complete.token_ids) == 12
+    stop_token = complete.token_ids[4]
+    stopped = sample_one(
+        engine,
+        PROMPTS[0],
+        seed=5,
+        options=SamplingOptions(max_tokens=12, stop_token_ids=(stop_token,)),
+    )
+    num_tokens = complete.token_ids.index(stop_token) + 1
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == complete.token_ids[:num_tokens]
+    assert stopped.text == complete.text[: len(stopped.text)]
+    assert len(stopped.logprobs) == num_tokens
 
 
 @pytest.mark.engine
-def test_a_stop_string_stays_in_the_text(engine, tiny):
-    free, *_ = engine.generate(
-        [Request(prompt_ids=PROMPTS[2], seed=9)], SamplingOptions(max_tokens=12, ignore_eos=True)
-    )[0]
-    mark = next(char for char in free.text[3:] if char.isascii() and char.isalnum())
-    options = SamplingOptions(max_tokens=12, ignore_eos=True, stop=(mark,))
-    (stopped,) = engine.generate([Request(prompt_ids=PROMPTS[2], seed=9)], options)[0]
-    assert (
-        stopped.finish_reason == "stop" and stopped.text == free.text[: free.text.index(mark) + 1]
+def test_stop_string_is_kept_in_the_text(engine):
+    complete = sample_one(
+        engine, PROMPTS[2], seed=9, options=SamplingOptions(max_tokens=12, ignore_eos=True)
     )
+    stop_string = next(char for char in complete.text[3:] if char.isascii() and char.isalnum())
+    options = SamplingOptions(max_tokens=12, ignore_eos=True, stop=(stop_string,))
+    stopped = sample_one(engine, PROMPTS[2], seed=9, options=options)
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == complete.text[: complete.text.index(stop_string) + 1]
 
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(
-    tiny, tmp_path, monkeypatch
-):
-    """On an H200 the canary stopped SmolLM2-135M with a gap of 0.53, which the noise of bfloat16
-    alone can cause.
+def test_canary_avoids_perturbations_that_amplify_rounding(tiny, tmp_path, monkeypatch):
+    """On an H200, the canary stopped SmolLM2-135M at a gap of 0.53.
+
+    Rounding to bfloat16 alone can cause that gap under some perturbations.
     """
     model_dir = tiny("tiny-llama", num_hidden_layers=24, initializer_range=0.2)
     config = tiny_config(
@@ -142,22 +153,25 @@ def test_a_perturbation_that_amplifies_rounding_does_not_fail_the_canary(
             micro_batch_tokens=1024,
             rounds=True,
         )
-        probe = WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)
+        weight_check = WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)
         seeds = weight_sync.CANARY_SEEDS[:4]
-        noises = [probe._rounding_noise(seed) for seed in seeds]
-        monkeypatch.setattr(weight_sync, "CANARY_SEEDS", [seeds[noises.index(max(noises))]])
+        noises = [weight_check._rounding_noise(seed) for seed in seeds]
+        noisiest_seed = seeds[noises.index(max(noises))]
+        monkeypatch.setattr(weight_sync, "CANARY_SEEDS", [noisiest_seed])
         with pytest.raises(
             RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.4"
         ):
-            probe.canary(version=0)
+            weight_check.canary(version=0)
         monkeypatch.setattr(weight_sync, "CANARY_SEEDS", seeds)
-        assert probe.canary(version=1) < 2 * min(noises) < 0.4
+        gap = weight_check.canary(version=1)
+        assert gap < 2 * min(noises)
+        assert 2 * min(noises) < 0.4
     finally:
         engine.close()
 
 
-# The slow ones share their code with another: micro-qwen2 is a smaller tiny-qwen2, and one function
-# ties all heads.
+# The slow cases run the same code as other cases: micro-qwen2 is a smaller tiny-qwen2, and all
+# tied heads are handled by one function.
 MODELS = [
     ("tiny-qwen2", True),
     ("tiny-llama", False),
@@ -174,48 +188,63 @@ MODELS = [
 
 @pytest.mark.engine
 @pytest.mark.parametrize(("kind", "tied"), MODELS)
-def test_every_single_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
-    """The canary passes for the real sync, and a stale copy of any one tensor is seen.
+def test_every_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
+    """A complete sync passes the canary and the probe.
 
-    By its name, or by the gap.
+    For models without a tied head, the probe's gap also shows a single tensor with old values.
     """
     model_dir = tiny(kind, tie_word_embeddings=tied)
     engine = start_engine(model_dir, tmp_path)
     try:
-        learner, probe = put_together(engine, model_dir, tmp_path)
-        assert probe.canary(version=0) < 1e-4
+        learner, weight_check = put_together(engine, model_dir, tmp_path)
+        assert weight_check.canary(version=0) < 1e-4
         report = sync(engine, learner, version=1)
-        assert report.version == 1 and probe.probe().gap < 1e-4
-        (group,) = engine.generate(
-            [Request(prompt_ids=PROMPTS[0], seed=1)], SamplingOptions(max_tokens=4)
-        )
-        assert group[0].versions == ((1, 0, len(group[0].token_ids)),)
-        true = {name: weight.clone() for name, weight in learner.weights()}
-        if tied:
-            return
-        with learner.perturbed(seed=20_000):
-            sent = {name: weight.clone() for name, weight in learner.weights()}
-            for stale in sent:
-                engine.load_weights(Weights(sent | {stale: true[stale]}), version=2)
-                assert probe.gap() > MAX_GAP_FLOAT32, f"a stale {stale} is not seen"
+        assert report.version == 1
+        assert weight_check.probe().gap < 1e-4
+        completion = sample_one(engine, PROMPTS[0], seed=1, options=SamplingOptions(max_tokens=4))
+        assert completion.versions == ((1, 0, len(completion.token_ids)),)
+        if not tied:
+            assert_each_stale_tensor_is_detected(engine, learner, weight_check)
     finally:
         engine.close()
 
 
-def start_faulty(model_dir, folder, fault, dtype="float32"):
-    """Returns an engine with a fault and the file that names it."""
-    file = folder / "fault"
-    file.write_text(fault)
+def assert_each_stale_tensor_is_detected(engine, learner, weight_check):
+    original_weights = {name: weight.clone() for name, weight in learner.weights()}
+    with learner.perturbed(seed=20_000):
+        perturbed_weights = {name: weight.clone() for name, weight in learner.weights()}
+        for stale_name in perturbed_weights:
+            weights = Weights(perturbed_weights)
+            weights[stale_name] = original_weights[stale_name]
+            engine.load_weights(weights, version=2)
+            assert weight_check.gap() > MAX_GAP_FLOAT32, f"a stale {stale_name} is not detected"
+
+
+class FaultyEngine(VllmEngine):
+    """An engine whose child process has a fault (tests/support/faulty_child.py)."""
+
+    child_module = "faulty_child"
+    fault_file: Path  # contains the name of the fault; the child reads it in every sync
+
+    def set_fault(self, fault):
+        self.fault_file.write_text(fault)
+
+
+def start_faulty_engine(model_dir, folder, fault, dtype="float32"):
+    fault_file = folder / "fault"
+    fault_file.write_text(fault)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRPO_TEST_FAULT", str(file))
+        patch.setenv("GRPO_TEST_FAULT", str(fault_file))
         patch.setenv("PYTHONPATH", SUPPORT)
-        return start_engine(model_dir, folder, dtype=dtype, module="faulty_child"), file
+        engine = start_engine(model_dir, folder, FaultyEngine, dtype=dtype)
+    engine.fault_file = fault_file
+    return engine
 
 
 @pytest.fixture(scope="module")
-def faulty(tiny, tmp_path_factory):
-    engine, file = start_faulty(tiny(), tmp_path_factory.mktemp("faulty"), "none")
-    yield engine, file
+def faulty_engine(tiny, tmp_path_factory):
+    engine = start_faulty_engine(tiny(), tmp_path_factory.mktemp("faulty"), "none")
+    yield engine
     engine.close()
 
 
@@ -227,75 +256,86 @@ def faulty(tiny, tmp_path_factory):
         ("swapped", "the canary found"),
         ("zeroed", "the canary found"),
         ("missing layer", r"weights of the engine's model did not arrive: model.layers.1"),
-        ("flipped bit", r"the bytes of model.layers.0.\S+ are not those that were sent"),
+        ("flipped bit", r"the bytes of model.layers.0.\S+ differ from those that were sent"),
         ("stale layer", "the probe found"),
         ("stale cache", "the probe found"),
     ],
 )
-def test_a_fault_in_the_sync_is_seen_before_the_first_rollout(
-    tiny, tmp_path, faulty, fault, message
+def test_faulty_sync_is_detected_before_the_first_rollout(
+    tiny, tmp_path, faulty_engine, fault, message
 ):
-    engine, file = faulty
-    learner, probe = put_together(engine, tiny(), tmp_path)
-    file.write_text("none")
-    sync(engine, learner, version=0)  # what the test before this one left is gone
-    file.write_text(fault)
+    learner, weight_check = put_together(faulty_engine, tiny(), tmp_path)
+    # A sync without a fault removes the effects of the previous test.
+    faulty_engine.set_fault("none")
+    sync(faulty_engine, learner, version=0)
+    faulty_engine.set_fault(fault)
     with pytest.raises(RunError, match=message):
-        probe.canary(version=0)
-        sync(engine, learner, version=1)
-        probe.probe()
+        weight_check.canary(version=0)
+        sync(faulty_engine, learner, version=1)
+        weight_check.probe()
 
 
 @pytest.mark.engine
-def test_a_stale_head_is_seen_in_bfloat16_too(tiny, tmp_path):
-    engine, _ = start_faulty(tiny(), tmp_path, "stale head", dtype="bfloat16")
+def test_stale_head_is_detected_in_bfloat16(tiny, tmp_path):
+    engine = start_faulty_engine(tiny(), tmp_path, "stale head", dtype="bfloat16")
     try:
-        _, probe = put_together(engine, tiny(), tmp_path, rounds=True)
+        _, weight_check = put_together(engine, tiny(), tmp_path, rounds=True)
         with pytest.raises(
             RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.2"
         ):
-            probe.canary(version=0)
+            weight_check.canary(version=0)
     finally:
         engine.close()
 
 
 @pytest.mark.engine
-def test_an_engine_that_hangs_and_one_that_is_killed_are_errors_that_say_so(tiny, tmp_path):
+def test_calls_to_a_frozen_engine_and_to_a_killed_engine_are_errors(tiny, tmp_path):
     engine = start_engine(tiny(), tmp_path, load_weights=True)
-    request = [Request(prompt_ids=PROMPTS[0], seed=1)]
+    requests = [Request(prompt_ids=PROMPTS[0], seed=1)]
     try:
         engine.wait_ready()
         engine._settings = SETTINGS.model_copy(update={"timeout_s": 1.0})
         os.kill(engine._child.pid, signal.SIGSTOP)
         with pytest.raises(EngineError, match="did not answer `generate` within 1 s"):
-            engine.generate(request, SamplingOptions(max_tokens=4))
+            engine.generate(requests, SamplingOptions(max_tokens=4))
         psutil.Process(engine._child.pid).kill()
         with pytest.raises(EngineError, match="killed by SIGKILL"):
-            engine.generate(request, SamplingOptions(max_tokens=100))
+            engine.generate(requests, SamplingOptions(max_tokens=100))
     finally:
         engine.close()
 
 
-def test_an_engine_that_dies_at_start_says_how(tmp_path):
-    engine, _ = start_faulty("nowhere", tmp_path, "dies at start")
+def test_error_of_an_engine_that_ends_during_its_start_contains_the_exit_code(tmp_path):
+    engine = start_faulty_engine("nowhere", tmp_path, "dies at start")
     with pytest.raises(EngineError, match="died during `start`: exit code 7"):
         engine.wait_ready()
     engine.close()
 
 
+# Starts an engine in the background, prints the process id of its child and sleeps.
+PARENT_PROGRAM = """\
+import sys
+import time
+from pathlib import Path
+
+from grpo import config
+from grpo.engines.local.engine import VllmEngine
+from grpo.engines.vllm_options import ServedModel
+
+engine = VllmEngine(
+    model=ServedModel(model_dir=sys.argv[1], dtype="float32", max_model_len=64),
+    settings=config.Engine(kv_cache_gb=0.05),
+    log_file=Path(sys.argv[2]),
+)
+print(engine._child.pid, flush=True)
+time.sleep(60)
+"""
+
+
 @pytest.mark.engine
-def test_the_engine_dies_with_its_parent(tmp_path, tiny):
-    program = (
-        "import sys, time; from pathlib import Path; from grpo import config; from "
-        "grpo.engines.local.engine import VllmEngine; from grpo.engines.vllm_options import "
-        "ServedModel\n"
-        "model = ServedModel(model_dir=sys.argv[1], dtype='float32', max_model_len=64)\n"
-        "engine = VllmEngine(model=model, settings=config.Engine(kv_cache_gb=0.05), "
-        "log_file=Path(sys.argv[2]))\n"
-        "print(engine._child.pid, flush=True); time.sleep(60)"
-    )
+def test_engine_ends_with_its_parent(tmp_path, tiny):
     parent = subprocess.Popen(
-        [sys.executable, "-c", program, str(tiny()), str(tmp_path / "log")],
+        [sys.executable, "-c", PARENT_PROGRAM, str(tiny()), str(tmp_path / "log")],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -306,6 +346,6 @@ def test_the_engine_dies_with_its_parent(tmp_path, tiny):
     child.wait(timeout=5)
 
 
-def test_too_little_memory_is_told_before_the_engine_starts():
+def test_insufficient_memory_is_a_user_error():
     with pytest.raises(UserError, match=r"KV cache 100000 GB.*lower engine.kv_cache_gb"):
-        check_memory(configs.Engine(kv_cache_gb=100_000), weight_bytes=0)
+        check_memory(configs.EngineSettings(kv_cache_gb=100_000), weight_bytes=0)

@@ -1,4 +1,4 @@
-"""The event loop in a thread: limits, interruptions, its end."""
+"""The event loop in a thread: timeouts, interruptions and closing."""
 
 import asyncio
 
@@ -9,12 +9,12 @@ from grpo.engines import EngineTimeoutError
 from grpo.engines.servers.loop_thread import LoopThread
 
 
-async def nothing():
+async def no_cleanup():
     pass
 
 
-def test_a_coroutine_past_its_limit_is_cancelled_and_the_error_says_what_was_going_on():
-    loop = LoopThread("drill", describe=lambda: "s0 lost, 3 pending")
+def test_coroutine_is_cancelled_after_its_timeout_and_the_error_contains_the_state():
+    loop = LoopThread("engine pool", describe=lambda: "s0 lost, 3 pending")
     cancelled = []
 
     async def hang():
@@ -25,42 +25,44 @@ def test_a_coroutine_past_its_limit_is_cancelled_and_the_error_says_what_was_goi
             raise
 
     with pytest.raises(
-        EngineTimeoutError, match=r"the drill did not respond within 0.3 s; s0 lost, 3 pending"
+        EngineTimeoutError,
+        match=r"the engine pool did not respond within 0.3 s; s0 lost, 3 pending",
     ):
         run_within(10, lambda: loop.run(hang(), 0.3))
     loop.run(asyncio.sleep(0.05))
     assert cancelled == [True]
-    loop.close(nothing())
+    loop.close(no_cleanup())
 
 
-def test_a_timeout_that_the_work_itself_raises_is_not_the_loops():
-    loop = LoopThread("drill")
+def test_timeout_error_of_the_coroutine_itself_is_raised_unchanged():
+    loop = LoopThread("engine pool")
 
-    async def late():
-        raise TimeoutError("its own")
+    async def raise_timeout():
+        raise TimeoutError("raised by the coroutine")
 
-    with pytest.raises(TimeoutError, match="its own"):
-        run_within(10, lambda: loop.run(late(), 1000))
-    loop.close(nothing())
+    with pytest.raises(TimeoutError, match="raised by the coroutine"):
+        run_within(10, lambda: loop.run(raise_timeout(), 1000))
+    loop.close(no_cleanup())
 
 
-def test_what_on_wait_raises_ends_the_wait():
+def test_exception_of_on_wait_ends_the_wait():
     def interrupt():
         raise KeyboardInterrupt
 
-    loop = LoopThread("drill", on_wait=interrupt)
+    loop = LoopThread("engine pool", on_wait=interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_within(10, lambda: loop.run(asyncio.sleep(1000), 1000))
-    loop.close(nothing())
+    loop.close(no_cleanup())
 
 
-def test_nobody_is_left_waiting_when_the_loop_is_closed():
-    loop = LoopThread("drill")
-    closed = []
+def test_close_cancels_pending_coroutines_and_runs_the_cleanup():
+    loop = LoopThread("engine pool")
+    cleanups = []
 
     async def cleanup():
-        closed.append(True)
+        cleanups.append(True)
 
     future = loop.submit(asyncio.sleep(1000))
     run_within(10, lambda: loop.close(cleanup()))
-    assert closed == [True] and future.cancelled()
+    assert cleanups == [True]
+    assert future.cancelled()

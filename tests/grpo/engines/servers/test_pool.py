@@ -1,13 +1,8 @@
-"""Two real vLLM servers.
+"""A pool of two real vLLM servers: sampling, authentication, weight updates and user errors."""
 
-What they sample, who may ask them, what is done when one is killed, hangs or gets broken weights.
-"""
-
-import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import psutil
@@ -25,34 +20,40 @@ from grpo.run import ranks
 from grpo.types import UserError
 
 pytestmark = pytest.mark.engine
-ROOT = Path(__file__).parents[4]
 
 
-def test_two_servers_sample_what_one_child_process_samples(pool, tiny, tmp_path):
+def test_two_servers_sample_the_completions_of_one_child_process(pool, tiny, tmp_path):
     model = ServedModel(
         model_dir=str(tiny()), dtype="float32", max_model_len=160, load_weights=True
     )
     engine = VllmEngine(model=model, settings=settings(), log_file=tmp_path / "log")
-    expected = engine.generate(REQUESTS, OPTIONS)
+    engine_groups = engine.generate(REQUESTS, OPTIONS)
     engine.close()
-    done = []
-    found = pool.generate(REQUESTS, OPTIONS, lambda *progress: done.append(progress))
-    num_tokens = [
-        pool._loop.run(pool._client.num_generated_tokens(server, 10))
-        for server in pool._state.servers
-    ]
-    assert done[-1] == (36, 36) and all(count > 0 for count in num_tokens)  # both had work
-    for ours, theirs in zip(found, expected, strict=True):
-        assert [(c.token_ids, c.text, c.finish_reason) for c in ours] == [
-            (c.token_ids, c.text, c.finish_reason) for c in theirs
-        ]
-        assert all(c.versions == ((1, 0, 24),) for c in ours)
-        for a, b in zip(ours, theirs, strict=True):
-            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+    progress = []
+
+    def record_progress(num_finished, num_total):
+        progress.append((num_finished, num_total))
+
+    pool_groups = pool.generate(REQUESTS, OPTIONS, record_progress)
+
+    assert progress[-1] == (36, 36)
+    for server in pool._state.servers:  # both servers have sampled
+        assert pool._loop.run(pool._client.num_generated_tokens(server, 10)) > 0
+    for pool_group, engine_group in zip(pool_groups, engine_groups, strict=True):
+        for actual, expected in zip(pool_group, engine_group, strict=True):
+            assert actual.token_ids == expected.token_ids
+            assert actual.text == expected.text
+            assert actual.finish_reason == expected.finish_reason
+            assert actual.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+            assert actual.versions == ((1, 0, 24),)
 
 
-def test_every_route_asks_for_the_token_and_pickles_are_not_served(pool):
-    url, token = pool._state.servers[0].url, pool._state.servers[0].environment[TOKEN_VARIABLE]
+def test_every_route_requires_the_token_and_collective_rpc_is_forbidden(pool):
+    server = pool._state.servers[0]
+    token = server.environment[TOKEN_VARIABLE]
+    assert server.url.startswith("http://127.0.0.1:")
+    wrong_token = {"Authorization": f"Bearer {token[:-1]}"}
     for method, path in (
         ("GET", "/health"),
         ("POST", "/update_weights"),
@@ -60,53 +61,63 @@ def test_every_route_asks_for_the_token_and_pickles_are_not_served(pool):
         ("POST", "/pause"),
         ("GET", "/docs"),
     ):
-        assert httpx.request(method, url + path).status_code == 401
-        assert (
-            httpx.request(
-                method, url + path, headers={"Authorization": "Bearer " + token[:-1]}
-            ).status_code
-            == 401
-        )
-    right = {"Authorization": f"Bearer {token}"}
-    assert (
-        httpx.post(url + "/collective_rpc", headers=right, json={"method": "x"}).status_code == 403
-    )
-    assert httpx.get(url + "/health", headers=right).status_code == 200
-    assert url.startswith("http://127.0.0.1:")
+        assert httpx.request(method, server.url + path).status_code == 401
+        assert httpx.request(method, server.url + path, headers=wrong_token).status_code == 401
+    right_token = {"Authorization": f"Bearer {token}"}
+    # vLLM's /collective_rpc would call any method of the workers.
+    response = httpx.post(server.url + "/collective_rpc", headers=right_token, json={"method": "x"})
+    assert response.status_code == 403
+    assert httpx.get(server.url + "/health", headers=right_token).status_code == 200
 
 
-def test_new_weights_reach_every_server_and_their_prefixes_are_not_those_of_the_old(pool, tiny):
+def test_new_weights_reach_every_server_and_old_prefixes_are_not_reused(pool, tiny):
     before = pool.prove(REQUESTS[:4], OPTIONS)
     pool.load_weights(weights(tiny(), 0.7), 2)
     after = pool.prove(REQUESTS[:4], OPTIONS)
-    assert len(after) == 2 and mean_logprob_gap(after[0], after[1]) < 1e-4 < mean_logprob_gap(
-        before[0], after[0]
-    )
+    assert len(after) == 2
+    assert mean_logprob_gap(after[0], after[1]) < 1e-4
+    assert mean_logprob_gap(before[0], after[0]) > 1e-4
     pool.load_weights(weights(tiny()), 3)
-    assert mean_logprob_gap(before[0], pool.prove(REQUESTS[:4], OPTIONS)[1]) < 1e-4
+    restored = pool.prove(REQUESTS[:4], OPTIONS)
+    assert mean_logprob_gap(before[0], restored[1]) < 1e-4
 
 
-def test_a_server_whose_trainer_was_killed_while_it_started_ends():
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    program = f"""import os, subprocess
+# Stands in for a server: starts an engine core, then watches a parent and a trainer as the plugin
+# of a server does.
+SERVER_PROGRAM = """\
+import os
+import subprocess
+import sys
+
 from grpo.engines.servers.plugin import _kill_orphaned_group
-print(subprocess.Popen(['sleep', '60']).pid, flush=True)
-_kill_orphaned_group(os.getppid(), {dead.pid})"""
+
+engine_core = subprocess.Popen(["sleep", "60"])
+print(engine_core.pid, flush=True)
+_kill_orphaned_group(os.getppid(), int(sys.argv[1]))
+"""
+
+
+def has_ended(pid):
+    if not psutil.pid_exists(pid):
+        return True
+    return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_server_ends_if_its_trainer_was_killed_while_the_server_started():
+    ended_trainer = subprocess.Popen(["true"])
+    ended_trainer.wait()
     server = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", SERVER_PROGRAM, str(ended_trainer.pid)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    core = int(server.stdout.readline())
+    engine_core_pid = int(server.stdout.readline())
     assert server.wait(timeout=60) == -signal.SIGKILL
-    wait_for(
-        lambda: (
-            not psutil.pid_exists(core) or psutil.Process(core).status() == psutil.STATUS_ZOMBIE
-        ),
-        seconds=5,
-    )
+    wait_for(lambda: has_ended(engine_core_pid), seconds=5)
 
 
-def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypatch):
+def test_unusable_server_settings_are_user_errors(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs GPUs on both sides"):
         pool_of(tiny(), tmp_path, transfer="nccl")
     with monkeypatch.context() as patch:
@@ -123,19 +134,15 @@ def test_what_cannot_be_is_told_before_anything_starts(tiny, tmp_path, monkeypat
     monkeypatch.delenv("GRPO_ENGINE_TOKEN", raising=False)
     with pytest.raises(UserError, match="GRPO_ENGINE_TOKEN is not set"):
         pool_of(tiny(), tmp_path, count=0, urls=["http://127.0.0.1:9"])
+    tree = tiny_config(tmp_path, tiny()).model_dump(mode="json", exclude={"engine"})
     for servers, message in (
-        ({}, "give count"),
-        ({"urls": ["http://x"], "transfer": "memory"}, "reaches this machine only"),
+        ({}, "set count"),
+        ({"urls": ["http://x"], "transfer": "memory"}, "reaches servers on this machine only"),
     ):
         with pytest.raises(UserError, match=message):
-            configs.parse(
-                {"engine": {"servers": servers}}
-                | json.loads(
-                    json.dumps(tiny_config(tmp_path, tiny()).model_dump(exclude={"engine"}))
-                )
-            )
+            configs.parse({**tree, "engine": {"servers": servers}})
 
 
-def test_staleness_needs_servers(tiny, tmp_path):
+def test_max_staleness_requires_servers(tiny, tmp_path):
     with pytest.raises(UserError, match="max_staleness needs servers"):
         tiny_config(tmp_path, tiny(), train={"rollouts": 1, "max_staleness": 1})

@@ -1,4 +1,4 @@
-"""A server's process: waits for its end have a limit and do not stop the event loop."""
+"""The process of a local server: waits for its end have a limit and do not block the event loop."""
 
 import asyncio
 import contextlib
@@ -22,55 +22,59 @@ from grpo.engines.servers.weight_updates import WeightUpdates
 def server(tmp_path):
     """A server whose process only sleeps."""
     server = Server(
-        url="http://127.0.0.1:9", log_file=tmp_path / "log", command=["sleep", "60"], environment={}
+        url="http://127.0.0.1:9",
+        log_file=tmp_path / "log",
+        command=["sleep", "60"],
+        environment=dict(os.environ),
     )
-    server.environment = dict(os.environ)
     server.start()
-    pid = server.process.pid
+    first_pid = server.process.pid
     yield server
-    for number in {pid, server.process.pid}:
+    for pid in {first_pid, server.process.pid}:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(number, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     server.process.wait(timeout=10)
 
 
-def test_a_server_that_does_not_end_when_killed_is_an_error_that_names_it(server, monkeypatch):
+def test_server_process_that_does_not_end_when_killed_is_an_error(server, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(server_module, "KILL_TIMEOUT_S", 0.3)
-        patch.setattr(os, "killpg", lambda *_: None)  # as if the kernel held it
+        patch.setattr(os, "killpg", lambda *_: None)  # simulates a process that SIGKILL cannot end
         with pytest.raises(ProcessNotEndedError, match=r"127.0.0.1:9 \(process \d+\) did not end"):
             run_within(15, server.kill)
     server.kill()
     assert "killed by SIGKILL" in server.describe()
 
 
-def test_the_event_loop_goes_on_while_a_lost_server_is_killed(server, monkeypatch):
+def test_event_loop_keeps_running_while_a_lost_server_is_killed(server, monkeypatch):
     state = PoolState([server])
-    settings = configs.Engine(servers=configs.Servers(count=1))
+    settings = configs.EngineSettings(servers=configs.ServerSettings(count=1))
     updates = WeightUpdates(None, sync_timeout_s=10.0)
     supervisor = Supervisor(state, updates, settings, keeps_weights=True, say=lambda _: None)
-    gaps = []
+    intervals_s = []  # between iterations of the event loop
 
-    async def measure():
-        last = time.monotonic()
+    async def measure_intervals():
+        last_time = time.monotonic()
         while True:
             await asyncio.sleep(0.01)
-            gaps.append(time.monotonic() - last)
-            last = time.monotonic()
+            intervals_s.append(time.monotonic() - last_time)
+            last_time = time.monotonic()
 
-    async def drill():
-        measuring = asyncio.ensure_future(measure())
-        await supervisor._restart(server, "a drill")
-        measuring.cancel()
+    async def restart_server():
+        measurement = asyncio.ensure_future(measure_intervals())
+        await supervisor._restart(server, "lost")
+        measurement.cancel()
 
     wait = server.process.wait
 
     def slow_wait(timeout=None):
-        time.sleep(1.0)  # a process that frees much memory takes its time
+        time.sleep(1.0)  # like a process that frees much memory when it ends
         return wait(timeout)
 
-    first = server.process.pid
+    first_pid = server.process.pid
     monkeypatch.setattr(server.process, "wait", slow_wait)
-    asyncio.run(drill())
-    assert max(gaps) < 0.5 and len(gaps) > 20
-    assert server.process.pid != first and state.counts["restarted"] == 1
+    asyncio.run(restart_server())
+    assert max(intervals_s) < 0.5
+    assert len(intervals_s) > 20
+    assert server.process.pid != first_pid
+    assert state.counts["restarted"] == 1

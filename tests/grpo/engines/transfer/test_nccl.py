@@ -1,4 +1,4 @@
-"""The transport nccl, without NCCL: what it does when a server fails or is lost."""
+"""The NCCL transport when a server fails or is lost during a transfer. NCCL itself is replaced."""
 
 import threading
 import time
@@ -10,15 +10,15 @@ from grpo.engines.transfer.interface import SenderOptions
 from grpo.engines.transfer.nccl import NcclSender
 
 
-class Group:
-    """Two servers, of which `update_weights` fails."""
+class FakeGroup:
+    """Two servers whose first calls of `update_weights` fail."""
 
     version = 3
     num_workers = 1
 
-    def __init__(self, failures):
-        self.failures = failures  # how often `update_weights` fails
-        self.num_settled = 0
+    def __init__(self, num_failures):
+        self.num_failures = num_failures  # the number of calls of `update_weights` that will fail
+        self.num_ended_updates = 0
 
     def members(self):
         return [("s0", 1), ("s1", 1)]
@@ -30,8 +30,8 @@ class Group:
         pass
 
     def update_weights(self, update_info):
-        if self.failures:
-            self.failures -= 1
+        if self.num_failures > 0:
+            self.num_failures -= 1
             raise ServerError("s0", "/update_weights", 500, "broken off")
 
     def finish_weight_update(self, weight_version=None):
@@ -41,18 +41,18 @@ class Group:
         raise NotImplementedError
 
     def end_failed_update(self):
-        self.num_settled += 1
+        self.num_ended_updates += 1
 
 
-class Trainer:
-    """vLLM's sending side.
+class FakeTrainer:
+    """Stands in for vLLM's sender.
 
-    It asks for the result of `update_weights` when its broadcast is over, and the broadcast waits
-    for all servers.
+    vLLM's sender reads the result of `update_weights` only after its broadcast, and the broadcast
+    waits for all servers. After a failure, `send_weights` therefore blocks until `shutdown`.
     """
 
     def __init__(self):
-        self.ended = threading.Event()
+        self.is_shut_down = threading.Event()
         self.update_failed = False
 
     def send_weights(self):
@@ -60,7 +60,7 @@ class Trainer:
         thread.start()
         thread.join()
         if self.update_failed:
-            assert self.ended.wait(60)
+            assert self.is_shut_down.wait(60)
 
     def update(self):
         try:
@@ -69,45 +69,56 @@ class Trainer:
             self.update_failed = True
 
     def shutdown(self):
-        self.ended.set()
+        self.is_shut_down.set()
 
 
-def make_sender(monkeypatch, said=None):
-    """Returns a sender without NCCL and the list of its trainers."""
-    lines = [] if said is None else said
-    sender = NcclSender(SenderOptions(limit_s=50, say=lines.append))
+@pytest.fixture
+def messages():
+    """The messages that the sender prints."""
+    return []
+
+
+@pytest.fixture
+def sender(messages):
+    return NcclSender(SenderOptions(limit_s=50, say=messages.append))
+
+
+@pytest.fixture
+def trainers(sender, monkeypatch):
+    """The fake trainers that the sender has created, one per attempt to send."""
     trainers = []
 
-    def join(*_):
-        trainers.append(Trainer())
-        sender._trainer = trainers[-1]
+    def form_group(*_):
+        trainer = FakeTrainer()
+        trainers.append(trainer)
+        sender._trainer = trainer
 
-    monkeypatch.setattr(sender, "_join", join)
-    return sender, trainers
+    monkeypatch.setattr(sender, "_form_group", form_group)
+    return trainers
 
 
-def test_a_server_that_fails_in_a_transfer_ends_it_though_the_learner_waits(monkeypatch):
-    sender, trainers = make_sender(monkeypatch)
-    group = Group(failures=2)
+def test_failure_of_a_server_ends_a_transfer_that_still_waits_for_all_servers(sender, trainers):
+    group = FakeGroup(num_failures=2)
     start = time.monotonic()
     with pytest.raises(
-        EngineError, match="weights 3 to 2 servers by NCCL: /update_weights at s0: 500 broken off"
+        EngineError,
+        match="weights 3 to 2 servers by NCCL failed: /update_weights at s0: 500 broken off",
     ):
         sender.send(None, group)
     assert time.monotonic() - start < 10
-    assert all(trainer.ended.is_set() for trainer in trainers) and sender._trainer is None
-    assert group.num_settled == 2
+    assert all(trainer.is_shut_down.is_set() for trainer in trainers)
+    assert sender._trainer is None
+    assert group.num_ended_updates == 2
 
 
-def test_a_transfer_that_failed_once_is_tried_once_more(monkeypatch):
-    said = []
-    sender, trainers = make_sender(monkeypatch, said)
-    group = Group(failures=1)
+def test_failed_transfer_is_tried_a_second_time(sender, trainers, messages):
+    group = FakeGroup(num_failures=1)
     sender.send(None, group)
-    assert len(trainers) == 2 and group.num_settled == 1
-    assert "once more without those that are lost" in said[0]
+    assert len(trainers) == 2
+    assert group.num_ended_updates == 1
+    assert "trying again without the lost servers" in messages[0]
 
 
-def test_it_sends_to_a_group_of_servers_only():
+def test_receiver_must_be_a_group_of_servers():
     with pytest.raises(TypeError, match="a group of servers"):
         NcclSender(SenderOptions()).send(None, object())

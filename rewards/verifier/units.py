@@ -1,0 +1,82 @@
+"""Splits an answer into a value and a unit."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+# A value and its unit, such as `5 cm`, `5\text{ cm}`, `25\%` and `3 m/s`. A lower-case word after a
+# number and a space is a unit, unless it is one of FUNCTION_NAMES.
+FUNCTION_NAMES = "pi|sqrt|sin|cos|tan|cot|sec|log|ln|exp|mod"
+UNIT_SYMBOL = r"(?<=[\d}]) ?(?:cm|mm|km|kg|ft|in|mph|m|g|s|h|L)(?![A-Za-z(])"
+VALUE_WITH_UNIT = re.compile(
+    rf"(.+?) ?(\\text\{{[^{{}}]*\}}|\\?%|(?<=[\d}})!]) (?!(?:{FUNCTION_NAMES})\b)[a-z]{{2}}"
+    rf"|{UNIT_SYMBOL})([ .^/{{}}23a-z]|\\text\{{[^{{}}]*\}})*"
+)
+# Canonical names of units, after the plural "s" has been removed (so "inches" is "inche").
+UNIT_NAMES = {
+    "$": "dollar",
+    "percent": "%",
+    "deg": "degree",
+    "centimeter": "cm",
+    "centimetre": "cm",
+    "meter": "m",
+    "metre": "m",
+    "kilometer": "km",
+    "kilometre": "km",
+    "feet": "foot",
+    "ft": "foot",
+    "inche": "inch",
+    "in": "inch",
+    "hr": "hour",
+    "h": "hour",
+    "min": "minute",
+    "sec": "second",
+    "mi": "mile",
+}
+FACTORS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+
+class Quantity(NamedTuple):
+    """A value and its unit, "" without one: `Quantity("5.4", "cent")`."""
+
+    value: str
+    unit: str
+
+
+def split_unit(text: str) -> Quantity:
+    r"""Splits an answer into value and unit.
+
+    A word such as `million` before the unit becomes a factor of the value. A dollar sign in front
+    of the value is the unit, unless another unit follows the value.
+
+    Examples: `5.4 \text{ cents}` -> ("5.4", "cent"), `\$36` -> ("36", "dollar"), `3 million` ->
+    ("(3)*1000000", "").
+    """
+    currency = ""
+    dollar_sign = re.match(r"(-?)\s*\\?\$\s*(?=[\d.-])", text)
+    if dollar_sign:
+        currency = "dollar"
+        text = dollar_sign[1] + text[dollar_sign.end() :]
+    match = VALUE_WITH_UNIT.fullmatch(text)
+    if match is None or match[1].count("{") != match[1].count("}"):
+        return Quantity(text, currency)
+    value = match[1]
+    unit = re.sub(r"\\text|[\\{} .]", "", text[match.end(1) :]).lower()
+    for word, factor in FACTORS.items():
+        if unit.startswith(word):
+            value = f"({value})*{factor}"
+            unit = unit.removeprefix(word)
+            break
+    return Quantity(value, _unit_name(unit) or currency)
+
+
+def _unit_name(unit: str) -> str:
+    """Returns the canonical name of a unit, such as `foot^2` for `squarefeet`."""
+    plural_ending = r"s(?=\^|$)"
+    unit = re.sub(plural_ending, "", unit)
+    unit = re.sub(r"^(?:square|sq)(\w+)$", r"\1^2", unit)
+    unit = re.sub(r"^cubic(\w+)$", r"\1^3", unit)
+    unit = re.sub(plural_ending, "", unit)
+    name, caret, power = unit.partition("^")
+    return UNIT_NAMES.get(name, name) + caret + power
