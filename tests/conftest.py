@@ -1,4 +1,4 @@
-"""What all tests share: how they are spread over workers, tiny models, a pool of servers."""
+"""Fixtures that several folders use, and how tests are distributed over workers."""
 
 import os
 from pathlib import Path
@@ -10,29 +10,33 @@ from tiny_models import MLA, TINY_SHAPE
 
 from grpo.cli import QUIET_ENVIRONMENT
 
-# before anything of the hub is imported: no test asks it
+# Tests never access the Hugging Face hub. Set before the first import of huggingface_hub.
 os.environ.update(QUIET_ENVIRONMENT | {"HF_HUB_OFFLINE": "1"})
 from grpo.learning import models
 
-hypothesis.settings.register_profile("grpo", deadline=None)  # a busy machine is no bug
+hypothesis.settings.register_profile("grpo", deadline=None)  # a busy machine may be slow
 hypothesis.settings.load_profile("grpo")
 
 
 def pytest_configure(config):
-    """Holds each of several workers, and all that it starts, to its share of the cores."""
+    """Restricts each of several workers, and the processes that it starts, to its own cores."""
     cores = sorted(os.sched_getaffinity(0))
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-        share = max(1, len(cores) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
-        first = number * share % len(cores)
-        os.sched_setaffinity(0, cores[first : first + share])
-    elif workers := config.getoption("numprocesses", None):
-        # Read when a worker's OpenMP is loaded, which is before the worker is held to its cores.
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # in a worker
+        worker_index = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        num_workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        cores_per_worker = max(1, len(cores) // num_workers)
+        start = worker_index * cores_per_worker % len(cores)
+        os.sched_setaffinity(0, cores[start : start + cores_per_worker])
+        return
+    num_workers = config.getoption("numprocesses", None)
+    if num_workers:  # in the process that starts the workers
+        # A worker's OpenMP reads this variable when it is loaded, before the affinity above is set.
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(cores) // num_workers))
 
 
-# Files that take a minute and more, longest first. A worker takes a whole file (--dist loadfile),
-# so that its fixtures are made once; the small files at the end keep all workers busy.
+# Files that take a minute or more, longest first. A worker runs all tests of a file
+# (--dist loadfile), so that module fixtures are created once. The short files come last and keep
+# all workers busy until the end.
 LONG_FILES = (
     "stages/test_train.py",
     "local/test_engine.py",
@@ -47,47 +51,45 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items.sort(key=_place)
+    items.sort(key=_file_order)
 
 
-def _place(item) -> int:
-    for place, name in enumerate(LONG_FILES):
+def _file_order(item) -> int:
+    for index, name in enumerate(LONG_FILES):
         if item.path.match(name):
-            return place
+            return index
     return len(LONG_FILES)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Returns `make(kind, **overrides) -> directory` of a model with about 100,000 random weights,
-    big enough to have opinions.
+    """Returns `make(kind, **overrides)`, which returns the directory of a tiny model.
+
+    A model has about 100,000 random weights. They are large enough that its distributions are far
+    from uniform. Equal arguments return the same directory.
     """
-    made: dict[str, Path] = {}
+    directories: dict[str, Path] = {}
 
     def make(kind: str = "tiny-qwen2", **overrides) -> Path:
         key = f"{kind}-{sorted(overrides.items())}"
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(kind)
-            models.make_tiny(
-                kind,
-                made[key],
-                0,
-                **(TINY_SHAPE | {"initializer_range": 0.1} | MLA.get(kind, {}) | overrides),
-            )
-        return made[key]
+        if key not in directories:
+            directories[key] = tmp_path_factory.mktemp(kind)
+            shape = TINY_SHAPE | {"initializer_range": 0.1} | MLA.get(kind, {}) | overrides
+            models.make_tiny(kind, directories[key], 0, **shape)
+        return directories[key]
 
     return make
 
 
 @pytest.fixture(scope="module")
 def said():
-    """What a pool of servers has said."""
+    """The messages of the fixture `pool`."""
     return []
 
 
 @pytest.fixture(scope="module")
 def pool(tiny, tmp_path_factory, said):
-    """A pool of two real servers with weights 1, the tiny model's own."""
+    """A pool of two real servers. It has received the tiny model's weights as version 1."""
     from server_pools import pool_of, weights
 
     pool = pool_of(tiny(), tmp_path_factory.mktemp("pool"), said)
@@ -108,7 +110,7 @@ def vllm_server(tiny, tmp_path_factory):
 
 @pytest.fixture
 def judge_server():
-    """A server's URL, what it was asked, and its handler, whose `fail` makes it refuse."""
+    """A scripted reward server (`JudgeServer`)."""
     from http_servers import serve_judge
 
     with serve_judge() as server:

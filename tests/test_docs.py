@@ -1,7 +1,4 @@
-"""The README and the pages under docs/.
-
-Every command in them is a command, every config is there, every table says what the code says.
-"""
+"""The README and the pages under docs/ agree with the code: commands, configs, files and tables."""
 
 import re
 import shlex
@@ -19,23 +16,40 @@ from grpo.types import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = [
-    (page.name, line)
-    for page in PAGES
-    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    for line in block.replace("\\\n", "").splitlines()
-    if re.match(r"(\.venv/bin/)?grpo [a-z]+ configs/", line)
-]
+CODE_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+GRPO_COMMAND = re.compile(r"(\.venv/bin/)?grpo [a-z]+ configs/")
+FILE_NAME = re.compile(r"`((?:configs|launch|tests|docs|grpo|rewards|data)/[\w./-]+\.\w+)`")
 
 
-def test_there_are_commands_to_check():
+def documented_commands():
+    """Returns `(page, line)` of every `grpo` command with a config in a code block of the pages."""
+    commands = []
+    for page in PAGES:
+        for block in CODE_BLOCK.findall(page.read_text()):
+            joined_lines = block.replace("\\\n", "")
+            for line in joined_lines.splitlines():
+                if GRPO_COMMAND.match(line):
+                    commands.append((page.name, line))
+    return commands
+
+
+COMMANDS = documented_commands()
+
+
+def section(title):
+    """Returns the section of docs/watching.md that begins with a title."""
+    text = (ROOT / "docs" / "watching.md").read_text()
+    return text[text.index(title) :].partition("\n## ")[0]
+
+
+def test_the_pages_contain_commands():
     assert len(COMMANDS) >= 6
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
-def test_a_command_with_a_config_loads_it(page, line):
-    _, command, config, *overrides = shlex.split(line)
-    overrides = [word for word in overrides if "=" in word and not word.startswith("-")]
+def test_the_config_of_a_documented_command_loads(page, line):
+    _, command, config, *arguments = shlex.split(line)
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     if command == "doctor":
         stage = stage_for_config(configs.read_yaml(str(ROOT / config)))
     elif command == "bench":
@@ -45,29 +59,34 @@ def test_a_command_with_a_config_loads_it(page, line):
     configs.load(str(ROOT / config), overrides, stage.config_class)
 
 
+def test_an_unknown_key_in_an_override_is_an_error():
+    """Without this error the test above could not detect a wrong override."""
+    with pytest.raises(UserError):
+        configs.load(str(ROOT / "configs/tiny.yaml"), ["train.rollout=3"])
+
+
 def test_pages_are_wrapped_at_100_columns():
-    """All but tables, whose rows cannot be wrapped."""
-    long_lines = [
-        f"{page.name}:{number}"
-        for page in [*PAGES, ROOT / "tests" / "gpu" / "README.md"]
-        for number, line in enumerate(page.read_text().splitlines(), start=1)
-        if len(line) > 100 and not line.startswith("|")
-    ]
+    """Table rows are exempt because they cannot be wrapped."""
+    long_lines = []
+    for page in [*PAGES, ROOT / "tests" / "gpu" / "README.md"]:
+        for number, line in enumerate(page.read_text().splitlines(), start=1):
+            if len(line) > 100 and not line.startswith("|"):
+                long_lines.append(f"{page.name}:{number}")
     assert not long_lines
 
 
-def test_every_command_is_in_the_readme_and_every_page_is_named_there():
+def test_the_readme_names_every_command_and_every_page():
     text = (ROOT / "README.md").read_text()
     commands = next(action.choices for action in cli._parser()._actions if action.choices)
-    assert all(f"grpo {name}" in text for name in commands)
-    assert all(f"docs/{page.name}" in text for page in PAGES[1:])
+    for name in commands:
+        assert f"grpo {name}" in text
+    for page in PAGES[1:]:
+        assert f"docs/{page.name}" in text
 
 
-def test_every_file_that_the_pages_name_is_there():
+def test_every_file_named_in_the_pages_exists():
     for page in PAGES:
-        for name in re.findall(
-            r"`((?:configs|launch|tests|docs|grpo|rewards|data)/[\w./-]+\.\w+)`", page.read_text()
-        ):
+        for name in FILE_NAME.findall(page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
@@ -87,25 +106,27 @@ def test_a_page_names_every_file_of_its_folder(page, files):
     paths = list(ROOT.glob(files))
     assert paths
     for path in paths:
-        name = path.stem if path.stem != "pipeline" else f"{path.parent.name}/pipeline"
+        name = f"{path.parent.name}/pipeline" if path.stem == "pipeline" else path.stem
         assert f"`{name}`" in text, name
 
 
 def test_the_readme_names_every_preset():
     text = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in text for name in PRESETS)
+    for name in PRESETS:
+        assert f"`{name}`" in text
 
 
 def test_the_config_in_the_readme_loads(tmp_path):
-    (config,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
-    (tmp_path / "gsm8k.yaml").write_text(config)
-    configs.load(str(tmp_path / "gsm8k.yaml"), [])
+    text = (ROOT / "README.md").read_text()
+    (config,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    path = tmp_path / "gsm8k.yaml"
+    path.write_text(config)
+    configs.load(str(path), [])
 
 
 def test_every_rule_of_the_diagnosis_is_explained_once():
-    assert re.findall(
-        r"^\| `(\w+)` \| .* \| .* \|$", _section("## What the diagnosis says"), re.MULTILINE
-    ) == list(RULES)
+    table = section("## What the diagnosis says")
+    assert re.findall(r"^\| `(\w+)` \| .* \| .* \|$", table, re.MULTILINE) == list(RULES)
 
 
 def test_every_metric_of_a_run_is_in_the_glossary(tiny, tmp_path):
@@ -116,27 +137,25 @@ def test_every_metric_of_a_run_is_in_the_glossary(tiny, tmp_path):
         train={"rollouts": 1, "problems": 4, "group_size": 4},
     )
     loop.train()
-    slots = {"REASON": "[^/]+", "NAME": "[^/]+", "PHASE": "[^/]+", r"\.\.\.": ".+"}
+    patterns = glossary_patterns()
+    undocumented = []
+    for key in loop.run.read_metrics()[-1]:
+        if key in ("step", "rollout"):
+            continue
+        if not any(re.fullmatch(pattern, key) for pattern in patterns):
+            undocumented.append(key)
+    assert not undocumented
+
+
+def glossary_patterns():
+    """Returns a regular expression for each metric name in the glossary."""
+    placeholders = {"REASON": "[^/]+", "NAME": "[^/]+", "PHASE": "[^/]+", r"\.\.\.": ".+"}
     patterns = []
-    for name in re.findall(r"`([\w./]+)`", _section("## Metrics")):
+    for name in re.findall(r"`([\w./]+)`", section("## Metrics")):
         pattern = re.escape(name)
-        for slot, what in slots.items():
-            pattern = pattern.replace(slot, what)
+        for placeholder, expression in placeholders.items():
+            pattern = pattern.replace(placeholder, expression)
         patterns.append(pattern)
-    patterns.remove("[^/]+/[^/]+")  # a reward's reasons: would match all others
-    row = loop.run.read_metrics()[-1]
-    assert not [
-        key
-        for key in row
-        if key not in ("step", "rollout") and not any(re.fullmatch(p, key) for p in patterns)
-    ]
-
-
-def _section(title):
-    text = (ROOT / "docs" / "watching.md").read_text()
-    return text[text.index(title) :].partition("\n## ")[0]
-
-
-def test_a_wrong_override_in_a_page_would_be_seen():
-    with pytest.raises(UserError):
-        configs.load(str(ROOT / "configs/tiny.yaml"), ["train.rollout=3"])
+    # The reasons of a reward (`NAME/REASON`): this pattern would match almost every metric.
+    patterns.remove("[^/]+/[^/]+")
+    return patterns

@@ -1,6 +1,6 @@
-"""What lies in launch/ is well-formed.
+"""The files in launch/: shell scripts, the Slurm job and the Kubernetes job.
 
-Shell scripts, the Slurm job's header, the Kubernetes job; the server's command line.
+Slurm is simulated: scripts named `scontrol` and `srun` record their arguments.
 """
 
 import importlib.util
@@ -21,180 +21,192 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
 
+def write_script(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse_and_are_strict(script):
+def test_scripts_are_strict_executable_and_free_of_syntax_errors(script):
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    assert "set -euo pipefail" in script.read_text() and os.access(script, os.X_OK)
+    assert "set -euo pipefail" in script.read_text()
+    assert os.access(script, os.X_OK)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "--exclude=SC1091", str(script)], check=True)
 
 
-def test_a_server_that_dies_is_started_again_and_a_mistake_or_a_signal_ends_it(tmp_path):
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh", "server.sh"])
+def test_scripts_print_their_usage_if_arguments_are_missing(script):
+    result = subprocess.run([str(LAUNCH / script)], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "launch/" in result.stdout + result.stderr
+
+
+def test_a_server_is_restarted_after_a_failure_but_not_after_a_config_error_or_a_signal(tmp_path):
     (tmp_path / "launch").mkdir()
     shutil.copy(LAUNCH / "server.sh", tmp_path / "launch")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.write_text(
-        '#!/bin/bash\necho started >>"$LOG"; [[ -n "$CODE" ]] && exit "$CODE"; exec sleep 60\n'
+    # In place of Python: exits with CODE or, if CODE is empty, runs for 60 s.
+    write_script(
+        tmp_path / ".venv" / "bin" / "python",
+        '#!/bin/bash\necho started >>"$LOG"; [[ -n "$CODE" ]] && exit "$CODE"; exec sleep 60\n',
     )
-    python.chmod(0o755)
-    log, command = tmp_path / "log", [str(tmp_path / "launch" / "server.sh"), "config.yaml", "8000"]
-    for code, restarts, starts in (("9", "1", 2), ("2", "1", 1), ("0", "0", 1)):
+    command = [str(tmp_path / "launch" / "server.sh"), "config.yaml", "8000"]
+    log = tmp_path / "log"  # one line per start
+    for code, restarts, expected_starts in (("9", "1", 2), ("2", "1", 1), ("0", "0", 1)):
         log.unlink(missing_ok=True)
-        made = os.environ | {"LOG": str(log), "CODE": code, "RESTARTS": restarts}
-        assert subprocess.run(command, env=made, capture_output=True).returncode == int(code)
-        assert len(log.read_text().splitlines()) == starts
+        environment = os.environ | {"LOG": str(log), "CODE": code, "RESTARTS": restarts}
+        result = subprocess.run(command, env=environment, capture_output=True)
+        assert result.returncode == int(code)
+        assert len(log.read_text().splitlines()) == expected_starts
     log.unlink()
-    server = subprocess.Popen(command, env=os.environ | {"LOG": str(log), "CODE": ""})
+    process = subprocess.Popen(command, env=os.environ | {"LOG": str(log), "CODE": ""})
     wait_for(log.exists, seconds=10)
-    server.terminate()
-    assert server.wait(10) == 143 and len(log.read_text().splitlines()) == 1
+    process.terminate()
+    assert process.wait(10) == 143
+    assert len(log.read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh", "server.sh"])
-def test_scripts_say_how_they_are_used(script):
-    done = subprocess.run([str(LAUNCH / script)], capture_output=True, text=True)
-    assert done.returncode == 2 and "launch/" in done.stdout + done.stderr
-
-
-# a cluster of three nodes; srun shows what it was asked, and ends at once unless the job is to be
-# preempted
-FAKES = {
+# Commands of a cluster with three nodes. They record their arguments. The learner's step ends at
+# once, or waits for a signal if HOLD is set.
+SLURM_COMMANDS = {
     "scontrol": '[ "$1" = show ] && printf "n1\\nn2\\nn3\\n" || echo "scontrol $*" >>"$LOG"',
     "srun": 'printf "%s\\n" "srun $*" >>"$LOG"\ncase "$*" in *learner*) [ '
     '-z "$HOLD" ] || { trap "exit 1" TERM; sleep 20 & wait; } ;; esac',
 }
 
 
-def slurm(tmp_path, **environment):
-    for name, body in FAKES.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    given = {
+def start_slurm_job(tmp_path, **variables):
+    """Starts slurm.sh in the simulated cluster. The calls are recorded in `tmp_path/log`."""
+    for name, body in SLURM_COMMANDS.items():
+        write_script(tmp_path / name, f"#!/usr/bin/env bash\n{body}\n")
+    environment = {
+        **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "LOG": str(tmp_path / "log"),
         "SLURM_JOB_NODELIST": "n[1-3]",
         "SLURM_JOB_ID": "7",
+        "HOLD": "",
+        **variables,
     }
     return subprocess.Popen(
         ["bash", str(LAUNCH / "slurm.sh"), "train", "configs/tiny.yaml", "seed=1"],
-        env=os.environ | given | {"HOLD": ""} | environment,
+        env=environment,
     )
 
 
-def test_the_slurm_job_shares_its_nodes_among_learners_and_servers(tmp_path):
-    assert slurm(tmp_path, ENGINE_NODES="1", TENSOR_PARALLEL="4").wait(30) == 0
-    # the servers' steps are begun in the background
-    wait_for(lambda: len((tmp_path / "log").read_text().splitlines()) >= 3, seconds=10)
-    asked = (tmp_path / "log").read_text().splitlines()
-    (learner,) = [line for line in asked if "slurm-%j-learner" in line]
-    servers = [line for line in asked if "server.sh" in line]
-    assert (
-        "--nodelist=n1,n2" in learner
-        and "--nnodes=2" in learner
-        and "--rdzv-endpoint=n1:29500" in learner
-        and "seed=1" in learner
-    )
-    assert (
-        "engine.servers={urls: [http://n3:8000,http://n3:8001], tensor_parallel: 4}" in learner
-        and learner.endswith("--auto-resume")
-    )
-    assert len(servers) == 2 and all("--nodelist=n3" in line for line in servers)
-    assert sorted(re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", " ".join(servers))) == [
-        "0,1,2,3",
-        "4,5,6,7",
-    ]
+def test_the_slurm_job_divides_its_nodes_between_learners_and_servers(tmp_path):
+    log = tmp_path / "log"
+    assert start_slurm_job(tmp_path, ENGINE_NODES="1", TENSOR_PARALLEL="4").wait(30) == 0
+    # slurm.sh starts the servers in the background and does not wait for them.
+    wait_for(lambda: len(log.read_text().splitlines()) >= 3, seconds=10)
+    steps = log.read_text().splitlines()
+    (learner,) = [line for line in steps if "slurm-%j-learner" in line]
+    assert "--nodelist=n1,n2" in learner
+    assert "--nnodes=2" in learner
+    assert "--rdzv-endpoint=n1:29500" in learner
+    assert "seed=1" in learner
+    assert "engine.servers={urls: [http://n3:8000,http://n3:8001], tensor_parallel: 4}" in learner
+    assert learner.endswith("--auto-resume")
+    servers = [line for line in steps if "server.sh" in line]
+    assert len(servers) == 2
+    for line in servers:
+        assert "--nodelist=n3" in line
+    devices = re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", " ".join(servers))
+    assert sorted(devices) == ["0,1,2,3", "4,5,6,7"]
 
 
-def test_a_preempted_job_goes_back_into_the_queue(tmp_path):
-    process = slurm(tmp_path, HOLD="1")
-    while not (tmp_path / "log").exists():
+def test_a_preempted_slurm_job_is_requeued(tmp_path):
+    log = tmp_path / "log"
+    process = start_slurm_job(tmp_path, HOLD="1")
+    while not log.exists():
         assert process.poll() is None
     time.sleep(0.5)
     process.terminate()
     assert process.wait(30) != 0
-    asked = (tmp_path / "log").read_text()
-    assert "scontrol requeue 7" in asked
+    assert "scontrol requeue 7" in log.read_text()
 
 
-def test_tasks_of_srun_find_their_place_and_a_batch_script_is_alone(tmp_path, monkeypatch):
+def test_a_slurm_job_without_a_node_for_the_learner_is_rejected(tmp_path):
+    assert start_slurm_job(tmp_path, ENGINE_NODES="3").wait(30) == 2
+
+
+def test_ranks_take_their_numbers_from_srun_but_not_from_a_batch_script(tmp_path, monkeypatch):
     from grpo.run import ranks
 
-    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'n1\\nn2\\n'\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    of_ranks = (*OF_RANKS, "LOCAL_WORLD_SIZE")
-    for name in of_ranks:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+    write_script(tmp_path / "scontrol", "#!/usr/bin/env bash\nprintf 'n1\\nn2\\n'\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    slurm = {
+    rank_variables = (*OF_RANKS, "LOCAL_WORLD_SIZE")
+    for name in rank_variables:
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it, even if it is not set
+        monkeypatch.delenv(name)
+    slurm_variables = {
         "SLURM_PROCID": "3",
         "SLURM_LOCALID": "1",
         "SLURM_STEP_NODELIST": "n[1-2]",
         "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
         "SLURM_JOB_ID": "7",
     }
-    for name, value in slurm.items():
+    for name, value in slurm_variables.items():
         monkeypatch.setenv(name, value)
     ranks.adopt_slurm_variables()
-    assert ranks.world_size() == 1
+    assert ranks.world_size() == 1  # a batch script has no SLURM_STEP_NUM_TASKS
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     ranks.adopt_slurm_variables()
-    assert (ranks.rank(), ranks.world_size(), ranks.local_rank(), ranks.local_world_size()) == (
-        3,
-        4,
-        1,
-        2,
-    )
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n1", "20007")
-    for name in of_ranks:
+    assert ranks.rank() == 3
+    assert ranks.world_size() == 4
+    assert ranks.local_rank() == 1
+    assert ranks.local_world_size() == 2
+    assert os.environ["MASTER_ADDR"] == "n1"
+    assert os.environ["MASTER_PORT"] == "20007"  # 20,000 + SLURM_JOB_ID
+    for name in rank_variables:
         monkeypatch.delenv(name)
 
 
-def test_no_node_left_to_learn_is_refused(tmp_path):
-    assert slurm(tmp_path, ENGINE_NODES="3").wait(30) == 2
-
-
-def test_the_kubernetes_job_has_what_the_api_asks_for():
+def test_the_kubernetes_job_is_valid_and_its_script_uses_only_defined_variables():
     service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
-    # 100 MB of schemas: .ci/run installs them, launch/setup.sh does not
+    # The schemas have 100 MB: .ci/run installs them, launch/setup.sh does not.
     if importlib.util.find_spec("kubernetes_validate"):
         validate = importlib.import_module("kubernetes_validate").validate
-        assert validate(service, "1.30", strict=True) and validate(job, "1.30", strict=True)
-    assert (service["apiVersion"], service["kind"], service["spec"]["clusterIP"]) == (
-        "v1",
-        "Service",
-        "None",
-    )
-    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
-    spec = job["spec"]
-    assert (
-        set(spec) <= {"completionMode", "completions", "parallelism", "backoffLimit", "template"}
-        and spec["completionMode"] == "Indexed"
-    )
-    pod = spec["template"]["spec"]
-    (container,) = pod["containers"]
-    assert (
-        pod["restartPolicy"] in ("Never", "OnFailure")
-        and pod["subdomain"] == service["metadata"]["name"]
-    )
+        assert validate(service, "1.30", strict=True)
+        assert validate(job, "1.30", strict=True)
+    assert service["apiVersion"] == "v1"
+    assert service["kind"] == "Service"
+    assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} <= {
-        volume["name"] for volume in pod["volumes"]
+    assert job["apiVersion"] == "batch/v1"
+    assert job["kind"] == "Job"
+    spec = job["spec"]
+    assert set(spec) <= {
+        "completionMode",
+        "completions",
+        "parallelism",
+        "backoffLimit",
+        "template",
     }
+    assert spec["completionMode"] == "Indexed"
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] in ("Never", "OnFailure")
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
     assert {"name", "image", "command", "args", "resources"} <= set(container)
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts <= {volume["name"] for volume in pod["volumes"]}
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
-    assert environment["NODES"] == str(spec["completions"]) == str(spec["parallelism"])
+    assert environment["NODES"] == str(spec["completions"])
+    assert environment["NODES"] == str(spec["parallelism"])
     assert (LAUNCH.parent / environment["CONFIG"]).exists()
-    assert subprocess.run(["bash", "-n", "-c", container["args"][0]]).returncode == 0
-    assert set(re.findall(r"\$\{?([A-Z_]+)", container["args"][0])) <= environment.keys() | {
-        "JOB_COMPLETION_INDEX"
-    }
+    (script,) = container["args"]
+    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+    variables = set(re.findall(r"\$\{?([A-Z_]+)", script))
+    # Kubernetes sets JOB_COMPLETION_INDEX in an Indexed Job.
+    assert variables <= environment.keys() | {"JOB_COMPLETION_INDEX"}
 
 
 def test_a_server_without_a_token_does_not_start(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
     environment = {name: value for name, value in os.environ.items() if name != "GRPO_ENGINE_TOKEN"}
     command = [sys.executable, "-m", "grpo.engines.servers", config, "8123"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "grpo: GRPO_ENGINE_TOKEN is not set" in done.stderr
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "grpo: GRPO_ENGINE_TOKEN is not set" in result.stderr

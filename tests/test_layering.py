@@ -1,4 +1,7 @@
-"""Who may import whom, read from the syntax trees; and that all code is formatted."""
+"""Packages import only lower layers and declared dependencies; the formatter is always on.
+
+The imports are read from the syntax trees. No package is imported.
+"""
 
 import ast
 import re
@@ -10,10 +13,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("grpo", "rewards", "data")
-FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
-# A package imports packages of lower floors, and itself; none beside it, none above it.
-FLOORS = [
+
+def python_files() -> list[Path]:
+    files: list[Path] = []
+    for package in PACKAGES:
+        files += (ROOT / package).rglob("*.py")
+    return sorted(files)
+
+
+for_every_file = pytest.mark.parametrize(
+    "path", python_files(), ids=lambda path: str(path.relative_to(ROOT))
+)
+
+# A package imports itself and packages of lower layers, but no other package of its own layer.
+LAYERS = [
     {"grpo.types"},
     {"data", "rewards", "grpo.run"},
     {"grpo.config"},
@@ -27,64 +41,81 @@ FLOORS = [
     {"grpo.cli"},
     {"grpo.__main__"},
 ]
-FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
+LAYER_OF = {}
+for index, packages in enumerate(LAYERS):
+    LAYER_OF.update(dict.fromkeys(packages, index))
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Returns every module that a file imports anywhere, for type checking too."""
+    """Returns every module that a file imports, also inside functions and for type checking.
+
+    `from a import b` imports `a` and possibly the module `a.b`, so both are returned.
+    """
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            modules.add(node.module)
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
     return modules
 
 
+def imported_roots(path: Path) -> set[str]:
+    """Returns the top-level packages that a file imports, for example {"torch", "grpo"}."""
+    return {module.partition(".")[0] for module in imported_modules(path)}
+
+
 def package_of(module: str) -> str | None:
-    """Returns the package that a module of ours belongs to: `grpo.learning`, `rewards`."""
-    first, *rest = module.split(".")
-    if first not in PACKAGES:
+    """Returns the package in LAYERS that contains a module, None if there is none.
+
+    For example "grpo.learning" for "grpo.learning.batch", "rewards" for "rewards.accuracy", and
+    None for "torch".
+    """
+    root, *submodules = module.split(".")
+    if root not in PACKAGES:
         return None
-    if first != "grpo":
-        return first
-    package = ".".join(["grpo", *rest[:1]])
-    return package if package in FLOOR_OF else None
+    if root != "grpo":
+        return root
+    package = ".".join(["grpo", *submodules[:1]])
+    return package if package in LAYER_OF else None
 
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_every_package_has_a_floor():
-    homeless = {module_of(path) for path in FILES if package_of(module_of(path)) is None}
-    assert homeless == {"grpo"}
+def test_every_package_has_a_layer():
+    modules = {module_of(path) for path in python_files()}
+    assert {module for module in modules if package_of(module) is None} == {"grpo"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_from_lower_floors_and_its_own_package(path):
-    own = package_of(module_of(path))
-    packages = {package_of(module) for module in imported_modules(path)} - {None, own}
-    assert {package for package in packages if FLOOR_OF[package] >= FLOOR_OF.get(own, 0)} == set()
-    if own in ("data", "rewards"):
-        assert packages <= {"grpo.types"}
+@for_every_file
+def test_a_file_imports_only_from_lower_layers_and_its_own_package(path):
+    package = package_of(module_of(path))
+    imported = {package_of(module) for module in imported_modules(path)} - {None, package}
+    layer = LAYER_OF.get(package, 0)
+    assert {other for other in imported if LAYER_OF[other] >= layer} == set()
+    if package in ("data", "rewards"):
+        assert imported <= {"grpo.types"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@for_every_file
 def test_vllm_and_deepspeed_are_each_imported_in_one_package_only(path):
-    roots = {module.partition(".")[0] for module in imported_modules(path)}
-    assert "vllm" not in roots or package_of(module_of(path)) == "grpo.engines"
-    assert "deepspeed" not in roots or package_of(module_of(path)) == "grpo.learning"
+    roots = imported_roots(path)
+    package = package_of(module_of(path))
+    assert "vllm" not in roots or package == "grpo.engines"
+    assert "deepspeed" not in roots or package == "grpo.learning"
 
 
 # Packages that only some machines or runs need.
 OPTIONAL = {
     "vllm",  # the extras cpu and cuda
-    "triton",  # comes with torch for CUDA
+    "triton",  # a dependency of torch for CUDA
     "wandb",  # logging.trackers; tensorboard is imported through torch
     "trackio",
 }
-IMPORT_NAMES = {"pyyaml": "yaml"}  # where the package has another name
+IMPORT_NAMES = {"pyyaml": "yaml"}  # project name -> import name, where they differ
 
 
 def declared_packages() -> set[str]:
@@ -97,32 +128,31 @@ def declared_packages() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_package_that_is_imported_is_declared(path):
-    roots = {module.partition(".")[0] for module in imported_modules(path)}
-    foreign = roots - set(sys.stdlib_module_names) - set(PACKAGES)
-    assert foreign - OPTIONAL <= declared_packages()
+@for_every_file
+def test_every_imported_package_is_declared(path):
+    third_party = imported_roots(path) - set(sys.stdlib_module_names) - set(PACKAGES)
+    assert third_party - OPTIONAL <= declared_packages()
 
 
-KINDS_OF_CONFIGS = re.compile(r"^(\w+\.)?(\w*Config)$")
+CONFIG_CLASS = re.compile(r"^(\w+\.)?(\w*Config)$")
 
 
-def config_classes_asked_for(path: Path) -> list[str]:
-    """Returns the config classes in the `isinstance` calls of a file."""
+def config_classes_in_isinstance_calls(path: Path) -> list[str]:
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
             classes = re.split(r"[|,() ]+", ast.unparse(node.args[1]))
-            names += [name for name in classes if KINDS_OF_CONFIGS.match(name)]
+            names += [name for name in classes if CONFIG_CLASS.match(name)]
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_stage_answers_for_its_kind_so_nobody_asks_for_a_configs_class(path):
-    assert config_classes_asked_for(path) == []
+@for_every_file
+def test_no_code_depends_on_the_class_of_a_config(path):
+    """Differences between the commands belong in their `Stage`, not in `isinstance` ladders."""
+    assert config_classes_in_isinstance_calls(path) == []
 
 
-def test_the_formatter_is_switched_off_nowhere():
+def test_the_formatter_is_never_switched_off():
     switches = re.compile(r"# fmt: *(off|skip)")
     for folder in (*PACKAGES, "tests", "launch"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -1,13 +1,14 @@
-r"""`grpo eval` beside plain transformers.
-
-The same model, prompts and greedy decoding on GSM8K's test problems.
+r"""Compares `grpo eval` with plain transformers on GSM8K: verdicts, accuracy and texts.
 
     .venv/bin/python tests/benchmarks/eval_agreement.py --data FOLDER \
         [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--problems 200]
 
-Judged is the last number of each text, as lm-eval's flexible-extract does (this model knows neither
-box nor tags); what differs is the engine. Printed: accuracy of each with its interval, how many
-problems are judged alike, how many texts are equal to the last character.
+FOLDER contains the data set. Both sides use the same model, the same prompts (the first test
+problems) and greedy decoding; only the engine differs. The answer is the last number of a
+completion, as in lm-eval's flexible-extract, because this model uses neither boxes nor tags.
+
+Prints the accuracy of each side with its 95 % interval, the number of equal verdicts, and the
+number of identical texts. Figures in docs/benchmarks.md, "Servers and asynchronous rollouts".
 """
 
 from __future__ import annotations
@@ -24,67 +25,80 @@ from grpo.learning import models
 from grpo.metrics import statistics
 from rewards.accuracy import verify
 
-BATCH = 32
+BATCH_SIZE = 32
+NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")  # flexible-extract's expression
 
 
-def by_grpo(
-    model: str, folder: Path, scratch: Path, *, problems: int, tokens: int, dtype: str
-) -> list[dict]:
+def sample_with_grpo(options: argparse.Namespace, scratch: Path) -> list[dict]:
+    """Returns the rows that `grpo eval` writes, with question, answer and completion."""
+    run_dir = scratch / "run"
     overrides = [
-        f"run_dir={scratch / 'run'}",
-        f"model.path={model}",
+        f"run_dir={run_dir}",
+        f"model.path={options.model}",
         "model.warm_start=",
-        f"data.path={folder}",
+        f"data.path={options.data}",
         "eval.protocol=greedy",
-        f"eval.problems={problems}",
-        f"model.dtype={dtype}",
+        f"eval.problems={options.problems}",
+        f"model.dtype={options.dtype}",
         "rewards={accuracy: 1.0}",
         "prompt={template: chat, max_tokens: 512}",
-        f"sampling.max_tokens={tokens}",
+        f"sampling.max_tokens={options.tokens}",
     ]
     subprocess.run(
         [sys.executable, "-m", "grpo", "eval", "configs/gsm8k_smollm2.yaml", *overrides],
         check=True,
         stderr=subprocess.DEVNULL,
     )
-    file = next((scratch / "run" / "samples").glob("eval-*.jsonl"))
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    samples_file = next((run_dir / "samples").glob("eval-*.jsonl"))
+    return [json.loads(line) for line in samples_file.read_text().splitlines()]
 
 
-def by_transformers(model_dir: Path, questions: list[str], *, tokens: int, dtype: str) -> list[str]:
+def sample_with_transformers(
+    options: argparse.Namespace, scratch: Path, questions: list[str]
+) -> list[str]:
+    """Returns one completion per question."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    model_dir = models.resolve(options.model, None, scratch / "model", 0)
+    dtype = getattr(torch, options.dtype)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()
-    ends = [tokenizer.eos_token_id, *models.eos_token_ids(model_dir)]
-    found = []
-    for start in range(0, len(questions), BATCH):
-        chats = [
-            [{"role": "user", "content": question}] for question in questions[start : start + BATCH]
-        ]
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+    eos_token_ids = [tokenizer.eos_token_id, *models.eos_token_ids(model_dir)]
+    completions: list[str] = []
+    for start in range(0, len(questions), BATCH_SIZE):
+        batch = questions[start : start + BATCH_SIZE]
+        chats = [[{"role": "user", "content": question}] for question in batch]
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.no_grad():
-            out = model.generate(
+            outputs = model.generate(
                 **inputs,
-                max_new_tokens=tokens,
+                max_new_tokens=options.tokens,
                 do_sample=False,
-                eos_token_id=ends,
+                eos_token_id=eos_token_ids,
                 temperature=None,
                 top_p=None,
                 top_k=None,
             )
-        found += tokenizer.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        print(f"transformers {len(found)}/{len(questions)}", file=sys.stderr)
-    return found
+        prompt_length = inputs["input_ids"].shape[1]
+        completions += tokenizer.batch_decode(outputs[:, prompt_length:], skip_special_tokens=True)
+        print(f"transformers {len(completions)}/{len(questions)}", file=sys.stderr)
+    return completions
 
 
-def right(text: str, gold: str) -> bool:
-    numbers = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
-    return bool(numbers) and verify(numbers[-1].rstrip("."), gold).value == "correct"
+def is_correct(completion: str, gold: str) -> bool:
+    """Returns whether the last number of a completion equals the gold answer."""
+    numbers = NUMBER.findall(completion)
+    if not numbers:
+        return False
+    return verify(numbers[-1].rstrip("."), gold).value == "correct"
+
+
+def print_accuracy(name: str, verdicts: list[bool]) -> None:
+    low, high = statistics.bootstrap_interval([float(verdict) for verdict in verdicts])
+    accuracy = sum(verdicts) / len(verdicts)
+    print(f"{name:14} {accuracy:6.1%}  [{low:.1%}, {high:.1%}] of {len(verdicts)} problems")
 
 
 def main() -> None:
@@ -96,26 +110,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        model_dir = models.resolve(options.model, None, Path(scratch) / "model", 0)
-        common = {"tokens": options.tokens, "dtype": options.dtype}
-        rows = by_grpo(
-            options.model, options.data, Path(scratch), problems=options.problems, **common
-        )
-        texts = by_transformers(model_dir, [row["question"] for row in rows], **common)
-    ours = [right(row["completion"], row["answer"]) for row in rows]
-    theirs = [right(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
-    for name, verdicts in (("grpo eval", ours), ("transformers", theirs)):
-        low, high = statistics.bootstrap_interval([float(ok) for ok in verdicts])
-        print(
-            f"{name:14} {sum(verdicts) / len(verdicts):6.1%}  [{low:.1%}, {high:.1%}] of "
-            f"{len(verdicts)} problems"
-        )
-    same = sum(
-        row["completion"].strip() == text.strip() for row, text in zip(rows, texts, strict=True)
-    )
-    print(
-        f"judged alike {sum(a == b for a, b in zip(ours, theirs, strict=True))}, equal text {same}"
-    )
+        rows = sample_with_grpo(options, Path(scratch))
+        questions = [row["question"] for row in rows]
+        transformers_texts = sample_with_transformers(options, Path(scratch), questions)
+    grpo_verdicts = [is_correct(row["completion"], row["answer"]) for row in rows]
+    transformers_verdicts = []
+    num_equal_verdicts = 0
+    num_identical_texts = 0
+    for row, text, grpo_verdict in zip(rows, transformers_texts, grpo_verdicts, strict=True):
+        transformers_verdict = is_correct(text, row["answer"])
+        transformers_verdicts.append(transformers_verdict)
+        if transformers_verdict == grpo_verdict:
+            num_equal_verdicts += 1
+        if text.strip() == row["completion"].strip():
+            num_identical_texts += 1
+    print_accuracy("grpo eval", grpo_verdicts)
+    print_accuracy("transformers", transformers_verdicts)
+    print(f"equal verdicts {num_equal_verdicts}, identical texts {num_identical_texts}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""An update of SmolLM2-135M, 8 problems x 8 completions of 64 tokens with prompts of 100.
-
-The packed stream beside the padded batch.
+"""Times an update of SmolLM2-135M with a packed stream and with padded batches.
 
     .venv/bin/python tests/benchmarks/packing.py [--rounds 2] [--problems 8]
 
-Both learners live in one process and take turns; each first update warms up and is not counted.
+An update has 8 problems x 8 completions of 64 tokens with prompts of 100 tokens, in micro-batches
+of 4,096 tokens. In a packed stream the tokens of a prompt occur once per group. Both learners run
+in one process and update alternately. The first update of each is a warm-up; the result is the
+ratio of the medians of the others. Figures in docs/benchmarks.md, first table.
 """
 
 from __future__ import annotations
@@ -24,28 +25,45 @@ from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
 from grpo.types import Sample
 
+GROUP_SIZE = 8
+PROMPT_TOKENS = 100
+COMPLETION_TOKENS = 64
+MICRO_BATCH_TOKENS = 4096
 
-def samples(problems: int) -> list[Sample]:
-    draw = torch.Generator().manual_seed(0)
 
-    def tokens(n):
-        return tuple(torch.randint(10, 49_000, (n,), generator=draw).tolist())
+def random_samples(num_problems: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
 
-    rows = []
-    for group in range(problems):
-        prompt = tokens(100)
-        for i in range(8):
-            advantages = (1.0 if i % 2 else -1.0,) * 64
-            rows.append(
+    def random_tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(10, 49_000, (count,), generator=generator).tolist())
+
+    samples = []
+    for group in range(num_problems):
+        prompt = random_tokens(PROMPT_TOKENS)
+        for i in range(GROUP_SIZE):
+            advantage = 1.0 if i % 2 else -1.0
+            samples.append(
                 Sample(
-                    token_ids=prompt + tokens(64),
-                    prompt_length=100,
-                    advantages=advantages,
-                    sampler_logprobs=(-9.0,) * 64,
+                    token_ids=prompt + random_tokens(COMPLETION_TOKENS),
+                    prompt_length=PROMPT_TOKENS,
+                    advantages=(advantage,) * COMPLETION_TOKENS,
+                    sampler_logprobs=(-9.0,) * COMPLETION_TOKENS,
                     group=group,
                 )
             )
-    return rows
+    return samples
+
+
+def make_learner(model_dir: Path, run_dir: str, attention: str) -> Learner:
+    tree = {
+        "run_dir": run_dir,
+        "model": {"path": str(model_dir), "attention": attention},
+        "data": {"name": "arithmetic"},
+        "algorithm": {"kl_coef": 0.0},
+        "train": {"rollouts": 1},
+        "learner": {"micro_batch_tokens": MICRO_BATCH_TOKENS},
+    }
+    return Learner(models.load_model(model_dir, attention), configs.parse(tree), loss)
 
 
 def main() -> None:
@@ -53,39 +71,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--problems", type=int, default=8)
     options = parser.parse_args()
-    rows = samples(options.problems)
-    weights = token_weights(rows, "sequence", 64)
+    samples = random_samples(options.problems)
+    weights = token_weights(samples, "sequence", COMPLETION_TOKENS)
+    learners = {}
+    batches = {}
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = models.resolve(models.SMOLLM2, None, Path(scratch), 0)
-        learners, batches = {}, {}
         for attention in ("packed", "sdpa"):
-            tree = {
-                "run_dir": scratch,
-                "model": {"path": str(model_dir), "attention": attention},
-                "data": {"name": "arithmetic"},
-            }
-            config = configs.parse(
-                tree
-                | {
-                    "algorithm": {"kl_coef": 0.0},
-                    "train": {"rollouts": 1},
-                    "learner": {"micro_batch_tokens": 4096},
-                }
-            )
-            learners[attention] = Learner(models.load_model(model_dir, attention), config, loss)
+            learners[attention] = make_learner(model_dir, scratch, attention)
             batches[attention] = micro_batches(
-                rows, weights, max_tokens=4096, packed=attention == "packed"
+                samples, weights, max_tokens=MICRO_BATCH_TOKENS, packed=attention == "packed"
             )
         seconds: dict[str, list[float]] = {attention: [] for attention in learners}
-        for number in range(options.rounds + 1):
+        for _ in range(1 + options.rounds):
             for attention, learner in learners.items():
                 start = time.monotonic()
                 learner.update(batches[attention])
-                if number:
-                    seconds[attention].append(time.monotonic() - start)
-                print(f"{attention:8}{time.monotonic() - start:8.1f} s", flush=True)
-    packed, padded = (statistics.median(seconds[attention]) for attention in ("packed", "sdpa"))
-    print(f"packed {packed:.1f} s, padded {padded:.1f} s: {padded / packed:.2f} times as fast")
+                seconds[attention].append(time.monotonic() - start)
+                print(f"{attention:8}{seconds[attention][-1]:8.1f} s", flush=True)
+    packed_s = statistics.median(seconds["packed"][1:])
+    padded_s = statistics.median(seconds["sdpa"][1:])
+    print(
+        f"packed {packed_s:.1f} s, padded {padded_s:.1f} s: {padded_s / packed_s:.2f} times as fast"
+    )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""Records what small runs compute, so that a rebuild can be shown to change nothing.
-
-Bit for bit on a CPU.
+"""Records the results of small runs, to show that a change of the code changes no result.
 
     .venv/bin/python tests/benchmarks/record_runs.py OUTPUT.json [--only NAME ...]
     .venv/bin/python tests/benchmarks/record_runs.py --compare BEFORE.json AFTER.json
 
-Recording takes 10 minutes on 2 cores. Comparing prints the first difference of each run and exits
-with 1, or prints `equal`.
+Recording takes 10 minutes on 2 cores. Record twice on the old commit and once on the new commit, on
+a quiet machine. On a CPU results are equal bit for bit; a difference between the two recordings of
+the old commit is not caused by the change. Comparing prints the differences of each run (of its
+metrics only the first one) and exits with 1, or prints `equal`.
 
-It uses the command line and the files of the run directories alone. A run's record holds the
-SHA-256 of its models, every metric that is not a time or a rate, and the SHA-256 of the kept
-completions with rewards and advantages. Record twice on the old commit first, on a quiet machine:
-what differs between those two is not due to the rebuild. The run with two servers varies by itself,
-because requests arrive at a server in another order each time; of it only the probe's limit and the
-metrics' names are compared.
+The script uses only the command line and the files in the run directories. A record contains
+
+- the SHA-256 of every model file,
+- every metric that is not a time or a rate,
+- the SHA-256 of all kept completions with their rewards and advantages.
+
+The run with two servers is not reproducible, because requests arrive at a server in a different
+order each time. Only the names of its metrics, its number of completions and the limit of its probe
+are compared.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 BIN = Path(sys.executable).parent
+# Prefixes of metrics that depend on the speed of the machine.
 UNRECORDED = (
     "time/",
     "bound/",
@@ -41,140 +45,111 @@ UNRECORDED = (
     "queue/",
     "engine/",
 )
-MAX_GAP = 0.2  # of the probe in bfloat16 (grpo/training/weight_sync.py)
-FINISH_S = 900
+MAX_GAP = 0.2  # limit of the probe in bfloat16 (grpo/training/weight_sync.py)
+TIMEOUT_S = 900
+
+NO_CHECKPOINTS = "checkpoint.every=0"
+NO_EVALUATION = "eval.every=0"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     name: str
-    command: list[str]  # of `grpo`, without run_dir
+    command: list[str]  # arguments of `grpo`, without run_dir
     ranks: int = 1
-    exact: bool = True  # False: batches, and with them the last bits, vary from run to run
+    exact: bool = True  # False: batches, and therefore the last bits, differ between executions
 
 
 def runs(folder: Path) -> list[Run]:
-    """Returns the runs in order; later ones start from the models of earlier ones."""
-    small = ["checkpoint.every=0", "eval.every=0"]
-    start = [f"model.path={folder}/sft/final", "model.warm_start=", "checkpoint.keep_best=", *small]
-    train = ["train", "configs/tiny.yaml", *start]
-    two_rollouts = [*train, "train.rollouts=2"]
-    trained = f"{folder}/grpo/final"
-    sums = "data={name: arithmetic, options: {digits: 3}}"
-    collected = f"data.path={folder}/collect"
-    on_policy = [
-        "way=on_policy",
-        "soft=null",
-        sums,
-        "train={rollouts: 2, problems: 16, group_size: 8}",
-        "learner.lr=1e-4",
+    """Returns the runs in order. Later runs start from the models of earlier runs."""
+    train = [
+        "train",
+        "configs/tiny.yaml",
+        f"model.path={folder}/sft/final",
+        "model.warm_start=",
+        "checkpoint.keep_best=",
+        NO_CHECKPOINTS,
+        NO_EVALUATION,
     ]
+    two_rollouts = [*train, "train.rollouts=2"]
+    two_updates_kl = ["train.updates_per_rollout=4", "algorithm.kl_coef=0.02"]
+    dapo = ["algorithm={preset: dapo, no_signal: drop}", "train.updates_per_rollout=2"]
+    gspo_padded = ["algorithm={preset: gspo}", "model.attention=sdpa"]
+    lora = ["model.lora={rank: 8}", "learner.zero_stage=1"]
     return [
-        Run("sft", ["sft", "configs/tiny_sft.yaml", "checkpoint.every=0"]),
+        Run("sft", ["sft", "configs/tiny_sft.yaml", NO_CHECKPOINTS]),
         Run("grpo", [*train, "train.rollouts=4"]),
-        Run(
-            "two_updates_kl",
-            [*two_rollouts, "train.updates_per_rollout=4", "algorithm.kl_coef=0.02"],
-        ),
-        Run(
-            "dapo",
-            [
-                *two_rollouts,
-                "algorithm={preset: dapo, no_signal: drop}",
-                "train.updates_per_rollout=2",
-            ],
-        ),
-        Run("gspo_padded", [*two_rollouts, "algorithm={preset: gspo}", "model.attention=sdpa"]),
-        Run("lora", [*two_rollouts, "model.lora={rank: 8}", "learner.zero_stage=1"]),
-        Run(
-            "collect",
-            [
-                "collect",
-                "configs/tiny_collect.yaml",
-                f"model.path={trained}",
-                "collect.problems=200",
-                "collect.chunk=100",
-            ],
-        ),
-        Run(
-            "distill",
-            [
-                "distill",
-                "configs/tiny_distill.yaml",
-                f"model.teacher={trained}",
-                collected,
-                "soft.updates=40",
-            ],
-        ),
-        Run(
-            "on_policy",
-            [
-                "distill",
-                "configs/tiny_distill.yaml",
-                *start[:1],
-                f"model.teacher={trained}",
-                *on_policy,
-                *small,
-            ],
-        ),
-        Run(
-            "eval",
-            [
-                "eval",
-                "configs/tiny.yaml",
-                f"model.path={trained}",
-                "model.warm_start=",
-                "eval.problems=100",
-            ],
-        ),
-        Run(
-            "int8",
-            [
-                "quantize",
-                "configs/tiny_quantize.yaml",
-                f"model.path={trained}",
-                "quantize.schemes=[int8]",
-                "eval.problems=100",
-            ],
-        ),
+        Run("two_updates_kl", [*two_rollouts, *two_updates_kl]),
+        Run("dapo", [*two_rollouts, *dapo]),
+        Run("gspo_padded", [*two_rollouts, *gspo_padded]),
+        Run("lora", [*two_rollouts, *lora]),
+        *runs_with_trained_model(folder),
         Run("two_ranks", [*two_rollouts, "learner.zero_stage=2"], ranks=2),
         Run("two_servers", [*two_rollouts, "engine.servers={count: 2}"], exact=False),
     ]
 
 
-def record(run_dir: Path, *, exact: bool) -> dict[str, Any]:
-    """Returns what a finished run computed."""
-    result: dict[str, Any] = {"exact": exact}
-    for file in sorted(run_dir.rglob("*.safetensors")):
-        if "checkpoints" not in file.parts:
-            result[str(file.relative_to(run_dir))] = hashlib.sha256(file.read_bytes()).hexdigest()
-    metrics = run_dir / "metrics.jsonl"
-    if metrics.exists():
-        rows = [json.loads(line) for line in metrics.read_text().split("\n") if line]
-        result["metrics"] = [
-            {key: value for key, value in row.items() if not key.startswith(UNRECORDED)}
-            for row in rows
-        ]
-    completions = []
-    for file in sorted((run_dir / "samples").glob("*.jsonl")):
-        for line in file.read_text().split("\n"):
-            if line:
-                row = json.loads(line)
-                completions.append(
-                    [file.name, row.get("completion"), row.get("reward"), row.get("advantage")]
-                )
-    traces = run_dir / "traces.jsonl"
-    if traces.exists():
-        completions += [[line] for line in traces.read_text().split("\n") if line]
-    result["completions"] = hashlib.sha256(json.dumps(completions).encode()).hexdigest()
-    result["num_completions"] = len(completions)
-    return result
+def runs_with_trained_model(folder: Path) -> list[Run]:
+    """Returns the runs that start from, or learn from, the final model of the run `grpo`."""
+    trained_model = f"{folder}/grpo/final"
+    collect = [
+        "collect",
+        "configs/tiny_collect.yaml",
+        f"model.path={trained_model}",
+        "collect.problems=200",
+        "collect.chunk=100",
+    ]
+    distill = [
+        "distill",
+        "configs/tiny_distill.yaml",
+        f"model.teacher={trained_model}",
+        f"data.path={folder}/collect",
+        "soft.updates=40",
+    ]
+    on_policy = [
+        "distill",
+        "configs/tiny_distill.yaml",
+        f"model.path={folder}/sft/final",
+        f"model.teacher={trained_model}",
+        "way=on_policy",
+        "soft=null",
+        "data={name: arithmetic, options: {digits: 3}}",
+        "train={rollouts: 2, problems: 16, group_size: 8}",
+        "learner.lr=1e-4",
+        NO_CHECKPOINTS,
+        NO_EVALUATION,
+    ]
+    evaluate = [
+        "eval",
+        "configs/tiny.yaml",
+        f"model.path={trained_model}",
+        "model.warm_start=",
+        "eval.problems=100",
+    ]
+    quantize = [
+        "quantize",
+        "configs/tiny_quantize.yaml",
+        f"model.path={trained_model}",
+        "quantize.schemes=[int8]",
+        "eval.problems=100",
+    ]
+    return [
+        Run("collect", collect),
+        Run("distill", distill),
+        Run("on_policy", on_policy),
+        Run("eval", evaluate),
+        Run("int8", quantize),
+    ]
 
 
 def record_all(output: Path, folder: Path, only: list[str]) -> None:
-    """Writes the records; a run that fails is recorded with its exit code.
+    """Executes the runs and writes their records. A failed run is recorded with its exit code.
 
-    With `only`, the models of earlier runs must be there.
+    Args:
+        output: The JSON file to write. It contains a record per run, by the name of the run.
+        folder: Directory for the run directories. It is deleted first if `only` is empty.
+        only: Names of the runs to execute; empty for all. The models of earlier runs that they
+            use must exist in `folder`.
     """
     if not only:
         shutil.rmtree(folder, ignore_errors=True)
@@ -183,43 +158,105 @@ def record_all(output: Path, folder: Path, only: list[str]) -> None:
     for run in runs(folder):
         if only and run.name not in only:
             continue
-        launcher: list[str] = []
-        if run.ranks > 1:
-            launcher = [
-                str(BIN / "python"),
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={run.ranks}",
-                "--no-python",
-            ]
         run_dir = folder / run.name
         shutil.rmtree(run_dir, ignore_errors=True)
         log = folder / f"{run.name}.log"
-        with log.open("w") as stream:
-            command = [*launcher, str(BIN / "grpo"), *run.command, f"run_dir={run_dir}"]
-            code = subprocess.run(
-                command, stdout=stream, stderr=subprocess.STDOUT, timeout=FINISH_S
-            ).returncode
-        if code == 0:
+        exit_code = execute(run, run_dir, log)
+        if exit_code == 0:
             records[run.name] = record(run_dir, exact=run.exact)
             print(f"{run.name}: {records[run.name]['num_completions']} completions", flush=True)
         else:
-            records[run.name] = {"exit_code": code}
-            print(
-                f"{run.name}: exit code {code}: {log.read_text().strip().splitlines()[-1:]}",
-                flush=True,
-            )
+            records[run.name] = {"exit_code": exit_code}
+            last_lines = log.read_text().strip().splitlines()[-1:]
+            print(f"{run.name}: exit code {exit_code}: {last_lines}", flush=True)
     output.write_text(json.dumps(records, indent=1))
 
 
+def execute(run: Run, run_dir: Path, log: Path) -> int:
+    """Runs `grpo`, writes its output to `log` and returns its exit code."""
+    launcher: list[str] = []
+    if run.ranks > 1:
+        launcher = [
+            str(BIN / "python"),
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={run.ranks}",
+            "--no-python",
+        ]
+    command = [*launcher, str(BIN / "grpo"), *run.command, f"run_dir={run_dir}"]
+    with log.open("w") as stream:
+        result = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=TIMEOUT_S)
+    return result.returncode
+
+
+def record(run_dir: Path, *, exact: bool) -> dict[str, Any]:
+    """Returns the record of a finished run.
+
+    For example `{"exact": True, "final/model.safetensors": "5f2c...", "metrics": [{"rollout": 0,
+    ...}, ...], "completions": "90ab...", "num_completions": 1536}`.
+    """
+    result: dict[str, Any] = {"exact": exact}
+    for file in sorted(run_dir.rglob("*.safetensors")):
+        if "checkpoints" not in file.parts:
+            result[str(file.relative_to(run_dir))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    metrics_file = run_dir / "metrics.jsonl"
+    if metrics_file.exists():
+        rows = [json.loads(line) for line in read_lines(metrics_file)]
+        result["metrics"] = [recorded_metrics(row) for row in rows]
+    completions = kept_completions(run_dir)
+    result["completions"] = hashlib.sha256(json.dumps(completions).encode()).hexdigest()
+    result["num_completions"] = len(completions)
+    return result
+
+
+def recorded_metrics(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not key.startswith(UNRECORDED)}
+
+
+def kept_completions(run_dir: Path) -> list[list[Any]]:
+    """Returns the completions in samples/ with file, reward and advantage, and then the traces."""
+    completions: list[list[Any]] = []
+    for file in sorted((run_dir / "samples").glob("*.jsonl")):
+        for line in read_lines(file):
+            row = json.loads(line)
+            completions.append(
+                [file.name, row.get("completion"), row.get("reward"), row.get("advantage")]
+            )
+    traces_file = run_dir / "traces.jsonl"
+    if traces_file.exists():
+        completions += [[line] for line in read_lines(traces_file)]
+    return completions
+
+
+def read_lines(file: Path) -> list[str]:
+    """Returns the non-empty lines of a file.
+
+    `splitlines` would also split at other separators, which may occur inside a JSON string.
+    """
+    return [line for line in file.read_text().split("\n") if line]
+
+
+def compare(before: Path, after: Path) -> int:
+    """Prints the differences of each run, or `equal`, and returns the exit code."""
+    records_before = json.loads(before.read_text())
+    records_after = json.loads(after.read_text())
+    messages = []
+    for name, record_before in records_before.items():
+        for message in differences(record_before, records_after.get(name, {})):
+            messages.append(f"{name}: {message}")
+    print("\n".join(messages) if messages else "equal")
+    return 1 if messages else 0
+
+
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Returns, for one run's records, what became another thing."""
+    """Returns the differences between two records of a run, of the metrics only the first one."""
     if not before.get("exact", True):
-        return differences_of_inexact(before, after)
+        return differences_of_inexact_run(before, after)
     messages = []
     for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
+        old = before.get(key)
+        new = after.get(key)
         if old == new:
             continue
         if key == "metrics" and isinstance(old, list) and isinstance(new, list):
@@ -236,39 +273,28 @@ def first_changed_metric(before: list[dict[str, Any]], after: list[dict[str, Any
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 return f"metrics, row {number}: {key}: {old.get(key)} became {new.get(key)}"
-    return "metrics: order of keys"
+    return "metrics: a metric that is null in one record is missing in the other"
 
 
-def differences_of_inexact(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Returns what differs in metrics' names and number of completions, and gaps of the probe above
-    its limit.
+def differences_of_inexact_run(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Returns the differences of a run that is not reproducible.
+
+    Compares the names of the metrics and the number of completions, and compares the gaps of the
+    probe with their limit.
     """
     messages = []
-    names_before, names_after = (
-        [sorted(row) for row in run.get("metrics", [])] for run in (before, after)
-    )
+    names_before = [sorted(row) for row in before.get("metrics", [])]
+    names_after = [sorted(row) for row in after.get("metrics", [])]
     if names_before != names_after:
-        messages.append("metrics: other names or another number of rows")
-    if before.get("num_completions") != after.get("num_completions"):
-        messages.append(
-            f"completions: {before.get('num_completions')} became {after.get('num_completions')}"
-        )
+        messages.append("metrics: the names or the number of rows differ")
+    count_before = before.get("num_completions")
+    count_after = after.get("num_completions")
+    if count_before != count_after:
+        messages.append(f"completions: {count_before} became {count_after}")
     gaps = [row["probe/gap"] for row in after.get("metrics", []) if "probe/gap" in row]
     if not gaps or max(gaps) > MAX_GAP:
         messages.append(f"probe/gap: {gaps}, allowed {MAX_GAP}")
     return messages
-
-
-def compare(before: Path, after: Path) -> int:
-    """Prints the first difference of each run, or `equal`; returns the exit code."""
-    old, new = json.loads(before.read_text()), json.loads(after.read_text())
-    messages = [
-        f"{name}: {message}"
-        for name in old
-        for message in differences(old[name], new.get(name, {}))
-    ]
-    print("\n".join(messages) if messages else "equal")
-    return 1 if messages else 0
 
 
 def main() -> int:
@@ -281,7 +307,7 @@ def main() -> int:
     if options.compare:
         return compare(*options.compare)
     if options.output is None:
-        parser.error("where is the record to be written?")
+        parser.error("output path missing: pass OUTPUT.json")
     record_all(options.output, options.folder.resolve(), options.only)
     return 0
 

@@ -1,21 +1,28 @@
-"""A user's own reward, as it could lie in a working directory.
-
-The share of digits among twelve characters.
-"""
+"""Reward functions in a user's own module. A config names them as `digits:share`."""
 
 import os
 
+NUM_CHARACTERS = 12  # sampling.max_tokens of tiny_config; most tokens are single characters
+
+_num_calls = 0  # of share_until_the_third in this process
+
 
 def share(completion, problem):
-    return sum(char.isdigit() for char in completion.text) / 12
-
-
-CALLS = []  # of share_until_the_third in this process
+    """Returns the number of digits in the completion divided by NUM_CHARACTERS."""
+    num_digits = sum(character.isdigit() for character in completion.text)
+    return num_digits / NUM_CHARACTERS
 
 
 def share_until_the_third(completion, problem):
-    """Fails on one of two ranks, after two rollouts and the evaluation before them."""
-    CALLS.append(1)
-    if os.environ["RANK"] == "1" and len(CALLS) > int(os.environ["CALLS"]):
+    """Returns `share`, but fails on rank 1 after a number of calls.
+
+    The environment variable CALLS contains the number of calls that succeed.
+
+    Raises:
+        ValueError: On rank 1, in every call after the first CALLS calls.
+    """
+    global _num_calls
+    _num_calls += 1
+    if os.environ["RANK"] == "1" and _num_calls > int(os.environ["CALLS"]):
         raise ValueError("no more")
     return share(completion, problem)

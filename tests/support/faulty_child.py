@@ -1,7 +1,19 @@
-"""An engine process with a fault: what the canary, the probe and the transfer's checks must see.
+"""An engine process with an injected fault that the canary, the probe or a checksum must detect.
 
-The file that GRPO_TEST_FAULT names holds the fault's name. It is read at every sync, so that one
-process shows all faults in turn.
+The environment variable GRPO_TEST_FAULT contains the path of a file, and the file contains the name
+of the fault:
+
+    none            no fault
+    dies at start   the process exits with code 7
+    flipped bit     one bit changes before the checksums are computed
+    missing layer   the weights of layer 1 do not arrive
+    zeroed          one matrix arrives as zeros
+    swapped         two matrices of the same shape are exchanged
+    stale layer     layer 1 keeps the weights of the first update
+    stale head      a tied head keeps its packed copy of the old weights
+    stale cache     the prefix cache is not emptied
+
+The file is read during every sync, so tests can change the fault of a running process.
 """
 
 import os
@@ -13,32 +25,34 @@ import torch
 from grpo.engines.local import child
 
 FAULT_FILE = Path(os.environ["GRPO_TEST_FAULT"])
-first_update = {}  # the tensors of a stale layer, by name
+# Under the fault "stale layer": the weights of layer 1 in their first update, by name.
+first_update = {}
 
 
-def without_a_layer(rows):
-    return [(name, tensor) for name, tensor in rows if ".layers.1." not in name]
+def without_a_layer(named_tensors):
+    return [(name, tensor) for name, tensor in named_tensors if ".layers.1." not in name]
 
 
-def with_a_matrix_of_zeros(rows):
-    for name, tensor in rows:
+def with_a_matrix_of_zeros(named_tensors):
+    for name, tensor in named_tensors:
         if name.endswith("layers.0.self_attn.v_proj.weight"):
             tensor.zero_()
-    return rows
+    return named_tensors
 
 
-def with_two_matrices_swapped(rows):
-    one, two = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
-    tensors = dict(rows)
-    tensors[one], tensors[two] = tensors[two], tensors[one]
+def with_two_matrices_swapped(named_tensors):
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    up = "model.layers.0.mlp.up_proj.weight"
+    tensors = dict(named_tensors)
+    tensors[gate], tensors[up] = tensors[up], tensors[gate]
     return list(tensors.items())
 
 
-def with_a_layer_of_the_first_update(rows):
-    for name, tensor in rows:
+def with_a_layer_of_the_first_update(named_tensors):
+    for name, tensor in named_tensors:
         if ".layers.1." in name:
             first_update.setdefault(name, tensor.clone())
-    return [(name, first_update.get(name, tensor)) for name, tensor in rows]
+    return [(name, first_update.get(name, tensor)) for name, tensor in named_tensors]
 
 
 FAULTS = {
@@ -50,35 +64,40 @@ FAULTS = {
 
 
 def install():
+    """Patches vLLM and grpo's receivers so that they have the fault that FAULT_FILE names."""
     import vllm
 
     from grpo.engines.transfer import receivers
 
-    record_sums, retie_head = receivers.ArrivalCheck._record_sums, receivers.retie_head
+    record_sums = receivers.ArrivalCheck._record_sums
+    retie_head = receivers.retie_head
     reset_prefix_cache = vllm.LLM.reset_prefix_cache
 
-    def faulty(self, weights):
+    def record_sums_with_fault(self, weights):
         fault = FAULT_FILE.read_text()
-        rows = [(name, tensor.clone()) for name, tensor in weights]
+        named_tensors = [(name, tensor.clone()) for name, tensor in weights]
         if fault == "flipped bit":
-            rows[3][1].view(torch.uint8).view(-1)[21] ^= 4
-        rows = list(record_sums(self, rows))  # no checksum sees what is done after it
+            tensor = named_tensors[3][1]
+            tensor.view(torch.uint8).view(-1)[21] ^= 4
+        named_tensors = list(record_sums(self, named_tensors))
+        # Checksums do not detect the following faults: they are computed above.
         if fault in FAULTS:
-            rows = FAULTS[fault](rows)
-        return iter(rows)
+            named_tensors = FAULTS[fault](named_tensors)
+        return iter(named_tensors)
 
-    def retie(model):
-        if FAULT_FILE.read_text() != "stale head":  # vLLM 0.32's own fault on a CPU
+    def retie_head_unless_stale(model):
+        # "stale head" is what vLLM 0.32 does on a CPU without grpo's retie_head.
+        if FAULT_FILE.read_text() != "stale head":
             retie_head(model)
 
-    def reset(self, *args, **kwargs):
+    def reset_prefix_cache_unless_stale(self, *args, **kwargs):
         if FAULT_FILE.read_text() == "stale cache":
             return True
         return reset_prefix_cache(self, *args, **kwargs)
 
-    receivers.ArrivalCheck._record_sums = faulty
-    receivers.retie_head = retie
-    vllm.LLM.reset_prefix_cache = reset
+    receivers.ArrivalCheck._record_sums = record_sums_with_fault
+    receivers.retie_head = retie_head_unless_stale
+    vllm.LLM.reset_prefix_cache = reset_prefix_cache_unless_stale
 
 
 if __name__ == "__main__":

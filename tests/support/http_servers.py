@@ -1,4 +1,4 @@
-"""Servers behind HTTP: a real vLLM server on a tiny model, and one that answers as a judge does."""
+"""HTTP servers for tests: a real vLLM server on a tiny model, and a scripted reward server."""
 
 import contextlib
 import json
@@ -10,16 +10,45 @@ import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 
 from grpo.run.addresses import free_port
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
 
 @contextlib.contextmanager
 def serve_vllm(model_dir, folder):
-    """Yields the URL of a real vLLM server on a model."""
+    """Starts a real vLLM server on a copy of a model and yields its URL.
+
+    Args:
+        model_dir: Directory of the model. The server lists it as "teacher".
+        folder: Existing directory for the copy, the chat template and the log.
+
+    Raises:
+        AssertionError: The server is not ready within 180 s. The message is the end of its log.
+    """
     model = shutil.copytree(model_dir, folder / "model")
-    (folder / "template").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    template = folder / "template"
+    template.write_text(CHAT_TEMPLATE)
     port = free_port()
+    log_file = folder / "log"
+    with log_file.open("w") as log:
+        process = subprocess.Popen(
+            _vllm_command(model, template, port),
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"},
+        )
+    try:
+        _wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log_file)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _vllm_command(model, template, port):
     options = {
         "model": str(model),
         "served-model-name": "teacher",
@@ -27,87 +56,68 @@ def serve_vllm(model_dir, folder):
         "host": "127.0.0.1",
         "dtype": "float32",
         "block-size": "32",
-        "chat-template": str(folder / "template"),
+        "chat-template": str(template),
         "max-model-len": "256",
         "kv-cache-memory-bytes": str(50 * 2**20),
     }
-    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--enforce-eager",
-        *flags,
-    ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"}
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, (
-                    folder / "log"
-                ).read_text()[-2000:]
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    return command
+
+
+def _wait_until_healthy(url, process, log_file):
+    deadline = time.monotonic() + 180
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2)
+            return
+        except OSError:
+            log_end = log_file.read_text()[-2000:]
+            assert process.poll() is None, log_end
+            assert time.monotonic() < deadline, log_end
+            time.sleep(0.5)
+
+
+class JudgeServer(NamedTuple):
+    """A running reward server.
+
+    Attributes:
+        url: Base URL with `/v1`.
+        requests: `(path, body)` of every POST request, in order.
+        handler: Set `handler.fail = True` to answer every POST request with status 400.
+    """
+
+    url: str
+    requests: list
+    handler: type
 
 
 @contextlib.contextmanager
 def serve_judge():
-    """Answers as a judge (grades by the answer's length), a classifier and a pooler.
+    """Serves one model, "rm", as a judge, a classifier and a pooling model; yields a JudgeServer.
 
-    `fail` makes it refuse.
+    The judge's grade is 8 if the last message contains "good"; otherwise it gives no grade. The
+    classifier returns the probabilities 0.9 and 0.25, and the pooling model 1.0 and -2.5.
     """
-    asked = []
+    requests = []
 
     class Handler(BaseHTTPRequestHandler):
         fail = False
 
         def do_GET(self):
-            self.answer(
-                {
-                    "object": "list",
-                    "data": [{"id": "rm", "object": "model", "created": 0, "owned_by": "us"}],
-                }
-            )
+            model = {"id": "rm", "object": "model", "created": 0, "owned_by": "us"}
+            self.send_json({"object": "list", "data": [model]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append((self.path, body))
+            requests.append((self.path, body))
             if Handler.fail:
                 self.send_error(400, "no")
                 return
-            text = body["messages"][-1]["content"]
-            if self.path == "/v1/classify":
-                self.answer({"data": [{"index": 0, "label": "x", "probs": [0.9, 0.25]}]})
-            elif self.path == "/v1/pooling":
-                self.answer({"data": [{"index": 0, "object": "pooling", "data": [[1.0], [-2.5]]}]})
-            else:
-                words = (
-                    "I like it. Grade: 3 at first\n**Grade: 8**"
-                    if "good" in text
-                    else "I cannot say."
-                )
-                message = {"role": "assistant", "content": words}
-                self.answer(
-                    {
-                        "id": "1",
-                        "object": "chat.completion",
-                        "created": 0,
-                        "model": "rm",
-                        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                    }
-                )
+            self.send_json(_reward_response(self.path, body["messages"][-1]["content"]))
 
-        def answer(self, value):
+        def send_json(self, value):
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
@@ -116,7 +126,25 @@ def serve_judge():
         def log_message(self, *_):
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_port}/v1", asked, Handler
-    http.shutdown()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield JudgeServer(f"http://127.0.0.1:{server.server_port}/v1", requests, Handler)
+    server.shutdown()
+
+
+def _reward_response(path, text):
+    if path == "/v1/classify":
+        return {"data": [{"index": 0, "label": "x", "probs": [0.9, 0.25]}]}
+    if path == "/v1/pooling":
+        return {"data": [{"index": 0, "object": "pooling", "data": [[1.0], [-2.5]]}]}
+    judgement = "I cannot say."
+    if "good" in text:
+        judgement = "I like it. Grade: 3 at first\n**Grade: 8**"
+    message = {"role": "assistant", "content": judgement}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "rm",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+    }

@@ -1,11 +1,21 @@
-"""Runs work that must not hang."""
+"""Runs code that must not hang."""
 
 import threading
 
 
 def run_within(seconds, work):
-    """Returns what `work` returns, raises what it raises; fails if it takes longer."""
-    results, errors = [], []
+    """Calls `work` in a thread and returns its result.
+
+    Args:
+        seconds: Time limit.
+        work: Function without parameters.
+
+    Raises:
+        AssertionError: `work` does not return within the limit.
+        BaseException: `work` raised this exception.
+    """
+    results = []
+    errors = []
 
     def run():
         try:
@@ -16,7 +26,7 @@ def run_within(seconds, work):
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    assert not thread.is_alive(), f"not done within {seconds} s"
+    assert not thread.is_alive(), f"not finished within {seconds} s"
     if errors:
         raise errors[0]
     return results[0]

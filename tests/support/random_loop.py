@@ -1,4 +1,4 @@
-"""A training loop with a real learner and an engine that draws tokens at random."""
+"""A training loop with a real learner and an engine that samples random tokens."""
 
 import random
 from types import SimpleNamespace
@@ -20,38 +20,46 @@ from grpo.training.weight_sync import ProbeReport
 from grpo.types import Completion, Problem
 from rewards.workers.pool import Pool
 
+NUM_PROBLEMS = 40
+MAX_TOKENS = 8  # completions of this length have the finish reason `length`
+
 
 class RandomEngine:
-    """Tokens are a function of the seed.
+    """An engine that samples 2 to 8 random tokens. They depend only on the seed of the request.
 
-    Of a completion that begins with an even one the reward is 1.
+    Attributes:
+        weights: Copies of the weights of the last sync, by name.
+        version: Version of these weights.
     """
 
     version = -1
 
     def generate(self, requests, options, on_progress=None):
-        return [
-            tuple(self._completion(request.seed + i) for i in range(request.n))
-            for request in requests
-        ]
+        """Returns each request's completions; see grpo.engines.Engine."""
+        groups = []
+        for request in requests:
+            groups.append(tuple(self._completion(request.seed + i) for i in range(request.n)))
+        return groups
 
     def prove(self, requests, options):
+        """Returns the completions of the only copy of the model."""
         return [self.generate(requests, options)]
 
     def _completion(self, seed):
         generator = random.Random(seed)
-        ids = tuple(generator.randrange(10, 200) for _ in range(generator.randrange(2, 9)))
+        length = generator.randrange(2, MAX_TOKENS + 1)
+        ids = tuple(generator.randrange(10, 200) for _ in range(length))
         logprobs = tuple(-4 - generator.random() for _ in ids)
-        reason = "length" if len(ids) == 8 else "stop"
         return Completion(
             token_ids=ids,
             logprobs=logprobs,
             text="",
-            finish_reason=reason,
-            versions=((self.version, 0, len(ids)),),
+            finish_reason="length" if length == MAX_TOKENS else "stop",
+            versions=((self.version, 0, length),),
         )
 
     def load_weights(self, weights, version):
+        """Keeps copies of the weights."""
         self.weights = {name: weight.clone() for name, weight in weights}
         self.version = version
         return SyncReport(version=version, seconds=0.0, num_bytes=0)
@@ -61,80 +69,155 @@ class RandomEngine:
     def wake(self): ...
 
 
-def make_loop(tmp_path, tiny, resume=False, reward=None, take=None, kind="tiny-qwen2", **sections):
-    base = {
+class SilentDisplay:
+    """A display that shows nothing."""
+
+    def begin(self, *_): ...
+    def phase(self, *_): ...
+    def row(self, *_): ...
+    def say(self, *_): ...
+
+
+class TokenPrompts:
+    """Prompts of three tokens. The last token is 7 plus the number in the problem's id."""
+
+    stop = ()
+    stop_token_ids = ()
+
+    def ids(self, problem):
+        """Returns the prompt's token ids."""
+        return (5, 6, 7 + int(problem.id[1:]))
+
+    def prefill(self, problem):
+        """Returns the beginning of every completion: nothing."""
+        return ""
+
+    def for_rewards(self, problem):
+        """Returns the prompt's text: nothing."""
+        return ""
+
+
+def first_token_is_even(completion, problem):
+    """Returns the reward 1.0 if the completion begins with an even token id, otherwise 0.0."""
+    return float(completion.token_ids[0] % 2 == 0)
+
+
+def take_problems(position, count):
+    """Returns `count` training problems, starting at `position`. Ids repeat after `p39`."""
+    return [
+        Problem(id=f"p{i % NUM_PROBLEMS}", question="", answer="", source="t")
+        for i in range(position, position + count)
+    ]
+
+
+class PassingWeightCheck:
+    """A weight check that always finds equal weights."""
+
+    def probe(self):
+        """Returns a report without a gap."""
+        return ProbeReport(gap=0.0, max_gap=1.0)
+
+    def canary(self, version, signals):
+        """Returns the gap 0."""
+        return 0.0
+
+
+def make_loop(
+    tmp_path,
+    tiny,
+    *,
+    resume=False,
+    reward=None,
+    take=None,
+    kind="tiny-qwen2",
+    **sections,
+):
+    """Returns a started training loop.
+
+    Args:
+        tmp_path: The run directory.
+        tiny: The fixture `tiny`.
+        resume: Whether to continue from the last checkpoint in the run directory.
+        reward: The only reward, `f(completion, problem) -> float | None`. Its name is "even". The
+            default is `first_token_is_even`.
+        take: Returns training problems, `f(position, count) -> list[Problem]`. The default is
+            `take_problems`.
+        kind: Kind of the tiny model.
+        sections: Config sections, see `tiny_config`. `train` and `learner` replace the defaults.
+    """
+    defaults = {
         "train": {"rollouts": 3, "problems": 4, "group_size": 4},
         "learner": {"lr": 1e-3, "zero_stage": 1},
         "rewards": {"accuracy": 1.0},
     }
-    config = tiny_config(tmp_path, tiny(kind), **{**base, **sections})
-    model, reference = models.load_model(tiny(kind), "packed"), None
-    if config.model.lora:
-        lora.add_adapters(model, config.model.lora, "tiny", config.seed)
-    elif config.algorithm.kl_coef or config.model.teacher:
-        reference = models.load_model(
-            tiny(kind, intermediate_size=128) if config.model.teacher else tiny(kind), "packed"
-        )
-    learner = Learner(
-        model,
-        config,
-        plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "loss"),
-        reference,
-    )
-    reward = reward or (lambda completion, problem: float(completion.token_ids[0] % 2 == 0))
-    rewards = {
-        "even": (
-            lambda groups, _: [
-                [reward(c, group.problem) for c in group.completions] for group in groups
-            ],
-            1.0,
-        )
-    }
-
-    def problem(i):
-        return Problem(id=f"p{i % 40}", question="", answer="", source="t")
-
-    take = take or (lambda position, n: [problem(position + i) for i in range(n)])
-    run, engine = RunDirectory(str(tmp_path), resume=resume), RandomEngine()
-    display = SimpleNamespace(
-        phase=lambda *_: None, begin=lambda *_: None, say=lambda *_: None, row=lambda *_: None
-    )
-    prompts = SimpleNamespace(
-        ids=lambda problem: (5, 6, 7 + int(problem.id[1:])),
-        prefill=lambda problem: "",
-        for_rewards=lambda problem: "",
-        stop=(),
-        stop_token_ids=(),
+    config = tiny_config(tmp_path, tiny(kind), **(defaults | sections))
+    learner = _make_learner(config, tiny, kind)
+    run = RunDirectory(str(tmp_path), resume=resume)
+    rollouts = _make_rollouts(config, reward, take)
+    journal = Journal(
+        record_row=run.append_metrics,
+        display=rollouts.display,
+        alarm_rules=config.logging.alarms,
     )
     loop = Loop(
         config=config,
         run=run,
-        engine=engine,
-        rollouts=Rollouts(
-            config=config,
-            engine=engine,
-            prompts=prompts,
-            rewards=rewards,
-            selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=take),
-            workers=Pool(),
-            display=display,
-        ),
+        engine=rollouts.engine,
+        rollouts=rollouts,
         updater=Updater(config=config, learner=learner),
-        weight_check=SimpleNamespace(
-            probe=lambda: ProbeReport(gap=0.0, max_gap=1.0), canary=lambda version, signals: 0.0
-        ),
-        journal=Journal(
-            record_row=run.append_metrics, display=display, alarm_rules=config.logging.alarms
-        ),
+        weight_check=PassingWeightCheck(),
+        journal=journal,
         signals=SimpleNamespace(check=lambda: None),
-        display=display,
+        display=rollouts.display,
         machine=roofline.Machine(flops=1e9, bandwidth=1e9),
-        shape=roofline.model_shape(tiny(kind), 100_000, "float32"),
+        shape=roofline.shape(tiny(kind), 100_000, "float32"),
     )
     if resume:
         learner.load(run.latest())
         loop.resume(run.read_state(run.latest()))
     else:
-        loop.run.update_manifest(stage="train")
+        run.update_manifest(stage="train")
     loop.start(fresh=not resume)
     return loop
+
+
+def _make_rollouts(config, reward, take):
+    if reward is None:
+        reward = first_token_is_even
+    if take is None:
+        take = take_problems
+    return Rollouts(
+        config=config,
+        engine=RandomEngine(),
+        prompts=TokenPrompts(),
+        rewards={"even": (_for_groups(reward), 1.0)},
+        selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=take),
+        workers=Pool(),
+        display=SilentDisplay(),
+    )
+
+
+def _make_learner(config, tiny, kind):
+    """Returns a learner with the adapters or the reference model that the config asks for."""
+    model = models.load_model(tiny(kind), "packed")
+    reference = None
+    if config.model.lora:
+        lora.add_adapters(model, config.model.lora, "tiny", config.seed)
+    elif config.model.teacher:
+        reference = models.load_model(tiny(kind, intermediate_size=128), "packed")
+    elif config.algorithm.kl_coef:
+        reference = models.load_model(tiny(kind), "packed")
+    loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "loss")
+    return Learner(model, config, loss, reference)
+
+
+def _for_groups(reward):
+    """Returns a reward function of groups that calls `reward` for every completion."""
+
+    def reward_groups(groups, prompts):
+        rewards = []
+        for group in groups:
+            rewards.append([reward(completion, group.problem) for completion in group.completions])
+        return rewards
+
+    return reward_groups

@@ -1,6 +1,22 @@
-"""What each rank of a test's learner does.
+"""Trains a tiny model with every combination of ZeRO stage and dtype, on one rank or on several.
 
-`python ranks_worker.py MODEL FOLDER`, alone or under torchrun. Rank 0 writes what came out.
+    python ranks_worker.py MODEL FOLDER
+    torchrun --standalone --nproc-per-node=2 ranks_worker.py MODEL FOLDER
+
+FOLDER is named `one` or `two`, after the number of ranks. Rank 0 writes the final weights of each
+combination to FOLDER (`1-float32.pt`, `shared-1.pt`), and the results to `found.json`:
+
+    {
+        "1-float32": {
+            "rows": [{"loss": 0.1, "policy/grad_norm": 2.0, ...}, ...],  // one per update
+            "perturbed": true,  // the canary's perturbation changed every weight
+            "restored": true,   // and all of them were restored
+            "resumed": [...]    // the second half, resumed from the other folder's checkpoint
+        },
+        "shared-1": {"rows": [...]}  // all ranks share each sequence
+    }
+
+"resumed" is missing if the folder of the other number of ranks does not exist.
 """
 
 import json
@@ -16,15 +32,20 @@ from grpo.learning import learner_weights, models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
-from grpo.losses.gspo import loss as gspo
+from grpo.losses.gspo import loss as gspo_loss
 from grpo.run import ranks
 from grpo.types import Sample
 
-UPDATES = 4
-learner_weights.BUCKET_BYTES = 2**14  # ZeRO-3 gathers the model in many buckets
+NUM_UPDATES = 4
+HALF = NUM_UPDATES // 2  # a checkpoint is saved after this number of updates
+learner_weights.BUCKET_BYTES = 2**14  # small, so that ZeRO-3 gathers the model in many buckets
+
+METRICS = ("loss", "policy/grad_norm", "policy/entropy", "update/tokens")
+SHARED_METRICS = (*METRICS, "kl/ref", "mismatch/effective", "mismatch/max_weight")
 
 
-def batches(seed):
+def local_batches(seed):
+    """Returns this rank's padded micro-batches of one update."""
     rows = samples(seed, count=7)
     return micro_batches(
         rows,
@@ -34,112 +55,127 @@ def batches(seed):
     )
 
 
-def learner(model, folder, stage, dtype):
-    # ranks have unequal numbers of such chunks
-    more = {"weight_decay": 0.1, "max_grad_norm": 0.5, "logits_chunk_tokens": 8}
-    config = tiny_config(
-        folder, model, model={"dtype": dtype}, learner={"zero_stage": stage, **more}
-    )
-    return Learner(models.load_model(model, "eager"), config, loss)
+def make_learner(model_dir, folder, stage, dtype):
+    settings = {
+        "zero_stage": stage,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "logits_chunk_tokens": 8,  # small, so that ranks have different numbers of chunks
+    }
+    config = tiny_config(folder, model_dir, model={"dtype": dtype}, learner=settings)
+    return Learner(models.load_model(model_dir, "eager"), config, loss)
 
 
-def shared(model, folder, stage):
-    """Returns what updates say, and their weights, where all ranks share each micro-batch.
-
-    Of the packed model, with all that a loss can have.
-    """
-    algorithm = {"preset": "gspo", "entropy_coef": 0.01, "kl_coef": 0.1}
-    config = tiny_config(
-        folder,
-        model,
-        model={"gradient_checkpointing": True},
-        algorithm=algorithm,
-        learner={"zero_stage": stage, "sequence_parallel": ranks.world_size()},
-    )
-    one = Learner(
-        models.load_model(model, "packed"), config, gspo, models.load_model(model, "packed")
-    )
-    long = Sample(
-        token_ids=tuple(range(7, 60)), prompt_length=52, advantages=(1.0,), sampler_logprobs=(-5.0,)
-    )
+def train(learner, first, end):
+    """Makes the updates `first` to `end - 1` and returns METRICS of each."""
     rows = []
-    for seed in range(UPDATES):
-        # the first half of the last one's stream predicts nothing
-        given = [*samples(seed, count=7), long]
-        made = micro_batches(
-            given, token_weights(given, "sequence", 20), max_tokens=60, packed=True, share=one.share
-        )
-        made = [
-            replace(b, ref_logprobs=ref)
-            for b, (ref, _) in zip(made, one.score(made, reference=True), strict=True)
-        ]
-        rows.append(one.update(made))
-    kept = (
-        "loss",
-        "policy/grad_norm",
-        "policy/entropy",
-        "kl/ref",
-        "update/tokens",
-        "mismatch/effective",
-        "mismatch/max_weight",
-    )
-    return [{key: row[key] for key in kept} for row in rows], weights(one)
+    for seed in range(first, end):
+        metrics = learner.update(local_batches(seed))
+        rows.append({key: metrics[key] for key in METRICS})
+    return rows
 
 
-def weights(learner):
+def copy_weights(learner):
     return {name: weight.float().clone() for name, weight in learner.weights()}
 
 
-def goes_on(learner, first, last):
-    rows = [learner.update(batches(seed)) for seed in range(first, last)]
-    return [
-        {key: row[key] for key in ("loss", "policy/grad_norm", "policy/entropy", "update/tokens")}
-        for row in rows
-    ]
+def train_with_shared_sequences(model_dir, folder, stage):
+    """Makes all updates with sequence parallelism over all ranks.
 
+    The model is packed, and the loss uses every term: GSPO's ratio per sequence, entropy and KL to
+    a reference.
 
-def main(model, folder):
-    """Trains by every ZeRO stage, half way from a fresh start and from there on.
-
-    Then from the other world's checkpoints, if they are there; perturbs and restores.
+    Returns:
+        SHARED_METRICS of each update, and the final weights by name.
     """
+    config = tiny_config(
+        folder,
+        model_dir,
+        model={"gradient_checkpointing": True},
+        algorithm={"preset": "gspo", "entropy_coef": 0.01, "kl_coef": 0.1},
+        learner={"zero_stage": stage, "sequence_parallel": ranks.world_size()},
+    )
+    policy = models.load_model(model_dir, "packed")
+    reference = models.load_model(model_dir, "packed")
+    learner = Learner(policy, config, gspo_loss, reference)
+    # The first half of this sequence, which is rank 0's share of two, contains only prompt tokens.
+    long_prompt = Sample(
+        token_ids=tuple(range(7, 60)), prompt_length=52, advantages=(1.0,), sampler_logprobs=(-5.0,)
+    )
+    rows = []
+    for seed in range(NUM_UPDATES):
+        update_samples = [*samples(seed, count=7), long_prompt]
+        batches = micro_batches(
+            update_samples,
+            token_weights(update_samples, "sequence", 20),
+            max_tokens=60,
+            packed=True,
+            share=learner.share,
+        )
+        scores = learner.score(batches, reference=True)
+        batches = [
+            replace(batch, ref_logprobs=score.logprobs)
+            for batch, score in zip(batches, scores, strict=True)
+        ]
+        metrics = learner.update(batches)
+        rows.append({key: metrics[key] for key in SHARED_METRICS})
+    return rows, copy_weights(learner)
+
+
+def train_and_perturb(model_dir, folder, stage, dtype):
+    """Makes all updates, with a checkpoint at HALF, then perturbs and restores the weights.
+
+    Returns:
+        The entry of `found.json` without "resumed", and the trained weights by name.
+    """
+    checkpoint = folder / f"{stage}-{dtype}"
+    learner = make_learner(model_dir, folder, stage, dtype)
+    rows = train(learner, 0, HALF)
+    ranks.rank0_first("the folder", lambda: checkpoint.mkdir(parents=True, exist_ok=True))
+    learner.save(checkpoint)
+    rows += train(learner, HALF, NUM_UPDATES)
+    trained = copy_weights(learner)
+    with learner.perturbed(5):
+        learner.score(local_batches(0))
+        perturbed = copy_weights(learner)
+    restored = copy_weights(learner)
+    result = {
+        "rows": rows,
+        "perturbed": all((perturbed[name] != trained[name]).any().item() for name in trained),
+        "restored": all(torch.equal(restored[name], trained[name]) for name in trained),
+    }
+    return result, trained
+
+
+def resume(model_dir, folder, stage, dtype, checkpoint):
+    """Makes the second half of the updates from a checkpoint of another number of ranks."""
+    learner = make_learner(model_dir, folder, stage, dtype)
+    learner.load(checkpoint)
+    rows = train(learner, HALF, NUM_UPDATES)
+    converted = [path.name for path in checkpoint.parent.iterdir() if "universal" in path.name]
+    assert not converted, f"converted checkpoints were not deleted: {converted}"
+    return rows
+
+
+def main(model_dir, folder):
     ranks.join_process_group(60)
-    found = {}
+    other_folder = folder.parent / ("two" if ranks.world_size() == 1 else "one")
+    results = {}
     for stage, dtype in COMBINATIONS:
         name = f"{stage}-{dtype}"
-        one = learner(model, folder, stage, dtype)
-        rows = goes_on(one, 0, UPDATES // 2)
-        ranks.rank0_first(
-            "the folder", lambda name=name: (folder / name).mkdir(parents=True, exist_ok=True)
-        )
-        one.save(folder / name)
-        rows += goes_on(one, UPDATES // 2, UPDATES)
-        before = weights(one)
-        with one.perturbed(5):
-            one.score(batches(0))
-            moved = weights(one)
-        after = weights(one)
-        found[name] = {
-            "rows": rows,
-            "perturbed": all((moved[n] != before[n]).any().item() for n in before),
-            "restored": all(torch.equal(after[n], before[n]) for n in before),
-        }
+        results[name], weights = train_and_perturb(model_dir, folder, stage, dtype)
         if ranks.rank() == 0:
-            torch.save(before, folder / f"{name}.pt")
-        other = folder.parent / ("two" if ranks.world_size() == 1 else "one") / name
-        if other.exists():
-            two = learner(model, folder, stage, dtype)
-            two.load(other)
-            found[name]["resumed"] = goes_on(two, UPDATES // 2, UPDATES)
-            left = [path.name for path in other.parent.iterdir() if "universal" in path.name]
-            assert not left, left
+            torch.save(weights, folder / f"{name}.pt")
+        checkpoint = other_folder / name
+        if checkpoint.exists():
+            results[name]["resumed"] = resume(model_dir, folder, stage, dtype, checkpoint)
     for stage in (1, 3):
-        rows, after = shared(model, folder, stage)
-        found[f"shared-{stage}"] = {"rows": rows}
+        rows, weights = train_with_shared_sequences(model_dir, folder, stage)
+        results[f"shared-{stage}"] = {"rows": rows}
         if ranks.rank() == 0:
-            torch.save(after, folder / f"shared-{stage}.pt")
+            torch.save(weights, folder / f"shared-{stage}.pt")
     if ranks.rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

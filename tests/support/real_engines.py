@@ -16,6 +16,7 @@ from grpo.training.weight_sync import (
     probe_prompts,
 )
 
+# Four prompts of 100 token ids, longer than several KV blocks.
 PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
 SETTINGS = configs.EngineSettings(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
 
@@ -23,15 +24,31 @@ SETTINGS = configs.EngineSettings(kv_cache_gb=0.05, max_sequences=32, timeout_s=
 def start_engine(
     model_dir, tmp_path, engine_class=VllmEngine, *, dtype="float32", **options
 ) -> VllmEngine:
-    """Returns an engine on a tiny model. `options` are fields of `ServedModel`."""
+    """Starts an engine on a model. Its log is `tmp_path/engine.log`.
+
+    Args:
+        model_dir: Directory of the model.
+        tmp_path: Existing directory for the log.
+        engine_class: VllmEngine, or a subclass with another child process.
+        dtype: Data type of the engine's weights.
+        options: Further fields of ServedModel.
+    """
     model = ServedModel(model_dir=str(model_dir), dtype=dtype, max_model_len=160, **options)
     return engine_class(model=model, settings=SETTINGS, log_file=tmp_path / "engine.log")
 
 
 def put_together(engine, model_dir, tmp_path, rounds=False):
-    """Returns a learner on the model and a check of the two.
+    """Returns a float32 learner on a model, and the check of its weights in the engine.
 
-    The learner is in float32; with `rounds` the engine is not.
+    Args:
+        engine: The engine that the check compares with the learner.
+        model_dir: Directory of the model.
+        tmp_path: Run directory in the learner's config.
+        rounds: Whether the engine rounds, that is, does not compute in float32. The check then
+            allows a larger gap.
+
+    Returns:
+        A tuple `(learner, weight_check)`.
     """
     learner = Learner(models.load_model(model_dir, "eager"), tiny_config(tmp_path, model_dir), loss)
     settings = CheckSettings(

@@ -1,6 +1,7 @@
-"""An engine process that answers `start` and then stops: it takes no message and ends none.
+"""An engine process that answers `start` and then freezes (SIGSTOP).
 
-With GRPO_TEST_STUCK=answer it stops in the middle of its next answer instead.
+If GRPO_TEST_STUCK is "answer", it freezes in the middle of its next response. Otherwise it freezes
+before it reads the next message.
 """
 
 import os
@@ -15,5 +16,6 @@ if __name__ == "__main__":
     pipe.send(("ok", {}))
     if os.environ.get("GRPO_TEST_STUCK") == "answer":
         pipe.recv()
+        # The header announces 1,000 bytes (Connection's format); one of them follows.
         os.write(pipe.fileno(), struct.pack("!i", 1000) + b"x")
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and a config of a run on one that takes seconds."""
+"""Tiny models with random weights, and the config of a training run of seconds on one of them."""
 
 from grpo import config as configs
 
@@ -10,21 +10,31 @@ TINY_SHAPE = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
+# Multi-head latent attention: these values differ from TINY_SHAPE.
 MLA = {"tiny-deepseek-v3": {"num_key_value_heads": 2, "q_lora_rank": 32, "head_dim": 64}}
 
 
 class Weights(dict):
-    """Named tensors as a learner gives them to a sync."""
+    """Tensors by name, with the interface of a learner's weights (grpo.engines.Weights)."""
 
     def __iter__(self):
+        """Yields `(name, tensor)`."""
         return iter(self.items())
 
     def layout(self):
+        """Returns `(name, dtype, shape)` of every tensor."""
         return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()]
 
 
 def tiny_config(run_dir, model_dir, **sections) -> configs.TrainConfig:
-    """Returns a config of a run that takes seconds; sections are merged into it."""
+    """Returns the config of a training run that takes seconds.
+
+    Args:
+        run_dir: The run directory.
+        model_dir: Directory of the model.
+        sections: Values of the config's sections by name. The keys of a section are merged into the
+            keys below. `rewards` and values that are no sections replace those below.
+    """
     tree = {
         "run_dir": str(run_dir),
         "model": {"path": str(model_dir), "dtype": "float32"},
@@ -41,9 +51,8 @@ def tiny_config(run_dir, model_dir, **sections) -> configs.TrainConfig:
         "logging": {"progress": "off"},
     }
     for name, section in sections.items():
-        tree[name] = (
-            {**tree.get(name, {}), **section}
-            if isinstance(section, dict) and name != "rewards"
-            else section
-        )
+        if isinstance(section, dict) and name != "rewards":
+            tree[name] = {**tree.get(name, {}), **section}
+        else:
+            tree[name] = section
     return configs.parse(tree)

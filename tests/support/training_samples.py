@@ -1,4 +1,4 @@
-"""Trainable samples with random tokens, and what a learner computes of them."""
+"""Training samples with random tokens, and a policy's outputs and gradients on them."""
 
 import torch
 
@@ -7,6 +7,7 @@ from grpo.learning.batch import micro_batches, to_device, token_weights
 from grpo.learning.policy import HeadOptions, Policy
 from grpo.types import Sample
 
+# (ZeRO stage, dtype of the model)
 COMBINATIONS = [
     (0, "float32"),
     (1, "float32"),
@@ -18,70 +19,98 @@ COMBINATIONS = [
 ]
 
 
+class TokenGenerator:
+    """Draws random integers and token ids with a seeded `torch.Generator`."""
+
+    def __init__(self, seed):
+        """Seeds `generator`."""
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def integer(self, low, high):
+        """Returns an integer in [low, high)."""
+        return int(torch.randint(low, high, (), generator=self.generator))
+
+    def tokens(self, count):
+        """Returns `count` token ids in [7, 200) as a tuple."""
+        return tuple(torch.randint(7, 200, (count,), generator=self.generator).tolist())
+
+
 def samples(seed=0, count=10):
-    generator = torch.Generator().manual_seed(seed)
+    """Returns samples with prompts of 2 to 8 tokens and completions of 1 to 19 tokens.
 
-    def integer(low, high):
-        return int(torch.randint(low, high, (), generator=generator))
-
-    rows = []
+    Every sample has another prompt. The advantages are normally distributed.
+    """
+    draw = TokenGenerator(seed)
+    result = []
     for _ in range(count):
-        prompt, completion = integer(2, 9), integer(1, 20)
-        ids = torch.randint(7, 200, (prompt + completion,), generator=generator).tolist()
-        advantage = float(torch.randn((), generator=generator))
-        rows.append(
+        prompt_length = draw.integer(2, 9)
+        completion_length = draw.integer(1, 20)
+        token_ids = draw.tokens(prompt_length + completion_length)
+        advantage = float(torch.randn((), generator=draw.generator))
+        result.append(
             Sample(
-                token_ids=tuple(ids),
-                prompt_length=prompt,
-                advantages=(advantage,) * completion,
-                sampler_logprobs=(-5.0,) * completion,
+                token_ids=token_ids,
+                prompt_length=prompt_length,
+                advantages=(advantage,) * completion_length,
+                sampler_logprobs=(-5.0,) * completion_length,
             )
         )
-    return rows
+    return result
 
 
 def batches(rows, budget):
+    """Returns padded micro-batches of at most `budget` tokens of the samples `rows`."""
     return micro_batches(rows, token_weights(rows, "sequence", 20), max_tokens=budget)
 
 
 def groups(seed=0):
-    """Four prompts of 1 to 20 tokens, each with 1 to 4 completions of 1 to 12."""
-    generator = torch.Generator().manual_seed(seed)
+    """Returns the samples of four groups. The samples of a group have the same prompt.
 
-    def integer(low, high):
-        return int(torch.randint(low, high, (), generator=generator))
-
-    def tokens(count):
-        return tuple(torch.randint(7, 200, (count,), generator=generator).tolist())
-
-    samples = []
+    Prompts have 1 to 20 tokens. A group has 1 to 4 completions of 1 to 12 tokens with the
+    advantages -1, 0, 1 and 2.
+    """
+    draw = TokenGenerator(seed)
+    result = []
     for _ in range(4):
-        prompt = tokens(integer(1, 21))
-        for i in range(integer(1, 5)):
-            completion = tokens(integer(1, 13))
-            samples.append(
+        prompt = draw.tokens(draw.integer(1, 21))
+        for i in range(draw.integer(1, 5)):
+            completion = draw.tokens(draw.integer(1, 13))
+            result.append(
                 Sample(
                     token_ids=prompt + completion,
                     prompt_length=len(prompt),
                     advantages=(i - 1.0,) * len(completion),
                 )
             )
-    return samples
+    return result
 
 
 def scored(model, samples, max_tokens, device="cpu"):
-    """Logprobs and entropies of every completion token in the samples' order, and the gradient of
-    advantage x logprob.
+    """Returns a policy's outputs on samples, and the gradient of advantage x logprob.
+
+    Args:
+        model: The policy's model, padded or packed.
+        samples: Samples with advantages.
+        max_tokens: Maximum number of tokens per micro-batch.
+        device: The device of the model.
+
+    Returns:
+        A tuple `(values, gradients)`. `values` [2, L] contains the logprobs and the entropies of
+        the completion tokens, in the order of the samples. `gradients` contains a tensor per
+        parameter name.
     """
     packed = model.config._attn_implementation == packing.PACKED_ATTENTION
     policy = Policy(model, HeadOptions(temperature=0.7, chunk_tokens=5))
-    found = {}
+    values_of_samples = {}  # index of a sample -> [2, completion length]
     for batch in micro_batches(samples, [1.0] * len(samples), max_tokens=max_tokens, packed=packed):
         batch = to_device(batch, torch.device(device))
-        logprobs, entropies, *_ = policy(batch)
-        (logprobs * batch.advantages).sum().backward()
-        for row, i in enumerate(batch.index):
+        output = policy(batch)
+        (output.logprobs * batch.advantages).sum().backward()
+        for row, index in enumerate(batch.index):
             mask = batch.token_mask[row]
-            found[i] = torch.stack([logprobs[row][mask], entropies[row][mask]])
-    values = torch.cat([found[i] for i in range(len(samples))], dim=1)
-    return values, {name: parameter.grad for name, parameter in model.named_parameters()}
+            values_of_samples[index] = torch.stack(
+                [output.logprobs[row][mask], output.entropies[row][mask]]
+            )
+    values = torch.cat([values_of_samples[i] for i in range(len(samples))], dim=1)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return values, gradients

@@ -1,7 +1,4 @@
-"""Helpers of the tests that start whole runs.
-
-`grpo train` in a process of its own, as a user does.
-"""
+"""Helpers for tests that start complete runs of `grpo` in separate processes, as a user does."""
 
 import json
 import os
@@ -16,32 +13,53 @@ from tiny_models import tiny_config
 
 from grpo import config as configs
 
-# of a learner in the tests' own process
+# Variables that a learner in the tests' own process sets. A new process must not inherit them.
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# Parts of the names of metrics that contain times or rates.
+TIMED = ("time/", "seconds", "tokens_per_s", "machine/", "bound/", "idle/")
+
+# Several updates per rollout, KL to the initial model, bfloat16 with float32 master weights.
+SECTIONS = {
+    "train": {"rollouts": 4, "problems": 4, "group_size": 4, "updates_per_rollout": 2},
+    "eval": {"every": 2, "problems": 4},
+    "rewards": {"digits:share": 1.0, "accuracy": 1.0},
+    "algorithm": {"kl_coef": 0.01},
+    "model": {"dtype": "bfloat16"},
+    "learner": {"zero_stage": 1, "warmup_updates": 2},
+}
 
 
 def write_tree(path: Path, tree: dict) -> str:
+    """Writes a tree as YAML and returns the path as a string."""
     path.write_text(yaml.safe_dump(tree))
     return str(path)
 
 
 def write_config(path: Path, config: configs.TrainConfig) -> str:
+    """Writes a config as YAML and returns the path as a string."""
     return write_tree(path, config.model_dump(mode="json"))
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment of a process that may join a group of its own and finds digits.py."""
-    kept = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
-    return kept | {"PYTHONPATH": str(Path(__file__).parent)}
+    """Returns the environment for a process that may join its own ranks and imports digits.py."""
+    variables = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    variables["PYTHONPATH"] = str(Path(__file__).parent)
+    return variables
 
 
 def start(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
-    """Starts `grpo COMMAND ...`, with `ranks` above 1 under torchrun."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        if ranks > 1
-        else []
-    )
+    """Starts `grpo COMMAND ARGUMENTS...`. Its standard error is a pipe.
+
+    Args:
+        arguments: Arguments of the command.
+        command: Command of `grpo`.
+        ranks: Number of ranks. With more than one, torchrun starts them.
+        options: Further options of Popen.
+    """
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "grpo", command, *arguments],
         stderr=subprocess.PIPE,
@@ -52,6 +70,17 @@ def start(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
 
 
 def run(*arguments, code=0, **options) -> str:
+    """Runs `grpo` to its end, see `start`, and returns its standard error.
+
+    Args:
+        arguments: Arguments of the command.
+        code: Expected exit code.
+        options: Further options of `start`.
+
+    Raises:
+        AssertionError: The exit code differs from `code`.
+        subprocess.TimeoutExpired: The run takes more than 300 s.
+    """
     process = start(*arguments, **options)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
@@ -59,48 +88,65 @@ def run(*arguments, code=0, **options) -> str:
 
 
 def rows(run_dir):
+    """Returns the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def outcome(run_dir):
-    """Everything of a run that must not depend on when it was interrupted: all but times."""
-    timed = ("time/", "seconds", "tokens_per_s", "machine/", "bound/", "idle/")
-    metrics = [
-        {k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows(run_dir)
-    ]
+    """Returns the results of a run that must not depend on interruptions.
+
+    Returns:
+        A tuple `(metrics, samples, weights)`: the rows of metrics without times and rates, the
+        contents of the files in samples/ by name, and the bytes of the final weights.
+    """
+    metrics = []
+    for row in rows(run_dir):
+        metrics.append({key: value for key, value in row.items() if not _is_timed(key)})
     samples = {path.name: _content(path) for path in sorted((run_dir / "samples").iterdir())}
     weights = (run_dir / "final" / "model.safetensors").read_bytes()
     return metrics, samples, weights
 
 
+def _is_timed(key):
+    return any(part in key for part in TIMED)
+
+
 def _content(path):
-    if path.suffix != ".npz":  # which holds the time of day
-        return path.read_text()
-    with np.load(path) as arrays:
-        return {name: arrays[name].tobytes() for name in arrays.files}
+    if path.suffix == ".npz":  # the archive's bytes contain the time of day
+        with np.load(path) as arrays:
+            return {name: arrays[name].tobytes() for name in arrays.files}
+    return path.read_text()
 
 
 def wait_for(condition, process=None, seconds=120):
-    """Waits until a condition holds, and fails at once when the process has ended before."""
+    """Waits until `condition()` is true.
+
+    Args:
+        condition: Function without parameters. It is called every 20 ms.
+        process: Process that must not end before.
+        seconds: Time limit.
+
+    Raises:
+        AssertionError: The process has ended, or the limit is exceeded.
+    """
     deadline = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "waited too long"
+        assert time.monotonic() < deadline, f"the condition is not true after {seconds} s"
         time.sleep(0.02)
 
 
-SECTIONS = {  # several updates a rollout, KL to the start, bfloat16 with float32 masters
-    "train": {"rollouts": 4, "problems": 4, "group_size": 4, "updates_per_rollout": 2},
-    "eval": {"every": 2, "problems": 4},
-    "rewards": {"digits:share": 1.0, "accuracy": 1.0},
-    "algorithm": {"kl_coef": 0.01},
-    "model": {"dtype": "bfloat16"},
-    "learner": {"zero_stage": 1, "warmup_updates": 2},
-}
-
-
 def uninterrupted(folder: Path, model_dir: Path, **train) -> tuple[Path, str]:
-    """Runs SECTIONS to the end without an interruption; returns the folder and its config."""
+    """Trains with SECTIONS to the end, in `folder/run`.
+
+    Args:
+        folder: Existing directory for the config and the run.
+        model_dir: Directory of the model.
+        train: Keys to merge into the section `train`.
+
+    Returns:
+        `folder`, and the path of the config.
+    """
     sections = SECTIONS | {"train": SECTIONS["train"] | train}
     config = write_config(
         folder / "config.yaml", tiny_config(folder / "run", model_dir, **sections)
@@ -110,8 +156,15 @@ def uninterrupted(folder: Path, model_dir: Path, **train) -> tuple[Path, str]:
 
 
 def again(straight: tuple[Path, str], folder: Path) -> str:
-    """Returns the config of the same run in another folder."""
-    return write_config(
-        folder / "config.yaml",
-        configs.load(straight[1]).model_copy(update={"run_dir": str(folder / "run")}),
-    )
+    """Writes the config of an uninterrupted run for another folder.
+
+    Args:
+        straight: Result of `uninterrupted`.
+        folder: Existing directory for the config. Its run directory is `folder/run`.
+
+    Returns:
+        The path of the new config.
+    """
+    _, config_path = straight
+    config = configs.load(config_path).model_copy(update={"run_dir": str(folder / "run")})
+    return write_config(folder / "config.yaml", config)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What this machine is: GPU, driver, processors, memory, compilers, versions.
+# Prints facts about this machine: GPU, driver, processors, memory, disk space, compilers, versions.
 nvidia-smi --query-gpu=name,memory.total,memory.used,driver_version --format=csv,noheader
 nproc
 free -g | sed -n 2p

@@ -1,4 +1,4 @@
-"""The engine's child (grpo/engines/local/child.py), which prints the seconds of each call."""
+"""The engine's child process (grpo/engines/local/child.py). Prints the seconds of each call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo.engines.local.child import ChildEngine, main
 
-TIMED = (
+TIMED_METHODS = (
     "generate",
     "start_weight_update",
     "update_weights",
@@ -19,23 +19,22 @@ TIMED = (
 
 
 def time_calls(name: str) -> None:
-    plain = getattr(ChildEngine, name)
+    """Replaces a method of ChildEngine by one that prints its duration."""
+    method = getattr(ChildEngine, name)
 
-    def call(self: ChildEngine, **arguments: Any) -> Any:
-        begun = time.perf_counter()
-        result = plain(self, **arguments)
-        size = (
-            f" of {sum(request.n for request in arguments['requests'])}"
-            if name == "generate"
-            else ""
-        )
-        print(f"TIMED {name}{size}: {time.perf_counter() - begun:.4f} s", flush=True)
+    def timed_method(self: ChildEngine, **arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = method(self, **arguments)
+        size = ""
+        if name == "generate":
+            size = f" of {sum(request.n for request in arguments['requests'])}"
+        print(f"TIMED {name}{size}: {time.perf_counter() - start:.4f} s", flush=True)
         return result
 
-    setattr(ChildEngine, name, call)
+    setattr(ChildEngine, name, timed_method)
 
 
 if __name__ == "__main__":
-    for timed in TIMED:
-        time_calls(timed)
+    for method_name in TIMED_METHODS:
+        time_calls(method_name)
     main(int(sys.argv[1]), int(sys.argv[2]))

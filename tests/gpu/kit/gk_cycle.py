@@ -1,9 +1,9 @@
-"""tests/benchmarks/gpu_cycle.py in parts, with a model and logs that stay.
+"""Runs a part of tests/benchmarks/gpu_cycle.py; keeps the model and the logs.
 
     gk_cycle.py ours|trl [--small] [key=value ...]
 
-The engine's child prints the seconds of each of its calls into engine.log (gk_child.py).
-GK_PROFILE=1: a profile of the third update.
+The engine's child process prints the seconds of each call to engine.log (gk_child.py). With
+GK_PROFILE=1 the third update is profiled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = Path("tests/benchmarks").resolve()  # of the checkout that the scripts are run in
+BENCHMARKS = Path("tests/benchmarks").resolve()  # in the checkout, the current directory
 sys.path[:0] = [str(BENCHMARKS), str(HERE)]
 
 import gpu_cycle  # noqa: E402
@@ -35,16 +35,17 @@ CUDA = torch.cuda.is_available()
 
 
 def keep_logs() -> None:
-    """Makes the benchmark leave its run directory, with engine.log, behind."""
+    """Prevents `grpo bench` from deleting its run directory, which contains engine.log."""
 
-    def kept(prefix):
+    def kept_directory(prefix):
         return contextlib.nullcontext(tempfile.mkdtemp(prefix=prefix))
 
-    bench.tempfile = types.SimpleNamespace(TemporaryDirectory=kept)  # type: ignore[assignment]
+    replacement = types.SimpleNamespace(TemporaryDirectory=kept_directory)
+    bench.tempfile = replacement  # type: ignore[assignment]
 
 
 def time_the_child() -> None:
-    """Starts gk_child.py in place of the engine's own child."""
+    """Makes engines start gk_child.py instead of their own child process."""
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(HERE), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
     )
@@ -52,52 +53,56 @@ def time_the_child() -> None:
 
 
 def profile_an_update() -> None:
-    plain: Callable[..., dict[str, float]] = Learner.update
-    calls = 0
+    """Profiles update number PROFILED_UPDATE and prints the operations that take longest."""
+    original_update: Callable[..., dict[str, float]] = Learner.update
+    num_updates = 0
 
     def update(self: Learner, *arguments: Any) -> dict[str, float]:
-        nonlocal calls
-        calls += 1
-        if calls != PROFILED_UPDATE:
-            return plain(self, *arguments)
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
-        with profile(activities=activities) as traced:
-            report = plain(self, *arguments)
+        nonlocal num_updates
+        num_updates += 1
+        if num_updates != PROFILED_UPDATE:
+            return original_update(self, *arguments)
+        activities = [ProfilerActivity.CPU]
+        sort_key = "self_cpu_time_total"
+        if CUDA:
+            activities.append(ProfilerActivity.CUDA)
+            sort_key = "self_cuda_time_total"
+        with profile(activities=activities) as profiler:
+            metrics = original_update(self, *arguments)
             if CUDA:
                 torch.cuda.synchronize()
-        key = "self_cuda_time_total" if CUDA else "self_cpu_time_total"
-        print(traced.key_averages().table(sort_by=key, row_limit=45, max_name_column_width=80))
-        return report
+        averages = profiler.key_averages()
+        print(averages.table(sort_by=sort_key, row_limit=45, max_name_column_width=80))
+        return metrics
 
     Learner.update = update  # type: ignore[method-assign]
 
 
-def main(part: str, words: list[str]) -> None:
-    small = "--small" in words
-    tokens = 16 if small else 256
+def main(part: str, arguments: list[str]) -> None:
+    small = "--small" in arguments
+    max_tokens = gpu_cycle.SMALL_MAX_TOKENS if small else gpu_cycle.MAX_TOKENS
     folder = Path(tempfile.gettempdir(), "gk-cycle")
     folder.mkdir(exist_ok=True)
     model_dir = folder / "model"
     if not model_dir.exists():
-        begun = time.monotonic()
+        start = time.monotonic()
         gpu_cycle.write_model(model_dir, small=small)
-        print(f"model written in {time.monotonic() - begun:.1f} s", flush=True)
+        print(f"model written in {time.monotonic() - start:.1f} s", flush=True)
     if part == "trl":
-        gpu_cycle.trl(model_dir, folder / "trl", tokens)
+        gpu_cycle.time_trl(model_dir, folder / "trl", max_tokens)
     else:
         keep_logs()
         time_the_child()
         if os.environ.get("GK_PROFILE"):
             profile_an_update()
-        gpu_cycle.ours(model_dir, folder, tokens, [word for word in words if "=" in word])
+        overrides = [word for word in arguments if "=" in word]
+        gpu_cycle.time_grpo(model_dir, folder, max_tokens, overrides)
     if CUDA:
-        reserved, allocated = (
-            torch.cuda.max_memory_reserved() / 2**30,
-            torch.cuda.max_memory_allocated() / 2**30,
-        )
+        reserved_gib = torch.cuda.max_memory_reserved() / 2**30
+        allocated_gib = torch.cuda.max_memory_allocated() / 2**30
         print(
-            f"GPU memory of this process at most: {reserved:.1f} GiB reserved, {allocated:.1f} "
-            "GiB allocated"
+            f"maximum GPU memory of this process: {reserved_gib:.1f} GiB reserved, "
+            f"{allocated_gib:.1f} GiB allocated"
         )
 
 

@@ -1,6 +1,7 @@
-"""vLLM's kernels on this GPU against float32, and ways to compute the learner's attention.
+"""Compares vLLM's kernels on this GPU with float32, and times ways to compute attention.
 
-Seconds; no engine.
+The timed attention is the learner's: the completions of a group over their shared prompt. Takes
+seconds and starts no engine.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from vllm.platforms import current_platform
 from grpo.learning import packing
 
 HEADS = ((32, 2, 1), (64, 9, 3), (128, 12, 2))  # head size, query heads, key heads
-BLOCK, SEQUENCES, CONTEXT = 16, 5, 160
+BLOCK = 16  # tokens per block of the KV cache
+SEQUENCES = 5
+CONTEXT = 160  # tokens per sequence
 REPEATS = 5
+RMS_SIZE = 1536
+SILU_SIZE = 8960
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def random(*shape: int) -> Tensor:
@@ -30,117 +35,139 @@ def random(*shape: int) -> Tensor:
 
 
 def check_elementwise() -> None:
-    x, weight = random(64, 1536), random(1536)
+    x = random(64, RMS_SIZE)
+    weight = random(RMS_SIZE)
     out = torch.full_like(x, float("nan"))
     torch.ops._C.rms_norm(out, x, weight, 1e-6)
-    print(f"rms_norm {relative(out, F.rms_norm(x.float(), (1536,), weight.float(), 1e-6)):.1e}")
-    gate_up = random(64, 2 * 8960)
-    out = torch.full((64, 8960), float("nan"), device="cuda", dtype=torch.bfloat16)
+    expected = F.rms_norm(x.float(), (RMS_SIZE,), weight.float(), 1e-6)
+    print(f"rms_norm {relative_error(out, expected):.1e}")
+    gate_up = random(64, 2 * SILU_SIZE)
+    out = torch.full((64, SILU_SIZE), float("nan"), device="cuda", dtype=torch.bfloat16)
     torch.ops._C.silu_and_mul(out, gate_up)
-    print(
-        "silu_and_mul "
-        f"{relative(out, F.silu(gate_up[:, :8960].float()) * gate_up[:, 8960:].float()):.1e}"
-    )
+    expected = F.silu(gate_up[:, :SILU_SIZE].float()) * gate_up[:, SILU_SIZE:].float()
+    print(f"silu_and_mul {relative_error(out, expected):.1e}")
 
 
-def check_flash_attention(size: int, query_heads: int, key_heads: int, new: int) -> None:
-    """`new` tokens of each sequence attend to a paged cache.
+def check_flash_attention(size: int, query_heads: int, key_heads: int, num_new: int) -> None:
+    """Compares FlashAttention 3 over a paged cache with PyTorch in float32.
 
-    1 as in decoding, more as after a cached prefix.
+    The last `num_new` tokens of each sequence attend: 1 as in decoding, more as after a cached
+    prefix.
     """
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    key, value = (random(SEQUENCES * CONTEXT // BLOCK, BLOCK, key_heads, size) for _ in range(2))
-    query = random(SEQUENCES * new, query_heads, size)
-    blocks = torch.arange(SEQUENCES * CONTEXT // BLOCK, device="cuda", dtype=torch.int32).view(
-        SEQUENCES, -1
+    num_blocks = SEQUENCES * CONTEXT // BLOCK
+    key = random(num_blocks, BLOCK, key_heads, size)
+    value = random(num_blocks, BLOCK, key_heads, size)
+    query = random(SEQUENCES * num_new, query_heads, size)
+    block_table = torch.arange(num_blocks, device="cuda", dtype=torch.int32).view(SEQUENCES, -1)
+    query_starts = torch.arange(
+        0, SEQUENCES * num_new + 1, num_new, device="cuda", dtype=torch.int32
     )
-    starts = torch.arange(0, SEQUENCES * new + 1, new, device="cuda", dtype=torch.int32)
     lengths = torch.full((SEQUENCES,), CONTEXT, device="cuda", dtype=torch.int32)
-    found = flash_attn_varlen_func(
+    actual = flash_attn_varlen_func(
         q=query,
         k=key,
         v=value,
-        max_seqlen_q=new,
-        cu_seqlens_q=starts,
+        max_seqlen_q=num_new,
+        cu_seqlens_q=query_starts,
         max_seqlen_k=CONTEXT,
         seqused_k=lengths,
         causal=True,
-        block_table=blocks,
+        block_table=block_table,
         softmax_scale=size**-0.5,
         fa_version=3,
     )
+    if isinstance(actual, tuple):
+        actual = actual[0]
 
-    def whole(cache):
-        return cache.view(SEQUENCES, CONTEXT, key_heads, size).transpose(1, 2).float()
+    def contiguous(cache: Tensor) -> Tensor:
+        """Returns the cache as [sequences, query heads, context, size] in float32."""
+        states = cache.view(SEQUENCES, CONTEXT, key_heads, size).transpose(1, 2).float()
+        return states.repeat_interleave(query_heads // key_heads, 1)
 
-    keys, values = (
-        whole(cache).repeat_interleave(query_heads // key_heads, 1) for cache in (key, value)
-    )
-    mask = torch.ones(new, CONTEXT, dtype=torch.bool, device="cuda").tril(CONTEXT - new)
-    queries = query.view(SEQUENCES, new, query_heads, size).transpose(1, 2).float()
+    keys = contiguous(key)
+    values = contiguous(value)
+    mask = torch.ones(num_new, CONTEXT, dtype=torch.bool, device="cuda").tril(CONTEXT - num_new)
+    queries = query.view(SEQUENCES, num_new, query_heads, size).transpose(1, 2).float()
     expected = (
         F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         .transpose(1, 2)
         .reshape(-1, query_heads, size)
     )
-    found = found[0] if isinstance(found, tuple) else found
-    print(f"FlashAttention 3, heads of {size}, {new} new tokens: {relative(found, expected):.1e}")
+    error = relative_error(actual, expected)
+    print(f"FlashAttention 3, heads of {size}, {num_new} new tokens: {error:.1e}")
 
 
-def seconds_of(attention: Callable[[], Tensor]) -> str:
-    """Returns how long the attention and its gradient take: the first time, and after that."""
-    times = []
+def time_with_gradient(attention: Callable[[], Tensor]) -> str:
+    """Returns the time of an attention and its gradient: of the first call and of later calls."""
+    milliseconds = []
     for _ in range(1 + REPEATS):
         torch.cuda.synchronize()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         attention().float().sum().backward()
         torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begun))
-    return f"first {times[0]:.1f} ms, then {sum(times[1:]) / REPEATS:.2f} ms"
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    first, *later = milliseconds
+    return f"first {first:.1f} ms, then {sum(later) / REPEATS:.2f} ms"
 
 
-def time_learner_attention(completions: int, depth: int, prompt: int) -> None:
-    """Completions of `depth` tokens over their prompts, as padded rows and as the variable-length
-    kernel takes them.
+def time_learner_attention(completions: int, length: int, prompt_length: int) -> None:
+    """Times attention of completions over their prompts: padded rows, variable-length kernel.
+
+    Args:
+        completions: Number of completions.
+        length: Tokens per completion.
+        prompt_length: Tokens per prompt.
     """
     size, query_heads, key_heads = HEADS[-1]
-    query = random(completions, query_heads, depth, size).requires_grad_()
-    key, value = (
-        random(completions, key_heads, prompt + depth, size).requires_grad_() for _ in range(2)
-    )
-    causal = torch.ones(depth, depth, dtype=torch.bool, device="cuda").tril()
-    mask = F.pad(causal, (prompt, 0), value=True).expand(completions, 1, -1, -1)
-    print(f"{completions} completions of {depth} tokens, prompts of {prompt}:")
+    total_length = prompt_length + length
+    query = random(completions, query_heads, length, size).requires_grad_()
+    key = random(completions, key_heads, total_length, size).requires_grad_()
+    value = random(completions, key_heads, total_length, size).requires_grad_()
+    causal = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()
+    mask = F.pad(causal, (prompt_length, 0), value=True).expand(completions, 1, -1, -1)
+
+    def padded_attention() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+    print(f"{completions} completions of {length} tokens, prompts of {prompt_length}:")
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
         with sdpa_kernel(backend):
+            print(f"   padded, {backend.name}: {time_with_gradient(padded_attention)}", flush=True)
 
-            def padded():
-                return F.scaled_dot_product_attention(
-                    query, key, value, attn_mask=mask, enable_gqa=True
-                )
-
-            print(f"   padded, {backend.name}: {seconds_of(padded)}", flush=True)
-
-    def flat(states):
+    def flat(states: Tensor) -> Tensor:
+        """Returns states [N, H, T, D] as [N * T, H, D]."""
         return states.detach().transpose(1, 2).flatten(0, 1).requires_grad_()
 
-    queries, keys, values = flat(query), flat(key), flat(value)
-    query_starts, key_starts = (
-        torch.arange(0, completions * length + 1, length, device="cuda", dtype=torch.int32)
-        for length in (depth, prompt + depth)
-    )
+    def starts(sequence_length: int) -> Tensor:
+        """Returns the index of each sequence's first token, and the number of all tokens."""
+        end = completions * sequence_length + 1
+        return torch.arange(0, end, sequence_length, device="cuda", dtype=torch.int32)
+
+    flat_query = flat(query)
+    flat_key = flat(key)
+    flat_value = flat(value)
+    query_starts = starts(length)
+    key_starts = starts(total_length)
     attention = packing._varlen_attention()
 
-    def spans():
+    def varlen_attention() -> Tensor:
         return attention(
-            queries, keys, values, query_starts, key_starts, depth, prompt + depth, scale=size**-0.5
+            flat_query,
+            flat_key,
+            flat_value,
+            query_starts,
+            key_starts,
+            length,
+            total_length,
+            scale=size**-0.5,
         )
 
-    found = spans().view(completions, depth, query_heads, size).transpose(1, 2)
+    actual = varlen_attention().view(completions, length, query_heads, size).transpose(1, 2)
     print(
-        f"   variable length: {seconds_of(spans)}; against the padded "
-        f"{relative(found, padded()):.1e}",
+        f"   variable length: {time_with_gradient(varlen_attention)}; difference from padded "
+        f"{relative_error(actual, padded_attention()):.1e}",
         flush=True,
     )
 
@@ -150,9 +177,9 @@ def main() -> None:
     current_platform.import_kernels()
     check_elementwise()
     for heads in HEADS:
-        for new in (1, 100):
-            check_flash_attention(*heads, new=new)
-    for shape in ((42, 255, 20), (41, 254, 21)):  # two shapes: cuDNN plans anew for each
+        for num_new in (1, 100):
+            check_flash_attention(*heads, num_new=num_new)
+    for shape in ((42, 255, 20), (41, 254, 21)):  # cuDNN makes a new plan for each shape
         time_learner_attention(*shape)
 
 

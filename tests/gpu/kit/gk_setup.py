@@ -1,6 +1,6 @@
-"""Unpacks the archive of packages into /tmp/gk and makes it known to this Python.
+"""Unpacks the archive of packages into /tmp/gk and makes the packages importable.
 
-gk_setup.py CHECKOUT.
+gk_setup.py CHECKOUT
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ ARCHIVES = {"kit.tar.xz": KIT, "grpo.tar.xz": KIT / "repo", "data.tar.xz": KIT /
 
 
 def unpack(archives: Path) -> None:
-    """Unpacks what is there of ARCHIVES, once.
+    """Unpacks those of ARCHIVES that exist, unless an earlier call has unpacked them.
 
-    Keeps parts of SmolLM2, which come with several calls.
+    Always copies the parts of SmolLM2: every call may send further parts.
     """
     (KIT / "parts").mkdir(parents=True, exist_ok=True)
     for part in archives.glob("smollm2.part*"):
@@ -34,18 +34,21 @@ def unpack(archives: Path) -> None:
 
 
 def make_importable(checkout: Path) -> Path:
-    """Puts the packages before those of this Python, and the project before both.
+    """Puts the unpacked packages, then the project, before this Python's packages on sys.path.
 
-    Returns the file that does it. It is a .pth file and not PYTHONPATH, which tests set for the
-    runs that they start.
+    This needs a .pth file, because tests replace PYTHONPATH for the runs that they start.
+
+    Returns:
+        The .pth file.
     """
     project = checkout if (checkout / "grpo").is_dir() else KIT / "repo"
-    place = (
+    # Python code for the .pth file: the index of site-packages in sys.path.
+    index = (
         "next((i for i, p in enumerate(sys.path) if p.endswith('site-packages')), len(sys.path))"
     )
     pth = Path(sysconfig.get_paths()["purelib"], "gpukit.pth")
-    pth.write_text(f"import sys; sys.path[{place}:0] = [{str(KIT / 'site')!r}, {str(project)!r}]\n")
-    # vLLM's processes find the project's plugin by its entry point
+    pth.write_text(f"import sys; sys.path[{index}:0] = [{str(KIT / 'site')!r}, {str(project)!r}]\n")
+    # vLLM's processes find the project's plugin through its entry point.
     metadata = KIT / "site/grpo-0.0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: grpo\nVersion: 0.0\n")
@@ -56,10 +59,10 @@ def make_importable(checkout: Path) -> Path:
 
 
 def main(checkout: Path) -> None:
-    begun = time.monotonic()
+    start = time.monotonic()
     unpack(checkout / ".gpukit/a")
     pth = make_importable(checkout)
-    print(f"unpacked in {time.monotonic() - begun:.1f} s; {pth}")
+    print(f"unpacked in {time.monotonic() - start:.1f} s; {pth}")
 
 
 if __name__ == "__main__":

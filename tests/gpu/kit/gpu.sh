@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Runs steps on a GPU machine without a network, from the checkout's root:  OUT=FOLDER bash .gpukit/s/gpu.sh SECONDS STEP...
-# Steps: see tests/gpu/README.md. What would not end in SECONDS is cut or left out; a step that fails stops nothing but `setup`.
-# Results: $OUT/summary.txt, $OUT/logs.tar.gz. What was unpacked to /tmp/gk stays as long as the machine does: later calls skip `setup`.
+# Runs steps on a GPU machine without a network. Call it in the root of the checkout:
+#   OUT=FOLDER bash .gpukit/s/gpu.sh SECONDS STEP...
+# tests/gpu/README.md explains the steps. A step that does not end within SECONDS is stopped, and
+# steps for which no time remains are skipped. If a step fails, the next one runs all the same, except
+# after `setup`.
+# Results: $OUT/summary.txt, $OUT/logs.tar.gz. Unpacked packages remain in /tmp/gk as long as the
+# machine runs, so later calls do not need `setup`.
 set -u
 checkout=$PWD
 kit=/tmp/gk
@@ -15,28 +19,32 @@ scratch=/tmp
 (($(df -Pk /dev/shm | awk 'END {print $4}') > 30000000)) && scratch=/dev/shm
 export TMPDIR=$scratch PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRITON_CACHE_DIR=$kit/triton CUDA_MODULE_LOADING=LAZY
 export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=INFO VLLM_CACHE_ROOT=$kit/vllm
-export VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_USE_DEEP_GEMM=0                # neither is in the archive
-export TORCH_COMPILE_DISABLE=${TORCH_COMPILE_DISABLE-1}                  # engines start without compiling, and keep their CUDA graphs
+export VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_USE_DEEP_GEMM=0 # the archive contains neither library
+export TORCH_COMPILE_DISABLE=${TORCH_COMPILE_DISABLE-1}   # engines do not compile, but use CUDA graphs
 export LD_LIBRARY_PATH=/usr/local/nvidia/lib64:/usr/local/nvidia/lib:${LD_LIBRARY_PATH:-}
-[[ -f $kit/env ]] && . $kit/env # what the step `engine` found out
+[[ -f $kit/env ]] && . $kit/env # variables that the step `engine` has found
 
-say() { printf '%4d s  %s\n' $SECONDS "$*" | tee -a "$OUT/summary.txt"; }
+log() { printf '%4d s  %s\n' $SECONDS "$*" | tee -a "$OUT/summary.txt"; }
 
-step() { # step NAME LIMIT LINES COMMAND...: the last LINES lines of its log go into the summary
-  local name=$1 limit=$2 lines=$3 begun=$SECONDS left=$((budget - SECONDS - 4)) code
+# step NAME LIMIT LINES COMMAND...: runs COMMAND for at most LIMIT seconds and adds the last LINES
+# lines of its output to the summary.
+step() {
+  local name=$1 limit=$2 lines=$3 start=$SECONDS remaining=$((budget - SECONDS - 4)) code
   shift 3
-  ((left < 10)) && { say "$name: no time left"; return 1; }
-  ((limit > left)) && limit=$left
+  ((remaining < 10)) && { log "$name: skipped, no time remains"; return 1; }
+  ((limit > remaining)) && limit=$remaining
   (cd "$repository" 2>/dev/null || cd /tmp; exec timeout -k 3 "$limit" "$@") >$kit/logs/$name.log 2>&1
   code=$?
-  say "$name: exit $code, $((SECONDS - begun)) s"
+  log "$name: exit code $code, $((SECONDS - start)) s"
   grep -avE '^\s*$|Loading weights|it/s\]' $kit/logs/$name.log | tail -n "$lines" | cut -c1-220 | tee -a "$OUT/summary.txt"
   return $code
 }
 
+# tests NAME EXPRESSION: runs the tests of test_gpu.py that match EXPRESSION (pytest -k).
 tests() { step "$1" 150 12 python3 -m pytest tests/gpu/test_gpu.py -k "$2" --basetemp=$scratch/pytest-"$1"; }
 
-train() { # train NAME CONFIG OVERRIDES...: SmolLM2, with the memory of a fifth of the GPU for its engine
+# train NAME CONFIG OVERRIDES...: trains SmolLM2. Its engine may use a fifth of the GPU memory.
+train() {
   local name=$1 config=$2
   shift 2
   step smol-model 60 2 python3 "$scripts/gk_smol.py" "$checkout/.gpukit" || return
@@ -60,7 +68,7 @@ for word in "$@"; do
     ipc) tests ipc cuda_ipc ;;
     learner) tests learner "bfloat16 or 8k or gradients or kernels" ;;
     run) tests run one_gpu ;;
-    cycle*) # cycle:NAME=VALUE,key=value: environment in capitals, the config's keys in small letters
+    cycle*) # cycle:NAME=VALUE,key=value: environment variables (upper case), config keys (lower case)
       environment=() overrides=()
       for part in $(tr ':,' '  ' <<<"${word#cycle}"); do
         if [[ $part =~ ^[A-Z] ]]; then environment+=("$part"); else overrides+=("$part"); fi
@@ -73,9 +81,9 @@ for word in "$@"; do
     gsm8k)
       train gsm8k configs/gsm8k_smollm2.yaml data.path=$kit/data learner.micro_batch_tokens=32768 engine.max_sequences=256 eval.every=8
       ;;
-    *) say "unknown step $word" ;;
+    *) log "unknown step $word" ;;
   esac
 done
 find $scratch $kit/logs -name '*.log' -size -20M -print0 2>/dev/null | tar --null -czf "$OUT/logs.tar.gz" -T - 2>/dev/null
 for run in smol gsm8k; do cp $scratch/$run/metrics.jsonl "$OUT/$run.jsonl" 2>/dev/null; done
-say "end; GPU memory in use $(nvidia-smi --query-gpu=memory.used --format=csv,noheader)"
+log "end; GPU memory in use $(nvidia-smi --query-gpu=memory.used --format=csv,noheader)"
