@@ -400,7 +400,7 @@ def _should_resume(options: argparse.Namespace, config: Any) -> bool:
     from grpo.run import ranks
 
     if ranks.world_size() > 1:
-        ranks.join_process_group(config.longest_wait_s)
+        ranks.join_process_group(config.max_wait_s)
     exists = (Path(config.run_dir) / "manifest.json").exists()
     return ranks.all_gather("the run directory", exists)[0]
 

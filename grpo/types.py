@@ -34,12 +34,12 @@ class GrpoError(Exception):
     """Base class of the errors that grpo raises. Instances can be pickled and sent between ranks.
 
     Attributes:
-        known_to_all_ranks: True if all ranks raise an error at the same point. They can then still
+        raised_on_all_ranks: True if all ranks raise an error at the same point. They can then still
             run collectives, for example to write a checkpoint.
         failed_rank: the rank on which the error occurred; None if the ranks have not exchanged it.
     """
 
-    known_to_all_ranks: bool = False
+    raised_on_all_ranks: bool = False
     failed_rank: int | None = None
 
 
@@ -285,7 +285,8 @@ class Batch:
             token_weights     0  w  w  0  0
 
     Attributes:
-        index: `[B]`, the index of each row's sample in the list that was split into micro-batches.
+        sample_indices: `[B]`, the index of each row's sample in the list that was split into
+            micro-batches.
         sequences: `[B]`, the tokens of each row without padding.
         prompt_lengths: `[B]`, the number of prompt tokens of each row.
         input_ids: `[B, T]`, int64.
@@ -301,18 +302,18 @@ class Batch:
         teacher_top: `(token ids, logprobs)` of the teacher's k most likely tokens, each `[N, k]`
             for the N completion tokens of the batch, row by row. None if there is no teacher or
             if the learner computes its logprobs.
-        idle: True for a filler whose token weights are 0. A rank without further samples needs it
-            to take part in the collectives of the other ranks.
-        most: the largest number of completion tokens on any rank for this micro-batch. All ranks
-            run the output head in the same number of chunks, because ZeRO-3 gathers its weights
-            for each chunk.
+        is_filler: True for a filler whose token weights are 0. A rank without further samples
+            needs it to take part in the collectives of the other ranks.
+        max_rank_tokens: the largest number of completion tokens on any rank for this micro-batch.
+            All ranks run the output head in the same number of chunks, because ZeRO-3 gathers its
+            weights for each chunk.
         old_logprobs: `[B, T]`, the denominator of the policy ratio: logprobs of the policy before
             the rollout's first update, or those of the sampler. None if they equal the policy's
             current logprobs, so that every ratio is 1.
         ref_logprobs: `[B, T]`, of the reference model. None if the loss has no KL term.
     """
 
-    index: tuple[int, ...]
+    sample_indices: tuple[int, ...]
     sequences: tuple[tuple[int, ...], ...]
     prompt_lengths: tuple[int, ...]
     input_ids: Tensor
@@ -324,7 +325,7 @@ class Batch:
     sampler_logprobs: Tensor
     versions: Tensor
     teacher_top: tuple[Tensor, Tensor] | None = None
-    idle: bool = False
-    most: int = 1
+    is_filler: bool = False
+    max_rank_tokens: int = 1
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None

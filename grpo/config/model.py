@@ -115,7 +115,7 @@ class ModelSettings(Section):
     )
 
     @property
-    def packed(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether micro-batches are streams without padding (grpo/learning/packing.py)."""
         return self.attention == "packed"
 
@@ -123,7 +123,7 @@ class ModelSettings(Section):
         """Raises ValueError if `size` ranks cannot share this model's sequences."""
         if size == 1:
             return
-        if not self.packed or self.router_aux_coef:
+        if not self.is_packed or self.router_aux_coef:
             raise ValueError(
                 f"learner.sequence_parallel={size} requires model.attention=packed and "
                 "model.router_aux_coef=0"

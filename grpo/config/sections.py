@@ -64,7 +64,7 @@ class DataSettings(Section):
         return self
 
     @property
-    def sources(self) -> dict[str, DataSetSettings]:
+    def data_sets(self) -> dict[str, DataSetSettings]:
         """All problem sets by name. A set without a path has that of the section."""
         sources = self.mixture
         if not sources:
@@ -185,7 +185,7 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _check_even_split(self) -> TrainSettings:
-        total = self.completions
+        total = self.num_completions
         num_updates = self.updates_per_rollout
         if total % num_updates == 0:
             return self
@@ -200,7 +200,7 @@ class TrainSettings(Section):
         )
 
     @property
-    def completions(self) -> int:
+    def num_completions(self) -> int:
         """Completions per rollout: P x G."""
         return self.problems * self.group_size
 

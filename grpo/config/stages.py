@@ -102,7 +102,7 @@ class SftConfig(RunConfig):
         return self.sft.max_tokens
 
     @property
-    def micro_batch(self) -> int:
+    def micro_batch_size(self) -> int:
         """Number of solutions per forward and backward pass.
 
         It is the largest divisor of a rank's batch that fits `learner.micro_batch_tokens`.
@@ -261,7 +261,7 @@ class SoftTargetSettings(Section):
 class DistillConfig(SamplingStageConfig):
     """The config of `grpo distill`: `model` is the student, `model.teacher` the teacher."""
 
-    # Way on_policy is not supervised, but it runs with the config of a `grpo train` (`parts`).
+    # `way: on_policy` is not supervised, but `stage_configs` turns it into a config of grpo train.
     supervised: ClassVar[bool] = True
     way: Literal["sequence", "soft", "on_policy"] = Field(
         description="How the student learns: `sequence` fine-tunes it on the teacher's traces, "
@@ -317,10 +317,10 @@ class DistillConfig(SamplingStageConfig):
         if self.soft:
             self.model.check_sequence_parallel(self.learner.sequence_parallel)
             _check_fits_micro_batch("soft.max_tokens", self.soft.max_tokens, self.learner)
-        self.parts()  # validates the configs of the stages
+        self.stage_configs()  # validates the configs of the stages
         return self
 
-    def parts(self) -> dict[str, RunConfig]:
+    def stage_configs(self) -> dict[str, RunConfig]:
         """Returns the configs of the stages that make up the way, by their folder in run_dir.
 
         Way sequence has the folders `collect` and `sft`. Way on_policy has one stage in run_dir
@@ -435,13 +435,13 @@ class EvalConfig(TrainConfig):
         return self
 
     @property
-    def judged(self) -> dict[str, DataSettings]:
+    def evaluation_sets(self) -> dict[str, DataSettings]:
         """The evaluation sets by name. A single set without a name has the name ""."""
         if self.sets:
             return self.sets
         return {"": self.eval.data or self.data}
 
-    def by_protocol(self) -> EvalConfig:
+    def with_protocol(self) -> EvalConfig:
         """Returns the config with the settings that `eval.protocol` prescribes.
 
         Source: DeepSeek-R1 2501.12948 section 3.
@@ -494,10 +494,10 @@ class QuantizeConfig(SamplingStageConfig):
                 "`grpo quantize` needs a finished model: remove model.warm_start, model.teacher "
                 "and model.lora"
             )
-        self.judged()  # validates the configs of the evaluations
+        self.evaluation_configs()  # validates the configs of the evaluations
         return self
 
-    def judged(self) -> dict[str, EvalConfig]:
+    def evaluation_configs(self) -> dict[str, EvalConfig]:
         """Returns the configs of the evaluations by model: `parent`, then each scheme.
 
         The result is empty without section `eval`.

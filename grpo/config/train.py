@@ -33,9 +33,9 @@ class RunConfig(Section):
     """The keys that the configs of all commands have, except `grpo pipeline`."""
 
     # The command learns from given texts, and nothing is sampled from the model meanwhile.
-    supervised: ClassVar[bool] = False
+    is_supervised: ClassVar[bool] = False
     # Section `eval` determines the result of the run, so it cannot change on a resume.
-    evaluation_only: ClassVar[bool] = False
+    is_evaluation: ClassVar[bool] = False
 
     run_dir: str = Field(
         description="Directory of the run, with its metrics, samples, checkpoints and final model."
@@ -68,7 +68,7 @@ class RunConfig(Section):
                 "model.lora does not support learner.zero_stage=3, which splits the adapters: set "
                 "it to 2 or less"
             )
-        if self.model.qat and (self.model.lora or not self.supervised):
+        if self.model.qat and (self.model.lora or not self.is_supervised):
             raise ValueError(
                 "model.qat is for `grpo sft`, and for `grpo distill` with way sequence or soft, "
                 "without model.lora"
@@ -81,7 +81,7 @@ class RunConfig(Section):
         return self
 
     @property
-    def longest_wait_s(self) -> float:
+    def max_wait_s(self) -> float:
         """Maximum time in seconds that a rank waits for another one, which may be in an update."""
         return self.learner.timeout_s
 
@@ -124,7 +124,7 @@ class SamplingStageConfig(RunConfig):
         return self.prompt.max_tokens + self.sampling.max_tokens
 
     @property
-    def longest_wait_s(self) -> float:
+    def max_wait_s(self) -> float:
         """Maximum time in seconds that a rank waits for another one.
 
         The other one may be in an update, or may itself wait for an engine.

@@ -365,7 +365,7 @@ class Engine(Protocol):
             on_progress: called as `on_progress(num_finished, num_total)`, in completions.
         """
 
-    def prove(
+    def generate_on_every_copy(
         self, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
         """Samples all requests on every copy of the model, so that the weights can be compared.

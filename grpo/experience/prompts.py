@@ -102,7 +102,7 @@ class Prompts:
         """Returns the chat messages: the system prompt, if configured, and the question."""
         return ChatPrompts(self._settings).messages(problem)
 
-    def for_rewards(self, problem: Problem) -> str | list[dict[str, str]]:
+    def reward_prompt(self, problem: Problem) -> str | list[dict[str, str]]:
         """Returns the prompt as TRL's reward functions expect it.
 
         It is a list of messages for a chat template, and text for any other template.
@@ -121,7 +121,7 @@ class Prompts:
             return ""
         return text[text.rindex("<think>") :]
 
-    def ids(self, problem: Problem) -> tuple[int, ...]:
+    def token_ids(self, problem: Problem) -> tuple[int, ...]:
         """Returns the token ids of the prompt.
 
         A chat template contains its special tokens. For the other templates the tokenizer adds its
@@ -134,7 +134,7 @@ class Prompts:
             ids = ids[:-1]
         return tuple(ids)
 
-    def target_ids(self, problem: Problem) -> tuple[int, ...]:
+    def solution_ids(self, problem: Problem) -> tuple[int, ...]:
         """Returns the token ids of a worked solution, the target of supervised fine-tuning.
 
         A solution without `<think>` becomes `<think>solution</think> <answer>answer</answer>`. A
@@ -152,7 +152,7 @@ class Prompts:
             return tuple(ids)
         return (*ids, end_id)
 
-    def saved_template(self) -> str:
+    def chat_template_to_save(self) -> str:
         """Returns the chat template to save with a trained model.
 
         A server that applies it renders the same prompts as the training. A tokenizer without a
@@ -171,13 +171,13 @@ class Prompts:
         """Returns the template `r1_zero` or `plain` as a Jinja chat template."""
         template = self.text(EXAMPLE).replace(EXAMPLE.question, "{{ messages[-1]['content'] }}")
         bos_id = self._tokenizer.bos_token_id
-        if bos_id is not None and self.ids(EXAMPLE)[0] == bos_id:
+        if bos_id is not None and self.token_ids(EXAMPLE)[0] == bos_id:
             template = "{{ bos_token }}" + template
         if template.endswith("\n"):  # Jinja removes a newline at the end of a template.
             template = template.removesuffix("\n") + "{{ '\\n' }}"
         return template
 
-    def fitting(self, problems: Sequence[Problem]) -> Sequence[Problem]:
+    def without_overlong(self, problems: Sequence[Problem]) -> Sequence[Problem]:
         """Returns the problems whose prompts have at most `prompt.max_tokens` tokens.
 
         Raises:
@@ -209,7 +209,7 @@ class Prompts:
         for index, problem in enumerate(problems):
             if len(problem.question.encode()) + template_bytes <= max_tokens:
                 continue
-            num_tokens = len(self.ids(problem))
+            num_tokens = len(self.token_ids(problem))
             if num_tokens > max_tokens:
                 long_prompts[index] = num_tokens
         return long_prompts
@@ -266,7 +266,7 @@ class ChatPrompts:
         self.stop_token_ids: tuple[int, ...] = ()
         self._system = settings.system
 
-    def for_rewards(self, problem: Problem) -> list[dict[str, str]]:
+    def reward_prompt(self, problem: Problem) -> list[dict[str, str]]:
         """Returns the messages, the form in which TRL's reward functions expect a chat prompt."""
         return self.messages(problem)
 
@@ -277,7 +277,7 @@ class ChatPrompts:
             return [question]
         return [{"role": "system", "content": SYSTEM.get(self._system, self._system)}, question]
 
-    def fitting(self, problems: Sequence[Problem]) -> Sequence[Problem]:
+    def without_overlong(self, problems: Sequence[Problem]) -> Sequence[Problem]:
         """Returns all problems, because their lengths in tokens are unknown."""
         return problems
 

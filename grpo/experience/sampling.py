@@ -71,7 +71,7 @@ def make_group_requests(
         occurrences[problem.id] = occurrence + 1
         seed_key = f"{problem.id}#{occurrence}" if occurrence else problem.id
         request = Request(
-            prompt_ids=prompts.ids(problem),
+            prompt_ids=prompts.token_ids(problem),
             seed=derive_seed(run_seed, rollout, seed_key),
             n=group_size,
         )

@@ -49,25 +49,25 @@ class Selection:
 
     Attributes:
         algorithm: The config section `algorithm`.
-        size: Number of groups that a rollout learns from.
-        take: `take(position, count)` returns training problems, starting at a position.
+        num_groups: Number of groups that a rollout learns from.
+        take_problems: `take(position, count)` returns training problems, starting at a position.
         position: Position of the next problem in the training data.
         carried: Groups that are kept for the next rollout.
         pass_rates: Share of right completions in a problem's last group, by problem id.
         sampled: Groups that the current rollout has sampled so far.
         stream: Asynchronous rollouts, on rank 0 only: samples groups ahead of the learner.
-        streamed: Asynchronous rollouts, on every rank: returns the stream's next groups.
+        take_from_stream: Asynchronous rollouts, on every rank: returns the stream's next groups.
     """
 
     algorithm: AlgorithmSettings
-    size: int
-    take: Callable[[int, int], list[Problem]]
+    num_groups: int
+    take_problems: Callable[[int, int], list[Problem]]
     position: int = 0
     carried: list[ScoredGroup] = field(default_factory=list)
     pass_rates: dict[str, float] = field(default_factory=dict)
     sampled: list[ScoredGroup] = field(default_factory=list)
     stream: Stream | None = None
-    streamed: Callable[[int], list[ScoredGroup]] | None = None
+    take_from_stream: Callable[[int], list[ScoredGroup]] | None = None
 
     def collect(self, sample_round: SampleRound) -> SelectedGroups:
         """Samples the groups of a rollout and selects those to learn from.
@@ -82,14 +82,14 @@ class Selection:
         no_signal = self.algorithm.no_signal
         if no_signal == "resample":
             return self._collect_until_full(sample_round)
-        self.sampled = self._sample(sample_round, self.size, 0)
+        self.sampled = self._sample(sample_round, self.num_groups, 0)
         if no_signal == "keep":
             return SelectedGroups(self.sampled, list(self.sampled))
         used = [scored for scored in self.sampled if has_signal(scored.rewards)]
         return SelectedGroups(self.sampled, used)
 
     def _collect_until_full(self, sample_round: SampleRound) -> SelectedGroups:
-        """Samples until `size` groups have a training signal and carries the surplus over.
+        """Samples until `num_groups` groups have a training signal and carries the surplus over.
 
         Raises TrainingStoppedError if `algorithm.max_rounds` rounds are not enough.
 
@@ -97,17 +97,17 @@ class Selection:
         """
         used = list(self.carried)
         for round_number in range(self.algorithm.max_rounds):
-            num_missing = self.size - len(used)
+            num_missing = self.num_groups - len(used)
             if num_missing <= 0:
                 break
-            count = min(self.size, math.ceil(num_missing / self._signal_share()))
+            count = min(self.num_groups, math.ceil(num_missing / self._signal_share()))
             groups = self._sample(sample_round, count, round_number)
             self.sampled += groups
             used += [scored for scored in groups if has_training_signal(scored)]
-        if len(used) < self.size:
+        if len(used) < self.num_groups:
             raise self._too_few_groups_error(len(used))
-        self.carried = used[self.size :]
-        return SelectedGroups(self.sampled, used[: self.size])
+        self.carried = used[self.num_groups :]
+        return SelectedGroups(self.sampled, used[: self.num_groups])
 
     def _signal_share(self) -> float:
         """Returns the share of this rollout's groups with a training signal (1 without groups)."""
@@ -124,8 +124,8 @@ class Selection:
                 num_without_reward += 1
         return TrainingStoppedError(
             f"algorithm.no_signal=resample: {len(self.sampled)} groups in "
-            f"{self.algorithm.max_rounds} rounds gave only {num_used} of {self.size} groups with "
-            f"right and wrong completions ({num_without_reward} have no reward above 0). The "
+            f"{self.algorithm.max_rounds} rounds gave only {num_used} of {self.num_groups} groups "
+            f"with right and wrong completions ({num_without_reward} have no reward above 0). The "
             "problems are too hard or too easy for this model, or a reward cannot parse its "
             "answers (see samples/). Change the data, raise algorithm.max_rounds, or set "
             "algorithm.no_signal=keep."
@@ -135,8 +135,8 @@ class Selection:
         self, sample_round: SampleRound, count: int, round_number: int
     ) -> list[ScoredGroup]:
         """Returns `count` new groups, from the stream if there is one, and records pass rates."""
-        if self.streamed is not None:
-            groups = self.streamed(count)
+        if self.take_from_stream is not None:
+            groups = self.take_from_stream(count)
         else:
             groups = sample_round(self.draw(count), round_number)
         if self._has_filters:
@@ -157,7 +157,7 @@ class Selection:
         problems: list[Problem] = []
         num_excluded = 0  # in a row
         while len(problems) < count:
-            (problem,) = self.take(self.position, 1)
+            (problem,) = self.take_problems(self.position, 1)
             self.position += 1
             if self._passes_filters(problem):
                 problems.append(problem)

@@ -119,11 +119,11 @@ def micro_batches(
             batch = _collate(parts_of_round[position].indices, samples, weights)
         else:
             zero_weights = [0.0] * len(samples)
-            batch = replace(_collate(parts[-1].indices, samples, zero_weights), idle=True)
+            batch = replace(_collate(parts[-1].indices, samples, zero_weights), is_filler=True)
         max_completion_tokens = max(
             sum(samples[i].completion_length for i in part.indices) for part in parts_of_round
         )
-        batches.append(replace(batch, most=max_completion_tokens))
+        batches.append(replace(batch, max_rank_tokens=max_completion_tokens))
     return batches
 
 
@@ -214,7 +214,7 @@ def _collate(indices: Sequence[int], samples: Sequence[Sample], weights: Sequenc
         if sample.versions is not None:
             versions[row, completion] = torch.tensor(sample.versions)
     return Batch(
-        index=tuple(indices),
+        sample_indices=tuple(indices),
         sequences=tuple(sample.token_ids for sample in rows),
         prompt_lengths=tuple(sample.prompt_length for sample in rows),
         input_ids=input_ids,

@@ -77,9 +77,9 @@ class Learner:
     """Scores and updates a policy.
 
     Attributes:
-        updates: Number of optimizer updates so far, including skipped ones.
-        share: `(index, count)`: this rank computes part `index` of `count` parts of an update's
-            micro-batches.
+        num_updates: Number of optimizer updates so far, including skipped ones.
+        micro_batch_share: `(index, count)`: this rank computes part `index` of `count` parts of an
+            update's micro-batches.
         device: The device of the policy.
     """
 
@@ -107,8 +107,10 @@ class Learner:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.device = _current_device()
-        self.share, self._is_reporter = ranks.sequence_parallel_share(settings.sequence_parallel)
-        self.updates = 0
+        self.micro_batch_share, self._is_reporter = ranks.sequence_parallel_share(
+            settings.sequence_parallel
+        )
+        self.num_updates = 0
         self._settings = settings
         self._algorithm = config.algorithm
         self._loss = loss
@@ -124,13 +126,13 @@ class Learner:
             self._reference = _reference_policy(reference, config, soft)
         policy = _trained_policy(model, config, soft, self._reference)
         # DeepSpeed's engine. It has nothing to do with the vLLM engine that samples.
-        self._engine, *_ = deepspeed.initialize(
+        self._deepspeed_engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=parameter_groups(policy, settings),
             config=deepspeed_config(settings, config.model.dtype),
         )
-        self._policy: Policy = self._engine.module
-        self._norm_limit = NormLimit(self._engine.optimizer, settings.skip_grad_norm)
+        self._policy: Policy = self._deepspeed_engine.module
+        self._norm_limit = NormLimit(self._deepspeed_engine.optimizer, settings.skip_grad_norm)
         self._heap = HeapReuse()
 
     @torch.no_grad()
@@ -140,12 +142,12 @@ class Learner:
         With `reference`, they are those of the reference model, otherwise those of the policy.
         """
         if not reference:
-            return self._score_with(self._engine, batches)
+            return self._score_with(self._deepspeed_engine, batches)
         if self._reference is not None:
             return self._score_with(self._reference, batches)
         # With LoRA, the policy without its adapters is the reference.
         with lora.adapters_disabled(self._policy.model):
-            return self._score_with(self._engine, batches)
+            return self._score_with(self._deepspeed_engine, batches)
 
     def _score_with(self, policy: Any, batches: Sequence[Batch]) -> list[Scores]:
         outputs: list[PolicyOutput] = [policy(to_device(batch, self.device)) for batch in batches]
@@ -178,7 +180,7 @@ class Learner:
         for num_done, batch in enumerate(batches, start=1):
             loss, report = self._micro_batch_loss(to_device(batch, self.device), num_tokens)
             # DeepSpeed averages the gradients over ranks, but they have to be summed.
-            self._engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
+            self._deepspeed_engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
             if self._is_reported(batch):
                 reports.append(report)
             if on_batch is not None:
@@ -186,7 +188,7 @@ class Learner:
         totals_of_ranks = ranks.all_gather("the update's metrics", sum_micro_batches(reports))
         totals = sum_totals(totals_of_ranks)
         step = self._step()
-        self.updates += 1
+        self.num_updates += 1
         self._heap.after_update()
         self._stop_after_skipped_updates(totals.loss, step)
         metrics = _token_means(totals, num_tokens)
@@ -199,8 +201,8 @@ class Learner:
         return metrics
 
     def _set_learning_rate(self) -> float:
-        lr = learning_rate(self._settings, self.updates, self._total_updates)
-        for group in self._engine.optimizer.param_groups:
+        lr = learning_rate(self._settings, self.num_updates, self._total_updates)
+        for group in self._deepspeed_engine.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
@@ -210,7 +212,7 @@ class Learner:
         Of the ranks that share a micro-batch, one reports it. An idle micro-batch repeats one of
         another rank with weight 0.
         """
-        return self._is_reporter and not batch.idle
+        return self._is_reporter and not batch.is_filler
 
     def _num_tokens(self, batches: Sequence[Batch]) -> int:
         """Returns the number of completion tokens of an update, on all ranks."""
@@ -228,13 +230,13 @@ class Learner:
             batch: The micro-batch.
             num_update_tokens: The number of completion tokens of the update, on all ranks.
         """
-        output: PolicyOutput = self._engine(batch)
+        output: PolicyOutput = self._deepspeed_engine(batch)
         result = objective(output.logprobs, output.entropies, batch, self._algorithm, self._loss)
         if self._soft is not None:
             result = _with_distillation(result, output, self._soft)
         loss = (batch.token_weights * result.per_token).sum()
         if output.balance_loss is not None:
-            num_batch_tokens = 0 if batch.idle else int(batch.token_mask.sum())
+            num_batch_tokens = 0 if batch.is_filler else int(batch.token_mask.sum())
             weight = num_batch_tokens / num_update_tokens
             loss = loss + self._router_coef * weight * output.balance_loss
             result.metrics["router/balance"] = batch.token_mask * output.balance_loss
@@ -244,10 +246,10 @@ class Learner:
         """Applies the gradient unless its norm is not finite or too large."""
         if self._settings.zero_stage == 0:
             return self._step_without_zero()
-        self._engine.step()
-        is_applied = bool(self._engine.was_step_applied())
+        self._deepspeed_engine.step()
+        is_applied = bool(self._deepspeed_engine.was_step_applied())
         if is_applied:
-            grad_norm = float(self._engine.get_global_grad_norm())
+            grad_norm = float(self._deepspeed_engine.get_global_grad_norm())
         else:
             grad_norm = self._norm_limit.norm
         return _StepResult(grad_norm, is_applied)
@@ -265,9 +267,9 @@ class Learner:
         grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         is_applied = grad_norm <= self._settings.skip_grad_norm
         if is_applied:
-            self._engine.step()
+            self._deepspeed_engine.step()
         else:
-            self._engine.zero_grad()
+            self._deepspeed_engine.zero_grad()
         return _StepResult(grad_norm, is_applied)
 
     def _stop_after_skipped_updates(self, loss: float, step: _StepResult) -> None:
@@ -278,7 +280,7 @@ class Learner:
         self._num_consecutive_skips += 1
         if self._num_consecutive_skips == MAX_SKIPPED_UPDATES:
             raise skipped_updates_error(
-                self.updates, loss, step.grad_norm, self._settings, MAX_SKIPPED_UPDATES
+                self.num_updates, loss, step.grad_norm, self._settings, MAX_SKIPPED_UPDATES
             )
 
     def weights(self) -> LearnerWeights:
@@ -299,7 +301,7 @@ class Learner:
         """
         originals: list[tuple[Tensor, Tensor]] = []  # (storage, copy of its values)
         # Parameters that ZeRO-3 still holds complete would keep their old values.
-        self._engine.empty_partition_cache()
+        self._deepspeed_engine.empty_partition_cache()
         try:
             with torch.no_grad():
                 for index, parameter in enumerate(self._policy.model.parameters()):
@@ -311,7 +313,7 @@ class Learner:
                         weight.copy_(jittered(weight, JITTER_SEED_OFFSET + weight_seed))
             yield
         finally:
-            self._engine.empty_partition_cache()
+            self._deepspeed_engine.empty_partition_cache()
             with torch.no_grad():
                 for weight, original in originals:
                     weight.copy_(original)
@@ -333,7 +335,7 @@ class Learner:
 
         The reference is written only if `reset_reference` has changed it.
         """
-        save_checkpoint(self._engine, directory, {"updates": self.updates})
+        save_checkpoint(self._deepspeed_engine, directory, {"updates": self.num_updates})
         if self._is_reference_changed and self._reference is not None and ranks.rank() == 0:
             torch.save(self._reference.model.state_dict(), directory / "reference.pt")
 
@@ -347,8 +349,8 @@ class Learner:
         Raises:
             RunError: The directory has no checkpoint.
         """
-        client_state = load_checkpoint(self._engine, directory)
-        self.updates = client_state["updates"]
+        client_state = load_checkpoint(self._deepspeed_engine, directory)
+        self.num_updates = client_state["updates"]
         reference_file = directory / "reference.pt"
         if reference_file.exists() and self._reference is not None:
             state = torch.load(reference_file, map_location=self.device)
@@ -372,7 +374,7 @@ class Learner:
             self._reset_optimizer()
 
     def _reset_optimizer(self) -> None:
-        optimizer = torch_optimizer(self._engine)
+        optimizer = torch_optimizer(self._deepspeed_engine)
         for state in optimizer.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor):

@@ -298,7 +298,7 @@ class Policy(nn.Module):
         output = _HeadOutput()
         # All ranks run the head in the same number of chunks, because ZeRO-3 gathers its weights
         # for each chunk.
-        num_positions = max(len(states.last), batch.most)
+        num_positions = max(len(states.last), batch.max_rank_tokens)
         for start in range(0, num_positions, self._head.chunk_tokens):
             chunk = slice(start, start + self._head.chunk_tokens)
             hidden = states.last[chunk]

@@ -69,7 +69,7 @@ class SupervisedCallbacks(Protocol):
     def save(self, update: int, write: Callable[[Path], None]) -> None:
         """Saves a checkpoint; `write(directory)` writes the trainer's files."""
 
-    def stop(self) -> bool:
+    def should_stop(self) -> bool:
         """Returns whether to save a checkpoint now and end the training."""
 
 
@@ -104,7 +104,7 @@ class SupervisedTrainer(SFTTrainer):
         # splits the weights across ranks while it loads them.
         arguments = _training_arguments(config, output_dir)
         attention = (
-            packing.CONCATENATED_ATTENTION if config.model.packed else config.model.attention
+            packing.CONCATENATED_ATTENTION if config.model.is_packed else config.model.attention
         )
         model = lora.load_policy(config, inputs.model_dir, attention)
         rows = list(inputs.rows)
@@ -180,10 +180,10 @@ class SupervisedTrainer(SFTTrainer):
         self._heap.after_update()
         update = self.state.global_step
         self._callbacks.on_update(self._metrics_row(update, logs))
-        if self._callbacks.stop() or self._is_checkpoint_due(update):
+        if self._callbacks.should_stop() or self._is_checkpoint_due(update):
             self._callbacks.save(update, self._write_checkpoint)
             # A signal may have arrived since the first check.
-            if self._callbacks.stop():
+            if self._callbacks.should_stop():
                 self.control.should_training_stop = True
         self._update_started_at = time.monotonic()
 
@@ -244,7 +244,7 @@ def _num_trained_tokens(row: dict[str, list[int]]) -> int:
 
 def _num_accumulation_steps(config: SftConfig) -> int:
     """Returns the number of micro-batches per update and rank."""
-    return config.sft.batch_size // config.micro_batch // ranks.world_size()
+    return config.sft.batch_size // config.micro_batch_size // ranks.world_size()
 
 
 def _training_arguments(config: SftConfig, output_dir: Path) -> SFTConfig:
@@ -256,7 +256,7 @@ def _training_arguments(config: SftConfig, output_dir: Path) -> SFTConfig:
         bf16=config.model.dtype == "bfloat16",
         seed=config.seed,
         max_steps=config.sft.updates,
-        per_device_train_batch_size=config.micro_batch,
+        per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=_num_accumulation_steps(config),
         optim="adamw_torch_fused",
         learning_rate=settings.lr,
@@ -274,7 +274,7 @@ def _training_arguments(config: SftConfig, output_dir: Path) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=has_gpu,
         average_tokens_across_devices=True,
-        padding_free=config.model.packed,
+        padding_free=config.model.is_packed,
         deepspeed=_trainer_deepspeed_config(config),
     )
 
@@ -290,6 +290,6 @@ def _trainer_deepspeed_config(config: SftConfig) -> dict[str, Any]:
     # With offloaded states, too, the optimizer is torch's and not DeepSpeed's own.
     settings["zero_force_ds_cpu_optimizer"] = False
     settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-    settings["train_micro_batch_size_per_gpu"] = config.micro_batch
+    settings["train_micro_batch_size_per_gpu"] = config.micro_batch_size
     settings["gradient_accumulation_steps"] = _num_accumulation_steps(config)
     return settings

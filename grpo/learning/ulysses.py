@@ -66,7 +66,7 @@ class Ulysses:
             seq_length_is_variable=True,
         )
 
-    def part(self, layout: packing.Layout) -> LocalSlice:
+    def local_slice(self, layout: packing.Layout) -> LocalSlice:
         """Returns this rank's slice of the stream.
 
         The slices of all ranks have the same length. Padding follows the end of the stream.
@@ -100,7 +100,7 @@ class Ulysses:
         attended: tuple[Tensor, None] = self._attention(*arguments, packed=layout, **options)
         return attended
 
-    def whole(self, grid: Tensor) -> Tensor:
+    def sum_over_ranks(self, grid: Tensor) -> Tensor:
         """Returns the sum of the ranks' tensors [B, T].
 
         The tensor of a rank holds the values of its own slice and 0 elsewhere.

@@ -35,9 +35,9 @@ class Diagnosis:
         self._rows: list[Row] = []  # rows of rollouts; the evaluation before the first is not one
         self._reported_rules: set[str] = set()
         for row in rows:
-            self.see(row)
+            self.add_row(row)
 
-    def see(self, row: Row) -> list[Finding]:
+    def add_row(self, row: Row) -> list[Finding]:
         """Returns the new findings after this row, at most one per rule and run."""
         if "reward/mean" not in row:
             return []
@@ -63,7 +63,7 @@ def diagnose(rows: Sequence[Row]) -> list[Finding]:
     watch = Diagnosis()
     all_findings: list[Finding] = []
     for row in rows:
-        all_findings += watch.see(row)
+        all_findings += watch.add_row(row)
     return all_findings
 
 

@@ -262,7 +262,7 @@ def memory_table(
     engine_gb = shape.weight_bytes / GB
     for count in gpus:
         learner_gb = sum(learner_memory(config, shape, count).values()) / GB
-        num_sequences = min(config.engine.max_sequences, -(-config.train.completions // count))
+        num_sequences = min(config.engine.max_sequences, -(-config.train.num_completions // count))
         cache_bytes = num_sequences * config.max_sequence_tokens * shape.kv_bytes_per_token
         cache_gb = cache_bytes / GB
         fit = _fit(learner_gb, engine_gb, cache_gb)

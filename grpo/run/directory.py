@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_update_samples(folder: Path, step: int) -> list[Sample]:
-    """Returns the samples of a step's updates, which `RunDirectory.write_update` has kept.
+    """Returns the samples of a step's updates, which `RunDirectory.write_update_samples` has kept.
 
     Raises:
         UserError: The samples of this step were not kept.
@@ -248,7 +248,7 @@ class RunDirectory:
             raise UserError(
                 f"run_dir={self.path}: another process is working on this run"
             ) from None
-        # A process that was killed in `save` or `prune` may have left these.
+        # A process that was killed in `save_checkpoint` or `prune_checkpoints` may have left these.
         for pattern in (".*.partial", ".*.old"):
             for leftover in list(self.checkpoints.glob(pattern)):
                 shutil.rmtree(leftover)
@@ -272,7 +272,7 @@ class RunDirectory:
         """Returns the status of the run in a folder, e.g. "finished". None if there is no run."""
         return read_manifest(folder).get("status")
 
-    def began(self) -> bool:
+    def has_results(self) -> bool:
         """Returns whether the run has results to keep.
 
         Results are a recorded step, a part of the stage in its own folder, or a quantised model.
@@ -285,7 +285,7 @@ class RunDirectory:
         return False
 
     @_on_rank0
-    def clear(self) -> None:
+    def discard(self) -> None:
         """Removes manifest and model of a run without results, so that it can be started again."""
         self.manifest.unlink(missing_ok=True)
         for name in ("model", "warm_start"):
@@ -325,7 +325,7 @@ class RunDirectory:
         write_file(self.samples / f"{name}.jsonl", "".join(lines))
 
     @_on_rank0
-    def write_update(self, step: int, samples: Sequence[Sample], keep: int) -> None:
+    def write_update_samples(self, step: int, samples: Sequence[Sample], keep: int) -> None:
         """Writes the samples of a step's updates for `grpo replay`.
 
         Args:
@@ -343,7 +343,7 @@ class RunDirectory:
         for old in sorted(self.samples.glob("step-*.npz"))[:-keep]:
             old.unlink()
 
-    def cut(self, step: int) -> None:
+    def remove_after(self, step: int) -> None:
         """Removes the metrics and samples after a step. All ranks call it.
 
         A run that is resumed from a checkpoint repeats the steps after it. On a CPU they give the
@@ -358,11 +358,11 @@ class RunDirectory:
                     file.unlink()
         ranks.all_gather("the cut", None)
 
-    def latest(self) -> Path | None:
+    def last_checkpoint(self) -> Path | None:
         """Returns the checkpoint of the last step, None if there is no checkpoint."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
-    def last_state(self) -> tuple[Path | None, dict[str, Any]]:
+    def read_last_checkpoint(self) -> tuple[Path | None, dict[str, Any]]:
         """Returns the last checkpoint and its state, (None, {}) without a checkpoint.
 
         All ranks return the values that rank 0 reads.
@@ -372,14 +372,16 @@ class RunDirectory:
         """
 
         def read() -> tuple[Path | None, dict[str, Any]]:
-            checkpoint = self.latest() if ranks.rank() == 0 else None
+            checkpoint = self.last_checkpoint() if ranks.rank() == 0 else None
             if checkpoint is None:
                 return None, {}
-            return checkpoint, self.read_state(checkpoint)
+            return checkpoint, self.read_checkpoint_state(checkpoint)
 
         return ranks.all_gather_or_raise("the last checkpoint", read)[0]
 
-    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    def save_checkpoint(
+        self, step: int, state: dict[str, Any], write: Callable[[Path], None]
+    ) -> Path:
         """Writes the checkpoint of a step and returns its directory. All ranks call it.
 
         Args:
@@ -418,10 +420,10 @@ class RunDirectory:
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             raise RunError(
                 f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the "
-                f"disk full? Last good checkpoint: {self.latest() or 'none'}"
+                f"disk full? Last good checkpoint: {self.last_checkpoint() or 'none'}"
             ) from error
 
-    def read_state(self, checkpoint: Path) -> dict[str, Any]:
+    def read_checkpoint_state(self, checkpoint: Path) -> dict[str, Any]:
         """Returns the state of a checkpoint after verifying the hash of every file.
 
         Raises:
@@ -439,8 +441,8 @@ class RunDirectory:
         return state
 
     @_on_rank0
-    def keep(self, checkpoint: Path, name: str) -> None:
-        """Keeps a checkpoint as `kept/NAME`, where `prune` does not remove it.
+    def keep_checkpoint(self, checkpoint: Path, name: str) -> None:
+        """Keeps a checkpoint as `kept/NAME`, where `prune_checkpoints` does not remove it.
 
         Its files are hard links, which need no additional space.
         """
@@ -448,7 +450,7 @@ class RunDirectory:
             shutil.copytree(checkpoint, scratch, copy_function=os.link, dirs_exist_ok=True)
 
     @_on_rank0
-    def prune(self, keep_last: int, keep_best: str | None) -> None:
+    def prune_checkpoints(self, keep_last: int, keep_best: str | None) -> None:
         """Removes all checkpoints except the last ones and the best one.
 
         Args:

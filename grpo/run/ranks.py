@@ -230,7 +230,7 @@ def require_equal(fingerprints: Mapping[str, str]) -> None:
         f"the ranks do not start from the same {' and '.join(differing_names)} "
         f"({'; '.join(details)}): give all nodes the same files"
     )
-    error.known_to_all_ranks = True
+    error.raised_on_all_ranks = True
     raise error
 
 
@@ -270,7 +270,7 @@ def all_gather(name: str, value: T) -> list[T]:
 def all_gather_or_raise(name: str, work: Callable[[], T]) -> list[T]:
     """Runs `work` on all ranks and returns the results, in order of ranks.
 
-    If `work` raises on one rank, all ranks raise its error, with `known_to_all_ranks` and
+    If `work` raises on one rank, all ranks raise its error, with `raised_on_all_ranks` and
     `failed_rank` set. With several ranks, an exception that is not a GrpoError becomes an
     UnexpectedError, whose cause is set on the rank where it was raised.
 
@@ -300,16 +300,16 @@ def all_gather_or_raise(name: str, work: Callable[[], T]) -> list[T]:
 
 
 def _mark_known_to_all(error: GrpoError, failed_rank: int) -> GrpoError:
-    error.known_to_all_ranks = True
+    error.raised_on_all_ranks = True
     error.failed_rank = failed_rank
     return error
 
 
-def is_known_to_all_ranks(error: Exception) -> bool:
+def is_raised_on_all_ranks(error: Exception) -> bool:
     """Returns whether all ranks raise an error, so that they can still write a checkpoint."""
     if world_size() == 1:
         return True
-    return isinstance(error, GrpoError) and error.known_to_all_ranks
+    return isinstance(error, GrpoError) and error.raised_on_all_ranks
 
 
 def failed_on_another_rank(error: Exception) -> bool:

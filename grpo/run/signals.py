@@ -15,14 +15,14 @@ class RunInterruptedError(GrpoError):
 
 
 class Signals:
-    """Handles SIGINT and SIGTERM: stores the first one, for which `check` raises an error.
+    """Handles SIGINT and SIGTERM: stores the first one, which `raise_if_received` reports.
 
     The first signal restores the previous handlers, so a second one ends the process as usual.
     """
 
     def __init__(self) -> None:
         """Replaces the handlers of SIGINT and SIGTERM."""
-        self.got: str | None = None  # name of the first signal, e.g. "SIGTERM"
+        self.received: str | None = None  # name of the first signal, e.g. "SIGTERM"
         self._is_held = False
         self._previous_handlers = {
             number: signal.signal(number, self._handle)
@@ -30,17 +30,17 @@ class Signals:
         }
 
     def _handle(self, number: int, frame: Any) -> None:
-        self.got = signal.Signals(number).name
-        self.restore()
+        self.received = signal.Signals(number).name
+        self.restore_handlers()
 
-    def check(self) -> None:
-        """Raises `RunInterruptedError` if a signal was received, except within `held`."""
-        if self.got and not self._is_held:
-            raise RunInterruptedError(self.got)
+    def raise_if_received(self) -> None:
+        """Raises `RunInterruptedError` if a signal was received, except within `deferred`."""
+        if self.received and not self._is_held:
+            raise RunInterruptedError(self.received)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Prevents `check` from raising within the context.
+    def deferred(self) -> Iterator[None]:
+        """Prevents `raise_if_received` from raising within the context.
 
         Use it around a collective of several ranks: if one rank leaves, the others hang.
         """
@@ -50,7 +50,7 @@ class Signals:
         finally:
             self._is_held = False
 
-    def restore(self) -> None:
+    def restore_handlers(self) -> None:
         """Restores the previous handlers of SIGINT and SIGTERM."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)

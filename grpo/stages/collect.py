@@ -86,10 +86,10 @@ class ChunkCollector:
     def sample_chunks(self, problems: Sequence[Problem], num_done: int) -> None:
         """Samples all chunks except the first `num_done`, which are on disk already."""
         size = self.config.collect.chunk
-        self.context.run.cut(num_done)
+        self.context.run.remove_after(num_done)
         self.context.display.begin(num_done)
         for index in range(num_done, math.ceil(len(problems) / size)):
-            self.context.signals.check()
+            self.context.signals.raise_if_received()
             scored = self._sample(problems[index * size : (index + 1) * size], index)
             self._record(scored, index + 1)
 
@@ -100,7 +100,7 @@ class ChunkCollector:
             self.config.sampling.temperature,
             functools.partial(_show_progress, self.context, index),
         )
-        return score(groups, self.rewards, self.sampler.prompts.for_rewards)
+        return score(groups, self.rewards, self.sampler.prompts.reward_prompt)
 
     def _record(self, scored: Sequence[ScoredGroup], num_done: int) -> None:
         """Writes the completions of a chunk, with their drop reasons, and its metrics."""
@@ -287,7 +287,7 @@ class _CollectStage:
     def run(self, config: CollectConfig, *, resume: bool) -> None:
         collect(config, resume=resume)
 
-    def arithmetic(self, config: CollectConfig) -> str:
+    def batch_arithmetic(self, config: CollectConfig) -> str:
         settings = config.collect
         num_completions = settings.problems * settings.samples
         max_sampled_tokens = num_completions * config.sampling.max_tokens
@@ -321,7 +321,7 @@ class _CollectStage:
     def parts(self, config: CollectConfig) -> list[Part]:
         return [Part(stage=self, config=config)]
 
-    def preview(self, config: CollectConfig) -> list[str]:
+    def dry_run_lines(self, config: CollectConfig) -> list[str]:
         check_rewards(config)
         return []
 

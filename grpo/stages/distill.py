@@ -81,16 +81,16 @@ def _run_sequence(config: DistillConfig, resume: bool) -> None:
         )
     stages: dict[str, Stage[Any]] = {"collect": collect.STAGE, "sft": sft.STAGE}
     with open_stage(config, "distill", total=2, unit="stage", resume=resume) as context:
-        for name, part_config in config.parts().items():
+        for name, part_config in config.stage_configs().items():
             folder = Path(config.run_dir) / name
-            context.signals.check()
+            context.signals.raise_if_received()
             if RunDirectory.status(folder) == "finished":
                 require_same_config(folder, part_config)
                 continue
             context.display.say(f"{name}: {folder}")
             is_started = (folder / "manifest.json").exists()
             stages[name].run(part_config, resume=is_started)
-        context.signals.check()
+        context.signals.raise_if_received()
         context.run.update_manifest(final="sft/final")
 
 
@@ -202,7 +202,7 @@ class SoftLoop:
     def resume(self) -> None:
         """Loads the last checkpoint and removes the records that are newer."""
         run = self.context.run
-        checkpoint, _ = run.last_state()
+        checkpoint, _ = run.read_last_checkpoint()
         if checkpoint is None:
             self.context.resume_after(None, "update")
             return
@@ -228,7 +228,7 @@ class SoftLoop:
         batches = self.batches()
         try:
             with timer("update"):
-                ranks.all_gather_or_raise("the update", context.signals.check)
+                ranks.all_gather_or_raise("the update", context.signals.raise_if_received)
                 metrics = learner.update(batches, self._check_signals)
         except RunInterruptedError:
             self.save()
@@ -250,7 +250,7 @@ class SoftLoop:
         """Raises RunInterruptedError after a micro-batch if a signal arrived."""
         # With several ranks, the others would wait in a collective for the rank that stops.
         if ranks.world_size() == 1:
-            self.context.signals.check()
+            self.context.signals.raise_if_received()
 
     def batches(self) -> list[Batch]:
         """Returns the micro-batches of the next update."""
@@ -263,7 +263,7 @@ class SoftLoop:
             texts,
             token_weights(texts, "token", self.soft.max_tokens),
             max_tokens=self.config.learner.micro_batch_tokens,
-            packed=self.config.model.packed,
+            packed=self.config.model.is_packed,
             share=self.learner.share,
         )
         if self.teacher_top is None:
@@ -278,8 +278,8 @@ class SoftLoop:
         self.last_saved = num_updates
         run, settings = self.context.run, self.config.checkpoint
         state = {"updates": num_updates, "seed": self.config.seed, "metrics": self.last_row}
-        run.save(num_updates, state, self.learner.save)
-        run.prune(settings.keep_last, settings.keep_best)
+        run.save_checkpoint(num_updates, state, self.learner.save)
+        run.prune_checkpoints(settings.keep_last, settings.keep_best)
 
 
 class TopLogprobs:
@@ -372,9 +372,11 @@ class _DistillStage:
     def run(self, config: DistillConfig, *, resume: bool) -> None:
         distill(config, resume=resume)
 
-    def arithmetic(self, config: DistillConfig) -> str:
+    def batch_arithmetic(self, config: DistillConfig) -> str:
         if config.way != "soft":
-            return "\n".join(part.stage.arithmetic(part.config) for part in self.parts(config))
+            return "\n".join(
+                part.stage.batch_arithmetic(part.config) for part in self.parts(config)
+            )
         soft = config.soft
         assert soft is not None
         return (
@@ -399,19 +401,19 @@ class _DistillStage:
         )
 
     def parts(self, config: DistillConfig) -> list[Part]:
-        part_configs = config.parts()
+        part_configs = config.stage_configs()
         if config.way == "sequence":
             # The traces do not exist yet, so the doctor inspects the problems instead.
             sft_config = part_configs["sft"].model_copy(update={"data": config.data})
             return [
                 Part(stage=collect.STAGE, config=part_configs["collect"], name="collect"),
-                Part(stage=sft.STAGE, config=sft_config, name="sft", traces_to_come=True),
+                Part(stage=sft.STAGE, config=sft_config, name="sft", traces_pending=True),
             ]
         if config.way == "on_policy":
             return [Part(stage=train.STAGE, config=part_configs[""])]
         return [Part(stage=self, config=config)]
 
-    def preview(self, config: DistillConfig) -> list[str]:
+    def dry_run_lines(self, config: DistillConfig) -> list[str]:
         check_rewards(config)
         return []
 

@@ -77,7 +77,7 @@ def start_engine(config: SamplingStageConfig, context: RunContext, model: Engine
             settings=config.engine,
             log_file=context.run.log_file("engine"),
             max_logprobs=model.max_logprobs or DEFAULT_MAX_LOGPROBS,
-            on_wait=context.signals.check,
+            on_wait=context.signals.raise_if_received,
         )
     context.stack.callback(engine.close)
     return engine
@@ -95,7 +95,7 @@ def _start_server_pool(
         settings=config.engine,
         run_dir=context.run.path,
         decode=decode,
-        callbacks=PoolCallbacks(on_wait=context.signals.check, say=context.display.say),
+        callbacks=PoolCallbacks(on_wait=context.signals.raise_if_received, say=context.display.say),
     )
 
 

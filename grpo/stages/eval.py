@@ -64,11 +64,11 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
         RunInterruptedError: A signal stopped the run. Finished chunks are kept.
     """
     require_one_rank("eval")
-    config = config.by_protocol()
+    config = config.with_protocol()
     if not config.endpoint:
         config = with_final_model(config)
     workers, rewards = load_rewards(config)
-    sets = config.judged
+    sets = config.evaluation_sets
     problems = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as context:
         context.stack.callback(workers.close)
@@ -176,10 +176,10 @@ class Evaluation:
         """Returns a row per completion of a chunk. `greedy` marks the additional greedy pass."""
         rows = []
         for temperature, group_size in passes:
-            self.context.signals.check()
+            self.context.signals.raise_if_received()
             on_progress = partial(_show_progress, self.context, self.num_done, progress)
             groups = self.sampler.sample(problems, group_size, temperature, on_progress)
-            scored = score(groups, self.rewards, self.sampler.prompts.for_rewards)
+            scored = score(groups, self.rewards, self.sampler.prompts.reward_prompt)
             is_greedy = len(passes) > 1 and temperature == 0
             for row in sample_rows(scored):
                 row["greedy"] = is_greedy
@@ -446,8 +446,8 @@ class _EvalStage:
     def run(self, config: EvalConfig, *, resume: bool) -> None:
         evaluate(config, resume=resume)
 
-    def arithmetic(self, config: EvalConfig) -> str:
-        config = config.by_protocol()
+    def batch_arithmetic(self, config: EvalConfig) -> str:
+        config = config.with_protocol()
         settings = config.eval
         num_samples = str(settings.samples)
         if settings.protocol == "r1":
@@ -462,17 +462,17 @@ class _EvalStage:
         )
 
     def needs(self, config: EvalConfig) -> StageNeeds:
-        config = with_final_model(config.by_protocol())
+        config = with_final_model(config.with_protocol())
         settings = config.eval
-        num_sets = len(config.judged)
+        num_sets = len(config.evaluation_sets)
         num_completions = settings.problems * num_sets * settings.samples
         return StageNeeds(
             config=config,
             max_sequence_tokens=config.max_sequence_tokens,
             problems=ProblemNeeds(
-                held_out=tuple(config.judged.values()), num_held_out=settings.problems
+                held_out=tuple(config.evaluation_sets.values()), num_held_out=settings.problems
             ),
-            memory=MemoryNeeds(engine=True, max_sequences=config.train.completions),
+            memory=MemoryNeeds(engine=True, max_sequences=config.train.num_completions),
             disk=DiskNeeds(sampled_tokens=num_completions * config.sampling.max_tokens),
             rewards=tuple(config.rewards),
             endpoint=config.endpoint,
@@ -481,7 +481,7 @@ class _EvalStage:
     def parts(self, config: EvalConfig) -> list[Part]:
         return [Part(stage=self, config=config)]
 
-    def preview(self, config: EvalConfig) -> list[str]:
+    def dry_run_lines(self, config: EvalConfig) -> list[str]:
         check_rewards(config)
         return []
 

@@ -32,7 +32,7 @@ def write_final(
     is_rank0 = ranks.rank() == 0
     with redirect_output(context.run.log_file("learner")):
         prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
-        tokenizer.chat_template = prompts.saved_template()
+        tokenizer.chat_template = prompts.chat_template_to_save()
         weights = {}
         for name, tensor in learner.weights():
             if is_rank0:

@@ -331,7 +331,7 @@ class _PipelineStage:
     def run(self, config: PipelineConfig, *, resume: bool) -> None:
         pipeline(config, resume=resume)
 
-    def arithmetic(self, config: PipelineConfig) -> str:
+    def batch_arithmetic(self, config: PipelineConfig) -> str:
         return "\n".join(
             f"{command.name:24} grpo {' '.join(command.arguments)}"
             for command in checked_plan(config)
@@ -346,7 +346,7 @@ class _PipelineStage:
             "CONFIG --dry-run`"
         )
 
-    def preview(self, config: PipelineConfig) -> list[str]:
+    def dry_run_lines(self, config: PipelineConfig) -> list[str]:
         return []
 
     def checks(

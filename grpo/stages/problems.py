@@ -31,7 +31,7 @@ def load_problems(
         UserError: A data set, a file or a line in a file is wrong. The message names it.
     """
     problems = {}
-    for name, source in data.sources.items():
+    for name, source in data.data_sets.items():
         load = plugins.find_function("data", name, "load", "data")
         try:
             inspect.signature(load).bind(split, seed=seed, path=source.path, **source.options)
@@ -57,8 +57,8 @@ def make_mixture(
     """
     from data.common.mixture import Mixture
 
-    weights = {name: source.weight for name, source in data.sources.items()}
-    fitting = {name: prompts.fitting(rows) for name, rows in problems.items()}
+    weights = {name: source.weight for name, source in data.data_sets.items()}
+    fitting = {name: prompts.without_overlong(rows) for name, rows in problems.items()}
     return Mixture(fitting, weights, seed, data.curriculum)
 
 

@@ -45,7 +45,7 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
     """
     require_one_rank("quantize")
     schemes = config.quantize.schemes
-    evaluations = config.judged()
+    evaluations = config.evaluation_configs()
     total = len(schemes)
     with open_stage(config, "quantize", total=total, unit="scheme", resume=resume) as context:
         model_dir = _write_schemes(config, context)
@@ -71,7 +71,7 @@ def _write_schemes(config: QuantizeConfig, context: RunContext) -> Path:
         checked_group_size = group_size if "int4" in config.quantize.schemes else 1
         check_quantizable(model_dir, checked_group_size)
     for num_done, scheme in enumerate(config.quantize.schemes):
-        context.signals.check()
+        context.signals.raise_if_received()
         context.display.phase(num_done, "rounding", scheme)
         target = context.run.path / scheme
         if not target.exists():
@@ -189,7 +189,7 @@ class _QuantizeStage:
     def run(self, config: QuantizeConfig, *, resume: bool) -> None:
         quantize(config, resume=resume)
 
-    def arithmetic(self, config: QuantizeConfig) -> str:
+    def batch_arithmetic(self, config: QuantizeConfig) -> str:
         settings = config.quantize
         return (
             f"schemes     {', '.join(settings.schemes)}; int4 has one scale per "
@@ -209,7 +209,7 @@ class _QuantizeStage:
     def parts(self, config: QuantizeConfig) -> list[Part]:
         return [Part(stage=self, config=config)]
 
-    def preview(self, config: QuantizeConfig) -> list[str]:
+    def dry_run_lines(self, config: QuantizeConfig) -> list[str]:
         check_rewards(config)
         return []
 

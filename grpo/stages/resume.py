@@ -93,6 +93,6 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _may_change(key: str, config: RunConfig) -> bool:
     section = key.partition(".")[0]
-    if section == "eval" and config.evaluation_only:
+    if section == "eval" and config.is_evaluation:
         return False
     return any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)

@@ -62,10 +62,10 @@ class RunContext:
             unit: "rollout" or "update".
         """
         if num_done is None:
-            self.run.cut(-1)
+            self.run.remove_after(-1)
             self.display.say("no checkpoint yet: the run starts from the beginning")
         else:
-            self.run.cut(num_done)
+            self.run.remove_after(num_done)
             self.display.say(f"resumed after {unit} {num_done}")
 
 
@@ -108,7 +108,7 @@ def open_stage(
             run_id = secrets.token_hex(4)
         trackers = stack.enter_context(_open_trackers(config, run, run_id))
         signals = Signals()
-        stack.callback(signals.restore)
+        stack.callback(signals.restore_handlers)
         _record_start(run, config, name, run_id)
         try:
             yield RunContext(
@@ -116,7 +116,7 @@ def open_stage(
             )
         except BaseException as error:
             # Closing can take a while: with the previous handlers, a signal ends the process.
-            signals.restore()
+            signals.restore_handlers()
             _record_failure(run, error, resume=resume)
             raise
         _record_success(run)
@@ -125,7 +125,7 @@ def open_stage(
 def _open_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     """Opens the run directory after the ranks have joined and compared their code and configs."""
     if ranks.world_size() > 1:
-        ranks.join_process_group(config.longest_wait_s)
+        ranks.join_process_group(config.max_wait_s)
     run = RunDirectory(config.run_dir, resume=resume)
     if ranks.world_size() > 1:
         ranks.require_equal({"code": fingerprints.fingerprint_code(), **shared_values(config)})
@@ -165,8 +165,8 @@ def _record_failure(run: RunDirectory, error: BaseException, *, resume: bool) ->
 
     Only a UserError removes the run.
     """
-    if isinstance(error, UserError) and not resume and not run.began():
-        run.clear()
+    if isinstance(error, UserError) and not resume and not run.has_results():
+        run.discard()
         return
     cause = error
     if isinstance(error, ranks.UnexpectedError) and error.__cause__ is not None:

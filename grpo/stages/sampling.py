@@ -50,7 +50,7 @@ class Sampler:
         if endpoint is not None:
             from grpo.engines.endpoint import Endpoint
 
-            self._endpoint = Endpoint(endpoint, on_wait=context.signals.check)
+            self._endpoint = Endpoint(endpoint, on_wait=context.signals.raise_if_received)
             self.prompts = ChatPrompts(config.prompt)
             return
         start = find_start_model(config, context.run)

@@ -103,7 +103,7 @@ class ResumePoint(NamedTuple):
 
 def _find_resume_point(context: RunContext) -> ResumePoint:
     """Returns the last checkpoint and removes the records that are newer."""
-    checkpoint, state = context.run.last_state()
+    checkpoint, state = context.run.read_last_checkpoint()
     if checkpoint is None:
         context.resume_after(None, "update")
         return ResumePoint()
@@ -143,12 +143,12 @@ class TrainerCallbacks:
         run, settings = self._context.run, self._config.checkpoint
         self._context.display.phase(update, "checkpoint")
         state = {"updates": update, "seed": self._config.seed, "metrics": self._latest}
-        run.save(update, state, write)
-        run.prune(settings.keep_last, settings.keep_best)
+        run.save_checkpoint(update, state, write)
+        run.prune_checkpoints(settings.keep_last, settings.keep_best)
 
-    def stop(self) -> bool:
+    def should_stop(self) -> bool:
         """Returns whether to stop: a rank received a signal, or the model reached `sft.stop_at`."""
-        signals = ranks.all_gather("the update", self._context.signals.got)
+        signals = ranks.all_gather("the update", self._context.signals.received)
         self.signal = next((signal for signal in signals if signal), None)
         return self.signal is not None or self._is_accurate_enough()
 
@@ -184,13 +184,13 @@ class _SftStage:
     def run(self, config: SftConfig, *, resume: bool) -> None:
         sft(config, resume=resume)
 
-    def arithmetic(self, config: SftConfig) -> str:
+    def batch_arithmetic(self, config: SftConfig) -> str:
         batch_size = config.sft.batch_size
-        num_micro_batches = batch_size // config.micro_batch
+        num_micro_batches = batch_size // config.micro_batch_size
         num_problems = config.sft.updates * batch_size
         return (
             f"update      {batch_size} solutions in {num_micro_batches} micro-batches of "
-            f"{config.micro_batch}\n"
+            f"{config.micro_batch_size}\n"
             f"run         {config.sft.updates} updates, {num_problems:,} solutions drawn"
         )
 
@@ -209,7 +209,7 @@ class _SftStage:
     def parts(self, config: SftConfig) -> list[Part]:
         return [Part(stage=self, config=config)]
 
-    def preview(self, config: SftConfig) -> list[str]:
+    def dry_run_lines(self, config: SftConfig) -> list[str]:
         return []
 
     def checks(

@@ -38,8 +38,8 @@ def tokenize_solutions(
                 f"{section}: problem {problem.id} has no worked solution, which is the training "
                 "target; use data with solutions, for example the traces of grpo collect"
             )
-        prompt_ids = prompts.ids(problem)
-        target_ids = prompts.target_ids(problem)
+        prompt_ids = prompts.token_ids(problem)
+        target_ids = prompts.solution_ids(problem)
         num_tokens = len(prompt_ids) + len(target_ids)
         if num_tokens > max_tokens:
             raise UserError(
@@ -55,7 +55,7 @@ def check_solutions(
     """Yields one finding: whether all problems have a worked solution within `max_tokens`."""
     without_solution = [problem.id for problem in problems if problem.solution is None]
     lengths = [  # in tokens, with the prompt
-        len(prompts.ids(problem)) + len(prompts.target_ids(problem))
+        len(prompts.token_ids(problem)) + len(prompts.solution_ids(problem))
         for problem in problems
         if problem.solution is not None
     ]

@@ -114,7 +114,7 @@ class Part:
     stage: Stage[Any]
     config: RunConfig
     name: str = ""  # "" if it is not one of several parts of a stage
-    traces_to_come: bool = False  # it trains on traces that an earlier part will write
+    traces_pending: bool = False  # it trains on traces that an earlier part will write
 
 
 class Stage(Protocol[ConfigT]):
@@ -141,7 +141,7 @@ class Stage(Protocol[ConfigT]):
             RunInterruptedError: The process received SIGINT or SIGTERM.
         """
 
-    def arithmetic(self, config: ConfigT) -> str:
+    def batch_arithmetic(self, config: ConfigT) -> str:
         """Returns the batch arithmetic as text. A pipeline returns its commands."""
 
     def needs(self, config: ConfigT) -> StageNeeds | None:
@@ -154,7 +154,7 @@ class Stage(Protocol[ConfigT]):
             UserError: The stage is a pipeline.
         """
 
-    def preview(self, config: ConfigT) -> list[str]:
+    def dry_run_lines(self, config: ConfigT) -> list[str]:
         """Loads the plug-ins as the run would and returns additional lines for the dry run.
 
         Raises:

@@ -210,15 +210,15 @@ def _make_loop(
         rewards=inputs.rewards,
         selection=Selection(
             algorithm=config.algorithm,
-            size=config.train.problems,
-            take=components.stream.take,
+            num_groups=config.train.problems,
+            take_problems=components.stream.take,
         ),
         workers=inputs.workers,
         display=display,
         held_out=_held_out(config, inputs, prompts),
     )
     updater = Updater(
-        config=config, learner=components.learner, check_signals=context.signals.check
+        config=config, learner=components.learner, check_signals=context.signals.raise_if_received
     )
     journal = Journal(record_row=context.record, display=display, alarm_rules=config.logging.alarms)
     return Loop(
@@ -252,7 +252,7 @@ def _make_weight_check(config: TrainConfig, components: Components) -> WeightChe
     from grpo.training.weight_sync import WeightCheck, check_settings, probe_prompts
 
     prompts, stream = components.start.prompts, components.stream
-    prompts_in_order = (prompts.ids(stream[position]) for position in itertools.count())
+    prompts_in_order = (prompts.token_ids(stream[position]) for position in itertools.count())
     max_prompt_tokens = config.max_sequence_tokens - config.probe.tokens
     return WeightCheck(
         components.engine,
@@ -269,7 +269,7 @@ def _load_checkpoint(loop: Loop, context: RunContext) -> dict[str, Any] | None:
         The state of the checkpoint, None if the run has no checkpoint yet.
     """
     run = context.run
-    checkpoint, state = run.last_state()
+    checkpoint, state = run.read_last_checkpoint()
     if checkpoint is None:
         context.resume_after(None, "rollout")
     else:
@@ -287,7 +287,7 @@ def _save_if_possible(loop: Loop, error: Exception) -> None:
     progress = loop.progress
     # These two errors are never raised in the middle of a rollout's updates.
     is_between_updates = isinstance(error, RunInterruptedError | TrainingStoppedError)
-    can_save = is_between_updates or (progress.savable and ranks.is_known_to_all_ranks(error))
+    can_save = is_between_updates or (progress.is_savable and ranks.is_raised_on_all_ranks(error))
     if not can_save:
         return
     if progress.rollout == 0:
@@ -331,7 +331,7 @@ def _attach_stream(loop: Loop, context: RunContext, stream_state: dict[str, Any]
         )
         return groups_by_rank[0]
 
-    selection.streamed = take_on_all_ranks
+    selection.take_from_stream = take_on_all_ranks
 
 
 def _start_stream(loop: Loop, context: RunContext) -> Stream:
@@ -345,17 +345,17 @@ def _start_stream(loop: Loop, context: RunContext) -> Stream:
     options = sampling_options(config, prompts, config.sampling.temperature)
 
     def begin(request: Request) -> Any:
-        return engine.begin(request, options)
+        return engine.submit(request, options)
 
     def make_request(problem: Problem, number: int) -> Request:
         seed = derive_seed(config.seed, f"stream/{number}", problem.id)
-        return Request(prompt_ids=prompts.ids(problem), seed=seed, n=settings.group_size)
+        return Request(prompt_ids=prompts.token_ids(problem), seed=seed, n=settings.group_size)
 
     def score_completions(
         problem: Problem, request: Request, completions: tuple[Completion, ...]
     ) -> ScoredGroup:
         group = make_group(problem, request.prompt_ids, prompts, completions)
-        return score([group], loop.rollouts.rewards, prompts.for_rewards)[0]
+        return score([group], loop.rollouts.rewards, prompts.reward_prompt)[0]
 
     def draw_problem() -> Problem:
         return loop.rollouts.selection.draw(1)[0]
@@ -368,8 +368,8 @@ def _start_stream(loop: Loop, context: RunContext) -> Stream:
         request=make_request,
         begin=begin,
         finish=score_completions,
-        on_wait=context.signals.check,
-        engine_idle_s=engine.idle,
+        on_wait=context.signals.raise_if_received,
+        engine_idle_s=engine.take_idle_seconds,
     )
     limits = StreamLimits(
         num_ahead=settings.problems * settings.max_staleness,
@@ -424,9 +424,9 @@ class _TrainStage:
     def run(self, config: TrainConfig, *, resume: bool) -> None:
         train(config, resume=resume)
 
-    def arithmetic(self, config: TrainConfig) -> str:
+    def batch_arithmetic(self, config: TrainConfig) -> str:
         settings = config.train
-        num_completions = settings.completions
+        num_completions = settings.num_completions
         max_sampled_tokens = num_completions * config.sampling.max_tokens
         completions_per_update = num_completions // settings.updates_per_rollout
         updates_per_rollout = settings.updates_per_rollout * settings.epochs
@@ -449,7 +449,7 @@ class _TrainStage:
     def needs(self, config: TrainConfig) -> StageNeeds:
         settings = config.train
         held_out_data = (config.eval.data or config.data,) if config.eval.every else ()
-        num_completions = settings.rollouts * settings.completions
+        num_completions = settings.rollouts * settings.num_completions
         return StageNeeds(
             config=config,
             max_sequence_tokens=config.max_sequence_tokens,
@@ -459,7 +459,7 @@ class _TrainStage:
                 held_out=held_out_data,
                 num_held_out=config.eval.problems,
             ),
-            memory=MemoryNeeds(learner=True, engine=True, max_sequences=settings.completions),
+            memory=MemoryNeeds(learner=True, engine=True, max_sequences=settings.num_completions),
             disk=DiskNeeds(
                 checkpoints=max_checkpoints_on_disk(config),
                 models=1,
@@ -471,12 +471,12 @@ class _TrainStage:
     def parts(self, config: TrainConfig) -> list[Part]:
         return [Part(stage=self, config=config)]
 
-    def preview(self, config: TrainConfig) -> list[str]:
+    def dry_run_lines(self, config: TrainConfig) -> list[str]:
         check_rewards(config)
         plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
         if not config.model.warm_start:
             return []
-        warm_start = sft.STAGE.arithmetic(warm_start_config(config))
+        warm_start = sft.STAGE.batch_arithmetic(warm_start_config(config))
         return [f"warm start  {config.model.warm_start}", warm_start]
 
     def checks(

@@ -76,7 +76,7 @@ def simulate(config: TrainConfig, device: str, mean: float | None) -> str:
     mean = mean or default_mean
     work = _workload(config, mean)
     heading = (
-        f"{config.train.completions} completions of {mean:,.0f} tokens on average, at most "
+        f"{config.train.num_completions} completions of {mean:,.0f} tokens on average, at most "
         f"{max_tokens:,}"
     )
     return "\n".join([heading, *simulation.table(rates, _model_shape(config), work)])
@@ -92,7 +92,7 @@ def _workload(config: TrainConfig, mean: float) -> simulation.Workload:
     servers = config.engine.servers
     return simulation.Workload(
         lengths=simulation.lognormal_lengths(
-            config.train.completions, mean, config.sampling.max_tokens
+            config.train.num_completions, mean, config.sampling.max_tokens
         ),
         prompt=round(config.prompt.max_tokens / 2),
         updates=config.train.updates_per_rollout,

@@ -130,7 +130,7 @@ def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None)
     needs = part.stage.needs(part.config)
     assert needs is not None  # only a pipeline has no needs, and a pipeline is no part
     config = needs.config
-    yield Check("ok", "batch", part.stage.arithmetic(config))
+    yield Check("ok", "batch", part.stage.batch_arithmetic(config))
     yield from checks.versions()
     training: dict[str, Sequence[Problem]] = {}
     if needs.problems.training is not None:
@@ -199,7 +199,7 @@ def _check_model(
             )
         yield from checks.vocabulary(model.tokenizer, models.load_tokenizer(teacher_dir))
         num_reference_weights = models.num_weights(teacher_dir)
-    if not part.traces_to_come:
+    if not part.traces_pending:
         yield from part.stage.checks(config, problems, prompts)
     yield from checks.memory(config, needs.memory, model.shape, num_reference_weights)
 
@@ -242,7 +242,7 @@ def _run_trial(
         start = time.monotonic()
         groups = sampler.sample(problems, SAMPLED, config.sampling.temperature, lambda *_: None)
         seconds = time.monotonic() - start
-        scored = score(groups, rewards, sampler.prompts.for_rewards)
+        scored = score(groups, rewards, sampler.prompts.reward_prompt)
     num_tokens = 0
     for group in groups:
         num_tokens += sum(len(completion.token_ids) for completion in group.completions)

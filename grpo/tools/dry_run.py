@@ -34,11 +34,11 @@ def dry_run(stage: Stage[Any], config: Any) -> None:
     """
     needs = stage.needs(config)
     if needs is None:
-        print(stage.arithmetic(config))
+        print(stage.batch_arithmetic(config))
         return
     print(configs.dump(config))
-    print(stage.arithmetic(config))
-    for line in stage.preview(config):
+    print(stage.batch_arithmetic(config))
+    for line in stage.dry_run_lines(config):
         print(line)
     print(_prompt(needs, _load_problems(needs) or [[EXAMPLE]]))
 
@@ -74,16 +74,16 @@ def _prompt(needs: StageNeeds, problems: Sequence[Sequence[Problem]]) -> str:
                 text = R1_ZERO.replace("{question}", problem.question)
             return f"prompt ({config.prompt.template}; no tokenizer: {error}):\n{text}"
     for problems_of_set in problems:
-        prompts.fitting(problems_of_set)
+        prompts.without_overlong(problems_of_set)
     return _rendered(needs, prompts, tokenizer, problem)
 
 
 def _rendered(needs: StageNeeds, prompts: Prompts, tokenizer: Any, problem: Problem) -> str:
     """Returns the prompt that the model reads, its length in tokens, and its stop tokens."""
-    num_tokens = len(prompts.ids(problem))
+    num_tokens = len(prompts.token_ids(problem))
     text = prompts.text(problem)
     if needs.shows_solution:
-        text += str(tokenizer.decode(list(prompts.target_ids(problem))))
+        text += str(tokenizer.decode(list(prompts.solution_ids(problem))))
     stop_tokens = ", ".join(tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids)))
     stop_strings = f", stop strings {', '.join(prompts.stop)}" if prompts.stop else ""
     return (

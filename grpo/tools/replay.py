@@ -177,7 +177,7 @@ def _repeat_updates(
             samples = _with_new_advantages(samples, updater)
         report = updater.update(samples, rollout=stored.step - 1)
         metrics = dict(report.metrics)
-        metrics["update/made"] = float(report.num_made)
+        metrics["update/made"] = float(report.num_updates)
         metrics["update/skipped"] = float(report.num_skipped)
         return metrics
 

@@ -284,7 +284,7 @@ def follow(run: str, *, seconds: float = 1.0) -> None:
         rows = read_metrics(folder / "metrics.jsonl")
         for row in rows[num_printed:]:
             _print_row(row)
-            for finding in watch.see(row):
+            for finding in watch.add_row(row):
                 print(f"  {finding.rule}: {finding.text}")
         num_printed = len(rows)
         sys.stdout.flush()

@@ -21,7 +21,7 @@ class Journal:
         alarm_rules: The config key `logging.alarms`: the rules of the diagnosis whose findings are
             alarms, and the action for each, `snapshot` or `stop`.
         watch: Evaluates the rules of the diagnosis.
-        latest: The numbers of the last row. Every checkpoint contains them, so that
+        latest_metrics: The numbers of the last row. Every checkpoint contains them, so that
             `checkpoint.keep_best` can compare checkpoints.
     """
 
@@ -29,18 +29,20 @@ class Journal:
     display: Display
     alarm_rules: Mapping[str, str] = field(default_factory=dict)
     watch: Diagnosis = field(default_factory=Diagnosis)
-    latest: dict[str, Any] = field(default_factory=dict)
+    latest_metrics: dict[str, Any] = field(default_factory=dict)
     _alarms: list[Finding] = field(default_factory=list)
 
     def record(self, row: dict[str, Any]) -> None:
         """Records and shows a row of metrics and its findings. All ranks use the row of rank 0."""
         # Measured times differ between ranks. Alarms must be the same on all of them.
         row = ranks.all_gather("the row of metrics", row)[0]
-        self.latest = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        self.latest_metrics = {
+            key: value for key, value in row.items() if isinstance(value, (int, float))
+        }
         self.record_row(row)
         if "reward/mean" in row:
             self.display.row(row)
-        for finding in self.watch.see(row):
+        for finding in self.watch.add_row(row):
             self.display.say(f"diagnosis, {finding.rule}: {finding.text}")
             if finding.rule in self.alarm_rules:
                 self._alarms.append(finding)

@@ -42,17 +42,17 @@ class Progress:
         saved_rollout: `rollout` of the last checkpoint, -1 without one.
         num_idle: Number of consecutive rollouts without an update.
         selection: State of the selection after the last completed rollout.
-        savable: Whether the learner's weights may be saved after an error. False from the start of
-            a rollout's updates until the probe has verified the new weights. RunInterruptedError
-            and TrainingStoppedError do not depend on it: they are raised only while no update is
-            partly applied.
+        is_savable: Whether the learner's weights may be saved after an error. False from the start
+            of a rollout's updates until the probe has verified the new weights.
+            RunInterruptedError and TrainingStoppedError do not depend on it: they are raised only
+            while no update is partly applied.
     """
 
     rollout: int = 0
     saved_rollout: int = -1
     num_idle: int = 0
     selection: dict[str, Any] = field(default_factory=dict)
-    savable: bool = True
+    is_savable: bool = True
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,7 @@ class Loop:
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
         sync_weights(self.engine, learner, self._next_version(), self.signals)
         probe = self.weight_check.probe()
-        row = start_row(progress.rollout, learner.updates, self.machine, probe)
+        row = start_row(progress.rollout, learner.num_updates, self.machine, probe)
         if fresh or self._is_evaluation_missing():
             row.update(self._evaluate() or {})
             self.journal.record(row)
@@ -129,13 +129,13 @@ class Loop:
         groups = self._next_groups(timer)  # sampled, scored and selected
         ranks.all_gather_or_raise("engine sleep", self.engine.sleep)
         kl_penalties = self._kl_penalties(groups.used, timer)
-        self.progress.savable = False  # until the probe has verified the new weights
+        self.progress.is_savable = False  # until the probe has verified the new weights
         token_advantages = self._advantages(groups.used, kl_penalties)
         samples = self._make_samples(groups, token_advantages)
         update = self._update(samples, timer)
         report = StepReport(
             rollout=self.progress.rollout,
-            updates=self.updater.learner.updates,
+            updates=self.updater.learner.num_updates,
             groups=groups,
             samples=samples,
             kl_penalty=_mean_kl(kl_penalties, self.updater.penalty_coefficient),
@@ -190,7 +190,9 @@ class Loop:
         self._write_samples(sample_rows(groups.sampled, groups.used, token_advantages))
         mask_truncated = self.config.algorithm.truncated == "mask"
         samples = to_samples(groups.used, token_advantages, mask_truncated=mask_truncated)
-        self.run.write_update(self.progress.rollout + 1, samples, self.config.logging.replay)
+        self.run.write_update_samples(
+            self.progress.rollout + 1, samples, self.config.logging.replay
+        )
         return samples
 
     def _update(self, samples: list[Sample], timer: Timer) -> UpdateReport:
@@ -198,7 +200,7 @@ class Loop:
         progress = self.progress
         with timer("update"):
             report = self.updater.update(samples, progress.rollout, self._show_update)
-        progress.num_idle = 0 if report.num_made else progress.num_idle + 1
+        progress.num_idle = 0 if report.num_updates else progress.num_idle + 1
         progress.rollout += 1
         progress.selection = self.rollouts.selection.state()
         return report
@@ -212,7 +214,7 @@ class Loop:
             sync_report = sync_weights(self.engine, learner, self._next_version(), self.signals)
         with timer("probe"):
             probe_report = self.weight_check.probe()
-        self.progress.savable = True
+        self.progress.is_savable = True
         return replace(report, sync=sync_report, probe=probe_report)
 
     def _next_version(self) -> int:
@@ -234,8 +236,8 @@ class Loop:
         Recording exchanges values between ranks, so it is possible only if all ranks raise.
         """
         if isinstance(error, EngineError):
-            self.progress.savable = True  # The engine failed, not the learner.
-        if ranks.is_known_to_all_ranks(error):
+            self.progress.is_savable = True  # The engine failed, not the learner.
+        if ranks.is_raised_on_all_ranks(error):
             self._record(report, timer)
 
     def _machine_report(self) -> MachineReport:
@@ -259,8 +261,8 @@ class Loop:
             raise TrainingStoppedError(
                 f"algorithm.max_idle={max_idle}: {num_idle} consecutive rollouts without an "
                 "update, because the completions of every group have equal rewards (mean reward "
-                f"{self.journal.latest['reward/mean']:.3g}). The problems are too hard or too easy "
-                "for this model, or a reward cannot parse its answers: see samples/."
+                f"{self.journal.latest_metrics['reward/mean']:.3g}). The problems are too hard or "
+                "too easy for this model, or a reward cannot parse its answers: see samples/."
             )
 
     def _evaluate(self) -> dict[str, float] | None:
@@ -285,7 +287,7 @@ class Loop:
         """Returns whether an evaluation is due and the last row of metrics has none."""
         if not self._is_due(self.config.eval.every):
             return False
-        return not any(key.startswith("eval/") for key in self.journal.latest)
+        return not any(key.startswith("eval/") for key in self.journal.latest_metrics)
 
     def _handle_alarms(self) -> None:
         """Keeps a checkpoint for each alarm.
@@ -296,7 +298,7 @@ class Loop:
         for finding in self.journal.take_alarms():
             self.save()
             checkpoint = self.run.checkpoints / f"step-{self.progress.rollout:06d}"
-            self.run.keep(checkpoint, f"alarm-{finding.rule}")
+            self.run.keep_checkpoint(checkpoint, f"alarm-{finding.rule}")
             if self.config.logging.alarms[finding.rule] == "stop":
                 raise TrainingStoppedError(f"logging.alarms.{finding.rule}: {finding.text}")
 
@@ -307,14 +309,16 @@ class Loop:
             return
         self.display.phase(progress.rollout, "checkpoint")
         state: dict[str, Any] = {
-            "updates": self.updater.learner.updates,
+            "updates": self.updater.learner.num_updates,
             "seed": self.config.seed,
-            "metrics": self.journal.latest,
+            "metrics": self.journal.latest_metrics,
             "selection": progress.selection,
             "idle": progress.num_idle,
         }
-        self.run.save(progress.rollout, state, self.updater.learner.save)
-        self.run.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
+        self.run.save_checkpoint(progress.rollout, state, self.updater.learner.save)
+        self.run.prune_checkpoints(
+            self.config.checkpoint.keep_last, self.config.checkpoint.keep_best
+        )
         progress.saved_rollout = progress.rollout
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -325,7 +329,7 @@ class Loop:
         self.progress.rollout = state["step"]
         self.progress.saved_rollout = state["step"]
         self.progress.num_idle = state["idle"]
-        self.journal.latest = state["metrics"]
+        self.journal.latest_metrics = state["metrics"]
         self.rollouts.selection.load(state["selection"])
 
     def _is_due(self, every: int) -> bool:

@@ -96,7 +96,7 @@ class Rollouts:
         def sample_round(problems: list[Problem], round_number: int) -> list[ScoredGroup]:
             return self.sample(problems, rollout, round_number, timer)
 
-        if self.selection.streamed is None:
+        if self.selection.take_from_stream is None:
             selected = self.selection.collect(sample_round)
         else:
             with timer("rollout"):  # Groups are sampled in the background: this is the wait.
@@ -142,7 +142,7 @@ class Rollouts:
                 groups = sample(self.engine, self.prompts, requests[share], options, on_progress)
             with timer("rewards"):
                 self.display.phase(rollout, "rewards")
-                return score(groups, self.rewards, self.prompts.for_rewards)
+                return score(groups, self.rewards, self.prompts.reward_prompt)
 
         return ranks.split_across_ranks("the groups of the rollout", sample_and_score)
 
@@ -177,7 +177,7 @@ class Rollouts:
                 rollout=0,
             )
             groups = sample(self.engine, self.prompts, requests[share], options, on_progress)
-            return score(groups, self.rewards, self.prompts.for_rewards)
+            return score(groups, self.rewards, self.prompts.reward_prompt)
 
         return ranks.split_across_ranks("the groups of the evaluation", sample_and_score)
 

@@ -129,7 +129,7 @@ def _update_metrics(report: StepReport) -> dict[str, Any]:
     if report.kl_penalty is not None:
         metrics["kl/ref"] = report.kl_penalty
     metrics.update(report.update.metrics)
-    metrics["update/made"] = float(report.update.num_made)
+    metrics["update/made"] = float(report.update.num_updates)
     metrics["update/skipped"] = float(report.update.num_skipped)
     metrics["update"] = report.updates
     return metrics
@@ -152,7 +152,7 @@ def _time_bounds(
     limits = roofline.Roofline(machine=machine.machine, shape=machine.shape)
     seconds = limits.bounds(
         [scored.group for scored in report.groups.sampled],
-        updates=report.update.num_made,
+        updates=report.update.num_updates,
         reference=config.algorithm.kl_coef > 0,
         ranks=ranks.world_size(),
     )

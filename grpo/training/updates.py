@@ -34,12 +34,12 @@ class UpdateReport:
     For example `UpdateReport(num_made=16, num_skipped=0, metrics={"loss": 0.01, ...})`.
 
     Attributes:
-        num_made: Number of updates.
+        num_updates: Number of updates.
         num_skipped: Number of updates that were skipped because no sample has an advantage.
         metrics: Means over the updates; empty without updates.
     """
 
-    num_made: int
+    num_updates: int
     num_skipped: int
     metrics: dict[str, float]
 
@@ -96,7 +96,7 @@ class Updater:
         batches: list[list[Batch]] = []
         if trained_batches:
             batches = self.prepare(trained_batches, rollout)
-        updates_before = self.learner.updates
+        updates_before = self.learner.num_updates
         reports: list[dict[str, float]] = []
         for epoch in range(train.epochs):
             for index in mini_batch_order(len(batches), seed, epoch):
@@ -104,7 +104,7 @@ class Updater:
                 reports.append(self.learner.update(batches[index], on_batch))
         self._reset_reference_if_due(updates_before)
         return UpdateReport(
-            num_made=len(reports),
+            num_updates=len(reports),
             num_skipped=train.epochs * train.updates_per_rollout - len(reports),
             metrics=_mean_metrics(reports),
         )
@@ -130,7 +130,7 @@ class Updater:
         every = algorithm.reference_reset
         if not every or not algorithm.kl_coef:
             return
-        if updates_before // every != self.learner.updates // every:
+        if updates_before // every != self.learner.num_updates // every:
             self.learner.reset_reference(optimizer=algorithm.reset_optimizer)
 
     def prepare(self, mini_batches: Sequence[list[Sample]], rollout: int) -> list[list[Batch]]:
@@ -156,8 +156,8 @@ class Updater:
             samples,
             weights,
             max_tokens=config.learner.micro_batch_tokens,
-            packed=config.model.packed,
-            share=self.learner.share,
+            packed=config.model.is_packed,
+            share=self.learner.micro_batch_share,
         )
 
     def _old_logprobs_source(
@@ -243,11 +243,11 @@ class Updater:
         reference_scores = self.learner.score(batches, reference=True)
         local_penalties: dict[int, list[float]] = {}  # by index of the sample
         for batch, policy, reference in zip(batches, policy_scores, reference_scores, strict=True):
-            if batch.idle:
+            if batch.is_filler:
                 continue
             kl = kl_estimate(policy.logprobs, reference.logprobs, estimator)
             penalties = self.penalty_coefficient * kl  # [B, T]
-            for row, index in enumerate(batch.index):
+            for row, index in enumerate(batch.sample_indices):
                 local_penalties[index] = penalties[row][batch.token_mask[row]].tolist()
         all_penalties: dict[int, list[float]] = {}
         for penalties_of_rank in ranks.all_gather("the KL penalties", local_penalties):
@@ -299,7 +299,7 @@ def _with_top_entropy_only(
     local_entropies = [
         batch_entropies[batch.token_mask]
         for batch, batch_entropies in zip(batches, entropies, strict=True)
-        if not batch.idle
+        if not batch.is_filler
     ]
     flat_entropies: list[Tensor] = []
     for entropies_of_rank in ranks.all_gather("the entropies", local_entropies):

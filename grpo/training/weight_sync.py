@@ -39,7 +39,7 @@ MAX_LIMIT_FACTOR = 2.0
 class WeightMismatchError(RunError):
     """Engine and learner compute different logprobs for the same tokens. Raised on all ranks."""
 
-    known_to_all_ranks = True
+    raised_on_all_ranks = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def check_settings(config: TrainConfig) -> CheckSettings:
         num_tokens=config.probe.tokens,
         max_gap=config.probe.max_gap or default_max_gap,
         micro_batch_tokens=config.learner.micro_batch_tokens,
-        packed=config.model.packed,
+        packed=config.model.is_packed,
         rounds=not is_float32,
     )
 
@@ -190,7 +190,8 @@ class WeightCheck:
     def _sample_every_copy(self) -> list[Sample]:
         """Samples the prompts with every copy of the model; `group` is the number of the copy."""
         copies_per_rank = ranks.all_gather_or_raise(
-            "the samples of the probe", lambda: self._engine.prove(self._requests, self._options)
+            "the samples of the probe",
+            lambda: self._engine.generate_on_every_copy(self._requests, self._options),
         )
         copies = []
         for copies_of_rank in copies_per_rank:
@@ -214,10 +215,10 @@ class WeightCheck:
         batches = self._batches(samples)
         gaps: dict[int, list[float]] = {}
         for batch, scores in zip(batches, self._learner.score(batches), strict=True):
-            if batch.idle:
+            if batch.is_filler:
                 continue
             differences = (scores.logprobs - batch.sampler_logprobs).abs()  # [B, T]
-            for row, index in enumerate(batch.index):
+            for row, index in enumerate(batch.sample_indices):
                 values = differences[row][batch.token_mask[row]].tolist()
                 gaps.setdefault(samples[index].group, []).extend(values)
         return gaps
@@ -268,7 +269,7 @@ class WeightCheck:
             jittered_scores = self._learner.score(batches)
         local_changes: list[float] = []
         for batch, plain, jittered in zip(batches, plain_scores, jittered_scores, strict=True):
-            if not batch.idle:
+            if not batch.is_filler:
                 changes = (plain.logprobs - jittered.logprobs)[batch.token_mask]
                 local_changes += changes.abs().tolist()
         all_changes: list[float] = []
@@ -283,7 +284,7 @@ class WeightCheck:
             [0.0] * len(samples),
             max_tokens=self._settings.micro_batch_tokens,
             packed=self._settings.packed,
-            share=self._learner.share,
+            share=self._learner.micro_batch_share,
         )
 
 
@@ -319,7 +320,7 @@ def sync_weights(
     """
     if ranks.world_size() == 1:
         return engine.load_weights(learner.weights(), version)
-    held = signals.held() if signals is not None else contextlib.nullcontext()
+    held = signals.deferred() if signals is not None else contextlib.nullcontext()
     try:
         with held:
             report = engine.load_weights(learner.weights(), version)

@@ -96,7 +96,7 @@ def run_grpo(pipe, model_dir: Path, folder: Path) -> None:
         start = time.monotonic()
         make_step(self)
         seconds = time.monotonic() - start
-        row = self.journal.latest
+        row = self.journal.latest_metrics
         pipe.send((seconds, {phase: round(row[f"time/{phase}_s"], 2) for phase in PHASES}))
 
     Loop.step = step_on_request

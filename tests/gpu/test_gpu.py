@@ -81,7 +81,7 @@ def logprobs_of_long_samples(model_dir, attention, dtype):
         policy = Policy(model, HeadOptions(temperature=1.0, chunk_tokens=512))
         output = policy(to_device(batch, DEVICE))
     logprobs = []
-    for row in torch.tensor(batch.index).argsort().tolist():
+    for row in torch.tensor(batch.sample_indices).argsort().tolist():
         mask = batch.token_mask[row].to(DEVICE)
         logprobs.append(output.logprobs[row][mask])
     return torch.cat(logprobs).float()

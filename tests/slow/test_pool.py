@@ -59,13 +59,13 @@ def test_flipped_bit_is_reported_and_the_servers_load_the_next_weights(pool, tin
     # No server is up at this time. Each server loads these weights when it has recovered.
     pool.load_weights(weights(tiny()), 5)
     wait_until_all_up(pool)
-    assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 2
+    assert len(pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)) == 2
 
 
 def test_completions_do_not_change_if_a_server_is_killed_during_a_rollout(pool, tiny, said):
     pool.load_weights(weights(tiny()), 5)
     expected = token_ids(pool.generate(REQUESTS, OPTIONS))
-    pool.prove(REQUESTS[:4], OPTIONS)
+    pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     num_earlier_messages = len(said)
     victim = pool._state.servers[0]
     victim_process = psutil.Process(victim.process.pid)
@@ -105,9 +105,9 @@ def test_server_killed_during_a_sync_loads_the_weights_when_it_recovers(
 
     monkeypatch.setattr(pool._updates, "load_stored", kill_victim_and_load)
     pool.load_weights(weights(tiny(), 0.9), 6)
-    assert len(pool.prove(REQUESTS[:4], OPTIONS)) == 1
+    assert len(pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)) == 1
     wait_until_up(victim)
-    first, second = pool.prove(REQUESTS[:4], OPTIONS)
+    first, second = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     assert supervisor.mean_logprob_gap(first, second) < 1e-4
     assert any("weights 6 did not reach" in message for message in said)
 
@@ -127,9 +127,9 @@ def test_server_starts_on_another_port_if_its_port_is_taken_and_loads_weights_fr
             assert urls == [pool._state.servers[0].url]
             assert urls != [f"http://127.0.0.1:{taken_port}"]
             pool.load_weights(weights(tiny()), 1)
-            (before,) = pool.prove(REQUESTS[:4], OPTIONS)
+            (before,) = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
             pool.load_weights(weights(tiny(), 0.7), 2)
-            (after,) = pool.prove(REQUESTS[:4], OPTIONS)
+            (after,) = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
             first_completion = after[0][0]
             first_version, _, _ = first_completion.versions[0]
             assert first_version == 2
@@ -154,7 +154,7 @@ def test_server_with_a_frozen_engine_core_is_restarted_after_a_sync_timeout_or_a
     pool, tiny, said, monkeypatch
 ):
     pool.load_weights(weights(tiny()), 20)
-    pool.prove(REQUESTS[:4], OPTIONS)
+    pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     wait_until_all_up(pool)
     victim = pool._state.servers[1]
 
@@ -167,14 +167,16 @@ def test_server_with_a_frozen_engine_core_is_restarted_after_a_sync_timeout_or_a
         assert pool._state.servers[0].version == 21
     assert any("did not load weights 21 within 10 s" in message for message in said)
     wait_until_up(victim)
-    first, second = pool.prove(REQUESTS[:4], OPTIONS)
+    first, second = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     assert supervisor.mean_logprob_gap(first, second) < 1e-4
 
     suspend_engine_core(victim)
     short_stall = pool._supervisor._servers.model_copy(update={"stall_s": 10.0})
     with monkeypatch.context() as patch:
         patch.setattr(pool._supervisor, "_servers", short_stall)
-        (completions,) = pool.prove(REQUESTS[:4], OPTIONS)  # of the other server only
+        (completions,) = pool.generate_on_every_copy(
+            REQUESTS[:4], OPTIONS
+        )  # of the other server only
     assert any("no token generated for 10 s" in message for message in said)
     assert supervisor.mean_logprob_gap(first, completions) < 1e-4
 

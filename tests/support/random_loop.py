@@ -41,7 +41,7 @@ class RandomEngine:
             groups.append(tuple(self._completion(request.seed + i) for i in range(request.n)))
         return groups
 
-    def prove(self, requests, options):
+    def generate_on_every_copy(self, requests, options):
         """Returns the completions of the only copy of the model."""
         return [self.generate(requests, options)]
 
@@ -92,7 +92,7 @@ class TokenPrompts:
         """Returns the beginning of every completion: nothing."""
         return ""
 
-    def for_rewards(self, problem):
+    def reward_prompt(self, problem):
         """Returns the prompt's text: nothing."""
         return ""
 
@@ -173,8 +173,8 @@ def make_loop(
         shape=roofline.shape(tiny(kind), 100_000, "float32"),
     )
     if resume:
-        learner.load(run.latest())
-        loop.resume(run.read_state(run.latest()))
+        learner.load(run.last_checkpoint())
+        loop.resume(run.read_checkpoint_state(run.last_checkpoint()))
     else:
         run.update_manifest(stage="train")
     loop.start(fresh=not resume)
@@ -191,7 +191,9 @@ def _make_rollouts(config, reward, take):
         engine=RandomEngine(),
         prompts=TokenPrompts(),
         rewards={"even": (_for_groups(reward), 1.0)},
-        selection=Selection(algorithm=config.algorithm, size=config.train.problems, take=take),
+        selection=Selection(
+            algorithm=config.algorithm, num_groups=config.train.problems, take_problems=take
+        ),
         workers=Pool(),
         display=SilentDisplay(),
     )

@@ -110,7 +110,7 @@ def train_with_shared_sequences(model_dir, folder, stage):
             token_weights(update_samples, "sequence", 20),
             max_tokens=60,
             packed=True,
-            share=learner.share,
+            share=learner.micro_batch_share,
         )
         scores = learner.score(batches, reference=True)
         batches = [

@@ -106,7 +106,7 @@ def scored(model, samples, max_tokens, device="cpu"):
         batch = to_device(batch, torch.device(device))
         output = policy(batch)
         (output.logprobs * batch.advantages).sum().backward()
-        for row, index in enumerate(batch.index):
+        for row, index in enumerate(batch.sample_indices):
             mask = batch.token_mask[row]
             values_of_samples[index] = torch.stack(
                 [output.logprobs[row][mask], output.entropies[row][mask]]

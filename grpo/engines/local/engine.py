@@ -142,7 +142,7 @@ class VllmEngine:
         top_tokens: list[tuple[Any, Any]] = self._call("top_logprobs", arguments)
         return top_tokens
 
-    def prove(
+    def generate_on_every_copy(
         self, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
         """Returns the completions of the only copy of the model, in a list of length 1."""

@@ -165,7 +165,7 @@ class ServerPool:
         work = self._generate(requests, options, on_progress)
         return self._loop.run(work, self._settings.timeout_s)
 
-    def begin(self, request: Request, options: SamplingOptions) -> Future[tuple[Completion, ...]]:
+    def submit(self, request: Request, options: SamplingOptions) -> Future[tuple[Completion, ...]]:
         """Starts a request and returns its future without waiting.
 
         The weights may change during sampling. The completions record the weight version of each
@@ -173,7 +173,7 @@ class ServerPool:
         """
         return self._loop.submit(self._scheduler.sample(request, options))
 
-    def prove(
+    def generate_on_every_copy(
         self, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
         """Returns the completions of every current server, for a comparison with the learner.
@@ -213,7 +213,7 @@ class ServerPool:
         receiver = self._receiver(self._supervisor, version)
         with self._supervisor.sync_in_progress(self._loop):
             # The reference samples are from the old weights. A server that recovers now is verified
-            # with the other servers after the sync (`prove`).
+            # with the other servers after the sync (`generate_on_every_copy`).
             self._supervisor.reference = None
             self._sender.send(stream, receiver)
             self._state.version = version
@@ -222,7 +222,7 @@ class ServerPool:
             version=version, seconds=time.monotonic() - start, num_bytes=stream.num_bytes
         )
 
-    def idle(self) -> float:
+    def take_idle_seconds(self) -> float:
         """Returns the seconds since the last call during which no server had any work."""
         return self._scheduler.idle_clock.read_and_reset()
 

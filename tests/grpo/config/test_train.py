@@ -128,7 +128,7 @@ def test_the_problem_sets_of_a_mixture_inherit_the_path_of_section_data():
     tree = minimal_tree(
         data__name="", data__path="/d", data__mixture="{gsm8k: {weight: 3}, math: {path: /m}}"
     )
-    sources = configs.parse(tree).data.sources
+    sources = configs.parse(tree).data.data_sets
     paths = {name: source.path for name, source in sources.items()}
     assert paths == {"gsm8k": "/d", "math": "/m"}
 

@@ -43,12 +43,12 @@ def test_pickled_error_keeps_its_class_fields_and_message(name):
     error = getattr(grpo.engines, name)(*fields)
     with pytest.raises(EngineError, match=message):
         raise error
-    error.known_to_all_ranks = True
+    error.raised_on_all_ranks = True
     error.failed_rank = 3
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
     assert str(copy) == str(error)
-    assert copy.known_to_all_ranks
+    assert copy.raised_on_all_ranks
     assert copy.failed_rank == 3
     assert is_dataclass(copy)
     assert astuple(copy) == fields

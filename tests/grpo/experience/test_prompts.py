@@ -35,7 +35,7 @@ def test_a_chat_template_is_rendered_with_system_prompt_and_prefill(chat):
     )
     assert prompts.text(PROBLEM) == expected
     assert prompts.prefill(PROBLEM) == "<think>\n"
-    assert chat.decode(prompts.ids(PROBLEM)) == expected
+    assert chat.decode(prompts.token_ids(PROBLEM)) == expected
 
 
 def test_a_completion_ends_at_the_end_of_turn_token_and_at_eos(chat):
@@ -59,7 +59,7 @@ def test_a_completion_ends_at_the_end_of_turn_token_and_at_eos(chat):
 )
 def test_the_saved_chat_template_of_a_base_model_renders_its_training_prompts(tokenizer, settings):
     prompts = Prompts(configs.PromptSettings(**settings), tokenizer)
-    tokenizer.chat_template = prompts.saved_template()
+    tokenizer.chat_template = prompts.chat_template_to_save()
     with_braces = Problem(id="q", question="{{ 7 }} + 5?\n", answer="", source="")
     for problem in (PROBLEM, with_braces):
         text = tokenizer.apply_chat_template(
@@ -69,15 +69,15 @@ def test_the_saved_chat_template_of_a_base_model_renders_its_training_prompts(to
         )
         assert text == prompts.text(problem)
     reloaded = Prompts(configs.PromptSettings(**settings), tokenizer)
-    assert reloaded.saved_template() == tokenizer.chat_template
+    assert reloaded.chat_template_to_save() == tokenizer.chat_template
 
 
 def test_the_saved_chat_template_contains_the_prefill_only_once(chat):
     prompts = Prompts(configs.PromptSettings(think_prefill=True), chat)
-    chat.chat_template = prompts.saved_template()
+    chat.chat_template = prompts.chat_template_to_save()
     reloaded = Prompts(configs.PromptSettings(think_prefill=True), chat)
     assert reloaded.text(PROBLEM) == prompts.text(PROBLEM)
-    assert reloaded.saved_template() == chat.chat_template
+    assert reloaded.chat_template_to_save() == chat.chat_template
     conversation = chat.apply_chat_template(
         [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>a</think> b"}],
         tokenize=False,
@@ -131,9 +131,9 @@ def test_overlong_prompts_are_an_error_or_dropped(tokenizer):
         match=r"2 of 3 prompts are longer than prompt.max_tokens=10. The longest, p30, has 31 "
         r"tokens. Set prompt.max_tokens=31, or drop",
     ):
-        prompts.fitting(problems)
+        prompts.without_overlong(problems)
     settings = configs.PromptSettings(template="plain", max_tokens=10, overlong="drop")
-    remaining = Prompts(settings, tokenizer).fitting(problems)
+    remaining = Prompts(settings, tokenizer).without_overlong(problems)
     assert [problem.id for problem in remaining] == ["p3"]
 
 

@@ -49,7 +49,7 @@ def make_selection(size: int = 2, **algorithm) -> Selection:
     def take(position: int, count: int) -> list[Problem]:
         return [PROBLEMS[(position + i) % len(PROBLEMS)] for i in range(count)]
 
-    return Selection(algorithm=AlgorithmSettings(**algorithm), size=size, take=take)
+    return Selection(algorithm=AlgorithmSettings(**algorithm), num_groups=size, take_problems=take)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_the_state_is_restored_from_a_checkpoint(tmp_path):
         scored_group(PROBLEMS[1], 0.5, None),
     ]
     run = RunDirectory(str(tmp_path / "run"), resume=False)
-    run.save(1, saved.state(), lambda folder: None)
+    run.save_checkpoint(1, saved.state(), lambda folder: None)
     restored = make_selection(drop_solved=1.0)
-    restored.load(run.last_state()[1])
+    restored.load(run.read_last_checkpoint()[1])
     assert restored.state() == saved.state()

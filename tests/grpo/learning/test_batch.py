@@ -25,7 +25,7 @@ def test_golden_batch():
     # the 5 tokens of the first row.
     samples = [make_sample((5, 6), (7, 8), advantage=2.0), make_sample((1, 2), (3, 4, 9))]
     [batch] = micro_batches(samples, [0.25, 0.1], max_tokens=100)
-    assert batch.index == (1, 0)
+    assert batch.sample_indices == (1, 0)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 9], [5, 6, 7, 8, 0]]
     assert batch.labels.tolist() == [[2, 3, 4, 9, 0], [6, 7, 8, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
@@ -79,7 +79,7 @@ def test_micro_batches_contain_every_token_once_and_respect_the_token_budget(
 
     indices = []
     for batch in batches:
-        indices += batch.index
+        indices += batch.sample_indices
     assert sorted(indices) == list(range(len(samples)))
     assert sum(int(batch.token_mask.sum()) for batch in batches) == sum(lengths)
     assert sum(float(batch.token_weights.sum()) for batch in batches) == pytest.approx(1, abs=1e-5)

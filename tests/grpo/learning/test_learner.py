@@ -59,12 +59,12 @@ def test_logprobs_and_entropies_equal_transformers_at_a_temperature(tiny, kind):
     with torch.no_grad():
         policy = Policy(model, HeadOptions(temperature=0.7, chunk_tokens=16))
         logprobs, entropies, *_ = policy(batch)
-        for position, i in enumerate(batch.index):
+        for position, i in enumerate(batch.sample_indices):
             mask = batch.token_mask[position]
             logits = completion_logits(model, rows[i], temperature=0.7)
             expected_logprobs = completion_logprobs(logits, rows[i])
             assert torch.allclose(logprobs[position][mask], expected_logprobs, atol=1e-5)
-        first_logits = completion_logits(model, rows[batch.index[0]], temperature=0.7)
+        first_logits = completion_logits(model, rows[batch.sample_indices[0]], temperature=0.7)
         expected_entropies = torch.distributions.Categorical(logits=first_logits).entropy()
     assert torch.allclose(entropies[0][batch.token_mask[0]], expected_entropies, atol=1e-5)
 
@@ -82,7 +82,7 @@ def test_logprobs_and_entropies_have_the_gradients_of_plain_autograd(tiny, float
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model.zero_grad()
-    for position, i in enumerate(batch.index):
+    for position, i in enumerate(batch.sample_indices):
         mask = batch.token_mask[position]
         logits = completion_logits(model, rows[i], temperature=0.7)
         log_distribution = logits.log_softmax(-1)  # [L, V]
@@ -163,7 +163,7 @@ def test_updates_equal_plain_adamw_and_a_checkpoint_continues_them_bit_for_bit(
     learner.update(batches(rows, 100))
     weights_after_fourth_update = copy_weights(learner)
     learner.load(tmp_path / "saved")
-    assert learner.updates == 3
+    assert learner.num_updates == 3
     learner.update(batches(rows, 100))
     assert_weights_equal(learner, weights_after_fourth_update)
 
@@ -204,7 +204,7 @@ def test_an_interrupt_between_micro_batches_changes_no_weight(tiny, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         learner.update(batches(samples(), 40), interrupt)
-    assert learner.updates == 0
+    assert learner.num_updates == 0
     assert_weights_equal(learner, before)
 
 

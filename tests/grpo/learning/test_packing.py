@@ -232,7 +232,7 @@ def test_samples_of_a_group_share_a_micro_batch_and_their_prompt_counts_once():
     batches = micro_batches(samples, weights, max_tokens=18, packed=True)
     prompt_tokens = []
     for batch in batches:
-        prompt_tokens.append([samples[i].token_ids[0] for i in batch.index])
+        prompt_tokens.append([samples[i].token_ids[0] for i in batch.sample_indices])
     assert prompt_tokens == [[7, 7], [8, 8]]
     assert len(micro_batches(samples, weights, max_tokens=36, packed=True)) == 1
     assert len(micro_batches(samples, weights, max_tokens=17, packed=True)) == 4

@@ -171,7 +171,7 @@ def make_samples(rows, algorithm):
 def logprob_grid(batch, logprobs_of_rows):
     """Returns the log-probabilities of the batch's completion tokens as a grid [B, T]."""
     grid = torch.zeros(batch.token_mask.shape)
-    for position, i in enumerate(batch.index):
+    for position, i in enumerate(batch.sample_indices):
         logprobs = logprobs_of_rows[i]
         # The second prompt token, at position 1, predicts the first completion token.
         grid[position, 1 : 1 + len(logprobs)] = torch.tensor(logprobs)
@@ -209,7 +209,7 @@ def loss_and_gradient(rows, algorithm, max_tokens, *, with_old_logprobs=True):
         batch_loss = (batch.token_weights * result.per_token).sum()
         batch_loss.backward()
         total += float(batch_loss)
-        for position, i in enumerate(batch.index):
+        for position, i in enumerate(batch.sample_indices):
             length = rows[i].length
             gradient[i, :length] = logprobs.grad[position, 1 : 1 + length]
     return LossAndGradient(total, gradient)

@@ -313,7 +313,7 @@ def test_a_resumed_run_does_not_repeat_earlier_findings():
     rows, _ = FAULTY_RUNS["undecided"]
     watch = Diagnosis(rows[:8])
     for row in rows[8:]:
-        assert watch.see(row) == []
+        assert watch.add_row(row) == []
 
 
 @pytest.mark.parametrize("action", ["snapshot", "stop"])
@@ -338,7 +338,7 @@ def test_an_alarm_keeps_a_checkpoint_and_the_action_stop_ends_the_run(tiny, tmp_
         assert loop.progress.rollout == 8
     checkpoint = tmp_path / "kept" / "alarm-no_signal"
     assert (checkpoint / "state.json").exists()
-    assert loop.run.read_state(checkpoint)["step"] == 5
+    assert loop.run.read_checkpoint_state(checkpoint)["step"] == 5
 
 
 def test_an_alarm_of_an_unknown_rule_is_an_error():

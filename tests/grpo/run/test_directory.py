@@ -31,7 +31,7 @@ def save_checkpoint(run, step, content="weights", **metrics):
     def write(directory):
         write_file(directory / "weights.bin", content)
 
-    return run.save(step, {"metrics": metrics}, write)
+    return run.save_checkpoint(step, {"metrics": metrics}, write)
 
 
 def sorted_names(directory):
@@ -68,8 +68,8 @@ def test_a_failed_write_of_a_checkpoint_is_an_error_and_keeps_the_previous_check
     message = r"step-000002 could not be written .* Last good checkpoint: .*step-000001"
     with limited_file_size(1_000_000), pytest.raises(RunError, match=message):
         save_checkpoint(run, 2, "x" * 2_000_000)
-    assert run.latest() == checkpoint
-    assert run.read_state(checkpoint)["step"] == 1
+    assert run.last_checkpoint() == checkpoint
+    assert run.read_checkpoint_state(checkpoint)["step"] == 1
     assert sorted_names(run.checkpoints) == ["step-000001"]
 
 
@@ -86,16 +86,16 @@ def test_the_error_of_a_damaged_checkpoint_names_the_file(tmp_path):
     checkpoint = save_checkpoint(run, 1)
     (checkpoint / "weights.bin").write_text("damaged")
     with pytest.raises(RunError, match=r"weights.bin is missing or damaged: remove .*step-000001"):
-        run.read_state(checkpoint)
+        run.read_checkpoint_state(checkpoint)
 
 
 def test_prune_keeps_the_last_and_the_best_checkpoints(tmp_path):
     run = make_run_directory(tmp_path)
     for step, accuracy in [(1, 0.2), (2, 0.9), (3, 0.5), (4, 0.6)]:
         save_checkpoint(run, step, **{"eval/accuracy": accuracy})
-    run.prune(keep_last=1, keep_best="eval/accuracy")
+    run.prune_checkpoints(keep_last=1, keep_best="eval/accuracy")
     assert sorted_names(run.checkpoints) == ["step-000002", "step-000004"]
-    run.prune(keep_last=1, keep_best=None)
+    run.prune_checkpoints(keep_last=1, keep_best=None)
     assert sorted_names(run.checkpoints) == ["step-000004"]
 
 
@@ -104,7 +104,7 @@ def test_the_partial_directory_of_a_killed_save_is_no_checkpoint_and_is_replaced
     partial = run.checkpoints / ".step-000002.partial"
     partial.mkdir()
     (partial / "weights.bin").write_text("incomplete")
-    assert run.latest() is None
+    assert run.last_checkpoint() is None
     assert save_checkpoint(run, 2).name == "step-000002"
 
 
@@ -116,7 +116,7 @@ def test_cut_removes_the_metrics_and_samples_after_a_step(tmp_path):
     run.write_samples("eval-000004", [])
     with run.metrics.open("a") as file:
         file.write('{"step": 5, "rew')  # the process was killed while it wrote this line
-    run.cut(2)
+    run.remove_after(2)
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert sorted_names(run.samples) == [

@@ -152,10 +152,10 @@ def test_every_sample_is_on_one_rank_and_all_ranks_have_the_same_number_of_micro
     indices = []
     total_weight = 0.0
     for batch in itertools.chain.from_iterable(batches_of_ranks):
-        if batch.idle:
+        if batch.is_filler:
             assert not batch.token_weights.any()
         else:
-            indices += batch.index
+            indices += batch.sample_indices
             total_weight += float(batch.token_weights.sum())
     assert sorted(indices) == list(range(num_samples))
     assert total_weight == pytest.approx(1, abs=1e-5)
@@ -254,7 +254,7 @@ def require_equal(fingerprints):
     try:
         ranks.require_equal(fingerprints)
     except UserError as error:
-        write_line(f"{error} known_to_all_ranks={error.known_to_all_ranks}")
+        write_line(f"{error} raised_on_all_ranks={error.raised_on_all_ranks}")
 
 
 ranks.join(20)
@@ -285,7 +285,7 @@ def test_all_ranks_raise_if_their_exchanges_or_fingerprints_differ(tmp_path):
         )
         # Both ranks raise for a key that only one of them has.
         assert f"rank {rank}: the ranks do not start from the same rewards.format" in process.stdout
-    assert process.stdout.count("known_to_all_ranks=True") == 4
+    assert process.stdout.count("raised_on_all_ranks=True") == 4
 
 
 def test_fingerprints_of_different_tokenizers_and_problems_differ(tiny):
@@ -363,7 +363,7 @@ def test_a_signal_does_not_interrupt_the_sync_of_several_ranks(monkeypatch):
 
     def load_weights(weights, version):
         os.kill(os.getpid(), signal.SIGTERM)
-        signal_handlers.check()  # as an engine does while it waits
+        signal_handlers.raise_if_received()  # as an engine does while it waits
         return SyncReport(version=version, seconds=1.0, num_bytes=0)
 
     engine = SimpleNamespace(load_weights=load_weights)
@@ -372,9 +372,9 @@ def test_a_signal_does_not_interrupt_the_sync_of_several_ranks(monkeypatch):
         report = sync_weights(engine, learner, 3, signal_handlers)
         assert report.version == 3
         with pytest.raises(signals.RunInterruptedError, match="SIGTERM"):
-            signal_handlers.check()
+            signal_handlers.raise_if_received()
     finally:
-        signal_handlers.restore()
+        signal_handlers.restore_handlers()
 
 
 def test_a_single_process_command_on_two_ranks_reports_one_error(tiny, tmp_path):

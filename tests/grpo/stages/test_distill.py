@@ -362,7 +362,7 @@ def test_on_policy_distillation_without_answers_uses_every_completion(tiny, tmp_
     sections = {"model": {"teacher": "another"}, "algorithm": {"preset": "on_policy_distill"}}
     loop = make_loop(tmp_path, tiny, reward=undecided, **sections)
     loop.step()
-    metrics = loop.journal.latest
+    metrics = loop.journal.latest_metrics
     assert metrics["update/made"] == 1
     assert metrics["update/tokens"] == metrics["completion/tokens"]
 

@@ -18,20 +18,20 @@ def load_eval_config(tmp_path, model_dir, override):
 
 def test_protocols_replace_sampling_settings(tiny, tmp_path):
     config = load_eval_config(tmp_path, tiny(), "eval.protocol=r1")
-    r1 = config.by_protocol()
+    r1 = config.with_protocol()
     assert r1.sampling.max_tokens == 32768
     assert r1.sampling.top_p == 0.95
     assert r1.eval.temperature == 0.6
 
     config = load_eval_config(tmp_path, tiny(), "eval.protocol=greedy")
-    greedy = config.by_protocol()
+    greedy = config.with_protocol()
     assert greedy.eval.temperature == 0.0
     assert greedy.eval.samples == 1
     assert greedy.sampling.max_tokens == 12  # from the config
 
     # Without a protocol the config does not change. No limit of a learner applies to max_tokens.
     config = load_eval_config(tmp_path, tiny(), "sampling.max_tokens=30000")
-    assert config.by_protocol() == config
+    assert config.with_protocol() == config
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_qat_is_only_for_models_that_are_not_sampled_in_training(tiny, tmp_path)
         "way": "sequence",
     }
     sequence = tree | {"collect": {"problems": 4}, "sft": {"updates": 1}}
-    parts = configs.parse(sequence, kind=DistillConfig).parts()
+    parts = configs.parse(sequence, kind=DistillConfig).stage_configs()
     collect, sft = parts.values()
     assert collect.model.qat is None
     assert sft.model.qat.scheme == "int4"

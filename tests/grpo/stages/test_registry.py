@@ -112,10 +112,10 @@ def test_parts_of_distill_depend_on_its_method():
     collect_part, sft_part = stage.parts(config)
     assert collect_part.stage.command == "collect"
     assert collect_part.config.model.path == "tiny-llama"
-    assert not collect_part.traces_to_come
+    assert not collect_part.traces_pending
     assert sft_part.stage.command == "sft"
     assert sft_part.config.model.path == "tiny-qwen2"
-    assert sft_part.traces_to_come
+    assert sft_part.traces_pending
 
     on_policy = {"way": "on_policy", "train": TRAIN["train"]}
     config = configs.parse(base | on_policy, kind=stage.config_class)

@@ -89,7 +89,7 @@ def test_training_equals_plain_adamw_on_the_mean_loss_of_all_solution_tokens(
 ):
     """An update has two micro-batches. Its loss is one mean over all their solution tokens."""
     config = sft_config(tmp_path / "run", tiny(), model={"attention": attention})
-    assert config.micro_batch == 2
+    assert config.micro_batch_size == 2
     run(write_config(tmp_path / "c.yaml", config), command="sft")
     metrics = rows(tmp_path / "run")
 

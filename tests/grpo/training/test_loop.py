@@ -169,7 +169,7 @@ def test_tokens_of_other_weights_have_the_sampler_logprobs_as_old_logprobs(tiny,
     ]
     ((batch,),) = loop.updater.prepare([samples], loop.progress.rollout)
     (learner_scores,) = loop.updater.learner.score([batch])
-    for row, sample_index in enumerate(batch.index):
+    for row, sample_index in enumerate(batch.sample_indices):
         mask = batch.token_mask[row]
         expected = learner_scores.logprobs[row][mask].clone()
         if samples[sample_index].group == 0:
@@ -196,8 +196,8 @@ def test_rollouts_without_a_training_signal_skip_the_update_and_end_the_run_at_m
     learner = loop.updater.learner
     initial_weights = {name: weight.clone() for name, weight in learner.weights()}
     loop.step()
-    assert loop.journal.latest["update/made"] == 0
-    assert loop.journal.latest["update/skipped"] == 1
+    assert loop.journal.latest_metrics["update/made"] == 0
+    assert loop.journal.latest_metrics["update/skipped"] == 1
     with pytest.raises(RunError, match="2 consecutive rollouts without an update"):
         loop.step()
     for name, weight in learner.weights():
@@ -251,7 +251,7 @@ def test_a_rollout_without_a_training_signal_skips_the_update_despite_a_kl_loss(
         tmp_path, tiny, reward=lambda completion, problem: 1.0, algorithm={"kl_coef": 0.1}
     )
     loop.step()
-    assert loop.journal.latest["update/made"] == 0
+    assert loop.journal.latest_metrics["update/made"] == 0
     assert loop.progress.num_idle == 1
 
 
@@ -271,7 +271,7 @@ def test_reset_optimizer_clears_the_moments_and_the_step_counts(tiny, tmp_path):
     loop = make_loop(
         tmp_path, tiny, algorithm={"kl_coef": 0.1, "reference_reset": 1, "reset_optimizer": True}
     )
-    optimizer = loop.updater.learner._engine.optimizer
+    optimizer = loop.updater.learner._deepspeed_engine.optimizer
     optimizer = getattr(optimizer, "optimizer", optimizer)  # ZeRO wraps the torch optimizer
     loop.step()
     for state in optimizer.state.values():
@@ -322,7 +322,7 @@ def test_no_signal_drop_excludes_groups_without_a_signal_from_the_normalization(
             tmp_path / no_signal, tiny, reward=reward, algorithm={"no_signal": no_signal}
         )
         loop.step()
-        metrics[no_signal] = loop.journal.latest
+        metrics[no_signal] = loop.journal.latest_metrics
     assert metrics["keep"]["group/used"] == 4
     assert metrics["drop"]["group/used"] <= 2
     assert metrics["drop"]["update/tokens"] < metrics["keep"]["update/tokens"]
@@ -355,7 +355,7 @@ def test_top_entropy_skips_the_update_without_a_training_signal(tiny, tmp_path):
         tmp_path, tiny, reward=lambda completion, problem: 1.0, algorithm={"top_entropy": 0.25}
     )
     loop.step()
-    assert loop.journal.latest["update/made"] == 0
+    assert loop.journal.latest_metrics["update/made"] == 0
     assert loop.progress.num_idle == 1
 
 
@@ -383,7 +383,7 @@ def test_lora_changes_only_the_projections_and_its_reference_is_the_base_model(t
     }
     assert changed == {name for name in base if "_proj" in name and not name.endswith("bias")}
     loop.step()
-    assert loop.journal.latest["kl/ref"] > 0
+    assert loop.journal.latest_metrics["kl/ref"] > 0
 
 
 def test_peft_loads_a_saved_lora_adapter(tiny, tmp_path):
@@ -423,9 +423,9 @@ def test_the_balance_loss_is_that_of_the_switch_transformer_and_trains_the_route
     with_loss = make_loop(tmp_path / "b", tiny, kind=kind, model={"router_aux_coef": 10.0})
     without_loss.step()
     with_loss.step()
-    assert "router/balance" not in without_loss.journal.latest
+    assert "router/balance" not in without_loss.journal.latest_metrics
     # With 2 of 4 experts per token, the loss is 2 if the load is balanced, and at most 4.
-    assert 2 <= with_loss.journal.latest["router/balance"] < 4
+    assert 2 <= with_loss.journal.latest_metrics["router/balance"] < 4
     routers = [name for name in with_loss.engine.weights if ".mlp.gate." in name]
     assert any(
         not torch.equal(with_loss.engine.weights[name], without_loss.engine.weights[name])

@@ -71,14 +71,14 @@ def test_every_route_requires_the_token_and_collective_rpc_is_forbidden(pool):
 
 
 def test_new_weights_reach_every_server_and_old_prefixes_are_not_reused(pool, tiny):
-    before = pool.prove(REQUESTS[:4], OPTIONS)
+    before = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     pool.load_weights(weights(tiny(), 0.7), 2)
-    after = pool.prove(REQUESTS[:4], OPTIONS)
+    after = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     assert len(after) == 2
     assert mean_logprob_gap(after[0], after[1]) < 1e-4
     assert mean_logprob_gap(before[0], after[0]) > 1e-4
     pool.load_weights(weights(tiny()), 3)
-    restored = pool.prove(REQUESTS[:4], OPTIONS)
+    restored = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     assert mean_logprob_gap(before[0], restored[1]) < 1e-4
 
 
