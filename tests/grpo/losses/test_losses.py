@@ -135,13 +135,13 @@ def split_by_group(rows):
 
 def token_penalties(row, algorithm):
     """Returns the penalty of each token of a row, or `None` if the algorithm has no penalties."""
-    old_logprobs = torch.tensor(row.old_logprobs)
-    ref_logprobs = torch.tensor(row.ref_logprobs)
     if algorithm.kl_coef and algorithm.kl_in == "reward":
+        old_logprobs = torch.tensor(row.old_logprobs)
+        ref_logprobs = torch.tensor(row.ref_logprobs)
         kl = kl_estimate(old_logprobs, ref_logprobs, algorithm.kl_estimator)
         return (algorithm.kl_coef * kl).tolist()
     if algorithm.advantage == "teacher":
-        return (old_logprobs - ref_logprobs).tolist()
+        return [old - ref for old, ref in zip(row.old_logprobs, row.ref_logprobs, strict=True)]
     return None
 
 
@@ -273,7 +273,9 @@ def mean(values):
 
 
 def population_std(values):
-    return mean([(value - mean(values)) ** 2 for value in values]) ** 0.5
+    values_mean = mean(values)
+    variance = mean([(value - values_mean) ** 2 for value in values])
+    return variance**0.5
 
 
 @dataclass(frozen=True)
@@ -584,7 +586,6 @@ def trl_trainer(trl, case, logprobs):
             return logprobs, torch.zeros_like(logprobs), None
 
     trainer = TrainerWithoutModel()
-    # Some attributes are properties of GRPOTrainer's base classes, which have no setter.
     vars(trainer).update(
         args=SimpleNamespace(
             delta=case.delta,
