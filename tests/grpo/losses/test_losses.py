@@ -134,15 +134,15 @@ def split_by_group(rows):
 
 
 def token_penalties(row, algorithm):
-    """Returns the penalty of each token of a row, or `None` if the algorithm has no penalties."""
-    old_logprobs = torch.tensor(row.old_logprobs)
-    ref_logprobs = torch.tensor(row.ref_logprobs)
+    """Returns the penalty of each token of a row, [L]."""
     if algorithm.kl_coef and algorithm.kl_in == "reward":
+        old_logprobs = torch.tensor(row.old_logprobs)
+        ref_logprobs = torch.tensor(row.ref_logprobs)
         kl = kl_estimate(old_logprobs, ref_logprobs, algorithm.kl_estimator)
         return (algorithm.kl_coef * kl).tolist()
     if algorithm.advantage == "teacher":
-        return (old_logprobs - ref_logprobs).tolist()
-    return None
+        return [old - ref for old, ref in zip(row.old_logprobs, row.ref_logprobs, strict=True)]
+    return [0.0] * row.length
 
 
 def make_samples(rows, algorithm):
@@ -151,10 +151,8 @@ def make_samples(rows, algorithm):
     rewards_PG = [[row.reward for row in group] for group in groups]
     lengths_PG = [[row.length for row in group] for group in groups]
     penalties_PGL = [[token_penalties(row, algorithm) for row in group] for group in groups]
-    if penalties_PGL[0][0] is None:
-        penalties_PGL = None
-    samples = []
     advantages_PGL = advantages(rewards_PG, lengths_PG, algorithm.advantage, penalties_PGL)
+    samples = []
     for group, advantages_GL in zip(groups, advantages_PGL, strict=True):
         for row, advantages_L in zip(group, advantages_GL, strict=True):
             sample = Sample(
@@ -183,13 +181,13 @@ class LossAndGradient(NamedTuple):
     gradient: torch.Tensor  # with respect to the policy's logprobs, [rows, MAX_COMPLETION_TOKENS]
 
 
-def loss_and_gradient(rows, algorithm, max_tokens, *, with_old_logprobs=True):
+def loss_and_gradient(rows, algorithm, *, max_tokens=1000, with_old_logprobs=True):
     """Computes an update with grpo.
 
     Args:
         rows: the completions, ordered by group.
         algorithm: the recipe.
-        max_tokens: upper limit of tokens per micro-batch.
+        max_tokens: upper limit of tokens per micro-batch. By default there is one micro-batch.
         with_old_logprobs: whether the policy differs from the old policy. If not, all ratios are 1.
     """
     samples = make_samples(rows, algorithm)
@@ -220,8 +218,8 @@ def test_on_policy_every_recipe_has_the_gradient_of_reinforce(preset):
     rows = random_update(4)
     algorithm = algorithm_of(preset, kl_coef=0.0)
     reinforce = algorithm.model_copy(update={"loss": "reinforce"})
-    actual = loss_and_gradient(rows, algorithm, 1000, with_old_logprobs=False)
-    expected = loss_and_gradient(rows, reinforce, 1000, with_old_logprobs=False)
+    actual = loss_and_gradient(rows, algorithm, with_old_logprobs=False)
+    expected = loss_and_gradient(rows, reinforce, with_old_logprobs=False)
     assert torch.allclose(actual.gradient, expected.gradient, atol=1e-7)
     assert actual.gradient.abs().max() > 0
 
@@ -233,21 +231,21 @@ def test_a_clipped_token_has_exactly_zero_gradient(preset):
         # A correct completion has a positive advantage, so its ratio is clipped from above.
         log_ratio = 9.0 if row.reward else -9.0
         rows.append(with_log_ratio(row, log_ratio))
-    result = loss_and_gradient(rows, algorithm_of(preset, kl_coef=0.0), 1000)
+    result = loss_and_gradient(rows, algorithm_of(preset, kl_coef=0.0))
     assert torch.equal(result.gradient, torch.zeros_like(result.gradient))
 
 
 def test_cispo_keeps_the_gradient_of_every_token():
     rows = [with_log_ratio(row, 9.0) for row in random_update(5)]
-    result = loss_and_gradient(rows, algorithm_of("cispo"), 1000)
+    result = loss_and_gradient(rows, algorithm_of("cispo"))
     for row, gradient in zip(rows, result.gradient, strict=True):
         assert gradient[: row.length].abs().min() > 0
 
 
 def test_dual_clip_bounds_the_ratio_where_the_advantage_is_negative():
     rows = [with_log_ratio(row, 9.0) for row in random_update(5)]
-    bounded = loss_and_gradient(rows, algorithm_of("grpo", kl_coef=0.0, dual_clip=4.0), 1000)
-    unbounded = loss_and_gradient(rows, algorithm_of("grpo", kl_coef=0.0), 1000)
+    bounded = loss_and_gradient(rows, algorithm_of("grpo", kl_coef=0.0, dual_clip=4.0))
+    unbounded = loss_and_gradient(rows, algorithm_of("grpo", kl_coef=0.0))
     assert abs(bounded.loss) < 10
     assert unbounded.loss > 10
 
@@ -273,7 +271,9 @@ def mean(values):
 
 
 def population_std(values):
-    return mean([(value - mean(values)) ** 2 for value in values]) ** 0.5
+    values_mean = mean(values)
+    variance = mean([(value - values_mean) ** 2 for value in values])
+    return variance**0.5
 
 
 @dataclass(frozen=True)
@@ -476,7 +476,7 @@ def central_difference(preset, rows, i, t):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_loss_and_gradient_equal_a_naive_loop_over_the_papers_equation(preset):
     rows = random_update(1)
-    result = loss_and_gradient(rows, algorithm_of(preset), 1000)
+    result = loss_and_gradient(rows, algorithm_of(preset))
     expected_loss = naive_loss(preset, rows, [row.policy_logprobs for row in rows])
     assert result.loss == pytest.approx(expected_loss, abs=2e-5)
     for i, t in [(0, 0), (3, 0), (5, 0), (8, 0), (11, rows[11].length - 1)]:
@@ -488,13 +488,13 @@ def test_loss_and_gradient_equal_a_naive_loop_over_the_papers_equation(preset):
 def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches_or_the_order(preset):
     rows = random_update(2)
     algorithm = algorithm_of(preset)
-    expected = loss_and_gradient(rows, algorithm, 1000)
+    expected = loss_and_gradient(rows, algorithm)
     for max_tokens in (10, 25):
-        split = loss_and_gradient(rows, algorithm, max_tokens)
+        split = loss_and_gradient(rows, algorithm, max_tokens=max_tokens)
         assert split.loss == pytest.approx(expected.loss, abs=1e-5)
         assert torch.allclose(split.gradient, expected.gradient, atol=1e-6)
     reversed_rows = [replace(row, group=NUM_GROUPS - 1 - row.group) for row in rows[::-1]]
-    backwards = loss_and_gradient(reversed_rows, algorithm, 1000)
+    backwards = loss_and_gradient(reversed_rows, algorithm)
     assert backwards.loss == pytest.approx(expected.loss, abs=1e-5)
     assert torch.allclose(backwards.gradient.flip(0), expected.gradient, atol=1e-6)
 
@@ -584,7 +584,6 @@ def trl_trainer(trl, case, logprobs):
             return logprobs, torch.zeros_like(logprobs), None
 
     trainer = TrainerWithoutModel()
-    # Some attributes are properties of GRPOTrainer's base classes, which have no setter.
     vars(trainer).update(
         args=SimpleNamespace(
             delta=case.delta,
@@ -629,6 +628,6 @@ def test_loss_and_gradient_equal_trl_on_the_same_tensors(recipe):
     trainer = trl_trainer(trl, case, logprobs)
     trl_loss = trainer._compute_loss(SimpleNamespace(training=True), inputs)
     trl_loss.backward()
-    result = loss_and_gradient(rows, case.algorithm, 1000)
+    result = loss_and_gradient(rows, case.algorithm)
     assert result.loss == pytest.approx(float(trl_loss), abs=1e-6)
     assert torch.allclose(result.gradient[:, :length], logprobs.grad, atol=1e-6)
