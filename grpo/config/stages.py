@@ -70,7 +70,7 @@ class SftLearnerSettings(LearnerSettings):
 class SftConfig(RunConfig):
     """The config of `grpo sft`: supervised fine-tuning on the problems' worked solutions."""
 
-    supervised: ClassVar[bool] = True
+    is_supervised: ClassVar[bool] = True
     sft: SftSettings = Field(description="Number and size of updates, maximum length, early stop.")
     learner: SftLearnerSettings = Field(
         SftLearnerSettings(),
@@ -262,7 +262,7 @@ class DistillConfig(SamplingStageConfig):
     """The config of `grpo distill`: `model` is the student, `model.teacher` the teacher."""
 
     # `way: on_policy` is not supervised, but `stage_configs` turns it into a config of grpo train.
-    supervised: ClassVar[bool] = True
+    is_supervised: ClassVar[bool] = True
     way: Literal["sequence", "soft", "on_policy"] = Field(
         description="How the student learns: `sequence` fine-tunes it on the teacher's traces, "
         "`soft` matches the teacher's distribution on given texts, `on_policy` lets the teacher "
@@ -393,7 +393,7 @@ class EvalConfig(TrainConfig):
     The model, prompts, rewards and problems are those of the config.
     """
 
-    evaluation_only: ClassVar[bool] = True
+    is_evaluation: ClassVar[bool] = True
     train: TrainSettings = Field(
         TrainSettings(rollouts=1),
         description="Not used by the evaluation. The section is allowed so that a train config can "

@@ -208,16 +208,16 @@ class SoftLoop:
             return
         with redirect_output(run.log_file("learner")):
             self.learner.load(checkpoint)
-        self.last_saved = self.learner.updates
-        self.context.resume_after(self.learner.updates, "update")
+        self.last_saved = self.learner.num_updates
+        self.context.resume_after(self.learner.num_updates, "update")
 
     def train(self) -> None:
         """Runs all remaining updates and saves. A signal saves and raises RunInterruptedError."""
         every = self.config.checkpoint.every
-        self.context.display.begin(self.learner.updates)
-        while self.learner.updates < self.soft.updates:
+        self.context.display.begin(self.learner.num_updates)
+        while self.learner.num_updates < self.soft.updates:
             self.step()
-            if every and self.learner.updates % every == 0:
+            if every and self.learner.num_updates % every == 0:
                 self.save()
         self.save()
 
@@ -233,18 +233,18 @@ class SoftLoop:
         except RunInterruptedError:
             self.save()
             context.display.say(
-                f"stopped after update {learner.updates}: saved; continue with --resume"
+                f"stopped after update {learner.num_updates}: saved; continue with --resume"
             )
             raise
         # Nothing is sampled, so the metrics that compare an engine with the learner do not apply.
         row = {key: value for key, value in metrics.items() if not key.startswith("mismatch/")}
-        row["step"] = learner.updates
-        row["update"] = learner.updates
+        row["step"] = learner.num_updates
+        row["update"] = learner.num_updates
         row.update(timer.metrics())
         self.last_row = row
         context.record(row)
         context.display.row(row)
-        context.display.phase(learner.updates, "update")
+        context.display.phase(learner.num_updates, "update")
 
     def _check_signals(self, num_done: int, total: int) -> None:
         """Raises RunInterruptedError after a micro-batch if a signal arrived."""
@@ -257,14 +257,14 @@ class SoftLoop:
         from grpo.learning.batch import micro_batches, token_weights
 
         batch_size = self.soft.batch_size
-        start = self.learner.updates * batch_size
+        start = self.learner.num_updates * batch_size
         texts = self.texts[start : start + batch_size]
         batches = micro_batches(
             texts,
             token_weights(texts, "token", self.soft.max_tokens),
             max_tokens=self.config.learner.micro_batch_tokens,
             packed=self.config.model.is_packed,
-            share=self.learner.share,
+            share=self.learner.micro_batch_share,
         )
         if self.teacher_top is None:
             return batches
@@ -272,7 +272,7 @@ class SoftLoop:
 
     def save(self) -> None:
         """Writes a checkpoint, unless the last one is of the same update."""
-        num_updates = self.learner.updates
+        num_updates = self.learner.num_updates
         if self.last_saved == num_updates:
             return
         self.last_saved = num_updates

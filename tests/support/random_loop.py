@@ -170,7 +170,7 @@ def make_loop(
         signals=SimpleNamespace(check=lambda: None),
         display=rollouts.display,
         machine=roofline.Machine(flops=1e9, bandwidth=1e9),
-        shape=roofline.shape(tiny(kind), 100_000, "float32"),
+        shape=roofline.model_shape(tiny(kind), 100_000, "float32"),
     )
     if resume:
         learner.load(run.last_checkpoint())

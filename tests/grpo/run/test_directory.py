@@ -78,7 +78,7 @@ def test_a_failed_write_of_torch_is_also_a_run_error(tmp_path):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     with pytest.raises(RunError, match="could not be written"):
-        make_run_directory(tmp_path).save(1, {"metrics": {}}, fail)
+        make_run_directory(tmp_path).save_checkpoint(1, {"metrics": {}}, fail)
 
 
 def test_the_error_of_a_damaged_checkpoint_names_the_file(tmp_path):

@@ -183,7 +183,7 @@ import time
 from grpo.run import ranks
 
 failure = sys.argv[1]
-ranks.join(3)
+ranks.join_process_group(3)
 ranks.all_gather("the first exchange", 1)
 if ranks.rank() == 1:
     if failure == "raise":
@@ -225,7 +225,7 @@ def print_threads_at_exit():
 
 
 atexit.register(print_threads_at_exit)  # registered first, so it is called last
-ranks.join(30)
+ranks.join_process_group(30)
 ranks.all_gather("an exchange", 1)
 num_threads = count_gloo_threads()
 """
@@ -257,7 +257,7 @@ def require_equal(fingerprints):
         write_line(f"{error} raised_on_all_ranks={error.raised_on_all_ranks}")
 
 
-ranks.join(20)
+ranks.join_process_group(20)
 exchange = "the groups" if ranks.rank() == 0 else "the end"
 try:
     ranks.all_gather(exchange, f"value of rank {ranks.rank()}")

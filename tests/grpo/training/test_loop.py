@@ -75,7 +75,9 @@ def sections_of(recipe):
         return MANY_OPTIONS
     if recipe == "lora":
         return LORA
-    sections = {"algorithm": {"preset": recipe}, "train": SMALL_TRAIN}
+    # tiny_config sets kl_coef to 0, which would replace the value of the preset.
+    kl_coef = PRESETS[recipe].settings["algorithm.kl_coef"]
+    sections = {"algorithm": {"preset": recipe, "kl_coef": kl_coef}, "train": SMALL_TRAIN}
     if recipe == "on_policy_distill":
         sections["model"] = {"teacher": "another"}
     return sections
