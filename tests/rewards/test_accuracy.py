@@ -340,7 +340,7 @@ def test_arbitrary_text_without_the_digits_of_the_gold_answer_is_wrong(predictio
 
 @pytest.mark.parametrize("category", sorted({case["category"] for case in LABELLED_CASES}))
 def test_the_verdicts_agree_with_the_labels(category):
-    """The authors of the cases labelled them by the rules in docs/rewards.md, without the code.
+    """The authors of the cases labelled them by docs/rewards.md and had not seen the code.
 
     tests/benchmarks/verifier_audit.py compares other verifiers on these cases.
     """
