@@ -322,6 +322,7 @@ def test_workings_by_columns_equal_hand_calculations(exercise, expected):
 
 def test_generated_solutions_of_arithmetic_are_correct():
     for problem in arithmetic.load("train", seed=0, operations=("+", "-", "*"))[:2000]:
+        assert problem.question.endswith("=")
         operation, result = evaluate(problem.question.removesuffix("="))
         assert int(problem.answer) == result
         assert result >= 0
@@ -415,7 +416,11 @@ def test_train_and_test_share_no_content_for_any_seeds(load, options):
 
 
 def content_without_order(problem):
-    """Returns the sorted numbers, the target (None for arithmetic) and the first operation."""
+    """Returns the sorted numbers, the target and the operation of a problem.
+
+    The target of an arithmetic problem is None. The operation of a countdown problem is always "+",
+    the first one that the question names.
+    """
     numbers = problem.meta.get("numbers")
     if numbers is None:
         numbers = [int(digits) for digits in re.findall(r"\d+", problem.question)]

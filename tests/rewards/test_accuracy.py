@@ -340,7 +340,7 @@ def test_arbitrary_text_without_the_digits_of_the_gold_answer_is_wrong(predictio
 
 @pytest.mark.parametrize("category", sorted({case["category"] for case in LABELLED_CASES}))
 def test_the_verdicts_agree_with_the_labels(category):
-    """The authors of the cases labelled them by docs/rewards.md and had not seen the code.
+    """The authors of the labels followed the rules in docs/rewards.md and had not seen the code.
 
     tests/benchmarks/verifier_audit.py compares other verifiers on these cases.
     """
@@ -363,7 +363,7 @@ def test_hostile_text_is_wrong_and_not_executed(kind, monkeypatch, tmp_path):
     # Some of the predictions contain code that creates this file.
     pwned = Path("/tmp/pwned")
     existed_before = pwned.exists()
-    # In a thread other than the main thread, no time limit based on signals works.
+    # Time limits that use signals do not work outside the main thread.
     thread = threading.Thread(target=verify_all)
     thread.start()
     thread.join()
@@ -444,7 +444,7 @@ ANSWERS = st.one_of(
 @settings(max_examples=150)
 @given(ANSWERS)
 def test_an_answer_equals_itself_in_other_latex_notations(answer):
-    renotated = (
+    other_notation = (
         answer.replace(r"\frac", r"\dfrac")
         .replace("(", r"\left( ")
         .replace(")", r" \right)")
@@ -454,9 +454,9 @@ def test_an_answer_equals_itself_in_other_latex_notations(answer):
         answer,
         f"  {answer}\n",
         f"${answer}$.",
-        renotated,
-        f"<think>so</think> <answer> {renotated} </answer>",
-        rf"It is \boxed{{{renotated}}}",
+        other_notation,
+        f"<think>so</think> <answer> {other_notation} </answer>",
+        rf"It is \boxed{{{other_notation}}}",
     ):
         assert verify(prediction, answer).value == "correct", prediction
 

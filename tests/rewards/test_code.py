@@ -51,8 +51,8 @@ else:
     ISOLATION = "namespaces"
 requires_sandbox = pytest.mark.skipif(bool(SANDBOX_ERROR), reason=SANDBOX_ERROR)
 
-# Shows that the sandboxed program has lost the privileges of root. A caller without these
-# privileges cannot test this, so the program is one that fails for another reason.
+# Fails because the sandbox drops the privileges of root. If the tests do not run as root, there are
+# none to drop. The program then fails for another reason, so that the number of tests is the same.
 BECOME_ROOT = "import os; os.setuid(0)" if os.geteuid() == 0 else "open('/x')"
 
 PR_SET_PDEATHSIG = 1

@@ -164,7 +164,7 @@ def test_the_text_of_a_choice_counts_as_its_letter():
     text_as_gold_answer = choice_problem("Berlin", {"A": "Paris", "B": "Berlin"})
     assert choice_verdict(r"\boxed{B}", text_as_gold_answer) == "correct"
 
-    # The gold answer A is a letter first, although the text of choice C is also A.
+    # The gold answer A means choice A, although A is also the text of choice C.
     letters_as_texts = choice_problem("A", ["C", "D", "A", "K"])
     assert choice_verdict(r"\boxed{A}", letters_as_texts) == "correct"
 
