@@ -1,7 +1,7 @@
 """The accuracy reward.
 
-An answer that equals the gold answer in value and kind is correct, all others are wrong. No text of
-a model raises an exception or is executed.
+Only answers that equal the gold answer in value and kind are correct. Completions are never
+executed and raise no exception.
 """
 
 import json
@@ -18,16 +18,17 @@ from rewards.accuracy import explain, reward, verify
 from rewards.verifier.equal import compare_answers
 from rewards.verifier.exact_values import TooLargeError, exact_value
 
-CASES = [
-    json.loads(line)
-    for line in (Path(__file__).parent / "verifier_cases.jsonl").read_text().splitlines()
-]
-ATTACKS = [
-    json.loads(line)
-    for line in (Path(__file__).parent / "verifier_hostile.jsonl").read_text().splitlines()
-]
 
-CORRECT = [
+def read_cases(name):
+    lines = (Path(__file__).parent / name).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+LABELLED_CASES = read_cases("verifier_cases.jsonl")
+HOSTILE_CASES = read_cases("verifier_hostile.jsonl")
+
+# Pairs of a prediction and a gold answer.
+EQUAL_ANSWERS = [
     (r"\frac12", "0.5"),
     ("50/100", r"\frac{1}{2}"),
     (r"\dfrac43", r"\frac{4}{3}"),
@@ -125,7 +126,7 @@ CORRECT = [
     ("0", "0.0"),
     ("7.0", "7"),
 ]
-WRONG = [
+DIFFERENT_ANSWERS = [
     ("10001", "10000"),
     (r"1/2^{99}", r"1/2^{98}"),
     ("664_7", "664_8"),
@@ -167,7 +168,7 @@ WRONG = [
     ("5 or 6", "5"),
     ("1.41421356", r"\sqrt2"),
 ]
-HOSTILE = [
+HOSTILE_PREDICTIONS = [
     "9^{9^{9^{9}}}",
     "99**88**77",
     "9" * 999,
@@ -213,28 +214,28 @@ def completion(text: str) -> Completion:
     )
 
 
-@pytest.mark.parametrize(("prediction", "gold"), CORRECT)
-def test_equal_in_value_and_kind_is_correct(prediction, gold):
+@pytest.mark.parametrize(("prediction", "gold"), EQUAL_ANSWERS)
+def test_an_answer_of_equal_value_and_kind_is_correct(prediction, gold):
     assert verify(prediction, gold).value == "correct"
     assert verify(f"<think>0</think><answer>{prediction}</answer>", gold).value == "correct"
     assert verify(f"<think>0</think> So \\boxed{{{prediction}}}.", gold).value == "correct"
 
 
-@pytest.mark.parametrize(("prediction", "gold"), WRONG)
-def test_a_different_value_or_kind_is_wrong(prediction, gold):
+@pytest.mark.parametrize(("prediction", "gold"), DIFFERENT_ANSWERS)
+def test_an_answer_of_different_value_or_kind_is_wrong(prediction, gold):
     verdict = verify(f"<think>{gold}</think><answer>{prediction}</answer>", gold)
     assert verdict.value == "wrong"
     assert verdict.reason
 
 
-@pytest.mark.parametrize("gold", sorted({gold for _, gold in CORRECT + WRONG}))
-def test_every_gold_answer_equals_itself_in_another_spelling(gold):
+@pytest.mark.parametrize("gold", sorted({gold for _, gold in EQUAL_ANSWERS + DIFFERENT_ANSWERS}))
+def test_a_gold_answer_equals_itself_with_dollar_signs_and_a_full_stop(gold):
     assert compare_answers(f" ${gold}$. ", gold).value == "correct"
 
 
 @pytest.mark.parametrize("gold", ["5", "x+1", "(1,2)", r"\sqrt{2}", r"\text{east}"])
-@pytest.mark.parametrize("prediction", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_is_wrong(prediction, gold):
+@pytest.mark.parametrize("prediction", HOSTILE_PREDICTIONS, ids=range(len(HOSTILE_PREDICTIONS)))
+def test_a_hostile_answer_is_wrong(prediction, gold):
     assert verify(f"<answer>{prediction}</answer>", gold).value == "wrong"
 
 
@@ -248,11 +249,11 @@ def test_hostile_text_is_wrong(prediction, gold):
         (r"\cup", r"(1,2)\cup(3,4)"),
     ],
 )
-def test_empty_elements_are_wrong(prediction, gold):
+def test_a_collection_with_empty_elements_is_wrong(prediction, gold):
     assert compare_answers(prediction, gold).value == "wrong"
 
 
-def test_a_gold_answer_beyond_the_bounds_is_undecided():
+def test_a_number_beyond_the_bounds_is_undecided_as_gold_answer_and_wrong_as_prediction():
     assert compare_answers("5", "10^{99999}").value == "undecided"
     assert compare_answers("10^{99999}", "5").value == "wrong"
 
@@ -261,7 +262,7 @@ def test_a_gold_answer_beyond_the_bounds_is_undecided():
     "prediction",
     ["2^-" * 332 + "2", r"\frac" * 190 + "1", "3\\frac1" * 120, "-(" * 29 + "1" + ")" * 29],
 )
-def test_deep_recursion_raises_no_exception(prediction):
+def test_a_deeply_nested_prediction_is_wrong_without_an_exception(prediction):
     assert compare_answers(prediction, "5").value == "wrong"
 
 
@@ -289,14 +290,14 @@ def test_a_completion_without_a_final_answer_is_wrong(text):
     assert reward(completion(text + "<answer>2</answer>"), problem).value == "correct"
 
 
-def test_an_unreadable_gold_answer_is_undecided_unless_the_text_is_the_same():
+def test_an_invalid_gold_answer_is_undecided_unless_the_prediction_is_the_same_text():
     gold = r"\frac{1}{"
     assert compare_answers("5", gold).value == "undecided"
     assert compare_answers(gold, gold).value == "correct"
     assert compare_answers("5", " ").value == "undecided"
 
 
-def test_exact_values_worked_by_hand():
+def test_exact_values_equal_hand_calculations():
     for text in (r"3\frac{1}{2}", "3 1/2", "7/2", "3.5"):
         assert exact_value(text) == Fraction(7, 2)
     assert exact_value("1,234,567.5") == Fraction(2469135, 2)
@@ -307,113 +308,143 @@ def test_exact_values_worked_by_hand():
     assert exact_value("3!^2") == 36
 
 
-def test_text_that_is_no_arithmetic_has_no_exact_value():
-    for text in (
-        "1,00",
-        "1 2",
-        "1/0",
-        "0^{-1}",
-        "x",
-        "2^{1/2}",
-        "",
-        "1..2",
-        "(1",
-        "1)",
-        "5-",
-        "(-1)!",
-    ):
-        assert exact_value(text) is None
+def test_text_other_than_valid_rational_arithmetic_has_no_exact_value():
+    incomplete = ("", "(1", "1)", "5-")
+    malformed_numbers = ("1,00", "1 2", "1..2")
+    undefined = ("1/0", "0^{-1}", "(-1)!")
+    not_rational = ("x", "2^{1/2}")
+    for text in (*incomplete, *malformed_numbers, *undefined, *not_rational):
+        assert exact_value(text) is None, text
 
 
 def test_exact_values_beyond_the_bounds_are_too_large():
-    for text in ("10^{99999}", "2201!", "9^{9^{9^{9}}}", "*".join(["10^{400}"] * 20)):
+    long_product = "*".join(["10^{400}"] * 20)
+    for text in ("10^{99999}", "2201!", "9^{9^{9^{9}}}", long_product):
         with pytest.raises(TooLargeError):
             exact_value(text)
 
 
 @given(st.integers(-(10**30), 10**30), st.integers(1, 10**30))
-def test_neighbours_are_never_equal(numerator, denominator):
+def test_fractions_with_neighbouring_numerators_are_not_equal(numerator, denominator):
     gold = rf"\frac{{{numerator}}}{{{denominator}}}"
     assert compare_answers(f"{numerator}/{denominator}", gold).value == "correct"
     assert compare_answers(f"{numerator + 1}/{denominator}", gold).value == "wrong"
 
 
 @given(st.text("0123456789.,/-+()[]{}\\$%= ^_abx", max_size=40))
-def test_any_text_gets_a_verdict_against_a_number(prediction):
-    assert compare_answers(prediction, "12345678.5").value == "wrong" or "5678" in prediction
+def test_arbitrary_text_without_the_digits_of_the_gold_answer_is_wrong(prediction):
+    verdict = compare_answers(prediction, "12345678.5")
+    if "5678" not in prediction:
+        assert verdict.value == "wrong"
 
 
-@pytest.mark.parametrize("category", sorted({case["category"] for case in CASES}))
-def test_the_labelled_cases(category):
-    """Cases labelled by the conventions in docs/rewards.md, by authors who had not seen the code.
+@pytest.mark.parametrize("category", sorted({case["category"] for case in LABELLED_CASES}))
+def test_the_verdicts_agree_with_the_labels(category):
+    """The authors of the labels followed the rules in docs/rewards.md and had not seen the code.
 
     tests/benchmarks/verifier_audit.py compares other verifiers on these cases.
     """
-    for case in CASES:
+    for case in LABELLED_CASES:
         if case["category"] == category:
             verdict = verify(case["prediction"], case["gold"])
             assert verdict.value == case["label"], (case, verdict)
 
 
-@pytest.mark.parametrize("kind", sorted({case["kind"] for case in ATTACKS}))
+@pytest.mark.parametrize("kind", sorted({case["kind"] for case in HOSTILE_CASES}))
 def test_hostile_text_is_wrong_and_not_executed(kind, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    predictions = []
-    for case in ATTACKS:
-        if case["kind"] == kind:
-            text = case["prediction"] * case.get("repeat", 1)
-            text = case.get("prefix", "") + text + case.get("suffix", "")
-            predictions.append((text, case["gold"]))
-            predictions.append((f"<think>x</think><answer>{text}</answer>", case["gold"]))
+    inputs = hostile_inputs(kind)
     verdicts = []
 
     def verify_all():
-        for prediction, gold in predictions:
+        for prediction, gold in inputs:
             verdicts.append(verify(prediction, gold).value)
 
-    existed_before = Path("/tmp/pwned").exists()
-    thread = threading.Thread(target=verify_all)  # signals do not work in a thread
+    # Some of the predictions contain code that creates this file.
+    pwned = Path("/tmp/pwned")
+    existed_before = pwned.exists()
+    # Time limits that use signals do not work outside the main thread.
+    thread = threading.Thread(target=verify_all)
     thread.start()
     thread.join()
-    assert verdicts == ["wrong"] * len(predictions)
+    assert verdicts == ["wrong"] * len(inputs)
     assert not list(tmp_path.iterdir())
-    assert Path("/tmp/pwned").exists() == existed_before
+    assert pwned.exists() == existed_before
 
 
-numbers = st.one_of(
-    st.integers(-(10**6), 10**6).map(str),
-    st.tuples(st.integers(-99, 99), st.integers(1, 99)).map(
-        lambda p: rf"\frac{{{p[0]}}}{{{p[1]}}}"
-    ),
-    st.tuples(st.integers(-999, 999), st.integers(0, 99)).map(lambda p: f"{p[0]}.{p[1]:02}"),
-    st.tuples(st.integers(2, 9), st.integers(2, 30)).map(lambda p: rf"{p[0]}\sqrt{{{p[1]}}}"),
-    st.integers(2, 40).map(lambda n: rf"\frac{{\pi}}{{{n}}}"),
-)
-terms = st.lists(
-    st.tuples(st.integers(1, 9), st.sampled_from(["x", "x^2", "y", "xy"])).map(
-        lambda p: f"{p[0]}{p[1]}"
-    ),
-    min_size=1,
-    max_size=3,
-)
-expressions = terms.map(" + ".join)
-elements = st.lists(numbers, min_size=2, max_size=3)
-answers = st.one_of(
-    numbers,
-    expressions,
-    elements.map(lambda e: f"({', '.join(e)})"),
-    elements.map(lambda e: rf"\{{{', '.join(e)}\}}"),
-    st.tuples(
-        st.sampled_from("(["), st.integers(-9, 0), st.integers(1, 9), st.sampled_from(")]")
-    ).map("{0[0]}{0[1]}, {0[2]}{0[3]}".format),
-    st.tuples(st.sampled_from(["x", "y"]), numbers).map(" = ".join),
+def hostile_inputs(kind):
+    """Returns pairs of prediction and gold answer, with and without the tags of a completion."""
+    inputs = []
+    for case in HOSTILE_CASES:
+        if case["kind"] == kind:
+            repeated_text = case["prediction"] * case.get("repeat", 1)
+            text = case.get("prefix", "") + repeated_text + case.get("suffix", "")
+            inputs.append((text, case["gold"]))
+            inputs.append((f"<think>x</think><answer>{text}</answer>", case["gold"]))
+    return inputs
+
+
+@st.composite
+def fractions(draw):
+    numerator = draw(st.integers(-99, 99))
+    denominator = draw(st.integers(1, 99))
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
+
+
+@st.composite
+def decimals(draw):
+    integer_part = draw(st.integers(-999, 999))
+    hundredths = draw(st.integers(0, 99))
+    return f"{integer_part}.{hundredths:02}"
+
+
+@st.composite
+def multiples_of_roots(draw):
+    factor = draw(st.integers(2, 9))
+    radicand = draw(st.integers(2, 30))
+    return rf"{factor}\sqrt{{{radicand}}}"
+
+
+@st.composite
+def fractions_of_pi(draw):
+    denominator = draw(st.integers(2, 40))
+    return rf"\frac{{\pi}}{{{denominator}}}"
+
+
+@st.composite
+def terms(draw):
+    coefficient = draw(st.integers(1, 9))
+    variables = draw(st.sampled_from(["x", "x^2", "y", "xy"]))
+    return f"{coefficient}{variables}"
+
+
+@st.composite
+def intervals(draw):
+    left_bracket = draw(st.sampled_from("(["))
+    lower_bound = draw(st.integers(-9, 0))
+    upper_bound = draw(st.integers(1, 9))
+    right_bracket = draw(st.sampled_from(")]"))
+    return f"{left_bracket}{lower_bound}, {upper_bound}{right_bracket}"
+
+
+INTEGERS = st.integers(-(10**6), 10**6).map(str)
+NUMBERS = st.one_of(INTEGERS, fractions(), decimals(), multiples_of_roots(), fractions_of_pi())
+EXPRESSIONS = st.lists(terms(), min_size=1, max_size=3).map(" + ".join)
+ELEMENTS = st.lists(NUMBERS, min_size=2, max_size=3).map(", ".join)
+ANSWERS = st.one_of(
+    NUMBERS,
+    EXPRESSIONS,
+    ELEMENTS.map("({})".format),
+    ELEMENTS.map(r"\{{{}\}}".format),
+    intervals(),
+    st.tuples(st.sampled_from(["x", "y"]), NUMBERS).map(" = ".join),
 )
 
 
 @settings(max_examples=150)
-@given(answers)
-def test_an_answer_equals_itself_and_its_noisy_spelling(answer):
-    noisy = (
+@given(ANSWERS)
+def test_an_answer_equals_itself_in_other_latex_notations(answer):
+    other_notation = (
         answer.replace(r"\frac", r"\dfrac")
         .replace("(", r"\left( ")
         .replace(")", r" \right)")
@@ -423,17 +454,19 @@ def test_an_answer_equals_itself_and_its_noisy_spelling(answer):
         answer,
         f"  {answer}\n",
         f"${answer}$.",
-        noisy,
-        f"<think>so</think> <answer> {noisy} </answer>",
-        rf"It is \boxed{{{noisy}}}",
+        other_notation,
+        f"<think>so</think> <answer> {other_notation} </answer>",
+        rf"It is \boxed{{{other_notation}}}",
     ):
         assert verify(prediction, answer).value == "correct", prediction
 
 
 @settings(max_examples=200)
-@given(answers, answers)
-def test_equality_is_symmetric(a, b):
-    assert (compare_answers(a, b).value == "correct") == (compare_answers(b, a).value == "correct")
+@given(ANSWERS, ANSWERS)
+def test_equality_is_symmetric(first, second):
+    is_equal = compare_answers(first, second).value == "correct"
+    is_equal_in_reverse = compare_answers(second, first).value == "correct"
+    assert is_equal == is_equal_in_reverse
 
 
 @settings(max_examples=300)
@@ -444,12 +477,13 @@ def test_equality_is_symmetric(a, b):
     ),
     st.sampled_from(["5", r"\frac{1}{2}", "x^2+1", r"\{1,2\}", "B"]),
 )
-def test_scrambled_mathematics_gets_a_verdict(prediction, gold):
+def test_random_mathematical_characters_are_correct_or_wrong(prediction, gold):
     assert verify(prediction, gold).value in ("correct", "wrong")
 
 
-def test_explain_shows_the_answer_and_how_it_is_read():
-    assert explain(r"<think>1</think><answer>$\dfrac12$.</answer>", "0.5").splitlines() == [
+def test_explain_shows_the_answer_its_origin_and_its_normalised_form():
+    explanation = explain(r"<think>1</think><answer>$\dfrac12$.</answer>", "0.5")
+    assert explanation.splitlines() == [
         r"answer              '$\\dfrac12$.'",
         "found               'in the completion'",
         "gold                '0.5'",
@@ -457,5 +491,6 @@ def test_explain_shows_the_answer_and_how_it_is_read():
         "gold, normalised    '0.5'",
         "verdict             correct",
     ]
-    assert "found               'a bare answer'" in explain("no box", "0.5")
-    assert "verdict             wrong: " in explain("no box", "0.5")
+    explanation_of_bare_answer = explain("no box", "0.5")
+    assert "found               'a bare answer'" in explanation_of_bare_answer
+    assert "verdict             wrong: " in explanation_of_bare_answer

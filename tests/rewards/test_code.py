@@ -1,7 +1,4 @@
-"""The code reward.
-
-Correct programs pass, wrong and hostile programs do not, and the sandbox isolates them.
-"""
+"""The code reward: verdicts on correct, wrong and cheating programs, and the sandbox."""
 
 import ctypes
 import os
@@ -15,25 +12,28 @@ from rewards import code
 from rewards.workers import sandbox
 from rewards.workers.sandbox import SandboxUnavailableError, run
 
-SQUARE = Problem(
+MBPP_SQUARE = Problem(
     id="c/0",
     question="Square a number.",
     answer="",
     source="t",
     meta={"test_list": ["assert square(3) == 9", "assert square(-2) == 4"]},
 )
-HUMAN = Problem(
+HUMANEVAL_ROOT = Problem(
     id="c/1",
     question='import math\n\ndef root(x: float) -> float:\n    """The square root."""\n',
     answer="",
     source="t",
     meta={
         "entry_point": "root",
-        "test": "def check(candidate):\n    assert "
-        "candidate(9.0) == 3.0\n    assert candidate(2.25) == 1.5\n",
+        "test": (
+            "def check(candidate):\n"
+            "    assert candidate(9.0) == 3.0\n"
+            "    assert candidate(2.25) == 1.5\n"
+        ),
     },
 )
-ADD = Problem(
+IO_ADD = Problem(
     id="c/2",
     question="Add.",
     answer="",
@@ -43,10 +43,21 @@ ADD = Problem(
 
 try:
     code.prepare()
-    NAMESPACES = ""
 except UserError as error:
-    NAMESPACES = str(error)
-sandboxed = pytest.mark.skipif(bool(NAMESPACES), reason=NAMESPACES)
+    SANDBOX_ERROR = str(error)
+    ISOLATION = "rlimits"
+else:
+    SANDBOX_ERROR = ""
+    ISOLATION = "namespaces"
+requires_sandbox = pytest.mark.skipif(bool(SANDBOX_ERROR), reason=SANDBOX_ERROR)
+
+# Fails because the sandbox drops the privileges of root. If the tests do not run as root, there are
+# none to drop. The program then fails for another reason, so that the number of tests is the same.
+BECOME_ROOT = "import os; os.setuid(0)" if os.geteuid() == 0 else "open('/x')"
+
+PR_SET_PDEATHSIG = 1
+PR_CAPBSET_DROP = 24
+CAP_SYS_ADMIN = 21
 
 
 def completion(text):
@@ -57,29 +68,25 @@ def fenced(program):
     return completion(f"<think>Easy.</think>\nHere:\n```python\n{program}\n```\nDone.")
 
 
-def verdict_on(program, problem=SQUARE, **options):
-    return code.reward(
-        fenced(program),
-        problem,
-        **{"timeout_s": 5, "isolation": "rlimits" if NAMESPACES else "namespaces", **options},
-    )
+def verdict_on(program, problem=MBPP_SQUARE, timeout_s=5):
+    return code.reward(fenced(program), problem, timeout_s=timeout_s, isolation=ISOLATION)
 
 
 @pytest.mark.parametrize(
     ("program", "problem"),
     [
-        ("def square(x):\n    return x * x", SQUARE),
-        ("    return math.sqrt(x)", HUMAN),
-        ("def root(x):\n    return math.sqrt(x)", HUMAN),
-        ("from math import sqrt as s\ndef root(x): return s(x)", HUMAN),
-        ("def square(x):\n    square.calls += 1\n    return x * x\nsquare.calls = 0", SQUARE),
+        ("def square(x):\n    return x * x", MBPP_SQUARE),
+        ("    return math.sqrt(x)", HUMANEVAL_ROOT),
+        ("def root(x):\n    return math.sqrt(x)", HUMANEVAL_ROOT),
+        ("from math import sqrt as s\ndef root(x): return s(x)", HUMANEVAL_ROOT),
+        ("def square(x):\n    square.calls += 1\n    return x * x\nsquare.calls = 0", MBPP_SQUARE),
         (
-            "def deep(n): return n and 1 + deep(n - 1)\ndef square(x): return x * x + deep(800) - "
-            "800",
-            SQUARE,
+            "def depth(n): return n and 1 + depth(n - 1)\n"
+            "def square(x): return x * x + depth(800) - 800",
+            MBPP_SQUARE,
         ),
-        ("a, b = map(int, input().split())\nprint(a + b)", ADD),
-        ("if __name__ == '__main__':\n    print(sum(map(int, input().split())), end='')", ADD),
+        ("a, b = map(int, input().split())\nprint(a + b)", IO_ADD),
+        ("if __name__ == '__main__':\n    print(sum(map(int, input().split())), end='')", IO_ADD),
     ],
 )
 def test_correct_programs_pass(program, problem):
@@ -89,18 +96,19 @@ def test_correct_programs_pass(program, problem):
 @pytest.mark.parametrize(
     ("program", "problem", "reason"),
     [
-        ("def square(x): return x + x", SQUARE, "ended with code 1"),
-        ("def square(x) return", SQUARE, "ended with code 1"),
-        ("print(3)", ADD, "input 1: failed"),
-        ("while True: pass", SQUARE, "took too long"),
-        ("import time; time.sleep(60)", ADD, "input 0: took too long"),
-        ("x = bytearray(4 << 30)\ndef square(x): return x * x", SQUARE, "ended with code 1"),
-        ("def square(x): return square(x)", SQUARE, "ended with code 1"),
+        ("def square(x): return x + x", MBPP_SQUARE, "ended with code 1"),
+        ("def square(x) return", MBPP_SQUARE, "ended with code 1"),
+        ("print(3)", IO_ADD, "input 1: failed"),
+        ("while True: pass", MBPP_SQUARE, "took too long"),
+        ("import time; time.sleep(60)", IO_ADD, "input 0: took too long"),
+        ("x = bytearray(4 << 30)\ndef square(x): return x * x", MBPP_SQUARE, "ended with code 1"),
+        ("def square(x): return square(x)", MBPP_SQUARE, "ended with code 1"),
     ],
 )
 def test_wrong_programs_fail_with_a_reason(program, problem, reason):
     verdict = verdict_on(program, problem, timeout_s=2)
-    assert (verdict.value, verdict.reason) == ("wrong", reason)
+    assert verdict.value == "wrong"
+    assert verdict.reason == reason
 
 
 @pytest.mark.parametrize(
@@ -112,8 +120,9 @@ def test_wrong_programs_fail_with_a_reason(program, problem, reason):
         "raise SystemExit",
         "import atexit, os; atexit.register(os._exit, 0)\ndef square(x): return 1",
         "class Any:\n    def __eq__(self, other): return True\ndef square(x): return Any()",
-        "class Any(int):\n    def __eq__(self, other): return True\ndef square(x): return "
-        "[Any()][0]",
+        "class Any(int):\n"
+        "    def __eq__(self, other): return True\n"
+        "def square(x): return [Any()][0]",
         "import signal, os\nos.kill(os.getpid(), signal.SIGTERM)",
         "import builtins\nbuiltins.AssertionError = None\ndef square(x): return 1",
     ],
@@ -123,31 +132,28 @@ def test_programs_that_cheat_are_wrong(program):
 
 
 def test_the_program_is_the_last_block_of_the_visible_answer():
-    assert (
-        code.extract_program(
-            "<think>```python\nbad\n```</think>```\nfirst\n```\nthen\n```py\nlast\n```"
-        )
-        == "last\n"
-    )
-    assert code.extract_program("<think>x</think><answer>print(1)</answer>") == "print(1)"
-    assert (
-        code.extract_program("<think>x</think><answer>See\n```python\nprint(2)\n```\n</answer>")
-        == "print(2)\n"
-    )
-    assert (
-        code.extract_program("no program") is None
-        and code.extract_program("```python\nnever closed") is None
-    )
-    # a regular expression would take hours
+    thoughts = "<think>```python\nbad\n```</think>"
+    two_blocks = "```\nfirst\n```\nthen\n```py\nlast\n```"
+    assert code.extract_program(thoughts + two_blocks) == "last\n"
+
+    answer_without_block = "<think>x</think><answer>print(1)</answer>"
+    assert code.extract_program(answer_without_block) == "print(1)"
+
+    answer_with_block = "<think>x</think><answer>See\n```python\nprint(2)\n```\n</answer>"
+    assert code.extract_program(answer_with_block) == "print(2)\n"
+
+    assert code.extract_program("no program") is None
+    assert code.extract_program("```python\nnever closed") is None
+
+    # A search with a regular expression would take hours.
     assert code.extract_program("```" + " " * 10**6 + "\n```" * 10**5) == "\n"
-    assert code.reward(completion("nothing"), SQUARE).reason == "no program"
-    assert (
-        code.reward(fenced("print(1)"), Problem(id="m", question="2+2?", answer="4", source="t"))
-        is None
-    )
+
+    assert code.reward(completion("nothing"), MBPP_SQUARE).reason == "no program"
+    problem_without_tests = Problem(id="m", question="2+2?", answer="4", source="t")
+    assert code.reward(fenced("print(1)"), problem_without_tests) is None
 
 
-@sandboxed
+@requires_sandbox
 @pytest.mark.parametrize(
     ("program", "output"),
     [
@@ -158,61 +164,70 @@ def test_the_program_is_the_last_block_of_the_visible_answer():
         ("import os; print([p for p in os.listdir('/') if p == 'proc'])", "[]\n"),
         ("import os, sys; open(os.path.join(sys.prefix, 'x'), 'w')", ""),
         ("open('/x', 'w')", ""),
-        ("import os; os.setuid(0)", "") if os.geteuid() == 0 else ("open('/x')", ""),
-        ("open('own', 'w').write('ok'); print(open('own').read())", "ok\n"),
+        (BECOME_ROOT, ""),
+        ("open('new', 'w').write('ok'); print(open('new').read())", "ok\n"),
         ("f = open('big', 'wb')\nfor _ in range(40): f.write(bytes(1 << 20))", ""),
         ("import os; print(os.environ.get('HOME'), len(os.listdir('.')))", "None 0\n"),
         ("import os; print(os.path.exists('/dev/shm'), os.getpid(), os.getppid())", "False 2 1\n"),
     ],
 )
 def test_the_sandbox_has_no_network_no_files_and_no_other_processes(program, output):
+    """A program without expected output must fail, all others must succeed."""
     outcome = run(program, timeout_s=5)
     assert outcome.output == output, outcome
     assert not outcome.timed_out
-    assert (outcome.code == 0) == bool(output)
+    if output:
+        assert outcome.code == 0
+    else:
+        assert outcome.code != 0
 
 
-@sandboxed
-def test_no_process_survives_the_sandbox(tmp_path):
-    def processes():
-        return {path for path in Path("/proc").iterdir() if path.name.isdigit()}
+def running_processes():
+    """Returns the folders of all processes in /proc."""
+    return {path for path in Path("/proc").iterdir() if path.name.isdigit()}
 
-    before = processes()
-    program = (
-        "import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n        os.setsid(); "
-        "time.sleep(60)\ntime.sleep(60)"
+
+@requires_sandbox
+def test_no_process_survives_the_sandbox():
+    processes_before = running_processes()
+    survive_parent = f"import ctypes; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, 0)\n"
+    leave_session = (
+        "import os, time\n"
+        "for _ in range(5):\n"
+        "    if os.fork() == 0:\n"
+        "        os.setsid(); time.sleep(60)\n"
+        "time.sleep(60)"
     )
-    escape = "import ctypes; ctypes.CDLL(None).prctl(1, 0)\n"  # does not die with its parent
-    outcome = run(escape + program, timeout_s=1)
+    outcome = run(survive_parent + leave_session, timeout_s=1)
     assert outcome.timed_out
     time.sleep(0.2)
-    for path in processes() - before:
-        if (path / "cmdline").exists():
-            command = (path / "cmdline").read_text()
+    for process in running_processes() - processes_before:
+        if (process / "cmdline").exists():
+            command = (process / "cmdline").read_text()
             assert "exec(compile" not in command
             assert "_sandbox" not in command
 
 
-@sandboxed
-def test_a_flood_of_output_is_cut_and_a_fork_bomb_ends():
+@requires_sandbox
+def test_excessive_output_is_truncated_and_a_fork_bomb_is_stopped():
     outcome = run("while True: print('x' * 10000)", timeout_s=5)
-    assert outcome.code != 0 and len(outcome.output) <= sandbox.MAX_OUTPUT_BYTES
+    assert outcome.code != 0
+    assert len(outcome.output) <= sandbox.MAX_OUTPUT_BYTES
+    fork_bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     start = time.monotonic()
-    run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", timeout_s=1)
+    run(fork_bomb, timeout_s=1)
     assert time.monotonic() - start < 10
 
 
-def test_without_namespaces_it_fails_unless_rlimits_are_chosen(monkeypatch):
-    def forbidden(*_, isolation, **__):
+def test_prepare_fails_without_namespaces_unless_rlimits_are_chosen(monkeypatch):
+    def run_without_namespaces(*_, isolation, **__):
         if isolation == "namespaces":
             raise SandboxUnavailableError("[Errno 1] unshare: Operation not permitted")
-        return sandbox.Outcome(0, "42\n", False)
+        return sandbox.Outcome(code=0, output="42\n", timed_out=False)
 
-    monkeypatch.setattr(code, "run", forbidden)
-    with pytest.raises(
-        UserError,
-        match=r"forbids the namespaces .*Operation not permitted.*options: \{isolation: rlimits\}",
-    ):
+    monkeypatch.setattr(code, "run", run_without_namespaces)
+    message = r"forbids the namespaces .*Operation not permitted.*options: \{isolation: rlimits\}"
+    with pytest.raises(UserError, match=message):
         code.prepare()
     code.prepare(isolation="rlimits")
     with pytest.raises(UserError, match="expected namespaces or rlimits"):
@@ -220,14 +235,15 @@ def test_without_namespaces_it_fails_unless_rlimits_are_chosen(monkeypatch):
 
 
 @pytest.mark.skipif(
-    os.geteuid() != 0 or bool(NAMESPACES),
-    reason="without root, every test uses a user namespace",
+    os.geteuid() != 0 or bool(SANDBOX_ERROR),
+    reason="requires root and namespaces: without root, every sandbox uses a user namespace",
 )
 def test_the_sandbox_works_without_the_privileges_of_root():
+    """Without CAP_SYS_ADMIN in the bounding set, the sandbox must create a user namespace."""
     child = os.fork()
-    # CAP_SYS_ADMIN (21) leaves the bounding set: the sandbox must make a user namespace
     if child == 0:
-        ctypes.CDLL(None).prctl(24, 21)
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_SYS_ADMIN)
         outcome = run("import os; print(os.getuid(), os.path.exists('/etc/passwd'))", timeout_s=10)
         os._exit(0 if outcome.output == "65534 False\n" else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -1,7 +1,4 @@
-"""The countdown reward.
-
-Fractions are exact, each number is used exactly once, and the text is parsed, never evaluated.
-"""
+"""The countdown reward: exact fractions, each number used exactly once, no evaluation of text."""
 
 import pytest
 from hypothesis import given
@@ -87,45 +84,38 @@ def test_intermediate_fractions_are_exact(answer, numbers, target):
         ("1" * 10**6, "longer than 200 characters"),
     ],
 )
-def test_everything_else_is_wrong_with_a_reason(answer, reason):
+def test_any_other_answer_is_wrong_with_a_reason(answer, reason):
     verdict = check_expression(answer, [3, 5, 7], 20)
     assert verdict.value == "wrong"
     assert reason in verdict.reason
 
 
-def test_the_digits_of_a_decimal_are_no_numbers():
+def test_the_digits_of_a_decimal_number_do_not_count_as_numbers():
     assert check_expression("1.5*2", [1, 5, 2], 3).value == "wrong"
 
 
-def test_the_reward_reads_only_the_final_answer():
-    assert (
-        reward(completion("<think>x</think><answer>(7-3)*5</answer>"), PROBLEM).value == "correct"
-    )
-    assert reward(completion("<think>(7-3)*5</think>"), PROBLEM).value == "wrong"
-    assert reward(completion("(7-3)*5"), PROBLEM).value == "wrong"
-    assert (
-        reward(
-            completion("<think>x</think><answer>1</answer><answer>(7-3)*5</answer>"), PROBLEM
-        ).value
-        == "correct"
-    )
+def test_the_reward_scores_only_the_final_answer():
+    in_tags = completion("<think>x</think><answer>(7-3)*5</answer>")
+    assert reward(in_tags, PROBLEM).value == "correct"
+    in_thoughts = completion("<think>(7-3)*5</think>")
+    assert reward(in_thoughts, PROBLEM).value == "wrong"
+    without_tags = completion("(7-3)*5")
+    assert reward(without_tags, PROBLEM).value == "wrong"
+    in_last_tags = completion("<think>x</think><answer>1</answer><answer>(7-3)*5</answer>")
+    assert reward(in_last_tags, PROBLEM).value == "correct"
 
 
-def test_other_problems_have_no_countdown_reward():
-    assert (
-        reward(
-            completion("<answer>2</answer>"),
-            Problem(id="t/0", question="?", answer="2", source="t"),
-        )
-        is None
-    )
+def test_the_reward_does_not_apply_to_other_problems():
+    problem = Problem(id="t/0", question="?", answer="2", source="t")
+    assert reward(completion("<answer>2</answer>"), problem) is None
 
 
 @given(st.text("0123456789+-*/()= .×÷x", max_size=60))
-def test_every_text_gets_a_verdict_that_agrees_with_python(answer):
+def test_python_confirms_the_value_of_every_correct_expression(answer):
     verdict = check_expression(answer, [3, 5, 7], 20)
     if verdict.value == "correct":
-        plain = answer.replace("×", "*").replace("÷", "/").split("=")[0].strip()
-        assert abs(eval(plain) - 20) < 1e-9  # only digits and operators remain
+        expression = answer.replace("×", "*").replace("÷", "/").split("=")[0].strip()
+        # A correct expression consists of digits, operators and brackets, so eval is safe.
+        assert abs(eval(expression) - 20) < 1e-9
     else:
         assert verdict.value == "wrong"

@@ -1,4 +1,4 @@
-"""The format reward: each of the four tags once, in order, not empty, and nothing around them."""
+"""The format reward and the extraction of the final answer from tags and boxes."""
 
 import pytest
 from hypothesis import given
@@ -62,14 +62,14 @@ def test_well_formed_completions_pass(text):
         ("<think>1+1</think><answer>\n</answer>", "empty answer"),
     ],
 )
-def test_each_fault_has_a_reason(text, reason):
+def test_malformed_completions_fail_with_a_reason(text, reason):
     verdict = check(text)
     assert not verdict
     assert verdict.reason == reason
     assert reward(completion(text), PROBLEM) == Score(value=0.0, reason=reason)
 
 
-def test_a_prefilled_tag_is_added_before_the_check():
+def test_a_prefilled_think_tag_is_added_before_the_check():
     assert check("1+1</think><answer>2</answer>", prefilled=True)
     assert not check("1+1</think><answer>2</answer>")
     assert check(GOOD, prefilled=True).reason == "several think"
@@ -81,17 +81,20 @@ def test_a_prefilled_tag_is_added_before_the_check():
 def test_only_the_exact_format_passes(pieces):
     text = "".join(pieces)
     if check(text):
-        thoughts, answer = (
-            text.strip().removeprefix("<think>").removesuffix("</answer>").split("</think>")
-        )
-        assert thoughts.strip() and answer.strip().removeprefix("<answer>").strip()
-        assert f"<think>{thoughts}</think>{answer}</answer>" == text.strip()
-        assert answer.strip().startswith("<answer>")
-        assert not any(tag in thoughts + answer.strip().removeprefix("<answer>") for tag in TAGS)
+        stripped_text = text.strip()
+        content = stripped_text.removeprefix("<think>").removesuffix("</answer>")
+        thoughts, after_thoughts = content.split("</think>")
+        assert stripped_text == f"<think>{thoughts}</think>{after_thoughts}</answer>"
+        assert after_thoughts.strip().startswith("<answer>")
+        answer = after_thoughts.strip().removeprefix("<answer>")
+        assert thoughts.strip()
+        assert answer.strip()
+        for tag in TAGS:
+            assert tag not in thoughts + answer
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("text", "expected"),
     [
         (GOOD, "2"),
         ("<think>a</think><answer> \\boxed{2} </answer>", "2"),
@@ -111,11 +114,12 @@ def test_only_the_exact_format_passes(pieces):
         ("", None),
     ],
 )
-def test_the_final_answer_is_in_the_tags_or_in_the_last_box(text, answer):
-    assert final_answer(text) == answer
+def test_the_final_answer_is_in_the_last_answer_tags_or_the_last_box(text, expected):
+    assert final_answer(text) == expected
 
 
 @given(st.text("a\\{}", max_size=30))
-def test_a_box_has_balanced_braces(content):
+def test_the_content_of_a_box_has_balanced_braces(content):
     answer = last_boxed("\\boxed{" + content)
-    assert answer is None or answer.count("{") == answer.count("}")
+    if answer is not None:
+        assert answer.count("{") == answer.count("}")

@@ -1,4 +1,4 @@
-"""Rewards for the form of a completion: language, length, repetition; and multiple choice."""
+"""The rewards for language, length, repetition and multiple choice."""
 
 import pytest
 from hypothesis import given
@@ -16,17 +16,26 @@ def completion(text, num_tokens=1):
     )
 
 
-# --- language: golden shares counted by hand
+def choice_problem(answer, choices):
+    return Problem(id="t/1", question="?", answer=answer, source="t", meta={"choices": choices})
+
+
+def choice_verdict(text, problem):
+    return choice.reward(completion(text), problem).value
+
+
+# --- language
 
 
 @pytest.mark.parametrize(
     ("text", "expected_language", "share"),
     [
         ("So the answer is three", "en", 1.0),
-        ("So 这 is 三", "en", 2 / 4),  # so, is; two Han characters
+        # Each Han character counts as a word: 2 of 4 words are English.
+        ("So 这 is 三", "en", 2 / 4),
         ("这是答案", "zh", 1.0),
         ("答案 is 三", "zh", 3 / 4),
-        # formulas and single letters belong to no language
+        # Formulas and single letters belong to no language.
         ("答案是 x = 3, $\\frac{1}{2}$ \\boxed{3}", "zh", 1.0),
         ("", "en", 1.0),
         ("1 + 2 = 3", "en", 1.0),
@@ -37,7 +46,7 @@ def completion(text, num_tokens=1):
         ("ответ is три", "ru", 2 / 3),
     ],
 )
-def test_the_share_of_words_in_a_language(text, expected_language, share):
+def test_share_is_the_proportion_of_words_in_the_language(text, expected_language, share):
     assert language.share(text, expected_language) == pytest.approx(share)
 
 
@@ -57,45 +66,47 @@ def test_the_share_of_words_in_a_language(text, expected_language, share):
         ("1 더하기 2는?", "ko"),
     ],
 )
-def test_the_language_of_a_question(text, expected):
+def test_the_language_of_a_question_is_detected(text, expected):
     assert language.of(text) == expected
 
 
-def test_the_language_reward_reads_only_the_thoughts():
+def test_the_language_reward_scores_only_the_thoughts():
+    # The thoughts have 4 English words and 1 Han character.
     mixed = completion("<think>So the sum is 三</think><answer>答案</answer>")
     assert language.reward(mixed, QUESTION) == pytest.approx(4 / 5)
     assert language.reward(mixed, QUESTION, language="zh") == pytest.approx(1 / 5)
-    # cut off before the end of its thoughts
-    assert language.reward(completion("the sum is"), QUESTION) == 1.0
+    truncated_in_thoughts = completion("the sum is")
+    assert language.reward(truncated_in_thoughts, QUESTION) == 1.0
 
 
 @given(st.text(max_size=200), st.sampled_from(sorted(language.LANGUAGES)))
-def test_a_share_is_between_0_and_1(text, expected_language):
+def test_any_text_has_a_language_and_a_share_between_0_and_1(text, expected_language):
     assert 0 <= language.share(text, expected_language) <= 1
     assert language.of(text) in language.LANGUAGES
 
 
-# --- length: DAPO Eq. 13 with L_max = 100, L_cache = 20
+# --- length
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "value"),
+    ("num_tokens", "expected"),
     [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (500, -1.0)],
 )
-def test_the_soft_overlong_punishment(num_tokens, value):
-    assert length.reward(
-        completion("", num_tokens), QUESTION, max_tokens=100, buffer=20
-    ) == pytest.approx(value)
+def test_the_length_reward_falls_from_0_to_minus_1_within_the_buffer(num_tokens, expected):
+    """DAPO Eq. 13 with L_max = 100 and L_cache = 20: (80 - num_tokens) / 20, clipped to [-1, 0]."""
+    reward = length.reward(completion("", num_tokens), QUESTION, max_tokens=100, buffer=20)
+    assert reward == pytest.approx(expected)
 
 
 # --- repetition
 
 
-def test_repeated_ngrams_are_counted():
-    # ab ba ab ba ab: 2 of 5 are new
+def test_repetition_is_the_share_of_ngrams_that_occur_earlier():
+    # The 5 bigrams are ab, ba, ab, ba, ab: 3 of them occur earlier in the text.
     assert repetition.repeated("a b a b a b", 2) == pytest.approx(3 / 5)
     assert repetition.repeated("one two three four", 2) == 0.0
     assert repetition.repeated("short", 2) == 0.0
+    # The 3 bigrams are 答案, 案答, 答案: 1 of them occurs earlier in the text.
     assert repetition.repeated("答案答案", 2) == pytest.approx(1 / 3)
     assert repetition.reward(completion("wait, " * 200), QUESTION, n=3) < -0.9
     assert repetition.reward(completion("wait, no"), QUESTION) == 0.0
@@ -122,57 +133,40 @@ def test_repeated_ngrams_are_counted():
         "B. A triangle",
     ],
 )
-def test_a_letter_may_be_written_in_many_ways(answer):
+def test_the_chosen_letter_is_recognized_in_many_notations(answer):
     assert choice.chosen_letter(answer, {}) == "B"
-    assert (
-        choice.reward(completion(f"<think>x</think><answer>{answer}</answer>"), QUESTION).value
-        == "correct"
-    )
+    text = f"<think>x</think><answer>{answer}</answer>"
+    assert choice_verdict(text, QUESTION) == "correct"
 
 
 @pytest.mark.parametrize(
     "answer", ["A", "A, B", "A or B", "B and C", "Bob", "the best", "", "42", "B" * 5000, "A B C D"]
 )
-def test_an_answer_that_is_no_single_letter_is_wrong(answer):
-    assert (
-        choice.reward(completion(f"<think>B</think><answer>{answer}</answer>"), QUESTION).value
-        == "wrong"
-    )
+def test_an_answer_other_than_the_single_gold_letter_is_wrong(answer):
+    text = f"<think>B</think><answer>{answer}</answer>"
+    assert choice_verdict(text, QUESTION) == "wrong"
 
 
 def test_the_text_of_a_choice_counts_as_its_letter():
-    problem = Problem(
-        id="t/1",
-        question="?",
-        answer="B",
-        source="t",
-        meta={"choices": ["Paris", "Berlin", "Rome"]},
-    )
-    for answer, value in {
+    cities = choice_problem("B", ["Paris", "Berlin", "Rome"])
+    expected_verdicts = {
         "Berlin": "correct",
         "berlin.": "correct",
         "Rome": "wrong",
         "B) Berlin": "correct",
         "B) Rome": "wrong",
         "D": "wrong",
-    }.items():
-        assert (
-            choice.reward(completion(f"<think>x</think><answer>{answer}</answer>"), problem).value
-            == value
-        )
-    by_text = Problem(
-        id="t/2",
-        question="?",
-        answer="Berlin",
-        source="t",
-        meta={"choices": {"A": "Paris", "B": "Berlin"}},
-    )
-    assert choice.reward(completion(r"\boxed{B}"), by_text).value == "correct"
-    letters = Problem(
-        id="t/4", question="?", answer="A", source="t", meta={"choices": ["C", "D", "A", "K"]}
-    )
-    assert choice.reward(completion(r"\boxed{A}"), letters).value == "correct"
-    unknown = Problem(
-        id="t/3", question="?", answer="E", source="t", meta={"choices": ["Paris", "Berlin"]}
-    )
-    assert choice.reward(completion(r"\boxed{B}"), unknown).value == "undecided"
+    }
+    for answer, expected in expected_verdicts.items():
+        text = f"<think>x</think><answer>{answer}</answer>"
+        assert choice_verdict(text, cities) == expected, answer
+
+    text_as_gold_answer = choice_problem("Berlin", {"A": "Paris", "B": "Berlin"})
+    assert choice_verdict(r"\boxed{B}", text_as_gold_answer) == "correct"
+
+    # The gold answer A means choice A, although A is also the text of choice C.
+    letters_as_texts = choice_problem("A", ["C", "D", "A", "K"])
+    assert choice_verdict(r"\boxed{A}", letters_as_texts) == "correct"
+
+    gold_answer_is_no_choice = choice_problem("E", ["Paris", "Berlin"])
+    assert choice_verdict(r"\boxed{B}", gold_answer_is_no_choice) == "undecided"
