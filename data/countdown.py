@@ -126,7 +126,7 @@ class _Term(NamedTuple):
 
 
 def _random_puzzle(random: Random, numbers: list[int]) -> _Puzzle | None:
-    """Combines two random terms until one is left.
+    """Combines random pairs of terms until one term remains.
 
     Returns None if a divisor is zero or the result is not an integer.
     """
