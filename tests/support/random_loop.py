@@ -84,7 +84,7 @@ class TokenPrompts:
     stop = ()
     stop_token_ids = ()
 
-    def ids(self, problem):
+    def token_ids(self, problem):
         """Returns the prompt's token ids."""
         return (5, 6, 7 + int(problem.id[1:]))
 

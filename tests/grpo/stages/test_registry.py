@@ -144,7 +144,7 @@ class CountStage:
     def run(self, config, *, resume):
         self.counted += range(config.count.to)
 
-    def arithmetic(self, config):
+    def batch_arithmetic(self, config):
         return f"count       to {config.count.to}"
 
     def needs(self, config):
@@ -157,7 +157,7 @@ class CountStage:
     def parts(self, config):
         return [Part(stage=self, config=config)]
 
-    def preview(self, config):
+    def dry_run_lines(self, config):
         return ["nothing is loaded"]
 
     def checks(self, config, problems, prompts):
