@@ -114,10 +114,10 @@ def reward(completion: Completion, problem: Problem, *, language: str | None = N
     Source: DeepSeek-R1 2501.12948 section 2.3.2; see the module for what the paper leaves open.
     """
     thoughts = completion.text.partition("</think>")[0].replace("<think>", "")
-    return share(thoughts, language or of(problem.question))
+    return share_in_language(thoughts, language or detect_language(problem.question))
 
 
-def share(text: str, language: str) -> float:
+def share_in_language(text: str, language: str) -> float:
     """Returns the share of a text's words that are in a language, 1 if it has no words.
 
     For a language in Latin script, its share of the words in Latin script is estimated: it is its
@@ -139,7 +139,7 @@ def share(text: str, language: str) -> float:
     return num_in_scripts * (1 - num_foreign / num_identified) / num_words
 
 
-def of(text: str) -> str:
+def detect_language(text: str) -> str:
     """Returns the language of a text: the language of most of its words.
 
     A text with kana is Japanese. Otherwise the most frequent script decides, and for Latin script

@@ -15,10 +15,10 @@ def reward(completion: Completion, problem: Problem, *, n: int = 20) -> float:
     Source: the n-gram penalty of 2502.03373 section 4.2. The paper counts n-grams of tokens (n =
     40) and penalizes each token; this reward counts words and is one number per completion.
     """
-    return -repeated(completion.text, n)
+    return -repeated_share(completion.text, n)
 
 
-def repeated(text: str, n: int) -> float:
+def repeated_share(text: str, n: int) -> float:
     """Returns the share of n-grams that occur earlier in the text, in time linear in its length.
 
     Example: `repeated("a b a b a b", 2)` is 3/5.

@@ -169,7 +169,8 @@ PRESETS = {
             ),
             "model.float32_head": True,
         },
-        note="its k = 8 off-policy steps: train.max_staleness; without forced interruptions",
+        note="train.max_staleness sets its k = 8 off-policy steps; forced interruptions are not "
+        "implemented",
     ),
     "sapo": Preset(
         source="SAPO 2511.20347",
@@ -266,7 +267,8 @@ EQUATIONS = {
     "cispo": "sg(min(r, {cap:g})) A log pi",
     "reinforce": "r A",
     "sapo": "(4 / tau) sigmoid(tau (r - 1)) A, tau 1 where A > 0, else 1.05",
-    "gmpo": "s A, s = exp(mean of log r within [-{clip_low:g}, {clip_high:g}])",
+    "gmpo": "s A, s = exp(mean of clipped log r): at most {clip_high:g} where A > 0, at least "
+    "-{clip_low:g} where A < 0",
 }
 
 # R is a completion's reward, R_t a token's return.

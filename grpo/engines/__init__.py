@@ -5,8 +5,8 @@
     transfer/   sends weights to an engine, one file per transport
     endpoint    an OpenAI-compatible endpoint, for a teacher
 
-The rest of the program uses engines through this file only. vLLM is imported only in this package.
-This file imports neither vLLM nor torch.
+grpo/stages constructs engines; other packages use them through this protocol. vLLM is imported only
+in this package. This file imports neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class EngineTimeoutError(EngineError):
 
 @dataclass(eq=False)
 class EngineDiedError(EngineError):
-    """The engine's child process ended during a call.
+    """The engine's child process ended, or closed its connection, during a call.
 
     Attributes:
         method: the name of the call.
@@ -73,6 +73,11 @@ class EngineDiedError(EngineError):
 
     def __str__(self) -> str:
         """Returns the message, with a hint when the process was probably out of memory."""
+        if self.exit_code is None:
+            return (
+                f"the connection to the engine closed during `{self.method}`, but its process has "
+                f"not ended; its log: {self.log_file}"
+            )
         cause = describe_exit(self.exit_code)
         if self.exit_code == -signal.SIGKILL:
             cause += " (out of memory? Lower engine.kv_cache_gb or engine.max_sequences)"
@@ -244,9 +249,7 @@ class WrongWeightVersionError(EngineError):
 
     def __str__(self) -> str:
         """Returns the message."""
-        return (
-            f"{self.engine} holds weight version {self.reported}, expected version {self.expected}"
-        )
+        return f"weight version {self.reported}, expected version {self.expected}: {self.engine}"
 
 
 @dataclass(eq=False)
@@ -261,7 +264,7 @@ class ServerLostError(EngineError):
 
     def __str__(self) -> str:
         """Returns the message."""
-        return f"{self.server} was lost"
+        return f"lost the server {self.server}"
 
 
 def describe_exit(exit_code: int | None) -> str:
@@ -269,7 +272,11 @@ def describe_exit(exit_code: int | None) -> str:
     if exit_code is None:
         return "not ended"
     if exit_code < 0:
-        return f"killed by {signal.Signals(-exit_code).name}"
+        try:
+            name = signal.Signals(-exit_code).name
+        except ValueError:  # a real-time signal
+            name = f"signal {-exit_code}"
+        return f"killed by {name}"
     return f"exit code {exit_code}"
 
 
@@ -282,8 +289,9 @@ class Request:
 
     Attributes:
         prompt_ids: the tokens of the prompt.
-        seed: the seed of the first completion. Completion i is sampled with `seed + i`, so one
-            request with n = G, G requests with n = 1 and a retry return the same completions.
+        seed: the seed of the first completion. Completion i is sampled with `seed + i`: one
+            request with n = G, G requests with n = 1 and a retry use the same seeds. Their
+            completions are equal if the engine's logits do not depend on the batch.
         n: the number of completions.
     """
 
@@ -373,23 +381,31 @@ class Engine(Protocol):
         A child process holds one copy, a pool holds one per server.
 
         Returns:
-            A list per copy that this rank manages, with the completions of each request.
+            `result[copy][request]`: the completions of the request from this copy, for the copies
+            that this rank manages. With a pool of servers, rank 0 manages all copies.
         """
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        """Replaces every weight and empties the prefix cache.
+        """Replaces every weight. Cached results of older weights are not used afterwards.
 
-        Completions that start afterwards carry `version`.
+        All ranks call it together. Completions that start afterwards carry `version`.
+
+        Args:
+            weights: all weights of the model.
+            version: the number that identifies these weights.
+
+        Raises:
+            EngineError: the weights did not arrive completely and unchanged.
         """
 
     def reset_cache(self) -> None:
-        """Empties the prefix cache.
+        """Empties the prefix cache of a child process.
 
         Later results then do not depend on earlier requests, not even in the last bits.
         """
 
     def sleep(self) -> None:
-        """Frees the device memory of the engine, weights included."""
+        """Frees the device memory of the engine, weights included. Servers keep their memory."""
 
     def wake(self) -> None:
         """Allocates the device memory that `sleep` freed. Call `load_weights` next."""

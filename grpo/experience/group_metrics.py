@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.learning.advantages import has_signal
+from grpo.learning.advantages import rewards_differ
 from grpo.types import Completion, Sample, ScoredGroup
 
 
@@ -32,7 +32,7 @@ def group_metrics(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "reward/mean": mean(rewards),
         "reward/missing": 1 - len(rewards) / len(completions),
-        "group/no_signal": mean([float(not has_signal(scored.rewards)) for scored in groups]),
+        "group/no_signal": mean([float(not rewards_differ(scored.rewards)) for scored in groups]),
         "completion/length": mean(lengths),
         "completion/length_max": float(max(lengths)),
         "completion/truncated": mean(truncated),

@@ -20,7 +20,7 @@ from typing import Any
 from grpo.config import RewardSettings
 from grpo.learning.advantages import unflatten
 from grpo.types import Completion, Group, Score, UserError, Verdict
-from rewards.workers.pool import Failure, Pool
+from rewards.workers.pool import Failure, WorkerPool
 
 # The function that a plugin file defines -> the kind of plugin, for messages.
 _KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}
@@ -89,7 +89,7 @@ def _import_function(name: str, key: str) -> Callable[..., Any]:
 
 
 def rewards(
-    section: Mapping[str, RewardSettings], pool: Pool
+    section: Mapping[str, RewardSettings], pool: WorkerPool
 ) -> dict[str, tuple[RewardFunction, float]]:
     """Returns function and weight of each reward in the config section `rewards`.
 
@@ -102,7 +102,7 @@ def rewards(
     return functions
 
 
-def load_reward(name: str, options: Mapping[str, Any], pool: Pool) -> RewardFunction:
+def load_reward(name: str, options: Mapping[str, Any], pool: WorkerPool) -> RewardFunction:
     """Returns a reward as a function of groups and their prompts.
 
     Three kinds of reward function are supported. The kind is determined by the parameter names.
@@ -190,7 +190,7 @@ class _PooledReward:
     function: Callable[..., RewardValue]
     options: Mapping[str, Any]
     timeout_s: float
-    pool: Pool
+    pool: WorkerPool
 
     def __call__(
         self, groups: Sequence[Group], prompts: Sequence[Prompt]

@@ -1,6 +1,6 @@
 """Samples groups: derives seeds, sends requests to an engine, and returns completions as groups.
 
-Depends on the `Engine` protocol only. No torch.
+It uses any engine through the `Engine` protocol, and does not import torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def derive_seed(run_seed: int, rollout: int | str, problem_id: str) -> int:
 def sampling_options(
     config: SamplingStageConfig, prompts: Prompts | ChatPrompts, temperature: float
 ) -> SamplingOptions:
-    """Returns the engine's sampling options for a config."""
+    """Returns the engine's sampling options for a config.
+
+    `temperature` is an argument because an evaluation has its own (`eval.temperature`).
+    """
     sampling = config.sampling
     return SamplingOptions(
         max_tokens=sampling.max_tokens,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.config.algorithm import AlgorithmSettings
-from grpo.learning.advantages import has_signal
+from grpo.learning.advantages import rewards_differ
 from grpo.types import (
     Completion,
     Group,
@@ -72,11 +72,16 @@ class Selection:
     def collect(self, sample_round: SampleRound) -> SelectedGroups:
         """Samples the groups of a rollout and selects those to learn from.
 
+        `algorithm.no_signal=drop` drops groups whose rewards are equal. `resample` replaces groups
+        that do not have both correct and wrong completions.
+
         Args:
             sample_round: Samples and scores groups. Not called with asynchronous rollouts.
 
         Raises:
             TrainingStoppedError: Too few problems or groups are left to learn from.
+            UserError: A problem's `meta.pass_rate` is invalid.
+            EngineError: The engine failed.
         """
         self.sampled = []
         no_signal = self.algorithm.no_signal
@@ -85,7 +90,7 @@ class Selection:
         self.sampled = self._sample(sample_round, self.num_groups, 0)
         if no_signal == "keep":
             return SelectedGroups(self.sampled, list(self.sampled))
-        used = [scored for scored in self.sampled if has_signal(scored.rewards)]
+        used = [scored for scored in self.sampled if rewards_differ(scored.rewards)]
         return SelectedGroups(self.sampled, used)
 
     def _collect_until_full(self, sample_round: SampleRound) -> SelectedGroups:
@@ -110,7 +115,10 @@ class Selection:
         return SelectedGroups(self.sampled, used[: self.num_groups])
 
     def _signal_share(self) -> float:
-        """Returns the share of this rollout's groups with a training signal (1 without groups)."""
+        """Returns the share of this rollout's groups with a training signal.
+
+        It is at least MIN_SIGNAL_SHARE, and 1 before the first round.
+        """
         if not self.sampled:
             return 1.0
         num_with_signal = sum(has_training_signal(scored) for scored in self.sampled)
@@ -166,9 +174,9 @@ class Selection:
             num_excluded += 1
             if num_excluded == MAX_EXCLUDED:
                 raise TrainingStoppedError(
-                    "algorithm.drop_solved and algorithm.pass_rate exclude the last "
-                    f"{num_excluded} problems. Either the model has learned this data, or the "
-                    "bounds are too narrow."
+                    f"algorithm.drop_solved and algorithm.pass_rate excluded {num_excluded} "
+                    "problems in a row. Either the model has learned this data, or the bounds are "
+                    "too narrow: widen them, or use other data."
                 )
         return problems
 
@@ -188,7 +196,10 @@ class Selection:
         return min_rate <= rate <= max_rate and not is_solved
 
     def state(self) -> dict[str, Any]:
-        """Returns the state for a checkpoint, including the stream's if there is one."""
+        """Returns the state for a checkpoint, including the stream's if there is one.
+
+        Its values are written as JSON; `load` takes the parsed JSON.
+        """
         state = {
             "position": self.position,
             "carried": self.carried,
@@ -212,7 +223,7 @@ def has_training_signal(scored: ScoredGroup) -> bool:
     """
     verdicts = {verdict.value for verdict in scored.verdicts if verdict is not None}
     if not verdicts:
-        return has_signal(scored.rewards)
+        return rewards_differ(scored.rewards)
     return "correct" in verdicts and "wrong" in verdicts
 
 
@@ -227,7 +238,7 @@ def pass_rate(scored: ScoredGroup) -> float:
         for verdict in scored.verdicts
         if verdict is not None and verdict.value != "undecided"
     ]
-    if not is_right and has_signal(scored.rewards):
+    if not is_right and rewards_differ(scored.rewards):
         decided = [reward for reward in scored.rewards if reward is not None]
         is_right = [reward == max(decided) for reward in decided]
     if not is_right:

@@ -112,7 +112,7 @@ def _group_relative_advantages(
 
     advantages_PG = []
     for rewards_G in rewards_PG:
-        if not has_signal(rewards_G):
+        if not rewards_differ(rewards_G):
             advantages_PG.append([0.0] * len(rewards_G))
             continue
         rewards = _without_none(rewards_G)
@@ -147,7 +147,7 @@ def _batch_advantages(
                 all_returns += _returns_to_go(reward, penalties_L)
     mean = _mean(all_returns)
     scale = math.inf  # makes every advantage 0
-    if has_signal(all_returns):
+    if rewards_differ(all_returns):
         scale = _population_std(all_returns) + EPSILON
     advantages_PGL = []
     for rewards_G, penalties_GL in zip(rewards_PG, penalties_PGL, strict=True):
@@ -234,7 +234,7 @@ def _population_std(values: Sequence[float]) -> float:
     return float(variance**0.5)
 
 
-def has_signal(rewards_G: Sequence[float | None]) -> bool:
+def rewards_differ(rewards_G: Sequence[float | None]) -> bool:
     """Returns whether the rewards of a group differ. If not, all its advantages are 0."""
     rewards = _without_none(rewards_G)
     return bool(rewards) and max(rewards) != min(rewards)

@@ -1,8 +1,8 @@
 """The objective that an update minimises, at each token.
 
-It is the recipe's loss with three optional terms: the correction for the mismatch between learner
-and sampler, the KL to the reference, and an entropy bonus. All tensors are [B, T]. Nothing in this
-file reduces over tokens.
+It is the recipe's loss, with advantages that may be weighted for the mismatch between learner and
+sampler, plus two optional terms: the KL to the reference and an entropy bonus. All tensors are
+[B, T]. The reduction over tokens is not part of this file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Objective:
     Attributes:
         per_token: [B, T], to be minimised.
         metrics: Quantities [B, T] by metric name. Their means over completion tokens are reported.
-        sampler_ratios: [B, T], pi / pi_sampler, without a gradient.
+        sampler_ratios: [B, T], pi_old / pi_sampler, without a gradient. With
+            `algorithm.old_logprobs=sampler`, where this ratio is 1, pi / pi_sampler.
     """
 
     per_token: Tensor
@@ -110,7 +111,7 @@ def _kl_coefficient(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Returns an estimate of KL(pi || ref) at each token, with d = log pi - log ref.
+    """Returns an estimate of KL(pi || ref) at each token [B, T], with d = log pi - log ref.
 
     The estimators are:
 
@@ -141,17 +142,20 @@ def mismatch_weights(
     They are functions of rho = pi_old / pi_sampler:
 
     - `none`: 1
-    - `tis`: min(rho, high)
+    - `tis`: rho clamped to [low, high]
     - `mis_token`, `icepop`: rho if low <= rho <= high, else 0
     - `mis_sequence`: as `mis_token`, with the product of rho over the sequence
     - `mask_sequence`: 1 if the geometric mean of rho over the sequence is within the bounds, else 0
 
     Args:
         log_ratios: log rho [B, T], 0 outside the completions.
-        mask: The completion tokens [B, T].
-        kind: The kind of correction.
-        low: Lower bound of rho. None: the default in MISMATCH_BOUNDS.
-        high: Upper bound of rho. None: the default in MISMATCH_BOUNDS.
+        mask: The completion tokens [B, T], bool.
+        kind: `none` or a key of MISMATCH_BOUNDS.
+        low: Lower bound of rho, of its product or of its geometric mean. None: the default.
+        high: Upper bound. None: the default.
+
+    Raises:
+        KeyError: `kind` is unknown.
     """
     if kind == "none":
         return torch.ones_like(log_ratios)

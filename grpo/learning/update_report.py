@@ -21,9 +21,9 @@ class MicroBatchReport:
     Attributes:
         loss: The micro-batch's part of the update's loss.
         metrics: The sum of each metric of the objective.
-        ratio_sum: The sum of pi / pi_sampler.
-        ratio_squared_sum: The sum of (pi / pi_sampler)^2.
-        max_ratio: The maximum of pi / pi_sampler.
+        ratio_sum: The sum of the ratios to the sampler (`Objective.sampler_ratios`).
+        ratio_squared_sum: The sum of their squares.
+        max_ratio: Their maximum.
     """
 
     loss: Tensor

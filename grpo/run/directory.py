@@ -6,12 +6,13 @@
         checkpoints/step-000020/
         final/
 
-A file or directory is written under another name, flushed to disk and then renamed. One that has
-its final name is therefore complete.
+Files and directories are written under another name and then renamed, so a file that has its final
+name is complete. Checkpoints and models are flushed to disk before that. metrics.jsonl is appended
+to; its reader ignores an incomplete last line.
 
-A checkpoint is written between rollouts. Seeds and the engine's weights are functions of the number
-of rollouts and need no files; the position in the data, carried groups and pass rates are in
-state.json.
+A checkpoint is written between rollouts. It contains the learner's state and, in state.json, the
+position in the data, carried groups and pass rates. Seeds and weight versions follow from the
+number of rollouts. After a resume, the engine receives the learner's weights.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from grpo.types import RunError, Sample, UserError
 Parameters = ParamSpec("Parameters")
 
 
-def scratch_of(target: Path) -> Path:
+def scratch_path(target: Path) -> Path:
     """Returns the directory that `replace_directory` fills before it is renamed to `target`."""
     return target.with_name(f".{target.name}.partial")
 
 
 def _on_rank0(method: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    """Returns the method, which then does nothing on other ranks than rank 0."""
+    """Decorator: runs the method on rank 0 only."""
 
     @functools.wraps(method)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
@@ -57,9 +58,9 @@ def _on_rank0(method: Callable[Parameters, None]) -> Callable[Parameters, None]:
 def replace_directory(target: Path) -> Iterator[Path]:
     """Yields an empty directory next to `target`, which becomes `target` at the end of the context.
 
-    It is flushed to disk before it is renamed. After an error, `target` is unchanged.
+    It is flushed to disk before it is renamed. If the context raises, `target` is unchanged.
     """
-    scratch = scratch_of(target)
+    scratch = scratch_path(target)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
@@ -204,7 +205,8 @@ def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
 class RunDirectory:
     """The files of one run.
 
-    The process holds a lock on the directory until it ends. Only rank 0 writes; all ranks read.
+    The process holds a lock on the directory until it ends. Rank 0 writes everything, except the
+    other ranks' parts of a checkpoint and their logs. All ranks read.
     """
 
     def __init__(self, path: str, *, resume: bool) -> None:
@@ -275,7 +277,8 @@ class RunDirectory:
     def has_results(self) -> bool:
         """Returns whether the run has results to keep.
 
-        Results are a recorded step, a part of the stage in its own folder, or a quantised model.
+        Results are rows of metrics, a run in a subdirectory (a stage of a pipeline), or a quantized
+        model.
         """
         if self.metrics.exists():
             return True
@@ -337,7 +340,7 @@ class RunDirectory:
         if not keep:
             return
         target = self.samples / f"step-{step:06d}.npz"
-        scratch = target.with_name(f".{target.name}")
+        scratch = target.with_name(f".{target.name}")  # np.savez requires the suffix .npz
         np.savez_compressed(scratch, **_columns_of(samples))
         scratch.rename(target)
         for old in sorted(self.samples.glob("step-*.npz"))[:-keep]:
@@ -386,7 +389,8 @@ class RunDirectory:
 
         Args:
             step: The step.
-            state: Written to state.json, with the step and a hash of every file.
+            state: JSON values, written to state.json with the step and a hash of every file.
+                `prune_checkpoints` reads `metrics` from it.
             write: Called as `write(directory)` on all ranks; writes this rank's files.
 
         Raises:
@@ -398,7 +402,7 @@ class RunDirectory:
             self._save_on_rank0(target, {**state, "step": step}, write)
         else:
             ranks.all_gather("the checkpoint's directory", None)
-            write(scratch_of(target))
+            write(scratch_path(target))
             ranks.all_gather("the other ranks' parts of the checkpoint", None)
         ranks.all_gather("the checkpoint's end", None)
         return target
@@ -415,7 +419,7 @@ class RunDirectory:
                     {**state, "files": _file_hashes(scratch)}, default=dataclass_fields
                 )
                 (scratch / "state.json").write_text(text)
-        except RunError:
+        except RunError:  # a RuntimeError, which must not be caught below
             raise
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             raise RunError(

@@ -4,8 +4,7 @@ An exchange is one call of `all_gather`. All ranks make the same exchanges in th
 process without a launcher is a group of one, whose exchanges need no torch.
 
 All ranks have all samples of a rollout (`split_across_ranks`), so they make the same decisions
-about it. DeepSpeed shares weights, gradients and optimizer states. Only rank 0 writes the run
-directory.
+about it. DeepSpeed shards optimizer states (ZeRO 1), gradients (2) and weights (3).
 """
 
 from __future__ import annotations
@@ -175,10 +174,10 @@ def _end_gloo_groups() -> None:
     """Ends the threads of gloo before the interpreter ends.
 
     A thread that frees a tensor after the end of the interpreter aborts the process, so a
-    successful run would end with SIGABRT (pytorch/pytorch#179291). The last exchange of a run uses
-    `_gloo_group`. DeepSpeed keeps references to its own gloo groups, whose threads are idle by
-    then. An NCCL group ends with the process: destroying it needs all ranks, and one may have
-    failed.
+    successful run would end with SIGABRT (pytorch/pytorch#179291). Only `_gloo_group` can still
+    have a busy thread, because it runs the last exchange of a run. DeepSpeed's own gloo groups are
+    idle by then. An NCCL group ends with the process: destroying it requires all ranks, and one of
+    them may have failed.
     """
     global _gloo_group
     from torch import distributed
@@ -340,27 +339,25 @@ def measure_all_reduce_s(num_bytes: int, tries: int = 5) -> float:
 
 
 class SequenceParallelShare(NamedTuple):
-    """This rank's part of work that neighbouring ranks share.
+    """The data-parallel position of a rank under sequence parallelism.
 
-    `SequenceParallelShare(share=(0, 2), is_reporter=True)`.
+    Rank 1 of 4 with `learner.sequence_parallel: 2` has
+    `SequenceParallelShare(share=(0, 2), is_reporter=False)`.
     """
 
-    share: tuple[int, int]  # (index of the part, number of parts)
-    is_reporter: bool  # whether this rank reports the result of the part
+    share: tuple[int, int]  # (data-parallel rank, data-parallel size)
+    is_reporter: bool  # True on the first rank of each sequence-parallel group
 
 
 def sequence_parallel_share(size: int) -> SequenceParallelShare:
-    """Returns this rank's part of work, where `size` neighbouring ranks share each part.
-
-    The first rank of each part reports its result.
-    """
+    """Returns this rank's data-parallel position if `size` neighbouring ranks share a sequence."""
     return SequenceParallelShare(
         share=(rank() // size, world_size() // size), is_reporter=rank() % size == 0
     )
 
 
 def split_across_ranks(name: str, work: Callable[[slice], Sequence[T]]) -> list[T]:
-    """Returns a list to which each rank contributes its share.
+    """Returns, on every rank, the complete list of which each rank computes a share.
 
     Args:
         name: The name of the exchange, for error messages.
@@ -370,13 +367,15 @@ def split_across_ranks(name: str, work: Callable[[slice], Sequence[T]]) -> list[
     share = slice(rank(), None, world_size())
     parts = all_gather_or_raise(name, lambda: list(work(share)))
     total = sum(len(part) for part in parts)
+    # Item i was computed by rank i % n, as its item i // n.
     return [parts[i % world_size()][i // world_size()] for i in range(total)]
 
 
 def rank0_first(name: str, work: Callable[[], T]) -> T:
     """Runs `work` on rank 0, then on the other ranks, and returns this rank's result.
 
-    The other ranks use files that rank 0 has created, e.g. a download.
+    The other ranks use files that rank 0 has created, e.g. a download. An error of rank 0 is raised
+    on all ranks; an error of another rank is raised there only.
 
     Args:
         name: The name of the exchange, for error messages.

@@ -40,7 +40,9 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Prevents `raise_if_received` from raising within the context.
+        """Prevents `raise_if_received` from raising within the context. Contexts do not nest.
+
+        A signal that arrives in the context is raised by the next call after it.
 
         Use it around a collective of several ranks: if one rank leaves, the others hang.
         """

@@ -188,7 +188,7 @@ def _fault(scored: ScoredGroup, index: int, settings: CollectSettings) -> str:
         return "too long"
     if _share_in_language_of_question(scored, index) < settings.language:
         return "language"
-    if repetition.repeated(completion.text, REPETITION_NGRAM) > settings.repetition:
+    if repetition.repeated_share(completion.text, REPETITION_NGRAM) > settings.repetition:
         return "repetition"
     return ""
 
@@ -206,7 +206,8 @@ def _share_in_language_of_question(scored: ScoredGroup, index: int) -> float:
     """Returns the share of a completion's thoughts in the language of the question."""
     text = scored.group.completions[index].text
     thoughts = text.partition("</think>")[0].replace("<think>", "")
-    return language.share(thoughts, language.of(scored.group.problem.question))
+    expected = language.detect_language(scored.group.problem.question)
+    return language.share_in_language(thoughts, expected)
 
 
 def ngrams(text: str, n: int) -> set[tuple[str, ...]]:

@@ -15,25 +15,25 @@ from grpo.stages.engine import EngineModel, send_weights, start_engine
 from grpo.stages.run_context import RunContext
 from grpo.stages.start_model import find_start_model
 from grpo.types import Group, Problem
-from rewards.workers.pool import Pool
+from rewards.workers.pool import WorkerPool
 
 # Function and weight by the name of the reward.
 Rewards = dict[str, tuple[plugins.RewardFunction, float]]
 
 
-def load_rewards(config: SamplingStageConfig) -> tuple[Pool, Rewards]:
+def load_rewards(config: SamplingStageConfig) -> tuple[WorkerPool, Rewards]:
     """Returns a pool of reward workers and the rewards that use it. The caller closes the pool.
 
     Raises:
         UserError: A reward does not exist, or its options are wrong.
     """
-    pool = Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
+    pool = WorkerPool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb)
     return pool, plugins.rewards(config.rewards, pool)
 
 
 def check_rewards(config: SamplingStageConfig) -> None:
     """Raises UserError if a reward does not exist or its options are wrong. Starts no worker."""
-    plugins.rewards(config.rewards, Pool())
+    plugins.rewards(config.rewards, WorkerPool())
 
 
 class Sampler:

@@ -43,7 +43,7 @@ from grpo.stages.stage import (
 )
 from grpo.stages.start_model import StartModel, find_start_model, find_teacher, require_same_start
 from grpo.types import Completion, Problem, RunError, ScoredGroup, TrainingStoppedError
-from rewards.workers.pool import Pool
+from rewards.workers.pool import WorkerPool
 
 if TYPE_CHECKING:
     from data.common.mixture import Mixture
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 class Inputs:
     """The plug-ins and problems, loaded and checked before the run is opened."""
 
-    workers: Pool  # closed at the end of the run
+    workers: WorkerPool  # closed at the end of the run
     rewards: Rewards
     loss: Any
     problems: dict[str, Sequence[Problem]]

@@ -16,7 +16,7 @@ from grpo.stages.train import train
 from grpo.tools import simulate as simulation
 from grpo.types import UserError
 
-PHASES = ("rollout", "rewards", "update", "sync", "probe", "rest")
+PHASES = ("rollout", "rewards", "update", "sync", "probe", "rest")  # without evaluation
 
 
 def bench(config: TrainConfig, *, resume: bool) -> None:
@@ -83,7 +83,10 @@ def simulate(config: TrainConfig, device: str, mean: float | None) -> str:
 
 
 def _workload(config: TrainConfig, mean: float) -> simulation.Workload:
-    """Returns the work of one step; `mean` is the mean completion length in tokens."""
+    """Returns the work of one step. It ignores `train.epochs` and models of a teacher.
+
+    `mean` is the mean completion length in tokens.
+    """
     num_forwards = 0
     if config.algorithm.kl_coef > 0:
         num_forwards += 1  # reference logprobs

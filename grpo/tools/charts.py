@@ -5,6 +5,7 @@ matplotlib is imported in this file only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,17 +13,22 @@ Rows = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
 
 # Title and metrics of each chart. A chart shows those of its metrics that a run has.
 CHARTS: dict[str, list[str]] = {
-    "Reward": ["reward/mean"],
+    "Mean reward": ["reward/mean"],
     "Held-out accuracy": ["eval/accuracy"],
-    "Rewards": [],  # all reward metrics that are in no other chart
-    "Share of groups": ["group/all_correct", "group/all_wrong", "group/no_signal"],
-    "Share of completions": ["completion/truncated", "reward/undecided", "reward/missing"],
+    "Reward functions": [],  # all reward metrics that are in no other chart
+    "Groups without a signal": ["group/all_correct", "group/all_wrong", "group/no_signal"],
+    "Truncated and unscored completions": [
+        "completion/truncated",
+        "reward/undecided",
+        "reward/missing",
+    ],
     "Tokens per completion": ["completion/length", "completion/length_max"],
     "Entropy per token": ["policy/entropy"],
     "Loss": ["loss"],
     "Token accuracy": ["policy/token_accuracy"],
     "Gradient norm": ["policy/grad_norm"],
-    "KL to the reference": ["kl/ref", "policy/divergence"],
+    "KL to the reference": ["kl/ref"],
+    "Divergence from the teacher": ["policy/divergence"],
     "Difference of engine and learner": ["mismatch/abs", "mismatch/k3", "probe/gap"],
     "Clipped tokens": ["clip/low", "clip/high"],
     "Staleness in versions": ["staleness/mean", "staleness/max"],
@@ -38,6 +44,9 @@ HISTOGRAMS: dict[str, tuple[str, Callable[[int], str]]] = {
 PHASES = ("rollout", "rewards", "update", "sync", "probe", "eval", "rest")
 LINE_STYLES = ("-", "--", ":", "-.")
 SIZE = (4.6, 2.7)  # inches
+MAX_TICKS = 9  # labels on the axis of a histogram
+MIN_PHASE_SHARE = 0.003  # shorter phases are not drawn
+MAX_MARKED_POINTS = 20  # a line with fewer points has a marker on each
 GREY = "#808080"  # legible on light and dark pages
 
 
@@ -46,6 +55,8 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
 
     With several runs, the colour shows the run and the line style the metric.
 
+    It selects the backend and the style of matplotlib for the process.
+
     Args:
         runs: The metrics of each run, by name.
     """
@@ -53,22 +64,22 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for title, metrics in CHARTS.items():
         candidates = metrics or _other_rewards(runs)
-        present = [key for key in candidates if _is_in_a_run(key, runs)]
+        present = [key for key in candidates if _any_run_has(key, runs)]
         if present:
-            figures[title] = _lines(runs, present)
+            figures[title] = _line_chart(runs, present)
     for name, rows in runs.items():
         suffix = f", {name}" if len(runs) > 1 else ""
         for title, (key, bin_label) in HISTOGRAMS.items():
             counts = {row["step"]: row[key] for row in rows if sum(row.get(key, ()))}
             if counts:
-                figures[title + suffix] = _heat(counts, bin_label)
+                figures[title + suffix] = _heat_map(counts, bin_label)
         timed = [row for row in rows if "time/rollout_s" in row]
         if timed:
-            figures[f"Seconds per phase{suffix}"] = _phases(timed)
+            figures[f"Seconds per phase{suffix}"] = _phase_chart(timed)
     return figures
 
 
-def _is_in_a_run(key: str, runs: Mapping[str, Rows]) -> bool:
+def _any_run_has(key: str, runs: Mapping[str, Rows]) -> bool:
     return any(series(rows, key) for rows in runs.values())
 
 
@@ -116,7 +127,7 @@ def _other_rewards(runs: Mapping[str, Rows]) -> list[str]:
     return sorted(keys - charted)
 
 
-def _lines(runs: Mapping[str, Rows], metrics: Sequence[str]) -> Any:
+def _line_chart(runs: Mapping[str, Rows], metrics: Sequence[str]) -> Any:
     """Returns a line chart of metrics over the steps of all runs."""
     figure, axes = _new_figure()
     several_runs = len(runs) > 1
@@ -130,14 +141,17 @@ def _lines(runs: Mapping[str, Rows], metrics: Sequence[str]) -> Any:
                 labels.append(name)
             if len(metrics) > 1:
                 labels.append(key.partition("/")[2])
-            steps, values = zip(*points, strict=True)
+            colour_number, line_style = metric_number, "-"
+            if several_runs:
+                colour_number = run_number
+                line_style = LINE_STYLES[metric_number % len(LINE_STYLES)]
             axes.plot(
-                steps,
-                values,
-                LINE_STYLES[metric_number % 4] if several_runs else "-",
-                color=f"C{run_number if several_runs else metric_number}",
+                [step for step, _ in points],
+                [value for _, value in points],
+                line_style,
+                color=f"C{colour_number}",
                 label=" ".join(labels),
-                marker="." if len(points) < 20 else None,
+                marker="." if len(points) < MAX_MARKED_POINTS else None,
             )
     if several_runs or len(metrics) > 1:
         axes.legend(fontsize="x-small", frameon=False)
@@ -145,7 +159,7 @@ def _lines(runs: Mapping[str, Rows], metrics: Sequence[str]) -> Any:
     return figure
 
 
-def _heat(counts: Mapping[int, Sequence[int]], bin_label: Callable[[int], str]) -> Any:
+def _heat_map(counts: Mapping[int, Sequence[int]], bin_label: Callable[[int], str]) -> Any:
     """Returns a histogram per step as a heat map: one column per step, darker for larger shares.
 
     Args:
@@ -166,24 +180,24 @@ def _heat(counts: Mapping[int, Sequence[int]], bin_label: Callable[[int], str]) 
     # A share of 0 is transparent.
     colours = [[(0.12, 0.47, 0.71, share**0.5) for share in shares[i]] for i in visible_bins]
     axes.imshow(colours, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
-    ticks = visible_bins[:: -(-len(visible_bins) // 9)]
+    ticks = visible_bins[:: math.ceil(len(visible_bins) / MAX_TICKS)]
     axes.set_yticks(list(ticks), [bin_label(i) for i in ticks])
     return figure
 
 
-def _phases(rows: Rows) -> Any:
+def _phase_chart(rows: Rows) -> Any:
     """Returns a stacked chart of the seconds per phase, with the lower bound as a line."""
     figure, axes = _new_figure()
     steps = [row["step"] for row in rows]
     total = sum(row["time/total_s"] for row in rows)
     seconds = {phase: [row.get(f"time/{phase}_s") or 0.0 for row in rows] for phase in PHASES}
-    visible = [phase for phase in PHASES if sum(seconds[phase]) > 0.003 * total]
+    visible = [phase for phase in PHASES if sum(seconds[phase]) > MIN_PHASE_SHARE * total]
     axes.stackplot(steps, [seconds[phase] for phase in visible], labels=visible, alpha=0.8)
     axes.plot(
         steps,
         [row.get("bound/total_s") or 0.0 for row in rows],
         "--",
-        color="#222222",
+        color=GREY,
         label="lower bound",
     )
     figure.legend(fontsize="x-small", frameon=False, ncols=4, loc="outside lower center")

@@ -1,6 +1,7 @@
 """`grpo grade`: verifies the answers in a file, or scores the samples of a run again.
 
-It uses the current rewards, without a model or an engine.
+A file is verified with the reward `accuracy`, a run with the rewards of its config. Neither needs a
+model or an engine.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import yaml
 from grpo import config as configs
 from grpo.experience import plugins
 from grpo.experience.scoring import score
+from grpo.learning.advantages import unflatten
 from grpo.types import Completion, Group, Problem, ScoredGroup, UserError, Verdict
 from rewards import accuracy
-from rewards.workers.pool import Failure, Pool
+from rewards.workers.pool import Failure, WorkerPool
 
 PREDICTION_FIELDS = ("prediction", "completion")
 GOLD_FIELDS = ("gold", "answer")
@@ -49,10 +51,10 @@ def grade(path: str, *, explain: int | None = None, output: str | None = None) -
         print(_explain_line(Path(path), explain))
         return
     if Path(path).is_dir():
-        rows, message = regrade(Path(path))
+        rows, summary = regrade(Path(path))
     else:
-        rows, message = verdicts(list(read_rows(Path(path))))
-    print(message)
+        rows, summary = verdicts(list(read_rows(Path(path))))
+    print(summary)
     if output:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         Path(output).write_text("".join(lines), encoding="utf-8")
@@ -97,7 +99,7 @@ def verdicts(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         The rows with the new fields `verdict` and `reason`, and a summary as text.
     """
     calls = [(field(row, PREDICTION_FIELDS), field(row, GOLD_FIELDS)) for row in rows]
-    with Pool() as pool:
+    with WorkerPool() as pool:
         results = pool.map("rewards.accuracy:verify", calls, timeout_s=accuracy.TIMEOUT_S)
     graded = []
     for row, result in zip(rows, results, strict=True):
@@ -119,22 +121,27 @@ def _summary_lines(graded: list[dict[str, Any]]) -> Iterator[str]:
     labelled = [row for row in graded if row.get("label") in LABELS]
     if not labelled:
         return
-    mistakes = Counter(row["verdict"] for row in labelled if row["verdict"] != row["label"])
-    agreement = 1 - sum(mistakes.values()) / len(labelled)
+    wrong_verdicts = [row["verdict"] for row in labelled if row["verdict"] != row["label"]]
+    num_false_positives = wrong_verdicts.count("correct")
+    num_false_negatives = wrong_verdicts.count("wrong")
+    num_undecided = wrong_verdicts.count("undecided")
+    agreement = 1 - len(wrong_verdicts) / len(labelled)
     yield (
-        f"compared with {len(labelled)} labels: {agreement:.1%} agree, {mistakes['correct']} false "
-        f"positives, {mistakes['wrong']} false negatives, {mistakes['undecided']} undecided"
+        f"compared with {len(labelled)} labels: {agreement:.1%} agree, {num_false_positives} false "
+        f"positives, {num_false_negatives} false negatives, {num_undecided} undecided"
     )
 
 
 def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
     """Scores the samples of a run again, with the rewards of its config and the current code.
 
+    Rewards that read the prompt receive the question, because a run does not store its prompts.
+
     Returns:
         The rows of its samples with the new rewards, and a summary of the changes as text.
 
     Raises:
-        UserError: `run` has no samples or no config.yaml.
+        UserError: `run` has no samples or no config.yaml, or a sample cannot be read.
     """
     from grpo.stages.registry import stage_for_config
 
@@ -147,9 +154,11 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
     rows: list[dict[str, Any]] = []
     for file in files:
         rows += [{**row, "file": file.stem} for _, row in _json_lines(file)]
+    if not rows:
+        raise UserError(f"{run}: its samples are empty")
     by_problem = itertools.groupby(rows, key=lambda row: (row["file"], row["problem"]))
     groups = [_group(list(group_rows)) for _, group_rows in by_problem]
-    with Pool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb) as pool:
+    with WorkerPool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb) as pool:
         rewards = plugins.rewards(config.rewards, pool)
         scored_groups = score(groups, rewards, lambda problem: problem.question)
     regraded = _with_new_rewards(rows, scored_groups)
@@ -164,11 +173,11 @@ def _with_new_rewards(
 ) -> list[dict[str, Any]]:
     """Returns the rows with the new rewards, and the previous ones as `..._then`."""
     regraded = []
-    unmatched_rows = iter(rows)  # in the order of the groups' completions
-    for scored in scored_groups:
-        scores = zip(scored.rewards, scored.parts, scored.verdicts, strict=True)
-        for reward, parts, verdict in scores:
-            row = next(unmatched_rows)
+    group_sizes = [len(scored.rewards) for scored in scored_groups]
+    for scored, group_rows in zip(scored_groups, unflatten(rows, group_sizes), strict=True):
+        for row, reward, parts, verdict in zip(
+            group_rows, scored.rewards, scored.parts, scored.verdicts, strict=True
+        ):
             new_values = {
                 "reward_then": row["reward"],
                 "parts_then": row["parts"],

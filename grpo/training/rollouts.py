@@ -22,7 +22,7 @@ from grpo.experience.selection import Selection
 from grpo.run import ranks
 from grpo.run.display import Display, Timer
 from grpo.types import Problem, ScoredGroup
-from rewards.workers.pool import Pool
+from rewards.workers.pool import WorkerPool
 
 ProgressCallback = Callable[[int, int], None]  # called with (done, total)
 
@@ -73,7 +73,7 @@ class Rollouts:
     prompts: Prompts
     rewards: dict[str, tuple[RewardFunction, float]]
     selection: Selection
-    workers: Pool
+    workers: WorkerPool
     display: Display
     held_out: list[Problem] = field(default_factory=list)
 
@@ -96,7 +96,7 @@ class Rollouts:
         def sample_round(problems: list[Problem], round_number: int) -> list[ScoredGroup]:
             return self.sample(problems, rollout, round_number, timer)
 
-        if self.selection.take_from_stream is None:
+        if self.selection.take_from_stream is None:  # `sample` measures its own phases
             selected = self.selection.collect(sample_round)
         else:
             with timer("rollout"):  # Groups are sampled in the background: this is the wait.
@@ -125,7 +125,10 @@ class Rollouts:
             round_number: Round of dynamic sampling within the rollout, from 0.
             timer: Measures the phases `rollout` and `rewards`.
         """
-        seed_key = f"{rollout}+{round_number}" if round_number else rollout
+        # The seeds of the first round do not depend on dynamic sampling.
+        seed_key: int | str = rollout
+        if round_number:
+            seed_key = f"{rollout}+{round_number}"
         temperature = self.config.sampling.temperature
         options = sampling_options(self.config, self.prompts, temperature)
 

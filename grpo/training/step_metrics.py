@@ -119,8 +119,8 @@ def _language_share(groups: list[ScoredGroup]) -> float:
     """Returns the mean share of words in the question's language, over one completion per group."""
     shares = []
     for scored in groups[:NUM_LANGUAGE_COMPLETIONS]:
-        expected = language.of(scored.group.problem.question)
-        shares.append(language.share(scored.group.completions[0].text, expected))
+        expected = language.detect_language(scored.group.problem.question)
+        shares.append(language.share_in_language(scored.group.completions[0].text, expected))
     return mean(shares)
 
 

@@ -76,10 +76,10 @@ class _Job(NamedTuple):
     attempt: int
 
 
-class Pool:
+class WorkerPool:
     """Worker processes that call functions by name, each call under a time limit.
 
-    `Pool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` returns
+    `WorkerPool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` returns
     `[Verdict(value="correct")]`.
 
     `counts` has the number of `calls`, of failures by kind (including those of first attempts), and
@@ -100,7 +100,7 @@ class Pool:
         self._pid = os.getpid()
         self.counts: Counter[str] = Counter()
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         """Returns the pool; leaving the context closes it."""
         return self
 

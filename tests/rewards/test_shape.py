@@ -47,7 +47,7 @@ def choice_verdict(text, problem):
     ],
 )
 def test_share_is_the_proportion_of_words_in_the_language(text, expected_language, share):
-    assert language.share(text, expected_language) == pytest.approx(share)
+    assert language.share_in_language(text, expected_language) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_share_is_the_proportion_of_words_in_the_language(text, expected_languag
     ],
 )
 def test_the_language_of_a_question_is_detected(text, expected):
-    assert language.of(text) == expected
+    assert language.detect_language(text) == expected
 
 
 def test_the_language_reward_scores_only_the_thoughts():
@@ -81,8 +81,8 @@ def test_the_language_reward_scores_only_the_thoughts():
 
 @given(st.text(max_size=200), st.sampled_from(sorted(language.LANGUAGES)))
 def test_any_text_has_a_language_and_a_share_between_0_and_1(text, expected_language):
-    assert 0 <= language.share(text, expected_language) <= 1
-    assert language.of(text) in language.LANGUAGES
+    assert 0 <= language.share_in_language(text, expected_language) <= 1
+    assert language.detect_language(text) in language.LANGUAGES
 
 
 # --- length
@@ -103,11 +103,11 @@ def test_the_length_reward_falls_from_0_to_minus_1_within_the_buffer(num_tokens,
 
 def test_repetition_is_the_share_of_ngrams_that_occur_earlier():
     # The 5 bigrams are ab, ba, ab, ba, ab: 3 of them occur earlier in the text.
-    assert repetition.repeated("a b a b a b", 2) == pytest.approx(3 / 5)
-    assert repetition.repeated("one two three four", 2) == 0.0
-    assert repetition.repeated("short", 2) == 0.0
+    assert repetition.repeated_share("a b a b a b", 2) == pytest.approx(3 / 5)
+    assert repetition.repeated_share("one two three four", 2) == 0.0
+    assert repetition.repeated_share("short", 2) == 0.0
     # The 3 bigrams are 答案, 案答, 答案: 1 of them occurs earlier in the text.
-    assert repetition.repeated("答案答案", 2) == pytest.approx(1 / 3)
+    assert repetition.repeated_share("答案答案", 2) == pytest.approx(1 / 3)
     assert repetition.reward(completion("wait, " * 200), QUESTION, n=3) < -0.9
     assert repetition.reward(completion("wait, no"), QUESTION) == 0.0
 

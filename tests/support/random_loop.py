@@ -18,7 +18,7 @@ from grpo.training.rollouts import Rollouts
 from grpo.training.updates import Updater
 from grpo.training.weight_sync import ProbeReport
 from grpo.types import Completion, Problem
-from rewards.workers.pool import Pool
+from rewards.workers.pool import WorkerPool
 
 NUM_PROBLEMS = 40
 MAX_TOKENS = 8  # completions of this length have the finish reason `length`
@@ -194,7 +194,7 @@ def _make_rollouts(config, reward, take):
         selection=Selection(
             algorithm=config.algorithm, num_groups=config.train.problems, take_problems=take
         ),
-        workers=Pool(),
+        workers=WorkerPool(),
         display=SilentDisplay(),
     )
 

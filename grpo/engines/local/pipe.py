@@ -1,8 +1,8 @@
 """Messages between a process and its child over a pipe, with a time limit in both directions.
 
-A frozen process (SIGSTOP, a hung driver) reads and writes no bytes. Without a limit, sending it a
-message larger than the pipe's buffer would block forever, and so would receiving a message that it
-has begun to write.
+A frozen process (SIGSTOP, a hung driver) reads and writes no bytes. Without a limit, `send` would
+block forever once the pipe's buffer is full, and `recv` would block forever on a message that the
+process has written only partly.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ POLL_S = 0.2  # between two calls of `on_wait`
 class LimitedPipe:
     """A `Connection` whose `send` and `receive` have time limits.
 
-    After a TimeoutError the pipe may contain a part of a message, and a thread may still use it:
-    kill the child and send nothing more.
+    After a TimeoutError or an exception of `on_wait`, the pipe may contain a part of a message, and
+    a thread may still use it: kill the child and send nothing more.
     """
 
     def __init__(self, connection: Connection, on_wait: Callable[[], None]) -> None:
@@ -38,6 +38,10 @@ class LimitedPipe:
     def send(self, message: Any, timeout_s: float) -> None:
         """Sends a message.
 
+        Args:
+            message: a value that can be pickled.
+            timeout_s: the longest time in seconds.
+
         Raises:
             TimeoutError: the child did not read the message within `timeout_s`.
             OSError: the child ended (BrokenPipeError, ConnectionResetError).
@@ -53,8 +57,7 @@ class LimitedPipe:
 
         Raises:
             TimeoutError: no complete message arrived before the deadline.
-            EOFError: the child ended.
-            ConnectionResetError: the child ended.
+            EOFError, ConnectionResetError: the child ended.
         """
         while True:
             self._on_wait()

@@ -32,8 +32,8 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         raise UserError(
-            f"{TOKEN_VARIABLE} is not set: set it to the same secret for the trainer and all "
-            "servers"
+            f"{TOKEN_VARIABLE} is not set: set it to the secret of all servers. The trainer reads "
+            "the same secret from the variable that engine.servers.token_env names"
         )
     # Any URL marks this server as one of `urls`. Only the trainer uses the address.
     servers = config.engine.servers or configs.ServerSettings(urls=["here"])

@@ -19,6 +19,7 @@ from grpo.engines.servers.supervisor import HEALTH_TIMEOUT_S, Supervisor
 # How long a rank other than rank 0 sends no requests to a server after a failure.
 AVOID_FAILED_S = 10.0
 VERSION_TIMEOUT_S = 60.0  # the longest wait for a server's weight version
+RETRY_INTERVAL_S = 1.0  # between two attempts of a request on a rank other than rank 0
 
 
 class Availability(Protocol):
@@ -41,7 +42,7 @@ class Availability(Protocol):
         """Raises EngineError if no server can become a candidate."""
 
     async def check_before_request(self, server: Server) -> None:
-        """Raises EngineError unless the server holds the current weights."""
+        """Raises EngineError if the server may not have the current weights."""
 
     async def check_during_request(self, server: Server, num_starts: int) -> None:
         """Raises EngineError if the server was lost after the request was sent."""
@@ -91,19 +92,19 @@ class UnwatchedServers:
     check_interval_s = HEALTH_TIMEOUT_S
 
     def __init__(self, state: PoolState, client: ServerClient, start_timeout_s: float) -> None:
-        """Checks no server yet.
+        """Stores the state and the client.
 
         Args:
             state: the pool's servers and the current weight version.
             client: sends requests to a server.
             start_timeout_s: the longest time that rank 0 takes to start a server.
         """
-        self.num_extra_retries = int(start_timeout_s)  # one per second
+        self.num_extra_retries = int(start_timeout_s / RETRY_INTERVAL_S)
         self._state = state
         self._client = client
 
     def candidates(self) -> list[Server]:
-        """Returns the servers without a recent failure, or all servers if there are none."""
+        """Returns the servers without a recent failure. If all failed recently, returns all."""
         now = time.monotonic()
         candidates = [server for server in self._state.servers if server.avoid_until <= now]
         return candidates or self._state.servers
@@ -118,7 +119,7 @@ class UnwatchedServers:
         """
         version = self._state.version
         if version < 0:
-            return
+            return  # before the first sync, any weights are accepted
         reported_version = await self._client.weight_version(server, VERSION_TIMEOUT_S)
         if reported_version != str(version):
             raise WrongWeightVersionError(server.describe(), reported_version, version)
@@ -128,6 +129,6 @@ class UnwatchedServers:
         await self._client.check_health(server, HEALTH_TIMEOUT_S)
 
     async def report_failure(self, server: Server, num_starts: int) -> None:
-        """Excludes the server for AVOID_FAILED_S seconds and waits one second."""
+        """Excludes the server for AVOID_FAILED_S seconds and waits RETRY_INTERVAL_S seconds."""
         server.avoid_until = time.monotonic() + AVOID_FAILED_S
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(RETRY_INTERVAL_S)

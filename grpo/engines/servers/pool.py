@@ -81,7 +81,7 @@ class ServerPool:
         Raises:
             UserError: The settings do not fit this machine or the model.
         """
-        servers = _reachable_servers(settings)
+        servers = _checked_server_settings(settings)
         sender_class = choose_sender(servers)
         command_line.check_tensor_parallel(model.model_dir, servers.tensor_parallel)
         token = command_line.server_token(servers)
@@ -135,7 +135,8 @@ class ServerPool:
             The URLs of the servers: `{"servers": ["http://127.0.0.1:8000"]}`.
 
         Raises:
-            EngineError: A server does not start. The message names it.
+            EngineError: A server does not start. Rank 0 raises it; the other ranks wait for its
+                result in an exchange.
         """
         if self._supervisor is not None:
             timeout_s = self._settings.start_timeout_s + 5
@@ -157,9 +158,12 @@ class ServerPool:
         Args:
             requests: each request is sampled by one server.
             options: the sampling options.
-            on_progress: called with the number of finished and of all completions.
+            on_progress: called as `on_progress(num_finished, num_total)`, in completions, from
+                the thread of the pool.
 
         Raises:
+            EngineTimeoutError: The requests are not finished within `engine.timeout_s`.
+            RejectedRequestError: A server rejects a request. It is not sent again.
             EngineError: A request failed after its last retry.
         """
         work = self._generate(requests, options, on_progress)
@@ -176,10 +180,12 @@ class ServerPool:
     def generate_on_every_copy(
         self, requests: Sequence[Request], options: SamplingOptions
     ) -> list[list[tuple[Completion, ...]]]:
-        """Returns the completions of every current server, for a comparison with the learner.
+        """Samples all requests on every server that is up and has the current weights.
 
-        They become the reference for servers that recover before the next sync. Ranks other than
-        rank 0 return an empty list.
+        Returns:
+            `result[server][request]`: the completions of the request. Servers that fail are
+            missing. Ranks other than rank 0 return an empty list. The completions of the first
+            server become the reference for servers that recover before the next sync.
 
         Raises:
             EngineError: No server can sample the requests.
@@ -194,7 +200,8 @@ class ServerPool:
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         """Sends the weights to every server that is up.
 
-        A server that fails is lost and loads the weights when it recovers.
+        A server that fails is lost. When it recovers, it loads the weights from the shared memory
+        or the file of the transport; with NCCL, it receives them in the next sync.
 
         Args:
             weights: the weights of the learner; all ranks must iterate over them.
@@ -295,7 +302,7 @@ class ServerPool:
             rows_per_server = []
             for server, result in zip(servers, results, strict=True):
                 if isinstance(result, EngineError):
-                    server.up = False
+                    server.up = False  # the supervisor's next check restarts it
                 elif isinstance(result, BaseException):
                     raise result
                 else:
@@ -318,8 +325,13 @@ class ServerPool:
         return list(await asyncio.gather(*(sample(request) for request in requests)))
 
 
-def _reachable_servers(settings: configs.EngineSettings) -> configs.ServerSettings:
-    """Returns `settings.servers`. Raises UserError if a rank cannot reach the local servers."""
+def _checked_server_settings(settings: configs.EngineSettings) -> configs.ServerSettings:
+    """Returns `settings.servers`.
+
+    Raises:
+        UserError: The servers are local, and a rank on another machine cannot connect to them.
+        ValueError: `settings` has no servers.
+    """
     if settings.servers is None:
         raise ValueError("a server pool needs settings.servers")
     if settings.servers.count and ranks.world_size() > ranks.local_world_size():

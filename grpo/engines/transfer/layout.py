@@ -34,14 +34,16 @@ DTYPE_NAMES = {
 class MappedWeights:
     """A writable mapping of a file with the weights of one model.
 
+    Call `reserve` before `fill`.
+
     Attributes:
-        bytes: `[file size in bytes]`, uint8: the mapping.
+        mapping: `[file size in bytes]`, uint8.
     """
 
     def __init__(self, file_descriptor: int) -> None:
-        """Takes over an open file, which `close` closes. `reserve` maps it."""
+        """Owns the file, which is open for reading and writing, until `close`."""
         self._file_descriptor = file_descriptor
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.mapping = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, num_bytes: int, *, allocate: bool) -> None:
         """Sets the size of the file and maps it.
@@ -54,27 +56,35 @@ class MappedWeights:
         Raises:
             OSError: there is not enough space.
         """
-        if self.bytes.numel() == num_bytes:
+        if self.mapping.numel() == num_bytes:
             return
         os.ftruncate(self._file_descriptor, num_bytes)
         if allocate:
             os.posix_fallocate(self._file_descriptor, 0, num_bytes)
-        mapping = mmap.mmap(self._file_descriptor, num_bytes)
-        self.bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+        file_mapping = mmap.mmap(self._file_descriptor, num_bytes)
+        self.mapping = torch.frombuffer(file_mapping, dtype=torch.uint8)
 
     def fill(self, stream: WeightStream) -> None:
-        """Writes every tensor of the stream to the mapping, which `reserve` must have sized."""
+        """Writes every tensor of the stream to the mapping.
+
+        Args:
+            stream: the weights. Call `reserve(required_bytes(stream))` first.
+
+        Raises:
+            RuntimeError: the stream does not yield a tensor that its metadata list.
+            KeyError: the stream yields a tensor that its metadata do not list.
+        """
         layout = _file_layout(stream.metadata())
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        self.bytes[: len(header)] = header
-        missing_ranges = dict(layout.byte_ranges)
+        self.mapping[: len(header)] = header
+        unwritten_ranges = dict(layout.byte_ranges)
         for name, tensor in stream:
-            target = self.bytes[missing_ranges.pop(name)]
+            target = self.mapping[unwritten_ranges.pop(name)]
             target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        if missing_ranges:
+        if unwritten_ranges:
             raise RuntimeError(
                 "weights that the stream's metadata lists but its iteration did not yield: "
-                f"{', '.join(missing_ranges)}"
+                f"{', '.join(unwritten_ranges)}"
             )
 
     def flush(self) -> None:
@@ -83,7 +93,7 @@ class MappedWeights:
 
     def close(self) -> None:
         """Closes the file. The memory is unmapped when no tensor refers to it any more."""
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.mapping = torch.empty(0, dtype=torch.uint8)
         if self._file_descriptor >= 0:
             os.close(self._file_descriptor)
             self._file_descriptor = -1
@@ -97,7 +107,7 @@ def required_bytes(stream: WeightStream) -> int:
 def no_space_error(num_bytes: int, location: str, error: OSError) -> EngineError:
     """Returns the error for weights that do not fit at a location, such as "in shared memory"."""
     return EngineError(
-        f"no space for {num_bytes / 2**30:.2f} GB of weights {location}: {error.strerror}"
+        f"no space for {num_bytes / 1e9:.2f} GB of weights {location}: {error.strerror}"
     )
 
 

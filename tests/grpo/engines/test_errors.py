@@ -22,7 +22,7 @@ EXAMPLES = {
     "AbortedRequestError": (("http://s0", "abort"), "aborted request: finish_reason=abort"),
     "UnknownWeightVersionError": (("http://s0", 4), "unknown weight version"),
     "WrongWeightVersionError": (("http://s0", "3", 4), "weight version 3, expected version 4"),
-    "ServerLostError": (("http://s0",), "http://s0 was lost"),
+    "ServerLostError": (("http://s0",), "lost the server http://s0"),
 }
 
 

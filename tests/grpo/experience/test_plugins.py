@@ -12,7 +12,7 @@ from grpo.experience.group_metrics import group_metrics
 from grpo.experience.sampling import derive_seed
 from grpo.experience.scoring import score
 from grpo.types import Completion, Group, Problem, Score, UserError, Verdict
-from rewards.workers.pool import Pool
+from rewards.workers.pool import WorkerPool
 
 
 def group_of(*texts):
@@ -47,7 +47,7 @@ def write_module(tmp_path, monkeypatch):
 def reward_values(name, group, prompt="prompt", pool=None, **options):
     """Returns the values of one reward for the completions of a group."""
     if pool is None:
-        pool = Pool()
+        pool = WorkerPool()
     reward = plugins.load_reward(name, options, pool)
     return reward([group], [prompt])[0]
 
@@ -67,7 +67,7 @@ def test_an_unknown_reward_is_an_error_with_the_available_and_the_nearest_names(
         UserError,
         match=r"rewards.acuracy: unknown reward. Available: accuracy, .*Did you mean accuracy\?",
     ):
-        plugins.load_reward("acuracy", {}, Pool())
+        plugins.load_reward("acuracy", {}, WorkerPool())
 
 
 def test_a_reward_function_receives_completion_and_problem(write_module):
@@ -115,7 +115,7 @@ def test_a_data_folder_in_the_working_directory_does_not_shadow_the_data_package
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("raise RuntimeError('shadowed')")
     name = write_module("mine_e", "def f(completion, problem): return 0.0")
-    plugins.load_reward(f"{name}:f", {}, Pool())
+    plugins.load_reward(f"{name}:f", {}, WorkerPool())
     for module in list(sys.modules):
         if module == "data" or module.startswith("data."):
             sys.modules.pop(module)
@@ -128,7 +128,7 @@ def test_a_data_folder_in_the_working_directory_does_not_shadow_the_data_package
 )
 def test_a_function_that_cannot_be_imported_is_an_error(name, message):
     with pytest.raises(UserError, match=message):
-        plugins.load_reward(name, {}, Pool())
+        plugins.load_reward(name, {}, WorkerPool())
 
 
 def render_prompt(problem):
@@ -189,11 +189,11 @@ def test_options_are_passed_to_the_reward_and_invalid_ones_are_errors(write_modu
     with pytest.raises(
         UserError, match=r"rewards.mine_f:f.options: missing a required .*argument: 'scale'"
     ):
-        plugins.load_reward(f"{name}:f", {}, Pool())
+        plugins.load_reward(f"{name}:f", {}, WorkerPool())
     with pytest.raises(
         UserError, match=r"rewards.mine_f:f.options: got an unexpected keyword argument 'size'"
     ):
-        plugins.load_reward(f"{name}:f", {"scale": 1, "size": 2}, Pool())
+        plugins.load_reward(f"{name}:f", {"scale": 1, "size": 2}, WorkerPool())
 
 
 def test_options_are_passed_to_a_trl_reward(write_module):
@@ -217,7 +217,7 @@ def f(completion, problem, *, add=0):
 
 def test_a_reward_with_a_time_limit_runs_in_the_worker_pool(write_module):
     name = write_module("mine_h", REWARD_WITH_TIME_LIMIT)
-    with Pool(1) as pool:
+    with WorkerPool(1) as pool:
         group = group_of("a", "loop", "b")
         first, timed_out, last = reward_values(f"{name}:f", group, pool=pool, add=0.5)
         assert first != os.getpid() + 0.5

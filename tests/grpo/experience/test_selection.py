@@ -106,7 +106,7 @@ def test_solved_problems_are_not_drawn_again_and_the_run_ends_if_all_are_solved(
     assert [problem.id for problem in selection.draw(3)] == ["1", "3", "4"]
     assert selection.position == 5
     selection.pass_rates = {problem.id: 1.0 for problem in PROBLEMS}
-    with pytest.raises(TrainingStoppedError, match=f"exclude the last {MAX_EXCLUDED} problems"):
+    with pytest.raises(TrainingStoppedError, match=f"excluded {MAX_EXCLUDED} problems in a row"):
         selection.draw(1)
 
 

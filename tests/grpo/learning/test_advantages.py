@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.learning.advantages import advantages, completion_lengths, has_signal, to_samples
+from grpo.learning.advantages import advantages, completion_lengths, rewards_differ, to_samples
 from grpo.types import Completion, Group, Problem, ScoredGroup
 
 GROUP_KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std")
@@ -109,7 +109,7 @@ def test_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards_G):
         advantages_G = group_advantages(rewards_G, kind)
         assert sum(advantages_G) == pytest.approx(0, abs=1e-6)
         assert_higher_rewards_have_no_lower_advantages(rewards_G, advantages_G)
-        assert has_signal(rewards_G) == any(advantages_G)
+        assert rewards_differ(rewards_G) == any(advantages_G)
 
 
 @given(st.lists(group_rewards, min_size=1, max_size=4))

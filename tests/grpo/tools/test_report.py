@@ -103,12 +103,12 @@ def test_a_page_has_metrics_findings_charts_and_completions_and_loads_nothing_fr
     assert 'href="../b"' in page
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     assert set(titles) >= {
-        "Reward",
+        "Mean reward",
         "Held-out accuracy",
         "Seconds per phase, a",
         "Seconds per phase, b",
         "Completions by tokens, a",
-        "Rewards",
+        "Reward functions",
     }
     assert not re.search(r"(src|href)=.?https?:", page)
     packed = re.search(r"id=data>(.*?)</script>", page)[1]

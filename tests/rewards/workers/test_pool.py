@@ -13,7 +13,7 @@ from limits import run_within
 
 from grpo.types import Verdict
 from rewards.workers import pool as pool_module
-from rewards.workers.pool import Failure, Pool
+from rewards.workers.pool import Failure, WorkerPool
 
 # Source of the module pool_functions, which the workers import.
 POOL_FUNCTIONS = '''
@@ -109,13 +109,13 @@ def pool_functions(tmp_path, monkeypatch):
 @pytest.fixture
 def pool(pool_functions):
     """A pool without workers. Its workers can import pool_functions."""
-    with Pool(2, memory_gb=2) as pool:
+    with WorkerPool(2, memory_gb=2) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def verifier_pool():
-    with Pool(2, memory_gb=2) as pool:
+    with WorkerPool(2, memory_gb=2) as pool:
         yield pool
 
 
@@ -233,7 +233,7 @@ def test_a_folder_named_rewards_does_not_shadow_the_package(tmp_path, monkeypatc
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('shadowed')")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with Pool(1) as pool:
+    with WorkerPool(1) as pool:
         verdicts = pool.map("rewards.accuracy:verify", [("1", "1")], timeout_s=5)
     assert verdicts == [Verdict(value="correct")]
 
@@ -278,8 +278,8 @@ def test_a_forked_child_has_separate_workers(pool):
 def test_an_idle_worker_uses_no_processor_time_and_ends_with_its_parent():
     program = (
         "import time\n"
-        "from rewards.workers.pool import Pool\n"
-        "pool = Pool(1)\n"
+        "from rewards.workers.pool import WorkerPool\n"
+        "pool = WorkerPool(1)\n"
         "print(pool.map('os:getpid', [()], timeout_s=9)[0], flush=True)\n"
         "time.sleep(60)"
     )
@@ -320,6 +320,6 @@ def test_the_verifier_runs_in_the_pool(verifier_pool):
 
 def test_an_unused_pool_starts_no_process():
     cpu_s_before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    with Pool(8) as pool:
+    with WorkerPool(8) as pool:
         assert pool.map("os:getpid", [], timeout_s=1) == []
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime == cpu_s_before
