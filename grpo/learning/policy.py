@@ -216,7 +216,7 @@ class Policy(nn.Module):
         grid = _scatter(chunks, mask)
         if self._ulysses is None:
             return grid
-        complete_grid: Tensor = self._ulysses.whole(grid)
+        complete_grid: Tensor = self._ulysses.sum_over_ranks(grid)
         return complete_grid
 
     @torch.no_grad()
@@ -272,7 +272,7 @@ class Policy(nn.Module):
             batch.sequences, batch.prompt_lengths, device, kernel=has_kernel
         )
         if self._ulysses is not None:
-            layout, is_local = self._ulysses.part(layout)
+            layout, is_local = self._ulysses.local_slice(layout)
             mask = torch.zeros_like(mask).masked_scatter_(mask, is_local)
         output = self.model.base_model(
             input_ids=layout.ids, position_ids=layout.positions, packed=layout, **options

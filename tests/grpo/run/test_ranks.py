@@ -261,7 +261,7 @@ ranks.join_process_group(20)
 exchange = "the groups" if ranks.rank() == 0 else "the end"
 try:
     ranks.all_gather(exchange, f"value of rank {ranks.rank()}")
-except ranks.ExchangeMismatchError as error:
+except ranks.CollectiveMismatchError as error:
     write_line(error)
 require_equal({"code": "1", "config": f"hash-{ranks.rank()}"})
 if ranks.rank() == 0:
@@ -322,7 +322,7 @@ def test_the_doctor_measures_the_interconnect_of_the_ranks(tiny, tmp_path):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     (measured,) = re.findall(
-        r"^ok +interconnect +2 ranks sum 67 MB in ([\d.]+) ms \(([\d.]+) GB/s\), 4 bytes in (\d+) "
+        r"^ok +interconnect +2 ranks all-reduce 67 MB in ([\d.]+) ms \(([\d.]+) GB/s\), 4 bytes in (\d+) "
         r"us$",
         output,
         re.MULTILINE,
@@ -353,7 +353,7 @@ def test_deepspeeds_launcher_can_start_the_ranks(tiny, tmp_path):
         timeout=120,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    assert "2 ranks sum 67 MB" in process.stdout, process.stderr[-2000:]
+    assert "2 ranks all-reduce 67 MB" in process.stdout, process.stderr[-2000:]
 
 
 def test_a_signal_does_not_interrupt_the_sync_of_several_ranks(monkeypatch):

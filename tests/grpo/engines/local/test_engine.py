@@ -324,7 +324,7 @@ from grpo.engines.vllm_options import ServedModel
 
 engine = VllmEngine(
     model=ServedModel(model_dir=sys.argv[1], dtype="float32", max_model_len=64),
-    settings=config.Engine(kv_cache_gb=0.05),
+    settings=config.EngineSettings(kv_cache_gb=0.05),
     log_file=Path(sys.argv[2]),
 )
 print(engine._child.pid, flush=True)
