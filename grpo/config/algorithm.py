@@ -126,13 +126,13 @@ class AlgorithmSettings(Section):
         "keep",
         description="Groups without a training signal: `keep` includes them in the average, `drop` "
         "excludes groups with equal rewards, `resample` replaces groups that are all right or all "
-        "wrong by new ones (dynamic sampling, DAPO 2503.14476 Eq. 11).",
+        "wrong with new ones (dynamic sampling, DAPO 2503.14476 Eq. 11).",
     )
     max_rounds: int = Field(
         10,
         ge=1,
-        description="With `no_signal: resample`, the maximum number of samplings per rollout. "
-        "After them the run stops.",
+        description="With `no_signal: resample`, the maximum number of sampling rounds per "
+        "rollout. The run stops if they do not give enough groups.",
     )
     max_idle: int = Field(
         50,
@@ -144,17 +144,18 @@ class AlgorithmSettings(Section):
         None,
         gt=0,
         le=1,
-        description="A problem whose last pass rate is at least this share is not drawn again "
-        "(ScaleRL uses 0.9). Default: no limit.",
+        description="Problems whose last pass rate is at least this share are not drawn (ScaleRL "
+        "uses 0.9). Until a problem is sampled, its `meta.pass_rate` counts, if it has one. "
+        "Default: no limit.",
     )
     pass_rate: tuple[float, float] | None = Field(
         None,
-        description="Lowest and highest allowed pass rate: a problem whose last pass rate is "
-        "outside is not drawn again. Default: no limits.",
+        description="Lowest and highest allowed pass rate: problems whose last pass rate is "
+        "outside are not drawn. `meta.pass_rate` counts as for `drop_solved`. Default: no limits.",
     )
     truncated: Literal["keep", "mask"] = Field(
         "keep",
-        description="Completions that were cut off at `sampling.max_tokens`: `keep` trains on "
+        description="Completions that are cut off at `sampling.max_tokens`: `keep` trains on "
         "them, `mask` counts them in the baseline only (overlong filtering, DAPO 2503.14476).",
     )
     entropy_coef: float = Field(

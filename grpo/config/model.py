@@ -73,7 +73,7 @@ class ModelSettings(Section):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Store the activations of one layer at a time and recompute the others in the "
+        description="Keep only the input of each layer and recompute its other activations in the "
         "backward pass. This saves memory and costs one more forward pass.",
     )
     teacher: str | None = Field(
@@ -110,8 +110,8 @@ class ModelSettings(Section):
     )
     warm_start: str | None = Field(
         None,
-        description="Path of a `grpo sft` config. Before its first rollout, `grpo train` runs it "
-        "in the run directory, starting from `path`.",
+        description="Path of a `grpo sft` config. Before the first rollout, `grpo train` "
+        "fine-tunes `path` with it, in the folder `warm_start` of the run directory.",
     )
 
     @property

@@ -19,10 +19,10 @@ class Preset:
     """A published recipe.
 
     Attributes:
-        source: Its publication.
-        settings: The keys that it sets, e.g. `{"algorithm.loss": "gspo"}`. A key without a dot is a
-            full section, e.g. `{"rewards": {"accuracy": 1.0}}`.
-        note: Where it differs from the publication, or is not obvious.
+        source: The publication.
+        settings: The keys that the preset sets, e.g. `{"algorithm.loss": "gspo"}`. A key without a
+            dot is a full section, e.g. `{"rewards": {"accuracy": 1.0}}`.
+        note: A difference from the publication, or a remark. "" if there is none.
     """
 
     source: str
@@ -258,13 +258,13 @@ CLIPPING_KEYS = {
     "ratio_max": ("cispo",),
 }
 
-# By loss: the term that is maximised for each token. r = pi / pi_old, A is the advantage, and sg()
-# stops the gradient.
+# By loss: the term that is maximised for each token, as a format string. r = pi / pi_old, A is the
+# advantage, and sg() stops the gradient.
 EQUATIONS = {
-    "grpo": "min(r A, clip(r, {ratio_min:.6g}, {ratio_max:.6g}) A)",
-    "gspo": "min(s A, clip(s, {ratio_min:.6g}, {ratio_max:.6g}) A), "
+    "grpo": "min(r A, clip(r, {lower_bound:.6g}, {upper_bound:.6g}) A)",
+    "gspo": "min(s A, clip(s, {lower_bound:.6g}, {upper_bound:.6g}) A), "
     "s = (pi(o) / pi_old(o))^(1/|o|)",
-    "cispo": "sg(min(r, {cap:g})) A log pi",
+    "cispo": "sg(min(r, {ratio_max:g})) A log pi",
     "reinforce": "r A",
     "sapo": "(4 / tau) sigmoid(tau (r - 1)) A, tau 1 where A > 0, else 1.05",
     "gmpo": "s A, s = exp(mean of clipped log r): at most {clip_high:g} where A > 0, at least "
@@ -294,7 +294,7 @@ REDUCTIONS = {
 class Formulas:
     """A recipe in formulas.
 
-    `Formulas(equation="r A", advantage="R - group mean", reduction="mean over all tokens",
+    Example: `Formulas(equation="r A", advantage="R - group mean", reduction="mean over all tokens",
     kl="0.04 k3 in the loss")`.
     """
 
@@ -309,9 +309,9 @@ def formulas(algorithm: AlgorithmSettings) -> Formulas:
     equation = EQUATIONS.get(algorithm.loss, algorithm.loss)
     return Formulas(
         equation=equation.format(
-            ratio_min=1 - algorithm.clip_low,
-            ratio_max=1 + algorithm.clip_high,
-            cap=algorithm.ratio_max,
+            lower_bound=1 - algorithm.clip_low,
+            upper_bound=1 + algorithm.clip_high,
+            ratio_max=algorithm.ratio_max,
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
         ),

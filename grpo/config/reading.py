@@ -69,7 +69,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """A YAML loader without the surprises of YAML 1.1, which rejects duplicate keys.
+    """A YAML loader that rejects duplicate keys and avoids the surprises of YAML 1.1.
 
     In YAML 1.1, `1e-5` is a string, and `on`, `off`, `yes` and `no` are booleans. Here `1e-5` is a
     number, and only `true` and `false` are booleans.
@@ -94,7 +94,7 @@ _FLOAT_TAG = "tag:yaml.org,2002:float"
 def _without_booleans(resolvers: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Returns PyYAML's resolvers `first character -> [(tag, pattern)]` without those for booleans.
 
-    A class attribute of PyYAML holds them, so the result must not share lists with it.
+    The result shares no list with the argument, which all loaders of PyYAML use.
     """
     kept = {}
     for first_character, entries in resolvers.items():

@@ -274,7 +274,7 @@ class DistillConfig(SamplingStageConfig):
         "or the traces of `grpo collect`.",
     )
     collect: CollectSettings | None = Field(
-        None, description="For way sequence: the teacher's traces that are collected."
+        None, description="For way sequence: which completions of the teacher become traces."
     )
     sft: SftSettings | None = Field(
         None, description="For way sequence: the student's fine-tuning on these traces."
@@ -422,7 +422,7 @@ class EvalConfig(TrainConfig):
         if self.model.warm_start:
             raise ValueError(
                 "model.warm_start: `grpo eval` evaluates model.path without training it. Set "
-                "model.path=RUN, and model.warm_start= (nothing)"
+                "model.path=RUN, and model.warm_start= (empty)"
             )
         if self.endpoint:
             _check_chat_prompt("endpoint", self.prompt)
@@ -580,10 +580,10 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _check_stages(self) -> PipelineConfig:
-        earlier_steps: dict[str, PipelineStageSettings] = {}
-        for name, step in self.stages.items():
-            _check_stage(name, step, earlier_steps)
-            earlier_steps[name] = step
+        earlier_stages: dict[str, PipelineStageSettings] = {}
+        for name, stage in self.stages.items():
+            _check_stage(name, stage, earlier_stages)
+            earlier_stages[name] = stage
         return self
 
 
@@ -596,27 +596,27 @@ _COMMANDS_OF_INPUTS = {
 
 
 def _check_stage(
-    name: str, step: PipelineStageSettings, earlier_steps: dict[str, PipelineStageSettings]
+    name: str, stage: PipelineStageSettings, earlier_stages: dict[str, PipelineStageSettings]
 ) -> None:
-    """Raises ValueError if a stage's name is invalid or its inputs are not of earlier stages."""
+    """Raises ValueError if a stage's name is invalid, or no earlier stage can provide an input."""
     is_reserved = name in ("start", "samples", "checkpoints")
     if is_reserved or not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise ValueError(
             f"stages.{name}: invalid name. The name becomes a folder: use letters, digits and _, "
             "but not start, samples or checkpoints"
         )
-    if step.teacher and step.command not in ("train", "distill"):
-        raise ValueError(f"stages.{name}.teacher: `grpo {step.command}` has no teacher: remove it")
+    if stage.teacher and stage.command not in ("train", "distill"):
+        raise ValueError(f"stages.{name}.teacher: `grpo {stage.command}` has no teacher: remove it")
     for key, commands in _COMMANDS_OF_INPUTS.items():
-        source = getattr(step, key)
+        source = getattr(stage, key)
         if source is None:
             continue
-        if source not in earlier_steps:
-            available = ", ".join(earlier_steps) or "none"
+        if source not in earlier_stages:
+            available = ", ".join(earlier_stages) or "none"
             raise ValueError(
                 f"stages.{name}.{key}={source}: not an earlier stage. Available: {available}"
             )
-        command = earlier_steps[source].command
+        command = earlier_stages[source].command
         if command not in commands:
             expected = " or ".join(f"`grpo {each}`" for each in commands)
             raise ValueError(

@@ -30,9 +30,9 @@ from grpo.types import UserError
 
 
 class RunConfig(Section):
-    """The keys that the configs of all commands have, except `grpo pipeline`."""
+    """The keys that the configs of all commands except `grpo pipeline` have."""
 
-    # The command learns from given texts, and nothing is sampled from the model meanwhile.
+    # The command trains on given texts and samples nothing from the model while it trains.
     is_supervised: ClassVar[bool] = False
     # Section `eval` determines the result of the run, so it cannot change on a resume.
     is_evaluation: ClassVar[bool] = False
@@ -87,7 +87,7 @@ class RunConfig(Section):
 
 
 class SamplingStageConfig(RunConfig):
-    """The keys that the configs of all commands with completions and rewards have."""
+    """The keys that the configs of all commands that sample and score completions have."""
 
     sampling: SamplingSettings = Field(
         SamplingSettings(), description="How completions are sampled."
@@ -181,7 +181,7 @@ class TrainConfig(SamplingStageConfig):
         return self
 
     def _check_reference_model(self) -> None:
-        """Raises ValueError if KL, reference reset and teacher do not go together."""
+        """Raises ValueError if the settings of KL, reference reset and teacher conflict."""
         if self.algorithm.reference_reset and self.algorithm.kl_coef:
             if self.model.lora:
                 raise ValueError(
@@ -221,7 +221,7 @@ class TrainConfig(SamplingStageConfig):
             )
 
     def _check_keep_best(self) -> None:
-        """Raises ValueError if a checkpoint can lack the evaluation that ranks it."""
+        """Raises ValueError if a checkpoint may have no value of the metric that ranks it."""
         metric = self.checkpoint.keep_best
         if not metric or not metric.startswith("eval/"):
             return

@@ -6,9 +6,9 @@ with `algorithm.loss=NAME`.
 - All tensors are [B, T]: B sequences, T positions. Position t predicts `batch.labels[:, t]`.
 - A loss does not reduce over tokens. The reduction is in `batch.token_weights`: the learner
   minimises `(batch.token_weights * per_token).sum()`.
-- A loss must be homogeneous in the advantage (a positive factor of the advantage is a factor of the
-  loss), because grpo/learning/objective.py multiplies the correction of the sampler's mismatch into
-  the advantage.
+- A loss must be homogeneous in the advantage: for c >= 0, advantages c A give c times the loss.
+  grpo/learning/objective.py multiplies the advantages by weights that correct the mismatch with the
+  sampler.
 
 Symbols in docstrings: r the ratio pi / pi_old of a token, A its advantage, sg stop-gradient.
 """

@@ -1,7 +1,7 @@
 """PPO's clipped loss. With group-relative advantages this is the loss of GRPO.
 
-DAPO, Dr.GRPO, R1 and REINFORCE++ use the same loss. They differ in the advantage, the reduction or
-the bounds (grpo/config/presets.py).
+DAPO, Dr.GRPO, R1 and REINFORCE++ use the same loss. They differ in the advantage, the reduction,
+the bounds or the KL (grpo/config/presets.py).
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOu
     s is the ratio of the sequence's probabilities to the power of 1 / length. It is computed as
     exp(mean over the sequence of log(pi / pi_old)).
 
-    Source: GSPO 2507.18071 Eq. 5, 7. With `algorithm.reduction=sequence`, the sum over tokens is
-    the paper's mean over sequences.
+    Source: GSPO 2507.18071 Eq. 5, 7. `algorithm.reduction=sequence` gives the paper's mean over
+    sequences, because all tokens of a sequence have the same loss.
     """
     log_ratios = log_ratio(logprobs, batch.old_logprobs)
     ratios = torch.exp(sequence_mean(log_ratios, batch.token_mask))

@@ -9,13 +9,13 @@ from grpo.config.algorithm import AlgorithmSettings
 from grpo.losses import LossOutput, ratio
 from grpo.types import Batch
 
-# temperatures of the paper, by the sign of the advantage; 0 counts as negative
+# The paper's temperatures tau for A > 0 and for A <= 0.
 TEMPERATURE_POSITIVE = 1.0
 TEMPERATURE_NEGATIVE = 1.05
 
 
 def loss(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> LossOutput:
-    """Returns -(4 / tau) sigmoid(tau (r - 1)) A, with tau by the sign of A.
+    """Returns -(4 / tau) sigmoid(tau (r - 1)) A. tau depends on the sign of A.
 
     Source: SAPO 2511.20347 Eq. 5, 6.
     """

@@ -1,1 +1,1 @@
-"""What numbers mean: diagnosis of a run, statistics of evaluations, bounds of the machine."""
+"""Interprets numbers: rules that diagnose a run, statistics of evaluations, hardware bounds."""

@@ -1,8 +1,8 @@
 """Rules that explain the metrics of a run in plain words.
 
-A rule looks at the last rollouts and reports at most once per run, in the log and in the report.
+A rule looks at the rollouts so far and reports at most once per run, in the log and in the report.
 
-The rules are pure functions: a log, a report and a test get the same findings from the same rows.
+The rules are pure functions: log, report and tests get the same findings from the same rows.
 This module depends on the standard library only.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]  # one line of metrics.jsonl
-WINDOW = 5  # rollouts that a rule looks at; with fewer, most rules do not apply
+WINDOW = 5  # rollouts over which most rules average; with fewer, these rules do not apply
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Diagnosis:
     """Follows a run row by row, and reports each rule once."""
 
     def __init__(self, rows: Sequence[Row] = ()) -> None:
-        """Args: `rows`: existing metrics of the run, in order. Their findings are not repeated."""
+        """Args: `rows`: rows of metrics.jsonl so far, in order. Their rules do not report again."""
         self._rows: list[Row] = []  # rows of rollouts; the evaluation before the first is not one
         self._reported_rules: set[str] = set()
         for row in rows:
@@ -60,10 +60,10 @@ def diagnose(rows: Sequence[Row]) -> list[Finding]:
     Args:
         rows: The lines of metrics.jsonl, in order.
     """
-    watch = Diagnosis()
+    diagnosis = Diagnosis()
     all_findings: list[Finding] = []
     for row in rows:
-        all_findings += watch.add_row(row)
+        all_findings += diagnosis.add_row(row)
     return all_findings
 
 

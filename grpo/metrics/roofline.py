@@ -11,6 +11,7 @@ machine. `time / bound` of a phase compares it with the hardware, not with anoth
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def measure_machine(dtype: str, seconds: float = 0.3) -> Machine:
 
 
 def _fastest(operation: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Returns the seconds of the fastest of the calls that fit into `seconds`."""
+    """Returns the seconds of the fastest call of `operation`, repeated for `seconds`."""
     best = float("inf")
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -155,9 +156,13 @@ class Roofline:
             if reference:
                 num_forwards += 1
             forwards_s = num_forwards * self._forward_flop(prompt_lengths, lengths) / machine.flops
-            adam_s = updates * 30 * self.shape.num_weights / machine.bandwidth
+            # Adam reads gradient, master weight and two moments, writes the last three, all in
+            # float32, and writes the bfloat16 weight.
+            adam_bytes_per_weight = 30
+            adam_bytes = updates * adam_bytes_per_weight * self.shape.num_weights
+            adam_s = adam_bytes / machine.bandwidth
             update_s = (forwards_s + adam_s) / ranks
-        sync_s = 2 * self.shape.weight_bytes / machine.bandwidth
+        sync_s = 2 * self.shape.weight_bytes / machine.bandwidth  # read once, written once
         return {"rollout": rollout_s, "update": update_s, "sync": sync_s}
 
     def _forward_flop(
@@ -167,10 +172,11 @@ class Roofline:
         model = self.shape
         num_completion_tokens = sum(length for _, length in lengths)
         num_tokens = sum(prompt_lengths) + num_completion_tokens
-        attended = sum(prompt_length**2 for prompt_length in prompt_lengths)
-        attended += sum((prompt + length) ** 2 - prompt**2 for prompt, length in lengths)
+        # Pairs of tokens. Causal attention computes half of them, with 4 FLOP per pair and width.
+        num_pairs = sum(prompt_length**2 for prompt_length in prompt_lengths)
+        num_pairs += sum((prompt + length) ** 2 - prompt**2 for prompt, length in lengths)
         linear = model.body_weights * num_tokens + model.head_weights * num_completion_tokens
-        return 2 * linear + 2 * model.num_layers * model.attention_width * attended
+        return 2 * linear + 2 * model.num_layers * model.attention_width * num_pairs
 
     def _decode_seconds(self, lengths: Sequence[tuple[int, int]]) -> float:
         """Returns the lower bound for decoding sequences of (prompt, completion) tokens.
@@ -216,6 +222,7 @@ def learner_memory(
     learner, model = config.learner, config.model
     num_trained = shape.num_weights
     if model.lora:
+        # A and B of seven linear layers, each about hidden_size x rank
         num_trained = shape.num_layers * 14 * shape.hidden_size * model.lora.rank
     parts: dict[str, float] = {"weights": shape.weight_bytes, "gradients": 4 * num_trained}
     if not learner.offload_optimizer:
@@ -253,6 +260,11 @@ def memory_table(
 
     The last column states whether both fit on an 80 GB GPU at the same time, with the complete KV
     cache or an eighth of it, or only alternately (`engine.sleep`).
+
+    Args:
+        config: The config of `grpo train`.
+        shape: Sizes of the policy.
+        gpus: The numbers of GPUs, each with one rank.
     """
     lines = [
         "| GPUs | learner, GB per GPU | engine: weights | engine: KV cache of all sequences "
@@ -262,7 +274,8 @@ def memory_table(
     engine_gb = shape.weight_bytes / GB
     for count in gpus:
         learner_gb = sum(learner_memory(config, shape, count).values()) / GB
-        num_sequences = min(config.engine.max_sequences, -(-config.train.num_completions // count))
+        num_completions = math.ceil(config.train.num_completions / count)
+        num_sequences = min(config.engine.max_sequences, num_completions)
         cache_bytes = num_sequences * config.max_sequence_tokens * shape.kv_bytes_per_token
         cache_gb = cache_bytes / GB
         fit = _fit(learner_gb, engine_gb, cache_gb)

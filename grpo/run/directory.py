@@ -10,9 +10,10 @@ Files and directories are written under another name and then renamed, so a file
 name is complete. Checkpoints and models are flushed to disk before that. metrics.jsonl is appended
 to; its reader ignores an incomplete last line.
 
-A checkpoint is written between rollouts. It contains the learner's state and, in state.json, the
-position in the data, carried groups and pass rates. Seeds and weight versions follow from the
-number of rollouts. After a resume, the engine receives the learner's weights.
+A step is a rollout, or an update in supervised training. A checkpoint is written between steps. It
+contains the learner's state and state.json, which for `grpo train` has the position in the data,
+carried groups and pass rates. Seeds and weight versions follow from the number of rollouts. After a
+resume, the engine receives the learner's weights.
 """
 
 from __future__ import annotations
@@ -205,8 +206,8 @@ def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
 class RunDirectory:
     """The files of one run.
 
-    The process holds a lock on the directory until it ends. Rank 0 writes everything, except the
-    other ranks' parts of a checkpoint and their logs. All ranks read.
+    Rank 0 locks the directory until its process ends, and writes all files except the other ranks'
+    parts of a checkpoint and their logs. All ranks read.
     """
 
     def __init__(self, path: str, *, resume: bool) -> None:
@@ -329,7 +330,7 @@ class RunDirectory:
 
     @_on_rank0
     def write_update_samples(self, step: int, samples: Sequence[Sample], keep: int) -> None:
-        """Writes the samples of a step's updates for `grpo replay`.
+        """Writes the samples of a step's updates to `samples/step-NUMBER.npz`, for `grpo replay`.
 
         Args:
             step: The step.
@@ -340,7 +341,7 @@ class RunDirectory:
         if not keep:
             return
         target = self.samples / f"step-{step:06d}.npz"
-        scratch = target.with_name(f".{target.name}")  # np.savez requires the suffix .npz
+        scratch = target.with_name(f".{target.name}")  # np.savez appends .npz to any other suffix
         np.savez_compressed(scratch, **_columns_of(samples))
         scratch.rename(target)
         for old in sorted(self.samples.glob("step-*.npz"))[:-keep]:
@@ -359,7 +360,7 @@ class RunDirectory:
                 number = file.stem.rpartition("-")[2]
                 if number.isdecimal() and int(number) > step:
                     file.unlink()
-        ranks.all_gather("the cut", None)
+        ranks.all_gather("the removal of later steps", None)
 
     def last_checkpoint(self) -> Path | None:
         """Returns the checkpoint of the last step, None if there is no checkpoint."""

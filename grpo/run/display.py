@@ -97,7 +97,9 @@ class Display:
         self._status.update(text.replace("[", "\\["))
 
     def row(self, row: dict[str, Any]) -> None:
-        """Takes the metrics of a finished step: the status line shows them, mode line prints them.
+        """Takes the metrics of a finished step.
+
+        Mode `line` prints them; mode `live` shows them at the next call of `phase`.
 
         Args:
             row: The metrics, e.g. `{"step": 3, "reward/mean": 0.25, "time/total_s": 2.0}`.

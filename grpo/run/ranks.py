@@ -47,7 +47,7 @@ class CollectiveMismatchError(RunError):
     """
 
     def __init__(self, exchanges: Sequence[tuple[str, int]]) -> None:
-        """`exchanges`: see the class."""
+        """Args: `exchanges`: the attribute of the same name."""
         super().__init__(exchanges)
         self.exchanges = list(exchanges)
 
@@ -92,7 +92,7 @@ def adopt_slurm_variables() -> None:
     environment = os.environ
     if "RANK" in environment:
         return
-    # A batch script also has Slurm's variables, but it is no step of several tasks.
+    # Slurm also sets its variables in a batch script, but that is a step with a single task.
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return
     hosts = subprocess.run(
@@ -260,7 +260,7 @@ def all_gather(name: str, value: T) -> list[T]:
             f"rank {rank()}: another rank is lost, or did not arrive within {_timeout}: waited for "
             f"{name} ({error})"
         ) from None
-    exchanges = [(rank_name, rank_number) for rank_name, rank_number, _ in messages]
+    exchanges = [(exchange_name, number) for exchange_name, number, _ in messages]
     if len(set(exchanges)) > 1:
         raise CollectiveMismatchError(exchanges)
     return [rank_value for _, _, rank_value in messages]

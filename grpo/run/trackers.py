@@ -53,7 +53,10 @@ class Trackers:
                 ) from None
 
     def log(self, row: dict[str, Any]) -> None:
-        """Sends the numbers in a row of metrics to every tracker, at the row's step."""
+        """Sends the numbers in a row of metrics to every tracker.
+
+        The step is that of the row. trackio does not receive it.
+        """
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         for tracker in self._trackers:
             tracker.log(numbers, int(row["step"]))
