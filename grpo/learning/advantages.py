@@ -11,9 +11,10 @@ Conventions, which the papers do not always state:
 - std is the population standard deviation: the sum of squares is divided by n, not by n - 1.
 - `None` in place of a reward means that the completion has no reward. It is excluded from every
   mean and std, and its advantage is 0.
-- A group whose rewards are all equal, or that has a single reward, gets advantage 0. (For the kind
-  `batch`, this holds for all tokens of the batch instead of a group.) The test is max == min,
-  because rounding can make r - mean(group) differ from 0.
+- A group whose rewards (minus penalties) are all equal, or that has a single reward, gets advantage
+  0. (For the kind `batch`, this holds for all tokens of the batch instead of a group.) The test is
+  max == min, because rounding can make r - mean(group) differ from 0.
+- The kind `teacher` does not use rewards, so neither rule applies to it.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _penalized_rewards(
 def _group_relative_advantages(
     rewards_PG: Sequence[Sequence[float | None]], kind: str
 ) -> list[list[float]]:
-    """Returns (r - mean(group)) / scale, [P, G]. The kinds differ in the scale only."""
+    """Returns (r - mean(group)) / scale, [P, G]; r is `rewards_PG`. `kind` selects the scale."""
     batch_std = 0.0
     if kind == "batch_std":
         batch_std = _population_std(_all_rewards(rewards_PG))

@@ -102,8 +102,8 @@ def micro_batches(
             prompt are then placed next to each other, and the tokens of their prompt count once.
         share: `(rank, num_ranks)`. The micro-batches are distributed over the ranks so that all
             ranks have about the same number of tokens. All ranks get the same number of
-            micro-batches, because collectives need all of them: a rank without work in the last
-            round gets a copy of another rank's micro-batch with `idle` set and weights 0.
+            micro-batches, because every collective needs all ranks: a rank without work in the last
+            round gets a copy of another rank's micro-batch with `is_filler` set and weights 0.
     """
     rank, num_ranks = share
     parts = _split_packed(samples, max_tokens) if packed else _split_padded(samples, max_tokens)
@@ -120,10 +120,10 @@ def micro_batches(
         else:
             zero_weights = [0.0] * len(samples)
             batch = replace(_collate(parts[-1].indices, samples, zero_weights), is_filler=True)
-        max_completion_tokens = max(
+        max_rank_tokens = max(
             sum(samples[i].completion_length for i in part.indices) for part in parts_of_round
         )
-        batches.append(replace(batch, max_rank_tokens=max_completion_tokens))
+        batches.append(replace(batch, max_rank_tokens=max_rank_tokens))
     return batches
 
 
@@ -174,7 +174,8 @@ def _split_packed(samples: Sequence[Sample], max_tokens: int) -> list[_Part]:
 def _by_prompt(samples: Sequence[Sample], prompts: Sequence[tuple[int, ...]]) -> list[int]:
     """Returns the samples' indices, samples of one prompt next to each other.
 
-    Prompts with the longest completion come first, and so do the longest samples of a prompt.
+    Prompts are sorted by their longest completion, and the samples of a prompt by their length,
+    longest first.
     """
     max_lengths: dict[tuple[int, ...], int] = {}
     for prompt, sample in zip(prompts, samples, strict=True):
@@ -191,7 +192,7 @@ def _collate(indices: Sequence[int], samples: Sequence[Sample], weights: Sequenc
     """Returns the samples at `indices` as one micro-batch, padded on the right."""
     rows = [samples[i] for i in indices]
     shape = (len(rows), max(len(sample.token_ids) for sample in rows))
-    input_ids = torch.full(shape, PADDING_ID)  # [B, T], as all that follow
+    input_ids = torch.full(shape, PADDING_ID)  # all tensors are [B, T]
     labels = torch.full(shape, PADDING_ID)
     attention_mask = torch.zeros(shape, dtype=torch.long)
     token_mask = torch.zeros(shape, dtype=torch.bool)
@@ -230,12 +231,12 @@ def _collate(indices: Sequence[int], samples: Sequence[Sample], weights: Sequenc
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Returns the micro-batch with its tensors on `device`."""
-    moved: dict[str, Any] = {}
+    values_on_device: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
-            moved[field.name] = value.to(device)
+            values_on_device[field.name] = value.to(device)
     if batch.teacher_top is not None:
         token_ids, logprobs = batch.teacher_top
-        moved["teacher_top"] = (token_ids.to(device), logprobs.to(device))
-    return replace(batch, **moved)
+        values_on_device["teacher_top"] = (token_ids.to(device), logprobs.to(device))
+    return replace(batch, **values_on_device)

@@ -50,7 +50,7 @@ def _import_deepspeed() -> Any:
     # DeepSpeed compiles an operator for inference on CPUs at every start, under a file lock. A
     # killed process does not release the lock, and all later processes would wait for it.
     communication = importlib.import_module("deepspeed.comm.torch")
-    setattr(communication, "build_shm_op", lambda: None)  # noqa: B010 - a module has no such type
+    setattr(communication, "build_shm_op", lambda: None)  # noqa: B010 - mypy does not know it
     return deepspeed
 
 
@@ -111,6 +111,9 @@ def learning_rate(settings: configs.LearnerSettings, update: int, total_updates:
         settings: The config section `learner`.
         update: The index of the update, from 0.
         total_updates: The number of updates of the run.
+
+    Raises:
+        ValueError: `learner.schedule` is unknown.
     """
     if update < settings.warmup_updates:
         return settings.lr * (update + 1) / settings.warmup_updates
@@ -149,9 +152,9 @@ def torch_optimizer(deepspeed_engine: Any) -> Any:
 class NormLimit:
     """Makes DeepSpeed skip an update whose gradient norm is above a limit.
 
-    DeepSpeed skips an update whose gradient norm is not finite. Each of its ZeRO optimizers has its
-    own method that computes the norm. NormLimit replaces that method by one that returns infinity
-    for a norm above the limit.
+    DeepSpeed's ZeRO optimizers skip an update whose gradient norm is not finite. Each of them has
+    its own method for the norm. NormLimit replaces that method by one whose result is infinite if
+    the norm is above the limit.
 
     Attributes:
         norm: The gradient norm of the last update, before clipping.
@@ -172,7 +175,7 @@ class NormLimit:
                 setattr(optimizer, name, functools.partial(replacement, original))
 
     def _limit_norms(self, original: Callable[..., Any]) -> Any:
-        """Returns the norms of `original` (one, or one per group), or infinities."""
+        """Returns the result of `original`, one norm or a list, or infinities above the limit."""
         norms = original()
         values = torch.as_tensor(norms)
         # DeepSpeed returns -1 for a norm that is not finite.
@@ -185,7 +188,7 @@ class NormLimit:
         return norms * math.inf
 
     def _limit_gradients(self, original: Callable[..., Any], **options: Any) -> Any:
-        """Returns the gradients of `original`, or one infinite gradient if it is too large."""
+        """Returns the gradients of `original`, or an infinite one if their norm is too large."""
         if options:
             # This call serves the clipping. The call for the norm has no options.
             return original(**options)

@@ -72,7 +72,7 @@ def _with_remaining_tokens(logprobs: Tensor) -> Tensor:
 
 
 def _divergence(s: Tensor, t: Tensor, kind: str, beta: float) -> Tensor:
-    """Returns the divergence [N] of the student's and the teacher's log-probabilities [N, V]."""
+    """Returns the divergence [N] of log-probabilities [N, V]: s student, t teacher."""
     if kind == "forward_kl":
         return _kl(t, s)
     if kind == "reverse_kl":

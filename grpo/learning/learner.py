@@ -98,9 +98,10 @@ class Learner:
             model: The initial policy, with float32 weights.
             config: The config of the run.
             loss: The loss that `config.algorithm.loss` names.
-            reference: The reference model of the KL, or the teacher if `soft` is set. It is frozen
-                and converted to the dtype of the forward pass.
-            soft: The config section `soft`: how the divergence from the teacher is computed.
+            reference: The reference model of the KL, or the teacher. It is frozen and converted to
+                the dtype of the forward pass.
+            soft: The config section `soft`. If set, the divergence from the teacher is part of the
+                loss.
         """
         deepspeed = init_deepspeed()
         settings = config.learner
@@ -139,13 +140,13 @@ class Learner:
     def score(self, batches: Sequence[Batch], *, reference: bool = False) -> list[Scores]:
         """Returns log-probabilities and entropies of the completion tokens of each batch.
 
-        With `reference`, they are those of the reference model, otherwise those of the policy.
+        With `reference`, they are those of the reference model (with LoRA, of the policy without
+        its adapters), otherwise those of the policy.
         """
         if not reference:
             return self._score_with(self._deepspeed_engine, batches)
         if self._reference is not None:
             return self._score_with(self._reference, batches)
-        # With LoRA, the policy without its adapters is the reference.
         with lora.adapters_disabled(self._policy.model):
             return self._score_with(self._deepspeed_engine, batches)
 
@@ -171,7 +172,9 @@ class Learner:
             "policy/grad_norm": 0.4, "update/tokens": 5120}`.
 
         Raises:
-            RunError: MAX_SKIPPED_UPDATES consecutive updates were skipped.
+            RunError: MAX_SKIPPED_UPDATES consecutive updates were skipped, or had a loss that is
+                not finite.
+            UserError: The loss does not return a LossOutput.
         """
         start = time.monotonic()
         lr = self._set_learning_rate()
@@ -191,7 +194,7 @@ class Learner:
         self.num_updates += 1
         self._heap.after_update()
         self._stop_after_skipped_updates(totals.loss, step)
-        metrics = _token_means(totals, num_tokens)
+        metrics = _token_metrics(totals, num_tokens)
         metrics["policy/grad_norm"] = step.grad_norm
         metrics["policy/lr"] = lr
         metrics["update/tokens"] = num_tokens
@@ -209,7 +212,7 @@ class Learner:
     def _is_reported(self, batch: Batch) -> bool:
         """Returns whether this rank reports a micro-batch, so that each one is counted once.
 
-        Of the ranks that share a micro-batch, one reports it. An idle micro-batch repeats one of
+        Of the ranks that share a micro-batch, one reports it. A filler repeats a micro-batch of
         another rank with weight 0.
         """
         return self._is_reporter and not batch.is_filler
@@ -273,7 +276,10 @@ class Learner:
         return _StepResult(grad_norm, is_applied)
 
     def _stop_after_skipped_updates(self, loss: float, step: _StepResult) -> None:
-        """Raises RunError after MAX_SKIPPED_UPDATES consecutive updates without a finite result."""
+        """Raises RunError after MAX_SKIPPED_UPDATES consecutive updates that failed.
+
+        An update has failed if it was skipped or its loss is not finite.
+        """
         if step.is_applied and math.isfinite(loss):
             self._num_consecutive_skips = 0
             return
@@ -291,9 +297,8 @@ class Learner:
     def perturbed(self, seed: int, *, jitter: bool = False) -> Iterator[None]:
         """Perturbs every weight within the context and restores it bit for bit afterwards.
 
-        The perturbation scales a weight by about 20 % and adds noise of 10 %. It depends on the
-        seed, and with ZeRO-3 on the number of ranks: each rank perturbs and saves its own part of a
-        weight.
+        The perturbation is that of grpo/learning/perturbation.py. It depends on the seed, and with
+        ZeRO-3 on the number of ranks: each rank perturbs and restores its own part of a weight.
 
         Args:
             seed: The seed of the perturbation.
@@ -331,7 +336,7 @@ class Learner:
         return seed + index
 
     def save(self, directory: Path) -> None:
-        """Writes weights, optimizer state and the number of updates.
+        """Writes weights, optimizer state and the number of updates. All ranks must call it.
 
         The reference is written only if `reset_reference` has changed it.
         """
@@ -476,14 +481,16 @@ def _with_distillation(
     return replace(result, per_token=per_token, metrics=metrics)
 
 
-def _token_means(totals: UpdateTotals, num_tokens: int) -> dict[str, float]:
-    """Returns the metrics of an update that are averages over its completion tokens.
+def _token_metrics(totals: UpdateTotals, num_tokens: int) -> dict[str, float]:
+    """Returns an update's loss, the token means of its metrics, and statistics of the ratios.
 
-    Source: `mismatch/effective` is the effective sample size of PipelineRL 2509.19128, as a share
-    of the tokens: (sum w)^2 / (n sum w^2).
+    `mismatch/effective` is the effective sample size as a share of the n tokens,
+    (sum w)^2 / (n sum w^2), where w is the ratio to the sampler.
+
+    Source: PipelineRL 2509.19128 (effective sample size).
     """
-    means = {name: total / num_tokens for name, total in totals.metrics.items()}
-    means["loss"] = totals.loss
-    means["mismatch/max_weight"] = totals.max_ratio
-    means["mismatch/effective"] = totals.ratio_sum**2 / (totals.ratio_squared_sum * num_tokens)
-    return means
+    metrics = {name: total / num_tokens for name, total in totals.metrics.items()}
+    metrics["loss"] = totals.loss
+    metrics["mismatch/max_weight"] = totals.max_ratio
+    metrics["mismatch/effective"] = totals.ratio_sum**2 / (totals.ratio_squared_sum * num_tokens)
+    return metrics

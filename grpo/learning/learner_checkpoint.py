@@ -17,14 +17,14 @@ TAG = "learner"  # the folder of DeepSpeed's files in a checkpoint's directory
 
 
 def save_checkpoint(deepspeed_engine: Any, directory: Path, client_state: dict[str, Any]) -> None:
-    """Writes weights, optimizer state and `client_state` to a directory."""
+    """Writes weights, optimizer state and `client_state` to a directory. All ranks must call it."""
     deepspeed_engine.save_checkpoint(
         str(directory), tag=TAG, client_state=client_state, save_latest=False
     )
 
 
 def load_checkpoint(deepspeed_engine: Any, directory: Path) -> dict[str, Any]:
-    """Loads the weights and the optimizer state of `save_checkpoint`.
+    """Loads the weights and the optimizer state of `save_checkpoint`. All ranks must call it.
 
     Returns:
         The `client_state` of `save_checkpoint`.
@@ -74,7 +74,7 @@ def _load_from_other_world_size(deepspeed_engine: Any, directory: Path) -> tuple
         return path, client_state
     finally:
         deepspeed_engine._config.load_universal_checkpoint = False
-        ranks.all_gather("the loaded checkpoint", None)
+        ranks.all_gather("the loaded checkpoint", None)  # No rank needs the directory any more.
         if ranks.rank() == 0:
             shutil.rmtree(universal, ignore_errors=True)
 

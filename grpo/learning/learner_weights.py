@@ -44,7 +44,7 @@ class LearnerWeights:
     """
 
     def __init__(self, model: nn.Module, zero_stage: int) -> None:
-        """Refers to a model, whose current weights each iteration reads.
+        """Keeps a reference to the model. Each iteration reads its current weights.
 
         Args:
             model: The transformers model.
@@ -70,7 +70,8 @@ class LearnerWeights:
         layout = []
         for bucket in self._buckets():
             for name, parameter in bucket:
-                shape = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3: complete
+                # Under ZeRO-3, `shape` is that of a placeholder and `ds_shape` the complete one.
+                shape = getattr(parameter, "ds_shape", parameter.shape)
                 empty = torch.empty(shape, dtype=parameter.dtype, device="meta")
                 for hub_name, weight in moe.hub_weights(self._model, name, empty):
                     layout.append((hub_name, weight.dtype, tuple(weight.shape)))
@@ -85,7 +86,8 @@ class LearnerWeights:
         for name, parameter in self._model.named_parameters():
             if "lora_" in name:
                 continue
-            num_weights = getattr(parameter, "ds_numel", parameter.numel())  # of ZeRO-3: complete
+            # Under ZeRO-3, `ds_numel` is the size of the complete parameter.
+            num_weights = getattr(parameter, "ds_numel", parameter.numel())
             num_bytes = num_weights * parameter.itemsize
             if bucket_bytes and bucket_bytes + num_bytes > BUCKET_BYTES:
                 buckets.append([])

@@ -112,7 +112,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def merged_weight(weight: Tensor, layer: Any) -> Tensor:
-    """Returns weight + scaling * B A, computed in float32, in the dtype of the weight.
+    """Returns weight + scaling * B A, in the dtype of the weight. The sum is computed in float32.
 
     Args:
         weight: weight of the layer [out, in], without the adapter.

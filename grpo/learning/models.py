@@ -275,7 +275,7 @@ def extend_context(model_dir: Path, rope: RopeSettings | None, target: Path) -> 
 def make_tiny(kind: str, target: Path, seed: int, **overrides: Any) -> None:
     """Writes a model with random weights and a tokenizer of single bytes.
 
-    The model has 4.3M parameters (micro: 1.1M).
+    The model has 1.1M (micro), 4.3M, 7.2M (qwen3-moe) or 8.2M (deepseek-v3) parameters.
 
     Args:
         kind: One of TINY_MODELS.
@@ -316,7 +316,7 @@ def _tiny_config(
 
 
 def character_tokenizer() -> PreTrainedTokenizerBase:
-    """Returns a tokenizer with one token per byte and one per tag of TINY_TAGS.
+    """Returns a tokenizer with `<pad>`, `<eos>`, one token per tag of TINY_TAGS and one per byte.
 
     It is a byte-level BPE without merges. transformers chooses the tokenizer class by the type of
     the model, and the classes of Qwen and Llama read this format in the same way.

@@ -10,7 +10,7 @@ from grpo.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# names of the config entry that holds the number of experts per layer
+# Keys under which transformers configs hold the number of experts per layer.
 NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -50,12 +50,12 @@ def configure_routers(model: Any, aux_coef: float, freeze: bool) -> None:
     if (aux_coef or freeze) and not routers:
         raise UserError(
             "model.router_aux_coef and model.freeze_router are for mixtures of experts, but a "
-            f"{model_type} has no router. Remove both keys."
+            f"{model_type} model has no router. Remove both keys."
         )
     if aux_coef and getattr(model.config, "router_aux_loss_coef", None) is None:
         raise UserError(
-            f"model.router_aux_coef: a {model_type} balances its experts without a loss. Remove "
-            "the key."
+            f"model.router_aux_coef: a {model_type} model balances its experts without a loss. "
+            "Remove the key."
         )
     if freeze:
         for router in routers:
@@ -66,7 +66,7 @@ def balance_loss(model: Any, router_logits: Any, mask: Tensor | None) -> Tensor:
     """Returns the load-balancing loss of the routers, a scalar [].
 
     It is E * sum over experts of (share of tokens * mean probability), with shares and means over
-    the tokens of all layers. Its minimum, at a balanced load, is the number of experts per token.
+    the tokens of all layers. At a balanced load it equals the number of experts per token.
 
     Args:
         model: a transformers model with E experts per layer.

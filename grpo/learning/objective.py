@@ -122,6 +122,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     k1 and k3 are unbiased. k2 is biased, but its gradient is unbiased if the tokens were sampled
     from the current policy.
 
+    Raises:
+        ValueError: `estimator` is unknown.
+
     Source: Schulman, "Approximating KL divergence"; k3 is DeepSeekMath 2402.03300 Eq. 4.
     """
     difference = logprobs - ref_logprobs
@@ -165,9 +168,10 @@ def mismatch_weights(
     if high is None:
         high = default_high
     if kind == "mis_sequence":
+        # log of the product of rho
         log_ratios = sequence_mean(log_ratios, mask) * mask.sum(-1, keepdim=True)
     elif kind == "mask_sequence":
-        log_ratios = sequence_mean(log_ratios, mask)
+        log_ratios = sequence_mean(log_ratios, mask)  # log of the geometric mean of rho
     ratios = torch.exp(log_ratios)
     if kind == "tis":
         return ratios.clamp(min=low, max=high)

@@ -514,8 +514,7 @@ def attend_concatenated(  # noqa: PLR0913
     """Attention function of transformers for concatenated sequences without shared prompts.
 
     TRL's collator concatenates the sequences of a micro-batch if `padding_free` is set. Each
-    sequence attends to itself only. The result, the exceptions and the parameters that are not
-    listed are those of `attend`.
+    sequence attends to itself only. The result and the exceptions are those of `attend`.
 
     Args:
         module: the attention layer.

@@ -13,7 +13,8 @@ from torch import Tensor
 def perturbed(weight: Tensor, seed: int) -> Tensor:
     """Returns the weight scaled by 0.8 or 1.2, plus noise of a tenth of its standard deviation.
 
-    The same seed gives the same numbers on all CPUs, and on all GPUs of one model.
+    For a constant weight, the mean absolute value (at least 1) replaces the standard deviation. The
+    same seed gives the same numbers on all CPUs, and on all GPUs of the same type.
     """
     generator = torch.Generator(device=weight.device).manual_seed(seed)
     noise = torch.randn(weight.shape, generator=generator, device=weight.device)

@@ -37,7 +37,7 @@ class PolicyOutput(NamedTuple):
         entropies: Entropies of the policy's distribution, [B, T] float32.
         divergences: Divergences from the teacher's distribution, [B, T]. None without a teacher.
         hidden_errors: Errors of the projected hidden states, [B, T]. None if `soft.hidden_weight`
-            is 0.
+            is 0, or without a teacher model.
         balance_loss: The load-balancing loss of the routers, []. None without `router_loss`.
     """
 

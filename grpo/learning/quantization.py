@@ -67,8 +67,8 @@ def quantization_args(scheme: str, group_size: int) -> Rounding:
 def best_scales(weight: Tensor, args: QuantizationArgs) -> Tensor:
     """Returns the scales of a weight, float32.
 
-    The scale of 8 bits covers the largest value. The scale of 4 bits is clipped where the squared
-    error of its values is smallest, so a few large values do not make the steps too coarse.
+    With 8 bits, a scale covers the largest value. With 4 bits, it is clipped where the squared
+    error of its values is smallest, so that a few large values do not make the steps too coarse.
 
     Args:
         weight: [out, in].
@@ -87,7 +87,7 @@ def best_scales(weight: Tensor, args: QuantizationArgs) -> Tensor:
     min_values = parts.amin(-1)
     max_values = parts.amax(-1)
     clips = CLIPS if args.num_bits == 4 else (1.0,)
-    best_scales: Tensor | None = None
+    best: Tensor | None = None
     min_errors = torch.empty(())
     for clip in clips:
         scales, zero_points = calculate_qparams(min_values * clip, max_values * clip, args)
@@ -98,14 +98,14 @@ def best_scales(weight: Tensor, args: QuantizationArgs) -> Tensor:
         rounded = fake_quantize(weight, scales, zero_points, args)
         differences = _values_per_scale(rounded, args) - parts
         errors = differences.square().sum(-1).reshape(scales.shape)
-        if best_scales is None:
-            best_scales = scales
+        if best is None:
+            best = scales
             min_errors = errors
         is_better = errors < min_errors
-        best_scales = torch.where(is_better, scales, best_scales)
+        best = torch.where(is_better, scales, best)
         min_errors = torch.where(is_better, errors, min_errors)
-    assert best_scales is not None
-    return best_scales
+    assert best is not None
+    return best
 
 
 def _values_per_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:

@@ -41,7 +41,8 @@ class Ulysses:
             size: ranks per stream.
 
         Raises:
-            UserError: the ranks cannot be grouped by `size`, or the heads cannot be split.
+            UserError: `size` does not divide the number of ranks, or the attention cannot be split
+                across `size` ranks.
         """
         _check_divisible(model, size)
         config = model.config

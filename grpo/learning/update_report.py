@@ -97,7 +97,8 @@ def _totals(scalars: Sequence[float], metric_names: Sequence[str]) -> UpdateTota
 
 
 def sum_totals(parts: Sequence[UpdateTotals]) -> UpdateTotals:
-    """Returns the totals of all parts. A part without tokens has no metrics."""
+    """Returns the totals of all parts, of which there is at least one."""
+    # A part without tokens has no metrics; all others have the same ones.
     metric_names = max((list(part.metrics) for part in parts), key=len)
     metrics = {name: sum(part.metrics.get(name, 0.0) for part in parts) for name in metric_names}
     return UpdateTotals(

@@ -438,7 +438,7 @@ def test_the_balance_loss_is_that_of_the_switch_transformer_and_trains_the_route
 @pytest.mark.parametrize(
     ("kind", "model", "message"),
     [
-        ("tiny-qwen2", {"freeze_router": True}, "a qwen2 has no router"),
+        ("tiny-qwen2", {"freeze_router": True}, "a qwen2 model has no router"),
         ("tiny-deepseek-v3", {"router_aux_coef": 0.1}, "balances its experts without a loss"),
     ],
 )
