@@ -3,7 +3,7 @@
     local/      vLLM in one child process per rank
     servers/    vLLM servers over HTTP, monitored and restarted by rank 0
     transfer/   sends weights to an engine, one file per transport
-    endpoint    an OpenAI-compatible endpoint, for a teacher
+    endpoint    an OpenAI-compatible endpoint, for a teacher or for evaluation
 
 grpo/stages constructs engines; other packages use them through this protocol. vLLM is imported only
 in this package. This file imports neither vLLM nor torch.
@@ -289,9 +289,10 @@ class Request:
 
     Attributes:
         prompt_ids: the tokens of the prompt.
-        seed: the seed of the first completion. Completion i is sampled with `seed + i`: one
-            request with n = G, G requests with n = 1 and a retry use the same seeds. Their
-            completions are equal if the engine's logits do not depend on the batch.
+        seed: the seed of the first completion. Completion i is sampled with `seed + i`. A retry
+            uses the same seeds, as do G requests with n = 1 and the seeds `seed` to `seed + G - 1`
+            in place of one with n = G. The completions are then equal if the engine's logits do
+            not depend on the batch.
         n: the number of completions.
     """
 
@@ -331,7 +332,7 @@ class SyncReport:
     Attributes:
         version: the weight version that was sent.
         seconds: the duration of the sync.
-        num_bytes: the size of the tensors that were sent, in bytes.
+        num_bytes: the size of the tensors that this rank sent, in bytes; 0 if it sent none.
     """
 
     version: int

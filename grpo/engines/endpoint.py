@@ -52,7 +52,7 @@ class Endpoint:
         """Connects to the endpoint.
 
         Args:
-            teacher: the address, the model, the API key and the limits.
+            teacher: the section `teacher` or `endpoint` of the config.
             on_wait: called five times per second while `generate` waits; may raise.
 
         Raises:
@@ -65,8 +65,10 @@ class Endpoint:
         if teacher.api_key_env:
             api_key = os.environ.get(teacher.api_key_env)
         if not api_key:
-            raise UserError(f"teacher.api_key_env: {teacher.api_key_env} is not set")
-        self._teacher = teacher
+            raise UserError(
+                f"endpoint {teacher.url}: api_key_env: {teacher.api_key_env} is not set"
+            )
+        self._settings = teacher
         self._on_wait = on_wait
         self._client = openai.OpenAI(
             base_url=teacher.url,
@@ -80,15 +82,15 @@ class Endpoint:
         """Raises UserError if the endpoint does not respond or does not serve the model."""
         import openai
 
-        teacher = self._teacher
+        settings = self._settings
         client = self._client.with_options(timeout=10, max_retries=1)
         try:
             models = [model.id for model in client.models.list()]
         except openai.OpenAIError as error:
-            raise UserError(f"teacher.url={teacher.url}: {_describe(error)}") from None
-        if models and teacher.model not in models:
+            raise UserError(f"endpoint {settings.url}: {_describe(error)}") from None
+        if models and settings.model not in models:
             raise UserError(
-                f"teacher.model={teacher.model}: {teacher.url} does not serve this model. "
+                f"endpoint {settings.url}: does not serve the model {settings.model!r}. "
                 f"Available: {', '.join(models[:MAX_LISTED_MODELS])}"
             )
 
@@ -106,7 +108,7 @@ class Endpoint:
             requests: `(messages, seed, num_completions)` per request:
                 `[([{"role": "user", "content": "2+3="}], 7, 2)]`.
             options: the sampling options.
-            on_progress: called with the number of finished and of all completions.
+            on_progress: called as `on_progress(num_finished, num_total)`, in completions.
 
         Raises:
             EngineError: A completion failed after the last retry.
@@ -115,7 +117,7 @@ class Endpoint:
         num_tasks = tasks.qsize()
         results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
         stop = threading.Event()
-        for _ in range(min(num_tasks, self._teacher.concurrency)):
+        for _ in range(min(num_tasks, self._settings.concurrency)):
             # Daemon threads: a request that is abandoned does not keep the process alive.
             arguments = (tasks, results, stop, options)
             threading.Thread(target=self._work, args=arguments, daemon=True).start()
@@ -172,7 +174,7 @@ class Endpoint:
             optional["extra_body"] = {"top_k": options.top_k}
         try:
             response = self._client.chat.completions.create(
-                model=self._teacher.model,
+                model=self._settings.model,
                 messages=messages,  # type: ignore[arg-type]
                 seed=seed % 2**31,
                 temperature=options.temperature,
@@ -181,12 +183,14 @@ class Endpoint:
                 **optional,
             )
         except openai.OpenAIError as error:
-            raise EngineError(f"teacher {self._teacher.url}: {_describe(error)}") from None
+            raise EngineError(f"endpoint {self._settings.url}: {_describe(error)}") from None
         if not response.choices:
-            raise EngineError(f"teacher {self._teacher.url}: the response has no completion")
+            raise EngineError(f"endpoint {self._settings.url}: the response has no completion")
         choice = response.choices[0]
         text = _text(choice, options.stop)
-        num_tokens = response.usage.completion_tokens if response.usage else len(text.split())
+        num_tokens = len(text.split())  # an estimate, for servers that do not report the number
+        if response.usage:
+            num_tokens = response.usage.completion_tokens
         return Completion(
             # The endpoint returns no token ids. The zeros only give the number of tokens.
             token_ids=(0,) * num_tokens,

@@ -92,7 +92,8 @@ def vllm_environment() -> dict[str, str]:
     """Returns the environment of a vLLM process.
 
     It is this process's environment without the variables of the learner's process group. With
-    several ranks it is limited to this rank's GPU and its share of the CPU cores.
+    several ranks, it selects this rank's GPU and as many OpenMP threads as this rank's share of the
+    CPU cores.
     """
     environment = {
         name: value for name, value in os.environ.items() if not _is_group_variable(name)

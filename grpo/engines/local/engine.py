@@ -101,7 +101,8 @@ class VllmEngine:
     def wait_ready(self) -> dict[str, Any]:
         """Waits until the child can sample and returns `{"vllm": "0.32.0"}`, vLLM's version.
 
-        Later calls return the same value at once. Raises EngineError if the start failed.
+        Later calls return the same value at once. If the start fails, the first call raises
+        EngineError and later calls return `{}`.
         """
         if self._description is None:
             # Set first, so that only the first call waits for a start that fails.
@@ -290,7 +291,7 @@ def estimated_cpu_bytes(settings: configs.EngineSettings, weight_bytes: int) -> 
     """Returns an estimate of the memory that an engine on a CPU needs, in bytes.
 
     It is the sum of the KV cache, three copies of the weights (the weights, vLLM's packed weights
-    and the copy in shared memory) and 1.5 GB for libraries.
+    and the copy in shared memory) and 1.5 GiB for libraries.
 
     Args:
         settings: the section `engine` of the config.
@@ -318,7 +319,8 @@ def check_memory(settings: configs.EngineSettings, weight_bytes: int, num_engine
     if needed_bytes > free_bytes:
         engines_need = "the engine needs" if num_engines == 1 else f"{num_engines} engines need"
         raise UserError(
-            f"{engines_need} about {needed_bytes / 2**30:.1f} GB of memory (per engine: KV cache "
-            f"{settings.kv_cache_gb:g} GB and three copies of the weights), but "
-            f"{free_bytes / 2**30:.1f} GB are free: lower engine.kv_cache_gb or use a smaller model"
+            f"{engines_need} about {needed_bytes / 2**30:.1f} GiB of memory (per engine: KV cache "
+            f"{settings.kv_cache_gb:g} GiB and three copies of the weights), but "
+            f"{free_bytes / 2**30:.1f} GiB are free: lower engine.kv_cache_gb or use a smaller "
+            "model"
         )

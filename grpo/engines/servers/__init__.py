@@ -6,7 +6,7 @@ state             state that the modules of a pool share
 client            HTTP requests to one server, with typed errors
 scheduler         selects a server for each request; retries failed requests
 availability      the servers that a rank can send requests to
-supervisor        rank 0 starts, monitors and restarts servers
+supervisor        monitors, restarts and updates the servers; runs on rank 0
 weight_updates    the weight update of one server, and of all servers
 loop_thread       an asyncio event loop in a background thread
 command_line      command line, environment, CPU cores and token of a server process

@@ -35,7 +35,8 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
             f"{TOKEN_VARIABLE} is not set: set it to the secret of all servers. The trainer reads "
             "the same secret from the variable that engine.servers.token_env names"
         )
-    # Any URL marks this server as one of `urls`. Only the trainer uses the address.
+    # A config without the section is read as one with `urls`, which affects the choice of the
+    # transport. Only the trainer uses the address itself.
     servers = config.engine.servers or configs.ServerSettings(urls=["here"])
     model_dir = models.locate(
         config.model, Path(tempfile.mkdtemp(prefix="grpo-server-")), config.seed

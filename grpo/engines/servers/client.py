@@ -137,7 +137,10 @@ class ServerClient:
         await self.get(server, "/health", timeout_s)
 
     async def num_generated_tokens(self, server: Server, timeout_s: float) -> float:
-        """Returns the number of tokens generated since the server's start. Raises EngineError."""
+        """Returns the number of tokens generated since the server's start.
+
+        It is 0 if the server does not report the number. Raises EngineError.
+        """
         response = await self.get(server, "/metrics", timeout_s)
         match = GENERATED_TOKENS.search(response.text)
         if match is None:

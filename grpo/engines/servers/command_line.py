@@ -28,7 +28,7 @@ def server_arguments(
 ) -> list[str]:
     """Returns the arguments of COMMAND except host and port.
 
-    They are the arguments of the child process engine, written as vLLM command line options.
+    They contain those of the engine in a child process, as vLLM's command line options.
 
     Args:
         model: the model to serve.
@@ -70,7 +70,7 @@ def check_tensor_parallel(model_dir: str, tensor_parallel: int) -> None:
         raise UserError(
             f"engine.servers.tensor_parallel={tensor_parallel} does not divide the model's "
             f"{num_heads} attention heads and {num_kv_heads} key-value heads: set it to a divisor "
-            "of both"
+            "of the attention heads that is a divisor or a multiple of the key-value heads"
         )
 
 
@@ -148,11 +148,11 @@ def base_environment(tensor_parallel: int) -> dict[str, str]:
     """Returns the environment of any server, without token, GPUs and CPU cores.
 
     On a CPU with one worker, vLLM's engine core runs in the process of the HTTP server. Separate
-    processes would poll each other, and continue for one second after the last request.
+    processes would poll each other, and keep polling for one second after the last request.
     """
     has_core_process = torch.cuda.is_available() or tensor_parallel > 1
     environment = vllm_environment()
-    environment["VLLM_SERVER_DEV_MODE"] = "1"
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # adds the routes that update weights and pause
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if has_core_process else "0"
     return environment
 

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 TOKEN_VARIABLE = "GRPO_ENGINE_TOKEN"  # environment variable that holds the token
+# The routes that a pool uses.
 ROUTES = (
     "/health",
     "/metrics",

@@ -75,7 +75,7 @@ class LoopThread:
     def close(self, cleanup: Coroutine[Any, Any, None]) -> None:
         """Cancels every coroutine, runs `cleanup` and stops the loop.
 
-        Waits at most CLOSE_TIMEOUT_S seconds.
+        Waits at most CLOSE_TIMEOUT_S seconds. Ignores exceptions of `cleanup`.
         """
         with contextlib.suppress(Exception):
             self.submit(_cancel_all_then(cleanup)).result(CLOSE_TIMEOUT_S)

@@ -18,7 +18,11 @@ TRAINER_PID_VARIABLE = "GRPO_ENGINE"
 
 
 def register() -> None:
-    """Registers grpo's weight transfer engines. Ties a local server's process to its trainer."""
+    """Registers grpo's weight transfer engines.
+
+    In a process of a local server, also starts a thread that kills the server when its trainer or
+    the parent of the process has ended.
+    """
     register_receiving_engines()
     trainer_pid = os.environ.get(TRAINER_PID_VARIABLE)
     if trainer_pid:
@@ -30,9 +34,10 @@ def _kill_orphaned_group(parent_pid: int, trainer_pid: int) -> None:
     """Kills this process group when the parent or the trainer has ended.
 
     Without this, an engine core outlives a killed server, and a server outlives a killed trainer.
-    The trainer may have been killed while this process was still importing modules. The process
-    group contains only the processes of the server. Killing it also ends an engine core that still
-    waits for its first message, a wait of up to 5 minutes.
+    The parent's id alone does not suffice: the trainer may have ended while this process was still
+    importing modules, before it read the id. The process group contains only the processes of the
+    server. Killing it also ends an engine core that still waits for its first message, a wait of up
+    to 5 minutes.
     """
     with contextlib.suppress(ProcessLookupError):
         while os.getppid() == parent_pid:

@@ -132,11 +132,11 @@ class ServerPool:
         """Waits until every server is up.
 
         Returns:
-            The URLs of the servers: `{"servers": ["http://127.0.0.1:8000"]}`.
+            The URLs of all servers: `{"servers": ["http://127.0.0.1:8000"]}`.
 
         Raises:
-            EngineError: A server does not start. Rank 0 raises it; the other ranks wait for its
-                result in an exchange.
+            EngineError: A server does not start. Only rank 0 raises it; the other ranks wait for
+                rank 0 in an exchange (grpo/run/ranks.py).
         """
         if self._supervisor is not None:
             timeout_s = self._settings.start_timeout_s + 5
@@ -184,8 +184,10 @@ class ServerPool:
 
         Returns:
             `result[server][request]`: the completions of the request. Servers that fail are
-            missing. Ranks other than rank 0 return an empty list. The completions of the first
-            server become the reference for servers that recover before the next sync.
+            missing. Ranks other than rank 0 return an empty list.
+
+        The completions of the first server become the reference for servers that recover before the
+        next sync.
 
         Raises:
             EngineError: No server can sample the requests.
@@ -230,7 +232,10 @@ class ServerPool:
         )
 
     def take_idle_seconds(self) -> float:
-        """Returns the seconds since the last call during which no server had any work."""
+        """Returns the seconds since the last call during which this rank had no request pending.
+
+        Requests of `generate_on_every_copy` do not count.
+        """
         return self._scheduler.idle_clock.read_and_reset()
 
     def reset_cache(self) -> None:
@@ -329,8 +334,8 @@ def _checked_server_settings(settings: configs.EngineSettings) -> configs.Server
     """Returns `settings.servers`.
 
     Raises:
-        UserError: The servers are local, and a rank on another machine cannot connect to them.
-        ValueError: `settings` has no servers.
+        UserError: The servers are local, but there are ranks on other machines.
+        ValueError: `settings.servers` is None.
     """
     if settings.servers is None:
         raise ValueError("a server pool needs settings.servers")
@@ -395,7 +400,7 @@ def _sender_options(
 
 
 def _weights_folder(servers: configs.ServerSettings, run_dir: Path) -> Path:
-    """Returns the directory of the transport `file`. No other run uses it."""
+    """Returns the directory of the transport `file`, a different one for each run."""
     if not servers.folder:
         return run_dir / "weights"
     run_name = f"{socket.gethostname()} {run_dir.resolve()}"

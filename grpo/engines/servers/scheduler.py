@@ -25,7 +25,7 @@ from grpo.types import Completion
 
 
 class IdleClock:
-    """Measures the time during which no server has any work."""
+    """Measures the time during which no request of this rank is pending."""
 
     def __init__(self) -> None:
         """Starts the clock: the pool is idle."""

@@ -30,10 +30,10 @@ class Server:
         environment: the environment of the process of a local server.
         cores: the CPU cores that the process is bound to; empty for all cores.
         process: the process of a local server after its start.
-        up: whether the server is believed to accept requests.
+        up: whether the server is believed to accept requests; kept up to date on rank 0 only.
         version: the version of the weights that it holds, -1 if they are not from this run.
         num_starts: how often the server has come up.
-        load: number of completions that were requested and have not been returned.
+        load: number of completions that this rank has requested and that are not returned yet.
         last_response_at: time of the last response.
         num_generated_tokens: tokens generated since the server's start, as of the last check; -1
             before the first check.
@@ -72,6 +72,9 @@ class Server:
 
         Args:
             port: a new port; None keeps the current one.
+
+        Raises:
+            ValueError: The server is remote.
         """
         if self.log_file is None:
             raise ValueError(f"{self.url} is not a local server: it has no log file")

@@ -1,4 +1,4 @@
-"""Supervision of the servers on rank 0: start, health checks, restarts and recovery."""
+"""Supervision of the servers on rank 0: health checks, restarts and recovery."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ CHECK_INTERVAL_S = 1.0  # interval between two checks of a server, and timeout o
 HEALTH_TIMEOUT_S = 20.0  # a server that does not respond for this long is lost
 START_CHECK_TIMEOUT_S = 5.0  # timeout of a health check while a server starts
 RESET_TIMEOUT_S = 60.0  # timeout of each request that resets a remote server
-MAX_LOGPROB_GAP = 0.5  # mean |logprob difference| of a recovered server from the others
+# The largest mean |logprob difference| between a recovered server and the reference samples.
+MAX_LOGPROB_GAP = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +188,8 @@ class Supervisor:
         """Brings a server up, and again each time that it is lost, until cancelled.
 
         Raises:
-            EngineError: The server does not start before the first sync, or there were more than
-                `engine.servers.restarts` restarts.
+            EngineError: The server cannot be brought up before the first sync, local servers were
+                lost more than `engine.servers.restarts` times, or a lost process did not end.
         """
         while True:
             try:
@@ -221,7 +222,7 @@ class Supervisor:
             await self._compare_samples(server, self.reference)
 
     async def _wait_for_health(self, server: Server) -> None:
-        """Waits until the server responds.
+        """Waits until the server responds. The wait for a remote server has no time limit.
 
         If the process of a local server ends, it is started a second time.
 
@@ -372,8 +373,9 @@ def mean_logprob_gap(
 ) -> float:
     """Returns the mean |logprob difference| between two samplings of the same requests.
 
-    Two completions are compared up to their first different token. If the first tokens that are
-    compared differ, they count as a gap of 1.
+    Two completions are compared up to their first different token. If the first pair of nonempty
+    completions differs in its first token, it counts as a gap of 1, so that the mean is defined. A
+    later pair that differs in its first token does not count.
 
     Args:
         first: the completions of each request in one sampling.

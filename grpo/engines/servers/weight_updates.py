@@ -116,9 +116,10 @@ class WeightUpdates:
 
 
 class ServersReceiver:
-    """A `WeightReceiver` that updates all servers that are up to one weight version.
+    """A `WeightReceiver` that loads one weight version on all servers that are up.
 
-    The methods block. Senders call them from threads outside the event loop.
+    It is also the `EngineGroup` of transfer/nccl.py. The methods block. Senders call them from
+    threads outside the event loop.
     """
 
     def __init__(
@@ -133,8 +134,8 @@ class ServersReceiver:
         """Selects no servers yet; see `members`.
 
         Args:
-            supervisor: has the state of the servers.
-            updates: updates the weights of a server.
+            supervisor: has the state of the servers and loads stored weights on them.
+            updates: the steps of an update of one server.
             loop: the event loop in which `updates` runs.
             version: the version of the weights.
             num_workers: GPUs per server.
@@ -188,7 +189,10 @@ class ServersReceiver:
         self._run_on_all(update)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Ends the update of every server, then resumes them. Raises EngineError."""
+        """Ends the update of every server, then resumes them. Raises EngineError.
+
+        `weight_version`, which vLLM's senders leave at None, is not used.
+        """
 
         def finish(server: Server) -> Coroutine[Any, Any, None]:
             return self._updates.finish(server, self.version)
@@ -200,8 +204,9 @@ class ServersReceiver:
         """Loads stored weights on every server. A server that fails is lost.
 
         Raises:
-            EngineError: Every server rejects the weights.
+            EngineError: Every server rejects the weights, or the updates did not end in time.
         """
+        # The time limit of each server's update (`WeightUpdates.time_limit`) must expire first.
         timeout_s = self._updates.sync_timeout_s + 60
         self._loop.run(self._supervisor.load_stored_weights(self.version, update_info), timeout_s)
 

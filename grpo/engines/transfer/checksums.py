@@ -34,7 +34,8 @@ def checksum(tensor: Tensor) -> Tensor:
         A tensor of shape `[]` and dtype int64 on the device of `tensor`.
     """
     flat = tensor.detach().reshape(-1)
-    if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0:
+    offset_bytes = flat.storage_offset() * flat.itemsize
+    if flat.nbytes % 8 == 0 and offset_bytes % 8 == 0:
         return flat.view(torch.int64).sum()
     data = flat.view(torch.uint8).clone()  # the new storage is aligned to 8 bytes
     num_word_bytes = data.numel() // 8 * 8

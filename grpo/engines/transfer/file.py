@@ -16,7 +16,7 @@ from grpo.engines.transfer.layout import (
 
 
 class FileSender:
-    """Writes the weights of each send to a new file and deletes the previous file.
+    """Deletes the file of the previous send and writes the weights to a new file.
 
     No file is written twice, because on a network file system a process may continue to read the
     content that a file had when the process opened it.

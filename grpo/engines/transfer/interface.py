@@ -26,9 +26,10 @@ class SenderOptions:
 
     Attributes:
         folder: a directory that only this run uses and all engines can read (transport `file`).
-        limit_s: the time limit of one send, in seconds (transport `nccl`).
-        on_wait: called while a send waits. An exception that it raises ends the wait.
-        say: prints a line for the user.
+        limit_s: the time limit of one attempt of a send, in seconds (transport `nccl`).
+        on_wait: called five times per second while a send waits. An exception that it raises ends
+            the wait (transport `nccl`).
+        say: prints a line for the user (transport `nccl`).
     """
 
     folder: Path | None = None

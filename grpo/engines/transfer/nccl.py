@@ -61,7 +61,7 @@ class NcclSender:
         self._is_stuck = False  # the thread of a failed send still iterates the weights
 
     def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
-        """Sends every weight. After a failure, tries again without the servers that were lost.
+        """Sends every weight. After a failure, tries once more without the servers that were lost.
 
         A lost server gets weights with the next send after its restart.
 
@@ -195,7 +195,7 @@ class _FailFastReceiver:
 
     @property
     def failure(self) -> BaseException | None:
-        """The first failure of the send."""
+        """The first failure of the send, None if there is none."""
         return self._failures[0] if self._failures else None
 
     def record_failure(self, error: BaseException) -> None:

@@ -3,8 +3,8 @@
 The classes implement vLLM's weight-transfer interface and verify every weight that they receive.
 
 `MemoryTransfer` follows vLLM 0.32's IPC engine with two differences. It does not synchronise the
-device, because the base class assumes an accelerator. After a reload it packs a tied output head
-and the experts of each layer again.
+device after an update, because vLLM's base class does so with a call that needs an accelerator.
+After a reload it packs a tied output head and the experts of each layer again.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class NcclTransfer(LoadsInPlace, NCCLWeightTransferEngine):
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """The connection info of shared memory and files, which need none."""
+    """No fields: shared memory and files need no connection."""
 
 
 @dataclass

@@ -225,14 +225,14 @@ def test_traces_are_collected_from_a_teacher_behind_an_endpoint(vllm_server, tin
 
 @pytest.mark.engine
 def test_unusable_endpoint_raises(vllm_server):
-    with pytest.raises(UserError, match=r"does not serve this model\. Available: teacher"):
+    with pytest.raises(UserError, match=r"does not serve the model 'other'\. Available: teacher"):
         Endpoint(EndpointSettings(url=vllm_server, model="other"))
-    with pytest.raises(UserError, match=r"teacher\.url=http://127\.0\.0\.1:1/v1"):
+    with pytest.raises(UserError, match=r"endpoint http://127\.0\.0\.1:1/v1"):
         Endpoint(EndpointSettings(url="http://127.0.0.1:1/v1", model="teacher", retries=0))
     with pytest.raises(UserError, match="GRPO_NO_SUCH_KEY is not set"):
         Endpoint(EndpointSettings(url=vllm_server, model="teacher", api_key_env="GRPO_NO_SUCH_KEY"))
 
     endpoint = Endpoint(EndpointSettings(url=vllm_server, model="teacher", retries=0))
     request = ([{"role": "user", "content": "x"}], 0, 1)
-    with pytest.raises(EngineError, match="teacher http"):
+    with pytest.raises(EngineError, match="endpoint http"):
         endpoint.generate([request], SamplingOptions(max_tokens=100_000))
