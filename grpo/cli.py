@@ -32,6 +32,7 @@ QUIET_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+MAX_TERMINATION_S = 30  # longest wait of a rank for the launcher to terminate it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,10 +118,11 @@ def _report_error(error: Exception) -> None:
     if is_unexpected and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
     is_reported_elsewhere = ranks.failed_on_another_rank(error)
+    # A mistake in the config or the data raises on all ranks; local rank 0 prints it.
     is_repeated = ranks.local_rank() > 0 and isinstance(error, UserError)
     if is_reported_elsewhere or is_repeated:
         with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(30)
+            time.sleep(MAX_TERMINATION_S)
     if not is_reported_elsewhere:
         prefix = f"rank {ranks.rank()}: " if ranks.rank() else ""
         print(f"grpo: {prefix}{error}", file=sys.stderr)
@@ -283,14 +285,14 @@ def _add_report(commands: Any) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="run directories, which share the charts; of a pipeline: all its stages",
+        help="run directories, compared in the same charts; a pipeline stands for all its stages",
     )
     command.add_argument("--output", metavar="FILE", help="default: report.html in the first run")
     command.add_argument("--plots", metavar="FOLDER", help="also write every chart as SVG and PNG")
     command.add_argument(
         "--follow",
         action="store_true",
-        help="print the steps of a run as they appear, until it ends",
+        help="print the steps of the first run as they appear, until it ends",
     )
 
 

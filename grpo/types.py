@@ -209,12 +209,12 @@ class ScoredGroup:
 
     Attributes:
         group: the prompt and its completions.
-        rewards: `[G]`, the weighted sum of `parts`. None marks a completion without a reward: it
-            is excluded from the group's baseline and from the update.
-        parts: `[G]`, the value of each reward function by name, before its weight. None if the
-            function does not apply to the problem.
+        rewards: `[G]`, the weighted sum of `parts`. None if a verdict is undecided or no reward
+            applies: the completion is excluded from the group's baseline and from the update.
+        parts: `[G]`, the value of each reward by name, before its weight. None if the reward does
+            not apply to the completion or its verdict is undecided.
         verdicts: `[G]`, the first verdict that a reward function returned; None without one.
-        faults: `[G]`, the reasons of the scores, by reward function.
+        faults: `[G]`, the reasons of low scores, by reward name.
     """
 
     group: Group
@@ -300,8 +300,8 @@ class Batch:
         versions: `[B, T]`, int64: the version of the weights that sampled the token; -1 if no
             engine sampled the token.
         teacher_top: `(token ids, logprobs)` of the teacher's k most likely tokens, each `[N, k]`
-            for the N completion tokens of the batch, row by row. None if there is no teacher or
-            if the learner computes its logprobs.
+            for the N completion tokens of the batch, row by row. None without a teacher, or if
+            the learner runs the teacher itself.
         is_filler: True for a filler whose token weights are 0. A rank without further samples
             needs it to take part in the collectives of the other ranks.
         max_rank_tokens: the largest number of completion tokens on any rank for this micro-batch.

@@ -19,8 +19,11 @@ def group_metrics(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
 
     For example `{"reward/mean": 0.25, "group/no_signal": 0.5, "completion/length": 31.0, ...}`.
 
-    `group/` metrics are shares of groups. All other means are over completions. Completions without
-    a reward are excluded from the means of the rewards.
+    `group/` metrics are shares of groups. All other metrics are over completions: `reward/mean`
+    over those with a reward, `reward/NAME` over those to which the reward NAME applies.
+
+    Args:
+        groups: At least one group. All groups are scored with the same rewards.
     """
     completions: list[Completion] = []
     rewards: list[float] = []  # of the completions that have one
@@ -93,7 +96,7 @@ def staleness(groups: Sequence[ScoredGroup], learner_version: int) -> dict[str, 
     """Returns the age of the weights that sampled the tokens, in weight versions.
 
     The age of a token is `learner_version` minus the version that sampled it. The metrics are the
-    mean age, the maximum age, and the number of tokens per age:
+    mean age, the maximum age, and the number of tokens of age 0, 1, 2, ...:
     `{"staleness/mean": 1.4, "staleness/max": 2.0, "histogram/staleness": [0, 3, 2]}`.
     """
     tokens_by_age: Counter[int] = Counter()
@@ -174,7 +177,10 @@ def advantage_histogram(samples: Sequence[Sample]) -> list[int]:
 
 
 def _histogram(bins: Sequence[int], num_bins: int | None = None) -> list[int]:
-    """Returns the number of occurrences of each bin index, by default up to the largest index."""
+    """Returns the number of values in each bin. `bins` holds the bin index of each value.
+
+    Default of `num_bins`: up to the largest index.
+    """
     if num_bins is None:
         num_bins = max(bins) + 1
     counts = Counter(bins)

@@ -46,7 +46,8 @@ def find_function(package: str, name: str, function: str, key: str) -> Callable[
         key: The config key, for error messages.
 
     Raises:
-        UserError: The name is unknown, or its module cannot be imported.
+        UserError: The name is unknown, its module cannot be imported, or `module` has no
+            `function`.
     """
     if ":" in name:
         return _import_function(name, key)
@@ -96,10 +97,11 @@ def rewards(
     Raises:
         UserError: A reward is unknown, or its options are wrong.
     """
-    functions = {}
+    functions_and_weights = {}
     for name, settings in section.items():
-        functions[name] = (load_reward(name, settings.options, pool), settings.weight)
-    return functions
+        function = load_reward(name, settings.options, pool)
+        functions_and_weights[name] = (function, settings.weight)
+    return functions_and_weights
 
 
 def load_reward(name: str, options: Mapping[str, Any], pool: WorkerPool) -> RewardFunction:
@@ -109,9 +111,10 @@ def load_reward(name: str, options: Mapping[str, Any], pool: WorkerPool) -> Rewa
 
     - `f(completion, problem, **options) -> float | Score | Verdict | None` scores one completion.
       If its module defines `TIMEOUT_S`, each call runs in `pool` under this limit, in seconds.
-    - `f(prompts, completions, **columns) -> list` scores one group, as in TRL.
-    - `f(groups, prompts, **options)` scores all groups of a rollout in one call, for example with
-      concurrent requests to a server.
+    - `f(prompts, completions, **columns) -> list` has TRL's interface and scores one group per
+      call. `columns` are the problem's fields and the options.
+    - `f(groups, prompts, **options) -> list of lists` scores all groups in one call, for example
+      with concurrent requests to a server.
 
     If the module of `f` defines `prepare(**options)`, this function calls it to check the options
     before any completion is sampled.
@@ -251,7 +254,7 @@ def reward_error(name: str, group: Group, index: int, error: str) -> RuntimeErro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TrlReward:
-    """A reward function with TRL's interface: it gets a group's completions and dataset columns."""
+    """A reward function with TRL's interface, called once per group."""
 
     name: str
     function: Callable[..., Sequence[float | None]]
@@ -297,7 +300,8 @@ class _TrlReward:
 def _trl_columns(group: Group, prompt: Prompt) -> dict[str, Any]:
     """Returns the keyword arguments of a TRL reward function, lists of one value per completion.
 
-    In addition to TRL's own arguments they contain the fields of the problem and of its `meta`.
+    They are `prompts`, `completions` and `completion_ids`, as in TRL. The fields of the problem and
+    of its `meta` stand for the columns of TRL's dataset.
     """
     size = len(group.completions)
     problem = group.problem

@@ -1,7 +1,7 @@
 """Renders prompts: templates, system prompts, the `<think>` prefill, and what ends a completion.
 
-`Prompts` renders text and token ids with a model's tokenizer. `Chat` renders messages for a model
-behind an endpoint, whose tokenizer is not available.
+`Prompts` renders text and token ids with a model's tokenizer. `ChatPrompts` renders messages for a
+model behind an endpoint, whose tokenizer is not available.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from typing import Any
 from grpo import config as configs
 from grpo.types import Problem, UserError
 
-# DeepSeek-R1, Table 1, verbatim, without the full stop after the question, which has its own.
+# DeepSeek-R1, Table 1, without its full stop after the question: a question has its own.
 R1_ZERO = (
     "A conversation between User and Assistant. The User asks a question and the Assistant solves "
-    "it. The Assistant first thinks about "
-    "the reasoning process in the mind and then provides the User with the answer. The reasoning "
-    "process and answer are enclosed within "
-    "<think>...</think> and <answer>...</answer> tags, respectively, that is, <think>reasoning "
-    "process here </think> <answer> answer here "
-    "</answer>. User: {question} Assistant:"
+    "it. The Assistant first thinks about the reasoning process in the mind and then provides the "
+    "User with the answer. The reasoning process and answer are enclosed within <think>...</think> "
+    "and <answer>...</answer> tags, respectively, that is, <think>reasoning process here </think> "
+    "<answer> answer here </answer>. User: {question} Assistant:"
 )
 SYSTEM = {
-    "r1": "First think about the problem step by step inside <think> and "
-    "</think>, then give only the final answer inside <answer> and "
-    "</answer>, like this: <think>your reasoning</think> <answer>42</answer>"
+    "r1": "First think about the problem step by step inside <think> and </think>, then give only "
+    "the final answer inside <answer> and </answer>, like this: <think>your reasoning</think> "
+    "<answer>42</answer>"
 }
 EXAMPLE = Problem(id="example", question="What is 2 + 3?", answer="5", source="example")
 TEMPLATES = ("chat", "r1_zero", "plain")
@@ -114,7 +112,7 @@ class Prompts:
     def prefill(self, problem: Problem) -> str:
         """Returns the end of the prompt that rewards read as the start of the completion.
 
-        It is `<think>` with the whitespace after it, or "" if the prompt does not end with it.
+        It is `<think>` and the whitespace after it, or "" if the prompt does not end with them.
         """
         text = self.text(problem)
         if not text.rstrip().endswith("<think>"):
@@ -156,8 +154,9 @@ class Prompts:
         """Returns the chat template to save with a trained model.
 
         A server that applies it renders the same prompts as the training. A tokenizer without a
-        chat template gets the training's template, applied to the last message. Any other tokenizer
-        keeps its chat template, with the `<think>` prefill added if the training used both.
+        chat template gets the template of `prompt.template`, applied to the last message. Any other
+        tokenizer keeps its chat template; if the training used that template and
+        `prompt.think_prefill`, the prefill is added.
         """
         chat_template: str | None = self._tokenizer.chat_template
         if chat_template is None:
@@ -200,7 +199,7 @@ class Prompts:
     def _long_prompts(self, problems: Sequence[Problem]) -> dict[int, int]:
         """Returns the number of tokens of each prompt over the limit, by index of its problem.
 
-        A token has at least one byte, so only prompts with more bytes than the limit are tokenized.
+        A token has at least one byte, so a prompt with at most `max_tokens` bytes is not tokenized.
         """
         max_tokens = self._settings.max_tokens
         empty_problem = Problem(id="", question="", answer="", source="")
@@ -217,7 +216,8 @@ class Prompts:
     def _find_end_of_turn_id(self) -> int | None:
         """Returns the special token that the chat template writes after an assistant message.
 
-        It often differs from the EOS token of a base model.
+        It often differs from the EOS token of a base model. None if the template is not `chat` or
+        writes no special token there.
         """
         if self._settings.template != "chat":
             return None

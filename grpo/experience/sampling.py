@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 
 
 def derive_seed(run_seed: int, rollout: int | str, problem_id: str) -> int:
-    """Returns the sampling seed of a group; completion i has this seed plus i.
+    """Returns the sampling seed of a group. Completion i of the group has this seed plus i.
 
-    The seed depends on the arguments only, so a resumed run needs no state of the sampler.
+    The seed depends on the arguments only, so a resumed run needs no sampler state.
+
+    Args:
+        run_seed: The config key `seed`.
+        rollout: Number of completed rollouts, or another key, such as "stream/7".
+        problem_id: Id of the problem, or another key.
     """
     digest = hashlib.blake2b(f"{run_seed}/{rollout}/{problem_id}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big")
@@ -64,8 +69,10 @@ def make_group_requests(
 ) -> list[GroupRequest]:
     """Returns one request of `group_size` completions per problem, in order.
 
-    A problem that occurs several times gets a different seed for each occurrence. To sample only a
-    part of the problems, slice the result: the seeds stay those of the complete list.
+    If a problem occurs several times, each occurrence has its own seed. To sample only a part of
+    the problems, slice the result: the seeds stay those of the complete list.
+
+    `run_seed` and `rollout` are arguments of `derive_seed`.
     """
     occurrences: dict[str, int] = {}
     requests = []

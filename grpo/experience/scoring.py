@@ -29,7 +29,7 @@ def score(
 ) -> list[ScoredGroup]:
     """Returns the groups with their rewards.
 
-    A completion with an undecided verdict has no reward.
+    A completion has no reward (None) if one of its verdicts is undecided or no reward applies.
 
     Args:
         groups: The groups to score.
@@ -38,7 +38,7 @@ def score(
 
     Raises:
         RuntimeError: A reward function failed or returned a value that is not finite. The message
-            names the reward and the completion.
+            names the reward and the problem.
     """
     prompts = [render_prompt(group.problem) for group in groups]
     values: dict[str, Sequence[Sequence[RewardValue]]] = {}

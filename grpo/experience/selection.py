@@ -50,10 +50,12 @@ class Selection:
     Attributes:
         algorithm: The config section `algorithm`.
         num_groups: Number of groups that a rollout learns from.
-        take_problems: `take(position, count)` returns training problems, starting at a position.
+        take_problems: `take_problems(position, count)` returns the training problems from
+            `position` on.
         position: Position of the next problem in the training data.
         carried: Groups that are kept for the next rollout.
-        pass_rates: Share of right completions in a problem's last group, by problem id.
+        pass_rates: `pass_rate` of a problem's last group, by problem id. Recorded only if a filter
+            is set.
         sampled: Groups that the current rollout has sampled so far.
         stream: Asynchronous rollouts, on rank 0 only: samples groups ahead of the learner.
         take_from_stream: Asynchronous rollouts, on every rank: returns the stream's next groups.
@@ -72,8 +74,9 @@ class Selection:
     def collect(self, sample_round: SampleRound) -> SelectedGroups:
         """Samples the groups of a rollout and selects those to learn from.
 
-        `algorithm.no_signal=drop` drops groups whose rewards are equal. `resample` replaces groups
-        that do not have both correct and wrong completions.
+        `algorithm.no_signal` determines the selection: `keep` uses all groups, `drop` drops groups
+        whose rewards are equal, and `resample` samples until enough groups have a training signal
+        (`has_training_signal`).
 
         Args:
             sample_round: Samples and scores groups. Not called with asynchronous rollouts.
@@ -125,24 +128,27 @@ class Selection:
         return max(MIN_SIGNAL_SHARE, num_with_signal / len(self.sampled))
 
     def _too_few_groups_error(self, num_used: int) -> TrainingStoppedError:
-        num_without_reward = 0
+        num_without_positive_reward = 0
         for scored in self.sampled:
-            decided = [reward for reward in scored.rewards if reward is not None]
-            if max(decided, default=0) <= 0:
-                num_without_reward += 1
+            rewards = [reward for reward in scored.rewards if reward is not None]
+            if max(rewards, default=0) <= 0:
+                num_without_positive_reward += 1
         return TrainingStoppedError(
             f"algorithm.no_signal=resample: {len(self.sampled)} groups in "
             f"{self.algorithm.max_rounds} rounds gave only {num_used} of {self.num_groups} groups "
-            f"with right and wrong completions ({num_without_reward} have no reward above 0). The "
-            "problems are too hard or too easy for this model, or a reward cannot parse its "
-            "answers (see samples/). Change the data, raise algorithm.max_rounds, or set "
+            f"with right and wrong completions ({num_without_positive_reward} have no reward above "
+            "0). The problems are too hard or too easy for this model, or a reward cannot parse "
+            "its answers (see samples/). Change the data, raise algorithm.max_rounds, or set "
             "algorithm.no_signal=keep."
         )
 
     def _sample(
         self, sample_round: SampleRound, count: int, round_number: int
     ) -> list[ScoredGroup]:
-        """Returns `count` new groups, from the stream if there is one, and records pass rates."""
+        """Returns `count` new groups, from the stream if there is one.
+
+        Records their pass rates if a filter is set.
+        """
         if self.take_from_stream is not None:
             groups = self.take_from_stream(count)
         else:
@@ -161,6 +167,7 @@ class Selection:
 
         Raises:
             TrainingStoppedError: The filters exclude MAX_EXCLUDED problems in a row.
+            UserError: A problem's `meta.pass_rate` is not a number in [0, 1].
         """
         problems: list[Problem] = []
         num_excluded = 0  # in a row
@@ -181,7 +188,10 @@ class Selection:
         return problems
 
     def _passes_filters(self, problem: Problem) -> bool:
-        """Returns whether the problem's pass rate is unknown or within the filters' bounds."""
+        """Returns whether the problem's pass rate is unknown or within the filters' bounds.
+
+        A rate that this run has recorded takes precedence over `meta.pass_rate`.
+        """
         if not self._has_filters:
             return True
         rate = self.pass_rates.get(problem.id, problem.meta.get("pass_rate"))
@@ -210,14 +220,14 @@ class Selection:
         return state
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restores a checkpoint's state, except that of the stream."""
+        """Restores a checkpoint's state. `Stream.load` restores that of the stream."""
         self.position = state["position"]
         self.pass_rates = dict(state["rates"])
         self.carried = [parse_scored_group(tree) for tree in state["carried"]]
 
 
 def has_training_signal(scored: ScoredGroup) -> bool:
-    """Returns whether a group has both right and wrong completions.
+    """Returns whether a group has both correct and wrong completions.
 
     Without verdicts it returns whether the rewards differ.
     """
@@ -228,22 +238,22 @@ def has_training_signal(scored: ScoredGroup) -> bool:
 
 
 def pass_rate(scored: ScoredGroup) -> float:
-    """Returns the share of right completions among the decided ones, 0 if none is decided.
+    """Returns the share of correct completions among the decided ones, 0 if none is decided.
 
-    Without verdicts the completions with the highest reward are right if the rewards differ; if all
-    rewards are equal, the result is 0.
+    Without verdicts, the completions with the highest reward count as correct if the rewards
+    differ; if all rewards are equal, the result is 0.
     """
-    is_right = [
+    is_correct = [
         verdict.value == "correct"
         for verdict in scored.verdicts
         if verdict is not None and verdict.value != "undecided"
     ]
-    if not is_right and rewards_differ(scored.rewards):
-        decided = [reward for reward in scored.rewards if reward is not None]
-        is_right = [reward == max(decided) for reward in decided]
-    if not is_right:
+    if not is_correct and rewards_differ(scored.rewards):
+        rewards = [reward for reward in scored.rewards if reward is not None]
+        is_correct = [reward == max(rewards) for reward in rewards]
+    if not is_correct:
         return 0.0
-    return sum(is_right) / len(is_right)
+    return sum(is_correct) / len(is_correct)
 
 
 def parse_scored_group(tree: dict[str, Any]) -> ScoredGroup:

@@ -100,7 +100,7 @@ class Stream:
 
         Raises:
             EngineError: The groups are not finished within `timeout_s`.
-            BaseException: The exception that a request or the scoring of a group raised.
+            BaseException: The exception that a request, the scoring of a group or `on_wait` raised.
         """
         deadline = time.monotonic() + self._limits.timeout_s
         with self._changed:
@@ -128,7 +128,7 @@ class Stream:
         return self._callbacks.engine_idle_s()
 
     def depths(self) -> dict[str, float]:
-        """Returns the number of finished groups and of unfinished groups, as `queue/` metrics."""
+        """Returns the `queue/` metrics: the numbers of finished and of unfinished groups."""
         with self._changed:
             num_ready = float(sum(group.scored is not None for group in self._groups))
             return {"queue/ready": num_ready, "queue/in_flight": len(self._groups) - num_ready}
@@ -174,7 +174,7 @@ class Stream:
         self._scoring_thread.join(timeout=5)
 
     def _start_groups(self, min_groups: int) -> None:
-        """Starts groups until there are `min_groups`, or `num_ahead` while the run needs more."""
+        """Starts groups up to `min_groups`, and beyond up to `num_ahead` if the run needs them."""
         while len(self._groups) < min_groups or self._needs_group_ahead():
             group = _StreamGroup(number=self._next_number, problem=self._callbacks.draw())
             self._next_number += 1

@@ -51,7 +51,7 @@ def simulate(config: TrainConfig, device: str, mean: float | None) -> str:
 
     Args:
         config: A training config.
-        device: Name of a device, or a run directory, whose measured rates are used.
+        device: A key of `simulation.DEVICES`, or a run directory, whose measured rates are used.
         mean: Mean completion length in tokens. Default: that of the run, or a quarter of
             `sampling.max_tokens` for a named device.
 
@@ -83,7 +83,7 @@ def simulate(config: TrainConfig, device: str, mean: float | None) -> str:
 
 
 def _workload(config: TrainConfig, mean: float) -> simulation.Workload:
-    """Returns the work of one step. It ignores `train.epochs` and models of a teacher.
+    """Returns the work of one step. It ignores `train.epochs` and the forward passes of a teacher.
 
     `mean` is the mean completion length in tokens.
     """

@@ -53,7 +53,7 @@ GREY = "#808080"  # legible on light and dark pages
 def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
     """Returns matplotlib figures by title: charts of all runs together, then charts of each run.
 
-    With several runs, the colour shows the run and the line style the metric.
+    With several runs, the color shows the run and the line style the metric.
 
     It selects the backend and the style of matplotlib for the process.
 
@@ -141,15 +141,15 @@ def _line_chart(runs: Mapping[str, Rows], metrics: Sequence[str]) -> Any:
                 labels.append(name)
             if len(metrics) > 1:
                 labels.append(key.partition("/")[2])
-            colour_number, line_style = metric_number, "-"
+            color_number, line_style = metric_number, "-"
             if several_runs:
-                colour_number = run_number
+                color_number = run_number
                 line_style = LINE_STYLES[metric_number % len(LINE_STYLES)]
             axes.plot(
                 [step for step, _ in points],
                 [value for _, value in points],
                 line_style,
-                color=f"C{colour_number}",
+                color=f"C{color_number}",
                 label=" ".join(labels),
                 marker="." if len(points) < MAX_MARKED_POINTS else None,
             )
@@ -170,6 +170,7 @@ def _heat_map(counts: Mapping[int, Sequence[int]], bin_label: Callable[[int], st
     steps = range(min(counts), max(counts) + 1)
     num_bins = max(len(column) for column in counts.values())
     columns = [counts.get(step, ()) for step in steps]
+    # shares[i][k]: the share of bin i at step k
     shares = [
         [column[i] / sum(column) if i < len(column) else 0.0 for column in columns]
         for i in range(num_bins)
@@ -177,9 +178,9 @@ def _heat_map(counts: Mapping[int, Sequence[int]], bin_label: Callable[[int], st
     occupied = [i for i in range(num_bins) if any(shares[i])]
     visible_bins = range(occupied[0], occupied[-1] + 1)
     extent = (steps[0] - 0.5, steps[-1] + 0.5, visible_bins[0] - 0.5, visible_bins[-1] + 0.5)
-    # A share of 0 is transparent.
-    colours = [[(0.12, 0.47, 0.71, share**0.5) for share in shares[i]] for i in visible_bins]
-    axes.imshow(colours, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
+    # Blue, with the share as opacity. The square root makes small shares visible.
+    colors = [[(0.12, 0.47, 0.71, share**0.5) for share in shares[i]] for i in visible_bins]
+    axes.imshow(colors, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
     ticks = visible_bins[:: math.ceil(len(visible_bins) / MAX_TICKS)]
     axes.set_yticks(list(ticks), [bin_label(i) for i in ticks])
     return figure

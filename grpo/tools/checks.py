@@ -83,7 +83,7 @@ def versions() -> Iterator[Check]:
 
 
 def _tested_versions() -> dict[str, set[str]]:
-    """Returns the pinned versions per package. It is empty if launch/ is not installed."""
+    """Returns the versions pinned in launch/, by package; empty if launch/ is not there."""
     tested: dict[str, set[str]] = {}
     for file in sorted((Path(__file__).parents[2] / "launch").glob("requirements-*.txt")):
         for line in file.read_text().splitlines():
@@ -232,12 +232,13 @@ def _kv_cache(
         return Check("ok", "kv_cache", message)
     needed_gb = num_sampled * sequence_bytes / GB
     level: Literal["warn", "fail"] = "fail" if capacity < 1 else "warn"
-    remedy = f"increase it to {needed_gb:.1f} GB, or sequences have to wait"
+    remedy = f"increase the KV cache to {needed_gb:.1f} GB, or sequences have to wait"
     return Check(level, "kv_cache", message, remedy)
 
 
 def disk(config: RunConfig, needs: DiskNeeds, num_weights: int) -> Iterator[Check]:
     """Compares the free disk space with checkpoints, final models and the longest samples."""
+    # Per weight: 2 bytes of the model and 12 bytes of the optimizer's state.
     checkpoint_bytes = 14 * num_weights * needs.checkpoints
     if config.model.lora:
         checkpoint_bytes = 2 * num_weights
@@ -296,7 +297,11 @@ def _normalized(text: str) -> str:
 
 
 def samples(groups: Sequence[ScoredGroup]) -> Iterator[Check]:
-    """Reports pass rates, shares and one completion of groups of `SAMPLED` completions."""
+    """Reports the pass rates, the metrics in SHARES and one completion.
+
+    Args:
+        groups: Groups of `SAMPLED` completions.
+    """
     metrics = group_metrics(groups)
     yield _pass_rates(groups, metrics["reward/mean"])
     for key, name, max_share, remedy in SHARES:

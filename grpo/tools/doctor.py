@@ -29,7 +29,7 @@ from grpo.tools.checks import SAMPLED
 from grpo.types import Problem, ScoredGroup, UserError
 
 ALL_REDUCE_BYTES = 2**26  # size of the all-reduce that measures the bandwidth between ranks
-MAX_PROBLEMS = 2000  # training problems that are checked
+MAX_PROBLEMS = 2000  # maximum number of training problems that are checked
 TYPICAL_RATIO = 2.5  # measured time of a step over its lower bound (docs/benchmarks.md)
 
 
@@ -173,7 +173,7 @@ def _training_problems(
 def _held_out_problems(
     needs: ProblemNeeds, prompts: Prompts | ChatPrompts, seed: int
 ) -> list[Problem]:
-    """Returns the problems of the evaluation, or those that traces must not overlap with."""
+    """Returns the problems of the evaluation and those that traces must not overlap with."""
     problems: list[Problem] = []
     if needs.excluded is not None:
         for problems_of_set in load_problems(needs.excluded, "test", seed).values():

@@ -121,11 +121,11 @@ def _summary_lines(graded: list[dict[str, Any]]) -> Iterator[str]:
     labelled = [row for row in graded if row.get("label") in LABELS]
     if not labelled:
         return
-    wrong_verdicts = [row["verdict"] for row in labelled if row["verdict"] != row["label"]]
-    num_false_positives = wrong_verdicts.count("correct")
-    num_false_negatives = wrong_verdicts.count("wrong")
-    num_undecided = wrong_verdicts.count("undecided")
-    agreement = 1 - len(wrong_verdicts) / len(labelled)
+    disagreeing_verdicts = [row["verdict"] for row in labelled if row["verdict"] != row["label"]]
+    num_false_positives = disagreeing_verdicts.count("correct")
+    num_false_negatives = disagreeing_verdicts.count("wrong")
+    num_undecided = disagreeing_verdicts.count("undecided")
+    agreement = 1 - len(disagreeing_verdicts) / len(labelled)
     yield (
         f"compared with {len(labelled)} labels: {agreement:.1%} agree, {num_false_positives} false "
         f"positives, {num_false_negatives} false negatives, {num_undecided} undecided"
@@ -149,8 +149,8 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
     if not files or not (run / "config.yaml").exists():
         raise UserError(f"{run}: not a run directory with samples/ and config.yaml")
     tree = yaml.safe_load((run / "config.yaml").read_text())
-    # every stage that writes samples has rewards
-    config: Any = configs.parse(tree, str(run / "config.yaml"), stage_for_config(tree).config_class)
+    stage = stage_for_config(tree)  # has rewards, as every stage that writes samples
+    config: Any = configs.parse(tree, str(run / "config.yaml"), stage.config_class)
     rows: list[dict[str, Any]] = []
     for file in files:
         rows += [{**row, "file": file.stem} for _, row in _json_lines(file)]
@@ -171,7 +171,10 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
 def _with_new_rewards(
     rows: list[dict[str, Any]], scored_groups: list[ScoredGroup]
 ) -> list[dict[str, Any]]:
-    """Returns the rows with the new rewards, and the previous ones as `..._then`."""
+    """Returns the rows with new `reward`, `parts` and `reason`.
+
+    The previous rewards are in `reward_then` and `parts_then`; all other fields are unchanged.
+    """
     regraded = []
     group_sizes = [len(scored.rewards) for scored in scored_groups]
     for scored, group_rows in zip(scored_groups, unflatten(rows, group_sizes), strict=True):

@@ -1,6 +1,6 @@
 """`grpo replay RUN`: repeats the updates of a step from its stored samples.
 
-On a CPU the result is bit-identical. With overrides, the updates use another algorithm.
+On a CPU the result is bit-identical. Overrides repeat the updates with another algorithm.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def _print_comparison(stored: StoredStep, metrics: dict[str, float]) -> None:
 def _with_overrides(tree: dict[str, Any], overrides: list[str]) -> TrainConfig:
     """Returns the config of the run with overrides.
 
-    A preset replaces all choices of the run's algorithm. A loss replaces its clipping bounds,
-    because their meaning differs between losses.
+    An override of `algorithm.preset` discards all `algorithm` keys of the run. An override of
+    `algorithm.loss` discards the clipping bounds, whose meaning differs between losses.
     """
     algorithm = dict(tree["algorithm"])
     if any(override.startswith("algorithm.preset=") for override in overrides):
@@ -205,7 +205,10 @@ def _load_learner(config: TrainConfig, stored: StoredStep, scratch: Path) -> Any
 
 
 def _with_new_advantages(samples: list[Sample], updater: Updater) -> list[Sample]:
-    """Returns the samples with the advantages of the updater's algorithm, from the same rewards."""
+    """Returns the samples with advantages of the updater's algorithm, from the stored rewards.
+
+    The samples of a group are adjacent in the result.
+    """
     groups: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.group].append(sample)

@@ -10,6 +10,7 @@ import gzip
 import html
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ from grpo.tools.charts import charts, series
 from grpo.types import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# bytes of completions in the page; of a longer run, only every n-th step is included
+# Size of the sample files in the page. If they are larger, only every n-th file is included.
 MAX_SAMPLE_BYTES = 40_000_000
 MAX_TEXT_CHARS = 40_000  # of one completion
 FOLLOWED_METRICS = (
@@ -106,9 +107,8 @@ def expand(runs: Sequence[str]) -> dict[str, Path]:
         if not with_metrics:
             raise UserError(f"{run}: not a run directory (no metrics.jsonl)")
         for folder in with_metrics:
-            is_evaluation = bool(stages) and "-" in folder.name
-            if is_evaluation:
-                continue  # the table of the pipeline has its result
+            if stages and "-" in folder.name:
+                continue  # an evaluation of a pipeline: the table of stages has its result
             name = folder.name if folder.name not in folders else str(folder)
             folders[name] = folder
     return folders
@@ -211,7 +211,7 @@ def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
     for name, folder in folders.items():
         files += [(name, file) for file in sorted((folder / "samples").glob("*.jsonl"))]
     total_bytes = sum(file.stat().st_size for _, file in files)
-    stride = -(-total_bytes // MAX_SAMPLE_BYTES)
+    stride = math.ceil(total_bytes / MAX_SAMPLE_BYTES)
     included = [pair for i, pair in enumerate(files) if i % stride == 0 or i == len(files) - 1]
     problems: dict[str, list[str]] = {}  # by id
     problem_numbers: dict[str, int] = {}  # by id

@@ -4,8 +4,10 @@ The estimate comes from the rates of the device and the sizes of the model. Noth
 
 - A decoding step reads the weights and the KV cache, or computes, whichever takes longer (as in
   grpo/metrics/roofline.py). When a sequence ends, the next one starts in its slot.
-- An update computes 6 FLOP per weight and token, 8 with gradient checkpointing.
-- ZeRO exchanges 8 bytes per weight twice per update.
+- The updates of a rollout compute 6 FLOP per weight and token, 8 with gradient checkpointing, and 2
+  for each additional forward pass.
+- An update exchanges 8 bytes per weight twice between the learners (ZeRO). Its optimizer step reads
+  and writes 30 bytes per weight.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ class SimulatedStep:
 
 
 def rates_of_run(rows: Sequence[dict[str, float]], first: dict[str, float]) -> DeviceRates:
-    """Returns the rates of the machine and of the phases in a run.
+    """Returns the rates that a run measured. As `network` it uses the memory bandwidth.
 
     Args:
         rows: Metrics of the rollouts, with the keys `time/PHASE_s` and `bound/PHASE_s`.
@@ -109,7 +111,7 @@ def lognormal_lengths(
         count: Number of completions.
         mean: Mean length before truncation.
         longest: Length at which completions are truncated.
-        spread: Standard deviation of the logarithm.
+        spread: Standard deviation of the logarithm of the length.
     """
     normal = NormalDist(math.log(mean) - spread**2 / 2, spread)
     quantiles = (math.exp(normal.inv_cdf((i + 0.5) / count)) for i in range(count))
@@ -140,6 +142,7 @@ def decode_seconds(
         context += len(end_steps) * num_steps
         while end_steps and end_steps[0] == now:
             heapq.heappop(end_steps)
+            # Lengths of running sequences are not tracked: an ended one is assumed to be average.
             context -= round(context / (len(end_steps) + 1))
     return seconds
 
@@ -161,6 +164,7 @@ def simulate(
     """Returns the estimated step of `work` on the devices of `layout`."""
     rollout_s = _rollout_seconds(rates, model, work, layout)
     update_s = _update_seconds(rates, model, work, layout.learners)
+    # Between colocated learner and engine, a copy reads and writes every byte.
     sync_bandwidth = rates.network if layout.engines else rates.bandwidth / 2
     sync_s = model.weight_bytes / sync_bandwidth
     if layout.asynchronous:
@@ -186,6 +190,7 @@ def _rollout_seconds(
     if layout.asynchronous:
         return _steady_rollout_seconds(rates, model, work, num_engines)
     longest = max(work.lengths)
+    # The slowest engine has an average share of the completions, but the longest of all.
     share = sorted(work.lengths)[num_engines // 2 :: num_engines] or [longest]
     slowest_share = [*share[:-1], longest]
     return decode_seconds(rates, model, slowest_share, work)
@@ -194,7 +199,7 @@ def _rollout_seconds(
 def _steady_rollout_seconds(
     rates: DeviceRates, model: ModelShape, work: Workload, num_engines: int
 ) -> float:
-    """Returns the seconds of a rollout if all slots of the engines are always in use."""
+    """Returns the seconds of a rollout if the number of running sequences stays constant."""
     num_tokens = sum(work.lengths)
     mean_length = num_tokens / len(work.lengths)
     num_active = min(work.concurrency, len(work.lengths) / num_engines)
@@ -216,7 +221,10 @@ def _update_seconds(rates: DeviceRates, model: ModelShape, work: Workload, learn
 def best_split(
     rates: DeviceRates, model: ModelShape, work: Workload, devices: int, *, asynchronous: bool
 ) -> SimulatedStep:
-    """Returns the fastest step over the splits of `devices` into learners and engines."""
+    """Returns the fastest step over the splits of `devices` into learners and engines.
+
+    Up to 31 splits are tried, with 1/32 to 31/32 of the devices as learners.
+    """
     candidates = {max(1, round(devices * share / 32)) for share in range(1, 32)}
     steps = []
     for learners in sorted(candidates & set(range(1, devices))):

@@ -91,7 +91,14 @@ class Loop:
         """Verifies the weight sync and sends the learner's weights to the engine.
 
         Call it before `train`. A fresh run is evaluated before its first step. A resumed run is
-        evaluated if it was interrupted before an evaluation that was due.
+        evaluated if it was interrupted before an evaluation that was due. In both cases a row of
+        metrics is recorded.
+
+        Args:
+            fresh: Whether the run is new, not resumed.
+
+        Raises:
+            WeightMismatchError: The canary or the probe failed.
         """
         progress = self.progress
         learner = self.updater.learner
@@ -290,7 +297,7 @@ class Loop:
         return not any(key.startswith("eval/") for key in self.journal.latest_metrics)
 
     def _handle_alarms(self) -> None:
-        """Keeps a checkpoint for each alarm.
+        """Writes a checkpoint for each alarm and protects it from pruning.
 
         Raises:
             TrainingStoppedError: The action of the alarm in `logging.alarms` is `stop`.
@@ -350,7 +357,7 @@ def _with_decided_rewards(scored: ScoredGroup) -> ScoredGroup:
 
 
 def _mean_kl(kl_penalties: KlPenalties | None, coefficient: float) -> float | None:
-    """Returns the mean KL per token, which is the penalty divided by its coefficient."""
+    """Returns the mean KL per token: the mean penalty divided by its coefficient."""
     if kl_penalties is None:
         return None
     tokens: list[float] = []

@@ -1,7 +1,8 @@
 """Runs rollouts and evaluations: samples and scores groups on all ranks.
 
-Every rank samples and scores a share of the groups and then receives all of them. All ranks
-therefore select the same groups to learn from.
+Every rank samples and scores a share of the groups and then receives all of them. With
+asynchronous rollouts, rank 0 samples all groups and sends them to the other ranks. In both cases
+all ranks select the same groups to learn from.
 """
 
 from __future__ import annotations

@@ -116,7 +116,10 @@ def _rollout_metrics(report: StepReport, config: TrainConfig) -> dict[str, Any]:
 
 
 def _language_share(groups: list[ScoredGroup]) -> float:
-    """Returns the mean share of words in the question's language, over one completion per group."""
+    """Returns the mean share of words in the question's language.
+
+    It is over the first completion of each of the first NUM_LANGUAGE_COMPLETIONS groups.
+    """
     shares = []
     for scored in groups[:NUM_LANGUAGE_COMPLETIONS]:
         expected = language.detect_language(scored.group.problem.question)

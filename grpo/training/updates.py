@@ -31,12 +31,14 @@ OldLogprobsSource = Literal["none", "learner", "sampler"]
 class UpdateReport:
     """The optimizer updates of one rollout.
 
-    For example `UpdateReport(num_made=16, num_skipped=0, metrics={"loss": 0.01, ...})`.
+    For example `UpdateReport(num_updates=16, num_skipped=0, metrics={"loss": 0.01, ...})`.
 
     Attributes:
-        num_updates: Number of updates.
-        num_skipped: Number of updates that were skipped because no sample has an advantage.
-        metrics: Means over the updates; empty without updates.
+        num_updates: Number of updates that were applied.
+        num_skipped: Number of updates that were skipped because no sample of their mini-batch has
+            an advantage.
+        metrics: Means over the updates, and the maximum of `mismatch/max_weight`; empty without
+            updates.
     """
 
     num_updates: int
@@ -83,25 +85,25 @@ class Updater:
         """
         train = self.config.train
         seed = derive_seed(self.config.seed, rollout, "mini-batches")
-        trained_batches: list[list[Sample]] = []
+        trained_mini_batches: list[list[Sample]] = []
         if samples:
             # Without a signal, the KL term, the entropy bonus and the momentum would move the
             # policy although it learns nothing.
-            trained_batches = [
+            trained_mini_batches = [
                 mini_batch
                 for mini_batch in mini_batches(samples, train.updates_per_rollout, seed)
                 if _has_advantage(mini_batch)
             ]
         ranks.all_gather_or_raise("the update", self.check_signals)
-        batches: list[list[Batch]] = []
-        if trained_batches:
-            batches = self.prepare(trained_batches, rollout)
+        batches_per_mini_batch: list[list[Batch]] = []
+        if trained_mini_batches:
+            batches_per_mini_batch = self.prepare(trained_mini_batches, rollout)
         updates_before = self.learner.num_updates
         reports: list[dict[str, float]] = []
         for epoch in range(train.epochs):
-            for index in mini_batch_order(len(batches), seed, epoch):
+            for index in mini_batch_order(len(batches_per_mini_batch), seed, epoch):
                 on_batch = on_progress if reports else self._interruptible(on_progress)
-                reports.append(self.learner.update(batches[index], on_batch))
+                reports.append(self.learner.update(batches_per_mini_batch[index], on_batch))
         self._reset_reference_if_due(updates_before)
         return UpdateReport(
             num_updates=len(reports),
@@ -165,8 +167,8 @@ class Updater:
     ) -> OldLogprobsSource:
         """Returns where the old logprobs of the updates come from.
 
-        - none: The objective uses the policy's own logprobs. A single update of samples of the
-          current weights needs no others, because pi_old is pi.
+        - none: The objective uses the policy's current logprobs, because pi_old is pi: there is a
+          single update, and the current weights sampled all tokens or a mismatch correction is set.
         - learner: The policy scores the samples before the updates.
         - sampler: The logprobs that the engine returned with the samples.
 
@@ -178,7 +180,7 @@ class Updater:
         algorithm = self.config.algorithm
         if algorithm.old_logprobs == "sampler":
             return "sampler"
-        versions = {version}
+        versions = {version}  # A mismatch correction accounts for tokens of older versions.
         if algorithm.mismatch == "none":
             versions = _sampler_versions(samples)
         if num_updates <= 1 and versions == {version}:
@@ -232,8 +234,8 @@ class Updater:
     def kl_penalties(self, samples: list[Sample]) -> list[list[float]] | None:
         """Returns the KL penalty of each completion token of each sample.
 
-        It is the KL term in the reward, or log pi / pi_teacher if the teacher's logprobs are the
-        advantage. Returns None if the recipe has no penalty, or without samples.
+        The penalty is the KL term in the reward, or log(pi / pi_teacher) if the advantages come
+        from the teacher. Returns None if the recipe has no penalty, or without samples.
         """
         estimator = self.penalty_estimator
         if estimator is None or not samples:
@@ -272,7 +274,7 @@ class Updater:
 
 
 def _has_advantage(samples: Iterable[Sample]) -> bool:
-    """Returns whether a token has an advantage other than 0."""
+    """Returns whether any token has an advantage other than 0."""
     return any(any(sample.advantages) for sample in samples)
 
 

@@ -25,7 +25,7 @@ from grpo.run import ranks
 from grpo.run.signals import Signals
 from grpo.types import Batch, GrpoError, RunError, Sample
 
-PROMPT_TOKENS = 96  # three KV blocks on a CPU; the first two can be found in the prefix cache
+PROMPT_TOKENS = 96  # three KV blocks of the default size on a CPU; the prefix cache can hold two
 # Default limits of the gap. Measured: 1e-6 in float32, 0.03-0.07 in bfloat16 on SmolLM2-135M.
 MAX_GAP_FLOAT32 = 1e-3
 MAX_GAP_LOW_PRECISION = 0.2
@@ -337,8 +337,10 @@ def probe_prompts(
 ) -> list[tuple[int, ...]]:
     """Returns up to `count` prompts of PROMPT_TOKENS tokens, joined from real prompts.
 
+    If `ids` has too few tokens for one prompt, the result is one shorter prompt.
+
     Args:
-        ids: Token ids of real prompts. It can be infinite.
+        ids: Token ids of real prompts; can be infinite.
         count: Number of prompts.
         max_tokens: Maximum length of a prompt, if it is less than PROMPT_TOKENS.
     """

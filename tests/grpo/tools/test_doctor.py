@@ -63,7 +63,7 @@ def test_insufficient_memory_and_kv_cache_fail_with_a_remedy(tiny, tmp_path, mon
     )
     kv_cache = memory_findings(tiny, long_completions)["kv_cache"]
     assert kv_cache.level == "fail"
-    assert "increase it to" in kv_cache.remedy
+    assert "increase the KV cache to" in kv_cache.remedy
 
 
 def test_estimated_state_sizes_equal_those_of_a_real_learner(tiny, tmp_path):
