@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs grpo, then runs cold-start SFT and GRPO on 2 CPU cores. Evaluates the model on held-out
-# problems before SFT, after SFT and after GRPO, and prints a summary.
+# Installs grpo, then runs cold-start SFT and GRPO; 2 CPU cores are enough. Evaluates the model on
+# held-out problems before SFT, after SFT and after GRPO, and prints a summary.
 #   ./launch/quickstart.sh               a new 4M-parameter Qwen2 with random weights
 #   ./launch/quickstart.sh --smollm2     the pretrained model SmolLM2-135M-Instruct
 #   --seed N                             the seed (default 0)

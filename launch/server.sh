@@ -4,7 +4,7 @@
 #   GRPO_ENGINE_TOKEN=... ./launch/server.sh configs/r1_zero_math_7b.yaml 8000
 # Start the trainer with the same token and the same config. The server starts with random weights
 # and receives the learner's weights from the trainer.
-# RESTARTS (default 20): how often a server that ends is restarted. After a configuration error
+# RESTARTS (default 20): how many times a server that ends is restarted. After a configuration error
 # (exit code 2) it is not restarted.
 set -euo pipefail
 cd "$(dirname "$0")/.."

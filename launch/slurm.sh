@@ -5,8 +5,9 @@
 #   ENGINE_NODES=1 TENSOR_PARALLEL=1 sbatch --nodes=3 launch/slurm.sh train CONFIG [key=value ...]
 # ENGINE_NODES (default 0): the last nodes run vLLM servers, the others run learner ranks.
 # TENSOR_PARALLEL (default 1): GPUs per server.
-# First run ./launch/setup.sh on a node with a GPU. Submit from the project's root, which must be on
-# a file system that all nodes share. Logs: runs/slurm-JOB-ROLE-NODE.log.
+# First run ./launch/setup.sh on a node with a GPU, and mkdir -p runs: Slurm does not create the
+# directory of the logs, runs/slurm-JOB.log and runs/slurm-JOB-ROLE-NODE.log. Submit from the
+# project's root, which must be on a file system that all nodes share.
 #SBATCH --job-name=grpo
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -23,8 +23,8 @@ class Evaluation:
     """An evaluation on held-out problems.
 
     Attributes:
-        metrics: its row of metrics.jsonl: `{"step": 0, "eval/accuracy": 0.25}`.
-        samples_file: the JSON lines of its completions.
+        metrics: Its row of metrics.jsonl: `{"step": 0, "eval/accuracy": 0.25}`.
+        samples_file: The JSON lines of its completions.
     """
 
     metrics: dict[str, Any]

@@ -33,7 +33,7 @@ from rewards import format, language, repetition
 if TYPE_CHECKING:
     from data.common.mixture import Mixture
 
-# A Han character, or a run of letters and digits in another script.
+# A Han character, or a run of letters and digits.
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")
 REPETITION_NGRAM = 20  # words
 MAX_DRAWS_PER_PROBLEM = 10
@@ -155,18 +155,18 @@ def _drop_reasons_of_group(scored: ScoredGroup, settings: CollectSettings) -> li
     def num_tokens(index: int) -> int:
         return len(completions[index].token_ids)
 
-    shorter_texts: set[str] = set()
+    seen_texts: set[str] = set()
     num_kept = 0
     for index in sorted(range(len(completions)), key=num_tokens):
         text = " ".join(completions[index].text.split())
         if not reasons[index]:
-            if text in shorter_texts:
+            if text in seen_texts:
                 reasons[index] = "duplicate"
             elif num_kept == settings.keep:
                 reasons[index] = "over keep"
             else:
                 num_kept += 1
-        shorter_texts.add(text)
+        seen_texts.add(text)
     return reasons
 
 

@@ -212,7 +212,11 @@ class SoftLoop:
         self.context.resume_after(self.learner.num_updates, "update")
 
     def train(self) -> None:
-        """Runs all remaining updates and saves. A signal saves and raises RunInterruptedError."""
+        """Runs all remaining updates and saves the last one.
+
+        Raises:
+            RunInterruptedError: A signal stopped the run. The last complete update is saved.
+        """
         every = self.config.checkpoint.every
         self.context.display.begin(self.learner.num_updates)
         while self.learner.num_updates < self.soft.updates:
@@ -320,7 +324,7 @@ class TopLogprobs:
             model_dir=teacher_dir,
             num_weights=models.num_weights(teacher_dir),
             load_weights=True,
-            max_model_len=config.soft.max_tokens + 1,
+            max_model_len=config.soft.max_tokens + 1,  # vLLM samples a token after each text
             max_logprobs=k,
         )
         engine = start_engine(config, context, teacher)
@@ -333,8 +337,8 @@ class TopLogprobs:
     def _compute_file(self, file_number: int, engine: Any, k: int) -> None:
         from safetensors.numpy import save_file
 
-        first = file_number * TEXTS_PER_FILE
-        texts = self._texts[first : first + TEXTS_PER_FILE]
+        start = file_number * TEXTS_PER_FILE
+        texts = self._texts[start : start + TEXTS_PER_FILE]
         sequences = [(text.token_ids, text.prompt_length) for text in texts]
         arrays = {}
         for index, (ids, logprobs) in enumerate(engine.top_logprobs(sequences, k)):

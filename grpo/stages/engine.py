@@ -111,7 +111,8 @@ def send_weights(engine: Any, model_dir: Path) -> float:
     engine.wait_ready()
     if torch.cuda.is_available():
         model = model.cuda()
-    report = engine.load_weights(ModelWeights(model), 1)
+    first_version = 1
+    report = engine.load_weights(ModelWeights(model), first_version)
     return float(report.seconds)
 
 
@@ -123,14 +124,14 @@ class ModelWeights:
         self._model = model
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Yields `(name, tensor)` for every weight and for every buffer that checkpoints have."""
+        """Yields `(name, tensor)` for every parameter and every persistent buffer."""
         for name, weight in self._model.named_parameters():
             yield from moe.hub_weights(self._model, name, weight.data)
-        saved_names = self._model.state_dict().keys()
+        persistent_names = self._model.state_dict().keys()
         for name, buffer in self._model.named_buffers():
-            if name in saved_names:
+            if name in persistent_names:
                 yield from moe.hub_weights(self._model, name, buffer.data)
 
     def layout(self) -> list[tuple[str, Any, tuple[int, ...]]]:
-        """Returns the name, dtype and shape of every weight."""
+        """Returns the name, dtype and shape of every tensor, in the order of iteration."""
         return [(name, weight.dtype, tuple(weight.shape)) for name, weight in self]

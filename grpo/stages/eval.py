@@ -73,12 +73,12 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as context:
         context.stack.callback(workers.close)
         sampler = Sampler(config, context, config.endpoint)
-        write_file(context.run.metrics, "")  # the only row is written at the end
+        write_file(context.run.metrics, "")  # one row is written at the end, also after a resume
         context.display.begin(0)
         metrics: dict[str, float] = {}
         table: dict[str, dict[str, float]] = {}
         for num_done, (name, data) in enumerate(sets.items()):
-            evaluated = select_held_out(data, problems[name], sampler.prompts, config.eval.problems)
+            held_out = select_held_out(data, problems[name], sampler.prompts, config.eval.problems)
             evaluation = Evaluation(
                 config=config,
                 context=context,
@@ -87,7 +87,7 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
                 set_name=name,
                 num_done=num_done,
             )
-            rows = evaluation.rows(evaluated)
+            rows = evaluation.rows(held_out)
             sampled_metrics = evaluation_metrics([row for row in rows if not row["greedy"]])
             greedy_rows = [row for row in rows if row["greedy"]]
             prefix = f"eval/{name}/" if name else "eval/"
@@ -198,12 +198,13 @@ def evaluation_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
     The accuracy is the mean over problems of the share of correct completions (pass@1), with its
     95 % interval over problems. An undecided completion counts as wrong; `undecided` is the share
-    of these. With several completions per problem, pass@k and maj@n are added. `length/right` and
-    `length/wrong` are the mean lengths of correct and of all other completions. Without verdicts,
-    there are only means of rewards and lengths.
+    of these. With n > 1 completions per problem, pass@k for k = 1, 2, 4, ... <= n and maj@n are
+    added. `length/right` and `length/wrong` are the mean lengths of correct and of all other
+    completions, in tokens. If a completion has no verdict, the metrics are the means of the rewards
+    and lengths, and the share of truncated completions.
 
     Args:
-        rows: The completions as rows of samples/.
+        rows: The completions as rows of samples/, at least one.
     """
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
     truncated = [float(row["finish_reason"] == "length") for row in rows]
@@ -280,11 +281,11 @@ def _cell(key: str, value: float | None) -> str:
 
 
 def ask(model: str, question: str) -> None:
-    """Prints a model's thoughts and answer for one problem.
+    """Prints a model's thoughts and answer for one problem. Sampling is greedy.
 
     Args:
-        model: A run directory, a model directory or a hub id. From a run, the prompts, sampling and
-            engine settings are used too.
+        model: A run directory, a model directory or a hub id. For a run, its dtype and its prompt,
+            sampling and engine settings are used too.
         question: The text of the problem.
     """
     require_one_rank("ask")
@@ -306,7 +307,7 @@ def _ask_config(model: str, scratch: Path) -> EvalConfig:
     run_tree = read_yaml(str(config_file)) if config_file.exists() else {}
     dtype = run_tree.get("model", {}).get("dtype", "bfloat16")
     if "quantize" in run_tree:
-        dtype = "bfloat16"  # the only dtype of vLLM's int4 kernels
+        dtype = "bfloat16"  # vLLM's int4 kernels do not support float32
     tree: dict[str, Any] = {}
     for key in ("prompt", "sampling", "engine"):
         if key in run_tree:
@@ -334,7 +335,7 @@ def compare(first: str, second: str) -> None:
 
     Args:
         first: Run directory of an evaluation, or of a training run with evaluations.
-        second: Another one.
+        second: As `first`. The difference is second minus first.
 
     Raises:
         UserError: A directory has no evaluation or no verdicts, or there are no common problems.
@@ -342,7 +343,8 @@ def compare(first: str, second: str) -> None:
     first_rates = _pass_rates_by_set(Path(first))
     second_rates = _pass_rates_by_set(Path(second))
     if not first_rates.keys() & second_rates.keys():
-        # The evaluations of a training run are one set without a name. Compare by problem id only.
+        # No set name in common, for example because the evaluations of a training run have none.
+        # Problems are then matched by id only.
         first_rates = {"": _merge_sets(first_rates)}
         second_rates = {"": _merge_sets(second_rates)}
     common_problems = {}  # by set

@@ -39,8 +39,8 @@ def write_final(
                 weights[name] = tensor.detach().cpu().clone()
         if is_rank0:
             models.save_final(folder / "final", model_dir, weights, tokenizer, config.model.dtype)
-        if is_rank0 and config.model.lora:
-            learner.save_adapter(folder / "adapter")
+            if config.model.lora:
+                learner.save_adapter(folder / "adapter")
         ranks.all_gather("the finished model", None)
     context.display.say(f"finished: {folder / 'final'}")
 

@@ -68,8 +68,8 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
     """Runs all unfinished commands, then writes table.md and table.json.
 
     Raises:
-        UserError: A config is wrong, which is found before the first command starts. Or a command
-            reported a user's mistake.
+        UserError: A config is wrong (all are checked before the first command starts), or a command
+            ended with a UserError.
         RunError: A command failed.
         RunInterruptedError: A signal stopped a command.
     """
@@ -108,35 +108,38 @@ def checked_plan(config: PipelineConfig) -> list[PlannedCommand]:
 
 
 def plan(config: PipelineConfig) -> Iterator[PlannedCommand]:
-    """Yields the commands of all stages and evaluations, in order."""
-    first_step = next(iter(config.stages.values()))
+    """Yields the commands of all stages and evaluations, in order.
+
+    The model from which the first stage starts is evaluated first.
+    """
+    first_stage = next(iter(config.stages.values()))
     for set_name, evaluation in config.eval.items():
         if evaluation.start:
-            start_model = str(_config_tree(first_step).get("model", {}).get("path"))
+            start_model = str(_config_tree(first_stage).get("model", {}).get("path"))
             yield _evaluation(config, f"start-{set_name}", evaluation, start_model)
-    for name, step in config.stages.items():
-        yield _stage_command(config, name, step)
+    for name, settings in config.stages.items():
+        yield _stage_command(config, name, settings)
         for label, model in _models(config, name).items():
             for set_name, evaluation in config.eval.items():
                 yield _evaluation(config, f"{label}-{set_name}", evaluation, model)
 
 
 def _stage_command(
-    config: PipelineConfig, name: str, step: PipelineStageSettings
+    config: PipelineConfig, name: str, settings: PipelineStageSettings
 ) -> PlannedCommand:
-    """Returns the command of a stage. The overrides of `step.set` come last and take precedence."""
+    """Returns the command of a stage. The overrides in `set` come last and take precedence."""
     overrides = [f"run_dir={config.run_dir}/{name}", f"seed={config.seed}"]
-    if step.model:
-        overrides.append(f"model.path={_final_model(config, step.model)}")
-        if step.command == "train":
-            overrides.append("model.warm_start=")
-    if step.teacher:
-        overrides.append(f"model.teacher={_final_model(config, step.teacher)}")
-    if step.traces:
-        overrides.append(f"data={{name: traces, path: {config.run_dir}/{step.traces}}}")
-    overrides += _format_overrides(step.set)
+    if settings.model:
+        overrides.append(f"model.path={_final_model(config, settings.model)}")
+        if settings.command == "train":
+            overrides.append("model.warm_start=")  # the earlier stage takes its place
+    if settings.teacher:
+        overrides.append(f"model.teacher={_final_model(config, settings.teacher)}")
+    if settings.traces:
+        overrides.append(f"data={{name: traces, path: {config.run_dir}/{settings.traces}}}")
+    overrides += _format_overrides(settings.set)
     return PlannedCommand(
-        name=name, command=step.command, config_file=step.config, overrides=tuple(overrides)
+        name=name, command=settings.command, config_file=settings.config, overrides=tuple(overrides)
     )
 
 
@@ -156,30 +159,36 @@ def _evaluation(
 
 
 def _models(config: PipelineConfig, name: str) -> dict[str, str]:
-    """Returns the models that a stage writes, by their label in the table."""
-    step = config.stages[name]
-    if step.command == "collect":
+    """Returns the models that a stage writes, by their label in the table.
+
+    `{"rl": "runs/r1/rl/final"}`, or `{"small-int8": "runs/r1/small/int8"}` for `quantize`.
+    """
+    settings = config.stages[name]
+    if settings.command == "collect":
         return {}
-    if step.command == "quantize":
-        schemes = (
-            _config_tree(step).get("quantize", {}).get("schemes") or QuantizeSettings().schemes
-        )
+    if settings.command == "quantize":
+        quantize_tree = _config_tree(settings).get("quantize", {})
+        schemes = quantize_tree.get("schemes") or QuantizeSettings().schemes
         return {f"{name}-{scheme}": f"{config.run_dir}/{name}/{scheme}" for scheme in schemes}
     return {name: _final_model(config, name)}
 
 
 def _final_model(config: PipelineConfig, name: str) -> str:
+    """Returns the directory of a stage's final model."""
     folder = "sft/final" if _is_sequence_distillation(config.stages[name]) else "final"
     return f"{config.run_dir}/{name}/{folder}"
 
 
-def _is_sequence_distillation(step: PipelineStageSettings) -> bool:
-    return step.command == "distill" and _config_tree(step).get("way") == "sequence"
+def _is_sequence_distillation(settings: PipelineStageSettings) -> bool:
+    return settings.command == "distill" and _config_tree(settings).get("way") == "sequence"
 
 
-def _config_tree(step: PipelineStageSettings) -> dict[str, Any]:
-    """Returns the tree of a step's YAML file, without the overrides that depend on other stages."""
-    return apply_overrides(read_yaml(step.config), _format_overrides(step.set))
+def _config_tree(settings: PipelineStageSettings) -> dict[str, Any]:
+    """Returns the tree of a stage's YAML file, with the overrides in `set`.
+
+    The overrides that depend on the pipeline and on other stages are not applied.
+    """
+    return apply_overrides(read_yaml(settings.config), _format_overrides(settings.set))
 
 
 def _format_overrides(values: Mapping[str, Any]) -> list[str]:
@@ -196,7 +205,10 @@ def _format_overrides(values: Mapping[str, Any]) -> list[str]:
 
 
 def _num_ranks(config: PipelineConfig, command: PlannedCommand) -> int:
-    """Returns the number of learner ranks of a command. Those without a learner are one process."""
+    """Returns the number of ranks of a command.
+
+    Evaluations, stages without a learner, and `distill` with `way=sequence` run on one rank.
+    """
     if command.command not in ("sft", "train", "distill"):
         return 1
     if _is_sequence_distillation(config.stages[command.name]):
@@ -205,13 +217,13 @@ def _num_ranks(config: PipelineConfig, command: PlannedCommand) -> int:
 
 
 def _run_unfinished(command: PlannedCommand, run: RunDirectory, *, num_ranks: int) -> None:
-    """Runs or resumes a command. If it is finished, checks that its config is the same."""
+    """Runs or resumes a command. If it has finished, checks that its config is the same."""
     folder = run.path / command.name
     status = RunDirectory.status(folder)
     if status == "finished":
         require_same_config(folder, command.load_config())
         return
-    arguments = [*command.arguments]
+    arguments = command.arguments
     if status is not None:
         arguments.append("--resume")
     print(f"== {command.name}: grpo {' '.join(arguments)}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ def load_problems(
         seed: The run's seed, for data sets that are generated.
 
     Raises:
-        UserError: A data set, a file or a line in a file is wrong. The message names it.
+        UserError: A data set, its options, a file or a line is wrong. The message names it.
     """
     problems = {}
     for name, source in data.data_sets.items():
@@ -70,7 +70,7 @@ def select_held_out(
 ) -> list[Problem]:
     """Returns at most `count` different problems for an evaluation.
 
-    They do not depend on the seed or the curriculum of the run.
+    The selection does not depend on the run's seed or curriculum.
     """
     without_curriculum = data.model_copy(update={"curriculum": None})
     stream = make_mixture(without_curriculum, problems, prompts, HELD_OUT_SEED)

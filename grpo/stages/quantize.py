@@ -1,9 +1,9 @@
 """`grpo quantize`: writes a finished model in int8 and int4 and measures its size and accuracy.
 
 The result is in the compressed-tensors format, which vLLM serves. The quantisation is post-training
-and needs no data: weights are rounded to the nearest step, and each range is clipped so that the
-squared error is minimal. The int8 schemes also round activations, per token, when the model runs.
-Embeddings and the output head are not quantised.
+and needs no data: weights are rounded to the nearest step. In int4, the range of each scale is
+clipped to minimise the squared error. The int8 schemes also round activations, per token, when the
+model runs. Only linear layers are quantised, except the output head.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def _markdown_table(rows: Sequence[Mapping[str, Any]], *, with_accuracy: bool) -
 def check_quantizable(model_dir: Path, group_size: int) -> None:
     """Raises UserError if a model cannot be quantised. Loads no weights.
 
-    It cannot if it is quantised already, or if `group_size` does not divide the inputs of a layer.
+    It cannot if it is quantised already, or if the number of inputs of a linear layer is not
+    divisible by `group_size`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -131,7 +132,7 @@ def check_quantizable(model_dir: Path, group_size: int) -> None:
     config = AutoConfig.from_pretrained(model_dir)
     if getattr(config, "quantization_config", None):
         raise UserError(
-            f"model.path={model_dir}: the model is already quantised: give the original model"
+            f"model.path={model_dir}: the model is already quantised: set the original model"
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -73,8 +73,8 @@ def shared_values(config: RunConfig) -> dict[str, str]:
 def _written_config(folder: Path, config: RunConfig) -> Any:
     """Returns the tree of the run's config.yaml, with defaults for missing keys."""
     tree = yaml.safe_load((folder / "config.yaml").read_text())
-    # An older version of grpo wrote no keys that are newer than it; their defaults describe how it
-    # behaved. If the tree is not a valid config today, it is compared without them.
+    # A config.yaml from an older version of grpo lacks newer keys, whose defaults describe how that
+    # version behaved. A tree that is no longer a valid config is compared without these defaults.
     with contextlib.suppress(UserError):
         tree = yaml.safe_load(configs.dump(configs.parse(tree, kind=type(config))))
     return tree

@@ -89,14 +89,14 @@ def open_stage(
 
     Args:
         config: The stage's config.
-        name: The command, for the manifest.
+        name: Name of the stage in the manifest.
         total: Number of units in the run.
         unit: The unit that the display counts, for example "rollout".
         resume: Whether to continue the run in `config.run_dir`.
 
     Raises:
-        UserError: The directory already holds a run; or, with `resume`, it holds no run or a run
-            with a different config. Or the ranks have different code or different configs.
+        UserError: The directory already holds a run; with `resume`, it holds no run or a run with a
+            different config; or the ranks have different code or configs.
     """
     run = _open_directory(config, resume=resume)
     progress = config.logging.progress if ranks.rank() == 0 else "off"
@@ -123,7 +123,10 @@ def open_stage(
 
 
 def _open_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
-    """Opens the run directory after the ranks have joined and compared their code and configs."""
+    """Joins the ranks, opens the run directory, and compares the code and configs of the ranks.
+
+    With `resume`, it also compares the config with that of the run.
+    """
     if ranks.world_size() > 1:
         ranks.join_process_group(config.max_wait_s)
     run = RunDirectory(config.run_dir, resume=resume)

@@ -17,7 +17,7 @@ from grpo.stages.start_model import find_start_model
 from grpo.types import Group, Problem
 from rewards.workers.pool import WorkerPool
 
-# Function and weight by the name of the reward.
+# (function, weight) by the name of the reward
 Rewards = dict[str, tuple[plugins.RewardFunction, float]]
 
 
@@ -42,7 +42,12 @@ class Sampler:
     def __init__(
         self, config: SamplingStageConfig, context: RunContext, endpoint: EndpointSettings | None
     ) -> None:
-        """Connects to `endpoint`. If it is None, starts an engine with `config.model`."""
+        """Connects to `endpoint`. If it is None, starts an engine with `config.model`.
+
+        Raises:
+            UserError: The model, the prompts or the endpoint is wrong, or the machine has too
+                little memory.
+        """
         self._config = config
         self._endpoint: Any = None
         self.engine: Any = None
@@ -83,6 +88,9 @@ class Sampler:
             group_size: Completions per problem.
             temperature: Sampling temperature; 0 is greedy.
             on_progress: Called as `on_progress(num_finished, total)` during sampling.
+
+        Returns:
+            The groups. Those of an endpoint have no `prompt_ids`, because it does not return them.
         """
         options = sampling_options(self._config, self.prompts, temperature)
         run_seed = self._config.seed

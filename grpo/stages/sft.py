@@ -39,7 +39,7 @@ STOP_WINDOW = 10  # updates whose mean token accuracy is compared with sft.stop_
 
 
 def sft(config: SftConfig, *, resume: bool) -> None:
-    """Trains on `sft.updates x sft.batch_size` solutions and writes `final/`.
+    """Trains on `sft.updates * sft.batch_size` solutions, or until `sft.stop_at`; writes `final/`.
 
     Raises:
         UserError: The config, the data or the model is wrong.

@@ -16,7 +16,7 @@ from grpo.types import Problem
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
-OVERLAP_WORDS = 10  # consecutive words that count as an overlap (R1: 10)
+OVERLAP_WORDS = 10  # problems that share this many consecutive words overlap (DeepSeek-R1: 10)
 OVERLAP_REMEDY = (
     "evaluate on another set, or exclude the overlapping problems: the model may have memorised "
     "their answers"
@@ -77,8 +77,8 @@ class MemoryNeeds:
 class DiskNeeds:
     """Upper bounds for the files of a stage."""
 
-    checkpoints: int = 0
-    models: int = 0
+    checkpoints: int = 0  # number on disk at the same time
+    models: int = 0  # number of written models
     sampled_tokens: int = 0  # in samples/
 
 
@@ -113,8 +113,8 @@ class Part:
 
     stage: Stage[Any]
     config: RunConfig
-    name: str = ""  # "" if it is not one of several parts of a stage
-    traces_pending: bool = False  # it trains on traces that an earlier part will write
+    name: str = ""  # "" if the stage has a single part
+    traces_pending: bool = False  # the part trains on traces that an earlier part will write
 
 
 class Stage(Protocol[ConfigT]):
@@ -164,7 +164,12 @@ class Stage(Protocol[ConfigT]):
     def checks(
         self, config: ConfigT, problems: Sequence[Problem], prompts: Prompts
     ) -> Iterator[Check]:
-        """Yields the findings that are specific to this kind, on the problems that the run draws.
+        """Yields the findings that are specific to this kind.
+
+        Args:
+            config: The config of the stage.
+            problems: The first problems that the run draws, without repeats.
+            prompts: The prompts of the run.
 
         The doctor does not call this method for a stage that samples from an endpoint, because its
         prompts are unknown, nor for a stage whose traces do not exist yet.

@@ -1,4 +1,4 @@
-"""The models that a run starts from: the policy with its tokenizer and prompts, and the teacher."""
+"""Finds the models that a run starts from: policy, tokenizer and prompts; and the teacher."""
 
 from __future__ import annotations
 

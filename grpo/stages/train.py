@@ -87,7 +87,7 @@ def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
     Raises:
         UserError: The config, the data or a model is wrong.
         RunError: The run cannot continue.
-        RunInterruptedError: A signal stopped the run after it had saved a checkpoint.
+        RunInterruptedError: A signal stopped the run. The last complete rollout, if any, is saved.
     """
     inputs = _load_inputs(config)
     warm_start = warm_start_config(config) if config.model.warm_start else None
@@ -237,7 +237,7 @@ def _make_loop(
 
 
 def _held_out(config: TrainConfig, inputs: Inputs, prompts: Prompts) -> list[Problem]:
-    """Returns the problems of each evaluation, an empty list without evaluations."""
+    """Returns the problems that every evaluation uses, an empty list without evaluations."""
     if not inputs.held_out_problems:
         return []
     data = config.eval.data or config.data
@@ -285,9 +285,9 @@ def _load_checkpoint(loop: Loop, context: RunContext) -> dict[str, Any] | None:
 def _save_if_possible(loop: Loop, error: Exception) -> None:
     """Saves the last complete rollout before the run stops, if all ranks can save together."""
     progress = loop.progress
-    # These two errors are never raised in the middle of a rollout's updates.
-    is_between_updates = isinstance(error, RunInterruptedError | TrainingStoppedError)
-    can_save = is_between_updates or (progress.is_savable and ranks.is_raised_on_all_ranks(error))
+    # These two errors are raised only while no update is partly applied.
+    is_at_safe_point = isinstance(error, RunInterruptedError | TrainingStoppedError)
+    can_save = is_at_safe_point or (progress.is_savable and ranks.is_raised_on_all_ranks(error))
     if not can_save:
         return
     if progress.rollout == 0:
@@ -382,8 +382,8 @@ def _start_stream(loop: Loop, context: RunContext) -> Stream:
 def warm_start_config(config: TrainConfig) -> SftConfig:
     """Returns the config of the supervised fine-tuning that precedes the first rollout.
 
-    It starts from the run's `model.path`, writes to `warm_start/` in the run directory, and has the
-    run's seed and logging, and its data.path unless it sets one.
+    It starts from the run's `model.path`, writes to `warm_start/` in the run directory, and uses
+    the run's seed and logging. If it does not set `data.path`, it uses the run's.
     """
     assert config.model.warm_start
     sft_config = configs.load(config.model.warm_start, kind=SftConfig)
