@@ -24,6 +24,9 @@ def load(split: str, *, seed: int, path: str | None = None, year: int = 2024) ->
         seed: Unused.
         path: aime24.jsonl or aime25.jsonl, or its folder. None: the hub.
         year: 2024 or 2025.
+
+    Raises:
+        UserError: The year is unknown, `split` is `train`, or a row is incomplete.
     """
     if year not in HUB_DATASETS:
         years = ", ".join(str(available) for available in HUB_DATASETS)

@@ -1,4 +1,4 @@
-"""AMC 12 of 2022 and 2023: 40 competition problems with a numeric answer. Evaluation only.
+"""AMC 12A and 12B of 2023: 40 competition problems with a numeric answer. Evaluation only.
 
 Source: Mathematical Association of America.
 """

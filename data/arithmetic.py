@@ -1,7 +1,8 @@
 """Sums, differences and products of two numbers, with a worked solution.
 
-A character-level model with a few million parameters can learn to write the solutions. They can be
-made imperfect (options `terse` and `slip`), for a cold start that reinforcement learning improves.
+A character-level model with a few million parameters can learn to write the solutions. The options
+`terse` and `slip` make some solutions imperfect, for a cold start that reinforcement learning
+improves.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def load(  # noqa: PLR0913
         digits: Number of digits of both operands, from 1 to 12.
         operations: One or more of `+`, `-` and `*`.
         terms: Number of operands. Only 2 is supported.
-        terse: Probability of a solution that only repeats the problem in its thoughts and guesses.
-        slip: Largest error of such a guess.
+        terse: Probability of a solution whose thoughts only repeat the problem and whose answer is
+            a guess.
+        slip: Largest error of a guess; the error is uniform in [-slip, slip].
         working: Notation of the thoughts. `columns`: digit by digit from the right with a carry,
             for models that are trained from scratch. `places`: by decimal places, as a pretrained
             model works; sums only.

@@ -66,9 +66,11 @@ def load(  # noqa: PLR0913
 
 
 class _Puzzle(NamedTuple):
-    """Numbers and target, with a solution: `_Puzzle([3, 5, 7], 22, "3 * 5 + 7", "3*5=15 15+7=22")`.
+    """Numbers and target, with a solution.
 
     `steps` are the intermediate results of the expression, one per operation.
+
+    Example: `_Puzzle([3, 5, 7], 22, "(3 * 5) + 7", "3*5=15 15+7=22")`.
     """
 
     numbers: list[int]

@@ -43,7 +43,7 @@ def load(  # noqa: PLR0913
         split: `train` or `test`.
         seed: Unused.
         path: The file, or a folder with a file train.jsonl (or .json, .parquet).
-        test_path: File of the test split, or a folder with a file test.jsonl.
+        test_path: File of the test split, or a folder with a file test.jsonl (or .json, .parquet).
         test_fraction: Share of the questions of `path` in the test split, in [0, 1).
         answers: False: the rows are prompts without gold answers, for rewards that need none, such
             as `preference`. All of them are in the train split.
@@ -66,12 +66,14 @@ def load(  # noqa: PLR0913
     if test_path is None:
         rows = read_rows(path, stems=["train"], hub=None)
     else:
-        rows = read_rows(test_path if split == "test" else path, stems=[split], hub=None)
+        split_path = test_path if split == "test" else path
+        rows = read_rows(split_path, stems=[split], hub=None)
     problems = []
     for index, row in enumerate(rows):
         question = text_field(row, *QUESTION_FIELDS)
         is_held_out = answers and stable_hash(question) < test_fraction * 2**64
-        if test_path is not None or is_held_out == (split == "test"):
+        hash_split = "test" if is_held_out else "train"
+        if test_path is not None or hash_split == split:
             problems.append(_problem(row, f"jsonl/{split}/{index}", has_answer=answers))
     if not problems:
         raise UserError(

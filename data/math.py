@@ -36,6 +36,9 @@ def load(
         seed: Unused.
         path: math_train.jsonl or math500.jsonl, or its folder. None: the hub.
         levels: Difficulty levels to keep, each from 1 to 5. None: all.
+
+    Raises:
+        UserError: `levels` is invalid, or a row is incomplete.
     """
     check_split("math", split)
     if levels is not None and (not levels or not set(levels) <= {1, 2, 3, 4, 5}):
@@ -87,18 +90,18 @@ def _last_boxed(solution: str) -> str:
 
     `\boxed 5`, without braces, counts only in a solution that has no box with braces.
     """
-    start = max(solution.rfind(r"\boxed{"), solution.rfind(r"\fbox{"))
-    if start < 0:
+    box_start = max(solution.rfind(r"\boxed{"), solution.rfind(r"\fbox{"))
+    if box_start < 0:
         if r"\boxed " not in solution:
             return ""
         return solution.rpartition(r"\boxed ")[2].split("$")[0].strip()
-    start = solution.index("{", start) + 1
+    content_start = solution.index("{", box_start) + 1
     depth = 1
-    for end in range(start, len(solution)):
+    for end in range(content_start, len(solution)):
         if solution[end] == "{":
             depth += 1
         elif solution[end] == "}":
             depth -= 1
         if depth == 0:
-            return solution[start:end].strip()
+            return solution[content_start:end].strip()
     return ""

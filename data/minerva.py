@@ -1,4 +1,4 @@
-"""Minerva: 272 undergraduate science and mathematics problems of MIT OpenCourseWare.
+"""Minerva: 272 undergraduate science and mathematics problems from MIT OpenCourseWare.
 
 Evaluation only. Source: Lewkowycz et al. 2206.14858.
 """

@@ -51,7 +51,8 @@ def load(
         subset: The configuration of the data set on the hub.
 
     Raises:
-        UserError: A row has no question, no solution or no thoughts.
+        UserError: Neither `path` nor `hub` is set, or a row has no question, no solution or no
+            thoughts.
     """
     check_split("traces", split)
     if path is None and hub is None:
@@ -122,7 +123,7 @@ def _with_think_tags(solution: str, thoughts: Any) -> str:
 
     Args:
         solution: The text of the assistant.
-        thoughts: The value of a separate field of thoughts, None without one.
+        thoughts: The value of the separate field of the thoughts, None if there is no such field.
     """
     for pattern, tag in TAG_REPLACEMENTS.items():
         solution = re.sub(pattern, tag, solution)

@@ -13,11 +13,11 @@ from rewards.verifier.parse import TAGS, final_answer
 # Time limit of one call in a worker of the pool. It is a second line of defence: the verifier
 # bounds the size of an answer, so that no answer should take this long.
 TIMEOUT_S = 5.0
-MAX_BARE_CHARS = 1000  # length of a bare answer, without tags and box
+MAX_BARE_CHARS = 1000  # of a bare answer, which has neither tags nor a box
 
 
 def reward(completion: Completion, problem: Problem) -> Verdict | None:
-    """Returns the verdict on the completion's final answer, None if there is no gold answer.
+    """Returns the verdict on the completion's final answer, or None if there is no gold answer.
 
     A completion without a final answer is wrong.
 
@@ -34,7 +34,8 @@ def verify(prediction: str, gold: str) -> Verdict:
     The text is never evaluated as code, and no exception is raised.
 
     Args:
-        prediction: A completion, or an answer without tags and box of up to MAX_BARE_CHARS.
+        prediction: A completion, or a bare answer (without tags and box) of at most MAX_BARE_CHARS
+            characters.
         gold: The gold answer.
 
     Example: `verify("1/2", "0.5")` is correct.

@@ -11,8 +11,8 @@ from grpo.types import Completion, Problem, Verdict
 from rewards.verifier.latex import as_words, normalise
 from rewards.verifier.parse import final_answer
 
-# A letter with an optional introduction and, after punctuation, an optional text. It is matched
-# against words in lower case: `the answer is (b) 42`.
+# A letter with an optional introduction and, after punctuation, an optional text, such as
+# `the answer is (b) 42`. It is matched against the result of `as_words`, which is in lower case.
 LETTER = re.compile(
     r"(?:(?:the )?(?:correct )?(?:answer|choice|option)(?: is)?:? ?)?\(?([a-z])(?:[).:,]+|$)\s*(.*)"
 )
@@ -50,8 +50,9 @@ def chosen_letter(answer: str, choices: dict[str, str]) -> str | None:
     - An answer that is the letter of one of `choices` chooses this letter.
     - An answer that is the text of exactly one choice chooses its letter.
     - A letter, alone or followed by punctuation and a text (`(b) 42`, `B. 42`), chooses this
-      letter. It chooses none if the text belongs to another choice, if the text begins with a
-      second letter (`A, B`), or if `choices` has no such letter.
+      letter. `the answer is` may precede it. It chooses none if the text belongs to another
+      choice, if the text begins with a second letter (`A, B`), or if `choices` is not empty and
+      has no such letter.
 
     An answer of more than MAX_CHARS characters chooses none.
 

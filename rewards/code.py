@@ -11,7 +11,7 @@ with the problem, in `Problem.meta`:
 The tests of functions (HumanEval, MBPP) run in the interpreter of the program. Two simple ways to
 cheat fail: ending before the tests (`exit(0)`), and returning an object that equals everything. A
 program that targets the test harness can still forge a pass, for example by replacing `exec` or by
-reading the token that marks success. Read the samples.
+reading the token that marks success. Inspect the programs in the samples of a run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rewards.verifier.parse import final_answer, visible
 from rewards.workers.sandbox import Outcome, SandboxUnavailableError, run
 
 TIMEOUT_S = 120.0  # time limit of one call in a worker of the pool
-OVERHEAD_S = 10  # reserved for everything but the test runs
+OVERHEAD_S = 10  # part of TIMEOUT_S that is reserved for everything but the test runs
 MAX_CHARS = 50_000
 # Runs a program and its function tests. It prints the token when all tests have passed. The tests
 # call the program's functions through wrappers that reject objects with an __eq__ of the program;
@@ -77,8 +77,8 @@ def prepare(
     """Checks the options and that the sandbox works on this machine.
 
     Raises:
-        UserError: The isolation is unknown, the time limit is out of range, or the system does not
-            allow the sandbox.
+        UserError: The isolation is unknown, the time limit is out of range, the system does not
+            allow the sandbox, or a test program fails in it.
     """
     if not 0 < timeout_s <= TIMEOUT_S / 2:
         raise UserError(
@@ -110,7 +110,7 @@ def reward(
     memory_mb: int = 1024,
     isolation: Literal["namespaces", "rlimits"] = "namespaces",
 ) -> Verdict | None:
-    """Returns the verdict on the completion's program, None for a problem without tests.
+    """Returns the verdict on the completion's program, or None for a problem without tests.
 
     Args:
         completion: The completion; see `extract_program` for what counts as its program.
@@ -176,7 +176,7 @@ def _fault_on_inputs(
 ) -> str:
     """Runs a program on each input. Returns the first fault, "" if all outputs are right.
 
-    The time limit is checked before each run.
+    `time_limit_s` applies to all runs together. It is checked before each run.
     """
     deadline = time.monotonic() + time_limit_s
     for number, pair in enumerate(pairs):
@@ -197,7 +197,7 @@ def _with_tests(program: str, problem: Problem, token: str) -> str:
     setup = str(meta.get("test_setup_code") or "")
     if entry_point:
         if not re.search(rf"^def {re.escape(entry_point)}\b", program, re.MULTILINE):
-            # HumanEval: the completion continues the function at the end of the prompt.
+            # HumanEval: the program continues the function at the end of the question.
             program = problem.question + program
         imports_and_helpers, definition, _ = problem.question.partition(f"def {entry_point}(")
         if definition:

@@ -47,7 +47,7 @@ def check_expression(answer: str, numbers: list[int], target: int) -> Verdict:
     """Returns the verdict on an expression.
 
     The expression may consist of integers, + - * / and brackets. It must have the value `target`
-    and use each of `numbers` exactly once. It may state its result (`= 20`), which must be the
+    and use each of `numbers` exactly once. The result may follow it (`= 20`) and must then be the
     target.
 
     Example: `check_expression("(7 - 3) * 5 = 20", [3, 5, 7], 20)` is correct.

@@ -1,6 +1,7 @@
-"""Format reward: 1.0 for exactly `<think>...</think><answer>...</answer>`, else 0.0.
+"""Format reward: 1.0 for `<think>...</think><answer>...</answer>` without other text, else 0.0.
 
-The tags are found by plain text search. The content of the answer does not matter.
+The tags are found by plain text search. Thoughts and answer must not be empty; nothing else about
+their content matters.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from grpo.types import Completion, Problem, Score
 from rewards.verifier.parse import TAGS
 
-TAG_NAMES = ("think", "think end", "answer", "answer end")  # of TAGS, in reasons
+TAG_NAMES = ("think", "think end", "answer", "answer end")  # names of TAGS in the reasons
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class FormatVerdict:
 def reward(completion: Completion, problem: Problem) -> Score:
     """Returns 1.0 if the completion is well-formed, else 0.0 with the reason.
 
-    A `<think>` at the end of the prompt is already part of the completion's text.
+    If the prompt ends with `<think>`, the text of the completion already begins with it.
 
     Source: DeepSeek-R1 2501.12948 section 2.2.2. The exact rules (see `check`) are grpo's.
     """

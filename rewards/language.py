@@ -4,7 +4,7 @@ DeepSeek-R1's second RL stage uses it against chains of thought that mix languag
 section 2.3.2). The paper does not say how it identifies the language of a word. Here no model is
 used:
 
-- Other scripts than Latin identify a language by themselves, such as Hangul for Korean.
+- A script other than Latin identifies a language by itself, such as Hangul for Korean.
 - Languages in Latin script are identified by function words ("the", "und", "est").
 
 Formulas, code, links and single letters belong to no language.
@@ -104,7 +104,8 @@ def prepare(language: str | None = None) -> None:
 def reward(completion: Completion, problem: Problem, *, language: str | None = None) -> float:
     """Returns the share of the thoughts that is in a language, from 0 to 1.
 
-    Thoughts without words have the reward 1.
+    The thoughts are the text before `</think>`, or the whole text if it has no such tag. Thoughts
+    without words have the reward 1.
 
     Args:
         completion: The completion to score.
@@ -123,7 +124,8 @@ def share_in_language(text: str, language: str) -> float:
     For a language in Latin script, its share of the words in Latin script is estimated: it is its
     share of the function words that identify a language, or 1 if there are none.
 
-    Example: `share("So x 是 the answer", "en")` is 3/4. Each Han character counts as a word.
+    Example: `share_in_language("So x 是 the answer", "en")` is 3/4: a Han character counts as a
+    word, a single letter does not.
     """
     counts = _count_words(text)
     num_words = counts.by_script.total()
@@ -143,8 +145,8 @@ def detect_language(text: str) -> str:
     """Returns the language of a text: the language of most of its words.
 
     A text with kana is Japanese. Otherwise the most frequent script decides, and for Latin script
-    the most frequent function words. A text without words is English, and so is a text in which
-    English has as many function words as any other language.
+    the language with the most function words; in a tie with English, it is English. A text without
+    words is English.
     """
     counts = _count_words(text)
     if not counts.by_script:

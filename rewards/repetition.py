@@ -1,4 +1,4 @@
-"""Repetition penalty: 0 if all n-grams of a completion are different, down to -1 if they repeat."""
+"""Repetition penalty: 0 if no n-gram of a completion repeats, towards -1 the more they repeat."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import re
 
 from grpo.types import Completion, Problem
 
-WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+|[^\w\s]")  # a Han character, a word or number, a mark
+# A Han character, a word or number, or a punctuation mark.
+WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+|[^\w\s]")
 
 
 def reward(completion: Completion, problem: Problem, *, n: int = 20) -> float:
-    """Returns minus the share of repeated `n`-grams in the completion.
+    """Returns minus the share of repeated `n`-grams of words in the completion.
 
     Source: the n-gram penalty of 2502.03373 section 4.2. The paper counts n-grams of tokens (n =
     40) and penalizes each token; this reward counts words and is one number per completion.
@@ -21,7 +22,9 @@ def reward(completion: Completion, problem: Problem, *, n: int = 20) -> float:
 def repeated_share(text: str, n: int) -> float:
     """Returns the share of n-grams that occur earlier in the text, in time linear in its length.
 
-    Example: `repeated("a b a b a b", 2)` is 3/5.
+    A text with fewer than `n` words has the share 0.
+
+    Example: `repeated_share("a b a b a b", 2)` is 3/5.
     """
     words = WORD.findall(text)
     num_ngrams = len(words) - n + 1

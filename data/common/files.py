@@ -51,8 +51,8 @@ def read_rows(path: str | None, *, stems: Sequence[str], hub: HubDataset | None)
         hub: The data set on the hub. Required if `path` is None.
 
     Raises:
-        UserError: There is no such file, or it is unreadable, empty or in an unsupported format.
-        DownloadError: The hub cannot be reached.
+        UserError: There is no such file, or it is malformed, empty or in an unsupported format.
+        DownloadError: The data set cannot be fetched from the hub.
     """
     if path is None:
         assert hub is not None, "a problem set without a hub data set must require a path"

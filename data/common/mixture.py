@@ -1,8 +1,8 @@
 """Determines the order of a run's problems: the problem at each position of the stream.
 
 The order is a pure function of (seed, position), so a resumed run restores no state. Several
-sources are interleaved in blocks of 1000 positions in which each source has its exact share; each
-source is traversed in permutations.
+sources are interleaved in blocks of 1000 positions. In each block a source has its share of the
+positions, rounded to a whole number. Each source is traversed in permutations.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Mixture:
     `Mixture({"gsm8k": problems}, {"gsm8k": 1.0}, seed=0)[position]` is the problem at a position.
 
     Each source is traversed in epochs. An epoch is a permutation of the source that is seeded by
-    (seed, source name, epoch). Each block of 1000 positions contains the exact share of every
+    (seed, source name, epoch). Each block of 1000 positions has `positions_per_block` of each
     source, in an order that is seeded by (seed, block).
     """
 

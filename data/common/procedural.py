@@ -1,6 +1,6 @@
 """Problem sets that are generated instead of stored.
 
-Problem i is a function of (seed, i) and the options of the set. Train and test never share the same
+Problem i is a function of (split, seed, i) and the options of the set. Train and test never share
 content, for any pair of seeds.
 """
 

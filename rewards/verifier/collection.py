@@ -29,6 +29,9 @@ def read_collection(text: str) -> Collection:
 
     Examples: `\{1,2\}` -> ("set", ["1", "2"]), `(3,4]` -> ("(]", ["3", "4"]), `5` -> ("", ["5"]).
     An element with `\pm`, alone or in a list or set, counts as two elements.
+
+    Raises:
+        TooLargeError: A number exceeds a bound.
     """
     matrix = _read_matrix(text)
     if matrix is not None:

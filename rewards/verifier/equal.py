@@ -3,7 +3,8 @@ r"""Decides whether two answers are equal in value and kind.
 The verdict is a pure function of the two texts: no clock, no randomness, no state. The rules are
 applied in this order, and the first one that decides gives the verdict:
 
-1. Size. A prediction that is too long or nested too deep is wrong.
+1. Size. A prediction that is too long is wrong. So is one that is nested too deep, unless it is the
+   same text as the gold answer.
 2. Spelling. The same text after normalisation (latex.py) is correct.
 3. Words. If the gold answer is words or the letter of a choice, the prediction must be the same
    words.
@@ -104,8 +105,8 @@ def _same_spelling(prediction: str, gold: str) -> bool:
     r"""Returns whether two answers are the same text.
 
     Spaces are ignored, unless there is one between two digits: `3 1/2` is not `31/2`. If one of the
-    answers has a `\text` and the gold answer has no other command, power or subscript, upper and
-    lower case and the text command are ignored, too.
+    answers has a `\text` and the gold answer has no other command, power or subscript, the answers
+    are compared as words: `as_words` ignores case and `\text`.
     """
     if prediction == gold:
         return True
@@ -120,9 +121,11 @@ def _same_spelling(prediction: str, gold: str) -> bool:
 
 
 def _in_ascending_order(text: str) -> str:
-    """Returns a chain of relations from its small end: `f(4)>f(1)>=2` -> `2<=f(1)<f(4)`.
+    r"""Returns a descending chain of relations in ascending order.
 
     Other text is returned unchanged.
+
+    Example: `f(4)>f(1)\ge 2` -> `2 \le f(1) < f(4)`.
     """
     pieces = re.split(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))", text)
     if len(pieces) < 5 or "<" in pieces or r"\le" in pieces:
@@ -183,8 +186,8 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
     """Compares exact numbers, with or without a unit.
 
     - Two units must be the same. A unit of only one answer is ignored.
-    - A prediction in percent may also be the gold answer as a percentage: `25%` equals a gold
-      answer of 25 and of 0.25.
+    - A prediction in percent equals a gold answer without a unit as a number or as a share: `25%`
+      equals 25 and 0.25.
     - If one of the values is not a number, the values are compared without their units by all
       rules.
 
@@ -197,7 +200,8 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
     predicted = split_unit(prediction)
     if expected.unit and predicted.unit and expected.unit != predicted.unit:
         return _wrong(f"unit {predicted.unit}, not {expected.unit}")
-    is_tuple = re.match(r"[(\[].*,", expected.value)  # not the thousands of 1,000
+    # In `(1,000)` the comma separates elements, not thousands.
+    is_tuple = re.match(r"[(\[].*,", expected.value)
     try:
         expected_number = None if is_tuple else exact_value(expected.value)
     except TooLargeError as error:

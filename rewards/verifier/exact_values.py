@@ -13,7 +13,7 @@ from fractions import Fraction
 from math import factorial
 
 MAX_BITS = 20_000  # of a numerator or a denominator
-MAX_FACTORIAL = 2_200
+MAX_FACTORIAL = 2_200  # largest n in n!
 # A number with thousands separators, a decimal number, a LaTeX command, or any other character.
 TOKEN = re.compile(r"\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+|\\[a-z]+|\S)")
 MULTIPLICATIONS = ("*", r"\times", r"\cdot")
@@ -22,7 +22,7 @@ CLOSING_BRACKET = {"(": ")", "{": "}"}
 
 
 class TooLargeError(ValueError):
-    """A value exceeds the bounds. A prediction that raises it is wrong."""
+    """A prediction or its value exceeds a bound of the verifier. Such a prediction is wrong."""
 
 
 def exact_value(text: str) -> Fraction | None:
@@ -75,8 +75,8 @@ class _Parser:
                 | "(" sum ")" | "{" sum "}"
 
     A factor is a power that begins with "(". An exponent is an atom, or a signed that begins with
-    "-". All methods raise SyntaxError if the tokens do not match the grammar, and TooLargeError if
-    a value exceeds the bounds.
+    "-". All methods raise SyntaxError if the tokens do not match the grammar, ZeroDivisionError if
+    a divisor is zero, and TooLargeError if a value exceeds the bounds.
     """
 
     def __init__(self, tokens: list[str]) -> None:
@@ -159,7 +159,7 @@ class _Parser:
 
 def _factorial(value: Fraction) -> Fraction:
     if value.denominator != 1 or value < 0:
-        raise SyntaxError("a factorial of no natural number")
+        raise SyntaxError("a factorial of a number that is not natural")
     if value > MAX_FACTORIAL:
         raise TooLargeError(f"factorial beyond {MAX_FACTORIAL}")
     return Fraction(factorial(int(value)))

@@ -15,13 +15,13 @@ from grpo.types import Verdict
 from rewards.verifier.exact_values import TooLargeError
 from rewards.verifier.latex import find_closing, nesting_depth
 
-# Bounds of a prediction. Those marked with + are added to the number in the gold answer.
-MAX_DEPTH = 10  # + the time of sympy's parser doubles with each level
-MAX_BRACKETS = 8  # + a product of n brackets has 2^n terms
-MAX_BARS = 8  # + in |a||b| the parser searches for the opening bars
-MAX_TERMS = 40  # +
+# Bounds of a prediction. (+): the bound is added to the number in the gold answer.
+MAX_DEPTH = 10  # (+) the time of sympy's parser doubles with each level
+MAX_BRACKETS = 8  # (+) a product of n brackets has 2^n terms
+MAX_BARS = 8  # (+) in |a||b| the parser searches for the opening bars
+MAX_TERMS = 40  # (+)
 MAX_EXPONENT = 400
-MAX_POWER_PRODUCT = 30  # product of the exponents on brackets, 30 in ((x+1)^5)^6
+MAX_POWER_PRODUCT = 30  # product of the exponents of brackets: it is 30 in ((x+1)^5)^6
 # Expressions that sympy can take long to evaluate: large binomials, sums, products, integrals,
 # limits, determinants, operators, factorials of large numbers or of expressions, and long numbers.
 EXPENSIVE = re.compile(
@@ -232,7 +232,7 @@ def _is_finite_number(value: Any) -> bool:
 
 
 def _is_zero(difference: Any) -> bool:
-    """Returns whether a number is less than 10^-DIGITS. Rational numbers must be exactly 0."""
+    """Returns whether |difference| is less than 10^-DIGITS. Rational numbers must be exactly 0."""
     import sympy
 
     if difference == 0:

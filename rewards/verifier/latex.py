@@ -1,4 +1,4 @@
-r"""Normalises the spelling of answers: unicode, LaTeX and habits that are written differently.
+r"""Normalises the spelling of answers: Unicode characters, LaTeX variants and other notations.
 
 All functions map text to text. They do not interpret values: `1/2` and `0.5` stay different.
 """
@@ -127,10 +127,10 @@ NUM_ARGUMENTS = {r"\frac": 2, r"\sqrt": 1}
 def normalise(text: str) -> str:
     r"""Returns the normalised spelling of an answer.
 
-    In this order: unicode becomes LaTeX; REPLACEMENTS are applied; a full stop at the end, dollar
-    signs in pairs, and `\(...\)` or `\[...\]` around the answer are removed; repeating decimals
-    become fractions; degrees become radians if the answer has a trigonometric function; white
-    space becomes single spaces; the arguments of `\frac` and `\sqrt` get braces.
+    In this order: Unicode becomes LaTeX; REPLACEMENTS are applied; a full stop at the end, dollar
+    signs (if their number is even), and `\(...\)` or `\[...\]` around the answer are removed;
+    repeating decimals become fractions; degrees become radians if the answer has a trigonometric
+    function; white space becomes single spaces; the arguments of `\frac` and `\sqrt` get braces.
 
     Examples: `$\dfrac12$.` -> `\frac{1}{2}`, `10,\!080` -> `10,080`, `90°` -> `90\text{degree}`.
     """
@@ -233,14 +233,17 @@ def split_at_top_level(text: str, separators: tuple[str, ...] = (",", ";")) -> l
         separator = _separator_at(text, index, separators) if depth == 0 else ""
         if separator:
             pieces.append(text[piece_start:index].strip())
-            piece_start = index + len(separator)
-        depth += _depth_change(text[index])
-        index += len(separator) or 1
+            index += len(separator)
+            piece_start = index
+        else:
+            depth += _depth_change(text[index])
+            index += 1
     pieces.append(text[piece_start:].strip())
     return pieces
 
 
 def _separator_at(text: str, index: int, separators: tuple[str, ...]) -> str:
+    """Returns the separator that begins at `index`, "" if none does."""
     for separator in separators:
         if text.startswith(separator, index):
             return separator
@@ -250,13 +253,17 @@ def _separator_at(text: str, index: int, separators: tuple[str, ...]) -> str:
 def _fraction_of_repeating_decimal(match: re.Match[str]) -> str:
     r"""Returns a repeating decimal as a fraction: `0.1\overline{6}` -> `\frac{15}{90}`."""
     integer, fixed, repeating = match.groups()
-    numerator = int(integer + fixed + repeating) - int(integer + fixed or 0)
+    not_repeating = integer + fixed
+    numerator = int(not_repeating + repeating) - int(not_repeating or "0")
     denominator = 10 ** len(fixed) * (10 ** len(repeating) - 1)
     return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
 def as_words(text: str) -> str:
-    r"""Returns text in lower case, without LaTeX's text command, outer brackets and full stop.
+    r"""Returns text in lower case with single spaces, to compare words.
+
+    `\text`, braces, dollar signs, full stops at the ends, and brackets around a single letter are
+    removed.
 
     Examples: `\text{ (C) }`, `C.` and `c` -> "c"; `\text{Two  Points}` -> "two points".
     """

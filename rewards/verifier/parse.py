@@ -25,7 +25,7 @@ def final_answer(text: str) -> str | None:
 
     - With a complete pair of answer tags, the answer is the content of the last pair. If this
       content has a `\boxed`, the answer is the content of its last box.
-    - Without answer tags, the answer is the content of the last `\boxed{...}`.
+    - Without such a pair, the answer is the content of the last `\boxed{...}`.
     - An empty answer, or a last box that is empty or never closed, is no answer.
 
     Examples: `"<think>1+1</think><answer>2</answer>"` -> "2", `"so \boxed{2}"` -> "2".

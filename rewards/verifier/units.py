@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 # A value and its unit, such as `5 cm`, `5\text{ cm}`, `25\%` and `3 m/s`. A lower-case word after a
-# number and a space is a unit, unless it is one of FUNCTION_NAMES.
+# number and a space is a unit, unless it begins a formula (FUNCTION_NAMES).
 FUNCTION_NAMES = "pi|sqrt|sin|cos|tan|cot|sec|log|ln|exp|mod"
 UNIT_SYMBOL = r"(?<=[\d}]) ?(?:cm|mm|km|kg|ft|in|mph|m|g|s|h|L)(?![A-Za-z(])"
 VALUE_WITH_UNIT = re.compile(

@@ -5,8 +5,9 @@ is started for the first call and kept; between calls it blocks on a pipe and us
 time. It imports functions by name and sends back their values. The result of a call that fails is a
 `Failure`.
 
-A frozen worker neither reads a call that is larger than the buffer of its socket nor completes an
-answer. The socket therefore has time limits in both directions, so that no wait is unlimited.
+A frozen worker (such as one stopped by SIGSTOP) neither reads a call that is larger than the buffer
+of its socket nor completes an answer. The socket therefore has time limits in both directions, so
+that no wait is unlimited.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, NamedTuple
 
 START_TIMEOUT_S = 120.0  # to import a function; sympy from a cold disk is slow
-MAX_CALLS_PER_WORKER = 5_000  # a worker is replaced then, because sympy's caches grow
+MAX_CALLS_PER_WORKER = 5_000  # then the worker is replaced, because sympy's caches grow
 END_LIMIT_S = 10.0  # longest wait for the exit of a worker that was killed or closed its pipe
 # A call that times out with less processor time than this share of its limit was starved by other
 # processes. It counts as lost, not as timed out.
 MIN_CPU_SHARE = 0.5
-MAX_ATTEMPTS = 2
+MAX_ATTEMPTS = 2  # per call, if its worker is lost or crashes
 # Signals that are sent from outside, not raised by the call itself.
 OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-# First message of a worker for a function: it is imported, and the time limit of the call starts.
+# The answer of a worker that has imported a function: the time limit of the call starts now.
 LOADED = object()
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ class WorkerPool:
     `WorkerPool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` returns
     `[Verdict(value="correct")]`.
 
-    `counts` has the number of `calls`, of failures by kind (including those of first attempts), and
-    of `restarts`. The reader may clear it.
+    `counts` has the number of `calls`, of `restarts`, and of failures by kind: it includes those of
+    first attempts, but not the kind `error`. The reader may clear it.
     """
 
     def __init__(self, workers: int | None = None, *, memory_gb: float = 4.0) -> None:
@@ -137,7 +138,7 @@ class WorkerPool:
             The value of each call, or a `Failure`, in the order of `calls`.
 
         Raises:
-            RuntimeError: A worker cannot import the function.
+            RuntimeError: A worker cannot import the function within START_TIMEOUT_S.
         """
         # In a forked child, the workers and the holder of the lock belong to the parent.
         if self._pid != os.getpid():
@@ -200,9 +201,13 @@ class WorkerPool:
             idle.pop().begin(job, function, calls[job.call_index])
 
     def _wait_for_answers(self) -> Iterator[tuple[_Worker, Any]]:
-        """Waits for the first answer or deadline. Yields each worker that has one, and its answer.
+        """Waits for the first answer or deadline. Yields workers with their answers.
 
-        The answer is a value of the function, a `Failure` or LOADED.
+        The answer is a value of the function or LOADED. For a worker that has ended or has passed
+        its deadline, it is a `Failure`.
+
+        Raises:
+            RuntimeError: A worker ended or passed its deadline while it imported the function.
         """
         busy = self._busy_workers()
         next_deadline = min(worker.deadline for worker in busy)
@@ -356,7 +361,10 @@ class _Worker:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
     def _cpu_s(self) -> float:
-        """Returns the processor time that the worker has used, in seconds."""
+        """Returns the processor time that the worker has used, in seconds.
+
+        Once the worker is gone, it is unknown: returns the value at the beginning of the call.
+        """
         with contextlib.suppress(OSError):
             # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3).
             return time.clock_gettime((~self._process.pid << 3) | 2)
@@ -364,7 +372,11 @@ class _Worker:
 
 
 def main(pipe_fd: int, memory_bytes: int) -> None:
-    """Runs a worker: answers calls until the pipe closes."""
+    """Runs a worker: answers calls until the pipe closes.
+
+    It receives `(function, arguments)`. It sends `("loaded", None)` after the import of a function
+    that is new to it, then `("answer", value)`.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe = Connection(pipe_fd)

@@ -1,19 +1,20 @@
 """Runs an untrusted Python program in a sandbox.
 
-The program has no network, no access to other processes, and no files but those of the interpreter
-(read-only) and an empty folder. All its resources are limited:
+The program has no network and no access to other processes. It sees the system's folders (see
+SYSTEM_PATHS) and the interpreter's, all read-only, and an empty folder that it can write to. The
+means:
 
 - Linux namespaces isolate the network, processes and files. No child process can leave them.
 - rlimits bound processor time, memory, file size, processes and open files.
-- When the time limit is over, all processes of the namespace are killed.
+- After the time limit, all processes of the namespace are killed.
 
-Two attacks are not prevented: those on bugs of the kernel, and a program that forges the result of
-its own tests, which run in the same interpreter (see rewards/code.py). With `isolation="rlimits"`
-there is no sandbox: files and network are open.
+Two attacks are not prevented: an attack on a bug of the kernel, and a program that forges the
+result of its own tests, which run in the same interpreter (see rewards/code.py). With
+`isolation="rlimits"` there is no sandbox: files and network are open.
 
 This file is also the program that enters the sandbox (`python -I -S sandbox.py SPEC`) and then
-starts the untrusted program. It starts once per program, so it imports only a few modules of the
-standard library.
+starts the untrusted program. It runs once per untrusted program, so for a quick start it imports
+only a few modules of the standard library.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ MAX_PROCESSES = 64
 SANDBOX_UNAVAILABLE = 97  # exit code
 SOURCE_FD = 3  # file descriptor from which the interpreter reads the program
 ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
-# Paths outside of the interpreter's folders that are visible in the sandbox.
+# Paths that are visible in the sandbox, read-only, in addition to the interpreter's folders.
 SYSTEM_PATHS = (
     "/usr",
     "/lib",
@@ -81,7 +82,8 @@ SYSTEM_PATHS = (
 class Outcome(NamedTuple):
     r"""The result of a program: `Outcome(code=0, output="3\n", timed_out=False)`.
 
-    A negative `code` is the signal that ended the program.
+    If a signal ended the program, `code` is 128 + the signal with the isolation `namespaces`, and
+    minus the signal with `rlimits`. If the time limit is over, it is -9 (SIGKILL).
     """
 
     code: int
@@ -155,7 +157,9 @@ def run(
 def _send_source_and_wait(
     process: subprocess.Popen[bytes], source: str, source_writer: int, timeout_s: float
 ) -> int | None:
-    """Sends the source and waits for the program, then kills all its processes.
+    """Sends the source, waits for the program, then kills its process group.
+
+    The death of the group's leader also ends the pid namespace, with all processes in it.
 
     Returns:
         The exit code, None if the time limit is over.
@@ -216,7 +220,10 @@ def _enter(spec: dict[str, Any]) -> None:
 
 
 def _isolate(root: str, prefixes: list[str]) -> None:
-    """Moves this process into new namespaces. It returns in process 2 of the new pid namespace.
+    """Enters new namespaces. Returns in process 2 of the new pid namespace, as user NOBODY.
+
+    This process waits for process 1, which waits for process 2; each exits with the code of its
+    child.
 
     Raises:
         OSError: The system does not allow it.
@@ -263,13 +270,16 @@ def _start_interpreter(source_fd: int) -> None:
 
 
 def _fork_and_wait() -> None:
-    """Returns in a new child process. The parent waits for the child and exits with its code."""
+    """Returns in a new child process. The parent waits for the child and exits with its code.
+
+    If a signal ended the child, the exit code is 128 + the signal.
+    """
     child = os.fork()
     if child == 0:
         return
     while True:
         pid, status = os.wait()
-        if pid == child:  # and not an orphan, which becomes a child of process 1, too
+        if pid == child:  # not an orphan: process 1 becomes the parent of all orphans
             break
     if os.WIFSIGNALED(status):
         os._exit(128 + os.WTERMSIG(status))
@@ -280,7 +290,8 @@ def _unshare_namespaces() -> bool:
     """Leaves the namespaces of the machine. The next child is process 1 of a new pid namespace.
 
     Returns:
-        True if root could do so without a user namespace, so that the user must still be changed.
+        True if this process is root and has created no user namespace: it must still change its
+        user.
 
     Raises:
         OSError: The system does not allow it.
@@ -324,7 +335,8 @@ def _change_root(root: str, prefixes: list[str]) -> None:
     _forbid_user_namespaces()
     os.chdir(root)
     _check(libc.syscall(SYS_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
-    _check(libc.umount2(b".", MNT_DETACH), "umount")  # the old root is mounted over the new one
+    # The old root is now mounted over the new one.
+    _check(libc.umount2(b".", MNT_DETACH), "umount")
     os.chdir("/")
     _mount("none", "/", None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir("/sandbox")
