@@ -102,6 +102,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a file that `RunDirectory.write_samples` has written."""
+    # str.splitlines would also split at characters that a completion may contain, such as U+2028.
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest.json of the run in a folder, an empty dict if it does not exist."""
     file = folder / "manifest.json"

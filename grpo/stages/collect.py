@@ -22,7 +22,7 @@ from grpo.config import CollectConfig, CollectSettings, DataSettings
 from grpo.experience.group_metrics import group_metrics, sample_rows
 from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
-from grpo.run.directory import write_file
+from grpo.run.directory import read_samples, write_file
 from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
@@ -250,8 +250,7 @@ def _write_traces(context: RunContext, num_contaminated: int) -> dict[str, int]:
     num_traces: Counter[str] = Counter()  # by problem
     lines = []
     for file in sorted(context.run.samples.glob("chunk-*.jsonl")):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
+        for row in read_samples(file):
             if row["dropped"]:
                 counts[row["dropped"]] += 1
                 continue

@@ -23,7 +23,7 @@ from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import statistics
-from grpo.run.directory import write_file
+from grpo.run.directory import read_samples, write_file
 from grpo.stages.final_model import final_model_path
 from grpo.stages.problems import load_problems, select_held_out
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
@@ -157,7 +157,7 @@ class Evaluation:
             write_file(samples_file, "".join(file.read_text() for file in chunk_files))
         for chunk_file in chunk_files:
             chunk_file.unlink(missing_ok=True)
-        return [json.loads(line) for line in samples_file.read_text().splitlines()]
+        return read_samples(samples_file)
 
     def _passes(self, num_problems: int) -> list[SamplingPass]:
         settings = self.config.eval
@@ -386,8 +386,7 @@ def _pass_rates_by_set(folder: Path) -> dict[str, PassRates]:
 def _read_pass_rates(folder: Path, file: Path) -> PassRates:
     """Returns the pass rates in a file of samples, without those of the additional greedy pass."""
     is_correct: dict[str, list[float]] = defaultdict(list)  # by problem id
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_samples(file):
         if row["verdict"] is None:
             raise UserError(
                 f"{folder}: the rewards of this evaluation return no verdicts, so there is no "

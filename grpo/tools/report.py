@@ -23,7 +23,13 @@ from urllib.parse import quote
 import yaml
 
 from grpo.metrics.diagnosis import Diagnosis, diagnose
-from grpo.run.directory import RunDirectory, read_manifest, read_metrics, write_file
+from grpo.run.directory import (
+    RunDirectory,
+    read_manifest,
+    read_metrics,
+    read_samples,
+    write_file,
+)
 from grpo.tools.charts import charts, series
 from grpo.types import UserError
 
@@ -217,8 +223,7 @@ def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
     problem_numbers: dict[str, int] = {}  # by id
     rows: list[list[Any]] = []
     for file_number, (_, file) in enumerate(included):
-        for line in file.read_text().splitlines():
-            sample = json.loads(line)
+        for sample in read_samples(file):
             problem_id = sample["problem"]
             if problem_id not in problems:
                 problem_numbers[problem_id] = len(problems)
