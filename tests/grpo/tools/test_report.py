@@ -167,7 +167,7 @@ def test_the_report_of_a_pipeline_has_its_table_and_its_stages(tmp_path):
 def test_charts_are_written_as_svg_and_png(tmp_path):
     plots = tmp_path / "plots"
     report_page(make_run(tmp_path / "a"), plots=str(plots))
-    assert (plots / "reward.svg").exists()
+    assert (plots / "mean_reward.svg").exists()
     assert (plots / "held-out_accuracy.png").stat().st_size > 1000
 
 

@@ -310,7 +310,7 @@ def test_problems_outside_the_pass_rate_range_are_not_drawn_again(tiny, tmp_path
     loop.step()
     assert drawn_ids == [["p0", "p1", "p2", "p3"], ["p1", "p3", "p1", "p3"]]
     loop.rollouts.selection.pass_rates.update({"p1": 1.0, "p3": 1.0})
-    with pytest.raises(RunError, match="exclude the last 10000 problems"):
+    with pytest.raises(RunError, match="excluded 10000 problems in a row"):
         loop.step()
 
 

@@ -347,5 +347,5 @@ def test_engine_ends_with_its_parent(tmp_path, tiny):
 
 
 def test_insufficient_memory_is_a_user_error():
-    with pytest.raises(UserError, match=r"KV cache 100000 GB.*lower engine.kv_cache_gb"):
+    with pytest.raises(UserError, match=r"KV cache 100000 GiB.*lower engine.kv_cache_gb"):
         check_memory(configs.EngineSettings(kv_cache_gb=100_000), weight_bytes=0)
