@@ -66,7 +66,8 @@ class Endpoint:
             api_key = os.environ.get(teacher.api_key_env)
         if not api_key:
             raise UserError(
-                f"endpoint {teacher.url}: api_key_env: {teacher.api_key_env} is not set"
+                f"endpoint {teacher.url}: the environment variable {teacher.api_key_env} is not "
+                "set (api_key_env)"
             )
         self._settings = teacher
         self._on_wait = on_wait

@@ -14,8 +14,9 @@ synchronous step. `--tokens` is the length of every completion. Choose it and `-
 both phases take about the same time. The documented figures use the quickstart's model after its
 cold start.
 
-Part `http` only samples: the same requests go alternately to a child process and to one server,
-each of which may use all cores. It prints the median and the quartiles of the ratio of each pair.
+Part `http` only samples. The same requests go alternately to a child process and to one server,
+each of which may use all cores. Each pair of measurements gives a ratio of the two times. Their
+median and quartiles are printed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ WARM_UP_STEPS = 2
 WARM_UP_ROUNDS = 2
 PROMPT_TOKENS = 50
 MAX_PROMPT_TOKENS = 64
-MIN_TOKEN_ID = 100  # smaller ids include special tokens
+MIN_TOKEN_ID = 100  # excludes the special tokens, which have small ids
 
 
 def main() -> None:
@@ -133,7 +134,7 @@ def median(rows: list[dict[str, float]], key: str) -> float:
 
 
 def compare_over_http(options: argparse.Namespace) -> None:
-    """Samples the same requests with both engines alternately and prints the ratio of the times."""
+    """Samples equal requests with both engines alternately and prints the ratios of the times."""
     generator = random.Random(options.seed)
     folder = options.folder / "http"
     model_dir = models.locate(configs.ModelSettings(path=options.model), folder, options.seed)

@@ -1,4 +1,4 @@
-"""An engine process with an injected fault that the canary, the probe or a checksum must detect.
+"""An engine process with an injected fault that the checks of the weight sync must detect.
 
 The environment variable GRPO_TEST_FAULT contains the path of a file, and the file contains the name
 of the fault:

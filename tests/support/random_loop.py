@@ -142,8 +142,9 @@ def make_loop(
             default is `first_token_is_even`.
         take: Returns training problems, `f(position, count) -> list[Problem]`. The default is
             `take_problems`.
-        kind: Kind of the tiny model.
-        sections: Config sections, see `tiny_config`. `train` and `learner` replace the defaults.
+        kind: Kind of the tiny model, see `models.make_tiny`.
+        sections: Config sections, see `tiny_config`. They replace the defaults of this function for
+            `train`, `learner` and `rewards`.
     """
     defaults = {
         "train": {"rollouts": 3, "problems": 4, "group_size": 4},

@@ -123,7 +123,7 @@ def wait_for(condition, process=None, seconds=120):
 
     Args:
         condition: Function without parameters. It is called every 20 ms.
-        process: Process that must not end before.
+        process: Process that must run until then.
         seconds: Time limit.
 
     Raises:
