@@ -229,7 +229,7 @@ def test_unusable_endpoint_raises(vllm_server):
         Endpoint(EndpointSettings(url=vllm_server, model="other"))
     with pytest.raises(UserError, match=r"endpoint http://127\.0\.0\.1:1/v1"):
         Endpoint(EndpointSettings(url="http://127.0.0.1:1/v1", model="teacher", retries=0))
-    with pytest.raises(UserError, match="GRPO_NO_SUCH_KEY is not set .api_key_env"):
+    with pytest.raises(UserError, match=r"GRPO_NO_SUCH_KEY is not set \(api_key_env\)"):
         Endpoint(EndpointSettings(url=vllm_server, model="teacher", api_key_env="GRPO_NO_SUCH_KEY"))
 
     endpoint = Endpoint(EndpointSettings(url=vllm_server, model="teacher", retries=0))
