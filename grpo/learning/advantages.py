@@ -77,14 +77,15 @@ def advantages(
         raise ValueError(
             f"algorithm.advantage={kind}: unknown kind. Available: {', '.join(KINDS)}."
         )
-    if penalties_PGL is None:
-        penalties_PGL = [[(0.0,) * length for length in lengths_G] for lengths_G in lengths_PG]
-    if kind == "teacher":
-        return _teacher_advantages(penalties_PGL)
-    if kind == "batch":
+    if kind in ("teacher", "batch"):  # kinds with an advantage per token
+        if penalties_PGL is None:
+            penalties_PGL = [[(0.0,) * length for length in lengths_G] for lengths_G in lengths_PG]
+        if kind == "teacher":
+            return _teacher_advantages(penalties_PGL)
         return _batch_advantages(rewards_PG, penalties_PGL)
-    penalized_PG = _penalized_rewards(rewards_PG, penalties_PGL)
-    advantages_PG = _group_relative_advantages(penalized_PG, kind)
+    if penalties_PGL is not None:
+        rewards_PG = _penalized_rewards(rewards_PG, penalties_PGL)
+    advantages_PG = _group_relative_advantages(rewards_PG, kind)
     return _repeat_for_tokens(advantages_PG, lengths_PG)
 
 
