@@ -43,6 +43,14 @@ class GrpoError(Exception):
     failed_rank: int | None = None
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, "" if it has none.
+
+    Libraries append stack traces and long explanations to their messages.
+    """
+    return str(error).partition("\n")[0]
+
+
 class UserError(GrpoError, ValueError):
     """An error in the config, the data or a path, which the user can fix.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.run.directory import replace_directory
-from grpo.types import DownloadError, UserError
+from grpo.types import DownloadError, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -169,12 +169,8 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
         raise UserError(
-            f"model.path={hub_id}: the hub rejected the request: {_first_line(error)}"
+            f"model.path={hub_id}: the hub rejected the request: {first_line(error)}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def _smollm2_from_package() -> Path:
@@ -346,7 +342,7 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_dir)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path={model_dir}: the tokenizer cannot be loaded: {_first_line(error)}"
+            f"model.path={model_dir}: the tokenizer cannot be loaded: {first_line(error)}"
         ) from None
 
 
@@ -394,7 +390,7 @@ def load_model(model_dir: Path, attention: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"model.path={model_dir}: the model cannot be loaded: {_first_line(error)}"
+            f"model.path={model_dir}: the model cannot be loaded: {first_line(error)}"
         ) from None
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -34,7 +34,7 @@ from typing import Any, ParamSpec
 import numpy as np
 
 from grpo.run import ranks
-from grpo.types import RunError, Sample, UserError
+from grpo.types import RunError, Sample, UserError, first_line
 
 Parameters = ParamSpec("Parameters")
 
@@ -430,7 +430,7 @@ class RunDirectory:
             raise
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             raise RunError(
-                f"checkpoint {target} could not be written ({str(error).splitlines()[0]}): is the "
+                f"checkpoint {target} could not be written ({first_line(error)}): is the "
                 f"disk full? Last good checkpoint: {self.last_checkpoint() or 'none'}"
             ) from error
 

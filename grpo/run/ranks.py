@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 from grpo.run.addresses import free_port
-from grpo.types import GrpoError, RunError, UserError
+from grpo.types import GrpoError, RunError, UserError, first_line
 
 T = TypeVar("T")
 _gloo_group: Any = None  # for Python values, which are sent over the CPU also on GPU machines
@@ -152,7 +152,7 @@ def join_process_group(timeout_s: float = 1800.0) -> None:
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"rank {rank()} of {world_size()}: no process group at "
-            f"{os.environ.get('MASTER_ADDR')}: {str(error).splitlines()[0]}"
+            f"{os.environ.get('MASTER_ADDR')}: {first_line(error)}"
         ) from None
     atexit.register(_end_gloo_groups)
 

@@ -324,7 +324,7 @@ class TopLogprobs:
             model_dir=teacher_dir,
             num_weights=models.num_weights(teacher_dir),
             load_weights=True,
-            max_model_len=config.soft.max_tokens + 1,  # vLLM samples a token after each text
+            max_model_len=config.soft.max_tokens + 1,  # vLLM also samples one token
             max_logprobs=k,
         )
         engine = start_engine(config, context, teacher)

@@ -70,8 +70,7 @@ class Components:
 
     start: StartModel
     stream: Mixture  # training problems in the order in which the run draws them
-    machine: roofline.Machine
-    shape: roofline.ModelShape
+    limits: roofline.Roofline
     engine: Any
     learner: Any
 
@@ -152,16 +151,17 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
     require_same_start(start.tokenizer, stream)
     num_weights = models.num_weights(start.model_dir)
     # The machine is measured before the engine starts to use it.
-    machine = roofline.measure_machine(config.model.dtype)
-    shape = roofline.model_shape(start.model_dir, num_weights, config.model.dtype)
+    limits = roofline.Roofline(
+        machine=roofline.measure_machine(config.model.dtype),
+        shape=roofline.model_shape(start.model_dir, num_weights, config.model.dtype),
+    )
     engine_model = EngineModel(model_dir=start.model_dir, num_weights=num_weights)
     engine = start_engine(config, context, engine_model)
     learner = _load_learner(config, context, start, engine, inputs.loss)
     return Components(
         start=start,
         stream=stream,
-        machine=machine,
-        shape=shape,
+        limits=limits,
         engine=engine,
         learner=learner,
     )
@@ -231,8 +231,7 @@ def _make_loop(
         journal=journal,
         display=display,
         signals=context.signals,
-        machine=components.machine,
-        shape=components.shape,
+        limits=components.limits,
     )
 
 

@@ -69,8 +69,7 @@ class Loop:
         journal: Records metrics and collects alarms.
         display: Shows progress.
         signals: Ctrl-C and SIGTERM.
-        machine: The measured rates of the machine.
-        shape: The shape of the model.
+        limits: The measured rates of the machine and the shape of the model.
         progress: The progress of the run.
     """
 
@@ -83,8 +82,7 @@ class Loop:
     journal: Journal
     display: Display
     signals: Signals
-    machine: roofline.Machine
-    shape: roofline.ModelShape
+    limits: roofline.Roofline
     progress: Progress = field(default_factory=Progress)
 
     def start(self, fresh: bool) -> None:
@@ -108,7 +106,7 @@ class Loop:
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
         sync_weights(self.engine, learner, self._next_version(), self.signals)
         probe = self.weight_check.probe()
-        row = start_row(progress.rollout, learner.num_updates, self.machine, probe)
+        row = start_row(progress.rollout, learner.num_updates, self.limits.machine, probe)
         if fresh or self._is_evaluation_missing():
             row.update(self._evaluate() or {})
             self.journal.record(row)
@@ -250,8 +248,7 @@ class Loop:
     def _machine_report(self) -> MachineReport:
         stream = self.rollouts.selection.stream
         return MachineReport(
-            machine=self.machine,
-            shape=self.shape,
+            limits=self.limits,
             engine_counts=getattr(self.engine, "counts", {}),
             engine_idle_s=stream.engine_idle_s() if stream is not None else None,
         )

@@ -55,17 +55,15 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineReport:
-    """The machine, the model's shape, and the state of the engine.
+    """The limits of the machine, and the state of the engine.
 
     Attributes:
-        machine: The measured rates of the machine.
-        shape: The shape of the model.
+        limits: The measured rates of the machine and the shape of the model.
         engine_counts: Events since the start of the run: `{"lost": 0, "restarted": 0, ...}`.
         engine_idle_s: Asynchronous rollouts: seconds of the step that the engine was idle.
     """
 
-    machine: roofline.Machine
-    shape: roofline.ModelShape
+    limits: roofline.Roofline
     engine_counts: Mapping[str, int]
     engine_idle_s: float | None = None
 
@@ -152,8 +150,7 @@ def _time_bounds(
     report: StepReport, machine: MachineReport, config: TrainConfig
 ) -> dict[str, float]:
     """Returns the shortest possible time of each phase of the step on this machine."""
-    limits = roofline.Roofline(machine=machine.machine, shape=machine.shape)
-    seconds = limits.bounds(
+    seconds = machine.limits.bounds(
         [scored.group for scored in report.groups.sampled],
         updates=report.update.num_updates,
         reference=config.algorithm.kl_coef > 0,

@@ -1,7 +1,6 @@
 """A training loop with a real learner and an engine that samples random tokens."""
 
 import random
-from types import SimpleNamespace
 
 from tiny_models import tiny_config
 
@@ -168,10 +167,12 @@ def make_loop(
         updater=Updater(config=config, learner=learner),
         weight_check=PassingWeightCheck(),
         journal=journal,
-        signals=SimpleNamespace(check=lambda: None),
+        signals=None,
         display=rollouts.display,
-        machine=roofline.Machine(flops=1e9, bandwidth=1e9),
-        shape=roofline.model_shape(tiny(kind), 100_000, "float32"),
+        limits=roofline.Roofline(
+            machine=roofline.Machine(flops=1e9, bandwidth=1e9),
+            shape=roofline.model_shape(tiny(kind), 100_000, "float32"),
+        ),
     )
     if resume:
         learner.load(run.last_checkpoint())
