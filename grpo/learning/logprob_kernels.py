@@ -1,21 +1,21 @@
 """Triton kernels for the log-probabilities and entropies of given tokens, and for their gradient.
 
 The forward pass and the backward pass each read every logit once. The gradient is the only result
-of the size of the vocabulary. The equivalent PyTorch operations (grpo/learning/policy.py) read
-float32 copies of the logits eight times. The kernels compute in float32, whatever the dtype of the
-logits.
+of the size of the vocabulary. The equivalent PyTorch operations (grpo/learning/token_logprobs.py)
+read float32 copies of the logits eight times. The kernels compute in float32, whatever the dtype of
+the logits.
 
 Axes: N rows (positions that predict a completion token), V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from grpo.learning.token_logprobs import TokenGrads, TokenValues
 
 BLOCK = 4096  # logits of one row that a program loads at a time
 # Replaces the logits past the end of a row. It is finite: exp(LOWEST - max) is 0, and 0 * LOWEST is
@@ -23,15 +23,7 @@ BLOCK = 4096  # logits of one row that a program loads at a time
 LOWEST = -1e30
 
 
-class TokenValues(NamedTuple):
-    """Values of N target tokens, float32."""
-
-    logprobs: Tensor  # [N]
-    entropies: Tensor  # [N], of the distribution over the vocabulary
-    normalisers: Tensor  # [N], log of the softmax denominator: logsumexp(logits / temperature)
-
-
-def values(logits: Tensor, targets: Tensor, *, temperature: float) -> TokenValues:
+def compute_values(logits: Tensor, targets: Tensor, *, temperature: float) -> TokenValues:
     """Returns log-probabilities and entropies under softmax(logits / temperature).
 
     Args:
@@ -60,48 +52,35 @@ def values(logits: Tensor, targets: Tensor, *, temperature: float) -> TokenValue
     return TokenValues(logprobs, entropies, normalisers)
 
 
-# `_LogProbs` of policy.py calls this function or its equivalent for CPUs with the saved tensors of
-# the forward pass and the gradients that autograd passes to it.
-def gradient(  # noqa: PLR0913
-    logits: Tensor,
-    targets: Tensor,
-    normalisers: Tensor,
-    entropies: Tensor,
-    logprob_grad: Tensor,
-    entropy_grad: Tensor | None,
-    *,
-    temperature: float,
+def compute_gradient(
+    logits: Tensor, targets: Tensor, values: TokenValues, grads: TokenGrads, *, temperature: float
 ) -> Tensor:
-    """Returns the gradient with respect to the logits, [N, V], in their dtype.
+    """Returns the gradient of the loss with respect to the logits, [N, V], in their dtype.
 
-    It is the gradient of sum(logprob_grad * logprobs) + sum(entropy_grad * entropies), with
-
-        d logprob / d logit = (onehot(target) - p) / temperature
-        d entropy / d logit = -p (log p + entropy) / temperature
+    Its formulas are given in grpo/learning/token_logprobs.py.
 
     Args:
         logits: [N, V].
         targets: [N], token ids.
-        normalisers: [N], from `values`.
-        entropies: [N], from `values`.
-        logprob_grad: [N].
-        entropy_grad: [N]; `None` if the entropies have no gradient.
+        values: from `compute_values`.
+        grads: gradients of the loss with respect to `values`.
         temperature: divides the logits.
     """
     logits_grad = torch.empty_like(logits)
     num_rows, vocab_size = logits.shape
     if num_rows == 0:
         return logits_grad
-    with_entropy = entropy_grad is not None
-    if entropy_grad is None:
-        entropy_grad = logprob_grad  # any pointer: the kernel does not read it
+    entropy_grads = grads.entropies
+    with_entropy = entropy_grads is not None
+    if entropy_grads is None:
+        entropy_grads = grads.logprobs  # any pointer: the kernel does not read it
     _gradient[(num_rows, triton.cdiv(vocab_size, BLOCK))](
         logits,
         targets,
-        normalisers,
-        entropies,
-        logprob_grad.contiguous(),
-        entropy_grad.contiguous(),
+        values.normalisers,
+        values.entropies,
+        grads.logprobs.contiguous(),
+        entropy_grads.contiguous(),
         logits_grad,
         logits.stride(0),
         logits_grad.stride(0),

@@ -9,7 +9,6 @@ rank, if ranks share the batch), K tokens of a teacher's top-k distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grpo.learning import moe, packing
 from grpo.learning.divergence import divergence, top_divergence
+from grpo.learning.token_logprobs import token_logprobs
 from grpo.types import Batch, UserError
 
 if TYPE_CHECKING:
@@ -329,11 +329,12 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Returns the log-probabilities of the targets and the entropies, of one chunk."""
         logits = self._logits(hidden, float32_weight)
-        logprobs_and_entropies: tuple[Tensor, Tensor]
-        logprobs_and_entropies = _LogProbs.apply(  # type: ignore[no-untyped-call]
-            logits, targets, self._head.temperature, self._head.entropy_gradient
+        return token_logprobs(
+            logits,
+            targets,
+            temperature=self._head.temperature,
+            entropy_gradient=self._head.entropy_gradient,
         )
-        return logprobs_and_entropies
 
     def _divergence(self, hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """Returns the divergences of one chunk from the teacher's distribution."""
@@ -432,114 +433,3 @@ def _scatter(chunks: list[Tensor], mask: Tensor) -> Tensor:
     if not chunks:
         return grid
     return grid.masked_scatter(mask, torch.cat(chunks))
-
-
-class _LogProbs(torch.autograd.Function):
-    """Maps logits [N, V] to log-probabilities of targets and entropies, both [N] float32.
-
-    The gradient has the logits' dtype.
-
-    Plain autograd makes ten passes over the vocabulary. This function makes fewer. On a CPU, it
-    makes them on blocks of rows that fit into the cache. That is four times as fast as passes over
-    all rows, which take longer than the matrix product of the output head. On a GPU, it calls the
-    kernels in grpo/learning/logprob_kernels.py.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        values = _kernels().values if logits.is_cuda else _values
-        logprobs, entropies, normalisers = values(logits, targets, temperature=temperature)
-        ctx.save_for_backward(logits, targets, normalisers, entropies)
-        ctx.temperature = temperature
-        ctx.entropy_gradient = entropy_gradient
-        if not entropy_gradient:
-            ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
-
-    @staticmethod
-    def backward(
-        ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        logits, targets, normalisers, entropies = ctx.saved_tensors
-        gradient = _kernels().gradient if logits.is_cuda else _gradient
-        logits_grad = gradient(
-            logits,
-            targets,
-            normalisers,
-            entropies,
-            logprob_grad,
-            entropy_grad if ctx.entropy_gradient else None,
-            temperature=ctx.temperature,
-        )
-        return logits_grad, None, None, None
-
-
-def _kernels() -> Any:
-    # Triton comes with PyTorch for CUDA only.
-    from grpo.learning import logprob_kernels
-
-    return logprob_kernels
-
-
-def _values(
-    logits: Tensor, targets: Tensor, *, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `values` of grpo/learning/logprob_kernels.py on a CPU."""
-    num_rows = len(logits)
-    logprobs = torch.empty(num_rows, device=logits.device)
-    entropies = torch.empty(num_rows, device=logits.device)
-    normalisers = torch.empty(num_rows, device=logits.device)
-    for rows, scaled in _row_blocks(logits, temperature):
-        max_logits = scaled.amax(-1, keepdim=True)
-        target_logits = scaled.gather(-1, targets[rows, None])[:, 0]
-        weights = torch.exp(scaled - max_logits)
-        total_weights = weights.sum(-1)
-        normalisers[rows] = max_logits[:, 0] + total_weights.log()
-        logprobs[rows] = target_logits - normalisers[rows]
-        mean_logits = torch.linalg.vecdot(weights, scaled) / total_weights
-        entropies[rows] = normalisers[rows] - mean_logits
-    return logprobs, entropies, normalisers
-
-
-# The signature is that of the Triton kernels' `gradient`: `_LogProbs` calls either of them.
-def _gradient(  # noqa: PLR0913
-    logits: Tensor,
-    targets: Tensor,
-    normalisers: Tensor,
-    entropies: Tensor,
-    logprob_grad: Tensor,
-    entropy_grad: Tensor | None,
-    *,
-    temperature: float,
-) -> Tensor:
-    """Computes `gradient` of grpo/learning/logprob_kernels.py on a CPU."""
-    logits_grad = torch.empty_like(logits)
-    logprob_grad = logprob_grad[:, None] / temperature
-    for rows, scaled in _row_blocks(logits, temperature):
-        factor = -logprob_grad[rows]
-        scaled.sub_(normalisers[rows, None])
-        if entropy_grad is not None:
-            factor = factor - entropy_grad[rows, None] / temperature * (
-                scaled + entropies[rows, None]
-            )
-        scaled.exp_().mul_(factor).scatter_add_(-1, targets[rows, None], logprob_grad[rows])
-        logits_grad[rows] = scaled.to(logits_grad.dtype)
-    return logits_grad
-
-
-def _row_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Yields `(rows, logits[rows] / temperature)` in float32. All blocks share one buffer."""
-    num_rows, vocabulary = logits.shape
-    block_rows = 2**20
-    if logits.device.type == "cpu":
-        block_rows = 2**20 // vocabulary  # 4 MB, which fit into the cache
-    block_rows = max(1, min(num_rows, block_rows))
-    buffer = torch.empty(block_rows, vocabulary, device=logits.device)
-    for start in range(0, num_rows, block_rows):
-        rows = slice(start, min(start + block_rows, num_rows))
-        block = buffer[: rows.stop - start].copy_(logits[rows])
-        if temperature != 1:
-            block.div_(temperature)
-        yield rows, block

@@ -10,10 +10,11 @@ from tiny_models import tiny_config
 from training_samples import batches, groups, samples, scored
 from whole_runs import rows, run, write_config
 
-from grpo.learning import models, policy
+from grpo.learning import models, token_logprobs
 from grpo.learning.batch import micro_batches, to_device
 from grpo.learning.learner import Learner
 from grpo.learning.policy import HeadOptions, Policy
+from grpo.learning.token_logprobs import TokenGrads
 from grpo.losses.grpo import loss
 from grpo.training.weight_sync import MAX_GAP_LOW_PRECISION, sync_weights
 from grpo.types import Sample
@@ -119,16 +120,16 @@ def test_logprob_kernels_match_pytorch_operations():
     generator = torch.Generator(DEVICE).manual_seed(0)
     logits = 4 * torch.randn(5, 49_153, device=DEVICE, generator=generator)
     targets = torch.randint(0, 49_153, (5,), device=DEVICE, generator=generator)
-    logprob_grad, entropy_grad = torch.randn(2, 5, device=DEVICE, generator=generator)
-    expected_values = policy._values(logits, targets, temperature=0.7)
-    actual_values = logprob_kernels.values(logits, targets, temperature=0.7)
+    logprob_grads, entropy_grads = torch.randn(2, 5, device=DEVICE, generator=generator)
+    expected_values = token_logprobs.compute_values(logits, targets, temperature=0.7)
+    actual_values = logprob_kernels.compute_values(logits, targets, temperature=0.7)
     for actual, expected in zip(actual_values, expected_values, strict=True):
         assert torch.allclose(actual, expected, atol=1e-4)
-    _, entropies, normalisers = expected_values
-    for optional_entropy_grad in (None, entropy_grad):
-        arguments = (logits, targets, normalisers, entropies, logprob_grad, optional_entropy_grad)
-        actual = logprob_kernels.gradient(*arguments, temperature=0.7)
-        expected = policy._gradient(*arguments, temperature=0.7)
+    for optional_entropy_grads in (None, entropy_grads):
+        grads = TokenGrads(logprob_grads, optional_entropy_grads)
+        arguments = (logits, targets, expected_values, grads)
+        actual = logprob_kernels.compute_gradient(*arguments, temperature=0.7)
+        expected = token_logprobs.compute_gradient(*arguments, temperature=0.7)
         assert torch.allclose(actual, expected, atol=1e-6)
 
 

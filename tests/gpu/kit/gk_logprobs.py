@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from grpo.learning import logprob_kernels, policy
+from grpo.learning import logprob_kernels, token_logprobs
+from grpo.learning.token_logprobs import TokenGrads
 
 ROWS = 2048
 VOCAB_SIZE = 151_936
@@ -32,21 +33,19 @@ def milliseconds(work: Callable[[], object]) -> float:
 def compare(dtype: torch.dtype) -> None:
     logits = (4 * torch.randn(ROWS, VOCAB_SIZE, device="cuda")).to(dtype)
     targets = torch.randint(0, VOCAB_SIZE, (ROWS,), device="cuda")
-    logprob_grad = torch.randn(ROWS, device="cuda")
-    _, entropies, normalisers = policy._values(logits, targets, temperature=TEMPERATURE)
+    token_values = token_logprobs.compute_values(logits, targets, temperature=TEMPERATURE)
+    grads = TokenGrads(torch.randn(ROWS, device="cuda"), entropies=None)
 
     def time_both(values: Callable[..., object], gradient: Callable[..., object]) -> str:
         values_ms = milliseconds(lambda: values(logits, targets, temperature=TEMPERATURE))
         gradient_ms = milliseconds(
-            lambda: gradient(
-                logits, targets, normalisers, entropies, logprob_grad, None, temperature=TEMPERATURE
-            )
+            lambda: gradient(logits, targets, token_values, grads, temperature=TEMPERATURE)
         )
         return f"values {values_ms:.2f} ms, gradient {gradient_ms:.2f} ms"
 
-    triton_times = time_both(logprob_kernels.values, logprob_kernels.gradient)
+    triton_times = time_both(logprob_kernels.compute_values, logprob_kernels.compute_gradient)
     print(f"{dtype} Triton: {triton_times}", flush=True)
-    pytorch_times = time_both(policy._values, policy._gradient)
+    pytorch_times = time_both(token_logprobs.compute_values, token_logprobs.compute_gradient)
     print(f"{dtype} PyTorch: {pytorch_times}", flush=True)
 
 

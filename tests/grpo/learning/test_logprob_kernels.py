@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.learning import policy
+from grpo.learning import token_logprobs
+from grpo.learning.token_logprobs import TokenGrads
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -27,20 +28,22 @@ def check_values_and_gradients(num_rows: int, vocab_size: int, dtype: torch.dtyp
     generator = torch.Generator().manual_seed(num_rows)
     logits = (5 * torch.randn(num_rows, vocab_size, generator=generator)).to(dtype)
     targets = torch.randint(0, vocab_size, (num_rows,), generator=generator)
-    logprob_grad, entropy_grad = torch.randn(2, num_rows, generator=generator)
+    logprob_grads, entropy_grads = torch.randn(2, num_rows, generator=generator)
 
-    expected_values = policy._values(logits, targets, temperature=0.7)
-    values = logprob_kernels.values(logits, targets, temperature=0.7)
+    expected_values = token_logprobs.compute_values(logits, targets, temperature=0.7)
+    values = logprob_kernels.compute_values(logits, targets, temperature=0.7)
     for actual, expected in zip(values, expected_values, strict=True):
         assert torch.allclose(actual, expected, atol=1e-5)
 
-    _, entropies, normalisers = expected_values
     # In bfloat16, the kernels round their result.
     tolerance = 1e-4 if dtype == torch.float32 else 2**-7
-    for optional_grad in (None, entropy_grad):
-        arguments = (targets, normalisers, entropies, logprob_grad, optional_grad)
-        gradient = logprob_kernels.gradient(logits, *arguments, temperature=0.7)
-        expected_gradient = policy._gradient(logits.float(), *arguments, temperature=0.7)
+    for optional_entropy_grads in (None, entropy_grads):
+        grads = TokenGrads(logprob_grads, optional_entropy_grads)
+        arguments = (targets, expected_values, grads)
+        gradient = logprob_kernels.compute_gradient(logits, *arguments, temperature=0.7)
+        expected_gradient = token_logprobs.compute_gradient(
+            logits.float(), *arguments, temperature=0.7
+        )
         assert gradient.dtype == dtype
         assert torch.allclose(gradient.float(), expected_gradient, rtol=tolerance, atol=1e-7)
 
