@@ -82,19 +82,19 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def said():
+def pool_messages():
     """The messages of the fixture `pool`."""
     return []
 
 
 @pytest.fixture(scope="module")
-def pool(tiny, tmp_path_factory, said):
+def pool(tiny, tmp_path_factory, pool_messages):
     """A pool of two real servers. It has received the tiny model's weights as version 1."""
-    from server_pools import pool_of, weights
+    from server_pools import model_weights, start_pool
 
-    pool = pool_of(tiny(), tmp_path_factory.mktemp("pool"), said)
+    pool = start_pool(tiny(), tmp_path_factory.mktemp("pool"), pool_messages)
     pool.wait_ready()
-    pool.load_weights(weights(tiny()), 1)
+    pool.load_weights(model_weights(tiny()), 1)
     yield pool
     pool.close()
 

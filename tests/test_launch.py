@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny_models import tiny_config
-from whole_runs import OF_RANKS, wait_for, write_config
+from whole_runs import RANK_VARIABLES, wait_for, write_config
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -136,7 +136,7 @@ def test_ranks_take_their_numbers_from_srun_but_not_from_a_batch_script(tmp_path
 
     write_script(tmp_path / "scontrol", "#!/usr/bin/env bash\nprintf 'n1\\nn2\\n'\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    rank_variables = (*OF_RANKS, "LOCAL_WORLD_SIZE")
+    rank_variables = (*RANK_VARIABLES, "LOCAL_WORLD_SIZE")
     for name in rank_variables:
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it, even if it is not set
         monkeypatch.delenv(name)

@@ -57,7 +57,7 @@ class EngineTimeoutError(EngineError):
 
 
 @dataclass(eq=False)
-class EngineDiedError(EngineError):
+class EngineProcessDiedError(EngineError):
     """The engine's child process ended, or closed its connection, during a call.
 
     Attributes:

@@ -5,10 +5,10 @@ tests/benchmarks/gpu_cycle.py measures times and throughput.
 
 import pytest
 import torch
-from real_engines import put_together, start_engine
+from real_engines import make_learner_and_weight_check, start_engine
 from tiny_models import tiny_config
-from training_samples import batches, groups, samples, scored
-from whole_runs import rows, run, write_config
+from training_samples import grouped_samples, padded_batches, random_samples, values_and_gradients
+from whole_runs import read_metrics, run_grpo, write_config
 
 from grpo.learning import models, token_logprobs
 from grpo.learning.batch import micro_batches, to_device
@@ -42,7 +42,7 @@ def test_updates_in_bfloat16_match_updates_in_float32(tiny, tmp_path, stage, off
         settings = {"lr": 1e-3, "zero_stage": stage, "offload_optimizer": offload}
         config = tiny_config(tmp_path, tiny(), model={"dtype": dtype}, learner=settings)
         learner = Learner(models.load_model(tiny(), "packed"), config, loss)
-        packed = micro_batches(samples(), [1 / 100] * 10, max_tokens=1000, packed=True)
+        packed = micro_batches(random_samples(), [1 / 100] * 10, max_tokens=1000, packed=True)
         grad_norms[dtype] = [learner.update(packed)["policy/grad_norm"] for _ in range(4)]
         saved = copy_weights(learner)
         learner.save(tmp_path / dtype)
@@ -100,12 +100,12 @@ def test_logprobs_of_8k_tokens_match_eager_attention_in_float32(tiny, attention)
 @pytest.mark.parametrize("kind", ["tiny-qwen2", "tiny-llama", "tiny-qwen3"])
 def test_gradients_of_the_packed_stream_match_float32_on_a_cpu(tiny, kind):
     """Covers variable-length attention, the fused norms and the kernels for logprobs."""
-    expected_values, expected_gradients = scored(
-        models.load_model(tiny(kind), "eager"), groups(), 1000
+    expected_values, expected_gradients = values_and_gradients(
+        models.load_model(tiny(kind), "eager"), grouped_samples(), 1000
     )
     model = models.load_model(tiny(kind), "packed").to(DEVICE, torch.bfloat16)
     models.use_fused_norms(model)
-    values, gradients = scored(model, groups(), 1000, DEVICE)
+    values, gradients = values_and_gradients(model, grouped_samples(), 1000, DEVICE)
     logprob_differences = (values.cpu() - expected_values)[0].abs()
     assert logprob_differences.mean() < 0.03  # 0.011 was measured on an H200
     total_norm = float(torch.nn.utils.get_total_norm(expected_gradients.values()))
@@ -138,11 +138,13 @@ def test_cuda_ipc_delivers_the_weights_also_after_sleep(tiny, tmp_path):
     engine = start_engine(tiny(), tmp_path, dtype="bfloat16")
     engine.wait_ready()  # before the learner allocates GPU memory
     try:
-        learner, weight_check = put_together(engine, tiny(), tmp_path, rounds=True)
+        learner, weight_check = make_learner_and_weight_check(
+            engine, tiny(), tmp_path, engine_rounds=True
+        )
         weight_check.canary(version=0)
         sync_weights(engine, learner, version=1)
         weight_check.probe()
-        learner.update(batches(samples(), 1000))
+        learner.update(padded_batches(random_samples(), 1000))
         engine.sleep()
         engine.wake()
         sync_weights(engine, learner, version=2)  # sleep has discarded the weights
@@ -165,8 +167,8 @@ def test_a_run_on_one_gpu_passes_the_probe_at_every_step(tiny, tmp_path, overrid
         train={"rollouts": 3, "problems": 4, "group_size": 4},
     )
     config_path = write_config(tmp_path / "config.yaml", config)
-    run(config_path, "engine.memory_fraction=0.2", *overrides)
-    gaps = [row["probe/gap"] for row in rows(tmp_path / "run")]
+    run_grpo(config_path, "engine.memory_fraction=0.2", *overrides)
+    gaps = [row["probe/gap"] for row in read_metrics(tmp_path / "run")]
     assert len(gaps) == 4  # before the first rollout and after each rollout
     assert max(gaps) < MAX_GAP_LOW_PRECISION
 
@@ -188,5 +190,5 @@ def test_nccl_delivers_the_weights_to_a_server_on_another_gpu(tiny, tmp_path, st
         },
         train={"rollouts": 3, "problems": 4, "group_size": 4, "max_staleness": staleness},
     )
-    run(write_config(tmp_path / "config.yaml", config))
-    assert max(row["probe/gap"] for row in rows(tmp_path / "run")) < MAX_GAP_LOW_PRECISION
+    run_grpo(write_config(tmp_path / "config.yaml", config))
+    assert max(row["probe/gap"] for row in read_metrics(tmp_path / "run")) < MAX_GAP_LOW_PRECISION

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from stage_configs import sft_config
-from whole_runs import environment, write_config
+from whole_runs import process_environment, write_config
 
 from grpo import cli
 
@@ -91,7 +91,7 @@ def start_grpo(*arguments: str, stdout: int, unbuffered: str = "") -> subprocess
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment() | {"PYTHONUNBUFFERED": unbuffered},
+        env=process_environment() | {"PYTHONUNBUFFERED": unbuffered},
     )
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 from tiny_models import tiny_config
-from whole_runs import run, start, wait_for, write_tree
+from whole_runs import run_grpo, start_grpo, wait_for, write_yaml
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -86,7 +86,7 @@ def write_pipeline(folder, model, student):
     }
     files = {}
     for name, sections in stage_sections(base, folder / "traces.jsonl").items():
-        files[name] = write_tree(folder / f"{name}.yaml", common | sections)
+        files[name] = write_yaml(folder / f"{name}.yaml", common | sections)
 
     stages = {
         "cold": {"command": "sft", "config": files["sft"]},
@@ -133,20 +133,20 @@ def test_pipeline_killed_in_every_stage_ends_with_the_same_results(tiny, tmp_pat
     model = tiny()
     student = tiny(intermediate_size=128)
     config, expected_dir = write_pipeline(tmp_path / "a", model, student)
-    run(config, command="pipeline")
+    run_grpo(config, command="pipeline")
 
     config, run_dir = write_pipeline(tmp_path / "b", model, student)
     generator = random.Random(0)
     statuses = {}  # by stage, after its kill
     for stage in json.loads((expected_dir / "manifest.json").read_text())["stages"]:
-        process = start(config, command="pipeline")
+        process = start_grpo(config, command="pipeline")
         wait_for((run_dir / stage / "config.yaml").exists, process, seconds=200)
         time.sleep(generator.uniform(0, 8))
         kill_with_children(process)
         statuses[stage] = run_status(run_dir / stage)
     print("status of each stage when it was killed:", statuses)
 
-    run(config, command="pipeline")
+    run_grpo(config, command="pipeline")
     table = json.loads((run_dir / "table.json").read_text())
     assert table == json.loads((expected_dir / "table.json").read_text())
     traces = (run_dir / "traces" / "traces.jsonl").read_text()

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from whole_runs import OF_RANKS
+from whole_runs import RANK_VARIABLES
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def clone_repository(target):
 
 def clone_environment(clone):
     """Returns the environment variables with which commands import the code of the clone."""
-    variables = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    variables = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     variables["PATH"] = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
     variables["PYTHONPATH"] = str(clone)
     return variables

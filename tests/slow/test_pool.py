@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from server_pools import OPTIONS, REQUESTS, pool_of, pooled, weights
-from whole_runs import rows, run, start, wait_for, write_config
+from server_pools import OPTIONS, REQUESTS, model_weights, pool_run_config, start_pool
+from whole_runs import read_metrics, run_grpo, start_grpo, wait_for, write_config
 
 from grpo.engines import EngineError
 from grpo.engines.servers import pool as pool_module
@@ -40,7 +40,7 @@ def token_ids(groups):
 
 
 def max_probe_gap(run_dir):
-    return max(row["probe/gap"] for row in rows(run_dir))
+    return max(row["probe/gap"] for row in read_metrics(run_dir))
 
 
 def test_flipped_bit_is_reported_and_the_servers_load_the_next_weights(pool, tiny, monkeypatch):
@@ -54,19 +54,21 @@ def test_flipped_bit_is_reported_and_the_servers_load_the_next_weights(pool, tin
 
     monkeypatch.setattr(pool._sender, "write", write_and_flip_bit)
     with pytest.raises(EngineError, match=r"the bytes of \S+ differ from those that were sent"):
-        pool.load_weights(weights(tiny()), 4)
+        pool.load_weights(model_weights(tiny()), 4)
     monkeypatch.undo()
     # No server is up at this time. Each server loads these weights when it has recovered.
-    pool.load_weights(weights(tiny()), 5)
+    pool.load_weights(model_weights(tiny()), 5)
     wait_until_all_up(pool)
     assert len(pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)) == 2
 
 
-def test_completions_do_not_change_if_a_server_is_killed_during_a_rollout(pool, tiny, said):
-    pool.load_weights(weights(tiny()), 5)
+def test_completions_do_not_change_if_a_server_is_killed_during_a_rollout(
+    pool, tiny, pool_messages
+):
+    pool.load_weights(model_weights(tiny()), 5)
     expected = token_ids(pool.generate(REQUESTS, OPTIONS))
     pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
-    num_earlier_messages = len(said)
+    num_earlier_messages = len(pool_messages)
     victim = pool._state.servers[0]
     victim_process = psutil.Process(victim.process.pid)
     engine_processes = victim_process.children(recursive=True)  # the engine core and its worker
@@ -78,22 +80,22 @@ def test_completions_do_not_change_if_a_server_is_killed_during_a_rollout(pool, 
     _, alive = psutil.wait_procs(engine_processes, timeout=10)
     assert not alive
     wait_until_up(victim)
-    assert "killed by SIGKILL" in said[num_earlier_messages]
-    assert "is back with weights 5" in said[-1]
+    assert "killed by SIGKILL" in pool_messages[num_earlier_messages]
+    assert "is back with weights 5" in pool_messages[-1]
     assert token_ids(pool.generate(REQUESTS, OPTIONS)) == expected
 
 
-def test_frozen_server_is_restarted(pool, said, monkeypatch):
+def test_frozen_server_is_restarted(pool, pool_messages, monkeypatch):
     monkeypatch.setattr(supervisor, "HEALTH_TIMEOUT_S", 4.0)
     victim = pool._state.servers[1]
     os.killpg(victim.process.pid, signal.SIGSTOP)
     assert len(pool.generate(REQUESTS, OPTIONS)) == len(REQUESTS)
     wait_until_up(victim)
-    assert any("no response for 4 s" in message for message in said)
+    assert any("no response for 4 s" in message for message in pool_messages)
 
 
 def test_server_killed_during_a_sync_loads_the_weights_when_it_recovers(
-    pool, tiny, said, monkeypatch
+    pool, tiny, pool_messages, monkeypatch
 ):
     victim = pool._state.servers[0]
     load_stored = pool._updates.load_stored
@@ -104,12 +106,12 @@ def test_server_killed_during_a_sync_loads_the_weights_when_it_recovers(
         await load_stored(server, version, update_info)
 
     monkeypatch.setattr(pool._updates, "load_stored", kill_victim_and_load)
-    pool.load_weights(weights(tiny(), 0.9), 6)
+    pool.load_weights(model_weights(tiny(), 0.9), 6)
     assert len(pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)) == 1
     wait_until_up(victim)
     first, second = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     assert supervisor.mean_logprob_gap(first, second) < 1e-4
-    assert any("weights 6 did not reach" in message for message in said)
+    assert any("weights 6 did not reach" in message for message in pool_messages)
 
 
 def test_server_starts_on_another_port_if_its_port_is_taken_and_loads_weights_from_files(
@@ -121,14 +123,14 @@ def test_server_starts_on_another_port_if_its_port_is_taken_and_loads_weights_fr
         other_socket.listen()
         taken_port = other_socket.getsockname()[1]
         monkeypatch.setattr(pool_module, "free_port", lambda: taken_port)
-        pool = pool_of(tiny(), tmp_path, count=1, transfer="file", folder=str(folder))
+        pool = start_pool(tiny(), tmp_path, count=1, transfer="file", folder=str(folder))
         try:
             urls = pool.wait_ready()["servers"]
             assert urls == [pool._state.servers[0].url]
             assert urls != [f"http://127.0.0.1:{taken_port}"]
-            pool.load_weights(weights(tiny()), 1)
+            pool.load_weights(model_weights(tiny()), 1)
             (before,) = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
-            pool.load_weights(weights(tiny(), 0.7), 2)
+            pool.load_weights(model_weights(tiny(), 0.7), 2)
             (after,) = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
             first_completion = after[0][0]
             first_version, _, _ = first_completion.versions[0]
@@ -151,9 +153,9 @@ def suspend_engine_core(server):
 
 
 def test_server_with_a_frozen_engine_core_is_restarted_after_a_sync_timeout_or_a_stall(
-    pool, tiny, said, monkeypatch
+    pool, tiny, pool_messages, monkeypatch
 ):
-    pool.load_weights(weights(tiny()), 20)
+    pool.load_weights(model_weights(tiny()), 20)
     pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     wait_until_all_up(pool)
     victim = pool._state.servers[1]
@@ -162,10 +164,10 @@ def test_server_with_a_frozen_engine_core_is_restarted_after_a_sync_timeout_or_a
     with monkeypatch.context() as patch:
         patch.setattr(pool._updates, "sync_timeout_s", 10.0)
         start_time = time.monotonic()
-        pool.load_weights(weights(tiny(), 0.7), 21)
+        pool.load_weights(model_weights(tiny(), 0.7), 21)
         assert time.monotonic() - start_time < 25
         assert pool._state.servers[0].version == 21
-    assert any("did not load weights 21 within 10 s" in message for message in said)
+    assert any("did not load weights 21 within 10 s" in message for message in pool_messages)
     wait_until_up(victim)
     first, second = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     assert supervisor.mean_logprob_gap(first, second) < 1e-4
@@ -177,7 +179,7 @@ def test_server_with_a_frozen_engine_core_is_restarted_after_a_sync_timeout_or_a
         (completions,) = pool.generate_on_every_copy(
             REQUESTS[:4], OPTIONS
         )  # of the other server only
-    assert any("no token generated for 10 s" in message for message in said)
+    assert any("no token generated for 10 s" in message for message in pool_messages)
     assert supervisor.mean_logprob_gap(first, completions) < 1e-4
 
 
@@ -185,7 +187,7 @@ def test_run_on_a_pool_passes_the_probe_and_continues_after_a_server_is_killed(t
     run_dir = tmp_path / "run"
     config = write_config(
         tmp_path / "config.yaml",
-        pooled(
+        pool_run_config(
             run_dir,
             tiny(),
             eval={"every": 0},
@@ -193,9 +195,9 @@ def test_run_on_a_pool_passes_the_probe_and_continues_after_a_server_is_killed(t
             train={"rollouts": 20, "problems": 8, "group_size": 4},
         ),
     )
-    process = start(config, "logging.progress=line")
+    process = start_grpo(config, "logging.progress=line")
     wait_for(
-        lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) >= 3,
+        lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) >= 3,
         process,
     )
     servers = []
@@ -206,10 +208,10 @@ def test_run_on_a_pool_passes_the_probe_and_continues_after_a_server_is_killed(t
     servers[0].kill()
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert rows(run_dir)[-1]["engine/lost"] == 1
+    assert read_metrics(run_dir)[-1]["engine/lost"] == 1
     assert max_probe_gap(run_dir) < 1e-4
     assert "killed by SIGKILL" in errors
-    assert [row["rollout"] for row in rows(run_dir)] == list(range(21))
+    assert [row["rollout"] for row in read_metrics(run_dir)] == list(range(21))
 
 
 def command_lines():
@@ -224,8 +226,10 @@ def command_lines():
 def test_server_with_two_tensor_parallel_workers_loads_the_weights(tiny, tmp_path):
     run_dir = tmp_path / "run"
     engine = {"servers": {"count": 1, "tensor_parallel": 2}, "timeout_s": 100}
-    run(write_config(tmp_path / "config.yaml", pooled(run_dir, tiny(), engine=engine)))
-    assert len(rows(run_dir)) == 5
+    run_grpo(
+        write_config(tmp_path / "config.yaml", pool_run_config(run_dir, tiny(), engine=engine))
+    )
+    assert len(read_metrics(run_dir)) == 5
     assert max_probe_gap(run_dir) < 1e-4
     assert not any(str(run_dir) in command_line for command_line in command_lines())
 
@@ -246,26 +250,26 @@ def test_remote_server_trains_and_evaluates_the_weights_that_a_run_sends(
     run_dir = tmp_path / "run"
     port = free_port()
     engine = {"servers": {"urls": [f"http://127.0.0.1:{port}"]}}
-    config = write_config(tmp_path / "config.yaml", pooled(run_dir, tiny(), engine=engine))
+    config = write_config(tmp_path / "config.yaml", pool_run_config(run_dir, tiny(), engine=engine))
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     with (tmp_path / "server.log").open("w") as log:
         command = [str(ROOT / "launch" / "server.sh"), config, str(port), "engine.kv_cache_gb=0.05"]
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        run(config)
-        assert len(rows(run_dir)) == 5
+        run_grpo(config)
+        assert len(read_metrics(run_dir)) == 5
         assert max_probe_gap(run_dir) < 1e-4
 
         # Both evaluate the model before the training.
         remote_dir = tmp_path / "remote-eval"
         local_dir = tmp_path / "local-eval"
-        run(config, f"run_dir={remote_dir}", "eval.problems=8", command="eval")
+        run_grpo(config, f"run_dir={remote_dir}", "eval.problems=8", command="eval")
         local_engine = "engine.servers=null"
-        run(config, f"run_dir={local_dir}", "eval.problems=8", local_engine, command="eval")
+        run_grpo(config, f"run_dir={local_dir}", "eval.problems=8", local_engine, command="eval")
         assert evaluated_completions(remote_dir) == evaluated_completions(local_dir)
 
         monkeypatch.setenv(TOKEN_VARIABLE, "guess")
-        errors = run(config, f"run_dir={tmp_path / 'wrong-token'}", code=2)
+        errors = run_grpo(config, f"run_dir={tmp_path / 'wrong-token'}", code=2)
         assert "rejected the token (401): set GRPO_ENGINE_TOKEN" in errors
     finally:
         os.killpg(server.pid, signal.SIGKILL)
@@ -290,8 +294,8 @@ def test_asynchronous_run_respects_max_staleness_and_resumes_with_its_queued_gro
         "engine": {"servers": {"count": 2}, "timeout_s": 100},
         "algorithm": {"mismatch": "tis"},
     }
-    config = write_config(tmp_path / "config.yaml", pooled(run_dir, tiny(), **sections))
-    process = start(config)
+    config = write_config(tmp_path / "config.yaml", pool_run_config(run_dir, tiny(), **sections))
+    process = start_grpo(config)
     wait_for(lambda: (run_dir / "checkpoints" / "step-000004").exists(), process)
     process.kill()
     process.communicate()
@@ -300,9 +304,9 @@ def test_asynchronous_run_respects_max_staleness_and_resumes_with_its_queued_gro
     queued_groups = state["selection"]["stream"]["items"]
     assert queued_groups
 
-    run(config, "--resume", ranks=2)
+    run_grpo(config, "--resume", ranks=2)
 
-    rollout_rows = rows(run_dir)[1:]
+    rollout_rows = read_metrics(run_dir)[1:]
     assert len(rollout_rows) == 12
     for row in rollout_rows:
         assert 0 < row["mismatch/weight"] <= 2

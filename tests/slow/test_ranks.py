@@ -7,7 +7,14 @@ import time
 import psutil
 import pytest
 from tiny_models import tiny_config
-from whole_runs import SECTIONS, rows, run, start, wait_for, write_config
+from whole_runs import (
+    RESUMABLE_RUN_SECTIONS,
+    read_metrics,
+    run_grpo,
+    start_grpo,
+    wait_for,
+    write_config,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -31,7 +38,7 @@ def reference_runs(tiny, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("reference")
     sections = {
-        **SECTIONS,
+        **RESUMABLE_RUN_SECTIONS,
         "model": {"dtype": "float32"},
         "learner": {"zero_stage": 2},
         "checkpoint": {"keep_last": 9},
@@ -41,7 +48,7 @@ def reference_runs(tiny, tmp_path_factory):
         config = write_config(
             folder / f"{num_ranks}.yaml", tiny_config(run_dir, tiny(), **sections)
         )
-        run(config, ranks=num_ranks)
+        run_grpo(config, ranks=num_ranks)
     return folder
 
 
@@ -60,7 +67,7 @@ def copy_config(reference_runs, num_ranks, folder):
 def compared_rows(run_dir):
     """Returns COMPARED_METRICS of each row of metrics."""
     result = []
-    for row in rows(run_dir):
+    for row in read_metrics(run_dir):
         result.append({key: row[key] for key in COMPARED_METRICS if key in row})
     return result
 
@@ -81,7 +88,7 @@ def problems_and_completions(run_dir):
 def test_run_on_two_ranks_with_an_engine_each_equals_the_run_on_one_rank(reference_runs):
     one_rank = reference_runs / "run-1"
     two_ranks = reference_runs / "run-2"
-    assert len(rows(one_rank)) == 5
+    assert len(read_metrics(one_rank)) == 5
     assert_equal_metrics(two_ranks, one_rank)
     assert problems_and_completions(one_rank) == problems_and_completions(two_ranks)
 
@@ -89,7 +96,7 @@ def test_run_on_two_ranks_with_an_engine_each_equals_the_run_on_one_rank(referen
 def test_killed_rank_ends_the_job_and_one_rank_resumes_the_run_of_two(reference_runs, tmp_path):
     run_dir = tmp_path / "run"
     config = copy_config(reference_runs, 2, tmp_path)
-    launcher = start(config, ranks=2)
+    launcher = start_grpo(config, ranks=2)
     wait_for(lambda: (run_dir / "checkpoints" / "step-000002").exists(), launcher)
     job_processes = psutil.Process(launcher.pid).children(recursive=True)
     (rank1,) = [
@@ -104,7 +111,7 @@ def test_killed_rank_ends_the_job_and_one_rank_resumes_the_run_of_two(reference_
     assert time.monotonic() - kill_time < 40
     _, alive = psutil.wait_procs(job_processes, timeout=10)
     assert not alive
-    run(config, "--resume")
+    run_grpo(config, "--resume")
     assert_equal_metrics(run_dir, reference_runs / "run-2")
 
 
@@ -115,22 +122,22 @@ def test_run_whose_reward_fails_on_one_rank_resumes_after_the_last_complete_roll
     # Rank 1 scores 8 of the 16 completions of a rollout, so its reward fails in the third rollout.
     monkeypatch.setenv("CALLS", "16")
     sections = {
-        **SECTIONS,
+        **RESUMABLE_RUN_SECTIONS,
         "model": {"dtype": "float32"},
         "checkpoint": {"every": 0},
         "eval": {"every": 0},
-        "rewards": {"digits:share_until_the_third": 1.0},
+        "rewards": {"digits:share_or_fail_on_rank_1": 1.0},
         "train": {"rollouts": 4, "problems": 4, "group_size": 4},
     }
     config = write_config(tmp_path / "config.yaml", tiny_config(run_dir, tiny(), **sections))
-    errors = run(config, ranks=2, code=1)
-    assert "reward digits:share_until_the_third failed on completion" in errors
-    assert "ValueError: no more" in errors
+    errors = run_grpo(config, ranks=2, code=1)
+    assert "reward digits:share_or_fail_on_rank_1 failed on completion" in errors
+    assert "ValueError: too many calls" in errors
     checkpoints = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
     assert checkpoints == ["step-000002"]
     monkeypatch.setenv("CALLS", "1000")
-    run(config, "--resume", ranks=2)
-    assert [row["rollout"] for row in rows(run_dir) if "loss" in row] == [1, 2, 3, 4]
+    run_grpo(config, "--resume", ranks=2)
+    assert [row["rollout"] for row in read_metrics(run_dir) if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_run_on_two_ranks_saves_when_the_launcher_gets_sigterm_and_resumes(
@@ -138,16 +145,16 @@ def test_run_on_two_ranks_saves_when_the_launcher_gets_sigterm_and_resumes(
 ):
     run_dir = tmp_path / "run"
     config = copy_config(reference_runs, 2, tmp_path)
-    launcher = start(config, "checkpoint.every=0", ranks=2)
+    launcher = start_grpo(config, "checkpoint.every=0", ranks=2)
     wait_for(
-        lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) >= 2,
+        lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) >= 2,
         launcher,
     )
     launcher.send_signal(signal.SIGTERM)
     _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode != 0, errors
     assert list((run_dir / "checkpoints").glob("step-*")), errors
-    run(config, "--resume", ranks=2)
+    run_grpo(config, "--resume", ranks=2)
     expected = compared_rows(run_dir)[-1]
     assert compared_rows(reference_runs / "run-2")[-1] == pytest.approx(
         expected, rel=1e-3, abs=1e-4
@@ -163,7 +170,7 @@ def test_run_on_two_ranks_with_servers_or_sequence_parallelism_equals_the_run_on
     reference_runs, tmp_path, override
 ):
     config = copy_config(reference_runs, 1, tmp_path)
-    run(config, override, ranks=2)
+    run_grpo(config, override, ranks=2)
     assert_equal_metrics(tmp_path / "run", reference_runs / "run-1")
 
 
@@ -180,9 +187,9 @@ def test_supervised_training_on_two_ranks_makes_the_updates_of_one_rank(tiny, tm
         config = tmp_path / f"{num_ranks}.yaml"
         run_dir = tmp_path / f"run-{num_ranks}"
         config.write_text(json.dumps({**sections, "run_dir": str(run_dir)}))
-        run(str(config), command="sft", ranks=num_ranks)
-    one_rank_rows = rows(tmp_path / "run-1")
-    two_ranks_rows = rows(tmp_path / "run-2")
+        run_grpo(str(config), command="sft", ranks=num_ranks)
+    one_rank_rows = read_metrics(tmp_path / "run-1")
+    two_ranks_rows = read_metrics(tmp_path / "run-2")
     for one_rank, two_ranks in zip(one_rank_rows, two_ranks_rows, strict=True):
         for metric in ("loss", "policy/grad_norm"):
             assert one_rank[metric] == pytest.approx(two_ranks[metric], rel=1e-3)

@@ -14,7 +14,7 @@ from stage_configs import (
     sft_config,
 )
 from tiny_models import tiny_config
-from whole_runs import rows, run, start, wait_for, write_config, write_tree
+from whole_runs import read_metrics, run_grpo, start_grpo, wait_for, write_config, write_yaml
 
 from grpo import config as configs
 from grpo.config import SftConfig
@@ -48,7 +48,7 @@ def write_pipeline(tmp_path, model):
         "logging": {"progress": "off"},
     }
     configs.parse(sft, kind=SftConfig)
-    sft_config_file = write_tree(tmp_path / "sft.yaml", sft)
+    sft_config_file = write_yaml(tmp_path / "sft.yaml", sft)
     train = tiny_config("x", model, train={"rollouts": 2}, eval={"every": 1, "problems": 3})
     train_config_file = write_config(tmp_path / "train.yaml", train)
     pipeline = {
@@ -59,13 +59,13 @@ def write_pipeline(tmp_path, model):
         },
         "eval": {"sums": {"config": train_config_file, "start": False}},
     }
-    return write_tree(tmp_path / "chain.yaml", pipeline)
+    return write_yaml(tmp_path / "chain.yaml", pipeline)
 
 
 def test_killed_pipeline_resumes_the_unfinished_stage_and_skips_finished_ones(tiny, tmp_path):
     config = write_pipeline(tmp_path, str(tiny()))
     run_dir = tmp_path / "run"
-    process = start(config, command="pipeline")
+    process = start_grpo(config, command="pipeline")
     wait_for(lambda: (run_dir / "rl" / "checkpoints" / "step-000001").exists(), process)
     kill(process)
     # Mark the first evaluation as unfinished too.
@@ -73,7 +73,7 @@ def test_killed_pipeline_resumes_the_unfinished_stage_and_skips_finished_ones(ti
     unfinished.write_text(unfinished.read_text().replace('"finished"', '"running"'))
     cold_manifest = (run_dir / "cold" / "manifest.json").read_text()
 
-    errors = run(config, command="pipeline")
+    errors = run_grpo(config, command="pipeline")
     assert "== rl: " in errors
     assert "--resume" in errors
     assert "== cold-sums: " in errors
@@ -85,12 +85,12 @@ def test_killed_pipeline_resumes_the_unfinished_stage_and_skips_finished_ones(ti
     assert (run_dir / "table.md").read_text().startswith("| stage | sums |")
 
     # The finished stages were run with another config.
-    assert "seed was 0, is 1" in run(config, "seed=1", command="pipeline", code=2)
+    assert "seed was 0, is 1" in run_grpo(config, "seed=1", command="pipeline", code=2)
 
 
 def eval_output(*arguments):
     """Returns the standard output of `grpo eval`."""
-    process = start(*arguments, command="eval", stdout=subprocess.PIPE)
+    process = start_grpo(*arguments, command="eval", stdout=subprocess.PIPE)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return output
@@ -103,23 +103,23 @@ def test_killed_evaluation_resumes_with_the_same_samples_and_the_same_table(tiny
     }
     model = tiny()
     (tmp_path / "a").mkdir()
-    run(eval_config(tmp_path / "a", model, sets=sets, chunk=2), command="eval")
+    run_grpo(eval_config(tmp_path / "a", model, sets=sets, chunk=2), command="eval")
     expected_dir = tmp_path / "a" / "run"
 
     config = eval_config(tmp_path, model, sets=sets, chunk=2)
     run_dir = tmp_path / "run"
     samples = run_dir / "samples"
-    process = start(config, command="eval")
+    process = start_grpo(config, command="eval")
     wait_for(lambda: (samples / "part-easy-000001.jsonl").exists(), process)
     kill(process)
     # Mark a completion of the first chunk, to detect whether the chunk is sampled again.
     first_chunk = samples / "part-easy-000000.jsonl"
     marked = first_chunk.read_text().replace('"completion": "', '"completion": "KEPT', 1)
     first_chunk.write_text(marked)
-    errors = run(config, "eval.temperature=0.5", "--resume", command="eval", code=2)
+    errors = run_grpo(config, "eval.temperature=0.5", "--resume", command="eval", code=2)
     assert "eval.temperature was 1.0, is 0.5" in errors
 
-    run(config, "--resume", command="eval")
+    run_grpo(config, "--resume", command="eval")
     assert sorted(path.name for path in samples.iterdir()) == ["eval-easy.jsonl", "eval-hard.jsonl"]
     easy = (samples / "eval-easy.jsonl").read_text()
     hard = (samples / "eval-hard.jsonl").read_text()
@@ -129,7 +129,7 @@ def test_killed_evaluation_resumes_with_the_same_samples_and_the_same_table(tiny
     assert hard == (expected_dir / "samples" / "eval-hard.jsonl").read_text()
     assert (run_dir / "table.md").read_text() == (expected_dir / "table.md").read_text()
 
-    (row,) = rows(run_dir)
+    (row,) = read_metrics(run_dir)
     hard_samples = read_json_lines(samples / "eval-hard.jsonl")
     sampled = [sample for sample in hard_samples if not sample["greedy"]]
     assert row["eval/hard/accuracy"] == evaluation_metrics(sampled)["accuracy"]
@@ -149,10 +149,10 @@ def test_engine_endpoint_and_ask_give_the_same_answers(vllm_server, tiny, tmp_pa
     config = eval_config(tmp_path, tiny())
     common = ["eval={protocol: greedy, problems: 4}", "sampling.max_tokens=12"]
     endpoint = [f"endpoint={{url: {vllm_server}, model: teacher}}", "prompt.template=chat"]
-    run(config, f"run_dir={engine_dir}", *common, command="eval")
-    run(config, f"run_dir={endpoint_dir}", *common, *endpoint, command="eval")
+    run_grpo(config, f"run_dir={engine_dir}", *common, command="eval")
+    run_grpo(config, f"run_dir={endpoint_dir}", *common, *endpoint, command="eval")
     for run_dir in (engine_dir, endpoint_dir):
-        assert rows(run_dir)[0]["eval/accuracy"] == 0
+        assert read_metrics(run_dir)[0]["eval/accuracy"] == 0
         assert (run_dir / "table.md").exists()
 
     samples = read_json_lines(engine_dir / "samples" / "eval-000000.jsonl")
@@ -170,7 +170,7 @@ def test_engine_endpoint_and_ask_give_the_same_answers(vllm_server, tiny, tmp_pa
 def test_resumed_collection_ends_with_the_same_traces(tiny, tmp_path):
     config = collect_config(tmp_path, tiny())
     run_dir = tmp_path / "run"
-    run(config, command="collect")
+    run_grpo(config, command="collect")
     traces = (run_dir / "traces.jsonl").read_text()
     num_traces = len(traces.splitlines())
     manifest = read_json(run_dir / "manifest.json")
@@ -179,20 +179,20 @@ def test_resumed_collection_ends_with_the_same_traces(tiny, tmp_path):
     assert num_traces > 0
     # 6 problems x 4 completions in 3 chunks
     assert sum(manifest["counts"].values()) == 6 * 4
-    assert [row["step"] for row in rows(run_dir)] == [1, 2, 3]
+    assert [row["step"] for row in read_metrics(run_dir)] == [1, 2, 3]
 
     # Remove the results of the last chunk.
     (run_dir / "traces.jsonl").unlink()
     (run_dir / "samples" / "chunk-000003.jsonl").unlink()
     metric_lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     (run_dir / "metrics.jsonl").write_text("\n".join(metric_lines[:2]) + "\n")
-    run(config, "--resume", command="collect")
+    run_grpo(config, "--resume", command="collect")
     assert (run_dir / "traces.jsonl").read_text() == traces
 
 
 def metrics_without_times(run_dir):
     metrics = []
-    for row in rows(run_dir):
+    for row in read_metrics(run_dir):
         metrics.append({k: v for k, v in row.items() if not k.startswith("time/")})
     return metrics
 
@@ -204,16 +204,16 @@ def test_killed_and_resumed_sft_equals_the_uninterrupted_run(tiny, tmp_path):
         "sft": {"updates": 40},
         "checkpoint": {"every": 10},
     }
-    expected_dir = tmp_path / "straight"
-    straight = sft_config(expected_dir, tiny(), **sections)
-    run(write_config(tmp_path / "a.yaml", straight), command="sft")
+    expected_dir = tmp_path / "uninterrupted"
+    uninterrupted_config = sft_config(expected_dir, tiny(), **sections)
+    run_grpo(write_config(tmp_path / "a.yaml", uninterrupted_config), command="sft")
 
     run_dir = tmp_path / "run"
     config = write_config(tmp_path / "b.yaml", sft_config(run_dir, tiny(), **sections))
-    process = start(config, command="sft")
+    process = start_grpo(config, command="sft")
     wait_for(lambda: (run_dir / "checkpoints" / "step-000010").exists(), process)
     kill(process)
-    run(config, "--resume", command="sft")
+    run_grpo(config, "--resume", command="sft")
     assert metrics_without_times(run_dir) == metrics_without_times(expected_dir)
     expected_weights = final_weights(expected_dir)
     weights = final_weights(run_dir)
@@ -230,13 +230,13 @@ def write_quantize_config(tmp_path, model_dir):
     tree["quantize"] = {"schemes": ["int8", "int4"]}
     tree["eval"] = {"problems": 4}
     tree["rewards"] = {"accuracy": 1.0}
-    return write_tree(tmp_path / "config.yaml", tree)
+    return write_yaml(tmp_path / "config.yaml", tree)
 
 
 def test_quantize_writes_every_scheme_and_one_table_and_skips_finished_schemes(tiny, tmp_path):
     config = write_quantize_config(tmp_path, tiny())
     run_dir = tmp_path / "run"
-    run(config, command="quantize")
+    run_grpo(config, command="quantize")
     table = (run_dir / "table.md").read_text()
     names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert names == ["parent", "int8", "int4"]
@@ -250,13 +250,13 @@ def test_quantize_writes_every_scheme_and_one_table_and_skips_finished_schemes(t
     assert manifest["final"] == "int8"
 
     # Remove the last scheme. The evaluation of the first must not be repeated.
-    int8_metrics = rows(run_dir / "eval-int8")
+    int8_metrics = read_metrics(run_dir / "eval-int8")
     (run_dir / "int4" / "model.safetensors").unlink()
     (run_dir / "int4").rename(tmp_path / "gone")
     (run_dir / "eval-int4" / "manifest.json").unlink()
-    run(config, "--resume", command="quantize")
+    run_grpo(config, "--resume", command="quantize")
     assert (run_dir / "table.md").read_text() == table
-    assert rows(run_dir / "eval-int8") == int8_metrics
+    assert read_metrics(run_dir / "eval-int8") == int8_metrics
 
 
 def test_teacher_top_logprobs_are_computed_once_and_approximate_the_full_distribution(
@@ -264,14 +264,14 @@ def test_teacher_top_logprobs_are_computed_once_and_approximate_the_full_distrib
 ):
     run_dir = tmp_path / "run"
     soft = {"updates": 6, "batch_size": 8, "max_tokens": 96}
-    run(distill_config(tmp_path, tiny, way="soft", soft=soft), command="distill")
-    full_metrics = rows(run_dir)
+    run_grpo(distill_config(tmp_path, tiny, way="soft", soft=soft), command="distill")
+    full_metrics = read_metrics(run_dir)
     run_dir.rename(tmp_path / "full")
 
     soft["teacher_topk"] = 255
     config = distill_config(tmp_path, tiny, way="soft", soft=soft, checkpoint={"every": 3})
-    run(config, command="distill")
-    for row, full_row in zip(rows(run_dir), full_metrics, strict=True):
+    run_grpo(config, command="distill")
+    for row, full_row in zip(read_metrics(run_dir), full_metrics, strict=True):
         expected = pytest.approx(full_row["policy/divergence"], rel=0.02)
         assert row["policy/divergence"] == expected
 
@@ -279,7 +279,7 @@ def test_teacher_top_logprobs_are_computed_once_and_approximate_the_full_distrib
     written_at = logprobs_file.stat().st_mtime_ns
     weights = (run_dir / "final" / "model.safetensors").read_bytes()
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")
-    run(config, "--resume", command="distill")
+    run_grpo(config, "--resume", command="distill")
     assert logprobs_file.stat().st_mtime_ns == written_at
     assert (run_dir / "final" / "model.safetensors").read_bytes() == weights
 
@@ -297,7 +297,7 @@ def test_run_stopped_by_a_failing_reward_endpoint_resumes_with_every_step(
     }
     run_dir = tmp_path / "run"
     config = write_config(tmp_path / "config.yaml", tiny_config(run_dir, tiny(), **sections))
-    process = start(config)
+    process = start_grpo(config)
     wait_for(lambda: (run_dir / "samples" / "step-000002.jsonl").exists(), process)
     handler.fail = True
     _, errors = process.communicate(timeout=60)
@@ -305,6 +305,6 @@ def test_run_stopped_by_a_failing_reward_endpoint_resumes_with_every_step(
     assert f"rewards.preference: {url}: BadRequestError" in errors
 
     handler.fail = False
-    run(config, "--resume")
-    steps = [row["step"] for row in rows(run_dir) if "reward/preference" in row]
+    run_grpo(config, "--resume")
+    steps = [row["step"] for row in read_metrics(run_dir) if "reward/preference" in row]
     assert steps == [1, 2, 3, 4, 5, 6]

@@ -15,15 +15,15 @@ import pytest
 import torch
 from tiny_models import tiny_config
 from whole_runs import (
-    SECTIONS,
-    again,
-    outcome,
-    rows,
-    run,
-    start,
-    uninterrupted,
+    RESUMABLE_RUN_SECTIONS,
+    read_metrics,
+    read_reproducible_results,
+    run_grpo,
+    start_grpo,
+    train_uninterrupted,
     wait_for,
     write_config,
+    write_config_for_other_folder,
 )
 
 from grpo.config.presets import PRESETS
@@ -33,13 +33,13 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def straight(tiny, tmp_path_factory):
+def uninterrupted_run(tiny, tmp_path_factory):
     """The folder and the config of an uninterrupted run of 24 rollouts, in FOLDER/run."""
     # 1M weights. The optimizer state in a checkpoint has 11 MB.
     model = tiny(
         hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4
     )
-    return uninterrupted(tmp_path_factory.mktemp("straight"), model, rollouts=24)
+    return train_uninterrupted(tmp_path_factory.mktemp("uninterrupted"), model, rollouts=24)
 
 
 def last_step(run_dir):
@@ -61,29 +61,31 @@ def kill_after_new_step(process, run_dir, previous_step, delay_s):
     assert process.returncode == -9
 
 
-def test_run_killed_at_random_times_ends_like_an_uninterrupted_run(straight, tmp_path):
+def test_run_killed_at_random_times_ends_like_an_uninterrupted_run(uninterrupted_run, tmp_path):
     """The run is killed five times, 0 to 1.2 s after the end of a rollout.
 
     At these times it samples, updates, syncs, evaluates or saves.
     """
-    config = again(straight, tmp_path)
+    config = write_config_for_other_folder(uninterrupted_run, tmp_path)
     run_dir = tmp_path / "run"
     generator = random.Random(0)
     last_steps = []  # at each kill
     for _ in range(5):
         delay_s = generator.uniform(0, 1.2)
         if last_steps:
-            process = start(config, "--resume")
+            process = start_grpo(config, "--resume")
             kill_after_new_step(process, run_dir, last_steps[-1], delay_s)
         else:
-            process = start(config)
+            process = start_grpo(config)
             kill_after_new_step(process, run_dir, -1, delay_s)
         last_steps.append(last_step(run_dir))
     print("killed after rollouts", last_steps)
     assert last_steps[-1] < 24
 
-    run(config, "--resume")
-    assert outcome(run_dir) == outcome(straight[0] / "run")
+    run_grpo(config, "--resume")
+    assert read_reproducible_results(run_dir) == read_reproducible_results(
+        uninterrupted_run[0] / "run"
+    )
 
 
 def limit_file_size():
@@ -91,16 +93,18 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))
 
 
-def test_run_with_a_full_disk_keeps_the_last_checkpoint_and_resumes_from_it(straight, tmp_path):
-    config = again(straight, tmp_path)
+def test_run_with_a_full_disk_keeps_the_last_checkpoint_and_resumes_from_it(
+    uninterrupted_run, tmp_path
+):
+    config = write_config_for_other_folder(uninterrupted_run, tmp_path)
     checkpoints = tmp_path / "run" / "checkpoints"
-    run(config, "train.rollouts=2")
+    run_grpo(config, "train.rollouts=2")
     contents = {}
     for file in (checkpoints / "step-000002").rglob("*"):
         if file.is_file():
             contents[file] = file.read_bytes()
 
-    errors = run(config, "--resume", code=1, preexec_fn=limit_file_size)
+    errors = run_grpo(config, "--resume", code=1, preexec_fn=limit_file_size)
     assert errors.startswith("grpo: ")
     assert "step-000003 could not be written" in errors
     assert "step-000002" in errors
@@ -109,8 +113,10 @@ def test_run_with_a_full_disk_keeps_the_last_checkpoint_and_resumes_from_it(stra
     for file, content in contents.items():
         assert file.read_bytes() == content, file
 
-    run(config, "--resume")
-    assert outcome(tmp_path / "run") == outcome(straight[0] / "run")
+    run_grpo(config, "--resume")
+    assert read_reproducible_results(tmp_path / "run") == read_reproducible_results(
+        uninterrupted_run[0] / "run"
+    )
 
 
 def write_configs(tmp_path, model_dir, sections):
@@ -133,7 +139,7 @@ def training_metrics(metrics):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_passes_its_weight_checks_and_resumes_exactly(tiny, tmp_path, preset):
-    sections = SECTIONS | {
+    sections = RESUMABLE_RUN_SECTIONS | {
         "algorithm": {"preset": preset},
         "train": {"rollouts": 3, "problems": 8, "group_size": 4},
         "learner": {"lr": 1e-4, "zero_stage": 1},
@@ -141,13 +147,15 @@ def test_every_preset_passes_its_weight_checks_and_resumes_exactly(tiny, tmp_pat
         "rewards": {"digits:share": 1.0},
     }
     if preset == "on_policy_distill":
-        sections["model"] = SECTIONS["model"] | {"teacher": str(tiny(intermediate_size=128))}
+        sections["model"] = RESUMABLE_RUN_SECTIONS["model"] | {
+            "teacher": str(tiny(intermediate_size=128))
+        }
     uninterrupted_config, resumed_config = write_configs(tmp_path, tiny(), sections)
-    run(uninterrupted_config)
-    run(resumed_config, "train.rollouts=2", "eval.every=0")
-    run(resumed_config, "--resume", "eval.every=0")
-    expected_metrics, _, expected_weights = outcome(tmp_path / "a")
-    metrics, _, weights = outcome(tmp_path / "b")
+    run_grpo(uninterrupted_config)
+    run_grpo(resumed_config, "train.rollouts=2", "eval.every=0")
+    run_grpo(resumed_config, "--resume", "eval.every=0")
+    expected_metrics, _, expected_weights = read_reproducible_results(tmp_path / "a")
+    metrics, _, weights = read_reproducible_results(tmp_path / "b")
     assert training_metrics(metrics) == training_metrics(expected_metrics)
     assert weights == expected_weights
 
@@ -180,12 +188,12 @@ def test_lora_and_experts_with_dynamic_sampling_resume_exactly(tiny, tmp_path, k
     The canary and all weight probes pass.
     """
     uninterrupted_config, resumed_config = write_configs(tmp_path, tiny(kind), dapo_sections(kind))
-    run(uninterrupted_config)
-    run(resumed_config, "train.rollouts=2")
-    run(resumed_config, "--resume")
-    assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
+    run_grpo(uninterrupted_config)
+    run_grpo(resumed_config, "train.rollouts=2")
+    run_grpo(resumed_config, "--resume")
+    assert read_reproducible_results(tmp_path / "b") == read_reproducible_results(tmp_path / "a")
 
-    last_row = rows(tmp_path / "a")[-1]
+    last_row = read_metrics(tmp_path / "a")[-1]
     assert last_row["probe/gap"] < 0.2
     assert last_row["kl/ref"] >= 0
     assert last_row["update/made"] == 2
@@ -212,10 +220,10 @@ def test_canary_detects_that_vllms_cpu_build_computes_deepseek_v3_wrongly(tiny, 
         tiny_config(tmp_path / "run", tiny("tiny-deepseek-v3"), **sections),
     )
     if torch.cuda.is_available():
-        run(config)
-        assert rows(tmp_path / "run")[-1]["probe/gap"] < 0.2
+        run_grpo(config)
+        assert read_metrics(tmp_path / "run")[-1]["probe/gap"] < 0.2
     else:
-        assert "the canary found that engine and learner disagree" in run(config, code=1)
+        assert "the canary found that engine and learner disagree" in run_grpo(config, code=1)
 
 
 def command_line(process):
@@ -235,12 +243,16 @@ def other_processes_with(text):
     ]
 
 
-def test_interrupted_run_saves_and_ends_its_processes_and_resumes_exactly(straight, tmp_path):
-    config = again(straight, tmp_path)
+def test_interrupted_run_saves_and_ends_its_processes_and_resumes_exactly(
+    uninterrupted_run, tmp_path
+):
+    config = write_config_for_other_folder(uninterrupted_run, tmp_path)
     run_dir = tmp_path / "run"
-    process = start(config, "checkpoint.every=0", "logging.progress=line", start_new_session=True)
+    process = start_grpo(
+        config, "checkpoint.every=0", "logging.progress=line", start_new_session=True
+    )
     wait_for(
-        lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) >= 2,
+        lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) >= 2,
         process,
     )
     # Like Ctrl-C in a terminal, this signals the run and its child processes.
@@ -251,16 +263,16 @@ def test_interrupted_run_saves_and_ends_its_processes_and_resumes_exactly(straig
     assert not other_processes_with(str(tmp_path))
     assert list((run_dir / "checkpoints").glob("step-*"))
 
-    run(config, "--resume")
-    _, samples, weights = outcome(run_dir)
-    _, expected_samples, expected_weights = outcome(straight[0] / "run")
+    run_grpo(config, "--resume")
+    _, samples, weights = read_reproducible_results(run_dir)
+    _, expected_samples, expected_weights = read_reproducible_results(uninterrupted_run[0] / "run")
     assert samples == expected_samples
     assert weights == expected_weights
 
 
 def test_killed_engine_ends_the_run_with_a_clear_error_and_a_checkpoint(tiny, tmp_path):
     config = tiny_config(tmp_path / "run", tiny(), train={"rollouts": 500}, checkpoint={"every": 0})
-    process = start(write_config(tmp_path / "config.yaml", config))
+    process = start_grpo(write_config(tmp_path / "config.yaml", config))
     samples = tmp_path / "run" / "samples"
     wait_for(lambda: (samples / "step-000003.jsonl").exists(), process)
     engine_process = psutil.Process(process.pid).children()[0]

@@ -4,7 +4,7 @@ import os
 
 NUM_CHARACTERS = 12  # sampling.max_tokens of tiny_config; most tokens are single characters
 
-_num_calls = 0  # of share_until_the_third in this process
+_num_calls = 0  # of share_or_fail_on_rank_1 in this process
 
 
 def share(completion, problem):
@@ -13,7 +13,7 @@ def share(completion, problem):
     return num_digits / NUM_CHARACTERS
 
 
-def share_until_the_third(completion, problem):
+def share_or_fail_on_rank_1(completion, problem):
     """Returns `share`, but fails on rank 1 after a number of calls.
 
     The environment variable CALLS contains the number of calls that succeed.
@@ -24,5 +24,5 @@ def share_until_the_third(completion, problem):
     global _num_calls
     _num_calls += 1
     if os.environ["RANK"] == "1" and _num_calls > int(os.environ["CALLS"]):
-        raise ValueError("no more")
+        raise ValueError("too many calls")
     return share(completion, problem)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from tiny_models import tiny_config
-from training_samples import COMBINATIONS, samples
+from training_samples import STAGES_AND_DTYPES, random_samples
 
 from grpo.learning import learner_weights, models
 from grpo.learning.batch import micro_batches, token_weights
@@ -46,7 +46,7 @@ SHARED_METRICS = (*METRICS, "kl/ref", "mismatch/effective", "mismatch/max_weight
 
 def local_batches(seed):
     """Returns this rank's padded micro-batches of one update."""
-    rows = samples(seed, count=7)
+    rows = random_samples(seed, count=7)
     return micro_batches(
         rows,
         token_weights(rows, "sequence", 20),
@@ -104,7 +104,7 @@ def train_with_shared_sequences(model_dir, folder, stage):
     )
     rows = []
     for seed in range(NUM_UPDATES):
-        update_samples = [*samples(seed, count=7), long_prompt]
+        update_samples = [*random_samples(seed, count=7), long_prompt]
         batches = micro_batches(
             update_samples,
             token_weights(update_samples, "sequence", 20),
@@ -161,7 +161,7 @@ def main(model_dir, folder):
     ranks.join_process_group(60)
     other_folder = folder.parent / ("two" if ranks.world_size() == 1 else "one")
     results = {}
-    for stage, dtype in COMBINATIONS:
+    for stage, dtype in STAGES_AND_DTYPES:
         name = f"{stage}-{dtype}"
         results[name], weights = train_and_perturb(model_dir, folder, stage, dtype)
         if ranks.rank() == 0:

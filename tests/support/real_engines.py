@@ -18,7 +18,7 @@ from grpo.training.weight_sync import (
 
 # Four prompts of 100 token ids, longer than several KV blocks.
 PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
-SETTINGS = configs.EngineSettings(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
+ENGINE_SETTINGS = configs.EngineSettings(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
 
 
 def start_engine(
@@ -34,18 +34,18 @@ def start_engine(
         options: Further fields of ServedModel.
     """
     model = ServedModel(model_dir=str(model_dir), dtype=dtype, max_model_len=160, **options)
-    return engine_class(model=model, settings=SETTINGS, log_file=tmp_path / "engine.log")
+    return engine_class(model=model, settings=ENGINE_SETTINGS, log_file=tmp_path / "engine.log")
 
 
-def put_together(engine, model_dir, tmp_path, rounds=False):
+def make_learner_and_weight_check(engine, model_dir, tmp_path, engine_rounds=False):
     """Returns a float32 learner on a model, and the check of its weights in the engine.
 
     Args:
         engine: The engine that the check compares with the learner.
         model_dir: Directory of the model.
         tmp_path: Run directory in the learner's config.
-        rounds: Whether the engine rounds, that is, does not compute in float32. The check then
-            allows a larger gap.
+        engine_rounds: Whether the engine rounds, that is, does not compute in float32. The check
+            then allows a larger gap.
 
     Returns:
         A tuple `(learner, weight_check)`.
@@ -54,8 +54,8 @@ def put_together(engine, model_dir, tmp_path, rounds=False):
     settings = CheckSettings(
         temperature=1.0,
         num_tokens=8,
-        max_gap=MAX_GAP_LOW_PRECISION if rounds else MAX_GAP_FLOAT32,
+        max_gap=MAX_GAP_LOW_PRECISION if engine_rounds else MAX_GAP_FLOAT32,
         micro_batch_tokens=1024,
-        rounds=rounds,
+        rounds=engine_rounds,
     )
     return learner, WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)

@@ -13,7 +13,7 @@ REQUESTS = [Request(prompt_ids=prompt, seed=100 * i, n=3) for i, prompt in enume
 OPTIONS = SamplingOptions(max_tokens=24, ignore_eos=True)
 
 
-def settings(**servers):
+def engine_settings(**servers):
     """Returns the engine's config with two servers. `servers` overrides keys of engine.servers."""
     servers = {"count": 2, **servers}
     return configs.EngineSettings(
@@ -21,7 +21,7 @@ def settings(**servers):
     )
 
 
-def weights(model_dir, scale=1.0):
+def model_weights(model_dir, scale=1.0):
     """Returns a model's weights multiplied by `scale`, in the form that a sync takes."""
     model = models.load_model(model_dir, "eager")
     return Weights(
@@ -29,32 +29,33 @@ def weights(model_dir, scale=1.0):
     )
 
 
-def pool_of(model_dir, run_dir, said=None, **servers):
+def start_pool(model_dir, run_dir, messages=None, **servers):
     """Starts a pool of servers on a model.
 
     Args:
         model_dir: Directory of the model.
         run_dir: Directory for the files of the pool.
-        said: List to which the pool's messages are appended.
-        servers: Keys of engine.servers, see `settings`.
+        messages: List to which the pool's messages are appended.
+        servers: Keys of engine.servers, see `engine_settings`.
     """
-    messages = [] if said is None else said
+    if messages is None:
+        messages = []
     tokenizer = models.load_tokenizer(model_dir)
     return ServerPool(
         model=ServedModel(model_dir=str(model_dir), dtype="float32", max_model_len=160),
-        settings=settings(**servers),
+        settings=engine_settings(**servers),
         run_dir=run_dir,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         callbacks=PoolCallbacks(say=messages.append),
     )
 
 
-def pooled(folder, model, **sections):
+def pool_run_config(run_dir, model_dir, **sections):
     """Returns the config of a short training run that samples with a pool of two servers.
 
     Args:
-        folder: The run directory.
-        model: Directory of the model.
+        run_dir: The run directory.
+        model_dir: Directory of the model.
         sections: Sections that replace those of this config.
     """
     base = {
@@ -63,4 +64,4 @@ def pooled(folder, model, **sections):
         "eval": {"every": 2, "problems": 4},
         "engine": {"servers": {"count": 2}, "timeout_s": 100},
     }
-    return tiny_config(folder, model, **(base | sections))
+    return tiny_config(run_dir, model_dir, **(base | sections))

@@ -2,7 +2,7 @@
 
 from safetensors.torch import load_file
 from tiny_models import tiny_config
-from whole_runs import write_tree
+from whole_runs import write_yaml
 
 from grpo import config as configs
 from grpo.config import SftConfig
@@ -24,7 +24,7 @@ def eval_config(tmp_path, model_dir, **sections):
     tree["rewards"] = {"accuracy": 1.0, "format": 0.1}
     tree["eval"] = {"problems": 6, "samples": 2, "temperature": 1.0}
     tree.update(sections)
-    return write_tree(tmp_path / "config.yaml", tree)
+    return write_yaml(tmp_path / "config.yaml", tree)
 
 
 def sft_config(run_dir, model_dir, **sections):
@@ -71,7 +71,7 @@ def collect_config(tmp_path, model, **sections):
         "collect": {"problems": 6, "samples": 4, "keep": 2, "chunk": 2, "format": False},
         "logging": {"progress": "off"},
     }
-    return write_tree(tmp_path / "config.yaml", tree | sections)
+    return write_yaml(tmp_path / "config.yaml", tree | sections)
 
 
 def distill_config(tmp_path, tiny, **sections):
@@ -96,7 +96,7 @@ def distill_config(tmp_path, tiny, **sections):
         "logging": {"progress": "off"},
         "learner": {"lr": 1e-3, "zero_stage": 1, "micro_batch_tokens": 512},
     }
-    return write_tree(tmp_path / "config.yaml", tree | sections)
+    return write_yaml(tmp_path / "config.yaml", tree | sections)
 
 
 def final_weights(run_dir):

@@ -8,7 +8,7 @@ from grpo.learning.policy import HeadOptions, Policy
 from grpo.types import Sample
 
 # (ZeRO stage, dtype of the model)
-COMBINATIONS = [
+STAGES_AND_DTYPES = [
     (0, "float32"),
     (1, "float32"),
     (2, "float32"),
@@ -35,7 +35,7 @@ class TokenGenerator:
         return tuple(torch.randint(7, 200, (count,), generator=self.generator).tolist())
 
 
-def samples(seed=0, count=10):
+def random_samples(seed=0, count=10):
     """Returns samples with prompts of 2 to 8 tokens and completions of 1 to 19 tokens.
 
     Every sample has another prompt. The advantages are normally distributed.
@@ -58,12 +58,12 @@ def samples(seed=0, count=10):
     return result
 
 
-def batches(rows, budget):
-    """Returns padded micro-batches of at most `budget` tokens of the samples `rows`."""
-    return micro_batches(rows, token_weights(rows, "sequence", 20), max_tokens=budget)
+def padded_batches(samples, max_tokens):
+    """Returns padded micro-batches of at most `max_tokens` tokens of the samples."""
+    return micro_batches(samples, token_weights(samples, "sequence", 20), max_tokens=max_tokens)
 
 
-def groups(seed=0):
+def grouped_samples(seed=0):
     """Returns the samples of four groups. The samples of a group have the same prompt.
 
     Prompts have 1 to 20 tokens. A group has 1 to 4 completions of 1 to 12 tokens with the
@@ -85,7 +85,7 @@ def groups(seed=0):
     return result
 
 
-def scored(model, samples, max_tokens, device="cpu"):
+def values_and_gradients(model, samples, max_tokens, device="cpu"):
     """Returns a policy's outputs on samples, and the gradient of advantage x logprob.
 
     Args:

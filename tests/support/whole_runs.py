@@ -14,13 +14,13 @@ from tiny_models import tiny_config
 from grpo import config as configs
 
 # Variables that a learner in the tests' own process sets. A new process must not inherit them.
-OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # Parts of the names of metrics that contain times or rates.
 TIMED = ("time/", "seconds", "tokens_per_s", "machine/", "bound/", "idle/")
 
 # Several updates per rollout, KL to the initial model, bfloat16 with float32 master weights.
-SECTIONS = {
+RESUMABLE_RUN_SECTIONS = {
     "train": {"rollouts": 4, "problems": 4, "group_size": 4, "updates_per_rollout": 2},
     "eval": {"every": 2, "problems": 4},
     "rewards": {"digits:share": 1.0, "accuracy": 1.0},
@@ -30,7 +30,7 @@ SECTIONS = {
 }
 
 
-def write_tree(path: Path, tree: dict) -> str:
+def write_yaml(path: Path, tree: dict) -> str:
     """Writes a tree as YAML and returns the path as a string."""
     path.write_text(yaml.safe_dump(tree))
     return str(path)
@@ -38,17 +38,17 @@ def write_tree(path: Path, tree: dict) -> str:
 
 def write_config(path: Path, config: configs.TrainConfig) -> str:
     """Writes a config as YAML and returns the path as a string."""
-    return write_tree(path, config.model_dump(mode="json"))
+    return write_yaml(path, config.model_dump(mode="json"))
 
 
-def environment() -> dict[str, str]:
+def process_environment() -> dict[str, str]:
     """Returns the environment for a process that may join its own ranks and imports digits.py."""
-    variables = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    variables = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     variables["PYTHONPATH"] = str(Path(__file__).parent)
     return variables
 
 
-def start(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
+def start_grpo(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
     """Starts `grpo COMMAND ARGUMENTS...`. Its standard error is a pipe.
 
     Args:
@@ -64,35 +64,35 @@ def start(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
         [sys.executable, *launcher, "-m", "grpo", command, *arguments],
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=process_environment(),
         **options,
     )
 
 
-def run(*arguments, code=0, **options) -> str:
-    """Runs `grpo` to its end, see `start`, and returns its standard error.
+def run_grpo(*arguments, code=0, **options) -> str:
+    """Runs `grpo` to its end, see `start_grpo`, and returns its standard error.
 
     Args:
         arguments: Arguments of the command.
         code: Expected exit code.
-        options: Further options of `start`.
+        options: Further options of `start_grpo`.
 
     Raises:
         AssertionError: The exit code differs from `code`.
         subprocess.TimeoutExpired: The run takes more than 300 s.
     """
-    process = start(*arguments, **options)
+    process = start_grpo(*arguments, **options)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     return errors
 
 
-def rows(run_dir):
+def read_metrics(run_dir):
     """Returns the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def outcome(run_dir):
+def read_reproducible_results(run_dir):
     """Returns the results of a run that must not depend on interruptions.
 
     Returns:
@@ -100,7 +100,7 @@ def outcome(run_dir):
         contents of the files in samples/ by name, and the bytes of the final weights.
     """
     metrics = []
-    for row in rows(run_dir):
+    for row in read_metrics(run_dir):
         metrics.append({key: value for key, value in row.items() if not _is_timed(key)})
     samples = {path.name: _content(path) for path in sorted((run_dir / "samples").iterdir())}
     weights = (run_dir / "final" / "model.safetensors").read_bytes()
@@ -136,8 +136,8 @@ def wait_for(condition, process=None, seconds=120):
         time.sleep(0.02)
 
 
-def uninterrupted(folder: Path, model_dir: Path, **train) -> tuple[Path, str]:
-    """Trains with SECTIONS to the end, in `folder/run`.
+def train_uninterrupted(folder: Path, model_dir: Path, **train) -> tuple[Path, str]:
+    """Trains with RESUMABLE_RUN_SECTIONS to the end, in `folder/run`.
 
     Args:
         folder: Existing directory for the config and the run.
@@ -147,24 +147,24 @@ def uninterrupted(folder: Path, model_dir: Path, **train) -> tuple[Path, str]:
     Returns:
         `folder`, and the path of the config.
     """
-    sections = SECTIONS | {"train": SECTIONS["train"] | train}
+    sections = RESUMABLE_RUN_SECTIONS | {"train": RESUMABLE_RUN_SECTIONS["train"] | train}
     config = write_config(
         folder / "config.yaml", tiny_config(folder / "run", model_dir, **sections)
     )
-    run(config)
+    run_grpo(config)
     return folder, config
 
 
-def again(straight: tuple[Path, str], folder: Path) -> str:
+def write_config_for_other_folder(uninterrupted_run: tuple[Path, str], folder: Path) -> str:
     """Writes the config of an uninterrupted run for another folder.
 
     Args:
-        straight: Result of `uninterrupted`.
+        uninterrupted_run: Result of `train_uninterrupted`.
         folder: Existing directory for the config. Its run directory is `folder/run`.
 
     Returns:
         The path of the new config.
     """
-    _, config_path = straight
+    _, config_path = uninterrupted_run
     config = configs.load(config_path).model_copy(update={"run_dir": str(folder / "run")})
     return write_config(folder / "config.yaml", config)

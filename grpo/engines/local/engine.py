@@ -19,8 +19,8 @@ import torch
 
 from grpo import config as configs
 from grpo.engines import (
-    EngineDiedError,
     EngineError,
+    EngineProcessDiedError,
     EngineTimeoutError,
     Request,
     SamplingOptions,
@@ -250,7 +250,7 @@ class VllmEngine:
         self._child.kill()
         return EngineTimeoutError(event, timeout_s, f"its log: {self._log_file}")
 
-    def _died_error(self, method: str) -> EngineDiedError:
+    def _died_error(self, method: str) -> EngineProcessDiedError:
         # If a signal to the process group ended the child, this process received it too, and
         # `on_wait` raises the exception for it.
         self._on_wait()
@@ -259,7 +259,7 @@ class VllmEngine:
             exit_code = self._child.wait(timeout=EXIT_LIMIT_S)
         except subprocess.TimeoutExpired:
             exit_code = None
-        return EngineDiedError(method, exit_code, str(self._log_file))
+        return EngineProcessDiedError(method, exit_code, str(self._log_file))
 
 
 def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connection]:

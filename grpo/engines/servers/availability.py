@@ -1,7 +1,7 @@
 """The servers that a rank can send requests to.
 
-Rank 0 supervises the servers and reads their state (`WatchedServers`). The other ranks infer it
-from the outcome of their own requests (`UnwatchedServers`).
+Rank 0 supervises the servers and reads their state (`SupervisedAvailability`). The other ranks
+infer it from the outcome of their own requests (`InferredAvailability`).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Availability(Protocol):
         """Records that a request to the server failed."""
 
 
-class WatchedServers:
-    """Availability on rank 0, as recorded by the supervisor."""
+class SupervisedAvailability:
+    """The view of rank 0, which supervises the servers and knows their state."""
 
     num_extra_retries = 0
     check_interval_s = 1.0
@@ -83,8 +83,8 @@ class WatchedServers:
         await self._supervisor.report_failure(server, num_starts)
 
 
-class UnwatchedServers:
-    """Availability on the other ranks, inferred from recent failures.
+class InferredAvailability:
+    """The view of the other ranks, inferred from recent failures of their requests.
 
     Rank 0 may be restarting a server. Requests are therefore retried for as long as a start takes.
     """

@@ -23,7 +23,11 @@ import torch
 from grpo import config as configs
 from grpo.engines import EngineError, Request, SamplingOptions, SyncReport, Weights
 from grpo.engines.servers import command_line
-from grpo.engines.servers.availability import Availability, UnwatchedServers, WatchedServers
+from grpo.engines.servers.availability import (
+    Availability,
+    InferredAvailability,
+    SupervisedAvailability,
+)
 from grpo.engines.servers.client import ServerClient
 from grpo.engines.servers.loop_thread import LoopThread
 from grpo.engines.servers.scheduler import Scheduler
@@ -120,8 +124,8 @@ class ServerPool:
 
     def _availability(self) -> Availability:
         if self._supervisor is None:
-            return UnwatchedServers(self._state, self._client, self._settings.start_timeout_s)
-        return WatchedServers(self._state, self._supervisor)
+            return InferredAvailability(self._state, self._client, self._settings.start_timeout_s)
+        return SupervisedAvailability(self._state, self._supervisor)
 
     @property
     def counts(self) -> dict[str, int]:

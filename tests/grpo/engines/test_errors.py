@@ -11,7 +11,7 @@ from grpo.engines import EngineError
 # For each error class: its fields, and a regular expression that its message matches.
 EXAMPLES = {
     "EngineTimeoutError": (("the engine did not answer `x`", 5.0, "its log: f"), "within 5 s; its"),
-    "EngineDiedError": (("generate", -9, "f"), r"killed by SIGKILL \(out of memory\?"),
+    "EngineProcessDiedError": (("generate", -9, "f"), r"killed by SIGKILL \(out of memory\?"),
     "ProcessNotEndedError": (("process 7", 10.0), "process 7 did not end within 10 s"),
     "NoResponseError": (("http://s0", "/health", "ConnectError"), "/health at http://s0: Conn"),
     "ServerError": (("http://s0", "/pause", 500, "oh"), "/pause at http://s0: 500 oh"),

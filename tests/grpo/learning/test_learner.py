@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import tiny_config
-from training_samples import COMBINATIONS, batches, samples
+from training_samples import STAGES_AND_DTYPES, padded_batches, random_samples
 
 from grpo import config as configs
 from grpo.learning import models
@@ -54,8 +54,8 @@ def completion_logprobs(logits, sample):
 @pytest.mark.parametrize("kind", models.TINY_MODELS)
 def test_logprobs_and_entropies_equal_transformers_at_a_temperature(tiny, kind):
     model = models.load_model(tiny(kind), "eager")
-    rows = samples()
-    [batch] = batches(rows, 10_000)
+    rows = random_samples()
+    [batch] = padded_batches(rows, 10_000)
     with torch.no_grad():
         policy = Policy(model, HeadOptions(temperature=0.7, chunk_tokens=16))
         logprobs, entropies, *_ = policy(batch)
@@ -72,8 +72,8 @@ def test_logprobs_and_entropies_equal_transformers_at_a_temperature(tiny, kind):
 @pytest.mark.parametrize("float32_head", [False, True])
 def test_logprobs_and_entropies_have_the_gradients_of_plain_autograd(tiny, float32_head):
     model = models.load_model(tiny(), "eager")
-    rows = samples()
-    [batch] = batches(rows, 10_000)
+    rows = random_samples()
+    [batch] = padded_batches(rows, 10_000)
     head = HeadOptions(temperature=0.7, chunk_tokens=7, float32=float32_head, entropy_gradient=True)
     logprobs, entropies, *_ = Policy(model, head)(batch)
     generator = torch.Generator().manual_seed(0)
@@ -115,7 +115,7 @@ def naive_loss(model, rows):
     return total
 
 
-@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("stage", "dtype"), STAGES_AND_DTYPES)
 def test_updates_equal_plain_adamw_and_a_checkpoint_continues_them_bit_for_bit(
     tiny, tmp_path, stage, dtype
 ):
@@ -141,9 +141,9 @@ def test_updates_equal_plain_adamw_and_a_checkpoint_continues_them_bit_for_bit(
     model = models.load_model(tiny(), "eager")
     optimizer = plain_adamw(model)
     learner = make_learner(tiny, tmp_path, "packed", model={"dtype": dtype}, learner=settings)
-    rows = samples()
+    rows = random_samples()
     for update, max_tokens in enumerate((10_000, 100, 40)):
-        report = learner.update(batches(rows, max_tokens))
+        report = learner.update(padded_batches(rows, max_tokens))
         lr = 1e-2 * min(1.0, (update + 1) / 2)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -160,11 +160,11 @@ def test_updates_equal_plain_adamw_and_a_checkpoint_continues_them_bit_for_bit(
         assert torch.allclose(weight.float(), expected_weights[name], atol=weight_tolerance), name
 
     learner.save(tmp_path / "saved")
-    learner.update(batches(rows, 100))
+    learner.update(padded_batches(rows, 100))
     weights_after_fourth_update = copy_weights(learner)
     learner.load(tmp_path / "saved")
     assert learner.num_updates == 3
-    learner.update(batches(rows, 100))
+    learner.update(padded_batches(rows, 100))
     assert_weights_equal(learner, weights_after_fourth_update)
 
 
@@ -176,7 +176,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, tmp_path, attention):
         learner = make_learner(
             tiny, tmp_path, attention, model={"gradient_checkpointing": checkpointing}
         )
-        report = learner.update(batches(samples(), 100))
+        report = learner.update(padded_batches(random_samples(), 100))
         norms.append(report["policy/grad_norm"])
         weights.append(copy_weights(learner))
     assert learner._policy.model.is_gradient_checkpointing
@@ -203,28 +203,28 @@ def test_an_interrupt_between_micro_batches_changes_no_weight(tiny, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learner.update(batches(samples(), 40), interrupt)
+        learner.update(padded_batches(random_samples(), 40), interrupt)
     assert learner.num_updates == 0
     assert_weights_equal(learner, before)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("stage", "dtype"), STAGES_AND_DTYPES)
 def test_a_non_finite_update_is_skipped_and_the_third_in_a_row_stops_the_run(
     tiny, tmp_path, stage, dtype
 ):
     learner = make_learner(tiny, tmp_path, model={"dtype": dtype}, learner={"zero_stage": stage})
-    learner.update(batches(samples(), 1000))
+    learner.update(padded_batches(random_samples(), 1000))
     before = copy_weights(learner)
     nan_advantages = (float("nan"),) * 2
     sample = Sample(token_ids=(7, 8, 9), prompt_length=1, advantages=nan_advantages)
-    nan_batches = batches([sample], 100)
+    nan_batches = padded_batches([sample], 100)
 
     for _ in range(2):
         assert learner.update(nan_batches)["update/not_finite"] == 1
     assert_weights_equal(learner, before)
 
     # A finite update is applied and resets the count of skipped updates.
-    assert learner.update(batches(samples(), 1000))["update/not_finite"] == 0
+    assert learner.update(padded_batches(random_samples(), 1000))["update/not_finite"] == 0
     has_finite_change = False
     for name, weight in learner.weights():
         if not torch.equal(before[name], weight) and weight.isfinite().all():
@@ -239,12 +239,12 @@ def test_a_non_finite_update_is_skipped_and_the_third_in_a_row_stops_the_run(
 
 def samples_with_large_advantages():
     rows = []
-    for row in samples():
+    for row in random_samples():
         rows.append(replace(row, advantages=tuple(1e4 * value for value in row.advantages)))
     return rows
 
 
-@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("stage", "dtype"), STAGES_AND_DTYPES)
 def test_an_update_with_an_exploding_gradient_is_skipped_and_its_norm_reported(
     tiny, tmp_path, stage, dtype
 ):
@@ -254,22 +254,22 @@ def test_an_update_with_an_exploding_gradient_is_skipped_and_its_norm_reported(
         model={"dtype": dtype},
         learner={"zero_stage": stage, "skip_grad_norm": 100.0},
     )
-    usual = learner.update(batches(samples(), 1000))
+    usual = learner.update(padded_batches(random_samples(), 1000))
     before = copy_weights(learner)
-    skipped = learner.update(batches(samples_with_large_advantages(), 1000))
+    skipped = learner.update(padded_batches(samples_with_large_advantages(), 1000))
     assert skipped["update/not_finite"] == 1
     assert 100 < skipped["policy/grad_norm"] < 1e6 * usual["policy/grad_norm"]
     assert_weights_equal(learner, before)
-    assert learner.update(batches(samples(), 1000))["update/not_finite"] == 0
+    assert learner.update(padded_batches(random_samples(), 1000))["update/not_finite"] == 0
 
 
 def norms_and_skipped_update(learner):
     """Returns the gradient norms of three updates, and whether an exploding fourth is skipped."""
     norms = []
     for _ in range(3):
-        report = learner.update(batches(samples(), 1000))
+        report = learner.update(padded_batches(random_samples(), 1000))
         norms.append(report["policy/grad_norm"])
-    report = learner.update(batches(samples_with_large_advantages(), 1000))
+    report = learner.update(padded_batches(samples_with_large_advantages(), 1000))
     return norms, report["update/not_finite"]
 
 
@@ -295,8 +295,8 @@ def test_an_offloaded_optimizer_makes_the_same_updates(tiny, tmp_path, stage):
 
 def test_metrics_are_means_over_completion_tokens_for_any_split_into_micro_batches(tiny, tmp_path):
     learner = make_learner(tiny, tmp_path, learner={"lr": 1e-12})
-    expected = learner.update(batches(samples(), 10_000))
-    actual = learner.update(batches(samples(), 40))
+    expected = learner.update(padded_batches(random_samples(), 10_000))
+    actual = learner.update(padded_batches(random_samples(), 40))
     for name in ("policy/entropy", "mismatch/abs", "ratio/mean", "policy/grad_norm", "loss"):
         assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_samples import groups, scored
+from training_samples import grouped_samples, values_and_gradients
 
 from grpo.learning import models, packing
 from grpo.learning.batch import micro_batches
@@ -120,10 +120,12 @@ def assert_close(values, gradients, expected_values, expected_gradients):
 @pytest.mark.parametrize("kind", models.TINY_MODELS)
 @pytest.mark.parametrize("max_tokens", [1000, 60])
 def test_packed_equals_padded_in_logprobs_entropies_and_gradients(tiny, kind, max_tokens):
-    expected_values, expected_gradients = scored(
-        models.load_model(tiny(kind), "eager"), groups(), 1000
+    expected_values, expected_gradients = values_and_gradients(
+        models.load_model(tiny(kind), "eager"), grouped_samples(), 1000
     )
-    values, gradients = scored(models.load_model(tiny(kind), "packed"), groups(), max_tokens)
+    values, gradients = values_and_gradients(
+        models.load_model(tiny(kind), "packed"), grouped_samples(), max_tokens
+    )
     assert_close(values, gradients, expected_values, expected_gradients)
 
 
@@ -136,8 +138,8 @@ def test_varlen_equals_padded_in_logprobs_entropies_and_gradients(
     tiny, monkeypatch, kind, max_tokens
 ):
     """Replaces the GPU kernel with plain PyTorch that takes the same arguments."""
-    expected_values, expected_gradients = scored(
-        models.load_model(tiny(kind), "eager"), groups(), 1000
+    expected_values, expected_gradients = values_and_gradients(
+        models.load_model(tiny(kind), "eager"), grouped_samples(), 1000
     )
     num_calls = 0
 
@@ -149,7 +151,7 @@ def test_varlen_equals_padded_in_logprobs_entropies_and_gradients(
     monkeypatch.setattr(packing, "supports_varlen_kernel", lambda *_: True)
     monkeypatch.setattr(packing, "_varlen_attention", lambda: counting_attention)
     model = models.load_model(tiny(kind), "packed")
-    values, gradients = scored(model, groups(), max_tokens)
+    values, gradients = values_and_gradients(model, grouped_samples(), max_tokens)
     assert num_calls >= model.config.num_hidden_layers
     assert_close(values, gradients, expected_values, expected_gradients)
 
@@ -192,14 +194,14 @@ def test_the_kernel_is_used_only_for_supported_models_dtypes_and_gpus(
 
 @pytest.mark.parametrize("kind", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe"])
 def test_fused_norms_equal_the_norms_of_transformers(tiny, kind):
-    expected_values, expected_gradients = scored(
-        models.load_model(tiny(kind), "eager"), groups(), 1000
+    expected_values, expected_gradients = values_and_gradients(
+        models.load_model(tiny(kind), "eager"), grouped_samples(), 1000
     )
     model = models.load_model(tiny(kind), "eager")
     num_fused = models.use_fused_norms(model)
     num_norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
     assert num_fused == num_norms
-    values, gradients = scored(model, groups(), 1000)
+    values, gradients = values_and_gradients(model, grouped_samples(), 1000)
     assert_close(values, gradients, expected_values, expected_gradients)
 
 
@@ -207,8 +209,8 @@ def test_logprobs_are_correct_if_all_completions_have_one_token(tiny):
     samples = [
         Sample(token_ids=(9, 8, token), prompt_length=2, advantages=(1.0,)) for token in (10, 11)
     ]
-    expected, _ = scored(models.load_model(tiny(), "eager"), samples, 100)
-    actual, _ = scored(models.load_model(tiny(), "packed"), samples, 100)
+    expected, _ = values_and_gradients(models.load_model(tiny(), "eager"), samples, 100)
+    actual, _ = values_and_gradients(models.load_model(tiny(), "packed"), samples, 100)
     assert torch.allclose(actual, expected, atol=1e-5)
 
 
@@ -243,4 +245,4 @@ def test_attention_with_a_sliding_window_is_rejected(tiny):
         tiny(use_sliding_window=True, sliding_window=4, max_window_layers=0), "packed"
     )
     with pytest.raises(NotImplementedError, match=r"Set model\.attention to sdpa or eager"):
-        scored(model, groups(), 1000)
+        values_and_gradients(model, grouped_samples(), 1000)

@@ -21,8 +21,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_config
-from training_samples import COMBINATIONS, samples
-from whole_runs import environment, run, start, write_config
+from training_samples import STAGES_AND_DTYPES, random_samples
+from whole_runs import process_environment, run_grpo, start_grpo, write_config
 
 from grpo.engines import SyncReport
 from grpo.learning import models
@@ -82,7 +82,7 @@ def trained(tiny, tmp_path_factory):
         (folder / num_ranks).mkdir(exist_ok=True)
         process = subprocess.run(
             [*launcher, str(SUPPORT / "ranks_worker.py"), str(tiny()), str(folder / num_ranks)],
-            env=environment(),
+            env=process_environment(),
             capture_output=True,
             text=True,
             timeout=300,
@@ -94,7 +94,7 @@ def trained(tiny, tmp_path_factory):
     return TrainedModels(folder, results)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("stage", "dtype"), STAGES_AND_DTYPES)
 def test_two_ranks_make_the_same_updates_as_one(trained, stage, dtype):
     """In bfloat16, two ranks sum gradients in another order, so the results differ by rounding."""
     is_float32 = dtype == "float32"
@@ -116,7 +116,7 @@ def test_two_ranks_that_share_each_sequence_make_the_same_updates_as_one(trained
     )
 
 
-@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("stage", "dtype"), STAGES_AND_DTYPES)
 @pytest.mark.parametrize("num_ranks", ["one", "two"])
 def test_training_resumes_from_a_checkpoint_of_another_number_of_ranks(
     trained, stage, dtype, num_ranks
@@ -130,7 +130,7 @@ def test_training_resumes_from_a_checkpoint_of_another_number_of_ranks(
         assert resumed == pytest.approx(uninterrupted, rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("stage", "dtype"), STAGES_AND_DTYPES)
 def test_the_canarys_perturbation_changes_every_weight_and_is_undone(trained, stage, dtype):
     for num_ranks in ("one", "two"):
         result = trained.results[num_ranks][f"{stage}-{dtype}"]
@@ -142,7 +142,7 @@ def test_the_canarys_perturbation_changes_every_weight_and_is_undone(trained, st
 def test_every_sample_is_on_one_rank_and_all_ranks_have_the_same_number_of_micro_batches(
     num_samples, num_ranks, max_tokens, packed
 ):
-    rows = samples(3, num_samples)
+    rows = random_samples(3, num_samples)
     weights = token_weights(rows, "token", 20)
     batches_of_ranks = [
         micro_batches(rows, weights, max_tokens=max_tokens, packed=packed, share=(rank, num_ranks))
@@ -169,7 +169,7 @@ def run_on_two_ranks(
     file.write_text(program)
     return subprocess.run(
         [*TORCHRUN, str(file), *arguments],
-        env=environment(),
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -318,7 +318,7 @@ def test_a_single_process_runs_exchanges_without_a_process_group():
 
 def test_the_doctor_measures_the_interconnect_of_the_ranks(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
-    process = start(config, command="doctor", ranks=2, stdout=subprocess.PIPE)
+    process = start_grpo(config, command="doctor", ranks=2, stdout=subprocess.PIPE)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     (measured,) = re.findall(
@@ -347,7 +347,7 @@ def test_deepspeeds_launcher_can_start_the_ranks(tiny, tmp_path):
     ]
     process = subprocess.run(
         [*launcher, "--module", "grpo", "doctor", config],
-        env=environment(),
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -379,5 +379,5 @@ def test_a_signal_does_not_interrupt_the_sync_of_several_ranks(monkeypatch):
 
 def test_a_single_process_command_on_two_ranks_reports_one_error(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
-    errors = run(config, command="eval", ranks=2, code=1)
+    errors = run_grpo(config, command="eval", ranks=2, code=1)
     assert errors.count("grpo eval runs in a single process") == 1

@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from whole_runs import rows, run
+from whole_runs import read_metrics, run_grpo
 
 EARLIER_RUNS = sorted((Path(__file__).parent / "earlier_runs").glob("*.tar.xz"))
 # Metrics that are compared, if the earlier version wrote them.
@@ -43,9 +43,9 @@ def test_a_resumed_run_of_an_earlier_version_has_the_metrics_of_its_uninterrupte
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
-    run("config.yaml", "--resume")
+    run_grpo("config.yaml", "--resume")
     expected = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    actual = rows(tmp_path / "run")
+    actual = read_metrics(tmp_path / "run")
     assert [row["rollout"] for row in actual] == [0, 1, 2, 3, 4]
     for row, expected_row in zip(actual, expected, strict=True):
         keys = COMPARED_METRICS & expected_row.keys()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from stage_configs import collect_config
-from whole_runs import run
+from whole_runs import run_grpo
 
 from data import traces
 from grpo.config import CollectSettings, EndpointSettings
@@ -192,7 +192,7 @@ def test_problems_of_an_evaluation_set_are_not_collected(tiny, tmp_path):
         "decontaminate": evaluation_set,
         "ngram": 5,
     }
-    run(collect_config(tmp_path, tiny(), data=data, collect=settings), command="collect")
+    run_grpo(collect_config(tmp_path, tiny(), data=data, collect=settings), command="collect")
     counts = json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]
     assert counts["contaminated problems"] == 1
     # The other counts add up to the two completions of the other problem.
@@ -218,7 +218,7 @@ def test_traces_are_collected_from_a_teacher_behind_an_endpoint(vllm_server, tin
         teacher={"url": vllm_server, "model": "teacher"},
         prompt={"template": "chat", "stop": list("etao")},
     )
-    run(config, command="collect")
+    run_grpo(config, command="collect")
     counts = json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]
     assert counts["kept"] > 0
 

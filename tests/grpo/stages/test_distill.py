@@ -11,7 +11,7 @@ import torch
 from random_loop import make_loop
 from stage_configs import distill_config
 from tiny_models import tiny_config
-from whole_runs import rows, run
+from whole_runs import read_metrics, run_grpo
 
 from grpo import config as configs
 from grpo.config import DistillConfig, SoftTargetSettings
@@ -332,8 +332,8 @@ def test_soft_targets_reduce_the_divergence_and_a_resumed_run_ends_with_equal_we
     run_dir = tmp_path / "run"
     soft = {"updates": 8, "batch_size": 8, "max_tokens": 96, "hard_weight": 0.1}
     config = distill_config(tmp_path, tiny, way="soft", soft=soft, checkpoint={"every": 4})
-    run(config, command="distill")
-    metrics = rows(run_dir)
+    run_grpo(config, command="distill")
+    metrics = read_metrics(run_dir)
     assert metrics[-1]["policy/divergence"] < 0.8 * metrics[0]["policy/divergence"]
 
     # Remove the results after update 4, so that the run resumes there.
@@ -343,15 +343,15 @@ def test_soft_targets_reduce_the_divergence_and_a_resumed_run_ends_with_equal_we
     final_weights_file.unlink()
     (last_checkpoint / "state.json").unlink()
     last_checkpoint.rename(tmp_path / "gone")
-    run(config, "--resume", command="distill")
+    run_grpo(config, "--resume", command="distill")
     assert final_weights_file.read_bytes() == final_weights
-    assert [row["update"] for row in rows(run_dir)] == list(range(1, 9))
+    assert [row["update"] for row in read_metrics(run_dir)] == list(range(1, 9))
 
 
 def test_too_long_text_raises_before_a_model_is_loaded(tiny, tmp_path):
     soft = {"updates": 3, "batch_size": 2, "max_tokens": 8}
     config = distill_config(tmp_path, tiny, way="soft", soft=soft)
-    assert "more than soft.max_tokens=8" in run(config, command="distill", code=2)
+    assert "more than soft.max_tokens=8" in run_grpo(config, command="distill", code=2)
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
@@ -378,7 +378,7 @@ def test_sequence_distillation_trains_the_student_on_texts_of_the_teacher(tiny, 
     }
     config = distill_config(tmp_path, tiny, way="sequence", **sections)
     # The texts of a teacher with random weights have no thoughts, so the first trace is invalid.
-    errors = run(config, command="distill", code=2)
+    errors = run_grpo(config, command="distill", code=2)
     assert "no thoughts" in errors
 
     # Replace the solutions of the traces. The resumed run reads them and does not collect again.
@@ -393,7 +393,7 @@ def test_sequence_distillation_trains_the_student_on_texts_of_the_teacher(tiny, 
         }
         lines.append(json.dumps(trace) + "\n")
     traces_file.write_text("".join(lines))
-    run(config, "--resume", command="distill")
+    run_grpo(config, "--resume", command="distill")
     assert (run_dir / "sft" / "final" / "model.safetensors").exists()
     assert json.loads((run_dir / "manifest.json").read_text())["final"] == "sft/final"
 
@@ -407,7 +407,7 @@ def test_on_policy_distillation_reduces_the_divergence_from_the_teacher(tiny, tm
         "rewards": {"finished": 1.0},
     }
     config = distill_config(tmp_path, tiny, way="on_policy", **sections)
-    run(config, command="distill")
-    divergences = [row["kl/ref"] for row in rows(tmp_path / "run") if "kl/ref" in row]
+    run_grpo(config, command="distill")
+    divergences = [row["kl/ref"] for row in read_metrics(tmp_path / "run") if "kl/ref" in row]
     assert len(divergences) == 6
     assert divergences[-1] < 0.9 * divergences[0]

@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from real_engines import PROMPTS, start_engine
 from tiny_models import tiny_config
-from training_samples import batches, samples
+from training_samples import padded_batches, random_samples
 from transformers import AutoModelForCausalLM
 
 from grpo import config as configs
@@ -157,9 +157,9 @@ def mean_loss(learner, batch):
 
 def test_final_training_with_rounding_reduces_the_loss_of_the_quantised_model(tiny, tmp_path):
     texts = []
-    for sample in samples(count=30):
+    for sample in random_samples(count=30):
         texts.append(replace(sample, advantages=(1.0,) * len(sample.advantages)))
-    (batch,) = batches(texts, 100_000)
+    (batch,) = padded_batches(texts, 100_000)
 
     def config_with(lr):
         return tiny_config(

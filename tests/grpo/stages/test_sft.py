@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stage_configs import final_weights, sft_config
-from whole_runs import rows, run, write_config
+from whole_runs import read_metrics, run_grpo, write_config
 
 from grpo import config as configs
 from grpo.config import SftConfig
@@ -90,8 +90,8 @@ def test_training_equals_plain_adamw_on_the_mean_loss_of_all_solution_tokens(
     """An update has two micro-batches. Its loss is one mean over all their solution tokens."""
     config = sft_config(tmp_path / "run", tiny(), model={"attention": attention})
     assert config.micro_batch_size == 2
-    run(write_config(tmp_path / "c.yaml", config), command="sft")
-    metrics = rows(tmp_path / "run")
+    run_grpo(write_config(tmp_path / "c.yaml", config), command="sft")
+    metrics = read_metrics(tmp_path / "run")
 
     model = models.load_model(tiny(), "eager")
     losses = train_with_plain_torch(model, config)
@@ -106,7 +106,7 @@ def test_training_equals_plain_adamw_on_the_mean_loss_of_all_solution_tokens(
 def test_extended_context_is_part_of_the_trained_model(tiny, tmp_path):
     rope = {"type": "yarn", "factor": 4.0, "original_tokens": 512}
     config = sft_config(tmp_path / "run", tiny(), model={"rope": rope})
-    run(write_config(tmp_path / "c.yaml", config), command="sft")
+    run_grpo(write_config(tmp_path / "c.yaml", config), command="sft")
     saved = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
     assert saved["max_position_embeddings"] == 2048
     assert saved["rope_parameters"]["rope_type"] == "yarn"
@@ -126,13 +126,13 @@ def test_extended_context_is_part_of_the_trained_model(tiny, tmp_path):
     final = tmp_path / "run" / "final"
     extended_twice = sft_config(tmp_path / "again", final, model={"rope": rope})
     config_file = write_config(tmp_path / "d.yaml", extended_twice)
-    assert "is extended already" in run(config_file, command="sft", code=2)
+    assert "is extended already" in run_grpo(config_file, command="sft", code=2)
 
 
 def test_training_stops_at_the_target_and_keeps_the_last_update(tiny, tmp_path):
     config = sft_config(tmp_path / "run", tiny(), sft={"updates": 60, "stop_at": 0.01})
-    run(write_config(tmp_path / "c.yaml", config), command="sft")
-    assert len(rows(tmp_path / "run")) == 10
+    run_grpo(write_config(tmp_path / "c.yaml", config), command="sft")
+    assert len(read_metrics(tmp_path / "run")) == 10
     assert (tmp_path / "run" / "final").is_dir()
 
 
@@ -181,10 +181,10 @@ def test_exploding_gradients_are_skipped_and_the_third_in_a_row_stops_the_run(
         tmp_path / "run", tiny(), learner=learner, model={"dtype": dtype}, checkpoint={"every": 1}
     )
     config_file = write_config(tmp_path / "config.yaml", config)
-    errors = run(config_file, command="sft", code=1)
+    errors = run_grpo(config_file, command="sft", code=1)
     assert "not finite or above learner.skip_grad_norm=1e-06, 3 times in a row" in errors
     assert "Traceback" not in errors
-    metrics = rows(tmp_path / "run")
+    metrics = read_metrics(tmp_path / "run")
     assert len(metrics) == 2
     for row in metrics:
         assert row["update/not_finite"] == 1
@@ -196,6 +196,6 @@ def test_exploding_gradients_are_skipped_and_the_third_in_a_row_stops_the_run(
     for name in first_weights:
         assert torch.equal(first_weights[name], second_weights[name]), name
 
-    run(config_file, "--resume", "learner.skip_grad_norm=1000", command="sft")
-    skipped = [row["update/not_finite"] for row in rows(tmp_path / "run")]
+    run_grpo(config_file, "--resume", "learner.skip_grad_norm=1000", command="sft")
+    skipped = [row["update/not_finite"] for row in read_metrics(tmp_path / "run")]
     assert skipped == [1, 1, 0, 0, 0, 0]

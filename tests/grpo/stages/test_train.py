@@ -8,7 +8,16 @@ import psutil
 import pytest
 import torch
 from tiny_models import tiny_config
-from whole_runs import again, outcome, rows, run, start, uninterrupted, wait_for, write_config
+from whole_runs import (
+    read_metrics,
+    read_reproducible_results,
+    run_grpo,
+    start_grpo,
+    train_uninterrupted,
+    wait_for,
+    write_config,
+    write_config_for_other_folder,
+)
 
 from grpo import config as configs
 from grpo.cli import main
@@ -24,20 +33,20 @@ def read_json_lines(path):
 
 
 @pytest.fixture(scope="module")
-def straight(tiny, tmp_path_factory):
+def uninterrupted_run(tiny, tmp_path_factory):
     """The folder and the config of an uninterrupted run, whose run directory is FOLDER/run."""
-    return uninterrupted(tmp_path_factory.mktemp("straight"), tiny())
+    return train_uninterrupted(tmp_path_factory.mktemp("uninterrupted"), tiny())
 
 
-def test_run_directory_has_the_documented_contents(straight):
-    folder, config_file = straight
+def test_run_directory_has_the_documented_contents(uninterrupted_run):
+    folder, config_file = uninterrupted_run
     run_dir = folder / "run"
     manifest = json.loads((run_dir / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["seed"] == 0
     assert "torch" in manifest["versions"]
 
-    metrics = rows(run_dir)
+    metrics = read_metrics(run_dir)
     assert [row["rollout"] for row in metrics] == [0, 1, 2, 3, 4]
     assert all(row["group/no_signal"] < 1 for row in metrics[1:])
     last_row = metrics[4]
@@ -58,30 +67,32 @@ def mean_share_of_digits(samples):
     return sum(sample["parts"]["digits:share"] for sample in samples) / len(samples)
 
 
-def test_eval_scores_the_final_model_with_sampling_and_with_greedy_decoding(straight, tmp_path):
-    folder, config_file = straight
+def test_eval_scores_the_final_model_with_sampling_and_with_greedy_decoding(
+    uninterrupted_run, tmp_path
+):
+    folder, config_file = uninterrupted_run
     run_dir = tmp_path / "eval"
     overrides = [
         f"run_dir={run_dir}",
         f"model.path={folder / 'run' / 'final'}",
         "eval={every: 1, problems: 3, samples: 2, temperature: 1.0}",
     ]
-    run(config_file, *overrides, command="eval")
+    run_grpo(config_file, *overrides, command="eval")
     samples = read_json_lines(run_dir / "samples" / "eval-000000.jsonl")
     # 3 problems x 2 sampled completions, then one greedy completion per problem.
     assert len(samples) == 3 * 2 + 3
-    (row,) = rows(run_dir)
+    (row,) = read_metrics(run_dir)
     assert row["eval/digits:share"] == pytest.approx(mean_share_of_digits(samples[:6]))
     assert row["eval/greedy/digits:share"] == pytest.approx(mean_share_of_digits(samples[6:]))
     assert json.loads((run_dir / "manifest.json").read_text())["status"] == "finished"
 
 
-def test_transformers_and_vllm_load_the_final_model(straight, tmp_path):
+def test_transformers_and_vllm_load_the_final_model(uninterrupted_run, tmp_path):
     from grpo.engines import Request, SamplingOptions
     from grpo.engines.local.engine import VllmEngine
     from grpo.engines.vllm_options import ServedModel
 
-    folder, _ = straight
+    folder, _ = uninterrupted_run
     final = folder / "run" / "final"
     model = models.load_model(final, "eager")
     tokenizer = models.load_tokenizer(final)
@@ -102,10 +113,10 @@ def test_transformers_and_vllm_load_the_final_model(straight, tmp_path):
     assert completion.token_ids[0] == expected_token
 
 
-def test_killed_and_resumed_run_equals_the_uninterrupted_run(straight, tmp_path):
+def test_killed_and_resumed_run_equals_the_uninterrupted_run(uninterrupted_run, tmp_path):
     """After two of four rollouts the run is killed with SIGKILL. All results are bit-identical."""
-    config = again(straight, tmp_path)
-    process = start(config)
+    config = write_config_for_other_folder(uninterrupted_run, tmp_path)
+    process = start_grpo(config)
     wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000002").exists(), process)
     engine_process = psutil.Process(process.pid).children()[0]
     process.kill()
@@ -113,9 +124,11 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_run(straight, tmp_path)
     engine_process.wait(timeout=5)
     assert not (tmp_path / "run" / "final").exists()
 
-    run(config, "--auto-resume")
-    metrics, samples, weights = outcome(tmp_path / "run")
-    expected_metrics, expected_samples, expected_weights = outcome(straight[0] / "run")
+    run_grpo(config, "--auto-resume")
+    metrics, samples, weights = read_reproducible_results(tmp_path / "run")
+    expected_metrics, expected_samples, expected_weights = read_reproducible_results(
+        uninterrupted_run[0] / "run"
+    )
     assert metrics == expected_metrics
     assert samples == expected_samples
     assert weights == expected_weights
@@ -123,7 +136,7 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_run(straight, tmp_path)
 
 def test_benchmark_prints_every_phase_and_removes_its_run_directory(tiny, tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "run", tiny()))
-    process = start(config, "train.rollouts=1", command="bench", stdout=subprocess.PIPE)
+    process = start_grpo(config, "train.rollouts=1", command="bench", stdout=subprocess.PIPE)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     for phase in ("rollout", "update", "sync", "probe"):
@@ -140,8 +153,8 @@ def test_training_increases_a_custom_reward(tiny, tmp_path):
         "checkpoint": {"every": 0},
     }
     config = tiny_config(tmp_path / "run", tiny(), **sections)
-    run(write_config(tmp_path / "config.yaml", config))
-    rewards = [row["reward/mean"] for row in rows(tmp_path / "run") if "reward/mean" in row]
+    run_grpo(write_config(tmp_path / "config.yaml", config))
+    rewards = [row["reward/mean"] for row in read_metrics(tmp_path / "run") if "reward/mean" in row]
     assert rewards[-1] > 3 * rewards[0] + 0.1, rewards
 
 
@@ -219,8 +232,8 @@ def test_rollouts_of_a_server_stay_within_max_staleness_and_pass_the_weight_prob
         "checkpoint": {"every": 0},
     }
     config = tiny_config(tmp_path / "run", tiny(), **sections)
-    run(write_config(tmp_path / "config.yaml", config))
-    metrics = rows(tmp_path / "run")
+    run_grpo(write_config(tmp_path / "config.yaml", config))
+    metrics = read_metrics(tmp_path / "run")
     assert all(row["probe/gap"] < 1e-4 for row in metrics)
     rollouts = metrics[1:]  # the first row is the state before training
     assert len(rollouts) == 3

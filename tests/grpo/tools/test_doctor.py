@@ -6,7 +6,7 @@ import types
 
 import pytest
 from tiny_models import tiny_config
-from whole_runs import write_config, write_tree
+from whole_runs import write_config, write_yaml
 
 from grpo import cli
 from grpo.config import TrainConfig
@@ -216,7 +216,7 @@ def doctor(tmp_path, capsys):
     def run_doctor(sections, *options, code=0):
         run_dir = tmp_path / "run"
         tree = {"run_dir": str(run_dir), "logging": {"progress": "off"}, **sections}
-        config = write_tree(tmp_path / "c.yaml", tree)
+        config = write_yaml(tmp_path / "c.yaml", tree)
         assert cli.main(["doctor", config, *options]) == code
         assert not run_dir.exists()
         return capsys.readouterr().out

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from real_engines import PROMPTS, SETTINGS, put_together, start_engine
+from real_engines import ENGINE_SETTINGS, PROMPTS, make_learner_and_weight_check, start_engine
 from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
@@ -196,7 +196,7 @@ def test_every_weight_reaches_the_engine(tiny, tmp_path, kind, tied):
     model_dir = tiny(kind, tie_word_embeddings=tied)
     engine = start_engine(model_dir, tmp_path)
     try:
-        learner, weight_check = put_together(engine, model_dir, tmp_path)
+        learner, weight_check = make_learner_and_weight_check(engine, model_dir, tmp_path)
         assert weight_check.canary(version=0) < 1e-4
         report = sync_weights(engine, learner, version=1)
         assert report.version == 1
@@ -264,7 +264,7 @@ def faulty_engine(tiny, tmp_path_factory):
 def test_faulty_sync_is_detected_before_the_first_rollout(
     tiny, tmp_path, faulty_engine, fault, message
 ):
-    learner, weight_check = put_together(faulty_engine, tiny(), tmp_path)
+    learner, weight_check = make_learner_and_weight_check(faulty_engine, tiny(), tmp_path)
     # A sync without a fault removes the effects of the previous test.
     faulty_engine.set_fault("none")
     sync_weights(faulty_engine, learner, version=0)
@@ -279,7 +279,9 @@ def test_faulty_sync_is_detected_before_the_first_rollout(
 def test_stale_head_is_detected_in_bfloat16(tiny, tmp_path):
     engine = start_faulty_engine(tiny(), tmp_path, "stale head", dtype="bfloat16")
     try:
-        _, weight_check = put_together(engine, tiny(), tmp_path, rounds=True)
+        _, weight_check = make_learner_and_weight_check(
+            engine, tiny(), tmp_path, engine_rounds=True
+        )
         with pytest.raises(
             RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.2"
         ):
@@ -294,7 +296,7 @@ def test_calls_to_a_frozen_engine_and_to_a_killed_engine_are_errors(tiny, tmp_pa
     requests = [Request(prompt_ids=PROMPTS[0], seed=1)]
     try:
         engine.wait_ready()
-        engine._settings = SETTINGS.model_copy(update={"timeout_s": 1.0})
+        engine._settings = ENGINE_SETTINGS.model_copy(update={"timeout_s": 1.0})
         os.kill(engine._child.pid, signal.SIGSTOP)
         with pytest.raises(EngineError, match="did not answer `generate` within 1 s"):
             engine.generate(requests, SamplingOptions(max_tokens=4))

@@ -8,7 +8,7 @@ import pytest
 from limits import run_within
 
 from grpo import config as configs
-from grpo.engines import EngineDiedError, EngineTimeoutError, Request, SamplingOptions
+from grpo.engines import EngineProcessDiedError, EngineTimeoutError, Request, SamplingOptions
 from grpo.engines.local import engine as engine_module
 from grpo.engines.local.engine import VllmEngine
 from grpo.engines.vllm_options import ServedModel
@@ -64,7 +64,7 @@ def test_message_to_a_frozen_child_times_out(start_stuck_engine):
         run_within(15, lambda: engine.generate([large_request], OPTIONS))
     # `on_wait` is called during the wait, so that Ctrl-C is handled.
     assert len(wait_times) >= num_waits_at_start + 3
-    with pytest.raises(EngineDiedError, match="killed by SIGKILL"):
+    with pytest.raises(EngineProcessDiedError, match="killed by SIGKILL"):
         run_within(15, lambda: engine.generate([large_request], OPTIONS))
     run_within(15, engine.close)
 

@@ -22,7 +22,7 @@ from grpo.engines import (
     ServerError,
     UnknownWeightVersionError,
 )
-from grpo.engines.servers.availability import WatchedServers
+from grpo.engines.servers.availability import SupervisedAvailability
 from grpo.engines.servers.client import ServerClient
 from grpo.engines.servers.scheduler import Scheduler
 from grpo.engines.servers.server import Server
@@ -240,8 +240,8 @@ def make_scheduler(servers, client):
     settings = configs.EngineSettings(servers=configs.ServerSettings(count=len(servers)))
     updates = WeightUpdates(client, sync_timeout_s=10.0)
     supervisor = Supervisor(state, updates, settings, keeps_weights=True, say=lambda _: None)
-    watched = WatchedServers(state, supervisor)
-    return Scheduler(state, client, watched, max_sequences=8, retries=2), state
+    availability = SupervisedAvailability(state, supervisor)
+    return Scheduler(state, client, availability, max_sequences=8, retries=2), state
 
 
 def test_request_is_retried_with_the_same_seed_after_a_malformed_response(scripted_server):

@@ -7,7 +7,7 @@ import sys
 import httpx
 import psutil
 import pytest
-from server_pools import OPTIONS, REQUESTS, pool_of, settings, weights
+from server_pools import OPTIONS, REQUESTS, engine_settings, model_weights, start_pool
 from tiny_models import tiny_config
 from whole_runs import wait_for
 
@@ -26,7 +26,7 @@ def test_two_servers_sample_the_completions_of_one_child_process(pool, tiny, tmp
     model = ServedModel(
         model_dir=str(tiny()), dtype="float32", max_model_len=160, load_weights=True
     )
-    engine = VllmEngine(model=model, settings=settings(), log_file=tmp_path / "log")
+    engine = VllmEngine(model=model, settings=engine_settings(), log_file=tmp_path / "log")
     engine_groups = engine.generate(REQUESTS, OPTIONS)
     engine.close()
 
@@ -72,12 +72,12 @@ def test_every_route_requires_the_token_and_collective_rpc_is_forbidden(pool):
 
 def test_new_weights_reach_every_server_and_old_prefixes_are_not_reused(pool, tiny):
     before = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
-    pool.load_weights(weights(tiny(), 0.7), 2)
+    pool.load_weights(model_weights(tiny(), 0.7), 2)
     after = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     assert len(after) == 2
     assert mean_logprob_gap(after[0], after[1]) < 1e-4
     assert mean_logprob_gap(before[0], after[0]) > 1e-4
-    pool.load_weights(weights(tiny()), 3)
+    pool.load_weights(model_weights(tiny()), 3)
     restored = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     assert mean_logprob_gap(before[0], restored[1]) < 1e-4
 
@@ -119,7 +119,7 @@ def test_server_ends_if_its_trainer_was_killed_while_the_server_started():
 
 def test_unusable_server_settings_are_user_errors(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs GPUs on both sides"):
-        pool_of(tiny(), tmp_path, transfer="nccl")
+        start_pool(tiny(), tmp_path, transfer="nccl")
     with monkeypatch.context() as patch:
         patch.setattr(ranks, "world_size", lambda: 4)
         patch.setattr(ranks, "local_world_size", lambda: 2)
@@ -128,12 +128,12 @@ def test_unusable_server_settings_are_user_errors(tiny, tmp_path, monkeypatch):
             match=r"engine\.servers\.count: ranks on other machines cannot connect to the local "
             r"servers of rank 0: use engine\.servers\.urls",
         ):
-            pool_of(tiny(), tmp_path)
+            start_pool(tiny(), tmp_path)
     with pytest.raises(UserError, match="tensor_parallel=3 does not divide the model's 2 "):
-        pool_of(tiny(), tmp_path, tensor_parallel=3)
+        start_pool(tiny(), tmp_path, tensor_parallel=3)
     monkeypatch.delenv("GRPO_ENGINE_TOKEN", raising=False)
     with pytest.raises(UserError, match="GRPO_ENGINE_TOKEN is not set"):
-        pool_of(tiny(), tmp_path, count=0, urls=["http://127.0.0.1:9"])
+        start_pool(tiny(), tmp_path, count=0, urls=["http://127.0.0.1:9"])
     tree = tiny_config(tmp_path, tiny()).model_dump(mode="json", exclude={"engine"})
     for servers, message in (
         ({}, "set count"),

@@ -8,7 +8,7 @@ import pytest
 from grpo import config as configs
 from grpo.engines import EngineError, RejectedRequestError, Request, SamplingOptions
 from grpo.engines.servers import availability
-from grpo.engines.servers.availability import UnwatchedServers, WatchedServers
+from grpo.engines.servers.availability import InferredAvailability, SupervisedAvailability
 from grpo.engines.servers.scheduler import Scheduler
 from grpo.engines.servers.server import Server
 from grpo.engines.servers.state import PoolState
@@ -47,8 +47,8 @@ def make_rank0(*loads, generate=None, keeps_weights=True):
     supervisor = Supervisor(
         state, updates, SETTINGS, keeps_weights=keeps_weights, say=lambda _: None
     )
-    watched = WatchedServers(state, supervisor)
-    scheduler = Scheduler(state, client, watched, max_sequences=8, retries=2)
+    availability = SupervisedAvailability(state, supervisor)
+    scheduler = Scheduler(state, client, availability, max_sequences=8, retries=2)
     return Rank0(scheduler, state, supervisor)
 
 
@@ -137,8 +137,8 @@ def test_rank_that_does_not_supervise_the_servers_avoids_a_server_that_failed(mo
     async def sample_three_times():
         state = PoolState([Server(url=f"s{i}") for i in range(3)])
         client = FakeClient(fail_on_s0)
-        unwatched = UnwatchedServers(state, client, start_timeout_s=1.0)
-        scheduler = Scheduler(state, client, unwatched, max_sequences=8, retries=2)
+        availability = InferredAvailability(state, client, start_timeout_s=1.0)
+        scheduler = Scheduler(state, client, availability, max_sequences=8, retries=2)
         for _ in range(3):
             assert await asyncio.wait_for(scheduler.sample(REQUEST, OPTIONS), 10) == "s1"
 
