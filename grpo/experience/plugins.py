@@ -7,7 +7,6 @@ one interface, `RewardFunction`.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import RewardSettings
+from grpo.config.reading import did_you_mean
 from grpo.learning.advantages import unflatten
 from grpo.types import Completion, Group, Score, UserError, Verdict
 from rewards.workers.pool import Failure, WorkerPool
@@ -53,14 +53,10 @@ def find_function(package: str, name: str, function: str, key: str) -> Callable[
         return _import_function(name, key)
     available = plugin_names(package)
     if name not in available:
-        message = (
-            f"{key}.{name}: unknown {_KINDS[function]}. Available: {', '.join(available)}. "
-            "Or name your own function as module:function."
+        raise UserError(
+            f"{key}.{name}: unknown {_KINDS[function]}{did_you_mean(name, available)}. Available: "
+            f"{', '.join(available)}. Or name your own function as module:function."
         )
-        close_matches = difflib.get_close_matches(name, available, n=1)
-        if close_matches:
-            message += f" Did you mean {close_matches[0]}?"
-        raise UserError(message)
     module = importlib.import_module(f"{package}.{name}")
     plugin: Callable[..., Any] = getattr(module, function)
     return plugin

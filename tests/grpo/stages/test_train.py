@@ -191,7 +191,7 @@ def data_files(tmp_path, monkeypatch):
             "but the model's context is 2048",
         ),
         (["engine.kv_cache_gb=100000"], "the engine needs about"),
-        (["algorithm.loss=gpro"], "algorithm.loss.gpro: unknown loss. Available: cispo"),
+        (["algorithm.loss=grp"], "algorithm.loss.grp: unknown loss (did you mean grpo?)"),
     ],
 )
 def test_user_error_is_one_line_with_exit_code_2_before_an_engine_starts(
