@@ -56,8 +56,8 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
     with open_stage(config, "collect", total=total, unit="chunk", resume=resume) as context:
         context.stack.callback(workers.close)
         sampler = Sampler(config, context, config.teacher)
-        stream = make_mixture(config.data, problems, sampler.prompts, config.seed)
-        candidates = _first_problems(stream, settings.problems)
+        mixture = make_mixture(config.data, problems, sampler.prompts, config.seed)
+        candidates = _first_problems(mixture, settings.problems)
         uncontaminated = [
             problem
             for problem in candidates
@@ -122,15 +122,15 @@ def _show_progress(context: RunContext, chunk_index: int, num_finished: int, tot
     context.display.phase(chunk_index, "sampling", f"{num_finished}/{total}")
 
 
-def _first_problems(stream: Mixture, count: int) -> list[Problem]:
-    """Returns the first `count` different problems of a stream, or all if it has fewer.
+def _first_problems(mixture: Mixture, count: int) -> list[Problem]:
+    """Returns the first `count` different problems of a mixture, or all if it has fewer.
 
-    The stream is endless and repeats its problems, so the search ends after
+    A mixture is endless and repeats its problems, so the search ends after
     `MAX_DRAWS_PER_PROBLEM` positions per problem.
     """
     problems: dict[str, Problem] = {}
     for position in range(MAX_DRAWS_PER_PROBLEM * count):
-        problem = stream[position]
+        problem = mixture[position]
         problems.setdefault(problem.id, problem)
         if len(problems) == count:
             break
@@ -220,7 +220,7 @@ def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + n]) for start in range(num_starts)}
 
 
-def _excluded(config: CollectConfig) -> DataSettings | None:
+def _evaluation_sets(config: CollectConfig) -> DataSettings | None:
     """Returns the evaluation sets that the traces must not overlap, None if there are none."""
     if not config.collect.decontaminate:
         return None
@@ -229,11 +229,11 @@ def _excluded(config: CollectConfig) -> DataSettings | None:
 
 def _excluded_ngrams(config: CollectConfig) -> set[tuple[str, ...]]:
     """Returns the n-grams of all questions in the evaluation sets that traces must not overlap."""
-    excluded = _excluded(config)
-    if excluded is None:
+    evaluation_sets = _evaluation_sets(config)
+    if evaluation_sets is None:
         return set()
     excluded_ngrams: set[tuple[str, ...]] = set()
-    for problems in load_problems(excluded, "test", config.seed).values():
+    for problems in load_problems(evaluation_sets, "test", config.seed).values():
         for problem in problems:
             excluded_ngrams |= ngrams(problem.question, config.collect.ngram)
     return excluded_ngrams
@@ -308,7 +308,7 @@ class _CollectStage:
             problems=ProblemNeeds(
                 training=config.data,
                 num_training=settings.problems,
-                excluded=_excluded(config),
+                excluded=_evaluation_sets(config),
                 overlap_words=settings.ngram,
                 overlap_remedy="none needed: grpo collect skips these problems",
             ),

@@ -55,7 +55,7 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
 
     With several runs, the color shows the run and the line style the metric.
 
-    It selects the backend and the style of matplotlib for the process.
+    Changes matplotlib's backend and style for the whole process.
 
     Args:
         runs: The metrics of each run, by name.
@@ -141,10 +141,12 @@ def _line_chart(runs: Mapping[str, Rows], metrics: Sequence[str]) -> Any:
                 labels.append(name)
             if len(metrics) > 1:
                 labels.append(key.partition("/")[2])
-            color_number, line_style = metric_number, "-"
             if several_runs:
                 color_number = run_number
                 line_style = LINE_STYLES[metric_number % len(LINE_STYLES)]
+            else:
+                color_number = metric_number
+                line_style = "-"
             axes.plot(
                 [step for step, _ in points],
                 [value for _, value in points],

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# A value and its unit, such as `5 cm`, `5\text{ cm}`, `25\%` and `3 m/s`. A lower-case word after a
-# number and a space is a unit, unless it begins a formula (FUNCTION_NAMES).
+# The beginning of a unit: `\text{...}`, a percent sign, a symbol, or two letters of a word. A word
+# is a unit if it is lower-case, follows a number and a space, and does not begin a formula.
+TEXT = r"\\text\{[^{}]*\}"
+PERCENT = r"\\?%"
+SYMBOL = r"(?<=[\d}]) ?(?:cm|mm|km|kg|ft|in|mph|m|g|s|h|L)(?![A-Za-z(])"
 FUNCTION_NAMES = "pi|sqrt|sin|cos|tan|cot|sec|log|ln|exp|mod"
-UNIT_SYMBOL = r"(?<=[\d}]) ?(?:cm|mm|km|kg|ft|in|mph|m|g|s|h|L)(?![A-Za-z(])"
-VALUE_WITH_UNIT = re.compile(
-    rf"(.+?) ?(\\text\{{[^{{}}]*\}}|\\?%|(?<=[\d}})!]) (?!(?:{FUNCTION_NAMES})\b)[a-z]{{2}}"
-    rf"|{UNIT_SYMBOL})([ .^/{{}}23a-z]|\\text\{{[^{{}}]*\}})*"
-)
+WORD_START = rf"(?<=[\d}})!]) (?!(?:{FUNCTION_NAMES})\b)[a-z]{{2}}"
+REST_OF_UNIT = rf"(?:[ .^/{{}}23a-z]|{TEXT})*"
+# A value and its unit, such as `5 cm`, `5\text{ cm}`, `25\%` and `3 m/s`. Group 1 is the value.
+VALUE_WITH_UNIT = re.compile(rf"(.+?) ?(?:{TEXT}|{PERCENT}|{WORD_START}|{SYMBOL}){REST_OF_UNIT}")
 # Canonical names of units, after the plural "s" has been removed (so "inches" is "inche").
 UNIT_NAMES = {
     "$": "dollar",
@@ -73,10 +75,8 @@ def split_unit(text: str) -> Quantity:
 
 def _unit_name(unit: str) -> str:
     """Returns the canonical name of a unit, such as `foot^2` for `squarefeet`."""
-    plural_ending = r"s(?=\^|$)"
-    unit = re.sub(plural_ending, "", unit)
+    unit = re.sub(r"s(?=\^|$)", "", unit)  # the plural ending
     unit = re.sub(r"^(?:square|sq)(\w+)$", r"\1^2", unit)
     unit = re.sub(r"^cubic(\w+)$", r"\1^3", unit)
-    unit = re.sub(plural_ending, "", unit)
     name, caret, power = unit.partition("^")
     return UNIT_NAMES.get(name, name) + caret + power

@@ -45,7 +45,7 @@ def test_the_score_of_a_reward_model_is_the_reward(judge_server, kind, expected)
 
 def test_a_failed_request_raises_a_run_error_with_the_url(judge_server):
     url, _, handler = judge_server
-    handler.fail = True
+    handler.rejects_requests = True
     with pytest.raises(RunError, match=rf"rewards.preference: {url}: BadRequestError"):
         reward([group("good", "good")], [None], url=url, model="rm", retries=0)
 

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def uninterrupted_run(tiny, tmp_path_factory):
     """The folder and the config of an uninterrupted run of 24 rollouts, in FOLDER/run."""
-    # 1M weights. The optimizer state in a checkpoint has 11 MB.
+    # 1M weights. The optimizer state in a checkpoint takes 11 MB.
     model = tiny(
         hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4
     )

@@ -85,7 +85,7 @@ class JudgeServer(NamedTuple):
     Attributes:
         url: Base URL with `/v1`.
         requests: `(path, body)` of every POST request, in order.
-        handler: Set `handler.fail = True` to answer every POST request with status 400.
+        handler: Set `handler.rejects_requests = True` to answer every POST request with status 400.
     """
 
     url: str
@@ -103,7 +103,7 @@ def serve_judge():
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
-        fail = False
+        rejects_requests = False
 
         def do_GET(self):
             model = {"id": "rm", "object": "model", "created": 0, "owned_by": "us"}
@@ -112,7 +112,7 @@ def serve_judge():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append((self.path, body))
-            if Handler.fail:
+            if Handler.rejects_requests:
                 self.send_error(400, "no")
                 return
             self.send_json(_reward_response(self.path, body["messages"][-1]["content"]))

@@ -55,7 +55,7 @@ class Supervisor:
         keeps_weights: bool,
         say: Callable[[str], None],
     ) -> None:
-        """Starts nothing yet.
+        """Stores the options. `start` starts the supervision.
 
         Args:
             state: the pool's servers.

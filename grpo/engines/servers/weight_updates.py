@@ -23,7 +23,7 @@ class WeightUpdates:
     """The steps of a weight update of one server."""
 
     def __init__(self, client: ServerClient, sync_timeout_s: float) -> None:
-        """Sends no request yet.
+        """Stores the client and the time limit.
 
         Args:
             client: sends requests to a server.
@@ -131,7 +131,7 @@ class ServersReceiver:
         version: int,
         num_workers: int,
     ) -> None:
-        """Selects no servers yet; see `members`.
+        """Stores the options. `members` selects the servers.
 
         Args:
             supervisor: has the state of the servers and loads stored weights on them.
