@@ -86,6 +86,7 @@ def test_an_argument_that_is_not_an_override_is_an_error_that_names_it(tiny, tmp
 
 
 def start_grpo(*arguments: str, stdout: int, unbuffered: str = "") -> subprocess.Popen:
+    """Starts `grpo` with `unbuffered` as the value of PYTHONUNBUFFERED."""
     return subprocess.Popen(
         [sys.executable, "-m", "grpo", *arguments],
         stdout=stdout,

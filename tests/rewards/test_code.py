@@ -51,8 +51,8 @@ else:
     ISOLATION = "namespaces"
 requires_sandbox = pytest.mark.skipif(bool(SANDBOX_ERROR), reason=SANDBOX_ERROR)
 
-# Fails because the sandbox drops the privileges of root. If the tests do not run as root, there are
-# none to drop. The program then fails for another reason, so that the number of tests is the same.
+# A program that fails because the sandbox drops the privileges of root. Without root there are none
+# to drop: a program that fails for another reason keeps the number of tests the same.
 BECOME_ROOT = "import os; os.setuid(0)" if os.geteuid() == 0 else "open('/x')"
 
 PR_SET_PDEATHSIG = 1
@@ -172,7 +172,7 @@ def test_the_program_is_the_last_block_of_the_visible_answer():
     ],
 )
 def test_the_sandbox_has_no_network_no_files_and_no_other_processes(program, output):
-    """A program without expected output must fail, all others must succeed."""
+    """A program whose expected output is empty must fail. All others must succeed."""
     outcome = run(program, timeout_s=5)
     assert outcome.output == output, outcome
     assert not outcome.timed_out

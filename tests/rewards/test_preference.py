@@ -18,7 +18,7 @@ def group(*texts, answer=""):
 
 
 def test_a_judge_grades_only_the_visible_answers_to_problems_without_a_gold_answer(judge_server):
-    """The server grades texts with "good" 8 of 10. Its reply to other texts has no grade."""
+    """The server gives the grade 8 of 10 to texts that contain "good", and no grade to others."""
     url, requests, _ = judge_server
     without_gold_answer = group("<think>bad</think>good", "dull")
     with_gold_answer = group("good", answer="4")

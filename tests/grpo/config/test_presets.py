@@ -31,13 +31,14 @@ def config_tree(preset, **algorithm):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_fills_in_its_settings_and_keys_of_the_config_override_it(preset):
     config = configs.parse(config_tree(preset))
+    # Raises UserError if the loss does not exist.
     plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     for path, expected in PRESETS[preset].settings.items():
         section_name, _, key = path.partition(".")
         section = getattr(config, section_name)
         if key:
             assert getattr(section, key) == expected
-        else:
+        else:  # `rewards`, the only complete section
             assert {name: reward.weight for name, reward in section.items()} == expected
     changed = configs.parse(
         config_tree(preset, advantage="none", kl_coef=0.5, kl_estimator="k2")
@@ -100,8 +101,8 @@ def test_an_invalid_recipe_is_an_error(algorithm, message):
         configs.parse(TREE | {"algorithm": algorithm})
 
 
-# Keys whose values are in the columns "equation" to "KL" of the table. The others have a column of
-# their own.
+# Keys whose values are in the columns "equation" to "KL" of the table. The column "also sets" lists
+# all others.
 SHOWN_IN_FORMULAS = {
     "loss",
     "advantage",

@@ -37,6 +37,7 @@ def write_module(tmp_path, monkeypatch):
 
     def write(name, text):
         monkeypatch.chdir(tmp_path)
+        # The import of the module appends the working directory to this copy of sys.path.
         monkeypatch.setattr(sys, "path", [*sys.path])
         (tmp_path / f"{name}.py").write_text(text)
         return name

@@ -8,8 +8,6 @@ from grpo.run.directory import RunDirectory
 from grpo.types import Completion, Group, Problem, ScoredGroup, TrainingStoppedError, Verdict
 
 PROBLEMS = [Problem(id=str(i), question=f"{i}+1", answer=str(i + 1), source="s") for i in range(8)]
-
-
 REWARDS = {"correct": 1.0, "wrong": 0.0, "undecided": None}
 
 
@@ -45,11 +43,13 @@ def scored_group(problem: Problem, *values: str | float | None) -> ScoredGroup:
     )
 
 
-def make_selection(size: int = 2, **algorithm) -> Selection:
+def make_selection(**algorithm) -> Selection:
+    """Returns a selection of two groups per rollout."""
+
     def take(position: int, count: int) -> list[Problem]:
         return [PROBLEMS[(position + i) % len(PROBLEMS)] for i in range(count)]
 
-    return Selection(algorithm=AlgorithmSettings(**algorithm), num_groups=size, take_problems=take)
+    return Selection(algorithm=AlgorithmSettings(**algorithm), num_groups=2, take_problems=take)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class SilentEngine(ShuffledEngine):
 
 
 def scored_with_one(problem, completions):
+    """Returns a group of a single completion, which has the reward 1."""
     group = Group(problem=problem, prompt_ids=(7,), completions=completions)
     return ScoredGroup(group=group, rewards=(1.0,), parts=({},), verdicts=(None,), faults=({},))
 

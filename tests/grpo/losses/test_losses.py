@@ -261,8 +261,8 @@ def test_kl_in_the_loss_with_the_ratio_has_the_gradient_of_the_exact_kl():
     for estimator in ("k1", "k3"):
         logprobs = torch.log_softmax(logits, 0)
         estimates = ratio(logprobs, None) * kl_estimate(logprobs, ref_logprobs, estimator)
-        expected_estimate = (logprobs.exp().detach() * estimates).sum()
-        [actual] = torch.autograd.grad(expected_estimate, logits)
+        mean_estimate = (logprobs.exp().detach() * estimates).sum()
+        [actual] = torch.autograd.grad(mean_estimate, logits)
         assert torch.allclose(actual, expected, atol=1e-6)
 
 

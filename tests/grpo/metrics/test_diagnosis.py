@@ -56,7 +56,7 @@ def metrics_rows(num_rollouts=12, **changes):
     return rows
 
 
-# By rule: the rows of a run with its fault, and a part of the reported text.
+# For each rule: the rows of a run with one fault, and a part of the reported text.
 FAULTY_RUNS = {
     "too_hard": (
         metrics_rows(group__all_wrong=0.82, reward__undecided=0.08),
@@ -126,7 +126,7 @@ def set_rewards(loop, **score_functions):
 
 
 def reward_function(score):
-    """Returns the reward function of groups that applies `score` to each completion."""
+    """Returns a reward function of groups that applies `score` to each completion."""
 
     def reward(groups, _):
         return [
@@ -311,9 +311,9 @@ def test_metrics_that_are_missing_or_not_finite_have_no_findings():
 
 def test_a_resumed_run_does_not_repeat_earlier_findings():
     rows, _ = FAULTY_RUNS["undecided"]
-    watch = Diagnosis(rows[:8])
+    diagnosis = Diagnosis(rows[:8])
     for row in rows[8:]:
-        assert watch.add_row(row) == []
+        assert diagnosis.add_row(row) == []
 
 
 @pytest.mark.parametrize("action", ["snapshot", "stop"])

@@ -116,7 +116,7 @@ def test_the_partial_directory_of_a_killed_save_is_no_checkpoint_and_is_replaced
     assert save_checkpoint(run, 2).name == "step-000002"
 
 
-def test_cut_removes_the_metrics_and_samples_after_a_step(tmp_path):
+def test_remove_after_removes_the_metrics_and_samples_after_a_step(tmp_path):
     run = make_run_directory(tmp_path)
     for step in range(5):
         run.append_metrics({"step": step})

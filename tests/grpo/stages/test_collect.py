@@ -16,7 +16,7 @@ from grpo.types import Completion, Group, Problem, ScoredGroup, UserError, Verdi
 GOOD = "<think>We add two and three, and that is five.</think><answer>5</answer>"
 
 
-def scored(*texts, verdicts=None, finish_reasons=None):
+def scored_group(*texts, verdicts=None, finish_reasons=None):
     """Returns a scored group whose completions have as many tokens as words.
 
     By default all completions are correct and finished. A correct completion has the reward 1.
@@ -83,7 +83,7 @@ def test_every_drop_reason(check_verdicts):
         expected = reason
         if not check_verdicts and verdict != "correct":
             expected = ""
-        group = scored(text, verdicts=[verdict], finish_reasons=[finish_reason])
+        group = scored_group(text, verdicts=[verdict], finish_reasons=[finish_reason])
         assert drop_reasons([group], settings) == [expected]
 
 
@@ -91,7 +91,7 @@ def test_only_the_shortest_completions_without_duplicates_are_kept():
     longest = GOOD.replace("We add", "So now then we add")
     longer = GOOD.replace("We add", "Now we add")
     duplicate = GOOD.replace("We add", "We  add")
-    group = scored(longest, longer, GOOD, duplicate)
+    group = scored_group(longest, longer, GOOD, duplicate)
     reasons = drop_reasons([group], CollectSettings(problems=1, keep=2))
     assert reasons == ["over keep", "", "", "duplicate"]
 
@@ -209,7 +209,7 @@ def test_traces_are_collected_from_a_teacher_behind_an_endpoint(vllm_server, tin
     assert len(two_completions) == 2
     assert len(one_completion) == 1
     assert len(two_completions[0].token_ids) <= 5
-    # The second completion of a request has its seed + 1: 7 + 1 = 8.
+    # The seed of a request's second completion is the request's seed + 1: 7 + 1 = 8.
     assert two_completions[1].text == one_completion[0].text
 
     config = collect_config(

@@ -67,7 +67,8 @@ def test_divergences_equal_numpy(kind, beta, temperature):
 def test_top_divergence_is_a_close_lower_bound_of_the_full_divergence(kind):
     """The distributions resemble those of language models.
 
-    Few tokens have nearly all of the probability. Student and teacher also differ in the long tail.
+    A few tokens have nearly all of the probability. Student and teacher also differ in the long
+    tail.
     """
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(200, 5000, generator=generator) * 4
@@ -89,8 +90,8 @@ def test_top_divergence_is_a_close_lower_bound_of_the_full_divergence(kind):
 HARD_WEIGHT = 0.3  # of the cross-entropy of a completion token, stored as its advantage
 
 
-def random_texts():
-    """Returns six prompts with completions of random tokens."""
+def random_samples():
+    """Returns six samples with prompts and completions of random tokens."""
     generator = torch.Generator().manual_seed(1)
     samples = []
     for _ in range(6):
@@ -149,7 +150,7 @@ def test_gradient_of_soft_targets_equals_plain_torch_for_every_split(tiny, tmp_p
         divergence=kind, temperature=2.0, soft_weight=0.7, hard_weight=HARD_WEIGHT, updates=5
     )
     teacher_dir = tiny(intermediate_size=128)
-    samples = random_texts()
+    samples = random_samples()
     student = models.load_model(tiny(), "eager")
     teacher = models.load_model(teacher_dir, "eager")
     expected_loss = soft_loss(student, teacher, samples, kind)
@@ -254,7 +255,7 @@ def test_gradient_of_hidden_states_equals_plain_torch_for_every_split(
     for pair, layer in zip(layer_pairs, learner_projections.values(), strict=True):
         projections[pair] = layer.weight.detach().clone()
 
-    samples = random_texts()
+    samples = random_samples()
     student = models.load_model(tiny(), "eager")
     teacher = models.load_model(teacher_dir, "eager")
     expected_loss = hidden_state_loss(student, teacher, samples, projections)

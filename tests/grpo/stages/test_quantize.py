@@ -141,7 +141,7 @@ def test_quantisation_aware_model_computes_the_logits_of_the_written_model(tiny,
         assert layer.weight.grad.abs().sum() > 0, name
 
 
-def train_on_texts(model, config, batch):
+def train_on_batch(model, config, batch):
     """Trains a model for 60 updates on the same batch and returns the learner."""
     learner = Learner(model, config, cross_entropy.loss)
     for _ in range(60):
@@ -156,10 +156,11 @@ def mean_loss(learner, batch):
 
 
 def test_final_training_with_rounding_reduces_the_loss_of_the_quantised_model(tiny, tmp_path):
-    texts = []
+    samples = []
     for sample in random_samples(count=30):
-        texts.append(replace(sample, advantages=(1.0,) * len(sample.advantages)))
-    (batch,) = padded_batches(texts, 100_000)
+        # The advantage of a token is the weight of its cross-entropy.
+        samples.append(replace(sample, advantages=(1.0,) * len(sample.advantages)))
+    (batch,) = padded_batches(samples, 100_000)
 
     def config_with(lr):
         return tiny_config(
@@ -171,7 +172,7 @@ def test_final_training_with_rounding_reduces_the_loss_of_the_quantised_model(ti
         )
 
     common_start = models.load_model(tiny(), "eager")
-    train_on_texts(common_start, config_with(lr=3e-3), batch)
+    train_on_batch(common_start, config_with(lr=3e-3), batch)
 
     def start_again():
         model = models.load_model(tiny(), "eager")
@@ -179,13 +180,13 @@ def test_final_training_with_rounding_reduces_the_loss_of_the_quantised_model(ti
         return model
 
     plain = start_again()
-    learner = train_on_texts(plain, config_with(lr=1e-4), batch)
+    learner = train_on_batch(plain, config_with(lr=1e-4), batch)
     enable_qat(plain, "int4", GROUP_SIZE)
     loss_without_qat = mean_loss(learner, batch)
 
     aware = start_again()
     enable_qat(aware, "int4", GROUP_SIZE)
-    learner = train_on_texts(aware, config_with(lr=1e-4), batch)
+    learner = train_on_batch(aware, config_with(lr=1e-4), batch)
     loss_with_qat = mean_loss(learner, batch)
 
     assert loss_with_qat < 0.8 * loss_without_qat  # measured: 0.17 and 0.24

@@ -22,8 +22,8 @@ from grpo.types import UserError
 def load_training_rows(config):
     tokenizer = models.load_tokenizer(config.model.path)
     prompts = Prompts(config.prompt, tokenizer)
-    stream = make_mixture(config.data, load_problems(config.data, "train", 0), prompts, 0)
-    problems = stream.take(0, config.sft.updates * config.sft.batch_size)
+    mixture = make_mixture(config.data, load_problems(config.data, "train", 0), prompts, 0)
+    problems = mixture.take(0, config.sft.updates * config.sft.batch_size)
     return list(training_rows(problems, prompts, config.sft.max_tokens))
 
 
@@ -69,10 +69,11 @@ def summed_loss(model, batch):
 def train_with_plain_torch(model, config):
     """Trains a model with AdamW for six updates and returns the mean loss of each update."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
-    data = load_training_rows(config)
+    rows = load_training_rows(config)
     losses = []
     for update in range(6):
-        total, num_tokens = summed_loss(model, data[4 * update : 4 * update + 4])
+        batch = rows[4 * update : 4 * update + 4]  # sft_config sets batch_size to 4
+        total, num_tokens = summed_loss(model, batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.learner, update, 6)
         optimizer.zero_grad()

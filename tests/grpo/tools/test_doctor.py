@@ -33,7 +33,7 @@ def shape_of(tiny):
 def memory_findings(tiny, config):
     """Returns the findings about a train config whose reference has one weight, by name."""
     needs = find_stage("train").needs(config)
-    return by_name(checks.memory(config, needs.memory, shape_of(tiny), 1))
+    return by_name(checks.memory(config, needs.memory, shape_of(tiny), num_reference_weights=1))
 
 
 def num_bytes(model):

@@ -126,8 +126,9 @@ def test_a_histogram_chart_shows_the_nonempty_bins_labelled_by_value(tmp_path):
     advantage_axes = charts["Completions by advantage"].axes[0]
     assert [tick.get_text() for tick in length_axes.get_yticklabels()] == ["2", "4"]
     assert [tick.get_text() for tick in advantage_axes.get_yticklabels()] == ["-0.5", "0", "0.5"]
-    image = length_axes.images[0].get_array()
+    image = length_axes.images[0].get_array()  # [bins, steps, RGBA]
     assert image.shape == (2, 4, 4)
+    # The opacity is the square root of the share: 12 of 16 completions in step 4.
     assert image[1, 3, 3] == pytest.approx((12 / 16) ** 0.5)
     assert not image[:, 1, 3].any()
     assert length_axes.images[0].get_extent() == [0.5, 4.5, 0.5, 2.5]

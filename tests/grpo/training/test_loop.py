@@ -179,7 +179,7 @@ def test_tokens_of_other_weights_have_the_sampler_logprobs_as_old_logprobs(tiny,
         assert torch.equal(batch.old_logprobs[row][mask], expected)
 
     # The learner scores nothing if all tokens were sampled by other weights.
-    loop.updater.learner.score = None
+    loop.updater.learner.score = None  # a call raises TypeError
     samples = [replace(sample, versions=(7,) * len(sample.versions)) for sample in samples]
     ((batch,),) = loop.updater.prepare([samples], loop.progress.rollout)
     assert torch.equal(batch.old_logprobs, batch.sampler_logprobs)
@@ -377,13 +377,14 @@ def test_the_reference_is_the_initial_policy_until_a_reset_makes_it_the_current_
 def test_lora_changes_only_the_projections_and_its_reference_is_the_base_model(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, **LORA)
     loop.step()
-    base = dict(models.load_model(tiny(), "packed").named_parameters())
+    base_weights = dict(models.load_model(tiny(), "packed").named_parameters())
     changed = {
         name
         for name, weight in loop.updater.learner.weights()
-        if not torch.equal(weight, base[name])
+        if not torch.equal(weight, base_weights[name])
     }
-    assert changed == {name for name in base if "_proj" in name and not name.endswith("bias")}
+    projections = {name for name in base_weights if "_proj" in name and not name.endswith("bias")}
+    assert changed == projections
     loop.step()
     assert loop.journal.latest_metrics["kl/ref"] > 0
 

@@ -1,4 +1,4 @@
-"""The real vLLM in a child process: samples, weight syncs and their checks, and its end."""
+"""The real vLLM in a child process: samples, weight syncs and their checks, and how it ends."""
 
 import os
 import signal

@@ -7,7 +7,7 @@ import pytest
 
 from grpo import config as configs
 from grpo.engines import EngineError, RejectedRequestError, Request, SamplingOptions
-from grpo.engines.servers import availability
+from grpo.engines.servers import availability as availability_module
 from grpo.engines.servers.availability import InferredAvailability, SupervisedAvailability
 from grpo.engines.servers.scheduler import Scheduler
 from grpo.engines.servers.server import Server
@@ -38,7 +38,7 @@ class Rank0(NamedTuple):
 
 
 def make_rank0(*loads, generate=None, keeps_weights=True):
-    """Returns a scheduler of rank 0 over servers that are up and have these loads."""
+    """Returns the objects of rank 0 for servers that are up and have these loads."""
     servers = [Server(url=f"s{i}", up=True, version=1, load=load) for i, load in enumerate(loads)]
     state = PoolState(servers)
     state.version = 1
@@ -125,7 +125,7 @@ def test_request_to_a_lost_server_is_retried_although_its_connection_stays_open(
 
 
 def test_rank_that_does_not_supervise_the_servers_avoids_a_server_that_failed(monkeypatch):
-    monkeypatch.setattr(availability, "AVOID_FAILED_S", 1000)
+    monkeypatch.setattr(availability_module, "AVOID_FAILED_S", 1000)
     attempts = []
 
     async def fail_on_s0(server, request, options, version):
