@@ -104,9 +104,9 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
         context.display.phase(0, "loading the models")
         start = find_start_model(config, context.run)
         models.check_context(start.model_dir, soft.max_tokens)
-        stream = make_mixture(config.data, problems, start.prompts, config.seed)
-        require_same_start(start.tokenizer, stream)
-        training_problems = stream.take(0, soft.updates * soft.batch_size)
+        mixture = make_mixture(config.data, problems, start.prompts, config.seed)
+        require_same_start(start.tokenizer, mixture)
+        training_problems = mixture.take(0, soft.updates * soft.batch_size)
         texts = training_texts(
             training_problems, start.prompts, soft.max_tokens, hard_weight=soft.hard_weight
         )
@@ -196,7 +196,7 @@ class SoftLoop:
     learner: Any
     texts: list[Sample]  # in the order of the updates
     teacher_top: TopLogprobs | None  # None: the learner holds the teacher
-    last_saved: int = -1  # number of updates in the last checkpoint
+    last_saved: int = -1  # number of updates in the last checkpoint; -1: no checkpoint
     last_row: dict[str, Any] = field(default_factory=dict)  # metrics of the last update
 
     def resume(self) -> None:

@@ -47,7 +47,7 @@ def make_mixture(
     prompts: Prompts | ChatPrompts,
     seed: int,
 ) -> Mixture:
-    """Returns the stream of all problems whose prompts fit, in the order in which a run draws them.
+    """Returns the endless mixture of the problems whose prompts fit, in the order of the run.
 
     Args:
         data: The data section: weights and curriculum.
@@ -73,8 +73,8 @@ def select_held_out(
     The selection does not depend on the run's seed or curriculum.
     """
     without_curriculum = data.model_copy(update={"curriculum": None})
-    stream = make_mixture(without_curriculum, problems, prompts, HELD_OUT_SEED)
-    return without_repeats(stream.take(0, count))
+    mixture = make_mixture(without_curriculum, problems, prompts, HELD_OUT_SEED)
+    return without_repeats(mixture.take(0, count))
 
 
 def without_repeats(problems: Sequence[Problem]) -> list[Problem]:

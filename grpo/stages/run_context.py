@@ -164,10 +164,7 @@ def _record_start(run: RunDirectory, config: RunConfig, name: str, run_id: str) 
 
 
 def _record_failure(run: RunDirectory, error: BaseException, *, resume: bool) -> None:
-    """Writes the error into the manifest, or removes a new run that stopped before its first step.
-
-    Only a UserError removes the run.
-    """
+    """Writes the error to the manifest, or removes a new run without results after a UserError."""
     if isinstance(error, UserError) and not resume and not run.has_results():
         run.discard()
         return

@@ -1,8 +1,8 @@
 """`grpo sft`: supervised fine-tuning on worked solutions, for example R1's cold start.
 
-It runs TRL's SFTTrainer on DeepSpeed. The training loop and the loss are TRL's: the cross-entropy
-over the solution's tokens, averaged over all tokens of an update. The prompts, which are those of
-GRPO, the data order, the learning rate, the run directory, checkpoints and metrics are grpo's.
+TRL's SFTTrainer on DeepSpeed provides the training loop and the loss: the cross-entropy of the
+solution tokens, averaged over all of them in an update. grpo provides the prompts (the same as in
+GRPO), the data order, the learning rate, the run directory, checkpoints and metrics.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def _run(
     display.phase(0, "loading the model")
     start = find_start_model(config, run)
     models.check_context(start.model_dir, config.sft.max_tokens)
-    stream = make_mixture(config.data, problems, start.prompts, config.seed)
-    require_same_start(start.tokenizer, stream)
-    training_problems = stream.take(0, config.sft.updates * config.sft.batch_size)
+    mixture = make_mixture(config.data, problems, start.prompts, config.seed)
+    require_same_start(start.tokenizer, mixture)
+    training_problems = mixture.take(0, config.sft.updates * config.sft.batch_size)
     resume_point = ResumePoint()
     if resume:
         resume_point = _find_resume_point(context)

@@ -148,7 +148,7 @@ class Stage(Protocol[ConfigT]):
         """Returns the needs of the stage, or None for a pipeline, which runs other stages."""
 
     def parts(self, config: ConfigT) -> list[Part]:
-        """Returns the stages that the doctor inspects: the parts, or the stage itself.
+        """Returns the stages that the doctor inspects: the parts of this one, or the stage itself.
 
         Raises:
             UserError: The stage is a pipeline.
@@ -166,11 +166,11 @@ class Stage(Protocol[ConfigT]):
     ) -> Iterator[Check]:
         """Yields the findings that are specific to this kind.
 
+        The doctor does not call this method for a stage that samples from an endpoint, because its
+        prompts are unknown, nor for a stage whose traces do not exist yet.
+
         Args:
             config: The config of the stage.
             problems: The first problems that the run draws, without repeats.
             prompts: The prompts of the run.
-
-        The doctor does not call this method for a stage that samples from an endpoint, because its
-        prompts are unknown, nor for a stage whose traces do not exist yet.
         """

@@ -1,4 +1,4 @@
-"""Finds the models that a run starts from: policy, tokenizer and prompts; and the teacher."""
+"""Finds the model that a run starts from, with its tokenizer and prompts, and its teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpo.run import fingerprints, ranks
 from grpo.run.directory import RunDirectory
 from grpo.run.display import redirect_output
 
-COMPARED_PROBLEMS = 1000  # the ranks compare this many problems at the start of the stream
+COMPARED_PROBLEMS = 1000  # number of the run's first problems that the ranks compare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,20 +41,20 @@ def find_start_model(config: RunConfig, run: RunDirectory) -> StartModel:
         return StartModel(model_dir=model_dir, tokenizer=tokenizer, prompts=prompts)
 
 
-def require_same_start(tokenizer: Any, stream: Mixture) -> None:
+def require_same_start(tokenizer: Any, mixture: Mixture) -> None:
     """Raises UserError on all ranks if their tokenizers or their first problems differ.
 
     Args:
         tokenizer: The tokenizer of this rank.
-        stream: The problems in the order in which the run draws them. The order depends on the size
-            of every data set, so a difference in size is visible in the first problems.
+        mixture: The problems in the order in which the run draws them. The order depends on the
+            size of every data set, so a difference in size is visible in the first problems.
     """
     if ranks.world_size() == 1:
         return
     ranks.require_equal(
         {
             "tokenizer": fingerprints.fingerprint_tokenizer(tokenizer),
-            "data": fingerprints.fingerprint_problems(stream.take(0, COMPARED_PROBLEMS)),
+            "data": fingerprints.fingerprint_problems(mixture.take(0, COMPARED_PROBLEMS)),
         }
     )
 

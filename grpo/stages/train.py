@@ -69,7 +69,7 @@ class Components:
     """The model, problems, engine and learner that the training loop is built from."""
 
     start: StartModel
-    stream: Mixture  # training problems in the order in which the run draws them
+    mixture: Mixture  # training problems in the order in which the run draws them
     limits: roofline.Roofline
     engine: Any
     learner: Any
@@ -147,8 +147,8 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
     context.display.phase(0, "loading the model")
     start = find_start_model(config, context.run)
     models.check_context(start.model_dir, config.max_sequence_tokens)
-    stream = make_mixture(config.data, inputs.problems, start.prompts, config.seed)
-    require_same_start(start.tokenizer, stream)
+    mixture = make_mixture(config.data, inputs.problems, start.prompts, config.seed)
+    require_same_start(start.tokenizer, mixture)
     num_weights = models.num_weights(start.model_dir)
     # The machine is measured before the engine starts to use it.
     limits = roofline.Roofline(
@@ -160,7 +160,7 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
     learner = _load_learner(config, context, start, engine, inputs.loss)
     return Components(
         start=start,
-        stream=stream,
+        mixture=mixture,
         limits=limits,
         engine=engine,
         learner=learner,
@@ -211,7 +211,7 @@ def _make_loop(
         selection=Selection(
             algorithm=config.algorithm,
             num_groups=config.train.problems,
-            take_problems=components.stream.take,
+            take_problems=components.mixture.take,
         ),
         workers=inputs.workers,
         display=display,
@@ -250,8 +250,8 @@ def _make_weight_check(config: TrainConfig, components: Components) -> WeightChe
     """
     from grpo.training.weight_sync import WeightCheck, check_settings, probe_prompts
 
-    prompts, stream = components.start.prompts, components.stream
-    prompts_in_order = (prompts.token_ids(stream[position]) for position in itertools.count())
+    prompts, mixture = components.start.prompts, components.mixture
+    prompts_in_order = (prompts.token_ids(mixture[position]) for position in itertools.count())
     max_prompt_tokens = config.max_sequence_tokens - config.probe.tokens
     return WeightCheck(
         components.engine,
@@ -428,7 +428,7 @@ class _TrainStage:
         num_completions = settings.num_completions
         max_sampled_tokens = num_completions * config.sampling.max_tokens
         completions_per_update = num_completions // settings.updates_per_rollout
-        updates_per_rollout = settings.updates_per_rollout * settings.epochs
+        num_updates = settings.updates_per_rollout * settings.epochs  # per rollout
         micro_batch_tokens = config.learner.micro_batch_tokens
         min_sequences = max(1, micro_batch_tokens // config.max_sequence_tokens)
         num_problems = settings.rollouts * settings.problems
@@ -436,7 +436,7 @@ class _TrainStage:
             f"algorithm   {describe_recipe(config.algorithm)}",
             f"rollout     {settings.problems} problems x {settings.group_size} completions = "
             f"{num_completions} completions, at most {max_sampled_tokens:,} sampled tokens",
-            f"update      {completions_per_update} completions ({updates_per_rollout} updates per "
+            f"update      {completions_per_update} completions ({num_updates} updates per "
             f"rollout, epochs: {settings.epochs})",
             f"micro-batch {micro_batch_tokens:,} tokens with padding: at least {min_sequences} "
             f"sequences of {config.max_sequence_tokens}",

@@ -97,7 +97,7 @@ def _workload(config: TrainConfig, mean: float) -> simulation.Workload:
         lengths=simulation.lognormal_lengths(
             config.train.num_completions, mean, config.sampling.max_tokens
         ),
-        prompt=round(config.prompt.max_tokens / 2),
+        prompt=round(config.prompt.max_tokens / 2),  # an assumption: prompts are not read
         updates=config.train.updates_per_rollout,
         forwards=num_forwards,
         concurrency=config.engine.max_sequences,
@@ -116,12 +116,12 @@ def _model_shape(config: TrainConfig) -> roofline.ModelShape:
         return roofline.model_shape(model_dir, models.num_weights(model_dir), config.model.dtype)
 
 
-def table(rows: list[dict[str, Any]], first: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]], first_row: dict[str, Any]) -> str:
     """Returns a table with the seconds, the share and the lower bound of each phase.
 
     Args:
         rows: Metrics of the measured rollouts. The table shows medians over them.
-        first: The first row of the metrics, with the rates of the machine.
+        first_row: The first row of the metrics, with the rates of the machine.
     """
 
     def median(key: str) -> float:
@@ -129,8 +129,8 @@ def table(rows: list[dict[str, Any]], first: dict[str, Any]) -> str:
 
     total_s = median("time/total_s")
     lines = [
-        f"machine     {first['machine/gflops']:,.0f} GFLOP/s in matrix products, "
-        f"{first['machine/gb_per_s']:.1f} GB/s copied",
+        f"machine     {first_row['machine/gflops']:,.0f} GFLOP/s in matrix products, "
+        f"{first_row['machine/gb_per_s']:.1f} GB/s copied",
         f"rollout     {median('completion/tokens'):,.0f} tokens sampled, "
         f"{median('rollout/tokens_per_s'):,.0f}/s; update "
         f"{median('update/tokens') / median('time/update_s'):,.0f}/s; median of {len(rows)}",
@@ -143,9 +143,10 @@ def table(rows: list[dict[str, Any]], first: dict[str, Any]) -> str:
         if bound_s:
             line += f"{bound_s:9.2f}{seconds / bound_s:8.1f}"
         lines.append(line)
-    bound_s = median("bound/total_s")
+    total_bound_s = median("bound/total_s")
     lines += [
-        f"{'total':12}{total_s:9.2f}{1:8.1%}{bound_s:9.2f}{total_s / bound_s:8.1f}",
+        f"{'total':12}{total_s:9.2f}{'100.0%':>8}{total_bound_s:9.2f}"
+        f"{total_s / total_bound_s:8.1f}",
         f"weights     {median('sync/bytes') / 1e9:.2f} GB sent to the engine in "
         f"{median('sync/seconds'):.3f} s of the sync",
         f"waste       {median('group/no_signal'):.0%} of groups without a signal, "

@@ -70,7 +70,8 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
     for name, rows in runs.items():
         suffix = f", {name}" if len(runs) > 1 else ""
         for title, (key, bin_label) in HISTOGRAMS.items():
-            counts = {row["step"]: row[key] for row in rows if sum(row.get(key, ()))}
+            # Rows without the histogram, or with empty bins only, are skipped.
+            counts = {row["step"]: row[key] for row in rows if any(row.get(key, ()))}
             if counts:
                 figures[title + suffix] = _heat_map(counts, bin_label)
         timed = [row for row in rows if "time/rollout_s" in row]

@@ -238,11 +238,14 @@ def _kv_cache(
 
 def disk(config: RunConfig, needs: DiskNeeds, num_weights: int) -> Iterator[Check]:
     """Compares the free disk space with checkpoints, final models and the longest samples."""
-    # Per weight: 2 bytes of the model and 12 bytes of the optimizer's state.
-    checkpoint_bytes = 14 * num_weights * needs.checkpoints
+    model_bytes = 2 * num_weights
+    optimizer_bytes = 12 * num_weights
     if config.model.lora:
-        checkpoint_bytes = 2 * num_weights
-    needed_bytes = checkpoint_bytes + 2 * num_weights * needs.models + 4 * needs.sampled_tokens
+        checkpoint_bytes = model_bytes
+    else:
+        checkpoint_bytes = (model_bytes + optimizer_bytes) * needs.checkpoints
+    sample_bytes = 4 * needs.sampled_tokens
+    needed_bytes = checkpoint_bytes + model_bytes * needs.models + sample_bytes
     run_dir = Path(config.run_dir).absolute()
     folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
     free_bytes = shutil.disk_usage(folder).free

@@ -165,9 +165,9 @@ def _training_problems(
     """Returns the first problems that the run draws, without repeats, at most `MAX_PROBLEMS`."""
     if needs.training is None:
         return []
-    stream = make_mixture(needs.training, training, prompts, seed)
+    mixture = make_mixture(needs.training, training, prompts, seed)
     count = max(SAMPLED, min(MAX_PROBLEMS, needs.num_training))
-    return without_repeats(stream.take(0, count))
+    return without_repeats(mixture.take(0, count))
 
 
 def _held_out_problems(
@@ -255,7 +255,9 @@ def _estimate_time(
     """Estimates the duration of a step and of the run, at the completion lengths of the trial."""
     settings = config.train
     limits = roofline.Roofline(machine=roofline.measure_machine(config.model.dtype), shape=shape)
-    num_copies = round(settings.problems / len(trial.groups)) * settings.group_size // SAMPLED
+    # The groups of the trial are repeated to about as many completions as a rollout has.
+    problems_ratio = round(settings.problems / len(trial.groups))
+    num_copies = problems_ratio * settings.group_size // SAMPLED
     groups = [scored.group for scored in trial.groups] * max(1, num_copies)
     bounds = limits.bounds(
         groups,

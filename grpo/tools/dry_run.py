@@ -20,10 +20,10 @@ from grpo.types import DownloadError, Problem
 
 
 def dry_run(stage: Stage[Any], config: Any) -> None:
-    """Prints the plan of a run: config, arithmetic, preview and first prompt.
+    """Prints the config, the batch arithmetic, the stage's additional lines and the first prompt.
 
-    If the tokenizer or the data cannot be reached, this is reported, and the output contains the
-    parts that do not need them.
+    For a pipeline, it prints only the commands. If the tokenizer or the data cannot be reached,
+    this is reported, and the output contains the parts that do not need them.
 
     Args:
         stage: The stage of the config.

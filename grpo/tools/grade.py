@@ -149,7 +149,8 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
     if not files or not (run / "config.yaml").exists():
         raise UserError(f"{run}: not a run directory with samples/ and config.yaml")
     tree = yaml.safe_load((run / "config.yaml").read_text())
-    stage = stage_for_config(tree)  # has rewards, as every stage that writes samples
+    stage = stage_for_config(tree)
+    # Every stage that writes samples has the sections `rewards` and `reward_pool`.
     config: Any = configs.parse(tree, str(run / "config.yaml"), stage.config_class)
     rows: list[dict[str, Any]] = []
     for file in files:

@@ -105,7 +105,8 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _print_comparison(stored: StoredStep, metrics: dict[str, float]) -> None:
-    print(f"{f'step {stored.step}':20}{'then':>16}{'now':>16}")
+    heading = f"step {stored.step}"
+    print(f"{heading:20}{'then':>16}{'now':>16}")
     for key in PRINTED_METRICS:
         if key not in metrics:
             continue

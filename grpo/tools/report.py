@@ -34,7 +34,7 @@ from grpo.tools.charts import charts, series
 from grpo.types import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# Size of the sample files in the page. If they are larger, only every n-th file is included.
+# Size of the sample files in the page. If they are larger, it has every n-th file and the last one.
 MAX_SAMPLE_BYTES = 40_000_000
 MAX_TEXT_CHARS = 40_000  # of one completion
 FOLLOWED_METRICS = (
@@ -85,12 +85,14 @@ def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> Non
         "charts": "\n".join(_figure(title, figure) for title, figure in figures.items()),
         "data": pack(completions(folders)),
     }
-    write_file(page, re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], TEMPLATE.read_text()))
+    template = TEMPLATE.read_text()
+    text = re.sub(r"\{\{(?P<name>\w+)\}\}", lambda slot: parts[slot["name"]], template)
+    write_file(page, text)
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
 
 
 def _write_plots(folder: Path, figures: Mapping[str, Any]) -> None:
-    """Writes every chart as SVG and PNG. The file names are the titles."""
+    """Writes every chart as SVG and PNG: "Mean reward" as mean_reward.svg and mean_reward.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for title, figure in figures.items():
         name = re.sub("[ /]+", "_", title.lower())
@@ -284,7 +286,7 @@ def follow(run: str, *, seconds: float = 1.0) -> None:
     watch = Diagnosis()
     num_printed = 0
     while True:
-        # the status is read first, so that no row is missed when the run ends
+        # The status is read first, so that no row is missed when the run ends.
         status = RunDirectory.status(folder)
         rows = read_metrics(folder / "metrics.jsonl")
         for row in rows[num_printed:]:

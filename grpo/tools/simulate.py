@@ -30,10 +30,10 @@ class DeviceRates:
     flops: float  # peak FLOP/s in bfloat16
     bandwidth: float  # bytes/s of its memory
     network: float  # bytes/s to other devices
-    # share of the roofline in decoding. 1.5B on an H100 with vLLM takes 3.2 times the roofline
-    # (published step of 2.27 s)
+    # Share of the roofline in decoding. vLLM with a 1.5B model on an H100 takes 3.2 times the time
+    # of the roofline (published step of 2.27 s).
     decode: float = 0.31
-    # model FLOPs utilization of RL updates; published values are 15 % to 35 %
+    # Model FLOPs utilization of RL updates. Published values are 15 % to 35 %.
     update: float = 0.25
 
 
@@ -83,16 +83,16 @@ class SimulatedStep:
         return 1 - self.update / self.seconds, 1 - self.rollout / self.seconds
 
 
-def rates_of_run(rows: Sequence[dict[str, float]], first: dict[str, float]) -> DeviceRates:
+def rates_of_run(rows: Sequence[dict[str, float]], first_row: dict[str, float]) -> DeviceRates:
     """Returns the rates that a run measured. As `network` it uses the memory bandwidth.
 
     Args:
         rows: Metrics of the rollouts, with the keys `time/PHASE_s` and `bound/PHASE_s`.
-        first: The first row of the metrics, with the keys `machine/...`.
+        first_row: The first row of the metrics, with the keys `machine/...`.
     """
-    bandwidth = first["machine/gb_per_s"] * 1e9
+    bandwidth = first_row["machine/gb_per_s"] * 1e9
     return DeviceRates(
-        flops=first["machine/gflops"] * 1e9,
+        flops=first_row["machine/gflops"] * 1e9,
         bandwidth=bandwidth,
         network=bandwidth,
         decode=median(row["bound/rollout_s"] / row["time/rollout_s"] for row in rows),
@@ -142,7 +142,8 @@ def decode_seconds(
         context += len(end_steps) * num_steps
         while end_steps and end_steps[0] == now:
             heapq.heappop(end_steps)
-            # Lengths of running sequences are not tracked: an ended one is assumed to be average.
+            # The lengths of running sequences are not tracked. The ended one is assumed to have
+            # the average length.
             context -= round(context / (len(end_steps) + 1))
     return seconds
 
@@ -239,7 +240,8 @@ def table(
 ) -> list[str]:
     """Returns a markdown table of the step time, one row per number of GPUs.
 
-    It compares colocated devices with the best split, synchronous and asynchronous.
+    It compares colocated devices with the best split, synchronous and asynchronous. The last two
+    columns describe the asynchronous split.
     """
     lines = [
         "| GPUs | colocated | split, synchronous | split, asynchronous | learners : engines "
