@@ -208,9 +208,8 @@ def apply_preset(tree: dict[str, Any]) -> dict[str, Any]:
             its loss.
     """
     algorithm = tree.get("algorithm") or {}
-    if not isinstance(algorithm, dict):  # the validation of the section reports it
-        algorithm = None
-    name = "grpo" if algorithm is None else algorithm.get("preset", "grpo")
+    is_valid_section = isinstance(algorithm, dict)  # otherwise its validation raises an error
+    name = algorithm.get("preset", "grpo") if is_valid_section else "grpo"
     if name not in PRESETS:
         raise ValueError(
             f"algorithm.preset: unknown preset {name!r}{did_you_mean(str(name), PRESETS)}. "
@@ -218,14 +217,14 @@ def apply_preset(tree: dict[str, Any]) -> dict[str, Any]:
         )
     filled = dict(tree)
     for path, value in PRESETS[name].settings.items():
-        key, _, subkey = path.partition(".")
-        if not subkey:
-            filled.setdefault(key, value)
+        section_name, _, key = path.partition(".")
+        if not key:  # the preset sets the full section
+            filled.setdefault(section_name, value)
             continue
-        section = filled.get(key) or {}
+        section = filled.get(section_name) or {}
         if isinstance(section, dict):
-            filled[key] = {subkey: value, **section}
-    if algorithm is not None:
+            filled[section_name] = {key: value, **section}
+    if is_valid_section:
         loss = filled["algorithm"].get("loss", AlgorithmSettings.model_fields["loss"].default)
         _check_clipping_keys(algorithm, PRESETS[name], str(loss))
     return filled

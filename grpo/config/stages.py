@@ -119,7 +119,9 @@ class EndpointSettings(Section):
     url: str = Field(description="Base URL of the endpoint, e.g. `http://localhost:8000/v1`.")
     model: str = Field(description="Name under which the endpoint serves the model.")
     api_key_env: str | None = Field(
-        None, description="Environment variable that holds the API key. Default: no key is sent."
+        None,
+        description="Environment variable that holds the API key. Default: the key `none` is sent, "
+        "for servers that need no key.",
     )
     concurrency: int = Field(32, ge=1, description="Maximum number of simultaneous requests.")
     timeout_s: float = Field(1800, gt=0, description="Maximum time in seconds per completion.")
@@ -282,7 +284,7 @@ class DistillConfig(SamplingStageConfig):
     train: TrainSettings | None = Field(
         None,
         description="For way on_policy: the rollouts and updates of `grpo train`, with the "
-        "advantage log pi_teacher - log pi.",
+        "advantage log pi_teacher - log pi_old.",
     )
     eval: EvalSettings = Field(
         EvalSettings(), description="For way on_policy: evaluation on held-out problems."
@@ -335,13 +337,13 @@ class DistillConfig(SamplingStageConfig):
 
     def _collect_config(self, tree: dict[str, Any]) -> CollectConfig:
         """Returns the config that samples the teacher. `tree`: this config as nested dicts."""
-        teacher = dict(tree["model"])
-        teacher["path"] = self.model.teacher
+        teacher_model = dict(tree["model"])
+        teacher_model["path"] = self.model.teacher
         for key in ("teacher", "lora", "qat", "revision"):
-            teacher[key] = None
+            teacher_model[key] = None
         return CollectConfig(
             run_dir=f"{self.run_dir}/collect",
-            model=teacher,
+            model=teacher_model,
             data=tree["data"],
             collect=tree["collect"],
             **_only(tree, *_COMMON_KEYS, *_SAMPLING_KEYS),
@@ -388,9 +390,9 @@ def _only(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 class EvalConfig(TrainConfig):
-    """The config of `grpo eval`: a train config, or one without the sections for training.
+    """The config of `grpo eval`: a train config, which may omit the sections for training.
 
-    The model, prompts, rewards and problems are those of the config.
+    The evaluation uses its model, prompts, rewards and problems.
     """
 
     is_evaluation: ClassVar[bool] = True

@@ -106,11 +106,12 @@ class SamplingStageConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_rewards(self) -> SamplingStageConfig:
-        length = self.rewards.get("length")
-        if length is not None and not length.options:
+        """Sets the default options of reward `length`. Raises ValueError without any reward."""
+        length_reward = self.rewards.get("length")
+        if length_reward is not None and not length_reward.options:
             # As in DAPO, the penalty starts in the last fifth of the maximum length.
-            length.options["max_tokens"] = self.sampling.max_tokens
-            length.options["buffer"] = max(1, self.sampling.max_tokens // 5)
+            length_reward.options["max_tokens"] = self.sampling.max_tokens
+            length_reward.options["buffer"] = max(1, self.sampling.max_tokens // 5)
         if not self.rewards:
             raise ValueError(
                 "rewards is empty: nothing can be learned. Set for example "

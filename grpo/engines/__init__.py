@@ -1,4 +1,4 @@
-"""Engines sample completions. This file defines the `Engine` protocol, its values and its errors.
+"""Engines sample completions. This file defines the `Engine` protocol, its types and its errors.
 
     local/      vLLM in one child process per rank
     servers/    vLLM servers over HTTP, monitored and restarted by rank 0
@@ -290,9 +290,9 @@ class Request:
     Attributes:
         prompt_ids: the tokens of the prompt.
         seed: the seed of the first completion. Completion i is sampled with `seed + i`. A retry
-            uses the same seeds, as do G requests with n = 1 and the seeds `seed` to `seed + G - 1`
-            in place of one with n = G. The completions are then equal if the engine's logits do
-            not depend on the batch.
+            uses the same seeds. G requests with n = 1 and the seeds `seed` to `seed + G - 1` are
+            equivalent to one request with n = G. In both cases, the completions are the same if
+            the engine's logits do not depend on the batch.
         n: the number of completions.
     """
 

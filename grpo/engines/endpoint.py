@@ -47,12 +47,12 @@ class Endpoint:
     """Samples completions from the model that an OpenAI-compatible endpoint serves."""
 
     def __init__(
-        self, teacher: EndpointSettings, on_wait: Callable[[], None] = lambda: None
+        self, settings: EndpointSettings, on_wait: Callable[[], None] = lambda: None
     ) -> None:
         """Connects to the endpoint.
 
         Args:
-            teacher: the section `teacher` or `endpoint` of the config.
+            settings: the section `teacher` or `endpoint` of the config.
             on_wait: called five times per second while `generate` waits; may raise.
 
         Raises:
@@ -61,21 +61,21 @@ class Endpoint:
         """
         import openai
 
-        api_key: str | None = "none"
-        if teacher.api_key_env:
-            api_key = os.environ.get(teacher.api_key_env)
+        api_key: str | None = "none"  # the client requires a key
+        if settings.api_key_env:
+            api_key = os.environ.get(settings.api_key_env)
         if not api_key:
             raise UserError(
-                f"endpoint {teacher.url}: the environment variable {teacher.api_key_env} is not "
+                f"endpoint {settings.url}: the environment variable {settings.api_key_env} is not "
                 "set (api_key_env)"
             )
-        self._settings = teacher
+        self._settings = settings
         self._on_wait = on_wait
         self._client = openai.OpenAI(
-            base_url=teacher.url,
+            base_url=settings.url,
             api_key=api_key,
-            timeout=openai.Timeout(teacher.timeout_s, connect=10),
-            max_retries=teacher.retries,
+            timeout=openai.Timeout(settings.timeout_s, connect=10),
+            max_retries=settings.retries,
         )
         self._check_model()
 
@@ -236,7 +236,9 @@ def _reasoning(message: Any) -> str | None:
 
 
 def _describe(error: Exception) -> str:
-    """Returns the class of an error and the first line of its cause: "APIError: timed out"."""
-    message = str(error.__cause__ or error)
-    first_line = message.splitlines()[0][:MAX_ERROR_CHARACTERS] if message else str(error)
-    return f"{type(error).__name__}: {first_line}"
+    """Returns an error's class and the first line of its cause: "APITimeoutError: timed out"."""
+    error_class = type(error).__name__
+    cause = str(error.__cause__ or error)
+    if not cause:
+        return f"{error_class}: {error}"
+    return f"{error_class}: {cause.splitlines()[0][:MAX_ERROR_CHARACTERS]}"

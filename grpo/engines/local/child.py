@@ -91,7 +91,7 @@ class ChildEngine:
         self._tokenizer = self._llm.get_tokenizer()
 
     def describe(self) -> dict[str, Any]:
-        """Returns vLLM's version."""
+        """Returns vLLM's version: `{"vllm": "0.32.0"}`."""
         import vllm
 
         return {"vllm": vllm.__version__}

@@ -32,7 +32,7 @@ from grpo.types import Completion, UserError
 T = TypeVar("T")
 CONNECT_TIMEOUT_S = 10.0
 # The counter of generated tokens in the response of /metrics (Prometheus text format).
-GENERATED_TOKENS = re.compile(r"^vllm:generation_tokens_total\S* (\S+)$", re.MULTILINE)
+GENERATED_TOKENS = re.compile(r"^vllm:generation_tokens_total\S* (?P<count>\S+)$", re.MULTILINE)
 GENERATE_PATH = "/inference/v1/generate"
 MAX_ERROR_CHARACTERS = 300  # of a response's text in an error message
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
@@ -146,10 +146,10 @@ class ServerClient:
         if match is None:
             return 0.0
         try:
-            return float(match[1])
+            return float(match["count"])
         except ValueError:
             raise MalformedResponseError(
-                server.describe(), "/metrics", f"{match[1]!r} is not a number of tokens"
+                server.describe(), "/metrics", f"{match['count']!r} is not a number of tokens"
             ) from None
 
     async def weight_version(self, server: Server, timeout_s: float | None = None) -> str | None:
@@ -299,14 +299,14 @@ def _sampling_params(request: Request, options: SamplingOptions) -> dict[str, An
         "top_k": options.top_k,
         "stop_token_ids": list(options.stop_token_ids),
         "ignore_eos": options.ignore_eos,
-        "logprobs": 0,
+        "logprobs": 0,  # of the sampled token only
         "skip_special_tokens": False,
     }
     if options.stop:
         params["stop"] = list(options.stop)
         params["include_stop_str_in_output"] = True
     else:
-        params["detokenize"] = False
+        params["detokenize"] = False  # vLLM needs the text only to find stop strings
     return params
 
 

@@ -28,7 +28,8 @@ def server_arguments(
 ) -> list[str]:
     """Returns the arguments of COMMAND except host and port.
 
-    They contain those of the engine in a child process, as vLLM's command line options.
+    They include the arguments of `llm_arguments`, as vLLM's command line options, except the sleep
+    mode.
 
     Args:
         model: the model to serve.
@@ -62,6 +63,7 @@ def _option_arguments(option: str, value: Any) -> list[str]:
 def check_tensor_parallel(model_dir: str, tensor_parallel: int) -> None:
     """Raises UserError if the model's attention heads cannot be split into `tensor_parallel`."""
     config = json.loads((Path(model_dir) / "config.json").read_text())
+    # An entry that the config does not have passes the check.
     num_heads = config.get("num_attention_heads", tensor_parallel)
     num_kv_heads = config.get("num_key_value_heads") or tensor_parallel
     # vLLM replicates key-value heads if there are fewer of them than GPUs.

@@ -186,12 +186,12 @@ class ServerPool:
     ) -> list[list[tuple[Completion, ...]]]:
         """Samples all requests on every server that is up and has the current weights.
 
+        The completions of the first server become the reference for servers that recover before the
+        next sync.
+
         Returns:
             `result[server][request]`: the completions of the request. Servers that fail are
             missing. Ranks other than rank 0 return an empty list.
-
-        The completions of the first server become the reference for servers that recover before the
-        next sync.
 
         Raises:
             EngineError: No server can sample the requests.
@@ -216,12 +216,13 @@ class ServerPool:
         Raises:
             EngineError: The transfer failed, or every server rejected the weights.
         """
-        start = time.monotonic()
+        started_at = time.monotonic()
         if self._supervisor is None or self._sender is None:
             for _ in weights:  # With ZeRO-3, all ranks take part in gathering the weights.
                 pass
             self._state.version = version
-            return SyncReport(version=version, seconds=time.monotonic() - start, num_bytes=0)
+            seconds = time.monotonic() - started_at
+            return SyncReport(version=version, seconds=seconds, num_bytes=0)
         stream = WeightStream(weights, self._dtype)
         receiver = self._receiver(self._supervisor, version)
         with self._supervisor.sync_in_progress(self._loop):
@@ -231,9 +232,8 @@ class ServerPool:
             self._sender.send(stream, receiver)
             self._state.version = version
         self._loop.submit(self._state.notify())
-        return SyncReport(
-            version=version, seconds=time.monotonic() - start, num_bytes=stream.num_bytes
-        )
+        seconds = time.monotonic() - started_at
+        return SyncReport(version=version, seconds=seconds, num_bytes=stream.num_bytes)
 
     def take_idle_seconds(self) -> float:
         """Returns the seconds since the last call during which this rank had no request pending.
@@ -311,7 +311,7 @@ class ServerPool:
             rows_per_server = []
             for server, result in zip(servers, results, strict=True):
                 if isinstance(result, EngineError):
-                    server.up = False  # the supervisor's next check restarts it
+                    server.up = False  # the supervisor's next check counts it as lost
                 elif isinstance(result, BaseException):
                     raise result
                 else:

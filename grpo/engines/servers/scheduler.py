@@ -65,14 +65,14 @@ class Scheduler:
         max_sequences: int,
         retries: int,
     ) -> None:
-        """Sends no request yet.
+        """Stores the options and starts the idle clock.
 
         Args:
             state: the pool's servers.
             client: sends requests to a server.
             availability: the servers that accept requests.
             max_sequences: number of completions that a server decodes at once.
-            retries: retries per request.
+            retries: retries per request, in addition to those of `availability`.
         """
         self.idle_clock = IdleClock()
         self._state = state

@@ -37,8 +37,8 @@ class Server:
         last_response_at: time of the last response.
         num_generated_tokens: tokens generated since the server's start, as of the last check; -1
             before the first check.
-        last_progress_at: last time at which `num_generated_tokens` changed or the server had no
-            work.
+        last_progress_at: last time at which `num_generated_tokens` changed, or the server had no
+            requests or was loading weights.
         avoid_until: ranks other than rank 0 send no requests to the server before this time.
     """
 

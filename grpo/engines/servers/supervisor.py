@@ -291,7 +291,7 @@ class Supervisor:
                     await self._client.generate(server, request, reference.options, version)
                 )
         gap = mean_logprob_gap(reference.completions, completions)
-        if not gap < MAX_LOGPROB_GAP:
+        if not gap < MAX_LOGPROB_GAP:  # `not <` also rejects NaN
             raise EngineError(
                 f"{server.describe()}: the recovered server disagrees with the others: mean "
                 f"|logprob difference| {gap:.4g}, limit {MAX_LOGPROB_GAP:g}"
@@ -302,6 +302,10 @@ class Supervisor:
         )
 
     async def _mark_up(self, server: Server) -> None:
+        """Marks a server as up, after it has loaded the latest weights. Raises EngineError.
+
+        If the transport does not keep the weights, the server gets them in the next sync.
+        """
         async with self._sync_lock:
             # A sync may have ended after the server loaded its weights.
             if self._keeps_weights and server.version != self.state.version:
@@ -343,14 +347,14 @@ class Supervisor:
         return None
 
     async def _update_progress(self, server: Server) -> None:
-        """Sets `last_progress_at` if the server has generated tokens or has no work."""
+        """Sets `last_progress_at` if the server generated tokens, is idle or is loading weights."""
         try:
             num_tokens = await self._client.num_generated_tokens(server, CHECK_INTERVAL_S)
         except EngineError:
             return
         is_loading_weights = server.version != self.state.version
-        has_no_work = server.load == 0 or is_loading_weights
-        if num_tokens != server.num_generated_tokens or has_no_work:
+        is_waiting_for_tokens = server.load > 0 and not is_loading_weights
+        if num_tokens != server.num_generated_tokens or not is_waiting_for_tokens:
             server.num_generated_tokens = num_tokens
             server.last_progress_at = time.monotonic()
 

@@ -16,7 +16,7 @@ from grpo.engines.transfer.checksums import TensorInfo, WeightStream
 
 HEADER_LENGTH_BYTES = 8  # the file begins with the length of the header, a 64-bit integer
 ALIGNMENT_BYTES = 64  # the first tensor begins at a multiple of this
-# names of the safetensors format
+# Dtypes and their names in the safetensors format.
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",

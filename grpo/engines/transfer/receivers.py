@@ -129,6 +129,8 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class _MemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """`MemoryTransfer` without the check of `ChecksArrivals`, which precedes it as a mixin."""
+
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
