@@ -1,1 +1,4 @@
-"""Turns problems into scored groups: prompts, sampling, rewards, selection. No torch."""
+"""Turns problems into scored groups: prompts, sampling, rewards, selection.
+
+Does not import torch.
+"""

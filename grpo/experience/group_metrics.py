@@ -93,10 +93,10 @@ def _all_are(scored: ScoredGroup, value: str) -> bool:
 
 
 def staleness(groups: Sequence[ScoredGroup], learner_version: int) -> dict[str, Any]:
-    """Returns the age of the weights that sampled the tokens, in weight versions.
+    """Returns the `staleness/` metrics: the age of the sampled tokens, in weight versions.
 
     The age of a token is `learner_version` minus the version that sampled it. The metrics are the
-    mean age, the maximum age, and the number of tokens of age 0, 1, 2, ...:
+    mean age, the maximum age, and the numbers of tokens of age 0, 1, 2, ...:
     `{"staleness/mean": 1.4, "staleness/max": 2.0, "histogram/staleness": [0, 3, 2]}`.
     """
     tokens_by_age: Counter[int] = Counter()

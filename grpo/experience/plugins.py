@@ -1,8 +1,8 @@
 """Finds the functions that a config names: rewards, problem sets and losses.
 
 A name is a file in a folder (`accuracy` is `rewards/accuracy.py`), or `package.module:function` for
-a function outside this repository. `reward` adapts the three supported kinds of reward function to
-one interface, `RewardFunction`.
+a function outside this repository. `load_reward` adapts the three supported kinds of reward
+function to one interface, `RewardFunction`.
 """
 
 from __future__ import annotations

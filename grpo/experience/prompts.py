@@ -20,6 +20,7 @@ R1_ZERO = (
     "and <answer>...</answer> tags, respectively, that is, <think>reasoning process here </think> "
     "<answer> answer here </answer>. User: {question} Assistant:"
 )
+# Built-in system prompts, by their names in `prompt.system`.
 SYSTEM = {
     "r1": "First think about the problem step by step inside <think> and </think>, then give only "
     "the final answer inside <answer> and </answer>, like this: <think>your reasoning</think> "

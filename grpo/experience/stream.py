@@ -23,7 +23,7 @@ from typing import Any
 from grpo.engines import EngineError, Request
 from grpo.types import Completion, Problem, ScoredGroup
 
-POLL_S = 0.2  # seconds between two calls of `on_wait` while `take` waits
+POLL_S = 0.2  # longest time between two calls of `on_wait` while `take` waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class StreamCallbacks:
         request: Returns the request for a problem, given the group's number in the stream.
         begin: Starts a request in the engine and returns a future of its completions.
         finish: Scores a group. Called in the stream's own thread.
-        on_wait: Called every POLL_S seconds while `take` waits. May raise an exception.
+        on_wait: Called at least every POLL_S seconds while `take` waits. May raise an exception.
         engine_idle_s: Returns the seconds that the engine was idle since the last call.
     """
 
@@ -69,6 +69,7 @@ class _StreamGroup:
     number: int  # position in the run's order of groups, from 0
     problem: Problem
     scored: ScoredGroup | None = None
+    # Both are None if the finished group comes from a checkpoint.
     request: Request | None = None
     future: Future[tuple[Completion, ...]] | None = None
 
@@ -85,7 +86,8 @@ class Stream:
         self._limits = limits
         self._groups: list[_StreamGroup] = []  # in the order of their numbers
         self._next_number = 0
-        self._changed = threading.Condition()  # guards all state; notified when a group is scored
+        # Guards all state. Notified when a group is scored and when the scoring thread fails.
+        self._changed = threading.Condition()
         self._failure: BaseException | None = None  # the first exception of the scoring thread
         self._is_closed = False
         # Groups whose requests are finished; None ends the scoring thread.
@@ -118,6 +120,7 @@ class Stream:
             taken = self._groups[:count]
             self._groups = self._groups[count:]
             self._start_groups(min_groups=0)
+        # All of them are scored. The condition is for the type checker.
         return [group.scored for group in taken if group.scored is not None]
 
     def _num_unfinished(self, count: int) -> int:

@@ -23,7 +23,8 @@ from grpo.run import ranks
 from grpo.types import RunError
 
 # A run stops after this many consecutive updates whose loss or gradient norm is not finite, or
-# whose gradient norm is above `learner.skip_grad_norm`. Each of these updates is skipped.
+# whose gradient norm is above `learner.skip_grad_norm`. Only the gradient norm decides whether an
+# update is skipped.
 MAX_SKIPPED_UPDATES = 3
 
 # Parameters of glibc's mallopt() (malloc.h).
@@ -50,7 +51,7 @@ def _import_deepspeed() -> Any:
     # DeepSpeed compiles an operator for inference on CPUs at every start, under a file lock. A
     # killed process does not release the lock, and all later processes would wait for it.
     communication = importlib.import_module("deepspeed.comm.torch")
-    setattr(communication, "build_shm_op", lambda: None)  # noqa: B010 - mypy does not know it
+    setattr(communication, "build_shm_op", lambda: None)  # noqa: B010 - unknown to mypy
     return deepspeed
 
 
@@ -157,7 +158,8 @@ class NormLimit:
     the norm is above the limit.
 
     Attributes:
-        norm: The gradient norm of the last update, before clipping.
+        norm: The gradient norm of the last update, before clipping. Infinite or NaN if it is not
+            finite; infinite before the first update.
     """
 
     def __init__(self, optimizer: Any, limit: float) -> None:

@@ -263,9 +263,10 @@ class Learner:
             parameter.grad for parameter in self._policy.parameters() if parameter.grad is not None
         ]
         if ranks.world_size() > 1:
+            # The norm needs the averages over ranks. DeepSpeed's step() averages them again, which
+            # has no effect, because they are then equal on all ranks.
             for gradient in gradients:
                 torch.distributed.all_reduce(gradient, torch.distributed.ReduceOp.SUM)
-                # DeepSpeed averages the gradients again, but they are equal on all ranks by then.
                 gradient /= ranks.world_size()
         grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         is_applied = grad_norm <= self._settings.skip_grad_norm

@@ -32,7 +32,8 @@ def load_checkpoint(deepspeed_engine: Any, directory: Path) -> dict[str, Any]:
     Raises:
         RunError: The directory has no checkpoint.
     """
-    # ZeRO writes one such file per rank. Without ZeRO there are none, and any rank can load.
+    # ZeRO writes one such file per rank. Without ZeRO there are none, and any number of ranks can
+    # load the checkpoint.
     num_rank_files = len(list((directory / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
     if num_rank_files in (0, ranks.world_size()):
         path, client_state = deepspeed_engine.load_checkpoint(str(directory), tag=TAG)

@@ -1,4 +1,4 @@
-"""LoRA with peft: adapters in the model, and the models that a run loads.
+"""LoRA with peft: adds adapters to a model, merges them, and loads the models of a run.
 
 The engine receives merged weights. They take the same path as the weights of a full fine-tuning,
 which the canary and the probe verify, and sampling runs at the speed of the plain model. vLLM's own

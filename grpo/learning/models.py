@@ -1,9 +1,9 @@
 """Models and tokenizers: where they come from, and how they are created, loaded and saved.
 
-A model comes from a local directory, from the Hugging Face hub, or from a Python package (the
-default small model). Tiny models are created with random weights.
+A model comes from a local directory or from the Hugging Face hub. SmolLM2-135M-Instruct can also
+come from a Python package. Tiny models are created with random weights.
 
-This file is imported without torch and transformers: it imports them in its functions.
+Importing this file does not import torch or transformers; its functions import them.
 """
 
 from __future__ import annotations
@@ -376,8 +376,7 @@ def load_model(model_dir: Path, attention: str) -> PreTrainedModel:
             grpo/learning/packing.py registers.
 
     Raises:
-        UserError: The model cannot be loaded, or changes its logits in a way that the learner does
-            not support.
+        UserError: The model cannot be loaded, or it scales or caps its logits.
     """
     import torch
     from transformers import AutoModelForCausalLM

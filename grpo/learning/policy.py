@@ -80,7 +80,7 @@ class SoftTargets:
 
 
 class LayerPair(NamedTuple):
-    """A layer of the student and the layer of the teacher that it is matched with, from 1."""
+    """The numbers, from 1, of a student layer and of the teacher layer it is matched with."""
 
     student: int
     teacher: int
@@ -380,7 +380,7 @@ def _layer_pairs(
     """Returns the layers whose hidden states are matched.
 
     If `soft.hidden_layers` is empty, student layer m is matched with the teacher layer at the same
-    relative depth, m L_teacher / L_student.
+    relative depth, m L_teacher / L_student, rounded.
 
     Raises:
         UserError: A layer does not exist.

@@ -101,6 +101,7 @@ def best_scales(weight: Tensor, args: QuantizationArgs) -> Tensor:
         if best is None:
             best = scales
             min_errors = errors
+            continue
         is_better = errors < min_errors
         best = torch.where(is_better, scales, best)
         min_errors = torch.where(is_better, errors, min_errors)

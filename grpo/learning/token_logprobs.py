@@ -60,8 +60,10 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        function = _kernels().compute_values if logits.is_cuda else compute_values
-        values = function(logits, targets, temperature=temperature)
+        if logits.is_cuda:
+            values = _kernels().compute_values(logits, targets, temperature=temperature)
+        else:
+            values = compute_values(logits, targets, temperature=temperature)
         ctx.save_for_backward(logits, targets, *values)
         ctx.temperature = temperature
         ctx.entropy_gradient = entropy_gradient
@@ -76,8 +78,11 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, targets, *saved_values = ctx.saved_tensors
         values = TokenValues(*saved_values)
         grads = TokenGrads(logprob_grads, entropy_grads if ctx.entropy_gradient else None)
-        gradient = _kernels().compute_gradient if logits.is_cuda else compute_gradient
-        logits_grad = gradient(logits, targets, values, grads, temperature=ctx.temperature)
+        arguments = (logits, targets, values, grads)
+        if logits.is_cuda:
+            logits_grad = _kernels().compute_gradient(*arguments, temperature=ctx.temperature)
+        else:
+            logits_grad = compute_gradient(*arguments, temperature=ctx.temperature)
         return logits_grad, None, None, None
 
 
@@ -133,22 +138,27 @@ def compute_gradient(
     logprob_grads = grads.logprobs[:, None] / temperature
     for rows, scaled in _row_blocks(logits, temperature):
         factor = -logprob_grads[rows]
-        scaled.sub_(values.normalisers[rows, None])
+        log_probabilities = scaled.sub_(values.normalisers[rows, None])
         if grads.entropies is not None:
             factor = factor - grads.entropies[rows, None] / temperature * (
-                scaled + values.entropies[rows, None]
+                log_probabilities + values.entropies[rows, None]
             )
-        scaled.exp_().mul_(factor).scatter_add_(-1, targets[rows, None], logprob_grads[rows])
-        logits_grad[rows] = scaled.to(logits_grad.dtype)
+        # In place: the block's log-probabilities become its gradient.
+        block_grad = log_probabilities.exp_().mul_(factor)
+        block_grad.scatter_add_(-1, targets[rows, None], logprob_grads[rows])
+        logits_grad[rows] = block_grad.to(logits_grad.dtype)
     return logits_grad
 
 
 def _row_blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Yields `(rows, logits[rows] / temperature)` in float32. All blocks share one buffer."""
+    """Yields `(rows, logits[rows] / temperature)` in float32.
+
+    All blocks share one buffer: a block is valid until the next one, and can be changed in place.
+    """
     num_rows, vocabulary = logits.shape
-    block_rows = 2**20
+    block_rows = num_rows
     if logits.device.type == "cpu":
-        block_rows = 2**20 // vocabulary  # 4 MB, which fit into the cache
+        block_rows = 2**20 // vocabulary  # 4 MiB, which fit into the cache
     block_rows = max(1, min(num_rows, block_rows))
     buffer = torch.empty(block_rows, vocabulary, device=logits.device)
     for start in range(0, num_rows, block_rows):

@@ -93,7 +93,10 @@ class Ulysses:
     def _attend(
         self, *arguments: Any, packed: packing.Layout, **options: Any
     ) -> tuple[Tensor, None]:
-        """Attention function of transformers; DeepSpeed exchanges slices for heads around it."""
+        """Attention function of transformers for the slice of this rank.
+
+        DeepSpeed exchanges slices of the stream for heads before the attention, and back after it.
+        """
         options["position_ids"] = packed.positions
         # DeepSpeed calls `packing.attend` with the complete stream. Without this replacement,
         # `packing.attend` would call this method again.
