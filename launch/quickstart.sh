@@ -9,12 +9,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
 name=tiny seed=0
 while (($#)); do
   case "$1" in
     --smollm2) name=smollm2 ;;
     --seed) seed="${2:?--seed needs a number}"; shift ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; [[ "$1" == -h || "$1" == --help ]] && exit 0 || exit 2 ;;
+    -h | --help) usage; exit 0 ;;
+    *) usage; exit 2 ;;
   esac
   shift
 done
@@ -26,9 +28,9 @@ run="runs/quickstart"
 stage() { # stage NAME COMMAND CONFIG OVERRIDE...: runs or resumes a stage; skips a finished one
   local folder="$run/$1" command="$2"
   if grep -qs '"status": "finished"' "$folder/manifest.json"; then return; fi
-  local resume=(--resume)
-  if [[ "$command" == eval ]]; then rm -rf "$folder"; fi
-  [[ -f "$folder/manifest.json" ]] || resume=()
+  if [[ "$command" == eval ]]; then rm -rf "$folder"; fi # an unfinished evaluation starts again
+  local resume=()
+  if [[ -f "$folder/manifest.json" ]]; then resume=(--resume); fi
   echo "== $1: grpo $command $3" >&2
   .venv/bin/grpo "$command" "$3" run_dir="$folder" seed="$seed" "${@:4}" "${resume[@]}"
 }

@@ -3,7 +3,7 @@
 # up to date.
 #   ./launch/setup.sh
 #   GRPO_DEVICE=cpu|cuda     the packages to install; default: cuda if nvidia-smi lists a GPU
-#   PYTHON=python3.12        the interpreter; default: python3.11, 3.12, 3.13 or python3
+#   PYTHON=python3.12        the interpreter; default: the first of python3.11, 3.12, 3.13, python3
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,15 +39,15 @@ trap 'echo "setup: installation failed; the last lines of $log:" >&2; tail -n 15
 pip install "pip>=25" "setuptools>=77,<81" wheel ninja
 torch="$(grep -E '^torch==' "$lock")"
 if [[ "$GRPO_DEVICE" == cpu ]]; then
-  # Torch comes first: a package that depends on `torch` would install the newest CUDA build.
-  # Most package indexes have no +cpu builds, hence the second index.
+  # Torch comes first, because most package indexes have no +cpu builds. Only torch is installed
+  # from the second index.
   pip install --no-deps "$torch" || pip install --no-deps "$torch" --index-url https://download.pytorch.org/whl/cpu
 else
   pip install "$torch" # with dependencies: torch pins the CUDA libraries
 fi
 pip install --no-deps --no-build-isolation -r "$lock"
-# The CPU wheel of vLLM requires these packages, but their CUDA builds break the import of every
-# transformers model.
+# An earlier installation may have left these packages: their CUDA builds break the import of every
+# transformers model. The CPU wheel of vLLM lists them as requirements.
 if [[ "$GRPO_DEVICE" == cpu ]]; then pip uninstall --yes torchvision torchaudio torchcodec; fi
 rm -rf grpo.egg-info # one from an older installation would hide the new entry points
 pip install --no-deps --no-build-isolation --editable .

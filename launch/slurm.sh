@@ -21,7 +21,8 @@
 set -euo pipefail
 (($# >= 2)) || { echo "usage: sbatch launch/slurm.sh COMMAND CONFIG [key=value ...]" >&2; exit 2; }
 config="$2"
-engine_nodes="${ENGINE_NODES:-0}" size="${TENSOR_PARALLEL:-1}" gpus="${SLURM_GPUS_PER_NODE:-8}"
+engine_nodes="${ENGINE_NODES:-0}" tensor_parallel="${TENSOR_PARALLEL:-1}"
+gpus="${SLURM_GPUS_PER_NODE:-8}"
 gpus="${gpus##*:}" # the value may have a type: a100:8
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not inherit it from sbatch
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -31,21 +32,23 @@ learners=$((${#nodes[@]} - engine_nodes))
     "${#nodes[@]} nodes: lower ENGINE_NODES or raise --nodes" >&2
   exit 2
 }
-more=()
+server_overrides=()
 
 if ((engine_nodes > 0)); then
   GRPO_ENGINE_TOKEN="$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
   export GRPO_ENGINE_TOKEN # passed on by srun; an argument would be visible in process lists
   urls=()
   for node in "${nodes[@]:learners}"; do
-    for ((i = 0; i < gpus / size; i++)); do
+    for ((i = 0; i < gpus / tensor_parallel; i++)); do
       urls+=("http://$node:$((8000 + i))")
-      devices="$(seq -s, $((i * size)) $((i * size + size - 1)))"
+      first_gpu=$((i * tensor_parallel))
+      devices="$(seq -s, "$first_gpu" $((first_gpu + tensor_parallel - 1)))"
+      # `here` is a placeholder: only the trainer needs the addresses.
       srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --output="runs/slurm-%j-server$i-%N.log" \
-        env CUDA_VISIBLE_DEVICES="$devices" ./launch/server.sh "$config" $((8000 + i)) "engine.servers={urls: [here], tensor_parallel: $size}" &
+        env CUDA_VISIBLE_DEVICES="$devices" ./launch/server.sh "$config" $((8000 + i)) "engine.servers={urls: [here], tensor_parallel: $tensor_parallel}" &
     done
   done
-  more+=("engine.servers={urls: [$(IFS=,; echo "${urls[*]}")], tensor_parallel: $size}")
+  server_overrides+=("engine.servers={urls: [$(IFS=,; echo "${urls[*]}")], tensor_parallel: $tensor_parallel}")
 fi
 
 # Slurm sends TERM to this script 600 s before the job ends (--signal above). The ranks then save a
@@ -55,7 +58,7 @@ srun --overlap --nodes="$learners" --ntasks="$learners" --nodelist="$(IFS=,; ech
   --output="runs/slurm-%j-learner-%N.log" \
   .venv/bin/python -m torch.distributed.run --nnodes="$learners" --nproc-per-node="$gpus" --shutdown-timeout=500 \
   --rdzv-backend=c10d --rdzv-endpoint="${nodes[0]}:29500" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-  --no-python .venv/bin/grpo "$@" "${more[@]}" --auto-resume &
+  --no-python .venv/bin/grpo "$@" "${server_overrides[@]}" --auto-resume &
 learner=$!
 trap 'preempted=1; kill -TERM "$learner"' TERM
 code=0
