@@ -17,7 +17,7 @@ from grpo.types import UserError
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-GRPO_COMMAND = re.compile(r"(\.venv/bin/)?grpo [a-z]+ configs/")
+GRPO_COMMAND = re.compile(r"(?:\.venv/bin/)?grpo [a-z]+ configs/")
 FILE_NAME = re.compile(r"`((?:configs|launch|tests|docs|grpo|rewards|data)/[\w./-]+\.\w+)`")
 
 

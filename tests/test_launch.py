@@ -70,16 +70,30 @@ def test_a_server_is_restarted_after_a_failure_but_not_after_a_config_error_or_a
 # Commands of a cluster with three nodes. They record their arguments. The learner's step ends at
 # once, or waits for a signal if HOLD is set.
 SLURM_COMMANDS = {
-    "scontrol": '[ "$1" = show ] && printf "n1\\nn2\\nn3\\n" || echo "scontrol $*" >>"$LOG"',
-    "srun": 'printf "%s\\n" "srun $*" >>"$LOG"\ncase "$*" in *learner*) [ '
-    '-z "$HOLD" ] || { trap "exit 1" TERM; sleep 20 & wait; } ;; esac',
+    "scontrol": r"""
+if [ "$1" = show ]; then
+  printf "n1\nn2\nn3\n"
+else
+  echo "scontrol $*" >>"$LOG"
+fi
+""",
+    "srun": r"""
+printf "%s\n" "srun $*" >>"$LOG"
+case "$*" in *learner*)
+  if [ -n "$HOLD" ]; then
+    trap "exit 1" TERM
+    sleep 20 &
+    wait
+  fi
+esac
+""",
 }
 
 
 def start_slurm_job(tmp_path, **variables):
     """Starts slurm.sh in the simulated cluster. The calls are recorded in `tmp_path/log`."""
     for name, body in SLURM_COMMANDS.items():
-        write_script(tmp_path / name, f"#!/usr/bin/env bash\n{body}\n")
+        write_script(tmp_path / name, f"#!/usr/bin/env bash\n{body}")
     environment = {
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -121,7 +135,7 @@ def test_a_preempted_slurm_job_is_requeued(tmp_path):
     process = start_slurm_job(tmp_path, HOLD="1")
     while not log.exists():
         assert process.poll() is None
-    time.sleep(0.5)
+    time.sleep(0.5)  # slurm.sh sets its trap after it has started srun
     process.terminate()
     assert process.wait(30) != 0
     assert "scontrol requeue 7" in log.read_text()
@@ -165,7 +179,7 @@ def test_ranks_take_their_numbers_from_srun_but_not_from_a_batch_script(tmp_path
 
 def test_the_kubernetes_job_is_valid_and_its_script_uses_only_defined_variables():
     service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
-    # The schemas have 100 MB: .ci/run installs them, launch/setup.sh does not.
+    # The schemas take 100 MB: .ci/run installs them, launch/setup.sh does not.
     if importlib.util.find_spec("kubernetes_validate"):
         validate = importlib.import_module("kubernetes_validate").validate
         assert validate(service, "1.30", strict=True)

@@ -134,7 +134,7 @@ def test_every_imported_package_is_declared(path):
     assert third_party - OPTIONAL <= declared_packages()
 
 
-CONFIG_CLASS = re.compile(r"^(\w+\.)?(\w*Config)$")
+CONFIG_CLASS = re.compile(r"^(?:\w+\.)?\w*Config$")
 
 
 def config_classes_in_isinstance_calls(path: Path) -> list[str]:

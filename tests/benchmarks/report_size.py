@@ -7,8 +7,7 @@ prints (headless):
 
 - the additional time, compared with an empty page, until the completions are decompressed and the
   first page of them is shown,
-- the time of a search, a filter and a change of page in all completions: a tenth of the additional
-  time for ten of them.
+- the time of a search, a filter and a change of page in all completions, each the mean of ten.
 
 Figures in docs/benchmarks.md, first table.
 """

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/watching.py [CONFIG] [key=value ...]
 
-Trains with CONFIG (default: configs/tiny.yaml) in runs/watching and prints seconds and shares of
+Trains with CONFIG (default: configs/tiny.yaml) in runs/watching. Prints the seconds and share of
 
 - `record`: writing a row of metrics, to the trackers too, and its diagnosis,
 - `vecdot`: the entropies,

@@ -6,7 +6,7 @@ Each kill ends a server, the engine core of a server or the trainer. A killed tr
 At the end, the script prints
 
 - whether every step was made exactly once,
-- whether every problem of the stream was used exactly once and in order,
+- whether every problem of the mixture was used exactly once and in order,
 - the held-out accuracies, which should be the same as without kills,
 - the number of remaining processes, which should be 0.
 
@@ -37,7 +37,7 @@ CONFIG_FILE = "configs/tiny.yaml"
 # Exit codes of a trainer that may be restarted: finished, failed with an error, killed.
 RESTARTABLE_EXIT_CODES = (0, 1, -9)
 # The probability that a kill is skipped because the trainer has made no step since its last start.
-# If each trainer was killed before its first step, the run would never finish.
+# If every trainer were killed before its first step, the run would never finish.
 SKIP_PROBABILITY = 0.8
 
 
@@ -167,14 +167,14 @@ def used_problems(config: configs.TrainConfig, run_dir: Path) -> list[str]:
     return problem_ids
 
 
-def stream_problems(config: configs.TrainConfig, model_dir: Path, count: int) -> list[str]:
-    """Returns the ids of the first `count` problems of the stream."""
+def mixture_problems(config: configs.TrainConfig, model_dir: Path, count: int) -> list[str]:
+    """Returns the ids of the first `count` problems of the mixture."""
     prompts = Prompts(
         config.prompt, models.load_tokenizer(model_dir), models.eos_token_ids(model_dir)
     )
     problems = load_problems(config.data, "train", config.seed)
-    stream = make_mixture(config.data, problems, prompts, config.seed)
-    return [problem.id for problem in stream.take(0, count)]
+    mixture = make_mixture(config.data, problems, prompts, config.seed)
+    return [problem.id for problem in mixture.take(0, count)]
 
 
 def report(options: argparse.Namespace, num_kills: Counter[str], seconds: float) -> None:
@@ -182,7 +182,7 @@ def report(options: argparse.Namespace, num_kills: Counter[str], seconds: float)
     rows = read_rows(options.folder)
     config = configs.load(CONFIG_FILE, config_overrides(options))
     used = used_problems(config, options.folder)
-    expected = stream_problems(config, Path(options.model), len(used))
+    expected = mixture_problems(config, Path(options.model), len(used))
     each_step_once = [row["rollout"] for row in rows] == list(range(options.rollouts + 1))
     accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
     print(

@@ -29,7 +29,7 @@ def write_traces(path):
 
 def stage_sections(base, traces_file):
     """Returns the sections of each stage's config, and of the evaluation's, by file name."""
-    engine = {
+    engine_sections = {
         "sampling": base["sampling"],
         "engine": base["engine"],
         "rewards": {"finished": 1.0},
@@ -46,11 +46,11 @@ def stage_sections(base, traces_file):
             "learner": learner,
             "eval": {"every": 0},
             "checkpoint": {"every": 1},
-            **engine,
+            **engine_sections,
         },
         "collect": {
             "collect": {"problems": 24, "samples": 2, "chunk": 4, "format": False},
-            **engine,
+            **engine_sections,
         },
         "distill": {
             "way": "soft",
@@ -59,8 +59,8 @@ def stage_sections(base, traces_file):
             "data": {"name": "traces", "path": str(traces_file)},
             "checkpoint": {"every": 5},
         },
-        "quantize": {"quantize": {"schemes": ["int8"]}, **engine},
-        "evaluate": {"train": {"rollouts": 1}, "eval": {"problems": 8}, **engine},
+        "quantize": {"quantize": {"schemes": ["int8"]}, **engine_sections},
+        "evaluate": {"train": {"rollouts": 1}, "eval": {"problems": 8}, **engine_sections},
     }
 
 
@@ -80,6 +80,7 @@ def write_pipeline(folder, model, student):
     """
     folder.mkdir()
     write_traces(folder / "traces.jsonl")
+    # The pipeline replaces the run directory "x".
     base = tiny_config("x", model).model_dump(mode="json")
     common = {
         name: base[name] for name in ("run_dir", "seed", "model", "data", "prompt", "logging")

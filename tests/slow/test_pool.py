@@ -176,9 +176,8 @@ def test_server_with_a_frozen_engine_core_is_restarted_after_a_sync_timeout_or_a
     short_stall = pool._supervisor._servers.model_copy(update={"stall_s": 10.0})
     with monkeypatch.context() as patch:
         patch.setattr(pool._supervisor, "_servers", short_stall)
-        (completions,) = pool.generate_on_every_copy(
-            REQUESTS[:4], OPTIONS
-        )  # of the other server only
+        # Only the other server returns completions.
+        (completions,) = pool.generate_on_every_copy(REQUESTS[:4], OPTIONS)
     assert any("no token generated for 10 s" in message for message in pool_messages)
     assert supervisor.mean_logprob_gap(first, completions) < 1e-4
 
@@ -260,7 +259,7 @@ def test_remote_server_trains_and_evaluates_the_weights_that_a_run_sends(
         assert len(read_metrics(run_dir)) == 5
         assert max_probe_gap(run_dir) < 1e-4
 
-        # Both evaluate the model before the training.
+        # Both evaluations use the model as it was before the training.
         remote_dir = tmp_path / "remote-eval"
         local_dir = tmp_path / "local-eval"
         run_grpo(config, f"run_dir={remote_dir}", "eval.problems=8", command="eval")

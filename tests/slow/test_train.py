@@ -227,7 +227,7 @@ def test_canary_detects_that_vllms_cpu_build_computes_deepseek_v3_wrongly(tiny, 
 
 
 def command_line(process):
-    """Returns the command line of a process, "" if the process has ended or belongs to others."""
+    """Returns the command line of a process, "" if it has ended or cannot be read."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

@@ -45,11 +45,11 @@ SHARED_METRICS = (*METRICS, "kl/ref", "mismatch/effective", "mismatch/max_weight
 
 
 def local_batches(seed):
-    """Returns this rank's padded micro-batches of one update."""
-    rows = random_samples(seed, count=7)
+    """Returns this rank's padded micro-batches of the update number `seed`."""
+    samples = random_samples(seed, count=7)
     return micro_batches(
-        rows,
-        token_weights(rows, "sequence", 20),
+        samples,
+        token_weights(samples, "sequence", 20),
         max_tokens=60,
         share=(ranks.rank(), ranks.world_size()),
     )
@@ -135,7 +135,7 @@ def train_and_perturb(model_dir, folder, stage, dtype):
     learner.save(checkpoint)
     rows += train(learner, HALF, NUM_UPDATES)
     trained = copy_weights(learner)
-    with learner.perturbed(5):
+    with learner.perturbed(seed=5):
         learner.score(local_batches(0))
         perturbed = copy_weights(learner)
     restored = copy_weights(learner)
@@ -148,7 +148,10 @@ def train_and_perturb(model_dir, folder, stage, dtype):
 
 
 def resume(model_dir, folder, stage, dtype, checkpoint):
-    """Makes the second half of the updates from a checkpoint of another number of ranks."""
+    """Makes the second half of the updates from a checkpoint of another number of ranks.
+
+    Returns METRICS of each update.
+    """
     learner = make_learner(model_dir, folder, stage, dtype)
     learner.load(checkpoint)
     rows = train(learner, HALF, NUM_UPDATES)

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and the config of a training run of seconds on one of them."""
+"""Tiny models with random weights, and the config of a training run that takes seconds."""
 
 from grpo import config as configs
 
@@ -33,7 +33,7 @@ def tiny_config(run_dir, model_dir, **sections) -> configs.TrainConfig:
         run_dir: The run directory.
         model_dir: Directory of the model.
         sections: Values of the config's sections by name. The keys of a section are merged into the
-            keys below. `rewards` and values that are no sections replace those below.
+            keys below. `rewards` and values that are not sections replace those below.
     """
     tree = {
         "run_dir": str(run_dir),

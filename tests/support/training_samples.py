@@ -38,7 +38,7 @@ class TokenGenerator:
 def random_samples(seed=0, count=10):
     """Returns samples with prompts of 2 to 8 tokens and completions of 1 to 19 tokens.
 
-    Every sample has another prompt. The advantages are normally distributed.
+    The prompts differ. The advantages are normally distributed.
     """
     draw = TokenGenerator(seed)
     result = []
@@ -59,7 +59,7 @@ def random_samples(seed=0, count=10):
 
 
 def padded_batches(samples, max_tokens):
-    """Returns padded micro-batches of at most `max_tokens` tokens of the samples."""
+    """Returns the samples as padded micro-batches of at most `max_tokens` tokens each."""
     return micro_batches(samples, token_weights(samples, "sequence", 20), max_tokens=max_tokens)
 
 

@@ -42,7 +42,7 @@ def write_config(path: Path, config: configs.TrainConfig) -> str:
 
 
 def process_environment() -> dict[str, str]:
-    """Returns the environment for a process that may join its own ranks and imports digits.py."""
+    """Returns the environment for a process that forms its own ranks and can import digits.py."""
     variables = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     variables["PYTHONPATH"] = str(Path(__file__).parent)
     return variables

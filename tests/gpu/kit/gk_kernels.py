@@ -113,7 +113,7 @@ def time_with_gradient(attention: Callable[[], Tensor]) -> str:
 
 
 def time_learner_attention(completions: int, length: int, prompt_length: int) -> None:
-    """Times attention of completions over their prompts: padded rows, variable-length kernel.
+    """Times attention of completions over their prompts, padded and with the varlen kernel.
 
     Args:
         completions: Number of completions.

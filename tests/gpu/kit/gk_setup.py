@@ -1,4 +1,4 @@
-"""Unpacks the archive of packages into /tmp/gk and makes the packages importable.
+"""Unpacks the archives in .gpukit/a into /tmp/gk; makes the packages and the project importable.
 
 gk_setup.py CHECKOUT
 """
@@ -13,7 +13,11 @@ import time
 from pathlib import Path
 
 KIT = Path("/tmp/gk")
-ARCHIVES = {"kit.tar.xz": KIT, "grpo.tar.xz": KIT / "repo", "data.tar.xz": KIT / "data"}
+ARCHIVES = {
+    "kit.tar.xz": KIT,  # packages
+    "grpo.tar.xz": KIT / "repo",  # the project, if it is not in CHECKOUT
+    "data.tar.xz": KIT / "data",  # the data set for the step `gsm8k` of gpu.sh
+}
 
 
 def unpack(archives: Path) -> None:

@@ -51,7 +51,7 @@ train() {
   step "$name" 400 16 python3 -m grpo train "$config" run_dir=$scratch/"$name" engine.memory_fraction=0.2 logging.progress=line "$@"
 }
 
-number=0
+cycle_number=0
 for word in "$@"; do
   case "$word" in
     setup)
@@ -73,8 +73,8 @@ for word in "$@"; do
       for part in $(tr ':,' '  ' <<<"${word#cycle}"); do
         if [[ $part =~ ^[A-Z] ]]; then environment+=("$part"); else overrides+=("$part"); fi
       done
-      number=$((number + 1))
-      step "cycle$number-$SECONDS" 180 18 env "${environment[@]}" python3 "$scripts/gk_cycle.py" ours "${overrides[@]}"
+      cycle_number=$((cycle_number + 1))
+      step "cycle$cycle_number-$SECONDS" 180 18 env "${environment[@]}" python3 "$scripts/gk_cycle.py" ours "${overrides[@]}"
       ;;
     trl) step trl 150 14 python3 "$scripts/gk_cycle.py" trl ;;
     smol) train smol configs/smollm2.yaml learner.micro_batch_tokens=16384 ;;
