@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from grpo.types import Completion, Problem, Verdict
 from rewards.verifier.equal import compare_answers
-from rewards.verifier.latex import normalise
+from rewards.verifier.latex import normalize
 from rewards.verifier.parse import TAGS, final_answer
 
 # Time limit of one call in a worker of the pool. It is a second line of defence: the verifier
@@ -50,14 +50,14 @@ def _verdict(answer: str | None, gold: str) -> Verdict:
 
 
 def explain(prediction: str, gold: str) -> str:
-    """Returns the verdict of `verify` as text, with the answer, its origin and normalised forms."""
+    """Returns the verdict of `verify` as text, with the answer, its origin and normalized forms."""
     answer = _answer_of(prediction)
     verdict = _verdict(answer, gold)
     origin = "a bare answer" if _is_bare_answer(prediction) else "in the completion"
     lines = [f"{'answer':20}{answer!r}", f"{'found':20}{origin!r}", f"{'gold':20}{gold!r}"]
     if answer is not None and len(answer) <= MAX_BARE_CHARS:
-        lines.append(f"{'answer, normalised':20}{normalise(answer)!r}")
-        lines.append(f"{'gold, normalised':20}{normalise(gold)!r}")
+        lines.append(f"{'answer, normalized':20}{normalize(answer)!r}")
+        lines.append(f"{'gold, normalized':20}{normalize(gold)!r}")
     if verdict.reason:
         lines.append(f"{'verdict':20}{verdict.value}: {verdict.reason}")
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from grpo.types import Completion, Problem, Verdict
-from rewards.verifier.latex import as_words, normalise
+from rewards.verifier.latex import as_words, normalize
 from rewards.verifier.parse import final_answer
 
 # A letter with an optional introduction and, after punctuation, an optional text, such as
@@ -60,8 +60,8 @@ def chosen_letter(answer: str, choices: dict[str, str]) -> str | None:
     """
     if len(answer) > MAX_CHARS:
         return None
-    words = as_words(normalise(answer))
-    texts = {letter.upper(): as_words(normalise(str(text))) for letter, text in choices.items()}
+    words = as_words(normalize(answer))
+    texts = {letter.upper(): as_words(normalize(str(text))) for letter, text in choices.items()}
     if words.upper() in texts:
         return words.upper()
     matching_letters = [letter for letter, text in texts.items() if text == words]

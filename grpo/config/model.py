@@ -17,13 +17,13 @@ class LoraSettings(Section):
 
 
 class QatSettings(Section):
-    """Quantisation-aware training: the forward pass rounds as `grpo quantize` does.
+    """Quantization-aware training: the forward pass rounds as `grpo quantize` does.
 
     For `grpo sft`, and for `grpo distill` with way sequence or soft.
     """
 
     scheme: Literal["int8", "int8_tensor", "int4"] = Field(
-        "int4", description="Quantisation scheme, as in `quantize.schemes`."
+        "int4", description="Quantization scheme, as in `quantize.schemes`."
     )
     group_size: int = Field(
         32, ge=2, description="Number of weights that share a scale, for scheme int4."
@@ -93,7 +93,7 @@ class ModelSettings(Section):
     )
     qat: QatSettings | None = Field(
         None,
-        description="Quantisation-aware training: round to fewer bits in the forward pass.",
+        description="Quantization-aware training: round to fewer bits in the forward pass.",
     )
     float32_head: bool = Field(
         False,

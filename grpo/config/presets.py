@@ -257,7 +257,7 @@ CLIPPING_KEYS = {
     "ratio_max": ("cispo",),
 }
 
-# By loss: the term that is maximised for each token, as a format string. r = pi / pi_old, A is the
+# By loss: the term that is maximized for each token, as a format string. r = pi / pi_old, A is the
 # advantage, and sg() stops the gradient.
 EQUATIONS = {
     "grpo": "min(r A, clip(r, {lower_bound:.6g}, {upper_bound:.6g}) A)",

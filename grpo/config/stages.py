@@ -206,7 +206,7 @@ class SoftTargetSettings(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         "forward_kl",
         description="Divergence at each token: `forward_kl` is KL(teacher || student), "
-        "`reverse_kl` is KL(student || teacher), `jsd` is the generalised Jensen-Shannon "
+        "`reverse_kl` is KL(student || teacher), `jsd` is the generalized Jensen-Shannon "
         "divergence (GKD 2306.13649 Eq. 1).",
     )
     temperature: float = Field(
@@ -464,7 +464,7 @@ class EvalConfig(TrainConfig):
 
 
 class QuantizeSettings(Section):
-    """The quantisation schemes that are written, and the group size of int4."""
+    """The quantization schemes that are written, and the group size of int4."""
 
     schemes: list[Literal["int8", "int8_tensor", "int4"]] = Field(
         ["int8", "int4"],
@@ -517,7 +517,7 @@ class QuantizeConfig(SamplingStageConfig):
         tree["run_dir"] = f"{self.run_dir}/eval-{name}"
         tree["model"]["path"] = path
         if name != "parent":
-            tree["model"]["rope"] = None  # already in the config of the quantised model
+            tree["model"]["rope"] = None  # already in the config of the quantized model
         if name == "int4":
             tree["engine"]["dtype"] = "bfloat16"  # vLLM's int4 kernels do not support float32
         return EvalConfig(**tree)

@@ -1,4 +1,4 @@
-"""DeepSpeed for the learners: initialisation, config, learning rate, gradient-norm limit, memory.
+"""DeepSpeed for the learners: initialization, config, learning rate, gradient-norm limit, memory.
 
 `Learner` and `SupervisedTrainer` share this file.
 """

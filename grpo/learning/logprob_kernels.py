@@ -34,14 +34,14 @@ def compute_values(logits: Tensor, targets: Tensor, *, temperature: float) -> To
     num_rows, vocab_size = logits.shape
     logprobs = torch.empty(num_rows, device=logits.device)
     entropies = torch.empty(num_rows, device=logits.device)
-    normalisers = torch.empty(num_rows, device=logits.device)
+    normalizers = torch.empty(num_rows, device=logits.device)
     if num_rows > 0:
         _values[(num_rows,)](
             logits,
             targets,
             logprobs,
             entropies,
-            normalisers,
+            normalizers,
             logits.stride(0),
             vocab_size,
             temperature,
@@ -49,7 +49,7 @@ def compute_values(logits: Tensor, targets: Tensor, *, temperature: float) -> To
             BLOCK,
             num_warps=8,
         )
-    return TokenValues(logprobs, entropies, normalisers)
+    return TokenValues(logprobs, entropies, normalizers)
 
 
 def compute_gradient(
@@ -77,7 +77,7 @@ def compute_gradient(
     _gradient[(num_rows, triton.cdiv(vocab_size, BLOCK))](
         logits,
         targets,
-        values.normalisers,
+        values.normalizers,
         values.entropies,
         grads.logprobs.contiguous(),
         entropy_grads.contiguous(),
@@ -100,7 +100,7 @@ def _values(  # type: ignore[no-untyped-def] # noqa: PLR0913
     targets,
     logprobs,
     entropies,
-    normalisers,
+    normalizers,
     row_stride,
     vocab_size,
     temperature,
@@ -128,11 +128,11 @@ def _values(  # type: ignore[no-untyped-def] # noqa: PLR0913
         weight_sum = weight_sum * correction + tl.sum(weights, 0)
         weighted_sum = weighted_sum * correction + tl.sum(weights * scaled, 0)
         max_logit = new_max
-    normaliser = max_logit + tl.log(weight_sum)
+    normalizer = max_logit + tl.log(weight_sum)
     target_logit = tl.load(row_start + tl.load(targets + row)).to(tl.float32) / temperature
-    tl.store(normalisers + row, normaliser)
-    tl.store(logprobs + row, target_logit - normaliser)
-    tl.store(entropies + row, normaliser - weighted_sum / weight_sum)
+    tl.store(normalizers + row, normalizer)
+    tl.store(logprobs + row, target_logit - normalizer)
+    tl.store(entropies + row, normalizer - weighted_sum / weight_sum)
 
 
 # A Triton kernel takes every pointer and every size as a separate parameter.
@@ -140,7 +140,7 @@ def _values(  # type: ignore[no-untyped-def] # noqa: PLR0913
 def _gradient(  # type: ignore[no-untyped-def] # noqa: PLR0913
     logits,
     targets,
-    normalisers,
+    normalizers,
     entropies,
     logprob_grads,
     entropy_grads,
@@ -159,7 +159,7 @@ def _gradient(  # type: ignore[no-untyped-def] # noqa: PLR0913
     logprob_grad = tl.load(logprob_grads + row) / temperature
     block_logits = tl.load(logits + row * row_stride + token_ids, mask=inside, other=0.0)
     scaled = block_logits.to(tl.float32) / temperature
-    log_probabilities = scaled - tl.load(normalisers + row)
+    log_probabilities = scaled - tl.load(normalizers + row)
     factor = -logprob_grad
     if with_entropy:
         factor = -logprob_grad - tl.load(entropy_grads + row) / temperature * (

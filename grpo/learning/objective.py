@@ -1,4 +1,4 @@
-"""The objective that an update minimises, at each token.
+"""The objective that an update minimizes, at each token.
 
 It is the recipe's loss, with advantages that may be weighted for the mismatch between learner and
 sampler, plus two optional terms: the KL to the reference and an entropy bonus. All tensors are
@@ -33,7 +33,7 @@ class Objective:
     """The objective at each token of a micro-batch.
 
     Attributes:
-        per_token: [B, T], to be minimised.
+        per_token: [B, T], to be minimized.
         metrics: Quantities [B, T] by metric name. Their means over completion tokens are reported.
         sampler_ratios: [B, T], pi_old / pi_sampler, without a gradient. With
             `algorithm.old_logprobs=sampler`, where this ratio is 1, pi / pi_sampler.

@@ -24,7 +24,7 @@ def perturbed(weight: Tensor, seed: int) -> Tensor:
 
 
 def _noise_scale(weight: Tensor) -> Tensor:
-    # Norm weights and newly initialised biases are constant: their standard deviation is 0.
+    # Norm weights and newly initialized biases are constant: their standard deviation is 0.
     is_constant = bool((weight == weight.flatten()[0]).all())
     if is_constant:
         return weight.float().abs().mean().clamp(min=1.0)

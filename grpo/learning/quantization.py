@@ -1,7 +1,7 @@
 """Rounding of weights and activations to int8 and int4, and training with that rounding.
 
 compressed-tensors computes the rounding. `grpo quantize` writes models with it, and
-quantisation-aware training (QAT, `model.qat`) applies it in the forward pass. Both use the same
+quantization-aware training (QAT, `model.qat`) applies it in the forward pass. Both use the same
 scales, clipping included.
 """
 

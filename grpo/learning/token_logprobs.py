@@ -20,7 +20,7 @@ class TokenValues(NamedTuple):
 
     logprobs: Tensor  # [N]
     entropies: Tensor  # [N], of the distribution over the vocabulary
-    normalisers: Tensor  # [N], log of the softmax denominator: logsumexp(logits / temperature)
+    normalizers: Tensor  # [N], log of the softmax denominator: logsumexp(logits / temperature)
 
 
 class TokenGrads(NamedTuple):
@@ -104,17 +104,17 @@ def compute_values(logits: Tensor, targets: Tensor, *, temperature: float) -> To
     num_rows = len(logits)
     logprobs = torch.empty(num_rows, device=logits.device)
     entropies = torch.empty(num_rows, device=logits.device)
-    normalisers = torch.empty(num_rows, device=logits.device)
+    normalizers = torch.empty(num_rows, device=logits.device)
     for rows, scaled in _row_blocks(logits, temperature):
         max_logits = scaled.amax(-1, keepdim=True)
         target_logits = scaled.gather(-1, targets[rows, None])[:, 0]
         weights = torch.exp(scaled - max_logits)
         total_weights = weights.sum(-1)
-        normalisers[rows] = max_logits[:, 0] + total_weights.log()
-        logprobs[rows] = target_logits - normalisers[rows]
+        normalizers[rows] = max_logits[:, 0] + total_weights.log()
+        logprobs[rows] = target_logits - normalizers[rows]
         mean_logits = torch.linalg.vecdot(weights, scaled) / total_weights
-        entropies[rows] = normalisers[rows] - mean_logits
-    return TokenValues(logprobs, entropies, normalisers)
+        entropies[rows] = normalizers[rows] - mean_logits
+    return TokenValues(logprobs, entropies, normalizers)
 
 
 def compute_gradient(
@@ -138,7 +138,7 @@ def compute_gradient(
     logprob_grads = grads.logprobs[:, None] / temperature
     for rows, scaled in _row_blocks(logits, temperature):
         factor = -logprob_grads[rows]
-        log_probabilities = scaled.sub_(values.normalisers[rows, None])
+        log_probabilities = scaled.sub_(values.normalizers[rows, None])
         if grads.entropies is not None:
             factor = factor - grads.entropies[rows, None] / temperature * (
                 log_probabilities + values.entropies[rows, None]

@@ -1,6 +1,6 @@
 """Ulysses sequence parallelism (DeepSpeed-Ulysses 2309.14509, ALST 2506.13996).
 
-`learner.sequence_parallel` neighbouring ranks share the packed stream of a micro-batch. In linear
+`learner.sequence_parallel` neighboring ranks share the packed stream of a micro-batch. In linear
 layers, norms and the output head, each rank has a slice of the stream. In attention, each rank has
 the complete stream for a part of the heads. The activations that a long sequence keeps for the
 backward pass are therefore distributed over the ranks. The results are summed into complete
@@ -31,7 +31,7 @@ class LocalSlice(NamedTuple):
 
 
 class Ulysses:
-    """Splits packed streams across `size` neighbouring ranks."""
+    """Splits packed streams across `size` neighboring ranks."""
 
     def __init__(self, model: Any, size: int) -> None:
         """Creates the process group and DeepSpeed's attention for it.
@@ -163,7 +163,7 @@ def _check_divisible(model: Any, size: int) -> None:
 
 @functools.cache
 def _neighbours(size: int) -> Any:
-    """Returns the process group of the `size` neighbouring ranks to which this rank belongs.
+    """Returns the process group of the `size` neighboring ranks to which this rank belongs.
 
     Every rank creates the groups of all ranks, as `new_group` requires.
     """

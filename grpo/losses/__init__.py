@@ -5,7 +5,7 @@ with `algorithm.loss=NAME`.
 
 - All tensors are [B, T]: B sequences, T positions. Position t predicts `batch.labels[:, t]`.
 - A loss does not reduce over tokens. The reduction is in `batch.token_weights`: the learner
-  minimises `(batch.token_weights * per_token).sum()`.
+  minimizes `(batch.token_weights * per_token).sum()`.
 - A loss must be homogeneous in the advantage: for c >= 0, advantages c A give c times the loss.
   grpo/learning/objective.py multiplies the advantages by weights that correct the mismatch with the
   sampler.
@@ -30,7 +30,7 @@ class LossOutput:
     """The loss of each token, for example `LossOutput(per_token=-ratios * advantages, metrics={})`.
 
     Attributes:
-        per_token: [B, T], minimised. Values outside the completions are ignored.
+        per_token: [B, T], minimized. Values outside the completions are ignored.
         metrics: tensors [B, T] by metric name, for example `{"ratio/mean": ratios}`. Their means
             over the completion tokens are reported.
     """

@@ -1,4 +1,4 @@
-"""GSPO: the clipped loss of a sequence's ratio, normalised by its length."""
+"""GSPO: the clipped loss of a sequence's ratio, normalized by its length."""
 
 from __future__ import annotations
 

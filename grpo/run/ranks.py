@@ -350,7 +350,7 @@ class SequenceParallelShare(NamedTuple):
 
 
 def sequence_parallel_share(size: int) -> SequenceParallelShare:
-    """Returns this rank's data-parallel position if `size` neighbouring ranks share a sequence."""
+    """Returns this rank's data-parallel position if `size` neighboring ranks share a sequence."""
     return SequenceParallelShare(
         share=(rank() // size, world_size() // size), is_reporter=rank() % size == 0
     )

@@ -1,4 +1,4 @@
-"""`grpo distill`: distils a teacher's reasoning into a smaller student.
+"""`grpo distill`: distills a teacher's reasoning into a smaller student.
 
 The config key `way` selects the method:
 

@@ -1,9 +1,9 @@
 """`grpo quantize`: writes a finished model in int8 and int4 and measures its size and accuracy.
 
-The result is in the compressed-tensors format, which vLLM serves. The quantisation is post-training
+The result is in the compressed-tensors format, which vLLM serves. The quantization is post-training
 and needs no data: weights are rounded to the nearest step. In int4, the range of each scale is
-clipped to minimise the squared error. The int8 schemes also round activations, per token, when the
-model runs. Only linear layers are quantised, except the output head.
+clipped to minimize the squared error. The int8 schemes also round activations, per token, when the
+model runs. Only linear layers are quantized, except the output head.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def _markdown_table(rows: Sequence[Mapping[str, Any]], *, with_accuracy: bool) -
 
 
 def check_quantizable(model_dir: Path, group_size: int) -> None:
-    """Raises UserError if a model cannot be quantised. Loads no weights.
+    """Raises UserError if a model cannot be quantized. Loads no weights.
 
-    It cannot if it is quantised already, or if the number of inputs of a linear layer is not
+    It cannot if it is quantized already, or if the number of inputs of a linear layer is not
     divisible by `group_size`.
     """
     import torch
@@ -132,7 +132,7 @@ def check_quantizable(model_dir: Path, group_size: int) -> None:
     config = AutoConfig.from_pretrained(model_dir)
     if getattr(config, "quantization_config", None):
         raise UserError(
-            f"model.path={model_dir}: the model is already quantised: set the original model"
+            f"model.path={model_dir}: the model is already quantized: set the original model"
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -142,7 +142,7 @@ def check_quantizable(model_dir: Path, group_size: int) -> None:
 def write_quantized(
     model_dir: Path, target: Path, scheme: str, group_size: int, tokenizer: Any
 ) -> None:
-    """Writes a quantised copy of a model.
+    """Writes a quantized copy of a model.
 
     Args:
         model_dir: Directory of the original model.

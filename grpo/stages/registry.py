@@ -17,7 +17,7 @@ SUMMARIES = {
     "sft": "fine-tune on worked solutions",
     "train": "train with GRPO",
     "collect": "sample completions and keep the correct, readable ones as traces",
-    "distill": "distil a teacher into a student: from its texts, its distribution, or on-policy",
+    "distill": "distill a teacher into a student: from its texts, its distribution, or on-policy",
     "quantize": "convert a finished model to int8 and int4, and evaluate it before and after",
     "eval": "evaluate a model with a config's prompts and rewards; or compare two evaluations: "
     "`grpo eval RUN RUN`; or let a model solve one problem: --ask",

@@ -118,16 +118,16 @@ def _summary_lines(graded: list[dict[str, Any]]) -> Iterator[str]:
     reasons = Counter(f"{row['verdict']}: {row['reason']}" for row in graded if row["reason"])
     for reason, count in reasons.most_common(MAX_REASONS_SHOWN):
         yield f"{count:8}  {reason}"
-    labelled = [row for row in graded if row.get("label") in LABELS]
-    if not labelled:
+    labeled = [row for row in graded if row.get("label") in LABELS]
+    if not labeled:
         return
-    disagreeing_verdicts = [row["verdict"] for row in labelled if row["verdict"] != row["label"]]
+    disagreeing_verdicts = [row["verdict"] for row in labeled if row["verdict"] != row["label"]]
     num_false_positives = disagreeing_verdicts.count("correct")
     num_false_negatives = disagreeing_verdicts.count("wrong")
     num_undecided = disagreeing_verdicts.count("undecided")
-    agreement = 1 - len(disagreeing_verdicts) / len(labelled)
+    agreement = 1 - len(disagreeing_verdicts) / len(labeled)
     yield (
-        f"compared with {len(labelled)} labels: {agreement:.1%} agree, {num_false_positives} false "
+        f"compared with {len(labeled)} labels: {agreement:.1%} agree, {num_false_positives} false "
         f"positives, {num_false_negatives} false negatives, {num_undecided} undecided"
     )
 

@@ -5,7 +5,7 @@ applied in this order, and the first one that decides gives the verdict:
 
 1. Size. A prediction that is too long is wrong. So is one that is nested too deep, unless it is the
    same text as the gold answer.
-2. Spelling. The same text after normalisation (latex.py) is correct.
+2. Spelling. The same text after normalization (latex.py) is correct.
 3. Words. If the gold answer is words or the letter of a choice, the prediction must be the same
    words.
 4. Numbers in a base, such as `664_7`. Digits and base must be the same.
@@ -28,7 +28,7 @@ from grpo.types import Verdict
 from rewards.verifier.collection import UNORDERED_KINDS, read_collection
 from rewards.verifier.exact_values import TooLargeError, exact_value
 from rewards.verifier.expressions import compare_expressions
-from rewards.verifier.latex import as_words, nesting_depth, normalise
+from rewards.verifier.latex import as_words, nesting_depth, normalize
 from rewards.verifier.units import split_unit
 
 MAX_CHARS = 1000
@@ -62,8 +62,8 @@ def compare_answers(prediction: str, gold: str) -> Verdict:
         return CORRECT
     if nesting_depth(prediction) > MAX_DEPTH:
         return _wrong(f"nested deeper than {MAX_DEPTH}")
-    prediction = normalise(prediction)
-    gold = normalise(gold)
+    prediction = normalize(prediction)
+    gold = normalize(gold)
     if not prediction:
         return _wrong("empty answer")
     if not gold:
@@ -79,7 +79,7 @@ def _wrong(reason: str) -> Verdict:
 
 
 def _compare(prediction: str, gold: str) -> Verdict:
-    """Applies rules 2 to 7 to normalised answers, and to the elements of collections.
+    """Applies rules 2 to 7 to normalized answers, and to the elements of collections.
 
     Raises:
         TooLargeError: The prediction exceeds a bound.

@@ -2,7 +2,7 @@ r"""Evaluates numbers and arithmetic in LaTeX exactly, as fractions.
 
 Examples: `\frac{1}{2^{99}}`, `3\frac{1}{2}`, `1,000`, `3.2\times10^5`.
 
-The input must be normalised (see `normalise` in latex.py). Variables and functions are not
+The input must be normalized (see `normalize` in latex.py). Variables and functions are not
 supported. The size of all values is bounded.
 """
 

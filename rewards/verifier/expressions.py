@@ -38,7 +38,7 @@ POINTS = ((131, 211, 83, 59), (-113, 41, -167, 229), (307, -53, 71, -197), (23, 
 
 
 def compare_expressions(prediction: str, gold: str) -> Verdict:
-    """Returns the verdict on a normalised answer, given the normalised gold answer.
+    """Returns the verdict on a normalized answer, given the normalized gold answer.
 
     Raises:
         TooLargeError: The prediction exceeds a bound.
@@ -153,7 +153,7 @@ def _parse(text: str, is_complex: bool) -> Any:
     """Converts LaTeX to a sympy object, with decimals as exact fractions.
 
     Args:
-        text: A normalised answer.
+        text: A normalized answer.
         is_complex: True: `i` is the imaginary unit. False: all symbols are real.
 
     Raises:

@@ -1,4 +1,4 @@
-r"""Normalises the spelling of answers: Unicode characters, LaTeX variants and other notations.
+r"""Normalizes the spelling of answers: Unicode characters, LaTeX variants and other notations.
 
 All functions map text to text. They do not interpret values: `1/2` and `0.5` stay different.
 """
@@ -124,8 +124,8 @@ COMMAND = re.compile(r"\\[A-Za-z]+|\\.")
 NUM_ARGUMENTS = {r"\frac": 2, r"\sqrt": 1}
 
 
-def normalise(text: str) -> str:
-    r"""Returns the normalised spelling of an answer.
+def normalize(text: str) -> str:
+    r"""Returns the normalized spelling of an answer.
 
     In this order: Unicode becomes LaTeX; REPLACEMENTS are applied; a full stop at the end, dollar
     signs (if their number is even), and `\(...\)` or `\[...\]` around the answer are removed;

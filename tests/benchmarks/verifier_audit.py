@@ -1,4 +1,4 @@
-"""Compares the accuracy verifier with math-verify, TRL and string equality on labelled cases.
+"""Compares the accuracy verifier with math-verify, TRL and string equality on labeled cases.
 
     .venv/bin/python tests/benchmarks/verifier_audit.py [CASES.jsonl]
 

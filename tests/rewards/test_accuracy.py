@@ -24,7 +24,7 @@ def read_cases(name):
     return [json.loads(line) for line in lines]
 
 
-LABELLED_CASES = read_cases("verifier_cases.jsonl")
+LABELED_CASES = read_cases("verifier_cases.jsonl")
 HOSTILE_CASES = read_cases("verifier_hostile.jsonl")
 
 # Pairs of a prediction and a gold answer.
@@ -325,7 +325,7 @@ def test_exact_values_beyond_the_bounds_are_too_large():
 
 
 @given(st.integers(-(10**30), 10**30), st.integers(1, 10**30))
-def test_fractions_with_neighbouring_numerators_are_not_equal(numerator, denominator):
+def test_fractions_with_neighboring_numerators_are_not_equal(numerator, denominator):
     gold = rf"\frac{{{numerator}}}{{{denominator}}}"
     assert compare_answers(f"{numerator}/{denominator}", gold).value == "correct"
     assert compare_answers(f"{numerator + 1}/{denominator}", gold).value == "wrong"
@@ -338,13 +338,13 @@ def test_arbitrary_text_without_the_digits_of_the_gold_answer_is_wrong(predictio
         assert verdict.value == "wrong"
 
 
-@pytest.mark.parametrize("category", sorted({case["category"] for case in LABELLED_CASES}))
+@pytest.mark.parametrize("category", sorted({case["category"] for case in LABELED_CASES}))
 def test_the_verdicts_agree_with_the_labels(category):
     """The authors of the labels followed the rules in docs/rewards.md and had not seen the code.
 
     tests/benchmarks/verifier_audit.py compares other verifiers on these cases.
     """
-    for case in LABELLED_CASES:
+    for case in LABELED_CASES:
         if case["category"] == category:
             verdict = verify(case["prediction"], case["gold"])
             assert verdict.value == case["label"], (case, verdict)
@@ -481,14 +481,14 @@ def test_random_mathematical_characters_are_correct_or_wrong(prediction, gold):
     assert verify(prediction, gold).value in ("correct", "wrong")
 
 
-def test_explain_shows_the_answer_its_origin_and_its_normalised_form():
+def test_explain_shows_the_answer_its_origin_and_its_normalized_form():
     explanation = explain(r"<think>1</think><answer>$\dfrac12$.</answer>", "0.5")
     assert explanation.splitlines() == [
         r"answer              '$\\dfrac12$.'",
         "found               'in the completion'",
         "gold                '0.5'",
-        r"answer, normalised  '\\frac{1}{2}'",
-        "gold, normalised    '0.5'",
+        r"answer, normalized  '\\frac{1}{2}'",
+        "gold, normalized    '0.5'",
         "verdict             correct",
     ]
     explanation_of_bare_answer = explain("no box", "0.5")

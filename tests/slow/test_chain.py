@@ -68,7 +68,7 @@ def write_pipeline(folder, model, student):
     """Writes a pipeline of all kinds of stages for models with random weights.
 
     The model is fine-tuned and trained with GRPO. Then traces are collected from it, it is
-    distilled into the student, and the student is quantised. Every model is evaluated.
+    distilled into the student, and the student is quantized. Every model is evaluated.
 
     Args:
         folder: Directory to create.

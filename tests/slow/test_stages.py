@@ -239,7 +239,7 @@ def test_quantize_writes_every_scheme_and_one_table_and_skips_finished_schemes(t
     assert names == ["parent", "int8", "int4"]
     sizes = [row["megabytes"] for row in read_json(run_dir / "table.json")]
     assert sizes[0] > sizes[1] > sizes[2]
-    for scheme in ("int8", "int4"):  # the quantised models have the extended context
+    for scheme in ("int8", "int4"):  # the quantized models have the extended context
         model_config = read_json(run_dir / scheme / "config.json")
         assert model_config["rope_parameters"]["rope_type"] == "yarn", model_config
     manifest = read_json(run_dir / "manifest.json")

@@ -2,7 +2,7 @@
 
 The classes implement vLLM's weight-transfer interface and verify every weight that they receive.
 
-`MemoryTransfer` follows vLLM 0.32's IPC engine with two differences. It does not synchronise the
+`MemoryTransfer` follows vLLM 0.32's IPC engine with two differences. It does not synchronize the
 device after an update, because vLLM's base class does so with a call that needs an accelerator.
 After a reload it packs a tied output head and the experts of each layer again.
 """
@@ -74,7 +74,7 @@ class LoadsInPlace(ChecksArrivals):
 def loads_in_place(model: Any) -> bool:
     """Returns whether a model on a GPU uses its weights unprocessed.
 
-    That is the case if no layer packs, shuffles or quantises its weights after loading, or derives
+    That is the case if no layer packs, shuffles or quantizes its weights after loading, or derives
     other tensors from them.
     """
     for module in model.modules():

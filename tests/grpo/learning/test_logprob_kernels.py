@@ -84,7 +84,7 @@ def test_the_kernels_compile_for_a_hopper_gpu(dtype):
         "targets": "*i64",
         "logprobs": "*fp32",
         "entropies": "*fp32",
-        "normalisers": "*fp32",
+        "normalizers": "*fp32",
         "row_stride": "i32",
         "vocab_size": "i32",
         "temperature": "fp32",
@@ -94,7 +94,7 @@ def test_the_kernels_compile_for_a_hopper_gpu(dtype):
     gradient_signature = {
         "logits": f"*{dtype}",
         "targets": "*i64",
-        "normalisers": "*fp32",
+        "normalizers": "*fp32",
         "entropies": "*fp32",
         "logprob_grads": "*fp32",
         "entropy_grads": "*fp32",

@@ -1,4 +1,4 @@
-"""Quantisation: scales, written weights, quantisation-aware training, and serving with vLLM."""
+"""Quantization: scales, written weights, quantization-aware training, and serving with vLLM."""
 
 from dataclasses import replace
 
@@ -80,13 +80,13 @@ def write_scheme(model_dir, target, scheme):
     write_quantized(model_dir, target, scheme, GROUP_SIZE, models.load_tokenizer(model_dir))
 
 
-def test_model_that_cannot_be_quantised_raises(tiny, tmp_path):
+def test_model_that_cannot_be_quantized_raises(tiny, tmp_path):
     with pytest.raises(
         UserError, match=r"quantize.group_size=24 does not divide the 64 inputs of model.layers.0"
     ):
         check_quantizable(tiny(), 24)
     write_scheme(tiny(), tmp_path / "int8", "int8")
-    with pytest.raises(UserError, match="already quantised"):
+    with pytest.raises(UserError, match="already quantized"):
         check_quantizable(tmp_path / "int8", 1)
     tree = {
         "run_dir": "x",
@@ -106,23 +106,23 @@ def test_written_weights_equal_rounded_weights_in_bfloat16(tiny, tmp_path, schem
     write_quantized(
         original_dir, tmp_path / scheme, scheme, GROUP_SIZE, models.load_tokenizer(tiny())
     )
-    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / scheme, dtype="auto")
-    quantised(torch.tensor([[40, 41]]))  # the first forward pass unpacks the weights
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / scheme, dtype="auto")
+    quantized(torch.tensor([[40, 41]]))  # the first forward pass unpacks the weights
 
     weight_args, _ = quantization_args(scheme, GROUP_SIZE)
     original_layers = linear_layers(original)
-    quantised_layers = linear_layers(quantised)
-    for (name, original_layer), (_, quantised_layer) in zip(
-        original_layers, quantised_layers, strict=True
+    quantized_layers = linear_layers(quantized)
+    for (name, original_layer), (_, quantized_layer) in zip(
+        original_layers, quantized_layers, strict=True
     ):
         expected = rounded_weight(original_layer.weight.data, weight_args)
-        assert torch.equal(expected, quantised_layer.weight), name
+        assert torch.equal(expected, quantized_layer.weight), name
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantisation_aware_model_computes_the_logits_of_the_written_model(tiny, tmp_path, scheme):
     write_scheme(tiny(), tmp_path / scheme, scheme)
-    quantised = AutoModelForCausalLM.from_pretrained(
+    quantized = AutoModelForCausalLM.from_pretrained(
         tmp_path / scheme, dtype=torch.float32, attn_implementation="eager"
     )
     plain = models.load_model(tiny(), "eager")
@@ -132,7 +132,7 @@ def test_quantisation_aware_model_computes_the_logits_of_the_written_model(tiny,
 
     ids = torch.tensor([list(range(40, 80))])
     logits = aware(ids).logits
-    expected = quantised(ids).logits
+    expected = quantized(ids).logits
     assert torch.allclose(logits, expected, atol=1e-4)
     assert not torch.allclose(plain(ids).logits, expected, atol=1e-2)
 
@@ -155,7 +155,7 @@ def mean_loss(learner, batch):
     return -float(scores.logprobs[batch.token_mask].mean())
 
 
-def test_final_training_with_rounding_reduces_the_loss_of_the_quantised_model(tiny, tmp_path):
+def test_final_training_with_rounding_reduces_the_loss_of_the_quantized_model(tiny, tmp_path):
     samples = []
     for sample in random_samples(count=30):
         # The advantage of a token is the weight of its cross-entropy.
@@ -228,7 +228,7 @@ def mean_gap_to_parent(parent, prompt, completion):
 @pytest.mark.parametrize(
     ("scheme", "max_gap"), [("int8", 0.1), ("int8_tensor", 0.15), ("int4", 0.6)]
 )
-def test_vllm_serves_the_quantised_model_with_logprobs_near_those_of_its_parent(
+def test_vllm_serves_the_quantized_model_with_logprobs_near_those_of_its_parent(
     tiny, tmp_path, scheme, max_gap
 ):
     write_scheme(tiny(), tmp_path / scheme, scheme)

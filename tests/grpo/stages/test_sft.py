@@ -52,7 +52,7 @@ def test_lora_changes_the_projections_and_saves_the_merged_model_and_the_adapter
 
 
 def summed_loss(model, batch):
-    """Returns the negative sum of the logprobs of the labelled tokens, and their number."""
+    """Returns the negative sum of the logprobs of the labeled tokens, and their number."""
     total = torch.zeros(())
     num_tokens = 0
     for row in batch:
