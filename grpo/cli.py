@@ -118,7 +118,8 @@ def _report_error(error: Exception) -> None:
     if is_unexpected and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
     is_reported_elsewhere = ranks.failed_on_another_rank(error)
-    # A mistake in the config or the data raises on all ranks; local rank 0 prints it.
+    # A mistake in the config or the data usually raises on all ranks. Local rank 0 prints it; the
+    # others print it only if the launcher does not terminate them first.
     is_repeated = ranks.local_rank() > 0 and isinstance(error, UserError)
     if is_reported_elsewhere or is_repeated:
         with contextlib.suppress(KeyboardInterrupt):
@@ -272,7 +273,7 @@ def _add_replay(commands: Any) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. algorithm.preset=dr_grpo"
     )
-    command.add_argument("--step", type=int, help="default: the step after the last checkpoint")
+    command.add_argument("--step", type=int, help="default: the last step that can be repeated")
 
 
 def _add_report(commands: Any) -> None:

@@ -34,8 +34,8 @@ class GrpoError(Exception):
     """Base class of the errors that grpo raises. Instances can be pickled and sent between ranks.
 
     Attributes:
-        raised_on_all_ranks: True if all ranks raise an error at the same point. They can then still
-            run collectives, for example to write a checkpoint.
+        raised_on_all_ranks: True if all ranks raise the error at the same point. They can then
+            still run collectives, for example to write a checkpoint.
         failed_rank: the rank on which the error occurred; None if the ranks have not exchanged it.
     """
 
@@ -220,9 +220,9 @@ class ScoredGroup:
         rewards: `[G]`, the weighted sum of `parts`. None if a verdict is undecided or no reward
             applies: the completion is excluded from the group's baseline and from the update.
         parts: `[G]`, the value of each reward by name, before its weight. None if the reward does
-            not apply to the completion or its verdict is undecided.
+            not apply to the completion, or returned an undecided verdict.
         verdicts: `[G]`, the first verdict that a reward function returned; None without one.
-        faults: `[G]`, the reasons of low scores, by reward name.
+        faults: `[G]`, the reasons for low scores, by reward name.
     """
 
     group: Group

@@ -31,14 +31,18 @@ class Diagnosis:
     """Follows a run row by row, and reports each rule once."""
 
     def __init__(self, rows: Sequence[Row] = ()) -> None:
-        """Args: `rows`: rows of metrics.jsonl so far, in order. Their rules do not report again."""
-        self._rows: list[Row] = []  # rows of rollouts; the evaluation before the first is not one
+        """Replays earlier rows, so that rules that have reported on them do not report again.
+
+        Args:
+            rows: The rows of metrics.jsonl so far, in order.
+        """
+        self._rows: list[Row] = []  # of rollouts only, not those of a start or resume
         self._reported_rules: set[str] = set()
         for row in rows:
             self.add_row(row)
 
     def add_row(self, row: Row) -> list[Finding]:
-        """Returns the new findings after this row, at most one per rule and run."""
+        """Adds a row and returns its new findings, at most one per rule and run."""
         if "reward/mean" not in row:
             return []
         self._rows.append(row)
@@ -75,7 +79,7 @@ class History:
         self.rows = rows
 
     def values(self, key: str) -> list[float]:
-        """Returns the finite values of a metric, oldest first. Rows without one are skipped."""
+        """Returns the finite values of a metric, oldest first. Other rows are skipped."""
         return [
             row[key]
             for row in self.rows

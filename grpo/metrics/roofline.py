@@ -205,15 +205,16 @@ class Roofline:
 def learner_memory(
     config: Any, shape: ModelShape, ranks: int = 1, reference_weights: int | None = None
 ) -> dict[str, float]:
-    """Estimates the memory of a learner rank at the longest sequences, in bytes per part.
+    """Estimates the memory of a learner rank with full micro-batches, in bytes per part.
 
-    The estimates are within a third of the measured memory.
+    The parts are `weights`, `gradients`, `activations` and `logits`, and as needed `optimizer`,
+    `reference` and `rounded`. The estimates are within a third of the measured memory.
 
     Args:
         config: Config of a stage with a learner.
         shape: Sizes of the policy.
         ranks: Number of learner ranks.
-        reference_weights: Number of weights of the teacher or reference. Default: as the policy.
+        reference_weights: Number of weights of the teacher or reference. Default: the policy's.
 
     Source: mixed-precision Adam needs 2 + 4 + 4 + 8 bytes per weight (ZeRO 1910.02054 section 3.1,
     with float32 gradients). Activations need 34 bytes per token, hidden unit and layer without

@@ -296,7 +296,7 @@ class RunDirectory:
 
     @_on_rank0
     def discard(self) -> None:
-        """Removes manifest and model of a run without results, so that it can be started again."""
+        """Removes manifest and models of a run without results, so that it can be started again."""
         self.manifest.unlink(missing_ok=True)
         for name in ("model", "warm_start"):
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -90,11 +90,11 @@ class Display:
         parts = [
             f"{self._unit} {min(step + 1, self._total)}/{self._total}",
             f"{name} {detail}".strip(),
-            *self._metrics(),
+            *self._metric_texts(),
             self._time_left(step),
         ]
         text = " · ".join(part for part in parts if part)
-        self._status.update(text.replace("[", "\\["))
+        self._status.update(text.replace("[", "\\["))  # "[" would start a style tag of rich
 
     def row(self, row: dict[str, Any]) -> None:
         """Takes the metrics of a finished step.
@@ -109,7 +109,7 @@ class Display:
             seconds = row.get("time/total_s", 0.0)
             parts = [
                 f"{self._unit} {row['step']}/{self._total}",
-                *self._metrics(),
+                *self._metric_texts(),
                 f"{seconds:.1f} s",
             ]
             self.say(" · ".join(parts))
@@ -119,7 +119,7 @@ class Display:
         if self._status is not None:
             self._status.stop()
 
-    def _metrics(self) -> list[str]:
+    def _metric_texts(self) -> list[str]:
         """Returns the metrics of the last step as text: `["reward 0.250", "accuracy 50.0%"]`."""
         texts = []
         for key, text_format in METRIC_FORMATS.items():
@@ -131,7 +131,7 @@ class Display:
         return texts
 
     def _time_left(self, step: int) -> str:
-        """Returns the estimated remaining time, "14:00 left"; "" before the first step."""
+        """Returns the estimated remaining time, "14:00 left"; "" until a step is done."""
         if self._start is None or step <= self._start.num_done:
             return ""
         elapsed_s = time.monotonic() - self._start.time_s

@@ -124,6 +124,9 @@ def num_cores() -> int:
 def join_process_group(timeout_s: float = 1800.0) -> None:
     """Joins the process group, which is a group of one without a launcher.
 
+    Makes the GPU of this local rank the current one. Without a GPU, it divides the CPU cores among
+    the local ranks; a single rank keeps OMP_NUM_THREADS. Does nothing if the group exists.
+
     Args:
         timeout_s: The maximum time in seconds to wait for another rank, now and in exchanges.
 
@@ -333,7 +336,7 @@ def measure_all_reduce_s(num_bytes: int, tries: int = 5) -> float:
         if values.is_cuda:
             torch.cuda.synchronize()
         durations_s.append(time.perf_counter() - start)
-    # The first all-reduce opens the connections.
+    # The first all-reduce does not count: it opens the connections.
     median_s = statistics.median_high(durations_s[1:])
     return max(all_gather("the interconnect", median_s))
 

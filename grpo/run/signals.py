@@ -15,7 +15,7 @@ class RunInterruptedError(GrpoError):
 
 
 class Signals:
-    """Handles SIGINT and SIGTERM: stores the first one, which `raise_if_received` reports.
+    """Handles SIGINT and SIGTERM: stores the first one, for which `raise_if_received` raises.
 
     The first signal restores the previous handlers, so a second one ends the process as usual.
     """
@@ -23,7 +23,7 @@ class Signals:
     def __init__(self) -> None:
         """Replaces the handlers of SIGINT and SIGTERM."""
         self.received: str | None = None  # name of the first signal, e.g. "SIGTERM"
-        self._is_held = False
+        self._is_deferred = False
         self._previous_handlers = {
             number: signal.signal(number, self._handle)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -35,22 +35,21 @@ class Signals:
 
     def raise_if_received(self) -> None:
         """Raises `RunInterruptedError` if a signal was received, except within `deferred`."""
-        if self.received and not self._is_held:
+        if self.received and not self._is_deferred:
             raise RunInterruptedError(self.received)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Prevents `raise_if_received` from raising within the context. Contexts do not nest.
 
-        A signal that arrives in the context is raised by the next call after it.
-
-        Use it around a collective of several ranks: if one rank leaves, the others hang.
+        The first call after the context raises for a signal that arrived in it. Use it around a
+        collective of several ranks: if one rank leaves, the others hang.
         """
-        self._is_held = True
+        self._is_deferred = True
         try:
             yield
         finally:
-            self._is_held = False
+            self._is_deferred = False
 
     def restore_handlers(self) -> None:
         """Restores the previous handlers of SIGINT and SIGTERM."""

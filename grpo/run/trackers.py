@@ -55,7 +55,7 @@ class Trackers:
     def log(self, row: dict[str, Any]) -> None:
         """Sends the numbers in a row of metrics to every tracker.
 
-        The step is that of the row. trackio does not receive it.
+        TensorBoard and W&B also receive the row's step; trackio counts the calls itself.
         """
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         for tracker in self._trackers:

@@ -28,7 +28,7 @@ from grpo.training.updates import Updater, UpdateReport
 from grpo.training.weight_sync import WeightCheck, sync_weights
 from grpo.types import Sample, ScoredGroup, TrainingStoppedError
 
-# Both hold one value per group, completion and token.
+# Both hold one value per token: [group][completion][token].
 KlPenalties = list[list[list[float]]]
 Advantages = list[list[tuple[float, ...]]]
 
@@ -168,7 +168,10 @@ class Loop:
         return replace(groups, used=[_with_decided_rewards(scored) for scored in groups.used])
 
     def _kl_penalties(self, groups: list[ScoredGroup], timer: Timer) -> KlPenalties | None:
-        """Returns the KL penalties of all tokens, None if the recipe has no penalty."""
+        """Returns the KL penalties of all tokens.
+
+        Returns None if the recipe has no penalty, or without groups.
+        """
         with timer("update"):
             if self.updater.penalty_estimator is None:
                 return None

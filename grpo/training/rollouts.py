@@ -97,10 +97,10 @@ class Rollouts:
         def sample_round(problems: list[Problem], round_number: int) -> list[ScoredGroup]:
             return self.sample(problems, rollout, round_number, timer)
 
-        if self.selection.take_from_stream is None:  # `sample` measures its own phases
-            selected = self.selection.collect(sample_round)
+        if self.selection.take_from_stream is None:
+            selected = self.selection.collect(sample_round)  # `sample` measures its phases
         else:
-            with timer("rollout"):  # Groups are sampled in the background: this is the wait.
+            with timer("rollout"):  # the wait for groups that are sampled in the background
                 selected = self.selection.collect(sample_round)
         return RolloutGroups(
             sampled=selected.sampled,
@@ -156,6 +156,9 @@ class Rollouts:
         `eval/` metrics are means over `eval.samples` completions per problem. If `eval.temperature`
         is above 0, one greedy completion per problem is evaluated too, as `eval/greedy/`. The rows
         are those of `sample_rows` with the additional key `greedy`.
+
+        Args:
+            rollout: Number of completed rollouts, which the display shows.
         """
         settings = self.config.eval
         options = sampling_options(self.config, self.prompts, settings.temperature)

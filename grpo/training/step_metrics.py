@@ -35,7 +35,8 @@ class StepReport:
         updates: Number of optimizer updates so far, including those of this step.
         groups: The groups of the rollout.
         samples: The samples of the updates.
-        kl_penalty: Mean KL per token that was subtracted from the rewards, before its coefficient.
+        kl_penalty: Mean KL per token that was subtracted from the rewards, before its coefficient;
+            None if the recipe has no penalty.
         update: The updates of the step.
         sync: The weight sync.
         probe: The comparison of engine and learner after the sync.
@@ -164,9 +165,10 @@ def _time_bounds(
 def _utilization(row: Mapping[str, Any], machine: MachineReport, timer: Timer) -> dict[str, float]:
     """Returns the sampling rate, the idle shares of engine and learner, and the engine's events."""
     total_s = row["time/total_s"]
-    engine_idle = 1 - timer.seconds["rollout"] / total_s
     if machine.engine_idle_s is not None:
         engine_idle = min(1.0, machine.engine_idle_s / total_s)
+    else:
+        engine_idle = 1 - timer.seconds["rollout"] / total_s
     metrics = {
         "rollout/tokens_per_s": row["completion/tokens"] / row["time/rollout_s"],
         "idle/engine": engine_idle,

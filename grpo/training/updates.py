@@ -35,8 +35,8 @@ class UpdateReport:
 
     Attributes:
         num_updates: Number of updates that were applied.
-        num_skipped: Number of updates that were skipped because no sample of their mini-batch has
-            an advantage.
+        num_skipped: Number of updates that were not made because their mini-batch is empty or no
+            sample in it has an advantage.
         metrics: Means over the updates, and the maximum of `mismatch/max_weight`; empty without
             updates.
     """
@@ -136,10 +136,14 @@ class Updater:
             self.learner.reset_reference(optimizer=algorithm.reset_optimizer)
 
     def prepare(self, mini_batches: Sequence[list[Sample]], rollout: int) -> list[list[Batch]]:
-        """Returns the micro-batches of each mini-batch, with the tensors that the recipe needs.
+        """Returns this rank's micro-batches of each mini-batch, ready for `Learner.update`.
 
-        These are the old logprobs, the reference logprobs, and the restriction of the advantages to
-        the tokens of highest entropy. All are computed before the rollout's first update.
+        As the recipe requires, adds old and reference logprobs, and sets all advantages to 0 except
+        those of the tokens of highest entropy. Call it before the rollout's first update.
+
+        Args:
+            mini_batches: The mini-batches of one epoch, the same on every rank.
+            rollout: Number of completed rollouts, without this one.
         """
         batches_per_mini_batch = [self._micro_batches(mini_batch) for mini_batch in mini_batches]
         batches = list(itertools.chain.from_iterable(batches_per_mini_batch))
@@ -170,7 +174,8 @@ class Updater:
         - none: The objective uses the policy's current logprobs, because pi_old is pi: there is a
           single update, and the current weights sampled all tokens or a mismatch correction is set.
         - learner: The policy scores the samples before the updates.
-        - sampler: The logprobs that the engine returned with the samples.
+        - sampler: The logprobs that the engine returned with the samples, if the config requests
+          them, or if there is no mismatch correction and older weights sampled all tokens.
 
         Args:
             samples: The samples of the updates.
@@ -180,9 +185,9 @@ class Updater:
         algorithm = self.config.algorithm
         if algorithm.old_logprobs == "sampler":
             return "sampler"
-        versions = {version}  # A mismatch correction accounts for tokens of older versions.
-        if algorithm.mismatch == "none":
-            versions = _sampler_versions(samples)
+        # A mismatch correction accounts for tokens of older versions.
+        has_correction = algorithm.mismatch != "none"
+        versions = {version} if has_correction else _sampler_versions(samples)
         if num_updates <= 1 and versions == {version}:
             return "none"
         return "learner" if version in versions else "sampler"

@@ -23,16 +23,16 @@ from grpo.learning.batch import micro_batches
 from grpo.learning.learner import Learner
 from grpo.run import ranks
 from grpo.run.signals import Signals
-from grpo.types import Batch, GrpoError, RunError, Sample
+from grpo.types import Batch, Completion, GrpoError, RunError, Sample
 
 PROMPT_TOKENS = 96  # three KV blocks of the default size on a CPU; the prefix cache can hold two
 # Default limits of the gap. Measured: 1e-6 in float32, 0.03-0.07 in bfloat16 on SmolLM2-135M.
 MAX_GAP_FLOAT32 = 1e-3
 MAX_GAP_LOW_PRECISION = 0.2
 CANARY_SEEDS = tuple(20_000 + 1_000 * draw for draw in range(8))
-# The limit of the canary is at least this multiple of the rounding noise of its perturbation ...
+# The limit of the canary is NOISE_FACTOR times the rounding noise of its perturbation, but at least
+# the probe's limit and at most MAX_LIMIT_FACTOR times that. A higher one would hide stale weights.
 NOISE_FACTOR = 2.5
-# ... and at most this multiple of the probe's limit. A higher limit would hide stale weights.
 MAX_LIMIT_FACTOR = 2.0
 
 
@@ -47,7 +47,8 @@ class ProbeReport:
     """The result of a probe, for example `ProbeReport(gap=0.03, max_gap=0.2)`.
 
     Attributes:
-        gap: Mean |log pi_engine - log pi_learner| over the sampled tokens.
+        gap: Mean |log pi_engine - log pi_learner| over the sampled tokens; with several copies of
+            the model, the largest mean.
         max_gap: The gap above which the run stops.
     """
 
@@ -132,7 +133,7 @@ class WeightCheck:
         )
 
     def probe(self) -> ProbeReport:
-        """Returns the gap after a sync.
+        """Compares engine and learner after a sync and returns the gap with its limit.
 
         Raises:
             WeightMismatchError: The gap is above the limit.
@@ -153,6 +154,10 @@ class WeightCheck:
         or a kind of weight that never arrives. The canary does.
 
         The engine holds perturbed weights afterwards: call `sync_weights` next.
+
+        Args:
+            version: The version of the perturbed weights.
+            signals: As in `sync_weights`.
 
         Raises:
             WeightMismatchError: The gap is above the limit.
@@ -193,7 +198,7 @@ class WeightCheck:
             "the samples of the probe",
             lambda: self._engine.generate_on_every_copy(self._requests, self._options),
         )
-        copies = []
+        copies: list[list[tuple[Completion, ...]]] = []  # [copy][request]
         for copies_of_rank in copies_per_rank:
             copies += copies_of_rank
         samples = []
@@ -230,15 +235,16 @@ class WeightCheck:
         disagree. On SmolLM2-135M the noise of twelve perturbations was 0.03 to 0.7, while a stale
         kind of weight causes a gap of 0.2 to 2.
         """
+        if not self._settings.rounds:
+            return _Perturbation(seed=CANARY_SEEDS[0], noise=0.0)
         best = _Perturbation(seed=CANARY_SEEDS[0], noise=math.inf)
-        if self._settings.rounds:
-            for seed in CANARY_SEEDS:
-                noise = self._rounding_noise(seed)
-                if noise < best.noise:
-                    best = _Perturbation(seed=seed, noise=noise)
-                if NOISE_FACTOR * best.noise <= self._settings.max_gap:
-                    break
-        if not math.isfinite(best.noise):
+        for seed in CANARY_SEEDS:
+            noise = self._rounding_noise(seed)
+            if noise < best.noise:
+                best = _Perturbation(seed=seed, noise=noise)
+            if NOISE_FACTOR * best.noise <= self._settings.max_gap:
+                break
+        if not math.isfinite(best.noise):  # the noise of every perturbation is NaN or infinite
             return _Perturbation(seed=best.seed, noise=0.0)
         return best
 
@@ -312,7 +318,7 @@ def sync_weights(
         engine: The engine of this rank.
         learner: The learner.
         version: The version of the weights; rollout n is sampled with version n.
-        signals: The signals that are held back during the sync.
+        signals: With several ranks, they are deferred until the end of the sync.
 
     Raises:
         EngineError: With one rank: the sync failed.
@@ -320,9 +326,9 @@ def sync_weights(
     """
     if ranks.world_size() == 1:
         return engine.load_weights(learner.weights(), version)
-    held = signals.deferred() if signals is not None else contextlib.nullcontext()
+    deferred = signals.deferred() if signals is not None else contextlib.nullcontext()
     try:
-        with held:
+        with deferred:
             report = engine.load_weights(learner.weights(), version)
     except GrpoError as error:
         raise ranks.BrokenCollectiveError(str(error)) from None
