@@ -192,7 +192,7 @@ def _gradient(past: History) -> str | None:
     if len(norms) <= 10:
         return None
     median = statistics.median(norms[-21:-1])
-    if not norms[-1] >= 10 * median:
+    if median == 0 or norms[-1] < 10 * median:
         return None
     return (
         f"the gradient norm jumped to {norms[-1]:.2g}, {norms[-1] / median:.0f} times its median: "

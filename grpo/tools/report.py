@@ -219,7 +219,7 @@ def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
     for name, folder in folders.items():
         files += [(name, file) for file in sorted((folder / "samples").glob("*.jsonl"))]
     total_bytes = sum(file.stat().st_size for _, file in files)
-    stride = math.ceil(total_bytes / MAX_SAMPLE_BYTES)
+    stride = max(1, math.ceil(total_bytes / MAX_SAMPLE_BYTES))
     included = [pair for i, pair in enumerate(files) if i % stride == 0 or i == len(files) - 1]
     problems: dict[str, list[str]] = {}  # by id
     problem_numbers: dict[str, int] = {}  # by id

@@ -70,8 +70,8 @@ class CheckSettings:
         max_gap: The gap above which the run stops.
         micro_batch_tokens: Maximum number of tokens per micro-batch of the learner.
         packed: Whether the learner packs the samples of a prompt into one stream.
-        rounds: Whether engine or learner computes in less than float32, so that their logprobs
-            differ by rounding.
+        is_low_precision: Whether engine or learner computes in less than float32, so that their
+            logprobs differ by rounding.
     """
 
     temperature: float
@@ -79,7 +79,7 @@ class CheckSettings:
     max_gap: float
     micro_batch_tokens: int
     packed: bool = False
-    rounds: bool = False
+    is_low_precision: bool = False
 
 
 def check_settings(config: TrainConfig) -> CheckSettings:
@@ -93,7 +93,7 @@ def check_settings(config: TrainConfig) -> CheckSettings:
         max_gap=config.probe.max_gap or default_max_gap,
         micro_batch_tokens=config.learner.micro_batch_tokens,
         packed=config.model.is_packed,
-        rounds=not is_float32,
+        is_low_precision=not is_float32,
     )
 
 
@@ -235,7 +235,7 @@ class WeightCheck:
         disagree. On SmolLM2-135M the noise of twelve perturbations was 0.03 to 0.7, while a stale
         kind of weight causes a gap of 0.2 to 2.
         """
-        if not self._settings.rounds:
+        if not self._settings.is_low_precision:
             return _Perturbation(seed=CANARY_SEEDS[0], noise=0.0)
         best = _Perturbation(seed=CANARY_SEEDS[0], noise=math.inf)
         for seed in CANARY_SEEDS:

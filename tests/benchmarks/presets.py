@@ -99,9 +99,14 @@ def table_row(preset: str, outcomes: list[Outcome | None]) -> str:
     if accuracies:
         mean = f"{statistics.mean(accuracies):.1%}"
         accuracy_range = f"{min(accuracies):.1%} to {max(accuracies):.1%}"
-    rollouts = ", ".join(str(outcome.rollouts_to_90_percent or "never") for outcome in succeeded)
+    rollouts = []
+    for outcome in succeeded:
+        if outcome.rollouts_to_90_percent is None:
+            rollouts.append("never")
+        else:
+            rollouts.append(str(outcome.rollouts_to_90_percent))
     num_seeds = f"{len(succeeded)} of {len(outcomes)}"
-    return f"| {preset} | {mean} | {accuracy_range} | {rollouts} | {num_seeds} |"
+    return f"| {preset} | {mean} | {accuracy_range} | {', '.join(rollouts)} | {num_seeds} |"
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def test_cuda_ipc_delivers_the_weights_also_after_sleep(tiny, tmp_path):
     engine.wait_ready()  # before the learner allocates GPU memory
     try:
         learner, weight_check = make_learner_and_weight_check(
-            engine, tiny(), tmp_path, engine_rounds=True
+            engine, tiny(), tmp_path, is_low_precision=True
         )
         weight_check.canary(version=0)
         sync_weights(engine, learner, version=1)

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node=2 ranks_worker.py MODEL FOLDER
 
 FOLDER is named `one` or `two`, after the number of ranks. Rank 0 writes the final weights of each
-combination to FOLDER (`1-float32.pt`, `shared-1.pt`), and the results to `found.json`:
+combination to FOLDER (`1-float32.pt`, `shared-1.pt`), and the results to `results.json`:
 
     {
         "1-float32": {
@@ -126,7 +126,7 @@ def train_and_perturb(model_dir, folder, stage, dtype):
     """Makes all updates, with a checkpoint at HALF, then perturbs and restores the weights.
 
     Returns:
-        The entry of `found.json` without "resumed", and the trained weights by name.
+        The entry of `results.json` without "resumed", and the trained weights by name.
     """
     checkpoint = folder / f"{stage}-{dtype}"
     learner = make_learner(model_dir, folder, stage, dtype)
@@ -178,7 +178,7 @@ def main(model_dir, folder):
         if ranks.rank() == 0:
             torch.save(weights, folder / f"shared-{stage}.pt")
     if ranks.rank() == 0:
-        (folder / "found.json").write_text(json.dumps(results))
+        (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

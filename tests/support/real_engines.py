@@ -37,15 +37,15 @@ def start_engine(
     return engine_class(model=model, settings=ENGINE_SETTINGS, log_file=tmp_path / "engine.log")
 
 
-def make_learner_and_weight_check(engine, model_dir, tmp_path, engine_rounds=False):
+def make_learner_and_weight_check(engine, model_dir, tmp_path, is_low_precision=False):
     """Returns a float32 learner on a model, and the check of its weights in the engine.
 
     Args:
         engine: The engine that the check compares with the learner.
         model_dir: Directory of the model.
         tmp_path: Run directory in the learner's config.
-        engine_rounds: Whether the engine rounds, that is, does not compute in float32. The check
-            then allows a larger gap.
+        is_low_precision: Whether the engine computes in less than float32. The check then allows a
+            larger gap.
 
     Returns:
         A tuple `(learner, weight_check)`.
@@ -54,8 +54,8 @@ def make_learner_and_weight_check(engine, model_dir, tmp_path, engine_rounds=Fal
     settings = CheckSettings(
         temperature=1.0,
         num_tokens=8,
-        max_gap=MAX_GAP_LOW_PRECISION if engine_rounds else MAX_GAP_FLOAT32,
+        max_gap=MAX_GAP_LOW_PRECISION if is_low_precision else MAX_GAP_FLOAT32,
         micro_batch_tokens=1024,
-        rounds=engine_rounds,
+        is_low_precision=is_low_precision,
     )
     return learner, WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)

@@ -309,6 +309,11 @@ def test_metrics_that_are_missing_or_not_finite_have_no_findings():
     assert diagnose(nan_rows) == []
 
 
+def test_a_run_whose_gradients_are_zero_has_no_jump_of_the_gradient():
+    rows = metrics_rows(policy__grad_norm=lambda step: float(step == 12))
+    assert diagnose(rows) == []
+
+
 def test_a_resumed_run_does_not_repeat_earlier_findings():
     rows, _ = FAULTY_RUNS["undecided"]
     diagnosis = Diagnosis(rows[:8])

@@ -46,7 +46,7 @@ class TrainedModels:
     """
 
     folder: Path
-    results: dict[str, dict[str, Any]]  # the contents of found.json, by "one" and "two"
+    results: dict[str, dict[str, Any]]  # the contents of results.json, by "one" and "two"
 
     def rows(self, num_ranks: str, name: str) -> list[dict[str, float]]:
         """Returns the metrics of each update."""
@@ -90,7 +90,7 @@ def trained(tiny, tmp_path_factory):
         assert process.returncode == 0, process.stderr[-3000:]
     results = {}
     for num_ranks in ("one", "two"):
-        results[num_ranks] = json.loads((folder / num_ranks / "found.json").read_text())
+        results[num_ranks] = json.loads((folder / num_ranks / "results.json").read_text())
     return TrainedModels(folder, results)
 
 

@@ -155,6 +155,13 @@ def test_long_runs_are_thinned_out_and_long_completions_shortened_in_the_middle(
     assert len(data["rows"][0][2]) < 300
 
 
+def test_a_run_whose_files_of_samples_are_empty_has_a_report_without_completions(tmp_path):
+    folder = make_run(tmp_path / "a", num_steps=2)
+    for file in (folder / "samples").iterdir():
+        file.write_text("")
+    assert report.completions({"a": folder})["rows"] == []
+
+
 def test_the_report_of_a_pipeline_has_its_table_and_its_stages(tmp_path):
     make_run(tmp_path / "rl")
     make_run(tmp_path / "rl-sums")

@@ -151,7 +151,7 @@ def test_canary_avoids_perturbations_that_amplify_rounding(tiny, tmp_path, monke
             num_tokens=16,
             max_gap=MAX_GAP_LOW_PRECISION,
             micro_batch_tokens=1024,
-            rounds=True,
+            is_low_precision=True,
         )
         weight_check = WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)
         seeds = weight_sync.CANARY_SEEDS[:4]
@@ -280,7 +280,7 @@ def test_stale_head_is_detected_in_bfloat16(tiny, tmp_path):
     engine = start_faulty_engine(tiny(), tmp_path, "stale head", dtype="bfloat16")
     try:
         _, weight_check = make_learner_and_weight_check(
-            engine, tiny(), tmp_path, engine_rounds=True
+            engine, tiny(), tmp_path, is_low_precision=True
         )
         with pytest.raises(
             RunError, match=r"the canary found that engine and learner disagree.*allowed 0\.2"
