@@ -20,6 +20,9 @@ def load(split: str, *, seed: int, path: str | None = None) -> Sequence[Problem]
         split: Must be `test`.
         seed: Unused.
         path: amc23.jsonl or its folder. None: the hub.
+
+    Raises:
+        UserError: `split` is `train`, or a row is incomplete.
     """
     rows = read_rows(path, stems=["amc23", "amc"], hub=HUB_DATASET)
     return evaluation_problems("amc", split, rows)

@@ -41,8 +41,8 @@ def load(  # noqa: PLR0913
 ) -> Sequence[Problem]:
     """Returns problems such as `347+85=`. Differences are never negative.
 
-    Problem i is a function of (seed, i) and the options. a+b and b+a count as the same content,
-    which belongs to the same split for every seed.
+    Problem i is a function of (split, seed, i) and the options. a+b and b+a count as the same
+    content, which belongs to the same split for every seed.
 
     Args:
         split: `train` or `test`.
@@ -53,7 +53,8 @@ def load(  # noqa: PLR0913
         terms: Number of operands. Only 2 is supported.
         terse: Probability of a solution whose thoughts only repeat the problem and whose answer is
             a guess.
-        slip: Largest error of a guess; the error is uniform in [-slip, slip].
+        slip: Largest error of a guess; the error is uniform in [-slip, slip]. A guess is never
+            negative.
         working: Notation of the thoughts. `columns`: digit by digit from the right with a carry,
             for models that are trained from scratch. `places`: by decimal places, as a pretrained
             model works; sums only.

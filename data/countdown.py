@@ -30,8 +30,8 @@ def load(  # noqa: PLR0913
 ) -> Sequence[Problem]:
     """Returns problems with the wording of TinyZero.
 
-    Problem i is a function of (seed, i) and the options. The same numbers and target belong to the
-    same split for every seed.
+    Problem i is a function of (split, seed, i) and the options. The same numbers and target belong
+    to the same split for every seed.
 
     Args:
         split: `train` or `test`.

@@ -25,6 +25,9 @@ def load(split: str, *, seed: int, path: str | None = None) -> Sequence[Problem]
         split: `train` or `test`.
         seed: Unused.
         path: gsm8k_train.jsonl or gsm8k_test.jsonl, or its folder. None: the hub.
+
+    Raises:
+        UserError: A row is incomplete.
     """
     check_split("gsm8k", split)
     hub = HubDataset("openai/gsm8k", "main", split)

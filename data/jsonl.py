@@ -44,7 +44,8 @@ def load(  # noqa: PLR0913
         seed: Unused.
         path: The file, or a folder with a file train.jsonl (or .json, .parquet).
         test_path: File of the test split, or a folder with a file test.jsonl (or .json, .parquet).
-        test_fraction: Share of the questions of `path` in the test split, in [0, 1).
+        test_fraction: Share of the questions of `path` in the test split, in [0, 1). Unused with
+            `test_path`.
         answers: False: the rows are prompts without gold answers, for rewards that need none, such
             as `preference`. All of them are in the train split.
 

@@ -86,9 +86,10 @@ def _level(row: Row) -> int | None:
 
 
 def _last_boxed(solution: str) -> str:
-    r"""Returns the content of the last `\boxed{...}` or `\fbox{...}`, or "" if there is none.
+    r"""Returns the content of the last `\boxed{...}` or `\fbox{...}`, "" if there is none.
 
-    `\boxed 5`, without braces, counts only in a solution that has no box with braces.
+    A last box that is never closed counts as none. `\boxed 5`, without braces, counts only in a
+    solution that has no box with braces.
     """
     box_start = max(solution.rfind(r"\boxed{"), solution.rfind(r"\fbox{"))
     if box_start < 0:

@@ -149,7 +149,12 @@ def _text_of(row: Row, names: Sequence[str], roles: tuple[str, ...]) -> str:
 
 
 def _message_of(row: Row, messages: Any, roles: tuple[str, ...]) -> str:
-    """Returns the only message of a role. A longer conversation is not a trace of one problem."""
+    """Returns the only message of a role.
+
+    Raises:
+        UserError: There is no such message, or several: a longer conversation is not a trace of one
+            problem.
+    """
     contents = [
         message.get("content", message.get("value"))
         for message in messages

@@ -19,7 +19,7 @@ BLOCK = 1000  # positions per block
 
 
 def seeded_random(*key: object) -> Random:
-    """Returns a random generator that is determined by `key`, on every machine and process."""
+    """Returns a random generator that is seeded by `key`, equally in every process and machine."""
     return Random(stable_hash("/".join(str(part) for part in key)))
 
 
@@ -93,8 +93,9 @@ class Mixture:
                 by it, in ascending order.
 
         Raises:
-            UserError: A source is empty, a weight is not positive, the names of sources and weights
-                differ, or a problem lacks the curriculum field.
+            UserError: There is no source or more than 1000, a source is empty, a weight is not
+                positive, the names of sources and weights differ, or the curriculum field of a
+                problem is not a number.
         """
         _check_sources(sources, weights)
         if curriculum:
