@@ -14,7 +14,8 @@ from rewards.verifier.parse import final_answer
 # A letter with an optional introduction and, after punctuation, an optional text, such as
 # `the answer is (b) 42`. It is matched against the result of `as_words`, which is in lower case.
 LETTER = re.compile(
-    r"(?:(?:the )?(?:correct )?(?:answer|choice|option)(?: is)?:? ?)?\(?([a-z])(?:[).:,]+|$)\s*(.*)"
+    r"(?:(?:the )?(?:correct )?(?:answer|choice|option)(?: is)?:? ?)?"
+    r"\(?(?P<letter>[a-z])(?:[).:,]+|$)\s*(?P<text>.*)"
 )
 # A second letter at the beginning of that text: `b` in `A, B` and in `A or B`.
 SECOND_LETTER = re.compile(r"(?:(?:and|or) )?\(?[a-z]\)?(?:$|[).,:;]| (?:and|or) )")
@@ -45,7 +46,7 @@ def reward(completion: Completion, problem: Problem) -> Verdict:
 def chosen_letter(answer: str, choices: dict[str, str]) -> str | None:
     """Returns the letter that an answer chooses, in upper case, or None.
 
-    In this order:
+    `choices` maps letters to texts; it is empty if the texts are unknown. The rules, in this order:
 
     - An answer that is the letter of one of `choices` chooses this letter.
     - An answer that is the text of exactly one choice chooses its letter.
@@ -70,10 +71,10 @@ def chosen_letter(answer: str, choices: dict[str, str]) -> str | None:
     match = LETTER.fullmatch(words)
     if match is None:
         return None
-    letter = match[1].upper()
+    letter = match["letter"].upper()
     if texts and letter not in texts:
         return None
-    text_after_letter = match[2].strip(" .")
+    text_after_letter = match["text"].strip(" .")
     if text_after_letter == texts.get(letter):
         return letter
     if text_after_letter and text_after_letter in texts.values():

@@ -131,6 +131,7 @@ def reward(
     run_limited = functools.partial(
         run, timeout_s=timeout_s, memory_mb=memory_mb, isolation=isolation
     )
+    # The limit is checked before each run, so the last run can exceed it by `timeout_s`.
     time_limit_s = TIMEOUT_S - timeout_s - OVERHEAD_S
     fault = _fault_on_inputs(program, meta.get("io") or [], run_limited, time_limit_s)
     if not fault and (meta.get("test") or meta.get("test_list")):

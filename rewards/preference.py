@@ -102,7 +102,8 @@ def reward(  # noqa: PLR0913
         retries: Retries of each request.
 
     Raises:
-        RunError: A request failed after all retries.
+        RunError: A request failed after all retries, or its response cannot be read.
+        UserError: The API key is not set.
     """
     grader = _Grader(
         client=_openai_client(url, api_key_env, timeout_s, retries),
@@ -195,7 +196,7 @@ def _grade_all(
 ) -> list[float | None]:
     """Returns the grades of the completions at `positions`.
 
-    After the first failed request no new request starts, and its exception is raised.
+    After a request has failed, no new request starts, and its exception is raised.
     """
     has_failed = threading.Event()
 
@@ -216,14 +217,16 @@ def _grade_all(
 def _openai_client(url: str, api_key_env: str | None, timeout_s: float, retries: int) -> Any:
     import openai
 
-    api_key: str | None = "none"
+    api_key: str | None
     if api_key_env:
         api_key = os.environ.get(api_key_env)
-    if not api_key:
-        raise UserError(
-            f"rewards.preference.options.api_key_env: the environment variable {api_key_env} is "
-            "not set"
-        )
+        if not api_key:
+            raise UserError(
+                f"rewards.preference.options.api_key_env: the environment variable {api_key_env} "
+                "is not set"
+            )
+    else:
+        api_key = "none"  # the client requires a key
     return openai.OpenAI(
         base_url=url,
         api_key=api_key,

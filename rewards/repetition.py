@@ -1,4 +1,4 @@
-"""Repetition penalty: 0 if no n-gram of a completion repeats, towards -1 the more they repeat."""
+"""Repetition penalty: 0 if no n-gram of a completion repeats, close to -1 if almost all do."""
 
 from __future__ import annotations
 

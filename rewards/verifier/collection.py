@@ -55,15 +55,18 @@ def read_collection(text: str) -> Collection:
 
 def _read_matrix(text: str) -> Collection | None:
     """Returns the cells of a matrix, row by row, each multiplied by a factor before the matrix."""
-    match = re.fullmatch(r"([^&]*?)\\begin\{([pb]?)matrix\}(.*)\\end\{\2matrix\}", text)
-    if match is None or "matrix}" in match[3]:
+    match = re.fullmatch(
+        r"(?P<factor>[^&]*?)\\begin\{(?P<kind>[pb]?)matrix\}(?P<rows>.*)\\end\{(?P=kind)matrix\}",
+        text,
+    )
+    if match is None or "matrix}" in match["rows"]:
         return None
-    factor = match[1]
+    factor = match["factor"]
     if factor == "-":
         factor = "-1"
     row_lengths = []
     cells = []
-    for row in match[3].split(r"\\"):
+    for row in match["rows"].split(r"\\"):
         if row.strip():
             row_cells = split_at_top_level(row, ("&",))
             row_lengths.append(len(row_cells))
@@ -79,10 +82,12 @@ def _read_reals_without_points(text: str) -> Collection | None:
     Raises:
         TooLargeError: A point exceeds a bound.
     """
-    match = re.fullmatch(r"\\mathbb\{R\} ?(?:\\setminus|\\backslash|-) ?\\\{(.*)\\\}", text)
-    if match is None or len(match[1]) >= 100:
+    match = re.fullmatch(
+        r"\\mathbb\{R\} ?(?:\\setminus|\\backslash|-) ?\\\{(?P<points>.*)\\\}", text
+    )
+    if match is None or len(match["points"]) >= 100:
         return None
-    points = sorted(split_at_top_level(match[1]), key=lambda point: exact_value(point) or 0)
+    points = sorted(split_at_top_level(match["points"]), key=lambda point: exact_value(point) or 0)
     bounds = [r"-\infty", *points, r"\infty"]
     return Collection("union", [f"({low},{high})" for low, high in itertools.pairwise(bounds)])
 

@@ -15,8 +15,8 @@ applied in this order, and the first one that decides gives the verdict:
 7. Everything else is compared as an expression in sympy (expressions.py).
 
 A prediction is untrusted text. It is parsed, never evaluated as code. A prediction that exceeds a
-bound on its size or on the size of its values is wrong. `undecided` means that the gold answer
-cannot be read.
+bound on its size or on the size of its values is wrong. `undecided` means that the gold answer is
+empty, too large or cannot be read.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ NAME = (
     r"(?:_\w|_\{\w+\})?(?:\([^()=,]{1,10}\))?"
     r"|\\angle ?[A-Z]+|\([A-Za-z](?:, ?[A-Za-z])*\)"
 )
-ASSIGNMENT = re.compile(rf"({NAME}) ?(=|\\in(?![a-z]))([^=<>]+)")
+ASSIGNMENT = re.compile(rf"(?P<name>{NAME}) ?(?P<sign>=|\\in(?![a-z]))(?P<value>[^=<>]+)")
 RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in)(?![a-z])")
-NUMBER_IN_BASE = re.compile(r"\(?([0-9A-Za-z]+)\)?_(\w|\{\d+\})")
+NUMBER_IN_BASE = re.compile(r"\(?(?P<digits>[0-9A-Za-z]+)\)?_(?P<base>\w|\{\d+\})")
 
 
 def compare_answers(prediction: str, gold: str) -> Verdict:
@@ -159,13 +159,13 @@ def _without_assignments(prediction: str, gold: str) -> tuple[str, str]:
     in_prediction = ASSIGNMENT.fullmatch(prediction)
     in_gold = ASSIGNMENT.fullmatch(gold)
     if in_prediction and in_gold:
-        if in_prediction[1] != in_gold[1]:
+        if in_prediction["name"] != in_gold["name"]:
             return prediction, gold
-        return in_prediction[3].strip(), in_gold[3].strip()
-    if in_prediction and (in_prediction[2] != "=" or not RELATION.search(gold)):
-        return in_prediction[3].strip(), gold
-    if in_gold and (in_gold[2] != "=" or not RELATION.search(prediction)):
-        return prediction, in_gold[3].strip()
+        return in_prediction["value"].strip(), in_gold["value"].strip()
+    if in_prediction and (in_prediction["sign"] != "=" or not RELATION.search(gold)):
+        return in_prediction["value"].strip(), gold
+    if in_gold and (in_gold["sign"] != "=" or not RELATION.search(prediction)):
+        return prediction, in_gold["value"].strip()
     return prediction, gold
 
 
@@ -177,8 +177,8 @@ def _compare_in_base(prediction: str, gold: str) -> Verdict | None:
         return None
     if in_prediction is None or in_gold is None:
         return _wrong("another number or base")
-    same_digits = in_prediction[1].lstrip("0") == in_gold[1].lstrip("0")
-    same_base = in_prediction[2].strip("{}") == in_gold[2].strip("{}")
+    same_digits = in_prediction["digits"].lstrip("0") == in_gold["digits"].lstrip("0")
+    same_base = in_prediction["base"].strip("{}") == in_gold["base"].strip("{}")
     return CORRECT if same_digits and same_base else _wrong("another number or base")
 
 
@@ -228,8 +228,8 @@ def _compare_collections(prediction: str, gold: str) -> Verdict | None:
     - The order of elements matters in tuples, intervals and matrices, but not in lists, sets and
       unions.
 
-    Returns None if the gold answer is one value, or if the prediction is a relation that may
-    describe the collection.
+    Returns None if the gold answer is one value and the prediction is no list, set or union, or if
+    the prediction is a relation that may describe the gold collection.
     """
     expected = read_collection(gold)
     predicted = read_collection(prediction)

@@ -22,8 +22,10 @@ MAX_BARS = 8  # (+) in |a||b| the parser searches for the opening bars
 MAX_TERMS = 40  # (+)
 MAX_EXPONENT = 400
 MAX_POWER_PRODUCT = 30  # product of the exponents of brackets: it is 30 in ((x+1)^5)^6
-# Expressions that sympy can take long to evaluate: large binomials, sums, products, integrals,
-# limits, determinants, operators, factorials of large numbers or of expressions, and long numbers.
+# Text that sympy can take long to evaluate: binomials, sums, products, integrals, limits,
+# determinants, environments, operators, factorials of large numbers or of expressions, and long
+# numbers. Only text that is also in the gold answer is accepted. For a large binomial this includes
+# its first four digits.
 EXPENSIVE = re.compile(
     r"\\binom\{\d{4}|\\(?:sum|prod|i{1,3}nt|oint|lim|binom|det|begin|operatorname)(?![A-Za-z])"
     r"|\d{3,}!|[)}!]!|\d{300}"
@@ -73,7 +75,7 @@ def _compare_parsed(predicted: Any, expected: Any) -> Verdict:
 
     - Two equations are equal if one is a multiple of the other, after all terms have been moved to
       one side.
-    - An equation does not equal a value.
+    - A predicted equation does not equal an expected value.
     - Two expressions are equal if they have the same value (`_same_value`).
     - Everything else is compared by math_verify: sets, relations, and expressions for which
       `_same_value` has no result.
@@ -134,8 +136,8 @@ def _check_powers(text: str) -> None:
             whose exponents have a product above MAX_POWER_PRODUCT.
     """
     power_product = 1
-    for match in re.finditer(r"(.)\s*\^\s*([{(]|-?\d+)?", text):
-        exponent = match[2] or ""
+    for match in re.finditer(r"(?P<base_end>.)\s*\^\s*(?P<exponent>[{(]|-?\d+)?", text):
+        exponent = match["exponent"] or ""
         if exponent in ("{", "("):
             start = match.end()
             exponent = text[start : find_closing(text, start - 1)]
@@ -143,7 +145,7 @@ def _check_powers(text: str) -> None:
             raise TooLargeError("a tower of powers")
         numbers = [int(digits) for digits in re.findall(r"\d{1,9}", exponent)]
         max_number = max(numbers, default=1)
-        if match[1] in ")}]":  # the base is a bracket
+        if match["base_end"] in ")}]":  # the base is a bracket
             power_product *= max(max_number, 1)
         if max_number > MAX_EXPONENT or power_product > MAX_POWER_PRODUCT:
             raise TooLargeError("a power")
@@ -195,7 +197,8 @@ def _same_value(first: Any, second: Any) -> bool | None:
         return None
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
     num_agreeing = 0
-    for point in POINTS if symbols else [()]:
+    points: Sequence[Sequence[int]] = POINTS if symbols else [()]
+    for point in points:
         values = _values_at(point, symbols)
         first_value = first.subs(values)
         second_value = second.subs(values)

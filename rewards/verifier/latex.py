@@ -1,6 +1,7 @@
-r"""Normalizes the spelling of answers: Unicode characters, LaTeX variants and other notations.
+r"""Normalizes the spelling of answers, and splits them outside of brackets.
 
-All functions map text to text. They do not interpret values: `1/2` and `0.5` stay different.
+Unicode characters, LaTeX variants and other notations get one spelling. Values are not interpreted:
+`1/2` and `0.5` stay different.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 r"""Extracts the answer of a completion from its tags or its last `\boxed{...}`.
 
-This is the only module that reads the answer tags. It does not interpret the answer. All functions
-take time linear in the length of the text.
+All rewards that need an answer extract it with this module. It does not interpret the answer. All
+functions take time linear in the length of the text.
 """
 
 from __future__ import annotations

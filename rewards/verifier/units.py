@@ -13,8 +13,10 @@ SYMBOL = r"(?<=[\d}]) ?(?:cm|mm|km|kg|ft|in|mph|m|g|s|h|L)(?![A-Za-z(])"
 FUNCTION_NAMES = "pi|sqrt|sin|cos|tan|cot|sec|log|ln|exp|mod"
 WORD_START = rf"(?<=[\d}})!]) (?!(?:{FUNCTION_NAMES})\b)[a-z]{{2}}"
 REST_OF_UNIT = rf"(?:[ .^/{{}}23a-z]|{TEXT})*"
-# A value and its unit, such as `5 cm`, `5\text{ cm}`, `25\%` and `3 m/s`. Group 1 is the value.
-VALUE_WITH_UNIT = re.compile(rf"(.+?) ?(?:{TEXT}|{PERCENT}|{WORD_START}|{SYMBOL}){REST_OF_UNIT}")
+# A value and its unit, such as `5 cm`, `5\text{ cm}`, `25\%` and `3 m/s`.
+VALUE_WITH_UNIT = re.compile(
+    rf"(?P<value>.+?) ?(?:{TEXT}|{PERCENT}|{WORD_START}|{SYMBOL}){REST_OF_UNIT}"
+)
 # Canonical names of units, after the plural "s" has been removed (so "inches" is "inche").
 UNIT_NAMES = {
     "$": "dollar",
@@ -56,15 +58,15 @@ def split_unit(text: str) -> Quantity:
     ("(3)*1000000", "").
     """
     currency = ""
-    dollar_sign = re.match(r"(-?)\s*\\?\$\s*(?=[\d.-])", text)
+    dollar_sign = re.match(r"(?P<minus>-?)\s*\\?\$\s*(?=[\d.-])", text)
     if dollar_sign:
         currency = "dollar"
-        text = dollar_sign[1] + text[dollar_sign.end() :]
+        text = dollar_sign["minus"] + text[dollar_sign.end() :]
     match = VALUE_WITH_UNIT.fullmatch(text)
-    if match is None or match[1].count("{") != match[1].count("}"):
+    if match is None or match["value"].count("{") != match["value"].count("}"):
         return Quantity(text, currency)
-    value = match[1]
-    unit = re.sub(r"\\text|[\\{} .]", "", text[match.end(1) :]).lower()
+    value = match["value"]
+    unit = re.sub(r"\\text|[\\{} .]", "", text[match.end("value") :]).lower()
     for word, factor in FACTORS.items():
         if unit.startswith(word):
             value = f"({value})*{factor}"

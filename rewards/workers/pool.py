@@ -49,13 +49,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """The result of a call that failed.
+    """The result of a call that failed, in its last attempt if it was repeated.
 
     Kinds:
         error: The function raised an exception.
         timeout, memory: The call exceeded its time or memory limit.
         crash: The call ended its process.
-        lost: Twice, the worker was killed from outside or was given too little processor time.
+        lost: The worker was killed from outside or got too little processor time.
     """
 
     kind: Literal["error", "timeout", "memory", "crash", "lost"]
@@ -83,12 +83,13 @@ class WorkerPool:
     `WorkerPool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` returns
     `[Verdict(value="correct")]`.
 
-    `counts` has the number of `calls`, of `restarts`, and of failures by kind: it includes those of
-    first attempts, but not the kind `error`. The reader may clear it.
+    `counts` has the number of calls (`calls`), of failed attempts by kind (`timeout`, `memory`,
+    `crash`, `lost`), and of workers that were ended because of them (`restarts`). The reader may
+    clear it.
     """
 
     def __init__(self, workers: int | None = None, *, memory_gb: float = 4.0) -> None:
-        """Starts no process yet.
+        """Sets the limits. `map` starts the workers.
 
         Args:
             workers: Largest number of worker processes. None: the number of cores, at most 8.
@@ -138,7 +139,8 @@ class WorkerPool:
             The value of each call, or a `Failure`, in the order of `calls`.
 
         Raises:
-            RuntimeError: A worker cannot import the function within START_TIMEOUT_S.
+            RuntimeError: A worker failed to import the function or took longer than
+                START_TIMEOUT_S.
         """
         # In a forked child, the workers and the holder of the lock belong to the parent.
         if self._pid != os.getpid():
@@ -363,7 +365,7 @@ class _Worker:
     def _cpu_s(self) -> float:
         """Returns the processor time that the worker has used, in seconds.
 
-        Once the worker is gone, it is unknown: returns the value at the beginning of the call.
+        Returns the value at the beginning of the call if the worker is gone.
         """
         with contextlib.suppress(OSError):
             # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3).

@@ -46,6 +46,7 @@ MS_BIND = 4096
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 2  # of umount2(2)
+# Arguments of mount_setattr(2).
 AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
 # Options of prctl(2).
@@ -222,8 +223,8 @@ def _enter(spec: dict[str, Any]) -> None:
 def _isolate(root: str, prefixes: list[str]) -> None:
     """Enters new namespaces. Returns in process 2 of the new pid namespace, as user NOBODY.
 
-    This process waits for process 1, which waits for process 2; each exits with the code of its
-    child.
+    The calling process waits for process 1, which waits for process 2; each exits with the code of
+    its child.
 
     Raises:
         OSError: The system does not allow it.
