@@ -23,7 +23,7 @@ HUB_DATASETS = {
     "test": HubDataset("HuggingFaceH4/MATH-500", None, "test"),
 }
 STEMS = {"train": ["math_train"], "test": ["math500", "math_test"]}
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -66,7 +66,7 @@ def load(
         )
         problems.append(problem)
     if num_without_answer > 0:
-        log.warning(
+        logger.warning(
             "math %s: skipped %d problems without a boxed answer", split, num_without_answer
         )
     check_unique_ids(problems)
