@@ -48,7 +48,7 @@ def test_flipped_bit_is_reported_and_the_servers_load_the_next_weights(pool, tin
 
     def write_and_flip_bit(stream):
         update_info = write(stream)
-        stored_bytes = pool._sender._mapped.bytes
+        stored_bytes = pool._sender._mapped.mapping
         stored_bytes[stored_bytes.numel() // 2] ^= 4
         return update_info
 
