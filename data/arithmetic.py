@@ -66,10 +66,7 @@ def load(  # noqa: PLR0913
     check_split("arithmetic", split)
     if path is not None:
         raise UserError("data.arithmetic: the problems are generated. Remove data.path.")
-    if not operations or not set(operations) <= OPERATIONS.keys():
-        raise UserError(
-            f"data.arithmetic.operations: got {list(operations)}, expected one or more of +, -, *"
-        )
+    _check_operations(operations)
     check_range("arithmetic.terms", terms, 2, 2)
     check_range("arithmetic.digits", digits, 1, 12)
     check_range("arithmetic.size", size, 1, 10**9)
@@ -87,6 +84,13 @@ def load(  # noqa: PLR0913
         working=working,
     )
     return GeneratedProblems(size, generator.problem)
+
+
+def _check_operations(operations: Sequence[str]) -> None:
+    if not operations or not set(operations) <= OPERATIONS.keys():
+        raise UserError(
+            f"data.arithmetic.operations: got {list(operations)}, expected one or more of +, -, *"
+        )
 
 
 def _check_working(working: str, operations: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo.types import DownloadError, Problem, UserError
+from grpo.types import DownloadError, Problem, UserError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 # Fields of an evaluation set that are copied to `Problem.meta`.
@@ -263,5 +263,4 @@ def _import_datasets() -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    first_line = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-    return first_line[:200]
+    return f"{type(error).__name__}: {first_line(error)}".strip()[:200]
