@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any
 
-from grpo.engines.local.child import ChildEngine, main
+from grpo.engines.local import child
+from grpo.engines.local.child import ChildEngine
 
 TIMED_METHODS = (
     "generate",
@@ -34,7 +35,12 @@ def time_calls(name: str) -> None:
     setattr(ChildEngine, name, timed_method)
 
 
+def main(pipe_fd: int, parent_pid: int) -> None:
+    """Times the calls of the parent. The arguments are those of the child process."""
+    for name in TIMED_METHODS:
+        time_calls(name)
+    child.main(pipe_fd, parent_pid)
+
+
 if __name__ == "__main__":
-    for method_name in TIMED_METHODS:
-        time_calls(method_name)
     main(int(sys.argv[1]), int(sys.argv[2]))

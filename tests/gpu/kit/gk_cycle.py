@@ -2,6 +2,7 @@
 
     gk_cycle.py ours|trl [--small] [key=value ...]
 
+PYTHONPATH must contain tests/benchmarks and the folder of this file, also for the engine's process.
 The engine's child process prints the seconds of each call to engine.log (gk_child.py). With
 GK_PROFILE=1 the third update is profiled.
 """
@@ -18,17 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-BENCHMARKS = Path("tests/benchmarks").resolve()  # in the checkout, the current directory
-sys.path[:0] = [str(BENCHMARKS), str(HERE)]
+import gpu_cycle
+import torch
+from torch.profiler import ProfilerActivity, profile
 
-import gpu_cycle  # noqa: E402
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
-
-from grpo.engines.local.engine import VllmEngine  # noqa: E402
-from grpo.learning.learner import Learner  # noqa: E402
-from grpo.tools import bench  # noqa: E402
+from grpo.engines.local.engine import VllmEngine
+from grpo.learning.learner import Learner
+from grpo.tools import bench
 
 PROFILED_UPDATE = 3
 CUDA = torch.cuda.is_available()
@@ -46,9 +43,6 @@ def keep_logs() -> None:
 
 def time_the_child() -> None:
     """Makes engines start gk_child.py instead of their own child process."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(HERE), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
-    )
     VllmEngine.child_module = "gk_child"
 
 

@@ -27,7 +27,7 @@ export LD_LIBRARY_PATH=/usr/local/nvidia/lib64:/usr/local/nvidia/lib:${LD_LIBRAR
 log() { printf '%4d s  %s\n' $SECONDS "$*" | tee -a "$OUT/summary.txt"; }
 
 # step NAME LIMIT LINES COMMAND...: runs COMMAND for at most LIMIT seconds and adds the last LINES
-# lines of its output to the summary.
+# lines of its output to the summary, without the figures of tests.
 step() {
   local name=$1 limit=$2 lines=$3 start=$SECONDS remaining=$((budget - SECONDS - 4)) code
   shift 3
@@ -36,12 +36,16 @@ step() {
   (cd "$repository" 2>/dev/null || cd /tmp; exec timeout -k 3 "$limit" "$@") >$kit/logs/$name.log 2>&1
   code=$?
   log "$name: exit code $code, $((SECONDS - start)) s"
-  grep -avE '^\s*$|Loading weights|it/s\]' $kit/logs/$name.log | tail -n "$lines" | cut -c1-220 | tee -a "$OUT/summary.txt"
+  grep -avE '^\s*$|Loading weights|it/s\]|figure: ' $kit/logs/$name.log | tail -n "$lines" | cut -c1-220 | tee -a "$OUT/summary.txt"
   return $code
 }
 
-# tests NAME EXPRESSION: runs the tests of test_gpu.py that match EXPRESSION (pytest -k).
-tests() { step "$1" 150 12 python3 -m pytest tests/gpu/test_gpu.py -k "$2" --basetemp=$scratch/pytest-"$1"; }
+# tests NAME FILE...: runs the tests in FILES and adds the figures that they print to the summary.
+tests() {
+  rm -f $kit/logs/"$1".log
+  step "$1" 240 8 python3 -m pytest -s "${@:2}" --basetemp=$scratch/pytest-"$1"
+  grep -aoh 'figure: .*' $kit/logs/"$1".log 2>/dev/null | tee -a "$OUT/summary.txt"
+}
 
 # train NAME CONFIG OVERRIDES...: trains SmolLM2. Its engine may use a fifth of the GPU memory.
 train() {
@@ -51,6 +55,7 @@ train() {
   step "$name" 400 16 python3 -m grpo train "$config" run_dir=$scratch/"$name" engine.memory_fraction=0.2 logging.progress=line "$@"
 }
 
+cycle_path=$repository/tests/benchmarks:$scripts${PYTHONPATH:+:$PYTHONPATH} # for gk_cycle.py
 cycle_number=0
 for word in "$@"; do
   case "$word" in
@@ -60,23 +65,24 @@ for word in "$@"; do
       ;;
     facts) step facts 40 16 bash "$scripts/facts.sh" ;;
     kernels) step kernels 100 26 python3 "$scripts/gk_kernels.py" ;;
-    logprobs) step logprobs 60 6 python3 "$scripts/gk_logprobs.py" ;;
+    logprobs) tests logprobs tests/gpu/test_2_kernels.py::test_logprob_kernels_match_pytorch_operations ;;
     engine)
       step engine 240 10 python3 "$scripts/gk_engine.py"
       [[ -f $kit/env ]] && . $kit/env
       ;;
-    ipc) tests ipc cuda_ipc ;;
-    learner) tests learner "bfloat16 or 8k or gradients or kernels" ;;
-    run) tests run one_gpu ;;
+    ipc) tests ipc tests/gpu/test_1_weights.py ;;
+    learner) tests learner tests/gpu/test_2_kernels.py tests/gpu/test_3_learner.py ;;
+    run) tests run tests/gpu/test_4_runs.py ;;
+    nccl) tests nccl tests/gpu/test_5_nccl.py ;;
     cycle*) # cycle:NAME=VALUE,key=value: environment variables (upper case), config keys (lower case)
       environment=() overrides=()
       for part in $(tr ':,' '  ' <<<"${word#cycle}"); do
         if [[ $part =~ ^[A-Z] ]]; then environment+=("$part"); else overrides+=("$part"); fi
       done
       cycle_number=$((cycle_number + 1))
-      step "cycle$cycle_number-$SECONDS" 180 18 env "${environment[@]}" python3 "$scripts/gk_cycle.py" ours "${overrides[@]}"
+      step "cycle$cycle_number-$SECONDS" 180 18 env PYTHONPATH="$cycle_path" "${environment[@]}" python3 "$scripts/gk_cycle.py" ours "${overrides[@]}"
       ;;
-    trl) step trl 150 14 python3 "$scripts/gk_cycle.py" trl ;;
+    trl) step trl 150 14 env PYTHONPATH="$cycle_path" python3 "$scripts/gk_cycle.py" trl ;;
     smol) train smol configs/smollm2.yaml learner.micro_batch_tokens=16384 ;;
     gsm8k)
       train gsm8k configs/gsm8k_smollm2.yaml data.path=$kit/data learner.micro_batch_tokens=32768 engine.max_sequences=256 eval.every=8
