@@ -10,5 +10,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 (($# >= 2)) || { sed -n '2,8s/^# //p' "$0"; exit 2; }
 ./launch/setup.sh
-exec .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node="${GPUS:-1}" --shutdown-timeout="${GRACE:-600}" \
+# Without --local-addr, the ranks would look up this machine's host name.
+exec .venv/bin/python -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="${GPUS:-1}" --shutdown-timeout="${GRACE:-600}" \
   --no-python .venv/bin/grpo "$@"

@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo import config as configs
 from grpo.run import ranks
+from grpo.run.addresses import LOOPBACK_VARIABLES
 
 # A launcher sets these variables for the learner's process group. An engine must not inherit them:
 # it is not a member of that group.
@@ -98,6 +99,9 @@ def vllm_environment() -> dict[str, str]:
     environment = {
         name: value for name, value in os.environ.items() if not _is_group_variable(name)
     }
+    # All processes of an engine are on one machine.
+    for name, value in LOOPBACK_VARIABLES.items():
+        environment.setdefault(name, value)
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     environment["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
     environment["VLLM_NO_USAGE_STATS"] = "1"

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from urllib.parse import urlsplit
+
+# Where the processes of one machine reach each other. Without these variables, vLLM and gloo look
+# for an address of this machine: vLLM in the route to a public server, gloo in the host name. On a
+# machine without a network both fail or wait for a name server.
+LOOPBACK_VARIABLES = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def free_port() -> int:
@@ -11,6 +17,15 @@ def free_port() -> int:
     with socket.socket() as bound_socket:
         bound_socket.bind(("127.0.0.1", 0))
         return int(bound_socket.getsockname()[1])
+
+
+def use_loopback() -> None:
+    """Makes the processes of this machine use its loopback interface.
+
+    Call it only if no process of the job is on another machine. Variables that are set remain.
+    """
+    for name, value in LOOPBACK_VARIABLES.items():
+        os.environ.setdefault(name, value)
 
 
 def local_address_for(url: str) -> str:

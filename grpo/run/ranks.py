@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
-from grpo.run.addresses import free_port
+from grpo.run.addresses import free_port, use_loopback
 from grpo.types import GrpoError, RunError, UserError, first_line
 
 T = TypeVar("T")
@@ -142,6 +142,8 @@ def join_process_group(timeout_s: float = 1800.0) -> None:
     _timeout = timedelta(seconds=timeout_s)
     if world_size() == 1:
         _set_group_of_one()
+    if _is_on_one_machine():
+        use_loopback()
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         _take_gpu()
@@ -158,6 +160,13 @@ def join_process_group(timeout_s: float = 1800.0) -> None:
             f"{os.environ.get('MASTER_ADDR')}: {first_line(error)}"
         ) from None
     atexit.register(_end_gloo_groups)
+
+
+def _is_on_one_machine() -> bool:
+    """Returns whether all ranks are known to be on this machine."""
+    if world_size() == 1:
+        return True
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
 
 
 def _take_gpu() -> None:

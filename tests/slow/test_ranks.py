@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import time
 
 import psutil
@@ -192,3 +193,17 @@ def test_supervised_training_on_two_ranks_makes_the_updates_of_one_rank(tiny, tm
     for one_rank, two_ranks in zip(one_rank_rows, two_ranks_rows, strict=True):
         for metric in ("loss", "policy/grad_norm"):
             assert one_rank[metric] == pytest.approx(two_ranks[metric], rel=1e-3)
+
+
+def test_two_ranks_need_neither_a_network_nor_a_host_name(tiny, tmp_path):
+    """The machine of this run has its loopback interface only, and no address for its name."""
+    isolate = ("unshare", "--map-root-user", "--net", "--uts", "sh", "-c")
+    prepare = "ip link set lo up && hostname no-such-host"
+    try:
+        subprocess.run([*isolate, prepare], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine does not let a user make a network namespace: {error}")
+    config = tiny_config(tmp_path / "run", tiny(), train={"rollouts": 1})
+    config_path = write_config(tmp_path / "config.yaml", config)
+    run_grpo(config_path, ranks=2, wrapper=(*isolate, f'{prepare} && exec "$@"', "sh"))
+    assert len(read_metrics(tmp_path / "run")) == 2  # before and after the rollout

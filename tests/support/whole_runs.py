@@ -13,6 +13,9 @@ from tiny_models import tiny_config
 
 from grpo import config as configs
 
+# Starts ranks on this machine, as launch/torchrun.sh does.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
+
 # Variables that a learner in the tests' own process sets. A new process must not inherit them.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -44,24 +47,28 @@ def write_config(path: Path, config: configs.TrainConfig) -> str:
 def process_environment() -> dict[str, str]:
     """Returns the environment for a process that forms its own ranks and can import digits.py."""
     variables = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    variables["PYTHONPATH"] = str(Path(__file__).parent)
+    folders = [str(Path(__file__).parent)]
+    if "PYTHONPATH" in variables:
+        folders.append(variables["PYTHONPATH"])
+    variables["PYTHONPATH"] = os.pathsep.join(folders)
     return variables
 
 
-def start_grpo(*arguments, command="train", ranks=1, **options) -> subprocess.Popen:
+def start_grpo(*arguments, command="train", ranks=1, wrapper=(), **options) -> subprocess.Popen:
     """Starts `grpo COMMAND ARGUMENTS...`. Its standard error is a pipe.
 
     Args:
         arguments: Arguments of the command.
         command: Command of `grpo`.
         ranks: Number of ranks. With more than one, torchrun starts them.
+        wrapper: Command to which the command of Python is appended, such as `("nice",)`.
         options: Further options of Popen.
     """
     launcher = []
     if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launcher = [*TORCHRUN, f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "grpo", command, *arguments],
+        [*wrapper, sys.executable, *launcher, "-m", "grpo", command, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env=process_environment(),

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_config
 from training_samples import STAGES_AND_DTYPES, random_samples
-from whole_runs import process_environment, run_grpo, start_grpo, write_config
+from whole_runs import TORCHRUN, process_environment, run_grpo, start_grpo, write_config
 
 from grpo.engines import SyncReport
 from grpo.learning import models
@@ -34,7 +34,7 @@ from grpo.types import Problem, RunError
 
 pytestmark = pytest.mark.engine
 SUPPORT = Path(__file__).parents[2] / "support"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TWO_RANKS = [sys.executable, *TORCHRUN, "--nproc-per-node=2"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def trained(tiny, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("ranks")
     python = [sys.executable]
-    for num_ranks, launcher in (("one", python), ("two", TORCHRUN), ("one", python)):
+    for num_ranks, launcher in (("one", python), ("two", TWO_RANKS), ("one", python)):
         (folder / num_ranks).mkdir(exist_ok=True)
         process = subprocess.run(
             [*launcher, str(SUPPORT / "ranks_worker.py"), str(tiny()), str(folder / num_ranks)],
@@ -168,7 +168,7 @@ def run_on_two_ranks(
     file = tmp_path / "program.py"
     file.write_text(program)
     return subprocess.run(
-        [*TORCHRUN, str(file), *arguments],
+        [*TWO_RANKS, str(file), *arguments],
         env=process_environment(),
         capture_output=True,
         text=True,
