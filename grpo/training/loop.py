@@ -105,7 +105,7 @@ class Loop:
             gap = self.weight_check.canary(0, self.signals)
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
         sync_weights(self.engine, learner, self._next_version(), self.signals)
-        probe = self.weight_check.probe()
+        probe = self.weight_check.probe(full_batch=self.config.probe.full_batch_every > 0)
         row = start_row(progress.rollout, learner.num_updates, self.limits.machine, probe)
         if fresh or self._is_evaluation_missing():
             row.update(self._evaluate() or {})
@@ -221,7 +221,8 @@ class Loop:
             learner = self.updater.learner
             sync_report = sync_weights(self.engine, learner, self._next_version(), self.signals)
         with timer("probe"):
-            probe_report = self.weight_check.probe()
+            full_batch = self._is_due(self.config.probe.full_batch_every)
+            probe_report = self.weight_check.probe(full_batch=full_batch)
         self.progress.is_savable = True
         return replace(report, sync=sync_report, probe=probe_report)
 
@@ -321,6 +322,7 @@ class Loop:
             "metrics": self.journal.latest_metrics,
             "selection": progress.selection,
             "idle": progress.num_idle,
+            "first_gap": self.weight_check.first_gap,
         }
         self.run.save_checkpoint(progress.rollout, state, self.updater.learner.save)
         self.run.prune_checkpoints(
@@ -338,6 +340,8 @@ class Loop:
         self.progress.num_idle = state["idle"]
         self.journal.latest_metrics = state["metrics"]
         self.rollouts.selection.load(state["selection"])
+        # Checkpoints of earlier versions do not have it. The first probe then sets it.
+        self.weight_check.first_gap = state.get("first_gap")
 
     def _is_due(self, every: int) -> bool:
         """Returns whether the last completed rollout is a multiple of `every` or the final one."""

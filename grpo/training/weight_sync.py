@@ -5,13 +5,15 @@ same tokens. It runs after every sync (`probe`), and once at the start of a run 
 perturbed weights (`canary`).
 
 The engine samples the tokens instead of scoring given ones, because scoring would bypass its prefix
-cache. The prompts are always the same and longer than one KV block, so the check also detects a
-prefix that was cached under older weights.
+cache and its CUDA graphs. The prompts are always the same and longer than one KV block, so the
+check also detects a prefix that was cached under older weights. vLLM records a CUDA graph for each
+size of a batch, so batches of several sizes are compared.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +31,8 @@ PROMPT_TOKENS = 96  # three KV blocks of the default size on a CPU; the prefix c
 # Default limits of the gap. Measured: 1e-6 in float32, 0.03-0.07 in bfloat16 on SmolLM2-135M.
 MAX_GAP_FLOAT32 = 1e-3
 MAX_GAP_LOW_PRECISION = 0.2
+# A gap below this share of `max_gap` is healthy, whatever the first gap was.
+HEALTHY_SHARE = 0.1
 CANARY_SEEDS = tuple(20_000 + 1_000 * draw for draw in range(8))
 # The limit of the canary is NOISE_FACTOR times the rounding noise of its perturbation, but at least
 # the probe's limit and at most MAX_LIMIT_FACTOR times that. A higher one would hide stale weights.
@@ -44,20 +48,20 @@ class WeightMismatchError(RunError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
-    """The result of a probe, for example `ProbeReport(gap=0.03, max_gap=0.2)`.
+    """The result of a probe, for example `ProbeReport(gap=0.03, limit=0.2)`.
 
     Attributes:
-        gap: Mean |log pi_engine - log pi_learner| over the sampled tokens; with several copies of
-            the model, the largest mean.
-        max_gap: The gap above which the run stops.
+        gap: Mean |log pi_engine - log pi_learner| over the sampled tokens; with several sizes of
+            batches or several copies of the model, the largest mean.
+        limit: The gap above which the run stops.
     """
 
     gap: float
-    max_gap: float
+    limit: float
 
     def metrics(self) -> dict[str, float]:
         """Returns the `probe/` metrics."""
-        return {"probe/gap": self.gap, "probe/gap_share": self.gap / self.max_gap}
+        return {"probe/gap": self.gap, "probe/gap_share": self.gap / self.limit}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,8 @@ class CheckSettings:
         temperature: Sampling temperature.
         num_tokens: Number of tokens sampled per prompt.
         max_gap: The gap above which the run stops.
+        max_gap_ratio: The ratio to the first gap above which the run stops, None for any ratio.
+        full_batch_size: Number of sequences in a full batch.
         micro_batch_tokens: Maximum number of tokens per micro-batch of the learner.
         packed: Whether the learner packs the samples of a prompt into one stream.
         is_low_precision: Whether engine or learner computes in less than float32, so that their
@@ -78,6 +84,8 @@ class CheckSettings:
     num_tokens: int
     max_gap: float
     micro_batch_tokens: int
+    max_gap_ratio: float | None = None
+    full_batch_size: int = 1
     packed: bool = False
     is_low_precision: bool = False
 
@@ -87,10 +95,13 @@ def check_settings(config: TrainConfig) -> CheckSettings:
     engine_dtype = config.engine.dtype or config.model.dtype
     is_float32 = engine_dtype == "float32" and config.model.dtype == "float32"
     default_max_gap = MAX_GAP_FLOAT32 if is_float32 else MAX_GAP_LOW_PRECISION
+    completions_per_rank = math.ceil(config.train.num_completions / ranks.world_size())
     return CheckSettings(
         temperature=config.sampling.temperature,
         num_tokens=config.probe.tokens,
         max_gap=config.probe.max_gap or default_max_gap,
+        max_gap_ratio=config.probe.max_gap_ratio,
+        full_batch_size=min(config.engine.max_sequences, completions_per_rank),
         micro_batch_tokens=config.learner.micro_batch_tokens,
         packed=config.model.is_packed,
         is_low_precision=not is_float32,
@@ -104,8 +115,19 @@ class _Perturbation(NamedTuple):
     noise: float  # mean change of a logprob by rounding, under the perturbed weights
 
 
+class _ProbeBatch(NamedTuple):
+    """Requests that the engine decodes together."""
+
+    requests: list[Request]
+    compared: list[int]  # indices of the requests whose logprobs are compared
+
+
 class WeightCheck:
-    """Compares the logprobs of engine and learner on tokens that the engine samples."""
+    """Compares the logprobs of engine and learner on tokens that the engine samples.
+
+    Attributes:
+        first_gap: The gap of the run's first probe, None before it. A checkpoint contains it.
+    """
 
     def __init__(
         self,
@@ -122,30 +144,47 @@ class WeightCheck:
             prompts: Token ids of each prompt, from `probe_prompts`.
             settings: How they are compared.
         """
+        self.first_gap: float | None = None
         self._engine = engine
         self._learner = learner
         self._settings = settings
         self._requests = [
             Request(prompt_ids=prompt_ids, seed=seed) for seed, prompt_ids in enumerate(prompts)
         ]
+        self._full_batch = _full_batch(prompts, settings.full_batch_size)
         self._options = SamplingOptions(
             max_tokens=settings.num_tokens, temperature=settings.temperature, ignore_eos=True
         )
 
-    def probe(self) -> ProbeReport:
+    def probe(self, *, full_batch: bool = False) -> ProbeReport:
         """Compares engine and learner after a sync and returns the gap with its limit.
+
+        Args:
+            full_batch: Whether to compare a full batch, too.
 
         Raises:
             WeightMismatchError: The gap is above the limit.
         """
-        gap = self.gap()
-        _require_gap_within(
-            self._settings.max_gap,
-            gap,
+        limit = self._probe_limit()
+        gaps = self.gaps(full_batch=full_batch)
+        _require_gaps_within(
+            limit,
+            gaps,
             check="the probe",
             cause="stale or wrong weights in the engine, a stale prefix cache",
         )
-        return ProbeReport(gap=gap, max_gap=self._settings.max_gap)
+        gap = max(gaps.values())
+        if self.first_gap is None:
+            self.first_gap = gap
+        return ProbeReport(gap=gap, limit=limit)
+
+    def _probe_limit(self) -> float:
+        """Returns min(max_gap, max(HEALTHY_SHARE * max_gap, max_gap_ratio * first_gap))."""
+        max_gap = self._settings.max_gap
+        ratio = self._settings.max_gap_ratio
+        if ratio is None or self.first_gap is None:
+            return max_gap
+        return min(max_gap, max(HEALTHY_SHARE * max_gap, ratio * self.first_gap))
 
     def canary(self, version: int, signals: Signals | None = None) -> float:
         """Sends visibly perturbed weights through the real sync and returns the gap.
@@ -165,58 +204,75 @@ class WeightCheck:
         perturbation = self._least_noisy_perturbation()
         with self._learner.perturbed(perturbation.seed):
             sync_weights(self._engine, self._learner, version, signals)
-            gap = self.gap()
+            gaps = self.gaps(full_batch=True)
         limit = max(self._settings.max_gap, NOISE_FACTOR * perturbation.noise)
         limit = min(limit, MAX_LIMIT_FACTOR * self._settings.max_gap)
-        _require_gap_within(
+        _require_gaps_within(
             limit,
-            gap,
+            gaps,
             check="the canary",
             cause="a weight that does not arrive in the engine or is loaded into another tensor",
         )
-        return gap
+        return max(gaps.values())
 
-    def gap(self) -> float:
-        """Returns the mean |log pi_engine - log pi_learner| over the sampled tokens.
+    def gaps(self, *, full_batch: bool = False) -> dict[int, float]:
+        """Returns the mean |log pi_engine - log pi_learner| by number of sequences in a batch.
 
-        If the engine has several copies of the model, it returns the largest mean, or NaN if a mean
-        is NaN.
+        The first prompt is sampled alone, and all prompts together: `{1: 0.012, 4: 0.015}`. If the
+        engine has several copies of the model, each value is the largest mean, or NaN if a mean is
+        NaN.
+
+        Args:
+            full_batch: Whether to sample a full batch, too. Of its sequences, as many are compared
+                as there are prompts.
         """
-        samples = self._sample_every_copy()
-        gaps: dict[int, list[float]] = {}  # by copy of the model
-        for gaps_of_rank in ranks.all_gather("the gaps of the probe", self._local_gaps(samples)):
-            for copy, values in gaps_of_rank.items():
-                gaps.setdefault(copy, []).extend(values)
-        means = [sum(values) / len(values) for values in gaps.values()]
-        if any(math.isnan(mean) for mean in means):
-            return math.nan
-        return max(means)
+        batches = [
+            _ProbeBatch(self._requests[:1], compared=[0]),
+            _ProbeBatch(self._requests, compared=list(range(len(self._requests)))),
+        ]
+        # A server that recovers is compared with the samples of the last batch, which is small.
+        if full_batch and len(self._full_batch.requests) > len(self._requests):
+            batches.insert(0, self._full_batch)
+        samples: list[Sample] = []
+        batch_sizes: list[int] = []  # by `Sample.group`: one group per batch and copy of the model
+        for batch in batches:
+            for completions in self._sample_every_copy(batch):
+                group = len(batch_sizes)
+                batch_sizes.append(len(batch.requests))
+                for index, completion in zip(batch.compared, completions, strict=True):
+                    samples.append(_probe_sample(batch.requests[index], completion, group))
+        gaps_by_size: dict[int, list[float]] = {}
+        for group, gap in self._mean_gaps(samples).items():
+            gaps_by_size.setdefault(batch_sizes[group], []).append(gap)
+        return {size: _max_or_nan(gaps) for size, gaps in gaps_by_size.items()}
 
-    def _sample_every_copy(self) -> list[Sample]:
-        """Samples the prompts with every copy of the model; `group` is the number of the copy."""
-        copies_per_rank = ranks.all_gather_or_raise(
-            "the samples of the probe",
-            lambda: self._engine.generate_on_every_copy(self._requests, self._options),
-        )
-        copies: list[list[tuple[Completion, ...]]] = []  # [copy][request]
-        for copies_of_rank in copies_per_rank:
-            copies += copies_of_rank
-        samples = []
-        for copy, completions_per_request in enumerate(copies):
-            for request, (completion,) in zip(self._requests, completions_per_request, strict=True):
-                samples.append(
-                    Sample(
-                        token_ids=request.prompt_ids + completion.token_ids,
-                        prompt_length=len(request.prompt_ids),
-                        advantages=(0.0,) * len(completion.token_ids),
-                        sampler_logprobs=completion.logprobs,
-                        group=copy,
-                    )
-                )
-        return samples
+    def _sample_every_copy(self, batch: _ProbeBatch) -> list[list[Completion]]:
+        """Samples a batch with every copy of the model on all ranks.
+
+        Returns:
+            Per copy, the completions of the requests that are compared.
+        """
+
+        def sample() -> list[list[Completion]]:
+            copies = self._engine.generate_on_every_copy(batch.requests, self._options)
+            compared = []
+            for groups in copies:  # one completion per request
+                compared.append([groups[index][0] for index in batch.compared])
+            return compared
+
+        compared_per_rank = ranks.all_gather_or_raise("the samples of the probe", sample)
+        return list(itertools.chain.from_iterable(compared_per_rank))
+
+    def _mean_gaps(self, samples: list[Sample]) -> dict[int, float]:
+        """Returns the mean |log pi_engine - log pi_learner| by `Sample.group`, on all ranks."""
+        gaps: dict[int, list[float]] = {}
+        for gaps_of_rank in ranks.all_gather("the gaps of the probe", self._local_gaps(samples)):
+            for group, values in gaps_of_rank.items():
+                gaps.setdefault(group, []).extend(values)
+        return {group: sum(values) / len(values) for group, values in gaps.items()}
 
     def _local_gaps(self, samples: list[Sample]) -> dict[int, list[float]]:
-        """Returns |log pi_engine - log pi_learner| per token, by copy, for this rank's samples."""
+        """Returns |log pi_engine - log pi_learner| per token of this rank's samples, by group."""
         batches = self._batches(samples)
         gaps: dict[int, list[float]] = {}
         for batch, scores in zip(batches, self._learner.score(batches), strict=True):
@@ -294,14 +350,54 @@ class WeightCheck:
         )
 
 
-def _require_gap_within(limit: float, gap: float, *, check: str, cause: str) -> None:
-    """Raises WeightMismatchError if the gap is above the limit or NaN."""
-    if gap <= limit:
+def _full_batch(prompts: Sequence[tuple[int, ...]], size: int) -> _ProbeBatch:
+    """Returns a batch of `size` requests, which repeats the prompts with different seeds.
+
+    As many of them are compared as there are prompts, evenly spaced, including the last one.
+    """
+    requests = []
+    for seed in range(size):
+        requests.append(Request(prompt_ids=prompts[seed % len(prompts)], seed=seed))
+    num_compared = min(size, len(prompts))
+    compared = [number * size // num_compared - 1 for number in range(1, num_compared + 1)]
+    return _ProbeBatch(requests, compared)
+
+
+def _probe_sample(request: Request, completion: Completion, group: int) -> Sample:
+    return Sample(
+        token_ids=request.prompt_ids + completion.token_ids,
+        prompt_length=len(request.prompt_ids),
+        advantages=(0.0,) * len(completion.token_ids),
+        sampler_logprobs=completion.logprobs,
+        group=group,
+    )
+
+
+def _max_or_nan(values: Sequence[float]) -> float:
+    """Returns the largest value, or NaN if one is NaN."""
+    if any(math.isnan(value) for value in values):
+        return math.nan
+    return max(values)
+
+
+def _require_gaps_within(limit: float, gaps: dict[int, float], *, check: str, cause: str) -> None:
+    """Raises WeightMismatchError if a gap is above the limit or NaN.
+
+    Args:
+        limit: The largest gap that is allowed.
+        gaps: The gaps by size of the batch.
+        check: Name of the check, for the error message.
+        cause: Its possible causes, for the error message.
+    """
+    excessive = {size: gap for size, gap in gaps.items() if not gap <= limit}
+    if not excessive:
         return
+    listed = ", ".join(f"{gap:.4g} in batches of {size}" for size, gap in excessive.items())
     raise WeightMismatchError(
-        f"{check} found that engine and learner disagree: mean |difference of logprobs| {gap:.4g}, "
+        f"{check} found that engine and learner disagree: mean |difference of logprobs| {listed}, "
         f"allowed {limit:.3g}. Possible causes: {cause}, or a model with more low-precision noise "
-        "than the limit allows. Against noise, raise probe.max_gap or set engine.dtype=float32."
+        "than the limit allows. Against noise, raise probe.max_gap and probe.max_gap_ratio, or set "
+        "engine.dtype=float32."
     )
 
 

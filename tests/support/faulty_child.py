@@ -12,8 +12,11 @@ of the fault:
     stale layer     layer 1 keeps the weights of the first update
     stale head      a tied head keeps its packed copy of the old weights
     stale cache     the prefix cache is not emptied
+    stale graph N   batches of exactly N sequences are decoded with other weights, as by a CUDA
+                    graph that keeps old ones
 
-The file is read during every sync, so tests can change the fault of a running process.
+The file is read during every sync and every batch, so tests can change the fault of a running
+process.
 """
 
 import os
@@ -63,6 +66,19 @@ FAULTS = {
 }
 
 
+def halve_logits_of_stale_graph(model):
+    """Makes `model` return half of its logits for the batch size of the fault "stale graph N"."""
+    compute_logits = model.compute_logits
+
+    def compute_logits_with_fault(hidden_states, *args, **kwargs):
+        logits = compute_logits(hidden_states, *args, **kwargs)
+        if FAULT_FILE.read_text() == f"stale graph {len(hidden_states)}":
+            logits = logits / 2
+        return logits
+
+    model.compute_logits = compute_logits_with_fault
+
+
 def install():
     """Patches vLLM and grpo's receivers so that they have the fault that FAULT_FILE names."""
     import vllm
@@ -95,7 +111,13 @@ def install():
             return True
         return reset_prefix_cache(self, *args, **kwargs)
 
+    class ChildEngineWithStaleGraph(child.ChildEngine):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._llm.apply_model(halve_logits_of_stale_graph)
+
     receivers.ArrivalCheck._record_sums = record_sums_with_fault
+    child.ChildEngine = ChildEngineWithStaleGraph
     receivers.retie_head = retie_head_unless_stale
     vllm.LLM.reset_prefix_cache = reset_prefix_cache_unless_stale
 

@@ -112,9 +112,11 @@ def take_problems(position, count):
 class PassingWeightCheck:
     """A weight check that always finds equal weights."""
 
-    def probe(self):
+    first_gap = None
+
+    def probe(self, *, full_batch):
         """Returns a report without a gap."""
-        return ProbeReport(gap=0.0, max_gap=1.0)
+        return ProbeReport(gap=0.0, limit=1.0)
 
     def canary(self, version, signals):
         """Returns the gap 0."""

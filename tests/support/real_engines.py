@@ -18,6 +18,7 @@ from grpo.training.weight_sync import (
 
 # Four prompts of 100 token ids, longer than several KV blocks.
 PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
+FULL_BATCH = 12  # sequences in a full batch of the weight check
 ENGINE_SETTINGS = configs.EngineSettings(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
 
 
@@ -55,6 +56,8 @@ def make_learner_and_weight_check(engine, model_dir, tmp_path, is_low_precision=
         temperature=1.0,
         num_tokens=8,
         max_gap=MAX_GAP_LOW_PRECISION if is_low_precision else MAX_GAP_FLOAT32,
+        max_gap_ratio=5.0,
+        full_batch_size=FULL_BATCH,
         micro_batch_tokens=1024,
         is_low_precision=is_low_precision,
     )

@@ -97,6 +97,16 @@ def samples_of(groups):
     return to_samples(groups, advantages(rewards, completion_lengths(groups), "none"))
 
 
+def test_a_checkpoint_contains_the_gap_of_the_first_probe(tiny, tmp_path):
+    first = make_loop(tmp_path, tiny)
+    first.weight_check.first_gap = 0.025
+    first.step()
+    first.save()
+    first.run._lock.close()
+    resumed = make_loop(tmp_path, tiny, resume=True)
+    assert resumed.weight_check.first_gap == 0.025
+
+
 @pytest.mark.parametrize("recipe", [*PRESETS, "everything", "lora"])
 def test_two_rollouts_and_a_resume_equal_three_rollouts_bit_for_bit(tiny, tmp_path, recipe):
     sections = sections_of(recipe)

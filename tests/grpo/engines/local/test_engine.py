@@ -10,7 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from real_engines import ENGINE_SETTINGS, PROMPTS, make_learner_and_weight_check, start_engine
+from real_engines import (
+    ENGINE_SETTINGS,
+    FULL_BATCH,
+    PROMPTS,
+    make_learner_and_weight_check,
+    start_engine,
+)
 from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
@@ -217,7 +223,9 @@ def assert_each_stale_tensor_is_detected(engine, learner, weight_check):
             weights = Weights(perturbed_weights)
             weights[stale_name] = original_weights[stale_name]
             engine.load_weights(weights, version=2)
-            assert weight_check.gap() > MAX_GAP_FLOAT32, f"a stale {stale_name} is not detected"
+            assert max(weight_check.gaps().values()) > MAX_GAP_FLOAT32, (
+                f"a stale {stale_name} is not detected"
+            )
 
 
 class FaultyEngine(VllmEngine):
@@ -273,6 +281,41 @@ def test_faulty_sync_is_detected_before_the_first_rollout(
         weight_check.canary(version=0)
         sync_weights(faulty_engine, learner, version=1)
         weight_check.probe()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("batch_size", [1, len(PROMPTS), FULL_BATCH])
+def test_stale_cuda_graph_of_one_batch_size_is_detected(tiny, tmp_path, faulty_engine, batch_size):
+    learner, weight_check = make_learner_and_weight_check(faulty_engine, tiny(), tmp_path)
+    faulty_engine.set_fault("none")
+    sync_weights(faulty_engine, learner, version=0)
+    gaps = weight_check.gaps(full_batch=True)
+    assert sorted(gaps) == [1, len(PROMPTS), FULL_BATCH]
+    assert max(gaps.values()) < 1e-4
+    faulty_engine.set_fault(f"stale graph {batch_size}")
+    with pytest.raises(RunError, match=rf"logprobs\| [\d.]+ in batches of {batch_size}, allowed"):
+        weight_check.probe(full_batch=True)
+
+
+@pytest.mark.engine
+def test_gap_that_grows_since_the_first_probe_stops_the_run_below_the_absolute_limit(
+    tiny, tmp_path, faulty_engine
+):
+    learner, weight_check = make_learner_and_weight_check(faulty_engine, tiny(), tmp_path)
+    faulty_engine.set_fault("none")
+    sync_weights(faulty_engine, learner, version=0)
+    assert weight_check.probe().limit == MAX_GAP_FLOAT32
+    assert weight_check.first_gap < 1e-5
+    # The learner's weights change, and the engine keeps the old ones.
+    for _, weight in learner.weights():
+        weight.mul_(1 + 1e-4)
+    assert 1e-4 < max(weight_check.gaps().values()) < MAX_GAP_FLOAT32
+    with pytest.raises(RunError, match=r"allowed 0\.0001"):
+        weight_check.probe()
+    weight_check.first_gap = 9e-5  # 5 times this is below the absolute limit
+    assert weight_check.probe().limit == pytest.approx(4.5e-4)
+    weight_check.first_gap = 9e-4
+    assert weight_check.probe().limit == MAX_GAP_FLOAT32
 
 
 @pytest.mark.engine
