@@ -221,6 +221,9 @@ def _add_doctor(commands: Any) -> None:
         "--gpus", action="store_true", help="only print the memory per GPU on 1 to 64 GPUs"
     )
     command.add_argument(
+        "--gpu-gb", type=float, default=80, help="memory of a GPU for --gpus, in GB (default: 80)"
+    )
+    command.add_argument(
         "--price", type=float, help="price of the machine per hour; estimates the cost of the run"
     )
     _add_dry_run(command)
@@ -338,11 +341,12 @@ def _doctor(options: argparse.Namespace) -> int:
     config = configs.parse(tree, options.config, stage.config_class)
     if options.dry_run:
         return _dry_run(stage, config)
-    from grpo.tools.doctor import doctor
+    from grpo.tools.doctor import doctor, print_memory_table
 
-    num_failed = doctor(
-        stage, config, sample=not options.no_sample, price=options.price, gpus=options.gpus
-    )
+    if options.gpus:
+        print_memory_table(stage, config, options.gpu_gb)
+        return 0
+    num_failed = doctor(stage, config, sample=not options.no_sample, price=options.price)
     return 2 if num_failed else 0
 
 

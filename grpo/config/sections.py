@@ -359,13 +359,18 @@ class EngineSettings(Section):
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Precision of the engine. Default: `model.dtype`."
     )
-    kv_cache_gb: float = Field(
-        2.0,
+    kv_cache_gb: float | None = Field(
+        None,
         gt=0,
-        description="Size of the KV cache in GiB on a CPU. On a GPU, `memory_fraction` sets it.",
+        description="Size of the KV cache in GiB. Default: 2 on a CPU; on a GPU, what "
+        "`memory_fraction` leaves after weights, activations and CUDA graphs.",
     )
     memory_fraction: float = Field(
-        0.4, gt=0, lt=1, description="Share of a GPU's memory that the engine uses."
+        0.4,
+        gt=0,
+        lt=1,
+        description="Share of a GPU's memory that the engine uses. `grpo doctor CONFIG --gpus` "
+        "prints the largest one.",
     )
     max_sequences: int = Field(
         256, ge=1, description="Maximum number of sequences that are decoded at the same time."

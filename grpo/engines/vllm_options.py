@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo import config as configs
+from grpo.metrics.memory import cpu_kv_cache_bytes
 from grpo.run import ranks
 from grpo.run.addresses import LOOPBACK_VARIABLES
 
@@ -79,8 +80,10 @@ def llm_arguments(
     if cuda:
         arguments["gpu_memory_utilization"] = settings.memory_fraction
         arguments["enable_sleep_mode"] = settings.sleep
+        if settings.kv_cache_gb:  # vLLM then does not measure the memory
+            arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
     else:
-        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
+        arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(settings)
         # When vLLM 0.32 splits a prompt into chunks, it rewinds the request's random generator
         # (`Generator.set_offset`), which a generator on a CPU does not support. Prompts are
         # therefore not split, and a scheduling step has room for a prompt of maximum length.

@@ -1,4 +1,4 @@
-"""Lower bounds for the time of a step on this machine, and the memory that learner and engine need.
+"""Lower bounds for the time of a step on this machine.
 
 The bounds are computed from the measured matrix multiplication rate and memory bandwidth of the
 machine. `time / bound` of a phase compares it with the hardware, not with another program.
@@ -11,7 +11,6 @@ machine. `time / bound` of a phase compares it with the hardware, not with anoth
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,8 @@ from typing import Any
 
 import torch
 
-from grpo.config import TrainConfig
 from grpo.types import Group
 
-GB = 2**30
-USABLE_GPU_GB = 76  # of an 80 GB GPU, after CUDA contexts and fragmentation
 COPIED_BYTES = 2**27  # size of the buffer whose copy measures the memory bandwidth
 
 
@@ -200,96 +196,3 @@ class Roofline:
             seconds += max(read_bytes / self.machine.bandwidth, flop / self.machine.flops)
             cached_tokens += num_active
         return seconds
-
-
-def learner_memory(
-    config: Any, shape: ModelShape, ranks: int = 1, reference_weights: int | None = None
-) -> dict[str, float]:
-    """Estimates the memory of a learner rank with full micro-batches, in bytes per part.
-
-    The parts are `weights`, `gradients`, `activations` and `logits`, and as needed `optimizer`,
-    `reference` and `rounded`. The estimates are within a third of the measured memory.
-
-    Args:
-        config: Config of a stage with a learner.
-        shape: Sizes of the policy.
-        ranks: Number of learner ranks.
-        reference_weights: Number of weights of the teacher or reference. Default: the policy's.
-
-    Source: mixed-precision Adam needs 2 + 4 + 4 + 8 bytes per weight (ZeRO 1910.02054 section 3.1,
-    with float32 gradients). Activations need 34 bytes per token, hidden unit and layer without
-    checkpointing (2205.05198 Eq. 2, without its attention matrices) and 2 bytes with it.
-    """
-    learner, model = config.learner, config.model
-    num_trained = shape.num_weights
-    if model.lora:
-        # A and B of seven linear layers, each about hidden_size x rank
-        num_trained = shape.num_layers * 14 * shape.hidden_size * model.lora.rank
-    parts: dict[str, float] = {"weights": shape.weight_bytes, "gradients": 4 * num_trained}
-    if not learner.offload_optimizer:
-        parts["optimizer"] = 12 * num_trained
-    if _has_reference(config):
-        num_reference = reference_weights or shape.num_weights
-        parts["reference"] = num_reference * shape.bytes_per_weight
-    if model.qat and not model.gradient_checkpointing:
-        # the rounded weights of every layer are kept until its backward pass, on every rank
-        parts["rounded"] = shape.body_weights * shape.bytes_per_weight
-    for part, first_stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):
-        if part in parts and learner.zero_stage >= first_stage:
-            parts[part] /= ranks
-    num_tokens = learner.micro_batch_tokens // learner.sequence_parallel
-    bytes_per_layer = 2 if model.gradient_checkpointing else 34
-    hidden_values = num_tokens * shape.hidden_size
-    parts["activations"] = hidden_values * (shape.num_layers * bytes_per_layer + 34)
-    parts["logits"] = learner.logits_chunk_tokens * shape.vocab_size * 10
-    return parts
-
-
-def _has_reference(config: Any) -> bool:
-    """Returns whether a second model is in memory: a teacher, or a reference for the KL."""
-    if config.model.teacher:
-        return True
-    algorithm = getattr(config, "algorithm", None)
-    # with LoRA, the reference is the policy without its adapters
-    return bool(algorithm and algorithm.kl_coef and not config.model.lora)
-
-
-def memory_table(
-    config: TrainConfig, shape: ModelShape, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
-) -> list[str]:
-    """Returns a markdown table of the memory of learner and engine, one row per number of GPUs.
-
-    The last column states whether both fit on an 80 GB GPU at the same time, with the complete KV
-    cache or an eighth of it, or only alternately (`engine.sleep`).
-
-    Args:
-        config: The config of `grpo train`.
-        shape: Sizes of the policy.
-        gpus: The numbers of GPUs, each with one rank.
-    """
-    lines = [
-        "| GPUs | learner, GB per GPU | engine: weights | engine: KV cache of all sequences "
-        "| fits on 80 GB |",
-        "|---|---|---|---|---|",
-    ]
-    engine_gb = shape.weight_bytes / GB
-    for count in gpus:
-        learner_gb = sum(learner_memory(config, shape, count).values()) / GB
-        num_completions = math.ceil(config.train.num_completions / count)
-        num_sequences = min(config.engine.max_sequences, num_completions)
-        cache_bytes = num_sequences * config.max_sequence_tokens * shape.kv_bytes_per_token
-        cache_gb = cache_bytes / GB
-        fit = _fit(learner_gb, engine_gb, cache_gb)
-        lines.append(f"| {count} | {learner_gb:.1f} | {engine_gb:.1f} | {cache_gb:.1f} | {fit} |")
-    return lines
-
-
-def _fit(learner_gb: float, engine_gb: float, cache_gb: float) -> str:
-    """Returns how learner and engine fit on one 80 GB GPU."""
-    if learner_gb + engine_gb + cache_gb < USABLE_GPU_GB:
-        return "both"
-    if learner_gb + engine_gb + cache_gb / 8 < USABLE_GPU_GB:
-        return "both, with part of the cache"
-    if max(learner_gb, engine_gb + cache_gb / 8) < USABLE_GPU_GB:
-        return "alternately"
-    return "no"

@@ -17,11 +17,18 @@ import psutil
 import torch
 
 from grpo.config import RunConfig
-from grpo.engines.local.engine import estimated_cpu_bytes
 from grpo.experience.group_metrics import group_metrics
 from grpo.experience.prompts import Prompts, mark_special_tokens
 from grpo.learning import models
 from grpo.metrics import roofline
+from grpo.metrics.memory import (
+    EngineMemory,
+    LearnerMemory,
+    cpu_engine_memory,
+    gpu_engine_memory,
+    learner_memory,
+    shared_gpu_bytes,
+)
 from grpo.stages.collect import ngrams
 from grpo.stages.stage import OVERLAP_REMEDY, OVERLAP_WORDS, Check, DiskNeeds, MemoryNeeds
 from grpo.types import Problem, ScoredGroup, UserError
@@ -174,37 +181,54 @@ def memory(
     """
     on_gpu = torch.cuda.is_available()
     available_bytes = _available_bytes()
-    needed_bytes, cache_bytes = 0.0, 0.0
+    learner = LearnerMemory(parts={})
+    engine: EngineMemory | None = None
     messages = []
     if needs.learner:
-        parts = roofline.learner_memory(config, shape, reference_weights=num_reference_weights)
+        learner = learner_memory(config, shape, reference_weights=num_reference_weights)
         if not needs.reference:
-            parts.pop("reference", None)
-        needed_bytes = sum(parts.values())
-        listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
-        messages.append(f"learner {needed_bytes / GB:.1f} GB ({listing})")
+            learner.parts.pop("reference", None)
+        listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in learner.parts.items())
+        messages.append(f"learner {learner.total_bytes / GB:.1f} GB ({listing})")
     if needs.engine:
         if on_gpu:
-            engine_bytes = config.engine.memory_fraction * available_bytes
-            cache_bytes = engine_bytes - shape.weight_bytes
+            engine = gpu_engine_memory(config.engine, shape.weight_bytes, available_bytes)
         else:
-            engine_bytes = estimated_cpu_bytes(config.engine, shape.weight_bytes)
-            cache_bytes = config.engine.kv_cache_gb * GB
-        messages.append(f"engine {engine_bytes / GB:.1f} GB")
-        if on_gpu and config.engine.sleep:  # learner and engine use the memory alternately
-            needed_bytes = max(needed_bytes, engine_bytes)
-        else:
-            needed_bytes += engine_bytes
+            engine = cpu_engine_memory(config.engine, shape.weight_bytes)
+        messages.append(_describe_engine(engine))
+    needed_bytes = _needed_bytes(config, learner, engine, on_gpu=on_gpu)
     fits = needed_bytes < 0.95 * available_bytes
     location = "on the GPU" if on_gpu else "free"
     yield Check(
         "ok" if fits else "fail",
         "memory",
-        f"{', '.join(messages)}; {available_bytes / GB:.1f} GB {location}",
+        f"{', '.join(messages)}; together {needed_bytes / GB:.1f} GB; "
+        f"{available_bytes / GB:.1f} GB {location}",
         "" if fits else MEMORY_REMEDY,
     )
-    if needs.max_sequences:
-        yield _kv_cache(config, needs, shape, cache_bytes)
+    if engine is not None and needs.max_sequences:
+        yield _kv_cache(config, needs, shape, engine.kv_cache_bytes)
+
+
+def _describe_engine(engine: EngineMemory) -> str:
+    parts = {
+        "weights": engine.weight_bytes,
+        "KV cache": engine.kv_cache_bytes,
+        "others": engine.reserve_bytes,
+    }
+    listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
+    return f"engine {engine.total_bytes / GB:.1f} GB ({listing})"
+
+
+def _needed_bytes(
+    config: Any, learner: LearnerMemory, engine: EngineMemory | None, *, on_gpu: bool
+) -> float:
+    """Returns the memory that learner and engine need, on the GPU that needs most or the CPU."""
+    if engine is None:
+        return learner.total_bytes
+    if on_gpu and config.engine.servers:  # on GPUs of their own
+        return max(learner.total_bytes, engine.total_bytes)
+    return shared_gpu_bytes(learner, engine.total_bytes, sleep=on_gpu and config.engine.sleep)
 
 
 def _available_bytes() -> int:

@@ -17,6 +17,7 @@ from grpo.experience.prompts import ChatPrompts, Prompts
 from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import roofline
+from grpo.metrics.memory import MemoryTable
 from grpo.run import ranks
 from grpo.run.display import redirect_output
 from grpo.stages.engine import send_weights
@@ -59,7 +60,6 @@ def doctor(
     *,
     sample: bool = True,
     price: float | None = None,
-    gpus: bool = False,
 ) -> int:
     """Runs the checks, prints each finding, and returns the number of failed checks.
 
@@ -70,16 +70,12 @@ def doctor(
         config: Its config.
         sample: Whether to start the engine and sample a few completions.
         price: Price of the machine per hour, for the estimated cost of the run.
-        gpus: Whether to print only the table of memory on 1 to 64 GPUs.
 
     Raises:
         UserError: The config cannot be checked.
         EngineError: The engine failed.
     """
     parts = stage.parts(config)
-    if gpus:
-        print(_memory_table(stage, config))
-        return 0
     if ranks.world_size() > 1:
         _measure_interconnect(config)
         return 0
@@ -98,14 +94,34 @@ def doctor(
     return num_failed
 
 
-def _memory_table(stage: Stage[Any], config: Any) -> str:
-    """Returns the table of memory per number of GPUs. Raises UserError if the stage has none."""
+def print_memory_table(stage: Stage[Any], config: Any, gpu_gb: float) -> None:
+    """Prints the memory per GPU of a stage with a learner, on 1 to 64 GPUs.
+
+    Args:
+        stage: The stage of the config.
+        config: Its config.
+        gpu_gb: Memory of a GPU in GiB.
+
+    Raises:
+        UserError: The stage has no learner.
+    """
     needs = stage.needs(config)
-    if needs is None or not needs.memory.syncs_weights:
-        raise UserError("--gpus: needs the config of grpo train")
+    if needs is None or not needs.memory.learner:
+        raise UserError("--gpus: needs a config of grpo train, sft, or distill with way soft")
+    num_reference_weights = None
     with tempfile.TemporaryDirectory(prefix="grpo-doctor-") as scratch:
         model = _find_model(needs, Path(scratch))
-        return "\n".join(roofline.memory_table(config, model.shape))
+        if needs.config.model.teacher and needs.memory.reference:
+            teacher_dir = _find_teacher(needs.config, Path(scratch))
+            num_reference_weights = models.num_weights(teacher_dir)
+    table = MemoryTable(
+        config=needs.config,
+        shape=model.shape,
+        gpu_gb=gpu_gb,
+        reference_weights=num_reference_weights,
+        has_engine=needs.memory.engine and not needs.config.engine.servers,
+    )
+    print("\n".join(table.lines()))
 
 
 def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:
@@ -123,6 +139,12 @@ def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:
         num_weights=num_weights,
         shape=roofline.model_shape(model_dir, num_weights, config.model.dtype),
     )
+
+
+def _find_teacher(config: Any, scratch: Path) -> Path:
+    """Returns the directory of the teacher. A generated model is written to `scratch`."""
+    with redirect_output(scratch / "log"):
+        return models.resolve(config.model.teacher, None, scratch / "teacher", config.seed)
 
 
 def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None) -> Iterator[Check]:
@@ -193,10 +215,7 @@ def _check_model(
     yield from checks.prompt(config, prompts, model.tokenizer, problems[0], needs.rewards)
     num_reference_weights = model.num_weights
     if config.model.teacher:
-        with redirect_output(scratch / "log"):
-            teacher_dir = models.resolve(
-                config.model.teacher, None, scratch / "teacher", config.seed
-            )
+        teacher_dir = _find_teacher(config, scratch)
         yield from checks.vocabulary(model.tokenizer, models.load_tokenizer(teacher_dir))
         num_reference_weights = models.num_weights(teacher_dir)
     if not part.traces_pending:

@@ -127,6 +127,11 @@ class Loop:
     def step(self) -> None:
         """Runs one rollout and its updates, verifies the new weights, and records the step.
 
+        On a GPU that learner and engine share, the engine sleeps during the updates, so that they
+        can use its memory. Before it wakes, the learner returns memory that PyTorch has cached, if
+        the engine needs it (`VllmEngine.wake`). The sync follows, because sleep discards the
+        engine's weights.
+
         If the sync, the probe or the evaluation fails on all ranks, the step is recorded before the
         error is raised.
         """

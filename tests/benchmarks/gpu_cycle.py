@@ -74,6 +74,9 @@ def write_model(target: Path, *, small: bool) -> None:
 
 def time_grpo(model_dir: Path, folder: Path, max_tokens: int, overrides: list[str]) -> None:
     """Prints the table of `grpo bench`."""
+    engine: dict[str, float] = {"memory_fraction": 0.3, "max_sequences": 64}
+    if DEVICE == "cpu":
+        engine["kv_cache_gb"] = 0.2
     tree = {
         "run_dir": str(folder / "run"),
         "model": {"path": str(model_dir), "dtype": "bfloat16"},
@@ -84,7 +87,7 @@ def time_grpo(model_dir: Path, folder: Path, max_tokens: int, overrides: list[st
         "rewards": {"gpu_cycle:varied": 1.0},
         "train": {"rollouts": ROLLOUTS, "problems": PROBLEMS, "group_size": GROUP_SIZE},
         "learner": {"micro_batch_tokens": 20_480},  # one micro-batch: 64 x 256 tokens and 8 prompts
-        "engine": {"kv_cache_gb": 0.2, "memory_fraction": 0.3, "max_sequences": 64},
+        "engine": engine,
         "logging": {"progress": "line"},
     }
     bench(configs.parse(configs.apply_overrides(tree, overrides)), resume=False)

@@ -1,5 +1,6 @@
 """Real vLLM engines on tiny models."""
 
+import torch
 from tiny_models import tiny_config
 
 from grpo import config as configs
@@ -19,7 +20,9 @@ from grpo.training.weight_sync import (
 # Four prompts of 100 token ids, longer than several KV blocks.
 PROMPTS = [tuple(6 + (11 * i + 7 * j) % 90 for j in range(100)) for i in range(4)]
 FULL_BATCH = 12  # sequences in a full batch of the weight check
-ENGINE_SETTINGS = configs.EngineSettings(kv_cache_gb=0.05, max_sequences=32, timeout_s=60)
+ENGINE_SETTINGS = configs.EngineSettings(
+    kv_cache_gb=None if torch.cuda.is_available() else 0.05, max_sequences=32, timeout_s=60
+)
 
 
 def start_engine(

@@ -33,6 +33,7 @@ from grpo.engines.transfer.checksums import WeightStream
 from grpo.engines.transfer.choose import choose_sender
 from grpo.engines.transfer.interface import SenderOptions
 from grpo.engines.vllm_options import ServedModel, llm_arguments, vllm_environment
+from grpo.metrics.memory import cpu_engine_memory
 from grpo.types import Completion, UserError
 
 KILL_TIMEOUT_S = 10.0  # the longest wait for the end of the killed child
@@ -175,11 +176,9 @@ class VllmEngine:
         if not (self._cuda and self._settings.sleep):
             return
         # PyTorch caches the memory that the learner has freed. It is returned to the GPU only if
-        # the engine needs it, because allocating it again slows down the next update. The weight
-        # sync that follows needs a buffer in both processes.
+        # the engine needs it, because allocating it again slows down the next update.
         free_bytes, _ = torch.cuda.mem_get_info()
-        sync_bytes = 2 * self._sender.buffer_bytes
-        if free_bytes < self._bytes_freed_by_sleep + sync_bytes + SPARE_BYTES:
+        if free_bytes < bytes_to_wake(self._bytes_freed_by_sleep, self._sender.buffer_bytes):
             torch.cuda.empty_cache()
         self._call("wake", {})
 
@@ -287,17 +286,16 @@ def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connec
     return child, parent_end
 
 
-def estimated_cpu_bytes(settings: configs.EngineSettings, weight_bytes: int) -> float:
-    """Returns an estimate of the memory that an engine on a CPU needs, in bytes.
+def bytes_to_wake(bytes_freed_by_sleep: int, buffer_bytes: int) -> int:
+    """Returns the GPU memory that must be free before a sleeping engine wakes.
 
-    It is the sum of the KV cache, three copies of the weights (the weights, vLLM's packed weights
-    and the copy in shared memory) and 1.5 GiB for libraries.
+    The weight sync that follows needs a buffer in both processes.
 
     Args:
-        settings: the section `engine` of the config.
-        weight_bytes: the size of the weights in the engine's dtype, in bytes.
+        bytes_freed_by_sleep: the memory that the engine allocates again.
+        buffer_bytes: `WeightSender.buffer_bytes`.
     """
-    return settings.kv_cache_gb * 2**30 + 3 * weight_bytes + 1.5 * 2**30
+    return bytes_freed_by_sleep + 2 * buffer_bytes + SPARE_BYTES
 
 
 def check_memory(settings: configs.EngineSettings, weight_bytes: int, num_engines: int = 1) -> None:
@@ -314,13 +312,14 @@ def check_memory(settings: configs.EngineSettings, weight_bytes: int, num_engine
 
     if torch.cuda.is_available():
         return
-    needed_bytes = num_engines * estimated_cpu_bytes(settings, weight_bytes)
+    memory = cpu_engine_memory(settings, weight_bytes)
+    needed_bytes = num_engines * memory.total_bytes
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
         engines_need = "the engine needs" if num_engines == 1 else f"{num_engines} engines need"
         raise UserError(
             f"{engines_need} about {needed_bytes / 2**30:.1f} GiB of memory (per engine: KV cache "
-            f"{settings.kv_cache_gb:g} GiB and three copies of the weights), but "
+            f"{memory.kv_cache_bytes / 2**30:g} GiB and three copies of the weights), but "
             f"{free_bytes / 2**30:.1f} GiB are free: lower engine.kv_cache_gb or use a smaller "
             "model"
         )

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,8 +22,9 @@ from whole_runs import (
 
 from grpo import config as configs
 from grpo.cli import main
-from grpo.learning import models
-from grpo.stages.train import warm_start_config
+from grpo.learning import learner as learner_module
+from grpo.learning import lora, models
+from grpo.stages import train
 from grpo.types import UserError
 
 pytestmark = pytest.mark.engine
@@ -111,6 +113,21 @@ def test_transformers_and_vllm_load_the_final_model(uninterrupted_run, tmp_path)
     finally:
         engine.close()
     assert completion.token_ids[0] == expected_token
+
+
+def test_on_a_gpu_the_engine_measures_the_memory_before_the_learner_uses_it(
+    tiny, tmp_path, monkeypatch
+):
+    """A learner that allocates or frees memory meanwhile would falsify the measurement."""
+    events = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lora, "load_policy", lambda *_: None)
+    monkeypatch.setattr(learner_module, "Learner", lambda *_: events.append("learner"))
+    engine = SimpleNamespace(wait_ready=lambda: events.append("engine is ready"))
+    context = SimpleNamespace(run=SimpleNamespace(log_file=lambda name: tmp_path / name))
+    start = SimpleNamespace(model_dir=tiny())
+    train._load_learner(tiny_config(tmp_path, tiny()), context, start, engine, loss=None)
+    assert events[:2] == ["engine is ready", "learner"]
 
 
 def test_killed_and_resumed_run_equals_the_uninterrupted_run(uninterrupted_run, tmp_path):
@@ -211,7 +228,7 @@ def test_user_error_is_one_line_with_exit_code_2_before_an_engine_starts(
 
 def test_warm_start_uses_the_model_and_the_seed_of_the_run():
     config = configs.load("configs/tiny.yaml", ["model.path=runs/other/final", "seed=3"])
-    warm_start = warm_start_config(config)
+    warm_start = train.warm_start_config(config)
     assert warm_start.model.path == "runs/other/final"
     assert warm_start.seed == 3
 

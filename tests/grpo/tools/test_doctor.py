@@ -15,6 +15,7 @@ from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
 from grpo.metrics import roofline
+from grpo.metrics.memory import learner_memory
 from grpo.stages.registry import find_stage
 from grpo.tools import checks
 from grpo.types import Problem
@@ -66,9 +67,28 @@ def test_insufficient_memory_and_kv_cache_fail_with_a_remedy(tiny, tmp_path, mon
     assert "increase the KV cache to" in kv_cache.remedy
 
 
+def test_on_a_gpu_a_sleeping_engine_leaves_its_memory_to_the_update(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(checks, "_available_bytes", lambda: 10 * 2**30)
+    texts = {}
+    for sleep in (True, False):
+        engine = {"kv_cache_gb": None, "memory_fraction": 0.5, "sleep": sleep}
+        learner = {"micro_batch_tokens": 500_000}
+        config = tiny_config(tmp_path, tiny(), engine=engine, learner=learner)
+        memory = memory_findings(tiny, config)["memory"]
+        assert memory.level == "ok"
+        texts[sleep] = memory.text
+    learner = learner_memory(config, shape_of(tiny), reference_weights=1)
+    assert learner.update_bytes > 2**30
+    alternating_gb = 5 + learner.resident_bytes / 2**30
+    assert f"together {alternating_gb:.1f} GB; 10.0 GB on the GPU" in texts[True]
+    simultaneous_gb = 5 + learner.total_bytes / 2**30
+    assert f"together {simultaneous_gb:.1f} GB; 10.0 GB on the GPU" in texts[False]
+
+
 def test_estimated_state_sizes_equal_those_of_a_real_learner(tiny, tmp_path):
     config = tiny_config(tmp_path, tiny(), algorithm={"kl_coef": 0.1})
-    estimate = roofline.learner_memory(config, shape_of(tiny))
+    estimate = learner_memory(config, shape_of(tiny)).parts
     policy = models.load_model(tiny(), "eager")
     reference = models.load_model(tiny(), "eager")
     learner = Learner(policy, config, loss, reference)
@@ -81,7 +101,7 @@ def test_estimated_state_sizes_equal_those_of_a_real_learner(tiny, tmp_path):
     lora_config = tiny_config(
         tmp_path, tiny(), model={"path": str(tiny()), "dtype": "float32", "lora": {"rank": 4}}
     )
-    lora_estimate = roofline.learner_memory(lora_config, shape_of(tiny))
+    lora_estimate = learner_memory(lora_config, shape_of(tiny)).parts
     assert lora_estimate["optimizer"] < 0.5 * estimate["optimizer"]
 
 

@@ -15,7 +15,8 @@ from whole_runs import write_config
 
 from grpo import cli
 from grpo import config as configs
-from grpo.metrics.roofline import ModelShape, memory_table
+from grpo.metrics.memory import MemoryTable
+from grpo.metrics.roofline import ModelShape
 from grpo.tools.simulate import (
     DEVICES,
     DeviceLayout,
@@ -98,7 +99,7 @@ def sizing_rows():
     )
     rows = []
     for name, shape in QWEN.items():
-        table_without_header = memory_table(config, shape, (1, 8, 16, 64))[2:]
+        table_without_header = MemoryTable(config=config, shape=shape).lines((1, 8, 16, 64))[2:]
         rows += [f"| {name} {row}" for row in table_without_header]
     return rows
 

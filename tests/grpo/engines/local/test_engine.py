@@ -21,7 +21,7 @@ from tiny_models import Weights, tiny_config
 
 from grpo import config as configs
 from grpo.engines import EngineError, Request, SamplingOptions
-from grpo.engines.local.engine import VllmEngine, check_memory
+from grpo.engines.local.engine import SPARE_BYTES, VllmEngine, bytes_to_wake, check_memory
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
@@ -394,3 +394,8 @@ def test_engine_ends_with_its_parent(tmp_path, tiny):
 def test_insufficient_memory_is_a_user_error():
     with pytest.raises(UserError, match=r"KV cache 100000 GiB.*lower engine.kv_cache_gb"):
         check_memory(configs.EngineSettings(kv_cache_gb=100_000), weight_bytes=0)
+
+
+def test_a_waking_engine_needs_its_memory_and_two_buffers_of_the_sync():
+    gib = 2**30
+    assert bytes_to_wake(30 * gib, buffer_bytes=gib) == 32 * gib + SPARE_BYTES
