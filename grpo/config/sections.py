@@ -390,6 +390,13 @@ class EngineSettings(Section):
         description="Release the engine's GPU memory during updates, so that the learner can use "
         "it. No effect on a CPU.",
     )
+    deterministic: bool = Field(
+        False,
+        description="Make runs on GPUs reproducible bit for bit, at some cost in speed: vLLM uses "
+        "kernels whose results do not depend on the other sequences of a batch, and the learner "
+        "uses deterministic operations. No effect on a CPU, where runs without servers are "
+        "reproducible anyway.",
+    )
     servers: ServerSettings | None = Field(
         None,
         description="Use vLLM servers. Default: an engine in a child process of each rank.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo import config as configs
+from grpo.engines.determinism import BATCH_INVARIANT_VARIABLE
 from grpo.metrics.memory import cpu_kv_cache_bytes
 from grpo.run import ranks
 from grpo.run.addresses import LOOPBACK_VARIABLES
@@ -92,12 +93,15 @@ def llm_arguments(
     return arguments
 
 
-def vllm_environment() -> dict[str, str]:
+def vllm_environment(settings: configs.EngineSettings) -> dict[str, str]:
     """Returns the environment of a vLLM process.
 
     It is this process's environment without the variables of the learner's process group. With
     several ranks, it selects this rank's GPU and as many OpenMP threads as this rank's share of the
     CPU cores.
+
+    Args:
+        settings: the section `engine` of the config.
     """
     environment = {
         name: value for name, value in os.environ.items() if not _is_group_variable(name)
@@ -109,6 +113,8 @@ def vllm_environment() -> dict[str, str]:
     environment["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
     environment["VLLM_NO_USAGE_STATS"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    if settings.deterministic:  # vLLM ignores it on a CPU
+        environment[BATCH_INVARIANT_VARIABLE] = "1"
     if ranks.world_size() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = _rank_gpu()
         num_threads = max(1, ranks.num_cores() // ranks.local_world_size())

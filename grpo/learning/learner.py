@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo import config as configs
-from grpo.learning import lora, models, moe, ulysses
+from grpo.learning import lora, models, moe, packing, ulysses
 from grpo.learning.batch import to_device
 from grpo.learning.deepspeed_setup import (
     MAX_SKIPPED_UPDATES,
@@ -81,6 +81,7 @@ class Learner:
         micro_batch_share: `(index, count)`: this rank computes part `index` of `count` parts of an
             update's micro-batches.
         device: The device of the policy.
+        attention: The name of the policy's attention.
     """
 
     def __init__(
@@ -121,9 +122,11 @@ class Learner:
         self._num_consecutive_skips = 0
         self._is_reference_changed = False
         _prepare_policy_model(model, config.model, self.device)
+        dtype = getattr(torch, config.model.dtype)
+        self.attention = packing.describe_attention(model.config, dtype, self.device)
         self._reference: Policy | None = None
         if reference is not None:
-            _freeze(reference, getattr(torch, config.model.dtype), self.device)
+            _freeze(reference, dtype, self.device)
             self._reference = _reference_policy(reference, config, soft)
         policy = _trained_policy(model, config, soft, self._reference)
         # DeepSpeed's engine. It has nothing to do with the vLLM engine that samples.

@@ -130,6 +130,22 @@ def _kernel_supports(head_size: int, dtype: torch.dtype, device: torch.device) -
     return head_size % 8 == 0 and head_size <= 256
 
 
+def describe_attention(config: Any, dtype: torch.dtype, device: torch.device) -> str:
+    """Returns the name of the attention that a learner runs, for the log of a run.
+
+    Args:
+        config: the model's transformers config.
+        dtype: dtype of queries, keys and values.
+        device: the device of the model.
+    """
+    implementation: str = config._attn_implementation
+    if implementation not in (PACKED_ATTENTION, CONCATENATED_ATTENTION):
+        return f"{implementation} of transformers"
+    if supports_varlen_kernel(config, dtype, device):
+        return "packed, with PyTorch's variable-length FlashAttention"
+    return "packed, with PyTorch's scaled_dot_product_attention over padded rows"
+
+
 def make_layout(
     rows: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
@@ -464,8 +480,8 @@ def _attend_padded(
     prompt_key = _gather_rows(key, rows.prompt_index, rows.num_prompts)  # [P, Hkv, Tp, D]
     prompt_value = _gather_rows(value, rows.prompt_index, rows.num_prompts)
     prompt_query = _gather_rows(query, rows.prompt_index, rows.num_prompts)
-    prompt_out = F.scaled_dot_product_attention(
-        prompt_query, prompt_key, prompt_value, is_causal=True, scale=scaling, enable_gqa=True
+    prompt_out = _dense_attention(
+        prompt_query, prompt_key, prompt_value, is_causal=True, scale=scaling
     )
     out = _select_slots(prompt_out, rows.prompt_slots)
     if rows.completion_index.numel() == 0:
@@ -479,10 +495,35 @@ def _attend_padded(
     all_values = torch.cat(
         [prompt_value.index_select(0, rows.prompt_of_completion), input_value], dim=2
     )
-    completion_out = F.scaled_dot_product_attention(
-        input_query, all_keys, all_values, attn_mask=rows.mask, scale=scaling, enable_gqa=True
+    completion_out = _dense_attention(
+        input_query, all_keys, all_values, attn_mask=rows.mask, scale=scaling
     )
     return torch.cat([out, _select_slots(completion_out, rows.completion_slots)])
+
+
+def _dense_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Returns the output of `scaled_dot_product_attention`, [B, Hq, Tq, D].
+
+    On a GPU, PyTorch's memory-efficient kernel needs a key head per query head. Otherwise PyTorch
+    selects its math backend, which stores the scores of all pairs of tokens.
+
+    Args:
+        query: [B, Hq, Tq, D].
+        key: [B, Hkv, Tk, D].
+        value: [B, Hkv, Tk, D].
+        options: `attn_mask` or `is_causal`, and `scale`.
+    """
+    if query.device.type != "cuda":
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+    num_query_heads = query.shape[1]
+    key = _repeat_heads(key, num_query_heads)
+    value = _repeat_heads(value, num_query_heads)
+    return F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def _repeat_heads(states: Tensor, num_heads: int) -> Tensor:
+    """Returns states [B, Hkv, T, D] with each head repeated, [B, num_heads, T, D]."""
+    return states.repeat_interleave(num_heads // states.shape[1], dim=1)
 
 
 def _gather_rows(states: Tensor, index: Tensor, num_rows: int) -> Tensor:
@@ -547,13 +588,12 @@ def attend_concatenated(  # noqa: PLR0913
         return out[None], None
 
     rows = _concatenated_rows(cu_seq_lens_q, max_length, num_tokens=query.shape[2])
-    out = F.scaled_dot_product_attention(
+    out = _dense_attention(
         _gather_rows(_tokens_first(query), rows.token_index, rows.num_rows),
         _gather_rows(_tokens_first(key), rows.token_index, rows.num_rows),
         _gather_rows(_tokens_first(value), rows.token_index, rows.num_rows),
         is_causal=True,
         scale=scaling,
-        enable_gqa=True,
     )
     return _select_slots(out, rows.slots)[None], None
 

@@ -74,7 +74,11 @@ class SupervisedCallbacks(Protocol):
 
 
 class SupervisedTrainer(SFTTrainer):
-    """TRL's trainer with grpo's data order, learning rates, checkpoints and metrics."""
+    """TRL's trainer with grpo's data order, learning rates, checkpoints and metrics.
+
+    Attributes:
+        attention: The name of the model's attention.
+    """
 
     def __init__(
         self,
@@ -107,6 +111,9 @@ class SupervisedTrainer(SFTTrainer):
             packing.CONCATENATED_ATTENTION if config.model.is_packed else config.model.attention
         )
         model = lora.load_policy(config, inputs.model_dir, attention)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, config.model.dtype)
+        self.attention = packing.describe_attention(model.config, dtype, device)
         rows = list(inputs.rows)
         self._row_tokens = [_num_trained_tokens(row) for row in rows]
         super().__init__(

@@ -116,6 +116,7 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
         with redirect_output(log_file):
             loaded_teacher_dir = teacher_dir if teacher_top is None else None
             learner = _load_learner(config, start.model_dir, loaded_teacher_dir, loss)
+        context.display.say(f"attention: {learner.attention}")
         loop = SoftLoop(
             config=config,
             context=context,

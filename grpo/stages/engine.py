@@ -49,11 +49,14 @@ def start_engine(config: SamplingStageConfig, context: RunContext, model: Engine
     The engine is a child process, or with `engine.servers` a pool of servers.
 
     Raises:
-        UserError: The machine has too little memory.
+        UserError: The machine has too little memory, or no kernels for `engine.deterministic`.
     """
+    from grpo.engines.determinism import require_batch_invariant_kernels
     from grpo.engines.local.engine import VllmEngine, check_memory
     from grpo.engines.vllm_options import ServedModel
 
+    if config.engine.deterministic:
+        require_batch_invariant_kernels()
     dtype = config.engine.dtype or config.model.dtype
     bytes_per_weight = 2 if dtype == "bfloat16" else 4
     # Only the child process implements `top_logprobs`.

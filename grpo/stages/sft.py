@@ -84,6 +84,7 @@ def _run(
             rows=training_rows(training_problems, start.prompts, config.sft.max_tokens),
         )
         trainer = SupervisedTrainer(config, inputs, callbacks, output_dir=run.checkpoints)
+        display.say(f"attention: {trainer.attention}")
         display.begin(resume_point.num_updates)
         trainer.train(resume_from_checkpoint=resume_point.trainer_checkpoint)
         if callbacks.signal is not None:

@@ -88,6 +88,8 @@ def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
         RunError: The run cannot continue.
         RunInterruptedError: A signal stopped the run. The last complete rollout, if any, is saved.
     """
+    if config.engine.deterministic:
+        _make_deterministic()
     inputs = _load_inputs(config)
     warm_start = warm_start_config(config) if config.model.warm_start else None
     with open_stage(
@@ -99,6 +101,15 @@ def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
             model = config.model.model_copy(update={"path": path})
             config = config.model_copy(update={"model": model})
         _run(config, context, inputs, resume=resume, keep=keep)
+
+
+def _make_deterministic() -> None:
+    """Makes the learner deterministic, also in the warm start. Raises UserError if vLLM cannot."""
+    from grpo.engines.determinism import require_batch_invariant_kernels
+    from grpo.learning.deepspeed_setup import use_deterministic_operations
+
+    require_batch_invariant_kernels()
+    use_deterministic_operations()
 
 
 def _load_inputs(config: TrainConfig) -> Inputs:
@@ -188,6 +199,7 @@ def _load_learner(
             engine.wait_ready()
         learner = Learner(policy, config, loss, reference)
         engine.wait_ready()
+    context.display.say(f"attention: {learner.attention}")
     return learner
 
 

@@ -1,12 +1,14 @@
 """Records the results of small runs, to show that a change of the code changes no result.
 
     .venv/bin/python tests/benchmarks/record_runs.py OUTPUT.json [--only NAME ...]
-    .venv/bin/python tests/benchmarks/record_runs.py --compare BEFORE.json AFTER.json
+    .venv/bin/python tests/benchmarks/record_runs.py --compare BEFORE.json AFTER.json \\
+        [--ignore PREFIX ...]
 
 Recording takes 10 minutes on 2 cores. Record twice on the old commit and once on the new commit, on
 a quiet machine. On a CPU results are equal bit for bit; a difference between the two recordings of
 the old commit is not caused by the change. Comparing prints the differences of each run (of its
-metrics only the first one) and exits with 1, or prints `equal`.
+metrics only the first one) and exits with 1, or prints `equal`. --ignore omits the metrics whose
+names begin with one of the given prefixes.
 
 The script uses only the command line and the files in the run directories. A record contains
 
@@ -237,16 +239,31 @@ def read_lines(file: Path) -> list[str]:
     return [line for line in file.read_text().split("\n") if line]
 
 
-def compare(before: Path, after: Path) -> int:
-    """Prints the differences of each run, or `equal`, and returns the exit code."""
-    records_before = json.loads(before.read_text())
-    records_after = json.loads(after.read_text())
+def compare(before: Path, after: Path, ignored: tuple[str, ...]) -> int:
+    """Prints the differences of each run, or `equal`, and returns the exit code.
+
+    Metrics whose names begin with one of the prefixes in `ignored` are not compared.
+    """
+    records_before = read_records(before, ignored)
+    records_after = read_records(after, ignored)
     messages = []
     for name, record_before in records_before.items():
         for message in differences(record_before, records_after.get(name, {})):
             messages.append(f"{name}: {message}")
     print("\n".join(messages) if messages else "equal")
     return 1 if messages else 0
+
+
+def read_records(file: Path, ignored: tuple[str, ...]) -> dict[str, Any]:
+    records: dict[str, Any] = json.loads(file.read_text())
+    for record in records.values():
+        rows = record.get("metrics", [])
+        if not record.get("exact", True) or not isinstance(rows, list):
+            continue
+        for row in rows:
+            for name in [name for name in row if name.startswith(ignored)]:
+                del row[name]
+    return records
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -303,9 +320,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path("runs/recorded"))
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
+    parser.add_argument("--ignore", nargs="+", default=[], metavar="PREFIX")
     options = parser.parse_args()
     if options.compare:
-        return compare(*options.compare)
+        return compare(*options.compare, tuple(options.ignore))
     if options.output is None:
         parser.error("output path missing: pass OUTPUT.json")
     record_all(options.output, options.folder.resolve(), options.only)

@@ -171,7 +171,7 @@ def test_every_script_is_used_by_a_step_and_the_readme_explains_every_step():
     used.add("gpu.sh")
     assert used == {path.name for path in KIT.iterdir() if path.is_file()}
     steps = re.findall(r"^    (\w+)\*?\)", text, re.MULTILINE)
-    assert len(steps) == 13, steps
+    assert len(steps) == 14, steps
     readme = (GPU_TESTS / "README.md").read_text()
     for step in steps:
         assert f"| `{step}" in readme, step
@@ -179,7 +179,7 @@ def test_every_script_is_used_by_a_step_and_the_readme_explains_every_step():
 
 def test_every_step_with_tests_collects_tests_and_the_readme_lists_every_file():
     steps_with_tests = re.findall(r"\) tests (\w+) (.+) ;;", GPU_SCRIPT.read_text())
-    assert len(steps_with_tests) == 5, steps_with_tests
+    assert len(steps_with_tests) == 6, steps_with_tests
     targets = set()
     for _, arguments in steps_with_tests:
         targets.update(arguments.split())

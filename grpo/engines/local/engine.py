@@ -83,7 +83,7 @@ class VllmEngine:
         self._sender = sender_class(SenderOptions(on_wait=on_wait))
         self._bytes_freed_by_sleep = 0  # GPU memory that `wake` allocates again
         self._description: dict[str, Any] | None = None  # None until the reply to `start`
-        self._child, connection = _spawn(self.child_module, log_file)
+        self._child, connection = _spawn(self.child_module, vllm_environment(settings), log_file)
         self._pipe = LimitedPipe(connection, on_wait)
         arguments = llm_arguments(model, settings, cuda=self._cuda)
         arguments["max_logprobs"] = max_logprobs
@@ -261,7 +261,9 @@ class VllmEngine:
         return EngineProcessDiedError(method, exit_code, str(self._log_file))
 
 
-def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connection]:
+def _spawn(
+    module: str, environment: dict[str, str], log_file: Path
+) -> tuple[subprocess.Popen[bytes], Connection]:
     """Starts `python -m module` with one end of a new pipe.
 
     It does not use the start method "spawn" of multiprocessing, which would run the user's script
@@ -276,7 +278,7 @@ def _spawn(module: str, log_file: Path) -> tuple[subprocess.Popen[bytes], Connec
     with log_file.open("ab") as log:
         child = subprocess.Popen(
             command,
-            env=vllm_environment(),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

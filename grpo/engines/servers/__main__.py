@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from grpo import config as configs
+from grpo.engines.determinism import require_batch_invariant_kernels
 from grpo.engines.servers.command_line import COMMAND, base_environment, server_arguments
 from grpo.engines.servers.guard import TOKEN_VARIABLE
 from grpo.engines.transfer.choose import choose_sender
@@ -35,6 +36,8 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
             f"{TOKEN_VARIABLE} is not set: set it to the secret of all servers. The trainer reads "
             "the same secret from the variable that engine.servers.token_env names"
         )
+    if config.engine.deterministic:
+        require_batch_invariant_kernels()
     # A config without the section is read as one with `urls`, which affects the choice of the
     # transport. Only the trainer uses the address itself.
     servers = config.engine.servers or configs.ServerSettings(urls=["here"])
@@ -49,7 +52,7 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
     )
     backend = choose_sender(servers).backend
     arguments = server_arguments(model, config.engine, servers.tensor_parallel, backend)
-    environment = base_environment(servers.tensor_parallel)
+    environment = base_environment(config.engine, servers.tensor_parallel)
     environment[TOKEN_VARIABLE] = token
     command = [*COMMAND, *arguments, "--host", "0.0.0.0", "--port", port]
     os.execve(sys.executable, command, environment)

@@ -91,14 +91,22 @@ def server_cores(server_index: int, servers: configs.ServerSettings) -> frozense
 
 
 def server_environment(
-    token: str, server_index: int, servers: configs.ServerSettings, cores: frozenset[int]
+    token: str, server_index: int, settings: configs.EngineSettings, cores: frozenset[int]
 ) -> dict[str, str]:
     """Returns the environment of a local server, with its token and its GPUs or CPU cores.
+
+    Args:
+        token: the token of the servers.
+        server_index: the number of the server, from 0.
+        settings: the section `engine` of the config, which has the section `servers`.
+        cores: the CPU cores of the server, from `server_cores`.
 
     Raises:
         UserError: The machine has too few GPUs.
     """
-    environment = base_environment(servers.tensor_parallel)
+    servers = settings.servers
+    assert servers is not None
+    environment = base_environment(settings, servers.tensor_parallel)
     environment[TOKEN_VARIABLE] = token
     environment[TRAINER_PID_VARIABLE] = str(os.getpid())
     if torch.cuda.is_available():
@@ -146,14 +154,18 @@ def _worker_cores(cores: Sequence[str], threads_per_worker: int, num_workers: in
     return "|".join(cores_of_workers)
 
 
-def base_environment(tensor_parallel: int) -> dict[str, str]:
+def base_environment(settings: configs.EngineSettings, tensor_parallel: int) -> dict[str, str]:
     """Returns the environment of any server, without token, GPUs and CPU cores.
 
     On a CPU with one worker, vLLM's engine core runs in the process of the HTTP server. Separate
     processes would poll each other, and keep polling for one second after the last request.
+
+    Args:
+        settings: the section `engine` of the config.
+        tensor_parallel: GPUs per server.
     """
     has_core_process = torch.cuda.is_available() or tensor_parallel > 1
-    environment = vllm_environment()
+    environment = vllm_environment(settings)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # adds the routes that update weights and pause
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if has_core_process else "0"
     return environment

@@ -99,7 +99,7 @@ class ServerPool:
         self._sender: WeightSender | None = None  # on rank 0
         if ranks.rank() == 0:
             self._sender = sender_class(_sender_options(servers, run_dir, callbacks))
-        self._state = PoolState(_create_servers(servers, arguments, token, run_dir))
+        self._state = PoolState(_create_servers(settings, arguments, token, run_dir))
         self._loop = LoopThread(
             "engine pool", on_wait=callbacks.on_wait, describe=self._state.describe
         )
@@ -367,9 +367,11 @@ def _create_client(
 
 
 def _create_servers(
-    servers: configs.ServerSettings, arguments: Sequence[str], token: str, run_dir: Path
+    settings: configs.EngineSettings, arguments: Sequence[str], token: str, run_dir: Path
 ) -> list[Server]:
     """Returns the servers of `urls`, then the local servers. Rank 0 starts the local servers."""
+    servers = settings.servers
+    assert servers is not None
     is_rank0 = ranks.rank() == 0
     free_ports = [free_port() for _ in range(servers.count)] if is_rank0 else []
     ports = ranks.all_gather("the server ports", free_ports)[0]
@@ -382,7 +384,7 @@ def _create_servers(
             url=f"http://127.0.0.1:{port}",
             log_file=run_dir / "logs" / f"server-{server_index}.log",
             command=[*command_line.COMMAND, *arguments, *address],
-            environment=command_line.server_environment(token, server_index, servers, cores),
+            environment=command_line.server_environment(token, server_index, settings, cores),
             cores=cores,
             last_response_at=now,
         )

@@ -74,6 +74,7 @@ for word in "$@"; do
     learner) tests learner tests/gpu/test_2_kernels.py tests/gpu/test_3_learner.py ;;
     run) tests run tests/gpu/test_4_runs.py ;;
     nccl) tests nccl tests/gpu/test_5_nccl.py ;;
+    deterministic) tests deterministic tests/gpu/test_6_deterministic.py ;;
     cycle*) # cycle:NAME=VALUE,key=value: environment variables (upper case), config keys (lower case)
       environment=() overrides=()
       for part in $(tr ':,' '  ' <<<"${word#cycle}"); do

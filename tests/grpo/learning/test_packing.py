@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from training_samples import grouped_samples, values_and_gradients
 
 from grpo.learning import models, packing
@@ -190,6 +191,28 @@ def test_the_kernel_is_used_only_for_supported_models_dtypes_and_gpus(
     model_config = SimpleNamespace(**config)
     assert packing.supports_varlen_kernel(model_config, dtype, torch.device("cuda")) == expected
     assert not packing.supports_varlen_kernel(model_config, dtype, torch.device("cpu"))
+
+
+def test_repeated_key_heads_give_the_attention_of_grouped_query_heads():
+    query = torch.randn(2, 6, 5, 8)
+    key, value = torch.randn(2, 2, 2, 7, 8).unbind()
+    grouped = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    repeated = F.scaled_dot_product_attention(
+        query, packing._repeat_heads(key, 6), packing._repeat_heads(value, 6)
+    )
+    assert torch.allclose(repeated, grouped, atol=1e-6)
+
+
+def test_the_log_of_a_run_names_the_attention(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    packed = SimpleNamespace(head_dim=64, _attn_implementation="packed")
+    describe = packing.describe_attention
+    assert "variable-length FlashAttention" in describe(packed, torch.bfloat16, cuda)
+    assert "padded rows" in describe(packed, torch.float32, cuda)
+    assert "padded rows" in describe(packed, torch.bfloat16, cpu)
+    eager = SimpleNamespace(head_dim=64, _attn_implementation="eager")
+    assert describe(eager, torch.bfloat16, cuda) == "eager of transformers"
 
 
 @pytest.mark.parametrize("kind", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe"])
