@@ -264,8 +264,7 @@ class LearnerSettings(Section):
         1,
         ge=1,
         description="Number of ranks that share each forward and backward pass, for long sequences "
-        "(DeepSpeed's Ulysses). For `grpo train`, and for `grpo distill` with way soft or "
-        "on_policy.",
+        "(DeepSpeed's Ulysses). In `grpo sft`, grpo's own learner then replaces TRL's trainer.",
     )
     logits_chunk_tokens: int = Field(
         512,

@@ -88,10 +88,11 @@ class SftConfig(RunConfig):
             raise ValueError("model.warm_start is for `grpo train` only: remove it")
         if self.model.teacher:
             raise ValueError("model.teacher is for `grpo train` and `grpo distill` only: remove it")
-        if self.learner.sequence_parallel > 1:
+        self.model.check_sequence_parallel(self.learner.sequence_parallel)
+        if self.learner.sequence_parallel > 1 and self.sft.stop_at is not None:
             raise ValueError(
-                "learner.sequence_parallel is for `grpo train`, and for `grpo distill` with way "
-                "soft or on_policy: remove it"
+                "sft.stop_at does not support learner.sequence_parallel: set sft.updates to the "
+                "number of updates instead"
             )
         _check_fits_micro_batch("sft.max_tokens", self.sft.max_tokens, self.learner)
         return self
@@ -102,8 +103,23 @@ class SftConfig(RunConfig):
         return self.sft.max_tokens
 
     @property
+    def algorithm(self) -> AlgorithmSettings:
+        """The cross-entropy of the solution, for training with `learner.sequence_parallel`."""
+        return AlgorithmSettings(loss="cross_entropy")
+
+    @property
+    def total_updates(self) -> int:
+        """Number of optimizer updates over which the learning rate is scheduled."""
+        return self.sft.updates
+
+    @property
+    def logprob_temperature(self) -> float:
+        """Temperature of the learner's log-probabilities."""
+        return 1.0
+
+    @property
     def micro_batch_size(self) -> int:
-        """Number of solutions per forward and backward pass.
+        """Number of solutions per forward and backward pass, without sequence parallelism.
 
         It is the largest divisor of a rank's batch that fits `learner.micro_batch_tokens`.
         """
@@ -378,6 +394,11 @@ class DistillConfig(SamplingStageConfig):
         """Optimizer updates of way soft."""
         assert self.soft is not None
         return self.soft.updates
+
+    @property
+    def logprob_temperature(self) -> float:
+        """Temperature of the learner's log-probabilities in way soft, which has no sampler."""
+        return 1.0
 
 
 # Keys that a distillation and each of its stages share, and those of the stages that sample.

@@ -155,6 +155,11 @@ class TrainConfig(SamplingStageConfig):
         """Number of optimizer updates over which the learning rate is scheduled."""
         return self.train.total_updates
 
+    @property
+    def logprob_temperature(self) -> float:
+        """Temperature of the learner's log-probabilities: that of the sampler."""
+        return self.sampling.temperature
+
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, tree: Any) -> Any:

@@ -47,7 +47,10 @@ from grpo.run import ranks
 from grpo.types import Batch
 
 if TYPE_CHECKING:
-    from grpo.config import DistillConfig, SoftTargetSettings
+    from grpo.config import DistillConfig, SftConfig, SoftTargetSettings, TrainConfig
+
+    # The configs of the stages that train with a Learner.
+    LearnerConfig = TrainConfig | DistillConfig | SftConfig
 
 # Offsets that keep the seeds of `Learner.perturbed` distinct.
 RANK_SEED_OFFSET = 100_000  # times the rank
@@ -87,7 +90,7 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        config: configs.TrainConfig | DistillConfig,
+        config: LearnerConfig,
         loss: Loss,
         reference: nn.Module | None = None,
         *,
@@ -127,7 +130,7 @@ class Learner:
         self._reference: Policy | None = None
         if reference is not None:
             _freeze(reference, dtype, self.device)
-            self._reference = _reference_policy(reference, config, soft)
+            self._reference = _reference_policy(reference, config)
         policy = _trained_policy(model, config, soft, self._reference)
         # DeepSpeed's engine. It has nothing to do with the vLLM engine that samples.
         self._deepspeed_engine, *_ = deepspeed.initialize(
@@ -423,33 +426,25 @@ def _freeze(reference: nn.Module, dtype: torch.dtype, device: torch.device) -> N
         models.use_fused_norms(reference)
 
 
-def _head_options(
-    config: configs.TrainConfig | DistillConfig, soft: SoftTargetSettings | None
-) -> HeadOptions:
-    # Soft targets have no sampler whose temperature the log-probabilities have to match.
-    temperature = config.sampling.temperature if soft is None else 1.0
+def _head_options(config: LearnerConfig) -> HeadOptions:
     return HeadOptions(
-        temperature=temperature,
+        temperature=config.logprob_temperature,
         chunk_tokens=config.learner.logits_chunk_tokens,
         float32=config.model.float32_head,
     )
 
 
-def _reference_policy(
-    reference: nn.Module,
-    config: configs.TrainConfig | DistillConfig,
-    soft: SoftTargetSettings | None,
-) -> Policy:
+def _reference_policy(reference: nn.Module, config: LearnerConfig) -> Policy:
     return Policy(
         reference,
-        _head_options(config, soft),
+        _head_options(config),
         ulysses=ulysses.create_ulysses(reference, config.learner.sequence_parallel),
     )
 
 
 def _trained_policy(
     model: nn.Module,
-    config: configs.TrainConfig | DistillConfig,
+    config: LearnerConfig,
     soft: SoftTargetSettings | None,
     reference: Policy | None,
 ) -> Policy:
@@ -460,7 +455,7 @@ def _trained_policy(
     has_entropy_gradient = config.algorithm.entropy_coef != 0
     return Policy(
         model,
-        replace(_head_options(config, soft), entropy_gradient=has_entropy_gradient),
+        replace(_head_options(config), entropy_gradient=has_entropy_gradient),
         router_loss=config.model.router_aux_coef > 0,
         soft_targets=soft_targets,
         ulysses=ulysses.create_ulysses(model, config.learner.sequence_parallel),

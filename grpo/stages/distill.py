@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import DistillConfig, SoftTargetSettings
+from grpo.config import DistillConfig
 from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
 from grpo.run import ranks
 from grpo.run.directory import RunDirectory
-from grpo.run.display import Timer, redirect_output
-from grpo.run.signals import RunInterruptedError
+from grpo.run.display import redirect_output
 from grpo.stages import collect, sft, train
 from grpo.stages.engine import EngineModel, start_engine
 from grpo.stages.final_model import write_final
@@ -32,7 +31,7 @@ from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.sampling import check_rewards
-from grpo.stages.solutions import check_solutions, tokenize_solutions
+from grpo.stages.solutions import check_solutions, tokenize_solutions, training_texts
 from grpo.stages.stage import (
     Check,
     DiskNeeds,
@@ -44,10 +43,11 @@ from grpo.stages.stage import (
     max_checkpoints_on_disk,
 )
 from grpo.stages.start_model import find_start_model, find_teacher, require_same_start
+from grpo.stages.text_loop import TextLoop
 from grpo.types import Batch, Problem, Sample, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 TEXTS_PER_FILE = 256
 
@@ -107,9 +107,8 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
         mixture = make_mixture(config.data, problems, start.prompts, config.seed)
         require_same_start(start.tokenizer, mixture)
         training_problems = mixture.take(0, soft.updates * soft.batch_size)
-        texts = training_texts(
-            training_problems, start.prompts, soft.max_tokens, hard_weight=soft.hard_weight
-        )
+        solutions = tokenize_solutions(training_problems, start.prompts, soft.max_tokens, "soft")
+        texts = training_texts(solutions, weight=soft.hard_weight)
         with redirect_output(log_file):
             teacher_dir = find_teacher(config, context.run, start.tokenizer, soft.max_tokens)
         teacher_top = _fill_teacher_top(config, context, teacher_dir, texts)
@@ -117,42 +116,13 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
             loaded_teacher_dir = teacher_dir if teacher_top is None else None
             learner = _load_learner(config, start.model_dir, loaded_teacher_dir, loss)
         context.display.say(f"attention: {learner.attention}")
-        loop = SoftLoop(
-            config=config,
-            context=context,
-            soft=soft,
-            learner=learner,
-            texts=texts,
-            teacher_top=teacher_top,
-        )
+        loop = TextLoop(config=config, context=context, settings=soft, learner=learner, texts=texts)
+        if teacher_top is not None:
+            loop.prepare_batch = teacher_top.add_to_batch
         if resume:
             loop.resume()
         loop.train()
         write_final(context, config, start.model_dir, start.tokenizer, learner)
-
-
-def training_texts(
-    problems: Sequence[Problem], prompts: Prompts, max_tokens: int, *, hard_weight: float
-) -> list[Sample]:
-    """Returns the prompt and the worked solution of each problem as a training sample.
-
-    Args:
-        problems: Problems with a worked solution.
-        prompts: The prompts of the run.
-        max_tokens: Maximum length of a prompt with its solution.
-        hard_weight: Weight of the cross-entropy of every solution token, stored as its advantage.
-
-    Raises:
-        UserError: A problem has no solution, or is too long with it. The message names the problem.
-    """
-    return [
-        Sample(
-            token_ids=solution.prompt_ids + solution.target_ids,
-            prompt_length=len(solution.prompt_ids),
-            advantages=(hard_weight,) * len(solution.target_ids),
-        )
-        for solution in tokenize_solutions(problems, prompts, max_tokens, "soft")
-    ]
 
 
 def _fill_teacher_top(
@@ -185,106 +155,6 @@ def _load_learner(
     teacher = models.load_model(teacher_dir, attention) if teacher_dir is not None else None
     student = lora.load_policy(config, model_dir, attention)
     return Learner(student, config, loss, teacher, soft=config.soft)
-
-
-@dataclass(kw_only=True)
-class SoftLoop:
-    """The training loop of `way=soft`."""
-
-    config: DistillConfig
-    context: RunContext
-    soft: SoftTargetSettings
-    learner: Any
-    texts: list[Sample]  # in the order of the updates
-    teacher_top: TopLogprobs | None  # None: the learner holds the teacher
-    last_saved: int = -1  # number of updates in the last checkpoint; -1: no checkpoint
-    last_row: dict[str, Any] = field(default_factory=dict)  # metrics of the last update
-
-    def resume(self) -> None:
-        """Loads the last checkpoint and removes the records that are newer."""
-        run = self.context.run
-        checkpoint, _ = run.read_last_checkpoint()
-        if checkpoint is None:
-            self.context.resume_after(None, "update")
-            return
-        with redirect_output(run.log_file("learner")):
-            self.learner.load(checkpoint)
-        self.last_saved = self.learner.num_updates
-        self.context.resume_after(self.learner.num_updates, "update")
-
-    def train(self) -> None:
-        """Runs all remaining updates and saves the last one.
-
-        Raises:
-            RunInterruptedError: A signal stopped the run. The last complete update is saved.
-        """
-        every = self.config.checkpoint.every
-        self.context.display.begin(self.learner.num_updates)
-        while self.learner.num_updates < self.soft.updates:
-            self.step()
-            if every and self.learner.num_updates % every == 0:
-                self.save()
-        self.save()
-
-    def step(self) -> None:
-        """Runs one update and records its metrics."""
-        context, learner = self.context, self.learner
-        timer = Timer()
-        batches = self.batches()
-        try:
-            with timer("update"):
-                ranks.all_gather_or_raise("the update", context.signals.raise_if_received)
-                metrics = learner.update(batches, self._check_signals)
-        except RunInterruptedError:
-            self.save()
-            context.display.say(
-                f"stopped after update {learner.num_updates}: saved; continue with --resume"
-            )
-            raise
-        # Nothing is sampled, so the metrics that compare an engine with the learner do not apply.
-        row = {key: value for key, value in metrics.items() if not key.startswith("mismatch/")}
-        row["step"] = learner.num_updates
-        row["update"] = learner.num_updates
-        row.update(timer.metrics())
-        self.last_row = row
-        context.record(row)
-        context.display.row(row)
-        context.display.phase(learner.num_updates, "update")
-
-    def _check_signals(self, num_done: int, total: int) -> None:
-        """Raises RunInterruptedError after a micro-batch if a signal arrived."""
-        # With several ranks, the others would wait in a collective for the rank that stops.
-        if ranks.world_size() == 1:
-            self.context.signals.raise_if_received()
-
-    def batches(self) -> list[Batch]:
-        """Returns the micro-batches of the next update."""
-        from grpo.learning.batch import micro_batches, token_weights
-
-        batch_size = self.soft.batch_size
-        start = self.learner.num_updates * batch_size
-        texts = self.texts[start : start + batch_size]
-        batches = micro_batches(
-            texts,
-            token_weights(texts, "token", self.soft.max_tokens),
-            max_tokens=self.config.learner.micro_batch_tokens,
-            packed=self.config.model.is_packed,
-            share=self.learner.micro_batch_share,
-        )
-        if self.teacher_top is None:
-            return batches
-        return [replace(batch, teacher_top=self.teacher_top.for_batch(batch)) for batch in batches]
-
-    def save(self) -> None:
-        """Writes a checkpoint, unless the last one is of the same update."""
-        num_updates = self.learner.num_updates
-        if self.last_saved == num_updates:
-            return
-        self.last_saved = num_updates
-        run, settings = self.context.run, self.config.checkpoint
-        state = {"updates": num_updates, "seed": self.config.seed, "metrics": self.last_row}
-        run.save_checkpoint(num_updates, state, self.learner.save)
-        run.prune_checkpoints(settings.keep_last, settings.keep_best)
 
 
 class TopLogprobs:
@@ -349,8 +219,8 @@ class TopLogprobs:
         save_file(arrays, scratch)
         scratch.rename(self._path(file_number))
 
-    def for_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns token ids and logprobs [N, k] for the N completion tokens of a batch."""
+    def add_to_batch(self, batch: Batch) -> Batch:
+        """Returns a batch with the token ids and logprobs [N, k] of its N completion tokens."""
         import torch
 
         ids, logprobs = [], []
@@ -359,7 +229,7 @@ class TopLogprobs:
             file = self._open_file(file_number)
             ids.append(file.get_tensor(f"ids.{index}").long())
             logprobs.append(file.get_tensor(f"logprobs.{index}"))
-        return torch.cat(ids), torch.cat(logprobs)
+        return replace(batch, teacher_top=(torch.cat(ids), torch.cat(logprobs)))
 
     def _open_file(self, file_number: int) -> Any:
         from safetensors import safe_open

@@ -3,6 +3,9 @@
 TRL's SFTTrainer on DeepSpeed provides the training loop and the loss: the cross-entropy of the
 solution tokens, averaged over all of them in an update. grpo provides the prompts (the same as in
 GRPO), the data order, the learning rate, the run directory, checkpoints and metrics.
+
+With `learner.sequence_parallel`, the learner of GRPO makes the same updates instead, because it can
+share a sequence across ranks.
 """
 
 from __future__ import annotations
@@ -13,15 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo.config import SftConfig
+from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
-from grpo.learning import models
+from grpo.learning import lora, models
 from grpo.run import ranks
 from grpo.run.display import redirect_output
 from grpo.run.signals import RunInterruptedError
 from grpo.stages.final_model import write_final
 from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.run_context import RunContext, open_stage
-from grpo.stages.solutions import check_solutions, tokenize_solutions
+from grpo.stages.solutions import check_solutions, tokenize_solutions, training_texts
 from grpo.stages.stage import (
     Check,
     DiskNeeds,
@@ -32,7 +36,8 @@ from grpo.stages.stage import (
     StageNeeds,
     max_checkpoints_on_disk,
 )
-from grpo.stages.start_model import find_start_model, require_same_start
+from grpo.stages.start_model import StartModel, find_start_model, require_same_start
+from grpo.stages.text_loop import TextLoop
 from grpo.types import Problem, UserError
 
 STOP_WINDOW = 10  # updates whose mean token accuracy is compared with sft.stop_at
@@ -46,15 +51,26 @@ def sft(config: SftConfig, *, resume: bool) -> None:
         RunError: The run cannot continue.
         RunInterruptedError: A signal stopped the run after it had saved a checkpoint.
     """
-    if config.sft.batch_size % ranks.world_size():
-        raise UserError(
-            f"sft.batch_size={config.sft.batch_size} must be a multiple of the number of ranks, "
-            f"{ranks.world_size()}"
-        )
+    _check_ranks(config)
     problems = load_problems(config.data, "train", config.seed)
     total = config.sft.updates
     with open_stage(config, "sft", total=total, unit="update", resume=resume) as context:
         _run(config, context, problems, resume=resume)
+
+
+def _check_ranks(config: SftConfig) -> None:
+    """Raises UserError if the config does not fit the number of ranks."""
+    num_ranks = ranks.world_size()
+    size = config.learner.sequence_parallel
+    if num_ranks % size:
+        raise UserError(
+            f"learner.sequence_parallel={size} does not divide the number of ranks, {num_ranks}"
+        )
+    if size == 1 and config.sft.batch_size % num_ranks:
+        raise UserError(
+            f"sft.batch_size={config.sft.batch_size} must be a multiple of the number of ranks, "
+            f"{num_ranks}"
+        )
 
 
 def _run(
@@ -71,6 +87,22 @@ def _run(
     mixture = make_mixture(config.data, problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, mixture)
     training_problems = mixture.take(0, config.sft.updates * config.sft.batch_size)
+    is_shared = config.learner.sequence_parallel > 1
+    train = _train_across_ranks if is_shared else _train_with_trl
+    trained = train(config, context, start, training_problems, resume=resume)
+    write_final(context, config, start.model_dir, start.tokenizer, trained)
+
+
+def _train_with_trl(
+    config: SftConfig,
+    context: RunContext,
+    start: StartModel,
+    problems: Sequence[Problem],
+    *,
+    resume: bool,
+) -> Any:
+    """Trains with TRL and returns the trainer, which has the final weights."""
+    run, display = context.run, context.display
     resume_point = ResumePoint()
     if resume:
         resume_point = _find_resume_point(context)
@@ -81,7 +113,7 @@ def _run(
         inputs = SupervisedInputs(
             model_dir=start.model_dir,
             tokenizer=start.tokenizer,
-            rows=training_rows(training_problems, start.prompts, config.sft.max_tokens),
+            rows=training_rows(problems, start.prompts, config.sft.max_tokens),
         )
         trainer = SupervisedTrainer(config, inputs, callbacks, output_dir=run.checkpoints)
         display.say(f"attention: {trainer.attention}")
@@ -92,7 +124,34 @@ def _run(
                 f"stopped after update {trainer.state.global_step}: saved; continue with --resume"
             )
             raise RunInterruptedError(callbacks.signal)
-    write_final(context, config, start.model_dir, start.tokenizer, trainer)
+    return trainer
+
+
+def _train_across_ranks(
+    config: SftConfig,
+    context: RunContext,
+    start: StartModel,
+    problems: Sequence[Problem],
+    *,
+    resume: bool,
+) -> Any:
+    """Trains with ranks that share each sequence, and returns the learner."""
+    from grpo.learning.learner import Learner
+
+    solutions = tokenize_solutions(problems, start.prompts, config.sft.max_tokens, "sft")
+    texts = training_texts(solutions, weight=1.0)
+    loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
+    with redirect_output(context.run.log_file("learner")):
+        policy = lora.load_policy(config, start.model_dir, config.model.attention)
+        learner = Learner(policy, config, loss)
+    context.display.say(f"attention: {learner.attention}")
+    loop = TextLoop(
+        config=config, context=context, settings=config.sft, learner=learner, texts=texts
+    )
+    if resume:
+        loop.resume()
+    loop.train()
+    return learner
 
 
 class ResumePoint(NamedTuple):
@@ -187,11 +246,18 @@ class _SftStage:
 
     def batch_arithmetic(self, config: SftConfig) -> str:
         batch_size = config.sft.batch_size
-        num_micro_batches = batch_size // config.micro_batch_size
         num_problems = config.sft.updates * batch_size
+        learner = config.learner
+        if learner.sequence_parallel > 1:
+            division = (
+                f"micro-batches of {learner.micro_batch_tokens:,} tokens, each shared by "
+                f"{learner.sequence_parallel} ranks"
+            )
+        else:
+            num_micro_batches = batch_size // config.micro_batch_size
+            division = f"{num_micro_batches} micro-batches of {config.micro_batch_size}"
         return (
-            f"update      {batch_size} solutions in {num_micro_batches} micro-batches of "
-            f"{config.micro_batch_size}\n"
+            f"update      {batch_size} solutions in {division}\n"
             f"run         {config.sft.updates} updates, {num_problems:,} solutions drawn"
         )
 

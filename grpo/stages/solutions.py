@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from grpo.experience.prompts import Prompts
 from grpo.stages.stage import Check
-from grpo.types import Problem, UserError
+from grpo.types import Problem, Sample, UserError
 
 
 class TokenizedSolution(NamedTuple):
@@ -47,6 +47,23 @@ def tokenize_solutions(
                 f"than {section}.max_tokens={max_tokens}: raise the limit or remove the problem"
             )
         yield TokenizedSolution(prompt_ids, target_ids)
+
+
+def training_texts(solutions: Iterable[TokenizedSolution], *, weight: float) -> list[Sample]:
+    """Returns solutions as the training samples of a learner.
+
+    Args:
+        solutions: The solutions.
+        weight: Weight of the cross-entropy of every solution token, stored as its advantage.
+    """
+    return [
+        Sample(
+            token_ids=solution.prompt_ids + solution.target_ids,
+            prompt_length=len(solution.prompt_ids),
+            advantages=(weight,) * len(solution.target_ids),
+        )
+        for solution in solutions
+    ]
 
 
 def check_solutions(

@@ -15,7 +15,7 @@ from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.deepspeed_setup import learning_rate
 from grpo.stages.problems import load_problems, make_mixture
-from grpo.stages.sft import training_rows
+from grpo.stages.sft import sft, training_rows
 from grpo.types import UserError
 
 
@@ -28,8 +28,6 @@ def load_training_rows(config):
 
 
 def test_lora_changes_the_projections_and_saves_the_merged_model_and_the_adapter(tiny, tmp_path):
-    from grpo.stages.sft import sft
-
     config = configs.parse(
         {
             "run_dir": str(tmp_path / "run"),
@@ -82,6 +80,31 @@ def train_with_plain_torch(model, config):
         optimizer.step()
         losses.append(float(total.detach() / num_tokens))
     return losses
+
+
+def test_ranks_that_share_sequences_make_the_updates_of_trl(tiny, tmp_path):
+    for name, learner, num_ranks in (("trl", {}, 1), ("shared", {"sequence_parallel": 2}, 2)):
+        config = sft_config(tmp_path / name, tiny(), learner=learner)
+        run_grpo(write_config(tmp_path / "config.yaml", config), command="sft", ranks=num_ranks)
+    rows, shared_rows = read_metrics(tmp_path / "trl"), read_metrics(tmp_path / "shared")
+    assert len(rows) == len(shared_rows) == 6
+    for row, shared_row in zip(rows, shared_rows, strict=True):
+        for metric in ("loss", "policy/lr", "update/tokens"):
+            assert shared_row[metric] == pytest.approx(row[metric], rel=1e-4), metric
+    expected = final_weights(tmp_path / "trl")
+    for name, weight in final_weights(tmp_path / "shared").items():
+        assert torch.allclose(weight, expected[name], atol=1e-5), name
+
+
+def test_ranks_that_cannot_share_sequences_are_rejected_before_the_model_is_loaded(tiny, tmp_path):
+    config = sft_config(tmp_path / "run", tiny(), learner={"sequence_parallel": 2})
+    with pytest.raises(UserError, match="sequence_parallel=2 does not divide the number of ranks"):
+        sft(config, resume=False)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"sft\.stop_at does not support learner\."):
+        sft_config(
+            tmp_path, tiny(), learner={"sequence_parallel": 2}, sft={"updates": 1, "stop_at": 0.9}
+        )
 
 
 @pytest.mark.parametrize("attention", ["packed", "eager"])
