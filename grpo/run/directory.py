@@ -26,6 +26,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -396,7 +397,8 @@ class RunDirectory:
 
         Args:
             step: The step.
-            state: JSON values, written to state.json with the step and a hash of every file.
+            state: JSON values, written to state.json with the step, a hash of every file, and the
+                size and duration of the checkpoint in `bytes` and `seconds`.
                 `prune_checkpoints` reads `metrics` from it.
             write: Called as `write(directory)` on all ranks; writes this rank's files.
 
@@ -417,14 +419,21 @@ class RunDirectory:
     def _save_on_rank0(
         self, target: Path, state: dict[str, Any], write: Callable[[Path], None]
     ) -> None:
+        start = time.monotonic()
         try:
             with replace_directory(target) as scratch:
                 ranks.all_gather("the checkpoint's directory", None)
                 write(scratch)
                 ranks.all_gather("the other ranks' parts of the checkpoint", None)
-                text = json.dumps(
-                    {**state, "files": _file_hashes(scratch)}, default=dataclass_fields
-                )
+                hashes = _file_hashes(scratch)
+                sizes = [(scratch / name).stat().st_size for name in hashes]
+                state = {
+                    **state,
+                    "files": hashes,
+                    "bytes": sum(sizes),
+                    "seconds": time.monotonic() - start,
+                }
+                text = json.dumps(state, default=dataclass_fields)
                 (scratch / "state.json").write_text(text)
         except RunError:  # a RuntimeError, which must not be caught below
             raise
