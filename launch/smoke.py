@@ -32,13 +32,18 @@ def rows_of_run(run: Path) -> list[tuple[str, str]]:
     return [
         ("gap of the canary", ", ".join(CANARY.findall(log))),
         ("weight sync, median", f"{sync_s:.3f} s for {sync_gb:.3g} GB"),
-        ("largest gap of a probe", f"{max(row['probe/gap'] for row in metrics):.2g}"),
+        ("largest gap of a probe", f"{largest_gap(metrics):.2g}"),
         ("step, median", f"{statistics.median(row['time/total_s'] for row in steps):.2f} s"),
         ("throughput, median", f"{throughput(steps):,.0f} completion tokens/s"),
         ("checkpoint", f"{checkpoint['seconds']:.2f} s for {checkpoint['bytes'] / 1e9:.3g} GB"),
         ("resumed", ", ".join(RESUMED.findall(log)) or "no"),
         ("rollouts", str(steps[-1]["rollout"])),
     ]
+
+
+def largest_gap(metrics: list[dict[str, Any]]) -> float:
+    """Returns the largest gap. The row of a step whose sync or probe failed has none."""
+    return max(row["probe/gap"] for row in metrics if "probe/gap" in row)
 
 
 def require_complete(rows: dict[str, str], expected: dict[str, str]) -> None:
@@ -76,7 +81,7 @@ def main(folder: Path) -> int:
         try:
             rows = rows_of_run(run)
             require_complete(dict(rows), expected)
-        except (OSError, ValueError, IndexError) as error:
+        except (OSError, ValueError, LookupError) as error:
             rows.append(("FAILED", f"{error}; see {run}.log"))
             num_failed += 1
         for quantity, value in rows:

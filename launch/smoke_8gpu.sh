@@ -11,7 +11,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ./launch/setup.sh
 gpus="${GPUS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}"
-runs="${RUNS:-runs/smoke}"
+runs="$(realpath -m "${RUNS:-runs/smoke}")" # absolute, because the kill below finds the run by it
+((gpus != 1)) || { echo "smoke: needs at least two GPUs, found one" >&2; exit 2; }
 ranks=$gpus pool_ranks=$((gpus / 2)) servers=$((gpus - gpus / 2))
 if ((gpus < 2)); then ranks=2 pool_ranks=1 servers=1; fi
 export PYTHONPATH="$PWD/launch${PYTHONPATH:+:$PYTHONPATH}" # for the reward

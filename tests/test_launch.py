@@ -216,7 +216,7 @@ def test_setup_without_any_vllm_fails_and_is_repeated(setup):
 
 
 def test_setup_for_the_other_device_empties_the_environment(setup):
-    setup.run(GRPO_DEVICE="cpu")
+    setup.run()
     _, _, calls = setup.run(GRPO_DEVICE="cuda")
     assert calls[0] == "venv of Python 3.11"
     assert setup.run() == (0, [], [])  # without a GPU, .venv keeps the CUDA packages
@@ -226,6 +226,12 @@ def test_setup_for_the_other_device_empties_the_environment(setup):
     assert (
         f"pip install {pinned('cuda', 'torch')} --constraint launch/requirements-cuda.txt" in calls
     )
+
+
+def test_setup_keeps_a_device_that_was_chosen(setup):
+    setup.set_gpu_visible(True)
+    setup.run(GRPO_DEVICE="cpu")
+    assert setup.run() == (0, [], [])
 
 
 def test_the_image_has_the_cuda_version_that_torch_requires():

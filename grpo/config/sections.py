@@ -362,7 +362,8 @@ class EngineSettings(Section):
         None,
         gt=0,
         description="Size of the KV cache in GiB. Default: 2 on a CPU; on a GPU, what "
-        "`memory_fraction` leaves after weights, activations and CUDA graphs.",
+        "`memory_fraction` leaves after weights, activations and CUDA graphs. In any case vLLM "
+        "needs `memory_fraction` of the GPU to be free when it starts.",
     )
     memory_fraction: float = Field(
         0.4,
@@ -392,9 +393,9 @@ class EngineSettings(Section):
     deterministic: bool = Field(
         False,
         description="Make runs on GPUs reproducible bit for bit, at some cost in speed: vLLM uses "
-        "kernels whose results do not depend on the other sequences of a batch, and the learner "
-        "uses deterministic operations. No effect on a CPU, where runs without servers are "
-        "reproducible anyway.",
+        "kernels whose results do not depend on the other sequences of a batch, and the learner of "
+        "`grpo train` uses deterministic operations. Not for mixtures of experts. No effect on a "
+        "CPU, where runs without servers are reproducible anyway.",
     )
     servers: ServerSettings | None = Field(
         None,
@@ -421,8 +422,8 @@ class ProbeSettings(Section):
     prompts: int = Field(
         4,
         ge=1,
-        description="Number of sequences whose log-probabilities in engine and learner are "
-        "compared after each weight sync.",
+        description="Number of prompts whose completions' log-probabilities in engine and learner "
+        "are compared after each weight sync. The first one is sampled alone, then all together.",
     )
     tokens: int = Field(
         16, ge=1, description="Number of tokens that the engine samples for each sequence."
@@ -430,8 +431,9 @@ class ProbeSettings(Section):
     max_gap: float | None = Field(
         None,
         gt=0,
-        description="Mean absolute difference of the log-probabilities above which the run stops. "
-        "The canary allows up to twice as much. Default: 1e-3 in float32, 0.2 in bfloat16.",
+        description="Mean absolute difference of the log-probabilities above which the run stops; "
+        "for the completions of one size of batch, twice as much. The canary allows up to twice as "
+        "much again. Default: 1e-3 in float32, 0.2 in bfloat16.",
     )
     max_gap_ratio: float | None = Field(
         5.0,
@@ -444,8 +446,8 @@ class ProbeSettings(Section):
         10,
         ge=0,
         description="Number of rollouts between probes of a full batch, as large as those of a "
-        "rollout, besides single sequences and small batches. The first probe has one, too. 0: no "
-        "full batches.",
+        "rollout, besides the single sequence and the small batch. The first and the last probe "
+        "have one, too. 0: no full batches.",
     )
 
 

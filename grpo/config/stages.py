@@ -332,6 +332,11 @@ class DistillConfig(SamplingStageConfig):
         missing = [name for name in sections_of_way[self.way] if getattr(self, name) is None]
         if missing:
             raise ValueError(f"way={self.way} needs the section {' and '.join(missing)}")
+        if self.way == "sequence" and self.learner.sequence_parallel > 1:
+            raise ValueError(
+                "learner.sequence_parallel does not support way=sequence, which runs in a single "
+                "process: run grpo collect, then grpo sft on its traces"
+            )
         if self.soft:
             self.model.check_sequence_parallel(self.learner.sequence_parallel)
             _check_fits_micro_batch("soft.max_tokens", self.soft.max_tokens, self.learner)

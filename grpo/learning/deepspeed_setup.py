@@ -72,7 +72,8 @@ def use_deterministic_operations() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     # It would also fill new tensors with NaN, which costs time and does not change any result.
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - unknown to mypy
+    # (`setattr`, because mypy does not know the attribute.)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
 def deepspeed_config(settings: configs.LearnerSettings, dtype: str) -> dict[str, Any]:

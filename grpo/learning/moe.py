@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.types import UserError
@@ -32,6 +34,21 @@ def hub_weights(model: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Te
     from transformers.core_model_loading import revert_weight_conversion
 
     yield from revert_weight_conversion(model, {name: weight}).items()
+
+
+def require_no_experts(model_dir: Path, key: str) -> None:
+    """Raises UserError if a model is a mixture of experts, which a config key does not support.
+
+    Args:
+        model_dir: the directory of the model.
+        key: the key, for the error message.
+    """
+    config = json.loads((model_dir / "config.json").read_text())
+    if any(config.get(name) for name in NUM_EXPERTS_KEYS):
+        raise UserError(
+            f"{key} does not support mixtures of experts: PyTorch has no deterministic operation "
+            "that counts the tokens of each expert. Set it to false"
+        )
 
 
 def configure_routers(model: Any, aux_coef: float, freeze: bool) -> None:

@@ -62,7 +62,12 @@ class EngineMemory:
 
 
 def learner_memory(
-    config: Any, shape: ModelShape, ranks: int = 1, reference_weights: int | None = None
+    config: Any,
+    shape: ModelShape,
+    ranks: int = 1,
+    *,
+    reference_weights: int | None = None,
+    has_reference: bool = True,
 ) -> LearnerMemory:
     """Estimates the memory of a learner rank with full micro-batches.
 
@@ -74,6 +79,7 @@ def learner_memory(
         shape: Sizes of the policy.
         ranks: Number of learner ranks.
         reference_weights: Number of weights of the teacher or reference. Default: the policy's.
+        has_reference: Whether the learner holds the teacher or reference of the config, if any.
 
     Source: mixed-precision Adam needs 2 + 4 + 4 + 8 bytes per weight (ZeRO 1910.02054 section 3.1,
     with float32 gradients). Activations need 34 bytes per token, hidden unit and layer without
@@ -87,7 +93,7 @@ def learner_memory(
     parts: dict[str, float] = {"weights": shape.weight_bytes, "gradients": 4 * num_trained}
     if not learner.offload_optimizer:
         parts["optimizer"] = 12 * num_trained
-    if _has_reference(config):
+    if has_reference and _needs_reference(config):
         num_reference = reference_weights or shape.num_weights
         parts["reference"] = num_reference * shape.bytes_per_weight
     if model.qat and not model.gradient_checkpointing:
@@ -104,8 +110,8 @@ def learner_memory(
     return LearnerMemory(parts=parts)
 
 
-def _has_reference(config: Any) -> bool:
-    """Returns whether a second model is in memory: a teacher, or a reference for the KL."""
+def _needs_reference(config: Any) -> bool:
+    """Returns whether the config has a second model: a teacher, or a reference for the KL."""
     if config.model.teacher:
         return True
     algorithm = getattr(config, "algorithm", None)
@@ -205,6 +211,7 @@ class MemoryTable:
         shape: Sizes of the policy.
         gpu_gb: Memory of a GPU in GiB.
         reference_weights: Number of weights of the teacher or reference. Default: the policy's.
+        has_reference: Whether the learner holds the teacher or reference of the config, if any.
         has_engine: Whether each GPU also has an engine.
     """
 
@@ -212,6 +219,7 @@ class MemoryTable:
     shape: ModelShape
     gpu_gb: float = 80
     reference_weights: int | None = None
+    has_reference: bool = True
     has_engine: bool = True
 
     def lines(self, gpus: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)) -> list[str]:
@@ -230,7 +238,13 @@ class MemoryTable:
         return lines
 
     def _row(self, num_gpus: int) -> str:
-        learner = learner_memory(self.config, self.shape, num_gpus, self.reference_weights)
+        learner = learner_memory(
+            self.config,
+            self.shape,
+            num_gpus,
+            reference_weights=self.reference_weights,
+            has_reference=self.has_reference,
+        )
         resident_gb = learner.resident_bytes / GB
         total_gb = learner.total_bytes / GB
         cells = [str(num_gpus), f"{resident_gb:.1f}", f"{total_gb:.1f}"]

@@ -22,7 +22,7 @@ def free_port() -> int:
 def use_loopback() -> None:
     """Makes the processes of this machine use its loopback interface.
 
-    Call it only if no process of the job is on another machine. Variables that are set remain.
+    Call it only if all ranks of the learner are on this machine. Variables that are set remain.
     """
     for name, value in LOOPBACK_VARIABLES.items():
         os.environ.setdefault(name, value)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo.config import DistillConfig
 from grpo.experience import plugins
@@ -31,7 +31,12 @@ from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.sampling import check_rewards
-from grpo.stages.solutions import check_solutions, tokenize_solutions, training_texts
+from grpo.stages.solutions import (
+    SolutionTexts,
+    check_solutions,
+    distinct_problems,
+    tokenize_solutions,
+)
 from grpo.stages.stage import (
     Check,
     DiskNeeds,
@@ -45,9 +50,6 @@ from grpo.stages.stage import (
 from grpo.stages.start_model import find_start_model, find_teacher, require_same_start
 from grpo.stages.text_loop import TextLoop
 from grpo.types import Batch, Problem, Sample, UserError
-
-if TYPE_CHECKING:
-    pass
 
 TEXTS_PER_FILE = 256
 
@@ -107,8 +109,10 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
         mixture = make_mixture(config.data, problems, start.prompts, config.seed)
         require_same_start(start.tokenizer, mixture)
         training_problems = mixture.take(0, soft.updates * soft.batch_size)
-        solutions = tokenize_solutions(training_problems, start.prompts, soft.max_tokens, "soft")
-        texts = training_texts(solutions, weight=soft.hard_weight)
+        solutions = tokenize_solutions(
+            distinct_problems(training_problems), start.prompts, soft.max_tokens, "soft"
+        )
+        texts = SolutionTexts(training_problems, solutions, weight=soft.hard_weight)
         with redirect_output(log_file):
             teacher_dir = find_teacher(config, context.run, start.tokenizer, soft.max_tokens)
         teacher_top = _fill_teacher_top(config, context, teacher_dir, texts)
@@ -126,7 +130,7 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
 
 
 def _fill_teacher_top(
-    config: DistillConfig, context: RunContext, teacher_dir: Path, texts: list[Sample]
+    config: DistillConfig, context: RunContext, teacher_dir: Path, texts: SolutionTexts
 ) -> TopLogprobs | None:
     """Returns the teacher's top logprobs for the texts, None without `soft.teacher_topk`.
 
@@ -135,7 +139,7 @@ def _fill_teacher_top(
     assert config.soft is not None
     if not config.soft.teacher_topk:
         return None
-    teacher_top = TopLogprobs(context.run.path / "teacher_top", texts)
+    teacher_top = TopLogprobs(context.run.path / "teacher_top", texts[:])
 
     def fill_on_rank0() -> None:
         if ranks.rank() == 0:

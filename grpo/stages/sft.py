@@ -25,7 +25,12 @@ from grpo.run.signals import RunInterruptedError
 from grpo.stages.final_model import write_final
 from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.run_context import RunContext, open_stage
-from grpo.stages.solutions import check_solutions, tokenize_solutions, training_texts
+from grpo.stages.solutions import (
+    SolutionTexts,
+    check_solutions,
+    distinct_problems,
+    tokenize_solutions,
+)
 from grpo.stages.stage import (
     Check,
     DiskNeeds,
@@ -138,8 +143,10 @@ def _train_across_ranks(
     """Trains with ranks that share each sequence, and returns the learner."""
     from grpo.learning.learner import Learner
 
-    solutions = tokenize_solutions(problems, start.prompts, config.sft.max_tokens, "sft")
-    texts = training_texts(solutions, weight=1.0)
+    solutions = tokenize_solutions(
+        distinct_problems(problems), start.prompts, config.sft.max_tokens, "sft"
+    )
+    texts = SolutionTexts(problems, solutions, weight=1.0)
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     with redirect_output(context.run.log_file("learner")):
         policy = lora.load_policy(config, start.model_dir, config.model.attention)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from grpo.experience.prompts import Prompts
 from grpo.stages.stage import Check
@@ -49,21 +51,51 @@ def tokenize_solutions(
         yield TokenizedSolution(prompt_ids, target_ids)
 
 
-def training_texts(solutions: Iterable[TokenizedSolution], *, weight: float) -> list[Sample]:
-    """Returns solutions as the training samples of a learner.
+class SolutionTexts:
+    """Worked solutions as the training samples of a learner, in the order of the problems.
 
-    Args:
-        solutions: The solutions.
-        weight: Weight of the cross-entropy of every solution token, stored as its advantage.
+    Every problem is tokenized once, when the object is created, however often it occurs. Its tokens
+    are stored in 4 bytes each; a list of samples would need 44 bytes per token.
     """
-    return [
-        Sample(
-            token_ids=solution.prompt_ids + solution.target_ids,
-            prompt_length=len(solution.prompt_ids),
-            advantages=(weight,) * len(solution.target_ids),
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        solutions: Iterable[TokenizedSolution],
+        *,
+        weight: float,
+    ) -> None:
+        """Stores the solutions.
+
+        Args:
+            problems: The problems, possibly with repetitions.
+            solutions: The solutions of the distinct problems, see `distinct_problems`.
+            weight: Weight of the cross-entropy of every solution token, stored as its advantage.
+        """
+        self._ids = [problem.id for problem in problems]
+        self._weight = weight
+        self._tokens: dict[str, tuple[Any, Any]] = {}  # int32 arrays by id: prompt, solution
+        for problem, solution in zip(distinct_problems(problems), solutions, strict=True):
+            prompt_ids = np.array(solution.prompt_ids, np.int32)
+            target_ids = np.array(solution.target_ids, np.int32)
+            self._tokens[problem.id] = (prompt_ids, target_ids)
+
+    def __getitem__(self, indices: slice) -> list[Sample]:
+        """Returns the samples at a slice of the order of the problems."""
+        return [self._sample(*self._tokens[problem_id]) for problem_id in self._ids[indices]]
+
+    def _sample(self, prompt_ids: Any, target_ids: Any) -> Sample:
+        return Sample(
+            token_ids=(*prompt_ids.tolist(), *target_ids.tolist()),
+            prompt_length=len(prompt_ids),
+            advantages=(self._weight,) * len(target_ids),
         )
-        for solution in solutions
-    ]
+
+
+def distinct_problems(problems: Sequence[Problem]) -> list[Problem]:
+    """Returns the problems without repetitions, in the order of their first occurrence."""
+    by_id = {problem.id: problem for problem in problems}
+    return list(by_id.values())
 
 
 def check_solutions(

@@ -20,7 +20,7 @@ from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
 from grpo.experience.sampling import derive_seed, make_group, sampling_options
 from grpo.experience.scoring import score
-from grpo.learning import lora, models
+from grpo.learning import lora, models, moe
 from grpo.metrics.diagnosis import Diagnosis
 from grpo.run import ranks
 from grpo.run.display import redirect_output
@@ -160,6 +160,8 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
     models.check_context(start.model_dir, config.max_sequence_tokens)
     mixture = make_mixture(config.data, inputs.problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, mixture)
+    if config.engine.deterministic:
+        moe.require_no_experts(start.model_dir, "engine.deterministic")
     num_weights = models.num_weights(start.model_dir)
     # The machine is measured before the engine starts to use it.
     limits = roofline.Roofline(

@@ -22,6 +22,7 @@ from grpo.experience.prompts import Prompts, mark_special_tokens
 from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.metrics.memory import (
+    UNUSABLE_GPU_BYTES,
     EngineMemory,
     LearnerMemory,
     cpu_engine_memory,
@@ -181,13 +182,24 @@ def memory(
     """
     on_gpu = torch.cuda.is_available()
     available_bytes = _available_bytes()
+    usable_bytes = 0.95 * available_bytes
+    num_ranks = 1
+    location = "free"
+    if on_gpu:
+        usable_bytes = available_bytes - UNUSABLE_GPU_BYTES
+        num_ranks = _num_ranks(config, needs)
+        location = f"on each of {num_ranks} GPUs" if num_ranks > 1 else "on the GPU"
     learner = LearnerMemory(parts={})
     engine: EngineMemory | None = None
     messages = []
     if needs.learner:
-        learner = learner_memory(config, shape, reference_weights=num_reference_weights)
-        if not needs.reference:
-            learner.parts.pop("reference", None)
+        learner = learner_memory(
+            config,
+            shape,
+            num_ranks,
+            reference_weights=num_reference_weights,
+            has_reference=needs.reference,
+        )
         listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in learner.parts.items())
         messages.append(f"learner {learner.total_bytes / GB:.1f} GB ({listing})")
     if needs.engine:
@@ -197,17 +209,25 @@ def memory(
             engine = cpu_engine_memory(config.engine, shape.weight_bytes)
         messages.append(_describe_engine(engine))
     needed_bytes = _needed_bytes(config, learner, engine, on_gpu=on_gpu)
-    fits = needed_bytes < 0.95 * available_bytes
-    location = "on the GPU" if on_gpu else "free"
+    fits = needed_bytes <= usable_bytes
     yield Check(
         "ok" if fits else "fail",
         "memory",
-        f"{', '.join(messages)}; together {needed_bytes / GB:.1f} GB; "
+        f"{', '.join(messages)}; at most {needed_bytes / GB:.1f} GB at the same time; "
         f"{available_bytes / GB:.1f} GB {location}",
         "" if fits else MEMORY_REMEDY,
     )
     if engine is not None and needs.max_sequences:
         yield _kv_cache(config, needs, shape, engine.kv_cache_bytes)
+
+
+def _num_ranks(config: Any, needs: MemoryNeeds) -> int:
+    """Returns the number of learner ranks, if each GPU of this machine has a rank or a server."""
+    num_gpus = torch.cuda.device_count()
+    if needs.engine and config.engine.servers:
+        servers = config.engine.servers
+        num_gpus -= servers.count * servers.tensor_parallel
+    return max(1, num_gpus)
 
 
 def _describe_engine(engine: EngineMemory) -> str:

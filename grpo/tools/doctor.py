@@ -95,7 +95,7 @@ def doctor(
 
 
 def print_memory_table(stage: Stage[Any], config: Any, gpu_gb: float) -> None:
-    """Prints the memory per GPU of a stage with a learner, on 1 to 64 GPUs.
+    """Prints the memory per GPU of each stage with a learner, on 1 to 64 GPUs.
 
     Args:
         stage: The stage of the config.
@@ -103,25 +103,38 @@ def print_memory_table(stage: Stage[Any], config: Any, gpu_gb: float) -> None:
         gpu_gb: Memory of a GPU in GiB.
 
     Raises:
-        UserError: The stage has no learner.
+        UserError: No stage has a learner.
     """
-    needs = stage.needs(config)
-    if needs is None or not needs.memory.learner:
-        raise UserError("--gpus: needs a config of grpo train, sft, or distill with way soft")
+    num_tables = 0
+    for part in stage.parts(config):
+        needs = part.stage.needs(part.config)
+        if needs is None or not needs.memory.learner:
+            continue
+        if part.name:
+            print(f"{part.name}:")
+        with tempfile.TemporaryDirectory(prefix="grpo-doctor-") as scratch:
+            table = _memory_table(needs, Path(scratch), gpu_gb)
+        print("\n".join(table.lines()))
+        num_tables += 1
+    if num_tables == 0:
+        raise UserError("--gpus: the config has no stage that trains a model")
+
+
+def _memory_table(needs: StageNeeds, scratch: Path, gpu_gb: float) -> MemoryTable:
+    """Returns the table of a stage. A generated model is written to `scratch`."""
+    config = needs.config
+    model = _find_model(needs, scratch)
     num_reference_weights = None
-    with tempfile.TemporaryDirectory(prefix="grpo-doctor-") as scratch:
-        model = _find_model(needs, Path(scratch))
-        if needs.config.model.teacher and needs.memory.reference:
-            teacher_dir = _find_teacher(needs.config, Path(scratch))
-            num_reference_weights = models.num_weights(teacher_dir)
-    table = MemoryTable(
-        config=needs.config,
+    if config.model.teacher and needs.memory.reference:
+        num_reference_weights = models.num_weights(_find_teacher(config, scratch))
+    return MemoryTable(
+        config=config,
         shape=model.shape,
         gpu_gb=gpu_gb,
         reference_weights=num_reference_weights,
-        has_engine=needs.memory.engine and not needs.config.engine.servers,
+        has_reference=needs.memory.reference,
+        has_engine=needs.memory.engine and not config.engine.servers,
     )
-    print("\n".join(table.lines()))
 
 
 def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:

@@ -25,7 +25,7 @@ from grpo.training.journal import Journal
 from grpo.training.rollouts import RolloutGroups, Rollouts
 from grpo.training.step_metrics import MachineReport, StepReport, start_row, step_row
 from grpo.training.updates import Updater, UpdateReport
-from grpo.training.weight_sync import WeightCheck, sync_weights
+from grpo.training.weight_sync import FirstGap, WeightCheck, sync_weights
 from grpo.types import Sample, ScoredGroup, TrainingStoppedError
 
 # Both hold one value per token: [group][completion][token].
@@ -345,8 +345,8 @@ class Loop:
         self.progress.num_idle = state["idle"]
         self.journal.latest_metrics = state["metrics"]
         self.rollouts.selection.load(state["selection"])
-        # Checkpoints of earlier versions do not have it. The first probe then sets it.
-        self.weight_check.first_gap = state.get("first_gap")
+        if state.get("first_gap") is not None:  # checkpoints of earlier versions do not have it
+            self.weight_check.first_gap = FirstGap(*state["first_gap"])
 
     def _is_due(self, every: int) -> bool:
         """Returns whether the last completed rollout is a multiple of `every` or the final one."""

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import NamedTuple
 
 from grpo.config import TrainConfig
@@ -33,6 +34,9 @@ MAX_GAP_FLOAT32 = 1e-3
 MAX_GAP_LOW_PRECISION = 0.2
 # A gap below this share of `max_gap` is healthy, whatever the first gap was.
 HEALTHY_SHARE = 0.1
+# The gap of one size of batch may exceed the limit of the mean by this factor: it is a mean over
+# fewer tokens, which varies more.
+BATCH_SIZE_FACTOR = 2.0
 CANARY_SEEDS = tuple(20_000 + 1_000 * draw for draw in range(8))
 # The limit of the canary is NOISE_FACTOR times the rounding noise of its perturbation, but at least
 # the probe's limit and at most MAX_LIMIT_FACTOR times that. A higher one would hide stale weights.
@@ -51,8 +55,8 @@ class ProbeReport:
     """The result of a probe, for example `ProbeReport(gap=0.03, limit=0.2)`.
 
     Attributes:
-        gap: Mean |log pi_engine - log pi_learner| over the sampled tokens; with several sizes of
-            batches or several copies of the model, the largest mean.
+        gap: Mean |log pi_engine - log pi_learner| over the sampled tokens; with several copies of
+            the model, the largest mean.
         limit: The gap above which the run stops.
     """
 
@@ -95,13 +99,16 @@ def check_settings(config: TrainConfig) -> CheckSettings:
     engine_dtype = config.engine.dtype or config.model.dtype
     is_float32 = engine_dtype == "float32" and config.model.dtype == "float32"
     default_max_gap = MAX_GAP_FLOAT32 if is_float32 else MAX_GAP_LOW_PRECISION
-    completions_per_rank = math.ceil(config.train.num_completions / ranks.world_size())
+    num_engines = ranks.world_size()
+    if config.engine.servers:
+        num_engines = config.engine.servers.count + len(config.engine.servers.urls)
+    completions_per_engine = math.ceil(config.train.num_completions / num_engines)
     return CheckSettings(
         temperature=config.sampling.temperature,
         num_tokens=config.probe.tokens,
         max_gap=config.probe.max_gap or default_max_gap,
         max_gap_ratio=config.probe.max_gap_ratio,
-        full_batch_size=min(config.engine.max_sequences, completions_per_rank),
+        full_batch_size=min(config.engine.max_sequences, completions_per_engine),
         micro_batch_tokens=config.learner.micro_batch_tokens,
         packed=config.model.is_packed,
         is_low_precision=not is_float32,
@@ -115,6 +122,23 @@ class _Perturbation(NamedTuple):
     noise: float  # mean change of a logprob by rounding, under the perturbed weights
 
 
+class Gaps(NamedTuple):
+    """Mean |log pi_engine - log pi_learner| over the sampled tokens.
+
+    With several copies of the model, each value is the largest mean. NaN if a mean is NaN.
+    """
+
+    mean: float  # over all batches
+    by_batch_size: dict[int, float]  # `{1: 0.012, 4: 0.015}`
+
+
+class FirstGap(NamedTuple):
+    """The gap of a run's first probe, and the setting that tells which precision it belongs to."""
+
+    gap: float
+    max_gap: float
+
+
 class _ProbeBatch(NamedTuple):
     """Requests that the engine decodes together."""
 
@@ -126,7 +150,8 @@ class WeightCheck:
     """Compares the logprobs of engine and learner on tokens that the engine samples.
 
     Attributes:
-        first_gap: The gap of the run's first probe, None before it. A checkpoint contains it.
+        first_gap: The gap of the run's first probe, None before it. A checkpoint contains it. It
+            has no effect after a resume with another `max_gap`, that is with another precision.
     """
 
     def __init__(
@@ -144,7 +169,7 @@ class WeightCheck:
             prompts: Token ids of each prompt, from `probe_prompts`.
             settings: How they are compared.
         """
-        self.first_gap: float | None = None
+        self.first_gap: FirstGap | None = None
         self._engine = engine
         self._learner = learner
         self._settings = settings
@@ -169,22 +194,29 @@ class WeightCheck:
         gaps = self.gaps(full_batch=full_batch)
         _require_gaps_within(
             limit,
+            BATCH_SIZE_FACTOR * self._settings.max_gap,
             gaps,
             check="the probe",
             cause="stale or wrong weights in the engine, a stale prefix cache",
         )
-        gap = max(gaps.values())
-        if self.first_gap is None:
-            self.first_gap = gap
-        return ProbeReport(gap=gap, limit=limit)
+        if self._valid_first_gap() is None:
+            self.first_gap = FirstGap(gap=gaps.mean, max_gap=self._settings.max_gap)
+        return ProbeReport(gap=gaps.mean, limit=limit)
+
+    def _valid_first_gap(self) -> float | None:
+        """Returns the gap of the first probe if it was made with the same `max_gap`."""
+        if self.first_gap is None or self.first_gap.max_gap != self._settings.max_gap:
+            return None
+        return self.first_gap.gap
 
     def _probe_limit(self) -> float:
-        """Returns min(max_gap, max(HEALTHY_SHARE * max_gap, max_gap_ratio * first_gap))."""
+        """Returns min(max_gap, max(HEALTHY_SHARE * max_gap, max_gap_ratio * first gap))."""
         max_gap = self._settings.max_gap
         ratio = self._settings.max_gap_ratio
-        if ratio is None or self.first_gap is None:
+        first_gap = self._valid_first_gap()
+        if ratio is None or first_gap is None:
             return max_gap
-        return min(max_gap, max(HEALTHY_SHARE * max_gap, ratio * self.first_gap))
+        return min(max_gap, max(HEALTHY_SHARE * max_gap, ratio * first_gap))
 
     def canary(self, version: int, signals: Signals | None = None) -> float:
         """Sends visibly perturbed weights through the real sync and returns the gap.
@@ -209,18 +241,17 @@ class WeightCheck:
         limit = min(limit, MAX_LIMIT_FACTOR * self._settings.max_gap)
         _require_gaps_within(
             limit,
+            BATCH_SIZE_FACTOR * limit,
             gaps,
             check="the canary",
             cause="a weight that does not arrive in the engine or is loaded into another tensor",
         )
-        return max(gaps.values())
+        return gaps.mean
 
-    def gaps(self, *, full_batch: bool = False) -> dict[int, float]:
-        """Returns the mean |log pi_engine - log pi_learner| by number of sequences in a batch.
+    def gaps(self, *, full_batch: bool = False) -> Gaps:
+        """Samples batches of different sizes and compares the logprobs of engine and learner.
 
-        The first prompt is sampled alone, and all prompts together: `{1: 0.012, 4: 0.015}`. If the
-        engine has several copies of the model, each value is the largest mean, or NaN if a mean is
-        NaN.
+        The first prompt is sampled alone, and then all prompts together.
 
         Args:
             full_batch: Whether to sample a full batch, too. Of its sequences, as many are compared
@@ -234,17 +265,23 @@ class WeightCheck:
         if full_batch and len(self._full_batch.requests) > len(self._requests):
             batches.insert(0, self._full_batch)
         samples: list[Sample] = []
-        batch_sizes: list[int] = []  # by `Sample.group`: one group per batch and copy of the model
+        sources: list[tuple[int, int]] = []  # (batch size, copy of the model) by `Sample.group`
         for batch in batches:
-            for completions in self._sample_every_copy(batch):
-                group = len(batch_sizes)
-                batch_sizes.append(len(batch.requests))
+            for copy, completions in enumerate(self._sample_every_copy(batch)):
+                group = len(sources)
+                sources.append((len(batch.requests), copy))
                 for index, completion in zip(batch.compared, completions, strict=True):
                     samples.append(_probe_sample(batch.requests[index], completion, group))
-        gaps_by_size: dict[int, list[float]] = {}
-        for group, gap in self._mean_gaps(samples).items():
-            gaps_by_size.setdefault(batch_sizes[group], []).append(gap)
-        return {size: _max_or_nan(gaps) for size, gaps in gaps_by_size.items()}
+        by_copy: dict[int, list[float]] = {}
+        by_batch_size: dict[int, list[float]] = {}
+        for group, values in self._token_gaps(samples).items():
+            batch_size, copy = sources[group]
+            by_copy.setdefault(copy, []).extend(values)
+            by_batch_size.setdefault(batch_size, []).append(fmean(values))
+        return Gaps(
+            mean=_max_or_nan([fmean(values) for values in by_copy.values()]),
+            by_batch_size={size: _max_or_nan(means) for size, means in by_batch_size.items()},
+        )
 
     def _sample_every_copy(self, batch: _ProbeBatch) -> list[list[Completion]]:
         """Samples a batch with every copy of the model on all ranks.
@@ -263,13 +300,13 @@ class WeightCheck:
         compared_per_rank = ranks.all_gather_or_raise("the samples of the probe", sample)
         return list(itertools.chain.from_iterable(compared_per_rank))
 
-    def _mean_gaps(self, samples: list[Sample]) -> dict[int, float]:
-        """Returns the mean |log pi_engine - log pi_learner| by `Sample.group`, on all ranks."""
+    def _token_gaps(self, samples: list[Sample]) -> dict[int, list[float]]:
+        """Returns |log pi_engine - log pi_learner| of every token, by `Sample.group`."""
         gaps: dict[int, list[float]] = {}
         for gaps_of_rank in ranks.all_gather("the gaps of the probe", self._local_gaps(samples)):
             for group, values in gaps_of_rank.items():
                 gaps.setdefault(group, []).extend(values)
-        return {group: sum(values) / len(values) for group, values in gaps.items()}
+        return gaps
 
     def _local_gaps(self, samples: list[Sample]) -> dict[int, list[float]]:
         """Returns |log pi_engine - log pi_learner| per token of this rank's samples, by group."""
@@ -351,15 +388,15 @@ class WeightCheck:
 
 
 def _full_batch(prompts: Sequence[tuple[int, ...]], size: int) -> _ProbeBatch:
-    """Returns a batch of `size` requests, which repeats the prompts with different seeds.
+    """Returns a batch of `size` requests: equally many of each prompt, with different seeds.
 
-    As many of them are compared as there are prompts, evenly spaced, including the last one.
+    The last request of each prompt is compared.
     """
+    num_prompts = min(size, len(prompts))
     requests = []
     for seed in range(size):
-        requests.append(Request(prompt_ids=prompts[seed % len(prompts)], seed=seed))
-    num_compared = min(size, len(prompts))
-    compared = [number * size // num_compared - 1 for number in range(1, num_compared + 1)]
+        requests.append(Request(prompt_ids=prompts[seed * num_prompts // size], seed=seed))
+    compared = [math.ceil(number * size / num_prompts) - 1 for number in range(1, num_prompts + 1)]
     return _ProbeBatch(requests, compared)
 
 
@@ -380,24 +417,29 @@ def _max_or_nan(values: Sequence[float]) -> float:
     return max(values)
 
 
-def _require_gaps_within(limit: float, gaps: dict[int, float], *, check: str, cause: str) -> None:
-    """Raises WeightMismatchError if a gap is above the limit or NaN.
+def _require_gaps_within(
+    limit: float, batch_size_limit: float, gaps: Gaps, *, check: str, cause: str
+) -> None:
+    """Raises WeightMismatchError if a gap is above its limit or NaN.
 
     Args:
-        limit: The largest gap that is allowed.
-        gaps: The gaps by size of the batch.
+        limit: The largest mean gap that is allowed.
+        batch_size_limit: The largest gap of one size of batch that is allowed.
+        gaps: The gaps.
         check: Name of the check, for the error message.
         cause: Its possible causes, for the error message.
     """
-    excessive = {size: gap for size, gap in gaps.items() if not gap <= limit}
-    if not excessive:
+    is_within_limit = gaps.mean <= limit
+    excessive = [size for size, gap in gaps.by_batch_size.items() if not gap <= batch_size_limit]
+    if is_within_limit and not excessive:
         return
-    listed = ", ".join(f"{gap:.4g} in batches of {size}" for size, gap in excessive.items())
+    listed = ", ".join(f"{size}: {gap:.4g}" for size, gap in sorted(gaps.by_batch_size.items()))
     raise WeightMismatchError(
-        f"{check} found that engine and learner disagree: mean |difference of logprobs| {listed}, "
-        f"allowed {limit:.3g}. Possible causes: {cause}, or a model with more low-precision noise "
-        "than the limit allows. Against noise, raise probe.max_gap and probe.max_gap_ratio, or set "
-        "engine.dtype=float32."
+        f"{check} found that engine and learner disagree: mean |difference of logprobs| "
+        f"{gaps.mean:.4g}, allowed {limit:.3g}; by number of sequences in the batch {listed}, "
+        f"allowed {batch_size_limit:.3g}. Possible causes: {cause}, or a model with more "
+        "low-precision noise than the limit allows. Against noise, raise probe.max_gap and "
+        "probe.max_gap_ratio, or set engine.dtype=float32."
     )
 
 

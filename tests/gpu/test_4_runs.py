@@ -31,7 +31,7 @@ def test_a_run_on_one_gpu_passes_the_probe_at_every_step(tiny, tmp_path, overrid
         train={"rollouts": 3, "problems": 4, "group_size": 4},
     )
     config_path = write_config(tmp_path / "config.yaml", config)
-    run_grpo(config_path, "engine.memory_fraction=0.2", *overrides)
+    run_grpo(config_path, "engine.memory_fraction=0.2", "engine.kv_cache_gb=null", *overrides)
     rows = read_metrics(tmp_path / "run")
     gaps = [row["probe/gap"] for row in rows]
     report_run(" ".join(overrides) or "zero_stage=1", rows)

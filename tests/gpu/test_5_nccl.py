@@ -27,6 +27,7 @@ def test_nccl_delivers_the_weights_to_a_server_on_another_gpu(tiny, tmp_path, st
             "servers": {"count": 1, "transfer": "nccl"},
             "timeout_s": 200,
             "memory_fraction": 0.2,
+            "kv_cache_gb": None,
         },
         train={"rollouts": 3, "problems": 4, "group_size": 4, "max_staleness": staleness},
     )

@@ -71,7 +71,7 @@ def test_two_equal_runs_give_equal_bits(tiny, tmp_path):
             model={"dtype": "bfloat16"},
             learner={"zero_stage": 1},
             train={"rollouts": 2, "problems": 4, "group_size": 4},
-            engine={"deterministic": True, "memory_fraction": 0.2},
+            engine={"deterministic": True, "memory_fraction": 0.2, "kv_cache_gb": None},
         )
         run_grpo(write_config(tmp_path / f"{name}.yaml", config))
         results.append(read_reproducible_results(tmp_path / name))

@@ -195,6 +195,31 @@ def test_supervised_training_on_two_ranks_makes_the_updates_of_one_rank(tiny, tm
             assert one_rank[metric] == pytest.approx(two_ranks[metric], rel=1e-3)
 
 
+def test_two_groups_of_ranks_that_share_sequences_make_the_updates_of_trl(tiny, tmp_path):
+    """Five micro-batches for two groups, so that one group computes one with weight 0."""
+    sections = {
+        "prompt": {"template": "plain"},
+        "data": {"name": "arithmetic", "options": {"digits": 2}},
+        "logging": {"progress": "off"},
+        "sft": {"updates": 4, "batch_size": 5, "max_tokens": 40},
+        "model": {"path": str(tiny()), "dtype": "float32"},
+    }
+    learners = {
+        "trl": {"lr": 1e-3, "micro_batch_tokens": 200},
+        "shared": {"lr": 1e-3, "micro_batch_tokens": 40, "sequence_parallel": 2},
+    }
+    for name, num_ranks in (("trl", 1), ("shared", 4)):
+        run = {**sections, "learner": learners[name], "run_dir": str(tmp_path / name)}
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(json.dumps(run))
+        run_grpo(str(config), command="sft", ranks=num_ranks)
+    rows, shared_rows = read_metrics(tmp_path / "trl"), read_metrics(tmp_path / "shared")
+    assert [row["update/micro_batches"] for row in shared_rows] == [3] * 4  # of a group
+    for row, shared_row in zip(rows, shared_rows, strict=True):
+        for metric in ("loss", "policy/grad_norm"):
+            assert shared_row[metric] == pytest.approx(row[metric], rel=1e-3)
+
+
 def test_two_ranks_need_neither_a_network_nor_a_host_name(tiny, tmp_path):
     """The machine of this run has its loopback interface only, and no address for its name."""
     isolate = ("unshare", "--map-root-user", "--net", "--uts", "sh", "-c")

@@ -52,7 +52,7 @@ train() {
   local name=$1 config=$2
   shift 2
   step smol-model 60 2 python3 "$scripts/gk_smol.py" "$checkout/.gpukit" || return
-  step "$name" 400 16 python3 -m grpo train "$config" run_dir=$scratch/"$name" engine.memory_fraction=0.2 logging.progress=line "$@"
+  step "$name" 400 16 python3 -m grpo train "$config" run_dir=$scratch/"$name" engine.memory_fraction=0.2 engine.kv_cache_gb=null logging.progress=line "$@"
 }
 
 cycle_path=$repository/tests/benchmarks:$scripts${PYTHONPATH:+:$PYTHONPATH} # for gk_cycle.py

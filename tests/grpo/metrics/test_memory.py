@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from grpo.config import EngineSettings
 from grpo.metrics.memory import (
     GB,
-    GPU_ENGINE_RESERVE_BYTES,
     UNUSABLE_GPU_BYTES,
     LearnerMemory,
     cpu_engine_memory,
@@ -72,4 +71,3 @@ def test_an_engine_with_the_largest_memory_fraction_fits(resident_gb, update_gb,
     assert shared_gpu_bytes(learner, engine.total_bytes, sleep=sleep) <= usable_bytes * (1 + 1e-9)
     larger_bytes = engine.total_bytes + 0.011 * GPU_BYTES
     assert shared_gpu_bytes(learner, larger_bytes, sleep=sleep) > usable_bytes
-    assert engine.reserve_bytes == GPU_ENGINE_RESERVE_BYTES

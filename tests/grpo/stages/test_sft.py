@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from stage_configs import final_weights, sft_config
 from whole_runs import read_metrics, run_grpo, write_config
 
+from data import arithmetic
 from grpo import config as configs
 from grpo.config import SftConfig
 from grpo.config.model import RopeSettings
@@ -16,7 +17,8 @@ from grpo.learning import models
 from grpo.learning.deepspeed_setup import learning_rate
 from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.sft import sft, training_rows
-from grpo.types import UserError
+from grpo.stages.solutions import SolutionTexts, distinct_problems, tokenize_solutions
+from grpo.types import Sample, UserError
 
 
 def load_training_rows(config):
@@ -80,6 +82,27 @@ def train_with_plain_torch(model, config):
         optimizer.step()
         losses.append(float(total.detach() / num_tokens))
     return losses
+
+
+def test_solutions_of_repeated_problems_are_stored_once_and_come_in_order(tiny):
+    tokenizer = models.load_tokenizer(tiny())
+    prompts = Prompts(configs.PromptSettings(template="plain", max_tokens=48), tokenizer)
+    first, second = arithmetic.load("train", seed=0, digits=1)[:2]
+    problems = [first, second, first]
+    solutions = tokenize_solutions(distinct_problems(problems), prompts, 64, "sft")
+    texts = SolutionTexts(problems, solutions, weight=0.5)
+    expected = []
+    for problem in problems:
+        prompt_ids, target_ids = prompts.token_ids(problem), prompts.solution_ids(problem)
+        expected.append(
+            Sample(
+                token_ids=prompt_ids + target_ids,
+                prompt_length=len(prompt_ids),
+                advantages=(0.5,) * len(target_ids),
+            )
+        )
+    assert texts[:2] + texts[2:] == expected
+    assert texts[3:] == []
 
 
 def test_ranks_that_share_sequences_make_the_updates_of_trl(tiny, tmp_path):

@@ -23,7 +23,7 @@ from whole_runs import (
 from grpo import config as configs
 from grpo.cli import main
 from grpo.learning import learner as learner_module
-from grpo.learning import lora, models
+from grpo.learning import lora, models, moe
 from grpo.stages import train
 from grpo.types import UserError
 
@@ -122,12 +122,28 @@ def test_on_a_gpu_the_engine_measures_the_memory_before_the_learner_uses_it(
     events = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(lora, "load_policy", lambda *_: None)
-    monkeypatch.setattr(learner_module, "Learner", lambda *_: events.append("learner"))
+
+    class RecordingLearner:
+        attention = "not used"
+
+        def __init__(self, *_):
+            events.append("learner")
+
+    monkeypatch.setattr(learner_module, "Learner", RecordingLearner)
     engine = SimpleNamespace(wait_ready=lambda: events.append("engine is ready"))
-    context = SimpleNamespace(run=SimpleNamespace(log_file=lambda name: tmp_path / name))
+    context = SimpleNamespace(
+        run=SimpleNamespace(log_file=lambda name: tmp_path / name),
+        display=SimpleNamespace(say=lambda text: None),
+    )
     start = SimpleNamespace(model_dir=tiny())
     train._load_learner(tiny_config(tmp_path, tiny()), context, start, engine, loss=None)
     assert events[:2] == ["engine is ready", "learner"]
+
+
+def test_deterministic_mode_rejects_mixtures_of_experts(tiny):
+    moe.require_no_experts(tiny(), "engine.deterministic")
+    with pytest.raises(UserError, match=r"engine\.deterministic does not support mixtures"):
+        moe.require_no_experts(tiny("tiny-qwen3-moe"), "engine.deterministic")
 
 
 def test_killed_and_resumed_run_equals_the_uninterrupted_run(uninterrupted_run, tmp_path):

@@ -69,10 +69,11 @@ def test_insufficient_memory_and_kv_cache_fail_with_a_remedy(tiny, tmp_path, mon
 
 def test_on_a_gpu_a_sleeping_engine_leaves_its_memory_to_the_update(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(checks.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(checks, "_available_bytes", lambda: 10 * 2**30)
+    monkeypatch.setattr(checks.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(checks, "_available_bytes", lambda: 15 * 2**30)
     texts = {}
     for sleep in (True, False):
-        engine = {"kv_cache_gb": None, "memory_fraction": 0.5, "sleep": sleep}
+        engine = {"kv_cache_gb": None, "memory_fraction": 1 / 3, "sleep": sleep}
         learner = {"micro_batch_tokens": 500_000}
         config = tiny_config(tmp_path, tiny(), engine=engine, learner=learner)
         memory = memory_findings(tiny, config)["memory"]
@@ -81,9 +82,20 @@ def test_on_a_gpu_a_sleeping_engine_leaves_its_memory_to_the_update(tiny, tmp_pa
     learner = learner_memory(config, shape_of(tiny), reference_weights=1)
     assert learner.update_bytes > 2**30
     alternating_gb = 5 + learner.resident_bytes / 2**30
-    assert f"together {alternating_gb:.1f} GB; 10.0 GB on the GPU" in texts[True]
+    assert f"at most {alternating_gb:.1f} GB at the same time; 15.0 GB on the GPU" in texts[True]
     simultaneous_gb = 5 + learner.total_bytes / 2**30
-    assert f"together {simultaneous_gb:.1f} GB; 10.0 GB on the GPU" in texts[False]
+    assert f"at most {simultaneous_gb:.1f} GB at the same time" in texts[False]
+
+
+def test_the_ranks_of_all_gpus_split_the_states_of_the_optimizer(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(checks, "_available_bytes", lambda: 80 * 2**30)
+    monkeypatch.setattr(checks.torch.cuda, "device_count", lambda: 8)
+    config = tiny_config(tmp_path, tiny(), learner={"zero_stage": 2})
+    text = memory_findings(tiny, config)["memory"].text
+    assert "80.0 GB on each of 8 GPUs" in text
+    servers = tiny_config(tmp_path, tiny(), engine={"servers": {"count": 2, "tensor_parallel": 2}})
+    assert "on each of 4 GPUs" in memory_findings(tiny, servers)["memory"].text
 
 
 def test_estimated_state_sizes_equal_those_of_a_real_learner(tiny, tmp_path):

@@ -19,6 +19,7 @@ from grpo.experience.selection import has_training_signal, pass_rate
 from grpo.learning import models
 from grpo.learning.advantages import advantages, completion_lengths, to_samples
 from grpo.run.display import Timer
+from grpo.training.weight_sync import FirstGap
 from grpo.types import Problem, RunError, ScoredGroup, UserError, Verdict
 
 SMALL_TRAIN = {"rollouts": 3, "problems": 4, "group_size": 4}
@@ -99,12 +100,12 @@ def samples_of(groups):
 
 def test_a_checkpoint_contains_the_gap_of_the_first_probe(tiny, tmp_path):
     first = make_loop(tmp_path, tiny)
-    first.weight_check.first_gap = 0.025
+    first.weight_check.first_gap = FirstGap(gap=0.025, max_gap=0.2)
     first.step()
     first.save()
     first.run._lock.close()
     resumed = make_loop(tmp_path, tiny, resume=True)
-    assert resumed.weight_check.first_gap == 0.025
+    assert resumed.weight_check.first_gap == FirstGap(gap=0.025, max_gap=0.2)
 
 
 @pytest.mark.parametrize("recipe", [*PRESETS, "everything", "lora"])

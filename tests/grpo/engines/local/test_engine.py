@@ -30,6 +30,7 @@ from grpo.training.weight_sync import (
     MAX_GAP_FLOAT32,
     MAX_GAP_LOW_PRECISION,
     CheckSettings,
+    FirstGap,
     WeightCheck,
     probe_prompts,
     sync_weights,
@@ -223,7 +224,7 @@ def assert_each_stale_tensor_is_detected(engine, learner, weight_check):
             weights = Weights(perturbed_weights)
             weights[stale_name] = original_weights[stale_name]
             engine.load_weights(weights, version=2)
-            assert max(weight_check.gaps().values()) > MAX_GAP_FLOAT32, (
+            assert weight_check.gaps().mean > MAX_GAP_FLOAT32, (
                 f"a stale {stale_name} is not detected"
             )
 
@@ -290,10 +291,12 @@ def test_stale_cuda_graph_of_one_batch_size_is_detected(tiny, tmp_path, faulty_e
     faulty_engine.set_fault("none")
     sync_weights(faulty_engine, learner, version=0)
     gaps = weight_check.gaps(full_batch=True)
-    assert sorted(gaps) == [1, len(PROMPTS), FULL_BATCH]
-    assert max(gaps.values()) < 1e-4
+    assert sorted(gaps.by_batch_size) == [1, len(PROMPTS), FULL_BATCH]
+    assert max(gaps.by_batch_size.values()) < 1e-4
     faulty_engine.set_fault(f"stale graph {batch_size}")
-    with pytest.raises(RunError, match=rf"logprobs\| [\d.]+ in batches of {batch_size}, allowed"):
+    stale_gaps = weight_check.gaps(full_batch=True).by_batch_size
+    assert [size for size, gap in stale_gaps.items() if gap > 1e-4] == [batch_size]
+    with pytest.raises(RunError, match=rf"in the batch .*{batch_size}: [\d.]+.*, allowed 0\.002"):
         weight_check.probe(full_batch=True)
 
 
@@ -305,17 +308,32 @@ def test_gap_that_grows_since_the_first_probe_stops_the_run_below_the_absolute_l
     faulty_engine.set_fault("none")
     sync_weights(faulty_engine, learner, version=0)
     assert weight_check.probe().limit == MAX_GAP_FLOAT32
-    assert weight_check.first_gap < 1e-5
+    assert weight_check.first_gap.gap < 1e-5
     # The learner's weights change, and the engine keeps the old ones.
     for _, weight in learner.weights():
         weight.mul_(1 + 1e-4)
-    assert 1e-4 < max(weight_check.gaps().values()) < MAX_GAP_FLOAT32
+    assert 1e-4 < weight_check.gaps().mean < MAX_GAP_FLOAT32
     with pytest.raises(RunError, match=r"allowed 0\.0001"):
         weight_check.probe()
-    weight_check.first_gap = 9e-5  # 5 times this is below the absolute limit
+    # Five times this gap is below the absolute limit.
+    weight_check.first_gap = FirstGap(gap=9e-5, max_gap=MAX_GAP_FLOAT32)
     assert weight_check.probe().limit == pytest.approx(4.5e-4)
-    weight_check.first_gap = 9e-4
+    weight_check.first_gap = FirstGap(gap=9e-4, max_gap=MAX_GAP_FLOAT32)
     assert weight_check.probe().limit == MAX_GAP_FLOAT32
+    # A gap of another precision has no effect.
+    weight_check.first_gap = FirstGap(gap=1e-9, max_gap=MAX_GAP_LOW_PRECISION)
+    assert weight_check.probe().limit == MAX_GAP_FLOAT32
+
+
+@pytest.mark.parametrize("size", [3, 4, 16, 30, 256])
+def test_full_batch_compares_every_prompt(size):
+    prompts = [(1, 2), (3, 4), (5, 6), (7, 8)]
+    batch = weight_sync._full_batch(prompts, size)
+    assert len(batch.requests) == size
+    assert len({request.seed for request in batch.requests}) == size
+    compared = [batch.requests[index].prompt_ids for index in batch.compared]
+    assert compared == prompts[:size]
+    assert batch.compared[-1] == size - 1
 
 
 @pytest.mark.engine
