@@ -105,7 +105,7 @@ class Loop:
             gap = self.weight_check.canary(0, self.signals)
             self.display.say(f"canary: perturbed weights arrived in the engine (gap {gap:.1e})")
         sync_weights(self.engine, learner, self._next_version(), self.signals)
-        probe = self.weight_check.probe(full_batch=self.config.probe.full_batch_every > 0)
+        probe = self.weight_check.probe(full_batch=True)
         row = start_row(progress.rollout, learner.num_updates, self.limits.machine, probe)
         if fresh or self._is_evaluation_missing():
             row.update(self._evaluate() or {})

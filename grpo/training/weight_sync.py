@@ -77,7 +77,7 @@ class CheckSettings:
         num_tokens: Number of tokens sampled per prompt.
         max_gap: The gap above which the run stops.
         max_gap_ratio: The ratio to the first gap above which the run stops, None for any ratio.
-        full_batch_size: Number of sequences in a full batch.
+        full_batch_size: Number of sequences in a full batch, 0 for no full batches.
         micro_batch_tokens: Maximum number of tokens per micro-batch of the learner.
         packed: Whether the learner packs the samples of a prompt into one stream.
         is_low_precision: Whether engine or learner computes in less than float32, so that their
@@ -89,7 +89,7 @@ class CheckSettings:
     max_gap: float
     micro_batch_tokens: int
     max_gap_ratio: float | None = None
-    full_batch_size: int = 1
+    full_batch_size: int = 0
     packed: bool = False
     is_low_precision: bool = False
 
@@ -103,12 +103,15 @@ def check_settings(config: TrainConfig) -> CheckSettings:
     if config.engine.servers:
         num_engines = config.engine.servers.count + len(config.engine.servers.urls)
     completions_per_engine = math.ceil(config.train.num_completions / num_engines)
+    full_batch_size = 0
+    if config.probe.full_batch_every:
+        full_batch_size = min(config.engine.max_sequences, completions_per_engine)
     return CheckSettings(
         temperature=config.sampling.temperature,
         num_tokens=config.probe.tokens,
         max_gap=config.probe.max_gap or default_max_gap,
         max_gap_ratio=config.probe.max_gap_ratio,
-        full_batch_size=min(config.engine.max_sequences, completions_per_engine),
+        full_batch_size=full_batch_size,
         micro_batch_tokens=config.learner.micro_batch_tokens,
         packed=config.model.is_packed,
         is_low_precision=not is_float32,

@@ -325,6 +325,10 @@ def test_gap_that_grows_since_the_first_probe_stops_the_run_below_the_absolute_l
     assert weight_check.probe().limit == MAX_GAP_FLOAT32
 
 
+def test_without_a_full_batch_nothing_is_sampled_for_it():
+    assert weight_sync._full_batch([(1, 2), (3, 4)], 0) == ([], [])
+
+
 @pytest.mark.parametrize("size", [3, 4, 16, 30, 256])
 def test_full_batch_compares_every_prompt(size):
     prompts = [(1, 2), (3, 4), (5, 6), (7, 8)]
