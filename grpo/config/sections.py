@@ -440,7 +440,7 @@ class ProbeSettings(Section):
         gt=1,
         description="The run also stops if the difference is more than this many times that of the "
         "first probe, and above a tenth of `max_gap`. null: only `max_gap` stops it. Default: 1.7 "
-        "was the largest ratio of 194 measured runs.",
+        "was the largest ratio in the measured runs.",
     )
     full_batch_every: int = Field(
         10,
