@@ -423,7 +423,8 @@ class ProbeSettings(Section):
         4,
         ge=1,
         description="Number of prompts whose completions' log-probabilities in engine and learner "
-        "are compared after each weight sync. The first one is sampled alone, then all together.",
+        "are compared after each weight sync. On a GPU, the first one is also sampled alone, "
+        "because vLLM has a CUDA graph per size of a batch.",
     )
     tokens: int = Field(
         16, ge=1, description="Number of tokens that the engine samples for each sequence."
@@ -445,9 +446,9 @@ class ProbeSettings(Section):
     full_batch_every: int = Field(
         10,
         ge=0,
-        description="Number of rollouts between probes of a full batch, as large as those of a "
-        "rollout, besides the single sequence and the small batch. The first and the last probe "
-        "have one, too. 0: no full batches.",
+        description="Number of rollouts between probes that also sample a full batch, as large as "
+        "those of a rollout. The canary, the first and the last probe do so, too. 0: no full "
+        "batches. No effect on a CPU or with `engine.eager`, where there are no CUDA graphs.",
     )
 
 

@@ -6,8 +6,8 @@ perturbed weights (`canary`).
 
 The engine samples the tokens instead of scoring given ones, because scoring would bypass its prefix
 cache and its CUDA graphs. The prompts are always the same and longer than one KV block, so the
-check also detects a prefix that was cached under older weights. vLLM records a CUDA graph for each
-size of a batch, so batches of several sizes are compared.
+check also detects a prefix that was cached under older weights. On a GPU, vLLM records a CUDA graph
+for each size of a batch, so batches of several sizes are compared there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
+
+import torch
 
 from grpo.config import TrainConfig
 from grpo.engines import Engine, Request, SamplingOptions, SyncReport
@@ -77,6 +79,8 @@ class CheckSettings:
         num_tokens: Number of tokens sampled per prompt.
         max_gap: The gap above which the run stops.
         max_gap_ratio: The ratio to the first gap above which the run stops, None for any ratio.
+        has_cuda_graphs: Whether the engine has a CUDA graph for each size of a batch. If it has
+            none, only one size is compared.
         full_batch_size: Number of sequences in a full batch, 0 for no full batches.
         micro_batch_tokens: Maximum number of tokens per micro-batch of the learner.
         packed: Whether the learner packs the samples of a prompt into one stream.
@@ -89,6 +93,7 @@ class CheckSettings:
     max_gap: float
     micro_batch_tokens: int
     max_gap_ratio: float | None = None
+    has_cuda_graphs: bool = False
     full_batch_size: int = 0
     packed: bool = False
     is_low_precision: bool = False
@@ -111,6 +116,7 @@ def check_settings(config: TrainConfig) -> CheckSettings:
         num_tokens=config.probe.tokens,
         max_gap=config.probe.max_gap or default_max_gap,
         max_gap_ratio=config.probe.max_gap_ratio,
+        has_cuda_graphs=torch.cuda.is_available() and not config.engine.eager,
         full_batch_size=full_batch_size,
         micro_batch_tokens=config.learner.micro_batch_tokens,
         packed=config.model.is_packed,
@@ -252,24 +258,18 @@ class WeightCheck:
         return gaps.mean
 
     def gaps(self, *, full_batch: bool = False) -> Gaps:
-        """Samples batches of different sizes and compares the logprobs of engine and learner.
+        """Samples all prompts together and compares the logprobs of engine and learner.
 
-        The first prompt is sampled alone, and then all prompts together.
+        If the engine has CUDA graphs, it first samples batches of other sizes: the first prompt
+        alone, and optionally a full batch.
 
         Args:
-            full_batch: Whether to sample a full batch, too. Of its sequences, as many are compared
-                as there are prompts.
+            full_batch: Whether to sample a full batch. Of its sequences, as many are compared as
+                there are prompts.
         """
-        batches = [
-            _ProbeBatch(self._requests[:1], compared=[0]),
-            _ProbeBatch(self._requests, compared=list(range(len(self._requests)))),
-        ]
-        # A server that recovers is compared with the samples of the last batch, which is small.
-        if full_batch and len(self._full_batch.requests) > len(self._requests):
-            batches.insert(0, self._full_batch)
         samples: list[Sample] = []
         sources: list[tuple[int, int]] = []  # (batch size, copy of the model) by `Sample.group`
-        for batch in batches:
+        for batch in self._probe_batches(full_batch=full_batch):
             for copy, completions in enumerate(self._sample_every_copy(batch)):
                 group = len(sources)
                 sources.append((len(batch.requests), copy))
@@ -285,6 +285,18 @@ class WeightCheck:
             mean=_max_or_nan([fmean(values) for values in by_copy.values()]),
             by_batch_size={size: _max_or_nan(means) for size, means in by_batch_size.items()},
         )
+
+    def _probe_batches(self, *, full_batch: bool) -> list[_ProbeBatch]:
+        """Returns the batches to sample, see `gaps`."""
+        num_prompts = len(self._requests)
+        batches = []
+        if self._settings.has_cuda_graphs:
+            if full_batch and len(self._full_batch.requests) > num_prompts:
+                batches.append(self._full_batch)
+            batches.append(_ProbeBatch(self._requests[:1], compared=[0]))
+        # A server that recovers is compared with the samples of the last batch.
+        batches.append(_ProbeBatch(self._requests, compared=list(range(num_prompts))))
+        return batches
 
     def _sample_every_copy(self, batch: _ProbeBatch) -> list[list[Completion]]:
         """Samples a batch with every copy of the model on all ranks.

@@ -60,6 +60,7 @@ def make_learner_and_weight_check(engine, model_dir, tmp_path, is_low_precision=
         num_tokens=8,
         max_gap=MAX_GAP_LOW_PRECISION if is_low_precision else MAX_GAP_FLOAT32,
         max_gap_ratio=5.0,
+        has_cuda_graphs=True,
         full_batch_size=FULL_BATCH,
         micro_batch_tokens=1024,
         is_low_precision=is_low_precision,
