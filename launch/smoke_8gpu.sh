@@ -39,8 +39,7 @@ CONFIG
 train() {
   local name=$1 num_ranks=$2
   shift 2
-  .venv/bin/python -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="$num_ranks" \
-    -m grpo train "$runs/config.yaml" run_dir="$runs/$name" "$@" >>"$runs/$name.log" 2>&1
+  GPUS=$num_ranks ./launch/torchrun.sh train "$runs/config.yaml" run_dir="$runs/$name" "$@" >>"$runs/$name.log" 2>&1
 }
 
 echo "smoke: ranks ($ranks)" >&2

@@ -31,12 +31,7 @@ from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.sampling import check_rewards
-from grpo.stages.solutions import (
-    SolutionTexts,
-    check_solutions,
-    distinct_problems,
-    tokenize_solutions,
-)
+from grpo.stages.solutions import SolutionTexts, check_solutions
 from grpo.stages.stage import (
     Check,
     DiskNeeds,
@@ -109,10 +104,13 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
         mixture = make_mixture(config.data, problems, start.prompts, config.seed)
         require_same_start(start.tokenizer, mixture)
         training_problems = mixture.take(0, soft.updates * soft.batch_size)
-        solutions = tokenize_solutions(
-            distinct_problems(training_problems), start.prompts, soft.max_tokens, "soft"
+        texts = SolutionTexts(
+            training_problems,
+            start.prompts,
+            max_tokens=soft.max_tokens,
+            section="soft",
+            weight=soft.hard_weight,
         )
-        texts = SolutionTexts(training_problems, solutions, weight=soft.hard_weight)
         with redirect_output(log_file):
             teacher_dir = find_teacher(config, context.run, start.tokenizer, soft.max_tokens)
         teacher_top = _fill_teacher_top(config, context, teacher_dir, texts)

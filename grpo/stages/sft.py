@@ -28,7 +28,6 @@ from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.solutions import (
     SolutionTexts,
     check_solutions,
-    distinct_problems,
     tokenize_solutions,
 )
 from grpo.stages.stage import (
@@ -143,10 +142,9 @@ def _train_across_ranks(
     """Trains with ranks that share each sequence, and returns the learner."""
     from grpo.learning.learner import Learner
 
-    solutions = tokenize_solutions(
-        distinct_problems(problems), start.prompts, config.sft.max_tokens, "sft"
+    texts = SolutionTexts(
+        problems, start.prompts, max_tokens=config.sft.max_tokens, section="sft", weight=1.0
     )
-    texts = SolutionTexts(problems, solutions, weight=1.0)
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     with redirect_output(context.run.log_file("learner")):
         policy = lora.load_policy(config, start.model_dir, config.model.attention)

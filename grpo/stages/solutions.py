@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,24 +61,35 @@ class SolutionTexts:
     def __init__(
         self,
         problems: Sequence[Problem],
-        solutions: Iterable[TokenizedSolution],
+        prompts: Prompts,
         *,
+        max_tokens: int,
+        section: str,
         weight: float,
     ) -> None:
-        """Stores the solutions.
+        """Tokenizes the solutions.
 
         Args:
             problems: The problems, possibly with repetitions.
-            solutions: The solutions of the distinct problems, see `distinct_problems`.
+            prompts: The prompts of the run.
+            max_tokens: As in `tokenize_solutions`.
+            section: As in `tokenize_solutions`.
             weight: Weight of the cross-entropy of every solution token, stored as its advantage.
+
+        Raises:
+            UserError: As in `tokenize_solutions`.
         """
         self._ids = [problem.id for problem in problems]
         self._weight = weight
         self._tokens: dict[str, tuple[Any, Any]] = {}  # int32 arrays by id: prompt, solution
-        for problem, solution in zip(distinct_problems(problems), solutions, strict=True):
+        distinct_problems = {problem.id: problem for problem in problems}
+        solutions = tokenize_solutions(
+            list(distinct_problems.values()), prompts, max_tokens, section
+        )
+        for problem_id, solution in zip(distinct_problems, solutions, strict=True):
             prompt_ids = np.array(solution.prompt_ids, np.int32)
             target_ids = np.array(solution.target_ids, np.int32)
-            self._tokens[problem.id] = (prompt_ids, target_ids)
+            self._tokens[problem_id] = (prompt_ids, target_ids)
 
     def __getitem__(self, indices: slice) -> list[Sample]:
         """Returns the samples at a slice of the order of the problems."""
@@ -90,12 +101,6 @@ class SolutionTexts:
             prompt_length=len(prompt_ids),
             advantages=(self._weight,) * len(target_ids),
         )
-
-
-def distinct_problems(problems: Sequence[Problem]) -> list[Problem]:
-    """Returns the problems without repetitions, in the order of their first occurrence."""
-    by_id = {problem.id: problem for problem in problems}
-    return list(by_id.values())
 
 
 def check_solutions(

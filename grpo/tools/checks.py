@@ -22,6 +22,7 @@ from grpo.experience.prompts import Prompts, mark_special_tokens
 from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.metrics.memory import (
+    GB,
     UNUSABLE_GPU_BYTES,
     EngineMemory,
     LearnerMemory,
@@ -34,7 +35,6 @@ from grpo.stages.collect import ngrams
 from grpo.stages.stage import OVERLAP_REMEDY, OVERLAP_WORDS, Check, DiskNeeds, MemoryNeeds
 from grpo.types import Problem, ScoredGroup, UserError
 
-GB = 2**30
 SAMPLED = 8  # number of problems, and of completions per problem
 TESTED_PACKAGES = (
     "torch",

@@ -17,7 +17,7 @@ from grpo.learning import models
 from grpo.learning.deepspeed_setup import learning_rate
 from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.sft import sft, training_rows
-from grpo.stages.solutions import SolutionTexts, distinct_problems, tokenize_solutions
+from grpo.stages.solutions import SolutionTexts
 from grpo.types import Sample, UserError
 
 
@@ -89,8 +89,7 @@ def test_solutions_of_repeated_problems_are_stored_once_and_come_in_order(tiny):
     prompts = Prompts(configs.PromptSettings(template="plain", max_tokens=48), tokenizer)
     first, second = arithmetic.load("train", seed=0, digits=1)[:2]
     problems = [first, second, first]
-    solutions = tokenize_solutions(distinct_problems(problems), prompts, 64, "sft")
-    texts = SolutionTexts(problems, solutions, weight=0.5)
+    texts = SolutionTexts(problems, prompts, max_tokens=64, section="sft", weight=0.5)
     expected = []
     for problem in problems:
         prompt_ids, target_ids = prompts.token_ids(problem), prompts.solution_ids(problem)
