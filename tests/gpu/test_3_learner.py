@@ -15,6 +15,11 @@ from .gpu_helpers import report
 pytestmark = pytest.mark.gpu
 
 
+def learner_config(folder, model_dir, dtype, stage, *, offload):
+    settings = {"lr": 1e-3, "zero_stage": stage, "offload_optimizer": offload}
+    return tiny_config(folder, model_dir, model={"dtype": dtype}, learner=settings)
+
+
 def copy_weights(learner):
     return {name: weight.float().cpu() for name, weight in learner.weights()}
 
@@ -32,8 +37,7 @@ def test_updates_in_bfloat16_match_updates_in_float32(tiny, tmp_path, stage, off
     case = f"ZeRO-{stage}, offload_optimizer={offload}"
     grad_norms = {}
     for dtype in ("float32", "bfloat16"):
-        settings = {"lr": 1e-3, "zero_stage": stage, "offload_optimizer": offload}
-        config = tiny_config(tmp_path, tiny(), model={"dtype": dtype}, learner=settings)
+        config = learner_config(tmp_path, tiny(), dtype, stage, offload=offload)
         learner = Learner(models.load_model(tiny(), "packed"), config, loss)
         packed = micro_batches(random_samples(), [1 / 100] * 10, max_tokens=1000, packed=True)
         updates = [learner.update(packed) for _ in range(4)]

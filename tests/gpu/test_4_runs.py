@@ -11,6 +11,16 @@ from .gpu_helpers import report
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
 
+def run_config(run_dir, model_dir):
+    return tiny_config(
+        run_dir,
+        model_dir,
+        model={"dtype": "bfloat16"},
+        learner={"zero_stage": 1},
+        train={"rollouts": 3, "problems": 4, "group_size": 4},
+    )
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -23,13 +33,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.engine]
     ],
 )
 def test_a_run_on_one_gpu_passes_the_probe_at_every_step(tiny, tmp_path, overrides):
-    config = tiny_config(
-        tmp_path / "run",
-        tiny(),
-        model={"dtype": "bfloat16"},
-        learner={"zero_stage": 1},
-        train={"rollouts": 3, "problems": 4, "group_size": 4},
-    )
+    config = run_config(tmp_path / "run", tiny())
     config_path = write_config(tmp_path / "config.yaml", config)
     run_grpo(config_path, "engine.memory_fraction=0.2", "engine.kv_cache_gb=null", *overrides)
     rows = read_metrics(tmp_path / "run")

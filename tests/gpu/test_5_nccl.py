@@ -16,11 +16,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_nccl_delivers_the_weights_to_a_server_on_another_gpu(tiny, tmp_path, staleness):
-    config = tiny_config(
-        tmp_path / "run",
-        tiny(),
+def run_config(run_dir, model_dir, staleness):
+    return tiny_config(
+        run_dir,
+        model_dir,
         model={"dtype": "bfloat16"},
         learner={"zero_stage": 1},
         engine={
@@ -31,6 +30,11 @@ def test_nccl_delivers_the_weights_to_a_server_on_another_gpu(tiny, tmp_path, st
         },
         train={"rollouts": 3, "problems": 4, "group_size": 4, "max_staleness": staleness},
     )
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_nccl_delivers_the_weights_to_a_server_on_another_gpu(tiny, tmp_path, staleness):
+    config = run_config(tmp_path / "run", tiny(), staleness)
     run_grpo(write_config(tmp_path / "config.yaml", config))
     rows = read_metrics(tmp_path / "run")
     max_gap = max(row["probe/gap"] for row in rows)

@@ -19,6 +19,23 @@ from grpo.losses.grpo import loss
 pytestmark = pytest.mark.gpu
 
 
+def learner_config(folder, model_dir):
+    return tiny_config(
+        folder, model_dir, model={"dtype": "bfloat16"}, learner={"lr": 1e-3, "zero_stage": 1}
+    )
+
+
+def run_config(run_dir, model_dir):
+    return tiny_config(
+        run_dir,
+        model_dir,
+        model={"dtype": "bfloat16"},
+        learner={"zero_stage": 1},
+        train={"rollouts": 2, "problems": 4, "group_size": 4},
+        engine={"deterministic": True, "kv_cache_gb": 1},
+    )
+
+
 @pytest.fixture
 def deterministic_operations():
     use_deterministic_operations()
@@ -29,7 +46,7 @@ def deterministic_operations():
 def test_equal_updates_give_equal_weights(tiny, tmp_path, deterministic_operations):
     weights = []
     for _ in range(2):
-        config = tiny_config(tmp_path, tiny(), model={"dtype": "bfloat16"}, learner={"lr": 1e-3})
+        config = learner_config(tmp_path, tiny())
         learner = Learner(models.load_model(tiny(), "packed"), config, loss)
         packed = micro_batches(random_samples(), [1 / 100] * 10, max_tokens=1000, packed=True)
         for _ in range(3):
@@ -46,7 +63,7 @@ def test_a_completion_does_not_depend_on_the_batch(tiny, tmp_path):
         model=ServedModel(
             model_dir=str(tiny()), dtype="bfloat16", max_model_len=160, load_weights=True
         ),
-        settings=ENGINE_SETTINGS.model_copy(update={"deterministic": True}),
+        settings=ENGINE_SETTINGS.model_copy(update={"deterministic": True, "kv_cache_gb": 1}),
         log_file=tmp_path / "engine.log",
     )
     options = SamplingOptions(max_tokens=32, temperature=1.0, ignore_eos=True)
@@ -65,14 +82,7 @@ def test_a_completion_does_not_depend_on_the_batch(tiny, tmp_path):
 def test_two_equal_runs_give_equal_bits(tiny, tmp_path):
     results = []
     for name in ("a", "b"):
-        config = tiny_config(
-            tmp_path / name,
-            tiny(),
-            model={"dtype": "bfloat16"},
-            learner={"zero_stage": 1},
-            train={"rollouts": 2, "problems": 4, "group_size": 4},
-            engine={"deterministic": True, "memory_fraction": 0.2, "kv_cache_gb": None},
-        )
+        config = run_config(tmp_path / name, tiny())
         run_grpo(write_config(tmp_path / f"{name}.yaml", config))
         results.append(read_reproducible_results(tmp_path / name))
     assert results[0] == results[1]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from . import test_3_learner, test_4_runs, test_5_nccl, test_6_deterministic
+
 ROOT = Path(__file__).parents[2]
 GPU_TESTS = ROOT / "tests" / "gpu"
 KIT = GPU_TESTS / "kit"
@@ -152,6 +154,17 @@ def function():
         "models.bar",
         "packing._varlen",
     ]
+
+
+def test_configs_of_the_gpu_tests_are_valid():
+    """`tiny_config` raises UserError for keys and values that no run accepts."""
+    for stage in (1, 2, 3):
+        for offload in (False, True):
+            test_3_learner.learner_config("run", "model", "bfloat16", stage, offload=offload)
+    test_4_runs.run_config("run", "model")
+    test_5_nccl.run_config("run", "model", staleness=1)
+    test_6_deterministic.learner_config("run", "model")
+    test_6_deterministic.run_config("run", "model")
 
 
 def test_gk_child_times_methods_that_exist(monkeypatch):

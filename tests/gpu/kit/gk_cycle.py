@@ -3,8 +3,8 @@
     gk_cycle.py ours|trl [--small] [key=value ...]
 
 PYTHONPATH must contain tests/benchmarks and the folder of this file, also for the engine's process.
-The engine's child process prints the seconds of each call to engine.log (gk_child.py). With
-GK_PROFILE=1 the third update is profiled.
+Prints the seconds of each call to the engine; the engine's child process prints its own seconds and
+a profile to engine.log (gk_child.py). With GK_PROFILE=1 the third update is profiled.
 """
 
 from __future__ import annotations
@@ -41,9 +41,18 @@ def keep_logs() -> None:
     bench.tempfile = replacement  # type: ignore[assignment]
 
 
-def time_the_child() -> None:
-    """Makes engines start gk_child.py instead of their own child process."""
+def time_the_engine() -> None:
+    """Makes engines start gk_child.py as their child process, and times their calls to it."""
     VllmEngine.child_module = "gk_child"
+    original_call: Callable[..., Any] = VllmEngine._call
+
+    def timed_call(self: VllmEngine, method: str, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = original_call(self, method, *arguments)
+        print(f"CALLED {method}: {time.perf_counter() - start:.4f} s", flush=True)
+        return result
+
+    VllmEngine._call = timed_call  # type: ignore[method-assign]
 
 
 def profile_an_update() -> None:
@@ -86,7 +95,7 @@ def main(part: str, arguments: list[str]) -> None:
         gpu_cycle.time_trl(model_dir, folder / "trl", max_tokens)
     else:
         keep_logs()
-        time_the_child()
+        time_the_engine()
         if os.environ.get("GK_PROFILE"):
             profile_an_update()
         overrides = [word for word in arguments if "=" in word]

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs steps on a GPU machine without a network. Call it in the root of the checkout:
 #   OUT=FOLDER bash .gpukit/s/gpu.sh SECONDS STEP...
-# tests/gpu/README.md explains the steps. A step that does not end within SECONDS is stopped, and
-# steps for which no time remains are skipped. If a step fails, the next one runs all the same, except
+# tests/gpu/README.md explains the steps; STEP+STEP runs two at the same time. A step that does not
+# end within SECONDS is stopped, and steps for which no time remains are skipped. If a step fails, the next one runs all the same, except
 # after `setup`.
 # Results: $OUT/summary.txt, $OUT/logs.tar.gz. Unpacked packages remain in /tmp/gk as long as the
 # machine runs, so later calls do not need `setup`.
@@ -47,20 +47,25 @@ tests() {
   grep -aoh 'figure: .*' $kit/logs/"$1".log 2>/dev/null | tee -a "$OUT/summary.txt"
 }
 
-# train NAME CONFIG OVERRIDES...: trains SmolLM2. Its engine may use a fifth of the GPU memory.
+# train NAME CONFIG OVERRIDES...: trains SmolLM2. Its engine may use a fifth of the GPU memory. A run
+# that its canary stops is repeated with a limit that rounding noise does not reach.
 train() {
-  local name=$1 config=$2
-  shift 2
+  local name=$1 command
+  command=(python3 -m grpo train "$2" run_dir=$scratch/"$name" engine.memory_fraction=0.2 engine.kv_cache_gb=null logging.progress=line "${@:3}")
   step smol-model 60 2 python3 "$scripts/gk_smol.py" "$checkout/.gpukit" || return
-  step "$name" 400 16 python3 -m grpo train "$config" run_dir=$scratch/"$name" engine.memory_fraction=0.2 engine.kv_cache_gb=null logging.progress=line "$@"
+  step "$name" 400 16 "${command[@]}" && return
+  grep -aq 'the canary found' $kit/logs/"$name".log || return
+  rm -rf "${scratch:?}/$name"
+  step "$name-large-gap" 400 16 "${command[@]}" probe.max_gap=2
 }
 
 cycle_path=$repository/tests/benchmarks:$scripts${PYTHONPATH:+:$PYTHONPATH} # for gk_cycle.py
-cycle_number=0
-for word in "$@"; do
+
+run_word() {
+  local word=$1
   case "$word" in
     setup)
-      step setup 60 3 python3 "$scripts/gk_setup.py" "$checkout" || break
+      step setup 60 3 python3 "$scripts/gk_setup.py" "$checkout" || return
       nohup setsid python3 -m compileall -q -j 8 $kit/site >/dev/null 2>&1 &
       ;;
     facts) step facts 40 16 bash "$scripts/facts.sh" ;;
@@ -76,20 +81,32 @@ for word in "$@"; do
     nccl) tests nccl tests/gpu/test_5_nccl.py ;;
     deterministic) tests deterministic tests/gpu/test_6_deterministic.py ;;
     cycle*) # cycle:NAME=VALUE,key=value: environment variables (upper case), config keys (lower case)
-      environment=() overrides=()
+      local environment=() overrides=()
       for part in $(tr ':,' '  ' <<<"${word#cycle}"); do
         if [[ $part =~ ^[A-Z] ]]; then environment+=("$part"); else overrides+=("$part"); fi
       done
-      cycle_number=$((cycle_number + 1))
-      step "cycle$cycle_number-$SECONDS" 180 18 env PYTHONPATH="$cycle_path" "${environment[@]}" python3 "$scripts/gk_cycle.py" ours "${overrides[@]}"
+      step "cycle-$SECONDS" 180 18 env PYTHONPATH="$cycle_path" "${environment[@]}" python3 "$scripts/gk_cycle.py" ours "${overrides[@]}"
       ;;
     trl) step trl 150 14 env PYTHONPATH="$cycle_path" python3 "$scripts/gk_cycle.py" trl ;;
     smol) train smol configs/smollm2.yaml learner.micro_batch_tokens=16384 ;;
     gsm8k)
-      train gsm8k configs/gsm8k_smollm2.yaml data.path=$kit/data learner.micro_batch_tokens=32768 engine.max_sequences=256 eval.every=8
+      train gsm8k configs/gsm8k_smollm2.yaml data.path=$kit/data learner.micro_batch_tokens=32768 engine.max_sequences=256 train.rollouts=72 checkpoint.every=0
       ;;
     *) log "unknown step $word" ;;
   esac
+}
+
+for word in "$@"; do
+  if [[ $word == *+* ]]; then
+    processes=()
+    for part in ${word//+/ }; do
+      run_word "$part" &
+      processes+=($!)
+    done
+    wait "${processes[@]}"
+  else
+    run_word "$word" || [[ $word != setup ]] || break
+  fi
 done
 find $scratch $kit/logs -name '*.log' -size -20M -print0 2>/dev/null | tar --null -czf "$OUT/logs.tar.gz" -T - 2>/dev/null
 for run in smol gsm8k; do cp $scratch/$run/metrics.jsonl "$OUT/$run.jsonl" 2>/dev/null; done
