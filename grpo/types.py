@@ -73,7 +73,7 @@ class RunError(GrpoError, RuntimeError):
 
 
 class TrainingStoppedError(RunError):
-    """Training stops because no training signal is left or because of an alarm.
+    """Training stops: no training signal is left, too many completions are undecided, or an alarm.
 
     The state after the last complete rollout is valid and is saved.
     """
@@ -163,6 +163,11 @@ class Group:
     completions: tuple[Completion, ...]
 
 
+# Undecided completions are counted by these causes. The reason of an undecided verdict contains the
+# cause, otherwise it counts as "other".
+UNDECIDED_CAUSES = ("worker lost", "reward failed", "gold answer")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """The result of verifying a completion's final answer.
@@ -173,7 +178,8 @@ class Verdict:
     Attributes:
         value: "correct" or "wrong". "undecided" if the verification itself failed, for example
             because the problem's answer cannot be parsed; the completion then gets no reward.
-        reason: a short explanation, empty if there is none.
+        reason: a short explanation, empty if there is none. For an undecided completion, it
+            contains the cause: one of UNDECIDED_CAUSES.
     """
 
     value: Literal["correct", "wrong", "undecided"]
@@ -221,7 +227,8 @@ class ScoredGroup:
             applies: the completion is excluded from the group's baseline and from the update.
         parts: `[G]`, the value of each reward by name, before its weight. None if the reward does
             not apply to the completion, or returned an undecided verdict.
-        verdicts: `[G]`, the first verdict that a reward function returned; None without one.
+        verdicts: `[G]`, the first undecided verdict that a reward function returned, or else the
+            first verdict; None without one.
         faults: `[G]`, the reasons for low scores, by reward name.
     """
 

@@ -7,4 +7,8 @@ groups of a rollout in one call.
 
 A file may also have a function `prepare(**options)`, which checks the options before a run starts,
 and a constant `TIMEOUT_S`: such a reward runs in worker processes with this time limit per call.
+`check_problem(problem)` returns why the gold answer of a problem cannot be read, or None;
+`grpo doctor` calls it for each problem.
+
+An exception in one of these files makes the completion undecided and does not end the run.
 """

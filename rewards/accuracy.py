@@ -28,6 +28,15 @@ def reward(completion: Completion, problem: Problem) -> Verdict | None:
     return _verdict(final_answer(completion.text), problem.answer)
 
 
+def check_problem(problem: Problem) -> str | None:
+    """Returns why the gold answer of a problem cannot be read, None if it can be read."""
+    if not problem.answer:
+        return None
+    # No answer is compared with a gold answer that cannot be read.
+    verdict = compare_answers("0", problem.answer)
+    return verdict.reason if verdict.value == "undecided" else None
+
+
 def verify(prediction: str, gold: str) -> Verdict:
     """Returns the verdict on a completion or on a bare answer.
 

@@ -5,21 +5,13 @@
 
 from __future__ import annotations
 
-import re
-
 from grpo.types import Completion, Problem, Verdict
+from rewards.verifier.choices import LETTER, SECOND_LETTER
 from rewards.verifier.latex import as_words, normalize
 from rewards.verifier.parse import final_answer
 
-# A letter with an optional introduction and, after punctuation, an optional text, such as
-# `the answer is (b) 42`. It is matched against the result of `as_words`, which is in lower case.
-LETTER = re.compile(
-    r"(?:(?:the )?(?:correct )?(?:answer|choice|option)(?: is)?:? ?)?"
-    r"\(?(?P<letter>[a-z])(?:[).:,]+|$)\s*(?P<text>.*)"
-)
-# A second letter at the beginning of that text: `b` in `A, B` and in `A or B`.
-SECOND_LETTER = re.compile(r"(?:(?:and|or) )?\(?[a-z]\)?(?:$|[).,:;]| (?:and|or) )")
 MAX_CHARS = 2000
+UNREADABLE_GOLD = "the gold answer is none of the choices"
 
 
 def reward(completion: Completion, problem: Problem) -> Verdict:
@@ -28,12 +20,10 @@ def reward(completion: Completion, problem: Problem) -> Verdict:
     `problem.meta["choices"]` is optional: the texts of the choices, as a list or as a dict from
     letter to text. With it, the text of a choice is accepted for its letter.
     """
-    choices = problem.meta.get("choices") or {}
-    if not isinstance(choices, dict):
-        choices = {chr(ord("A") + index): text for index, text in enumerate(choices)}
+    choices = _choices(problem)
     gold = chosen_letter(problem.answer, choices)
     if gold is None:
-        return Verdict(value="undecided", reason="the gold answer is none of the choices")
+        return Verdict(value="undecided", reason=UNREADABLE_GOLD)
     answer = final_answer(completion.text)
     if answer is None:
         return Verdict(value="wrong", reason="no final answer")
@@ -41,6 +31,20 @@ def reward(completion: Completion, problem: Problem) -> Verdict:
     if letter != gold:
         return Verdict(value="wrong", reason=f"chose {letter or 'nothing readable'}")
     return Verdict(value="correct")
+
+
+def check_problem(problem: Problem) -> str | None:
+    """Returns why the gold answer of a problem cannot be read, None if it can be read."""
+    gold = chosen_letter(problem.answer, _choices(problem))
+    return UNREADABLE_GOLD if gold is None else None
+
+
+def _choices(problem: Problem) -> dict[str, str]:
+    """Returns the texts of the choices by letter, empty if they are unknown."""
+    choices = problem.meta.get("choices") or {}
+    if isinstance(choices, dict):
+        return choices
+    return {chr(ord("A") + index): text for index, text in enumerate(choices)}
 
 
 def chosen_letter(answer: str, choices: dict[str, str]) -> str | None:

@@ -147,7 +147,10 @@ RewardEntry = Annotated[RewardSettings, BeforeValidator(_expand_weight)]
 
 
 class RewardPoolSettings(Section):
-    """The worker processes of the rewards that have a time limit (`TIMEOUT_S` in their file)."""
+    """The worker processes of the rewards that have a time limit (`TIMEOUT_S` in their file).
+
+    `max_failed` concerns all rewards.
+    """
 
     workers: int | None = Field(
         None,
@@ -156,6 +159,16 @@ class RewardPoolSettings(Section):
     )
     memory_gb: float = Field(
         4.0, gt=0, description="Maximum address space of each worker process in GB."
+    )
+    max_failed: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Maximum share of a rollout's completions that may be undecided: their gold "
+        "answer cannot be read, a worker was lost, or a reward in `rewards/` raised an exception. "
+        "Above it, `grpo train` stops and shows the first case, if at least two problems are "
+        "affected. Evaluations do not stop, nor does `algorithm.advantage: teacher`, for which "
+        "rewards are only metrics. 1: never stop.",
     )
 
 

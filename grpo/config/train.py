@@ -98,7 +98,9 @@ class SamplingStageConfig(RunConfig):
         "or `{weight: ..., options: {...}}`.",
     )
     reward_pool: RewardPoolSettings = Field(
-        RewardPoolSettings(), description="Worker processes of the rewards that have a time limit."
+        RewardPoolSettings(),
+        description="Worker processes of the rewards that have a time limit, and the share of "
+        "completions on which rewards may fail.",
     )
     engine: EngineSettings = Field(
         EngineSettings(), description="The vLLM engine: precision, memory, batch size and servers."
@@ -154,6 +156,13 @@ class TrainConfig(SamplingStageConfig):
     def total_updates(self) -> int:
         """Number of optimizer updates over which the learning rate is scheduled."""
         return self.train.total_updates
+
+    @property
+    def max_undecided(self) -> float:
+        """Share of undecided completions in a rollout above which the run stops."""
+        if self.algorithm.advantage == "teacher":
+            return 1.0  # The rewards are only metrics.
+        return self.reward_pool.max_failed
 
     @property
     def logprob_temperature(self) -> float:

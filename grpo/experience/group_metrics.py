@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from grpo.experience.undecided import cause_counts
 from grpo.learning.advantages import rewards_differ
-from grpo.types import Completion, Sample, ScoredGroup
+from grpo.types import Completion, Sample, ScoredGroup, Verdict
 
 
 def group_metrics(groups: Sequence[ScoredGroup]) -> dict[str, Any]:
@@ -73,19 +74,24 @@ def _reason_counts(groups: Sequence[ScoredGroup]) -> Counter[str]:
 
 
 def _verdict_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Returns the metrics that need verdicts; empty if no reward returns verdicts."""
-    undecided = []
+    """Returns the metrics that need verdicts; empty if no reward returns verdicts.
+
+    `undecided/` has the causes that occur: `{"undecided/gold_answer": 0.02, ...}`.
+    """
+    verdicts: list[Verdict | None] = []
     for scored in groups:
-        for verdict in scored.verdicts:
-            if verdict is not None:
-                undecided.append(float(verdict.value == "undecided"))
-    if not undecided:
+        verdicts += scored.verdicts
+    if not any(verdicts):
         return {}
-    return {
-        "reward/undecided": mean(undecided),
+    counts = cause_counts(groups)
+    metrics = {
+        "reward/undecided": counts.total() / len(verdicts),
         "group/all_correct": mean([float(_all_are(scored, "correct")) for scored in groups]),
         "group/all_wrong": mean([float(_all_are(scored, "wrong")) for scored in groups]),
     }
+    for cause, count in sorted(counts.items()):
+        metrics[f"undecided/{cause.replace(' ', '_')}"] = count / len(verdicts)
+    return metrics
 
 
 def _all_are(scored: ScoredGroup, value: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 from grpo.config import RewardSettings
 from grpo.config.reading import did_you_mean
 from grpo.learning.advantages import unflatten
-from grpo.types import Completion, Group, Score, UserError, Verdict
+from grpo.types import Completion, Group, GrpoError, Score, UserError, Verdict
 from rewards.workers.pool import Failure, WorkerPool
 
 # The function that a plugin file defines -> the kind of plugin, for messages.
@@ -115,6 +115,9 @@ def load_reward(name: str, options: Mapping[str, Any], pool: WorkerPool) -> Rewa
     If the module of `f` defines `prepare(**options)`, this function calls it to check the options
     before any completion is sampled.
 
+    An exception in the user's own function is raised. One in a function of the first kind in
+    `rewards/` makes the completion undecided instead, so that a bug there does not end a long run.
+
     Raises:
         UserError: The reward is unknown, its parameters are of no supported kind, the options do
             not match them, or `prepare` rejects the options.
@@ -141,6 +144,11 @@ def load_reward(name: str, options: Mapping[str, Any], pool: WorkerPool) -> Rewa
             name=name, function=function, options=options, timeout_s=timeout_s, pool=pool
         )
     return _CompletionReward(name=name, function=function, options=options)
+
+
+def _is_built_in(function: Callable[..., Any]) -> bool:
+    """Returns whether a reward function is in `rewards/`."""
+    return function.__module__.partition(".")[0] == "rewards"
 
 
 def _check_options(
@@ -171,12 +179,16 @@ class _CompletionReward:
         return [self._values_of_group(group) for group in groups]
 
     def _values_of_group(self, group: Group) -> list[RewardValue]:
-        values = []
+        values: list[RewardValue] = []
         for index, completion in enumerate(group.completions):
             try:
                 value = self.function(completion, group.problem, **self.options)
             except Exception as error:
-                raise reward_error(self.name, group, index, repr(error)) from error
+                # A GrpoError is not a bug: the reward rejects the config or the data.
+                if isinstance(error, GrpoError) or not _is_built_in(self.function):
+                    raise reward_error(self.name, group, index, repr(error)) from error
+                reason = f"{type(error).__name__}: {error}"
+                value = verdict_for_failure(Failure(kind="error", reason=reason))
             values.append(value)
         return values
 
@@ -217,7 +229,7 @@ class _PooledReward:
         for index, result in enumerate(results):
             if not isinstance(result, Failure):
                 values.append(result)
-            elif result.kind == "error":
+            elif result.kind == "error" and not _is_built_in(self.function):
                 raise reward_error(self.name, group, index, result.reason)
             else:
                 values.append(verdict_for_failure(result))
@@ -235,8 +247,10 @@ def verdict_for_failure(failure: Failure) -> Verdict:
     It is `undecided` if the worker was lost or the function raised an exception, and `wrong` if the
     call exceeded its time or memory limit or crashed the worker.
     """
-    if failure.kind in ("lost", "error"):
-        return Verdict(value="undecided", reason=failure.reason)
+    if failure.kind == "lost":
+        return Verdict(value="undecided", reason=f"worker lost: {failure.reason}")
+    if failure.kind == "error":
+        return Verdict(value="undecided", reason=f"reward failed: {failure.reason}")
     return Verdict(value="wrong", reason=failure.reason)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from grpo.experience.plugins import Prompt, RewardFunction, RewardValue, reward_error
+from grpo.experience.undecided import is_undecided
 from grpo.types import Group, Problem, Score, ScoredGroup, Verdict
 
 VERDICT_VALUES = {"correct": 1.0, "wrong": 0.0, "undecided": None}
@@ -77,14 +78,22 @@ def _score_completion(
     for name, number in numbers.items():
         if number is not None and not math.isfinite(number):
             raise reward_error(name, group, index, f"it returned {number}")
-    verdicts = [value for value in values.values() if isinstance(value, Verdict)]
-    is_undecided = any(verdict.value == "undecided" for verdict in verdicts)
+    verdict = _decisive_verdict(values)
     return _ScoredCompletion(
-        reward=None if is_undecided else _weighted_sum(numbers, weights),
+        reward=None if is_undecided(verdict) else _weighted_sum(numbers, weights),
         values=numbers,
-        verdict=verdicts[0] if verdicts else None,
+        verdict=verdict,
         reasons=_reasons(values),
     )
+
+
+def _decisive_verdict(values: Mapping[str, RewardValue]) -> Verdict | None:
+    """Returns the first undecided verdict, or else the first verdict; None without one."""
+    verdicts = [value for value in values.values() if isinstance(value, Verdict)]
+    for verdict in verdicts:
+        if is_undecided(verdict):
+            return verdict
+    return verdicts[0] if verdicts else None
 
 
 def _weighted_sum(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.config.algorithm import AlgorithmSettings
+from grpo.experience.undecided import is_undecided, require_few_undecided
 from grpo.learning.advantages import rewards_differ
 from grpo.types import (
     Completion,
@@ -56,6 +57,7 @@ class Selection:
         carried: Groups that are kept for the next rollout.
         pass_rates: `pass_rate` of a problem's last group, by problem id. Recorded only if a filter
             is set.
+        max_undecided: Share of undecided completions in a rollout that stops the run.
         sampled: Groups that the current rollout has sampled so far.
         stream: Asynchronous rollouts, on rank 0 only: samples groups ahead of the learner.
         take_from_stream: Asynchronous rollouts, on every rank: returns the stream's next groups.
@@ -67,6 +69,7 @@ class Selection:
     position: int = 0
     carried: list[ScoredGroup] = field(default_factory=list)
     pass_rates: dict[str, float] = field(default_factory=dict)
+    max_undecided: float = 1.0
     sampled: list[ScoredGroup] = field(default_factory=list)
     stream: Stream | None = None
     take_from_stream: Callable[[int], list[ScoredGroup]] | None = None
@@ -82,7 +85,8 @@ class Selection:
             sample_round: Samples and scores groups. Not called with asynchronous rollouts.
 
         Raises:
-            TrainingStoppedError: Too few problems or groups are left to learn from.
+            TrainingStoppedError: Too few problems or groups are left to learn from, or too many
+                completions are undecided.
             UserError: A problem's `meta.pass_rate` is invalid.
             EngineError: The engine failed.
         """
@@ -90,7 +94,8 @@ class Selection:
         no_signal = self.algorithm.no_signal
         if no_signal == "resample":
             return self._collect_until_full(sample_round)
-        self.sampled = self._sample(sample_round, self.num_groups, 0)
+        self._sample(sample_round, self.num_groups, 0)
+        require_few_undecided(self.sampled, self.max_undecided)
         if no_signal == "keep":
             return SelectedGroups(self.sampled, list(self.sampled))
         used = [scored for scored in self.sampled if rewards_differ(scored.rewards)]
@@ -99,7 +104,8 @@ class Selection:
     def _collect_until_full(self, sample_round: SampleRound) -> SelectedGroups:
         """Samples until `num_groups` groups have a training signal and carries the surplus over.
 
-        Raises TrainingStoppedError if `algorithm.max_rounds` rounds are not enough.
+        Raises TrainingStoppedError if `algorithm.max_rounds` rounds are not enough, or if too many
+        completions are undecided.
 
         Source: dynamic sampling is DAPO 2503.14476 Eq. 11.
         """
@@ -110,8 +116,8 @@ class Selection:
                 break
             count = min(self.num_groups, math.ceil(num_missing / self._signal_share()))
             groups = self._sample(sample_round, count, round_number)
-            self.sampled += groups
             used += [scored for scored in groups if has_training_signal(scored)]
+        require_few_undecided(self.sampled, self.max_undecided)
         if len(used) < self.num_groups:
             raise self._too_few_groups_error(len(used))
         self.carried = used[self.num_groups :]
@@ -145,7 +151,7 @@ class Selection:
     def _sample(
         self, sample_round: SampleRound, count: int, round_number: int
     ) -> list[ScoredGroup]:
-        """Returns `count` new groups, from the stream if there is one.
+        """Returns `count` new groups, from the stream if there is one, and adds them to `sampled`.
 
         Records their pass rates if a filter is set.
         """
@@ -153,6 +159,7 @@ class Selection:
             groups = self.take_from_stream(count)
         else:
             groups = sample_round(self.draw(count), round_number)
+        self.sampled += groups
         if self._has_filters:
             for scored in groups:
                 self.pass_rates[scored.group.problem.id] = pass_rate(scored)
@@ -229,10 +236,10 @@ class Selection:
 def has_training_signal(scored: ScoredGroup) -> bool:
     """Returns whether a group has both correct and wrong completions.
 
-    Without verdicts it returns whether the rewards differ.
+    If no verdict is correct or wrong, it returns whether the rewards differ.
     """
     verdicts = {verdict.value for verdict in scored.verdicts if verdict is not None}
-    if not verdicts:
+    if verdicts <= {"undecided"}:
         return rewards_differ(scored.rewards)
     return "correct" in verdicts and "wrong" in verdicts
 
@@ -246,7 +253,7 @@ def pass_rate(scored: ScoredGroup) -> float:
     is_correct = [
         verdict.value == "correct"
         for verdict in scored.verdicts
-        if verdict is not None and verdict.value != "undecided"
+        if verdict is not None and not is_undecided(verdict)
     ]
     if not is_correct and rewards_differ(scored.rewards):
         rewards = [reward for reward in scored.rewards if reward is not None]

@@ -6,8 +6,8 @@ sampled a group are at most `train.max_staleness` versions old when it is used. 
 can change while a completion is sampled: each token carries the version that sampled it
 (PipelineRL 2509.19128).
 
-A checkpoint contains the finished groups that are not used yet. Unfinished groups are started again
-after a resume.
+A checkpoint contains the finished groups that are not used yet. Unfinished groups, and groups with
+undecided completions, are started again after a resume.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.engines import EngineError, Request
+from grpo.experience.undecided import is_undecided
 from grpo.types import Completion, Problem, ScoredGroup
 
 POLL_S = 0.2  # longest time between two calls of `on_wait` while `take` waits
@@ -154,7 +155,8 @@ class Stream:
         """Restores a checkpoint's state.
 
         Finished groups are used as they are. Unfinished groups are started again, with the same
-        numbers and therefore the same seeds.
+        numbers and therefore the same seeds. So are groups with undecided completions, because
+        their cause may no longer exist.
         """
         with self._changed:
             self._next_number = state["number"]
@@ -162,8 +164,10 @@ class Stream:
                 group = _StreamGroup(number=row["number"], problem=Problem(**row["problem"]))
                 self._groups.append(group)
                 if row["scored"]:
-                    group.scored = parse_scored_group(row["scored"])
-                else:
+                    scored = parse_scored_group(row["scored"])
+                    if not any(map(is_undecided, scored.verdicts)):
+                        group.scored = scored
+                if group.scored is None:
                     self._start(group)
 
     def close(self) -> None:

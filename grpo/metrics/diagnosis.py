@@ -123,6 +123,24 @@ def _too_hard(past: History) -> str | None:
     )
 
 
+def _undecided(past: History) -> str | None:
+    undecided = past.now("reward/undecided")
+    if not undecided >= 0.1:
+        return None
+    causes: dict[str, float] = {}  # mean share of completions; a row has only causes that occurred
+    for row in past.rows[-WINDOW:]:
+        for key, value in row.items():
+            if key.startswith("undecided/"):
+                cause = key.partition("/")[2].replace("_", " ")
+                causes[cause] = causes.get(cause, 0.0) + value / WINDOW
+    details = ", ".join(f"{cause} {share:.0%}" for cause, share in sorted(causes.items()))
+    parenthesis = f" ({details})" if details else ""
+    return (
+        f"{undecided:.0%} of completions are undecided and have no reward{parenthesis}: the "
+        "verifier may not be able to parse the gold answers; `grpo grade RUN` lists them"
+    )
+
+
 def _no_signal(past: History) -> str | None:
     no_signal = past.now("group/no_signal")
     explained = 0.0  # by groups that are all wrong or all correct
@@ -305,12 +323,7 @@ RULES: dict[str, Callable[[History], str | None]] = {
         "harder ones, or algorithm.no_signal=resample",
     ),
     "no_signal": _no_signal,
-    "undecided": _above(
-        "reward/undecided",
-        0.1,
-        "{:.0%} of completions are undecided and have no reward: the verifier may not be able to "
-        "parse the gold answers; `grpo grade RUN` lists them",
-    ),
+    "undecided": _undecided,
     "truncated": _above(
         "completion/truncated",
         0.3,

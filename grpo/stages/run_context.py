@@ -35,7 +35,7 @@ RECORDED_PACKAGES = (
     "trl",
     "datasets",
     "sympy",
-    "math-verify",
+    "mpmath",
 )
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +139,8 @@ def _run(
         loop.start(fresh=state is None)
         if config.train.max_staleness:
             stream_state = state["selection"].get("stream") if state is not None else None
+            if stream_state is not None:
+                stream_state = _with_current_problems(stream_state, inputs.problems)
             _attach_stream(loop, context, stream_state)
         loop.train()
     except Exception as error:
@@ -226,6 +228,7 @@ def _make_loop(
             algorithm=config.algorithm,
             num_groups=config.train.problems,
             take_problems=components.mixture.take,
+            max_undecided=config.max_undecided,
         ),
         workers=inputs.workers,
         display=display,
@@ -312,6 +315,27 @@ def _save_if_possible(loop: Loop, error: Exception) -> None:
         except RunError as save_error:
             outcome = f"not saved: {save_error}"
     loop.display.say(f"stopped after rollout {progress.rollout}: {outcome}")
+
+
+def _with_current_problems(
+    stream_state: dict[str, Any], problems: Mapping[str, Sequence[Problem]]
+) -> dict[str, Any]:
+    """Returns a stream's state with the problems as the data contains them now.
+
+    A gold answer may have been corrected since the checkpoint. A problem is replaced if the data
+    has one with the same id and question. Data sets that are no lists generate their problems.
+    """
+    current_problems: dict[tuple[str, str], Problem] = {}
+    for problems_of_set in problems.values():
+        if isinstance(problems_of_set, list):
+            for problem in problems_of_set:
+                current_problems[problem.id, problem.question] = problem
+    items = []
+    for item in stream_state["items"]:
+        stored = item["problem"]
+        current = current_problems.get((stored["id"], stored["question"]))
+        items.append({**item, "problem": stored if current is None else asdict(current)})
+    return {**stream_state, "items": items}
 
 
 def _attach_stream(loop: Loop, context: RunContext, stream_state: dict[str, Any] | None) -> None:

@@ -22,6 +22,12 @@ CHARTS: dict[str, list[str]] = {
         "reward/undecided",
         "reward/missing",
     ],
+    "Undecided completions by cause": [
+        "undecided/gold_answer",
+        "undecided/worker_lost",
+        "undecided/reward_failed",
+        "undecided/other",
+    ],
     "Tokens per completion": ["completion/length", "completion/length_max"],
     "Entropy per token": ["policy/entropy"],
     "Loss": ["loss"],
@@ -62,6 +68,7 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
     """
     _set_style()
     figures: dict[str, Any] = {}
+    runs = {name: _with_absent_causes(rows) for name, rows in runs.items()}
     for title, metrics in CHARTS.items():
         candidates = metrics or _other_rewards(runs)
         present = [key for key in candidates if _any_run_has(key, runs)]
@@ -78,6 +85,19 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
         if timed:
             figures[f"Seconds per phase{suffix}"] = _phase_chart(timed)
     return figures
+
+
+def _with_absent_causes(rows: Rows) -> Rows:
+    """Returns the rows of a run with a share of 0 for causes of undecided completions.
+
+    A row contains only the causes that occurred in its step. Causes that never occur are not added.
+    """
+    causes = {key for row in rows for key in row if key.startswith("undecided/")}
+    completed = []
+    for row in rows:
+        absent = dict.fromkeys(causes - row.keys(), 0.0) if "reward/undecided" in row else {}
+        completed.append({**row, **absent})
+    return completed
 
 
 def _any_run_has(key: str, runs: Mapping[str, Rows]) -> bool:

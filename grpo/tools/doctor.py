@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from grpo.stages.sampling import Sampler, load_rewards
 from grpo.stages.stage import Check, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.tools import checks
 from grpo.tools.checks import SAMPLED
+from grpo.tools.gold_answers import gold_answers
 from grpo.types import Problem, ScoredGroup, UserError
 
 ALL_REDUCE_BYTES = 2**26  # size of the all-reduce that measures the bandwidth between ranks
@@ -176,7 +177,8 @@ def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None)
         model = _find_model(needs, scratch)
         prompts = model.prompts
         models.check_context(model.model_dir, needs.max_sequence_tokens)
-    held_out_problems = _held_out_problems(needs.problems, prompts, config.seed)
+    held_out = [load_problems(data, "test", config.seed) for data in needs.problems.held_out]
+    held_out_problems = _held_out_problems(needs.problems, held_out, prompts, config.seed)
     problems = _training_problems(needs.problems, training, prompts, config.seed)
     if not problems:
         problems = held_out_problems
@@ -187,6 +189,8 @@ def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None)
         yield from checks.contamination(
             problems, held_out_problems, needs.problems.overlap_words, needs.problems.overlap_remedy
         )
+    if needs.memory.max_sequences:  # the stage samples completions and scores them
+        yield from gold_answers(needs, training, held_out)
     if sample and needs.memory.max_sequences:
         yield from _check_samples(needs, model, problems, scratch, price)
 
@@ -206,17 +210,21 @@ def _training_problems(
 
 
 def _held_out_problems(
-    needs: ProblemNeeds, prompts: Prompts | ChatPrompts, seed: int
+    needs: ProblemNeeds,
+    held_out: Sequence[Mapping[str, Sequence[Problem]]],
+    prompts: Prompts | ChatPrompts,
+    seed: int,
 ) -> list[Problem]:
-    """Returns the problems of the evaluation and those that traces must not overlap with."""
+    """Returns the problems of the evaluation and those that traces must not overlap with.
+
+    `held_out` has the problems of each section in `needs.held_out`, by name of the data set.
+    """
     problems: list[Problem] = []
     if needs.excluded is not None:
         for problems_of_set in load_problems(needs.excluded, "test", seed).values():
             problems += problems_of_set
-    for data in needs.held_out:
-        problems += select_held_out(
-            data, load_problems(data, "test", seed), prompts, needs.num_held_out
-        )
+    for data, problems_by_set in zip(needs.held_out, held_out, strict=True):
+        problems += select_held_out(data, problems_by_set, prompts, needs.num_held_out)
     return problems
 
 

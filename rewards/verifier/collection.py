@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rewards.verifier.exact_values import exact_value
-from rewards.verifier.latex import find_closing, split_at_top_level
+from rewards.verifier.brackets import find_closing, split_at_top_level
 
 UNORDERED_KINDS = ("list", "set", "union")
+# What separates the elements of a list.
+SEPARATORS = (",", ";", r"\lor", r"\land")
 
 
 class Collection(NamedTuple):
     """The kind of a collection and its elements. A single value has the kind "".
 
-    Kinds: `list`, `set`, `union`, the two brackets of a tuple or interval such as `(]`, and
-    `matrix` with the lengths of its rows such as `matrix [2, 2]`.
+    Kinds: `list`, `set`, `union`, `ratio` (also a time such as `3:05`), the two brackets of a tuple
+    or interval such as `(]`, and `matrix` with the lengths of its rows such as `matrix [2, 2]`.
     """
 
     kind: str
@@ -29,34 +29,33 @@ def read_collection(text: str) -> Collection:
 
     Examples: `\{1,2\}` -> ("set", ["1", "2"]), `(3,4]` -> ("(]", ["3", "4"]), `5` -> ("", ["5"]).
     An element with `\pm`, alone or in a list or set, counts as two elements.
-
-    Raises:
-        TooLargeError: A number exceeds a bound.
     """
     matrix = _read_matrix(text)
     if matrix is not None:
         return matrix
-    intervals = _read_reals_without_points(text)
-    if intervals is not None:
-        return intervals
     parts = split_at_top_level(text, (r"\cup",))
     if len(parts) > 1:
         return Collection("union", parts)
     if text.startswith(r"\{") and find_closing(text, 1) == len(text) - 1:
-        content = text[2:-1].rstrip("\\")
-        return Collection("set", _with_both_signs(split_at_top_level(content)))
+        content = text[2:-1].rstrip("\\").strip()
+        elements = split_at_top_level(content, SEPARATORS) if content else []
+        return Collection("set", _with_both_signs(elements))
     if text.startswith(("(", "[")) and find_closing(text, 0) == len(text) - 1:
         elements = split_at_top_level(text[1:-1])
         if len(elements) > 1:
             return Collection(text[0] + text[-1], elements)
-    elements = _with_both_signs(split_at_top_level(text))
+    ratio = split_at_top_level(text, (":",))
+    if len(ratio) > 1:
+        return Collection("ratio", ratio)
+    elements = _with_both_signs(split_at_top_level(text, SEPARATORS))
     return Collection("list" if len(elements) > 1 else "", elements)
 
 
 def _read_matrix(text: str) -> Collection | None:
     """Returns the cells of a matrix, row by row, each multiplied by a factor before the matrix."""
     match = re.fullmatch(
-        r"(?P<factor>[^&]*?)\\begin\{(?P<kind>[pb]?)matrix\}(?P<rows>.*)\\end\{(?P=kind)matrix\}",
+        r"(?P<factor>[^&]*?)\\begin\{(?P<kind>[pbBvV]?)(?:small)?matrix\}(?P<rows>.*)"
+        r"\\end\{(?P=kind)(?:small)?matrix\}",
         text,
     )
     if match is None or "matrix}" in match["rows"]:
@@ -73,23 +72,8 @@ def _read_matrix(text: str) -> Collection | None:
             cells += row_cells
     if factor:
         cells = [f"({factor})*({cell})" for cell in cells]
-    return Collection(f"matrix {row_lengths}", cells)
-
-
-def _read_reals_without_points(text: str) -> Collection | None:
-    r"""Returns the intervals around the excluded points of `\mathbb{R} \setminus \{1, 2\}`.
-
-    Raises:
-        TooLargeError: A point exceeds a bound.
-    """
-    match = re.fullmatch(
-        r"\\mathbb\{R\} ?(?:\\setminus|\\backslash|-) ?\\\{(?P<points>.*)\\\}", text
-    )
-    if match is None or len(match["points"]) >= 100:
-        return None
-    points = sorted(split_at_top_level(match["points"]), key=lambda point: exact_value(point) or 0)
-    bounds = [r"-\infty", *points, r"\infty"]
-    return Collection("union", [f"({low},{high})" for low, high in itertools.pairwise(bounds)])
+    kind = "determinant" if match["kind"] in ("v", "V") else "matrix"
+    return Collection(f"{kind} {row_lengths}", cells)
 
 
 def _with_both_signs(elements: Sequence[str]) -> list[str]:

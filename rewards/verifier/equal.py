@@ -7,16 +7,17 @@ applied in this order, and the first one that decides gives the verdict:
    same text as the gold answer.
 2. Spelling. The same text after normalization (latex.py) is correct.
 3. Words. If the gold answer is words or the letter of a choice, the prediction must be the same
-   words.
-4. Numbers in a base, such as `664_7`. Digits and base must be the same.
-5. Exact numbers, with or without a unit (exact_values.py, units.py). There is no tolerance.
-6. Collections: lists, sets, tuples, intervals, unions and matrices (collection.py). They are
+   words or letter (choices.py).
+4. Sets of real numbers, if one of the answers is a relation or a set operation (real_sets.py).
+5. Numbers in a base, such as `664_7`: digits and base must be the same. Numbers modulo another one.
+6. Exact numbers, with or without a unit (units.py). There is no tolerance.
+7. Collections: lists, sets, tuples, intervals, unions and matrices (collection.py). They are
    compared element by element.
-7. Everything else is compared as an expression in sympy (expressions.py).
+8. Everything else is compared as a formula, by its values at many points (expressions.py).
 
 A prediction is untrusted text. It is parsed, never evaluated as code. A prediction that exceeds a
 bound on its size or on the size of its values is wrong. `undecided` means that the gold answer is
-empty, too large or cannot be read.
+empty, too large or cannot be read; its reason begins with "gold answer".
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ import re
 from collections.abc import Sequence
 
 from grpo.types import Verdict
+from rewards.verifier.brackets import nesting_depth, split_relations
+from rewards.verifier.choices import chosen_letter_of
 from rewards.verifier.collection import UNORDERED_KINDS, read_collection
-from rewards.verifier.exact_values import TooLargeError, exact_value
-from rewards.verifier.expressions import compare_expressions
-from rewards.verifier.latex import as_words, nesting_depth, normalize
-from rewards.verifier.units import split_unit
+from rewards.verifier.evaluate import TooLargeError
+from rewards.verifier.expressions import compare_expressions, exact_value
+from rewards.verifier.latex import as_words, normalize
+from rewards.verifier.real_sets import EMPTY, NAMED_SETS, read_real_set, same_set
+from rewards.verifier.units import number_of_words, split_unit
 
 MAX_CHARS = 1000
 MAX_DEPTH = 30  # of brackets
+MAX_REPEATED = 20  # largest size of a set in which elements may be repeated
 
 CORRECT = Verdict(value="correct")
 # The left side of `x = 5` or `x \in (1,2)`: a letter, word or vector with an optional subscript and
@@ -43,8 +48,17 @@ NAME = (
     r"|\\angle ?[A-Z]+|\([A-Za-z](?:, ?[A-Za-z])*\)"
 )
 ASSIGNMENT = re.compile(rf"(?P<name>{NAME}) ?(?P<sign>=|\\in(?![a-z]))(?P<value>[^=<>]+)")
+EQUALS = re.compile("(=)")
 RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in)(?![a-z])")
-NUMBER_IN_BASE = re.compile(r"\(?(?P<digits>[0-9A-Za-z]+)\)?_(?P<base>\w|\{\d+\})")
+# Notations of sets of real numbers, other than a tuple that may be an interval.
+SET_NOTATION = re.compile(
+    r"[<>]|\\(?:le|ge|ne|in|notin|cup|cap|setminus|backslash|mathbb|mid|emptyset|varnothing)(?![a-z])"
+)
+MODULO = re.compile(
+    r"(?:[A-Za-z] ?(?:\\equiv|=) ?)?(?P<value>-?[\d\\ a-z{}^+*/.!-]+?) ?"
+    r"\(?\\?[pb]?mod(?![a-z]) ?\{?(?P<modulus>\d{1,50})\}?\)?"
+)
+NUMBER_IN_BASE = re.compile(r"\(?(?P<digits>-?[0-9A-Za-z.]+)\)?_(?P<base>\w|\{\d+\})")
 
 
 def compare_answers(prediction: str, gold: str) -> Verdict:
@@ -62,16 +76,46 @@ def compare_answers(prediction: str, gold: str) -> Verdict:
         return CORRECT
     if nesting_depth(prediction) > MAX_DEPTH:
         return _wrong(f"nested deeper than {MAX_DEPTH}")
-    prediction = normalize(prediction)
-    gold = normalize(gold)
+    reason = _why_unreadable(gold)
+    if reason:
+        return Verdict(value="undecided", reason=f"gold answer: {reason}")
+    try:
+        return _compare_normalized(normalize(prediction), normalize(gold))
+    except TooLargeError as error:
+        return _wrong(f"too large: {error}")
+    except Exception as error:  # a mistake of this program must not end a run
+        return _verdict_after_error(gold, error)
+
+
+def _why_unreadable(gold: str) -> str:
+    """Returns why the size of a gold answer is beyond the bounds, "" if it is within them."""
+    if not gold.strip():
+        return "empty"
+    if len(gold) > MAX_CHARS:
+        return f"longer than {MAX_CHARS} characters"
+    if nesting_depth(gold) > MAX_DEPTH:
+        return f"nested deeper than {MAX_DEPTH}"
+    return ""
+
+
+def _verdict_after_error(gold: str, error: Exception) -> Verdict:
+    """Returns the verdict if the comparison failed: undecided if the gold answer is the cause."""
+    reason = f"{type(error).__name__}: {error}"[:200]
+    try:
+        _compare_normalized("0", normalize(gold))
+    except TooLargeError:
+        pass
+    except Exception:
+        return Verdict(value="undecided", reason=f"gold answer: {reason}")
+    return _wrong(f"cannot read the answer: {reason}")
+
+
+def _compare_normalized(prediction: str, gold: str) -> Verdict:
     if not prediction:
         return _wrong("empty answer")
     if not gold:
-        return Verdict(value="undecided", reason="empty gold answer")
-    try:
-        return _compare(prediction, gold)
-    except TooLargeError as error:
-        return _wrong(f"too large: {error}")
+        return Verdict(value="undecided", reason="gold answer: empty")
+    return _compare(prediction, gold)
 
 
 def _wrong(reason: str) -> Verdict:
@@ -79,26 +123,38 @@ def _wrong(reason: str) -> Verdict:
 
 
 def _compare(prediction: str, gold: str) -> Verdict:
-    """Applies rules 2 to 7 to normalized answers, and to the elements of collections.
+    """Applies rules 2 to 8 to normalized answers, and to the elements of collections.
 
     Raises:
         TooLargeError: The prediction exceeds a bound.
     """
     if _same_spelling(prediction, gold):
         return CORRECT
-    prediction = _in_ascending_order(prediction)
-    gold = _in_ascending_order(gold)
+    prediction, gold = _without_names(prediction), _without_names(gold)
     if _is_words(gold):
-        return CORRECT if as_words(prediction) == as_words(gold) else _wrong("other words")
+        return _compare_words(prediction, gold)
+    verdict = _compare_real_sets(prediction, gold)
+    if verdict is not None:
+        return verdict
     prediction, gold = _without_assignments(prediction, gold)
-    verdict = _compare_in_base(prediction, gold)
-    if verdict is None:
-        verdict = _compare_numbers(prediction, gold)
-    if verdict is None:
-        verdict = _compare_collections(prediction, gold)
-    if verdict is None:
-        verdict = compare_expressions(prediction, gold)
-    return verdict
+    if not RELATION.search(gold):
+        sides = split_relations(prediction, EQUALS)[::2]
+        if len(sides) > 2 and read_collection(prediction).kind == "":
+            return _compare_chain(sides, gold)
+    for rule in (_compare_in_base, _compare_modulo, _compare_numbers, _compare_collections):
+        verdict = rule(prediction, gold)
+        if verdict is not None:
+            return verdict
+    return compare_expressions(prediction, gold)
+
+
+def _compare_chain(sides: Sequence[str], gold: str) -> Verdict:
+    """Compares a chain such as `c = 2+3 = 5`: all sides but the first must equal the answer."""
+    for side in sides[1:]:
+        verdict = _compare(side.strip(), gold)
+        if verdict.value != "correct":
+            return verdict
+    return CORRECT
 
 
 def _same_spelling(prediction: str, gold: str) -> bool:
@@ -120,20 +176,6 @@ def _same_spelling(prediction: str, gold: str) -> bool:
     return as_words(prediction) == gold_words and not has_formula
 
 
-def _in_ascending_order(text: str) -> str:
-    r"""Returns a descending chain of relations in ascending order.
-
-    Other text is returned unchanged.
-
-    Example: `f(4)>f(1)\ge 2` -> `2 \le f(1) < f(4)`.
-    """
-    pieces = re.split(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))", text)
-    if len(pieces) < 5 or "<" in pieces or r"\le" in pieces:
-        return text
-    reversed_relations = {">": "<", r"\ge": r"\le"}
-    return " ".join(reversed_relations.get(piece, piece.strip()) for piece in reversed(pieces))
-
-
 def _is_words(text: str) -> bool:
     r"""Returns whether a gold answer is words or the letter of a choice, not a formula.
 
@@ -147,6 +189,41 @@ def _is_words(text: str) -> bool:
     )
     has_digit = re.search(r"\d", text)
     return bool(is_text or is_plain_words) and not has_digit
+
+
+def _without_names(text: str) -> str:
+    """Returns the number or the set that words name, other text unchanged."""
+    words = as_words(text)
+    return NAMED_SETS.get(words) or number_of_words(words) or text
+
+
+def _compare_words(prediction: str, gold: str) -> Verdict:
+    """Compares words. The letter of a choice may be followed by its text: `C) 12`."""
+    words, gold_words = as_words(prediction), as_words(gold)
+    is_letter = len(gold_words) == 1
+    if words == gold_words or (is_letter and chosen_letter_of(words) == gold_words.upper()):
+        return CORRECT
+    return _wrong("other words")
+
+
+def _compare_real_sets(prediction: str, gold: str) -> Verdict | None:
+    """Compares sets of real numbers. Returns None if one of the answers is none.
+
+    A relation of degree 2 or with an absolute value describes a set, but is not solved. It equals
+    only another one that is not solved.
+    """
+    has_notation = SET_NOTATION.search(prediction) or SET_NOTATION.search(gold)
+    if not has_notation and prediction not in EMPTY and gold not in EMPTY:
+        return None
+    expected = read_real_set(gold)
+    if expected is None:
+        return None
+    predicted = read_real_set(prediction) or read_real_set(rf"\{{{prediction}\}}")
+    if predicted is None:
+        return None
+    if expected.is_solved and not predicted.is_solved:
+        return _wrong("a relation that is not solved")
+    return CORRECT if same_set(predicted, expected) else _wrong("another set")
 
 
 def _without_assignments(prediction: str, gold: str) -> tuple[str, str]:
@@ -182,12 +259,34 @@ def _compare_in_base(prediction: str, gold: str) -> Verdict | None:
     return CORRECT if same_digits and same_base else _wrong("another number or base")
 
 
+def _compare_modulo(prediction: str, gold: str) -> Verdict | None:
+    r"""Compares numbers modulo another one, such as `3 \pmod{7}`. Returns None if neither is.
+
+    Both have the same modulus and the same remainder, or one of them is the remainder alone.
+    """
+    in_prediction, in_gold = MODULO.fullmatch(prediction), MODULO.fullmatch(gold)
+    if in_prediction is None and in_gold is None:
+        return None
+    matches = (in_prediction, in_gold)
+    moduli = {int(match["modulus"]) for match in matches if match is not None}
+    values = []
+    for match, text in zip(matches, (prediction, gold), strict=True):
+        values.append(exact_value(match["value"] if match else text))
+    if len(moduli) != 1 or 0 in moduli or None in values:
+        return _wrong("another modulus, or not a number")
+    (modulus,) = moduli
+    remainders = []
+    for match, value in zip(matches, values, strict=True):
+        remainders.append(value % modulus if match and value is not None else value)
+    return CORRECT if remainders[0] == remainders[1] else _wrong("another remainder")
+
+
 def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
-    """Compares exact numbers, with or without a unit.
+    """Compares exact numbers, with or without a unit or words behind them.
 
     - Two units must be the same. A unit of only one answer is ignored.
-    - A prediction in percent equals a gold answer without a unit as a number or as a share: `25%`
-      equals 25 and 0.25.
+    - A prediction in percent equals a gold answer without a unit as a share: `25%` equals 0.25. A
+      gold answer in percent is met with and without the sign.
     - If one of the values is not a number, the values are compared without their units by all
       rules.
 
@@ -197,9 +296,9 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
         TooLargeError: The prediction exceeds a bound.
     """
     expected = split_unit(gold)
-    predicted = split_unit(prediction)
-    if expected.unit and predicted.unit and expected.unit != predicted.unit:
-        return _wrong(f"unit {predicted.unit}, not {expected.unit}")
+    predicted = split_unit(prediction, glued=expected.unit)
+    if predicted.contradicts(expected):
+        return _wrong(f"{predicted.unit or predicted.words}, not {expected.unit or expected.words}")
     # In `(1,000)` the comma separates elements, not thousands.
     is_tuple = re.match(r"[(\[].*,", expected.value)
     try:
@@ -207,16 +306,16 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
     except TooLargeError as error:
         return Verdict(value="undecided", reason=f"gold answer: {error}")
     predicted_number = exact_value(predicted.value)
+    is_percentage = predicted.unit == "%" and not expected.unit
     if expected_number is None or predicted_number is None:
         if predicted.value == prediction and expected.value == gold:
             return None
+        if is_percentage:
+            return _wrong("a percentage")
         return _compare(predicted.value, expected.value)
-    if predicted_number == expected_number:
-        return CORRECT
-    is_percentage = predicted.unit == "%" and not expected.unit
-    if is_percentage and predicted_number / 100 == expected_number:
-        return CORRECT
-    return _wrong("another number")
+    if is_percentage:
+        predicted_number /= 100
+    return CORRECT if predicted_number == expected_number else _wrong("another number")
 
 
 def _compare_collections(prediction: str, gold: str) -> Verdict | None:
@@ -228,27 +327,67 @@ def _compare_collections(prediction: str, gold: str) -> Verdict | None:
     - The order of elements matters in tuples, intervals and matrices, but not in lists, sets and
       unions.
 
-    Returns None if the gold answer is one value and the prediction is no list, set or union, or if
-    the prediction is a relation that may describe the gold collection.
+    Returns None if the gold answer is one value and the prediction is no list, set or union.
     """
     expected = read_collection(gold)
     predicted = read_collection(prediction)
+    if expected.kind == predicted.kind == "set":
+        return _compare_sets(predicted.elements, expected.elements)
     if expected.kind == "":
         if predicted.kind in UNORDERED_KINDS:
             return _wrong("a collection, not one value")
-        return None
-    if predicted.kind == "" and RELATION.search(prediction):
         return None
     has_relation = RELATION.search(prediction + gold) is not None
     equivalent_kinds = {"list", "union"} if has_relation else {"list", "set"}
     same_kind = predicted.kind == expected.kind
     if not same_kind and {predicted.kind, expected.kind} != equivalent_kinds:
         return _wrong(f"{predicted.kind or 'one value'}, not {expected.kind}")
+    if expected.kind == "ratio":
+        return _compare_ratios(predicted.elements, expected.elements)
     if len(predicted.elements) != len(expected.elements):
         return _wrong(f"{len(predicted.elements)} elements, not {len(expected.elements)}")
     if expected.kind in UNORDERED_KINDS:
         return _compare_in_any_order(predicted.elements, expected.elements)
     return _compare_in_order(predicted.elements, expected.elements)
+
+
+def _compare_sets(predicted: Sequence[str], expected: Sequence[str]) -> Verdict:
+    """Compares two sets. Elements may be repeated in small sets."""
+    if len(predicted) == len(expected):
+        verdict = _compare_in_any_order(predicted, expected)
+        if verdict.value != "wrong":
+            return verdict
+    if max(len(predicted), len(expected)) > MAX_REPEATED:
+        return _wrong(f"{len(predicted)} elements, not the same {len(expected)}")
+    predicted, expected = _distinct(predicted), _distinct(expected)
+    if len(predicted) != len(expected):
+        return _wrong(f"{len(predicted)} elements, not {len(expected)}")
+    return _compare_in_any_order(predicted, expected)
+
+
+def _distinct(elements: Sequence[str]) -> list[str]:
+    distinct: list[str] = []
+    for element in elements:
+        if all(_compare(element, other).value != "correct" for other in distinct):
+            distinct.append(element)
+    return distinct
+
+
+def _compare_ratios(predicted: Sequence[str], expected: Sequence[str]) -> Verdict:
+    """Compares ratios: 2:4 equals 1:2. Times of day such as 3:05 must have the same digits."""
+    is_time = any(re.match(r"0\d", element) for element in (*predicted, *expected))
+    numbers = [exact_value(element) for element in (*predicted, *expected)]
+    if is_time or len(predicted) != len(expected) or not all(numbers):
+        # the leading zero of the hour may be missing
+        texts = [":".join(elements).removeprefix("0") for elements in (predicted, expected)]
+        return CORRECT if texts[0] == texts[1] else _wrong("another ratio")
+    half = len(predicted)
+    quotients = set()
+    for one, other in zip(numbers[:half], numbers[half:], strict=True):
+        if one is not None and other is not None:
+            quotients.add(one / other)
+    is_equal = len(quotients) == 1 and quotients.pop() > 0
+    return CORRECT if is_equal else _wrong("another ratio")
 
 
 def _compare_in_order(predicted: Sequence[str], expected: Sequence[str]) -> Verdict:

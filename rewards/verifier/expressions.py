@@ -1,42 +1,76 @@
-"""Compares two answers as mathematical expressions, with sympy.
-
-latex2sympy2_extended converts LaTeX to sympy objects. It never evaluates text as code. Before the
-conversion, `_check_bounds` rejects a prediction that sympy could take long to evaluate.
-"""
+"""Compares two answers as formulas, equations and inequalities (syntax.py, identity.py)."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Sequence
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 from grpo.types import Verdict
-from rewards.verifier.exact_values import TooLargeError
-from rewards.verifier.latex import find_closing, nesting_depth
-
-# Bounds of a prediction. (+): the bound is added to the number in the gold answer.
-MAX_DEPTH = 10  # (+) the time of sympy's parser doubles with each level
-MAX_BRACKETS = 8  # (+) a product of n brackets has 2^n terms
-MAX_BARS = 8  # (+) in |a||b| the parser searches for the opening bars
-MAX_TERMS = 40  # (+)
-MAX_EXPONENT = 400
-MAX_POWER_PRODUCT = 30  # product of the exponents of brackets: it is 30 in ((x+1)^5)^6
-# Text that sympy can take long to evaluate: binomials, sums, products, integrals, limits,
-# determinants, environments, operators, factorials of large numbers or of expressions, and long
-# numbers. Only text that is also in the gold answer is accepted. For a large binomial this includes
-# its first four digits.
-EXPENSIVE = re.compile(
-    r"\\binom\{\d{4}|\\(?:sum|prod|i{1,3}nt|oint|lim|binom|det|begin|operatorname)(?![A-Za-z])"
-    r"|\d{3,}!|[)}!]!|\d{300}"
+from rewards.verifier.brackets import split_relations
+from rewards.verifier.evaluate import CONTEXT, Evaluator, TooLargeError, UndefinedError
+from rewards.verifier.identity import (
+    constant_value,
+    proportional,
+    same_function,
+    same_value,
+    variables_of,
 )
-# Factorials of short expressions, such as (2n)! and (d-k)!, are cheap.
-CHEAP_FACTORIAL = re.compile(r"\((?:\d?[a-z](?: ?[+-] ?(?:\d|\d?[a-z]))?)\)!(?!!)")
+from rewards.verifier.sympy_values import constant_of_sympy
+from rewards.verifier.syntax import Call, FormulaError, Name, Node, Number, parse_formula
 
-# Values that differ by less than 10^-DIGITS are equal.
-DIGITS = 100
-# Points at which expressions are compared: the value of each symbol, in units of 1/97.
-POINTS = ((131, 211, 83, 59), (-113, 41, -167, 229), (307, -53, 71, -197), (23, 17, 29, 37))
+CORRECT = Verdict(value="correct")
+RELATION_SIGN = re.compile(r"(<|>|=|\\(?:le|ge|ne|equiv|approx|sim|cong)(?![a-z]))")
+REVERSED = {">": "<", r"\ge": r"\le"}
+# A decimal with this many digits may stand for an irrational value.
+MIN_DIGITS = 9
+DECIMAL = re.compile(r"-?(?P<digits>\d+\.(?P<places>\d+))")
+RATIONAL_OPERATORS = {"+", "*", "/", "neg", "!", "!!", "binom"}
+
+
+class _Relations(NamedTuple):
+    """A chain of relations such as `1 < x <= 2`; no signs for a formula."""
+
+    sides: list[Node]
+    signs: list[str]
+
+
+def exact_value(text: str) -> Fraction | None:
+    r"""Returns the exact value of arithmetic in rational numbers, None for any other text.
+
+    Examples: `3\frac{1}{2}`, `1,000`, `3.2\times10^5`, `2^{-3}`, `5!`.
+
+    Raises:
+        TooLargeError: The value is too large to be exact.
+    """
+    if re.fullmatch(r"-?\d{1,400}", text):
+        return Fraction(int(text))
+    if re.search(r"[a-zA-Z]", re.sub(r"\\(?:frac|times|cdot|div|binom)", "", text)):
+        return None
+    try:
+        tree = parse_formula(text)
+        value = Evaluator({})(tree)
+    except (FormulaError, UndefinedError):
+        return None
+    if isinstance(value, Fraction):
+        return value
+    if _is_rational(tree):
+        raise TooLargeError("a number with too many digits")
+    return None
+
+
+def _is_rational(tree: Node) -> bool:
+    """Returns whether a tree has only operations whose results are rational."""
+    if isinstance(tree, Number):
+        return True
+    if not isinstance(tree, Call):
+        return False
+    if tree.function == "^" and isinstance(tree.arguments[1], (Number, Call)):
+        exponent = constant_value(tree.arguments[1])
+        is_integer = isinstance(exponent, Fraction) and exponent.denominator == 1
+        return is_integer and _is_rational(tree.arguments[0])
+    is_known = tree.function in RATIONAL_OPERATORS
+    return is_known and all(_is_rational(argument) for argument in tree.arguments)
 
 
 def compare_expressions(prediction: str, gold: str) -> Verdict:
@@ -45,202 +79,119 @@ def compare_expressions(prediction: str, gold: str) -> Verdict:
     Raises:
         TooLargeError: The prediction exceeds a bound.
     """
-    _check_bounds(prediction, gold)
-    from math_verify import grader
+    try:
+        expected = _read(gold)
+        _require_known_value(expected)
+    except FormulaError as error:
+        return _compare_with_sympy(prediction, gold, error)
+    except TooLargeError as error:
+        return Verdict(value="undecided", reason=f"gold answer: {error}")
+    try:
+        predicted = _read(prediction)
+    except FormulaError as error:
+        return _wrong(f"cannot read the answer: {error}")
+    return _compare_relations(predicted, expected, prediction, gold)
 
-    grader.logger.setLevel(logging.ERROR)  # no warnings that it runs without a time limit
-    is_complex = _has_imaginary_unit(prediction) or _has_imaginary_unit(gold)
-    # antlr, sympy and math_verify raise exceptions of many types.
+
+def _compare_with_sympy(prediction: str, gold: str, error: FormulaError) -> Verdict:
+    """Compares a prediction with a gold answer that has a value only in sympy."""
+    expected = constant_of_sympy(gold)
+    if expected is None:
+        return Verdict(value="undecided", reason=f"gold answer: {error}")
     try:
-        expected = _parse(gold, is_complex)
-    except Exception as error:
-        reason = f"cannot read the gold answer: {type(error).__name__}"
-        return Verdict(value="undecided", reason=reason)
-    try:
-        return _compare_parsed(_parse(prediction, is_complex), expected)
-    except Exception as error:
-        return _wrong(f"cannot read the answer: {type(error).__name__}")
+        predicted = constant_value(parse_formula(prediction))
+    except FormulaError as prediction_error:
+        return _wrong(f"cannot read the answer: {prediction_error}")
+    is_equal = predicted is not None and same_value(predicted, expected)
+    return CORRECT if is_equal else _wrong("another value")
+
+
+def _require_known_value(relations: _Relations) -> None:
+    """Raises TooLargeError if a constant has no value within the bounds."""
+    for side in relations.sides:
+        if side == Name("inf"):
+            continue
+        if not relations.signs and constant_value(side) is None and not variables_of(side):
+            raise TooLargeError("no value within the bounds")
 
 
 def _wrong(reason: str) -> Verdict:
     return Verdict(value="wrong", reason=reason)
 
 
-def _has_imaginary_unit(text: str) -> bool:
-    return re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", text) is not None
+def _read(text: str) -> _Relations:
+    pieces = split_relations(text, RELATION_SIGN)
+    return _Relations([parse_formula(piece) for piece in pieces[::2]], pieces[1::2])
 
 
-def _compare_parsed(predicted: Any, expected: Any) -> Verdict:
-    """Compares two sympy objects.
-
-    - Two equations are equal if one is a multiple of the other, after all terms have been moved to
-      one side.
-    - A predicted equation does not equal an expected value.
-    - Two expressions are equal if they have the same value (`_same_value`).
-    - Everything else is compared by math_verify: sets, relations, and expressions for which
-      `_same_value` has no result.
-
-    Raises:
-        Exception: sympy or math_verify fails, with any type of exception.
-    """
-    import sympy
-    from math_verify import verify as math_verify
-
-    is_equal: bool | None
-    if isinstance(expected, sympy.Eq) and isinstance(predicted, sympy.Eq):
-        ratio = sympy.simplify((predicted.lhs - predicted.rhs) / (expected.lhs - expected.rhs))
-        is_equal = bool(ratio.is_number and ratio.is_finite and not ratio.is_zero)
-    elif isinstance(predicted, sympy.Eq) and not isinstance(expected, sympy.logic.boolalg.Boolean):
-        return _wrong("an equation, not a value")
-    else:
-        is_equal = _same_value(predicted, expected)
-    if is_equal is None:
-        is_equal = math_verify(
-            expected,
-            predicted,
-            allow_set_relation_comp=True,
-            timeout_seconds=None,
-            raise_on_error=True,
+def _compare_relations(
+    predicted: _Relations, expected: _Relations, prediction: str, gold: str
+) -> Verdict:
+    if not predicted.signs and not expected.signs:
+        return _compare_values(predicted.sides[0], expected.sides[0], prediction, gold)
+    predicted, expected = _ascending(predicted), _ascending(expected)
+    if predicted.signs != expected.signs:
+        return _wrong("another relation")
+    if len(expected.signs) == 1:
+        is_equal = proportional(
+            _difference(predicted),
+            _difference(expected),
+            positive=expected.signs[0] in ("<", r"\le"),
         )
-    return Verdict(value="correct") if is_equal else _wrong("another value")
+        if is_equal is None:
+            return _wrong("cannot be compared")
+        return CORRECT if is_equal else _wrong("another relation")
+    for one, other in zip(predicted.sides, expected.sides, strict=True):
+        if not same_function(one, other):
+            return _wrong("another relation")
+    return CORRECT
 
 
-def _check_bounds(prediction: str, gold: str) -> None:
-    """Raises TooLargeError for a prediction that sympy could take long to evaluate.
+def _ascending(relations: _Relations) -> _Relations:
+    """Returns the relations with `<` in place of `>`."""
+    if not any(sign in REVERSED for sign in relations.signs):
+        return relations
+    signs = [REVERSED.get(sign, sign) for sign in reversed(relations.signs)]
+    return _Relations(relations.sides[::-1], signs)
 
-    The decision depends only on the texts, not on the clock, so it is the same on every machine.
+
+def _difference(relations: _Relations) -> Node:
+    left, right = relations.sides
+    return Call("+", (left, Call("neg", (right,))))
+
+
+def _compare_values(predicted: Node, expected: Node, prediction: str, gold: str) -> Verdict:
+    is_equal = same_function(predicted, expected)
+    if is_equal is None:
+        return _wrong("undefined, or defined at too few points")
+    if is_equal or _is_decimal_of(prediction, expected) or _is_decimal_of(gold, predicted):
+        return CORRECT
+    return _wrong("another value")
+
+
+def _is_decimal_of(text: str, tree: Node) -> bool:
+    """Returns whether a decimal with MIN_DIGITS right digits stands for an irrational value.
+
+    The last digit may be rounded or cut off.
     """
-    for match in EXPENSIVE.finditer(CHEAP_FACTORIAL.sub("k", prediction)):
-        if match.group() not in gold:
-            raise TooLargeError(match.group()[:20])
-    if nesting_depth(prediction) > MAX_DEPTH + nesting_depth(gold):
-        raise TooLargeError("nested too deep")
-    if prediction.count("|") > MAX_BARS + gold.count("|"):
-        raise TooLargeError("too many bars")
-    if prediction.count("(") > MAX_BRACKETS + gold.count("("):
-        raise TooLargeError("too many brackets")
-    if _num_signs(prediction) > MAX_TERMS + _num_signs(gold):
-        raise TooLargeError("too many terms")
-    _check_powers(prediction)
-
-
-def _num_signs(text: str) -> int:
-    return text.count("+") + text.count("-")
-
-
-def _check_powers(text: str) -> None:
-    """Checks the powers of a prediction.
-
-    Raises:
-        TooLargeError: A power in an exponent, an exponent above MAX_EXPONENT, or powers of brackets
-            whose exponents have a product above MAX_POWER_PRODUCT.
-    """
-    power_product = 1
-    for match in re.finditer(r"(?P<base_end>.)\s*\^\s*(?P<exponent>[{(]|-?\d+)?", text):
-        exponent = match["exponent"] or ""
-        if exponent in ("{", "("):
-            start = match.end()
-            exponent = text[start : find_closing(text, start - 1)]
-        if re.search(r"[\d)}]\s*\^|\^.*\^", exponent):
-            raise TooLargeError("a tower of powers")
-        numbers = [int(digits) for digits in re.findall(r"\d{1,9}", exponent)]
-        max_number = max(numbers, default=1)
-        if match["base_end"] in ")}]":  # the base is a bracket
-            power_product *= max(max_number, 1)
-        if max_number > MAX_EXPONENT or power_product > MAX_POWER_PRODUCT:
-            raise TooLargeError("a power")
-
-
-def _parse(text: str, is_complex: bool) -> Any:
-    """Converts LaTeX to a sympy object, with decimals as exact fractions.
-
-    Args:
-        text: A normalized answer.
-        is_complex: True: `i` is the imaginary unit. False: all symbols are real.
-
-    Raises:
-        Exception: The text cannot be read. antlr and sympy raise exceptions of many types.
-    """
-    import sympy
-    from latex2sympy2_extended import latex2sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-
-    # A prime is part of the name: f' becomes the symbol f_{p}.
-    text = re.sub(r"(?<=[A-Za-z])(?:'|\^\{ ?\\prime ?\}|\^ ?\\prime)", "_{p}", text)
-    # The remaining commas are thousands separators: collections have been split before.
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    value = latex2sympy(
-        text,
-        is_real=None if is_complex else True,
-        normalization_config=None,
-        conversion_config=ConversionConfig(lowercase_symbols=False),
-    )
-    fractions = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}
-    value = value.xreplace(fractions)
-    if is_complex:
-        value = value.subs(sympy.Symbol("i"), sympy.I)
-    return value
-
-
-def _same_value(first: Any, second: Any) -> bool | None:
-    """Returns whether two expressions have the same value, to 100 digits.
-
-    Expressions with symbols are evaluated at four points. A point at which one of them is undefined
-    is skipped, so (x^2-1)/(x-1) equals x+1.
-
-    Returns None for sets and relations, and for expressions that are defined at too few points: at
-    none, or at only one if they have symbols.
-    """
-    import sympy
-
-    if not (isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr)):
-        return None
-    symbols = sorted(first.free_symbols | second.free_symbols, key=str)
-    num_agreeing = 0
-    points: Sequence[Sequence[int]] = POINTS if symbols else [()]
-    for point in points:
-        values = _values_at(point, symbols)
-        first_value = first.subs(values)
-        second_value = second.subs(values)
-        if not (_is_finite_number(first_value) and _is_finite_number(second_value)):
-            continue
-        if not _is_zero(first_value - second_value):
-            return False
-        num_agreeing += 1
-    if num_agreeing < min(2, len(symbols) + 1):
-        return None
-    return True
-
-
-def _values_at(point: Sequence[int], symbols: Sequence[Any]) -> dict[Any, Any]:
-    """Returns the value of each symbol at a point.
-
-    The numbers of the point are for the first four symbols. The next four symbols get twice these
-    numbers, the next four three times, and so on.
-    """
-    import sympy
-
-    values = {}
-    for index, symbol in enumerate(symbols):
-        number = point[index % len(point)] * (index // len(point) + 1)
-        values[symbol] = sympy.Rational(number, 97)
-    return values
-
-
-def _is_finite_number(value: Any) -> bool:
-    import sympy
-
-    approximation = sympy.N(value, 5)
-    return bool(approximation.is_number and approximation.is_finite)
-
-
-def _is_zero(difference: Any) -> bool:
-    """Returns whether |difference| is less than 10^-DIGITS. Rational numbers must be exactly 0."""
-    import sympy
-
-    if difference == 0:
-        return True
-    if difference.is_Rational:
+    match = DECIMAL.fullmatch(text)
+    if match is None or len(match["digits"].replace(".", "").lstrip("0")) < MIN_DIGITS:
         return False
-    approximation = sympy.N(difference, 5, maxn=DIGITS + 20)
-    return bool(abs(approximation) < sympy.Float(f"1e-{DIGITS}"))
+    value = constant_value(tree)
+    if value is None or isinstance(value, (tuple, CONTEXT.mpc)) or _is_nearly_rational(value):
+        return False
+    scale = 10 ** len(match["places"])
+    scaled = value * scale
+    cut_off = int(CONTEXT.floor(abs(scaled))) * (1 if scaled > 0 else -1)
+    return Fraction(text) * scale in (cut_off, int(CONTEXT.nint(scaled)))
+
+
+def _is_nearly_rational(value: Any) -> bool:
+    """Returns whether a value is rational with a small denominator, but for rounding."""
+    if isinstance(value, Fraction):
+        return True
+    if not abs(value) < 10**30:
+        return True
+    scaled = Fraction(int(CONTEXT.nint(value * 10**80)), 10**80)
+    nearest = scaled.limit_denominator(10**12)
+    return abs(scaled - nearest) < Fraction(1, 10**60)

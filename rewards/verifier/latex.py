@@ -1,4 +1,4 @@
-r"""Normalizes the spelling of answers, and splits them outside of brackets.
+r"""Normalizes the spelling of answers.
 
 Unicode characters, LaTeX variants and other notations get one spelling. Values are not interpreted:
 `1/2` and `0.5` stay different.
@@ -7,104 +7,151 @@ Unicode characters, LaTeX variants and other notations get one spelling. Values 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
-UNICODE: dict[str, str | int | None] = {
-    # operators and signs
-    "−": "-",
-    "–": "-",
-    "—": "-",
-    "‑": "-",
-    "×": r"\times ",
-    "÷": r"\div ",
-    "·": r"\cdot ",
-    "⋅": r"\cdot ",
-    "±": r"\pm ",
-    # symbols
-    "π": r"\pi ",
-    "θ": r"\theta ",
-    "∞": r"\infty ",
-    "°": r"^\circ ",
-    # relations and sets
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "≠": r"\ne ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "∅": r"\emptyset ",
-    # spaces
-    "\u00a0": " ",
-    "\u202f": " ",
-    "\u2009": " ",
-    # units
-    "％": "%",
-    "€": r"\text{euro}",
-    "£": r"\text{pound}",
-    # fractions
-    "½": r"\frac{1}{2}",
-    "⅓": r"\frac{1}{3}",
-    "⅔": r"\frac{2}{3}",
-    "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}",
-    "⅛": r"\frac{1}{8}",
+from rewards.verifier.brackets import find_closing, with_braces
+from rewards.verifier.characters import to_latex
+from rewards.verifier.decimals import with_fractions
+
+BASES = {
+    **{"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8"},
+    **{"nine": "9", "ten": "10", "twelve": "12", "sixteen": "16"},
 }
-# superscripts: ² -> ^{2}
-UNICODE |= {
-    char: f"^{{{plain}}}" for plain, char in zip("0123456789-+n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", strict=True)
-}
-# subscripts: ₂ -> _{2}
-UNICODE |= {char: f"_{{{digit}}}" for digit, char in enumerate("₀₁₂₃₄₅₆₇₈₉")}
-# full-width forms of ASCII
-UNICODE |= {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
-UNICODE_TABLE = str.maketrans(UNICODE)
+
+
+def _derivative(match: re.Match[str]) -> str:
+    over, under = (re.sub(r"[\s{}]", "", part) for part in match.groups())
+    return rf"\text{{{over}/{under}}}"
+
+
+def _in_base(match: re.Match[str]) -> str:
+    digits, base = match.groups()
+    return f"{digits}_{{{BASES.get(base, base)}}}"
+
+
+def _base_in_words(match: re.Match[str]) -> str:
+    base = BASES.get(match[1])
+    return f"_{{{base}}}" if base else match.group()
+
 
 # Regular expressions and their replacements, applied in this order.
-REPLACEMENTS = [
+REPLACEMENTS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    # Markdown's code: `5` -> 5
+    (r"^\s*(`+)([^`]+)\1\s*$", r"\2"),
     # Markdown's bold: **5** -> 5
     (r"^\s*(\*\*|__)(?=[^\s*_])(.*[^\s*_])\1\s*$", r"\2"),
-    # thousands separators: 10,\!080 -> 10,080
-    (r",\s*\\!\s*(?=\d{3})", ","),
+    # thousands separators: 10,\!080 and 10{,}080 -> 10080
+    (r"(?<=\d),\s*\\!\s*(?=\d{3})|(?<=\d)\{,\}\s*(?=\d{3})", ""),
     # roots: √2 -> \sqrt{2}, ∛2 -> \sqrt[3]{2}
     (r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
     (r"∛\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt[3]{\1}"),
+    (r"∜\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt[4]{\1}"),
+    # primes: f^{\prime\prime} -> f''
+    (r"\^\s*\{?\s*\\prime\s*\\prime\s*\}?", "''"),
+    (r"\^\s*\{\s*\\prime\s*\}|\^\s*\\prime(?![A-Za-z])", "'"),
+    # vectors: \mathbf{i}, \hat{\imath} -> \vec{i}. Other text in bold is unchanged text.
+    (r"^\s*\\(?:mathbf|boldsymbol|bm|pmb)\s*\{([A-Za-z])\}\s*$", r"\1"),
+    (r"\\(?:hat|widehat)\s*\{?\s*\\?([ijk])(?:math)?\s*\}?(?![A-Za-z])", r"\\vec{\1}"),
+    (r"\\(?:mathbf|boldsymbol|bm|pmb|overrightarrow|vec)\s*\{\s*([A-Za-z])\s*\}", r"\\vec{\1}"),
+    (r"\\(?:mathbf|boldsymbol|bm|pmb)(?=\s*\{(?![A-Za-z]*\}))", ""),
+    # angles and pointed brackets: \ang{45}, \langle 1,2\rangle
+    (r"\\ang\s*\{([^{}]*)\}", r"\1^\\circ "),
+    (r"\\langle(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])", ")"),
+    (r"\\\||\\[lr]?Vert(?![A-Za-z])", "|"),
+    # labels below, boxes with options, the end of a proof
+    (r"\\(?:under|over)brace\s*\{([^{}]*)\}(?:\s*[_^]\s*\{[^{}]*(?:\{[^{}]*\})?\})?", r"\1"),
+    (r"\\bbox\s*(?:\[[^\[\]]*\])?", ""),
+    (r"\s*\\(?:blacksquare|qed|square|Box)\s*$", ""),
+    # derivatives are names: \frac{dy}{dx}
+    (
+        r"\\[dt]?frac\s*\{\s*(d(?:\^\{?\d\}?)?\s*[A-Za-z]?)\s*\}\s*\{\s*(d\s*[A-Za-z](?:\^\{?\d\}?)?)\s*\}",
+        _derivative,
+    ),
+    # numbers in a base: 735 \text{ base } 8 -> 735_8
+    (
+        r"(?<![\w.])([0-9A-Za-z.]+?)\s*(?:\\text\s*\{\s*)?\(?(?:in )?base[ -]?\s*\}?\s*"
+        r"(\d+|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen)\)?\}?$",
+        _in_base,
+    ),
+    (r"(?<=\w)_\s*\{\s*\\text\{\s*([a-z]+)\s*\}\s*\}$", _base_in_words),
+    # an introduction is removed: The answer is 5 -> 5
+    (
+        r"^\s*(?:\\text\{)?\s*(?i:(?:so|thus|hence|therefore),? )?(?i:the )?(?i:final |correct )?"
+        r"(?i:answer)(?i: is|:|=)\s*:?\s*\}?(?=\s*\S)",
+        "",
+    ),
+    # colours: \color{red} and \textcolor{red} are removed
+    (r"\\(?:text)?color\s*\{[^{}]*\}|\\color(?![A-Za-z])\s*[a-z]+", ""),
     # sizes of brackets, styles, negative spaces and \limits are removed: \left( -> (
     (
         r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?"
-        r"|\\(?:display|text)style(?![A-Za-z])|\\!\s*|\\limits",
+        r"|\\(?:display|text|script)style(?![A-Za-z])|\\!\s*|\\(?:no)?limits(?![A-Za-z])",
         "",
     ),
     # horizontal spaces: \, \; ~ \quad
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
     # fractions: \dfrac -> \frac
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
+    # binomial coefficients: \dbinom -> \binom, {n \choose k} -> \binom{n}{k}
+    (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"\{\s*([^{}]*?)\s*\\choose(?![A-Za-z])\s*([^{}]*?)\s*\}", r"\\binom{\1}{\2}"),
+    (r"\{\s*([^{}]*?)\s*\\over(?![A-Za-z])\s*([^{}]*?)\s*\}", r"\\frac{\1}{\2}"),
+    # Euler's number and the imaginary unit in an upright font: \mathrm{e} -> e
+    (r"\\(?:mathrm|text|textrm)\s*\{\s*([ei])\s*\}", r"\1"),
+    # functions in an upright font: \mathrm{lcm} -> \lcm, but not the unit of 9\text{ min}
+    (
+        r"\\(?:mathrm|text|textrm|operatorname)\*?\{\s*"
+        r"(arc(?:sin|cos|tan)h?|ar(?:sin|cos|tan)h|sin|cos|tan|log|ln|lg|exp|max|min|gcd|lcm|floor"
+        r"|ceil|sgn|Re|Im)\s*\}(?=\s*(?:[({\[|_^]|\\\{|\\left|[A-Za-z]))",
+        r"\\\1 ",
+    ),
     # commands for text: \mbox{ -> \text{
-    (r"\\(?:mbox|textbf|textit|textrm|mathrm|mathbf|emph)\s*\{", r"\\text{"),
+    (
+        r"\\(?:mbox|textbf|textit|textrm|textnormal|texttt|mathrm|mathit|mathsf|emph|bf|rm)\s*\{",
+        r"\\text{",
+    ),
     # relations: \leq and <= -> \le
     (r"\\le(?:q|qslant)(?![A-Za-z])", r"\\le "),
     (r"\\ge(?:q|qslant)(?![A-Za-z])", r"\\ge "),
     (r"(?<![\\<>])<=", r"\\le "),
     (r"(?<![\\<>])>=", r"\\ge "),
+    (r"\\neq(?![A-Za-z])|(?<![\\!])!=", r"\\ne "),
+    # bars: \lvert -> |
+    (r"\\[lr]?vert(?![A-Za-z])", "|"),
+    # logical signs: \vee -> \lor
+    (r"\\vee(?![A-Za-z])", r"\\lor "),
+    (r"\\wedge(?![A-Za-z])", r"\\land "),
+    # the real numbers: \mathbb R -> \mathbb{R}
+    (r"\\mathbb\s+R|\\R(?![A-Za-z])|\\mathbf\{R\}", r"\\mathbb{R}"),
     # braces of sets: \lbrace -> \{
     (r"\\(?:lbrace|\{)", r"\\{"),
     (r"\\(?:rbrace|\})", r"\\}"),
     # degrees: 90^{\circ} -> 90\text{degree}
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", r"\\text{degree}"),
-    # lists: 1 or 2, 1 \text{ and } 2 -> 1,2
-    (r",?\s*\\text\{\s*(?:or|and)\s*\}|,?\s+(?:or|and)\s+", ","),
+    # lists: 1 or 2, 1 \text{ and } 2 -> 1\lor 2, 1\land 2
+    (r",?\s*\\text\{\s*or\s*\}|,?\s+or\s+", r"\\lor "),
+    (r",?\s*\\text\{\s*and\s*\}|,?\s+and\s+", r"\\land "),
     # subscripts of one character: x_{1} -> x_1
     (r"_\{(\w)\}", r"_\1"),
-    # thousands separators: 10{,}080 -> 10,080
-    (r"\{,\}", ","),
+    # a comma or sign in braces: {-}8 -> -8
+    (r"\{\s*([,+-])\s*\}", r"\1"),
     # "approximately" in front of the answer is removed: \approx 8.24 -> 8.24
     (r"^(\s*\$?)\s*\\approx(?![A-Za-z])", r"\1"),
-    # invisible text is removed: \phantom{0}
-    (r"\\phantom(?:\{[^{}]*\}|\s*.)", ""),
+    # invisible text and labels are removed: \phantom{0}, \hspace{1cm}, \tag{1}
+    (r"\\[hv]?phantom(?:\{[^{}]*\}|\s*.)", ""),
+    (r"\\(?:[hv]space|tag)\*?\s*\{[^{}]*\}|\\(?:smallskip|hfill|nobreak)(?![A-Za-z])", ""),
     # Python's power: x**2 -> x^2
     (r"\*\*", "^"),
     # longer subscripts: x_{ \max } -> x_{max}
     (r"_\{\s*\\?(\w+)\s*\}", r"_{\1}"),
     # extra space between the rows of a matrix: \\[2pt] -> \\
     (r"\\\\\[[^\[\]]{1,8}\]", r"\\\\"),
+    # matrices in brackets: (\begin{smallmatrix} -> \begin{pmatrix}
+    (
+        r"[(\[]\s*\\begin\{(?:small)?matrix\}(.*)\\end\{(?:small)?matrix\}\s*[)\]]",
+        r"\\begin{pmatrix}\1\\end{pmatrix}",
+    ),
     # arrays in brackets are matrices: (\begin{array}{c} ... \end{array}) -> \begin{pmatrix} ...
     (
         r"([(\[]?)\s*\\begin\{array\}\s*\{[lcr| ]*\}([^()]*)\\end\{array\}\s*[)\]]?",
@@ -117,147 +164,72 @@ REPLACEMENTS = [
     # scientific notation: 3.2e5 -> 3.2\times 10^{5}
     (r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,4})$", r"\1\\times 10^{\2}"),
 ]
-SUPERSCRIPTS_IN_A_ROW = re.compile(r"\^\{[\d+-]\}\^\{[\dn]\}")
 DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\\text\{degree\}")
-REPEATING_DECIMAL = re.compile(r"(\d{0,20})\.(\d{0,20})\\overline\{(\d{1,20})\}")
 TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
-COMMAND = re.compile(r"\\[A-Za-z]+|\\.")
-NUM_ARGUMENTS = {r"\frac": 2, r"\sqrt": 1}
+MATH_DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")
+FULL_STOP = re.compile(r"(?<!\.)[.。]\s*$")
+MAX_FRAMES = 10
+
+
+# Commands whose argument is shown unchanged except for a line or frame.
+WRAPPER = re.compile(r"\\(?:underline|fbox|boxed|framebox|bm)(?![A-Za-z])\s*")
 
 
 def normalize(text: str) -> str:
     r"""Returns the normalized spelling of an answer.
 
-    In this order: Unicode becomes LaTeX; REPLACEMENTS are applied; a full stop at the end, dollar
-    signs (if their number is even), and `\(...\)` or `\[...\]` around the answer are removed;
-    repeating decimals become fractions; degrees become radians if the answer has a trigonometric
-    function; white space becomes single spaces; the arguments of `\frac` and `\sqrt` get braces.
+    In this order: Unicode becomes LaTeX; frames and REPLACEMENTS are applied; a full stop at the
+    end, quotation marks, dollar signs (if their number is even), and `\(`, `\)`, `\[` and `\]` are
+    removed; repeating decimals become fractions; degrees become radians if
+    the answer has a trigonometric function; white space becomes single spaces; the arguments of
+    `\frac` and `\sqrt` get braces.
 
     Examples: `$\dfrac12$.` -> `\frac{1}{2}`, `10,\!080` -> `10,080`, `90°` -> `90\text{degree}`.
     """
-    text = text.translate(UNICODE_TABLE)
-    if SUPERSCRIPTS_IN_A_ROW.search(text):  # ¹⁰ is one exponent: ^{1}^{0} -> ^{10}
-        text = re.sub(r"\}\^\{(?=[\dn]\})", "", text)
+    text = _without_frames(to_latex(text))
     for pattern, replacement in REPLACEMENTS:
         text = re.sub(pattern, replacement, text)
-    text = text.strip().rstrip(".。").strip()
+    text = re.sub(r"^[\"“”„«»\s]+|[\"“”»«\s]+$", "", text)
+    text = FULL_STOP.sub("", text).strip()
     num_dollars = len(re.findall(r"(?<!\\)\$", text))
     if num_dollars % 2 == 0:
         text = re.sub(r"(?<!\\)\$", "", text)
-    if text[:2] in (r"\(", r"\[") and text[-2:] in (r"\)", r"\]"):
-        text = text[2:-2]
-    text = REPEATING_DECIMAL.sub(_fraction_of_repeating_decimal, text)
+    text = MATH_DELIMITER.sub("", text)
+    text = _without_outer_braces(text.strip())
+    text = with_fractions(text)
+    text = re.sub(r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", _without_spaces, text)  # 1 000 000
     if TRIGONOMETRIC.search(text):
         text = DEGREES.sub(r"(\1\\pi/180)", text)
-    text = re.sub(r"\s+", " ", text.strip().rstrip("."))
+    text = re.sub(r"\s+", " ", FULL_STOP.sub("", text.strip()))
     return with_braces(text).strip()
 
 
-def with_braces(text: str) -> str:
-    r"""Returns the text with braces around the arguments of `\frac` and `\sqrt`.
+def _without_spaces(match: re.Match[str]) -> str:
+    return match.group().replace(" ", "")
 
-    Examples: `\frac12` -> `\frac{1}{2}`, `\frac{270}7` -> `\frac{270}{7}`, `\sqrt[3]5` ->
-    `\sqrt[3]{5}`.
-    """
-    pieces: list[str] = []
-    num_missing = 0  # arguments that the last \frac or \sqrt still needs
-    index = 0
-    while index < len(text):
-        command = COMMAND.match(text, index)
-        token = command.group() if command else text[index]
-        index += len(token)
-        if token in NUM_ARGUMENTS:
-            # As an argument it gets no braces, because its own arguments follow: \frac\sqrt23.
-            pieces.append(token)
-            num_missing = NUM_ARGUMENTS[token]
-        elif num_missing == 0:
-            pieces.append(token)
-        elif token == " ":
-            continue
-        elif token == "[" and pieces[-1] == r"\sqrt" and "]" in text[index:]:
-            end = text.index("]", index) + 1
-            pieces.append(text[index - 1 : end])
-            index = end
-        elif token == "{":
-            end = find_closing(text, index - 1)
+
+def _without_frames(text: str) -> str:
+    r"""Removes WRAPPER commands and the braces of their arguments: `\fbox{5}` -> `5`."""
+    for _ in range(MAX_FRAMES):
+        match = WRAPPER.search(text)
+        if match is None:
+            break
+        start = match.end()
+        if text[start : start + 1] == "{":
+            end = find_closing(text, start)
             if end < 0:
-                pieces.append(text[index - 1 :])
                 break
-            pieces.append("{" + with_braces(text[index:end]) + "}")
-            num_missing -= 1
-            index = end + 1
-        else:  # a character, or a command without arguments: \frac\pi2
-            pieces.append("{" + token + "}")
-            num_missing -= 1
-    return "".join(pieces)
-
-
-def _depth_change(char: str) -> int:
-    """Returns 1 for an opening bracket of any kind, -1 for a closing one, 0 otherwise."""
-    if char in "([{":
-        return 1
-    if char in ")]}":
-        return -1
-    return 0
-
-
-def nesting_depth(text: str) -> int:
-    """Returns the depth of the most deeply nested brackets: 2 for `((x)+1)`."""
-    depth = 0
-    max_depth = 0
-    for char in text:
-        depth += _depth_change(char)
-        max_depth = max(max_depth, depth)
-    return max_depth
-
-
-def find_closing(text: str, start: int) -> int:
-    """Returns the index at which the bracket at `start` is closed, -1 if it is never closed.
-
-    All kinds of brackets are equivalent: an interval such as (3,4] is closed by its `]`.
-    """
-    depth = 0
-    for index in range(start, len(text)):
-        depth += _depth_change(text[index])
-        if depth == 0:
-            return index
-    return -1
-
-
-def split_at_top_level(text: str, separators: tuple[str, ...] = (",", ";")) -> list[str]:
-    """Splits text at separators outside all brackets: `"(1,2),3"` -> `["(1,2)", "3"]`."""
-    pieces = []
-    piece_start = 0
-    depth = 0
-    index = 0
-    while index < len(text):
-        separator = _separator_at(text, index, separators) if depth == 0 else ""
-        if separator:
-            pieces.append(text[piece_start:index].strip())
-            index += len(separator)
-            piece_start = index
+            text = text[: match.start()] + text[start + 1 : end] + text[end + 1 :]
         else:
-            depth += _depth_change(text[index])
-            index += 1
-    pieces.append(text[piece_start:].strip())
-    return pieces
+            text = text[: match.start()] + text[start:]
+    return text
 
 
-def _separator_at(text: str, index: int, separators: tuple[str, ...]) -> str:
-    """Returns the separator that begins at `index`, "" if none does."""
-    for separator in separators:
-        if text.startswith(separator, index):
-            return separator
-    return ""
-
-
-def _fraction_of_repeating_decimal(match: re.Match[str]) -> str:
-    r"""Returns a repeating decimal as a fraction: `0.1\overline{6}` -> `\frac{15}{90}`."""
-    integer, fixed, repeating = match.groups()
-    not_repeating = integer + fixed
-    numerator = int(not_repeating + repeating) - int(not_repeating or "0")
-    denominator = 10 ** len(fixed) * (10 ** len(repeating) - 1)
-    return rf"\frac{{{numerator}}}{{{denominator}}}"
+def _without_outer_braces(text: str) -> str:
+    """Removes braces around the whole text, which show nothing: `{5}` -> `5`."""
+    while text.startswith("{") and len(text) > 2 and find_closing(text, 0) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
 
 
 def as_words(text: str) -> str:

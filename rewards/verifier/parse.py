@@ -6,6 +6,8 @@ functions take time linear in the length of the text.
 
 from __future__ import annotations
 
+import re
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -44,12 +46,16 @@ def final_answer(text: str) -> str | None:
 def last_boxed(text: str) -> str | None:
     r"""Returns the content of the last `\boxed{...}`, with balanced braces.
 
-    Returns None if there is no box, or if the last one is empty or never closed.
+    Without braces, the box contains the number or word that follows: `\boxed 5`. Returns None if
+    there is no box, or if the last one is empty or never closed.
     """
     _, command, after_command = text.rpartition(r"\boxed")
     box = after_command.lstrip()
-    if not command or not box.startswith("{"):
+    if not command:
         return None
+    if not box.startswith("{"):
+        without_braces = re.match(r"-?\d+(?:\.\d+)?|\\?[A-Za-z]+", box)
+        return without_braces.group() if without_braces else None
     depth = 0
     for index, char in enumerate(box):
         if char == "{":

@@ -1,4 +1,9 @@
-"""Splits an answer into a value and a unit."""
+r"""Splits an answer into a value and the unit or the words behind it.
+
+Words after a number are ignored if they say nothing about its value: at most three, and none that
+is a number, a connective, a negation or an operation. `5 apples` is 5; `5 or 6`, `5 plus 1` and `5
+is not the answer` are not. Number words have their value: `5 hundred` is 500, `3 quarters` is 3/4.
+"""
 
 from __future__ import annotations
 
@@ -6,79 +11,261 @@ import re
 from typing import NamedTuple
 
 # The beginning of a unit: `\text{...}`, a percent sign, a symbol, or two letters of a word. A word
-# is a unit if it is lower-case, follows a number and a space, and does not begin a formula.
-TEXT = r"\\text\{[^{}]*\}"
+# is lower-case, follows a number and a space, and does not begin a formula.
+TEXT = r"\\text ?\{[^{}]*\}"
 PERCENT = r"\\?%"
-SYMBOL = r"(?<=[\d}]) ?(?:cm|mm|km|kg|ft|in|mph|m|g|s|h|L)(?![A-Za-z(])"
-FUNCTION_NAMES = "pi|sqrt|sin|cos|tan|cot|sec|log|ln|exp|mod"
-WORD_START = rf"(?<=[\d}})!]) (?!(?:{FUNCTION_NAMES})\b)[a-z]{{2}}"
-REST_OF_UNIT = rf"(?:[ .^/{{}}23a-z]|{TEXT})*"
+SYMBOL = (
+    r"(?<=[\d}]) ?(?:cm|mm|km|kg|mg|mL|ml|ft|in|yd|mi|lb|oz|hr|min|sec|mph|m|g|s|h|L)(?![A-Za-z(_])"
+)
+FUNCTION_NAMES = "pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|mod|floor|ceil|abs|max|min"
+WORD_START = rf"(?<=[\d}})!i]) (?!(?:{FUNCTION_NAMES})\b)[a-z]{{2}}"
+REST_OF_UNIT = rf"(?:[ .^/{{}}23a-z'-]|{TEXT}|\\cdot ?)*"
 # A value and its unit, such as `5 cm`, `5\text{ cm}`, `25\%` and `3 m/s`.
 VALUE_WITH_UNIT = re.compile(
-    rf"(?P<value>.+?) ?(?:{TEXT}|{PERCENT}|{WORD_START}|{SYMBOL}){REST_OF_UNIT}"
+    rf"(?P<value>.+?) ?(?P<unit>(?:{TEXT}|{PERCENT}|{WORD_START}|{SYMBOL}){REST_OF_UNIT})"
 )
-# Canonical names of units, after the plural "s" has been removed (so "inches" is "inche").
+# A letter directly behind a number is a variable: 2m is 2 times m.
+GLUED_LETTER = re.compile(r"(?P<value>.*\d)(?P<unit>[mgshL])")
+CURRENCY = re.compile(
+    r"(?P<minus>-?)\s*(?P<sign>\\?\$|\\text\{(?:euro|pound|yen)\}|(?:USD|EUR)(?= ?\d))\s*(?=[\d.-])"
+)
+CURRENCY_NAMES = {"$": "dollar", "USD": "dollar", "EUR": "euro"}
+MAX_WORDS = 3
+
+# Names of units in lower case and in the singular -> canonical names.
 UNIT_NAMES = {
-    "$": "dollar",
-    "percent": "%",
-    "deg": "degree",
-    "centimeter": "cm",
-    "centimetre": "cm",
-    "meter": "m",
-    "metre": "m",
-    "kilometer": "km",
-    "kilometre": "km",
-    "feet": "foot",
-    "ft": "foot",
-    "inche": "inch",
-    "in": "inch",
-    "hr": "hour",
-    "h": "hour",
-    "min": "minute",
-    "sec": "second",
-    "mi": "mile",
+    **{"%": "%", "percent": "%", "percentage": "%", "deg": "degree", "degree": "degree"},
+    **{"mm": "mm", "millimeter": "mm", "millimetre": "mm"},
+    **{"cm": "cm", "centimeter": "cm", "centimetre": "cm"},
+    **{"m": "m", "meter": "m", "metre": "m", "km": "km", "kilometer": "km", "kilometre": "km"},
+    **{"in": "inch", "inch": "inch", "ft": "foot", "foot": "foot", "feet": "foot"},
+    **{"yd": "yard", "yard": "yard", "mi": "mile", "mile": "mile"},
+    **{"g": "g", "gram": "g", "kg": "kg", "kilogram": "kg", "mg": "mg", "milligram": "mg"},
+    **{"lb": "lb", "oz": "ounce", "ounce": "ounce", "ton": "ton", "pound": "pound"},
+    **{"l": "L", "liter": "L", "litre": "L", "ml": "mL", "milliliter": "mL", "millilitre": "mL"},
+    **{"s": "second", "sec": "second", "second": "second"},
+    **{"min": "minute", "minute": "minute", "h": "hour", "hr": "hour", "hour": "hour"},
+    **{"day": "day", "week": "week", "month": "month", "year": "year", "yr": "year"},
+    **{"dollar": "dollar", "usd": "dollar", "cent": "cent", "euro": "euro", "eur": "euro"},
+    **{"yen": "yen", "radian": "radian", "rad": "radian", "unit": "unit", "mph": "mile/hour"},
+    **{"inche": "inch"},
 }
-FACTORS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+# The value of number words. "second" is a unit of time.
+NUMBER_WORDS = {
+    **{"dozen": "12", "hundred": "100", "thousand": "1000", "million": "1000000"},
+    **{"billion": "1000000000", "trillion": "1000000000000"},
+    **{"half": r"\frac{1}{2}", "halve": r"\frac{1}{2}", "third": r"\frac{1}{3}"},
+    **{"quarter": r"\frac{1}{4}", "fourth": r"\frac{1}{4}", "fifth": r"\frac{1}{5}"},
+    **{"sixth": r"\frac{1}{6}", "seventh": r"\frac{1}{7}", "eighth": r"\frac{1}{8}"},
+    **{"ninth": r"\frac{1}{9}", "tenth": r"\frac{1}{10}", "twelfth": r"\frac{1}{12}"},
+    **{"hundredth": r"\frac{1}{100}", "thousandth": r"\frac{1}{1000}"},
+    **{"millionth": r"\frac{1}{1000000}"},
+}
+SMALL_NUMBER_NAMES = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen
+"""
+SMALL_NUMBERS = SMALL_NUMBER_NAMES.split()
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+# Words that make the answer another one than the number in front of them.
+MEANINGFUL_WORDS = {
+    *SMALL_NUMBERS,
+    *TENS,
+    # connectives
+    *("or", "and", "but", "nor", "to", "through", "until", "till", "between", "either", "both"),
+    *("if", "unless", "when", "where", "while", "except", "excluding", "without", "with", "versus"),
+    *("vs", "out", "from", "instead", "rather", "also", "else", "otherwise", "maybe", "perhaps"),
+    *("possibly", "alternatively", "respectively", "then", "ish", "range"),
+    # negations
+    *("not", "no", "never", "neither", "none", "nothing", "isn't", "isnt", "wrong", "incorrect"),
+    *("false", "cannot", "can't", "impossible", "invalid", "non"),
+    # comparisons
+    *("more", "less", "fewer", "greater", "smaller", "larger", "least", "most", "than", "above"),
+    *("below", "over", "under", "about", "around", "roughly", "approximately", "almost", "nearly"),
+    # operations
+    *("plus", "minus", "times", "divided", "multiplied", "by", "squared", "cubed", "raised"),
+    *("factorial", "mod", "modulo", "negative", "positive", "double", "twice", "thrice", "triple"),
+    *("doubled", "tripled", "halved", "halves", "base", "repeating", "recurring", "inverse"),
+    *("reciprocal", "added", "subtracted", "increased", "decreased", "off", "infinity", "e"),
+}
+POWER_NAMES = {"square": "2", "sq": "2", "cubic": "3", "squared": "2", "cubed": "3"}
+KNOWN_WORDS = {*UNIT_NAMES, *NUMBER_WORDS, *POWER_NAMES, *MEANINGFUL_WORDS, "per", "of", "is", "a"}
+UNIT_TOKEN = re.compile(r"[a-z']+|%|\^|/|\d|\S")
+
+
+# A word outside of `\text{}`; shorter ones are products of variables, such as `2 xy` and `2 abc`.
+PLAIN_WORD = re.compile(r"[a-z]{4,}|[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]")
 
 
 class Quantity(NamedTuple):
-    """A value and its unit, "" without one: `Quantity("5.4", "cent")`."""
+    """A value and what follows it: a known unit or other words, "" without one.
+
+    Examples: `Quantity("5.4", "cent", "")`, `Quantity("14", "", "right triangle")`.
+    """
 
     value: str
-    unit: str
+    unit: str = ""
+    words: str = ""
+
+    def contradicts(self, other: Quantity) -> bool:
+        """Returns whether both have a unit or words, and they are not the same.
+
+        Words agree if one side has all words of the other: `triangles` and `right triangles`.
+        """
+        if self.unit or other.unit:
+            has_both = bool(self.unit or self.words) and bool(other.unit or other.words)
+            return has_both and self.unit != other.unit
+        words, other_words = set(self.words.split()), set(other.words.split())
+        return bool(words and other_words) and not (words <= other_words or other_words <= words)
 
 
-def split_unit(text: str) -> Quantity:
-    r"""Splits an answer into value and unit.
+def split_unit(text: str, *, glued: str = "") -> Quantity:
+    r"""Splits a normalized answer into value and unit.
 
-    A word such as `million` before the unit becomes a factor of the value. A dollar sign in front
-    of the value is the unit, unless another unit follows the value.
+    A currency sign in front of the value is the unit, unless another unit follows the value. Text
+    that is not a value with words that can be ignored is returned unchanged as the value.
+
+    Args:
+        text: The answer.
+        glued: A canonical unit. A letter directly behind a number is a variable unless it is this
+            unit: `2m` is 2 metres if the gold answer is in metres.
 
     Examples: `5.4 \text{ cents}` -> ("5.4", "cent"), `\$36` -> ("36", "dollar"), `3 million` ->
     ("(3)*1000000", "").
     """
-    currency = ""
-    dollar_sign = re.match(r"(?P<minus>-?)\s*\\?\$\s*(?=[\d.-])", text)
-    if dollar_sign:
-        currency = "dollar"
-        text = dollar_sign["minus"] + text[dollar_sign.end() :]
+    text, currency = _split_currency(text)
+    text = text if currency else _without_introduction(text)
+    without_unit = Quantity(text, currency)
+    letter = GLUED_LETTER.fullmatch(text)
+    if letter:
+        unit = UNIT_NAMES[letter["unit"].lower()]
+        return Quantity(letter["value"], unit) if unit == glued else without_unit
     match = VALUE_WITH_UNIT.fullmatch(text)
     if match is None or match["value"].count("{") != match["value"].count("}"):
-        return Quantity(text, currency)
+        return without_unit
+    read = _read_words(match["unit"]) if _has_only_words(match["unit"]) else None
+    if read is None:
+        return without_unit
+    factors, unit, words = read
     value = match["value"]
-    unit = re.sub(r"\\text|[\\{} .]", "", text[match.end("value") :]).lower()
-    for word, factor in FACTORS.items():
-        if unit.startswith(word):
-            value = f"({value})*{factor}"
-            unit = unit.removeprefix(word)
-            break
-    return Quantity(value, _unit_name(unit) or currency)
+    for factor in factors:
+        value = f"({value})*{factor}"
+    return Quantity(value, unit or currency, words)
 
 
-def _unit_name(unit: str) -> str:
-    """Returns the canonical name of a unit, such as `foot^2` for `squarefeet`."""
-    unit = re.sub(r"s(?=\^|$)", "", unit)  # the plural ending
-    unit = re.sub(r"^(?:square|sq)(\w+)$", r"\1^2", unit)
-    unit = re.sub(r"^cubic(\w+)$", r"\1^3", unit)
-    name, caret, power = unit.partition("^")
-    return UNIT_NAMES.get(name, name) + caret + power
+def number_of_words(words: str) -> str | None:
+    """Returns the number that words in lower case stand for, None for other words.
+
+    Examples: `twenty-one` -> "21", `negative two thirds` -> "-2/3".
+    """
+    sign, _, rest = words.partition(" ")
+    if sign in ("negative", "minus"):
+        number = number_of_words(rest)
+        return None if number is None or number.startswith("-") else f"-{number}"
+    first, _, second = words.replace("-", " ").partition(" ")
+    if first in SMALL_NUMBERS:
+        number = str(SMALL_NUMBERS.index(first))
+    elif first in TENS:
+        number = str(10 * TENS.index(first) + 20)
+        if second in SMALL_NUMBERS[1:10]:
+            return str(int(number) + SMALL_NUMBERS.index(second))
+    else:
+        return None
+    if not second:
+        return number
+    factor = NUMBER_WORDS.get(_singular(second))
+    return None if factor is None else f"{number}*{factor}"
+
+
+def _without_introduction(text: str) -> str:
+    r"""Returns the text without words in front of a number: `\text{There are } 13` -> `13`."""
+    match = re.match(r"\\text ?\{(?P<words>[A-Za-z ]{1,40})\} ?(?=-?[\d\\(.])", text)
+    if match is None:
+        return text
+    words = [_singular(word) for word in match["words"].lower().split()]
+    is_meaningful = any(word in MEANINGFUL_WORDS or word in NUMBER_WORDS for word in words)
+    return text if is_meaningful or len(words) > MAX_WORDS else text[match.end() :]
+
+
+def _split_currency(text: str) -> tuple[str, str]:
+    """Returns the text without a currency sign in front of it, and the currency."""
+    match = CURRENCY.match(text)
+    if match is None:
+        return text, ""
+    sign = re.sub(r"\\text|[\\{}]", "", match["sign"])
+    return match["minus"] + text[match.end() :], CURRENCY_NAMES.get(sign, sign)
+
+
+def _has_only_words(text: str) -> bool:
+    r"""Returns whether the letters outside of `\text{}` are words or symbols of units."""
+    plain = re.sub(rf"{TEXT}|\\cdot", " ", text)
+    words = re.findall(r"[A-Za-z]+", plain)
+    return all(
+        _singular(word.lower()) in KNOWN_WORDS or PLAIN_WORD.fullmatch(word) for word in words
+    )
+
+
+def _read_words(text: str) -> tuple[list[str], str, str] | None:
+    """Reads the words behind a value.
+
+    Returns:
+        `(factors, unit, words)`: the values of number words, a known unit, and other words in the
+        singular; None if the words make the answer another one.
+    """
+    plain = re.sub(r"\\text|\\cdot|[{}\\]", " ", text).strip(" .").lower()
+    plain = plain.replace("per cent", "percent").replace(".", " ").replace("-", " ")
+    words = UNIT_TOKEN.findall(plain)
+    if MEANINGFUL_WORDS.difference(POWER_NAMES).intersection(words):
+        return None
+    tokens = [_singular(word) for word in words]
+    factors = []
+    while tokens and tokens[0] in NUMBER_WORDS:
+        factors.append(NUMBER_WORDS[tokens.pop(0)])
+    if tokens[:1] == ["of"] and len(tokens) > 1:
+        tokens.pop(0)
+    unit = _read_unit(tokens)
+    if unit is not None:
+        return factors, unit, ""
+    if len(tokens) > MAX_WORDS:
+        return None
+    for token in tokens:
+        is_word = re.fullmatch(r"[a-z][a-z']*", token)
+        if not is_word or token in MEANINGFUL_WORDS or token in NUMBER_WORDS:
+            return None
+    return factors, "", " ".join(tokens)
+
+
+def _singular(word: str) -> str:
+    if word in ("s", "is", "has", "this", "ss") or word.endswith("ss") or not word.endswith("s"):
+        return word
+    return word[:-1]
+
+
+def _read_unit(tokens: list[str]) -> str | None:
+    """Returns the canonical name of a known unit such as `foot^2` or `m/second`, None if unknown.
+
+    No tokens are the unit "".
+    """
+    name = ""
+    index = 0
+    while index < len(tokens):
+        token = tokens[index]
+        index += 1
+        if token in ("per", "/"):
+            name += "/"
+            continue
+        power = ""
+        if token in POWER_NAMES and index < len(tokens) and tokens[index] in UNIT_NAMES:
+            power = POWER_NAMES[token]
+            token = tokens[index]
+            index += 1
+        if token not in UNIT_NAMES or (name and not name.endswith("/")):
+            return None
+        if index < len(tokens) and tokens[index] in ("squared", "cubed"):
+            power = POWER_NAMES[tokens[index]]
+            index += 1
+        elif tokens[index : index + 1] == ["^"] and tokens[index + 1 : index + 2] in (["2"], ["3"]):
+            power = tokens[index + 1]
+            index += 2
+        name += UNIT_NAMES[token] + (f"^{power}" if power else "")
+    return name

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from grpo.types import Completion, Problem
 from rewards.accuracy import explain, reward, verify
 from rewards.verifier.equal import compare_answers
-from rewards.verifier.exact_values import TooLargeError, exact_value
+from rewards.verifier.evaluate import TooLargeError
+from rewards.verifier.expressions import exact_value
 
 
 def read_cases(name):
@@ -154,7 +155,7 @@ DIFFERENT_ANSWERS = [
     ("31/2", r"3\frac{1}{2}"),
     ("3 1/2", "31/2"),
     (r"\pi", "3.14"),
-    ("3.14159265", r"\pi"),
+    ("3.1415926", r"\pi"),
     ("", "5"),
     ("east", r"\text{west}"),
     (r"\{1,2\}", "(1,2)"),
@@ -166,7 +167,8 @@ DIFFERENT_ANSWERS = [
     ("12", "(1,2)"),
     ("nan", "5"),
     ("5 or 6", "5"),
-    ("1.41421356", r"\sqrt2"),
+    ("1.4142136", r"\sqrt2"),
+    ("1.41421357", r"\sqrt2"),
 ]
 HOSTILE_PREDICTIONS = [
     "9^{9^{9^{9}}}",
@@ -319,9 +321,11 @@ def test_text_other_than_valid_rational_arithmetic_has_no_exact_value():
 
 def test_exact_values_beyond_the_bounds_are_too_large():
     long_product = "*".join(["10^{400}"] * 20)
-    for text in ("10^{99999}", "2201!", "9^{9^{9^{9}}}", long_product):
+    for text in ("10^{99999}", long_product):
         with pytest.raises(TooLargeError):
             exact_value(text)
+    for text in ("2201!", "9^{9^{9^{9}}}"):
+        assert exact_value(text) is None
 
 
 @given(st.integers(-(10**30), 10**30), st.integers(1, 10**30))

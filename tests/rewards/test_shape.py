@@ -170,3 +170,5 @@ def test_the_text_of_a_choice_counts_as_its_letter():
 
     gold_answer_is_no_choice = choice_problem("E", ["Paris", "Berlin"])
     assert choice_verdict(r"\boxed{B}", gold_answer_is_no_choice) == "undecided"
+    assert choice.check_problem(gold_answer_is_no_choice)
+    assert choice.check_problem(cities) is None

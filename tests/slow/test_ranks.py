@@ -232,3 +232,41 @@ def test_two_ranks_need_neither_a_network_nor_a_host_name(tiny, tmp_path):
     config_path = write_config(tmp_path / "config.yaml", config)
     run_grpo(config_path, ranks=2, wrapper=(*isolate, f'{prepare} && exec "$@"', "sh"))
     assert len(read_metrics(tmp_path / "run")) == 2  # before and after the rollout
+
+
+def test_unreadable_gold_answers_stop_both_ranks_and_a_resume_continues_with_corrected_ones(
+    tiny, tmp_path
+):
+    """The gold answers of the second rollout are no choices."""
+    data_file = tmp_path / "data.jsonl"
+
+    def write_data(answer_of_rollout_2):
+        rows = []
+        for i in range(12):
+            answer = answer_of_rollout_2 if i in (5, 6) else "B"
+            rows.append(
+                {"question": f"{i}?", "answer": answer, "choices": ["red", "blue"], "number": i}
+            )
+        data_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    config = tiny_config(
+        tmp_path / "run",
+        tiny(),
+        train={"rollouts": 3, "problems": 4, "group_size": 4},
+        data={
+            "name": "jsonl",
+            "path": str(data_file),
+            "options": {"test_fraction": 0.0},
+            "curriculum": "number",
+        },
+        rewards={"choice": 1.0, "finished": 0.5},
+        learner={"zero_stage": 1},
+    )
+    path = write_config(tmp_path / "config.yaml", config)
+    write_data("E")
+    errors = run_grpo(path, ranks=2, code=1)
+    assert errors.count("8 of the rollout's 16 completions (50.0%) are undecided") == 1
+    assert "problem jsonl/train/5, gold answer 'E'" in errors
+    write_data("A")
+    run_grpo(path, "--resume", ranks=2)
+    assert [row["rollout"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]

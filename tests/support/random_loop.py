@@ -196,7 +196,10 @@ def _make_rollouts(config, reward, take):
         prompts=TokenPrompts(),
         rewards={"even": (_for_groups(reward), 1.0)},
         selection=Selection(
-            algorithm=config.algorithm, num_groups=config.train.problems, take_problems=take
+            algorithm=config.algorithm,
+            num_groups=config.train.problems,
+            take_problems=take,
+            max_undecided=config.max_undecided,
         ),
         workers=WorkerPool(),
         display=SilentDisplay(),

@@ -68,6 +68,10 @@ def minimal_tree(**overrides):
             "sampling.temperature: input should be a valid number.*got 'hot'",
         ),
         ({"rewards": "{}"}, "rewards is empty"),
+        (
+            {"reward_pool__max_failed": "0"},
+            "reward_pool.max_failed: input should be greater than 0, got 0",
+        ),
     ],
 )
 def test_the_error_of_an_invalid_config_names_the_key_and_the_fix(overrides, message):

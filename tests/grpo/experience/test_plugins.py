@@ -4,6 +4,7 @@ function, and how their values become rewards and metrics.
 
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -233,6 +234,36 @@ def test_a_reward_with_a_time_limit_runs_in_the_worker_pool(write_module):
         )
         with pytest.raises(RuntimeError, match=message):
             reward_values(f"{name}:f", group_of("a", "bad"), pool=pool)
+
+
+def group_with_meta(text, **meta):
+    """Returns a group of one completion, of a problem with this `meta`."""
+    group = group_of(text)
+    return replace(group, problem=replace(group.problem, meta=meta))
+
+
+def test_an_exception_in_a_reward_of_this_repository_leaves_the_completion_undecided():
+    numbers_are_no_list = group_with_meta("<answer>5+3</answer>", numbers=5, target=8)
+    (verdict,) = reward_values("countdown", numbers_are_no_list)
+    assert verdict.value == "undecided"
+    assert verdict.reason.startswith("reward failed: TypeError: 'int' object is not iterable")
+
+    tests_are_no_pairs = group_with_meta("```python\nprint(1)\n```", io=[3])
+    with WorkerPool(1) as pool:
+        (verdict,) = reward_values("code", tests_are_no_pairs, pool=pool, isolation="rlimits")
+    assert verdict.value == "undecided"
+    assert verdict.reason.startswith("reward failed: TypeError: 'int' object is not subscriptable")
+
+
+def test_a_completion_is_undecided_if_any_of_its_verdicts_is():
+    undecided = Verdict(value="undecided", reason="worker lost: killed")
+    rewards = {
+        "a": (constant_reward([Verdict(value="correct"), Verdict(value="correct")]), 1.0),
+        "b": (constant_reward([undecided, None]), 1.0),
+    }
+    (scored,) = score([group_of("x", "y")], rewards, render_prompt)
+    assert scored.verdicts == (undecided, Verdict(value="correct"))
+    assert scored.rewards == (None, 1.0)
 
 
 def test_the_seed_of_a_group_depends_on_run_rollout_and_problem():

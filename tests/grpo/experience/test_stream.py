@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from grpo.experience.group_metrics import advantage_histogram, staleness
 from grpo.experience.selection import parse_scored_group
 from grpo.experience.stream import Stream, StreamCallbacks, StreamLimits
 from grpo.run import directory
-from grpo.types import Completion, Group, Problem, Sample, ScoredGroup
+from grpo.types import Completion, Group, Problem, Sample, ScoredGroup, Verdict
 
 
 class ShuffledEngine:
@@ -144,6 +145,27 @@ def test_a_resume_uses_the_finished_groups_and_restarts_the_unfinished_ones():
     assert used == list(range(16))
     assert not finished & set(engine.started_seeds)
     assert unfinished <= set(engine.started_seeds)
+
+
+def finish_undecided(problem, request, completions):
+    scored = scored_with_one(problem, completions)
+    return replace(scored, rewards=(None,), verdicts=(Verdict(value="undecided"),))
+
+
+def test_a_resume_samples_groups_with_undecided_completions_again():
+    stream = make_stream(ShuffledEngine(), num_ahead=2, finish=finish_undecided)
+    assert [scored.rewards for scored in stream.take(2)] == [(None,), (None,)]
+    while stream.depths()["queue/ready"] < 2:
+        time.sleep(0.001)
+    state = json.loads(json.dumps(stream.state(), default=directory.dataclass_fields))
+    stream.close()
+
+    stream = make_stream(ShuffledEngine(), num_ahead=2, first_problem=4)  # the cause is corrected
+    stream.load(state, parse_scored_group)
+    groups = stream.take(2)
+    stream.close()
+    assert problem_ids_of(groups) == [2, 3]
+    assert [scored.rewards for scored in groups] == [(1.0,), (1.0,)]
 
 
 def test_the_stream_starts_only_the_groups_that_the_run_needs():

@@ -64,7 +64,10 @@ FAULTY_RUNS = {
     ),
     "too_easy": (metrics_rows(group__all_correct=0.9), "90% of groups are all correct"),
     "no_signal": (metrics_rows(group__no_signal=0.95), "95% of groups have equal rewards"),
-    "undecided": (metrics_rows(reward__undecided=0.2), "20% of completions are undecided"),
+    "undecided": (
+        metrics_rows(reward__undecided=0.2, undecided__gold_answer=0.15, undecided__other=0.05),
+        "20% of completions are undecided and have no reward (gold answer 15%, other 5%)",
+    ),
     "truncated": (metrics_rows(completion__truncated=0.5), "50% of completions are truncated"),
     "stale_weights": (
         metrics_rows(probe__gap_share=lambda step: 0.3 if step < 8 else 0.8),
@@ -234,7 +237,9 @@ class LoopFault:
 LOOP_FAULTS = {
     "too_hard": LoopFault(change=make_all_wrong),
     "too_easy": LoopFault(change=make_all_correct),
-    "undecided": LoopFault(change=make_most_undecided),
+    "undecided": LoopFault(
+        change=make_most_undecided, other_sections={"reward_pool": {"max_failed": 1.0}}
+    ),
     "no_signal": LoopFault(change=make_rewards_constant),
     "truncated": LoopFault(change=make_all_truncated),
     "mismatch": LoopFault(),  # the random engine's logprobs are not those of the policy

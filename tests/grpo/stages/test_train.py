@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import psutil
@@ -25,7 +26,7 @@ from grpo.cli import main
 from grpo.learning import learner as learner_module
 from grpo.learning import lora, models, moe
 from grpo.stages import train
-from grpo.types import UserError
+from grpo.types import Problem, UserError
 
 pytestmark = pytest.mark.engine
 
@@ -247,6 +248,24 @@ def test_warm_start_uses_the_model_and_the_seed_of_the_run():
     warm_start = train.warm_start_config(config)
     assert warm_start.model.path == "runs/other/final"
     assert warm_start.seed == 3
+
+
+def test_a_resumed_stream_uses_the_corrected_answers_of_the_data():
+    def problem(number, answer, question="1+1="):
+        return Problem(id=f"p{number}", question=question, answer=answer, source="s")
+
+    state = {
+        "number": 9,
+        "items": [
+            {"number": 7, "problem": asdict(problem(0, r"\frac{")), "scored": None},
+            {"number": 8, "problem": asdict(problem(1, r"\frac{")), "scored": None},
+        ],
+    }
+    data = {"mine": [problem(0, "2"), problem(1, "3", question="another problem")]}
+    current = train._with_current_problems(state, data)
+    assert [item["problem"]["answer"] for item in current["items"]] == ["2", r"\frac{"]
+    assert [item["number"] for item in current["items"]] == [7, 8]
+    assert current["number"] == 9
 
 
 def test_run_directory_as_model_path_raises_and_names_the_final_model(tmp_path):

@@ -326,3 +326,58 @@ def test_eval_checks_the_kv_cache_but_no_learner_and_no_contamination(tiny, doct
     assert "learner" not in output
     assert "contamination" not in output
     assert "ok    kv_cache" in output
+
+
+UNREADABLE = {"digits": "7" * 5000, "roots": r"\sqrt{" * 1500 + "2" + "}" * 1500}
+
+
+def write_problems(path, answers):
+    """Writes problems with these answers by id, whose choices are A and B, and returns the path."""
+    with path.open("w") as file:
+        for id, answer in answers.items():
+            row = {"id": id, "question": f"{id}?", "answer": answer, "choices": ["red", "blue"]}
+            file.write(json.dumps(row) + "\n")
+    return str(path)
+
+
+def test_gold_answers_that_no_reward_can_read_are_listed(tiny, doctor, tmp_path):
+    readable = {f"row {i}": str(i) for i in range(60)}
+    train_file = write_problems(tmp_path / "train.jsonl", {**readable, **UNREADABLE})
+    test_file = write_problems(tmp_path / "test.jsonl", {"t1": "A", "t2": "5", "t3": "C"})
+    data = {"name": "jsonl", "path": train_file, "options": {"test_path": test_file}}
+    sections = {
+        **sampling_sections(tiny, data),
+        "train": {"rollouts": 1, "problems": 4, "group_size": 4},
+        "eval": {"every": 1, "problems": 1},
+        "rewards": {"accuracy": 1.0, "format": 0.1},
+    }
+    output = doctor(sections, "--no-sample")
+    assert (
+        "warn  gold_answers   jsonl, train: 2 of 62 gold answers cannot be read (3.23%)" in output
+    )
+    assert f"digits: '{'7' * 80}... (5,000 characters)' (accuracy: " in output
+    assert "... (10,501 characters)' (accuracy: " in output
+    assert "ok    gold_answers   jsonl, test: 3 gold answers can be read by accuracy" in output
+
+    output = doctor(sections, "reward_pool.max_failed=0.03", "--no-sample", code=2)
+    assert "fail  gold_answers   jsonl, train: 2 of 62" in output
+    assert "the run would stop (reward_pool.max_failed)" in output
+
+    output = doctor(
+        {**sections, "rewards": {"choice": 1.0}}, "data.path=" + test_file, "--no-sample", code=2
+    )
+    assert (
+        "fail  gold_answers   jsonl, train: 2 of 3 gold answers cannot be read (66.67%)" in output
+    )
+    assert "t2: '5' (choice: the gold answer is none of the choices)" in output
+
+
+def test_only_the_first_gold_answers_of_a_generated_set_are_checked(tiny, doctor):
+    sections = {
+        **sampling_sections(tiny, ARITHMETIC),
+        "sets": {"one": ARITHMETIC},
+        "rewards": {"accuracy": 1.0},
+    }
+    expected = "arithmetic, test: the first 1,000 of 100,000 generated gold answers can be read"
+    assert expected in doctor(sections, "--no-sample")
+    assert "gold_answers" not in doctor({**sections, "rewards": {"format": 1.0}}, "--no-sample")

@@ -118,6 +118,16 @@ def test_a_page_has_metrics_findings_charts_and_completions_and_loads_nothing_fr
     assert len(data["problems"]) == 5
 
 
+def test_causes_of_undecided_completions_are_zero_in_the_steps_in_which_they_do_not_occur(tmp_path):
+    rows = report.read_metrics(make_run(tmp_path / "a") / "metrics.jsonl")
+    assert "Undecided completions by cause" not in report.charts({"a": rows})
+    for row in rows:
+        row["reward/undecided"] = 0.0
+    rows[1]["undecided/worker_lost"] = 0.25
+    (line,) = report.charts({"a": rows})["Undecided completions by cause"].axes[0].lines
+    assert list(line.get_ydata()) == [0.0, 0.25, *[0.0] * (len(rows) - 2)]
+
+
 def test_a_histogram_chart_shows_the_nonempty_bins_labelled_by_value(tmp_path):
     rows = report.read_metrics(make_run(tmp_path / "a") / "metrics.jsonl")
     rows[1]["histogram/length"] = [0]  # a step without counts keeps its column

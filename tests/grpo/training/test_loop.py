@@ -20,7 +20,14 @@ from grpo.learning import models
 from grpo.learning.advantages import advantages, completion_lengths, to_samples
 from grpo.run.display import Timer
 from grpo.training.weight_sync import FirstGap
-from grpo.types import Problem, RunError, ScoredGroup, UserError, Verdict
+from grpo.types import (
+    Problem,
+    RunError,
+    ScoredGroup,
+    TrainingStoppedError,
+    UserError,
+    Verdict,
+)
 
 SMALL_TRAIN = {"rollouts": 3, "problems": 4, "group_size": 4}
 # Recipes that are tested in addition to the presets.
@@ -234,6 +241,59 @@ def test_dynamic_sampling_ends_the_run_after_max_rounds_and_records_its_samples(
     assert len(samples) == 12 * 4
 
 
+def verdict_reward(undecided_ids):
+    """Returns a reward that is undecided for problems with these ids, as for bad gold answers."""
+
+    def reward(completion, problem):
+        if problem.id in undecided_ids:
+            return Verdict(value="undecided", reason="gold answer: unreadable")
+        is_even = completion.token_ids[0] % 2 == 0
+        return Verdict(value="correct" if is_even else "wrong")
+
+    return reward
+
+
+def test_a_bad_gold_answer_excludes_its_completions_and_does_not_stop_the_run(tiny, tmp_path):
+    loop = make_loop(tmp_path, tiny, reward=verdict_reward({"p5"}))
+    loop.train()
+    rows = loop.run.read_metrics()
+    assert [row.get("undecided/gold_answer") for row in rows[1:]] == [None, 0.25, None]
+    assert loop.progress.rollout == 3
+
+
+def test_too_many_undecided_completions_stop_the_run_and_a_resume_continues_it(tiny, tmp_path):
+    uninterrupted = make_loop(tmp_path / "a", tiny, reward=verdict_reward(set()))
+    uninterrupted.train()
+
+    first = make_loop(tmp_path / "b", tiny, reward=verdict_reward({"p4", "p6"}))
+    message = r"8 of the rollout's 16 completions \(50\.0%\) .* The first one: problem p4, .*"
+    with pytest.raises(TrainingStoppedError, match=message):
+        first.train()
+    assert first.progress.rollout == 1
+    samples = (tmp_path / "b" / "samples" / "step-000002.jsonl").read_text()
+    assert samples.count("gold answer: unreadable") == 8
+    first.save()
+    first.run._lock.close()
+    resumed = make_loop(tmp_path / "b", tiny, resume=True, reward=verdict_reward(set()))
+    resumed.train()
+    expected = state_of(uninterrupted)
+    actual = state_of(resumed)
+    assert actual.metrics == expected.metrics
+    for name, weight in expected.weights.items():
+        assert torch.equal(weight, actual.weights[name])
+
+
+def test_dynamic_sampling_reports_undecided_completions_before_missing_groups(tiny, tmp_path):
+    loop = make_loop(
+        tmp_path,
+        tiny,
+        reward=verdict_reward({f"p{i}" for i in range(40)}),
+        algorithm={"no_signal": "resample", "max_rounds": 3},
+    )
+    with pytest.raises(TrainingStoppedError, match="48 of the rollout's 48 completions"):
+        loop.step()
+
+
 def test_a_group_with_verdicts_has_a_training_signal_only_if_the_verdicts_differ():
     def scored_group(values, rewards):
         verdicts = tuple(Verdict(value=value) if value else None for value in values)
@@ -245,6 +305,8 @@ def test_a_group_with_verdicts_has_a_training_signal_only_if_the_verdicts_differ
     assert not has_training_signal(all_correct)
     assert pass_rate(all_correct) == 1.0
     assert has_training_signal(scored_group((None, None), (1.0, 0.5)))
+    # A reward without verdicts failed on one completion.
+    assert has_training_signal(scored_group((None, None, "undecided"), (1.0, 0.5, None)))
 
 
 def test_pass_rates_in_the_data_are_validated_only_if_the_config_filters_by_them(tiny, tmp_path):

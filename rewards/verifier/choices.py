@@ -1,0 +1,25 @@
+"""Reads the letter of a choice from an answer such as `(b) 42`."""
+
+from __future__ import annotations
+
+import re
+
+# A letter with an optional introduction and, after punctuation, an optional text, such as
+# `the answer is (b) 42`. It is matched against the result of `as_words`, which is in lower case.
+LETTER = re.compile(
+    r"(?:(?:the )?(?:correct )?(?:answer|choice|option)(?: is)?:? ?)?"
+    r"\(?(?P<letter>[a-z])(?:[).:,]+|$)\s*(?P<text>.*)"
+)
+# A second letter at the beginning of that text: `b` in `A, B` and in `A or B`.
+SECOND_LETTER = re.compile(r"(?:(?:and|or|\\l(?:and|or)) ?)?\(?[a-z]\)?(?:$|[).,:;]| (?:and|or) )")
+
+
+def chosen_letter_of(words: str) -> str | None:
+    """Returns the letter in upper case, None if the words choose none or several.
+
+    Example: `chosen_letter_of("(b) 42")` is "B".
+    """
+    match = LETTER.fullmatch(words)
+    if match is None or SECOND_LETTER.match(match["text"].strip(" .")):
+        return None
+    return match["letter"].upper()
