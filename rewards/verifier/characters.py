@@ -37,6 +37,10 @@ UNICODE: dict[str, str | int | None] = {
     "∥": "|",
     "‖": "|",
     "º": r"^\circ ",
+    "˚": r"^\circ ",
+    "∠": r"\angle ",
+    "ħ": r"\hbar ",
+    "ℏ": r"\hbar ",
     "…": r"\ldots ",
     "∣": "|",
     "′": "'",
@@ -48,8 +52,13 @@ UNICODE: dict[str, str | int | None] = {
     "⌉": r"\rceil ",
     # relations and sets
     "≡": r"\equiv ",
+    "≈": r"\approx ",
     "≤": r"\le ",
+    "⩽": r"\le ",
+    "≦": r"\le ",
     "≥": r"\ge ",
+    "⩾": r"\ge ",
+    "≧": r"\ge ",
     "≠": r"\ne ",
     "∪": r"\cup ",
     "∩": r"\cap ",
@@ -111,7 +120,7 @@ UNICODE |= {
 UNICODE_TABLE = str.maketrans(UNICODE)
 # letters and digits in the styles of mathematical typesetting: 𝑥, 𝟓
 STYLED = re.compile("[\U0001d400-\U0001d7ff\u2460-\u2473]")
-SUPERSCRIPTS_IN_A_ROW = re.compile(r"\^\{[\d+-]\}\^\{[\dn]\}")
+SCRIPTS_IN_A_ROW = re.compile(r"(?P<sign>[\^_])\{[\dn+-]\}(?:(?P=sign)\{[\dn+-]\})+")
 
 
 def to_latex(text: str) -> str:
@@ -121,6 +130,9 @@ def to_latex(text: str) -> str:
     """
     text = STYLED.sub(lambda match: unicodedata.normalize("NFKC", match.group()), text)
     text = text.translate(UNICODE_TABLE)
-    if SUPERSCRIPTS_IN_A_ROW.search(text):  # ¹⁰ is one exponent: ^{1}^{0} -> ^{10}
-        text = re.sub(r"\}\^\{(?=[\dn]\})", "", text)
-    return text
+    return SCRIPTS_IN_A_ROW.sub(_joined, text)
+
+
+def _joined(match: re.Match[str]) -> str:
+    """Returns one exponent or subscript: `^{1}^{0}`, from ¹⁰, becomes `^{10}`."""
+    return f"{match['sign']}{{{re.sub(r'[{}^_]', '', match.group())}}}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from rewards.verifier.units import MEANINGFUL_WORDS
+
 # A letter with an optional introduction and, after punctuation, an optional text, such as
 # `the answer is (b) 42`. It is matched against the result of `as_words`, which is in lower case.
 LETTER = re.compile(
@@ -20,6 +22,11 @@ def chosen_letter_of(words: str) -> str | None:
     Example: `chosen_letter_of("(b) 42")` is "B".
     """
     match = LETTER.fullmatch(words)
-    if match is None or SECOND_LETTER.match(match["text"].strip(" .")):
+    if match is None or match["text"].startswith("or"):
+        return None
+    following = set(re.findall(r"[a-z']+", match["text"]))
+    # "a" can be an article: (b) a circle
+    is_other_letter = re.search(r"(?<![a-z'])(?:[b-h](?![a-z'])|a(?! [a-z]))", match["text"])
+    if is_other_letter or following & MEANINGFUL_WORDS or "," in match.group()[:3]:
         return None
     return match["letter"].upper()

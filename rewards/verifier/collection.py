@@ -22,6 +22,7 @@ class Collection(NamedTuple):
 
     kind: str
     elements: list[str]
+    connector: str = ""  # "or" if a list has this word
 
 
 def read_collection(text: str) -> Collection:
@@ -30,7 +31,7 @@ def read_collection(text: str) -> Collection:
     Examples: `\{1,2\}` -> ("set", ["1", "2"]), `(3,4]` -> ("(]", ["3", "4"]), `5` -> ("", ["5"]).
     An element with `\pm`, alone or in a list or set, counts as two elements.
     """
-    matrix = _read_matrix(text)
+    matrix = _read_matrix(text) or _read_rows(text)
     if matrix is not None:
         return matrix
     parts = split_at_top_level(text, (r"\cup",))
@@ -48,13 +49,14 @@ def read_collection(text: str) -> Collection:
     if len(ratio) > 1:
         return Collection("ratio", ratio)
     elements = _with_both_signs(split_at_top_level(text, SEPARATORS))
-    return Collection("list" if len(elements) > 1 else "", elements)
+    connector = "or" if r"\lor" in text else ""
+    return Collection("list" if len(elements) > 1 else "", elements, connector)
 
 
 def _read_matrix(text: str) -> Collection | None:
     """Returns the cells of a matrix, row by row, each multiplied by a factor before the matrix."""
     match = re.fullmatch(
-        r"(?P<factor>[^&]*?)\\begin\{(?P<kind>[pbBvV]?)(?:small)?matrix\}(?P<rows>.*)"
+        r"(?P<factor>[^&]*?)\\begin\{(?P<kind>[pbB]?)(?:small)?matrix\}(?P<rows>.*)"
         r"\\end\{(?P=kind)(?:small)?matrix\}",
         text,
     )
@@ -72,8 +74,22 @@ def _read_matrix(text: str) -> Collection | None:
             cells += row_cells
     if factor:
         cells = [f"({factor})*({cell})" for cell in cells]
-    kind = "determinant" if match["kind"] in ("v", "V") else "matrix"
-    return Collection(f"{kind} {row_lengths}", cells)
+    return Collection(f"matrix {row_lengths}", cells)
+
+
+def _read_rows(text: str) -> Collection | None:
+    """Returns the cells of a matrix written as a list of rows: `[[1,2],[3,4]]`."""
+    match = re.fullmatch(r"\[ ?(?P<rows>\[.*\]) ?\]", text)
+    if match is None:
+        return None
+    rows = []
+    for row in split_at_top_level(match["rows"]):
+        if not (row.startswith("[") and row.endswith("]")):
+            return None
+        rows.append(split_at_top_level(row[1:-1]))
+    return Collection(
+        f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
+    )
 
 
 def _with_both_signs(elements: Sequence[str]) -> list[str]:

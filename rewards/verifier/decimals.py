@@ -11,7 +11,7 @@ REPEATING_DECIMAL = re.compile(
     r"(?P<dotted>\d{0,20}\\dot\s*\{?\d\}?)?|\((?P<bracketed>\d{1,20})\))"
 )
 CONTINUED_DECIMAL = re.compile(
-    r"(?<![\d.])(?P<integer>\d{0,20})\.(?P<digits>\d{3,40})\s*(?:\\[lc]?dots(?![A-Za-z])|\.{2,})"
+    r"(?<![\d.])(?P<integer>\d{0,20})\.(?P<digits>\d{3,40})\s*(?:\\[lc]?dots(?![A-Za-z])|\.{2,})(?![\d.])"
 )
 
 

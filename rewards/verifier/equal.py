@@ -24,41 +24,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from grpo.types import Verdict
 from rewards.verifier.brackets import nesting_depth, split_relations
 from rewards.verifier.choices import chosen_letter_of
-from rewards.verifier.collection import UNORDERED_KINDS, read_collection
-from rewards.verifier.evaluate import TooLargeError
-from rewards.verifier.expressions import compare_expressions, exact_value
-from rewards.verifier.latex import as_words, normalize
+from rewards.verifier.collection import UNORDERED_KINDS, Collection, read_collection
+from rewards.verifier.evaluate import TooLargeError, limited_cost
+from rewards.verifier.expressions import compare_expressions, exact_value, is_rounding
+from rewards.verifier.latex import as_words, normalize, without_outer_braces
 from rewards.verifier.real_sets import EMPTY, NAMED_SETS, read_real_set, same_set
-from rewards.verifier.units import number_of_words, split_unit
+from rewards.verifier.syntax import FUNCTIONS
+from rewards.verifier.units import MEANINGFUL_WORDS, number_of_words, split_unit
 
 MAX_CHARS = 1000
 MAX_DEPTH = 30  # of brackets
+MAX_SIDES = 6  # of a chain of equations
 MAX_REPEATED = 20  # largest size of a set in which elements may be repeated
 
 CORRECT = Verdict(value="correct")
-# The left side of `x = 5` or `x \in (1,2)`: a letter, word or vector with an optional subscript and
-# arguments (`f(x)`), an angle (`\angle ABC`), or a tuple of letters (`(x, y)`).
+# The left side of `x = 5` or `x \in (1,2)`: a letter, vector or word with an optional subscript, an
+# unknown function (`f(x)`, `P(A)`), an angle (`\angle ABC`), a segment (`AB`), a quotient of letters,
+# or a tuple of letters (`(x, y)`).
+LETTER = r"(?:[A-Za-z]|\\(?!not|neg|pm|ln|lg)[a-zA-Z]{2,7}|\\(?:text|vec|overline)\{[A-Za-z ]+\})"
+SUBSCRIPT = r"(?:_\w|_\{\w+\})?'*"
 NAME = (
-    r"(?:\\(?:text|vec|overrightarrow)\{[A-Za-z]+\}|\\?[A-Za-z]+)"
-    r"(?:_\w|_\{\w+\})?(?:\([^()=,]{1,10}\))?"
-    r"|\\angle ?[A-Z]+|\([A-Za-z](?:, ?[A-Za-z])*\)"
+    rf"{LETTER}{SUBSCRIPT}|[A-Z]{{2,4}}|m?\\angle ?[A-Z]+|[A-Za-z]{{3,}}"
+    rf"|(?:\\?[A-Za-z]){SUBSCRIPT}(?:\^\{{-1\}})?\([^()=]{{1,20}}(?:\([^()=]{{1,20}}\))?\)"
+    rf"|\\frac\{{{LETTER}\}}\{{{LETTER}\}}|\({LETTER}{SUBSCRIPT}(?:, ?{LETTER}{SUBSCRIPT})*\)"
 )
-ASSIGNMENT = re.compile(rf"(?P<name>{NAME}) ?(?P<sign>=|\\in(?![a-z]))(?P<value>[^=<>]+)")
-EQUALS = re.compile("(=)")
+ASSIGNMENT = re.compile(rf"(?P<name>{NAME}) ?(?P<sign>=|\\in(?![a-z])|\\approx)(?P<value>[^=<>]+)")
+EQUALS = re.compile(r"(=|\\approx(?![a-z]))")
 RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in)(?![a-z])")
 # Notations of sets of real numbers, other than a tuple that may be an interval.
 SET_NOTATION = re.compile(
     r"[<>]|\\(?:le|ge|ne|in|notin|cup|cap|setminus|backslash|mathbb|mid|emptyset|varnothing)(?![a-z])"
+    r"|^\]|\[$"
 )
 MODULO = re.compile(
-    r"(?:[A-Za-z] ?(?:\\equiv|=) ?)?(?P<value>-?[\d\\ a-z{}^+*/.!-]+?) ?"
+    r"(?:(?P<name>[A-Za-z]) ?(?:\\equiv|=) ?)?(?P<value>-?[\d\\ a-z{}^+*/.!-]+?) ?"
     r"\(?\\?[pb]?mod(?![a-z]) ?\{?(?P<modulus>\d{1,50})\}?\)?"
 )
-NUMBER_IN_BASE = re.compile(r"\(?(?P<digits>-?[0-9A-Za-z.]+)\)?_(?P<base>\w|\{\d+\})")
+NUMBER_IN_BASE = re.compile(r"\(?(?P<digits>-?[0-9A-Za-z.]+)\)?_(?P<base>\d{1,2}|\w|\{\d+\})")
 
 
 def compare_answers(prediction: str, gold: str) -> Verdict:
@@ -80,11 +87,15 @@ def compare_answers(prediction: str, gold: str) -> Verdict:
     if reason:
         return Verdict(value="undecided", reason=f"gold answer: {reason}")
     try:
-        return _compare_normalized(normalize(prediction), normalize(gold))
+        with limited_cost():
+            verdict = _compare_normalized(normalize(prediction), normalize(gold))
     except TooLargeError as error:
         return _wrong(f"too large: {error}")
     except Exception as error:  # a mistake of this program must not end a run
-        return _verdict_after_error(gold, error)
+        verdict = Verdict(value="undecided", reason=f"gold answer: {type(error).__name__}: {error}")
+    if verdict.value == "undecided" and _is_readable(gold):
+        return _wrong("cannot be compared with the gold answer")
+    return verdict
 
 
 def _why_unreadable(gold: str) -> str:
@@ -98,16 +109,15 @@ def _why_unreadable(gold: str) -> str:
     return ""
 
 
-def _verdict_after_error(gold: str, error: Exception) -> Verdict:
-    """Returns the verdict if the comparison failed: undecided if the gold answer is the cause."""
-    reason = f"{type(error).__name__}: {error}"[:200]
+def _is_readable(gold: str) -> bool:
+    """Returns whether a gold answer can be compared with the simplest prediction."""
     try:
-        _compare_normalized("0", normalize(gold))
+        with limited_cost():
+            return _compare_normalized("0", normalize(gold)).value != "undecided"
     except TooLargeError:
-        pass
+        return True
     except Exception:
-        return Verdict(value="undecided", reason=f"gold answer: {reason}")
-    return _wrong(f"cannot read the answer: {reason}")
+        return False
 
 
 def _compare_normalized(prediction: str, gold: str) -> Verdict:
@@ -136,12 +146,14 @@ def _compare(prediction: str, gold: str) -> Verdict:
     verdict = _compare_real_sets(prediction, gold)
     if verdict is not None:
         return verdict
+    verdict = _compare_modulo(prediction, gold)
+    if verdict is not None:
+        return verdict
     prediction, gold = _without_assignments(prediction, gold)
-    if not RELATION.search(gold):
-        sides = split_relations(prediction, EQUALS)[::2]
-        if len(sides) > 2 and read_collection(prediction).kind == "":
-            return _compare_chain(sides, gold)
-    for rule in (_compare_in_base, _compare_modulo, _compare_numbers, _compare_collections):
+    sides = split_relations(prediction, EQUALS)[::2]
+    if len(sides) > 1 and not RELATION.search(gold) and read_collection(prediction).kind == "":
+        return _compare_chain(sides, gold)
+    for rule in (_compare_in_base, _compare_numbers, _compare_collections):
         verdict = rule(prediction, gold)
         if verdict is not None:
             return verdict
@@ -149,9 +161,19 @@ def _compare(prediction: str, gold: str) -> Verdict:
 
 
 def _compare_chain(sides: Sequence[str], gold: str) -> Verdict:
-    """Compares a chain such as `c = 2+3 = 5`: all sides but the first must equal the answer."""
-    for side in sides[1:]:
-        verdict = _compare(side.strip(), gold)
+    r"""Compares a chain such as `c = 2+3 = 5`, `\frac{10}{6} = \frac{5}{3}` or `\sqrt{2} \approx 1.41`.
+
+    All sides must equal the answer, except a name on the left and a decimal behind an approximate
+    sign, which must be close to it.
+    """
+    if len(sides) > MAX_SIDES:
+        return _wrong("a long chain")
+    has_name = _is_name(sides[0].strip())
+    sides = [side.strip() for side in sides[1 if has_name else 0 :]]
+    if len(sides) == 2 and is_rounding(sides[1], sides[0]):
+        sides = sides[:1]
+    for side in sides:
+        verdict = _compare(side, gold)
         if verdict.value != "correct":
             return verdict
     return CORRECT
@@ -160,9 +182,8 @@ def _compare_chain(sides: Sequence[str], gold: str) -> Verdict:
 def _same_spelling(prediction: str, gold: str) -> bool:
     r"""Returns whether two answers are the same text.
 
-    Spaces are ignored, unless there is one between two digits: `3 1/2` is not `31/2`. If one of the
-    answers has a `\text` and the gold answer has no other command, power or subscript, the answers
-    are compared as words: `as_words` ignores case and `\text`.
+    Spaces are ignored, unless there is one between two digits: `3 1/2` is not `31/2`. `\text` is
+    ignored. If the gold answer is words, so is case.
     """
     if prediction == gold:
         return True
@@ -171,24 +192,31 @@ def _same_spelling(prediction: str, gold: str) -> bool:
         return True
     if r"\text" not in prediction + gold:
         return False
-    gold_words = as_words(gold)
-    has_formula = re.search(r"[\\^_]", gold_words) is not None
-    return as_words(prediction) == gold_words and not has_formula
+    if _is_words(gold):
+        return as_words(prediction) == as_words(gold)
+    without_text = [re.sub(r"\\text\{([^{}]*)\}", r"\1", text) for text in (prediction, gold)]
+    return without_text[0].replace(" ", "") == without_text[1].replace(" ", "")
 
 
 def _is_words(text: str) -> bool:
     r"""Returns whether a gold answer is words or the letter of a choice, not a formula.
 
     These count as words, if they have no digit: text that is completely inside `\text{}`; a letter
-    from A to H, with or without brackets; yes, no and odd; four or more characters that are
-    letters, spaces, apostrophes and hyphens, with three letters in a row.
+    from A to H, with or without brackets; yes and no; three lower-case letters like `odd`; four or
+    more characters that are letters, spaces, apostrophes and hyphens, with three letters in a row.
     """
     is_text = re.fullmatch(r"\s*\\text\{[^{}]*\}\s*", text)
     is_plain_words = re.fullmatch(
-        r"\(?[A-H]\)?|(?i:yes|no|odd)|(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]{3,}", text
+        r"\(?[A-H]\)?|(?i:yes|no|odd)|[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]|(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]{3,}",
+        text,
     )
     has_digit = re.search(r"\d", text)
     return bool(is_text or is_plain_words) and not has_digit
+
+
+def _without_thousands(text: str) -> str:
+    """Returns text without the commas that separate thousands."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
 def _without_names(text: str) -> str:
@@ -233,17 +261,48 @@ def _without_assignments(prediction: str, gold: str) -> tuple[str, str]:
     - If one has `x \in`, it is removed.
     - If one has `x =`, it is removed, unless the other answer is a relation such as `2x+y=3`.
     """
-    in_prediction = ASSIGNMENT.fullmatch(prediction)
-    in_gold = ASSIGNMENT.fullmatch(gold)
+    in_prediction = _read_assignment(prediction)
+    in_gold = _read_assignment(gold)
     if in_prediction and in_gold:
-        if in_prediction["name"] != in_gold["name"]:
+        if in_prediction.name != in_gold.name:
             return prediction, gold
-        return in_prediction["value"].strip(), in_gold["value"].strip()
-    if in_prediction and (in_prediction["sign"] != "=" or not RELATION.search(gold)):
-        return in_prediction["value"].strip(), gold
-    if in_gold and (in_gold["sign"] != "=" or not RELATION.search(prediction)):
-        return prediction, in_gold["value"].strip()
+        return in_prediction.value, in_gold.value
+    if in_prediction and (in_prediction.is_membership or not RELATION.search(gold)):
+        return in_prediction.value, gold
+    if in_gold and (in_gold.is_membership or not RELATION.search(prediction)):
+        return prediction, in_gold.value
     return prediction, gold
+
+
+class _Assignment(NamedTuple):
+    """The parts of `x = 5`, or of `x \\in (1,2)`, which is a membership."""
+
+    name: str
+    value: str
+    is_membership: bool
+
+
+def _read_assignment(text: str) -> _Assignment | None:
+    """Returns the parts of an assignment, None for other text.
+
+    The letters of a tuple must be in ascending order: `(y,x) = (1,2)` says something else than
+    (1,2).
+    """
+    match = ASSIGNMENT.fullmatch(text)
+    if match is None:
+        return None
+    if not _is_name(match["name"]):
+        return None
+    value = without_outer_braces(match["value"].strip())
+    return _Assignment(match["name"], value, is_membership=match["sign"] == r"\in")
+
+
+def _is_name(text: str) -> bool:
+    """Returns whether text names a value, and is no function or word that changes the value."""
+    word = re.sub(r"\\text|[{}\\ ]", "", text).lower()
+    letters = re.findall(r"[A-Za-z]+(?:_\w+)?", text) if text.startswith("(") else []
+    is_meaningful = word in MEANINGFUL_WORDS or word in FUNCTIONS or letters != sorted(letters)
+    return re.fullmatch(NAME, text) is not None and not is_meaningful
 
 
 def _compare_in_base(prediction: str, gold: str) -> Verdict | None:
@@ -272,7 +331,8 @@ def _compare_modulo(prediction: str, gold: str) -> Verdict | None:
     values = []
     for match, text in zip(matches, (prediction, gold), strict=True):
         values.append(exact_value(match["value"] if match else text))
-    if len(moduli) != 1 or 0 in moduli or None in values:
+    names = {match["name"] for match in matches if match is not None and match["name"]}
+    if len(names) > 1 or len(moduli) != 1 or 0 in moduli or None in values:
         return _wrong("another modulus, or not a number")
     (modulus,) = moduli
     remainders = []
@@ -307,15 +367,28 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
         return Verdict(value="undecided", reason=f"gold answer: {error}")
     predicted_number = exact_value(predicted.value)
     is_percentage = predicted.unit == "%" and not expected.unit
+    if is_percentage and predicted_number is None:
+        return _wrong("a percentage")
+    if expected_number is not None and predicted_number is None:
+        return _compare_with_number(predicted.value, expected.value)
     if expected_number is None or predicted_number is None:
         if predicted.value == prediction and expected.value == gold:
             return None
-        if is_percentage:
-            return _wrong("a percentage")
         return _compare(predicted.value, expected.value)
     if is_percentage:
         predicted_number /= 100
     return CORRECT if predicted_number == expected_number else _wrong("another number")
+
+
+def _compare_with_number(prediction: str, gold: str) -> Verdict:
+    """Compares a prediction that is no number with a number, whose comma separates thousands."""
+    kind = read_collection(prediction).kind
+    if kind:
+        return _wrong(f"{kind}, not one value")
+    gold_number = _without_thousands(gold)
+    if re.fullmatch(r"\d+ ?\\land ?\d+/\d+", prediction):  # 2 and 1/3
+        return _compare(prediction.replace(r"\land", " "), gold_number)
+    return compare_expressions(prediction, gold_number)
 
 
 def _compare_collections(prediction: str, gold: str) -> Verdict | None:
@@ -337,8 +410,18 @@ def _compare_collections(prediction: str, gold: str) -> Verdict | None:
         if predicted.kind in UNORDERED_KINDS:
             return _wrong("a collection, not one value")
         return None
+    verdict = _compare_named_values(predicted, expected)
+    if verdict is not None:
+        return verdict
+    if expected.kind == "()" and re.match(r"[A-Z]\(", prediction):  # a point: P(1,2)
+        predicted = read_collection(prediction[1:])
+    if {predicted.kind, expected.kind} == {"()", f"matrix {[1] * len(expected.elements)}"}:
+        return _compare_elements_in_order(predicted, expected)  # a column vector
     has_relation = RELATION.search(prediction + gold) is not None
     equivalent_kinds = {"list", "union"} if has_relation else {"list", "set"}
+    has_inequality = re.search(r"[<>]|\\[lg]e(?![a-z])", prediction + gold) is not None
+    if has_inequality and predicted.connector != expected.connector:
+        return _wrong("`and` in place of `or`, or the reverse")
     same_kind = predicted.kind == expected.kind
     if not same_kind and {predicted.kind, expected.kind} != equivalent_kinds:
         return _wrong(f"{predicted.kind or 'one value'}, not {expected.kind}")
@@ -373,9 +456,52 @@ def _distinct(elements: Sequence[str]) -> list[str]:
     return distinct
 
 
+def _compare_elements_in_order(predicted: Collection, expected: Collection) -> Verdict:
+    if len(predicted.elements) != len(expected.elements):
+        return _wrong(f"{len(predicted.elements)} elements, not {len(expected.elements)}")
+    return _compare_in_order(predicted.elements, expected.elements)
+
+
+def _compare_named_values(predicted: Collection, expected: Collection) -> Verdict | None:
+    """Compares values that have names, such as `x=5, y=2`, by name.
+
+    A tuple, or a list that is compared with names, must be in the order of the names. Returns None
+    if neither has names.
+    """
+    predicted_values, expected_values = _named_values(predicted), _named_values(expected)
+    if predicted_values is None and expected_values is None:
+        return None
+    if predicted_values is not None and expected_values is not None:
+        same_names = predicted_values.keys() == expected_values.keys()
+        if not same_names or predicted.connector != expected.connector:
+            return _wrong("other names, or `and` in place of `or`")
+        return _compare_in_order(
+            [predicted_values[name] for name in expected_values], list(expected_values.values())
+        )
+    if predicted_values is not None and expected.kind == "list":
+        return _compare_in_any_order(list(predicted_values.values()), expected.elements)
+    if predicted_values is not None:
+        ordered = [predicted_values[name] for name in sorted(predicted_values)]
+        predicted = Collection("()", ordered)
+    if expected_values is not None:
+        expected = Collection("()", [expected_values[name] for name in sorted(expected_values)])
+    if predicted.kind not in ("()", "list") or expected.kind != "()":
+        return _wrong(f"values with names, not {expected.kind}")
+    return _compare_elements_in_order(predicted, expected)
+
+
+def _named_values(collection: Collection) -> dict[str, str] | None:
+    """Returns the values of a list or tuple of assignments by name, None if it is another one."""
+    if collection.kind not in ("list", "()"):
+        return None
+    assignments = [_read_assignment(element) for element in collection.elements]
+    values = {each.name: each.value for each in assignments if each and not each.is_membership}
+    return values if len(values) == len(collection.elements) else None
+
+
 def _compare_ratios(predicted: Sequence[str], expected: Sequence[str]) -> Verdict:
-    """Compares ratios: 2:4 equals 1:2. Times of day such as 3:05 must have the same digits."""
-    is_time = any(re.match(r"0\d", element) for element in (*predicted, *expected))
+    """Compares ratios: 1:2 equals 2:4. Times of day such as 3:05 must have the same digits."""
+    is_time = all(re.fullmatch(r"\d\d", element) for element in expected[1:])
     numbers = [exact_value(element) for element in (*predicted, *expected)]
     if is_time or len(predicted) != len(expected) or not all(numbers):
         # the leading zero of the hour may be missing

@@ -1,14 +1,17 @@
-"""Evaluates a tree of syntax.py at a point: rational numbers exactly, others to 110 digits.
+"""Evaluates a tree of syntax.py at a point: rational numbers exactly, others to 150 digits.
 
-The time is bounded by counts, not by a clock: the number of operations, which share a `Budget`, and
-the size of the numbers of each operation.
+The time is bounded by counts, not by a clock: the cost of all operations of one verdict
+(`limited_cost`), and the size of the numbers of each operation.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -16,13 +19,14 @@ import mpmath
 
 from rewards.verifier.syntax import Call, Name, Node, Number, Series
 
-DIGITS = 110
-# Bounds of all evaluations of one comparison. An operation costs 1, a function such as sin 20.
-MAX_COST = 80_000
+DIGITS = 150
+# Bound of all evaluations of one verdict. An operation costs 1, a function such as sin 20.
+MAX_COST = 120_000
 FUNCTION_COST = 20
+GAMMA_COST = 100  # of the factorial of a number that is not an integer
 SERIES_COST = 10  # of one term of a sum, in addition to its operations
 MAX_BITS = 20_000  # of an exact numerator or denominator; larger values are rounded
-MAX_LOG2 = 10**9  # largest |log2| of a value
+MAX_LOG2 = 10**6  # largest |log2| of a value
 MAX_ANGLE = 2**400  # largest argument of a trigonometric function
 MAX_FACTORIAL = 2_200  # largest n in n!
 MAX_GAMMA = 10**5  # largest |x| of the factorial of a number that is not an integer
@@ -41,26 +45,43 @@ class UndefinedError(ArithmeticError):
     """The value does not exist, or is beyond the bounds of this module."""
 
 
-class Budget:
-    """Counts the cost of evaluations."""
+class OutOfBoundsError(UndefinedError):
+    """The value may exist, but an operation exceeds a bound of this module."""
+
+
+class _Budget:
+    """The cost of the evaluations of one verdict."""
 
     def __init__(self) -> None:
-        """Starts at 0."""
         self._cost = 0
 
     def spend(self, cost: int) -> None:
-        """Adds a cost. Raises TooLargeError above MAX_COST."""
         self._cost += cost
         if self._cost > MAX_COST:
             raise TooLargeError("too many operations")
 
 
+_BUDGET: contextvars.ContextVar[_Budget | None] = contextvars.ContextVar("budget", default=None)
+
+
+@contextlib.contextmanager
+def limited_cost() -> Iterator[None]:
+    """Limits the cost of all evaluations in this context to MAX_COST."""
+    token = _BUDGET.set(_Budget())
+    try:
+        yield
+    finally:
+        _BUDGET.reset(token)
+
+
+INFINITE = Name("inf")
+MINUS_INFINITE = Call("neg", (INFINITE,))
+
+
 class Evaluator:
     """Evaluates trees at one point."""
 
-    def __init__(
-        self, point: Mapping[str, Value], *, is_complex: bool = False, budget: Budget | None = None
-    ) -> None:
+    def __init__(self, point: Mapping[str, Value], *, is_complex: bool = False) -> None:
         """Sets the point.
 
         Args:
@@ -68,11 +89,10 @@ class Evaluator:
             is_complex: True: `i` is the imaginary unit, and roots and logarithms of negative
                 numbers have their principal values. False: these are undefined, except odd roots,
                 which are real.
-            budget: The budget of the comparison. None: a new one.
         """
         self._point = dict(point)
         self._is_complex = is_complex
-        self._budget = budget or Budget()
+        self._budget = _BUDGET.get() or _Budget()
 
     def __call__(self, tree: Node) -> Value:
         """Returns the value of a tree.
@@ -81,6 +101,10 @@ class Evaluator:
             UndefinedError: The tree has no value at this point.
             TooLargeError: The tree needs too many operations.
         """
+        if tree == INFINITE:  # Infinity has a value only by itself.
+            return CONTEXT.inf
+        if tree == MINUS_INFINITE:
+            return -CONTEXT.inf
         try:
             return self._value(tree)
         except (ZeroDivisionError, ValueError, OverflowError, TypeError) as error:
@@ -106,8 +130,6 @@ class Evaluator:
             return +CONTEXT.pi
         if name == "e":
             return +CONTEXT.e
-        if name == "inf":
-            return CONTEXT.inf
         if name == "i" and self._is_complex:
             return CONTEXT.mpc(0, 1)
         raise UndefinedError(name)
@@ -133,7 +155,8 @@ class Evaluator:
     def _call(self, tree: Call, arguments: list[Value]) -> Value:
         function = tree.function
         if function in OPERATORS:
-            self._budget.spend(len(arguments))
+            has_gamma = function in ("!", "binom") and not all(map(_is_integer, arguments))
+            self._budget.spend(GAMMA_COST if has_gamma else len(arguments))
             return OPERATORS[function](*arguments)
         is_integer_power = function == "^" and _is_integer(arguments[1])
         self._budget.spend(1 if is_integer_power else FUNCTION_COST)
@@ -162,7 +185,7 @@ class Evaluator:
 
     def _elementary(self, function: str, argument: Value) -> Value:
         if not abs(number(argument)) < MAX_ANGLE:
-            raise UndefinedError("a large angle")
+            raise OutOfBoundsError("a large angle")
         value = ELEMENTARY[function](number(argument))
         if isinstance(value, CONTEXT.mpc) and not self._is_complex:
             raise UndefinedError(f"{function} outside its domain")
@@ -206,8 +229,8 @@ def _bounded(value: Value) -> Value:
         return value if bits <= MAX_BITS else number(value)
     if isinstance(value, tuple):
         return tuple(_bounded(part) for part in value)
-    if CONTEXT.isnan(value):
-        raise UndefinedError("not a number")
+    if not CONTEXT.isfinite(value):
+        raise UndefinedError("not a finite number")
     return value
 
 
@@ -263,12 +286,13 @@ def _cross(first: Value, second: Value) -> Value:
     return tuple(minors)
 
 
-def _negate(value: Value) -> Value:
+def negate(value: Value) -> Value:
+    """Returns the negative."""
     return multiply(Fraction(-1), value)
 
 
 def _subtract(first: Value, second: Value) -> Value:
-    return add(first, _negate(second))
+    return add(first, negate(second))
 
 
 def power(base: Value, exponent: Value, *, is_complex: bool) -> Value:
@@ -312,14 +336,14 @@ def _integer_power(base: Value, exponent: int) -> Value:
 def _check_magnitude(base: Value, exponent: Value) -> None:
     log2 = abs(CONTEXT.mag(base)) + 1
     if not log2 * abs(exponent) < MAX_LOG2:
-        raise UndefinedError("a power beyond the bounds")
+        raise OutOfBoundsError("a power beyond the bounds")
 
 
 def _real_power_of_negative(base: Value, exponent: Value) -> Value:
     if not isinstance(exponent, Fraction) or exponent.denominator % 2 == 0:
         raise UndefinedError("an even root of a negative number")
     value = power(-base, exponent, is_complex=False)
-    return value if exponent.numerator % 2 == 0 else _negate(value)
+    return value if exponent.numerator % 2 == 0 else negate(value)
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction | None:
@@ -343,11 +367,13 @@ def _integer_root(value: int, degree: int) -> int | None:
 
 def _factorial(value: Value) -> Value:
     if _is_integer(value):
-        if not 0 <= value <= MAX_FACTORIAL:
-            raise UndefinedError("the factorial of a large or negative number")
+        if value > MAX_FACTORIAL:
+            raise OutOfBoundsError("the factorial of a large number")
+        if value < 0:
+            raise UndefinedError("the factorial of a negative number")
         return Fraction(math.factorial(int(value)))
     if not abs(number(value)) < MAX_GAMMA:
-        raise UndefinedError("the factorial of a large number")
+        raise OutOfBoundsError("the factorial of a large number")
     return CONTEXT.factorial(number(value))
 
 
@@ -362,10 +388,10 @@ def _binomial(n: Value, k: Value) -> Value:
     if _is_integer(k) and k >= 0:
         if _is_integer(n) and n >= 0:
             if min(k, n - k) > MAX_FACTORIAL or n > 2**64:
-                raise UndefinedError("a large binomial coefficient")
+                raise OutOfBoundsError("a large binomial coefficient")
             return Fraction(math.comb(int(n), int(k)))
         if k > 64:
-            raise UndefinedError("a large binomial coefficient")
+            raise OutOfBoundsError("a large binomial coefficient")
         value: Value = Fraction(1)
         for index in range(int(k)):
             value = multiply(value, divide(_subtract(n, Fraction(index)), Fraction(index + 1)))
@@ -379,7 +405,7 @@ def _floor(value: Value) -> Value:
     if isinstance(value, Fraction):
         return Fraction(math.floor(value))
     if not abs(value) < 2**200:
-        raise UndefinedError("floor of a large number")
+        raise OutOfBoundsError("floor of a large number")
     nearest = CONTEXT.nint(value)
     if abs(value - nearest) < CONTEXT.mpf(10) ** (-DIGITS // 2):  # an integer, but for rounding
         return Fraction(int(nearest))
@@ -409,7 +435,7 @@ def _sign(value: Value) -> Value:
 
 def _unknown_function(name: str, arguments: list[Value]) -> Value:
     """Returns the value of an unknown function such as f(x), a fixed nonlinear function."""
-    weight = sum(ord(char) * (index + 7) for index, char in enumerate(name))
+    weight = zlib.crc32(name.encode()) % 10_007
     total: Value = Fraction(weight, 11)
     for index, argument in enumerate(arguments):
         scaled = number(argument) * (weight % 13 + 2 * index + 3) / 7
@@ -424,14 +450,14 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "*": lambda *factors: functools.reduce(multiply, factors),
     "cross": _cross,
     "/": divide,
-    "neg": _negate,
+    "neg": negate,
     "!": _factorial,
     "!!": _double_factorial,
     "binom": _binomial,
     "mod": _modulo,
     "abs": _absolute,
     "floor": _floor,
-    "ceil": lambda value: _negate(_floor(_negate(value))),
+    "ceil": lambda value: negate(_floor(negate(value))),
     "sgn": _sign,
     "max": lambda *values: _extremum(max, values),
     "min": lambda *values: _extremum(min, values),

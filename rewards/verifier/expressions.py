@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from grpo.types import Verdict
 from rewards.verifier.brackets import split_relations
-from rewards.verifier.evaluate import CONTEXT, Evaluator, TooLargeError, UndefinedError
+from rewards.verifier.evaluate import CONTEXT, Evaluator, TooLargeError, UndefinedError, number
 from rewards.verifier.identity import (
     constant_value,
     proportional,
@@ -132,7 +132,7 @@ def _compare_relations(
     predicted, expected = _ascending(predicted), _ascending(expected)
     if predicted.signs != expected.signs:
         return _wrong("another relation")
-    if len(expected.signs) == 1:
+    if len(expected.signs) == 1 and variables_of(*expected.sides):
         is_equal = proportional(
             _difference(predicted),
             _difference(expected),
@@ -184,6 +184,19 @@ def _is_decimal_of(text: str, tree: Node) -> bool:
     scaled = value * scale
     cut_off = int(CONTEXT.floor(abs(scaled))) * (1 if scaled > 0 else -1)
     return Fraction(text) * scale in (cut_off, int(CONTEXT.nint(scaled)))
+
+
+def is_rounding(decimal: str, formula: str) -> bool:
+    """Returns whether a decimal number is close to a formula: within 5 % of it."""
+    if DECIMAL.fullmatch(decimal) is None:
+        return False
+    try:
+        value = constant_value(parse_formula(formula))
+    except FormulaError:
+        return False
+    if value is None or isinstance(value, (tuple, CONTEXT.mpc)):
+        return False
+    return bool(abs(number(Fraction(decimal)) - number(value)) < abs(number(value)) / 20)
 
 
 def _is_nearly_rational(value: Any) -> bool:

@@ -46,7 +46,7 @@ def final_answer(text: str) -> str | None:
 def last_boxed(text: str) -> str | None:
     r"""Returns the content of the last `\boxed{...}`, with balanced braces.
 
-    Without braces, the box contains the number or word that follows: `\boxed 5`. Returns None if
+    Without braces, the box contains the word that follows: `\boxed 5`. Returns None if
     there is no box, or if the last one is empty or never closed.
     """
     _, command, after_command = text.rpartition(r"\boxed")
@@ -54,8 +54,8 @@ def last_boxed(text: str) -> str | None:
     if not command:
         return None
     if not box.startswith("{"):
-        without_braces = re.match(r"-?\d+(?:\.\d+)?|\\?[A-Za-z]+", box)
-        return without_braces.group() if without_braces else None
+        word = re.match(r"[^\s$,;{}]+", box)
+        return word.group().rstrip(".") if word else None
     depth = 0
     for index, char in enumerate(box):
         if char == "{":

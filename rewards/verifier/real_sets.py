@@ -22,11 +22,12 @@ from rewards.verifier.evaluate import (
     add,
     divide,
     multiply,
+    negate,
     number,
     power,
 )
 from rewards.verifier.identity import constant_value, same_value, variables_of
-from rewards.verifier.syntax import Call, FormulaError, Name, Node, parse_formula
+from rewards.verifier.syntax import Call, FormulaError, Name, Node, calls_of, parse_formula
 
 RELATION = re.compile(r"<|>|=|\\(?:le|ge|ne|in|notin)(?![a-z])")
 RELATION_SIGN = re.compile(r"(<|>|=|\\(?:le|ge|ne)(?![a-z]))")
@@ -43,8 +44,12 @@ NAMED_SETS = {
 # x \in [1,2], x \notin \{3\}
 MEMBERSHIP = re.compile(r"(?P<variable>[A-Za-z]) ?\\(?P<sign>in|notin)(?![a-z])(?P<set>.*)")
 SET_BUILDER = re.compile(
-    r"[A-Za-z](?: ?\\in ?\\mathbb\{R\})? ?(?:\||:|\\mid(?![a-z])|\\colon) ?(?P<set>.+)"
+    r"(?P<variable>[A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?(?:\||:|\\mid(?![a-z])|\\colon) ?(?P<set>.+)"
 )
+# The operators of a polynomial, and positions at which a polynomial of degree 2 is checked.
+POLYNOMIAL_OPERATORS = {"+", "*", "cross", "neg", "/", "^", "root"}
+TEST_POSITIONS = tuple(Fraction(*pair) for pair in ((2, 1), (-3, 1), (1, 3), (-17, 7), (151, 3)))
+NOISE = CONTEXT.mpf(10) ** -100
 # The largest and smallest bounds. They are open.
 INFINITY = CONTEXT.inf
 
@@ -166,11 +171,16 @@ def _read_simple_set(text: str) -> RealSet:
         return RealSet((LINE,))
     if text in EMPTY:
         return RealSet(())
+    if re.fullmatch(r"\{.*\}", text):  # \cup {1}
+        text = rf"\{{{text[1:-1]}\}}"
     if text.startswith(r"\{") and text.endswith(r"\}"):
         content = text[2:-2].strip()
         builder = SET_BUILDER.fullmatch(content)
         if builder:
-            return _read(builder["set"])
+            result = _read(builder["set"])
+            if result.variable not in ("", builder["variable"]):
+                raise NotASetError(text)
+            return result
         return RealSet(_canonical([_point(element) for element in _listed(content)]))
     interval = re.fullmatch(r"(?P<left>[\[(\]])(?P<bounds>.*)(?P<right>[\])\[])", text)
     if interval is None:
@@ -179,6 +189,9 @@ def _read_simple_set(text: str) -> RealSet:
     if len(bounds) != 2:
         raise NotASetError(text)
     low, high = (_constant(bound) for bound in bounds)
+    has_closed_infinity = CONTEXT.isinf(number(low)) and interval["left"] == "["
+    if has_closed_infinity or (CONTEXT.isinf(number(high)) and interval["right"] == "]"):
+        raise NotASetError(text)
     piece = _interval(low, interval["left"] == "[", high, interval["right"] == "]")
     if piece is None:
         raise NotASetError(text)
@@ -238,9 +251,16 @@ def _read_relations(text: str) -> RealSet:
         raise NotASetError(text)
     result = RealSet((LINE,), variables[0])
     for index, sign in enumerate(pieces[1::2]):
+        if sign in ("<", r"\le") and _is_infinite(sides[index], sides[index + 1]):
+            continue
         solution = _solve(sides[index], sign, sides[index + 1], variables[0])
         result = _intersection(result, solution)
     return result
+
+
+def _is_infinite(left: Node, right: Node) -> bool:
+    r"""Returns whether `left < right` says nothing: `-\infty < x` or `x < \infty`."""
+    return left == Call("neg", (Name("inf"),)) or right == Name("inf")
 
 
 def _solve(left: Node, sign: str, right: Node, variable: str) -> RealSet:
@@ -264,19 +284,20 @@ def _solve(left: Node, sign: str, right: Node, variable: str) -> RealSet:
 
 
 def _solve_quadratic(difference: Node, sign: str, variable: str) -> RealSet:
-    """Solves `difference SIGN 0`, where the difference has degree 0, 1 or 2 in the variable."""
+    """Solves `difference SIGN 0`, where the difference is a polynomial of degree 0, 1 or 2."""
+    if not POLYNOMIAL_OPERATORS.issuperset(call.function for call in calls_of(difference)):
+        raise NotASetError("not a polynomial")
 
     def value_at(position: Any) -> Any:
         return Evaluator({variable: position})(difference)
 
     constant, at_one, at_minus_one = (value_at(Fraction(position)) for position in (0, 1, -1))
     half = Fraction(1, 2)
-    minus_constant = multiply(Fraction(-1), constant)
-    square = add(multiply(half, add(at_one, at_minus_one)), minus_constant)
-    linear = multiply(half, add(at_one, multiply(Fraction(-1), at_minus_one)))
-    for position in (2, -3, 7, 50):
-        terms = multiply(square, Fraction(position**2)), multiply(linear, Fraction(position))
-        if not same_value(add(add(*terms), constant), value_at(Fraction(position))):
+    square = _rounded(add(multiply(half, add(at_one, at_minus_one)), negate(constant)))
+    linear = _rounded(multiply(half, add(at_one, negate(at_minus_one))))
+    for position in TEST_POSITIONS:
+        terms = multiply(square, position**2), multiply(linear, position)
+        if not same_value(add(add(*terms), constant), value_at(position)):
             raise NotASetError("a relation of higher degree")
     roots = _roots(square, linear, constant)
     bounds = [-INFINITY, *roots, INFINITY]
@@ -287,28 +308,26 @@ def _solve_quadratic(difference: Node, sign: str, variable: str) -> RealSet:
             pieces.append(Interval(low, False, high, False))
     if _holds(0, sign):
         pieces += [Interval(root, True, root, True) for root in roots]
-    is_solved = same_value(square, Fraction(0))
-    return RealSet(_canonical(pieces), variable, is_solved)
+    return RealSet(_canonical(pieces), variable, is_solved=square == 0)
+
+
+def _rounded(coefficient: Any) -> Any:
+    """Returns a coefficient, 0 if it differs from 0 only by rounding."""
+    return Fraction(0) if abs(number(coefficient)) < NOISE else coefficient
 
 
 def _roots(square: Any, linear: Any, constant: Any) -> list[Any]:
     """Returns the real roots of a quadratic polynomial in ascending order."""
-    zero = Fraction(0)
-    if same_value(square, zero):
-        if same_value(linear, zero):
-            return []
-        return [divide(multiply(Fraction(-1), constant), linear)]
+    if square == 0:
+        return [] if linear == 0 else [divide(negate(constant), linear)]
     minus_half = divide(multiply(Fraction(-1, 2), linear), square)
-    discriminant = add(
-        multiply(minus_half, minus_half), multiply(Fraction(-1), divide(constant, square))
-    )
-    order = _compare(discriminant, zero)
-    if order < 0:
-        return []
-    if order == 0:
+    discriminant = _rounded(add(multiply(minus_half, minus_half), negate(divide(constant, square))))
+    if discriminant == 0:
         return [minus_half]
+    if number(discriminant) < 0:
+        return []
     root = power(discriminant, Fraction(1, 2), is_complex=False)
-    return [add(minus_half, multiply(Fraction(-1), root)), add(minus_half, root)]
+    return [add(minus_half, negate(root)), add(minus_half, root)]
 
 
 def _between(low: Any, high: Any) -> Any:

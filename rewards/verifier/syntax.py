@@ -33,7 +33,7 @@ FUNCTIONS = {
     *("sinh", "cosh", "tanh", "coth", "sech", "csch"),
     *("arcsinh", "arccosh", "arctanh"),
     *("log", "ln", "lg", "exp", "abs", "floor", "ceil", "sqrt", "sgn"),
-    *("max", "min", "gcd", "lcm", "Re", "Im", "arg"),
+    *("max", "min", "gcd", "lcm", "Re", "Im", "arg", "cis"),
 }
 OTHER_NAMES = {
     **{"asin": "arcsin", "acos": "arccos", "atan": "arctan", "ceiling": "ceil", "sign": "sgn"},
@@ -168,6 +168,7 @@ class _Parser:
         self._position = 0
         self._depth = 0
         self._open_bars = 0
+        self._is_bare_exponent = False
 
     # Tokens
 
@@ -267,7 +268,10 @@ class _Parser:
         is_negative = False
         while self.peek() in ("+", "-"):
             is_negative ^= self._next() == "-"
-        exponent = self._with_power(self._parse_postfix())
+        self._is_bare_exponent = self.peek()[:1].isdecimal()
+        exponent = self._parse_postfix()
+        self._is_bare_exponent = False
+        exponent = self._with_power(exponent)
         self._depth -= 1
         return Call("neg", (exponent,)) if is_negative else exponent
 
@@ -334,7 +338,8 @@ class _Parser:
 
     def _parse_number(self, token: str) -> Node:
         value = Fraction(token.replace(",", ""))
-        is_integer = token.isdecimal()
+        # In 5^2\frac{1}{2}, the exponent is 2.
+        is_integer = token.isdecimal() and not self._is_bare_exponent
         if is_integer and self.peek() == r"\frac":
             fraction = self._integer_fraction()
             if fraction is not None:  # a mixed number
@@ -408,7 +413,11 @@ class _Parser:
         if not is_letter:
             raise FormulaError(f"unexpected {token}")
         tree = self._with_subscript(name)
-        if self.peek() == "(" and (name in FUNCTION_LETTERS or self._is_value_at_number()):
+        if name in FUNCTION_LETTERS and self._accept_inverse():
+            return Call(tree.text + "^-1(", self._arguments_in_brackets())
+        if self.peek() == "(" and (
+            name in FUNCTION_LETTERS or (name not in ("e", "i") and self._is_value_at_number())
+        ):
             return Call(tree.text + "(", self._arguments_in_brackets())
         return tree
 
@@ -422,6 +431,14 @@ class _Parser:
         if mark in CONJUGATES and len(text) == 1:
             return Call("conj", (self._with_subscript(text),))
         return self._with_subscript(f"{mark[1:]}{{{text}}}")
+
+    def _accept_inverse(self) -> bool:
+        """Consumes the exponent of an inverse function: `^{-1}` in front of a bracket."""
+        tokens = [self.peek(ahead) for ahead in range(6)]
+        is_inverse = tokens == ["^", "{", "-", "1", "}", "("]
+        if is_inverse:
+            self._position += 5
+        return is_inverse
 
     def _is_value_at_number(self) -> bool:
         """Returns whether a number in brackets follows: I(0) is not I times 0."""
@@ -515,6 +532,8 @@ def _call_of_one(name: str, argument: Node, base: Node | None) -> Node:
         return Call("root", (argument, Number(Fraction(3))))
     if name == "exp":
         return Call("^", (Name("e"), argument))
+    if name == "cis":
+        return Call("^", (Name("e"), Call("*", (Name("i"), argument))))
     if name == "lg":
         return Call("log", (argument, Number(Fraction(10))))
     if name in ("log", "ln"):

@@ -10,12 +10,16 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from rewards.verifier.syntax import FUNCTIONS, GREEK
+
 # The beginning of a unit: `\text{...}`, a percent sign, a symbol, or two letters of a word. A word
-# is lower-case, follows a number and a space, and does not begin a formula.
+# is lower-case, follows a number and a space, and does not begin a formula. A symbol of one letter
+# follows a space, too.
 TEXT = r"\\text ?\{[^{}]*\}"
 PERCENT = r"\\?%"
 SYMBOL = (
-    r"(?<=[\d}]) ?(?:cm|mm|km|kg|mg|mL|ml|ft|in|yd|mi|lb|oz|hr|min|sec|mph|m|g|s|h|L)(?![A-Za-z(_])"
+    r"(?:(?<=[\d}]) ?(?:cm|mm|km|kg|mg|mL|ml|ft|in|yd|mi|lb|oz|hr|min|sec|mph|USD|EUR)"
+    r"|(?<=[\d}]) (?:m|g|s|h|L))(?![A-Za-z(_])"
 )
 FUNCTION_NAMES = "pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|mod|floor|ceil|abs|max|min"
 WORD_START = rf"(?<=[\d}})!i]) (?!(?:{FUNCTION_NAMES})\b)[a-z]{{2}}"
@@ -31,6 +35,25 @@ CURRENCY = re.compile(
 )
 CURRENCY_NAMES = {"$": "dollar", "USD": "dollar", "EUR": "euro"}
 MAX_WORDS = 3
+# Words in front of a number that say nothing about its value.
+INTRODUCTION_WORDS = set(
+    [
+        "there",
+        "it",
+        "the",
+        "total",
+        "value",
+        "answer",
+        "is",
+        "are",
+        "we",
+        "get",
+        "have",
+        "has",
+        "of",
+        "a",
+    ]
+)
 
 # Names of units in lower case and in the singular -> canonical names.
 UNIT_NAMES = {
@@ -48,6 +71,7 @@ UNIT_NAMES = {
     **{"day": "day", "week": "week", "month": "month", "year": "year", "yr": "year"},
     **{"dollar": "dollar", "usd": "dollar", "cent": "cent", "euro": "euro", "eur": "euro"},
     **{"yen": "yen", "radian": "radian", "rad": "radian", "unit": "unit", "mph": "mile/hour"},
+    **{"am": "am", "pm": "pm"},
     **{"inche": "inch"},
 }
 # The value of number words. "second" is a unit of time.
@@ -75,26 +99,63 @@ MEANINGFUL_WORDS = {
     *("or", "and", "but", "nor", "to", "through", "until", "till", "between", "either", "both"),
     *("if", "unless", "when", "where", "while", "except", "excluding", "without", "with", "versus"),
     *("vs", "out", "from", "instead", "rather", "also", "else", "otherwise", "maybe", "perhaps"),
-    *("possibly", "alternatively", "respectively", "then", "ish", "range"),
+    *("possibly", "alternatively", "respectively", "then", "range", "excluded", "exclusive"),
+    *("only", "onward", "onwards", "upward", "upwards", "downward", "downwards", "beyond"),
     # negations
-    *("not", "no", "never", "neither", "none", "nothing", "isn't", "isnt", "wrong", "incorrect"),
-    *("false", "cannot", "can't", "impossible", "invalid", "non"),
+    *("not", "no", "never", "neither", "none", "nothing", "isn't", "isnt", "aint", "ain't"),
+    *("wrong", "incorrect", "false", "cannot", "can't", "impossible", "invalid", "non", "unequal"),
+    *("unlikely", "extraneous", "opposite"),
     # comparisons
     *("more", "less", "fewer", "greater", "smaller", "larger", "least", "most", "than", "above"),
     *("below", "over", "under", "about", "around", "roughly", "approximately", "almost", "nearly"),
     # operations
-    *("plus", "minus", "times", "divided", "multiplied", "by", "squared", "cubed", "raised"),
-    *("factorial", "mod", "modulo", "negative", "positive", "double", "twice", "thrice", "triple"),
-    *("doubled", "tripled", "halved", "halves", "base", "repeating", "recurring", "inverse"),
-    *("reciprocal", "added", "subtracted", "increased", "decreased", "off", "infinity", "e"),
+    *(
+        "plus",
+        "minus",
+        "times",
+        "divided",
+        "multiplied",
+        "by",
+        "squared",
+        "cubed",
+        "raised",
+        "root",
+    ),
+    *("square", "cube", "factorial", "choose", "mod", "modulo", "negative", "double", "twice"),
+    *("thrice", "triple", "doubled", "tripled", "halved", "halves", "inverse", "reciprocal"),
+    *("conjugate", "imaginary", "reversed", "transposed", "transpose", "complement", "derivative"),
+    *("integral", "added", "subtracted", "increased", "decreased", "off", "infinity", "e", "log"),
+    # numbers in other bases and units of counting
+    *("base", "binary", "octal", "hex", "hexadecimal", "ternary", "repeating", "recurring"),
+    *(
+        "score",
+        "pair",
+        "pairs",
+        "couple",
+        "gross",
+        "lakh",
+        "lakhs",
+        "scores",
+        "crore",
+        "permille",
+        "mille",
+        "permil",
+        "nano",
+    ),
+    *("micro", "milli", "centi", "kilo", "mega", "giga"),
+}
+# Ordinal and large numbers without an entry in NUMBER_WORDS: twentieths, quintillion.
+NUMBER_ENDINGS = re.compile(r".*(?:(?:teen|ieth|dred|sand|ill?ion)(?:th)?s?|(?:[a-z]ieth)s?)")
+# Words outside of `\text{}` with fewer than four letters. Others may be products of variables, such
+# as `2 xy` and `2 abc`.
+SHORT_WORDS = {
+    *("a", "an", "the", "of", "in", "on", "at", "is", "are", "per", "odd", "old", "all", "red"),
+    *("egg", "men", "man", "boy", "dog", "cat", "cup", "cow", "hen", "pen", "box", "bag", "car"),
+    *("bus", "can", "jar", "job", "bed", "hat", "pie", "pig", "day", "way", "toy", "key", "row"),
+    *("set", "die", "bat", "tie", "pea", "nut", "ant", "bee", "big", "new", "ten"),
 }
 POWER_NAMES = {"square": "2", "sq": "2", "cubic": "3", "squared": "2", "cubed": "3"}
-KNOWN_WORDS = {*UNIT_NAMES, *NUMBER_WORDS, *POWER_NAMES, *MEANINGFUL_WORDS, "per", "of", "is", "a"}
 UNIT_TOKEN = re.compile(r"[a-z']+|%|\^|/|\d|\S")
-
-
-# A word outside of `\text{}`; shorter ones are products of variables, such as `2 xy` and `2 abc`.
-PLAIN_WORD = re.compile(r"[a-z]{4,}|[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]")
 
 
 class Quantity(NamedTuple):
@@ -141,16 +202,32 @@ def split_unit(text: str, *, glued: str = "") -> Quantity:
         unit = UNIT_NAMES[letter["unit"].lower()]
         return Quantity(letter["value"], unit) if unit == glued else without_unit
     match = VALUE_WITH_UNIT.fullmatch(text)
-    if match is None or match["value"].count("{") != match["value"].count("}"):
+    if match is None or not _is_value(match["value"]):
         return without_unit
     read = _read_words(match["unit"]) if _has_only_words(match["unit"]) else None
     if read is None:
         return without_unit
     factors, unit, words = read
+    is_letter = re.fullmatch(r" ?[a-zA-Z](?:\^.*)?", match["unit"]) is not None
+    if (words or is_letter) and not _is_number(match["value"]):
+        return without_unit
     value = match["value"]
     for factor in factors:
         value = f"({value})*{factor}"
     return Quantity(value, unit or currency, words)
+
+
+def _is_value(text: str) -> bool:
+    """Returns whether text in front of a unit can be a value: it has a digit or a formula."""
+    has_value = re.search(r"\d|\\(?!text)[a-zA-Z]|^[a-zA-Z]$", text) is not None
+    is_list = text.rstrip().endswith((",", ";")) or text.startswith(r"\text")
+    return has_value and not is_list and text.count("{") == text.count("}")
+
+
+def _is_number(text: str) -> bool:
+    r"""Returns whether text is a number or a constant formula: no names, commas or relations."""
+    without_commands = re.sub(r"\\(?:frac|sqrt|pi|cdot|times|div|binom)(?![A-Za-z])", "", text)
+    return re.search(r"[A-Za-z\\\[\]=<>;:|&]|,(?!\d{3})", without_commands) is None
 
 
 def number_of_words(words: str) -> str | None:
@@ -180,11 +257,9 @@ def number_of_words(words: str) -> str | None:
 def _without_introduction(text: str) -> str:
     r"""Returns the text without words in front of a number: `\text{There are } 13` -> `13`."""
     match = re.match(r"\\text ?\{(?P<words>[A-Za-z ]{1,40})\} ?(?=-?[\d\\(.])", text)
-    if match is None:
+    if match is None or not INTRODUCTION_WORDS.issuperset(match["words"].lower().split()):
         return text
-    words = [_singular(word) for word in match["words"].lower().split()]
-    is_meaningful = any(word in MEANINGFUL_WORDS or word in NUMBER_WORDS for word in words)
-    return text if is_meaningful or len(words) > MAX_WORDS else text[match.end() :]
+    return text[match.end() :]
 
 
 def _split_currency(text: str) -> tuple[str, str]:
@@ -199,10 +274,12 @@ def _split_currency(text: str) -> tuple[str, str]:
 def _has_only_words(text: str) -> bool:
     r"""Returns whether the letters outside of `\text{}` are words or symbols of units."""
     plain = re.sub(rf"{TEXT}|\\cdot", " ", text)
-    words = re.findall(r"[A-Za-z]+", plain)
-    return all(
-        _singular(word.lower()) in KNOWN_WORDS or PLAIN_WORD.fullmatch(word) for word in words
-    )
+    for word in re.findall(r"[A-Za-z]+", plain):
+        singular = _singular(word.lower())
+        is_known = singular in SHORT_WORDS or singular in UNIT_NAMES or singular in NUMBER_WORDS
+        if not is_known and not re.fullmatch(r"[a-z]{4,}", word):
+            return False
+    return True
 
 
 def _read_words(text: str) -> tuple[list[str], str, str] | None:
@@ -226,13 +303,19 @@ def _read_words(text: str) -> tuple[list[str], str, str] | None:
     unit = _read_unit(tokens)
     if unit is not None:
         return factors, unit, ""
-    if len(tokens) > MAX_WORDS:
+    num_units = sum(token in UNIT_NAMES for token in tokens)
+    if len(tokens) > MAX_WORDS or num_units > 1 or not all(map(_can_be_ignored, tokens)):
         return None
-    for token in tokens:
-        is_word = re.fullmatch(r"[a-z][a-z']*", token)
-        if not is_word or token in MEANINGFUL_WORDS or token in NUMBER_WORDS:
-            return None
     return factors, "", " ".join(tokens)
+
+
+def _can_be_ignored(word: str) -> bool:
+    """Returns whether a word in the singular says nothing about the number in front of it."""
+    if word in POWER_NAMES or word in NUMBER_WORDS or NUMBER_ENDINGS.fullmatch(word):
+        return False
+    if word in FUNCTIONS or word in GREEK:
+        return False
+    return word in SHORT_WORDS or word in UNIT_NAMES or (len(word) >= 3 and word.isalpha())
 
 
 def _singular(word: str) -> str:

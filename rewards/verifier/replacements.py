@@ -1,0 +1,240 @@
+r"""Regular expressions that give LaTeX and plain text one spelling, in groups by purpose.
+
+The groups are applied in the order of REPLACEMENTS, and each replacement to the whole text. None
+of them interprets a value: `1/2` and `0.5` stay different.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+Replacement = tuple[str, str | Callable[[re.Match[str]], str]]
+
+BASES = {
+    **{"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8"},
+    **{"nine": "9", "ten": "10", "twelve": "12", "sixteen": "16"},
+}
+END = r"(?![A-Za-z])"  # the end of a command
+NUMBER_OR_LETTER = r"(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})"
+FUNCTION_NAMES = (
+    "arc(?:sin|cos|tan)h?|ar(?:sin|cos|tan)h|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|cis|log|ln|lg"
+    "|exp|max|min|gcd|lcm|floor|ceil|sgn|Re|Im"
+)
+
+
+def _derivative(match: re.Match[str]) -> str:
+    over, under = (re.sub(r"[\s{}]", "", part) for part in match.groups())
+    return rf"\text{{{over}/{under}}}"
+
+
+def _in_base(match: re.Match[str]) -> str:
+    digits, base = match.groups()
+    return f"{digits}_{{{BASES.get(base, base)}}}"
+
+
+def _base_in_words(match: re.Match[str]) -> str:
+    base = BASES.get(match[1])
+    return f"_{{{base}}}" if base else match.group()
+
+
+def _lines_as_list(match: re.Match[str]) -> str:
+    lines = [re.sub(r"^\s*[-*]\s+", "", line).strip(" ,;") for line in match.group().split("\n")]
+    return ", ".join(line for line in lines if line)
+
+
+def _time_of_day(match: re.Match[str]) -> str:
+    return rf"\text{{{match[1].lower()}m}}"
+
+
+# What surrounds an answer and does not belong to it.
+DECORATION: list[Replacement] = [
+    # Markdown's code, bold and italics: `5`, **5**, *5* -> 5
+    (r"^\s*(`+)([^`]+)\1\s*$", r"\2"),
+    (r"^\s*(\*\*|__|\*)(?=[^\s*_])(.*[^\s*_])\1\s*$", r"\2"),
+    (r"\*\*([A-Za-z ]+:?)\*\*", r"\1"),
+    # environments of displayed formulas: \begin{align*} x &= 5 \end{align*} -> x = 5
+    (
+        r"^\s*\\begin\{(align|aligned|equation|gather|gathered|split)(\*?)\}([^&]*)&?([^&]*)"
+        r"\\end\{\1\2\}\s*$",
+        r"\3\4",
+    ),
+    # several lines are a list
+    (r"^[^\\&]*(?:\\(?!begin|\\)[^\\&]*)*\n[^\\&]*(?:\\(?!begin|\\)[^\\&]*)*$", _lines_as_list),
+    # colours: \color{red} and \textcolor{red} are removed
+    (r"\\(?:text)?color\s*\{[^{}]*\}|\\color" + END + r"\s*[a-z]+", ""),
+    # invisible text and labels: \phantom{0}, \hspace{1cm}, \tag{1}
+    (r"\\[hv]?phantom(?:\{[^{}]*\}|\s*.)", ""),
+    (r"\\(?:[hv]space|tag)\*?\s*\{[^{}]*\}|\\(?:smallskip|hfill|nobreak)" + END, ""),
+    # labels below, boxes with options, the end of a proof
+    (r"\\(?:under|over)brace\s*\{([^{}]*)\}(?:\s*[_^]\s*\{[^{}]*(?:\{[^{}]*\})?\})?", r"\1"),
+    (r"\\bbox\s*(?:\[[^\[\]]*\])?", ""),
+    (r"\s*\\(?:blacksquare|qed|square|Box)\s*$", ""),
+    # sizes and styles: \left, \displaystyle, \large
+    (
+        r"\\(?:left|right|[bB]igg?[lr]?)"
+        + END
+        + r"(?:\.(?!\d))?|\\(?:display|text|script)style"
+        + END
+        + r"|"
+        r"\\(?:no)?limits" + END + r"|\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)" + END,
+        "",
+    ),
+    # horizontal spaces: \, \; ~ \quad
+    (r"(?<=\d),\s*\\!\s*(?=\d{3})|(?<=\d)\{,\}\s*(?=\d{3}(?!\d))", ""),  # 10,\!080 -> 10080
+    (r"\\!\s*", ""),
+    (r"(?<!\\)\\[,;: ]|~|\\q?quad" + END, " "),
+    # signs in front: = 5, \therefore 5
+    (r"^\s*(?:=|\\therefore" + END + r"|(?i:therefore|thus|hence|so),)\s*(?=\S)", ""),
+    # an introduction: The answer is 5
+    (
+        r"^\s*(?:\\text\{)?\s*(?i:(?:so|thus|hence|therefore),? )?(?i:the )?(?i:final |correct )?"
+        r"(?i:answer)(?i: is|:|=)\s*:?\s*\}?(?=\s*\S)",
+        "",
+    ),
+]
+# Fonts, and commands with several spellings.
+COMMANDS: list[Replacement] = [
+    # roots: √2 -> \sqrt{2}, ∛2 -> \sqrt[3]{2}
+    (r"√\s*" + NUMBER_OR_LETTER, r"\\sqrt{\1}"),
+    (r"∛\s*" + NUMBER_OR_LETTER, r"\\sqrt[3]{\1}"),
+    (r"∜\s*" + NUMBER_OR_LETTER, r"\\sqrt[4]{\1}"),
+    # primes: f^{\prime\prime} -> f''
+    (r"\^\s*\{?\s*\\prime\s*\\prime\s*\}?", "''"),
+    (r"\^\s*\{\s*\\prime\s*\}|\^\s*\\prime" + END, "'"),
+    # vectors: \mathbf{i}, \hat{\imath} -> \vec{i}. Other text in bold is unchanged text.
+    (r"^\s*\\(?:mathbf|boldsymbol|bm|pmb)\s*\{([A-Za-z])\}\s*$", r"\1"),
+    (r"\\(?:hat|widehat)\s*\{?\s*\\?([ijk])(?:math)?\s*\}?" + END, r"\\vec{\1}"),
+    (r"\\(?:mathbf|boldsymbol|bm|pmb|overrightarrow|vec)\s*\{\s*([A-Za-z])\s*\}", r"\\vec{\1}"),
+    (r"\\(?:mathbf|boldsymbol|bm|pmb)(?=\s*\{(?![A-Za-z]*\}))", ""),
+    # angles and brackets: \ang{45}, \langle 1,2\rangle, \lbrack 1,2\rbrack
+    (r"\\ang\s*\{([^{}]*)\}", r"\1^\\circ "),
+    (r"\\langle" + END, "("),
+    (r"\\rangle" + END, ")"),
+    (r"\\lbrack" + END, "["),
+    (r"\\rbrack" + END, "]"),
+    (r"^\s*<([^<>=]*,[^<>=]*)>\s*$", r"(\1)"),
+    # bars: \lvert, \| -> |
+    (r"\\\||\\[lr]?[vV]ert" + END, "|"),
+    # fractions and binomial coefficients: \dfrac -> \frac, {n \choose k} -> \binom{n}{k}
+    (r"\\(?:[dtc]|nice|s)frac" + END, r"\\frac"),
+    (r"\\[dt]binom" + END, r"\\binom"),
+    (r"\{\s*([^{}]*?)\s*\\choose" + END + r"\s*([^{}]*?)\s*\}", r"\\binom{\1}{\2}"),
+    (r"^\s*(\w+)\s*\\choose" + END + r"\s*(\w+)\s*$", r"\\binom{\1}{\2}"),
+    (r"\{\s*([^{}]*?)\s*\\over" + END + r"\s*([^{}]*?)\s*\}", r"\\frac{\1}{\2}"),
+    # derivatives are names: \frac{dy}{dx}
+    (r"\\mathrm\{d\}(?=\s*[A-Za-z^])", "d"),
+    (
+        r"\\frac\s*\{\s*(d(?:\^\{?\d\}?)?\s*[A-Za-z]?)\s*\}\s*"
+        r"\{\s*(d\s*[A-Za-z](?:\^\{?\d\}?)?)\s*\}",
+        _derivative,
+    ),
+    # Euler's number and the imaginary unit in an upright font: \mathrm{e} -> e
+    (r"\\(?:mathrm|text|textrm)\s*\{\s*([ei])\s*\}", r"\1"),
+    # functions in an upright font: \mathrm{lcm} -> \lcm, but not the unit of 9\text{ min}
+    (
+        r"\\(?:mathrm|text|textrm|operatorname)\*?\{\s*(" + FUNCTION_NAMES + r")\s*\}"
+        r"(?=\s*(?:[({\[|_^]|\\\{|\\frac|\\left|[A-Za-z]|\d*[a-z]))",
+        r"\\\1 ",
+    ),
+    # commands for text: \mbox{ -> \text{
+    (
+        r"\\(?:mbox|textbf|textit|textrm|textnormal|textsf|texttt|mathrm|mathit|mathsf|emph"
+        r"|operatorname)\*?\s*\{",
+        r"\\text{",
+    ),
+    (r"\{\s*\\(?:bf|rm|it|sf|tt)" + END + r"\s*([^{}]*)\}", r"\\text{\1}"),
+]
+# Relations, logic, sets and currencies.
+SIGNS: list[Replacement] = [
+    (r"\\le(?:q|qq|qslant)" + END, r"\\le "),
+    (r"\\ge(?:q|qq|qslant)" + END, r"\\ge "),
+    (r"\\lt" + END, "<"),
+    (r"\\gt" + END, ">"),
+    (r"(?<![\\<>])<=", r"\\le "),
+    (r"(?<![\\<>])>=", r"\\ge "),
+    (r"\\neq" + END + r"|(?<![\\!])!=", r"\\ne "),
+    (r"\\vee" + END, r"\\lor "),
+    (r"\\wedge" + END, r"\\land "),
+    (r"\\bigcup" + END, r"\\cup "),
+    (r"\\bigcap" + END, r"\\cap "),
+    (r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "),
+    (r"\\colon" + END, ":"),
+    (r"\+/-|\+-", r"\\pm "),
+    # the real numbers: \mathbb R -> \mathbb{R}
+    (r"\\mathbb\s+R|\\R" + END + r"|\\mathbf\{R\}", r"\\mathbb{R}"),
+    # braces of sets: \lbrace -> \{
+    (r"\\(?:lbrace|\{)", r"\\{"),
+    (r"\\(?:rbrace|\})", r"\\}"),
+    # degrees: 90^{\circ}, 90^o, 90 degrees -> 90\text{degree}
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ" + END + r")|\\degree" + END, r"\\text{degree}"),
+    (r"(?<=\d)(?:\^\{?o\}?|\s*deg(?:ree)?s?)(?=\s*$)", r"\\text{degree}"),
+    (r"(?<=\d) ?degrees?(?=\))", r"\\text{degree}"),
+    # dollars: \text{\$}5, US\$5, 5\$ -> \$5
+    (r"\\text\{\s*\\?\$\s*\}|\\textdollar" + END, r"\\$"),
+    (r"US(?:D ?)?(?=\\?\$)", ""),
+    (r"^\s*(\d[\d,]*(?:\.\d+)?)\s*\\\$$", r"\\$\1"),
+    # "approximately" in front of the answer: \approx 8.24 -> 8.24
+    (r"^(\s*\$?)\s*\\approx" + END, r"\1"),
+    # lists: 1 or 2, 1 \text{ and } 2 -> 1\lor 2, 1\land 2
+    (r",?\s*\\text\{\s*,?\s*or\s*\}|,?\s+or\s+", r"\\lor "),
+    (r",?\s*\\text\{\s*,?\s*and\s*\}|,?\s+and\s+", r"\\land "),
+]
+# Numbers, powers, subscripts and bases.
+NUMBERS: list[Replacement] = [
+    # numbers in a base: 735 \text{ base } 8 -> 735_{8}
+    (
+        r"(?<![\w.])([0-9A-Za-z.]+?)\s*(?:\\text\s*\{\s*)?\(?(?:in )?base[ -]?\s*\}?\s*"
+        rf"(\d+|{'|'.join(BASES)})\)?\}}?$",
+        _in_base,
+    ),
+    (r"(?<=\w)_\s*\{\s*(?:\\text\{\s*)?([a-z]+)\s*\}?\s*\}$", _base_in_words),
+    # subscripts: x_{1} -> x_1, x_{ \max } and x_{\text{max}} -> x_{max}
+    (r"_\s*\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1}"),
+    (r"_\{\s*\\?(\w+)\s*\}", r"_{\1}"),
+    (r"_\{(\w)\}", r"_\1"),
+    (r"\\text\{(\w+)\}_", r"\1_"),
+    # a comma or sign in braces, words for a sign: {-}8, minus 8 -> -8
+    (r"\{\s*([,+-])\s*\}", r"\1"),
+    (r"^\s*(?:negative|minus)\s+(?=[\d\\(])", "-"),
+    # Python's power: x**2 -> x^2
+    (r"\*\*", "^"),
+    # scientific notation: 3.2e5, 3.2 x 10^5 -> 3.2\times 10^{5}
+    (r"^(\s*\$?\s*-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,4})(\s*\$?\s*)$", r"\1\\times 10^{\2}\3"),
+    (r"(?<=\d)\s*[xX]\s*(?=10\^)", r"\\times "),
+]
+# Words around values.
+WORDS: list[Replacement] = [
+    # a value inside of text: \text{5 percent} -> 5 percent
+    (r"^\s*\\text\{\s*(-?\d[^{}]*)\}\s*$", r"\1"),
+    # times of day: 4:30 p.m. -> 4:30\text{pm}
+    (
+        r"(?<=\d)\s*(?:\\text\{\s*)?([aApP])(?:\.\s?|)[mM]\.?\s*\}?$",
+        _time_of_day,
+    ),
+    # points: The point (5,2) -> (5,2)
+    (
+        r"^\s*(?:\\text\{)?\s*(?i:the )?(?i:ordered )?(?i:pair|triple|point|vertex|center)(?i: is)?:?"
+        r"\s*\}?\s*(?=\()",
+        "",
+    ),
+]
+MATRICES: list[Replacement] = [
+    # extra space between the rows: \\[2pt] -> \\
+    (r"\\\\\[[^\[\]]{1,8}\]|\\cr" + END, r"\\\\"),
+    # matrices and arrays in brackets: (\begin{smallmatrix} -> \begin{pmatrix}
+    (
+        r"[(\[]\s*\\begin\{(?:small)?matrix\}(.*)\\end\{(?:small)?matrix\}\s*[)\]]",
+        r"\\begin{pmatrix}\1\\end{pmatrix}",
+    ),
+    (
+        r"([(\[]?)\s*\\begin\{array\}\s*\{[lcr| ]*\}([^()]*)\\end\{array\}\s*[)\]]?",
+        r"\\begin{pmatrix}\2\\end{pmatrix}",
+    ),
+    # several choices: \text{A, B} -> A, B
+    (r"^\\text\{\s*([A-Z](?:\s*(?:,|\\lor|\\land)\s*[A-Z])+)\s*\}$", r"\1"),
+]
+REPLACEMENTS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [*DECORATION, *COMMANDS, *SIGNS, *WORDS, *NUMBERS, *MATRICES]
+]
