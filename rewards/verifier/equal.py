@@ -35,7 +35,8 @@ from rewards.verifier.expressions import compare_expressions, exact_value, is_ro
 from rewards.verifier.latex import as_words, normalize, without_outer_braces
 from rewards.verifier.real_sets import EMPTY, NAMED_SETS, read_real_set, same_set
 from rewards.verifier.syntax import FUNCTIONS
-from rewards.verifier.units import MEANINGFUL_WORDS, number_of_words, split_unit
+from rewards.verifier.units import number_of_words, split_unit
+from rewards.verifier.words import MEANINGFUL_WORDS
 
 MAX_CHARS = 1000
 MAX_DEPTH = 30  # of brackets
@@ -44,14 +45,16 @@ MAX_REPEATED = 20  # largest size of a set in which elements may be repeated
 
 CORRECT = Verdict(value="correct")
 # The left side of `x = 5` or `x \in (1,2)`: a letter, vector or word with an optional subscript, an
-# unknown function (`f(x)`, `P(A)`), an angle (`\angle ABC`), a segment (`AB`), a quotient of letters,
-# or a tuple of letters (`(x, y)`).
+# unknown function (`f(x)`, `P(A)`), an angle (`\angle ABC`), a segment (`AB`), a quotient or sum of
+# letters, an absolute value, a function of an angle (`\tan\theta`), or a tuple of letters.
 LETTER = r"(?:[A-Za-z]|\\(?!not|neg|pm|ln|lg)[a-zA-Z]{2,7}|\\(?:text|vec|overline)\{[A-Za-z ]+\})"
 SUBSCRIPT = r"(?:_\w|_\{\w+\})?'*"
 NAME = (
     rf"{LETTER}{SUBSCRIPT}|[A-Z]{{2,4}}|m?\\angle ?[A-Z]+|[A-Za-z]{{3,}}"
     rf"|(?:\\?[A-Za-z]){SUBSCRIPT}(?:\^\{{-1\}})?\([^()=]{{1,20}}(?:\([^()=]{{1,20}}\))?\)"
-    rf"|\\frac\{{{LETTER}\}}\{{{LETTER}\}}|\({LETTER}{SUBSCRIPT}(?:, ?{LETTER}{SUBSCRIPT})*\)"
+    rf"|\\frac\{{{LETTER}\}}\{{{LETTER}\}}|{LETTER}/{LETTER}|{LETTER}(?: ?\+ ?{LETTER})+"
+    rf"|\|[^|=\d]{{1,12}}\||\\(?:sin|cos|tan) ?\(?(?:\\angle ?)?(?:\\[a-z]+|[A-Z]+)\)?"
+    rf"|\({LETTER}{SUBSCRIPT}(?: ?, ?{LETTER}{SUBSCRIPT})* ?\)"
 )
 ASSIGNMENT = re.compile(rf"(?P<name>{NAME}) ?(?P<sign>=|\\in(?![a-z])|\\approx)(?P<value>[^=<>]+)")
 EQUALS = re.compile(r"(=|\\approx(?![a-z]))")
@@ -64,6 +67,10 @@ SET_NOTATION = re.compile(
 MODULO = re.compile(
     r"(?:(?P<name>[A-Za-z]) ?(?:\\equiv|=) ?)?(?P<value>-?[\d\\ a-z{}^+*/.!-]+?) ?"
     r"\(?\\?[pb]?mod(?![a-z]) ?\{?(?P<modulus>\d{1,50})\}?\)?"
+)
+# 2 and 1/3
+MIXED_NUMBER_IN_WORDS = re.compile(
+    r"(?P<integer>\d+) ?\\land ?(?P<fraction>\d+/\d+|\\frac\{\d+\}\{\d+\})"
 )
 NUMBER_IN_BASE = re.compile(r"\(?(?P<digits>-?[0-9A-Za-z.]+)\)?_(?P<base>\d{1,2}|\w|\{\d+\})")
 
@@ -151,6 +158,8 @@ def _compare(prediction: str, gold: str) -> Verdict:
         return verdict
     prediction, gold = _without_assignments(prediction, gold)
     sides = split_relations(prediction, EQUALS)[::2]
+    if gold.startswith(r"\begin{pmatrix}") and len(sides) == 2:  # A^{-1} = ...
+        prediction = sides[1].strip()
     if len(sides) > 1 and not RELATION.search(gold) and read_collection(prediction).kind == "":
         return _compare_chain(sides, gold)
     for rule in (_compare_in_base, _compare_numbers, _compare_collections):
@@ -301,7 +310,8 @@ def _is_name(text: str) -> bool:
     """Returns whether text names a value, and is no function or word that changes the value."""
     word = re.sub(r"\\text|[{}\\ ]", "", text).lower()
     letters = re.findall(r"[A-Za-z]+(?:_\w+)?", text) if text.startswith("(") else []
-    is_meaningful = word in MEANINGFUL_WORDS or word in FUNCTIONS or letters != sorted(letters)
+    is_in_order = letters == sorted(letters) or "\\" in text  # (\rho, \theta, \phi)
+    is_meaningful = word in MEANINGFUL_WORDS or word in FUNCTIONS or not is_in_order
     return re.fullmatch(NAME, text) is not None and not is_meaningful
 
 
@@ -382,12 +392,13 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
 
 def _compare_with_number(prediction: str, gold: str) -> Verdict:
     """Compares a prediction that is no number with a number, whose comma separates thousands."""
+    gold_number = _without_thousands(gold)
+    mixed = MIXED_NUMBER_IN_WORDS.fullmatch(prediction)
+    if mixed:
+        return compare_expressions(rf"{mixed['integer']}+{mixed['fraction']}", gold_number)
     kind = read_collection(prediction).kind
     if kind:
         return _wrong(f"{kind}, not one value")
-    gold_number = _without_thousands(gold)
-    if re.fullmatch(r"\d+ ?\\land ?\d+/\d+", prediction):  # 2 and 1/3
-        return _compare(prediction.replace(r"\land", " "), gold_number)
     return compare_expressions(prediction, gold_number)
 
 
@@ -481,13 +492,17 @@ def _compare_named_values(predicted: Collection, expected: Collection) -> Verdic
     if predicted_values is not None and expected.kind == "list":
         return _compare_in_any_order(list(predicted_values.values()), expected.elements)
     if predicted_values is not None:
-        ordered = [predicted_values[name] for name in sorted(predicted_values)]
-        predicted = Collection("()", ordered)
+        predicted = Collection("()", _in_order_of_names(predicted_values))
     if expected_values is not None:
-        expected = Collection("()", [expected_values[name] for name in sorted(expected_values)])
+        expected = Collection("()", _in_order_of_names(expected_values))
     if predicted.kind not in ("()", "list") or expected.kind != "()":
         return _wrong(f"values with names, not {expected.kind}")
     return _compare_elements_in_order(predicted, expected)
+
+
+def _in_order_of_names(values: dict[str, str]) -> list[str]:
+    names = sorted(values, key=lambda name: name.removeprefix("\\"))
+    return [values[name] for name in names]
 
 
 def _named_values(collection: Collection) -> dict[str, str] | None:

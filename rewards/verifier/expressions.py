@@ -25,6 +25,7 @@ REVERSED = {">": "<", r"\ge": r"\le"}
 # A decimal with this many digits may stand for an irrational value.
 MIN_DIGITS = 9
 DECIMAL = re.compile(r"-?(?P<digits>\d+\.(?P<places>\d+))")
+DOTS = re.compile(r"(?<=\d) ?(?:\\l?dots|\.{2,})$")  # behind a decimal that goes on
 RATIONAL_OPERATORS = {"+", "*", "/", "neg", "!", "!!", "binom"}
 
 
@@ -87,7 +88,7 @@ def compare_expressions(prediction: str, gold: str) -> Verdict:
     except TooLargeError as error:
         return Verdict(value="undecided", reason=f"gold answer: {error}")
     try:
-        predicted = _read(prediction)
+        predicted = _read(DOTS.sub("", prediction))
     except FormulaError as error:
         return _wrong(f"cannot read the answer: {error}")
     return _compare_relations(predicted, expected, prediction, gold)
@@ -161,6 +162,9 @@ def _difference(relations: _Relations) -> Node:
 
 
 def _compare_values(predicted: Node, expected: Node, prediction: str, gold: str) -> Verdict:
+    if DOTS.search(prediction):
+        is_decimal = _is_decimal_of(DOTS.sub("", prediction), expected)
+        return CORRECT if is_decimal else _wrong("another value")
     is_equal = same_function(predicted, expected)
     if is_equal is None:
         return _wrong("undefined, or defined at too few points")

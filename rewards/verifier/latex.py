@@ -20,6 +20,8 @@ FULL_STOP = re.compile(r"(?<!\.)[.。]\s*$")
 # quotation marks, and a separator or line break at the end
 ENDS = re.compile(r"^[\"“”„«»\s]+|(?:[\"“”»«\s,;]|(?<!\\)\\\\)+$")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d./])")  # 1 000 000
+# 3.2e5 -> 3.2\times 10^{5}
+SCIENTIFIC = re.compile(r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,4})$")
 LONG_SPACE = re.compile(r"[ \t\r\f\v]{2,}")
 MAX_FRAMES = 10
 # Commands whose argument is shown unchanged except for a line or frame.
@@ -47,6 +49,7 @@ def normalize(text: str) -> str:
         text = re.sub(r"(?<!\\)\$", "", text)
     text = MATH_DELIMITER.sub("", text)
     text = without_outer_braces(text.strip())
+    text = SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = with_fractions(text)
     text = SPACED_THOUSANDS.sub(_without_spaces, text)
     if TRIGONOMETRIC.search(text):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from rewards.verifier.words import MEANINGFUL_WORDS
+
 Replacement = tuple[str, str | Callable[[re.Match[str]], str]]
 
 BASES = {
@@ -41,6 +43,18 @@ def _base_in_words(match: re.Match[str]) -> str:
 def _lines_as_list(match: re.Match[str]) -> str:
     lines = [re.sub(r"^\s*[-*]\s+", "", line).strip(" ,;") for line in match.group().split("\n")]
     return ", ".join(line for line in lines if line)
+
+
+def _introduction(match: re.Match[str]) -> str:
+    """Returns "" for words that say nothing about the answer behind them."""
+    words = match[1].lower().split()
+    return match.group() if MEANINGFUL_WORDS.intersection(words) else ""
+
+
+def _equations(match: re.Match[str]) -> str:
+    """Returns the equations of an environment as a list."""
+    rows = [row.strip() for row in match["rows"].split(r"\\")]
+    return ", ".join(row for row in rows if row)
 
 
 def _time_of_day(match: re.Match[str]) -> str:
@@ -84,14 +98,26 @@ DECORATION: list[Replacement] = [
     (r"(?<=\d),\s*\\!\s*(?=\d{3})|(?<=\d)\{,\}\s*(?=\d{3}(?!\d))", ""),  # 10,\!080 -> 10080
     (r"\\!\s*", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad" + END, " "),
-    # signs in front: = 5, \therefore 5
-    (r"^\s*(?:=|\\therefore" + END + r"|(?i:therefore|thus|hence|so),)\s*(?=\S)", ""),
+    # empty braces, spaces behind \text
+    (r"\{\s*\}(?=\^)", ""),
+    (r"\\text\s+\{", r"\\text{"),
+    # signs in front and behind: = 5, \therefore 5, #### 5, 5 \checkmark
+    (
+        r"^\s*(?:=|#{2,4} |\\(?:therefore|Rightarrow|implies)" + END + r"|→"
+        r"|(?i:therefore|thus|hence|so),?(?= ))\s*(?=\S)",
+        "",
+    ),
+    (r"\s*(?:\\checkmark|✓|✔)\s*$", ""),
     # an introduction: The answer is 5
     (
         r"^\s*(?:\\text\{)?\s*(?i:(?:so|thus|hence|therefore),? )?(?i:the )?(?i:final |correct )?"
         r"(?i:answer)(?i: is|:|=)\s*:?\s*\}?(?=\s*\S)",
         "",
     ),
+    # The range is [1,2], The solutions are 1 and 2, Roots: 1, 2
+    (r"^\s*(?:\\text\{)?\s*[Tt]he ([a-z ]{2,30}) (?:is|are)\s*:?\}?\s+(?=\S)", _introduction),
+    (r"^\s*(?:\\text\{)?\s*([A-Za-z][a-z]{2,15}):\s?\}?\s*(?=\D)", _introduction),
+    (r"^\s*([A-Za-z]) is (?=\S)", r"\1 = "),
 ]
 # Fonts, and commands with several spellings.
 COMMANDS: list[Replacement] = [
@@ -195,12 +221,11 @@ NUMBERS: list[Replacement] = [
     (r"_\{(\w)\}", r"_\1"),
     (r"\\text\{(\w+)\}_", r"\1_"),
     # a comma or sign in braces, words for a sign: {-}8, minus 8 -> -8
-    (r"\{\s*([,+-])\s*\}", r"\1"),
+    (r"\{\s*([,:+-])\s*\}", r"\1"),
     (r"^\s*(?:negative|minus)\s+(?=[\d\\(])", "-"),
     # Python's power: x**2 -> x^2
     (r"\*\*", "^"),
-    # scientific notation: 3.2e5, 3.2 x 10^5 -> 3.2\times 10^{5}
-    (r"^(\s*\$?\s*-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,4})(\s*\$?\s*)$", r"\1\\times 10^{\2}\3"),
+    # scientific notation: 3.2 x 10^5 -> 3.2\times 10^5
     (r"(?<=\d)\s*[xX]\s*(?=10\^)", r"\\times "),
 ]
 # Words around values.
@@ -215,11 +240,18 @@ WORDS: list[Replacement] = [
     # points: The point (5,2) -> (5,2)
     (
         r"^\s*(?:\\text\{)?\s*(?i:the )?(?i:ordered )?(?i:pair|triple|point|vertex|center)(?i: is)?:?"
-        r"\s*\}?\s*(?=\()",
+        r"\s*\}?\s*(?=\$?\()",
         "",
     ),
 ]
 MATRICES: list[Replacement] = [
+    # equations below each other: \begin{cases} x=1 \\ y=2 \end{cases} -> x=1, y=2
+    (
+        r"^\s*\\begin\{(?P<kind>cases|gathered|aligned)\}(?P<rows>[^&]*=[^&]*)"
+        r"\\end\{(?P=kind)\}\s*$",
+        _equations,
+    ),
+    (r"^(?P<rows>[^&]*=[^&]*\\\\[^&]*=[^&]*)$", _equations),
     # extra space between the rows: \\[2pt] -> \\
     (r"\\\\\[[^\[\]]{1,8}\]|\\cr" + END, r"\\\\"),
     # matrices and arrays in brackets: (\begin{smallmatrix} -> \begin{pmatrix}

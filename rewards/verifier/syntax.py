@@ -399,7 +399,7 @@ class _Parser:
     def _parse_named(self, token: str) -> Node:
         if token == r"\operatorname":
             token = "\\" + self._braced_text()
-        name = token.removeprefix("\\")
+        name = "pi" if token in ("Pi", "PI") else token.removeprefix("\\")
         name = OTHER_NAMES.get(name, name)
         if name in FUNCTIONS or name == "cbrt":
             return self._parse_function(name)
@@ -480,6 +480,8 @@ class _Parser:
     def _parse_function(self, name: str) -> Node:
         base: Node | None = None
         power: Node | None = None
+        if name == "log" and self.peek().isdecimal() and self.peek(1) == "(":  # log2(8)
+            base = self._parse_number(self._next())
         while self.peek() in ("_", "^"):
             if self._next() == "_":
                 base = self._parse_argument()
@@ -548,7 +550,13 @@ def _split_word(token: str) -> list[str]:
     if not token.isalpha() or len(token) == 1:
         return [token]
     name = OTHER_NAMES.get(token, token)
-    if name in FUNCTIONS or token in CONSTANTS or token in GREEK or name in ("cbrt", "mod"):
+    if (
+        name in FUNCTIONS
+        or token in CONSTANTS
+        or token in GREEK
+        or token == "PI"
+        or name in ("cbrt", "mod")
+    ):
         return [token]
     return list(token)
 
