@@ -107,12 +107,13 @@ def _separator_at(text: str, index: int, separators: tuple[str, ...]) -> str:
 
 
 def split_relations(text: str, sign: re.Pattern[str]) -> list[str]:
-    """Splits text at signs outside braces: `["x", "<", "5"]`. `sign` has one group."""
+    """Splits text at signs outside braces and environments: `["x", "<", "5"]`. `sign` has one group."""
     pieces = []
     start = 0
     for match in sign.finditer(text):
         before = text[: match.start()]
-        if before.count("{") == before.count("}"):
+        is_outside = before.count(r"\begin") == before.count(r"\end")
+        if is_outside and before.count("{") == before.count("}"):
             pieces += [text[start : match.start()], match.group(1)]
             start = match.end()
     pieces.append(text[start:])

@@ -66,6 +66,7 @@ UNICODE: dict[str, str | int | None] = {
     "∉": r"\notin ",
     "∅": r"\emptyset ",
     "∖": r"\setminus ",
+    "∶": ":",
     "ℝ": r"\mathbb{R}",
     "∨": r"\lor ",
     "∧": r"\land ",
@@ -120,6 +121,7 @@ UNICODE |= {
 UNICODE_TABLE = str.maketrans(UNICODE)
 # letters and digits in the styles of mathematical typesetting: 𝑥, 𝟓
 STYLED = re.compile("[\U0001d400-\U0001d7ff\u2460-\u2473]")
+SMALL_FRACTION = re.compile(r"\^\{(\d+)\}/_\{(\d+)\}")  # ¹¹⁄₂₀
 SCRIPTS_IN_A_ROW = re.compile(r"(?P<sign>[\^_])\{[\dn+-]\}(?:(?P=sign)\{[\dn+-]\})+")
 
 
@@ -130,7 +132,8 @@ def to_latex(text: str) -> str:
     """
     text = STYLED.sub(lambda match: unicodedata.normalize("NFKC", match.group()), text)
     text = text.translate(UNICODE_TABLE)
-    return SCRIPTS_IN_A_ROW.sub(_joined, text)
+    text = SCRIPTS_IN_A_ROW.sub(_joined, text)
+    return SMALL_FRACTION.sub(r"\\frac{\1}{\2}", text)
 
 
 def _joined(match: re.Match[str]) -> str:

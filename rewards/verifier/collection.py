@@ -9,6 +9,8 @@ from typing import NamedTuple
 from rewards.verifier.brackets import find_closing, split_at_top_level
 
 UNORDERED_KINDS = ("list", "set", "union")
+DOTS = re.compile(r"\\[lc]?dots|\.{3}")
+MAX_DOTS = 500  # integers that dots stand for
 # What separates the elements of a list.
 SEPARATORS = (",", ";", r"\lor", r"\land")
 
@@ -34,12 +36,14 @@ def read_collection(text: str) -> Collection:
     matrix = _read_matrix(text) or _read_rows(text)
     if matrix is not None:
         return matrix
+    if text.startswith(r"\begin{cases}"):
+        return Collection("", [text])
     parts = split_at_top_level(text, (r"\cup",))
     if len(parts) > 1:
         return Collection("union", parts)
     if text.startswith(r"\{") and find_closing(text, 1) == len(text) - 1:
         content = text[2:-1].rstrip("\\").strip()
-        elements = split_at_top_level(content, SEPARATORS) if content else []
+        elements = _without_dots(split_at_top_level(content, SEPARATORS)) if content else []
         return Collection("set", _with_both_signs(elements))
     if text.startswith(("(", "[")) and find_closing(text, 0) == len(text) - 1:
         elements = split_at_top_level(text[1:-1])
@@ -92,6 +96,21 @@ def _read_rows(text: str) -> Collection | None:
     )
 
 
+def _without_dots(elements: list[str]) -> list[str]:
+    r"""Returns the elements with the integers that dots stand for: `1, 2, \ldots, 5`."""
+    positions = [index for index, text in enumerate(elements) if DOTS.fullmatch(text)]
+    if len(positions) != 1 or not 0 < positions[0] < len(elements) - 1:
+        return elements
+    before, after = elements[: positions[0]], elements[positions[0] + 1 :]
+    if not all(re.fullmatch(r"-?\d{1,6}", text) for text in (*before, *after)):
+        return elements
+    step = int(before[-1]) - int(before[-2]) if len(before) > 1 else 1
+    last = int(before[-1])
+    if step == 0 or not 0 < (int(after[0]) - last) / step < MAX_DOTS:
+        return elements
+    return [*before, *map(str, range(last + step, int(after[0]), step)), *after]
+
+
 def _with_both_signs(elements: Sequence[str]) -> list[str]:
     r"""Replaces each element that has one `\pm` with two elements: `1\pm x` -> `1+x`, `1-x`.
 
@@ -99,7 +118,7 @@ def _with_both_signs(elements: Sequence[str]) -> list[str]:
     """
     result = []
     for element in elements:
-        if element.count(r"\pm") == 1:
+        if element.count(r"\pm") + element.count(r"\mp") == 1 or element.count(r"\pm") == 1:
             result.append(element.replace(r"\pm", "+").replace(r"\mp", "-"))
             result.append(element.replace(r"\pm", "-").replace(r"\mp", "+"))
         else:

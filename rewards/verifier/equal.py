@@ -11,8 +11,8 @@ applied in this order, and the first one that decides gives the verdict:
 4. Sets of real numbers, if one of the answers is a relation or a set operation (real_sets.py).
 5. Numbers in a base, such as `664_7`: digits and base must be the same. Numbers modulo another one.
 6. Exact numbers, with or without a unit (units.py). There is no tolerance.
-7. Collections: lists, sets, tuples, intervals, unions and matrices (collection.py). They are
-   compared element by element.
+7. Collections: lists, sets, tuples, intervals, unions, matrices and ratios (collection.py). They
+   are compared element by element (elements.py).
 8. Everything else is compared as a formula, by its values at many points (expressions.py).
 
 A prediction is untrusted text. It is parsed, never evaluated as code. A prediction that exceeds a
@@ -24,39 +24,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from grpo.types import Verdict
 from rewards.verifier.brackets import nesting_depth, split_relations
 from rewards.verifier.choices import chosen_letter_of
-from rewards.verifier.collection import UNORDERED_KINDS, Collection, read_collection
+from rewards.verifier.collection import read_collection
+from rewards.verifier.elements import compare_collections
 from rewards.verifier.evaluate import TooLargeError, limited_cost
 from rewards.verifier.expressions import compare_expressions, exact_value, is_rounding
-from rewards.verifier.latex import as_words, normalize, without_outer_braces
+from rewards.verifier.latex import as_words, normalize
+from rewards.verifier.names import is_name, read_assignment
 from rewards.verifier.real_sets import EMPTY, NAMED_SETS, read_real_set, same_set
-from rewards.verifier.syntax import FUNCTIONS
 from rewards.verifier.units import number_of_words, split_unit
-from rewards.verifier.words import MEANINGFUL_WORDS
 
 MAX_CHARS = 1000
 MAX_DEPTH = 30  # of brackets
 MAX_SIDES = 6  # of a chain of equations
-MAX_REPEATED = 20  # largest size of a set in which elements may be repeated
 
 CORRECT = Verdict(value="correct")
-# The left side of `x = 5` or `x \in (1,2)`: a letter, vector or word with an optional subscript, an
-# unknown function (`f(x)`, `P(A)`), an angle (`\angle ABC`), a segment (`AB`), a quotient or sum of
-# letters, an absolute value, a function of an angle (`\tan\theta`), or a tuple of letters.
-LETTER = r"(?:[A-Za-z]|\\(?!not|neg|pm|ln|lg)[a-zA-Z]{2,7}|\\(?:text|vec|overline)\{[A-Za-z ]+\})"
-SUBSCRIPT = r"(?:_\w|_\{\w+\})?'*"
-NAME = (
-    rf"{LETTER}{SUBSCRIPT}|[A-Z]{{2,4}}|m?\\angle ?[A-Z]+|[A-Za-z]{{3,}}"
-    rf"|(?:\\?[A-Za-z]){SUBSCRIPT}(?:\^\{{-1\}})?\([^()=]{{1,20}}(?:\([^()=]{{1,20}}\))?\)"
-    rf"|\\frac\{{{LETTER}\}}\{{{LETTER}\}}|{LETTER}/{LETTER}|{LETTER}(?: ?\+ ?{LETTER})+"
-    rf"|\|[^|=\d]{{1,12}}\||\\(?:sin|cos|tan) ?\(?(?:\\angle ?)?(?:\\[a-z]+|[A-Z]+)\)?"
-    rf"|\({LETTER}{SUBSCRIPT}(?: ?, ?{LETTER}{SUBSCRIPT})* ?\)"
-)
-ASSIGNMENT = re.compile(rf"(?P<name>{NAME}) ?(?P<sign>=|\\in(?![a-z])|\\approx)(?P<value>[^=<>]+)")
 EQUALS = re.compile(r"(=|\\approx(?![a-z]))")
 RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in)(?![a-z])")
 # Notations of sets of real numbers, other than a tuple that may be an interval.
@@ -71,6 +56,10 @@ MODULO = re.compile(
 # 2 and 1/3
 MIXED_NUMBER_IN_WORDS = re.compile(
     r"(?P<integer>\d+) ?\\land ?(?P<fraction>\d+/\d+|\\frac\{\d+\}\{\d+\})"
+)
+WORDS = re.compile(
+    r"\s*\\text\{[^{}]*\}\s*|\(?[A-H]\)?|(?i:yes|no|odd)"
+    r"|[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]|(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]{3,}"
 )
 NUMBER_IN_BASE = re.compile(r"\(?(?P<digits>-?[0-9A-Za-z.]+)\)?_(?P<base>\d{1,2}|\w|\{\d+\})")
 
@@ -99,7 +88,9 @@ def compare_answers(prediction: str, gold: str) -> Verdict:
     except TooLargeError as error:
         return _wrong(f"too large: {error}")
     except Exception as error:  # a mistake of this program must not end a run
-        verdict = Verdict(value="undecided", reason=f"gold answer: {type(error).__name__}: {error}")
+        verdict = Verdict(
+            value="undecided", reason=f"reward failed: {type(error).__name__}: {error}"
+        )
     if verdict.value == "undecided" and _is_readable(gold):
         return _wrong("cannot be compared with the gold answer")
     return verdict
@@ -162,22 +153,25 @@ def _compare(prediction: str, gold: str) -> Verdict:
         prediction = sides[1].strip()
     if len(sides) > 1 and not RELATION.search(gold) and read_collection(prediction).kind == "":
         return _compare_chain(sides, gold)
-    for rule in (_compare_in_base, _compare_numbers, _compare_collections):
+    for rule in (_compare_in_base, _compare_numbers):
         verdict = rule(prediction, gold)
         if verdict is not None:
             return verdict
+    verdict = compare_collections(prediction, gold, _compare)
+    if verdict is not None:
+        return verdict
     return compare_expressions(prediction, gold)
 
 
 def _compare_chain(sides: Sequence[str], gold: str) -> Verdict:
-    r"""Compares a chain such as `c = 2+3 = 5`, `\frac{10}{6} = \frac{5}{3}` or `\sqrt{2} \approx 1.41`.
+    r"""Compares a chain such as `c = 2+3 = 5`, `10/6 = 5/3` or `\sqrt{2} \approx 1.41`.
 
     All sides must equal the answer, except a name on the left and a decimal behind an approximate
     sign, which must be close to it.
     """
     if len(sides) > MAX_SIDES:
         return _wrong("a long chain")
-    has_name = _is_name(sides[0].strip())
+    has_name = is_name(sides[0].strip())
     sides = [side.strip() for side in sides[1 if has_name else 0 :]]
     if len(sides) == 2 and is_rounding(sides[1], sides[0]):
         sides = sides[:1]
@@ -214,13 +208,7 @@ def _is_words(text: str) -> bool:
     from A to H, with or without brackets; yes and no; three lower-case letters like `odd`; four or
     more characters that are letters, spaces, apostrophes and hyphens, with three letters in a row.
     """
-    is_text = re.fullmatch(r"\s*\\text\{[^{}]*\}\s*", text)
-    is_plain_words = re.fullmatch(
-        r"\(?[A-H]\)?|(?i:yes|no|odd)|[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]|(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]{3,}",
-        text,
-    )
-    has_digit = re.search(r"\d", text)
-    return bool(is_text or is_plain_words) and not has_digit
+    return WORDS.fullmatch(text) is not None and not re.search(r"\d", text)
 
 
 def _without_thousands(text: str) -> str:
@@ -270,8 +258,8 @@ def _without_assignments(prediction: str, gold: str) -> tuple[str, str]:
     - If one has `x \in`, it is removed.
     - If one has `x =`, it is removed, unless the other answer is a relation such as `2x+y=3`.
     """
-    in_prediction = _read_assignment(prediction)
-    in_gold = _read_assignment(gold)
+    in_prediction = read_assignment(prediction)
+    in_gold = read_assignment(gold)
     if in_prediction and in_gold:
         if in_prediction.name != in_gold.name:
             return prediction, gold
@@ -281,38 +269,6 @@ def _without_assignments(prediction: str, gold: str) -> tuple[str, str]:
     if in_gold and (in_gold.is_membership or not RELATION.search(prediction)):
         return prediction, in_gold.value
     return prediction, gold
-
-
-class _Assignment(NamedTuple):
-    """The parts of `x = 5`, or of `x \\in (1,2)`, which is a membership."""
-
-    name: str
-    value: str
-    is_membership: bool
-
-
-def _read_assignment(text: str) -> _Assignment | None:
-    """Returns the parts of an assignment, None for other text.
-
-    The letters of a tuple must be in ascending order: `(y,x) = (1,2)` says something else than
-    (1,2).
-    """
-    match = ASSIGNMENT.fullmatch(text)
-    if match is None:
-        return None
-    if not _is_name(match["name"]):
-        return None
-    value = without_outer_braces(match["value"].strip())
-    return _Assignment(match["name"], value, is_membership=match["sign"] == r"\in")
-
-
-def _is_name(text: str) -> bool:
-    """Returns whether text names a value, and is no function or word that changes the value."""
-    word = re.sub(r"\\text|[{}\\ ]", "", text).lower()
-    letters = re.findall(r"[A-Za-z]+(?:_\w+)?", text) if text.startswith("(") else []
-    is_in_order = letters == sorted(letters) or "\\" in text  # (\rho, \theta, \phi)
-    is_meaningful = word in MEANINGFUL_WORDS or word in FUNCTIONS or not is_in_order
-    return re.fullmatch(NAME, text) is not None and not is_meaningful
 
 
 def _compare_in_base(prediction: str, gold: str) -> Verdict | None:
@@ -400,154 +356,3 @@ def _compare_with_number(prediction: str, gold: str) -> Verdict:
     if kind:
         return _wrong(f"{kind}, not one value")
     return compare_expressions(prediction, gold_number)
-
-
-def _compare_collections(prediction: str, gold: str) -> Verdict | None:
-    """Compares lists, sets, tuples, intervals, unions and matrices, element by element.
-
-    - The kinds must be the same. A list counts as a set; if an answer is a relation (`x<1 or x>3`),
-      a list counts as a union instead.
-    - The number of elements must be the same.
-    - The order of elements matters in tuples, intervals and matrices, but not in lists, sets and
-      unions.
-
-    Returns None if the gold answer is one value and the prediction is no list, set or union.
-    """
-    expected = read_collection(gold)
-    predicted = read_collection(prediction)
-    if expected.kind == predicted.kind == "set":
-        return _compare_sets(predicted.elements, expected.elements)
-    if expected.kind == "":
-        if predicted.kind in UNORDERED_KINDS:
-            return _wrong("a collection, not one value")
-        return None
-    verdict = _compare_named_values(predicted, expected)
-    if verdict is not None:
-        return verdict
-    if expected.kind == "()" and re.match(r"[A-Z]\(", prediction):  # a point: P(1,2)
-        predicted = read_collection(prediction[1:])
-    if {predicted.kind, expected.kind} == {"()", f"matrix {[1] * len(expected.elements)}"}:
-        return _compare_elements_in_order(predicted, expected)  # a column vector
-    has_relation = RELATION.search(prediction + gold) is not None
-    equivalent_kinds = {"list", "union"} if has_relation else {"list", "set"}
-    has_inequality = re.search(r"[<>]|\\[lg]e(?![a-z])", prediction + gold) is not None
-    if has_inequality and predicted.connector != expected.connector:
-        return _wrong("`and` in place of `or`, or the reverse")
-    same_kind = predicted.kind == expected.kind
-    if not same_kind and {predicted.kind, expected.kind} != equivalent_kinds:
-        return _wrong(f"{predicted.kind or 'one value'}, not {expected.kind}")
-    if expected.kind == "ratio":
-        return _compare_ratios(predicted.elements, expected.elements)
-    if len(predicted.elements) != len(expected.elements):
-        return _wrong(f"{len(predicted.elements)} elements, not {len(expected.elements)}")
-    if expected.kind in UNORDERED_KINDS:
-        return _compare_in_any_order(predicted.elements, expected.elements)
-    return _compare_in_order(predicted.elements, expected.elements)
-
-
-def _compare_sets(predicted: Sequence[str], expected: Sequence[str]) -> Verdict:
-    """Compares two sets. Elements may be repeated in small sets."""
-    if len(predicted) == len(expected):
-        verdict = _compare_in_any_order(predicted, expected)
-        if verdict.value != "wrong":
-            return verdict
-    if max(len(predicted), len(expected)) > MAX_REPEATED:
-        return _wrong(f"{len(predicted)} elements, not the same {len(expected)}")
-    predicted, expected = _distinct(predicted), _distinct(expected)
-    if len(predicted) != len(expected):
-        return _wrong(f"{len(predicted)} elements, not {len(expected)}")
-    return _compare_in_any_order(predicted, expected)
-
-
-def _distinct(elements: Sequence[str]) -> list[str]:
-    distinct: list[str] = []
-    for element in elements:
-        if all(_compare(element, other).value != "correct" for other in distinct):
-            distinct.append(element)
-    return distinct
-
-
-def _compare_elements_in_order(predicted: Collection, expected: Collection) -> Verdict:
-    if len(predicted.elements) != len(expected.elements):
-        return _wrong(f"{len(predicted.elements)} elements, not {len(expected.elements)}")
-    return _compare_in_order(predicted.elements, expected.elements)
-
-
-def _compare_named_values(predicted: Collection, expected: Collection) -> Verdict | None:
-    """Compares values that have names, such as `x=5, y=2`, by name.
-
-    A tuple, or a list that is compared with names, must be in the order of the names. Returns None
-    if neither has names.
-    """
-    predicted_values, expected_values = _named_values(predicted), _named_values(expected)
-    if predicted_values is None and expected_values is None:
-        return None
-    if predicted_values is not None and expected_values is not None:
-        same_names = predicted_values.keys() == expected_values.keys()
-        if not same_names or predicted.connector != expected.connector:
-            return _wrong("other names, or `and` in place of `or`")
-        return _compare_in_order(
-            [predicted_values[name] for name in expected_values], list(expected_values.values())
-        )
-    if predicted_values is not None and expected.kind == "list":
-        return _compare_in_any_order(list(predicted_values.values()), expected.elements)
-    if predicted_values is not None:
-        predicted = Collection("()", _in_order_of_names(predicted_values))
-    if expected_values is not None:
-        expected = Collection("()", _in_order_of_names(expected_values))
-    if predicted.kind not in ("()", "list") or expected.kind != "()":
-        return _wrong(f"values with names, not {expected.kind}")
-    return _compare_elements_in_order(predicted, expected)
-
-
-def _in_order_of_names(values: dict[str, str]) -> list[str]:
-    names = sorted(values, key=lambda name: name.removeprefix("\\"))
-    return [values[name] for name in names]
-
-
-def _named_values(collection: Collection) -> dict[str, str] | None:
-    """Returns the values of a list or tuple of assignments by name, None if it is another one."""
-    if collection.kind not in ("list", "()"):
-        return None
-    assignments = [_read_assignment(element) for element in collection.elements]
-    values = {each.name: each.value for each in assignments if each and not each.is_membership}
-    return values if len(values) == len(collection.elements) else None
-
-
-def _compare_ratios(predicted: Sequence[str], expected: Sequence[str]) -> Verdict:
-    """Compares ratios: 1:2 equals 2:4. Times of day such as 3:05 must have the same digits."""
-    is_time = all(re.fullmatch(r"\d\d", element) for element in expected[1:])
-    numbers = [exact_value(element) for element in (*predicted, *expected)]
-    if is_time or len(predicted) != len(expected) or not all(numbers):
-        # the leading zero of the hour may be missing
-        texts = [":".join(elements).removeprefix("0") for elements in (predicted, expected)]
-        return CORRECT if texts[0] == texts[1] else _wrong("another ratio")
-    half = len(predicted)
-    quotients = set()
-    for one, other in zip(numbers[:half], numbers[half:], strict=True):
-        if one is not None and other is not None:
-            quotients.add(one / other)
-    is_equal = len(quotients) == 1 and quotients.pop() > 0
-    return CORRECT if is_equal else _wrong("another ratio")
-
-
-def _compare_in_order(predicted: Sequence[str], expected: Sequence[str]) -> Verdict:
-    for predicted_element, expected_element in zip(predicted, expected, strict=True):
-        verdict = _compare(predicted_element, expected_element)
-        if verdict.value != "correct":
-            return verdict
-    return CORRECT
-
-
-def _compare_in_any_order(predicted: Sequence[str], expected: Sequence[str]) -> Verdict:
-    candidates = list(predicted)
-    for element in expected:
-        verdicts = [_compare(candidate, element) for candidate in candidates]
-        values = [verdict.value for verdict in verdicts]
-        if "correct" in values:
-            del candidates[values.index("correct")]
-        elif "undecided" in values:
-            return verdicts[values.index("undecided")]
-        else:
-            return _wrong(f"no element equals {element}")
-    return CORRECT

@@ -17,7 +17,7 @@ from typing import Any
 
 import mpmath
 
-from rewards.verifier.syntax import Call, Name, Node, Number, Series
+from rewards.verifier.syntax import Call, Cases, Condition, Name, Node, Number, Series
 
 DIGITS = 150
 # Bound of all evaluations of one verdict. An operation costs 1, a function such as sin 20.
@@ -120,6 +120,8 @@ class Evaluator:
             return self._value_of_name(tree.text)
         if isinstance(tree, Series):
             return self._value_of_series(tree)
+        if isinstance(tree, Cases):
+            return self._value_of_cases(tree)
         arguments = [self._value(argument) for argument in tree.arguments]
         return self._call(tree, arguments)
 
@@ -151,6 +153,24 @@ class Evaluator:
         else:
             self._point[series.variable] = outside
         return value
+
+    def _value_of_cases(self, cases: Cases) -> Value:
+        for value, conditions in cases.rows:
+            if all(map(self._holds, conditions)):
+                return self._value(value)
+        raise UndefinedError("no case applies")
+
+    def _holds(self, condition: Condition) -> bool:
+        difference = _real(_subtract(self._value(condition.left), self._value(condition.right)))
+        results = {
+            "<": difference < 0,
+            ">": difference > 0,
+            "=": difference == 0,
+            "le": difference <= 0,
+            "ge": difference >= 0,
+            "ne": difference != 0,
+        }
+        return bool(results[condition.sign])
 
     def _call(self, tree: Call, arguments: list[Value]) -> Value:
         function = tree.function

@@ -14,7 +14,15 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.verifier.evaluate import CONTEXT, Evaluator, UndefinedError, number
-from rewards.verifier.syntax import Call, Node, calls_of, has_series, names_of
+from rewards.verifier.syntax import (
+    Call,
+    Condition,
+    Node,
+    calls_of,
+    conditions_of,
+    has_series,
+    names_of,
+)
 
 # None of these values has a simple relation to another one. Numerators are odd and even, because
 # (-1)^n depends on it.
@@ -104,7 +112,8 @@ def breakpoints(names: Sequence[str], trees: Sequence[Node]) -> Iterator[Point]:
     calls = [call for tree in trees for call in calls_of(tree)]
     found: set[tuple[str, Fraction]] = set()
     has_nonlinear_formula = False
-    for formula, targets, has_branches in _branching_formulas(calls):
+    conditions = [condition for tree in trees for condition in conditions_of(tree)]
+    for formula, targets, has_branches in _branching_formulas(calls, conditions):
         for name in set(names) & names_of(formula):
             others = _point(names, _cycled(VALUES, 4, len(names)))
             for target in targets:
@@ -168,13 +177,15 @@ def _point(names: Sequence[str], values: Iterable[Any]) -> Point:
 
 
 def _branching_formulas(
-    calls: Sequence[Call],
+    calls: Sequence[Call], conditions: Sequence[Condition]
 ) -> Iterator[tuple[Node, Sequence[Fraction], bool]]:
     """Yields formulas, the targets at which a function of them changes, and how it changes.
 
     The last value is True if the function has another branch there, and False if its domain ends.
     """
     zero = (Fraction(0),)
+    for condition in conditions:
+        yield Call("+", (condition.left, Call("neg", (condition.right,)))), zero, True
     integers = tuple(Fraction(value) for value in (0, 1, -1, 2))
     for call in calls:
         if call.function in ("root", "log"):

@@ -35,16 +35,25 @@ ALL_NUMBERS = r"\mathbb{R}"
 EMPTY = {r"\emptyset", r"\varnothing", r"\{\}", r"\{ \}", "{}"}
 # Words in lower case -> the set that they name.
 NAMED_SETS = {
-    **dict.fromkeys(
-        ("all real numbers", "all reals", "real numbers", "the real numbers"), ALL_NUMBERS
-    ),
-    **dict.fromkeys(("all real x", "the set of real numbers", "all real values"), ALL_NUMBERS),
-    **dict.fromkeys(("empty set", "the empty set", "null set", "the null set"), r"\emptyset"),
+    "all real numbers": ALL_NUMBERS,
+    "all real values": ALL_NUMBERS,
+    "all real x": ALL_NUMBERS,
+    "all reals": ALL_NUMBERS,
+    "real numbers": ALL_NUMBERS,
+    "the real numbers": ALL_NUMBERS,
+    "the set of real numbers": ALL_NUMBERS,
+    "empty set": r"\emptyset",
+    "no solution": r"\emptyset",
+    "no solutions": r"\emptyset",
+    "null set": r"\emptyset",
+    "the empty set": r"\emptyset",
+    "the null set": r"\emptyset",
 }
 # x \in [1,2], x \notin \{3\}
 MEMBERSHIP = re.compile(r"(?P<variable>[A-Za-z]) ?\\(?P<sign>in|notin)(?![a-z])(?P<set>.*)")
 SET_BUILDER = re.compile(
-    r"(?P<variable>[A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?(?:\||:|\\mid(?![a-z])|\\colon) ?(?P<set>.+)"
+    r"(?P<variable>[A-Za-z])(?: ?\\in ?\\mathbb\{R\})? ?"
+    r"(?:\||:|\\mid(?![a-z])|\\colon) ?(?P<set>.+)"
 )
 # The operators of a polynomial, and positions at which a polynomial of degree 2 is checked.
 POLYNOMIAL_OPERATORS = {"+", "*", "cross", "neg", "/", "^", "root"}
@@ -171,22 +180,27 @@ def _read_simple_set(text: str) -> RealSet:
         return RealSet((LINE,))
     if text in EMPTY:
         return RealSet(())
-    if re.fullmatch(r"\{.*\}", text):  # \cup {1}
-        text = rf"\{{{text[1:-1]}\}}"
-    if text.startswith(r"\{") and text.endswith(r"\}"):
-        content = text[2:-2].strip()
-        builder = SET_BUILDER.fullmatch(content)
-        if builder:
-            result = _read(builder["set"])
-            if result.variable not in ("", builder["variable"]):
-                raise NotASetError(text)
-            return result
+    braces = re.fullmatch(r"\\\{(?P<content>.*)\\\}|\{(?P<plain>.*)\}", text)
+    if braces:
+        return _read_braces((braces["content"] or braces["plain"] or "").strip())
+    return _read_interval(text)
+
+
+def _read_braces(content: str) -> RealSet:
+    """Reads a finite set, or a set like `x : x > 3`."""
+    builder = SET_BUILDER.fullmatch(content)
+    if builder is None:
         return RealSet(_canonical([_point(element) for element in _listed(content)]))
+    result = _read(builder["set"])
+    if result.variable not in ("", builder["variable"]):
+        raise NotASetError(content)
+    return result._replace(variable="")  # its name does not matter
+
+
+def _read_interval(text: str) -> RealSet:
     interval = re.fullmatch(r"(?P<left>[\[(\]])(?P<bounds>.*)(?P<right>[\])\[])", text)
-    if interval is None:
-        raise NotASetError(text)
-    bounds = split_at_top_level(interval["bounds"])
-    if len(bounds) != 2:
+    bounds = split_at_top_level(interval["bounds"]) if interval else []
+    if interval is None or len(bounds) != 2:
         raise NotASetError(text)
     low, high = (_constant(bound) for bound in bounds)
     has_closed_infinity = CONTEXT.isinf(number(low)) and interval["left"] == "["
@@ -245,6 +259,8 @@ def _read_relations(text: str) -> RealSet:
         both = [_read_relations(text.replace(r"\pm", sign)) for sign in "+-"]
         return _intersection(*both) if r"\ne" in text else _union(*both)
     pieces = split_relations(text, RELATION_SIGN)
+    if len(pieces) == 1:
+        raise NotASetError(text)
     sides = [parse_formula(piece) for piece in pieces[::2]]
     variables = variables_of(*sides)
     if len(variables) != 1 or variables[0].endswith(">"):

@@ -107,7 +107,9 @@ DECORATION: list[Replacement] = [
         r"|(?i:therefore|thus|hence|so),?(?= ))\s*(?=\S)",
         "",
     ),
-    (r"\s*(?:\\checkmark|✓|✔)\s*$", ""),
+    (r"\s*(?:\\checkmark|[\u2600-\u27bf\U0001f300-\U0001faff])+\s*$", ""),
+    # HTML: <b>5</b>
+    (r"</?(?:b|i|em|strong|p|span|br)\s*/?>", ""),
     # an introduction: The answer is 5
     (
         r"^\s*(?:\\text\{)?\s*(?i:(?:so|thus|hence|therefore),? )?(?i:the )?(?i:final |correct )?"
@@ -179,6 +181,9 @@ SIGNS: list[Replacement] = [
     (r"\\gt" + END, ">"),
     (r"(?<![\\<>])<=", r"\\le "),
     (r"(?<![\\<>])>=", r"\\ge "),
+    (r"\\not\s*>|\\ngtr" + END, r"\\le "),
+    (r"\\not\s*<|\\nless" + END, r"\\ge "),
+    (r"\\not\s*=", r"\\ne "),
     (r"\\neq" + END + r"|(?<![\\!])!=", r"\\ne "),
     (r"\\vee" + END, r"\\lor "),
     (r"\\wedge" + END, r"\\land "),
@@ -232,6 +237,10 @@ NUMBERS: list[Replacement] = [
 WORDS: list[Replacement] = [
     # a value inside of text: \text{5 percent} -> 5 percent
     (r"^\s*\\text\{\s*(-?\d[^{}]*)\}\s*$", r"\1"),
+    # powers of units: \text{m s^{-2}} -> \text{m s^-2}
+    (r"\\text\{([^{}]*)\^\{(-?\d)\}([^{}]*)\}", r"\\text{\1^\2\3}"),
+    # quantities of siunitx: \SI{9}{kg} -> 9\text{ kg}
+    (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1\\text{ \2}"),
     # times of day: 4:30 p.m. -> 4:30\text{pm}
     (
         r"(?<=\d)\s*(?:\\text\{\s*)?([aApP])(?:\.\s?|)[mM]\.?\s*\}?$",
@@ -239,8 +248,8 @@ WORDS: list[Replacement] = [
     ),
     # points: The point (5,2) -> (5,2)
     (
-        r"^\s*(?:\\text\{)?\s*(?i:the )?(?i:ordered )?(?i:pair|triple|point|vertex|center)(?i: is)?:?"
-        r"\s*\}?\s*(?=\$?\()",
+        r"^\s*(?:\\text\{)?\s*(?i:the )?(?i:ordered )?(?i:pair|triple|point|vertex|center)"
+        r"(?i: is)?:?\s*\}?\s*(?=\$?\()",
         "",
     ),
 ]

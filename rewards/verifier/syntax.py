@@ -7,7 +7,8 @@ The input is normalized (see `normalize` in latex.py). Precedence, from the weak
     signed    ("+" | "-")* power
     power     postfix ("^" exponent)?
     postfix   atom ("!" | "!!")*
-    atom      number, mixed number, name, bracket, |x|, \frac, \sqrt, \binom, function, \sum, \prod
+    atom      number, mixed number, name, bracket, |x|, \frac, \sqrt, \binom, function, \sum, \prod,
+              piecewise function (`cases`)
 
 `1/2x` is (1/2)x. The argument of a function without brackets is a product without operators:
 `\sin 2x \cos y` is sin(2x) cos(y).
@@ -62,6 +63,7 @@ NAME_MARKS = {r"\overline", r"\bar", r"\hat", r"\tilde", r"\widehat", r"\dot", r
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 MULTIPLICATIONS = {"*", r"\cdot", r"\ast"}
 DIVISIONS = {"/", r"\div"}
+RELATION_SIGNS = {"<", ">", "=", "le", "ge", "ne"}
 MODULO = {r"\bmod", r"\mod", "mod"}
 
 
@@ -107,7 +109,33 @@ class Series:
     body: Node
 
 
-Node = Number | Name | Call | Series
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A relation between two formulas. `sign` is `<`, `>`, `=`, `le`, `ge` or `ne`."""
+
+    left: Node
+    sign: str
+    right: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """A piecewise function: the value of the first row whose conditions hold."""
+
+    rows: tuple[tuple[Node, tuple[Condition, ...]], ...]
+
+    @property
+    def formulas(self) -> list[Node]:
+        """All formulas of the values and of the conditions."""
+        formulas = []
+        for value, conditions in self.rows:
+            formulas.append(value)
+            for condition in conditions:
+                formulas += [condition.left, condition.right]
+        return formulas
+
+
+Node = Number | Name | Call | Series | Cases
 ONE = Number(Fraction(1))
 
 
@@ -134,6 +162,8 @@ def names_of(tree: Node) -> set[str]:
     if isinstance(tree, Series):
         inner = names_of(tree.body) - {tree.variable}
         return names_of(tree.start) | names_of(tree.end) | inner
+    if isinstance(tree, Cases):
+        return {name for formula in tree.formulas for name in names_of(formula)}
     return set()
 
 
@@ -144,7 +174,16 @@ def calls_of(tree: Node) -> list[Call]:
         return [tree, *inner]
     if isinstance(tree, Series):
         return [*calls_of(tree.start), *calls_of(tree.end), *calls_of(tree.body)]
+    if isinstance(tree, Cases):
+        return [call for formula in tree.formulas for call in calls_of(formula)]
     return []
+
+
+def conditions_of(tree: Node) -> list[Condition]:
+    """Returns the conditions of a tree that is a piecewise function, [] for other trees."""
+    if not isinstance(tree, Cases):
+        return []
+    return [condition for _, conditions in tree.rows for condition in conditions]
 
 
 def has_series(tree: Node) -> bool:
@@ -316,6 +355,8 @@ class _Parser:
             return Call("binom", (self._parse_argument(), self._parse_argument()))
         if token == r"\sqrt":
             return self._parse_root()
+        if token == r"\begin":
+            return self._parse_cases()
         if token in (r"\sum", r"\prod"):
             return self._parse_series(token[1:])
         return self._parse_named(token)
@@ -393,6 +434,41 @@ class _Parser:
         self._expect("^")
         end = self._parse_argument()
         return Series(function, variable, start, end, self._parse_product())
+
+    def _parse_cases(self) -> Node:
+        if self._braced_text() != "cases":
+            raise FormulaError("an unknown environment")
+        rows = []
+        while True:
+            value = self._parse_closed()
+            self._accept(",")
+            self._expect("&")
+            rows.append((value, self._parse_conditions()))
+            self._accept(",")
+            is_last = not self._accept("\\\\")
+            if is_last or self.peek() == r"\end":
+                break
+        self._expect(r"\end")
+        self._braced_text()
+        return Cases(tuple(rows))
+
+    def _parse_conditions(self) -> tuple[Condition, ...]:
+        r"""Parses `\text{if } 0 < x \le 1`, or `\text{otherwise}`, which has no conditions."""
+        words = ""
+        while self._accept(r"\text"):
+            words += self._braced_text()
+        if words in ("otherwise", "else"):
+            return ()
+        conditions = []
+        left = self._parse_closed()
+        while self.peek().removeprefix("\\") in RELATION_SIGNS:
+            sign = self._next().removeprefix("\\")
+            right = self._parse_closed()
+            conditions.append(Condition(left, sign, right))
+            left = right
+        if not conditions:
+            raise FormulaError("a case without a condition")
+        return tuple(conditions)
 
     # Names and functions
 
@@ -572,4 +648,5 @@ def _starts_atom(token: str) -> bool:
 
 
 def _closes(token: str) -> bool:
-    return token in (r"\rfloor", r"\rceil")
+    name = token[1:]
+    return name in RELATION_SIGNS or name in ("rfloor", "rceil", "prime", "end", "lor", "land")

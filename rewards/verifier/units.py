@@ -13,6 +13,7 @@ from typing import NamedTuple
 from rewards.verifier.syntax import FUNCTIONS, GREEK
 from rewards.verifier.words import (
     INTRODUCTION_WORDS,
+    LARGE_NUMBERS,
     MEANINGFUL_WORDS,
     NUMBER_ENDINGS,
     NUMBER_WORDS,
@@ -32,7 +33,7 @@ SYMBOL = (
 )
 FUNCTION_NAMES = "pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|mod|floor|ceil|abs|max|min"
 WORD_START = rf"(?<=[\d}})!i]) (?!(?:{FUNCTION_NAMES})\b)[a-z]{{2}}"
-REST_OF_UNIT = rf"(?:[ .^/{{}}23a-z'-]|{TEXT}|\\cdot ?)*"
+REST_OF_UNIT = rf"(?:[ .^/{{}}123a-z'-]|{TEXT}|\\cdot ?)*"
 # A value and its unit, such as `5 cm`, `5\text{ cm}`, `25\%` and `3 m/s`.
 VALUE_WITH_UNIT = re.compile(
     rf"(?P<value>.+?) ?(?P<unit>(?:{TEXT}|{PERCENT}|{WORD_START}|{SYMBOL}){REST_OF_UNIT})"
@@ -143,25 +144,30 @@ def _is_number(text: str) -> bool:
 def number_of_words(words: str) -> str | None:
     """Returns the number that words in lower case stand for, None for other words.
 
-    Examples: `twenty-one` -> "21", `negative two thirds` -> "-2/3".
+    Examples: `twenty-one` -> "21", `one hundred and five` -> "105", `two thirds` -> `2*1/3`.
     """
-    sign, _, rest = words.partition(" ")
-    if sign in ("negative", "minus"):
-        number = number_of_words(rest)
+    first, *rest = words.replace("-", " ").replace(r"\land", " ").split() or [""]
+    if first in ("negative", "minus") and rest:
+        number = number_of_words(" ".join(rest))
         return None if number is None or number.startswith("-") else f"-{number}"
-    first, _, second = words.replace("-", " ").partition(" ")
-    if first in SMALL_NUMBERS:
-        number = str(SMALL_NUMBERS.index(first))
-    elif first in TENS:
-        number = str(10 * TENS.index(first) + 20)
-        if second in SMALL_NUMBERS[1:10]:
-            return str(int(number) + SMALL_NUMBERS.index(second))
-    else:
+    if first not in SMALL_NUMBERS and first not in TENS:
         return None
-    if not second:
-        return number
-    factor = NUMBER_WORDS.get(_singular(second))
-    return None if factor is None else f"{number}*{factor}"
+    total, current = 0, 0
+    for position, word in enumerate([first, *rest]):
+        if word in SMALL_NUMBERS:
+            current += SMALL_NUMBERS.index(word)
+        elif word in TENS:
+            current += 10 * TENS.index(word) + 20
+        elif word == "hundred":
+            current *= 100
+        elif word in LARGE_NUMBERS:
+            total += current * LARGE_NUMBERS[word]
+            current = 0
+        elif position == len(rest) and _singular(word) in NUMBER_WORDS:  # two thirds
+            return f"{total + current}*{NUMBER_WORDS[_singular(word)]}"
+        elif word != "and":
+            return None
+    return str(total + current)
 
 
 def _without_introduction(text: str) -> str:
@@ -200,7 +206,8 @@ def _read_words(text: str) -> tuple[list[str], str, str] | None:
         singular; None if the words make the answer another one.
     """
     plain = re.sub(r"\\text|\\cdot|[{}\\]", " ", text).strip(" .").lower()
-    plain = plain.replace("per cent", "percent").replace(".", " ").replace("-", " ")
+    plain = plain.replace("per cent", "percent").replace(".", " ")
+    plain = re.sub(r"(?<![\^ ])-|-(?!\d)", " ", plain)
     words = UNIT_TOKEN.findall(plain)
     if MEANINGFUL_WORDS.difference(POWER_NAMES).intersection(words):
         return None
@@ -235,30 +242,37 @@ def _singular(word: str) -> str:
 
 
 def _read_unit(tokens: list[str]) -> str | None:
-    """Returns the canonical name of a known unit such as `foot^2` or `m/second`, None if unknown.
+    """Returns the canonical name of a known unit such as `foot^2` or `m/second^2`, None if unknown.
 
     No tokens are the unit "".
     """
-    name = ""
-    index = 0
-    while index < len(tokens):
-        token = tokens[index]
-        index += 1
+    factors: list[str] = []
+    divisors: list[str] = []
+    rest = list(tokens)
+    is_divisor = False
+    while rest:
+        token = rest.pop(0)
         if token in ("per", "/"):
-            name += "/"
+            is_divisor = True
             continue
         power = ""
-        if token in POWER_NAMES and index < len(tokens) and tokens[index] in UNIT_NAMES:
+        if token in POWER_NAMES and rest and rest[0] in UNIT_NAMES:
             power = POWER_NAMES[token]
-            token = tokens[index]
-            index += 1
-        if token not in UNIT_NAMES or (name and not name.endswith("/")):
+            token = rest.pop(0)
+        if token not in UNIT_NAMES:
             return None
-        if index < len(tokens) and tokens[index] in ("squared", "cubed"):
-            power = POWER_NAMES[tokens[index]]
-            index += 1
-        elif tokens[index : index + 1] == ["^"] and tokens[index + 1 : index + 2] in (["2"], ["3"]):
-            power = tokens[index + 1]
-            index += 2
-        name += UNIT_NAMES[token] + (f"^{power}" if power else "")
-    return name
+        if rest and rest[0] in ("squared", "cubed"):
+            power = POWER_NAMES[rest.pop(0)]
+        elif rest[:1] == ["^"]:
+            is_divisor |= rest[1:2] == ["-"]
+            digits = [part for part in rest[1:3] if part.isdigit()]
+            if not digits:
+                return None
+            power = "" if digits[0] == "1" else digits[0]
+            del rest[: 3 if rest[1] == "-" else 2]
+        names = divisors if is_divisor else factors
+        names.append(UNIT_NAMES[token] + (f"^{power}" if power else ""))
+        is_divisor = False
+    if len(factors) + len(divisors) > 1 and not divisors:
+        return None  # two units in a row
+    return "/".join([" ".join(factors), *divisors]) if divisors else " ".join(factors)

@@ -5,26 +5,10 @@ from __future__ import annotations
 import re
 
 # Words in front of a number that say nothing about its value.
-INTRODUCTION_WORDS = set(
-    [
-        "there",
-        "it",
-        "the",
-        "total",
-        "value",
-        "answer",
-        "is",
-        "are",
-        "we",
-        "get",
-        "have",
-        "has",
-        "of",
-        "a",
-    ]
-)
-
-
+INTRODUCTION_WORDS = {
+    *("there", "it", "the", "total", "value", "answer", "is", "are", "we", "get", "have", "has"),
+    *("of", "a"),
+}
 # The value of number words. "second" is a unit of time.
 NUMBER_WORDS = {
     **{"dozen": "12", "hundred": "100", "thousand": "1000", "million": "1000000"},
@@ -36,6 +20,7 @@ NUMBER_WORDS = {
     **{"hundredth": r"\frac{1}{100}", "thousandth": r"\frac{1}{1000}"},
     **{"millionth": r"\frac{1}{1000000}"},
 }
+LARGE_NUMBERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 SMALL_NUMBER_NAMES = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen
