@@ -107,7 +107,10 @@ def _separator_at(text: str, index: int, separators: tuple[str, ...]) -> str:
 
 
 def split_relations(text: str, sign: re.Pattern[str]) -> list[str]:
-    """Splits text at signs outside braces and environments: `["x", "<", "5"]`. `sign` has one group."""
+    """Splits text at signs outside braces and environments: `["x", "<", "5"]`.
+
+    `sign` has one group.
+    """
     pieces = []
     start = 0
     for match in sign.finditer(text):

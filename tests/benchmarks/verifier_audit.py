@@ -1,6 +1,6 @@
 """Compares the accuracy verifier with other verifiers on labeled cases.
 
-    .venv/bin/python tests/benchmarks/verifier_audit.py [CASES.jsonl ...] [--grader NAME=FILE:FUNCTION]
+    .venv/bin/python tests/benchmarks/verifier_audit.py [CASES.jsonl ...] [OPTIONS]
 
 The default file is tests/rewards/verifier_cases.jsonl. Each line contains `prediction`, `gold`,
 `label` (correct or wrong) and `category`. Prints the tables of docs/rewards.md ("Accuracy of the
@@ -9,6 +9,8 @@ verifier"): the verdicts of each verifier, and those that are wrong per category
     --grader NAME=FILE:FUNCTION    a further verifier, such as the grader of another trainer: a
                                    function of a text with the answer and of the gold answer. It
                                    returns a number, a boolean, or a dictionary with `score`
+    --held-out                     only the cases that were written and judged after the verifier
+                                   had been changed for the last time (`held_out: last`)
     --pool                         also measures verdicts per second: the worker pool on 2 workers,
                                    and math-verify in one process on the same cases
 
@@ -182,11 +184,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="*", type=Path, default=[DEFAULT_CASES])
     parser.add_argument("--grader", action="append", default=[], metavar="NAME=FILE:FUNCTION")
+    parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--pool", action="store_true")
     options = parser.parse_args()
     cases = []
     for path in options.files:
         cases += [json.loads(line) for line in path.read_text().splitlines()]
+    if options.held_out:
+        cases = [case for case in cases if case.get("held_out") == "last"]
     verifiers = dict(VERIFIERS)
     for grader in options.grader:
         name, _, location = grader.partition("=")

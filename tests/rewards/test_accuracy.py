@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.types import Completion, Problem
-from rewards.accuracy import explain, reward, verify
+from rewards.accuracy import check_problem, explain, reward, verify
 from rewards.verifier.equal import compare_answers
 from rewards.verifier.evaluate import TooLargeError
 from rewards.verifier.expressions import exact_value
@@ -26,6 +26,7 @@ def read_cases(name):
 
 
 LABELED_CASES = read_cases("verifier_cases.jsonl")
+ATTACKS = read_cases("verifier_attacks.jsonl")
 HOSTILE_CASES = read_cases("verifier_hostile.jsonl")
 
 # Pairs of a prediction and a gold answer.
@@ -299,6 +300,59 @@ def test_an_invalid_gold_answer_is_undecided_unless_the_prediction_is_the_same_t
     assert compare_answers("5", " ").value == "undecided"
 
 
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "7" * 5000,
+        r"\sqrt{" * 1500 + "2" + "}" * 1500,
+        r"\sqrt" * 190 + "2",
+        "(" * 40 + ")" * 40,
+        "\\",
+    ],
+)
+def test_a_gold_answer_that_cannot_be_read_is_undecided_and_named(gold):
+    problem = Problem(id="t/0", question="?", answer=gold, source="t")
+    verdict = compare_answers("5", gold)
+    assert verdict.value == "undecided"
+    assert verdict.reason.startswith("gold answer: ")
+    assert check_problem(problem) == verdict.reason
+    assert compare_answers(gold, gold).value in ("correct", "wrong")
+
+
+def test_a_readable_gold_answer_is_never_undecided():
+    for case in [*LABELED_CASES, *ATTACKS]:
+        problem = Problem(id="t/0", question="?", answer=case["gold"], source="t")
+        if check_problem(problem) is None:
+            verdict = verify(f"<answer>{case['prediction']}</answer>", case["gold"])
+            assert verdict.value != "undecided", case
+
+
+def test_sympy_computes_gold_answers_that_the_parser_does_not_know():
+    assert compare_answers(r"\frac14", r"\int_0^1 x^3\,dx").value == "correct"
+    assert compare_answers("0.3", r"\int_0^1 x^3\,dx").value == "wrong"
+    assert compare_answers("1", r"\lim_{x\to 0}\frac{\sin x}{x}").value == "correct"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        # everywhere equal but at points that depend on the formulas
+        (r"\lfloor x\rfloor", r"\lceil x\rceil-1"),
+        ("|x-1000|", "1000-x"),
+        (r"\max(x,y)", r"\frac{x+y}{2}"),
+        (r"\lfloor 3x+0.01\rfloor", r"\lfloor 3x\rfloor"),
+        ("(-1)^n", "1"),
+        (
+            r"\begin{cases} x & x\ge 7 \\ 0 & x<7 \end{cases}",
+            r"\begin{cases} x & x>7 \\ 0 & x\le 7 \end{cases}",
+        ),
+    ],
+)
+def test_formulas_that_differ_on_one_side_of_a_breakpoint_are_not_equal(prediction, gold):
+    assert compare_answers(prediction, gold).value == "wrong"
+    assert compare_answers(gold, prediction).value == "wrong"
+
+
 def test_exact_values_equal_hand_calculations():
     for text in (r"3\frac{1}{2}", "3 1/2", "7/2", "3.5"):
         assert exact_value(text) == Fraction(7, 2)
@@ -352,6 +406,20 @@ def test_the_verdicts_agree_with_the_labels(category):
         if case["category"] == category:
             verdict = verify(case["prediction"], case["gold"])
             assert verdict.value == case["label"], (case, verdict)
+
+
+@pytest.mark.parametrize("category", sorted({case["category"] for case in ATTACKS}))
+def test_no_attack_is_correct_and_only_known_answers_are_missed(category):
+    """Answers that look right and are not, and right answers in unusual notations.
+
+    Most authors had not seen the code. docs/rewards.md has the results by category.
+    """
+    for case in ATTACKS:
+        if case["category"] != category:
+            continue
+        verdict = verify(f"<answer>{case['prediction']}</answer>", case["gold"])
+        is_expected_correct = case["label"] == "correct" and "missed" not in case
+        assert (verdict.value == "correct") == is_expected_correct, (case, verdict)
 
 
 @pytest.mark.parametrize("kind", sorted({case["kind"] for case in HOSTILE_CASES}))

@@ -1,7 +1,9 @@
 """The code reward: verdicts on correct, wrong and cheating programs, and the sandbox."""
 
+import contextlib
 import ctypes
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -56,6 +58,7 @@ requires_sandbox = pytest.mark.skipif(bool(SANDBOX_ERROR), reason=SANDBOX_ERROR)
 BECOME_ROOT = "import os; os.setuid(0)" if os.geteuid() == 0 else "open('/x')"
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
 PR_CAPBSET_DROP = 24
 CAP_SYS_ADMIN = 21
 
@@ -182,30 +185,38 @@ def test_the_sandbox_has_no_network_no_files_and_no_other_processes(program, out
         assert outcome.code != 0
 
 
-def running_processes():
-    """Returns the folders of all processes in /proc."""
-    return {path for path in Path("/proc").iterdir() if path.name.isdigit()}
+def names_of_processes():
+    """Returns the names of all processes. A process can give itself a name of 15 characters."""
+    names = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                names.append((path / "comm").read_text().strip())
+    return names
 
 
 @requires_sandbox
 def test_no_process_survives_the_sandbox():
-    processes_before = running_processes()
-    survive_parent = f"import ctypes; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, 0)\n"
-    leave_session = (
-        "import os, time\n"
+    name = f"survivor-{os.getpid()}"
+    program = (
+        "import ctypes, os, time\n"
+        "prctl = ctypes.CDLL(None).prctl\n"
+        f"prctl({PR_SET_PDEATHSIG}, 0)\n"
+        f"prctl({PR_SET_NAME}, b{name!r})\n"
         "for _ in range(5):\n"
         "    if os.fork() == 0:\n"
         "        os.setsid(); time.sleep(60)\n"
         "time.sleep(60)"
     )
-    outcome = run(survive_parent + leave_session, timeout_s=1)
+    seen = []
+    watcher = threading.Timer(0.5, lambda: seen.extend(names_of_processes()))
+    watcher.start()
+    outcome = run(program, timeout_s=1)
     assert outcome.timed_out
+    watcher.join()
+    assert name in seen  # while the program ran
     time.sleep(0.2)
-    for process in running_processes() - processes_before:
-        if (process / "cmdline").exists():
-            command = (process / "cmdline").read_text()
-            assert "exec(compile" not in command
-            assert "_sandbox" not in command
+    assert name not in names_of_processes()
 
 
 @requires_sandbox
