@@ -82,18 +82,22 @@ def compare_answers(prediction: str, gold: str) -> Verdict:
     reason = _why_unreadable(gold)
     if reason:
         return Verdict(value="undecided", reason=f"gold answer: {reason}")
+    verdict = _compare_within_bounds(prediction, gold)
+    # A prediction must not have a better verdict than wrong because it is hard to compare.
+    if verdict.value == "undecided" and _is_readable(gold):
+        return _wrong(verdict.reason.removeprefix("gold answer: "))
+    return verdict
+
+
+def _compare_within_bounds(prediction: str, gold: str) -> Verdict:
     try:
         with limited_cost():
-            verdict = _compare_normalized(normalize(prediction), normalize(gold))
+            return _compare_normalized(normalize(prediction), normalize(gold))
     except TooLargeError as error:
-        return _wrong(f"too large: {error}")
+        return Verdict(value="undecided", reason=f"gold answer: too large: {error}")
     except Exception as error:  # a mistake of this program must not end a run
-        verdict = Verdict(
-            value="undecided", reason=f"reward failed: {type(error).__name__}: {error}"
-        )
-    if verdict.value == "undecided" and _is_readable(gold):
-        return _wrong("cannot be compared with the gold answer")
-    return verdict
+        reason = f"reward failed: {type(error).__name__}: {error}"
+        return Verdict(value="undecided", reason=reason)
 
 
 def _why_unreadable(gold: str) -> str:
@@ -109,13 +113,7 @@ def _why_unreadable(gold: str) -> str:
 
 def _is_readable(gold: str) -> bool:
     """Returns whether a gold answer can be compared with the simplest prediction."""
-    try:
-        with limited_cost():
-            return _compare_normalized("0", normalize(gold)).value != "undecided"
-    except TooLargeError:
-        return True
-    except Exception:
-        return False
+    return _compare_within_bounds("0", gold).value != "undecided"
 
 
 def _compare_normalized(prediction: str, gold: str) -> Verdict:

@@ -25,7 +25,9 @@ REVERSED = {">": "<", r"\ge": r"\le"}
 # A decimal with this many digits may stand for an irrational value.
 MIN_DIGITS = 9
 DECIMAL = re.compile(r"-?(?P<digits>\d+\.(?P<places>\d+))")
-DOTS = re.compile(r"(?<=\d) ?(?:\\l?dots|\.{2,})$")  # behind a decimal that goes on
+DOTS = re.compile(
+    r"(?<=\d) ?(?:\\l?dots|\.{2,})$"
+)  # behind a decimal whose last digits are missing
 RATIONAL_OPERATORS = {"+", "*", "/", "neg", "!", "!!", "binom"}
 
 

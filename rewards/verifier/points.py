@@ -110,7 +110,7 @@ def fine_points(names: Sequence[str], trees: Sequence[Node]) -> Iterator[Point]:
 def breakpoints(names: Sequence[str], trees: Sequence[Node]) -> Iterator[Point]:
     """Yields points at and around the breakpoints of the trees."""
     calls = [call for tree in trees for call in calls_of(tree)]
-    found: set[tuple[str, Fraction]] = set()
+    yielded: set[tuple[str, Fraction]] = set()
     has_nonlinear_formula = False
     conditions = [condition for tree in trees for condition in conditions_of(tree)]
     for formula, targets, has_branches in _branching_formulas(calls, conditions):
@@ -119,10 +119,10 @@ def breakpoints(names: Sequence[str], trees: Sequence[Node]) -> Iterator[Point]:
             for target in targets:
                 value = _solve_linear(formula, target, name, others)
                 has_nonlinear_formula |= has_branches and value is None
-                if value is None or (name, value) in found:
+                if value is None or (name, value) in yielded:
                     continue
-                found.add((name, value))
-                if len(found) > MAX_BREAKPOINTS:
+                yielded.add((name, value))
+                if len(yielded) > MAX_BREAKPOINTS:
                     return
                 for distance in DISTANCES:
                     yield others | {name: value - distance}

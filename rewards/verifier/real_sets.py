@@ -202,7 +202,7 @@ def _read_interval(text: str) -> RealSet:
     bounds = split_at_top_level(interval["bounds"]) if interval else []
     if interval is None or len(bounds) != 2:
         raise NotASetError(text)
-    low, high = (_constant(bound) for bound in bounds)
+    low, high = _constant(bounds[0]), _constant(bounds[1])
     has_closed_infinity = CONTEXT.isinf(number(low)) and interval["left"] == "["
     if has_closed_infinity or (CONTEXT.isinf(number(high)) and interval["right"] == "]"):
         raise NotASetError(text)
@@ -307,7 +307,9 @@ def _solve_quadratic(difference: Node, sign: str, variable: str) -> RealSet:
     def value_at(position: Any) -> Any:
         return Evaluator({variable: position})(difference)
 
-    constant, at_one, at_minus_one = (value_at(Fraction(position)) for position in (0, 1, -1))
+    constant = value_at(Fraction(0))
+    at_one = value_at(Fraction(1))
+    at_minus_one = value_at(Fraction(-1))
     half = Fraction(1, 2)
     square = _rounded(add(multiply(half, add(at_one, at_minus_one)), negate(constant)))
     linear = _rounded(multiply(half, add(at_one, negate(at_minus_one))))

@@ -26,7 +26,8 @@ FUNCTION_NAMES = (
 
 
 def _derivative(match: re.Match[str]) -> str:
-    over, under = (re.sub(r"[\s{}]", "", part) for part in match.groups())
+    over = re.sub(r"[\s{}]", "", match[1])
+    under = re.sub(r"[\s{}]", "", match[2])
     return rf"\text{{{over}/{under}}}"
 
 

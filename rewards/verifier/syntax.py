@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -157,40 +158,45 @@ def names_of(tree: Node) -> set[str]:
     """Returns the names in a tree that are not bound by a sum or product."""
     if isinstance(tree, Name):
         return {tree.text}
-    if isinstance(tree, Call):
-        return {name for argument in tree.arguments for name in names_of(argument)}
+    names: set[str] = set()
+    for part in parts_of(tree):
+        names |= names_of(part)
     if isinstance(tree, Series):
-        inner = names_of(tree.body) - {tree.variable}
-        return names_of(tree.start) | names_of(tree.end) | inner
-    if isinstance(tree, Cases):
-        return {name for formula in tree.formulas for name in names_of(formula)}
-    return set()
+        names = names - {tree.variable} | names_of(tree.start) | names_of(tree.end)
+    return names
 
 
 def calls_of(tree: Node) -> list[Call]:
     """Returns all calls in a tree."""
+    calls = [tree] if isinstance(tree, Call) else []
+    for part in parts_of(tree):
+        calls += calls_of(part)
+    return calls
+
+
+def parts_of(tree: Node) -> Sequence[Node]:
+    """Returns the formulas of which a tree consists."""
     if isinstance(tree, Call):
-        inner = [call for argument in tree.arguments for call in calls_of(argument)]
-        return [tree, *inner]
+        return tree.arguments
     if isinstance(tree, Series):
-        return [*calls_of(tree.start), *calls_of(tree.end), *calls_of(tree.body)]
+        return (tree.start, tree.end, tree.body)
     if isinstance(tree, Cases):
-        return [call for formula in tree.formulas for call in calls_of(formula)]
-    return []
+        return tree.formulas
+    return ()
 
 
 def conditions_of(tree: Node) -> list[Condition]:
     """Returns the conditions of a tree that is a piecewise function, [] for other trees."""
-    if not isinstance(tree, Cases):
-        return []
-    return [condition for _, conditions in tree.rows for condition in conditions]
+    conditions: list[Condition] = []
+    if isinstance(tree, Cases):
+        for _, conditions_of_row in tree.rows:
+            conditions += conditions_of_row
+    return conditions
 
 
 def has_series(tree: Node) -> bool:
     """Returns whether a tree contains a sum or product."""
-    if isinstance(tree, Call):
-        return any(has_series(argument) for argument in tree.arguments)
-    return isinstance(tree, Series)
+    return isinstance(tree, Series) or any(map(has_series, parts_of(tree)))
 
 
 class _Parser:
@@ -230,9 +236,9 @@ class _Parser:
         return True
 
     def _expect(self, token: str) -> None:
-        found = self._next()
-        if found != token:
-            raise FormulaError(f"{found} in place of {token}")
+        actual = self._next()
+        if actual != token:
+            raise FormulaError(f"{actual} in place of {token}")
 
     # Operators
 
@@ -386,14 +392,16 @@ class _Parser:
             if fraction is not None:  # a mixed number
                 return Number(value + fraction)
         if is_integer and self._is_mixed_number():  # 3 1/2
-            numerator, _, denominator = (self._next() for _ in range(3))
+            numerator = self._next()
+            self._expect("/")
+            denominator = self._next()
             return Number(value + Fraction(int(numerator), int(denominator)))
         return Number(value)
 
     def _is_mixed_number(self) -> bool:
         """Returns whether a space and an integer fraction such as `1/2` follow."""
-        numerator, slash, denominator = (self.peek(ahead) for ahead in range(3))
-        if slash != "/" or not (numerator.isdecimal() and denominator.isdecimal()):
+        numerator, denominator = self.peek(), self.peek(2)
+        if self.peek(1) != "/" or not (numerator.isdecimal() and denominator.isdecimal()):
             return False
         return self._spaced[self._position] and int(denominator) != 0
 

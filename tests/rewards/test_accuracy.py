@@ -127,6 +127,47 @@ EQUAL_ANSWERS = [
     (r"2k+2", "2(k+1)"),
     ("0", "0.0"),
     ("7.0", "7"),
+    # notations
+    ("x\u200b+1", "x+1"),
+    (r"\color{red}{5}", "5"),
+    (r"\textcolor{red}{5}", "5"),
+    (r"\underline{5}", "5"),
+    (r"\fbox{5}", "5"),
+    ("`5`", "5"),
+    ("The answer is 5", "5"),
+    ("C) 12", "C"),
+    # functions and operators
+    (r"\lg 100", "2"),
+    (r"\binom{5}{2}", "10"),
+    (r"\sum_{k=1}^{4}k", "10"),
+    (r"\sum_{k=1}^{n}k", r"\frac{n(n+1)}{2}"),
+    (r"\prod_{k=1}^{4}k", "24"),
+    (r"17 \mod 5", "2"),
+    ("arcsinh(x)", r"\sinh^{-1}x"),
+    # numbers
+    (r"0.\dot{3}", "1/3"),
+    (r"0.1\dot{6}", "1/6"),
+    ("3.14159265", r"\pi"),
+    (r"\sqrt2", "1.414213562"),
+    ("five hundred", "500"),
+    ("5 hundred", "500"),
+    ("3 quarters", "3/4"),
+    ("25", r"25\%"),
+    # words and units
+    ("5 apples", "5"),
+    ("5", r"5 \text{ red marbles}"),
+    ("5m", r"5\text{ m}"),
+    # sets
+    (r"\{1,1,2\}", r"\{1,2\}"),
+    (r"x\ne 0", r"(-\infty,0)\cup(0,\infty)"),
+    ("2x>10", r"(5,\infty)"),
+    (r"\{1,2\}\cup\{2,3\}", r"\{1,2,3\}"),
+    (r"\{1,2,3\}\setminus\{2\}", r"\{1,3\}"),
+    (r"\{\}", r"\emptyset"),
+    (r"\varnothing", r"\emptyset"),
+    (r"\{2,-2\}", r"\pm 2"),
+    ("2,-2", r"\pm 2"),
+    ("x=5, y=2", "(5,2)"),
 ]
 DIFFERENT_ANSWERS = [
     ("10001", "10000"),
@@ -170,6 +211,30 @@ DIFFERENT_ANSWERS = [
     ("5 or 6", "5"),
     ("1.4142136", r"\sqrt2"),
     ("1.41421357", r"\sqrt2"),
+    # words behind a number
+    (r"5 \text{ or 6}", "5"),
+    (r"5 \text{ is not the answer}", "5"),
+    ("5 squared", "5"),
+    (r"5 \text{ plus 1}", "5"),
+    ("3 quarters", "3"),
+    ("5 hundred", "5"),
+    ("2", "2m"),
+    ("3", "3h"),
+    ("2 thousandths", "2000"),
+    ("5%", "5"),
+    # functions that are equal on one side
+    ("x+5", "|x+5|"),
+    ("max(x,-2)", "x"),
+    (r"\lfloor x+0.1\rfloor", r"\lfloor x\rfloor"),
+    ("|x+6|/(x+6)", "1"),
+    # names, and, or
+    ("x>1 or x<3", "x>1 and x<3"),
+    (r"\sqrt{x_1}", r"\sqrt{x_2}"),
+    (r"\frac{x_1}{2}", r"\frac{x_2}{2}"),
+    (r"\vec{a}\times\vec{b}", r"\vec{b}\times\vec{a}"),
+    ("f'(x)", "f(x)"),
+    # answers that repeat the question
+    ("x^2<2", r"(-\sqrt2,\sqrt2)"),
 ]
 HOSTILE_PREDICTIONS = [
     "9^{9^{9^{9}}}",
