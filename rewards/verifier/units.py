@@ -8,6 +8,7 @@ is not the answer` are not. Number words have their value: `5 hundred` is 500, `
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rewards.verifier.syntax import FUNCTIONS, GREEK
@@ -66,6 +67,14 @@ UNIT_NAMES = {
     **{"inche": "inch"},
 }
 POWER_NAMES = {"square": "2", "sq": "2", "cubic": "3", "squared": "2", "cubed": "3"}
+# Kinds of number words -> the kinds that can precede them. "start" is the beginning.
+PREDECESSORS = {
+    "small": ("start", "hundred", "large", "and"),
+    "tens": ("start", "hundred", "large", "and"),
+    "hundred": ("small",),
+    "large": ("small", "tens", "hundred"),
+    "and": ("hundred", "large"),
+}
 UNIT_TOKEN = re.compile(r"[a-z']+|%|\^|/|\d|\S")
 
 
@@ -146,28 +155,50 @@ def number_of_words(words: str) -> str | None:
 
     Examples: `twenty-one` -> "21", `one hundred and five` -> "105", `two thirds` -> `2*1/3`.
     """
-    first, *rest = words.replace("-", " ").replace(r"\land", " ").split() or [""]
+    first, *rest = words.replace("-", " ").replace(r"\land", " and ").split() or [""]
     if first in ("negative", "minus") and rest:
         number = number_of_words(" ".join(rest))
         return None if number is None or number.startswith("-") else f"-{number}"
-    if first not in SMALL_NUMBERS and first not in TENS:
-        return None
-    total, current = 0, 0
-    for position, word in enumerate([first, *rest]):
-        if word in SMALL_NUMBERS:
+    denominator = NUMBER_WORDS.get(_singular(rest[-1])) if rest else None
+    if denominator is not None and rest[-1] not in LARGE_NUMBERS and rest[-1] != "hundred":
+        numerator = _integer_of_words([first, *rest[:-1]])
+        return None if numerator is None else f"{numerator}*{denominator}"
+    integer = _integer_of_words([first, *rest])
+    return None if integer is None else str(integer)
+
+
+def _integer_of_words(words: Sequence[str]) -> int | None:
+    """Returns the integer that words such as `two thousand one hundred and five` stand for."""
+    total = 0
+    current = 0  # below the next `thousand`, `million`, ...
+    previous = "start"
+    for word in words:
+        kind = _kind_of_number_word(word)
+        is_unit = kind == "small" and 1 <= SMALL_NUMBERS.index(word) <= 9
+        follows_tens = is_unit and previous == "tens"
+        if previous not in PREDECESSORS.get(kind, ()) and not follows_tens:
+            return None
+        if kind == "small":
             current += SMALL_NUMBERS.index(word)
-        elif word in TENS:
+        elif kind == "tens":
             current += 10 * TENS.index(word) + 20
-        elif word == "hundred":
+        elif kind == "hundred":
             current *= 100
-        elif word in LARGE_NUMBERS:
+        elif kind == "large":
             total += current * LARGE_NUMBERS[word]
             current = 0
-        elif position == len(rest) and _singular(word) in NUMBER_WORDS:  # two thirds
-            return f"{total + current}*{NUMBER_WORDS[_singular(word)]}"
-        elif word != "and":
-            return None
-    return str(total + current)
+        previous = kind
+    return None if previous in ("start", "and") else total + current
+
+
+def _kind_of_number_word(word: str) -> str:
+    if word in SMALL_NUMBERS:
+        return "small"
+    if word in TENS:
+        return "tens"
+    if word in LARGE_NUMBERS:
+        return "large"
+    return word if word in ("hundred", "and") else "other"
 
 
 def _without_introduction(text: str) -> str:

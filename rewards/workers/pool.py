@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, NamedTuple
 
-START_TIMEOUT_S = 120.0  # to import a function; sympy from a cold disk is slow
-MAX_CALLS_PER_WORKER = 5_000  # then the worker is replaced, because sympy's caches grow
+START_TIMEOUT_S = 120.0  # to import a function, which is slow from a cold disk
+MAX_CALLS_PER_WORKER = 5_000  # then the worker is replaced, because caches of libraries grow
 END_LIMIT_S = 10.0  # longest wait for the exit of a worker that was killed or closed its pipe
 # A call that times out with less processor time than this share of its limit was starved by other
 # processes. It counts as lost, not as timed out.
