@@ -6,7 +6,7 @@ The rules: verifier/parse.py extracts the answer, verifier/equal.py compares it.
 from __future__ import annotations
 
 from grpo.types import Completion, Problem, Verdict
-from rewards.verifier.equal import compare_answers
+from rewards.verifier.equal import compare_answers, why_unreadable
 from rewards.verifier.latex import normalize
 from rewards.verifier.parse import TAGS, final_answer
 
@@ -32,9 +32,7 @@ def check_problem(problem: Problem) -> str | None:
     """Returns why the gold answer of a problem cannot be read, None if it can be read."""
     if not problem.answer:
         return None
-    # No answer is compared with a gold answer that cannot be read.
-    verdict = compare_answers("0", problem.answer)
-    return verdict.reason if verdict.value == "undecided" else None
+    return why_unreadable(problem.answer) or None
 
 
 def verify(prediction: str, gold: str) -> Verdict:

@@ -22,7 +22,7 @@ def chosen_letter_of(words: str) -> str | None:
     Example: `chosen_letter_of("(b) 42")` is "B".
     """
     match = LETTER.fullmatch(words)
-    if match is None or match["text"].startswith("or"):
+    if match is None:
         return None
     following = set(re.findall(r"[a-z']+", match["text"]))
     # "a" can be an article: (b) a circle

@@ -35,14 +35,14 @@ def _fraction_of_repeating_decimal(match: re.Match[str]) -> str:
 def _fraction_of_continued_decimal(match: re.Match[str]) -> str:
     r"""Returns a decimal with dots as a fraction, if its digits end with a repetition.
 
-    One digit must occur three times at the end, a longer block twice: `0.333\ldots`,
-    `0.1212\ldots`. Other decimals are returned unchanged.
+    A block of digits must occur three times at the end: `0.1666\ldots`. Twice are enough if the
+    digits are nothing else: `0.1212\ldots`. Other decimals are returned unchanged.
     """
     digits = match["digits"]
     for length in range(1, len(digits) // 2 + 1):
         block = digits[-length:]
-        repetitions = 3 if length == 1 else 2
-        if digits.endswith(block * repetitions):
+        repetitions = 2 if digits == block * (len(digits) // length) else 3
+        if digits.endswith(block * repetitions) and (length > 1 or len(digits) > 2):
             fixed = digits
             while fixed.endswith(block):
                 fixed = fixed[:-length]

@@ -90,18 +90,14 @@ def _compare_sets(predicted: Sequence[str], expected: Sequence[str], compare: Co
             return verdict
     if max(len(predicted), len(expected)) > MAX_REPEATED:
         return _wrong(f"{len(predicted)} elements, not the same {len(expected)}")
-    predicted, expected = _distinct(predicted, compare), _distinct(expected, compare)
-    if len(predicted) != len(expected):
-        return _wrong(f"{len(predicted)} elements, not {len(expected)}")
-    return _compare_in_any_order(predicted, expected, compare)
-
-
-def _distinct(elements: Sequence[str], compare: Compare) -> list[str]:
-    distinct: list[str] = []
-    for element in elements:
-        if all(compare(element, other).value != "correct" for other in distinct):
-            distinct.append(element)
-    return distinct
+    matched: set[str] = set()  # predicted elements that equal an expected one
+    for element in expected:
+        verdicts = {candidate: compare(candidate, element) for candidate in predicted}
+        equal = {candidate for candidate in predicted if verdicts[candidate].value == "correct"}
+        if not equal:
+            return _wrong(f"no element equals {element}")
+        matched |= equal
+    return CORRECT if matched == set(predicted) else _wrong("another element")
 
 
 def _compare_named_values(
@@ -109,8 +105,9 @@ def _compare_named_values(
 ) -> Verdict | None:
     """Compares values that have names, such as `x=5, y=2`, by name.
 
-    A tuple, or a list that is compared with names, must be in the order of the names. Returns None
-    if neither has names.
+    A tuple, or a predicted list without names, must be in the order of the names. The names of a
+    prediction do not matter if the gold answer is a list without names. Returns None if neither has
+    names.
     """
     predicted_values, expected_values = _named_values(predicted), _named_values(expected)
     if predicted_values is None and expected_values is None:
@@ -150,7 +147,7 @@ def _named_values(collection: Collection) -> dict[str, str] | None:
 
 
 def _compare_ratios(predicted: Sequence[str], expected: Sequence[str]) -> Verdict:
-    """Compares ratios: 1:2 equals 2:4. Times of day such as 3:05 must have the same digits."""
+    """Compares ratios: 2:4 equals 1:2. A gold answer such as 3:05 or 3:20 is a time of day."""
     is_time = all(re.fullmatch(r"\d\d", element) for element in expected[1:])
     numbers = [exact_value(element) for element in (*predicted, *expected)]
     if is_time or len(predicted) != len(expected) or not all(numbers):

@@ -6,14 +6,16 @@ applied in this order, and the first one that decides gives the verdict:
 1. Size. A prediction that is too long is wrong. So is one that is nested too deep, unless it is the
    same text as the gold answer.
 2. Spelling. The same text after normalization (latex.py) is correct.
-3. Words. If the gold answer is words or the letter of a choice, the prediction must be the same
-   words or letter (choices.py).
+3. Words. Number words and names of sets become numbers and sets. If the gold answer is words or the
+   letter of a choice, the prediction must be the same words or letter (choices.py).
 4. Sets of real numbers, if one of the answers is a relation or a set operation (real_sets.py).
-5. Numbers in a base, such as `664_7`: digits and base must be the same. Numbers modulo another one.
-6. Exact numbers, with or without a unit (units.py). There is no tolerance.
-7. Collections: lists, sets, tuples, intervals, unions, matrices and ratios (collection.py). They
+5. Numbers modulo another one.
+6. Names on the left of `=` are removed (names.py). All sides of a chain `c = 2+3 = 5` are compared.
+7. Numbers in a base, such as `664_7`: digits and base must be the same.
+8. Exact numbers, with or without a unit (units.py). There is no tolerance.
+9. Collections: lists, sets, tuples, intervals, unions, matrices and ratios (collection.py). They
    are compared element by element (elements.py).
-8. Everything else is compared as a formula, by its values at many points (expressions.py).
+10. Everything else is compared as a formula, by its values at many points (expressions.py).
 
 A prediction is untrusted text. It is parsed, never evaluated as code. A prediction that exceeds a
 bound on its size or on the size of its values is wrong. `undecided` means that the gold answer is
@@ -35,6 +37,7 @@ from rewards.verifier.expressions import compare_expressions, exact_value, is_ro
 from rewards.verifier.latex import as_words, normalize
 from rewards.verifier.names import is_name, read_assignment
 from rewards.verifier.real_sets import EMPTY, NAMED_SETS, read_real_set, same_set
+from rewards.verifier.syntax import FUNCTIONS
 from rewards.verifier.units import number_of_words, split_unit
 
 MAX_CHARS = 1000
@@ -61,7 +64,9 @@ WORDS = re.compile(
     r"\s*\\text\{[^{}]*\}\s*|\(?[A-H]\)?|(?i:yes|no|odd)"
     r"|[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]|(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]{3,}"
 )
-NUMBER_IN_BASE = re.compile(r"\(?(?P<digits>-?[0-9A-Za-z.]+)\)?_(?P<base>\d{1,2}|\w|\{\d+\})")
+NUMBER_IN_BASE = re.compile(
+    r"\(?(?P<digits>-?(?:\d[0-9A-Za-z.]*|\.\d+|[A-Z][0-9A-Z]+))\)?_(?P<base>\d{1,2}|\{\d+\})"
+)
 
 
 def compare_answers(prediction: str, gold: str) -> Verdict:
@@ -79,14 +84,31 @@ def compare_answers(prediction: str, gold: str) -> Verdict:
         return CORRECT
     if nesting_depth(prediction) > MAX_DEPTH:
         return _wrong(f"nested deeper than {MAX_DEPTH}")
-    reason = _why_unreadable(gold)
+    reason = _why_too_large(gold)
     if reason:
         return Verdict(value="undecided", reason=f"gold answer: {reason}")
     verdict = _compare_within_bounds(prediction, gold)
     # A prediction must not have a better verdict than wrong because it is hard to compare.
-    if verdict.value == "undecided" and _is_readable(gold):
+    if verdict.value == "undecided" and not why_unreadable(gold):
         return _wrong(verdict.reason.removeprefix("gold answer: "))
     return verdict
+
+
+def why_unreadable(gold: str) -> str:
+    """Returns why a gold answer cannot be read, "" if it can."""
+    reason = _why_too_large(gold)
+    if reason:
+        return f"gold answer: {reason}"
+    verdict = _compare_within_bounds("0", gold)  # the simplest prediction
+    if verdict.value == "undecided":
+        return verdict.reason
+    collection = read_collection(normalize(gold))
+    if collection.kind:
+        for element in collection.elements:
+            reason = why_unreadable(element)
+            if reason:
+                return reason
+    return ""
 
 
 def _compare_within_bounds(prediction: str, gold: str) -> Verdict:
@@ -100,7 +122,7 @@ def _compare_within_bounds(prediction: str, gold: str) -> Verdict:
         return Verdict(value="undecided", reason=reason)
 
 
-def _why_unreadable(gold: str) -> str:
+def _why_too_large(gold: str) -> str:
     """Returns why the size of a gold answer is beyond the bounds, "" if it is within them."""
     if not gold.strip():
         return "empty"
@@ -109,11 +131,6 @@ def _why_unreadable(gold: str) -> str:
     if nesting_depth(gold) > MAX_DEPTH:
         return f"nested deeper than {MAX_DEPTH}"
     return ""
-
-
-def _is_readable(gold: str) -> bool:
-    """Returns whether a gold answer can be compared with the simplest prediction."""
-    return _compare_within_bounds("0", gold).value != "undecided"
 
 
 def _compare_normalized(prediction: str, gold: str) -> Verdict:
@@ -129,50 +146,61 @@ def _wrong(reason: str) -> Verdict:
 
 
 def _compare(prediction: str, gold: str) -> Verdict:
-    """Applies rules 2 to 8 to normalized answers, and to the elements of collections.
+    """Applies rules 2 to 10 to normalized answers, and to the elements of collections.
 
     Raises:
-        TooLargeError: The prediction exceeds a bound.
+        TooLargeError: An answer exceeds a bound.
     """
     if _same_spelling(prediction, gold):
         return CORRECT
     prediction, gold = _without_names(prediction), _without_names(gold)
+    choice = re.match(r"\(?([A-H])\) ?\S", gold)  # B) 12
+    if choice:
+        gold = choice[1]
     if _is_words(gold):
         return _compare_words(prediction, gold)
     verdict = _compare_real_sets(prediction, gold)
-    if verdict is not None:
-        return verdict
-    verdict = _compare_modulo(prediction, gold)
-    if verdict is not None:
-        return verdict
-    prediction, gold = _without_assignments(prediction, gold)
-    sides = split_relations(prediction, EQUALS)[::2]
-    if gold.startswith(r"\begin{pmatrix}") and len(sides) == 2:  # A^{-1} = ...
-        prediction = sides[1].strip()
-    if len(sides) > 1 and not RELATION.search(gold) and read_collection(prediction).kind == "":
-        return _compare_chain(sides, gold)
-    for rule in (_compare_in_base, _compare_numbers):
-        verdict = rule(prediction, gold)
-        if verdict is not None:
-            return verdict
-    verdict = compare_collections(prediction, gold, _compare)
-    if verdict is not None:
-        return verdict
-    return compare_expressions(prediction, gold)
+    if verdict is None:
+        verdict = _compare_modulo(prediction, gold)
+    if verdict is None:
+        verdict = _compare_values(*_without_assignments(prediction, gold))
+    return verdict
 
 
-def _compare_chain(sides: Sequence[str], gold: str) -> Verdict:
+def _compare_values(prediction: str, gold: str) -> Verdict:
+    """Applies rules 6 (chains) to 10."""
+    pieces = split_relations(prediction, EQUALS)
+    if gold.startswith(r"\begin{pmatrix}") and len(pieces) == 3:  # A^{-1} = \begin{pmatrix}...
+        prediction = pieces[2].strip()
+    elif len(pieces) > 1 and not RELATION.search(gold) and not read_collection(prediction).kind:
+        return _compare_chain(pieces, gold)
+    verdict = _compare_in_base(prediction, gold)
+    if verdict is None:
+        verdict = _compare_numbers(prediction, gold)
+    if verdict is None:
+        verdict = compare_collections(prediction, gold, _compare)
+    if verdict is None:
+        verdict = compare_expressions(prediction, gold)
+    return verdict
+
+
+def _compare_chain(pieces: Sequence[str], gold: str) -> Verdict:
     r"""Compares a chain such as `c = 2+3 = 5`, `10/6 = 5/3` or `\sqrt{2} \approx 1.41`.
 
     All sides must equal the answer, except a name on the left and a decimal behind an approximate
-    sign, which must be close to it.
+    sign, which must be close to the side in front of it.
+
+    Args:
+        pieces: The sides, and the signs between them.
+        gold: The normalized gold answer.
     """
+    sides = [piece.strip() for piece in pieces[::2]]
     if len(sides) > MAX_SIDES:
         return _wrong("a long chain")
-    has_name = is_name(sides[0].strip())
-    sides = [side.strip() for side in sides[1 if has_name else 0 :]]
-    if len(sides) == 2 and is_rounding(sides[1], sides[0]):
-        sides = sides[:1]
+    if pieces[-2] == r"\approx" and is_rounding(sides[-1], sides[-2]):
+        sides.pop()
+    if len(sides) > 1 and is_name(sides[0]):
+        sides.pop(0)
     for side in sides:
         verdict = _compare(side, gold)
         if verdict.value != "correct":
@@ -203,10 +231,13 @@ def _is_words(text: str) -> bool:
     r"""Returns whether a gold answer is words or the letter of a choice, not a formula.
 
     These count as words, if they have no digit: text that is completely inside `\text{}`; a letter
-    from A to H, with or without brackets; yes and no; three lower-case letters like `odd`; four or
-    more characters that are letters, spaces, apostrophes and hyphens, with three letters in a row.
+    from A to H, with or without brackets; yes, no and odd; three lower-case letters like `red`;
+    four or more characters that are letters, spaces, apostrophes and hyphens, with three letters in
+    a row. Names of functions are formulas.
     """
-    return WORDS.fullmatch(text) is not None and not re.search(r"\d", text)
+    has_function = FUNCTIONS.intersection(text.split())
+    is_words = WORDS.fullmatch(text) is not None and not re.search(r"\d", text)
+    return is_words and not has_function
 
 
 def _without_thousands(text: str) -> str:
@@ -277,7 +308,8 @@ def _compare_in_base(prediction: str, gold: str) -> Verdict | None:
         return None
     if in_prediction is None or in_gold is None:
         return _wrong("another number or base")
-    same_digits = in_prediction["digits"].lstrip("0") == in_gold["digits"].lstrip("0")
+    digits = [match["digits"].lstrip("0").upper() for match in (in_prediction, in_gold)]
+    same_digits = digits[0] == digits[1]
     same_base = in_prediction["base"].strip("{}") == in_gold["base"].strip("{}")
     return CORRECT if same_digits and same_base else _wrong("another number or base")
 
@@ -317,7 +349,7 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
     Returns None if one of the answers is not a number and neither has a unit.
 
     Raises:
-        TooLargeError: The prediction exceeds a bound.
+        TooLargeError: An answer exceeds a bound.
     """
     expected = split_unit(gold)
     predicted = split_unit(prediction, glued=expected.unit)
@@ -325,10 +357,7 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
         return _wrong(f"{predicted.unit or predicted.words}, not {expected.unit or expected.words}")
     # In `(1,000)` the comma separates elements, not thousands.
     is_tuple = re.match(r"[(\[].*,", expected.value)
-    try:
-        expected_number = None if is_tuple else exact_value(expected.value)
-    except TooLargeError as error:
-        return Verdict(value="undecided", reason=f"gold answer: {error}")
+    expected_number = None if is_tuple else exact_value(expected.value)
     predicted_number = exact_value(predicted.value)
     is_percentage = predicted.unit == "%" and not expected.unit
     if is_percentage and predicted_number is None:

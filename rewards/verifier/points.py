@@ -55,8 +55,7 @@ COARSE_VALUES = tuple(Fraction(3 * step, 2) for step in range(-80, 81))
 NUM_SHIFTS = 89
 MAX_BREAKPOINTS = 40
 DISTANCES = (Fraction(1, 1009), Fraction(3, 19))  # from a breakpoint
-STEP_FUNCTIONS = {"floor", "ceil", "mod", "gcd", "lcm"}
-INTEGER_FUNCTIONS = {"!", "!!", "binom", *STEP_FUNCTIONS}
+INTEGER_FUNCTIONS = {"!", "!!", "binom", "floor", "ceil", "mod", "gcd", "lcm"}
 COMPLEX_FUNCTIONS = {"conj", "Re", "Im", "arg"}  # of complex variables
 COMPLEX_NAMES = {"z", "w"}  # in an absolute value, usually complex
 
@@ -114,7 +113,9 @@ def breakpoints(names: Sequence[str], trees: Sequence[Node]) -> Iterator[Point]:
     has_nonlinear_formula = False
     conditions = [condition for tree in trees for condition in conditions_of(tree)]
     for formula, targets, has_branches in _branching_formulas(calls, conditions):
-        for name in set(names) & names_of(formula):
+        for name in names:
+            if name not in names_of(formula):
+                continue
             others = _point(names, _cycled(VALUES, 4, len(names)))
             for target in targets:
                 value = _solve_linear(formula, target, name, others)

@@ -212,6 +212,26 @@ SIGNS: list[Replacement] = [
     (r",?\s*\\text\{\s*,?\s*or\s*\}|,?\s+or\s+", r"\\lor "),
     (r",?\s*\\text\{\s*,?\s*and\s*\}|,?\s+and\s+", r"\\land "),
 ]
+# Words around values.
+WORDS: list[Replacement] = [
+    # a value inside of text: \text{5 percent} -> 5 percent
+    (r"^\s*\\text\{\s*(-?\d[^{}]*)\}\s*$", r"\1"),
+    # powers of units: \text{m s^{-2}} -> \text{m s^-2}
+    (r"\\text\{([^{}]*)\^\{(-?\d)\}([^{}]*)\}", r"\\text{\1^\2\3}"),
+    # quantities of siunitx: \SI{9}{kg} -> 9\text{ kg}
+    (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1\\text{ \2}"),
+    # times of day: 4:30 p.m. -> 4:30\text{pm}
+    (
+        r"(?<=\d)\s*(?:\\text\{\s*)?([aApP])(?:\.\s?|)[mM]\.?\s*\}?$",
+        _time_of_day,
+    ),
+    # points: The point (5,2) -> (5,2)
+    (
+        r"^\s*(?:\\text\{)?\s*(?i:the )?(?i:ordered )?(?i:pair|triple|point|vertex|center)"
+        r"(?i: is)?:?\s*\}?\s*(?=\$?\()",
+        "",
+    ),
+]
 # Numbers, powers, subscripts and bases.
 NUMBERS: list[Replacement] = [
     # numbers in a base: 735 \text{ base } 8 -> 735_{8}
@@ -233,26 +253,6 @@ NUMBERS: list[Replacement] = [
     (r"\*\*", "^"),
     # scientific notation: 3.2 x 10^5 -> 3.2\times 10^5
     (r"(?<=\d)\s*[xX]\s*(?=10\^)", r"\\times "),
-]
-# Words around values.
-WORDS: list[Replacement] = [
-    # a value inside of text: \text{5 percent} -> 5 percent
-    (r"^\s*\\text\{\s*(-?\d[^{}]*)\}\s*$", r"\1"),
-    # powers of units: \text{m s^{-2}} -> \text{m s^-2}
-    (r"\\text\{([^{}]*)\^\{(-?\d)\}([^{}]*)\}", r"\\text{\1^\2\3}"),
-    # quantities of siunitx: \SI{9}{kg} -> 9\text{ kg}
-    (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1\\text{ \2}"),
-    # times of day: 4:30 p.m. -> 4:30\text{pm}
-    (
-        r"(?<=\d)\s*(?:\\text\{\s*)?([aApP])(?:\.\s?|)[mM]\.?\s*\}?$",
-        _time_of_day,
-    ),
-    # points: The point (5,2) -> (5,2)
-    (
-        r"^\s*(?:\\text\{)?\s*(?i:the )?(?i:ordered )?(?i:pair|triple|point|vertex|center)"
-        r"(?i: is)?:?\s*\}?\s*(?=\$?\()",
-        "",
-    ),
 ]
 MATRICES: list[Replacement] = [
     # equations below each other: \begin{cases} x=1 \\ y=2 \end{cases} -> x=1, y=2

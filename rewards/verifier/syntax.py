@@ -1,4 +1,4 @@
-r"""Parses a formula in LaTeX or plain text to a tree. Nothing is evaluated or simplified.
+r"""Parses a formula in LaTeX or plain text to a tree. Nothing is evaluated but mixed numbers.
 
 The input is normalized (see `normalize` in latex.py). Precedence, from the weakest:
 
@@ -34,14 +34,14 @@ FUNCTIONS = {
     *("arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc"),
     *("sinh", "cosh", "tanh", "coth", "sech", "csch"),
     *("arcsinh", "arccosh", "arctanh"),
-    *("log", "ln", "lg", "exp", "abs", "floor", "ceil", "sqrt", "sgn"),
+    *("log", "ln", "lg", "exp", "abs", "floor", "ceil", "sqrt", "cbrt", "sgn"),
     *("max", "min", "gcd", "lcm", "Re", "Im", "arg", "cis"),
 }
 OTHER_NAMES = {
     **{"asin": "arcsin", "acos": "arccos", "atan": "arctan", "ceiling": "ceil", "sign": "sgn"},
     **{"arsinh": "arcsinh", "arcosh": "arccosh", "artanh": "arctanh"},
     **{"asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh", "cosec": "csc", "tg": "tan"},
-    **{"hcf": "gcd", "cbrt": "cbrt"},
+    **{"hcf": "gcd"},
 }
 WITH_SEVERAL_ARGUMENTS = {"max", "min", "gcd", "lcm"}
 # sin^{-1} is the inverse function; log^{-1} is not.
@@ -186,11 +186,13 @@ def parts_of(tree: Node) -> Sequence[Node]:
 
 
 def conditions_of(tree: Node) -> list[Condition]:
-    """Returns the conditions of a tree that is a piecewise function, [] for other trees."""
+    """Returns the conditions of all piecewise functions in a tree."""
     conditions: list[Condition] = []
     if isinstance(tree, Cases):
         for _, conditions_of_row in tree.rows:
             conditions += conditions_of_row
+    for part in parts_of(tree):
+        conditions += conditions_of(part)
     return conditions
 
 
@@ -344,7 +346,7 @@ class _Parser:
         if token[0].isdecimal() or (token[0] == "." and len(token) > 1):
             return self._parse_number(token)
         if token in CLOSING:
-            tree = self.parse_sum()
+            tree = self._parse_closed()
             self._expect(CLOSING[token])
             return tree
         if token == "|":
@@ -485,7 +487,7 @@ class _Parser:
             token = "\\" + self._braced_text()
         name = "pi" if token in ("Pi", "PI") else token.removeprefix("\\")
         name = OTHER_NAMES.get(name, name)
-        if name in FUNCTIONS or name == "cbrt":
+        if name in FUNCTIONS:
             return self._parse_function(name)
         if name in CONSTANTS:
             return Name(CONSTANTS[name])
@@ -634,13 +636,7 @@ def _split_word(token: str) -> list[str]:
     if not token.isalpha() or len(token) == 1:
         return [token]
     name = OTHER_NAMES.get(token, token)
-    if (
-        name in FUNCTIONS
-        or token in CONSTANTS
-        or token in GREEK
-        or token == "PI"
-        or name in ("cbrt", "mod")
-    ):
+    if name in FUNCTIONS or token in CONSTANTS or token in GREEK or token == "PI" or name == "mod":
         return [token]
     return list(token)
 

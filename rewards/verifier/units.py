@@ -62,6 +62,7 @@ UNIT_NAMES = {
     **{"day": "day", "week": "week", "month": "month", "year": "year", "yr": "year"},
     **{"dollar": "dollar", "usd": "dollar", "cent": "cent", "euro": "euro", "eur": "euro"},
     **{"yen": "yen", "radian": "radian", "rad": "radian", "unit": "unit", "mph": "mile/hour"},
+    **{"nanometer": "nm", "nanometre": "nm", "hertz": "Hz", "mole": "mol", "joule": "J"},
     **{"am": "am", "pm": "pm", "hz": "Hz", "khz": "kHz", "mhz": "MHz", "nm": "nm", "mol": "mol"},
     **{"kpa": "kPa", "kj": "kJ", "kw": "kW", "ev": "eV", "kev": "keV", "mev": "MeV", "rpm": "rpm"},
     **{"inche": "inch"},
@@ -151,9 +152,10 @@ def _is_number(text: str) -> bool:
 
 
 def number_of_words(words: str) -> str | None:
-    """Returns the number that words in lower case stand for, None for other words.
+    r"""Returns the number that words in lower case stand for, None for other words.
 
-    Examples: `twenty-one` -> "21", `one hundred and five` -> "105", `two thirds` -> `2*1/3`.
+    Examples: `twenty-one` -> "21", `one hundred and five` -> "105", `two thirds` ->
+    r"2*\frac{1}{3}".
     """
     first, *rest = words.replace("-", " ").replace(r"\land", " and ").split() or [""]
     if first in ("negative", "minus") and rest:
