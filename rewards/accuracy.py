@@ -6,14 +6,14 @@ The rules: verifier/parse.py extracts the answer, verifier/equal.py compares it.
 from __future__ import annotations
 
 from grpo.types import Completion, Problem, Verdict
-from rewards.verifier.equal import compare_answers, why_unreadable
+from rewards.verifier.equal import MAX_CHARS, compare_answers, why_unreadable
 from rewards.verifier.latex import normalize
 from rewards.verifier.parse import TAGS, final_answer
+from rewards.verifier.verdicts import wrong
 
 # Time limit of one call in a worker of the pool. It is a second line of defence: the verifier
 # bounds the size of an answer, so that no answer should take this long.
 TIMEOUT_S = 5.0
-MAX_BARE_CHARS = 1000  # of a bare answer, which has neither tags nor a box
 
 
 def reward(completion: Completion, problem: Problem) -> Verdict | None:
@@ -41,7 +41,7 @@ def verify(prediction: str, gold: str) -> Verdict:
     The text is never evaluated as code, and no exception is raised.
 
     Args:
-        prediction: A completion, or a bare answer (without tags and box) of at most MAX_BARE_CHARS
+        prediction: A completion, or a bare answer (without tags and box) of at most MAX_CHARS
             characters.
         gold: The gold answer.
 
@@ -52,7 +52,7 @@ def verify(prediction: str, gold: str) -> Verdict:
 
 def _verdict(answer: str | None, gold: str) -> Verdict:
     if answer is None:
-        return Verdict(value="wrong", reason="no final answer")
+        return wrong("no final answer")
     return compare_answers(answer, gold)
 
 
@@ -62,7 +62,7 @@ def explain(prediction: str, gold: str) -> str:
     verdict = _verdict(answer, gold)
     origin = "a bare answer" if _is_bare_answer(prediction) else "in the completion"
     lines = [f"{'answer':20}{answer!r}", f"{'found':20}{origin!r}", f"{'gold':20}{gold!r}"]
-    if answer is not None and len(answer) <= MAX_BARE_CHARS:
+    if answer is not None and len(answer) <= MAX_CHARS:
         lines.append(f"{'answer, normalized':20}{normalize(answer)!r}")
         lines.append(f"{'gold, normalized':20}{normalize(gold)!r}")
     if verdict.reason:
@@ -87,4 +87,4 @@ def _answer_of(prediction: str) -> str | None:
 def _is_bare_answer(prediction: str) -> bool:
     """Returns whether a text is an answer itself, not a completion with tags or a box."""
     has_mark = any(mark in prediction for mark in (*TAGS, r"\boxed"))
-    return len(prediction) <= MAX_BARE_CHARS and not has_mark
+    return len(prediction) <= MAX_CHARS and not has_mark

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import re
+
 from grpo.types import Completion, Problem, Verdict
-from rewards.verifier.choices import LETTER, SECOND_LETTER
+from rewards.verifier.choices import LETTER
 from rewards.verifier.latex import as_words, normalize
 from rewards.verifier.parse import final_answer
+from rewards.verifier.verdicts import CORRECT, wrong
 
 MAX_CHARS = 2000
+# A second letter at the beginning of the text behind a letter: `b` in `A, B` and in `A or B`.
+SECOND_LETTER = re.compile(r"(?:(?:and|or|\\l(?:and|or)) ?)?\(?[a-z]\)?(?:$|[).,:;]| (?:and|or) )")
 UNREADABLE_GOLD = "the gold answer is none of the choices"
 
 
@@ -26,11 +31,11 @@ def reward(completion: Completion, problem: Problem) -> Verdict:
         return Verdict(value="undecided", reason=UNREADABLE_GOLD)
     answer = final_answer(completion.text)
     if answer is None:
-        return Verdict(value="wrong", reason="no final answer")
+        return wrong("no final answer")
     letter = chosen_letter(answer, choices)
     if letter != gold:
-        return Verdict(value="wrong", reason=f"chose {letter or 'nothing readable'}")
-    return Verdict(value="correct")
+        return wrong(f"chose {letter or 'nothing readable'}")
+    return CORRECT
 
 
 def check_problem(problem: Problem) -> str | None:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from grpo.types import Completion, Problem, UserError, Verdict
 from rewards.verifier.parse import final_answer, visible
+from rewards.verifier.verdicts import CORRECT, wrong
 from rewards.workers.sandbox import Outcome, SandboxUnavailableError, run
 
 TIMEOUT_S = 120.0  # time limit of one call in a worker of the pool
@@ -125,9 +126,9 @@ def reward(
         return None
     program = extract_program(completion.text)
     if program is None:
-        return _wrong("no program")
+        return wrong("no program")
     if len(program) > MAX_CHARS:
-        return _wrong(f"longer than {MAX_CHARS} characters")
+        return wrong(f"longer than {MAX_CHARS} characters")
     run_limited = functools.partial(
         run, timeout_s=timeout_s, memory_mb=memory_mb, isolation=isolation
     )
@@ -138,11 +139,7 @@ def reward(
         token = secrets.token_hex()
         outcome = run_limited(_with_tests(program, problem, token))
         fault = _fault_of(outcome, passed=outcome.output.endswith(token))
-    return _wrong(fault) if fault else Verdict(value="correct")
-
-
-def _wrong(reason: str) -> Verdict:
-    return Verdict(value="wrong", reason=reason)
+    return wrong(fault) if fault else CORRECT
 
 
 def extract_program(text: str) -> str | None:

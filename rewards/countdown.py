@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from grpo.types import Completion, Problem, Verdict
 from rewards.verifier.parse import final_answer
+from rewards.verifier.verdicts import CORRECT, wrong
 
 MAX_CHARS = 200
 ALLOWED_CHARS = frozenset("0123456789+-*/() ")
@@ -39,7 +40,7 @@ def reward(completion: Completion, problem: Problem) -> Verdict | None:
         return None
     answer = final_answer(completion.text)
     if answer is None:
-        return _wrong("no final answer")
+        return wrong("no final answer")
     return check_expression(answer, problem.meta["numbers"], problem.meta["target"])
 
 
@@ -53,29 +54,25 @@ def check_expression(answer: str, numbers: list[int], target: int) -> Verdict:
     Example: `check_expression("(7 - 3) * 5 = 20", [3, 5, 7], 20)` is correct.
     """
     if len(answer) > MAX_CHARS:
-        return _wrong(f"longer than {MAX_CHARS} characters")
+        return wrong(f"longer than {MAX_CHARS} characters")
     for symbol, replacement in REPLACEMENTS.items():
         answer = answer.replace(symbol, replacement)
     expression, equals_sign, result = answer.partition("=")
     expression = expression.strip()
     if equals_sign and result.strip() != str(target):
-        return _wrong("the stated result is not the target")
+        return wrong("the stated result is not the target")
     if not set(expression) <= ALLOWED_CHARS:
-        return _wrong("other characters than numbers, + - * / and brackets")
+        return wrong("other characters than numbers, + - * / and brackets")
     used: list[int] = []
     try:
         value = _evaluate(ast.parse(expression, mode="eval").body, used)
     except (SyntaxError, ValueError, RecursionError, MemoryError, ZeroDivisionError) as error:
-        return _wrong(f"{type(error).__name__}: {error}")
+        return wrong(f"{type(error).__name__}: {error}")
     if Counter(used) != Counter(numbers):
-        return _wrong(f"uses {sorted(used)}")
+        return wrong(f"uses {sorted(used)}")
     if value != target:
-        return _wrong(f"makes {value}")
-    return Verdict(value="correct")
-
-
-def _wrong(reason: str) -> Verdict:
-    return Verdict(value="wrong", reason=reason)
+        return wrong(f"makes {value}")
+    return CORRECT
 
 
 def _evaluate(node: ast.expr, used: list[int]) -> Fraction:

@@ -92,7 +92,8 @@ def _with_absent_causes(rows: Rows) -> Rows:
 
     A row contains only the causes that occurred in its step. Causes that never occur are not added.
     """
-    causes = {key for row in rows for key in row if key.startswith("undecided/")}
+    metrics = set[str]().union(*rows)
+    causes = {metric for metric in metrics if metric.startswith("undecided/")}
     completed = []
     for row in rows:
         absent = dict.fromkeys(causes - row.keys(), 0.0) if "reward/undecided" in row else {}

@@ -12,8 +12,6 @@ LETTER = re.compile(
     r"(?:(?:the )?(?:correct )?(?:answer|choice|option)(?: is)?:? ?)?"
     r"\(?(?P<letter>[a-z])(?:[).:,]+|$)\s*(?P<text>.*)"
 )
-# A second letter at the beginning of that text: `b` in `A, B` and in `A or B`.
-SECOND_LETTER = re.compile(r"(?:(?:and|or|\\l(?:and|or)) ?)?\(?[a-z]\)?(?:$|[).,:;]| (?:and|or) )")
 
 
 def chosen_letter_of(words: str) -> str | None:

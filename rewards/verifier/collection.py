@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -91,9 +92,8 @@ def _read_rows(text: str) -> Collection | None:
         if not (row.startswith("[") and row.endswith("]")):
             return None
         rows.append(split_at_top_level(row[1:-1]))
-    return Collection(
-        f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
-    )
+    row_lengths = [len(row) for row in rows]
+    return Collection(f"matrix {row_lengths}", list(itertools.chain.from_iterable(rows)))
 
 
 def _without_dots(elements: list[str]) -> list[str]:

@@ -11,7 +11,8 @@ REPEATING_DECIMAL = re.compile(
     r"(?P<dotted>\d{0,20}\\dot\s*\{?\d\}?)?|\((?P<bracketed>\d{1,20})\))"
 )
 CONTINUED_DECIMAL = re.compile(
-    r"(?<![\d.])(?P<integer>\d{0,20})\.(?P<digits>\d{3,40})\s*(?:\\[lc]?dots(?![A-Za-z])|\.{2,})(?![\d.])"
+    r"(?<![\d.])(?P<integer>\d{0,20})\.(?P<digits>\d{3,40})"
+    r"\s*(?:\\[lc]?dots(?![A-Za-z])|\.{2,})(?![\d.])"
 )
 
 
@@ -42,7 +43,7 @@ def _fraction_of_continued_decimal(match: re.Match[str]) -> str:
     for length in range(1, len(digits) // 2 + 1):
         block = digits[-length:]
         repetitions = 2 if digits == block * (len(digits) // length) else 3
-        if digits.endswith(block * repetitions) and (length > 1 or len(digits) > 2):
+        if digits.endswith(block * repetitions):
             fixed = digits
             while fixed.endswith(block):
                 fixed = fixed[:-length]

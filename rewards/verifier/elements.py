@@ -9,15 +9,11 @@ from grpo.types import Verdict
 from rewards.verifier.collection import UNORDERED_KINDS, Collection, read_collection
 from rewards.verifier.expressions import exact_value
 from rewards.verifier.names import read_assignment
+from rewards.verifier.verdicts import CORRECT, wrong
 
 MAX_REPEATED = 20  # largest size of a set in which elements may be repeated
 INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
-CORRECT = Verdict(value="correct")
 Compare = Callable[[str, str], Verdict]  # of a predicted and an expected element
-
-
-def _wrong(reason: str) -> Verdict:
-    return Verdict(value="wrong", reason=reason)
 
 
 def compare_collections(prediction: str, gold: str, compare: Compare) -> Verdict | None:
@@ -41,7 +37,7 @@ def compare_collections(prediction: str, gold: str, compare: Compare) -> Verdict
     predicted = read_collection(prediction)
     if expected.kind == "":
         is_collection = predicted.kind in UNORDERED_KINDS
-        return _wrong("a collection, not one value") if is_collection else None
+        return wrong("a collection, not one value") if is_collection else None
     if expected.kind == "()" and re.match(r"[A-Z]\(", prediction):  # a point: P(1,2)
         predicted = read_collection(prediction[1:])
     verdict = _compare_named_values(predicted, expected, compare)
@@ -58,7 +54,7 @@ def _compare_kinds(
 ) -> Verdict | None:
     """Returns the verdict if the kinds are not equivalent, None if they are."""
     if has_inequality and predicted.connector != expected.connector:
-        return _wrong("`and` in place of `or`, or the reverse")
+        return wrong("`and` in place of `or`, or the reverse")
     column = f"matrix {[1] * len(expected.elements)}"
     equivalent_kinds = (
         {"list", "union"} if has_inequality else {"list", "set"},
@@ -67,7 +63,7 @@ def _compare_kinds(
     kinds = {predicted.kind, expected.kind}
     if len(kinds) == 1 or kinds in equivalent_kinds:
         return None
-    return _wrong(f"{predicted.kind or 'one value'}, not {expected.kind}")
+    return wrong(f"{predicted.kind or 'one value'}, not {expected.kind}")
 
 
 def _compare_elements(predicted: Collection, expected: Collection, compare: Compare) -> Verdict:
@@ -76,7 +72,7 @@ def _compare_elements(predicted: Collection, expected: Collection, compare: Comp
     if expected.kind == "ratio":
         return _compare_ratios(predicted.elements, expected.elements)
     if len(predicted.elements) != len(expected.elements):
-        return _wrong(f"{len(predicted.elements)} elements, not {len(expected.elements)}")
+        return wrong(f"{len(predicted.elements)} elements, not {len(expected.elements)}")
     if expected.kind in UNORDERED_KINDS:
         return _compare_in_any_order(predicted.elements, expected.elements, compare)
     return _compare_in_order(predicted.elements, expected.elements, compare)
@@ -89,15 +85,15 @@ def _compare_sets(predicted: Sequence[str], expected: Sequence[str], compare: Co
         if verdict.value != "wrong":
             return verdict
     if max(len(predicted), len(expected)) > MAX_REPEATED:
-        return _wrong(f"{len(predicted)} elements, not the same {len(expected)}")
+        return wrong(f"{len(predicted)} elements, not the same {len(expected)}")
     matched: set[str] = set()  # predicted elements that equal an expected one
     for element in expected:
         verdicts = {candidate: compare(candidate, element) for candidate in predicted}
         equal = {candidate for candidate in predicted if verdicts[candidate].value == "correct"}
         if not equal:
-            return _wrong(f"no element equals {element}")
+            return wrong(f"no element equals {element}")
         matched |= equal
-    return CORRECT if matched == set(predicted) else _wrong("another element")
+    return CORRECT if matched == set(predicted) else wrong("another element")
 
 
 def _compare_named_values(
@@ -115,7 +111,7 @@ def _compare_named_values(
     if predicted_values is not None and expected_values is not None:
         same_names = predicted_values.keys() == expected_values.keys()
         if not same_names or predicted.connector != expected.connector:
-            return _wrong("other names, or `and` in place of `or`")
+            return wrong("other names, or `and` in place of `or`")
         return _compare_in_order(
             [predicted_values[name] for name in expected_values],
             list(expected_values.values()),
@@ -128,7 +124,7 @@ def _compare_named_values(
     if expected_values is not None:
         expected = Collection("()", _in_order_of_names(expected_values))
     if predicted.kind not in ("()", "list") or expected.kind != "()":
-        return _wrong(f"values with names, not {expected.kind}")
+        return wrong(f"values with names, not {expected.kind}")
     return _compare_elements(predicted, expected, compare)
 
 
@@ -153,14 +149,14 @@ def _compare_ratios(predicted: Sequence[str], expected: Sequence[str]) -> Verdic
     if is_time or len(predicted) != len(expected) or not all(numbers):
         # the leading zero of the hour may be missing
         texts = [":".join(elements).removeprefix("0") for elements in (predicted, expected)]
-        return CORRECT if texts[0] == texts[1] else _wrong("another ratio")
+        return CORRECT if texts[0] == texts[1] else wrong("another ratio")
     half = len(predicted)
     quotients = set()
     for one, other in zip(numbers[:half], numbers[half:], strict=True):
         if one is not None and other is not None:
             quotients.add(one / other)
     is_equal = len(quotients) == 1 and quotients.pop() > 0
-    return CORRECT if is_equal else _wrong("another ratio")
+    return CORRECT if is_equal else wrong("another ratio")
 
 
 def _compare_in_order(
@@ -185,5 +181,5 @@ def _compare_in_any_order(
         elif "undecided" in values:
             return verdicts[values.index("undecided")]
         else:
-            return _wrong(f"no element equals {element}")
+            return wrong(f"no element equals {element}")
     return CORRECT

@@ -39,18 +39,18 @@ from rewards.verifier.names import is_name, read_assignment
 from rewards.verifier.real_sets import EMPTY, NAMED_SETS, read_real_set, same_set
 from rewards.verifier.syntax import FUNCTIONS
 from rewards.verifier.units import number_of_words, split_unit
+from rewards.verifier.verdicts import CORRECT, wrong
 
 MAX_CHARS = 1000
 MAX_DEPTH = 30  # of brackets
 MAX_SIDES = 6  # of a chain of equations
 
-CORRECT = Verdict(value="correct")
 EQUALS = re.compile(r"(=|\\approx(?![a-z]))")
 RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in)(?![a-z])")
 # Notations of sets of real numbers, other than a tuple that may be an interval.
 SET_NOTATION = re.compile(
-    r"[<>]|\\(?:le|ge|ne|in|notin|cup|cap|setminus|backslash|mathbb|mid|emptyset|varnothing)(?![a-z])"
-    r"|^\]|\[$"
+    r"[<>]|^\]|\[$"
+    r"|\\(?:le|ge|ne|in|notin|cup|cap|setminus|backslash|mathbb|mid|emptyset|varnothing)(?![a-z])"
 )
 MODULO = re.compile(
     r"(?:(?P<name>[A-Za-z]) ?(?:\\equiv|=) ?)?(?P<value>-?[\d\\ a-z{}^+*/.!-]+?) ?"
@@ -79,18 +79,18 @@ def compare_answers(prediction: str, gold: str) -> Verdict:
     Example: `compare_answers("50/100", r"\frac12")` is correct.
     """
     if len(prediction) > MAX_CHARS:
-        return _wrong(f"longer than {MAX_CHARS} characters")
+        return wrong(f"longer than {MAX_CHARS} characters")
     if gold.strip() and prediction.strip() == gold.strip():
         return CORRECT
     if nesting_depth(prediction) > MAX_DEPTH:
-        return _wrong(f"nested deeper than {MAX_DEPTH}")
+        return wrong(f"nested deeper than {MAX_DEPTH}")
     reason = _why_too_large(gold)
     if reason:
         return Verdict(value="undecided", reason=f"gold answer: {reason}")
     verdict = _compare_within_bounds(prediction, gold)
     # A prediction must not have a better verdict than wrong because it is hard to compare.
     if verdict.value == "undecided" and not why_unreadable(gold):
-        return _wrong(verdict.reason.removeprefix("gold answer: "))
+        return wrong(verdict.reason.removeprefix("gold answer: "))
     return verdict
 
 
@@ -135,14 +135,10 @@ def _why_too_large(gold: str) -> str:
 
 def _compare_normalized(prediction: str, gold: str) -> Verdict:
     if not prediction:
-        return _wrong("empty answer")
+        return wrong("empty answer")
     if not gold:
         return Verdict(value="undecided", reason="gold answer: empty")
     return _compare(prediction, gold)
-
-
-def _wrong(reason: str) -> Verdict:
-    return Verdict(value="wrong", reason=reason)
 
 
 def _compare(prediction: str, gold: str) -> Verdict:
@@ -196,7 +192,7 @@ def _compare_chain(pieces: Sequence[str], gold: str) -> Verdict:
     """
     sides = [piece.strip() for piece in pieces[::2]]
     if len(sides) > MAX_SIDES:
-        return _wrong("a long chain")
+        return wrong("a long chain")
     if pieces[-2] == r"\approx" and is_rounding(sides[-1], sides[-2]):
         sides.pop()
     if len(sides) > 1 and is_name(sides[0]):
@@ -257,7 +253,7 @@ def _compare_words(prediction: str, gold: str) -> Verdict:
     is_letter = len(gold_words) == 1
     if words == gold_words or (is_letter and chosen_letter_of(words) == gold_words.upper()):
         return CORRECT
-    return _wrong("other words")
+    return wrong("other words")
 
 
 def _compare_real_sets(prediction: str, gold: str) -> Verdict | None:
@@ -276,8 +272,8 @@ def _compare_real_sets(prediction: str, gold: str) -> Verdict | None:
     if predicted is None:
         return None
     if expected.is_solved and not predicted.is_solved:
-        return _wrong("a relation that is not solved")
-    return CORRECT if same_set(predicted, expected) else _wrong("another set")
+        return wrong("a relation that is not solved")
+    return CORRECT if same_set(predicted, expected) else wrong("another set")
 
 
 def _without_assignments(prediction: str, gold: str) -> tuple[str, str]:
@@ -307,11 +303,11 @@ def _compare_in_base(prediction: str, gold: str) -> Verdict | None:
     if in_prediction is None and in_gold is None:
         return None
     if in_prediction is None or in_gold is None:
-        return _wrong("another number or base")
+        return wrong("another number or base")
     digits = [match["digits"].lstrip("0").upper() for match in (in_prediction, in_gold)]
     same_digits = digits[0] == digits[1]
     same_base = in_prediction["base"].strip("{}") == in_gold["base"].strip("{}")
-    return CORRECT if same_digits and same_base else _wrong("another number or base")
+    return CORRECT if same_digits and same_base else wrong("another number or base")
 
 
 def _compare_modulo(prediction: str, gold: str) -> Verdict | None:
@@ -329,12 +325,12 @@ def _compare_modulo(prediction: str, gold: str) -> Verdict | None:
         values.append(exact_value(match["value"] if match else text))
     names = {match["name"] for match in matches if match is not None and match["name"]}
     if len(names) > 1 or len(moduli) != 1 or 0 in moduli or None in values:
-        return _wrong("another modulus, or not a number")
+        return wrong("another modulus, or not a number")
     (modulus,) = moduli
     remainders = []
     for match, value in zip(matches, values, strict=True):
         remainders.append(value % modulus if match and value is not None else value)
-    return CORRECT if remainders[0] == remainders[1] else _wrong("another remainder")
+    return CORRECT if remainders[0] == remainders[1] else wrong("another remainder")
 
 
 def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
@@ -354,14 +350,14 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
     expected = split_unit(gold)
     predicted = split_unit(prediction, glued=expected.unit)
     if predicted.contradicts(expected):
-        return _wrong(f"{predicted.unit or predicted.words}, not {expected.unit or expected.words}")
+        return wrong(f"{predicted.unit or predicted.words}, not {expected.unit or expected.words}")
     # In `(1,000)` the comma separates elements, not thousands.
     is_tuple = re.match(r"[(\[].*,", expected.value)
     expected_number = None if is_tuple else exact_value(expected.value)
     predicted_number = exact_value(predicted.value)
     is_percentage = predicted.unit == "%" and not expected.unit
     if is_percentage and predicted_number is None:
-        return _wrong("a percentage")
+        return wrong("a percentage")
     if expected_number is not None and predicted_number is None:
         return _compare_with_number(predicted.value, expected.value)
     if expected_number is None or predicted_number is None:
@@ -370,7 +366,7 @@ def _compare_numbers(prediction: str, gold: str) -> Verdict | None:
         return _compare(predicted.value, expected.value)
     if is_percentage:
         predicted_number /= 100
-    return CORRECT if predicted_number == expected_number else _wrong("another number")
+    return CORRECT if predicted_number == expected_number else wrong("another number")
 
 
 def _compare_with_number(prediction: str, gold: str) -> Verdict:
@@ -381,5 +377,5 @@ def _compare_with_number(prediction: str, gold: str) -> Verdict:
         return compare_expressions(rf"{mixed['integer']}+{mixed['fraction']}", gold_number)
     kind = read_collection(prediction).kind
     if kind:
-        return _wrong(f"{kind}, not one value")
+        return wrong(f"{kind}, not one value")
     return compare_expressions(prediction, gold_number)

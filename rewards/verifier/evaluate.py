@@ -17,7 +17,17 @@ from typing import Any
 
 import mpmath
 
-from rewards.verifier.syntax import Call, Cases, Condition, Name, Node, Number, Series
+from rewards.verifier.syntax import (
+    INFINITE,
+    MINUS_INFINITE,
+    Call,
+    Cases,
+    Condition,
+    Name,
+    Node,
+    Number,
+    Series,
+)
 
 DIGITS = 150
 # Bound of all evaluations of one verdict. An operation costs 1, a function such as sin 20.
@@ -33,6 +43,11 @@ MAX_GAMMA = 10**5  # largest |x| of the factorial of a number that is not an int
 
 CONTEXT = mpmath.mp.clone()
 CONTEXT.dps = DIGITS
+# Relation -> the signs of its left side minus its right side for which it holds.
+SIGNS_OF_DIFFERENCE = {
+    **{"<": {-1}, ">": {1}, "=": {0}},
+    **{"le": {-1, 0}, "ge": {0, 1}, "ne": {-1, 1}},
+}
 # Values: Fraction, mpf, mpc, and tuples of three numbers for vectors. mpmath has no types.
 Value = Any
 
@@ -72,10 +87,6 @@ def limited_cost() -> Iterator[None]:
         yield
     finally:
         _BUDGET.reset(token)
-
-
-INFINITE = Name("inf")
-MINUS_INFINITE = Call("neg", (INFINITE,))
 
 
 class Evaluator:
@@ -161,24 +172,16 @@ class Evaluator:
         raise UndefinedError("no case applies")
 
     def _holds(self, condition: Condition) -> bool:
-        difference = _real(_subtract(self._value(condition.left), self._value(condition.right)))
-        results = {
-            "<": difference < 0,
-            ">": difference > 0,
-            "=": difference == 0,
-            "le": difference <= 0,
-            "ge": difference >= 0,
-            "ne": difference != 0,
-        }
-        return bool(results[condition.sign])
+        difference = _subtract(self._value(condition.left), self._value(condition.right))
+        return _sign(difference) in SIGNS_OF_DIFFERENCE[condition.sign]
 
     def _call(self, tree: Call, arguments: list[Value]) -> Value:
         function = tree.function
         if function in OPERATORS:
-            has_gamma = function in ("!", "binom") and not all(map(_is_integer, arguments))
+            has_gamma = function in ("!", "binom") and not all(map(is_integer, arguments))
             self._budget.spend(GAMMA_COST if has_gamma else len(arguments))
             return OPERATORS[function](*arguments)
-        is_integer_power = function == "^" and _is_integer(arguments[1])
+        is_integer_power = function == "^" and is_integer(arguments[1])
         self._budget.spend(1 if is_integer_power else FUNCTION_COST)
         if function in ("^", "root"):
             return self._power_or_root(tree, arguments)
@@ -195,7 +198,9 @@ class Evaluator:
         if tree.function == "root":
             exponent = divide(Fraction(1), exponent)
         if isinstance(base, tuple) or isinstance(exponent, tuple):
-            return dot(base, base) if exponent == 2 else _undefined("the power of a vector")
+            if exponent != 2:
+                raise UndefinedError("the power of a vector")
+            return dot(base, base)
         return power(base, exponent, is_complex=self._is_complex)
 
     def _log(self, argument: Value, base: Value) -> Value:
@@ -223,35 +228,40 @@ def number(value: Value) -> Value:
 
 def _real(value: Value) -> Value:
     """Returns a value that can be ordered."""
-    if isinstance(value, (tuple, CONTEXT.mpc)):
+    if not is_real(value):
         raise UndefinedError("a vector or complex number has no order")
     return value
 
 
-def _is_integer(value: Value) -> bool:
+def is_real(value: Value) -> bool:
+    """Returns whether a value is a real number, not a complex number or a vector."""
+    return not isinstance(value, (tuple, CONTEXT.mpc))
+
+
+def is_integer(value: Value) -> bool:
+    """Returns whether a value is an exact integer."""
     return isinstance(value, Fraction) and value.denominator == 1
 
 
 def _integer(value: Value) -> int:
-    if not _is_integer(value):
+    if not is_integer(value):
         raise UndefinedError("not an integer")
     return int(value)
-
-
-def _undefined(reason: str) -> Value:
-    raise UndefinedError(reason)
 
 
 def _bounded(value: Value) -> Value:
     """Returns the value, rounded if it is an exact number with too many digits."""
     if isinstance(value, Fraction):
-        bits = max(value.numerator.bit_length(), value.denominator.bit_length())
-        return value if bits <= MAX_BITS else number(value)
+        return value if _num_bits(value) <= MAX_BITS else number(value)
     if isinstance(value, tuple):
         return tuple(_bounded(part) for part in value)
     if not CONTEXT.isfinite(value):
         raise UndefinedError("not a finite number")
     return value
+
+
+def _num_bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
 def add(first: Value, second: Value) -> Value:
@@ -321,7 +331,7 @@ def power(base: Value, exponent: Value, *, is_complex: bool) -> Value:
     Raises:
         UndefinedError: The power does not exist, or |log2| of it is above MAX_LOG2.
     """
-    if _is_integer(exponent):
+    if is_integer(exponent):
         return _integer_power(base, int(exponent))
     if isinstance(exponent, Fraction) and isinstance(base, Fraction) and base >= 0:
         root = _exact_root(base, exponent.denominator)
@@ -342,8 +352,7 @@ def _integer_power(base: Value, exponent: int) -> Value:
     if base == 0 and exponent < 0:
         raise UndefinedError("division by 0")
     if isinstance(base, Fraction):
-        bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if bits * abs(exponent) <= MAX_BITS:
+        if _num_bits(base) * abs(exponent) <= MAX_BITS:
             return base**exponent
         if abs(base) == 1:
             return base ** (exponent % 2)
@@ -386,7 +395,7 @@ def _integer_root(value: int, degree: int) -> int | None:
 
 
 def _factorial(value: Value) -> Value:
-    if _is_integer(value):
+    if is_integer(value):
         if value > MAX_FACTORIAL:
             raise OutOfBoundsError("the factorial of a large number")
         if value < 0:
@@ -405,8 +414,8 @@ def _double_factorial(value: Value) -> Value:
 
 
 def _binomial(n: Value, k: Value) -> Value:
-    if _is_integer(k) and k >= 0:
-        if _is_integer(n) and n >= 0:
+    if is_integer(k) and k >= 0:
+        if is_integer(n) and n >= 0:
             if min(k, n - k) > MAX_FACTORIAL or n > 2**64:
                 raise OutOfBoundsError("a large binomial coefficient")
             return Fraction(math.comb(int(n), int(k)))
@@ -500,8 +509,8 @@ ELEMENTARY: dict[str, Callable[[Value], Value]] = {
     "tanh": CONTEXT.tanh,
     "coth": CONTEXT.coth,
     "sech": CONTEXT.sech,
-    "arcsin": CONTEXT.asin,
     "csch": CONTEXT.csch,
+    "arcsin": CONTEXT.asin,
     "arccos": CONTEXT.acos,
     "arctan": CONTEXT.atan,
     "arccot": lambda value: CONTEXT.pi / 2 - CONTEXT.atan(value),

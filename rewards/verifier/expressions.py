@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 from grpo.types import Verdict
 from rewards.verifier.brackets import split_relations
-from rewards.verifier.evaluate import CONTEXT, Evaluator, TooLargeError, UndefinedError, number
+from rewards.verifier.evaluate import (
+    CONTEXT,
+    Evaluator,
+    TooLargeError,
+    UndefinedError,
+    is_integer,
+    is_real,
+    number,
+)
 from rewards.verifier.identity import (
     constant_value,
     proportional,
@@ -17,17 +25,24 @@ from rewards.verifier.identity import (
     variables_of,
 )
 from rewards.verifier.sympy_values import constant_of_sympy
-from rewards.verifier.syntax import Call, FormulaError, Name, Node, Number, parse_formula
+from rewards.verifier.syntax import (
+    INFINITE,
+    Call,
+    FormulaError,
+    Node,
+    Number,
+    difference_of,
+    parse_formula,
+)
+from rewards.verifier.verdicts import CORRECT, wrong
 
-CORRECT = Verdict(value="correct")
 RELATION_SIGN = re.compile(r"(<|>|=|\\(?:le|ge|ne|equiv|approx|sim|cong)(?![a-z]))")
 REVERSED = {">": "<", r"\ge": r"\le"}
 # A decimal with this many digits may stand for an irrational value.
 MIN_DIGITS = 9
 DECIMAL = re.compile(r"-?(?P<digits>\d+\.(?P<places>\d+))")
-DOTS = re.compile(
-    r"(?<=\d) ?(?:\\l?dots|\.{2,})$"
-)  # behind a decimal whose last digits are missing
+# Behind a decimal whose last digits are missing.
+DOTS = re.compile(r"(?<=\d) ?(?:\\l?dots|\.{2,})$")
 RATIONAL_OPERATORS = {"+", "*", "/", "neg", "!", "!!", "binom"}
 
 
@@ -70,8 +85,7 @@ def _is_rational(tree: Node) -> bool:
         return False
     if tree.function == "^" and isinstance(tree.arguments[1], (Number, Call)):
         exponent = constant_value(tree.arguments[1])
-        is_integer = isinstance(exponent, Fraction) and exponent.denominator == 1
-        return is_integer and _is_rational(tree.arguments[0])
+        return is_integer(exponent) and _is_rational(tree.arguments[0])
     is_known = tree.function in RATIONAL_OPERATORS
     return is_known and all(_is_rational(argument) for argument in tree.arguments)
 
@@ -90,7 +104,7 @@ def compare_expressions(prediction: str, gold: str) -> Verdict:
     try:
         predicted = _read(DOTS.sub("", prediction))
     except FormulaError as error:
-        return _wrong(f"cannot read the answer: {error}")
+        return wrong(f"cannot read the answer: {error}")
     return _compare_relations(predicted, expected, prediction, gold)
 
 
@@ -102,22 +116,18 @@ def _compare_with_sympy(prediction: str, gold: str, error: FormulaError) -> Verd
     try:
         predicted = constant_value(parse_formula(prediction))
     except FormulaError as prediction_error:
-        return _wrong(f"cannot read the answer: {prediction_error}")
+        return wrong(f"cannot read the answer: {prediction_error}")
     is_equal = predicted is not None and same_value(predicted, expected)
-    return CORRECT if is_equal else _wrong("another value")
+    return CORRECT if is_equal else wrong("another value")
 
 
 def _require_known_value(relations: _Relations) -> None:
     """Raises TooLargeError if a constant has no value within the bounds."""
     for side in relations.sides:
-        if side == Name("inf"):
+        if side == INFINITE:
             continue
         if not relations.signs and constant_value(side) is None and not variables_of(side):
             raise TooLargeError("no value within the bounds")
-
-
-def _wrong(reason: str) -> Verdict:
-    return Verdict(value="wrong", reason=reason)
 
 
 def _read(text: str) -> _Relations:
@@ -132,19 +142,19 @@ def _compare_relations(
         return _compare_values(predicted.sides[0], expected.sides[0], prediction, gold)
     predicted, expected = _ascending(predicted), _ascending(expected)
     if predicted.signs != expected.signs:
-        return _wrong("another relation")
+        return wrong("another relation")
     if len(expected.signs) == 1 and variables_of(*expected.sides):
         is_equal = proportional(
-            _difference(predicted),
-            _difference(expected),
+            difference_of(*predicted.sides),
+            difference_of(*expected.sides),
             positive=expected.signs[0] in ("<", r"\le"),
         )
         if is_equal is None:
-            return _wrong("cannot be compared")
-        return CORRECT if is_equal else _wrong("another relation")
+            return wrong("cannot be compared")
+        return CORRECT if is_equal else wrong("another relation")
     for one, other in zip(predicted.sides, expected.sides, strict=True):
         if not same_function(one, other):
-            return _wrong("another relation")
+            return wrong("another relation")
     return CORRECT
 
 
@@ -156,21 +166,16 @@ def _ascending(relations: _Relations) -> _Relations:
     return _Relations(relations.sides[::-1], signs)
 
 
-def _difference(relations: _Relations) -> Node:
-    left, right = relations.sides
-    return Call("+", (left, Call("neg", (right,))))
-
-
 def _compare_values(predicted: Node, expected: Node, prediction: str, gold: str) -> Verdict:
     if DOTS.search(prediction):
         is_decimal = _is_decimal_of(DOTS.sub("", prediction), expected)
-        return CORRECT if is_decimal else _wrong("another value")
+        return CORRECT if is_decimal else wrong("another value")
     is_equal = same_function(predicted, expected)
     if is_equal is None:
-        return _wrong("undefined, or defined at too few points")
+        return wrong("undefined, or defined at too few points")
     if is_equal or _is_decimal_of(prediction, expected) or _is_decimal_of(gold, predicted):
         return CORRECT
-    return _wrong("another value")
+    return wrong("another value")
 
 
 def _is_decimal_of(text: str, tree: Node) -> bool:
@@ -182,7 +187,7 @@ def _is_decimal_of(text: str, tree: Node) -> bool:
     if match is None or len(match["digits"].replace(".", "").lstrip("0")) < MIN_DIGITS:
         return False
     value = constant_value(tree)
-    if value is None or isinstance(value, (tuple, CONTEXT.mpc)) or _is_nearly_rational(value):
+    if value is None or not is_real(value) or _is_nearly_rational(value):
         return False
     scale = 10 ** len(match["places"])
     scaled = value * scale
@@ -198,7 +203,7 @@ def is_rounding(decimal: str, formula: str) -> bool:
         value = constant_value(parse_formula(formula))
     except FormulaError:
         return False
-    if value is None or isinstance(value, (tuple, CONTEXT.mpc)):
+    if value is None or not is_real(value):
         return False
     return bool(abs(number(Fraction(decimal)) - number(value)) < abs(number(value)) / 20)
 

@@ -118,8 +118,9 @@ def _hold_at_points(
     """Returns whether the values of two formulas agree at all points where both are defined."""
     trees = (first, second)
     names = variables_of(*trees)
+    is_complex = uses_complex_numbers(*trees)
     if not names:
-        values = _values_at({}, trees)
+        values = _values_at({}, trees, is_complex)
         return None if values is None else agrees(values)
     num_defined = 0
     for points in (general_points(names, trees), fine_points(names, trees)):
@@ -128,7 +129,7 @@ def _hold_at_points(
         for point in points:
             num_points += 1
             try:
-                values = _values_at(point, trees)
+                values = _values_at(point, trees, is_complex)
             except OutOfBoundsError:
                 num_out_of_bounds += 1
                 continue
@@ -143,15 +144,18 @@ def _hold_at_points(
             break
     if num_defined < MIN_DEFINED:
         return None
-    return _agree_at_breakpoints(agrees, names, trees)
+    return _agree_at_breakpoints(agrees, names, trees, is_complex)
 
 
 def _agree_at_breakpoints(
-    agrees: Callable[[Sequence[Any]], bool], names: Sequence[str], trees: Sequence[Node]
+    agrees: Callable[[Sequence[Any]], bool],
+    names: Sequence[str],
+    trees: Sequence[Node],
+    is_complex: bool,
 ) -> bool:
     for point in breakpoints(names, trees):
         try:
-            values = _values_at(point, trees)
+            values = _values_at(point, trees, is_complex)
         except OutOfBoundsError:
             continue
         if values is not None and not agrees(values):
@@ -159,13 +163,13 @@ def _agree_at_breakpoints(
     return True
 
 
-def _values_at(point: Point, trees: Sequence[Node]) -> list[Any] | None:
+def _values_at(point: Point, trees: Sequence[Node], is_complex: bool) -> list[Any] | None:
     """Returns the values of the trees at a point, None if one is undefined.
 
     Raises:
         OutOfBoundsError: A value exceeds a bound.
     """
-    evaluate = Evaluator(point, is_complex=uses_complex_numbers(*trees))
+    evaluate = Evaluator(point, is_complex=is_complex)
     try:
         return [_value(tree, evaluate) for tree in trees]
     except OutOfBoundsError:

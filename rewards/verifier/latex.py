@@ -33,11 +33,11 @@ def normalize(text: str) -> str:
 
     In this order: Unicode becomes LaTeX; frames and REPLACEMENTS are applied; a full stop at the
     end, quotation marks, dollar signs (if their number is even), and `\(`, `\)`, `\[` and `\]` are
-    removed; repeating decimals become fractions; degrees become radians if
-    the answer has a trigonometric function; white space becomes single spaces; the arguments of
-    `\frac` and `\sqrt` get braces.
+    removed; repeating decimals become fractions; degrees become radians if the answer has a
+    trigonometric function; white space becomes single spaces; the arguments of `\frac` and `\sqrt`
+    get braces.
 
-    Examples: `$\dfrac12$.` -> `\frac{1}{2}`, `10,\!080` -> `10,080`, `90°` -> `90\text{degree}`.
+    Examples: `$\dfrac12$.` -> `\frac{1}{2}`, `10,\!080` -> `10080`, `90°` -> `90\text{degree}`.
     """
     text = _without_frames(to_latex(LONG_SPACE.sub(" ", text)))
     for pattern, replacement in REPLACEMENTS:

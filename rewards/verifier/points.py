@@ -1,25 +1,31 @@
 """The points at which formulas are compared.
 
-They have both signs and small and large sizes, and lie on both sides of every breakpoint: where the
-argument of an absolute value, a floor, an even root, a maximum or a minimum changes its sign or
-passes an integer. All are shifted by a number that depends on the formulas, so that no formula can
-be written that vanishes at all of them without knowing the other one.
+They have both signs and small and large sizes, and lie on both sides of every breakpoint:
+
+- where the argument of an absolute value or a root changes its sign,
+- where the argument of a floor passes an integer,
+- where two arguments of a maximum or minimum, or the two sides of a condition, are equal.
+
+All are shifted by a number that depends on the formulas, so that no formula can be written that
+vanishes at all of them without knowing the other one.
 """
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from rewards.verifier.evaluate import CONTEXT, Evaluator, UndefinedError, number
+from rewards.verifier.evaluate import CONTEXT, Evaluator, UndefinedError, is_real, number
 from rewards.verifier.syntax import (
     Call,
     Condition,
     Node,
     calls_of,
     conditions_of,
+    difference_of,
     has_series,
     names_of,
 )
@@ -108,10 +114,13 @@ def fine_points(names: Sequence[str], trees: Sequence[Node]) -> Iterator[Point]:
 
 def breakpoints(names: Sequence[str], trees: Sequence[Node]) -> Iterator[Point]:
     """Yields points at and around the breakpoints of the trees."""
-    calls = [call for tree in trees for call in calls_of(tree)]
+    calls: list[Call] = []
+    conditions: list[Condition] = []
+    for tree in trees:
+        calls += calls_of(tree)
+        conditions += conditions_of(tree)
     yielded: set[tuple[str, Fraction]] = set()
     has_nonlinear_formula = False
-    conditions = [condition for tree in trees for condition in conditions_of(tree)]
     for formula, targets, has_branches in _branching_formulas(calls, conditions):
         for name in names:
             if name not in names_of(formula):
@@ -186,7 +195,7 @@ def _branching_formulas(
     """
     zero = (Fraction(0),)
     for condition in conditions:
-        yield Call("+", (condition.left, Call("neg", (condition.right,)))), zero, True
+        yield difference_of(condition.left, condition.right), zero, True
     integers = tuple(Fraction(value) for value in (0, 1, -1, 2))
     for call in calls:
         if call.function in ("root", "log"):
@@ -198,9 +207,8 @@ def _branching_formulas(
         elif call.function == "mod":
             yield Call("/", call.arguments), integers, True
         elif call.function in ("max", "min"):
-            for index, first in enumerate(call.arguments):
-                for second in call.arguments[index + 1 :]:
-                    yield Call("+", (first, Call("neg", (second,)))), zero, True
+            for first, second in itertools.combinations(call.arguments, 2):
+                yield difference_of(first, second), zero, True
 
 
 def _solve_linear(formula: Node, target: Fraction, name: str, others: Point) -> Fraction | None:
@@ -213,7 +221,7 @@ def _solve_linear(formula: Node, target: Fraction, name: str, others: Point) -> 
             value = Evaluator(others | {name: Fraction(position)})(formula)
         except UndefinedError:
             return None
-        if isinstance(value, (tuple, CONTEXT.mpc)):
+        if not is_real(value):
             return None
         values.append(value)
     at_zero, at_one, at_two = values

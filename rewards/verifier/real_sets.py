@@ -18,17 +18,30 @@ from typing import Any, NamedTuple
 from rewards.verifier.brackets import find_closing, split_at_top_level, split_relations
 from rewards.verifier.evaluate import (
     CONTEXT,
+    SIGNS_OF_DIFFERENCE,
     Evaluator,
     UndefinedError,
     add,
     divide,
+    is_real,
     multiply,
     negate,
     number,
     power,
 )
 from rewards.verifier.identity import constant_value, same_value, variables_of
-from rewards.verifier.syntax import Call, FormulaError, Name, Node, Number, names_of, parse_formula
+from rewards.verifier.syntax import (
+    INFINITE,
+    MINUS_INFINITE,
+    Call,
+    FormulaError,
+    Name,
+    Node,
+    Number,
+    difference_of,
+    names_of,
+    parse_formula,
+)
 
 RELATION = re.compile(r"<|>|=|\\(?:le|ge|ne|in|notin)(?![a-z])")
 RELATION_SIGN = re.compile(r"(<|>|=|\\(?:le|ge|ne)(?![a-z]))")
@@ -158,7 +171,7 @@ def _read_set(text: str) -> RealSet:
     r"""Reads set operations, from left to right: `\mathbb{R} \setminus \{1\} \cup [5,6]`."""
     pieces = re.split(r"(\\cup|\\cap|\\setminus|\\backslash)(?![a-z])", text)
     if len(pieces) == 1:
-        minus = re.fullmatch(r"(\\mathbb\{R\}|\\R) ?(-) ?(\\\{.*\\\})", text)
+        minus = re.fullmatch(r"(\\mathbb\{R\}) ?(-) ?(\\\{.*\\\})", text)
         pieces = list(minus.groups()) if minus else pieces
     operations: dict[str, Callable[[RealSet, RealSet], RealSet]] = {
         r"\cup": _union,
@@ -230,7 +243,7 @@ def _point(text: str) -> Interval:
 def _constant(text: str) -> Any:
     """Returns the value of a real constant."""
     value = constant_value(parse_formula(text))
-    if value is None or isinstance(value, (tuple, CONTEXT.mpc)):
+    if value is None or not is_real(value):
         raise NotASetError(text)
     return value
 
@@ -273,7 +286,7 @@ def _read_relations(text: str) -> RealSet:
 
 def _is_infinite(left: Node, right: Node) -> bool:
     r"""Returns whether `left < right` says nothing: `-\infty < x` or `x < \infty`."""
-    return left == Call("neg", (Name("inf"),)) or right == Name("inf")
+    return left == MINUS_INFINITE or right == INFINITE
 
 
 def _is_absolute_value(tree: Node) -> bool:
@@ -296,16 +309,16 @@ def _solve(left: Node, sign: str, right: Node, variable: str) -> RealSet:
         if sign == "=" and _compare(constant_value(right), Fraction(0)) < 0:
             return RealSet((), variable, is_solved=is_solved)
         return combine(*solutions)._replace(is_solved=is_solved)
-    return _solve_quadratic(Call("+", (left, Call("neg", (right,)))), sign, variable)
+    return _solve_quadratic(difference_of(left, right), sign, variable)
 
 
-def _solve_quadratic(difference: Node, sign: str, variable: str) -> RealSet:
-    """Solves `difference SIGN 0`, where the difference is a polynomial of degree 0, 1 or 2."""
-    if _degree(difference, variable) > 2:
+def _solve_quadratic(polynomial: Node, sign: str, variable: str) -> RealSet:
+    """Solves `polynomial SIGN 0` for a polynomial of degree 0, 1 or 2."""
+    if _degree(polynomial, variable) > 2:
         raise NotASetError("not a polynomial of degree 2")
 
     def value_at(position: Any) -> Any:
-        return Evaluator({variable: position})(difference)
+        return Evaluator({variable: position})(polynomial)
 
     constant = value_at(Fraction(0))
     at_one = value_at(Fraction(1))
@@ -377,14 +390,7 @@ def _between(low: Any, high: Any) -> Any:
 
 def _holds(order: int, sign: str) -> bool:
     """Returns whether a value that compares with 0 as `order` does satisfies `value SIGN 0`."""
-    return {
-        "<": order < 0,
-        ">": order > 0,
-        r"\le": order <= 0,
-        r"\ge": order >= 0,
-        "=": order == 0,
-        r"\ne": order != 0,
-    }[sign]
+    return order in SIGNS_OF_DIFFERENCE[sign.removeprefix("\\")]
 
 
 # Set operations

@@ -138,6 +138,13 @@ class Cases:
 
 Node = Number | Name | Call | Series | Cases
 ONE = Number(Fraction(1))
+INFINITE = Name("inf")
+MINUS_INFINITE = Call("neg", (INFINITE,))
+
+
+def difference_of(left: Node, right: Node) -> Node:
+    """Returns the tree of `left - right`."""
+    return Call("+", (left, Call("neg", (right,))))
 
 
 @functools.lru_cache(maxsize=1024)
