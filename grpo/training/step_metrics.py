@@ -115,7 +115,7 @@ def _rollout_metrics(report: StepReport, config: TrainConfig) -> dict[str, Any]:
 
 
 def _language_share(groups: list[ScoredGroup]) -> float:
-    """Returns the mean share of words in the question's language.
+    """Returns the mean share of letters in the question's language.
 
     It is over the first completion of each of the first NUM_LANGUAGE_COMPLETIONS groups.
     """
