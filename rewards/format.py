@@ -1,6 +1,6 @@
 """Format reward: 1.0 for `<think>...</think><answer>...</answer>` without other text, else 0.0.
 
-The tags are found by plain text search. Thoughts and answer must not be empty; nothing else about
+The tags are found by plain text search. Thoughts and answer must show something; nothing else about
 their content matters.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo.types import Completion, Problem, Score
+from rewards.verifier.invisible import is_blank
 from rewards.verifier.parse import TAGS
 
 TAG_NAMES = ("think", "think end", "answer", "answer end")  # names of TAGS in the reasons
@@ -51,6 +52,10 @@ def check(completion: str, prefilled: bool = False) -> FormatVerdict:
     order; if the thoughts and the answer are not empty; and if there is only white space outside of
     them. The check takes time linear in the length of the text.
 
+    Thoughts or an answer are empty if they have only white space, invisible characters such as
+    zero-width spaces, and marks without a letter. Outside of the tags, an invisible character is
+    text: nothing can be hidden there.
+
     Args:
         completion: The text to check.
         prefilled: Whether the prompt ends with the opening `<think>`, so that the text lacks it.
@@ -84,11 +89,11 @@ def _content_fault(text: str) -> str:
     answer, _, after_answer = text.partition("</answer>")
     if before_think.strip():
         return "text before think"
-    if not thoughts.strip():
+    if is_blank(thoughts):
         return "empty thoughts"
     if between.strip():
         return "text between"
-    if not answer.strip():
+    if is_blank(answer):
         return "empty answer"
     if after_answer.strip():
         return "text after answer"

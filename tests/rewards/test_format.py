@@ -69,6 +69,58 @@ def test_malformed_completions_fail_with_a_reason(text, reason):
     assert reward(completion(text), PROBLEM) == Score(value=0.0, reason=reason)
 
 
+INVISIBLE_TEXTS = [
+    "\u200b",  # zero-width space
+    "\u200b \u200b\n",
+    "\u200c\u200d\u2060",  # joiners
+    "\ufeff",  # byte order mark
+    "\u00ad",  # soft hyphen
+    "\u202e\u2066",  # marks of direction
+    "\u2062\u2063",  # invisible operators
+    "\u180e",  # Mongolian vowel separator
+    "\u3164",  # Hangul fillers
+    "\u115f\u1160\uffa0",
+    "\u2800",  # Braille blank
+    "\u00a0\u2003\u3000",  # spaces
+    "\u2028\u2029",  # separators of lines and paragraphs
+    "\x00\x07\x1b\x7f\x85\x9f",  # controls
+    "\ufe0f\U000e0100",  # variation selectors
+    "\u034f\u0301",  # marks without a letter
+    "\U000e0041\U000e0042",  # tags
+    "\ue000\U0010fffd",  # private use
+    "\u0378\uffff",  # unassigned
+    "\ud800",  # a lone surrogate
+    "\u17b4\u17b5",  # Khmer inherent vowels
+    "\U0001d173",  # musical format
+    "\u200b" * 100_000,
+]
+
+
+@pytest.mark.parametrize("text", INVISIBLE_TEXTS, ids=lambda text: ascii(text[:4]))
+def test_invisible_characters_are_no_content(text):
+    assert check(f"<think>{text}</think><answer>2</answer>").reason == "empty thoughts"
+    assert check(f"<think>1+1</think><answer>{text}</answer>").reason == "empty answer"
+
+
+@pytest.mark.parametrize(
+    "text", [text for text in INVISIBLE_TEXTS if text.strip()], ids=lambda text: ascii(text[:4])
+)
+def test_outside_of_the_tags_only_white_space_is_allowed(text):
+    assert check(text + GOOD).reason == "text before think"
+    assert check(f"<think>1+1</think>{text}<answer>2</answer>").reason == "text between"
+    assert check(GOOD + text).reason == "text after answer"
+
+
+@pytest.mark.parametrize("invisible", ["\u200b", "\u00ad", "\u3164", "\x00", "\ufe0f"])
+def test_a_tag_with_an_invisible_character_is_no_tag(invisible):
+    assert check(GOOD.replace("<answer>", f"<ans{invisible}wer>")).reason == "no answer"
+
+
+@pytest.mark.parametrize("content", [".", "x", "是", "می‌شود", "👨‍👩‍👧", "é", "-", "ก้", "☃️"])
+def test_any_visible_character_is_content(content):
+    assert check(f"<think>{content}</think><answer>{content}</answer>")
+
+
 def test_a_prefilled_think_tag_is_added_before_the_check():
     assert check("1+1</think><answer>2</answer>", prefilled=True)
     assert not check("1+1</think><answer>2</answer>")
