@@ -1,11 +1,14 @@
 """The countdown reward: exact fractions, each number used exactly once, no evaluation of text."""
 
+import dataclasses
+
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.types import Completion, Problem
-from rewards.countdown import check_expression, reward
+from rewards.countdown import check_expression, check_problem, read_problem, reward
 
 PROBLEM = Problem(
     id="c/0",
@@ -77,6 +80,31 @@ def test_intermediate_fractions_are_exact(answer, numbers, target):
         ("5_7", "other characters"),
         ("٣+٥", "other characters"),
         ("7-3\n*5", "other characters"),
+        ("(７-３)*５", "other characters"),
+        ("(7-3)*⑤", "other characters"),
+        ("(7-3)*5²", "other characters"),
+        ("(7\u200b-3)*5", "other characters"),
+        ("(7-3)*5 # = 20", "other characters"),
+        ("(7-3)*5; 20", "other characters"),
+        ("(7-3)*5, 20", "other characters"),
+        ("[7-3]*5", "other characters"),
+        ("0x14", "other characters"),
+        ("2e1", "other characters"),
+        ("(7-3)*5 == 20", "the stated result is not the target"),
+        ("20 = (7-3)*5", "the stated result is not the target"),
+        ("= 20", "SyntaxError"),
+        ("(7-3)*5 =", "the stated result is not the target"),
+        ("(7-3)*5 = 20.0", "the stated result is not the target"),
+        ("(07-03)*05", "SyntaxError"),
+        ("(7 - 3) 5", "SyntaxError"),
+        ("1 0 + 1 0", "SyntaxError"),
+        ("5 + 1 5", "SyntaxError"),
+        ("73 - 53", "uses [53, 73]"),
+        ("(7-3)*5 + 0", "uses [0, 3, 5, 7]"),
+        ("(7-3)*5 * 1", "uses [1, 3, 5, 7]"),
+        ("(7-3)*-5", "makes -20"),
+        (r"(7-3)\cdots5", "other characters"),
+        (r"\frac{7-3}{5}", "other characters"),
         ("9" * 150, "uses [999"),
         ("(" * 199, "SyntaxError"),
         ("(" * 90 + "5" + ")" * 90, "uses [5]"),
@@ -119,3 +147,80 @@ def test_python_confirms_the_value_of_every_correct_expression(answer):
         assert abs(eval(expression) - 20) < 1e-9
     else:
         assert verdict.value == "wrong"
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [3, 5, 7],
+        (3, 5, 7),
+        ["3", " 5 ", "7.0"],
+        [3.0, 5.0, 7],
+        "[3, 5, 7]",
+        "3 5 7",
+        " 3,5 ,7 ",
+        numpy.array([3, 5, 7]),
+        numpy.array([3.0, 5.0, 7.0]),
+        [numpy.int64(3), numpy.float32(5), 7],
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("target", [20, "20", "20.0", 20.0, numpy.int32(20)], ids=repr)
+def test_numbers_in_other_types_are_converted(numbers, target):
+    problem = dataclasses.replace(PROBLEM, meta={"numbers": numbers, "target": target, "level": 2})
+    meta = read_problem(problem).meta
+    assert meta == {"numbers": [3, 5, 7], "target": 20, "level": 2}
+    assert {type(number) for number in [*meta["numbers"], meta["target"]]} == {int}
+    assert reward(completion("<answer>(7-3)*5 = 20</answer>"), problem).value == "correct"
+    assert check_problem(problem) is None
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "message"),
+    [
+        ([True, 5, 7], 20, "numbers: got True"),
+        ([3.5, 5, 7], 20, "numbers: got 3.5"),
+        ([None, 5, 7], 20, "numbers: got None"),
+        ([[3], 5, 7], 20, r"numbers: got \[3\]"),
+        ([float("nan"), 5], 20, "numbers: got nan"),
+        ([float("inf"), 5], 20, "numbers: got inf"),
+        (["3/2", 5], 20, "numbers: got '3/2'"),
+        (["٣", 5], 20, "numbers: got '٣'"),
+        (["1_0", 5], 20, "numbers: got '1_0'"),
+        (["1e1", 5], 20, "numbers: got '1e1'"),
+        (["9" * 5000, 5], 20, "numbers: got '999"),
+        ([-3, 5, 7], 20, "expected no negative number"),
+        ([], 20, "expected a list of integers"),
+        ("", 20, "expected a list of integers"),
+        ("[]", 20, "expected a list of integers"),
+        ("3, 5,", 20, "numbers: got ''"),
+        ("three", 20, "numbers: got 'three'"),
+        ({3: 5}, 20, "expected a list of integers"),
+        (None, 20, "expected a list of integers"),
+        (7, 20, "expected a list of integers"),
+        (numpy.array([[3, 5], [7, 9]]), 20, "numbers: got"),
+        (numpy.array(7), 20, "expected a list of integers"),
+        ([3, 5, 7], None, "target: got None"),
+        ([3, 5, 7], False, "target: got False"),
+        ([3, 5, 7], 20.5, "target: got 20.5"),
+        ([3, 5, 7], "twenty", "target: got 'twenty'"),
+        ([3, 5, 7], "", "target: got ''"),
+        ([3, 5, 7], [20], r"target: got \[20\]"),
+    ],
+)
+def test_other_numbers_raise_an_error_at_load_and_leave_the_reward_undecided(
+    numbers, target, message
+):
+    problem = dataclasses.replace(PROBLEM, meta={"numbers": numbers, "target": target})
+    with pytest.raises(ValueError, match=message):
+        read_problem(problem)
+    assert check_problem(problem)
+    verdict = reward(completion("<answer>(7-3)*5</answer>"), problem)
+    assert verdict.value == "undecided"
+    assert "gold answer" in verdict.reason
+
+
+def test_a_problem_without_numbers_or_target_is_not_changed():
+    for meta in ({}, {"numbers": "?"}, {"target": "?"}):
+        problem = dataclasses.replace(PROBLEM, meta=meta)
+        assert read_problem(problem) is problem
