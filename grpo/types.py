@@ -165,7 +165,7 @@ class Group:
 
 # Undecided completions are counted by these causes. The reason of an undecided verdict contains the
 # cause, otherwise it counts as "other".
-UNDECIDED_CAUSES = ("worker lost", "reward failed", "gold answer")
+UNDECIDED_CAUSES = ("no grade", "worker lost", "reward failed", "gold answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ CHARTS: dict[str, list[str]] = {
         "undecided/gold_answer",
         "undecided/worker_lost",
         "undecided/reward_failed",
+        "undecided/no_grade",
         "undecided/other",
     ],
     "Tokens per completion": ["completion/length", "completion/length_max"],

@@ -295,12 +295,12 @@ def test_run_stopped_by_a_failing_reward_endpoint_resumes_with_every_step(
     config = write_config(tmp_path / "config.yaml", tiny_config(run_dir, tiny(), **sections))
     process = start_grpo(config)
     wait_for(lambda: (run_dir / "samples" / "step-000002.jsonl").exists(), process)
-    handler.rejects_requests = True
+    handler.error_status = 500
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"rewards.preference: {url}: BadRequestError" in errors
+    assert f"rewards.preference: {url}: InternalServerError" in errors
 
-    handler.rejects_requests = False
+    handler.error_status = None
     run_grpo(config, "--resume")
     steps = [row["step"] for row in read_metrics(run_dir) if "reward/preference" in row]
     assert steps == [1, 2, 3, 4, 5, 6]

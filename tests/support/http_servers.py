@@ -85,7 +85,8 @@ class JudgeServer(NamedTuple):
     Attributes:
         url: Base URL with `/v1`.
         requests: `(path, body)` of every POST request, in order.
-        handler: Set `handler.rejects_requests = True` to answer every POST request with status 400.
+        handler: Set `handler.error_status = 400` to answer every POST request with this status, or
+            `handler.response = {...}` to answer with this JSON object.
     """
 
     url: str
@@ -98,12 +99,14 @@ def serve_judge():
     """Serves one model, "rm", as a judge, a classifier and a pooling model; yields a JudgeServer.
 
     The judge's grade is 8 if the last message contains "good"; otherwise it gives no grade. The
-    classifier returns the probabilities 0.9 and 0.25, and the pooling model 1.0 and -2.5.
+    classifier returns the probabilities 0.9 and 0.25, and the pooling model 1.0 and -2.5. A request
+    whose last message contains "too long" has the status 400.
     """
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
-        rejects_requests = False
+        error_status = None
+        response = None
 
         def do_GET(self):
             model = {"id": "rm", "object": "model", "created": 0, "owned_by": "us"}
@@ -112,10 +115,15 @@ def serve_judge():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append((self.path, body))
-            if Handler.rejects_requests:
-                self.send_error(400, "no")
-                return
-            self.send_json(_reward_response(self.path, body["messages"][-1]["content"]))
+            text = body["messages"][-1]["content"]
+            if Handler.error_status is not None:
+                self.send_error(Handler.error_status, "no")
+            elif "too long" in text:
+                self.send_error(400, "the prompt is longer than the context")
+            elif Handler.response is not None:
+                self.send_json(Handler.response)
+            else:
+                self.send_json(_reward_response(self.path, text))
 
         def send_json(self, value):
             self.send_response(200)
@@ -127,7 +135,7 @@ def serve_judge():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield JudgeServer(f"http://127.0.0.1:{server.server_port}/v1", requests, Handler)
     server.shutdown()
 
@@ -137,14 +145,18 @@ def _reward_response(path, text):
         return {"data": [{"index": 0, "label": "x", "probs": [0.9, 0.25]}]}
     if path == "/v1/pooling":
         return {"data": [{"index": 0, "object": "pooling", "data": [[1.0], [-2.5]]}]}
-    judgement = "I cannot say."
     if "good" in text:
-        judgement = "I like it. Grade: 3 at first\n**Grade: 8**"
-    message = {"role": "assistant", "content": judgement}
+        return judge_response("I like it. Grade: 3 at first\nGrade: 8")
+    return judge_response("I cannot say.")
+
+
+def judge_response(content, finish_reason="stop"):
+    """Returns the response of a chat model that writes `content`."""
+    message = {"role": "assistant", "content": content}
     return {
         "id": "1",
         "object": "chat.completion",
         "created": 0,
         "model": "rm",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        "choices": [{"index": 0, "finish_reason": finish_reason, "message": message}],
     }
