@@ -77,3 +77,161 @@ def test_the_text_of_a_choice_counts_as_its_letter():
     assert choice_verdict(r"\boxed{B}", gold_answer_is_no_choice) == "undecided"
     assert choice.check_problem(gold_answer_is_no_choice)
     assert choice.check_problem(cities) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "(B) is wrong, (A) is right",
+        "(B) is incorrect",
+        "(B) is not the answer",
+        "(B) isn't right",
+        "(B) is false",
+        "(B) cannot be right",
+        "(B) can't be right",
+        "(B) does not work",
+        "(B) doesn't work",
+        "(B) could be right",
+        "(B) seems right",
+        "(B) is ruled out",
+        "(B) must be excluded",
+        "(B) fails",
+        "B is incorrect",
+        "B, which is wrong",
+        "not B",
+        "Not (B)",
+        "\\not B",
+        "The answer is not B",
+        "The answer is not (B).",
+        "(B)? No, A",
+        "(B)? No, (A)",
+        "B? Maybe.",
+        "A and B",
+        "B and A",
+        "(B) and (A)",
+        "(B) & (A)",
+        "B & A",
+        "B or maybe C",
+        "(B) or (C)",
+        "(B) or C",
+        "B/C",
+        "(B)/(C)",
+        "B -> A",
+        "(B) -> A",
+        "(B) → (A)",
+        "(B) => A",
+        "(B) \\to (A)",
+        "(B) \\rightarrow A",
+        "B, because A is wrong",
+        "B, A",
+        "B. A",
+        "B; A",
+        "B.A.",
+        "(B)(A)",
+        "(B) (A)",
+        "[B] [A]",
+        "B: (A)",
+        "B: A is right",
+        "B. Wait, it is A",
+        "B. Wait, no.",
+        "(B). Actually, none of these.",
+        "(B), sorry, (A)",
+        "(B), no: C",
+        "B) C) D)",
+        "neither A nor B",
+        "either B or C",
+        "(B) maybe",
+        "(B), perhaps",
+        "(B) I guess",
+        "(B), not sure",
+        "(B) unless (A)",
+        "(B) but also (C)",
+        "(B) as well as (C)",
+        "(B) 42, (C) 43",
+        "(B) 42 or (C) 43",
+        "B. 42, C. 43",
+        "B) 42 C) 43",
+        "B. x = 5, or D",
+        "B. The answer is C",
+        "(B) - (A)",
+        "(B) - A",
+        "(B) + (A)",
+        "(B) = (A)",
+        "(B) < (A)",
+        "(B) \\lor (A)",
+        "(B) \\text{ or } (A)",
+        "(B) \\text{is wrong}",
+        "(B) is \\textbf{wrong}",
+        "(B)\u200b is wrong",
+        "(Ｂ) is wrong, (Ａ) is right",
+        "(B) IS WRONG",
+        "B. All of A, B, C",
+        "B. 42 [A]",
+        "B. Rather a",
+    ],
+)
+def test_a_letter_that_is_denied_hedged_or_one_of_several_is_not_chosen(answer):
+    assert choice.chosen_letter(answer, {}) is None
+    text = f"<think>x</think><answer>{answer}</answer>"
+    assert choice_verdict(text, QUESTION) == "wrong"
+    boxed = rf"\boxed{{{answer}}}"
+    assert choice_verdict(boxed, QUESTION) == "wrong"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "(B) is correct",
+        "(B) is the correct answer.",
+        "(B) is right",
+        "B. A triangle has three sides",
+        "(B) a circle and a square",
+        "B. None of the above",
+        "B. Not enough information",
+        "B. No",
+        "B. False",
+        "B. Neither of them",
+        "B. Salt and pepper",
+        "B. Both",
+        "B. Is always positive",
+        "B. Because light is faster than sound",
+        "B. x is not prime",
+        "B. If x is even, then x can be divided by 2",
+        "B. Must be zero",
+        "B. Notes",
+        "B. Island",
+        "B. Hepatitis B",
+        "B. I and II",
+        "B. -5",
+        "(B) -\\frac{1}{2}",
+        "(B) \\frac{a}{b}",
+        "(B) c = 5",
+        "(B) 2 + d",
+        "(B) a^2 + b^2",
+        "(B) f(x) = x + 1",
+        "(B) \\sqrt{2}",
+        "(B) 5 m/s",
+        "(B) (1, 2)",
+        "(B) x < 5",
+        "(B) $x^2 - 1$",
+        "B. It is the sum of the numbers",
+    ],
+)
+def test_a_letter_with_its_text_is_chosen(answer):
+    assert choice.chosen_letter(answer, {}) == "B"
+
+
+def test_the_text_behind_the_letter_must_not_show_another_choice():
+    numbers = {"A": "5", "B": "15 and 5", "C": "no", "D": "all of A, B and C"}
+    assert choice.chosen_letter("(B) 15 and 5", numbers) == "B"
+    assert choice.chosen_letter("(B) 15 and 5 cm", numbers) == "B"
+    assert choice.chosen_letter("(B) 5", numbers) is None
+    assert choice.chosen_letter("(B) 5 cm", numbers) is None
+    assert choice.chosen_letter("(B) no, 5", numbers) is None
+    assert choice.chosen_letter("(D) all of A, B and C", numbers) == "D"
+    assert choice.chosen_letter("(C) no", numbers) == "C"
+    cities = {"A": "Paris", "B": "Berlin"}
+    assert choice.chosen_letter("B) Berlin, the capital of Germany", cities) == "B"
+    assert choice.chosen_letter("B) Berlin, not Paris", cities) is None
+    assert choice.chosen_letter("B) the answer is Paris", cities) is None
+    assert choice.chosen_letter("(B) is wrong", cities) is None
