@@ -243,10 +243,9 @@ def group_with_meta(text, **meta):
 
 
 def test_an_exception_in_a_reward_of_this_repository_leaves_the_completion_undecided():
-    numbers_are_no_list = group_with_meta("<answer>5+3</answer>", numbers=5, target=8)
-    (verdict,) = reward_values("countdown", numbers_are_no_list)
+    (verdict,) = reward_values("repetition", group_of("a"), n="20")
     assert verdict.value == "undecided"
-    assert verdict.reason.startswith("reward failed: TypeError: 'int' object is not iterable")
+    assert verdict.reason.startswith("reward failed: TypeError: unsupported operand type(s) for -")
 
     tests_are_no_pairs = group_with_meta("```python\nprint(1)\n```", io=[3])
     with WorkerPool(1) as pool:
