@@ -53,7 +53,7 @@ def completion_with_thoughts(thoughts):
 
 
 MIXED_LANGUAGES = "Das ist nicht der Weg und wir sind 两个数字相加等于五"
-REPEATED_WORDS = "The " + "sum " * 60
+REPEATED_WORDS = "We add the two numbers. " * 20
 LONG_THOUGHTS = " ".join(f"The word {i} is of it." for i in range(100))
 
 
