@@ -7,6 +7,7 @@ letter, denies its own one or takes it back chooses none: `(B) is wrong, (A) is 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from grpo.types import Completion, Problem, Verdict
 from rewards.verifier.choices import LETTER
@@ -48,6 +49,8 @@ NOT_A_NOUN = (
 ARTICLE = re.compile(
     rf"\s+(?!(?:{NOT_A_NOUN}|instead|would|seems?|also|only|then)(?![a-z]))[a-z0-9]"
 )
+# A second letter at the beginning of the text behind a letter: `b` in `A, B`.
+SECOND_LETTER = re.compile(r"(?:(?:and|or|\\l(?:and|or)) ?)?\(?[a-z]\)?(?:$|[).,:;]| (?:and|or) )")
 UNREADABLE_GOLD = "the gold answer is none of the choices"
 
 
@@ -58,7 +61,7 @@ def reward(completion: Completion, problem: Problem) -> Verdict:
     letter to text. With it, the text of a choice is accepted for its letter.
     """
     choices = _choices(problem)
-    gold = chosen_letter(problem.answer, choices)
+    gold = gold_letter(problem.answer, choices)
     if gold is None:
         return Verdict(value="undecided", reason=UNREADABLE_GOLD)
     answer = final_answer(completion.text)
@@ -72,7 +75,7 @@ def reward(completion: Completion, problem: Problem) -> Verdict:
 
 def check_problem(problem: Problem) -> str | None:
     """Returns why the gold answer of a problem cannot be read, None if it can be read."""
-    gold = chosen_letter(problem.answer, _choices(problem))
+    gold = gold_letter(problem.answer, _choices(problem))
     return UNREADABLE_GOLD if gold is None else None
 
 
@@ -85,7 +88,7 @@ def _choices(problem: Problem) -> dict[str, str]:
 
 
 def chosen_letter(answer: str, choices: dict[str, str]) -> str | None:
-    """Returns the letter that an answer chooses, in upper case, or None.
+    """Returns the letter that a policy's answer chooses, in upper case, or None.
 
     `choices` maps letters to texts; it is empty if the texts are unknown. The rules, in this order:
 
@@ -99,28 +102,55 @@ def chosen_letter(answer: str, choices: dict[str, str]) -> str | None:
 
     Example: `chosen_letter("(b) 42", {})` is "B".
     """
+    reading = _read(answer, choices)
+    if reading is None or _chooses_another(reading):
+        return None
+    return reading.letter
+
+
+def gold_letter(answer: str, choices: dict[str, str]) -> str | None:
+    """Returns the letter of a gold answer, in upper case, or None if it cannot be read.
+
+    A gold answer does not deny or hedge its letter, so the text behind it may have any words:
+    `D. Both A and B` is D. It must not belong to another choice or begin with a second letter.
+    """
+    reading = _read(answer, choices)
+    if reading is None:
+        return None
+    if not reading.text or reading.text == reading.texts.get(reading.letter):
+        return reading.letter
+    is_text_of_other_choice = reading.text in reading.texts.values()
+    if is_text_of_other_choice or SECOND_LETTER.match(reading.text):
+        return None
+    return reading.letter
+
+
+class _Reading(NamedTuple):
+    letter: str  # in upper case
+    text: str  # what follows the letter, in the form of `as_words`
+    texts: dict[str, str]  # of the choices by letter, in the form of `as_words`; empty if unknown
+
+
+def _read(answer: str, choices: dict[str, str]) -> _Reading | None:
     if len(answer) > MAX_CHARS:
         return None
     words = as_words(normalize(answer))
     texts = {letter.upper(): as_words(normalize(str(text))) for letter, text in choices.items()}
     if words.upper() in texts:
-        return words.upper()
+        return _Reading(words.upper(), "", texts)
     matching_letters = [letter for letter, text in texts.items() if text == words]
     if len(matching_letters) == 1:
-        return matching_letters[0]
+        return _Reading(matching_letters[0], "", texts)
     match = LETTER.fullmatch(words)
     if match is None:
         return None
     letter = match["letter"].upper()
     if texts and letter not in texts:
         return None
-    text = match["text"].strip(" .,")
-    if not text or text == texts.get(letter) or CONFIRMATION.fullmatch(text):
-        return letter
-    return None if _chooses_another(text, letter, texts) else letter
+    return _Reading(letter, match["text"].strip(" .,"), texts)
 
 
-def _chooses_another(text: str, letter: str, texts: dict[str, str]) -> bool:
+def _chooses_another(reading: _Reading) -> bool:
     """Returns whether the text behind a letter may choose another letter, or none.
 
     - It contains the text of another choice.
@@ -128,18 +158,15 @@ def _chooses_another(text: str, letter: str, texts: dict[str, str]) -> bool:
     - It takes the answer back, or leaves it open: `wait`, `wrong`, `maybe`.
     - It names another letter, in brackets or alone. The article `a`, and letters in formulas, such
       as `c = 5`, are no names.
-
-    Args:
-        text: What follows the letter, in the form of `as_words`.
-        letter: The letter, in upper case.
-        texts: The texts of the choices by letter, in the form of `as_words`; empty if unknown.
     """
-    own_text = texts.get(letter, "")
-    rest = text.replace(own_text, " ") if own_text else text
+    letter, text, texts = reading
+    text_of_letter = texts.get(letter, "")
+    if not text or text == text_of_letter or CONFIRMATION.fullmatch(text):
+        return False
+    rest = text.replace(text_of_letter, " ").strip() if text_of_letter else text
     for other_letter, other_text in texts.items():
         if other_letter != letter and _contains_words(rest, other_text):
             return True
-    rest = rest.strip()
     if CONNECTION.match(rest) or DENIAL.match(rest) or RETRACTION.search(rest):
         return True
     return any(name != letter for name in _named_letters(rest))

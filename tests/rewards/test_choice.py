@@ -221,6 +221,21 @@ def test_a_letter_with_its_text_is_chosen(answer):
     assert choice.chosen_letter(answer, {}) == "B"
 
 
+@pytest.mark.parametrize(
+    ("gold", "letter"),
+    [
+        ("D. Both A and B", "D"),
+        ("B. It is wrong to lie", "B"),
+        ("(B) maybe", "B"),
+        ("A, B", None),
+        ("A or B", None),
+        ("(A) or (B)", None),
+    ],
+)
+def test_a_gold_answer_may_have_any_text_behind_its_letter(gold, letter):
+    assert choice.gold_letter(gold, {}) == letter
+
+
 def test_the_text_behind_the_letter_must_not_show_another_choice():
     numbers = {"A": "5", "B": "15 and 5", "C": "no", "D": "all of A, B and C"}
     assert choice.chosen_letter("(B) 15 and 5", numbers) == "B"
