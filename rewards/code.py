@@ -1,106 +1,121 @@
 """Code reward: does the completion's program pass its tests?
 
-Each test run is a process in a sandbox; workers/sandbox.py describes the isolation. The tests come
-with the problem, in `Problem.meta`:
+The tests come with the problem, in `Problem.meta`:
 
 - HumanEval: `test` and `entry_point`.
 - MBPP: `test_list` and `test_setup_code`.
-- Programs that read and write: `io`, a list of `{"input": ..., "output": ...}`. The output is
-  compared outside of the sandbox.
+- Programs that read and write: `io`, a list of `{"input": ..., "output": ...}`.
 
-The tests of functions (HumanEval, MBPP) run in the interpreter of the program. Two simple ways to
-cheat fail: ending before the tests (`exit(0)`), and returning an object that equals everything. A
-program that targets the test harness can still forge a pass, for example by replacing `exec` or by
-reading the token that marks success. Inspect the programs in the samples of a run.
+The program runs in a sandbox (workers/sandbox.py). It never sees the tests: those of functions run
+in another process (judge/), and an output is compared outside of the sandbox. docs/code_reward.md
+lists what this stops and what not.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import re
-import secrets
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from grpo.types import Completion, Problem, UserError, Verdict
+from rewards.judge.judging import CodeJudge, time_limit_verdict
+from rewards.judge.tests import RefusedTestsError, is_python, read_function_tests
 from rewards.verifier.parse import final_answer, visible
 from rewards.verifier.verdicts import CORRECT, wrong
-from rewards.workers.sandbox import Outcome, SandboxUnavailableError, run
+from rewards.workers.sandbox import (
+    DEFAULT_MEMORY_MB,
+    MAX_OUTPUT_BYTES,
+    Isolation,
+    Outcome,
+    SandboxLostError,
+    SandboxUnavailableError,
+)
 
 TIMEOUT_S = 120.0  # time limit of one call in a worker of the pool
 OVERHEAD_S = 10  # part of TIMEOUT_S that is reserved for everything but the test runs
 MAX_CHARS = 50_000
-# Runs a program and its function tests. It prints the token when all tests have passed. The tests
-# call the program's functions through wrappers that reject objects with an __eq__ of the program;
-# the program's own calls do not use the wrappers.
-HARNESS = """
-import functools, json, os, sys
-program, setup, tests, entry_point, token = json.loads({spec!r})
-namespace = {{"__name__": "__main__"}}
-exec(compile(setup, "setup", "exec"), namespace)
-setup_names = set(namespace)
-exec(compile(program, "program", "exec"), namespace)
-test_namespace = dict(namespace)
-
-def checked(value, depth=0):
-    kind = type(value)
-    has_own_equality = kind.__module__ == "__main__" and kind.__eq__ is not object.__eq__
-    assert not has_own_equality and depth < 50, "an object with its own __eq__"
-    if isinstance(value, dict):
-        parts = [*value, *value.values()]
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        parts = value
-    else:
-        parts = ()
-    for part in parts:
-        checked(part, depth + 1)
-    return value
-
-def wrapped(function):
-    return functools.wraps(function)(lambda *args, **kwargs: checked(function(*args, **kwargs)))
-
-for name in set(namespace) - setup_names:
-    if callable(namespace[name]) and not isinstance(namespace[name], type):
-        test_namespace[name] = wrapped(namespace[name])
-exec(compile(tests, "tests", "exec"), test_namespace)
-if entry_point:
-    test_namespace["check"](test_namespace[entry_point])
-os.write(1, token.encode())
-os._exit(0)
-"""
+MIN_MEMORY_MB = 64
+MAX_MEMORY_MB = 1 << 20
+TRIAL_PROGRAM = "import json, random; memory = bytearray(16 << 20); print(6 * 7)"
+TRIAL_TIMEOUT_S = 30
 
 
 def prepare(
-    isolation: Literal["namespaces", "rlimits"] = "namespaces", timeout_s: float = 10.0, **_: object
+    isolation: Isolation = "namespaces",
+    timeout_s: float = 10.0,
+    memory_mb: int = DEFAULT_MEMORY_MB,
 ) -> None:
-    """Checks the options and that the sandbox works on this machine.
+    """Checks the options, and that a program runs in the sandbox on this machine.
 
     Raises:
-        UserError: The isolation is unknown, the time limit is out of range, the system does not
-            allow the sandbox, or a test program fails in it.
+        UserError: An option is wrong, the system does not allow the sandbox, or the memory is too
+            little for Python.
     """
-    if not 0 < timeout_s <= TIMEOUT_S / 2:
+    if not _is_number(timeout_s) or not 0 < timeout_s <= TIMEOUT_S / 2:
         raise UserError(
-            f"rewards.code.options.timeout_s: got {timeout_s}, expected more than 0 and at most "
+            f"rewards.code.options.timeout_s: got {timeout_s!r}, expected more than 0 and at most "
             f"{TIMEOUT_S / 2:g} seconds"
         )
     if isolation not in ("namespaces", "rlimits"):
         raise UserError(
             f"rewards.code.options.isolation: got {isolation!r}, expected namespaces or rlimits"
         )
+    if not isinstance(memory_mb, int) or not MIN_MEMORY_MB <= memory_mb <= MAX_MEMORY_MB:
+        raise UserError(
+            f"rewards.code.options.memory_mb: got {memory_mb!r}, expected a whole number from "
+            f"{MIN_MEMORY_MB} to {MAX_MEMORY_MB}"
+        )
+    judge = CodeJudge(memory_mb=memory_mb, isolation=isolation)
     try:
-        outcome = run("print(6 * 7)", timeout_s=30, isolation=isolation)
+        outcome = judge.run(TRIAL_PROGRAM, "", TRIAL_TIMEOUT_S)
     except SandboxUnavailableError as error:
         raise UserError(
-            f"rewards.code: this system forbids the namespaces of the sandbox ({error}). Allow "
-            "user namespaces (sysctl user.max_user_namespaces, docker --security-opt "
-            "seccomp=unconfined). To run completions without a sandbox, at your own risk, set "
+            f"rewards.code: this system does not allow the sandbox ({error}). Allow user "
+            "namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
+            "kernel.apparmor_restrict_unprivileged_userns; docker --security-opt "
+            "seccomp=unconfined). To run completions without namespaces, at your own risk, set "
             "options: {isolation: rlimits}."
         ) from None
+    except SandboxLostError as error:
+        raise UserError(f"rewards.code: the sandbox does not start: {error}") from None
+    finally:
+        judge.close()
     if outcome.output != "42\n":
-        raise UserError(f"rewards.code: a test program in the sandbox failed: {outcome}")
+        raise UserError(
+            f"rewards.code: a small program failed in the sandbox ({outcome}). Python may have "
+            f"too little memory: raise rewards.code.options.memory_mb={memory_mb}."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_problem(problem: Problem) -> Problem:
+    """Returns the problem if its tests can be judged.
+
+    Raises:
+        ValueError: They cannot. The message is the reason.
+    """
+    read_function_tests(problem)
+    pairs = problem.meta.get("io") or []
+    if not isinstance(pairs, list | tuple):
+        raise ValueError("io: expected a list")
+    for number, pair in enumerate(pairs):
+        for field in ("input", "output"):
+            if not isinstance(pair, dict) or not isinstance(pair.get(field), str):
+                raise ValueError(f"io: element {number} has no text {field!r}")
+        if len(pair["output"].encode()) > MAX_OUTPUT_BYTES:
+            raise ValueError(f"io: the output of element {number} is longer than 1 MiB")
+    return problem
+
+
+@functools.cache
+def _judge(memory_mb: int, isolation: Isolation) -> CodeJudge:
+    """Returns the judge of this process. Its sandboxes end with the process."""
+    return CodeJudge(memory_mb=memory_mb, isolation=isolation)
 
 
 def reward(
@@ -108,18 +123,19 @@ def reward(
     problem: Problem,
     *,
     timeout_s: float = 10.0,
-    memory_mb: int = 1024,
-    isolation: Literal["namespaces", "rlimits"] = "namespaces",
+    memory_mb: int = DEFAULT_MEMORY_MB,
+    isolation: Isolation = "namespaces",
 ) -> Verdict | None:
     """Returns the verdict on the completion's program, or None for a problem without tests.
 
     Args:
         completion: The completion; see `extract_program` for what counts as its program.
         problem: A problem with tests in its `meta`; see the module.
-        timeout_s: Time limit of each test run. With `io`, each pair is a run.
+        timeout_s: Time limit of each test run, in seconds on an idle machine: the time that the
+            program waits for a processor does not count. With `io`, each pair is a run.
         memory_mb: Address space of each test run, in MiB.
-        isolation: `namespaces` is the sandbox. `rlimits` limits resources only: files and network
-            are open.
+        isolation: `namespaces` is the sandbox. `rlimits` does without namespaces; see
+            workers/sandbox.py.
     """
     meta = problem.meta
     if not any(meta.get(key) for key in ("test", "test_list", "io")):
@@ -129,17 +145,19 @@ def reward(
         return wrong("no program")
     if len(program) > MAX_CHARS:
         return wrong(f"longer than {MAX_CHARS} characters")
-    run_limited = functools.partial(
-        run, timeout_s=timeout_s, memory_mb=memory_mb, isolation=isolation
-    )
-    # The limit is checked before each run, so the last run can exceed it by `timeout_s`.
-    time_limit_s = TIMEOUT_S - timeout_s - OVERHEAD_S
-    fault = _fault_on_inputs(program, meta.get("io") or [], run_limited, time_limit_s)
-    if not fault and (meta.get("test") or meta.get("test_list")):
-        token = secrets.token_hex()
-        outcome = run_limited(_with_tests(program, problem, token))
-        fault = _fault_of(outcome, passed=outcome.output.endswith(token))
-    return wrong(fault) if fault else CORRECT
+    judge = _judge(memory_mb, isolation)
+    deadline = time.monotonic() + TIMEOUT_S - OVERHEAD_S
+    try:
+        verdict = _verdict_on_outputs(judge, program, meta.get("io") or [], timeout_s, deadline)
+        if verdict.value != "correct":
+            return verdict
+        tests = read_function_tests(problem)
+        if tests is None:
+            return verdict
+        max_real_s = deadline - time.monotonic()
+        return judge.judge_functions(_complete(program, problem), tests, timeout_s, max_real_s)
+    except (RefusedTestsError, SandboxLostError) as error:
+        return Verdict(value="undecided", reason=f"not judged: {error}")
 
 
 def extract_program(text: str) -> str | None:
@@ -166,52 +184,60 @@ def extract_program(text: str) -> str | None:
     return blocks[-1] if blocks else answer
 
 
-def _fault_on_inputs(
+def _verdict_on_outputs(
+    judge: CodeJudge,
     program: str,
     pairs: Sequence[dict[str, Any]],
-    run_limited: Callable[[str, str], Outcome],
-    time_limit_s: float,
-) -> str:
-    """Runs a program on each input. Returns the first fault, "" if all outputs are right.
+    timeout_s: float,
+    deadline: float,
+) -> Verdict:
+    """Runs a program on each input. Returns the verdict on its outputs; correct without inputs.
 
-    `time_limit_s` applies to all runs together. It is checked before each run.
+    All runs together have the time limit of the pool, less the last run, which can exceed it. A
+    program that reaches the deadline (of `time.monotonic`) with time left is starved.
     """
-    deadline = time.monotonic() + time_limit_s
+    time_left_s = TIMEOUT_S - timeout_s - OVERHEAD_S
     for number, pair in enumerate(pairs):
-        if time.monotonic() > deadline:
-            return f"took more than {time_limit_s:g} s for {number} inputs"
-        outcome = run_limited(program, str(pair["input"]))
-        passed = _stripped_lines(outcome.output) == _stripped_lines(str(pair["output"]))
-        fault = _fault_of(outcome, passed=passed)
+        if time_left_s <= 0:
+            return wrong(f"took too long for {number} inputs together")
+        max_real_s = deadline - time.monotonic()
+        if max_real_s <= 0:
+            return time_limit_verdict(is_starved=True)
+        outcome = judge.run(program, pair["input"], timeout_s, max_real_s)
+        time_left_s -= outcome.elapsed_s
+        if outcome.limit == "starved":
+            return time_limit_verdict(is_starved=True)
+        fault = _fault(outcome, pair["output"])
         if fault:
-            return f"input {number}: {fault}"
-    return ""
+            return wrong(f"input {number}: {fault}")
+    return CORRECT
 
 
-def _with_tests(program: str, problem: Problem, token: str) -> str:
-    """Returns the source that runs a program and its function tests, and prints the token last."""
-    meta = problem.meta
-    entry_point = str(meta.get("entry_point") or "")
-    setup = str(meta.get("test_setup_code") or "")
-    if entry_point:
-        if not re.search(rf"^def {re.escape(entry_point)}\b", program, re.MULTILINE):
-            # HumanEval: the program continues the function at the end of the question.
-            program = problem.question + program
-        imports_and_helpers, definition, _ = problem.question.partition(f"def {entry_point}(")
-        if definition:
-            setup = imports_and_helpers
-    tests = str(meta.get("test") or "\n".join(meta.get("test_list") or []))
-    checked_function = entry_point if meta.get("test") else ""
-    return HARNESS.format(spec=json.dumps([program, setup, tests, checked_function, token]))
-
-
-def _fault_of(outcome: Outcome, *, passed: bool) -> str:
-    """Returns the reason why a run failed, "" if it passed."""
-    if outcome.timed_out:
+def _fault(outcome: Outcome, expected_output: str) -> str:
+    """Returns why a run failed, "" if it passed."""
+    if outcome.limit == "time":
         return "took too long"
+    if outcome.limit == "output":
+        return "printed too much"
     if outcome.code != 0:
         return f"ended with code {outcome.code}"
-    return "" if passed else "failed"
+    is_equal = _stripped_lines(outcome.output) == _stripped_lines(expected_output)
+    return "" if is_equal else "failed"
+
+
+def _complete(program: str, problem: Problem) -> str:
+    """Returns a program that defines the function under test.
+
+    A HumanEval completion may continue the function at the end of the question.
+    """
+    entry_point = str(problem.meta.get("entry_point") or "")
+    is_continuation = entry_point and not re.search(
+        rf"^(async )?def {re.escape(entry_point)}\b", program, re.MULTILINE
+    )
+    has_function = f"def {entry_point}(" in problem.question
+    if is_continuation and has_function and is_python(problem.question):
+        return problem.question + program
+    return program
 
 
 def _stripped_lines(text: str) -> list[str]:

@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, NamedTuple
 
+from rewards.workers.stopwatch import processor_time_s
+
 START_TIMEOUT_S = 120.0  # to import a function, which is slow from a cold disk
 MAX_CALLS_PER_WORKER = 5_000  # then the worker is replaced, because caches of libraries grow
 END_LIMIT_S = 10.0  # longest wait for the exit of a worker that was killed or closed its pipe
@@ -368,8 +370,7 @@ class _Worker:
         Returns the value at the beginning of the call if the worker is gone.
         """
         with contextlib.suppress(OSError):
-            # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3).
-            return time.clock_gettime((~self._process.pid << 3) | 2)
+            return processor_time_s(self._process.pid)
         return self._cpu_s_at_begin
 
 

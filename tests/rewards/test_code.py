@@ -1,78 +1,26 @@
-"""The code reward: verdicts on correct, wrong and cheating programs, and the sandbox."""
-
-import contextlib
-import ctypes
-import os
-import threading
-import time
-from pathlib import Path
+"""The code reward: which text is the program, its verdict, and the checks before a run."""
 
 import pytest
+from code_problems import HUMANEVAL_ROOT, IO_ADD, MBPP_SQUARE, completion_with, isolation
 
 from grpo.types import Completion, Problem, UserError
 from rewards import code
-from rewards.workers import sandbox
-from rewards.workers.sandbox import SandboxUnavailableError, run
-
-MBPP_SQUARE = Problem(
-    id="c/0",
-    question="Square a number.",
-    answer="",
-    source="t",
-    meta={"test_list": ["assert square(3) == 9", "assert square(-2) == 4"]},
-)
-HUMANEVAL_ROOT = Problem(
-    id="c/1",
-    question='import math\n\ndef root(x: float) -> float:\n    """The square root."""\n',
-    answer="",
-    source="t",
-    meta={
-        "entry_point": "root",
-        "test": (
-            "def check(candidate):\n"
-            "    assert candidate(9.0) == 3.0\n"
-            "    assert candidate(2.25) == 1.5\n"
-        ),
-    },
-)
-IO_ADD = Problem(
-    id="c/2",
-    question="Add.",
-    answer="",
-    source="t",
-    meta={"io": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6", "output": "11"}]},
-)
-
-try:
-    code.prepare()
-except UserError as error:
-    SANDBOX_ERROR = str(error)
-    ISOLATION = "rlimits"
-else:
-    SANDBOX_ERROR = ""
-    ISOLATION = "namespaces"
-requires_sandbox = pytest.mark.skipif(bool(SANDBOX_ERROR), reason=SANDBOX_ERROR)
-
-# A program that fails because the sandbox drops the privileges of root. Without root there are none
-# to drop: a program that fails for another reason keeps the number of tests the same.
-BECOME_ROOT = "import os; os.setuid(0)" if os.geteuid() == 0 else "open('/x')"
-
-PR_SET_PDEATHSIG = 1
-PR_SET_NAME = 15
-PR_CAPBSET_DROP = 24
-CAP_SYS_ADMIN = 21
+from rewards.judge import judging
+from rewards.workers.sandbox import SandboxLostError, SandboxUnavailableError
 
 
 def completion(text):
     return Completion(token_ids=(1,), logprobs=(), text=text, finish_reason="stop", versions=())
 
 
-def fenced(program):
-    return completion(f"<think>Easy.</think>\nHere:\n```python\n{program}\n```\nDone.")
-
-
 def verdict_on(program, problem=MBPP_SQUARE, timeout_s=5):
-    return code.reward(fenced(program), problem, timeout_s=timeout_s, isolation=ISOLATION)
+    completion = completion_with(program)
+    return code.reward(completion, problem, timeout_s=timeout_s, isolation=isolation())
+
+
+def io_problem(*pairs):
+    meta = {"io": [{"input": input_text, "output": output} for input_text, output in pairs]}
+    return Problem(id="io", question="?", answer="", source="t", meta=meta)
 
 
 @pytest.mark.parametrize(
@@ -82,56 +30,74 @@ def verdict_on(program, problem=MBPP_SQUARE, timeout_s=5):
         ("    return math.sqrt(x)", HUMANEVAL_ROOT),
         ("def root(x):\n    return math.sqrt(x)", HUMANEVAL_ROOT),
         ("from math import sqrt as s\ndef root(x): return s(x)", HUMANEVAL_ROOT),
-        ("def square(x):\n    square.calls += 1\n    return x * x\nsquare.calls = 0", MBPP_SQUARE),
-        (
-            "def depth(n): return n and 1 + depth(n - 1)\n"
-            "def square(x): return x * x + depth(800) - 800",
-            MBPP_SQUARE,
-        ),
         ("a, b = map(int, input().split())\nprint(a + b)", IO_ADD),
         ("if __name__ == '__main__':\n    print(sum(map(int, input().split())), end='')", IO_ADD),
+        ("import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit()", IO_ADD),
+        (
+            "import os\nprint(sum(map(int, open(0).read().split())), flush=True)\nos._exit(0)",
+            IO_ADD,
+        ),
+        (
+            "from dataclasses import dataclass\n@dataclass\nclass P:\n    a: int\n    b: int\n"
+            "p = P(*map(int, input().split()))\nprint(p.a + p.b)",
+            IO_ADD,
+        ),
     ],
 )
-def test_correct_programs_pass(program, problem):
+def test_right_programs_are_correct(program, problem):
     assert verdict_on(program, problem).value == "correct"
 
 
 @pytest.mark.parametrize(
     ("program", "problem", "reason"),
     [
-        ("def square(x): return x + x", MBPP_SQUARE, "ended with code 1"),
-        ("def square(x) return", MBPP_SQUARE, "ended with code 1"),
+        ("def square(x): return x + x", MBPP_SQUARE, "AssertionError: assert square(3) == 9"),
         ("print(3)", IO_ADD, "input 1: failed"),
-        ("while True: pass", MBPP_SQUARE, "took too long"),
+        ("print(3); print(3)", IO_ADD, "input 0: failed"),
+        ("print(sum(map(int, input().split()))); exit(1)", IO_ADD, "input 0: ended with code 1"),
         ("import time; time.sleep(60)", IO_ADD, "input 0: took too long"),
-        ("x = bytearray(4 << 30)\ndef square(x): return x * x", MBPP_SQUARE, "ended with code 1"),
-        ("def square(x): return square(x)", MBPP_SQUARE, "ended with code 1"),
+        ("while True: print('x' * 10_000)", IO_ADD, "input 0: printed too much"),
+        ("x = 1\n" * 20_000, IO_ADD, "longer than 50000 characters"),
     ],
 )
-def test_wrong_programs_fail_with_a_reason(program, problem, reason):
-    verdict = verdict_on(program, problem, timeout_s=2)
+def test_wrong_programs_are_wrong_with_a_reason(program, problem, reason):
+    verdict = verdict_on(program, problem, timeout_s=1)
+    assert (verdict.value, verdict.reason) == ("wrong", reason)
+
+
+def test_spaces_at_the_ends_of_lines_do_not_matter_in_an_output():
+    problem = io_problem(("", "a\nb\n\n"))
+    assert verdict_on("print('a  \\nb\\n')", problem).value == "correct"
+    assert verdict_on("print('a\\n\\nb')", problem).value == "wrong"
+    assert verdict_on("print(' a\\nb')", problem).value == "wrong"
+
+
+def test_all_inputs_together_have_a_time_limit(monkeypatch):
+    monkeypatch.setattr(code, "TIMEOUT_S", code.OVERHEAD_S + 1.2)
+    program = "import time; input(); time.sleep(0.15); print(1)"
+    verdict = verdict_on(program, io_problem(*[("x", "1")] * 9), timeout_s=1)
     assert verdict.value == "wrong"
-    assert verdict.reason == reason
+    assert verdict.reason.startswith("took too long for")
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import os; os._exit(0)",
-        "import sys; sys.exit(0)",
-        "import sys; sys.exit(97)",
-        "raise SystemExit",
-        "import atexit, os; atexit.register(os._exit, 0)\ndef square(x): return 1",
-        "class Any:\n    def __eq__(self, other): return True\ndef square(x): return Any()",
-        "class Any(int):\n"
-        "    def __eq__(self, other): return True\n"
-        "def square(x): return [Any()][0]",
-        "import signal, os\nos.kill(os.getpid(), signal.SIGTERM)",
-        "import builtins\nbuiltins.AssertionError = None\ndef square(x): return 1",
-    ],
-)
-def test_programs_that_cheat_are_wrong(program):
-    assert verdict_on(program).value == "wrong"
+def test_a_starved_program_and_a_lost_sandbox_are_undecided(monkeypatch):
+    assert judging.time_limit_verdict(is_starved=True).value == "undecided"
+
+    def lose(*_):
+        raise SandboxLostError("the sandbox has ended")
+
+    monkeypatch.setattr(judging.CodeJudge, "run", lose)
+    verdict = verdict_on("print(1)", IO_ADD)
+    assert (verdict.value, verdict.reason) == ("undecided", "not judged: the sandbox has ended")
+
+
+def test_a_sandbox_that_was_killed_is_replaced():
+    assert verdict_on("def square(x): return x * x").value == "correct"
+    judge = code._judge(1024, isolation())
+    judge._program_sandbox._process.kill()
+    assert verdict_on("def square(x): return x * x").value == "correct"
+    judge._judge_sandbox._process.kill()
+    assert verdict_on("def square(x): return x + x").value == "wrong"
 
 
 def test_the_program_is_the_last_block_of_the_visible_answer():
@@ -153,108 +119,63 @@ def test_the_program_is_the_last_block_of_the_visible_answer():
 
     assert code.reward(completion("nothing"), MBPP_SQUARE).reason == "no program"
     problem_without_tests = Problem(id="m", question="2+2?", answer="4", source="t")
-    assert code.reward(fenced("print(1)"), problem_without_tests) is None
+    assert code.reward(completion_with("print(1)"), problem_without_tests) is None
 
 
-@requires_sandbox
+def test_a_program_with_odd_characters_is_judged():
+    for program in ("x = '\x00'", "x = '\ud800'", "\ufeffdef square(x): return 1", "# \u2028é"):
+        assert verdict_on(program).value == "wrong"
+    assert verdict_on("s = 'ü漢😀'\ndef square(x): return x * x").value == "correct"
+
+
 @pytest.mark.parametrize(
-    ("program", "output"),
+    ("meta", "reason"),
     [
-        ("import socket; socket.create_connection(('127.0.0.1', 22), 2)", ""),
-        ("import socket; socket.getaddrinfo('example.org', 80)", ""),
-        ("open('/etc/passwd')", ""),
-        (f"open({__file__!r})", ""),
-        ("import os; print([p for p in os.listdir('/') if p == 'proc'])", "[]\n"),
-        ("import os, sys; open(os.path.join(sys.prefix, 'x'), 'w')", ""),
-        ("open('/x', 'w')", ""),
-        (BECOME_ROOT, ""),
-        ("open('new', 'w').write('ok'); print(open('new').read())", "ok\n"),
-        ("f = open('big', 'wb')\nfor _ in range(40): f.write(bytes(1 << 20))", ""),
-        ("import os; print(os.environ.get('HOME'), len(os.listdir('.')))", "None 0\n"),
-        ("import os; print(os.path.exists('/dev/shm'), os.getpid(), os.getppid())", "False 2 1\n"),
+        ({"io": [{"input": "1"}]}, "io: element 0 has no text 'output'"),
+        ({"io": [{"input": ["1"], "output": "1"}]}, "io: element 0 has no text 'input'"),
+        ({"io": ["1"]}, "io: element 0 has no text 'input'"),
+        ({"io": [{"input": "", "output": "x" * (2 << 20)}]}, "element 0 is longer than 1 MiB"),
+        ({"io": 5}, "io: expected a list"),
+        ({"test_list": ["assert eval('1')"]}, "use eval"),
     ],
 )
-def test_the_sandbox_has_no_network_no_files_and_no_other_processes(program, output):
-    """A program whose expected output is empty must fail. All others must succeed."""
-    outcome = run(program, timeout_s=5)
-    assert outcome.output == output, outcome
-    assert not outcome.timed_out
-    if output:
-        assert outcome.code == 0
-    else:
-        assert outcome.code != 0
+def test_problems_that_cannot_be_judged_are_refused_when_they_are_loaded(meta, reason):
+    problem = Problem(id="c/7", question="?", answer="", source="t", meta=meta)
+    with pytest.raises(ValueError, match=reason):
+        code.read_problem(problem)
 
 
-def names_of_processes():
-    """Returns the names of all processes. A process can give itself a name of 15 characters."""
-    names = []
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                names.append((path / "comm").read_text().strip())
-    return names
-
-
-@requires_sandbox
-def test_no_process_survives_the_sandbox():
-    name = f"survivor-{os.getpid()}"
-    program = (
-        "import ctypes, os, time\n"
-        "prctl = ctypes.CDLL(None).prctl\n"
-        f"prctl({PR_SET_PDEATHSIG}, 0)\n"
-        f"prctl({PR_SET_NAME}, b{name!r})\n"
-        "for _ in range(5):\n"
-        "    if os.fork() == 0:\n"
-        "        os.setsid(); time.sleep(60)\n"
-        "time.sleep(60)"
-    )
-    seen = []
-    watcher = threading.Timer(0.5, lambda: seen.extend(names_of_processes()))
-    watcher.start()
-    outcome = run(program, timeout_s=1)
-    assert outcome.timed_out
-    watcher.join()
-    assert name in seen  # while the program ran
-    time.sleep(0.2)
-    assert name not in names_of_processes()
-
-
-@requires_sandbox
-def test_excessive_output_is_truncated_and_a_fork_bomb_is_stopped():
-    outcome = run("while True: print('x' * 10000)", timeout_s=5)
-    assert outcome.code != 0
-    assert len(outcome.output) <= sandbox.MAX_OUTPUT_BYTES
-    fork_bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    start = time.monotonic()
-    run(fork_bomb, timeout_s=1)
-    assert time.monotonic() - start < 10
+def test_problems_that_can_be_judged_are_loaded_unchanged():
+    for problem in (MBPP_SQUARE, HUMANEVAL_ROOT, IO_ADD):
+        assert code.read_problem(problem) is problem
 
 
 def test_prepare_fails_without_namespaces_unless_rlimits_are_chosen(monkeypatch):
-    def run_without_namespaces(*_, isolation, **__):
-        if isolation == "namespaces":
-            raise SandboxUnavailableError("[Errno 1] unshare: Operation not permitted")
-        return sandbox.Outcome(code=0, output="42\n", timed_out=False)
+    class SandboxWithoutNamespaces(judging.Sandbox):
+        def __init__(self, *, isolation, **options):
+            if isolation == "namespaces":
+                raise SandboxUnavailableError("[Errno 1] unshare: Operation not permitted")
+            super().__init__(isolation=isolation, **options)
 
-    monkeypatch.setattr(code, "run", run_without_namespaces)
-    message = r"forbids the namespaces .*Operation not permitted.*options: \{isolation: rlimits\}"
+    monkeypatch.setattr(judging, "Sandbox", SandboxWithoutNamespaces)
+    message = r"not allow the sandbox .*Operation not permitted.*options: \{isolation: rlimits\}"
     with pytest.raises(UserError, match=message):
         code.prepare()
     code.prepare(isolation="rlimits")
-    with pytest.raises(UserError, match="expected namespaces or rlimits"):
-        code.prepare(isolation="docker")
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0 or bool(SANDBOX_ERROR),
-    reason="requires root and namespaces: without root, every sandbox uses a user namespace",
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"isolation": "docker"}, "expected namespaces or rlimits"),
+        ({"timeout_s": 0}, "more than 0 and at most 60 seconds"),
+        ({"timeout_s": 61}, "more than 0 and at most 60 seconds"),
+        ({"memory_mb": 8}, "memory_mb: got 8, expected a whole number from 64 to"),
+        ({"memory_mb": 1024.0}, "memory_mb: got 1024.0, expected a whole number"),
+        ({"timeout_s": "10"}, "timeout_s: got '10', expected more than 0"),
+        ({"memory_mb": -1}, "memory_mb: got -1, expected a whole number"),
+    ],
 )
-def test_the_sandbox_works_without_the_privileges_of_root():
-    """Without CAP_SYS_ADMIN in the bounding set, the sandbox must create a user namespace."""
-    child = os.fork()
-    if child == 0:
-        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_SYS_ADMIN)
-        outcome = run("import os; print(os.getuid(), os.path.exists('/etc/passwd'))", timeout_s=10)
-        os._exit(0 if outcome.output == "65534 False\n" else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+def test_wrong_options_are_errors_before_a_run(options, message):
+    with pytest.raises(UserError, match=message):
+        code.prepare(**{"isolation": isolation(), **options})
