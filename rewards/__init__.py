@@ -12,7 +12,8 @@ A file may also have a function `prepare(**options)`, which checks the options b
 and a constant `TIMEOUT_S`: such a reward runs in worker processes with this time limit per call.
 `check_problem(problem)` returns why the gold answer of a problem cannot be read, or None;
 `grpo doctor` calls it for each problem. `read_problem(problem)` returns the problem with its fields
-converted to the types that the reward expects. It raises ValueError for fields that it cannot read.
+converted to the types that the reward expects. It raises ValueError with the reason if the reward
+cannot judge the problem. It is called for each problem when the data is loaded.
 
 An exception in one of these files makes the completion undecided and does not end the run.
 """

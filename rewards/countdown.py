@@ -53,15 +53,6 @@ def reward(completion: Completion, problem: Problem) -> Verdict | None:
     return check_expression(answer, meta["numbers"], meta["target"])
 
 
-def check_problem(problem: Problem) -> str | None:
-    """Returns why the numbers or the target of a problem cannot be read, None if they can."""
-    try:
-        read_problem(problem)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def read_problem(problem: Problem) -> Problem:
     """Returns a problem with `meta["numbers"]` as a list of int and `meta["target"]` as an int.
 

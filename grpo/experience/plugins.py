@@ -62,6 +62,19 @@ def find_function(package: str, name: str, function: str, key: str) -> Callable[
     return plugin
 
 
+def companion(
+    package: str, name: str, function: str, companion_name: str
+) -> Callable[..., Any] | None:
+    """Returns another function of the file with a plugin's function, None if it has none.
+
+    `companion("rewards", "accuracy", "reward", "check_problem")` is the function `check_problem` of
+    rewards/accuracy.py. The arguments are those of `find_function`.
+    """
+    module = sys.modules[find_function(package, name, function, package).__module__]
+    other_function: Callable[..., Any] | None = getattr(module, companion_name, None)
+    return other_function
+
+
 def _import_function(name: str, key: str) -> Callable[..., Any]:
     """Imports `module:function` from the installed packages or the working directory."""
     module_name, _, function = name.partition(":")

@@ -49,7 +49,7 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
     """
     require_one_rank("collect")
     workers, rewards = load_rewards(config)
-    problems = load_problems(config.data, "train", config.seed)
+    problems = load_problems(config.data, "train", config.seed, config.rewards)
     excluded_ngrams = _excluded_ngrams(config)
     settings = config.collect
     total = math.ceil(settings.problems / settings.chunk)
@@ -204,10 +204,8 @@ def _is_correct(scored: ScoredGroup, index: int) -> bool:
 
 def _share_in_language_of_question(scored: ScoredGroup, index: int) -> float:
     """Returns the share of a completion's thoughts in the language of the question."""
-    text = scored.group.completions[index].text
-    thoughts = text.partition("</think>")[0].replace("<think>", "")
-    expected = language.detect_language(scored.group.problem.question)
-    return language.share_in_language(thoughts, expected)
+    group = scored.group
+    return language.reward(group.completions[index], group.problem)
 
 
 def ngrams(text: str, n: int) -> set[tuple[str, ...]]:

@@ -69,7 +69,10 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
         config = with_final_model(config)
     workers, rewards = load_rewards(config)
     sets = config.evaluation_sets
-    problems = {name: load_problems(data, "test", config.seed) for name, data in sets.items()}
+    problems = {
+        name: load_problems(data, "test", config.seed, config.rewards)
+        for name, data in sets.items()
+    }
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as context:
         context.stack.callback(workers.close)
         sampler = Sampler(config, context, config.endpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from grpo import config as configs
@@ -14,11 +14,12 @@ from grpo.types import Problem, UserError
 if TYPE_CHECKING:
     from data.common.mixture import Mixture
 
+MAX_REFUSED_SHOWN = 5  # problems per message
 HELD_OUT_SEED = 0  # the same for all runs, so that their evaluations have the same problems
 
 
 def load_problems(
-    data: configs.DataSettings, split: str, seed: int
+    data: configs.DataSettings, split: str, seed: int, rewards: Collection[str] = ()
 ) -> dict[str, Sequence[Problem]]:
     """Returns the problems of a data section by data set: `{"gsm8k": [Problem(...), ...]}`.
 
@@ -26,9 +27,12 @@ def load_problems(
         data: The data section.
         split: "train" or "test".
         seed: The run's seed, for data sets that are generated.
+        rewards: The names of the rewards that will score the problems. Those with a function
+            `read_problem` read each problem of a list, and can refuse it.
 
     Raises:
-        UserError: A data set, its options, a file or a line is wrong. The message names it.
+        UserError: A data set, its options, a file or a line is wrong, or a reward refuses a
+            problem. The message names it.
     """
     problems = {}
     for name, source in data.data_sets.items():
@@ -38,7 +42,34 @@ def load_problems(
         except TypeError as error:
             raise UserError(f"data.{name}.options: {error}") from None
         problems[name] = load(split, seed=seed, path=source.path, **source.options)
+        for reward in rewards:
+            problems[name] = _read_by_reward(problems[name], name, reward)
     return problems
+
+
+def _read_by_reward(problems: Sequence[Problem], data_set: str, reward: str) -> Sequence[Problem]:
+    """Returns problems as a reward reads them. Problems that are generated are not read.
+
+    Raises:
+        UserError: The reward refuses a problem.
+    """
+    read_problem = plugins.companion("rewards", reward, "reward", "read_problem")
+    if read_problem is None or not isinstance(problems, list):
+        return problems
+    read = []
+    refused = []
+    for problem in problems:
+        try:
+            read.append(read_problem(problem))
+        except ValueError as error:
+            refused.append(f"{problem.id} ({error})")
+    if refused:
+        shown = "; ".join(refused[:MAX_REFUSED_SHOWN])
+        raise UserError(
+            f"data.{data_set}: the reward {reward} cannot judge {len(refused):,} of "
+            f"{len(problems):,} problems: {shown}. Correct or remove them."
+        )
+    return read
 
 
 def make_mixture(

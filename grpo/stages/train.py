@@ -115,10 +115,12 @@ def _make_deterministic() -> None:
 def _load_inputs(config: TrainConfig) -> Inputs:
     workers, rewards = load_rewards(config)
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
-    problems = load_problems(config.data, "train", config.seed)
+    problems = load_problems(config.data, "train", config.seed, config.rewards)
     held_out_problems = {}
     if config.eval.every:
-        held_out_problems = load_problems(config.eval.data or config.data, "test", config.seed)
+        held_out_problems = load_problems(
+            config.eval.data or config.data, "test", config.seed, config.rewards
+        )
     return Inputs(
         workers=workers,
         rewards=rewards,

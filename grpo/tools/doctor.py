@@ -170,14 +170,16 @@ def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None)
     yield from checks.versions()
     training: dict[str, Sequence[Problem]] = {}
     if needs.problems.training is not None:
-        training = load_problems(needs.problems.training, "train", config.seed)
+        training = load_problems(needs.problems.training, "train", config.seed, needs.rewards)
     model = None
     prompts: Prompts | ChatPrompts = ChatPrompts(config.prompt)
     if needs.endpoint is None:
         model = _find_model(needs, scratch)
         prompts = model.prompts
         models.check_context(model.model_dir, needs.max_sequence_tokens)
-    held_out = [load_problems(data, "test", config.seed) for data in needs.problems.held_out]
+    held_out = [
+        load_problems(data, "test", config.seed, needs.rewards) for data in needs.problems.held_out
+    ]
     held_out_problems = _held_out_problems(needs.problems, held_out, prompts, config.seed)
     problems = _training_problems(needs.problems, training, prompts, config.seed)
     if not problems:

@@ -49,9 +49,10 @@ def _load_problems(needs: StageNeeds) -> list[Sequence[Problem]]:
     problems: list[Sequence[Problem]] = []
     try:
         if needs.problems.training is not None:
-            problems += load_problems(needs.problems.training, "train", seed).values()
+            training = load_problems(needs.problems.training, "train", seed, needs.rewards)
+            problems += training.values()
         for data in needs.problems.held_out:
-            problems += load_problems(data, "test", seed).values()
+            problems += load_problems(data, "test", seed, needs.rewards).values()
     except DownloadError as error:
         print(f"data: {error}")
     return problems

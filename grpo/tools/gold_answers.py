@@ -92,9 +92,9 @@ def gold_answers(
 def _find_readers(rewards: Collection[str]) -> list[_Reader]:
     readers = []
     for name in rewards:
-        function = plugins.find_function("rewards", name, "reward", "rewards")
-        module = sys.modules[function.__module__]
-        if hasattr(module, "check_problem"):
+        check_problem = plugins.companion("rewards", name, "reward", "check_problem")
+        if check_problem is not None:
+            module = sys.modules[check_problem.__module__]
             timeout_s = getattr(module, "TIMEOUT_S", TIMEOUT_S)
             readers.append(_Reader(name, f"{module.__name__}:check_problem", timeout_s))
     return readers
