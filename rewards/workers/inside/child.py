@@ -97,8 +97,11 @@ def _arrange_descriptors(descriptors: list[int]) -> None:
 
 
 def _open_standard_streams() -> None:
-    for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        stream = open(descriptor, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    streams = (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w"))
+    for name, descriptor, mode in streams:
+        stream = open(  # noqa: SIM115
+            descriptor, mode, encoding="utf-8", errors="replace", closefd=False
+        )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 

@@ -92,6 +92,8 @@ def _become_keeper(control: socket.socket, owner: int) -> None:
     pid = os.fork()
     if pid == 0:
         os.close(owner)
+        # A signal to the process group of a job must not reach the process that waits.
+        os.setsid()
         return
     poller = select.poll()
     poller.register(owner, select.POLLIN)

@@ -14,7 +14,7 @@ import pytest
 from code_problems import isolation
 
 from rewards.workers import sandbox as sandbox_module
-from rewards.workers.inside import keeper, landlock
+from rewards.workers.inside import keeper, landlock, namespaces
 from rewards.workers.sandbox import (
     Sandbox,
     SandboxLostError,
@@ -454,6 +454,22 @@ def test_no_signal_ends_process_1(isolated, target):
     )
     assert isolated.run(program, timeout_s=5).output == "sent\n"
     assert isolated.run("print(1)", timeout_s=5).output == "1\n"
+
+
+@requires_namespaces
+def test_no_signal_reaches_a_process_of_the_same_user_outside(monkeypatch):
+    """Without root, programs have the user of the process that waits for the sandbox."""
+
+    def map_to_this_user(pid):
+        namespaces._write_text(f"/proc/{pid}/setgroups", "deny")
+        namespaces._write_maps(pid, os.geteuid(), os.getegid())
+
+    monkeypatch.setattr(namespaces, "map_users", map_to_this_user)
+    with Sandbox() as warm_sandbox:
+        for target in (0, -1, 1):
+            program = f"import os, signal; os.kill({target}, signal.SIGTERM)"
+            warm_sandbox.run(program, timeout_s=5)
+        assert warm_sandbox.run("print(1)", timeout_s=5).output == "1\n"
 
 
 def test_a_sandbox_ends_with_its_owner_although_a_fork_of_the_owner_lives():
