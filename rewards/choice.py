@@ -38,7 +38,7 @@ RETRACTION = re.compile(
 # A letter of a choice that stands alone or in brackets, as the name of another choice.
 BRACKETED_LETTER = re.compile(r"(?<![a-z])[(\[]\s*(?P<letter>[a-z])\s*[)\]]")
 SINGLE_LETTER = re.compile(r"(?<![a-z0-9'’_^\\])(?P<letter>[a-j])(?![a-z0-9'’_^(])")
-CONTEXT = 20  # characters around a letter that show what it is
+CONTEXT = 20  # characters around a letter that show its meaning
 # Letters in formulas: `c = 5`, `2 + d`.
 FORMULA_BEFORE = re.compile(r"[0-9a-z)=+*/^-]\s*[=+*/^<-]\s*$|[=+*/^<]\s*$")
 FORMULA_AFTER = re.compile(r"\s*[=+*/^<>]|\s*-\s*[0-9a-z(]")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -195,7 +196,7 @@ def detect_language(text: str) -> str:
     if not sentences_by_script:
         return ENGLISH
     script = max(sentences_by_script, key=lambda name: _num_letters(sentences_by_script[name]))
-    words = [word for sentence in sentences_by_script[script] for word in sentence]
+    words = list(itertools.chain.from_iterable(sentences_by_script[script]))
     if script == LATIN and _is_in_language(words, ENGLISH):
         return ENGLISH
     return _identify(words, ENGLISH)
@@ -365,7 +366,8 @@ def _read_sentence(sentence: str, is_hidden: bool, sentences: dict[str, list[lis
     words_by_script: dict[str, list[str]] = {}
     for script, word in _words(sentence):
         if script in SCRIPTS_OF_FORMULAS and is_hidden:
-            num_hidden += len(word) if len(word) >= MIN_HIDDEN_WORD else 0
+            if len(word) >= MIN_HIDDEN_WORD:
+                num_hidden += len(word)
         elif script not in SCRIPTS_OF_FORMULAS or len(word) > 1:
             words_by_script.setdefault(script, []).append(word)
     for script, words in words_by_script.items():

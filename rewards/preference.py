@@ -53,7 +53,7 @@ CONTROL_TOKEN = re.compile(
     r"<[|｜][^<>|｜\n]{1,40}[|｜]>|<\|?/?(?:start_of_turn|end_of_turn|bos|eos|s|im_start|im_end)\|?>"
     r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS)\]|<</?SYS>>"
 )
-# The server rejects the request for what it contains, for example for its length.
+# The server rejects the content of the request, for example because it is too long.
 REJECTED_STATUSES = (400, 413, 422)
 MAX_REASON_CHARS = 200
 REWARD_MODEL_PATHS = {"classify": "/classify", "pooling": "/pooling"}

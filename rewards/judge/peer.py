@@ -158,7 +158,9 @@ class RemoteObject:
         """Returns whether the other process has two equal objects."""
         if self is other:
             return True
-        return isinstance(other, RemoteObject) and bool(self._peer.request("eq", self, other))
+        return isinstance(other, RemoteObject) and bool(
+            self._peer.request("binary", "eq", self, other)
+        )
 
     def __hash__(self) -> int:
         """Returns the hash of the object."""
@@ -189,7 +191,7 @@ def _define_operators() -> None:
         def operate(self: RemoteObject, other: object) -> Any:
             if not isinstance(other, RemoteObject):
                 return NotImplemented
-            return self._peer.request(name, self, other)
+            return self._peer.request("binary", name, self, other)
 
         return operate
 
@@ -528,13 +530,10 @@ def _unary(peer: Peer, name: Any, target: Any) -> Any:
     return UNARY[name](target)
 
 
-def _binary(name: str) -> Callable[[Peer, Any, Any], Any]:
-    def operate(peer: Peer, first: Any, second: Any) -> Any:
-        peer.require_shared(first)
-        peer.require_shared(second)
-        return BINARY[name](first, second)
-
-    return operate
+def _binary(peer: Peer, name: Any, first: Any, second: Any) -> Any:
+    peer.require_shared(first)
+    peer.require_shared(second)
+    return BINARY[name](first, second)
 
 
 def _isinstance(peer: Peer, instance: Any, kind: Any) -> bool:
@@ -557,7 +556,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "delitem": _delitem,
     "next": _next,
     "unary": _unary,
+    "binary": _binary,
     "isinstance": _isinstance,
     "issubclass": _issubclass,
-    **{name: _binary(name) for name in BINARY},
 }

@@ -148,7 +148,10 @@ def _replace_unittest_main(module: types.ModuleType) -> None:
     """Makes `unittest.main` raise an exception if a test fails, and not end the process."""
     import unittest
 
-    unittest.main = lambda *_, **__: _run_test_cases(module)  # type: ignore[assignment]
+    def main(*_: object, **__: object) -> None:
+        _run_test_cases(module)
+
+    unittest.main = main  # type: ignore[assignment]
 
 
 def _end_as_lost(reason: str, is_closed: bool) -> NoReturn:
@@ -168,7 +171,7 @@ def _describe(error: BaseException) -> str:
         if frame.filename == TESTS_FILE and frame.line:
             description = f"{description}: {frame.line}"
     line = " ".join(description.split())[:MAX_REASON_CHARS]
-    return line.encode("utf-8", "replace").decode()  # without lone surrogates of the program
+    return frames.without_surrogates(line)
 
 
 def run_program() -> int:

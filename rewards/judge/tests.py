@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import re
 import symtable
 import sys
@@ -19,17 +20,22 @@ from typing import Any
 
 from grpo.types import Problem
 
-# Modules that look into a program, or share with it what two processes do not share.
-REFUSED_MODULES = (
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Modules that look into a program, or need a state that two processes do not share.
+REFUSED_MODULES = _words(
     "asyncio builtins code codeop concurrent ctypes dis faulthandler gc importlib inspect "
     "marshal multiprocessing os pathlib pickle runpy shutil signal socket subprocess tempfile "
     "threading trace traceback tracemalloc unittest.mock weakref"
 )
-REFUSED_NAMES = (
+REFUSED_NAMES = _words(
     "__import__ breakpoint capfd capsys compile eval exec exit globals input locals monkeypatch "
     "open patch quit redirect_stderr redirect_stdout vars"
 )
-REFUSED_ATTRIBUTES = "modules patch redirect_stderr redirect_stdout settrace"
+REFUSED_ATTRIBUTES = _words("modules patch redirect_stderr redirect_stdout settrace")
 # An exception handler for one of these catches a failed assertion.
 CAUGHT_FAILURES = {"AssertionError", "Exception", "BaseException"}
 STANDARD_STREAMS = ("stdin", "stdout", "stderr")
@@ -48,7 +54,9 @@ COMMON_NAMES = {
     "datetime": "date datetime timedelta",
     "typing": "Any Callable Dict List Optional Set Tuple Union",
 }
-MODULE_OF_NAME = {name: module for module, names in COMMON_NAMES.items() for name in names.split()}
+MODULE_OF_NAME: dict[str, str] = {}
+for _module, _names in COMMON_NAMES.items():
+    MODULE_OF_NAME |= dict.fromkeys(_names.split(), _module)
 
 
 class RefusedTestsError(ValueError):
@@ -92,7 +100,16 @@ def read_function_tests(problem: Problem) -> FunctionTests | None:
     if not tests:
         return None
     entry_point = _text(meta, "entry_point").strip()
-    setup = _text(meta, "test_setup_code")
+    return _read_texts(tests, _text(meta, "test_setup_code"), entry_point, problem.question)
+
+
+@functools.lru_cache(maxsize=32)  # a problem is read for each of its completions
+def _read_texts(tests: str, setup: str, entry_point: str, question: str) -> FunctionTests:
+    """Returns the tests of a problem from the texts of its fields.
+
+    Raises:
+        RefusedTestsError: They cannot be judged.
+    """
     source = f"{setup}\n{tests}" if setup else tests
     source = source.replace("\r\n", "\n")
     tree = _parse(source)
@@ -100,7 +117,7 @@ def read_function_tests(problem: Problem) -> FunctionTests | None:
     if refusal is not None:
         raise RefusedTestsError(refusal)
     _refuse_silent_tests(tree, has_check=bool(entry_point))
-    prompt = _prompt_before(entry_point, problem.question)
+    prompt = _prompt_before(entry_point, question)
     names, imports = _names_and_imports(source, tree, prompt, _name_of(entry_point))
     _refuse_contexts(tree, {*names, "candidate"})
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -124,6 +141,7 @@ def _prompt_before(entry_point: str, question: str) -> str:
     return before if is_python(before) else ""  # the question may be prose
 
 
+@functools.lru_cache(maxsize=32)
 def is_python(source: str) -> bool:
     """Returns whether a text is Python."""
     try:
@@ -156,9 +174,8 @@ def _text(meta: dict[str, Any], field: str) -> str:
 
 def _test_list(meta: dict[str, Any]) -> list[str]:
     tests = meta.get("test_list") or []
-    if not isinstance(tests, list | tuple):
-        raise RefusedTestsError("test_list is no list of texts")
-    if not all(isinstance(test, str) for test in tests):
+    is_list = isinstance(tests, list | tuple)
+    if not is_list or not all(isinstance(test, str) for test in tests):
         raise RefusedTestsError("test_list is no list of texts")
     return list(tests)
 
@@ -187,7 +204,7 @@ def _names_and_imports(
     Raises:
         RefusedTestsError: It is unclear what the tests use of the program, or they use nothing.
     """
-    free_names = _free_names(source, prompt)
+    free_names = _free_names(source, tree, prompt)
     called = _called_names(tree)
     imports = {}
     for name in free_names:
@@ -206,13 +223,15 @@ def _names_and_imports(
     return list(dict.fromkeys(names)), list(imports.values())
 
 
-def _free_names(source: str, prompt: str) -> list[str]:
+def _free_names(source: str, tree: ast.Module, prompt: str) -> list[str]:
     """Returns the names that the tests use and neither define nor import, in order of use."""
     table = symtable.symtable(source, "tests", "exec")
     defined = _defined_names(table) | _defined_names(symtable.symtable(prompt, "prompt", "exec"))
-    used = {symbol for scope in _scopes(table) for symbol in _global_names(scope)}
+    used: set[str] = set()
+    for scope in _scopes(table):
+        used.update(_global_names(scope))
     free = {name for name in used if name not in defined and not hasattr(builtins, name)}
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     nodes.sort(key=lambda node: (node.lineno, node.col_offset))
     return list(dict.fromkeys(node.id for node in nodes if node.id in free))
 
@@ -301,7 +320,7 @@ def _refused_import(node: ast.Import) -> str:
 def _refused_import_from(node: ast.ImportFrom) -> str:
     module = node.module or ""
     for alias in node.names:
-        if alias.name in (*REFUSED_NAMES.split(), *REFUSED_ATTRIBUTES.split(), "mock"):
+        if alias.name in REFUSED_NAMES | REFUSED_ATTRIBUTES | {"mock"}:
             return f"import {alias.name}"
         if module == "sys" and alias.name in STANDARD_STREAMS:
             return f"use sys.{alias.name}, which the program does not share"
@@ -310,7 +329,7 @@ def _refused_import_from(node: ast.ImportFrom) -> str:
 
 def _refused_module(module: str) -> str:
     package = module.partition(".")[0]
-    if module in REFUSED_MODULES.split() or package in REFUSED_MODULES.split():
+    if module in REFUSED_MODULES or package in REFUSED_MODULES:
         return f"import {module}"
     if package not in sys.stdlib_module_names and package not in THIRD_PARTY_MODULES:
         return f"import {module}, which is not in the standard library"
@@ -318,7 +337,7 @@ def _refused_module(module: str) -> str:
 
 
 def _refused_name(node: ast.Name) -> str:
-    return f"use {node.id}" if node.id in REFUSED_NAMES.split() else ""
+    return f"use {node.id}" if node.id in REFUSED_NAMES else ""
 
 
 def _refused_attribute(node: ast.Attribute) -> str:
@@ -327,7 +346,7 @@ def _refused_attribute(node: ast.Attribute) -> str:
         return f"use sys.{node.attr}, which the program does not share"
     if is_of_sys and node.attr == "exit":
         return "use sys.exit"
-    if node.attr in REFUSED_ATTRIBUTES.split():
+    if node.attr in REFUSED_ATTRIBUTES:
         return f"use .{node.attr}"
     is_special = re.fullmatch("__.*__", node.attr) is not None
     if is_special and node.attr not in ALLOWED_SPECIAL_ATTRIBUTES:
@@ -388,7 +407,7 @@ def _refuse_silent_tests(tree: ast.Module, *, has_check: bool) -> None:
     """
     run_names = {*_called_names(tree), "check"} if has_check else set(_called_names(tree))
     statements = [node for node in tree.body if _is_run(node, run_names)]
-    if not any(_can_fail(node) for statement in statements for node in ast.walk(statement)):
+    if not any(map(_has_assertion, statements)):
         raise RefusedTestsError("the tests assert nothing")
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert) and isinstance(node.test, ast.Tuple) and node.test.elts:
@@ -410,6 +429,11 @@ def _is_run(statement: ast.stmt, run_names: set[str]) -> bool:
     return True
 
 
+def _has_assertion(statement: ast.stmt) -> bool:
+    """Returns whether a statement contains an assertion, at any depth."""
+    return any(map(_can_fail, ast.walk(statement)))
+
+
 def _can_fail(node: ast.AST) -> bool:
     """Returns whether a node of the tests is an assertion, such as `self.assertEqual`."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -418,8 +442,7 @@ def _can_fail(node: ast.AST) -> bool:
 
 
 def _catches_own_failure(node: ast.Try | ast.TryStar | ast.With) -> bool:
-    has_assertion = any(_can_fail(inner) for part in node.body for inner in ast.walk(part))
-    if not has_assertion:
+    if not any(map(_has_assertion, node.body)):
         return False
     if isinstance(node, ast.With):  # contextlib.suppress
         contexts = [item.context_expr for item in node.items]
@@ -437,7 +460,7 @@ def _swallows_failure(handler: ast.ExceptHandler) -> bool:
     kinds = {"BaseException"} if handler.type is None else _names_in(handler.type)
     if not kinds & CAUGHT_FAILURES:
         return False
-    return not any(_can_fail(inner) for part in handler.body for inner in ast.walk(part))
+    return not any(map(_has_assertion, handler.body))
 
 
 def _names_in(node: ast.expr) -> set[str]:

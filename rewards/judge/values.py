@@ -36,7 +36,7 @@ Sent = dict[str, Any]
 
 
 class ExchangeError(Exception):
-    """A value cannot be exchanged, or what was received is no value."""
+    """A value cannot be exchanged, or the received message contains no value."""
 
 
 class Node(NamedTuple):
@@ -238,7 +238,7 @@ def decode(sent: Any, resolve: Callable[[str, Any, list[Any]], Any]) -> Any:
     """Returns the value of its sent form.
 
     Args:
-        sent: What was received. It may be anything.
+        sent: The received message. The sender is not trusted.
         resolve: Returns the object of a reference, from the tag, constant and parts of its node.
 
     Raises:
@@ -405,7 +405,7 @@ def write_back(original: Any, changed: Any) -> None:
 
 
 def _replace_content(old: Any, new: Any) -> list[tuple[Any, Any]]:
-    """Gives a container the content of another one of its type, except what it can keep.
+    """Gives a container the content of another one of its type, and keeps the inner containers.
 
     Returns the pairs of containers of which it keeps the old one.
     """

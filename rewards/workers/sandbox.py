@@ -32,7 +32,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Literal, NamedTuple, Self
 
 from rewards.workers.inside import frames, namespaces
@@ -163,12 +162,7 @@ class Sandbox:
         """Returns the sandbox; leaving the context closes it."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes the sandbox."""
         self.close()
 
@@ -342,12 +336,7 @@ class Job:
         self.wait_until_ready()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Ends the process. Otherwise the sandbox could not start another one."""
         self.end()
 
@@ -468,10 +457,7 @@ class Job:
         """Returns the first message of the buffer, INCOMPLETE if a part of it is missing."""
         if len(self._buffer) < frames.LENGTH.size:
             return INCOMPLETE
-        (length,) = frames.LENGTH.unpack_from(self._buffer)
-        if length > max_bytes:
-            raise frames.FrameError(f"a message of {length:,} bytes, at most {max_bytes:,}")
-        end = frames.LENGTH.size + length
+        end = frames.LENGTH.size + frames.unpack_length(self._buffer, max_bytes)
         if len(self._buffer) < end:
             return INCOMPLETE
         message = frames.unpack(bytes(self._buffer[frames.LENGTH.size : end]))

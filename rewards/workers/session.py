@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 from rewards.workers.inside import frames
@@ -17,7 +16,7 @@ class Exchange(NamedTuple):
     r"""The result of a part of a session's program: `Exchange("1\n", error="", limit=None)`.
 
     Attributes:
-        output: What it printed.
+        output: The text that it printed.
         error: The traceback of its exception; "" without one.
         limit: Why the session has ended, as in `Outcome`; "exit" if the program ended it.
     """
@@ -55,12 +54,7 @@ class Session:
         """Returns the session; leaving the context closes it."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes the session."""
         self.close()
 
@@ -114,4 +108,4 @@ def _text(answer: Any, key: str) -> str:
     text = answer.get(key) if isinstance(answer, dict) else None
     if not isinstance(text, str):
         raise frames.FrameError(f"an answer without text {key!r}")
-    return text.encode("utf-8", "replace").decode()  # without lone surrogates
+    return frames.without_surrogates(text)

@@ -1,6 +1,6 @@
 """The process of a job: it confines itself, then runs the program.
 
-It is a fork of the keeper. What it may do is decided before the program is read.
+It is a fork of the keeper. It gives up its privileges before it reads the program.
 """
 
 from __future__ import annotations

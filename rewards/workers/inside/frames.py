@@ -12,7 +12,7 @@ MAX_FRAME_BYTES = 16 << 20
 
 
 class FrameError(Exception):
-    """What the other process sent is not a message."""
+    """The other process sent something that is not a message."""
 
 
 class ClosedError(FrameError):
@@ -29,6 +29,18 @@ def pack(message: Any) -> bytes:
     if len(data) > MAX_FRAME_BYTES:
         raise FrameError(f"a message of {len(data):,} bytes, at most {MAX_FRAME_BYTES:,}")
     return LENGTH.pack(len(data)) + data
+
+
+def unpack_length(header: bytes | bytearray, max_bytes: int = MAX_FRAME_BYTES) -> int:
+    """Returns the length of a message, which the first LENGTH.size bytes of `header` contain.
+
+    Raises:
+        FrameError: The message has more than `max_bytes`.
+    """
+    (length,) = LENGTH.unpack_from(header)
+    if length > max_bytes:
+        raise FrameError(f"a message of {length:,} bytes, at most {max_bytes:,}")
+    return int(length)
 
 
 def unpack(data: bytes) -> Any:
@@ -61,10 +73,13 @@ def receive(descriptor: int) -> Any:
         ClosedError: The other side is closed.
         FrameError: The message is too long or no JSON.
     """
-    (length,) = LENGTH.unpack(_read_exactly(descriptor, LENGTH.size))
-    if length > MAX_FRAME_BYTES:
-        raise FrameError(f"a message of {length:,} bytes, at most {MAX_FRAME_BYTES:,}")
+    length = unpack_length(_read_exactly(descriptor, LENGTH.size))
     return unpack(_read_exactly(descriptor, length))
+
+
+def without_surrogates(text: str) -> str:
+    """Returns a text that can be encoded. JSON can contain lone surrogates, UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _read_exactly(descriptor: int, length: int) -> bytes:

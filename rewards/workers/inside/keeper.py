@@ -104,7 +104,7 @@ def _become_keeper(control: socket.socket, owner: int) -> None:
 
 
 def _restrict_without_namespaces(prefixes: list[str]) -> None:
-    """Restricts this process as far as it is possible without namespaces.
+    """Restricts the user and the files of this process, without namespaces.
 
     Raises:
         OSError: The system does not allow it.
@@ -169,7 +169,7 @@ class _Keeper:
         return bool(message)
 
     def _clear(self, pid: int) -> int:
-        """Kills what is left of a job and empties its folder. Returns its exit code."""
+        """Kills the processes of a job and empties its folder. Returns its exit code."""
         if self._is_isolated:
             _kill(-1)  # all processes of the namespace but this one
         else:

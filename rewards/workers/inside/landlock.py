@@ -38,8 +38,9 @@ def allow_only_reading(paths: list[str]) -> None:
         OSError: The kernel does not allow it.
     """
     rights = ALL_RIGHTS
+    kernel_version = _version()
     for version, right in RIGHTS_SINCE_VERSION.items():
-        if _version() >= version:
+        if kernel_version >= version:
             rights |= right
     handled = (ctypes.c_uint64 * 1)(rights)
     ruleset = check(
