@@ -41,9 +41,18 @@ class LossOutput:
 
 Loss = Callable[[Tensor, Batch, AlgorithmSettings], LossOutput]
 
+# Log-ratios are clamped to this distance from 0, so that their exponentials stay finite (exp(20) =
+# 5e8). The gradient beyond is 0. verl has the same limit.
+MAX_LOG_RATIO = 20.0
+
+
+def clamp_log_ratio(log_ratios: Tensor) -> Tensor:
+    """Returns the log-ratios, clamped to [-MAX_LOG_RATIO, MAX_LOG_RATIO]."""
+    return log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """Returns log(pi / pi_old) of each token, [B, T].
+    """Returns log(pi / pi_old) of each token, [B, T], clamped to +-MAX_LOG_RATIO.
 
     Args:
         logprobs: [B, T], of the policy, with a gradient.
@@ -52,7 +61,7 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
     """
     if old_logprobs is None:
         return logprobs - logprobs.detach()
-    return logprobs - old_logprobs
+    return clamp_log_ratio(logprobs - old_logprobs)
 
 
 def ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
