@@ -5,11 +5,128 @@ The published recipes are in grpo/config/presets.py.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from grpo.config.reading import Section
+from grpo.config.reading import Section, did_you_mean
+
+# Default bounds of the ratio pi_old / pi_sampler, for each mask of MismatchSettings.
+MASK_BOUNDS = {
+    "token": (0.5, 5.0),  # IcePop, Ring-1T 2510.18855
+    "sequence": (0.0, 3.0),  # TRL's cap
+    "geometric": (0.999, 1.001),  # verl's and slime's geometric mask
+}
+
+
+class MismatchSettings(Section):
+    """A correction of the difference between pi_old and the engine's distribution pi_sampler.
+
+    The advantage of each token is multiplied by a factor: the weight, or 0 if the mask drops the
+    token. Both are functions of rho = pi_old / pi_sampler. rho of a sequence is the product over
+    its tokens; its geometric mean is that product to the power of 1 / length.
+
+    A config can also name a combination, e.g. `mismatch: tis` (`MISMATCH_FORMS`).
+    """
+
+    mask: Literal["none", "token", "sequence", "geometric"] = Field(
+        "none",
+        description="Drop tokens whose rho is outside of `bounds` (`token`), or all tokens of a "
+        "completion whose rho (`sequence`) or geometric mean of rho (`geometric`) is outside.",
+    )
+    bounds: tuple[float, float] | None = Field(
+        None,
+        description="Lowest and highest rho that the mask keeps. Default: 0.5 and 5 for `token` "
+        "(IcePop 2510.18855), 0 and 3 for `sequence` (TRL), 0.999 and 1.001 for `geometric` "
+        "(verl).",
+    )
+    weight: Literal["none", "token", "sequence"] = Field(
+        "none",
+        description="Multiply the advantage by rho of the token (`token`) or of the completion "
+        "(`sequence`).",
+    )
+    max: float | None = Field(
+        None,
+        gt=0,
+        description="Upper limit of the weight; 2 is common. Required for a weight without a mask. "
+        "Default: no limit.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_bounds(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("bounds") is not None:
+            return tree
+        return {**tree, "bounds": MASK_BOUNDS.get(str(tree.get("mask")))}
+
+    @model_validator(mode="after")
+    def _check_mask_and_weight(self) -> MismatchSettings:
+        if self.bounds is not None:
+            if self.mask == "none":
+                raise ValueError("bounds has no effect with mask=none: set mask, or remove bounds")
+            low, high = self.bounds
+            if not 0 <= low < high:
+                raise ValueError(
+                    f"bounds={list(self.bounds)}: expected two numbers >= 0, the lower one first"
+                )
+        if self.weight == "none":
+            if self.max is not None:
+                raise ValueError("max has no effect with weight=none: set weight, or remove max")
+        elif self.mask == "none" and self.max is None:
+            raise ValueError(
+                f"weight={self.weight} without a mask needs an upper limit: set max=2, or a mask"
+            )
+        return self
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is corrected."""
+        return self.mask == "none" and self.weight == "none"
+
+    @property
+    def uses_sequence_ratio(self) -> bool:
+        """Whether the mask or the weight depends on the ratio of a complete sequence."""
+        return self.mask in ("sequence", "geometric") or self.weight == "sequence"
+
+    def __str__(self) -> str:
+        """Returns the name in MISMATCH_FORMS if there is one, otherwise the keys that are set."""
+        for name, form in MISMATCH_FORMS.items():
+            if self == form:
+                return name
+        parts = []
+        if self.mask != "none":
+            assert self.bounds is not None
+            parts += [f"mask: {self.mask}", f"bounds: {list(self.bounds)}"]
+        if self.weight != "none":
+            parts.append(f"weight: {self.weight}")
+        if self.max is not None:
+            parts.append(f"max: {self.max:g}")
+        return f"{{{', '.join(parts)}}}"
+
+
+# The corrections that a config can name.
+MISMATCH_FORMS = {
+    "none": MismatchSettings(),
+    # Truncated importance sampling: "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    # Training".
+    "tis": MismatchSettings(weight="token", max=2.0),
+    "mis_token": MismatchSettings(mask="token", bounds=(0.0, 3.0), weight="token"),  # TRL's cap
+    "mis_sequence": MismatchSettings(mask="sequence", weight="sequence"),
+    "icepop": MismatchSettings(mask="token", weight="token"),
+    "mask_sequence": MismatchSettings(mask="geometric"),
+}
+
+
+def _expand_mismatch_form(value: Any) -> Any:
+    """Returns the correction that a string names, and any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    if value not in MISMATCH_FORMS:
+        raise ValueError(
+            f"unknown correction {value!r}{did_you_mean(value, MISMATCH_FORMS)}. Available: "
+            f"{', '.join(MISMATCH_FORMS)}, or {{mask: ..., bounds: ..., weight: ..., max: ...}}"
+        )
+    return MISMATCH_FORMS[value]
 
 
 class AlgorithmSettings(Section):
@@ -102,25 +219,11 @@ class AlgorithmSettings(Section):
         description="Source of log pi_old: `learner` recomputes it where the ratio needs it, "
         "`sampler` takes the engine's log-probabilities.",
     )
-    mismatch: Literal["none", "tis", "mis_token", "mis_sequence", "icepop", "mask_sequence"] = (
-        Field(
-            "none",
-            description="Importance weights that correct the difference between pi_old and the "
-            "engine's distribution pi_sampler (`mismatch_weights` in "
-            "`grpo/learning/objective.py`).",
-        )
-    )
-    mismatch_min: float | None = Field(
-        None,
-        ge=0,
-        description="Lower bound of pi_old / pi_sampler in the correction. "
-        "Default: depends on `mismatch` (`MISMATCH_BOUNDS` in `grpo/learning/objective.py`).",
-    )
-    mismatch_max: float | None = Field(
-        None,
-        gt=0,
-        description="Upper bound of pi_old / pi_sampler in the correction. "
-        "Default: depends on `mismatch` (`MISMATCH_BOUNDS` in `grpo/learning/objective.py`).",
+    mismatch: Annotated[MismatchSettings, BeforeValidator(_expand_mismatch_form)] = Field(
+        MISMATCH_FORMS["none"],
+        description="Correction of the difference between pi_old and the engine's distribution: "
+        "`none`, `tis`, `mis_token`, `mis_sequence`, `icepop`, `mask_sequence`, or a mapping with "
+        "mask and weight.",
     )
     no_signal: Literal["keep", "drop", "resample"] = Field(
         "keep",
@@ -170,6 +273,26 @@ class AlgorithmSettings(Section):
         "entropy. All other tokens have advantage 0 (2506.01939 uses 0.2).",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_config_of_earlier_version(cls, tree: Any) -> Any:
+        """Removes mismatch_min and mismatch_max, which a run of an earlier version has recorded.
+
+        Raises ValueError if the correction had other bounds then.
+        """
+        if not isinstance(tree, dict):
+            return tree
+        tree = dict(tree)
+        for key in ("mismatch_min", "mismatch_max"):
+            if key not in tree:
+                continue
+            if tree.pop(key) is not None or tree.get("mismatch") == "mask_sequence":
+                raise ValueError(
+                    f"{key}: replaced by the keys of mismatch, e.g. "
+                    "mismatch={mask: geometric, bounds: [0.5, 2.0]}"
+                )
+        return tree
+
     @model_validator(mode="after")
     def _check_kl(self) -> AlgorithmSettings:
         if (
@@ -207,16 +330,6 @@ class AlgorithmSettings(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_mismatch_bounds(self) -> AlgorithmSettings:
-        has_bounds = self.mismatch_min is not None or self.mismatch_max is not None
-        if self.mismatch == "none" and has_bounds:
-            raise ValueError(
-                "mismatch_min and mismatch_max have no effect with mismatch=none: choose a "
-                "correction, or remove the bounds"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_reset_optimizer(self) -> AlgorithmSettings:
         if self.reset_optimizer and not self.reference_reset:
             raise ValueError(
@@ -226,7 +339,7 @@ class AlgorithmSettings(Section):
 
     @model_validator(mode="after")
     def _check_sampler_logprobs(self) -> AlgorithmSettings:
-        if self.old_logprobs == "sampler" and self.mismatch != "none":
+        if self.old_logprobs == "sampler" and not self.mismatch.is_none:
             raise ValueError(
                 f"old_logprobs=sampler with mismatch={self.mismatch}: the ratio to the sampler "
                 "already includes the mismatch. Set mismatch=none, or old_logprobs=learner"

@@ -12,20 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo.config.algorithm import AlgorithmSettings
-from grpo.losses import Loss, LossOutput, ratio, sequence_mean
+from grpo.config.algorithm import AlgorithmSettings, MismatchSettings
+from grpo.losses import Loss, LossOutput, clamp_log_ratio, ratio, sequence_mean
 from grpo.types import Batch, UserError
 
-# Default bounds (min, max) of pi_old / pi_sampler for each kind of mismatch correction.
-MISMATCH_BOUNDS = {
-    # Truncated importance sampling: "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    # Training".
-    "tis": (0.0, 2.0),
-    "mis_token": (0.0, 3.0),  # TRL's cap
-    "mis_sequence": (0.0, 3.0),
-    "icepop": (0.5, 5.0),  # Ring-1T 2510.18855
-    "mask_sequence": (0.5, 2.0),
-}
+# Upper limit of k3, which verl, OpenRLHF and slime share. Without it, a token that the policy has
+# made much less likely than the reference (d = -10: k3 = 22,000) outweighs all others. A token at
+# the limit has no gradient.
+MAX_K3 = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +54,8 @@ def objective(
         UserError: `loss` does not return a LossOutput.
     """
     old_logprobs = logprobs if batch.old_logprobs is None else batch.old_logprobs
-    log_ratios = (old_logprobs.detach() - batch.sampler_logprobs) * batch.token_mask
-    weights = mismatch_weights(
-        log_ratios,
-        batch.token_mask,
-        algorithm.mismatch,
-        algorithm.mismatch_min,
-        algorithm.mismatch_max,
-    )
+    log_ratios = _sampler_log_ratios(old_logprobs, batch)
+    weights = mismatch_weights(log_ratios, batch.token_mask, algorithm.mismatch)
     output = loss(logprobs, replace(batch, advantages=batch.advantages * weights), algorithm)
     if not isinstance(output, LossOutput):
         raise UserError(
@@ -76,7 +64,7 @@ def objective(
         )
     per_token = output.per_token
     metrics = dict(output.metrics)
-    if algorithm.mismatch != "none":
+    if not algorithm.mismatch.is_none:
         metrics["mismatch/weight"] = weights
         metrics["mismatch/dropped"] = (weights == 0).float()
     if batch.ref_logprobs is not None:
@@ -89,12 +77,18 @@ def objective(
     if algorithm.old_logprobs == "sampler":
         # `batch.old_logprobs` are the sampler's, so their ratio to the sampler is 1. Report the
         # ratio of the current policy instead.
-        log_ratios = (logprobs.detach() - batch.sampler_logprobs) * batch.token_mask
+        log_ratios = _sampler_log_ratios(logprobs, batch)
     sampler_ratios = log_ratios.exp()
     metrics["policy/entropy"] = entropies
     metrics["mismatch/k3"] = sampler_ratios - 1 - log_ratios
     metrics["mismatch/abs"] = log_ratios.abs()
     return Objective(per_token=per_token, metrics=metrics, sampler_ratios=sampler_ratios)
+
+
+def _sampler_log_ratios(logprobs: Tensor, batch: Batch) -> Tensor:
+    """Returns log(pi / pi_sampler) [B, T] without a gradient, 0 outside the completions."""
+    log_ratios = clamp_log_ratio(logprobs.detach() - batch.sampler_logprobs)
+    return log_ratios * batch.token_mask
 
 
 def _kl_coefficient(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> Tensor | float:
@@ -122,6 +116,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     k1 and k3 are unbiased. k2 is biased, but its gradient is unbiased if the tokens were sampled
     from the current policy.
 
+    d in k3 is clamped to +-MAX_LOG_RATIO, and k3 to MAX_K3.
+
     Raises:
         ValueError: `estimator` is unknown.
 
@@ -133,49 +129,44 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     if estimator == "k2":
         return difference.square() / 2
     if estimator == "k3":
-        return torch.exp(-difference) + difference - 1
+        clamped = clamp_log_ratio(difference)
+        return (torch.exp(-clamped) + clamped - 1).clamp(max=MAX_K3)
     raise ValueError(f"unknown KL estimator {estimator!r}. Available: k1, k2, k3.")
 
 
-def mismatch_weights(
-    log_ratios: Tensor, mask: Tensor, kind: str, low: float | None, high: float | None
-) -> Tensor:
-    """Returns weights [B, T] that correct for sampling from the engine's distribution.
+def mismatch_weights(log_ratios: Tensor, mask: Tensor, settings: MismatchSettings) -> Tensor:
+    """Returns the factors [B, T] of the advantages that correct for the engine's distribution.
 
-    They are functions of rho = pi_old / pi_sampler:
-
-    - `none`: 1
-    - `tis`: rho clamped to [low, high]
-    - `mis_token`, `icepop`: rho if low <= rho <= high, else 0
-    - `mis_sequence`: as `mis_token`, with the product of rho over the sequence
-    - `mask_sequence`: 1 if the geometric mean of rho over the sequence is within the bounds, else 0
+    A factor is the weight, or 0 if the mask drops the token.
 
     Args:
-        log_ratios: log rho [B, T], 0 outside the completions.
+        log_ratios: log rho [B, T], with rho = pi_old / pi_sampler; 0 outside the completions.
         mask: The completion tokens [B, T], bool.
-        kind: `none` or a key of MISMATCH_BOUNDS.
-        low: Lower bound of rho, of its product or of its geometric mean. None: the default.
-        high: Upper bound. None: the default.
+        settings: The mask and the weight.
 
-    Raises:
-        KeyError: `kind` is unknown.
+    Source: a mask and a weight in one correction are verl's rollout correction (Geo-RS-Token-TIS)
+    and OpenRLHF's seq-mask-tis. Dropped tokens stay in the normalizer of the loss.
     """
-    if kind == "none":
-        return torch.ones_like(log_ratios)
-    default_low, default_high = MISMATCH_BOUNDS[kind]
-    if low is None:
-        low = default_low
-    if high is None:
-        high = default_high
-    if kind == "mis_sequence":
-        # log of the product of rho
-        log_ratios = sequence_mean(log_ratios, mask) * mask.sum(-1, keepdim=True)
-    elif kind == "mask_sequence":
-        log_ratios = sequence_mean(log_ratios, mask)  # log of the geometric mean of rho
-    ratios = torch.exp(log_ratios)
-    if kind == "tis":
-        return ratios.clamp(min=low, max=high)
-    is_within_bounds = (ratios >= low) & (ratios <= high)
-    if kind == "mask_sequence":
-        return is_within_bounds.float()
-    return torch.where(is_within_bounds, ratios, 0.0)
+    weights = torch.ones_like(log_ratios)
+    if settings.weight != "none":
+        weights = _ratios(log_ratios, mask, settings.weight)
+        if settings.max is not None:
+            weights = weights.clamp(max=settings.max)
+    if settings.mask != "none":
+        assert settings.bounds is not None
+        low, high = settings.bounds
+        ratios = _ratios(log_ratios, mask, settings.mask)
+        weights = weights.where((ratios >= low) & (ratios <= high), 0.0)
+    return weights
+
+
+def _ratios(log_ratios: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """Returns rho [B, T]: of the token, of its sequence, or the geometric mean of its sequence."""
+    if kind == "token":
+        return torch.exp(log_ratios)
+    log_means = sequence_mean(log_ratios, mask)
+    if kind == "geometric":
+        return torch.exp(log_means)
+    if kind == "sequence":
+        return torch.exp(clamp_log_ratio(log_means * mask.sum(-1, keepdim=True)))
+    raise ValueError(f"unknown kind of ratio {kind!r}")

@@ -186,7 +186,7 @@ class Updater:
         if algorithm.old_logprobs == "sampler":
             return "sampler"
         # A mismatch correction accounts for tokens of older versions.
-        has_correction = algorithm.mismatch != "none"
+        has_correction = not algorithm.mismatch.is_none
         versions = {version} if has_correction else _sampler_versions(samples)
         if num_updates <= 1 and versions == {version}:
             return "none"
@@ -221,7 +221,7 @@ class Updater:
         these tokens is computed against the sampler's logprobs, unless a mismatch correction
         accounts for the difference between pi_old and the sampler (AReaL 2505.24298).
         """
-        if self.config.algorithm.mismatch != "none":
+        if not self.config.algorithm.mismatch.is_none:
             return policy_logprobs
         return policy_logprobs.where(batch.versions == version, batch.sampler_logprobs)
 

@@ -57,6 +57,21 @@ def test_the_description_of_a_recipe_lists_every_changed_key():
     )
 
 
+def test_a_correction_is_a_name_or_a_mask_with_a_weight():
+    combined = {"mask": "geometric", "bounds": [0.999, 1.001], "weight": "token", "max": 2}
+    config = configs.parse(config_tree("grpo", mismatch=combined))
+    assert config.algorithm.mismatch.bounds == (0.999, 1.001)
+    text = "mismatch={mask: geometric, bounds: [0.999, 1.001], weight: token, max: 2}"
+    assert text in describe_recipe(config.algorithm)
+    assert configs.parse(config.model_dump(mode="json")) == config
+    named = configs.parse(config_tree("grpo", mismatch="icepop"))
+    written_out = {"mask": "token", "bounds": [0.5, 5.0], "weight": "token"}
+    assert configs.parse(config_tree("grpo", mismatch=written_out)) == named
+    # A run of an earlier version has recorded these keys.
+    earlier = config_tree("grpo", mismatch="icepop", mismatch_min=None, mismatch_max=None)
+    assert configs.parse(earlier) == named
+
+
 def test_parsing_a_resolved_config_gives_the_same_config():
     config = configs.parse(config_tree("dapo"))
     assert configs.parse(config.model_dump(mode="json")) == config
@@ -89,7 +104,15 @@ def test_parsing_a_resolved_config_gives_the_same_config():
             "clip_high: has no effect on loss sapo, only on grpo, gspo, gmpo",
         ),
         ({"ratio_max": 2.0}, "ratio_max: has no effect on loss grpo, only on cispo"),
-        ({"mismatch_max": 2.0}, "have no effect with mismatch=none"),
+        ({"mismatch": "tiss"}, r"unknown correction 'tiss' \(did you mean tis\?\). Available: none,"),
+        ({"mismatch": {"weight": "token"}}, "weight=token without a mask needs an upper limit"),
+        ({"mismatch": {"bounds": [0, 2]}}, "bounds has no effect with mask=none"),
+        ({"mismatch": {"mask": "token", "bounds": [2, 1]}}, "expected two numbers >= 0, the lower"),
+        ({"mismatch": {"mask": "token", "max": 2}}, "max has no effect with weight=none"),
+        ({"mismatch": {"masks": "token"}}, r"mismatch\.masks: unknown key \(did you mean mask\?\)"),
+        # Keys of earlier versions.
+        ({"mismatch": "tis", "mismatch_max": 3.0}, "mismatch_max: replaced by the keys of mismatch"),
+        ({"mismatch": "mask_sequence", "mismatch_min": None}, "mismatch_min: replaced by the keys"),
         (
             {"preset": "on_policy_distill"},
             r"advantage=teacher \(preset on_policy_distill\) needs model.teacher",

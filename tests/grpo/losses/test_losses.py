@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from grpo.config.algorithm import AlgorithmSettings
+from grpo.config.algorithm import MISMATCH_FORMS, AlgorithmSettings, MismatchSettings
 from grpo.config.presets import PRESETS
 from grpo.experience import plugins
 from grpo.learning.advantages import advantages
@@ -71,16 +71,49 @@ def test_mismatch_golden_numbers():
     log_ratios = torch.tensor([[0.0, math.log(4), 9.0], [0.0, -math.log(4), 9.0]])
     mask = torch.tensor([[True, True, False]] * 2)
 
-    def token_mismatch_weights(kind, low=None, high=None):
-        return mismatch_weights(log_ratios, mask, kind, low, high)[:, :2].flatten().tolist()
+    def token_mismatch_weights(settings):
+        return mismatch_weights(log_ratios, mask, settings)[:, :2].flatten().tolist()
 
-    assert token_mismatch_weights("none") == [1, 1, 1, 1]
-    assert token_mismatch_weights("tis") == pytest.approx([1, 2, 1, 0.25])
-    assert token_mismatch_weights("mis_token") == pytest.approx([1, 0, 1, 0.25])
-    assert token_mismatch_weights("icepop") == pytest.approx([1, 4, 1, 0])
-    assert token_mismatch_weights("mis_sequence") == pytest.approx([0, 0, 0.25, 0.25])
-    assert token_mismatch_weights("mis_sequence", 0.5, 5) == pytest.approx([4, 4, 0, 0])
-    assert token_mismatch_weights("mask_sequence", 0.6, 2.5) == [1, 1, 0, 0]
+    expected = {
+        "none": [1, 1, 1, 1],
+        "tis": [1, 2, 1, 0.25],
+        "mis_token": [1, 0, 1, 0.25],
+        "icepop": [1, 4, 1, 0],
+        "mis_sequence": [0, 0, 0.25, 0.25],
+        "mask_sequence": [0, 0, 0, 0],  # the bounds are 0.999 and 1.001
+    }
+    assert expected.keys() == MISMATCH_FORMS.keys()
+    for name, values in expected.items():
+        assert token_mismatch_weights(MISMATCH_FORMS[name]) == pytest.approx(values)
+    wider = MismatchSettings(mask="sequence", bounds=(0.5, 5.0), weight="sequence")
+    assert token_mismatch_weights(wider) == pytest.approx([4, 4, 0, 0])
+    wider = MismatchSettings(mask="geometric", bounds=(0.6, 2.5))
+    assert token_mismatch_weights(wider) == [1, 1, 0, 0]
+    combined = MismatchSettings(mask="geometric", bounds=(0.6, 2.5), weight="token", max=2.0)
+    assert token_mismatch_weights(combined) == pytest.approx([1, 2, 0, 0])
+
+
+def test_the_geometric_mask_drops_a_completion_from_a_mean_of_a_thousandth_on():
+    # 1,000 tokens of which 3 are twice as likely for the learner: the mean of log rho is 0.0021.
+    # Of 1 token, it is 0.0007.
+    for num_tokens, is_kept in ((3, False), (1, True)):
+        log_ratios = torch.zeros(1, 1000)
+        log_ratios[0, :num_tokens] = math.log(2)
+        mask = torch.ones(1, 1000, dtype=torch.bool)
+        weights = mismatch_weights(log_ratios, mask, MISMATCH_FORMS["mask_sequence"])
+        assert weights.unique().tolist() == [float(is_kept)]
+
+
+def test_ratios_and_kl_stay_finite_for_any_logprobs():
+    # exp(1,000) is infinite in float32, and infinity times 0 is NaN.
+    logprobs = torch.tensor([[-1000.0, 0.0]], requires_grad=True)
+    other_logprobs = torch.tensor([[0.0, -1000.0]])
+    ratios = ratio(logprobs, other_logprobs)
+    assert ratios.tolist() == [pytest.approx([math.exp(-20), math.exp(20)])]
+    estimates = kl_estimate(logprobs, other_logprobs, "k3")
+    assert estimates.tolist() == [[10, 10]]
+    (ratios + estimates).sum().backward()
+    assert logprobs.grad.isfinite().all()
 
 
 @dataclass(frozen=True, kw_only=True)
