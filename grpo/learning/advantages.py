@@ -11,9 +11,10 @@ Conventions, which the papers do not always state:
 - std is the population standard deviation: the sum of squares is divided by n, not by n - 1.
 - `None` in place of a reward means that the completion has no reward. It is excluded from every
   mean and std, and its advantage is 0.
-- A group whose rewards (minus penalties) are all equal, or that has a single reward, gets advantage
-  0. (For the kind `batch`, this holds for all tokens of the batch instead of a group.) The test is
-  max == min, because rounding can make r - mean(group) differ from 0.
+- A group whose rewards are all equal, or that has a single reward, gets advantage 0. (For the kind
+  `batch`, this holds for all tokens of the batch instead of a group.) The test is max == min,
+  because rounding can make r - mean(group) differ from 0. For the kinds in NORMALIZED_KINDS,
+  penalties are subtracted afterwards; for the others, before.
 - The kind `teacher` does not use rewards, so neither rule applies to it.
 """
 
@@ -27,6 +28,10 @@ from grpo.types import Completion, Group, Sample, ScoredGroup
 
 T = TypeVar("T")
 EPSILON = 1e-6  # added to a standard deviation before the division
+# Clamp of the kind `teacher`, for tokens that the teacher finds nearly impossible. Source: verl's
+# recipes of on-policy distillation.
+MAX_TEACHER_ADVANTAGE = 10.0
+NORMALIZED_KINDS = ("group_std", "batch_std", "centered_std")  # divide by a std of rewards
 KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std", "batch", "teacher")
 # [P, G, L]: the amount that is subtracted from the reward for each token
 Penalties = Sequence[Sequence[Sequence[float]]]
@@ -40,24 +45,30 @@ def advantages(
 ) -> list[list[tuple[float, ...]]]:
     """Returns the advantage of every completion token, [P, G, L].
 
-    `kind` selects the equation. r is the reward of a completion minus the sum of its penalties. The
-    tokens of a completion share one advantage, except for the kinds `batch` and `teacher`.
+    `kind` selects the equation. r is the reward of a completion.
 
     group_std      (r - mean(group)) / (std(group) + EPSILON)
                    Source: GRPO, DeepSeekMath 2402.03300 section 4.1.2
-    none           r - mean(group)
-                   Source: Dr.GRPO 2503.20783
-    leave_one_out  r - mean(the other completions of the group)
-                   Source: RLOO 2402.14740 Eq. 8
     batch_std      (r - mean(group)) / (std(r of all groups) + EPSILON)
                    Source: Lite-PPO 2508.08221
     centered_std   (r - mean(group)) / (std(r - mean(group) of all groups) + EPSILON)
                    Source: ScaleRL 2510.13786, REINFORCE++-baseline 2501.03262
+    none           r' - mean(group), where r' = r minus the sum of the completion's penalties
+                   Source: Dr.GRPO 2503.20783
+    leave_one_out  r' - mean(the other completions of the group)
+                   Source: RLOO 2402.14740 Eq. 8
     batch          (R_t - mean) / (std + EPSILON), mean and std over all tokens of the batch.
                    R_t is the reward minus the sum of the penalties of token t and all later tokens.
                    Source: REINFORCE++ 2501.03262 Eq. 8-10
-    teacher        -log(pi / pi_teacher) of the token: the negated penalty of the token
+    teacher        -log(pi / pi_teacher) of the token, the negated penalty of the token, clamped to
+                   +-MAX_TEACHER_ADVANTAGE
                    Source: GKD 2306.13649, with discount 0
+
+    For the first three kinds, the penalties of token t and all later tokens are subtracted from the
+    normalized reward. If they were part of r, a group with equal rewards would have advantages of
+    +-1 from penalties of 1e-5.
+    Source: OpenRLHF and ROLL, which normalize the rewards of a group and then subtract the KL.
+    DeepSeekMath defines no KL in the reward.
 
     Example:
         `advantages([[1, 0, 0, 1]], [[1, 1, 1, 2]], "group_std")` returns
@@ -83,10 +94,13 @@ def advantages(
         if kind == "teacher":
             return _teacher_advantages(penalties_PGL)
         return _batch_advantages(rewards_PG, penalties_PGL)
-    if penalties_PGL is not None:
-        rewards_PG = _penalized_rewards(rewards_PG, penalties_PGL)
-    advantages_PG = _group_relative_advantages(rewards_PG, kind)
-    return _repeat_for_tokens(advantages_PG, lengths_PG)
+    if penalties_PGL is None:
+        return _repeat_for_tokens(_group_relative_advantages(rewards_PG, kind), lengths_PG)
+    if kind in NORMALIZED_KINDS:
+        advantages_PG = _group_relative_advantages(rewards_PG, kind)
+        return _subtract_penalties(advantages_PG, rewards_PG, penalties_PGL)
+    penalized_PG = _penalized_rewards(rewards_PG, penalties_PGL)
+    return _repeat_for_tokens(_group_relative_advantages(penalized_PG, kind), lengths_PG)
 
 
 def _penalized_rewards(
@@ -177,13 +191,40 @@ def _returns_to_go(reward: float, penalties_L: Sequence[float]) -> list[float]:
     return reversed_returns[::-1]
 
 
+def _subtract_penalties(
+    advantages_PG: Sequence[Sequence[float]],
+    rewards_PG: Sequence[Sequence[float | None]],
+    penalties_PGL: Penalties,
+) -> list[list[tuple[float, ...]]]:
+    """Returns the advantages minus the penalties from each token to the last token, [P, G, L].
+
+    A completion without a reward keeps the advantage 0.
+    """
+    advantages_PGL = []
+    for advantages_G, rewards_G, penalties_GL in zip(
+        advantages_PG, rewards_PG, penalties_PGL, strict=True
+    ):
+        advantages_GL: list[tuple[float, ...]] = []
+        for advantage, reward, penalties_L in zip(
+            advantages_G, rewards_G, penalties_GL, strict=True
+        ):
+            if reward is None:
+                advantages_GL.append((0.0,) * len(penalties_L))
+            else:
+                advantages_GL.append(tuple(_returns_to_go(advantage, penalties_L)))
+        advantages_PGL.append(advantages_GL)
+    return advantages_PGL
+
+
 def _teacher_advantages(penalties_PGL: Penalties) -> list[list[tuple[float, ...]]]:
-    """Returns the negated penalties, [P, G, L]. The rewards are not used."""
+    """Returns the negated and clamped penalties, [P, G, L]. The rewards are not used."""
+    limit = MAX_TEACHER_ADVANTAGE
     advantages_PGL = []
     for penalties_GL in penalties_PGL:
-        advantages_PGL.append(
-            [tuple(-penalty for penalty in penalties_L) for penalties_L in penalties_GL]
-        )
+        advantages_GL: list[tuple[float, ...]] = []
+        for penalties_L in penalties_GL:
+            advantages_GL.append(tuple(min(limit, max(-limit, -value)) for value in penalties_L))
+        advantages_PGL.append(advantages_GL)
     return advantages_PGL
 
 

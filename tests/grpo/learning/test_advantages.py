@@ -1,12 +1,19 @@
 """Tests of group-relative advantages: golden numbers, and properties of arbitrary groups."""
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.learning.advantages import advantages, completion_lengths, rewards_differ, to_samples
+from grpo.learning.advantages import (
+    NORMALIZED_KINDS,
+    advantages,
+    completion_lengths,
+    rewards_differ,
+    to_samples,
+)
 from grpo.types import Completion, Group, Problem, ScoredGroup
 
 GROUP_KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std")
@@ -72,6 +79,25 @@ def test_penalties_are_subtracted_from_the_reward_before_the_baseline():
     # The penalized rewards are 1 - 0.3 = 0.7 and 0 - 0.1 = -0.1, with mean 0.3.
     [[first, second]] = advantages([[1, 0]], [[2, 1]], "none", [[[0.1, 0.2], [0.1]]])
     assert [*first, *second] == pytest.approx([0.4, 0.4, -0.4])
+
+
+@pytest.mark.parametrize("kind", NORMALIZED_KINDS)
+def test_penalties_are_subtracted_after_a_division_by_a_std(kind):
+    penalties_PGL = [[[1e-5, 2e-5], [3e-5], [0.0]]]
+    # Penalties alone are no reason for an advantage of +-1.
+    [equal] = advantages([[1, 1, None]], [[2, 1, 1]], kind, penalties_PGL)
+    assert [list(tokens) for tokens in equal] == [
+        pytest.approx([-3e-5, -2e-5]),
+        pytest.approx([-3e-5]),
+        [0.0],
+    ]
+    [first, second, _] = advantages([[1, 0, None]], [[2, 1, 1]], kind, penalties_PGL)[0]
+    assert [*first, *second] == pytest.approx([1 - 3e-5, 1 - 2e-5, -1 - 3e-5], abs=2.1e-6)
+
+
+def test_teacher_advantages_are_negated_penalties_up_to_10():
+    [[tokens]] = advantages([[None]], [[4]], "teacher", [[[0.5, -2.0, 30.0, -math.inf]]])
+    assert tokens == (-0.5, 2.0, -10.0, 10.0)
 
 
 def test_group_of_one_has_zero_advantage():
