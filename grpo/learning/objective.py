@@ -16,9 +16,9 @@ from grpo.config.algorithm import AlgorithmSettings, MismatchSettings
 from grpo.losses import Loss, LossOutput, clamp_log_ratio, ratio, sequence_mean
 from grpo.types import Batch, UserError
 
-# Upper limit of k3, which verl, OpenRLHF and slime share. Without it, a token that the policy has
-# made much less likely than the reference (d = -10: k3 = 22,000) outweighs all others. A token at
-# the limit has no gradient.
+# Upper limit of k3, as in verl and OpenRLHF. Without it, a token that the policy has made much less
+# likely than the reference (d = -10: k3 = 22,000) outweighs all others. A token at the limit (d
+# below -2.6) has no gradient.
 MAX_K3 = 10.0
 
 
@@ -145,7 +145,7 @@ def mismatch_weights(log_ratios: Tensor, mask: Tensor, settings: MismatchSetting
         settings: The mask and the weight.
 
     Source: a mask and a weight in one correction are verl's rollout correction (Geo-RS-Token-TIS)
-    and OpenRLHF's seq-mask-tis. Dropped tokens stay in the normalizer of the loss.
+    and OpenRLHF's seq-mask-tis. Dropped tokens stay in the normalizer of the loss, as in OpenRLHF.
     """
     weights = torch.ones_like(log_ratios)
     if settings.weight != "none":

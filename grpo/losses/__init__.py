@@ -42,7 +42,7 @@ class LossOutput:
 Loss = Callable[[Tensor, Batch, AlgorithmSettings], LossOutput]
 
 # Log-ratios are clamped to this distance from 0, so that their exponentials stay finite (exp(20) =
-# 5e8). The gradient beyond is 0. verl has the same limit.
+# 5e8). The gradient beyond is 0. verl and OpenRLHF have the same limit.
 MAX_LOG_RATIO = 20.0
 
 
