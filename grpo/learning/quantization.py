@@ -1,8 +1,8 @@
 """Rounding of weights and activations to int8 and int4, and training with that rounding.
 
-compressed-tensors computes the rounding. `grpo quantize` writes models with it, and
+compressed-tensors computes the rounding of weights. `grpo quantize` writes models with it, and
 quantization-aware training (QAT, `model.qat`) applies it in the forward pass. Both use the same
-scales, clipping included.
+scales, clipping included. Activations are rounded as vLLM rounds them.
 """
 
 from __future__ import annotations
@@ -167,19 +167,28 @@ def _forward(layer: Any, rounding: Rounding, x: Tensor) -> Tensor:
         rounded_layer_weight = rounded_weight(layer.weight, rounding.weights)
         rounded_x = x
         if rounding.activations is not None:
-            rounded_x = _rounded_activations(layer, x, rounding.activations)
+            rounded_x = rounded_activations(x)
     weight = _straight_through(layer.weight, rounded_layer_weight)
     x = _straight_through(x, rounded_x)
     return torch.nn.functional.linear(x, weight, layer.bias)
 
 
-def _rounded_activations(layer: Any, x: Tensor, args: QuantizationArgs) -> Tensor:
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+def rounded_activations(x: Tensor) -> Tensor:
+    """Returns activations rounded to int8 with one scale per token, in their own dtype.
 
-    scales, zero_points = compute_dynamic_scales_and_zp(x, args, layer)
-    rounded: Tensor = fake_quantize(x, scales, zero_points, args)
-    return rounded
+    The scale is absmax / 127 in float32, and values are multiplied by its inverse, as in vLLM's
+    kernel (`onednn_scaled_int8_quant`). compressed-tensors divides by 127.5 instead, in the dtype
+    of the activations.
+
+    Args:
+        x: [..., in].
+    """
+    import torch
+
+    scales = x.float().abs().amax(-1, keepdim=True) / 127
+    inverses = torch.where(scales > 0, 1 / scales, 0.0)
+    levels = (x.float() * inverses).round()
+    return (levels * scales).to(x.dtype)
 
 
 def rounded_weight(weight: Tensor, args: QuantizationArgs) -> Tensor:

@@ -9,6 +9,7 @@ from real_engines import PROMPTS, start_engine
 from tiny_models import tiny_config
 from training_samples import padded_batches, random_samples
 from transformers import AutoModelForCausalLM
+from vllm import _custom_ops as vllm_ops
 
 from grpo import config as configs
 from grpo.config import DistillConfig, QuantizeConfig
@@ -20,6 +21,7 @@ from grpo.learning.quantization import (
     enable_qat,
     linear_layers,
     quantization_args,
+    rounded_activations,
     rounded_weight,
 )
 from grpo.losses import cross_entropy
@@ -119,20 +121,45 @@ def test_written_weights_equal_rounded_weights_in_bfloat16(tiny, tmp_path, schem
         assert torch.equal(expected, quantized_layer.weight), name
 
 
+def int8_activations_of_vllm(x):
+    """Returns activations [..., in] with the values that vLLM's kernel rounds them to."""
+    levels, scales, _ = vllm_ops.onednn_scaled_int8_quant(x.flatten(0, -2))
+    return (levels * scales).reshape(x.shape).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_rounded_as_vllms_kernel_rounds_them(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 50, 128, generator=generator) * torch.logspace(-3, 2, 50)[:, None]
+    x[1, 2] = 0
+    x = x.to(dtype)
+    assert torch.equal(rounded_activations(x), int8_activations_of_vllm(x))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantisation_aware_model_computes_the_logits_of_the_written_model(tiny, tmp_path, scheme):
     write_scheme(tiny(), tmp_path / scheme, scheme)
-    quantized = AutoModelForCausalLM.from_pretrained(
-        tmp_path / scheme, dtype=torch.float32, attn_implementation="eager"
-    )
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / scheme, dtype=torch.float32)
+    ids = torch.tensor([list(range(40, 80))])
+    written(ids)  # the first forward pass unpacks the weights
+    # A model with the written weights, and with vLLM's rounding of the activations.
+    quantized = models.load_model(tiny(), "eager")
+    for (_, layer), (_, written_layer) in zip(
+        linear_layers(quantized), linear_layers(written), strict=True
+    ):
+        layer.weight.data = written_layer.weight.data
+        if scheme != "int4":
+            layer.register_forward_pre_hook(
+                lambda layer, inputs: (int8_activations_of_vllm(inputs[0]),)
+            )
     plain = models.load_model(tiny(), "eager")
     aware = models.load_model(tiny(), "eager")
     enable_qat(aware, scheme, GROUP_SIZE)
     assert aware.state_dict().keys() == plain.state_dict().keys()
 
-    ids = torch.tensor([list(range(40, 80))])
     logits = aware(ids).logits
-    expected = quantized(ids).logits
+    with torch.no_grad():
+        expected = quantized(ids).logits
     assert torch.allclose(logits, expected, atol=1e-4)
     assert not torch.allclose(plain(ids).logits, expected, atol=1e-2)
 
