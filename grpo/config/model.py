@@ -103,7 +103,8 @@ class ModelSettings(Section):
         0.0,
         ge=0,
         description="Coefficient of the load-balancing loss of a mixture of experts (Switch "
-        "Transformer).",
+        "Transformer), over the completion tokens of an update. Above 0, an update takes one more "
+        "forward pass, which counts the tokens of each expert.",
     )
     freeze_router: bool = Field(
         False, description="Do not train the router of a mixture of experts."

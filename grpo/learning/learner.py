@@ -185,9 +185,12 @@ class Learner:
         start = time.monotonic()
         lr = self._set_learning_rate()
         num_tokens = self._num_tokens(batches)
+        num_selected = self._num_selected(batches) if self._router_coef else None
         reports: list[MicroBatchReport] = []
         for num_done, batch in enumerate(batches, start=1):
-            loss, report = self._micro_batch_loss(to_device(batch, self.device), num_tokens)
+            loss, report = self._micro_batch_loss(
+                to_device(batch, self.device), num_tokens, num_selected
+            )
             # DeepSpeed averages the gradients over ranks, but they have to be summed.
             self._deepspeed_engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
             if self._is_reported(batch):
@@ -230,25 +233,52 @@ class Learner:
         )
         return sum(ranks.all_gather("the update's tokens", num_local))
 
+    @torch.no_grad()
+    def _num_selected(self, batches: Sequence[Batch]) -> Tensor:
+        """Returns the number of an update's tokens that each expert processes, on all ranks, [E].
+
+        It takes a forward pass of every micro-batch: the balance loss of the first one already
+        depends on the load of all.
+        """
+        local: list[list[float]] = []  # [E] of each micro-batch
+        for batch in batches:
+            output: PolicyOutput = self._deepspeed_engine(to_device(batch, self.device))
+            assert output.num_selected is not None
+            if self._is_reported(batch):
+                local.append(output.num_selected.tolist())
+        rows: list[list[float]] = []
+        for rows_of_rank in ranks.all_gather("the update's expert load", local):
+            rows += rows_of_rank
+        return torch.tensor(rows, device=self.device).sum(0)
+
     def _micro_batch_loss(
-        self, batch: Batch, num_update_tokens: int
+        self, batch: Batch, num_update_tokens: int, num_selected: Tensor | None
     ) -> tuple[Tensor, MicroBatchReport]:
         """Returns a micro-batch's part of the update's loss [], and its report.
 
         Args:
             batch: The micro-batch.
             num_update_tokens: The number of completion tokens of the update, on all ranks.
+            num_selected: The result of `_num_selected`. None without a balance loss.
         """
         output: PolicyOutput = self._deepspeed_engine(batch)
         result = objective(output.logprobs, output.entropies, batch, self._algorithm, self._loss)
         if self._soft is not None:
             result = _with_distillation(result, output, self._soft)
         loss = (batch.token_weights * result.per_token).sum()
-        if output.balance_loss is not None:
-            num_batch_tokens = 0 if batch.is_filler else int(batch.token_mask.sum())
-            weight = num_batch_tokens / num_update_tokens
-            loss = loss + self._router_coef * weight * output.balance_loss
-            result.metrics["router/balance"] = batch.token_mask * output.balance_loss
+        if num_selected is not None:
+            assert output.expert_probabilities is not None
+            balance = moe.balance_loss(
+                self._policy.model, output.expert_probabilities, num_selected
+            )
+            if batch.is_filler:
+                balance = 0 * balance
+            loss = loss + self._router_coef * balance
+            # A metric is a mean over tokens. The factor makes this one the sum of the parts.
+            num_batch_tokens = batch.token_mask.sum()
+            result.metrics["router/balance"] = (
+                batch.token_mask * balance * num_update_tokens / num_batch_tokens
+            )
         return loss, report_micro_batch(loss, result, batch.token_mask)
 
     def _step(self) -> _StepResult:

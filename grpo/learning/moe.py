@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.types import UserError
 
@@ -79,25 +79,58 @@ def configure_routers(model: Any, aux_coef: float, freeze: bool) -> None:
             router.requires_grad_(False)
 
 
-def balance_loss(model: Any, router_logits: Any, mask: Tensor | None) -> Tensor:
-    """Returns the load-balancing loss of the routers, a scalar [].
+class ExpertLoad(NamedTuple):
+    """How tokens are distributed over the E experts of a layer, summed over layers.
 
-    It is E * sum over experts of (share of tokens * mean probability), with shares and means over
-    the tokens of all layers. At a balanced load it equals the number of experts per token.
+    Attributes:
+        probabilities: Sum of the router's probabilities of each expert, [E], with a gradient.
+        num_selected: Number of tokens that each expert processes, [E].
+    """
+
+    probabilities: Tensor
+    num_selected: Tensor
+
+
+def expert_load(model: Any, router_logits: Sequence[Tensor]) -> ExpertLoad:
+    """Returns how N tokens are distributed over the experts.
+
+    Args:
+        model: a transformers model.
+        router_logits: the logits of each layer's router, [N, E] each.
+    """
+    import torch
+
+    num_experts = _num_experts(model.config)
+    device = router_logits[0].device
+    probabilities = torch.zeros(num_experts, device=device)
+    num_selected = torch.zeros(num_experts, device=device)
+    for logits in router_logits:
+        layer_probabilities = logits.float().softmax(-1)
+        selected = layer_probabilities.topk(model.config.num_experts_per_tok, -1).indices
+        probabilities = probabilities + layer_probabilities.sum(0)
+        num_selected = num_selected + torch.bincount(selected.flatten(), minlength=num_experts)
+    return ExpertLoad(probabilities, num_selected)
+
+
+def balance_loss(model: Any, probabilities: Tensor, num_selected: Tensor) -> Tensor:
+    """Returns a micro-batch's part of the load-balancing loss of an update, a scalar [].
+
+    The loss is E * sum over experts of (share of tokens * mean probability), with shares and means
+    over the tokens of all layers. At a balanced load it equals the number of experts per token.
+    The shares have no gradient, so the parts of all micro-batches add up to the loss of the update.
 
     Args:
         model: a transformers model with E experts per layer.
-        router_logits: logits of each layer's router, from the model's output.
-        mask: [B, T], 1 at the tokens that count; `None` for all tokens.
+        probabilities: `ExpertLoad.probabilities` of the micro-batch, [E].
+        num_selected: `ExpertLoad.num_selected` of the whole update, on all ranks, [E].
 
-    Source: Switch Transformer 2101.03961 Eq. 4-6, as transformers computes it.
+    Source: Switch Transformer 2101.03961 Eq. 4-6, over all layers as in transformers, and over the
+    whole batch as in 2501.11873: a loss per micro-batch would demand a balanced load of each one.
     """
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
-
-    loss = load_balancing_loss_func(
-        tuple(router_logits), _num_experts(model.config), model.config.num_experts_per_tok, mask
-    )
-    assert not isinstance(loss, int), "the model returned no router logits"
+    num_tokens = num_selected.sum() / model.config.num_experts_per_tok  # of all layers
+    shares = num_selected / num_tokens
+    mean_probabilities = probabilities / num_tokens
+    loss: Tensor = len(shares) * (shares * mean_probabilities).sum()
     return loss
 
 

@@ -38,14 +38,18 @@ class PolicyOutput(NamedTuple):
         divergences: Divergences from the teacher's distribution, [B, T]. None without a teacher.
         hidden_errors: Errors of the projected hidden states, [B, T]. None if `soft.hidden_weight`
             is 0, or without a teacher model.
-        balance_loss: The load-balancing loss of the routers, []. None without `router_loss`.
+        expert_probabilities: The sums of the routers' probabilities (`moe.ExpertLoad`), [E]. None
+            without `router_loss`.
+        num_selected: The number of tokens that each expert processes, [E]. None without
+            `router_loss`.
     """
 
     logprobs: Tensor
     entropies: Tensor
     divergences: Tensor | None = None
     hidden_errors: Tensor | None = None
-    balance_loss: Tensor | None = None
+    expert_probabilities: Tensor | None = None
+    num_selected: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +98,6 @@ class _ModelRun:
     # Positions [B, T] that predict completion tokens and whose hidden states are on this rank.
     mask: Tensor
     layout: packing.Layout | None = None  # of a packed stream
-    attention_mask: Tensor | None = None  # of a padded batch, [B, T]
 
     def predictor_states(self, hidden: Tensor) -> Tensor:
         """Returns the hidden states [N, H] at `mask`.
@@ -102,9 +105,17 @@ class _ModelRun:
         Args:
             hidden: The hidden states of the packed stream [1, tokens, H] or of the batch [B, T, H].
         """
+        return self.predictor_rows(hidden.flatten(0, 1))
+
+    def predictor_rows(self, rows: Tensor) -> Tensor:
+        """Returns the rows [N, ...] at `mask`.
+
+        Args:
+            rows: One row per token of the packed stream, or per position of the batch [B x T, ...].
+        """
         if self.layout is None:
-            return hidden[self.mask]
-        return hidden[0].index_select(0, self.layout.predictors)
+            return rows[self.mask.flatten()]
+        return rows.index_select(0, self.layout.predictors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +125,7 @@ class _States:
     last: Tensor  # of the last layer, [N, H]
     layers: list[Tensor]  # of the layers that are matched with the teacher's, [N, H] each
     mask: Tensor  # the N positions, [B, T] bool
-    balance_loss: Tensor | None
+    expert_load: moe.ExpertLoad | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,7 +159,7 @@ class Policy(nn.Module):
         Args:
             model: The model.
             head: Options of the output head.
-            router_loss: Whether to return the load-balancing loss of a mixture of experts.
+            router_loss: Whether to return the load of a mixture of experts.
             soft_targets: The teacher to compute divergences from.
             ulysses: Splits the stream of tokens across ranks (grpo/learning/ulysses.py).
 
@@ -198,12 +209,14 @@ class Policy(nn.Module):
         divergences = None
         if head_output.divergences:
             divergences = self._grid(head_output.divergences, states.mask)
+        load = states.expert_load
         return PolicyOutput(
             logprobs=logprobs,
             entropies=entropies,
             divergences=divergences,
             hidden_errors=hidden_errors,
-            balance_loss=states.balance_loss,
+            expert_probabilities=load.probabilities if load is not None else None,
+            num_selected=load.num_selected if load is not None else None,
         )
 
     def _grid(self, chunks: list[Tensor], mask: Tensor) -> Tensor:
@@ -252,16 +265,17 @@ class Policy(nn.Module):
             run = self._run_packed(batch, options)
         else:
             run = self._run_padded(batch, options)
-        balance_loss = None
+        expert_load = None
         if self._router_loss:
-            balance_loss = moe.balance_loss(
-                self.model, run.output.router_logits, run.attention_mask
-            )
+            # At the N positions only, so that the load does not depend on padding, or on how often
+            # a prompt is computed.
+            router_logits = [run.predictor_rows(logits) for logits in run.output.router_logits]
+            expert_load = moe.expert_load(self.model, router_logits)
         return _States(
             last=run.predictor_states(run.output.last_hidden_state),
             layers=[run.predictor_states(run.output.hidden_states[layer]) for layer in layers],
             mask=run.mask,
-            balance_loss=balance_loss,
+            expert_load=expert_load,
         )
 
     def _run_packed(self, batch: Batch, options: dict[str, Any]) -> _ModelRun:
@@ -283,7 +297,7 @@ class Policy(nn.Module):
         output = self.model.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options
         )
-        return _ModelRun(output=output, mask=batch.token_mask, attention_mask=batch.attention_mask)
+        return _ModelRun(output=output, mask=batch.token_mask)
 
     def _run_head(
         self, batch: Batch, states: _States, teacher_states: _States | None

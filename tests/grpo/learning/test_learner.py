@@ -12,11 +12,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import tiny_config
-from training_samples import STAGES_AND_DTYPES, padded_batches, random_samples
+from training_samples import STAGES_AND_DTYPES, grouped_samples, padded_batches, random_samples
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from grpo import config as configs
 from grpo.learning import models
-from grpo.learning.batch import token_weights
+from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.deepspeed_setup import learning_rate
 from grpo.learning.learner import Learner
 from grpo.learning.policy import HeadOptions, Policy
@@ -113,6 +114,53 @@ def naive_loss(model, rows):
         ratios = torch.exp(logprobs - logprobs.detach())
         total = total - weight * (ratios * torch.tensor(row.advantages)).sum()
     return total
+
+
+def balance_loss_of_transformers(model, rows):
+    """Returns the load-balancing loss of the tokens that predict completion tokens."""
+    length = max(len(row.token_ids) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), length)
+    counted = torch.zeros(len(rows), length)
+    for i, row in enumerate(rows):
+        num_tokens = len(row.token_ids)
+        ids[i, :num_tokens] = torch.tensor(row.token_ids)
+        attention_mask[i, :num_tokens] = 1
+        counted[i, row.prompt_length - 1 : num_tokens - 1] = 1
+    output = model(input_ids=ids, attention_mask=attention_mask, output_router_logits=True)
+    config = model.config
+    return load_balancing_loss_func(
+        output.router_logits, config.num_experts, config.num_experts_per_tok, counted
+    )
+
+
+@pytest.mark.parametrize(
+    ("attention", "max_tokens"), [("eager", 10_000), ("eager", 60), ("packed", 60)]
+)
+def test_the_balance_loss_is_that_of_the_whole_update(tiny, tmp_path, attention, max_tokens):
+    model_dir = tiny("tiny-qwen3-moe")
+    # Without advantages, only the balance loss trains the model.
+    rows = [replace(row, advantages=(0.0,) * len(row.advantages)) for row in grouped_samples()]
+    reference = models.load_model(model_dir, "eager")
+    expected_loss = balance_loss_of_transformers(reference, rows)
+    (10 * expected_loss).backward()
+    gradients = [parameter.grad for parameter in reference.parameters()]
+    expected_norm = torch.nn.utils.get_total_norm([each for each in gradients if each is not None])
+
+    settings = {"model": {"router_aux_coef": 10.0}, "algorithm": {"kl_coef": 0.0}}
+    config = tiny_config(tmp_path, model_dir, **settings)
+    learner = Learner(models.load_model(model_dir, attention), config, loss)
+    batches = micro_batches(
+        rows,
+        token_weights(rows, "sequence", 20),
+        max_tokens=max_tokens,
+        packed=attention == "packed",
+    )
+    assert len(batches) == 1 or max_tokens < 10_000
+    metrics = learner.update(batches)
+    assert metrics["router/balance"] == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(10 * expected_loss.item(), rel=1e-5)
+    assert metrics["policy/grad_norm"] == pytest.approx(float(expected_norm), rel=1e-4)
 
 
 @pytest.mark.parametrize(("stage", "dtype"), STAGES_AND_DTYPES)
