@@ -256,6 +256,12 @@ class AlgorithmSettings(Section):
         description="Lowest and highest allowed pass rate: problems whose last pass rate is "
         "outside are not drawn. `meta.pass_rate` counts as for `drop_solved`. Default: no limits.",
     )
+    max_reward: float | None = Field(
+        None,
+        description="For `drop_solved` and `pass_rate` with rewards that return no verdict, for "
+        "example your own: the reward, in the weighted sum, from which a completion counts as "
+        "correct. Default: without verdicts, pass rates are unknown.",
+    )
     truncated: Literal["keep", "mask"] = Field(
         "keep",
         description="Completions that are cut off at `sampling.max_tokens`: `keep` trains on "
@@ -326,6 +332,20 @@ class AlgorithmSettings(Section):
             raise ValueError(
                 "advantage=teacher does not use rewards: set no_signal=keep, and kl_in=loss if "
                 "kl_coef is above 0"
+            )
+        return self
+
+    @property
+    def has_pass_rate_filter(self) -> bool:
+        """Whether problems are excluded by their pass rate."""
+        return self.drop_solved is not None or self.pass_rate is not None
+
+    @model_validator(mode="after")
+    def _check_max_reward(self) -> AlgorithmSettings:
+        if self.max_reward is not None and not self.has_pass_rate_filter:
+            raise ValueError(
+                "max_reward has no effect without drop_solved or pass_rate: set one of them, or "
+                "remove it"
             )
         return self
 

@@ -540,6 +540,8 @@ DIAGNOSIS_RULES = (
     "waiting",
     "far",
     "language",
+    "merge",
+    "pass_rate",
 )
 
 

@@ -55,8 +55,8 @@ class Selection:
             `position` on.
         position: Position of the next problem in the training data.
         carried: Groups that are kept for the next rollout.
-        pass_rates: `pass_rate` of a problem's last group, by problem id. Recorded only if a filter
-            is set.
+        pass_rates: The last known `pass_rate` of a problem, by problem id. Recorded only if a
+            filter is set.
         max_undecided: Share of undecided completions in a rollout that stops the run.
         sampled: Groups that the current rollout has sampled so far.
         stream: Asynchronous rollouts, on rank 0 only: samples groups ahead of the learner.
@@ -153,21 +153,19 @@ class Selection:
     ) -> list[ScoredGroup]:
         """Returns `count` new groups, from the stream if there is one, and adds them to `sampled`.
 
-        Records their pass rates if a filter is set.
+        Records their pass rates, where known, if a filter is set.
         """
         if self.take_from_stream is not None:
             groups = self.take_from_stream(count)
         else:
             groups = sample_round(self.draw(count), round_number)
         self.sampled += groups
-        if self._has_filters:
+        if self.algorithm.has_pass_rate_filter:
             for scored in groups:
-                self.pass_rates[scored.group.problem.id] = pass_rate(scored)
+                rate = pass_rate(scored, self.algorithm.max_reward)
+                if rate is not None:
+                    self.pass_rates[scored.group.problem.id] = rate
         return groups
-
-    @property
-    def _has_filters(self) -> bool:
-        return self.algorithm.drop_solved is not None or self.algorithm.pass_rate is not None
 
     def draw(self, count: int) -> list[Problem]:
         """Returns the next `count` problems that pass the filters.
@@ -199,7 +197,7 @@ class Selection:
 
         A rate that this run has recorded takes precedence over `meta.pass_rate`.
         """
-        if not self._has_filters:
+        if not self.algorithm.has_pass_rate_filter:
             return True
         rate = self.pass_rates.get(problem.id, problem.meta.get("pass_rate"))
         if rate is None:
@@ -244,22 +242,21 @@ def has_training_signal(scored: ScoredGroup) -> bool:
     return "correct" in verdicts and "wrong" in verdicts
 
 
-def pass_rate(scored: ScoredGroup) -> float:
-    """Returns the share of correct completions among the decided ones, 0 if none is decided.
+def pass_rate(scored: ScoredGroup, max_reward: float | None) -> float | None:
+    """Returns the share of correct completions among the decided ones, None if it is unknown.
 
-    Without verdicts, the completions with the highest reward count as correct if the rewards
-    differ; if all rewards are equal, the result is 0.
+    It is unknown if no completion is decided. Without verdicts, a completion is correct if its
+    reward is at least `max_reward`; if that is None, the rate is unknown.
     """
     is_correct = [
         verdict.value == "correct"
         for verdict in scored.verdicts
         if verdict is not None and not is_undecided(verdict)
     ]
-    if not is_correct and rewards_differ(scored.rewards):
-        rewards = [reward for reward in scored.rewards if reward is not None]
-        is_correct = [reward == max(rewards) for reward in rewards]
+    if not is_correct and max_reward is not None:
+        is_correct = [reward >= max_reward for reward in scored.rewards if reward is not None]
     if not is_correct:
-        return 0.0
+        return None
     return sum(is_correct) / len(is_correct)
 
 

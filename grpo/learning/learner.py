@@ -326,6 +326,11 @@ class Learner:
                 self.num_updates, loss, step.grad_norm, self._settings, MAX_SKIPPED_UPDATES
             )
 
+    @torch.no_grad()
+    def merged_share(self) -> float | None:
+        """Returns the share of the adapters' change that `weights` has (`lora.merged_share`)."""
+        return lora.merged_share(self._policy.model)
+
     def weights(self) -> LearnerWeights:
         """Returns the policy's weights. All ranks must iterate over them together."""
         return LearnerWeights(self._policy.model, self._settings.zero_stage)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from grpo.config.model import LoraSettings
 
 ADAPTER = "default"  # peft's name of the adapter
+MEASURED_LAYERS = 16  # layers that `merged_share` looks at
 
 
 def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> None:
@@ -120,6 +121,29 @@ def merged_weight(weight: Tensor, layer: Any) -> Tensor:
     """
     delta: Tensor = layer.get_delta_weight(ADAPTER).float().to(weight.device)
     return (weight.float() + delta).to(weight.dtype)
+
+
+def merged_share(model: nn.Module) -> float | None:
+    """Returns the share of the adapters' change that is left in the merged weights.
+
+    It is 1 if the merge is exact. In bfloat16 a change of less than 2^-9 of a weight is lost by
+    rounding: with entries of 1e-5, 3 % is left of the change of weights around 0.02.
+
+    The share is the projection of merged - base onto the change: sum(change * (merged - base)) /
+    sum(change^2), over at most MEASURED_LAYERS layers. It is `None` for a model without adapters,
+    and as long as the adapters change nothing.
+    """
+    layers = list(adapted_layers(model).values())
+    stride = max(1, len(layers) // MEASURED_LAYERS)
+    kept = 0.0
+    total = 0.0
+    for layer in layers[::stride]:
+        weight = layer.get_base_layer().weight.data
+        change = layer.get_delta_weight(ADAPTER).float().to(weight.device)
+        merged_change = merged_weight(weight, layer).float() - weight.float()
+        kept += float((change * merged_change).sum())
+        total += float(change.square().sum())
+    return kept / total if total else None
 
 
 @contextlib.contextmanager

@@ -298,6 +298,17 @@ def _waiting(past: History) -> str | None:
     return None
 
 
+def _merge(past: History) -> str | None:
+    share = past.now("lora/merged")
+    if not share <= 0.5:
+        return None
+    return (
+        f"the weights of the engine have only {share:.0%} of the adapter's change, because merging "
+        "in bfloat16 rounds it away: set model.dtype=float32, or raise learner.lr or "
+        "model.lora.alpha (final/ is merged in the same way; adapter/ is exact)"
+    )
+
+
 def _above(
     key: str, limit: float, text: str, window: int = WINDOW
 ) -> Callable[[History], str | None]:
@@ -354,4 +365,12 @@ RULES: dict[str, Callable[[History], str | None]] = {
         "algorithm.kl_coef",
     ),
     "language": _language,
+    "merge": _merge,
+    "pass_rate": _above(
+        "group/rate_unknown",
+        0.5,
+        "{:.0%} of groups have no pass rate, because no reward returns a verdict: "
+        "algorithm.drop_solved and algorithm.pass_rate do not apply to their problems; set "
+        "algorithm.max_reward to the reward of a correct completion",
+    ),
 }

@@ -229,7 +229,9 @@ class Loop:
             full_batch = self._is_due(self.config.probe.full_batch_every)
             probe_report = self.weight_check.probe(full_batch=full_batch)
         self.progress.is_savable = True
-        return replace(report, sync=sync_report, probe=probe_report)
+        return replace(
+            report, sync=sync_report, probe=probe_report, merged_share=learner.merged_share()
+        )
 
     def _next_version(self) -> int:
         """Returns the version of the weights that sample the next rollout: 1 for the first."""

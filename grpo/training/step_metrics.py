@@ -12,6 +12,7 @@ from typing import Any
 from grpo.config import TrainConfig
 from grpo.engines import SyncReport
 from grpo.experience.group_metrics import advantage_histogram, group_metrics, mean, staleness
+from grpo.experience.selection import pass_rate
 from grpo.metrics import roofline
 from grpo.run import ranks
 from grpo.run.display import Timer
@@ -41,6 +42,7 @@ class StepReport:
         sync: The weight sync.
         probe: The comparison of engine and learner after the sync.
         evaluation: The metrics of the evaluation; None if none was due.
+        merged_share: With LoRA, the share of the adapters' change in the weights that were sent.
     """
 
     rollout: int
@@ -52,6 +54,7 @@ class StepReport:
     sync: SyncReport | None = None
     probe: ProbeReport | None = None
     evaluation: Mapping[str, float] | None = None
+    merged_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,10 @@ def _rollout_metrics(report: StepReport, config: TrainConfig) -> dict[str, Any]:
     metrics["group/sampled"] = float(len(groups.sampled))
     metrics["group/used"] = float(len(groups.used))
     metrics["group/carried"] = float(groups.num_carried)
+    if config.algorithm.has_pass_rate_filter:
+        max_reward = config.algorithm.max_reward
+        pass_rates = [pass_rate(scored, max_reward) for scored in groups.sampled]
+        metrics["group/rate_unknown"] = mean([float(rate is None) for rate in pass_rates])
     if config.train.max_staleness:
         # The learner's weights had version `rollout` before this step's updates.
         metrics.update(staleness(groups.used or groups.sampled, report.rollout))
@@ -142,6 +149,8 @@ def _sync_metrics(report: StepReport) -> dict[str, float]:
     if report.sync is not None:
         metrics["sync/seconds"] = report.sync.seconds
         metrics["sync/bytes"] = report.sync.num_bytes
+    if report.merged_share is not None:
+        metrics["lora/merged"] = report.merged_share
     if report.probe is not None:
         metrics.update(report.probe.metrics())
     return metrics

@@ -92,6 +92,7 @@ def test_parsing_a_resolved_config_gives_the_same_config():
         ({"kl_coef": 0.1, "kl_estimator": "k1"}, "the gradient of k1 has mean zero"),
         ({"kl_unbiased": True, "kl_in": "reward"}, "kl_unbiased=true requires kl_in=loss"),
         ({"old_logprobs": "sampler", "mismatch": "tis"}, "already includes the mismatch"),
+        ({"max_reward": 1.0}, "max_reward has no effect without drop_solved or pass_rate"),
         ({"reset_optimizer": True}, "reset_optimizer=true requires reference_reset"),
         ({"kl_unbiased": True, "kl_estimator": "k2"}, "does not have the gradient of the KL"),
         (
@@ -104,14 +105,20 @@ def test_parsing_a_resolved_config_gives_the_same_config():
             "clip_high: has no effect on loss sapo, only on grpo, gspo, gmpo",
         ),
         ({"ratio_max": 2.0}, "ratio_max: has no effect on loss grpo, only on cispo"),
-        ({"mismatch": "tiss"}, r"unknown correction 'tiss' \(did you mean tis\?\). Available: none,"),
+        (
+            {"mismatch": "tiss"},
+            r"unknown correction 'tiss' \(did you mean tis\?\). Available: none,",
+        ),
         ({"mismatch": {"weight": "token"}}, "weight=token without a mask needs an upper limit"),
         ({"mismatch": {"bounds": [0, 2]}}, "bounds has no effect with mask=none"),
         ({"mismatch": {"mask": "token", "bounds": [2, 1]}}, "expected two numbers >= 0, the lower"),
         ({"mismatch": {"mask": "token", "max": 2}}, "max has no effect with weight=none"),
         ({"mismatch": {"masks": "token"}}, r"mismatch\.masks: unknown key \(did you mean mask\?\)"),
         # Keys of earlier versions.
-        ({"mismatch": "tis", "mismatch_max": 3.0}, "mismatch_max: replaced by the keys of mismatch"),
+        (
+            {"mismatch": "tis", "mismatch_max": 3.0},
+            "mismatch_max: replaced by the keys of mismatch",
+        ),
         ({"mismatch": "mask_sequence", "mismatch_min": None}, "mismatch_min: replaced by the keys"),
         (
             {"preset": "on_policy_distill"},

@@ -53,21 +53,45 @@ def make_selection(**algorithm) -> Selection:
 
 
 @pytest.mark.parametrize(
-    ("values", "rate", "has_signal"),
+    ("values", "max_reward", "rate", "has_signal"),
     [
-        (("correct", "wrong", "wrong", "undecided"), 1 / 3, True),
-        (("correct", "correct"), 1.0, False),
-        (("wrong", "undecided"), 0.0, False),
-        (("undecided", "undecided"), 0.0, False),
-        # Without verdicts, the completions with the highest reward count as correct.
-        ((0.5, 0.2, None, 0.5), 2 / 3, True),
-        ((0.5, 0.5), 0.0, False),
+        (("correct", "wrong", "wrong", "undecided"), None, 1 / 3, True),
+        (("correct", "correct"), None, 1.0, False),
+        (("correct", "wrong"), 0.0, 0.5, True),  # verdicts take precedence over max_reward
+        (("wrong", "undecided"), None, 0.0, False),
+        (("undecided", "undecided"), None, None, False),
+        (("undecided", "undecided"), 1.0, None, False),
+        # Without verdicts, only max_reward tells which completions are correct.
+        ((0.5, 0.2, None, 0.5), None, None, True),
+        ((0.5, 0.5), None, None, False),
+        ((0.5, 0.2, None, 0.5), 0.5, 2 / 3, True),
+        ((0.5, 0.5), 0.5, 1.0, False),
+        ((0.5, 0.5), 1.0, 0.0, False),
     ],
 )
-def test_pass_rate_and_training_signal_of_a_group(values, rate, has_signal):
+def test_pass_rate_and_training_signal_of_a_group(values, max_reward, rate, has_signal):
     group = scored_group(PROBLEMS[0], *values)
-    assert pass_rate(group) == pytest.approx(rate)
+    assert pass_rate(group, max_reward) == pytest.approx(rate)
     assert has_training_signal(group) == has_signal
+
+
+@pytest.mark.parametrize(
+    ("max_reward", "recorded", "drawn"),
+    [(1.0, {"0": 1.0, "1": 7 / 8}, ["1", "2"]), (None, {}, ["0", "1"])],
+)
+def test_problems_solved_by_a_reward_without_verdicts_are_not_drawn_again(
+    max_reward, recorded, drawn
+):
+    selection = make_selection(drop_solved=0.9, max_reward=max_reward)
+    rewards = {"0": [1.0] * 8, "1": [1.0] * 7 + [0.0]}
+
+    def sample(problems, number):
+        return [scored_group(problem, *rewards[problem.id]) for problem in problems]
+
+    selection.collect(sample)
+    assert selection.pass_rates == recorded
+    selection.position = 0
+    assert [problem.id for problem in selection.draw(2)] == drawn
 
 
 def test_resampling_continues_until_enough_groups_have_a_training_signal():

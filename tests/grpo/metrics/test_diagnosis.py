@@ -97,6 +97,8 @@ FAULTY_RUNS = {
     ),
     "far": (metrics_rows(kl__ref=3.0), "KL of 3.0 per token"),
     "language": (metrics_rows(completion__language=0.6), "only 60% of the text"),
+    "merge": (metrics_rows(lora__merged=0.03), "have only 3% of the adapter's change"),
+    "pass_rate": (metrics_rows(group__rate_unknown=1.0), "100% of groups have no pass rate"),
 }
 
 

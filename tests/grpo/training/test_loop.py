@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from grpo.config.presets import PRESETS
 from grpo.experience.selection import has_training_signal, pass_rate
-from grpo.learning import models
+from grpo.learning import lora, models
 from grpo.learning.advantages import advantages, completion_lengths, to_samples
 from grpo.run.display import Timer
 from grpo.training.weight_sync import FirstGap
@@ -303,7 +303,7 @@ def test_a_group_with_verdicts_has_a_training_signal_only_if_the_verdicts_differ
     # Only the other rewards differ, for example a penalty for the length.
     all_correct = scored_group(("correct", "correct", "undecided"), (1.0, 0.5, None))
     assert not has_training_signal(all_correct)
-    assert pass_rate(all_correct) == 1.0
+    assert pass_rate(all_correct, None) == 1.0
     assert has_training_signal(scored_group((None, None), (1.0, 0.5)))
     # A reward without verdicts failed on one completion.
     assert has_training_signal(scored_group((None, None, "undecided"), (1.0, 0.5, None)))
@@ -460,6 +460,26 @@ def test_lora_changes_only_the_projections_and_its_reference_is_the_base_model(t
     assert changed == projections
     loop.step()
     assert loop.journal.latest_metrics["kl/ref"] > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "entry", "lowest", "highest"),
+    [("float32", 1e-5, 0.99, 1.01), ("bfloat16", 1e-5, 0, 0.1), ("bfloat16", 1e-2, 0.9, 1.1)],
+)
+def test_the_share_of_a_lora_adapter_that_survives_its_merge_is_measured(
+    tiny, tmp_path, dtype, entry, lowest, highest
+):
+    model = {**LORA["model"], "dtype": dtype}
+    loop = make_loop(tmp_path, tiny, **(LORA | {"model": model, "learner": {"zero_stage": 1}}))
+    learner = loop.updater.learner
+    assert learner.merged_share() is None  # the adapters change nothing yet
+    for layer in lora.adapted_layers(learner._policy.model).values():
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(layer.lora_B["default"].weight.shape, generator=generator)
+        layer.lora_B["default"].weight.data.copy_(noise)
+        change = layer.get_delta_weight("default")
+        layer.lora_B["default"].weight.data *= entry / change.abs().mean()
+    assert lowest <= learner.merged_share() <= highest
 
 
 def test_peft_loads_a_saved_lora_adapter(tiny, tmp_path):
