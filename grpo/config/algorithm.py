@@ -197,7 +197,8 @@ class AlgorithmSettings(Section):
     kl_in: Literal["loss", "reward"] = Field(
         "loss",
         description="Where the KL is applied: as a term of the loss, or as a penalty per token in "
-        "the reward.",
+        "the reward. The advantages `group_std`, `batch_std` and `centered_std` subtract the "
+        "penalties after the division by the standard deviation (OpenRLHF).",
     )
     kl_unbiased: bool = Field(
         False,

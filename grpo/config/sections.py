@@ -114,8 +114,9 @@ class SamplingSettings(Section):
         gt=0,
         le=1,
         description="Nucleus sampling: sample from the most likely tokens with this total "
-        "probability. Below 1 the sampler's distribution is not the policy's, and ratios between "
-        "them lose their meaning.",
+        "probability. Below 1, `grpo train` does not support corrections of whole sequences and "
+        "`algorithm.old_logprobs: sampler`: the engine's probabilities are then larger than the "
+        "policy's.",
     )
     top_k: int = Field(
         0, ge=0, description="Sample from this many most likely tokens. 0: from all tokens."
@@ -123,6 +124,11 @@ class SamplingSettings(Section):
     ignore_eos: bool = Field(
         False, description="Always sample `max_tokens` tokens, past the EOS token. For benchmarks."
     )
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether some tokens cannot be sampled."""
+        return self.top_p < 1 or self.top_k > 0
 
 
 class RewardSettings(Section):

@@ -186,6 +186,7 @@ class TrainConfig(SamplingStageConfig):
                 "model.float32_head does not support learner.zero_stage=3, which splits the head: "
                 "set it to 2 or less"
             )
+        self._check_truncated_sampling()
         self._check_sequence_length()
         if self.train.max_staleness and not self.engine.servers:
             raise ValueError(
@@ -218,6 +219,28 @@ class TrainConfig(SamplingStageConfig):
                 "model.teacher has no effect without algorithm.advantage=teacher (preset "
                 "on_policy_distill) or algorithm.kl_coef: set one of them, or remove it"
             )
+
+    def _check_truncated_sampling(self) -> None:
+        """Raises ValueError if the recipe needs the engine's probabilities of complete sequences.
+
+        With `top_p` or `top_k` they are normalized over the tokens that the engine may sample. The
+        learner's are not, so a completion of 1,000 tokens at top_p 0.95 has a ratio of 1e-19.
+        """
+        if not self.sampling.is_truncated:
+            return
+        algorithm = self.algorithm
+        if algorithm.old_logprobs == "sampler":
+            setting, alternative = "old_logprobs=sampler", "old_logprobs=learner"
+        elif algorithm.mismatch.uses_sequence_ratio:
+            setting, alternative = f"mismatch={algorithm.mismatch}", "mismatch=tis"
+        else:
+            return
+        raise ValueError(
+            f"algorithm.{setting} does not support sampling.top_p={self.sampling.top_p:g} and "
+            f"top_k={self.sampling.top_k}: the engine's probabilities are those of the tokens that "
+            "it may sample, the learner's of all tokens, and the ratio of a completion goes to 0. "
+            f"Set top_p=1 and top_k=0, or algorithm.{alternative}"
+        )
 
     def _check_sequence_length(self) -> None:
         """Raises ValueError if the longest sequence is too short or too long."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo import config as configs
 from grpo.config import SftConfig, TrainConfig
-from grpo.config.presets import describe_recipe
+from grpo.config.recipe import recipe_lines, recipe_warnings
 from grpo.engines import Request
 from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
@@ -133,7 +133,7 @@ def _load_inputs(config: TrainConfig) -> Inputs:
 def _run(
     config: TrainConfig, context: RunContext, inputs: Inputs, *, resume: bool, keep: bool
 ) -> None:
-    context.display.say(f"algorithm: {describe_recipe(config.algorithm)}")
+    context.display.say("algorithm: " + "\n".join(recipe_lines(config)))
     components = _load_components(config, context, inputs)
     loop = _make_loop(config, context, inputs, components)
     state = _load_checkpoint(loop, context) if resume else None
@@ -472,8 +472,10 @@ class _TrainStage:
         micro_batch_tokens = config.learner.micro_batch_tokens
         min_sequences = max(1, micro_batch_tokens // config.max_sequence_tokens)
         num_problems = settings.rollouts * settings.problems
+        recipe, *remarks = recipe_lines(config)
         lines = [
-            f"algorithm   {describe_recipe(config.algorithm)}",
+            f"algorithm   {recipe}",
+            *remarks,
             f"rollout     {settings.problems} problems x {settings.group_size} completions = "
             f"{num_completions} completions, at most {max_sampled_tokens:,} sampled tokens",
             f"update      {completions_per_update} completions ({num_updates} updates per "
@@ -521,7 +523,8 @@ class _TrainStage:
     def checks(
         self, config: TrainConfig, problems: Sequence[Problem], prompts: Prompts
     ) -> Iterator[Check]:
-        return iter(())
+        for warning in recipe_warnings(config):
+            yield Check("warn", "recipe", warning)
 
 
 STAGE: Stage[TrainConfig] = _TrainStage()

@@ -1,0 +1,81 @@
+"""What a run prints about its recipe: the formulas, reasons for usual differences, and warnings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo.config.algorithm import MISMATCH_FORMS
+from grpo.config.presets import PRESETS, describe_recipe
+from grpo.config.train import TrainConfig
+
+# Below this number of completions, the gradient of a mini-batch is mostly noise.
+MIN_MINI_BATCH = 64
+
+# Why the configs in configs/ set a key to a value that is not the preset's: (key, value, reason).
+REASONS: list[tuple[str, Any, str]] = [
+    (
+        "algorithm.mismatch",
+        MISMATCH_FORMS["tis"],
+        "the engine rounds differently from the learner, above all in bfloat16; truncated "
+        "importance sampling corrects for the difference",
+    ),
+    (
+        "algorithm.kl_coef",
+        0.001,
+        "R1's coefficient; DeepSeekMath's 0.04 holds the policy close to its start",
+    ),
+    (
+        "learner.betas",
+        (0.9, 0.95),
+        "the second moment averages 20 updates instead of 1,000, as in MiniMax-M1 and OpenRLHF; "
+        "a run of RL has few updates, and the scale of its gradients changes",
+    ),
+]
+
+
+def recipe_lines(config: TrainConfig) -> list[str]:
+    """Returns the recipe, the reasons for usual differences from its preset, and the warnings.
+
+    For example `["grpo (DeepSeekMath ...): equation ...", "  kl_coef=0.001: R1's ..."]`.
+    """
+    lines = [describe_recipe(config.algorithm)]
+    preset = PRESETS[config.algorithm.preset]
+    for path, value, reason in REASONS:
+        section_name, _, key = path.partition(".")
+        is_set = getattr(getattr(config, section_name), key) == value
+        if is_set and preset.settings.get(path) != value:
+            lines.append(f"  {key}={value}: {reason}")
+    lines += [f"  warning: {warning}" for warning in recipe_warnings(config)]
+    return lines
+
+
+def recipe_warnings(config: TrainConfig) -> list[str]:
+    """Returns what is allowed in a recipe, but weakens it."""
+    warnings = []
+    sampling = config.sampling
+    if sampling.is_truncated and _has_sampler_ratios(config):
+        warnings.append(
+            f"sampling.top_p={sampling.top_p:g} and top_k={sampling.top_k}: the engine's "
+            "probabilities are those of the tokens that it may sample, the learner's of all "
+            "tokens, so that the ratio of each token is too small. Set top_p=1 and top_k=0"
+        )
+    num_completions = config.train.num_completions
+    num_updates = config.train.updates_per_rollout
+    mini_batch = num_completions // num_updates
+    if mini_batch < MIN_MINI_BATCH:
+        warnings.append(
+            f"an update has {mini_batch} completions ({num_completions} per rollout / "
+            f"train.updates_per_rollout={num_updates}): fewer than {MIN_MINI_BATCH} are mostly "
+            "noise. Raise train.problems, or lower train.updates_per_rollout"
+        )
+    return warnings
+
+
+def _has_sampler_ratios(config: TrainConfig) -> bool:
+    """Returns whether a ratio to the sampler's probabilities is part of the loss.
+
+    Without a mismatch correction it is for tokens of older weights: those of asynchronous rollouts,
+    and those of groups that dynamic sampling has carried over.
+    """
+    has_older_tokens = config.train.max_staleness > 0 or config.algorithm.no_signal == "resample"
+    return has_older_tokens or not config.algorithm.mismatch.is_none
