@@ -1,8 +1,8 @@
 """The published recipes by name (presets), and a recipe's formulas as text.
 
-A preset sets the keys, of any section, that the config does not set itself. It sets no sizes and no
-learning rates: those are in configs/. docs/algorithms.md has the same table; a test compares the
-two.
+A preset sets the keys, of any section, that the config does not set itself. It sets no numbers of
+problems or completions and no learning rates: those are in configs/. docs/algorithms.md has the
+same table; a test compares the two.
 """
 
 from __future__ import annotations
@@ -71,14 +71,18 @@ PRESETS = {
     ),
     "dr_grpo": Preset(
         source="Dr.GRPO 2503.20783",
-        settings=_algorithm(
-            advantage="none",
-            loss="grpo",
-            reduction="constant",
-            kl_coef=0.0,
-            clip_low=0.2,
-            clip_high=0.2,
-        ),
+        settings={
+            **_algorithm(
+                advantage="none",
+                loss="grpo",
+                reduction="constant",
+                kl_coef=0.0,
+                clip_low=0.2,
+                clip_high=0.2,
+            ),
+            "train.updates_per_rollout": 8,
+        },
+        note="the authors' scripts update on 128 of 1,024 completions",
     ),
     "dapo": Preset(
         source="DAPO 2503.14476 Eq. 8, 11, 13",
@@ -95,7 +99,8 @@ PRESETS = {
             "train.updates_per_rollout": 16,
             "rewards": {"accuracy": 2.0, "length": 1.0},
         },
-        note="accuracy 0 or 2 instead of -1 or 1: the advantages are the same",
+        note="accuracy 0 or 2 instead of -1 or 1: the advantages are the same. Eq. 8 read "
+        "literally is reduction prompt; the implementations (verl, TRL) use token",
     ),
     "gspo": Preset(
         source="GSPO 2507.18071 Eq. 5, 7",
@@ -112,11 +117,24 @@ PRESETS = {
         },
     ),
     "cispo": Preset(
-        source="MiniMax-M1 2506.13585 Eq. 4, 5",
-        settings=_algorithm(
-            loss="cispo", ratio_max=5.0, kl_coef=0.0, advantage="group_std", reduction="token"
-        ),
-        note="the paper gives no cap; 5 is ScaleRL's",
+        source="MiniMax-M1 2506.13585 Eq. 4, 5, section 3.2",
+        settings={
+            **_algorithm(
+                loss="cispo",
+                ratio_max=5.0,
+                kl_coef=0.0,
+                advantage="group_std",
+                reduction="token",
+                no_signal="resample",
+            ),
+            "train.updates_per_rollout": 16,
+            "rewards": {"accuracy": 2.0, "length": 1.0},
+            "model.float32_head": True,
+            "learner.betas": (0.9, 0.95),
+            "learner.eps": 1e-15,
+        },
+        note="the paper gives no cap, 5 is ScaleRL's; dynamic sampling and the length penalty are "
+        "DAPO's; the early stop of repetitions is not implemented",
     ),
     "rloo": Preset(
         source="RLOO 2402.14740 section 3.3",
@@ -132,16 +150,21 @@ PRESETS = {
     ),
     "reinforce_pp": Preset(
         source="REINFORCE++ 2501.03262 Eq. 8-10",
-        settings=_algorithm(
-            advantage="batch",
-            loss="grpo",
-            reduction="sequence",
-            kl_coef=0.001,
-            kl_estimator="k1",
-            kl_in="reward",
-            clip_low=0.2,
-            clip_high=0.2,
-        ),
+        settings={
+            **_algorithm(
+                advantage="batch",
+                loss="grpo",
+                reduction="sequence",
+                kl_coef=0.001,
+                kl_estimator="k1",
+                kl_in="reward",
+                clip_low=0.2,
+                clip_high=0.2,
+            ),
+            "train.updates_per_rollout": 8,
+        },
+        note="v1 of the paper: 256 problems x 4 completions, updates of 128 (OpenRLHF counts "
+        "completions)",
     ),
     "lite_ppo": Preset(
         source="Lite-PPO 2508.08221",
@@ -153,6 +176,8 @@ PRESETS = {
             clip_low=0.2,
             clip_high=0.2,
         ),
+        note="one update of 1,024 completions per rollout, as in the paper: the ratio is 1, and "
+        "the clip does not act",
     ),
     "scalerl": Preset(
         source="ScaleRL 2510.13786",
@@ -174,24 +199,32 @@ PRESETS = {
     ),
     "sapo": Preset(
         source="SAPO 2511.20347",
-        settings=_algorithm(advantage="group_std", loss="sapo", reduction="sequence", kl_coef=0.0),
+        settings={
+            **_algorithm(advantage="group_std", loss="sapo", reduction="sequence", kl_coef=0.0),
+            "train.updates_per_rollout": 4,
+        },
     ),
     "gmpo": Preset(
         source="GMPO 2507.20673 Eq. 4",
-        settings=_algorithm(
-            advantage="group_std",
-            loss="gmpo",
-            reduction="sequence",
-            kl_coef=0.0,
-            clip_low=0.4,
-            clip_high=0.4,
-        ),
-        note="clip_low and clip_high bound the log of the ratio",
+        settings={
+            **_algorithm(
+                advantage="group_std",
+                loss="gmpo",
+                reduction="sequence",
+                kl_coef=0.0,
+                clip_low=0.4,
+                clip_high=0.4,
+            ),
+            "train.updates_per_rollout": 8,
+        },
+        note="clip_low and clip_high bound the log of the ratio; the authors' scripts update on "
+        "128 of 1,024 completions",
     ),
     "on_policy_distill": Preset(
         source="on-policy distillation: GKD 2306.13649, Qwen3 2505.09388 section 4.5",
         settings=_algorithm(advantage="teacher", loss="reinforce", reduction="token", kl_coef=0.0),
-        note="the teacher is model.teacher; rewards are reported but not used",
+        note="the teacher is model.teacher; advantages are clamped to +-10 (verl); rewards are "
+        "reported but not used",
     ),
 }
 
