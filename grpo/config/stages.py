@@ -276,6 +276,9 @@ class SoftTargetSettings(Section):
         return self
 
 
+ON_POLICY_LR = 1e-6  # default learning rate of `grpo distill` with way on_policy
+
+
 class DistillConfig(SamplingStageConfig):
     """The config of `grpo distill`: `model` is the student, `model.teacher` the teacher."""
 
@@ -307,8 +310,20 @@ class DistillConfig(SamplingStageConfig):
     )
     learner: SftLearnerSettings = Field(
         SftLearnerSettings(),
-        description="Optimizer, learning rate schedule, memory and parallelism.",
+        description="Optimizer, learning rate schedule, memory and parallelism. With way "
+        "on_policy, the default of `lr` is 1e-6 (verl, slime, TRL; verl uses 1e-5 for 0.6B).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_learning_rate_of_on_policy(cls, tree: Any) -> Any:
+        """Sets the learning rate of way on_policy, which is RL, if the config does not set it."""
+        if not isinstance(tree, dict) or tree.get("way") != "on_policy":
+            return tree
+        learner = tree.get("learner") or {}
+        if not isinstance(learner, dict):  # its validation raises an error
+            return tree
+        return {**tree, "learner": {"lr": ON_POLICY_LR, **learner}}
 
     @property
     def algorithm(self) -> AlgorithmSettings:

@@ -356,6 +356,22 @@ def test_too_long_text_raises_before_a_model_is_loaded(tiny, tmp_path):
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("way", "learner", "lr"),
+    [
+        ({"way": "on_policy", "train": {"rollouts": 1}}, {}, 1e-6),
+        ({"way": "on_policy", "train": {"rollouts": 1}}, {"lr": 1e-4}, 1e-4),
+        ({"way": "soft", "soft": {"updates": 1}}, {}, 2e-5),
+    ],
+)
+def test_on_policy_distillation_has_the_learning_rate_of_rl(tiny, tmp_path, way, learner, lr):
+    path = distill_config(tmp_path, tiny, **way, learner=learner | {"zero_stage": 1})
+    config = configs.load(str(path), kind=DistillConfig)
+    assert config.learner.lr == lr
+    for part in config.stage_configs().values():
+        assert part.learner.lr == lr
+
+
 def test_on_policy_distillation_without_answers_uses_every_completion(tiny, tmp_path):
     def undecided(completion, problem):
         return None
