@@ -34,8 +34,9 @@ PROMPT_TOKENS = 96  # three KV blocks of the default size on a CPU; the prefix c
 # Default limits of the gap. Measured: 1e-6 in float32, 0.03-0.07 in bfloat16 on SmolLM2-135M.
 MAX_GAP_FLOAT32 = 1e-3
 MAX_GAP_LOW_PRECISION = 0.2
-# A gap below this share of `max_gap` is healthy, whatever the first gap was.
-HEALTHY_SHARE = 0.1
+# A gap below this share of `max_gap` is healthy, whatever the first gap was. With right weights,
+# the gaps of three runs of the quickstart were 0.003 to 0.022, up to 5.5 times the first one.
+HEALTHY_SHARE = 0.25
 # The gap of one size of batch may exceed the limit of the mean by this factor: it is a mean over
 # fewer tokens, which varies more.
 BATCH_SIZE_FACTOR = 2.0
