@@ -15,7 +15,15 @@ from grpo.config.reading import Section, did_you_mean
 MASK_BOUNDS = {
     "token": (0.5, 5.0),  # IcePop, Ring-1T 2510.18855
     "sequence": (0.0, 3.0),  # TRL's cap
-    "geometric": (0.999, 1.001),  # verl's and slime's geometric mask
+    "geometric": (0.999, 1.001),  # verl's presets with a geometric mask
+}
+# Bounds of the corrections in versions that had the keys mismatch_min and mismatch_max.
+EARLIER_BOUNDS = {
+    "tis": (0.0, 2.0),
+    "mis_token": (0.0, 3.0),
+    "mis_sequence": (0.0, 3.0),
+    "icepop": (0.5, 5.0),
+    "mask_sequence": (0.5, 2.0),
 }
 
 
@@ -48,8 +56,8 @@ class MismatchSettings(Section):
     max: float | None = Field(
         None,
         gt=0,
-        description="Upper limit of the weight; 2 is common. Required for a weight without a mask. "
-        "Default: no limit.",
+        description="Upper limit of the weight; 2 is common. Required unless a mask limits the "
+        "weight. Default: no limit.",
     )
 
     @model_validator(mode="before")
@@ -72,11 +80,18 @@ class MismatchSettings(Section):
         if self.weight == "none":
             if self.max is not None:
                 raise ValueError("max has no effect with weight=none: set weight, or remove max")
-        elif self.mask == "none" and self.max is None:
+        elif self.max is None and not self._mask_limits_weight:
             raise ValueError(
-                f"weight={self.weight} without a mask needs an upper limit: set max=2, or a mask"
+                f"weight={self.weight} with mask={self.mask} has no upper limit: set max=2, or "
+                f"mask={self.weight}"
             )
         return self
+
+    @property
+    def _mask_limits_weight(self) -> bool:
+        if self.weight == "token":
+            return self.mask != "none"
+        return self.mask == self.weight
 
     @property
     def is_none(self) -> bool:
@@ -283,21 +298,36 @@ class AlgorithmSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_config_of_earlier_version(cls, tree: Any) -> Any:
-        """Removes mismatch_min and mismatch_max, which a run of an earlier version has recorded.
+        """Translates mismatch_min and mismatch_max, the bounds of a correction in earlier versions.
 
-        Raises ValueError if the correction had other bounds then.
+        The configs that their runs have recorded contain both keys.
         """
-        if not isinstance(tree, dict):
+        if not isinstance(tree, dict) or not {"mismatch_min", "mismatch_max"} & tree.keys():
             return tree
         tree = dict(tree)
-        for key in ("mismatch_min", "mismatch_max"):
-            if key not in tree:
-                continue
-            if tree.pop(key) is not None or tree.get("mismatch") == "mask_sequence":
-                raise ValueError(
-                    f"{key}: replaced by the keys of mismatch, e.g. "
-                    "mismatch={mask: geometric, bounds: [0.5, 2.0]}"
-                )
+        low = tree.pop("mismatch_min", None)
+        high = tree.pop("mismatch_max", None)
+        name = tree.get("mismatch")
+        if name not in EARLIER_BOUNDS:
+            if low is None and high is None:
+                return tree
+            raise ValueError(
+                "mismatch_min and mismatch_max are keys of earlier versions. Set the bounds in "
+                "mismatch, e.g. mismatch={mask: token, bounds: [0.5, 5], weight: token}"
+            )
+        default_low, default_high = EARLIER_BOUNDS[name]
+        low = default_low if low is None else low
+        high = default_high if high is None else high
+        if name != "tis":
+            form = MISMATCH_FORMS[name]
+            tree["mismatch"] = {"mask": form.mask, "bounds": [low, high], "weight": form.weight}
+        elif low == 0:
+            tree["mismatch"] = {"weight": "token", "max": high}
+        else:
+            raise ValueError(
+                f"mismatch_min={low} with mismatch=tis: a weight has no lower limit any more. "
+                "Remove mismatch_min"
+            )
         return tree
 
     @model_validator(mode="after")
@@ -362,7 +392,8 @@ class AlgorithmSettings(Section):
     def _check_sampler_logprobs(self) -> AlgorithmSettings:
         if self.old_logprobs == "sampler" and not self.mismatch.is_none:
             raise ValueError(
-                f"old_logprobs=sampler with mismatch={self.mismatch}: the ratio to the sampler "
-                "already includes the mismatch. Set mismatch=none, or old_logprobs=learner"
+                f"old_logprobs=sampler with mismatch={self.mismatch} and preset={self.preset}: the "
+                "ratio to the sampler already includes the mismatch. Set mismatch=none, or "
+                "old_logprobs=learner"
             )
         return self

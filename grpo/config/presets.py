@@ -117,7 +117,7 @@ PRESETS = {
         },
     ),
     "cispo": Preset(
-        source="MiniMax-M1 2506.13585 Eq. 4, 5, section 3.2",
+        source="MiniMax-M1 2506.13585 Eq. 4, 5, section 3",
         settings={
             **_algorithm(
                 loss="cispo",
@@ -163,8 +163,8 @@ PRESETS = {
             ),
             "train.updates_per_rollout": 8,
         },
-        note="v1 of the paper: 256 problems x 4 completions, updates of 128 (OpenRLHF counts "
-        "completions)",
+        note="v1 of the paper gives 256 for a rollout, 4 completions and 128 for an update; in "
+        "OpenRLHF these are problems and completions, which makes 8 updates",
     ),
     "lite_ppo": Preset(
         source="Lite-PPO 2508.08221",
@@ -176,8 +176,8 @@ PRESETS = {
             clip_low=0.2,
             clip_high=0.2,
         ),
-        note="one update of 1,024 completions per rollout, as in the paper: the ratio is 1, and "
-        "the clip does not act",
+        note="the paper's batch of 1,024 is its rollout of 128 problems x 8 completions: with one "
+        "update the ratio is 1, and the clip does not act",
     ),
     "scalerl": Preset(
         source="ScaleRL 2510.13786",
@@ -203,6 +203,7 @@ PRESETS = {
             **_algorithm(advantage="group_std", loss="sapo", reduction="sequence", kl_coef=0.0),
             "train.updates_per_rollout": 4,
         },
+        note="4 updates as for Qwen3-30B-A3B and in verl's script",
     ),
     "gmpo": Preset(
         source="GMPO 2507.20673 Eq. 4",
@@ -314,6 +315,10 @@ ADVANTAGES = {
     "teacher": "log pi_teacher - log pi_old at each token",
 }
 
+# Advantages that divide by a standard deviation of rewards (`NORMALIZED_KINDS` in
+# grpo/learning/advantages.py).
+STD_ADVANTAGES = ("group_std", "batch_std", "centered_std")
+
 REDUCTIONS = {
     "sequence": "mean over completions of the mean over tokens",
     "token": "mean over all tokens",
@@ -357,6 +362,8 @@ def _kl_formula(algorithm: AlgorithmSettings) -> str:
     if not algorithm.kl_coef:
         return "none"
     kl = f"{algorithm.kl_coef:g} {algorithm.kl_estimator} in the {algorithm.kl_in}"
+    if algorithm.kl_in == "reward" and algorithm.advantage in STD_ADVANTAGES:
+        kl += " after the normalization"
     if algorithm.reference_reset:
         kl += f", reference reset every {algorithm.reference_reset} updates"
     return kl

@@ -137,7 +137,10 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise UserError(f"{override}: {parent} is a value, not a section")
+                raise UserError(
+                    f"{override}: {parent} has a value without keys. Set it as a whole, "
+                    f"{parent}={{{leaf}: ...}}"
+                )
         section[leaf] = _parse_value(override, text)
     return tree
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from grpo.config.algorithm import MISMATCH_FORMS
@@ -11,26 +12,53 @@ from grpo.config.train import TrainConfig
 # Below this number of completions, the gradient of a mini-batch is mostly noise.
 MIN_MINI_BATCH = 64
 
-# Why the configs in configs/ set a key to a value that is not the preset's: (key, value, reason).
-REASONS: list[tuple[str, Any, str]] = [
-    (
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a config sets a key to another value than its preset.
+
+    Attributes:
+        path: The key, e.g. `learner.betas`.
+        preset_value: Its value in the preset, None if the preset does not set it.
+        value: Its value in the config.
+        text: The reason.
+    """
+
+    path: str
+    preset_value: Any
+    value: Any
+    text: str
+
+
+# The differences of the configs in configs/.
+REASONS = (
+    Reason(
         "algorithm.mismatch",
+        None,
         MISMATCH_FORMS["tis"],
         "the engine rounds differently from the learner, above all in bfloat16; truncated "
         "importance sampling corrects for the difference",
     ),
-    (
+    Reason(
         "algorithm.kl_coef",
+        0.04,
         0.001,
         "R1's coefficient; DeepSeekMath's 0.04 holds the policy close to its start",
     ),
-    (
+    Reason(
+        "algorithm.kl_coef",
+        0.001,
+        0.0,
+        "saves the memory and the scoring pass of the reference model",
+    ),
+    Reason(
         "learner.betas",
+        None,
         (0.9, 0.95),
         "the second moment averages 20 updates instead of 1,000, as in MiniMax-M1 and OpenRLHF; "
         "a run of RL has few updates, and the scale of its gradients changes",
     ),
-]
+)
 
 
 def recipe_lines(config: TrainConfig) -> list[str]:
@@ -40,17 +68,17 @@ def recipe_lines(config: TrainConfig) -> list[str]:
     """
     lines = [describe_recipe(config.algorithm)]
     preset = PRESETS[config.algorithm.preset]
-    for path, value, reason in REASONS:
-        section_name, _, key = path.partition(".")
-        is_set = getattr(getattr(config, section_name), key) == value
-        if is_set and preset.settings.get(path) != value:
-            lines.append(f"  {key}={value}: {reason}")
+    for reason in REASONS:
+        section_name, _, key = reason.path.partition(".")
+        value = getattr(getattr(config, section_name), key)
+        if value == reason.value and preset.settings.get(reason.path) == reason.preset_value:
+            lines.append(f"  {key}={value}: {reason.text}")
     lines += [f"  warning: {warning}" for warning in recipe_warnings(config)]
     return lines
 
 
 def recipe_warnings(config: TrainConfig) -> list[str]:
-    """Returns what is allowed in a recipe, but weakens it."""
+    """Returns a message for each setting that is valid, but weakens the recipe."""
     warnings = []
     sampling = config.sampling
     if sampling.is_truncated and _has_sampler_ratios(config):

@@ -311,7 +311,8 @@ class DistillConfig(SamplingStageConfig):
     learner: SftLearnerSettings = Field(
         SftLearnerSettings(),
         description="Optimizer, learning rate schedule, memory and parallelism. With way "
-        "on_policy, the default of `lr` is 1e-6 (verl, slime, TRL; verl uses 1e-5 for 0.6B).",
+        "on_policy, the default of `lr` is 1e-6 (verl, slime, TRL); verl uses 1e-5 for 0.6B, "
+        "Tinker 1e-4 for LoRA.",
     )
 
     @model_validator(mode="before")
@@ -321,7 +322,7 @@ class DistillConfig(SamplingStageConfig):
         if not isinstance(tree, dict) or tree.get("way") != "on_policy":
             return tree
         learner = tree.get("learner") or {}
-        if not isinstance(learner, dict):  # its validation raises an error
+        if not isinstance(learner, dict):
             return tree
         return {**tree, "learner": {"lr": ON_POLICY_LR, **learner}}
 

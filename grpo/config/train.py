@@ -28,6 +28,9 @@ from grpo.config.sections import (
 )
 from grpo.types import UserError
 
+# Losses whose ratio is that of a complete sequence.
+SEQUENCE_LOSSES = ("gspo", "gmpo")
+
 
 class RunConfig(Section):
     """The keys that the configs of all commands except `grpo pipeline` have."""
@@ -183,8 +186,9 @@ class TrainConfig(SamplingStageConfig):
         self.model.check_sequence_parallel(self.learner.sequence_parallel)
         if self.model.float32_head and self.learner.zero_stage == 3:
             raise ValueError(
-                "model.float32_head does not support learner.zero_stage=3, which splits the head: "
-                "set it to 2 or less"
+                "model.float32_head (set by the presets cispo and scalerl) does not support "
+                "learner.zero_stage=3, which splits the head: set learner.zero_stage to 2 or less, "
+                "or model.float32_head=false"
             )
         self._check_truncated_sampling()
         self._check_sequence_length()
@@ -221,25 +225,31 @@ class TrainConfig(SamplingStageConfig):
             )
 
     def _check_truncated_sampling(self) -> None:
-        """Raises ValueError if the recipe needs the engine's probabilities of complete sequences.
+        """Raises ValueError if truncated sampling spoils the ratios of the recipe.
 
-        With `top_p` or `top_k` they are normalized over the tokens that the engine may sample. The
-        learner's are not, so a completion of 1,000 tokens at top_p 0.95 has a ratio of 1e-19.
+        With `top_p` or `top_k`, the engine's probabilities are normalized over the tokens that it
+        may sample, and the learner's over all tokens. The ratio of a token is too small by up to
+        top_p, and the errors of a completion's tokens multiply.
         """
         if not self.sampling.is_truncated:
             return
         algorithm = self.algorithm
+        has_older_tokens = self.train.max_staleness > 0 or algorithm.no_signal == "resample"
         if algorithm.old_logprobs == "sampler":
             setting, alternative = "old_logprobs=sampler", "old_logprobs=learner"
         elif algorithm.mismatch.uses_sequence_ratio:
             setting, alternative = f"mismatch={algorithm.mismatch}", "mismatch=tis"
+        elif algorithm.loss in SEQUENCE_LOSSES and has_older_tokens and algorithm.mismatch.is_none:
+            # pi_old of tokens of older weights is the sampler's (`Updater._old_logprobs`).
+            setting, alternative = f"loss={algorithm.loss} without a correction", "mismatch=tis"
         else:
             return
         raise ValueError(
-            f"algorithm.{setting} does not support sampling.top_p={self.sampling.top_p:g} and "
-            f"top_k={self.sampling.top_k}: the engine's probabilities are those of the tokens that "
-            "it may sample, the learner's of all tokens, and the ratio of a completion goes to 0. "
-            f"Set top_p=1 and top_k=0, or algorithm.{alternative}"
+            f"algorithm.{setting} (preset={algorithm.preset}) does not support "
+            f"sampling.top_p={self.sampling.top_p:g} and top_k={self.sampling.top_k}: the engine's "
+            "probabilities are those of the tokens that it may sample, the learner's of all "
+            "tokens, and the error of their ratio grows with every token. Set top_p=1 and top_k=0, "
+            f"or algorithm.{alternative}"
         )
 
     def _check_sequence_length(self) -> None:

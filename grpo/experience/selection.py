@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from grpo.experience.stream import Stream
 
 MAX_EXCLUDED = 10_000  # consecutive problems that the filters may exclude before the run stops
+# A weighted sum of rewards may be less than `algorithm.max_reward` by rounding: 0.7 + 0.1 < 0.8.
+REWARD_TOLERANCE = 1e-6
 # Lower bound of the expected share of groups with a training signal: a round of dynamic sampling
 # draws at most 8 problems per missing group.
 MIN_SIGNAL_SHARE = 1 / 8
@@ -254,7 +256,8 @@ def pass_rate(scored: ScoredGroup, max_reward: float | None) -> float | None:
         if verdict is not None and not is_undecided(verdict)
     ]
     if not is_correct and max_reward is not None:
-        is_correct = [reward >= max_reward for reward in scored.rewards if reward is not None]
+        threshold = max_reward - REWARD_TOLERANCE
+        is_correct = [reward >= threshold for reward in scored.rewards if reward is not None]
     if not is_correct:
         return None
     return sum(is_correct) / len(is_correct)

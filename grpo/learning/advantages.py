@@ -67,8 +67,8 @@ def advantages(
     For the first three kinds, the penalties of token t and all later tokens are subtracted from the
     normalized reward. If they were part of r, a group with equal rewards would have advantages of
     +-1 from penalties of 1e-5.
-    Source: OpenRLHF and ROLL, which normalize the rewards of a group and then subtract the KL.
-    DeepSeekMath defines no KL in the reward.
+    Source: OpenRLHF's group_norm, for `group_std`. DeepSeekMath defines no KL in the reward, and
+    the papers of the other two kinds have none.
 
     Example:
         `advantages([[1, 0, 0, 1]], [[1, 1, 1, 2]], "group_std")` returns
@@ -223,9 +223,18 @@ def _teacher_advantages(penalties_PGL: Penalties) -> list[list[tuple[float, ...]
     for penalties_GL in penalties_PGL:
         advantages_GL: list[tuple[float, ...]] = []
         for penalties_L in penalties_GL:
-            advantages_GL.append(tuple(min(limit, max(-limit, -value)) for value in penalties_L))
+            advantages_GL.append(tuple(_clamp(-value, limit) for value in penalties_L))
         advantages_PGL.append(advantages_GL)
     return advantages_PGL
+
+
+def _clamp(value: float, limit: float) -> float:
+    """Returns the value, at most `limit` away from 0. NaN stays NaN, so that the update fails."""
+    if value > limit:
+        return limit
+    if value < -limit:
+        return -limit
+    return value
 
 
 def _repeat_for_tokens(

@@ -18,7 +18,7 @@ from grpo.types import Batch, UserError
 
 # Upper limit of k3, as in verl and OpenRLHF. Without it, a token that the policy has made much less
 # likely than the reference (d = -10: k3 = 22,000) outweighs all others. A token at the limit (d
-# below -2.6) has no gradient.
+# below -2.6 or above 11) has no gradient.
 MAX_K3 = 10.0
 
 

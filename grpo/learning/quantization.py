@@ -176,7 +176,7 @@ def _forward(layer: Any, rounding: Rounding, x: Tensor) -> Tensor:
 def rounded_activations(x: Tensor) -> Tensor:
     """Returns activations rounded to int8 with one scale per token, in their own dtype.
 
-    The scale is absmax / 127 in float32, and values are multiplied by its inverse, as in vLLM's
+    The scale is absmax / 127 in float32, and values are multiplied by its inverse, as in vLLM's CPU
     kernel (`onednn_scaled_int8_quant`). compressed-tensors divides by 127.5 instead, in the dtype
     of the activations.
 
@@ -186,7 +186,8 @@ def rounded_activations(x: Tensor) -> Tensor:
     import torch
 
     scales = x.float().abs().amax(-1, keepdim=True) / 127
-    inverses = torch.where(scales > 0, 1 / scales, 0.0)
+    has_inverse = scales >= torch.finfo(torch.float32).tiny
+    inverses = torch.where(has_inverse, 1 / scales, 0.0)
     levels = (x.float() * inverses).round()
     return (levels * scales).to(x.dtype)
 

@@ -163,8 +163,8 @@ def _mismatch(past: History) -> str | None:
         return None
     return (
         f"engine and learner disagree: mean absolute difference of logprobs {gap:.2f}, effective "
-        f"sample size {effective_share:.0%}; use a mismatch correction (algorithm.mismatch=tis), "
-        "model.float32_head, or float32"
+        f"sample size {effective_share:.0%}; use a mismatch correction (algorithm.mismatch=tis, or "
+        "a mask), model.float32_head, or float32"
     )
 
 
@@ -304,8 +304,8 @@ def _merge(past: History) -> str | None:
         return None
     return (
         f"the weights of the engine have only {share:.0%} of the adapter's change, because merging "
-        "in bfloat16 rounds it away: set model.dtype=float32, or raise learner.lr or "
-        "model.lora.alpha (final/ is merged in the same way; adapter/ is exact)"
+        "in bfloat16 rounds it away: set model.dtype=float32, or raise "
+        "learner.lr or model.lora.alpha (final/ is merged in the same way; adapter/ is exact)"
     )
 
 
@@ -369,8 +369,8 @@ RULES: dict[str, Callable[[History], str | None]] = {
     "pass_rate": _above(
         "group/rate_unknown",
         0.5,
-        "{:.0%} of groups have no pass rate, because no reward returns a verdict: "
-        "algorithm.drop_solved and algorithm.pass_rate do not apply to their problems; set "
-        "algorithm.max_reward to the reward of a correct completion",
+        "{:.0%} of groups have no pass rate, because no completion has a verdict of correct or "
+        "wrong: algorithm.drop_solved and algorithm.pass_rate do not apply to their problems; if "
+        "your rewards return no verdicts, set algorithm.max_reward",
     ),
 }

@@ -220,18 +220,17 @@ class Loop:
 
     def _sync_and_verify(self, report: StepReport, timer: Timer) -> StepReport:
         """Sends the new weights to the engine and verifies them with the probe."""
+        learner = self.updater.learner
         with timer("sync"):
             self.display.phase(self.progress.rollout - 1, "sync")
+            merged_share = learner.merged_share()  # before the engine takes its memory again
             ranks.all_gather_or_raise("engine wake-up", self.engine.wake)
-            learner = self.updater.learner
             sync_report = sync_weights(self.engine, learner, self._next_version(), self.signals)
         with timer("probe"):
             full_batch = self._is_due(self.config.probe.full_batch_every)
             probe_report = self.weight_check.probe(full_batch=full_batch)
         self.progress.is_savable = True
-        return replace(
-            report, sync=sync_report, probe=probe_report, merged_share=learner.merged_share()
-        )
+        return replace(report, sync=sync_report, probe=probe_report, merged_share=merged_share)
 
     def _next_version(self) -> int:
         """Returns the version of the weights that sample the next rollout: 1 for the first."""

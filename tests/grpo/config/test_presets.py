@@ -67,9 +67,23 @@ def test_a_correction_is_a_name_or_a_mask_with_a_weight():
     named = configs.parse(config_tree("grpo", mismatch="icepop"))
     written_out = {"mask": "token", "bounds": [0.5, 5.0], "weight": "token"}
     assert configs.parse(config_tree("grpo", mismatch=written_out)) == named
-    # A run of an earlier version has recorded these keys.
-    earlier = config_tree("grpo", mismatch="icepop", mismatch_min=None, mismatch_max=None)
-    assert configs.parse(earlier) == named
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "expected"),
+    [
+        ("none", None, None, "none"),
+        ("tis", None, None, "tis"),
+        ("tis", None, 3.0, {"weight": "token", "max": 3.0}),
+        ("icepop", None, None, "icepop"),
+        ("mis_sequence", 0.5, None, {"mask": "sequence", "bounds": [0.5, 3], "weight": "sequence"}),
+        # Its bounds were others than those of the name today.
+        ("mask_sequence", None, None, {"mask": "geometric", "bounds": [0.5, 2]}),
+    ],
+)
+def test_a_config_that_an_earlier_version_recorded_keeps_its_meaning(name, low, high, expected):
+    recorded = config_tree("grpo", mismatch=name, mismatch_min=low, mismatch_max=high)
+    assert configs.parse(recorded) == configs.parse(config_tree("grpo", mismatch=expected))
 
 
 def test_parsing_a_resolved_config_gives_the_same_config():
@@ -109,17 +123,15 @@ def test_parsing_a_resolved_config_gives_the_same_config():
             {"mismatch": "tiss"},
             r"unknown correction 'tiss' \(did you mean tis\?\). Available: none,",
         ),
-        ({"mismatch": {"weight": "token"}}, "weight=token without a mask needs an upper limit"),
+        ({"mismatch": {"weight": "token"}}, "weight=token with mask=none has no upper limit"),
         ({"mismatch": {"bounds": [0, 2]}}, "bounds has no effect with mask=none"),
         ({"mismatch": {"mask": "token", "bounds": [2, 1]}}, "expected two numbers >= 0, the lower"),
         ({"mismatch": {"mask": "token", "max": 2}}, "max has no effect with weight=none"),
         ({"mismatch": {"masks": "token"}}, r"mismatch\.masks: unknown key \(did you mean mask\?\)"),
+        ({"mismatch": {"mask": "token", "weight": "sequence"}}, "mask=token has no upper limit"),
         # Keys of earlier versions.
-        (
-            {"mismatch": "tis", "mismatch_max": 3.0},
-            "mismatch_max: replaced by the keys of mismatch",
-        ),
-        ({"mismatch": "mask_sequence", "mismatch_min": None}, "mismatch_min: replaced by the keys"),
+        ({"mismatch_max": 3.0}, "mismatch_min and mismatch_max are keys of earlier versions"),
+        ({"mismatch": "tis", "mismatch_min": 0.5}, "a weight has no lower limit any more"),
         (
             {"preset": "on_policy_distill"},
             r"advantage=teacher \(preset on_policy_distill\) needs model.teacher",

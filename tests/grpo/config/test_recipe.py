@@ -31,6 +31,10 @@ def test_a_run_prints_the_reasons_for_usual_differences_from_its_preset():
         "kl_coef=0.001",
         "betas=(0.9, 0.95)",
     ]
+    # Another preset and another value have another reason, or none.
+    seven_b = recipe_lines(configs.load(str(CONFIGS / "r1_zero_math_7b.yaml")))
+    assert any(line.startswith("  kl_coef=0.0: saves the memory") for line in seven_b)
+    assert len(recipe_lines(train_config(algorithm={"preset": "rloo", "kl_coef": 0.001}))) == 1
     # Values of the preset need no reason.
     cispo = train_config(algorithm={"preset": "cispo"}, train={"rollouts": 1, "problems": 128})
     assert cispo.learner.betas == (0.9, 0.95)
@@ -63,12 +67,16 @@ GEOMETRIC = {"mask": "geometric", "weight": "token", "max": 2}
         ({"mismatch": "mis_sequence"}, "algorithm.mismatch=tis"),
         ({"mismatch": "mask_sequence"}, "algorithm.mismatch=tis"),
         ({"mismatch": GEOMETRIC}, "algorithm.mismatch=tis"),
+        # Groups that are carried over have the old logprobs of the sampler.
+        ({"preset": "gspo", "no_signal": "resample"}, "algorithm.mismatch=tis"),
     ],
 )
 def test_truncated_sampling_with_ratios_of_complete_sequences_is_an_error(
     sampling, algorithm, remedy
 ):
-    with pytest.raises(UserError, match=f"the ratio of a completion goes to 0.*or {remedy}"):
+    with pytest.raises(
+        UserError, match=f"error of their ratio grows with every token.*or {remedy}"
+    ):
         train_config(sampling=sampling, algorithm=algorithm)
     train_config(algorithm=algorithm)
 

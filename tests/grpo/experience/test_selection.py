@@ -67,6 +67,7 @@ def make_selection(**algorithm) -> Selection:
         ((0.5, 0.2, None, 0.5), 0.5, 2 / 3, True),
         ((0.5, 0.5), 0.5, 1.0, False),
         ((0.5, 0.5), 1.0, 0.0, False),
+        ((0.7 + 0.1, 0.1), 0.8, 0.5, True),  # the sum is 0.7999999999999999
     ],
 )
 def test_pass_rate_and_training_signal_of_a_group(values, max_reward, rate, has_signal):

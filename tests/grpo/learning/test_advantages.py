@@ -98,6 +98,9 @@ def test_penalties_are_subtracted_after_a_division_by_a_std(kind):
 def test_teacher_advantages_are_negated_penalties_up_to_10():
     [[tokens]] = advantages([[None]], [[4]], "teacher", [[[0.5, -2.0, 30.0, -math.inf]]])
     assert tokens == (-0.5, 2.0, -10.0, 10.0)
+    # The update of a teacher without finite logprobs must fail.
+    [[(token,)]] = advantages([[None]], [[1]], "teacher", [[[math.nan]]])
+    assert math.isnan(token)
 
 
 def test_group_of_one_has_zero_advantage():

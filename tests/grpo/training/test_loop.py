@@ -482,6 +482,13 @@ def test_the_share_of_a_lora_adapter_that_survives_its_merge_is_measured(
     assert lowest <= learner.merged_share() <= highest
 
 
+def test_the_measured_adapters_include_every_kind_of_projection():
+    # 32 layers with 7 projections each.
+    measured = lora._measured(range(7 * 32))
+    assert len(measured) == lora.MEASURED_LAYERS
+    assert {index % 7 for index in measured} == set(range(7))
+
+
 def test_peft_loads_a_saved_lora_adapter(tiny, tmp_path):
     import peft
 
