@@ -81,7 +81,8 @@ def recipe_warnings(config: TrainConfig) -> list[str]:
     """Returns a message for each setting that is valid, but weakens the recipe."""
     warnings = []
     sampling = config.sampling
-    if sampling.is_truncated and _has_sampler_ratios(config):
+    has_sampler_ratios = config.has_tokens_of_older_weights or not config.algorithm.mismatch.is_none
+    if sampling.is_truncated and has_sampler_ratios:
         warnings.append(
             f"sampling.top_p={sampling.top_p:g} and top_k={sampling.top_k}: the engine's "
             "probabilities are those of the tokens that it may sample, the learner's of all "
@@ -97,13 +98,3 @@ def recipe_warnings(config: TrainConfig) -> list[str]:
             "noise. Raise train.problems, or lower train.updates_per_rollout"
         )
     return warnings
-
-
-def _has_sampler_ratios(config: TrainConfig) -> bool:
-    """Returns whether a ratio to the sampler's probabilities is part of the loss.
-
-    Without a mismatch correction it is for tokens of older weights: those of asynchronous rollouts,
-    and those of groups that dynamic sampling has carried over.
-    """
-    has_older_tokens = config.train.max_staleness > 0 or config.algorithm.no_signal == "resample"
-    return has_older_tokens or not config.algorithm.mismatch.is_none

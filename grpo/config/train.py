@@ -168,6 +168,15 @@ class TrainConfig(SamplingStageConfig):
         return self.reward_pool.max_failed
 
     @property
+    def has_tokens_of_older_weights(self) -> bool:
+        """Whether an update may contain tokens that earlier weights have sampled.
+
+        Asynchronous rollouts have such tokens, and so have groups that dynamic sampling carries
+        over. Without a mismatch correction, their pi_old is that of the sampler.
+        """
+        return self.train.max_staleness > 0 or self.algorithm.no_signal == "resample"
+
+    @property
     def logprob_temperature(self) -> float:
         """Temperature of the learner's log-probabilities: that of the sampler."""
         return self.sampling.temperature
@@ -234,13 +243,15 @@ class TrainConfig(SamplingStageConfig):
         if not self.sampling.is_truncated:
             return
         algorithm = self.algorithm
-        has_older_tokens = self.train.max_staleness > 0 or algorithm.no_signal == "resample"
         if algorithm.old_logprobs == "sampler":
             setting, alternative = "old_logprobs=sampler", "old_logprobs=learner"
         elif algorithm.mismatch.uses_sequence_ratio:
             setting, alternative = f"mismatch={algorithm.mismatch}", "mismatch=tis"
-        elif algorithm.loss in SEQUENCE_LOSSES and has_older_tokens and algorithm.mismatch.is_none:
-            # pi_old of tokens of older weights is the sampler's (`Updater._old_logprobs`).
+        elif (
+            algorithm.loss in SEQUENCE_LOSSES
+            and self.has_tokens_of_older_weights
+            and algorithm.mismatch.is_none
+        ):
             setting, alternative = f"loss={algorithm.loss} without a correction", "mismatch=tis"
         else:
             return
