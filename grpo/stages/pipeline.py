@@ -63,6 +63,18 @@ class PlannedCommand:
         config: RunConfig = configs.load(self.config_file, list(self.overrides), config_class)
         return config
 
+    def recorded_config(self) -> RunConfig:
+        """Returns the config that the command records in its run directory.
+
+        `grpo distill` with way on_policy runs `grpo train` there, which records a train config.
+        """
+        config = self.load_config()
+        first_part, *other_parts = find_stage(self.command).parts(config)
+        if other_parts:  # each part has a folder of its own
+            return config
+        recorded: RunConfig = first_part.config
+        return recorded
+
 
 def pipeline(config: PipelineConfig, *, resume: bool) -> None:
     """Runs all unfinished commands, then writes table.md and table.json.
@@ -221,7 +233,7 @@ def _run_unfinished(command: PlannedCommand, run: RunDirectory, *, num_ranks: in
     folder = run.path / command.name
     status = RunDirectory.status(folder)
     if status == "finished":
-        require_same_config(folder, command.load_config())
+        require_same_config(folder, command.recorded_config())
         return
     arguments = command.arguments
     if status is not None:

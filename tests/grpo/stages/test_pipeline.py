@@ -3,12 +3,22 @@
 Complete chains run in tests/slow/test_stages.py and tests/slow/test_chain.py.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from grpo import config as configs
 from grpo.config import PipelineConfig
 from grpo.config.reading import apply_overrides
-from grpo.stages.pipeline import _format_overrides, checked_plan, markdown_table, plan
+from grpo.run.directory import RunDirectory
+from grpo.stages.pipeline import (
+    _format_overrides,
+    _run_unfinished,
+    checked_plan,
+    markdown_table,
+    plan,
+)
 from grpo.types import UserError
 
 
@@ -108,6 +118,35 @@ def test_distill_stage_uses_the_teacher_and_the_traces_of_earlier_stages(tmp_pat
 def test_invalid_stage_raises_before_the_first_stage_starts(stages, message):
     with pytest.raises(UserError, match=message):
         checked_plan(pipeline_config(stages=stages))
+
+
+@pytest.mark.parametrize("way", ["on_policy", "soft", "sequence"])
+def test_a_finished_distillation_is_not_repeated(tmp_path, monkeypatch, way):
+    monkeypatch.chdir(tmp_path)
+    Path("d.yaml").write_text(
+        "model: {path: tiny-qwen2, teacher: tiny-qwen2}\ndata: {name: arithmetic}\n"
+        "soft: {updates: 1}\ntrain: {rollouts: 1}\ncollect: {problems: 1}\nsft: {updates: 1}\n"
+        "prompt: {template: plain}\n"
+    )
+    [command] = checked_plan(
+        pipeline_config(
+            run_dir="run",
+            stages={"d": {"command": "distill", "config": "d.yaml", "set": {"way": way}}},
+        )
+    )
+    run = RunDirectory("run", resume=False)
+    # The files of a finished stage. Way on_policy runs `grpo train` in this directory.
+    config = command.load_config()
+    if way == "on_policy":
+        config = config.stage_configs()[""]
+    folder = Path("run/d")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(configs.dump(config))
+    (folder / "manifest.json").write_text('{"status": "finished"}')
+    _run_unfinished(command, run, num_ranks=1)
+    changed = replace(command, overrides=(*command.overrides, "seed=4"))
+    with pytest.raises(UserError, match="seed was 3, is 4"):
+        _run_unfinished(changed, run, num_ranks=1)
 
 
 def test_values_of_set_keep_their_types_as_overrides():
