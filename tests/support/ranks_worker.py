@@ -1,10 +1,11 @@
 """Trains a tiny model with every combination of ZeRO stage and dtype, on one rank or on several.
 
-    python ranks_worker.py MODEL FOLDER
-    torchrun --standalone --nproc-per-node=2 ranks_worker.py MODEL FOLDER
+    python ranks_worker.py MODEL EXPERTS FOLDER
+    torchrun --standalone --nproc-per-node=2 ranks_worker.py MODEL EXPERTS FOLDER
 
-FOLDER is named `one` or `two`, after the number of ranks. Rank 0 writes the final weights of each
-combination to FOLDER (`1-float32.pt`, `shared-1.pt`), and the results to `results.json`:
+EXPERTS is a mixture of experts. FOLDER is named `one` or `two`, after the number of ranks. Rank 0
+writes the final weights of each combination to FOLDER (`1-float32.pt`, `shared-1.pt`), and the
+results to `results.json`:
 
     {
         "1-float32": {
@@ -14,6 +15,7 @@ combination to FOLDER (`1-float32.pt`, `shared-1.pt`), and the results to `resul
             "resumed": [...]    // the second half, resumed from the other folder's checkpoint
         },
         "shared-1": {"rows": [...]}  // all ranks share each sequence
+        "experts-1": {"rows": [...]}  // a mixture of experts with a load-balancing loss
     }
 
 "resumed" is missing if the folder of the other number of ranks does not exist.
@@ -122,6 +124,22 @@ def train_with_shared_sequences(model_dir, folder, stage):
     return rows, copy_weights(learner)
 
 
+def train_experts(model_dir, folder, stage):
+    """Makes all updates of a mixture of experts with a load-balancing loss.
+
+    Returns METRICS and the load-balancing loss of each update, and the final weights by name.
+    """
+    config = tiny_config(
+        folder, model_dir, model={"router_aux_coef": 1.0}, learner={"zero_stage": stage}
+    )
+    learner = Learner(models.load_model(model_dir, "eager"), config, loss)
+    rows = []
+    for seed in range(NUM_UPDATES):
+        metrics = learner.update(local_batches(seed))
+        rows.append({key: metrics[key] for key in (*METRICS, "router/balance")})
+    return rows, copy_weights(learner)
+
+
 def train_and_perturb(model_dir, folder, stage, dtype):
     """Makes all updates, with a checkpoint at HALF, then perturbs and restores the weights.
 
@@ -160,7 +178,7 @@ def resume(model_dir, folder, stage, dtype, checkpoint):
     return rows
 
 
-def main(model_dir, folder):
+def main(model_dir, experts_dir, folder):
     ranks.join_process_group(60)
     other_folder = folder.parent / ("two" if ranks.world_size() == 1 else "one")
     results = {}
@@ -177,9 +195,13 @@ def main(model_dir, folder):
         results[f"shared-{stage}"] = {"rows": rows}
         if ranks.rank() == 0:
             torch.save(weights, folder / f"shared-{stage}.pt")
+        rows, weights = train_experts(experts_dir, folder, stage)
+        results[f"experts-{stage}"] = {"rows": rows}
+        if ranks.rank() == 0:
+            torch.save(weights, folder / f"experts-{stage}.pt")
     if ranks.rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

@@ -42,7 +42,8 @@ class TrainedModels:
     """The results of ranks_worker.py on one rank and on two ranks.
 
     In all methods, `num_ranks` is "one" or "two", and `name` identifies one of the models that the
-    program trains: "1-float32" (ZeRO stage and dtype) or "shared-1" (the ranks share sequences).
+    program trains: "1-float32" (ZeRO stage and dtype) or "shared-1" (the ranks share sequences) or
+    "experts-1" (a mixture of experts).
     """
 
     folder: Path
@@ -78,10 +79,11 @@ def trained(tiny, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("ranks")
     python = [sys.executable]
+    worker = [str(SUPPORT / "ranks_worker.py"), str(tiny()), str(tiny("tiny-qwen3-moe"))]
     for num_ranks, launcher in (("one", python), ("two", TWO_RANKS), ("one", python)):
         (folder / num_ranks).mkdir(exist_ok=True)
         process = subprocess.run(
-            [*launcher, str(SUPPORT / "ranks_worker.py"), str(tiny()), str(folder / num_ranks)],
+            [*launcher, *worker, str(folder / num_ranks)],
             env=process_environment(),
             capture_output=True,
             text=True,
@@ -113,6 +115,14 @@ def test_two_ranks_that_share_each_sequence_make_the_same_updates_as_one(trained
     """
     trained.assert_equal_on_one_and_two_ranks(
         f"shared-{stage}", metrics_tolerance=1e-5, weights_tolerance=1e-4
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_balance_loss_of_experts_is_that_of_the_update_on_both_ranks(trained, stage):
+    assert len({row["router/balance"] for row in trained.rows("one", f"experts-{stage}")}) == 4
+    trained.assert_equal_on_one_and_two_ranks(
+        f"experts-{stage}", metrics_tolerance=1e-5, weights_tolerance=1e-4
     )
 
 
