@@ -25,6 +25,8 @@ EARLIER_BOUNDS = {
     "icepop": (0.5, 5.0),
     "mask_sequence": (0.5, 2.0),
 }
+# Advantages that divide by a standard deviation of rewards.
+NORMALIZED_ADVANTAGES = ("group_std", "batch_std", "centered_std")
 
 
 class MismatchSettings(Section):
@@ -308,7 +310,7 @@ class AlgorithmSettings(Section):
         low = tree.pop("mismatch_min", None)
         high = tree.pop("mismatch_max", None)
         name = tree.get("mismatch")
-        if name not in EARLIER_BOUNDS:
+        if not isinstance(name, str) or name not in EARLIER_BOUNDS:
             if low is None and high is None:
                 return tree
             raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.config.algorithm import AlgorithmSettings
+from grpo.config.algorithm import NORMALIZED_ADVANTAGES, AlgorithmSettings
 from grpo.config.reading import did_you_mean
 
 
@@ -315,10 +315,6 @@ ADVANTAGES = {
     "teacher": "log pi_teacher - log pi_old at each token",
 }
 
-# Advantages that divide by a standard deviation of rewards (`NORMALIZED_KINDS` in
-# grpo/learning/advantages.py).
-STD_ADVANTAGES = ("group_std", "batch_std", "centered_std")
-
 REDUCTIONS = {
     "sequence": "mean over completions of the mean over tokens",
     "token": "mean over all tokens",
@@ -362,7 +358,7 @@ def _kl_formula(algorithm: AlgorithmSettings) -> str:
     if not algorithm.kl_coef:
         return "none"
     kl = f"{algorithm.kl_coef:g} {algorithm.kl_estimator} in the {algorithm.kl_in}"
-    if algorithm.kl_in == "reward" and algorithm.advantage in STD_ADVANTAGES:
+    if algorithm.kl_in == "reward" and algorithm.advantage in NORMALIZED_ADVANTAGES:
         kl += " after the normalization"
     if algorithm.reference_reset:
         kl += f", reference reset every {algorithm.reference_reset} updates"

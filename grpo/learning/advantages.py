@@ -13,7 +13,7 @@ Conventions, which the papers do not always state:
   mean and std, and its advantage is 0.
 - A group whose rewards are all equal, or that has a single reward, gets advantage 0. (For the kind
   `batch`, this holds for all tokens of the batch instead of a group.) The test is max == min,
-  because rounding can make r - mean(group) differ from 0. For the kinds in NORMALIZED_KINDS,
+  because rounding can make r - mean(group) differ from 0. For the kinds in NORMALIZED_ADVANTAGES,
   penalties are subtracted afterwards; for the others, before.
 - The kind `teacher` does not use rewards, so neither rule applies to it.
 """
@@ -24,6 +24,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
+from grpo.config.algorithm import NORMALIZED_ADVANTAGES
 from grpo.types import Completion, Group, Sample, ScoredGroup
 
 T = TypeVar("T")
@@ -31,7 +32,6 @@ EPSILON = 1e-6  # added to a standard deviation before the division
 # Clamp of the kind `teacher`, for tokens that the teacher finds nearly impossible. Source: verl's
 # recipes of on-policy distillation.
 MAX_TEACHER_ADVANTAGE = 10.0
-NORMALIZED_KINDS = ("group_std", "batch_std", "centered_std")  # divide by a std of rewards
 KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std", "batch", "teacher")
 # [P, G, L]: the amount that is subtracted from the reward for each token
 Penalties = Sequence[Sequence[Sequence[float]]]
@@ -96,7 +96,7 @@ def advantages(
         return _batch_advantages(rewards_PG, penalties_PGL)
     if penalties_PGL is None:
         return _repeat_for_tokens(_group_relative_advantages(rewards_PG, kind), lengths_PG)
-    if kind in NORMALIZED_KINDS:
+    if kind in NORMALIZED_ADVANTAGES:
         advantages_PG = _group_relative_advantages(rewards_PG, kind)
         return _subtract_penalties(advantages_PG, rewards_PG, penalties_PGL)
     penalized_PG = _penalized_rewards(rewards_PG, penalties_PGL)

@@ -131,6 +131,7 @@ def test_parsing_a_resolved_config_gives_the_same_config():
         ({"mismatch": {"mask": "token", "weight": "sequence"}}, "mask=token has no upper limit"),
         # Keys of earlier versions.
         ({"mismatch_max": 3.0}, "mismatch_min and mismatch_max are keys of earlier versions"),
+        ({"mismatch": {"mask": "token"}, "mismatch_max": 3.0}, "are keys of earlier versions"),
         ({"mismatch": "tis", "mismatch_min": 0.5}, "a weight has no lower limit any more"),
         (
             {"preset": "on_policy_distill"},

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo.config.algorithm import NORMALIZED_ADVANTAGES
 from grpo.learning.advantages import (
-    NORMALIZED_KINDS,
     advantages,
     completion_lengths,
     rewards_differ,
@@ -81,7 +81,7 @@ def test_penalties_are_subtracted_from_the_reward_before_the_baseline():
     assert [*first, *second] == pytest.approx([0.4, 0.4, -0.4])
 
 
-@pytest.mark.parametrize("kind", NORMALIZED_KINDS)
+@pytest.mark.parametrize("kind", NORMALIZED_ADVANTAGES)
 def test_penalties_are_subtracted_after_a_division_by_a_std(kind):
     penalties_PGL = [[[1e-5, 2e-5], [3e-5], [0.0]]]
     # Penalties alone are no reason for an advantage of +-1.
