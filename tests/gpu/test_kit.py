@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,25 @@ def test_gk_child_times_methods_that_exist(monkeypatch):
     gk_child = importlib.import_module("gk_child")
     for name in gk_child.TIMED_METHODS:
         assert callable(getattr(ChildEngine, name))
+
+
+def test_setup_names_the_dependencies_that_are_missing(monkeypatch):
+    monkeypatch.syspath_prepend(KIT)
+    gk_setup = importlib.import_module("gk_setup")
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert gk_setup.missing_dependencies(pyproject, sys.path) == []
+    one_more = pyproject.replace("dependencies = [", 'dependencies = ["no_such-package>=1", ', 1)
+    assert gk_setup.missing_dependencies(one_more, sys.path) == ["no_such-package"]
+
+
+def test_setup_unpacks_wheels(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(KIT)
+    gk_setup = importlib.import_module("gk_setup")
+    monkeypatch.setattr(gk_setup, "KIT", tmp_path / "gk")
+    with zipfile.ZipFile(tmp_path / "example-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("example.py", "")
+    gk_setup.unpack(tmp_path)
+    assert (tmp_path / "gk/site/example.py").exists()
 
 
 def test_every_script_is_used_by_a_step_and_the_readme_explains_every_step():

