@@ -461,10 +461,9 @@ class ProbeSettings(Section):
     max_gap_ratio: float | None = Field(
         5.0,
         gt=1,
-        description="The run also stops if the difference is more than this many times that of the "
-        "first probe, and above a quarter of `max_gap`. null: only `max_gap` stops it. In measured "
-        "runs with right weights the ratio was at most 1.7 for SmolLM2 and 5.5 for a 4M model, "
-        "whose gaps are below a quarter of `max_gap`.",
+        description="The run also stops if the difference is above a quarter of `max_gap` and more "
+        "than this many times both that of the first probe and the rounding noise of the current "
+        "weights, which the learner measures only then. null: only `max_gap` stops it.",
     )
     full_batch_every: int = Field(
         10,

@@ -336,15 +336,15 @@ class Learner:
         return LearnerWeights(self._policy.model, self._settings.zero_stage)
 
     @contextlib.contextmanager
-    def perturbed(self, seed: int, *, jitter: bool = False) -> Iterator[None]:
+    def perturbed(self, seed: int | None, *, jitter: bool = False) -> Iterator[None]:
         """Perturbs every weight within the context and restores it bit for bit afterwards.
 
         The perturbation is that of grpo/learning/perturbation.py. It depends on the seed, and with
         ZeRO-3 on the number of ranks: each rank perturbs and restores its own part of a weight.
 
         Args:
-            seed: The seed of the perturbation.
-            jitter: Whether the perturbed weights are also changed by `jittered`.
+            seed: The seed of the perturbation. None: no perturbation.
+            jitter: Whether the weights are also changed by `jittered`.
         """
         originals: list[tuple[Tensor, Tensor]] = []  # (storage, copy of its values)
         # Parameters that ZeRO-3 still holds complete would keep their old values.
@@ -354,8 +354,9 @@ class Learner:
                 for index, parameter in enumerate(self._policy.model.parameters()):
                     weight = self._local_weight(parameter)
                     originals.append((weight, weight.clone()))
-                    weight_seed = self._weight_seed(seed, index)
-                    weight.copy_(perturbed(weight, weight_seed))
+                    weight_seed = self._weight_seed(seed or 0, index)
+                    if seed is not None:
+                        weight.copy_(perturbed(weight, weight_seed))
                     if jitter:
                         weight.copy_(jittered(weight, JITTER_SEED_OFFSET + weight_seed))
             yield

@@ -162,7 +162,8 @@ def test_canary_avoids_perturbations_that_amplify_rounding(tiny, tmp_path, monke
         )
         weight_check = WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)
         seeds = weight_sync.CANARY_SEEDS[:4]
-        noises = [weight_check._rounding_noise(seed) for seed in seeds]
+        samples = weight_check._prompt_samples()
+        noises = [weight_check._rounding_noise(samples, seed) for seed in seeds]
         noisiest_seed = seeds[noises.index(max(noises))]
         monkeypatch.setattr(weight_sync, "CANARY_SEEDS", [noisiest_seed])
         with pytest.raises(
@@ -323,6 +324,31 @@ def test_gap_that_grows_since_the_first_probe_stops_the_run_below_the_absolute_l
     # A gap of another precision has no effect.
     weight_check.first_gap = FirstGap(gap=1e-9, max_gap=MAX_GAP_LOW_PRECISION)
     assert weight_check.probe().limit == MAX_GAP_FLOAT32
+
+
+@pytest.mark.engine
+def test_growing_gap_stops_the_run_only_if_it_is_more_than_rounding_noise(
+    tiny, tmp_path, monkeypatch
+):
+    engine = start_engine(tiny(), tmp_path, dtype="bfloat16")
+    try:
+        learner, weight_check = make_learner_and_weight_check(
+            engine, tiny(), tmp_path, is_low_precision=True
+        )
+        sync_weights(engine, learner, version=0)
+        # Every gap is now more than five times the first one, and above the share of `max_gap`.
+        monkeypatch.setattr(weight_sync, "HEALTHY_SHARE", 0.0)
+        weight_check.first_gap = FirstGap(gap=1e-9, max_gap=MAX_GAP_LOW_PRECISION)
+        report = weight_check.probe()
+        assert 1e-4 < report.gap < report.limit < MAX_GAP_LOW_PRECISION
+        # The learner's weights change, and the engine keeps the old ones.
+        for _, weight in learner.weights():
+            weight.mul_(1.05)
+        assert weight_check.gaps().mean < MAX_GAP_LOW_PRECISION
+        with pytest.raises(RunError, match=r"the probe found that engine and learner disagree"):
+            weight_check.probe()
+    finally:
+        engine.close()
 
 
 def test_without_a_full_batch_nothing_is_sampled_for_it():
