@@ -52,9 +52,7 @@ if TYPE_CHECKING:
     # The configs of the stages that train with a Learner.
     LearnerConfig = TrainConfig | DistillConfig | SftConfig
 
-# Offsets that keep the seeds of `Learner.perturbed` distinct.
-RANK_SEED_OFFSET = 100_000  # times the rank
-JITTER_SEED_OFFSET = 50_000_000
+RANK_SEED_OFFSET = 100_000  # times the rank: keeps the seeds of `Learner.perturbed` distinct
 
 
 class Scores(NamedTuple):
@@ -336,15 +334,16 @@ class Learner:
         return LearnerWeights(self._policy.model, self._settings.zero_stage)
 
     @contextlib.contextmanager
-    def perturbed(self, seed: int | None, *, jitter: bool = False) -> Iterator[None]:
-        """Perturbs every weight within the context and restores it bit for bit afterwards.
+    def perturbed(self, seed: int | None, *, jitter_seed: int | None = None) -> Iterator[None]:
+        """Changes every weight within the context and restores it bit for bit afterwards.
 
-        The perturbation is that of grpo/learning/perturbation.py. It depends on the seed, and with
-        ZeRO-3 on the number of ranks: each rank perturbs and restores its own part of a weight.
+        The changes are those of grpo/learning/perturbation.py. They depend on the seeds, and with
+        ZeRO-3 on the number of ranks: each rank changes and restores its own part of a weight.
 
         Args:
-            seed: The seed of the perturbation. None: no perturbation.
-            jitter: Whether the weights are also changed by `jittered`.
+            seed: The seed of `perturbation.perturbed`. None: the weights are not perturbed.
+            jitter_seed: The seed of `perturbation.jittered`, which changes the weights afterwards.
+                None: they are not jittered.
         """
         originals: list[tuple[Tensor, Tensor]] = []  # (storage, copy of its values)
         # Parameters that ZeRO-3 still holds complete would keep their old values.
@@ -354,11 +353,10 @@ class Learner:
                 for index, parameter in enumerate(self._policy.model.parameters()):
                     weight = self._local_weight(parameter)
                     originals.append((weight, weight.clone()))
-                    weight_seed = self._weight_seed(seed or 0, index)
                     if seed is not None:
-                        weight.copy_(perturbed(weight, weight_seed))
-                    if jitter:
-                        weight.copy_(jittered(weight, JITTER_SEED_OFFSET + weight_seed))
+                        weight.copy_(perturbed(weight, self._weight_seed(seed, index)))
+                    if jitter_seed is not None:
+                        weight.copy_(jittered(weight, self._weight_seed(jitter_seed, index)))
             yield
         finally:
             self._deepspeed_engine.empty_partition_cache()

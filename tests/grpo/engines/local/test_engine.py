@@ -163,7 +163,12 @@ def test_canary_avoids_perturbations_that_amplify_rounding(tiny, tmp_path, monke
         weight_check = WeightCheck(engine, learner, probe_prompts(PROMPTS, 4, 96), settings)
         seeds = weight_sync.CANARY_SEEDS[:4]
         samples = weight_check._prompt_samples()
-        noises = [weight_check._rounding_noise(samples, seed) for seed in seeds]
+        noises = [
+            weight_check._rounding_noise(
+                samples, [weight_sync.CANARY_JITTER_OFFSET + seed], perturbation=seed
+            )
+            for seed in seeds
+        ]
         noisiest_seed = seeds[noises.index(max(noises))]
         monkeypatch.setattr(weight_sync, "CANARY_SEEDS", [noisiest_seed])
         with pytest.raises(
