@@ -218,9 +218,9 @@ class WeightCheck:
         limit = self._probe_limit(first_gap)
         sampled = self._sample(full_batch=full_batch)
         gaps = self._gaps(sampled)
-        if gaps.mean > limit and first_gap is not None and self._settings.is_low_precision:
+        if gaps.mean > limit and self._settings.is_low_precision:
             noise = self._rounding_noise(sampled.samples, PROBE_JITTER_SEEDS)
-            limit = self._probe_limit(max(first_gap, noise))
+            limit = max(limit, self._probe_limit(noise))
         _require_gaps_within(
             limit,
             BATCH_SIZE_FACTOR * self._settings.max_gap,

@@ -177,18 +177,20 @@ def test_gk_child_times_methods_that_exist(monkeypatch):
         assert callable(getattr(ChildEngine, name))
 
 
-def test_setup_names_the_dependencies_that_are_missing(monkeypatch):
+@pytest.fixture
+def gk_setup(monkeypatch):
     monkeypatch.syspath_prepend(KIT)
-    gk_setup = importlib.import_module("gk_setup")
+    return importlib.import_module("gk_setup")
+
+
+def test_setup_names_the_dependencies_that_are_missing(gk_setup):
     pyproject = (ROOT / "pyproject.toml").read_text()
-    assert gk_setup.missing_dependencies(pyproject, sys.path) == []
+    assert gk_setup.missing_dependencies(pyproject) == []
     one_more = pyproject.replace("dependencies = [", 'dependencies = ["no_such-package>=1", ', 1)
-    assert gk_setup.missing_dependencies(one_more, sys.path) == ["no_such-package"]
+    assert gk_setup.missing_dependencies(one_more) == ["no_such-package"]
 
 
-def test_setup_unpacks_wheels(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(KIT)
-    gk_setup = importlib.import_module("gk_setup")
+def test_setup_unpacks_wheels(gk_setup, monkeypatch, tmp_path):
     monkeypatch.setattr(gk_setup, "KIT", tmp_path / "gk")
     with zipfile.ZipFile(tmp_path / "example-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("example.py", "")

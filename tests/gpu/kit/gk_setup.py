@@ -6,7 +6,6 @@ gk_setup.py CHECKOUT
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +13,8 @@ import time
 import tomllib
 import zipfile
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 KIT = Path("/tmp/gk")
 ARCHIVES = {
@@ -60,18 +61,16 @@ def make_importable(project: Path) -> Path:
     return pth
 
 
-def missing_dependencies(pyproject: str, folders: list[str]) -> list[str]:
-    """Returns the dependencies that a project declares and that no folder contains, sorted."""
-    declared = tomllib.loads(pyproject)["project"]["dependencies"]
-    distributions = importlib.metadata.distributions(path=folders)
-    installed = {normalized(distribution.name) for distribution in distributions}
-    names = [re.split(r"[^\w.-]", requirement)[0] for requirement in declared]
-    return sorted(name for name in names if normalized(name) not in installed)
-
-
-def normalized(name: str) -> str:
-    """Returns the name of a distribution as package indexes compare it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+def missing_dependencies(pyproject: str) -> list[str]:
+    """Returns the names of the dependencies that a project declares and that are not installed."""
+    missing = []
+    for requirement in tomllib.loads(pyproject)["project"]["dependencies"]:
+        name = Requirement(requirement).name
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    return missing
 
 
 def main(checkout: Path) -> None:
@@ -80,8 +79,8 @@ def main(checkout: Path) -> None:
     project = checkout if (checkout / "grpo").is_dir() else KIT / "repo"
     pth = make_importable(project)
     print(f"unpacked in {time.monotonic() - start:.1f} s; {pth}")
-    pyproject = (project / "pyproject.toml").read_text()
-    missing = missing_dependencies(pyproject, [str(KIT / "site"), *sys.path])
+    sys.path.insert(0, str(KIT / "site"))  # the .pth file has no effect on this process
+    missing = missing_dependencies((project / "pyproject.toml").read_text())
     if missing:
         print("MISSING: " + ", ".join(missing))
 
