@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from grpo.types import Completion, Problem, UserError
+from grpo.types import Completion, Problem, RunError, UserError
 from rewards.verifier.invisible import without_invisible
 
 # Thoughts beyond one of these shares have the reward 0. All but 2 of 4,652 chains of thought of
@@ -43,6 +43,7 @@ COMMON_LANGUAGES = """
     ml mn mr my ne nl no pa pl pt ro ru si sk sl sq sr sv sw ta te th tl tr uk ur uz vi zh
 """
 ENGLISH = "en"
+MODEL_MB = 70  # py3langid unpacks its model once per process
 
 # Delimiters of text without a language: start -> end. The dollar sign is not among them, because it
 # is also a currency.
@@ -239,9 +240,16 @@ def _identifier(expected: str) -> Any:
 
 @functools.cache
 def _full_identifier() -> Any:
+    """Returns py3langid's model of all languages. Raises RunError if it cannot be unpacked."""
     from py3langid import langid
 
-    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    try:
+        return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    except OSError as error:
+        raise RunError(
+            f"py3langid cannot unpack its model into a temporary file of {MODEL_MB} MB: {error}; "
+            "set TMPDIR to a folder with free space"
+        ) from error
 
 
 @functools.cache

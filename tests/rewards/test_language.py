@@ -6,9 +6,11 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import limited_file_size
 
-from grpo.types import Completion, Problem, UserError
+from grpo.types import Completion, Problem, RunError, UserError
 from rewards.language import (
+    _full_identifier,
     detect_language,
     known_languages,
     prepare,
@@ -273,6 +275,12 @@ def test_an_unknown_language_raises_a_user_error_with_similar_ones():
         prepare(language="enn")
     with pytest.raises(UserError, match=r"unknown language 'english'.*Available: ace, af"):
         prepare(language="english")
+
+
+def test_a_full_temporary_folder_is_a_run_error_that_names_tmpdir():
+    load_model = _full_identifier.__wrapped__  # not from the cache
+    with limited_file_size(1_000_000), pytest.raises(RunError, match="File too large; set TMPDIR"):
+        load_model()
 
 
 def test_a_language_that_is_not_common_can_be_expected():

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def uninterrupted_run(tiny, tmp_path_factory):
     """The folder and the config of an uninterrupted run of 24 rollouts, in FOLDER/run."""
-    # 1M weights. The optimizer state in a checkpoint takes 11 MB.
+    # 1M weights
     model = tiny(
         hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4
     )
@@ -89,13 +89,21 @@ def test_run_killed_at_random_times_ends_like_an_uninterrupted_run(uninterrupted
 
 
 def limit_file_size():
-    """Limits the files of this process to 6 MB: the optimizer state of 11 MB does not fit."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))
+    """Limits the files of this process to 75 MB.
+
+    The model of the language metric fits (MODEL_MB in rewards/language.py), an optimizer state of
+    105 MB does not.
+    """
+    resource.setrlimit(resource.RLIMIT_FSIZE, (75_000_000, 75_000_000))
 
 
-def test_run_with_a_full_disk_keeps_the_last_checkpoint_and_resumes_from_it(
-    uninterrupted_run, tmp_path
-):
+def test_run_with_a_full_disk_keeps_the_last_checkpoint_and_resumes_from_it(tiny, tmp_path):
+    # 9M weights. The optimizer state in a checkpoint takes 105 MB.
+    model = tiny(
+        hidden_size=512, intermediate_size=2304, num_attention_heads=16, num_key_value_heads=8
+    )
+    (tmp_path / "uninterrupted").mkdir()
+    uninterrupted_run = train_uninterrupted(tmp_path / "uninterrupted", model)
     config = write_config_for_other_folder(uninterrupted_run, tmp_path)
     checkpoints = tmp_path / "run" / "checkpoints"
     run_grpo(config, "train.rollouts=2")

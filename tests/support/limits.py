@@ -1,6 +1,19 @@
-"""Runs code that must not hang."""
+"""Runs code with a limit of time or of file size."""
 
+import contextlib
+import resource
 import threading
+
+
+@contextlib.contextmanager
+def limited_file_size(max_bytes):
+    """Makes every write past `max_bytes` of a file fail, as on a full disk."""
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard_limit))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
 
 
 def run_within(seconds, work):

@@ -2,13 +2,11 @@
 nothing behind, and old or invalid runs are kept, removed or rejected correctly.
 """
 
-import contextlib
 import json
-import resource
-import signal
 
 import pytest
 import yaml
+from limits import limited_file_size
 from tiny_models import tiny_config
 
 from grpo import config as configs
@@ -36,19 +34,6 @@ def save_checkpoint(run, step, content="weights", **metrics):
 
 def sorted_names(directory):
     return sorted(path.name for path in directory.iterdir())
-
-
-@contextlib.contextmanager
-def limited_file_size(max_bytes):
-    """Makes every write past `max_bytes` of a file fail, as on a full disk."""
-    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard_limit))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_samples_with_line_separators_in_a_completion_are_read_unchanged(tmp_path):

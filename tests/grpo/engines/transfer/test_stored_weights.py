@@ -1,9 +1,8 @@
 """The transports that store the weights where engines can read them: `memory` and `file`."""
 
-import resource
-
 import pytest
 import torch
+from limits import limited_file_size
 from safetensors.torch import load_file
 from tiny_models import Weights
 from weight_loader import Loader
@@ -67,15 +66,8 @@ def test_weights_arrive_bit_for_bit_through_memory_or_a_file(tmp_path, sender_cl
 
 def test_full_disk_is_an_error_before_weights_are_written(tmp_path):
     sender = FileSender(SenderOptions(folder=tmp_path / "weights"))
-    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard_limit))
-    try:
-        with pytest.raises(
-            EngineError,
-            match=r"no space for 0.00 GB of weights at .*weights-2.safetensors: File too large",
-        ):
-            weights = Weights(a=torch.randn(1000))
-            sender.send(checksums.WeightStream(weights, torch.float32), RecordingReceiver())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
+    message = r"no space for 0.00 GB of weights at .*weights-2.safetensors: File too large"
+    weights = Weights(a=torch.randn(1000))
+    with limited_file_size(1000), pytest.raises(EngineError, match=message):
+        sender.send(checksums.WeightStream(weights, torch.float32), RecordingReceiver())
     sender.close()
