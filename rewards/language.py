@@ -43,7 +43,7 @@ COMMON_LANGUAGES = """
     ml mn mr my ne nl no pa pl pt ro ru si sk sl sq sr sv sw ta te th tl tr uk ur uz vi zh
 """
 ENGLISH = "en"
-MODEL_MB = 70  # py3langid unpacks its model once per process
+MODEL_MB = 70  # of the temporary file into which py3langid unpacks its model, once per process
 
 # Delimiters of text without a language: start -> end. The dollar sign is not among them, because it
 # is also a currency.
