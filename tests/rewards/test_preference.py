@@ -27,7 +27,7 @@ def group(*texts, answer=""):
 def test_a_judge_grades_only_the_visible_answers_to_problems_without_a_gold_answer(judge_server):
     """The server gives the grade 8 of 10 to texts that contain "good", and no grade to others."""
     url, requests, _ = judge_server
-    without_gold_answer = group("<think>bad</think>good", "dull")
+    without_gold_answer = group("<think>my thoughts</think>good", "dull")
     with_gold_answer = group("good", answer="4")
     groups = [without_gold_answer, with_gold_answer]
     prompts = [None, None]
@@ -37,7 +37,7 @@ def test_a_judge_grades_only_the_visible_answers_to_problems_without_a_gold_answ
     for content in contents:
         assert "Say hello." in content
         assert "<think>" not in content
-        assert "bad" not in content
+        assert "my thoughts" not in content
     rewards = reward(groups, prompts, url=url, model="rm", everywhere=True, thoughts=True)
     assert rewards == [[0.8, NO_GRADE], [0.8]]
 
