@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo import json_lines
 from grpo.run.directory import read_metrics
 
 STAGES = ("start", "sft", "grpo")  # the directories of the run
@@ -90,7 +91,7 @@ def print_metrics(values_of_metrics: dict[str, dict[str, float]]) -> None:
 def print_first_completions(evaluations: dict[str, Evaluation]) -> None:
     print("\nThe first completion of one problem at each point:")
     for point, evaluation in evaluations.items():
-        row = json.loads(evaluation.samples_file.read_text().splitlines()[0])
+        row = json_lines.read_objects(evaluation.samples_file)[0]
         completion = row["completion"][:MAX_COMPLETION_CHARACTERS]
         label = point.replace("_", " ")
         print(f"  {label:11} {row['question']!r} -> {completion!r}  ({row['verdict']})")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo import json_lines
 from grpo.types import DownloadError, Problem, UserError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -179,15 +180,14 @@ def check_unique_ids(problems: Iterable[Problem]) -> None:
 # JSON is not read through `datasets`: it turns date-like text into timestamps, rejects columns of
 # mixed types, adds the fields of all rows to each row, and its errors do not name a line.
 def _read_json(file: Path) -> list[Row]:
-    content = file.read_bytes()
-    if file.suffix == ".json" and content.lstrip()[:1] == b"[":
-        return _parse_json_array(file, content)
-    return _parse_json_lines(file, content)
+    if file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
+        return _read_json_array(file)
+    return [_row(f"{file}: line {number}", fields) for number, fields in json_lines.read(file)]
 
 
-def _parse_json_array(file: Path, content: bytes) -> list[Row]:
+def _read_json_array(file: Path) -> list[Row]:
     try:
-        elements = json.loads(content)
+        elements = json.loads(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
     return [
@@ -195,25 +195,19 @@ def _parse_json_array(file: Path, content: bytes) -> list[Row]:
     ]
 
 
-def _parse_json_lines(file: Path, content: bytes) -> list[Row]:
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        location = f"{file}: line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{location}: {error}") from error
-        rows.append(_row(location, fields))
-    return rows
-
-
 def _row(location: str, fields: object) -> Row:
     if not isinstance(fields, dict):
         raise UserError(
             f"{location}: got a {type(fields).__name__}, expected an object with fields"
         )
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        code_point = f"U+{ord(error.object[error.start]):X}"
+        raise UserError(
+            f"{location}: contains the lone surrogate {code_point}, which no tokenizer accepts. "
+            "Remove it."
+        ) from None
     return Row(location, fields)
 
 

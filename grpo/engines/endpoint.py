@@ -223,7 +223,8 @@ def _text(choice: Any, stop_strings: Sequence[str]) -> str:
     stop_reason = getattr(choice, "stop_reason", None)
     if isinstance(stop_reason, str) and stop_reason in stop_strings:
         text += stop_reason
-    return text
+    # JSON can contain lone surrogates, which cannot be encoded. They become U+FFFD, as in vLLM.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _reasoning(message: Any) -> str | None:

@@ -34,6 +34,7 @@ from typing import Any, ParamSpec
 
 import numpy as np
 
+from grpo import json_lines
 from grpo.run import ranks
 from grpo.types import RunError, Sample, UserError, first_line
 
@@ -88,7 +89,7 @@ def _trash_path(directory: Path) -> Path:
 def write_file(path: Path, text: str) -> None:
     """Replaces the text of a file. Other processes read the old or the new text, never a mix."""
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     _flush(scratch)
     scratch.rename(path)
 
@@ -100,13 +101,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a file that `RunDirectory.write_samples` has written."""
-    # str.splitlines would also split at characters that a completion may contain, such as U+2028.
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
+    return json_lines.read_objects(path, skip_incomplete=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -322,8 +317,8 @@ class RunDirectory:
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 json_row[key] = None
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(json_row) + "\n")
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json_lines.to_line(json_row))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Returns the rows of metrics.jsonl, an empty list if it does not exist."""
@@ -332,8 +327,7 @@ class RunDirectory:
     @_on_rank0
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Writes `samples/NAME.jsonl`, one JSON object per row."""
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_file(self.samples / f"{name}.jsonl", "".join(lines))
+        write_file(self.samples / f"{name}.jsonl", json_lines.to_lines(rows))
 
     @_on_rank0
     def write_update_samples(self, step: int, samples: Sequence[Sample], keep: int) -> None:
@@ -361,8 +355,8 @@ class RunDirectory:
         same results.
         """
         if ranks.rank() == 0:
-            lines = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
-            write_file(self.metrics, "".join(lines))
+            rows = [row for row in self.read_metrics() if row["step"] <= step]
+            write_file(self.metrics, json_lines.to_lines(rows))
             for file in self.samples.glob("*-*.*"):
                 number = file.stem.rpartition("-")[2]
                 if number.isdecimal() and int(number) > step:

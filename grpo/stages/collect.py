@@ -10,7 +10,6 @@ Source: DeepSeek-R1 2501.12948 section 2.3.3.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections import Counter
@@ -18,11 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from grpo import json_lines
 from grpo.config import CollectConfig, CollectSettings, DataSettings
 from grpo.experience.group_metrics import group_metrics, sample_rows
 from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
-from grpo.run.directory import read_samples, write_file
+from grpo.run.directory import write_file
 from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
@@ -246,9 +246,9 @@ def _write_traces(context: RunContext, num_contaminated: int) -> dict[str, int]:
     """
     counts: Counter[str] = Counter({"kept": 0, "contaminated problems": num_contaminated})
     num_traces: Counter[str] = Counter()  # by problem
-    lines = []
+    traces = []
     for file in sorted(context.run.samples.glob("chunk-*.jsonl")):
-        for row in read_samples(file):
+        for row in json_lines.read_objects(file):
             if row["dropped"]:
                 counts[row["dropped"]] += 1
                 continue
@@ -256,8 +256,8 @@ def _write_traces(context: RunContext, num_contaminated: int) -> dict[str, int]:
             problem_id = row["problem"]
             trace = _trace(row, num_traces[problem_id])
             num_traces[problem_id] += 1
-            lines.append(json.dumps(trace, ensure_ascii=False) + "\n")
-    write_file(context.run.path / "traces.jsonl", "".join(lines))
+            traces.append(trace)
+    write_file(context.run.path / "traces.jsonl", json_lines.to_lines(traces))
     return dict(counts)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo import config as configs
+from grpo import json_lines
 from grpo.config import EvalConfig
 from grpo.config.reading import read_yaml
 from grpo.experience.group_metrics import mean, sample_rows
@@ -23,7 +24,7 @@ from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import statistics
-from grpo.run.directory import read_samples, write_file
+from grpo.run.directory import write_file
 from grpo.stages.final_model import final_model_path
 from grpo.stages.problems import load_problems, select_held_out
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
@@ -157,10 +158,11 @@ class Evaluation:
             rows = self._sample(problems[start : start + chunk_size], passes, progress)
             self.context.run.write_samples(chunk_file.stem, rows)
         if not samples_file.exists():
-            write_file(samples_file, "".join(file.read_text() for file in chunk_files))
+            texts = [file.read_text(encoding="utf-8") for file in chunk_files]
+            write_file(samples_file, "".join(texts))
         for chunk_file in chunk_files:
             chunk_file.unlink(missing_ok=True)
-        return read_samples(samples_file)
+        return json_lines.read_objects(samples_file)
 
     def _passes(self, num_problems: int) -> list[SamplingPass]:
         settings = self.config.eval
@@ -389,7 +391,7 @@ def _pass_rates_by_set(folder: Path) -> dict[str, PassRates]:
 def _read_pass_rates(folder: Path, file: Path) -> PassRates:
     """Returns the pass rates in a file of samples, without those of the additional greedy pass."""
     is_correct: dict[str, list[float]] = defaultdict(list)  # by problem id
-    for row in read_samples(file):
+    for row in json_lines.read_objects(file):
         if row["verdict"] is None:
             raise UserError(
                 f"{folder}: the rewards of this evaluation return no verdicts, so there is no "

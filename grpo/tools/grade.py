@@ -7,7 +7,6 @@ model or an engine.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from grpo import config as configs
+from grpo import json_lines
 from grpo.experience import plugins
 from grpo.experience.scoring import score
 from grpo.learning.advantages import unflatten
@@ -53,34 +53,33 @@ def grade(path: str, *, explain: int | None = None, output: str | None = None) -
     if Path(path).is_dir():
         rows, summary = regrade(Path(path))
     else:
-        rows, summary = verdicts(list(read_rows(Path(path))))
+        rows, summary = verdicts([row for _, row in read_rows(Path(path))])
     print(summary)
     if output:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        Path(output).write_text("".join(lines), encoding="utf-8")
+        Path(output).write_text(json_lines.to_lines(rows), encoding="utf-8")
 
 
 def _explain_line(path: Path, number: int) -> str:
-    rows = list(itertools.islice(read_rows(path), max(number, 0)))
-    if not 1 <= number <= len(rows):
-        raise UserError(f"{path}: has no line {number}")
-    return accuracy.explain(field(rows[-1], PREDICTION_FIELDS), field(rows[-1], GOLD_FIELDS))
+    for line_number, row in read_rows(path):
+        if line_number == number:
+            return accuracy.explain(field(row, PREDICTION_FIELDS), field(row, GOLD_FIELDS))
+    raise UserError(f"{path}: has no line {number}")
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSONL file.
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line number and the object of each line of a JSONL file.
 
     Raises:
         UserError: A line is not a JSON object with a prediction and a gold answer.
     """
-    for number, row in _json_lines(path):
+    for number, row in json_lines.read(path):
         for names in (PREDICTION_FIELDS, GOLD_FIELDS):
             has_text = isinstance(row, dict) and any(
                 isinstance(row.get(name), str) for name in names
             )
             if not has_text:
-                raise UserError(f"{path}, line {number}: needs text in {' or '.join(names)}")
-        yield row
+                raise UserError(f"{path}: line {number}: needs text in {' or '.join(names)}")
+        yield number, row
 
 
 def field(row: dict[str, Any], names: Sequence[str]) -> str:
@@ -154,7 +153,7 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
     config: Any = configs.parse(tree, str(run / "config.yaml"), stage.config_class)
     rows: list[dict[str, Any]] = []
     for file in files:
-        rows += [{**row, "file": file.stem} for _, row in _json_lines(file)]
+        rows += [{**row, "file": file.stem} for row in json_lines.read_objects(file)]
     if not rows:
         raise UserError(f"{run}: its samples are empty")
     by_problem = itertools.groupby(rows, key=lambda row: (row["file"], row["problem"]))
@@ -214,26 +213,6 @@ def _mean(values: Sequence[float | None]) -> float:
     """Returns the mean of the values that are not None, NaN if there are none."""
     numbers = [value for value in values if value is not None]
     return fmean(numbers) if numbers else math.nan
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields the number and the value of each line. An empty last line is ignored.
-
-    Raises:
-        UserError: The file cannot be read, or a line is not JSON.
-    """
-    try:
-        # str.splitlines would also split at characters that JSON strings may contain (U+2028)
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() and number == len(lines):
-            return
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
 
 
 def _group(rows: list[dict[str, Any]]) -> Group:

@@ -22,12 +22,12 @@ from urllib.parse import quote
 
 import yaml
 
+from grpo import json_lines
 from grpo.metrics.diagnosis import Diagnosis, diagnose
 from grpo.run.directory import (
     RunDirectory,
     read_manifest,
     read_metrics,
-    read_samples,
     write_file,
 )
 from grpo.tools.charts import charts, series
@@ -225,7 +225,7 @@ def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
     problem_numbers: dict[str, int] = {}  # by id
     rows: list[list[Any]] = []
     for file_number, (_, file) in enumerate(included):
-        for sample in read_samples(file):
+        for sample in json_lines.read_objects(file):
             problem_id = sample["problem"]
             if problem_id not in problems:
                 problem_numbers[problem_id] = len(problems)
@@ -266,7 +266,7 @@ def pack(value: Any) -> str:
 
     The encoding is small, and no text in the value can end the script element that contains it.
     """
-    data = json.dumps(value, ensure_ascii=False).encode()
+    data = json_lines.to_line(value).encode()
     return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
 
 

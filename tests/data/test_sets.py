@@ -211,7 +211,7 @@ def test_no_problem_of_the_train_file_is_held_out_if_there_is_a_test_file(tmp_pa
     [
         (
             '{"question": "Q?", "answer": "1"}\n{"question": "R?", answer}\n',
-            "line 2: Expecting property name",
+            "line 2: not JSON: Expecting property name",
         ),
         ('{"question": "Q?", "answer": "1"}\n\n{"question": "R?"}\n', "line 3: no field 'answer'"),
         ('{"question": "Q?", "answer": null}\n', "line 1: field 'answer' is empty"),
@@ -227,6 +227,11 @@ def test_no_problem_of_the_train_file_is_held_out_if_there_is_a_test_file(tmp_pa
             '{"question": "Q?", "answer": "1", "id": "a"}\n'
             '{"question": "R?", "answer": "1", "id": "a"}\n',
             "id 'a' appears twice",
+        ),
+        (
+            '{"question": "Q \\ud83d\\ude00?", "answer": "1"}\n'
+            '{"question": "R \\ud83d?", "answer": "1"}\n',
+            "line 2: contains the lone surrogate U+D83D",
         ),
         ("", "no rows"),
     ],

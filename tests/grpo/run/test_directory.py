@@ -10,7 +10,7 @@ from limits import limited_file_size
 from tiny_models import tiny_config
 
 from grpo import config as configs
-from grpo.run.directory import RunDirectory, read_samples, replace_directory, write_file
+from grpo.run.directory import RunDirectory, replace_directory, write_file
 from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import open_stage
 from grpo.types import RunError, UserError
@@ -34,14 +34,6 @@ def save_checkpoint(run, step, content="weights", **metrics):
 
 def sorted_names(directory):
     return sorted(path.name for path in directory.iterdir())
-
-
-def test_samples_with_line_separators_in_a_completion_are_read_unchanged(tmp_path):
-    """JSON does not escape U+0085 and U+2028, at which str.splitlines splits."""
-    rows = [{"completion": "a\u2028b\x85c\nd"}, {"completion": "second row"}]
-    run = make_run_directory(tmp_path)
-    run.write_samples("step-000001", rows)
-    assert read_samples(run.samples / "step-000001.jsonl") == rows
 
 
 def test_an_error_in_replace_directory_keeps_the_old_directory_and_removes_the_new(tmp_path):

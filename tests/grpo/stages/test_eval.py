@@ -3,12 +3,15 @@
 import json
 
 import pytest
+from http_servers import judge_response
 from stage_configs import eval_config
+from whole_runs import run_grpo
 
 from grpo import config as configs
 from grpo.config import EvalConfig
 from grpo.stages.eval import compare, markdown_table
 from grpo.stages.final_model import final_model_path
+from grpo.tools.report import completions
 from grpo.types import UserError
 
 
@@ -102,3 +105,27 @@ def test_compare_prints_the_differences_of_each_set(tmp_path, capsys):
     without_verdict = write_evaluation(tmp_path / "e", easy=[None])
     with pytest.raises(UserError, match="no verdicts"):
         compare(first, without_verdict)
+
+
+def test_completions_with_line_separators_and_surrogates_are_evaluated_and_read_again(
+    tiny, tmp_path, judge_server
+):
+    url, _, server = judge_server
+    server.response = judge_response("a\u2028b\u2029c\x85d\ud800e")
+    config = eval_config(
+        tmp_path,
+        tiny(),
+        endpoint={"url": url, "model": "rm"},
+        prompt={"template": "chat"},
+        eval={"problems": 2, "samples": 2, "temperature": 1.0},
+    )
+    run_grpo(config, command="eval")
+    samples_file = tmp_path / "run" / "samples" / "eval-000000.jsonl"
+    (tmp_path / "run" / "table.json").unlink()  # as if killed after the last chunk
+    run_grpo(config, "--resume", command="eval")
+
+    # Two problems with two samples and a greedy completion each. U+FFFD replaces the surrogate.
+    texts = [json.loads(line)["completion"] for line in samples_file.read_text().splitlines()]
+    assert texts == ["a\u2028b\u2029c\x85d\ufffde"] * 6
+    assert [row[2] for row in completions({"run": tmp_path / "run"})["rows"]] == texts
+    assert json.loads((tmp_path / "run" / "table.json").read_text())

@@ -58,6 +58,15 @@ def test_explain_shows_how_one_line_is_graded(tmp_path, capsys):
     assert "has no line 9" in capsys.readouterr().err
 
 
+def test_a_blank_line_counts_as_a_line(tmp_path, capsys):
+    lines = [json.dumps(ROWS[0]), "", json.dumps(ROWS[1])]
+    path = write_lines(tmp_path / "a.jsonl", lines)
+    assert main(["grade", path, "--explain", "3"]) == 0
+    assert "wrong: another number" in capsys.readouterr().out
+    assert main(["grade", path, "--explain", "2"]) == 2
+    assert "has no line 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -65,7 +74,6 @@ def test_explain_shows_how_one_line_is_graded(tmp_path, capsys):
         ("[1]", "line 2: needs text in prediction or completion"),
         ('{"gold": "1"}', "line 2: needs text in prediction or completion"),
         ('{"prediction": "1", "gold": 1}', "line 2: needs text in gold or answer"),
-        ("", "line 2: not JSON"),
     ],
 )
 def test_an_invalid_line_is_an_error_that_names_the_line(tmp_path, capsys, line, message):
