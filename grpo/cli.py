@@ -252,11 +252,17 @@ def _add_grade(commands: Any) -> None:
     command = commands.add_parser(
         "grade", help="verify the answers in a file, or score the samples of a run again"
     )
-    command.set_defaults(handler=_grade, list_argument=None)
+    command.set_defaults(handler=_grade, list_argument="overrides")
     command.add_argument(
         "path",
         metavar="PATH",
         help="JSONL with prediction or completion, and gold or answer; or a run directory",
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="with a run: overrides of its config, e.g. 'rewards={my_rewards:brevity: 1.0}'",
     )
     command.add_argument(
         "--explain", type=int, metavar="LINE", help="explain the verdict of one line"
@@ -371,7 +377,12 @@ def _bench(options: argparse.Namespace) -> int:
 def _grade(options: argparse.Namespace) -> int:
     from grpo.tools.grade import grade
 
-    grade(options.path, explain=options.explain, output=options.output)
+    grade(
+        options.path,
+        overrides=options.overrides,
+        explain=options.explain,
+        output=options.output,
+    )
     return 0
 
 

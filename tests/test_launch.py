@@ -253,7 +253,7 @@ fi
 """,
     "srun": r"""
 printf "%s\n" "srun $*" >>"$LOG"
-case "$*" in *learner*)
+case "$*" in *.venv/bin/grpo*)
   if [ -n "$HOLD" ]; then
     trap "exit 1" TERM
     sleep 20 &
@@ -264,10 +264,21 @@ esac
 }
 
 
-def start_slurm_job(tmp_path, **variables):
-    """Starts slurm.sh in the simulated cluster. The calls are recorded in `tmp_path/log`."""
+TRAIN = ("train", "configs/tiny.yaml", "seed=1")
+
+
+def start_slurm_job(tmp_path, arguments=TRAIN, **variables):
+    """Starts slurm.sh as Slurm does: from a fresh clone, with a copy of the script elsewhere.
+
+    The calls of Slurm's commands are recorded in `tmp_path/log`.
+    """
     for name, body in SLURM_COMMANDS.items():
         write_script(tmp_path / name, f"#!/usr/bin/env bash\n{body}")
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "server.sh", tmp_path / "launch")
+    if "RUN_IN" not in variables:
+        (tmp_path / ".venv" / "bin").mkdir(parents=True)
+        write_script(tmp_path / ".venv" / "bin" / "grpo", "#!/usr/bin/env bash\n")
     environment = {
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -278,9 +289,64 @@ def start_slurm_job(tmp_path, **variables):
         **variables,
     }
     return subprocess.Popen(
-        ["bash", str(LAUNCH / "slurm.sh"), "train", "configs/tiny.yaml", "seed=1"],
+        ["bash", str(LAUNCH / "slurm.sh"), *arguments],
+        cwd=tmp_path,
         env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def test_the_logs_of_a_slurm_job_are_in_directories_that_exist_in_a_fresh_clone(tmp_path):
+    (job_log,) = re.findall(r"^#SBATCH --output=(\S+)$", (LAUNCH / "slurm.sh").read_text(), re.M)
+    assert "/" not in job_log  # Slurm opens it before the script can create a directory
+    assert start_slurm_job(tmp_path).wait(30) == 0
+    (step,) = (tmp_path / "log").read_text().splitlines()
+    (step_log,) = re.findall(r"--output=(\S+)", step)
+    assert step_log == "runs/slurm-7/train-%N.log"
+    assert (tmp_path / step_log).parent.is_dir()
+
+
+@pytest.mark.parametrize("command", ["collect", "eval", "quantize", "pipeline"])
+def test_a_slurm_job_runs_a_command_of_one_process_without_torchrun(tmp_path, command):
+    process = start_slurm_job(tmp_path, (command, "configs/x.yaml"), ENGINE_NODES="2")
+    assert process.wait(30) == 0
+    log = tmp_path / "log"
+    wait_for(lambda: len(log.read_text().splitlines()) >= 17, seconds=10)  # 2 x 8 servers
+    (main_step,) = [line for line in log.read_text().splitlines() if ".venv/bin/grpo" in line]
+    assert "--nodes=1 --ntasks=1" in main_step
+    assert "torch.distributed.run" not in main_step
+    assert f".venv/bin/grpo {command} configs/x.yaml engine.servers={{urls: [http://n2" in main_step
+
+
+def test_a_slurm_job_with_several_nodes_for_one_process_is_rejected(tmp_path):
+    process = start_slurm_job(tmp_path, ("collect", "configs/x.yaml"), ENGINE_NODES="1")
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "grpo collect runs in one process, but the job has 2 nodes for it" in stderr
+    assert "--nodes=2" in stderr
+
+
+def test_a_slurm_job_runs_every_command_in_the_container(tmp_path):
+    container = {
+        "SRUN_OPTIONS": "--container-image=a.sqsh\n  --container-workdir=/grpo",
+        "RUN_IN": "apptainer exec b.sif",
+    }
+    assert (
+        start_slurm_job(tmp_path, ENGINE_NODES="1", TENSOR_PARALLEL="8", **container).wait(30) == 0
+    )
+    log = tmp_path / "log"
+    wait_for(lambda: len(log.read_text().splitlines()) >= 2, seconds=10)
+    for line in log.read_text().splitlines():
+        assert " --container-image=a.sqsh --container-workdir=/grpo " in line
+        assert re.search(r"apptainer exec b\.sif (\.venv/bin/python|\./launch)", line)
+
+
+def test_a_slurm_job_of_a_clone_without_packages_says_how_to_install_them(tmp_path):
+    process = start_slurm_job(tmp_path, RUN_IN="")
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "run GRPO_DEVICE=cuda ./launch/setup.sh first" in stderr
 
 
 def test_the_slurm_job_divides_its_nodes_between_learners_and_servers(tmp_path):
@@ -289,7 +355,7 @@ def test_the_slurm_job_divides_its_nodes_between_learners_and_servers(tmp_path):
     # slurm.sh starts the servers in the background and does not wait for them.
     wait_for(lambda: len(log.read_text().splitlines()) >= 3, seconds=10)
     steps = log.read_text().splitlines()
-    (learner,) = [line for line in steps if "slurm-%j-learner" in line]
+    (learner,) = [line for line in steps if ".venv/bin/grpo" in line]
     assert "--nodelist=n1,n2" in learner
     assert "--nnodes=2" in learner
     assert "--rdzv-endpoint=n1:29500" in learner

@@ -168,7 +168,7 @@ class AlgorithmSettings(Section):
     loss: str = Field(
         "grpo",
         description="Loss per token: the name of a file in `grpo/losses/`, or your own function "
-        "as `module:function`.",
+        "as `module:function` or `path/to/file.py:function`.",
     )
     reduction: Literal["sequence", "token", "constant", "prompt"] = Field(
         "sequence",

@@ -14,7 +14,7 @@ from grpo.config.reading import Section
 
 
 class DataSetSettings(Section):
-    """One problem set of a mixture. Its name is a file in data/ or `module:function`."""
+    """One problem set of a mixture. It is named as in `DataSettings.name`."""
 
     weight: float = Field(
         1.0, gt=0, description="Share of the mixture, relative to the weights of the other sets."
@@ -34,8 +34,8 @@ class DataSettings(Section):
 
     name: str | None = Field(
         None,
-        description="Name of a problem set: a file in `data/` or `module:function`. "
-        "Set either `name` or `mixture`.",
+        description="Name of a problem set: a file in `data/`, `module:function` or "
+        "`path/to/file.py:function`. Set either `name` or `mixture`.",
     )
     options: dict[str, Any] = Field(
         {}, description="Keyword arguments of the `load` function of the set `name`."

@@ -97,8 +97,8 @@ class SamplingStageConfig(RunConfig):
     )
     rewards: dict[str, RewardEntry] = Field(
         {"accuracy": RewardSettings(), "format": RewardSettings(weight=0.1)},
-        description="Rewards by name, a file in `rewards/` or `module:function`: the weight alone, "
-        "or `{weight: ..., options: {...}}`.",
+        description="Rewards by name, a file in `rewards/`, `module:function` or "
+        "`path/to/file.py:function`: the weight alone, or `{weight: ..., options: {...}}`.",
     )
     reward_pool: RewardPoolSettings = Field(
         RewardPoolSettings(),

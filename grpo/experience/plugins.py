@@ -1,8 +1,8 @@
 """Finds the functions that a config names: rewards, problem sets and losses.
 
-A name is a file in a folder (`accuracy` is `rewards/accuracy.py`), or `package.module:function` for
-a function outside this repository. `load_reward` adapts the three supported kinds of reward
-function to one interface, `RewardFunction`.
+A name is a file in a folder (`accuracy` is `rewards/accuracy.py`). A function outside this
+repository is named `package.module:function` or `path/to/file.py:function`. `load_reward` adapts
+the three supported kinds of reward function to one interface, `RewardFunction`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from grpo.config import RewardSettings
 from grpo.config.reading import did_you_mean
 from grpo.learning.advantages import unflatten
 from grpo.types import Completion, Group, GrpoError, Score, UserError, Verdict
+from rewards.workers.modules import add_to_search_path, import_module
 from rewards.workers.pool import Failure, WorkerPool
 
 # The function that a plugin file defines -> the kind of plugin, for messages.
@@ -41,7 +42,7 @@ def find_function(package: str, name: str, function: str, key: str) -> Callable[
 
     Args:
         package: The package with the plugin files, for example `rewards`.
-        name: A file in that package, or `module:function`.
+        name: A file in that package, `module:function` or `path/to/file.py:function`.
         function: The function that a plugin file defines: `reward`, `load` or `loss`.
         key: The config key, for error messages.
 
@@ -55,7 +56,8 @@ def find_function(package: str, name: str, function: str, key: str) -> Callable[
     if name not in available:
         raise UserError(
             f"{key}.{name}: unknown {_KINDS[function]}{did_you_mean(name, available)}. Available: "
-            f"{', '.join(available)}. Or name your own function as module:function."
+            f"{', '.join(available)}. Or name your own function as module:function or "
+            "path/to/file.py:function."
         )
     module = importlib.import_module(f"{package}.{name}")
     plugin: Callable[..., Any] = getattr(module, function)
@@ -76,17 +78,18 @@ def companion(
 
 
 def _import_function(name: str, key: str) -> Callable[..., Any]:
-    """Imports `module:function` from the installed packages or the working directory."""
-    module_name, _, function = name.partition(":")
-    working_dir = str(Path.cwd())
-    if working_dir not in sys.path:
-        # Last, so that a data/ or rewards/ folder of the user does not shadow grpo's packages.
-        sys.path.append(working_dir)
+    """Imports `module:function` from the installed packages or the working directory, or a file."""
+    module_name, _, function = name.rpartition(":")
+    working_dir = Path.cwd()
+    add_to_search_path(working_dir)
     try:
-        module = importlib.import_module(module_name)
+        module = import_module(module_name)
+    except FileNotFoundError as error:
+        raise UserError(f"{key}.{name}: {error}") from None
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{key}.{name}: {error} (searched the installed packages, then {working_dir})"
+            f"{key}.{name}: {error} (searched the installed packages, then {working_dir}; a file "
+            "elsewhere is named path/to/file.py:function)"
         ) from None
     except Exception as error:
         raise UserError(

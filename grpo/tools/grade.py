@@ -18,6 +18,7 @@ import yaml
 
 from grpo import config as configs
 from grpo import json_lines
+from grpo.config.reading import apply_overrides
 from grpo.experience import plugins
 from grpo.experience.scoring import score
 from grpo.learning.advantages import unflatten
@@ -32,26 +33,38 @@ MAX_CHANGES_SHOWN = 20  # per reward
 MAX_REASONS_SHOWN = 10
 
 
-def grade(path: str, *, explain: int | None = None, output: str | None = None) -> None:
+def grade(
+    path: str,
+    *,
+    overrides: Sequence[str] = (),
+    explain: int | None = None,
+    output: str | None = None,
+) -> None:
     """Prints a summary of the verdicts on a JSONL file, or of the changed rewards of a run.
 
     Args:
         path: A JSONL file with a prediction and a gold answer per line, or a run directory.
+        overrides: Overrides `key=value` of the run's config.
         explain: Number of a line of the file, from 1. Only its verdict is printed, in detail.
         output: JSONL file for all rows with their new verdict or rewards.
 
     Raises:
         UserError: The file, a line or the run cannot be read. The error names the line.
     """
+    is_run = Path(path).is_dir()
+    if overrides and not is_run:
+        raise UserError(
+            f"grpo grade: {overrides[0]} overrides a run's config, but {path} is not a run"
+        )
     if explain is not None:
-        if Path(path).is_dir():
+        if is_run:
             raise UserError("grpo grade: --explain takes a line of a JSONL file, not a run")
         if output:
             raise UserError("grpo grade: --explain prints one line; remove --output")
         print(_explain_line(Path(path), explain))
         return
-    if Path(path).is_dir():
-        rows, summary = regrade(Path(path))
+    if is_run:
+        rows, summary = regrade(Path(path), overrides)
     else:
         rows, summary = verdicts([row for _, row in read_rows(Path(path))])
     print(summary)
@@ -131,10 +144,14 @@ def _summary_lines(graded: list[dict[str, Any]]) -> Iterator[str]:
     )
 
 
-def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
+def regrade(run: Path, overrides: Sequence[str] = ()) -> tuple[list[dict[str, Any]], str]:
     """Scores the samples of a run again, with the rewards of its config and the current code.
 
     Rewards that read the prompt receive the question, because a run does not store its prompts.
+
+    Args:
+        run: The run directory.
+        overrides: Overrides of its config, for example of its rewards.
 
     Returns:
         The rows of its samples with the new rewards, and a summary of the changes as text.
@@ -147,7 +164,7 @@ def regrade(run: Path) -> tuple[list[dict[str, Any]], str]:
     files = sorted((run / "samples").glob("*.jsonl"))
     if not files or not (run / "config.yaml").exists():
         raise UserError(f"{run}: not a run directory with samples/ and config.yaml")
-    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree = apply_overrides(yaml.safe_load((run / "config.yaml").read_text()), overrides)
     stage = stage_for_config(tree)
     # Every stage that writes samples has the sections `rewards` and `reward_pool`.
     config: Any = configs.parse(tree, str(run / "config.yaml"), stage.config_class)
@@ -194,8 +211,11 @@ def _with_new_rewards(
 
 def _changes_of_reward(name: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     """Yields the mean of a reward before and after, and the first completions that changed."""
-    values_then = [row["parts_then"].get(name) for row in rows]
     values_now = [row["parts"].get(name) for row in rows]
+    if all(name not in row["parts_then"] for row in rows):
+        yield f"{name:12} {_mean(values_now):.4f} now, not a reward of the run"
+        return
+    values_then = [row["parts_then"].get(name) for row in rows]
     changed = [row for row in rows if row["parts_then"].get(name) != row["parts"].get(name)]
     yield (
         f"{name:12} {_mean(values_then):.4f} then, {_mean(values_now):.4f} now, "

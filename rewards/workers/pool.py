@@ -13,7 +13,6 @@ that no wait is unlimited.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import pickle
@@ -32,6 +31,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, NamedTuple
 
+from rewards.workers.modules import import_module
 from rewards.workers.stopwatch import processor_time_s
 
 START_TIMEOUT_S = 120.0  # to import a function, which is slow from a cold disk
@@ -67,7 +67,7 @@ class Failure:
 class _Function(NamedTuple):
     """A function to call, with its time limit and keyword arguments. It is sent to the worker."""
 
-    name: str  # module:function
+    name: str  # module:function or FILE.py:function
     timeout_s: float
     options: dict[str, Any]
 
@@ -132,7 +132,7 @@ class WorkerPool:
         A call is repeated once if it was lost or crashed.
 
         Args:
-            function: Name of the function as `module:function`.
+            function: Name of the function as `module:function` or `FILE.py:function`.
             calls: Positional arguments of each call.
             timeout_s: Time limit of each call.
             options: Keyword arguments of all calls.
@@ -417,8 +417,8 @@ def _load(name: str) -> Callable[..., Any]:
     If this fails, the worker ends. The failure then does not count as the failure of a call.
     """
     try:
-        module_name, _, attribute = name.partition(":")
-        module = importlib.import_module(module_name)
+        module_name, _, attribute = name.rpartition(":")
+        module = import_module(module_name)
         function: Callable[..., Any] = getattr(module, attribute)
         if hasattr(module, "warm_up"):
             module.warm_up()

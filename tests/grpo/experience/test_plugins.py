@@ -124,9 +124,45 @@ def test_a_data_folder_in_the_working_directory_does_not_shadow_the_data_package
     assert "arithmetic" in plugins.plugin_names("data")
 
 
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """Returns a directory, not the working directory, whose modules the test may import."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "library"
+    folder.mkdir()
+    return folder
+
+
+def test_a_reward_can_be_a_function_in_a_file_of_any_directory(library):
+    (library / "helper_of_code.py").write_text("def length(text): return len(text)")
+    # The name of a module of Python's library.
+    (library / "code.py").write_text(
+        "from helper_of_code import length\n"
+        "def f(completion, problem): return length(completion.text)\n"
+    )
+    assert reward_values(f"{library}/code.py:f", group_of("ab", "")) == [2, 0]
+    import code
+
+    assert hasattr(code, "InteractiveConsole")
+
+
+def test_a_file_with_a_time_limit_is_imported_in_the_worker_pool(library):
+    (library / "slow.py").write_text(REWARD_WITH_TIME_LIMIT)
+    with WorkerPool(1) as pool:
+        first, timed_out = reward_values(
+            f"{library}/slow.py:f", group_of("a", "loop"), pool=pool, add=0.5
+        )
+    assert first % 1 == 0.5
+    assert timed_out == Verdict(value="wrong", reason="longer than 1 s")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere:f", "No module named 'nowhere'"), ("json:f", "has no function 'f'")],
+    [
+        ("nowhere:f", "No module named 'nowhere'.*a file elsewhere is named path/to/file.py"),
+        ("json:f", "has no function 'f'"),
+        ("/nowhere/mine.py:f", r"rewards\./nowhere/mine\.py:f: no file /nowhere/mine\.py"),
+    ],
 )
 def test_a_function_that_cannot_be_imported_is_an_error(name, message):
     with pytest.raises(UserError, match=message):

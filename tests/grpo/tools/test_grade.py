@@ -3,6 +3,7 @@ with the current rules.
 """
 
 import json
+import re
 
 import pytest
 import yaml
@@ -154,3 +155,21 @@ def test_the_samples_of_an_old_run_are_graded_with_the_current_rules(countdown_r
     (countdown_run / "config.yaml").write_text(yaml.safe_dump(evaluation))
     assert main(["grade", str(countdown_run)]) == 0
     assert "3 completions of 1 groups" in capsys.readouterr().out
+
+
+def test_a_new_reward_scores_the_samples_of_an_earlier_run(countdown_run, capsys):
+    (countdown_run / "mine.py").write_text(
+        "def words(completion, problem): return len(completion.text.split())"
+    )
+    reward = f"{countdown_run}/mine.py:words"
+    arguments = ["grade", str(countdown_run), f'rewards={{countdown: 1.0, "{reward}": 1.0}}']
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "countdown    0.6667 then, 0.3333 now, 1 changed" in output
+    assert re.search(rf"{re.escape(reward)} \d+\.\d+ now, not a reward of the run", output)
+
+
+def test_overrides_of_a_file_are_an_error(tmp_path, capsys):
+    path = write_rows(tmp_path / "a.jsonl", ROWS)
+    assert main(["grade", path, "rewards={accuracy: 1.0}"]) == 2
+    assert "a.jsonl is not a run" in capsys.readouterr().err
