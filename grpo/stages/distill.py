@@ -94,12 +94,13 @@ def _run_sequence(config: DistillConfig, resume: bool) -> None:
 def _run_soft(config: DistillConfig, resume: bool) -> None:
     soft = config.soft
     assert soft is not None
-    problems = load_problems(config.data, "train", config.seed)
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     with open_stage(config, "distill", total=soft.updates, unit="update", resume=resume) as context:
         log_file = context.run.log_file("learner")
+        context.display.phase(0, "loading the problems")
+        problems = load_problems(config.data, "train", config.seed)
         context.display.phase(0, "loading the models")
-        start = find_start_model(config, context.run)
+        start = find_start_model(config, context)
         models.check_context(start.model_dir, soft.max_tokens)
         mixture = make_mixture(config.data, problems, start.prompts, config.seed)
         require_same_start(start.tokenizer, mixture)
@@ -112,7 +113,7 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
             weight=soft.hard_weight,
         )
         with redirect_output(log_file):
-            teacher_dir = find_teacher(config, context.run, start.tokenizer, soft.max_tokens)
+            teacher_dir = find_teacher(config, context, start.tokenizer, soft.max_tokens)
         teacher_top = _fill_teacher_top(config, context, teacher_dir, texts)
         with redirect_output(log_file):
             loaded_teacher_dir = teacher_dir if teacher_top is None else None

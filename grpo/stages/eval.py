@@ -68,14 +68,15 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
     config = config.with_protocol()
     if not config.endpoint:
         config = with_final_model(config)
-    workers, rewards = load_rewards(config)
     sets = config.evaluation_sets
-    problems = {
-        name: load_problems(data, "test", config.seed, config.rewards)
-        for name, data in sets.items()
-    }
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as context:
+        context.display.phase(0, "loading the problems")
+        workers, rewards = load_rewards(config)
         context.stack.callback(workers.close)
+        problems = {
+            name: load_problems(data, "test", config.seed, config.rewards)
+            for name, data in sets.items()
+        }
         sampler = Sampler(config, context, config.endpoint)
         write_file(context.run.metrics, "")  # one row is written at the end, also after a resume
         context.display.begin(0)

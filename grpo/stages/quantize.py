@@ -65,7 +65,9 @@ def _write_schemes(config: QuantizeConfig, context: RunContext) -> Path:
     group_size = config.quantize.group_size
     log_file = context.run.path / "learner.log"
     with redirect_output(log_file):
-        model_dir = models.locate(config.model, context.run.path, config.seed)
+        model_dir = models.locate(
+            config.model, context.run.path, config.seed, on_progress=context.display.download
+        )
         tokenizer = models.load_tokenizer(model_dir)
         # Only int4 has groups. A group size of 1 divides every layer.
         checked_group_size = group_size if "int4" in config.quantize.schemes else 1

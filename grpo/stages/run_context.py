@@ -100,9 +100,8 @@ def open_stage(
     """
     run = _open_directory(config, resume=resume)
     progress = config.logging.progress if ranks.rank() == 0 else "off"
-    display = Display(progress, total, unit)
     with contextlib.ExitStack() as stack:
-        stack.callback(display.close)
+        display = stack.enter_context(Display(progress, total, unit))
         run_id = run.read_manifest().get("id")
         if run_id is None:
             run_id = secrets.token_hex(4)

@@ -58,7 +58,7 @@ class Sampler:
             self._endpoint = Endpoint(endpoint, on_wait=context.signals.raise_if_received)
             self.prompts = ChatPrompts(config.prompt)
             return
-        start = find_start_model(config, context.run)
+        start = find_start_model(config, context)
         self.prompts = start.prompts
         models.check_context(start.model_dir, config.max_sequence_tokens)
         model = EngineModel(
@@ -67,6 +67,7 @@ class Sampler:
             load_weights=True,
         )
         self.engine = start_engine(config, context, model)
+        self.engine.wait_ready()
         if config.engine.servers and config.engine.servers.urls:
             # Servers that were started elsewhere have random weights or those of another run.
             with redirect_output(context.run.log_file("learner")):

@@ -56,9 +56,10 @@ def sft(config: SftConfig, *, resume: bool) -> None:
         RunInterruptedError: A signal stopped the run after it had saved a checkpoint.
     """
     _check_ranks(config)
-    problems = load_problems(config.data, "train", config.seed)
     total = config.sft.updates
     with open_stage(config, "sft", total=total, unit="update", resume=resume) as context:
+        context.display.phase(0, "loading the problems")
+        problems = load_problems(config.data, "train", config.seed)
         _run(config, context, problems, resume=resume)
 
 
@@ -84,9 +85,8 @@ def _run(
     *,
     resume: bool,
 ) -> None:
-    run, display = context.run, context.display
-    display.phase(0, "loading the model")
-    start = find_start_model(config, run)
+    context.display.phase(0, "loading the model")
+    start = find_start_model(config, context)
     models.check_context(start.model_dir, config.sft.max_tokens)
     mixture = make_mixture(config.data, problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, mixture)

@@ -11,8 +11,8 @@ from grpo.config import RunConfig
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.run import fingerprints, ranks
-from grpo.run.directory import RunDirectory
 from grpo.run.display import redirect_output
+from grpo.stages.run_context import RunContext
 
 COMPARED_PROBLEMS = 1000  # number of the run's first problems that the ranks compare
 
@@ -26,16 +26,21 @@ class StartModel:
     prompts: Prompts
 
 
-def find_start_model(config: RunConfig, run: RunDirectory) -> StartModel:
+def find_start_model(config: RunConfig, context: RunContext) -> StartModel:
     """Returns the model of `config.model`, downloaded or created if necessary.
 
     Raises:
         UserError: The model does not exist, or the prompts do not fit its tokenizer.
     """
-    with redirect_output(run.log_file("learner")):
-        model_dir = ranks.rank0_first(
-            "the model", lambda: models.locate(config.model, run.path, config.seed)
+    run = context.run
+
+    def locate() -> Path:
+        return models.locate(
+            config.model, run.path, config.seed, on_progress=context.display.download
         )
+
+    with redirect_output(run.log_file("learner")):
+        model_dir = ranks.rank0_first("the model", locate)
         tokenizer = models.load_tokenizer(model_dir)
         prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
         return StartModel(model_dir=model_dir, tokenizer=tokenizer, prompts=prompts)
@@ -60,13 +65,13 @@ def require_same_start(tokenizer: Any, mixture: Mixture) -> None:
 
 
 def find_teacher(
-    config: RunConfig, run: RunDirectory, tokenizer: Any, max_sequence_tokens: int
+    config: RunConfig, context: RunContext, tokenizer: Any, max_sequence_tokens: int
 ) -> Path:
     """Returns the directory of `model.teacher`.
 
     Args:
         config: The config of the run.
-        run: The run directory, in which a tiny teacher is created.
+        context: The context of the run. A tiny teacher is created in its directory.
         tokenizer: The tokenizer of the student.
         max_sequence_tokens: Longest sequence that the teacher must process.
 
@@ -75,7 +80,13 @@ def find_teacher(
             context is too short.
     """
     assert config.model.teacher
-    teacher_dir = models.resolve(config.model.teacher, None, run.path / "teacher", config.seed)
+    teacher_dir = models.resolve(
+        config.model.teacher,
+        None,
+        context.run.path / "teacher",
+        config.seed,
+        on_progress=context.display.download,
+    )
     models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
     models.check_context(teacher_dir, max_sequence_tokens)
     return teacher_dir

@@ -90,11 +90,12 @@ def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
     """
     if config.engine.deterministic:
         _make_deterministic()
-    inputs = _load_inputs(config)
     warm_start = warm_start_config(config) if config.model.warm_start else None
     with open_stage(
         config, "train", total=config.train.rollouts, unit="rollout", resume=resume
     ) as context:
+        context.display.phase(0, "loading the problems")
+        inputs = _load_inputs(config)
         context.stack.callback(inputs.workers.close)
         if warm_start is not None:
             path = _run_warm_start(warm_start, context)
@@ -160,7 +161,7 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
     from grpo.metrics import roofline
 
     context.display.phase(0, "loading the model")
-    start = find_start_model(config, context.run)
+    start = find_start_model(config, context)
     models.check_context(start.model_dir, config.max_sequence_tokens)
     mixture = make_mixture(config.data, inputs.problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, mixture)
@@ -192,18 +193,19 @@ def _load_learner(
 
     from grpo.learning.learner import Learner
 
-    run = context.run
-    with redirect_output(run.log_file("learner")):
+    context.display.phase(0, "loading the learner")
+    with redirect_output(context.run.log_file("learner")):
         policy = lora.load_policy(config, start.model_dir, config.model.attention)
         teacher_dir = None
         if config.model.teacher:
-            teacher_dir = find_teacher(config, run, start.tokenizer, config.max_sequence_tokens)
+            teacher_dir = find_teacher(config, context, start.tokenizer, config.max_sequence_tokens)
         reference = lora.load_reference(config, start.model_dir, teacher_dir)
         if torch.cuda.is_available() and not config.engine.servers:
             # The engine measures the free GPU memory while it starts. GPU memory that the learner
             # allocated during that time would be missing in the KV cache.
             engine.wait_ready()
         learner = Learner(policy, config, loss, reference)
+        context.display.phase(0, "waiting for the engine")
         engine.wait_ready()
     context.display.say(f"attention: {learner.attention}")
     return learner

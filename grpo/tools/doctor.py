@@ -19,7 +19,7 @@ from grpo.learning import models
 from grpo.metrics import roofline
 from grpo.metrics.memory import MemoryTable
 from grpo.run import ranks
-from grpo.run.display import redirect_output
+from grpo.run.display import Display, redirect_output
 from grpo.stages.engine import send_weights
 from grpo.stages.problems import load_problems, make_mixture, select_held_out, without_repeats
 from grpo.stages.run_context import open_stage
@@ -141,8 +141,8 @@ def _memory_table(needs: StageNeeds, scratch: Path, gpu_gb: float) -> MemoryTabl
 def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:
     """Returns the model of the stage. A generated model is written to `scratch`."""
     config = needs.config
-    with redirect_output(scratch / "log"):
-        model_dir = models.locate(config.model, scratch, config.seed)
+    with Display("auto", 1, "check") as display, redirect_output(scratch / "log"):
+        model_dir = models.locate(config.model, scratch, config.seed, on_progress=display.download)
         tokenizer = models.load_tokenizer(model_dir)
         prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
         num_weights = models.num_weights(model_dir)
@@ -157,8 +157,14 @@ def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:
 
 def _find_teacher(config: Any, scratch: Path) -> Path:
     """Returns the directory of the teacher. A generated model is written to `scratch`."""
-    with redirect_output(scratch / "log"):
-        return models.resolve(config.model.teacher, None, scratch / "teacher", config.seed)
+    with Display("auto", 1, "check") as display, redirect_output(scratch / "log"):
+        return models.resolve(
+            config.model.teacher,
+            None,
+            scratch / "teacher",
+            config.seed,
+            on_progress=display.download,
+        )
 
 
 def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None) -> Iterator[Check]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from grpo import config as configs
-from grpo.learning import models
+from grpo.learning import hub, models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.learner import Learner
 from grpo.losses.grpo import loss
@@ -76,7 +76,7 @@ def main() -> None:
     learners = {}
     batches = {}
     with tempfile.TemporaryDirectory() as scratch:
-        model_dir = models.resolve(models.SMOLLM2, None, Path(scratch), 0)
+        model_dir = models.resolve(hub.SMOLLM2, None, Path(scratch), 0)
         for attention in ("packed", "sdpa"):
             learners[attention] = make_learner(model_dir, scratch, attention)
             batches[attention] = micro_batches(

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from grpo.learning.models import SMOLLM2_FILE, SMOLLM2_SHA256, _convert_gguf
+from grpo.learning.hub import SMOLLM2_FILE, SMOLLM2_SHA256, convert_gguf
 
 TARGET = Path.home() / ".cache/grpo/SmolLM2-135M-Instruct"
 
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
             sha256 = hashlib.sha256(model_file.read_bytes()).hexdigest()
             assert sha256 == SMOLLM2_SHA256, "a part is missing or damaged"
             TARGET.parent.mkdir(parents=True, exist_ok=True)
-            _convert_gguf(model_file, TARGET)
+            convert_gguf(model_file, TARGET)
     print("model:", TARGET)
 
 

@@ -69,9 +69,44 @@ def test_a_pipe_gets_one_line_per_rollout():
         [sys.executable, "-c", RESUMED_RUN], stderr=subprocess.PIPE, text=True, check=True
     )
     assert process.stderr.splitlines() == [
+        "starting the engine",
         "rollout 3/10 · reward 0.250 · accuracy 50.0% · length 12 · 2.0 s",
         "held-out accuracy [50 %]",
     ]
+
+
+# A start of one second, of which a log shows the phase after a silence of 0.3 s.
+SLOW_START = """
+import time
+
+from grpo.run import display as module
+
+module.MAX_SILENCE_S = 0.3
+module.MIN_ELAPSED_S = 0.5
+module.TICK_S = 0.1
+display = module.Display("auto", 10)
+display.phase(0, "downloading", "owner/name, 0.10 of 3.09 GB")
+display.phase(0, "downloading", "owner/name, 0.20 of 3.09 GB")
+time.sleep(1)
+display.close()
+time.sleep(0.5)
+"""
+
+
+def test_a_log_shows_the_phase_again_after_a_silence():
+    process = subprocess.run(
+        [sys.executable, "-c", SLOW_START], stderr=subprocess.PIPE, text=True, check=True
+    )
+    first_line, *later_lines = process.stderr.splitlines()
+    assert first_line == "downloading owner/name, 0.10 of 3.09 GB"
+    assert 2 <= len(later_lines) <= 3
+    assert "downloading owner/name, 0.20 of 3.09 GB for 0:00" in later_lines
+
+
+def test_a_terminal_shows_how_long_a_phase_has_taken():
+    text = stderr_on_terminal(SLOW_START)
+    assert "downloading owner/name, 0.20 of 3.09 GB" in text
+    assert "0.20 of 3.09 GB for 0:00" in text
 
 
 def tracked_run(run_dir):
