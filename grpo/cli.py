@@ -333,6 +333,13 @@ def _eval(options: argparse.Namespace) -> int:
 
         ask(options.config, options.ask)
         return 0
+    run = options.config
+    if len(words) == 1 and (Path(run) / "config.yaml").is_file():
+        raise UserError(
+            f"{run} is a run. To evaluate its model: grpo eval {run}/config.yaml model.path={run} "
+            f"model.warm_start= run_dir={run.rstrip('/')}-eval. To compare it with another "
+            f"evaluation: grpo eval {run} RUN. To ask its model: grpo eval {run} --ask TEXT"
+        )
     return _stage(options)
 
 

@@ -23,6 +23,8 @@ MACHINES = {
     "countdown_3b": (QWEN["3B"], 1, 80),
     "gsm8k_llama3.2_1b": (LLAMA["1B"], 1, 80),
     "gsm8k_qwen2.5_0.5b": (QWEN["0.5B"], 1, 48),
+    "gsm8k_qwen2.5_1.5b": (QWEN["1.5B"], 1, 80),
+    "gsm8k_qwen2.5_1.5b_base": (QWEN["1.5B"], 1, 80),
     "r1_distill_llama3.1_8b": (LLAMA["8B"], 1, 80),
     "r1_distill_llama3.1_8b_8x80gb": (LLAMA["8B"], 8, 80),
     "r1_distill_qwen2.5_1.5b": (QWEN["1.5B"], 1, 80),

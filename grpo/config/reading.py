@@ -14,6 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from grpo.config.other_names import OTHER_NAMES, OTHER_SECTIONS
 from grpo.types import UserError
 
 
@@ -48,6 +49,12 @@ def read_yaml(path: str) -> dict[str, Any]:
             mapping.
     """
     file = Path(path)
+    if (file / "config.yaml").is_file():
+        raise UserError(
+            f"{path}: the directory of a run, expected a config. Its config is {path}/config.yaml; "
+            "to use its model with a config, add model.path="
+            f"{path} and a new run_dir"
+        )
     if not file.is_file():
         config_names = [config.name for config in file.parent.glob("*.yaml")]
         raise UserError(f"{path}: config file not found{did_you_mean(file.name, config_names)}")
@@ -166,7 +173,7 @@ def explain(error: Any, config_class: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         *parents, leaf = error["loc"]
         fields = list(_section_class(config_class, parents).model_fields)
-        hint = did_you_mean(str(leaf), fields, cutoff=0.5)
+        hint = _other_place(str(leaf), config_class) or did_you_mean(str(leaf), fields, cutoff=0.5)
         return f"{key}: unknown key{hint}. Available: {', '.join(fields)}"
     if error["type"] == "missing":
         return f"{key}: missing"
@@ -176,6 +183,28 @@ def explain(error: Any, config_class: type[BaseModel]) -> str:
     if not key:  # a check of the whole config: its message names the keys
         return str(message)
     return f"{key}: {message}"
+
+
+def _other_place(name: str, config_class: type[BaseModel]) -> str:
+    """Returns a hint if another library, or another section, has a key of this name; else ""."""
+    if name in OTHER_SECTIONS:
+        return f" (its keys are in {OTHER_SECTIONS[name]})"
+    if name in OTHER_NAMES and _has_key(config_class, OTHER_NAMES[name]):
+        return f" (its name is {OTHER_NAMES[name]})"
+    for section in config_class.model_fields:
+        if _has_key(config_class, f"{section}.{name}"):
+            return f" (did you mean {section}.{name}?)"
+    return ""
+
+
+def _has_key(config_class: type[BaseModel], key: str) -> bool:
+    """Returns whether a config has a key such as "learner.lr"."""
+    current: type[BaseModel] | None = config_class
+    for part in key.split("."):
+        if current is None or part not in current.model_fields:
+            return False
+        current = _section_class_of(current.model_fields[part].annotation)
+    return True
 
 
 def _section_class(config_class: type[BaseModel], path: list[Any]) -> type[BaseModel]:

@@ -11,6 +11,7 @@ from grpo.config.algorithm import AlgorithmSettings
 from grpo.config.model import ModelSettings
 from grpo.config.presets import apply_preset
 from grpo.config.reading import Section, apply_overrides, explain, read_yaml
+from grpo.config.secrets import find_secrets
 from grpo.config.sections import (
     CheckpointSettings,
     DataSettings,
@@ -328,9 +329,11 @@ def parse(
         kind: The class of the config, which depends on the command.
 
     Raises:
-        UserError: The config is invalid. The message names every unknown key, with the most similar
-            valid one, and every invalid value.
+        UserError: The config is invalid, or contains a secret. The message names every unknown key,
+            with the most similar valid one, and every invalid value.
     """
+    for message in find_secrets(tree):
+        raise UserError(f"{where}: {message}")
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

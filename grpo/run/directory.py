@@ -440,8 +440,12 @@ class RunDirectory:
     def read_checkpoint_state(self, checkpoint: Path) -> dict[str, Any]:
         """Returns the state of a checkpoint after verifying the hash of every file.
 
+        DeepSpeed's files are pickles, which run code when they are loaded, and it finds them by
+        pattern. A file that state.json does not list is therefore an error.
+
         Raises:
-            RunError: A file is missing or differs from its hash; the message names it.
+            RunError: A file is missing, differs from its hash or is not listed; the message names
+                it.
         """
         state_file = checkpoint / "state.json"
         try:
@@ -452,6 +456,12 @@ class RunDirectory:
             file = checkpoint / name
             if not file.is_file() or _hash(file) != expected_hash:
                 raise _damaged(file, checkpoint)
+        for path in sorted(checkpoint.rglob("*")):
+            name = str(path.relative_to(checkpoint))
+            if not path.is_dir() and name not in state["files"] and name != state_file.name:
+                raise RunError(
+                    f"{path} is not a file of this checkpoint (state.json lists them): remove it"
+                )
         return state
 
     @_on_rank0

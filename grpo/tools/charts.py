@@ -118,6 +118,7 @@ def _set_style() -> None:
     matplotlib.rcParams.update(
         {
             "svg.fonttype": "none",
+            "text.parse_math": False,  # the name of a reward may contain dollar signs
             "svg.hashsalt": "grpo",  # makes the files of a run reproducible
             "axes.spines.top": False,
             "axes.spines.right": False,

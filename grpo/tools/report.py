@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import html
 import io
 import json
@@ -34,9 +35,16 @@ from grpo.tools.charts import charts, series
 from grpo.types import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# Size of the sample files in the page. If they are larger, it has every n-th file and the last one.
+# Size of the sample files whose completions are in the page. A page of this size opens quickly.
 MAX_SAMPLE_BYTES = 40_000_000
+MAX_DATA_CHARS = 14_000_000  # of the compressed completions; MAX_SAMPLE_BYTES usually take less
 MAX_TEXT_CHARS = 40_000  # of one completion
+# The page may run its own script and use nothing else: if a text ever escaped its element, it could
+# neither run a script nor send anything.
+POLICY = (
+    "default-src 'none'; script-src '{script_hash}'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'"
+)
 FOLLOWED_METRICS = (
     "loss",
     "reward/mean",
@@ -77,18 +85,36 @@ def report(runs: Sequence[str], *, output: str | None, plots: str | None) -> Non
     if plots:
         _write_plots(Path(plots), figures)
     page = Path(output) if output else Path(runs[0]) / "report.html"
+    template = TEMPLATE.read_text(encoding="utf-8")
     parts = {
+        "policy": POLICY.format(script_hash=_script_hash(template)),
         "title": html.escape(", ".join(folders)),
         "facts": _facts(folders, rows, page.parent),
         "findings": _findings(rows),
         "stages": _stages(Path(runs[0])),
         "charts": "\n".join(_figure(title, figure) for title, figure in figures.items()),
-        "data": pack(completions(folders)),
+        "data": _packed_completions(folders),
     }
-    template = TEMPLATE.read_text()
     text = re.sub(r"\{\{(?P<name>\w+)\}\}", lambda slot: parts[slot["name"]], template)
     write_file(page, text)
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+
+
+def _script_hash(template: str) -> str:
+    """Returns the hash of the page's script, as a Content-Security-Policy names it."""
+    (script,) = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def _packed_completions(folders: Mapping[str, Path]) -> str:
+    """Returns the completions of the runs, fewer of them if they would make the page too large."""
+    max_bytes = MAX_SAMPLE_BYTES
+    data = pack(completions(folders, max_bytes))
+    while len(data) > MAX_DATA_CHARS:
+        max_bytes //= 2
+        data = pack(completions(folders, max_bytes))
+    return data
 
 
 def _write_plots(folder: Path, figures: Mapping[str, Any]) -> None:
@@ -207,36 +233,46 @@ def _stages(run: Path) -> str:
     return "<h2>Stages</h2><div class=wide><table>" + "\n".join(lines) + "</table></div>"
 
 
-def completions(folders: Mapping[str, Path]) -> dict[str, Any]:
+def completions(folders: Mapping[str, Path], max_bytes: int = MAX_SAMPLE_BYTES) -> dict[str, Any]:
     """Returns the completions of the runs, as the page expects them.
+
+    Args:
+        folders: The folders of the runs by name.
+        max_bytes: Size of the sample files whose completions are returned. Of larger ones, every
+            n-th file and the last one are read, and of a file that is larger than this, the first
+            completions.
 
     Returns:
         `files`: names of the sample files. `problems`: `[id, question, answer]` of each problem.
         `rows`: one list per completion; report.html names its columns. `note`: a text if the page
-        does not contain all files.
+        does not contain all completions.
     """
     files: list[tuple[str, Path]] = []
     for name, folder in folders.items():
         files += [(name, file) for file in sorted((folder / "samples").glob("*.jsonl"))]
     total_bytes = sum(file.stat().st_size for _, file in files)
-    stride = max(1, math.ceil(total_bytes / MAX_SAMPLE_BYTES))
+    stride = max(1, math.ceil(total_bytes / max_bytes))
     included = [pair for i, pair in enumerate(files) if i % stride == 0 or i == len(files) - 1]
     problems: dict[str, list[str]] = {}  # by id
     problem_numbers: dict[str, int] = {}  # by id
     rows: list[list[Any]] = []
+    num_shortened = 0
     for file_number, (_, file) in enumerate(included):
-        for sample in json_lines.read_objects(file):
+        samples = json_lines.read_objects(file)
+        num_shown = math.ceil(len(samples) * min(1.0, max_bytes / max(1, file.stat().st_size)))
+        num_shortened += num_shown < len(samples)
+        for sample in samples[:num_shown]:
             problem_id = sample["problem"]
             if problem_id not in problems:
                 problem_numbers[problem_id] = len(problems)
                 problems[problem_id] = [problem_id, sample["question"], sample["answer"]]
             rows.append([file_number, problem_numbers[problem_id], *_columns(sample, file)])
     note = ""
-    if stride > 1:
-        note = (
-            f"This page contains {len(included)} of {len(files)} files of samples. All of them are "
-            "in samples/."
-        )
+    if len(included) < len(files) or num_shortened:
+        note = f"This page contains {len(included)} of {len(files)} files of samples"
+        if num_shortened:
+            note += f", and of {num_shortened} of them the first completions"
+        note += ". All of them are in samples/."
     names = [file.stem for _, file in included]
     if len(folders) > 1:
         names = [f"{name} {file.stem}" for name, file in included]

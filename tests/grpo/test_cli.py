@@ -47,6 +47,17 @@ def test_a_flag_can_be_before_between_or_after_the_overrides(command):
         assert vars(options) == vars(parsed[0])
 
 
+def test_a_run_in_place_of_a_config_is_an_error_with_the_command_that_was_meant(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("run_dir: x")
+    assert cli.main(["eval", str(tmp_path)]) == 2
+    evaluation = (
+        f"grpo eval {tmp_path}/config.yaml model.path={tmp_path} model.warm_start= run_dir="
+    )
+    assert evaluation in capsys.readouterr().err
+    assert cli.main(["train", str(tmp_path), "train.rollouts=3"]) == 2
+    assert f"Its config is {tmp_path}/config.yaml" in capsys.readouterr().err
+
+
 def test_several_flags_can_be_mixed_with_overrides():
     options = cli._parse(["doctor", "c.yaml", "a=1", "--price", "2", "b=2", "--no-sample", "c=3"])
     assert options.overrides == ["a=1", "b=2", "c=3"]
@@ -69,7 +80,7 @@ def test_runs_and_overrides_can_follow_a_flag():
 
 @pytest.mark.parametrize(
     "arguments",
-    ["train c.yaml a=1 --resum-it", "grade answers.jsonl a=1", "grade a.jsonl --explain 1 b.jsonl"],
+    ["train c.yaml a=1 --resum-it", "grade a.jsonl --explain 1 --outpt b.jsonl"],
 )
 def test_unknown_arguments_are_errors(arguments, capsys):
     with pytest.raises(SystemExit) as raised:

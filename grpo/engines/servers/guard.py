@@ -38,8 +38,10 @@ class Guard:
     def __init__(self, app: Any) -> None:
         """Wraps the ASGI app of the server. Raises RuntimeError if the token is not set."""
         self._app = app
-        self._token = os.environ.get(TOKEN_VARIABLE, "")
-        if not self._token:
+        token = os.environ.get(TOKEN_VARIABLE, "")
+        # Bytes: a header may contain any, and compare_digest rejects text that is not ASCII.
+        self._authorization = f"Bearer {token}".encode()
+        if not token:
             raise RuntimeError(
                 f"{TOKEN_VARIABLE} is not set: without a token, any client could replace the "
                 "weights of this server"
@@ -51,8 +53,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope.get("headers", []))
-        authorization = headers.get(b"authorization", b"").decode("latin-1")
-        if not hmac.compare_digest(authorization, f"Bearer {self._token}"):
+        authorization = headers.get(b"authorization", b"")
+        if not hmac.compare_digest(authorization, self._authorization):
             await _reject(send, 401, b"missing or wrong token")
         elif scope["type"] != "http" or scope["path"] not in ROUTES:
             await _reject(send, 403, b"route not allowed")

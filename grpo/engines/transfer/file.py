@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from pathlib import Path
 from typing import ClassVar
 
 from grpo.engines.transfer.checksums import WeightStream
@@ -13,6 +15,7 @@ from grpo.engines.transfer.layout import (
     required_bytes,
     update_info,
 )
+from grpo.types import UserError
 
 
 class FileSender:
@@ -29,21 +32,25 @@ class FileSender:
         """Creates the directory and a first, empty file.
 
         Deletes files that a killed trainer left in `options.folder`, which no other run may use.
+
+        Raises:
+            UserError: The directory is a link or belongs to another user.
         """
         if options.folder is None:
             raise ValueError("the transport `file` needs SenderOptions.folder")
         self.buffer_bytes = 0
         self._folder = options.folder
         self._num_files = 0
+        _make_private(self._folder)
         for old_file in self._folder.glob("weights-*.safetensors"):
             old_file.unlink(missing_ok=True)
         self._open_new_file()
 
     def _open_new_file(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._num_files += 1
         self._file = (self._folder / f"weights-{self._num_files}.safetensors").absolute()
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        # The file is new, and no link to another file that somebody else has created.
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._mapped = MappedWeights(os.open(self._file, flags, 0o600))
 
     def send(self, stream: WeightStream, receiver: WeightReceiver) -> None:
@@ -70,3 +77,15 @@ class FileSender:
         """Deletes the file."""
         self._mapped.close()
         self._file.unlink(missing_ok=True)
+
+
+def _make_private(folder: Path) -> None:
+    """Creates a directory, if necessary, that only this user can read and write."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise UserError(
+            f"{folder}: a link, or the directory of another user. The weights are only written to "
+            "a directory of your own: remove it or choose another run_dir"
+        )
+    folder.chmod(0o700)

@@ -12,6 +12,9 @@ import yaml
 
 from grpo import cli
 from grpo import config as configs
+from grpo.config import TrainConfig
+from grpo.config.other_names import OTHER_NAMES
+from grpo.config.reading import _has_key
 from grpo.stages.registry import SUMMARIES, find_stage, stage_for_config
 from grpo.types import UserError
 
@@ -36,6 +39,11 @@ def minimal_tree(**overrides):
     return configs.apply_overrides(MINIMAL, arguments)
 
 
+def test_every_name_of_another_library_stands_for_a_key():
+    for name, key in OTHER_NAMES.items():
+        assert _has_key(TrainConfig, key), name
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -48,6 +56,13 @@ def minimal_tree(**overrides):
             {"data__mixture": "{gsm8k: {wieght: 1}}", "data__name": ""},
             r"data.mixture.gsm8k.wieght: unknown key \(did you mean weight\?\)",
         ),
+        # Names of TRL and verl, and a key of another section.
+        ({"learner__learning_rate": "1e-6"}, r"rate: unknown key \(its name is learner\.lr\)"),
+        ({"train__num_generations": "8"}, r"unknown key \(its name is train\.group_size\)"),
+        ({"report_to": "wandb"}, r"report_to: unknown key \(its name is logging\.trackers\)"),
+        ({"lora_r": "8"}, r"lora_r: unknown key \(its name is model\.lora\.rank\)"),
+        ({"actor_rollout_ref": "{}"}, r"its keys are in model, learner, engine, sampling and"),
+        ({"train__lr": "1e-6"}, r"train\.lr: unknown key \(did you mean learner\.lr\?\)"),
         ({"data__mixture": "{gsm8k: {}}"}, "data: set either name"),
         (
             {"train__group_size": "1"},

@@ -66,6 +66,17 @@ def test_a_failed_write_of_torch_is_also_a_run_error(tmp_path):
         make_run_directory(tmp_path).save_checkpoint(1, {"metrics": {}}, fail)
 
 
+def test_a_file_that_the_checkpoint_does_not_list_is_an_error(tmp_path):
+    """DeepSpeed unpickles every file whose name has the right form."""
+    run = make_run_directory(tmp_path)
+    checkpoint = save_checkpoint(run, 1)
+    (checkpoint / "learner").mkdir()
+    run.read_checkpoint_state(checkpoint)
+    (checkpoint / "learner" / "zero_pp_rank_1_optim_states.pt").write_bytes(b"x")
+    with pytest.raises(RunError, match=r"rank_1_optim_states\.pt is not a file of this checkpoint"):
+        run.read_checkpoint_state(checkpoint)
+
+
 def test_the_error_of_a_damaged_checkpoint_names_the_file(tmp_path):
     run = make_run_directory(tmp_path)
     checkpoint = save_checkpoint(run, 1)

@@ -134,7 +134,7 @@ def test_on_a_gpu_the_engine_measures_the_memory_before_the_learner_uses_it(
     engine = SimpleNamespace(wait_ready=lambda: events.append("engine is ready"))
     context = SimpleNamespace(
         run=SimpleNamespace(log_file=lambda name: tmp_path / name),
-        display=SimpleNamespace(say=lambda text: None),
+        display=SimpleNamespace(say=lambda text: None, phase=lambda step, name: None),
     )
     start = SimpleNamespace(model_dir=tiny())
     train._load_learner(tiny_config(tmp_path, tiny()), context, start, engine, loss=None)

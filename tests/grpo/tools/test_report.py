@@ -5,11 +5,13 @@ The browser test is skipped if Chromium is not installed.
 
 import base64
 import gzip
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import threading
+from random import Random
 
 import pytest
 
@@ -156,13 +158,52 @@ def test_long_runs_are_thinned_out_and_long_completions_shortened_in_the_middle(
 ):
     folder = make_run(tmp_path / "a", num_steps=10, text="x" * 3000)
     num_chars = len((folder / "samples" / "step-000001.jsonl").read_text())
-    monkeypatch.setattr(report, "MAX_SAMPLE_BYTES", 4 * num_chars)
     monkeypatch.setattr(report, "MAX_TEXT_CHARS", 100)
-    data = report.completions({"a": folder})
+    data = report.completions({"a": folder}, max_bytes=4 * num_chars)
     assert data["files"] == ["step-000001", "step-000004", "step-000007", "step-000010"]
     assert "4 of 10 files" in data["note"]
     assert "complete text in" in data["rows"][0][2]
     assert len(data["rows"][0][2]) < 300
+
+
+def test_of_a_file_that_is_too_large_the_page_has_the_first_completions(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "a", num_steps=1, num_groups=50, text="x" * 3000)
+    num_bytes = (folder / "samples" / "step-000001.jsonl").stat().st_size
+    data = report.completions({"a": folder}, max_bytes=num_bytes // 4)
+    assert len(data["rows"]) == 50
+    assert data["note"].startswith(
+        "This page contains 1 of 1 files of samples, and of 1 of them the"
+    )
+
+
+def test_a_page_of_texts_that_cannot_be_compressed_stays_below_its_limit(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "a", num_steps=2, num_groups=1, group_size=1)
+    random = Random(0)
+    samples = [sample(0, 0, random.randbytes(1500).hex()) for _ in range(100)]
+    write_rows(folder / "samples" / "step-000002.jsonl", samples)
+    monkeypatch.setattr(report, "MAX_DATA_CHARS", 50_000)
+    page = report_page(folder)
+    (data,) = re.findall(r"id=data>(.*?)</script>", page)
+    assert 10_000 < len(data) <= 50_000
+
+
+def script_hash(page):
+    """Returns the hash of the only script in a page, as a Content-Security-Policy names it."""
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def test_the_policy_of_the_page_allows_its_own_script_only(tmp_path):
+    page = report_page(make_run(tmp_path / "a"))
+    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', page)
+    assert f"script-src '{script_hash(page)}';" in policy
+    assert policy.startswith("default-src 'none'; ")
+
+
+def test_the_name_of_a_reward_may_contain_dollar_signs(tmp_path):
+    rows = {"reward/$x_1$ {": 0.5, "reward/_cost$": 0.25}
+    assert "$x_1$ {" in report_page(make_run(tmp_path / "a", **rows))
 
 
 def test_a_run_whose_files_of_samples_are_empty_has_a_report_without_completions(tmp_path):
@@ -265,6 +306,9 @@ addEventListener("load", async () => {
   results.reasoning = document.querySelector(".completion details pre").textContent;
   results.title = document.title;
   results.errors = errors;
+  document.body.insertAdjacentHTML("beforeend", "<img src=x onerror='window.hacked = true'>");
+  await wait(300);
+  results.hacked = window.hacked === true;
   results.fits_width = document.documentElement.scrollWidth <= innerWidth;
   const text = JSON.stringify(results);
   const element = Object.assign(document.createElement("pre"), {id: "results", textContent: text});
@@ -297,10 +341,12 @@ def test_search_filters_paging_and_keys_work_in_a_browser_without_script_errors(
     page = report_page(make_run(tmp_path / "a", text=HOSTILE))
     script_start = '<script>\n"use strict"'
     html_path = tmp_path / "page.html"
+    page = page.replace("script-src ", f"script-src '{script_hash(BROWSER_SCRIPT)}' ")
     html_path.write_text(page.replace(script_start, BROWSER_SCRIPT + script_start))
     results = run_in_browser(html_path)
     assert results["errors"] == []
     assert results["title"] == "a"
+    assert not results["hacked"]  # the Content-Security-Policy of the page forbids it
     assert results["fits_width"]
     assert results["first_file"] == "20 completions of 5 groups, page 1 of 1"
     assert results["all"] == "80 completions of 20 groups, page 1 of 3"

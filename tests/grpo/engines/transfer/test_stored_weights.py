@@ -13,6 +13,7 @@ from grpo.engines.transfer.file import FileSender
 from grpo.engines.transfer.interface import SenderOptions
 from grpo.engines.transfer.layout import read_tensors
 from grpo.engines.transfer.memory import MemorySender
+from grpo.types import UserError
 
 # The name of a weight that keeps its dtype. All other floating-point weights are cast.
 KEPT_NAME = f"gate_{checksums.KEEP_DTYPE_SUFFIX}"
@@ -71,3 +72,28 @@ def test_full_disk_is_an_error_before_weights_are_written(tmp_path):
     with limited_file_size(1000), pytest.raises(EngineError, match=message):
         sender.send(checksums.WeightStream(weights, torch.float32), RecordingReceiver())
     sender.close()
+
+
+def test_the_weights_folder_is_private_and_no_link(tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir(mode=0o777)
+    sender = FileSender(SenderOptions(folder=folder))
+    assert folder.stat().st_mode & 0o777 == 0o700
+    sender.close()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="link: a link, or the directory of another user"):
+        FileSender(SenderOptions(folder=tmp_path / "link"))
+
+
+def test_the_weights_are_not_written_through_a_link(tmp_path):
+    sender = FileSender(SenderOptions(folder=tmp_path))
+    target = tmp_path / "target"
+    (tmp_path / "weights-2.safetensors").symlink_to(target)
+    with pytest.raises(EngineError, match="File exists"):
+        sender.send(
+            checksums.WeightStream(Weights(a=torch.randn(10)), torch.float32), RecordingReceiver()
+        )
+    sender.close()
+    assert not target.exists()
