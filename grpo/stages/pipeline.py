@@ -29,6 +29,7 @@ from grpo.config.reading import apply_overrides, read_yaml
 from grpo.experience.prompts import Prompts
 from grpo.run.directory import RunDirectory, read_metrics, write_file
 from grpo.run.signals import RunInterruptedError
+from grpo.stages.pipeline_contexts import check_contexts
 from grpo.stages.registry import find_stage
 from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import require_one_rank
@@ -80,13 +81,14 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
     """Runs all unfinished commands, then writes table.md and table.json.
 
     Raises:
-        UserError: A config is wrong (all are checked before the first command starts), or a command
-            ended with a UserError.
+        UserError: A config is wrong, or the sequences of a stage do not fit its model (all are
+            checked before the first command starts), or a command ended with a UserError.
         RunError: A command failed.
         RunInterruptedError: A signal stopped a command.
     """
     require_one_rank("pipeline")
     commands = checked_plan(config)
+    check_contexts(commands, _written_models(config))
     has_run = (Path(config.run_dir) / "manifest.json").exists()
     run = RunDirectory(config.run_dir, resume=resume or has_run)
     run.update_manifest(
@@ -168,6 +170,11 @@ def _evaluation(
     return PlannedCommand(
         name=name, command="eval", config_file=evaluation.config, overrides=tuple(overrides)
     )
+
+
+def _written_models(config: PipelineConfig) -> dict[str, list[str]]:
+    """Returns the directories of the models that each stage writes, by its name."""
+    return {name: list(_models(config, name).values()) for name in config.stages}
 
 
 def _models(config: PipelineConfig, name: str) -> dict[str, str]:
@@ -371,7 +378,7 @@ class _PipelineStage:
         )
 
     def dry_run_lines(self, config: PipelineConfig) -> list[str]:
-        return []
+        return check_contexts(checked_plan(config), _written_models(config))
 
     def checks(
         self, config: PipelineConfig, problems: Sequence[Problem], prompts: Prompts

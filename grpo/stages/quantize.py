@@ -91,6 +91,7 @@ def _evaluate_all(context: RunContext, evaluations: Mapping[str, EvalConfig]) ->
             continue
         shutil.rmtree(folder, ignore_errors=True)
         context.display.say(f"evaluating {name}: {folder}")
+        context.display.pause()
         evaluate(config, resume=False)
 
 
@@ -182,6 +183,7 @@ def write_quantized(
         model.save_pretrained(scratch)
         compressor.update_config(str(scratch))
         tokenizer.save_pretrained(scratch)
+        models.support_transformers_4(scratch)
 
 
 class _QuantizeStage:

@@ -33,13 +33,13 @@ def dry_run(stage: Stage[Any], config: Any) -> None:
         UserError: The run would fail early, for example because a prompt is too long.
     """
     needs = stage.needs(config)
-    if needs is None:
-        print(stage.batch_arithmetic(config))
-        return
-    print(configs.dump(config))
+    if needs is not None:
+        print(configs.dump(config))
     print(stage.batch_arithmetic(config))
     for line in stage.dry_run_lines(config):
         print(line)
+    if needs is None:
+        return
     print(_prompt(needs, _load_problems(needs) or [[EXAMPLE]]))
 
 

@@ -18,24 +18,28 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
 
 @contextlib.contextmanager
-def serve_vllm(model_dir, folder):
+def serve_vllm(model_dir, folder, *, name="teacher", template=CHAT_TEMPLATE):
     """Starts a real vLLM server on a copy of a model and yields its URL.
 
     Args:
-        model_dir: Directory of the model. The server lists it as "teacher".
+        model_dir: Directory of the model.
         folder: Existing directory for the copy, the chat template and the log.
+        name: The model's name in requests.
+        template: The chat template. None: that of the model.
 
     Raises:
         AssertionError: The server is not ready within 180 s. The message is the end of its log.
     """
     model = shutil.copytree(model_dir, folder / "model")
-    template = folder / "template"
-    template.write_text(CHAT_TEMPLATE)
     port = free_port()
+    options = {"model": str(model), "served-model-name": name, "port": str(port)}
+    if template is not None:
+        (folder / "template").write_text(template)
+        options["chat-template"] = str(folder / "template")
     log_file = folder / "log"
     with log_file.open("w") as log:
         process = subprocess.Popen(
-            _vllm_command(model, template, port),
+            _vllm_command(options),
             stdout=log,
             stderr=log,
             env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"},
@@ -48,15 +52,12 @@ def serve_vllm(model_dir, folder):
         process.wait(timeout=30)
 
 
-def _vllm_command(model, template, port):
+def _vllm_command(options):
     options = {
-        "model": str(model),
-        "served-model-name": "teacher",
-        "port": str(port),
+        **options,
         "host": "127.0.0.1",
         "dtype": "float32",
         "block-size": "32",
-        "chat-template": str(template),
         "max-model-len": "256",
         "kv-cache-memory-bytes": str(50 * 2**20),
     }

@@ -103,6 +103,19 @@ def test_a_log_shows_the_phase_again_after_a_silence():
     assert "downloading owner/name, 0.20 of 3.09 GB for 0:00" in later_lines
 
 
+# A stage within a stage has a display of its own.
+PAUSED = SLOW_START.replace("time.sleep(1)", "display.pause(); time.sleep(1)", 1)
+
+
+def test_a_paused_display_shows_nothing_until_the_next_phase():
+    program = PAUSED.replace("display.close()", 'display.phase(0, "canary"); display.close()')
+    process = subprocess.run(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, check=True
+    )
+    assert process.stderr.splitlines() == ["downloading owner/name, 0.10 of 3.09 GB", "canary"]
+    assert "canary" in stderr_on_terminal(program)
+
+
 def test_a_terminal_shows_how_long_a_phase_has_taken():
     text = stderr_on_terminal(SLOW_START)
     assert "downloading owner/name, 0.20 of 3.09 GB" in text

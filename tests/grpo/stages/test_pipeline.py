@@ -13,6 +13,7 @@ from grpo.config import PipelineConfig
 from grpo.config.reading import apply_overrides
 from grpo.run.directory import RunDirectory
 from grpo.stages.pipeline import (
+    STAGE,
     _format_overrides,
     _run_unfinished,
     checked_plan,
@@ -181,3 +182,41 @@ def test_plan_without_evaluation_sets_starts_with_the_first_stage():
     stages = {"a": {"command": "sft", "config": "configs/tiny_sft.yaml"}}
     first_command = next(plan(pipeline_config(stages=stages)))
     assert first_command.name == "a"
+
+
+def context_lines(stages, evaluation):
+    config = pipeline_config(stages=stages, eval={"s": evaluation})
+    return STAGE.dry_run_lines(config)
+
+
+COLD_START = {"command": "sft", "config": "configs/tiny_sft.yaml"}
+LONG_RL = {
+    "command": "train",
+    "config": "configs/tiny.yaml",
+    "model": "cold",
+    "set": {"sampling.max_tokens": 3000, "learner.micro_batch_tokens": 8192},
+}
+
+
+def test_sequences_that_are_longer_than_the_context_of_a_model_are_an_error_of_the_dry_run():
+    """A tiny model has a context of 2,048 tokens."""
+    evaluation = {"config": "configs/tiny.yaml", "set": {"sampling.max_tokens": 2040}}
+    with pytest.raises(UserError, match=r"stage start-s: .* 2,056 tokens, .* tiny-qwen2 is 2,048"):
+        context_lines({"cold": COLD_START}, evaluation)
+    evaluation["start"] = False
+    with pytest.raises(UserError, match=r"stage cold-s: .* context of runs/x/cold/final is 2,048"):
+        context_lines({"cold": COLD_START}, evaluation)
+
+
+def test_a_model_keeps_the_longer_context_that_an_earlier_stage_has_given_it():
+    evaluation = {"config": "configs/tiny.yaml", "start": False}
+    with pytest.raises(UserError, match=r"stage rl: sequences of up to 3,016 tokens"):
+        context_lines({"cold": COLD_START, "rl": LONG_RL}, evaluation)
+    extended = {**COLD_START, "set": {"model.rope": {"type": "yarn", "factor": 2.0}}}
+    assert context_lines({"cold": extended, "rl": LONG_RL}, evaluation) == []
+
+
+def test_the_lengths_of_a_model_that_cannot_be_downloaded_are_reported_as_unchecked():
+    config = configs.load("configs/r1_7b.yaml", kind=PipelineConfig)
+    lines = STAGE.dry_run_lines(config)
+    assert any(line.startswith("lengths of cold_start: not checked: ") for line in lines)
