@@ -83,6 +83,11 @@ class PromptSettings(Section):
         description="Prompt template: `chat` (the tokenizer's), `r1_zero` (DeepSeek-R1, Table 1, "
         "for base models) or `plain` (the question and a line break).",
     )
+    chat_template: str | None = Field(
+        None,
+        description="Jinja file with a chat template, for template `chat`. It replaces the "
+        "tokenizer's, and is saved with the final model. Default: the tokenizer's.",
+    )
     system: str | None = Field(
         None,
         description="System prompt, for template `chat` only. `r1` is a built-in prompt that "

@@ -7,6 +7,7 @@ model behind an endpoint, whose tokenizer is not available.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from grpo import config as configs
@@ -48,13 +49,15 @@ class Prompts:
 
         Args:
             settings: The config section `prompt`.
-            tokenizer: The model's tokenizer.
+            tokenizer: The model's tokenizer. It gets the template of `prompt.chat_template`.
             eos_token_ids: The EOS tokens of the model's generation config.
 
         Raises:
             UserError: The template is unknown or does not work with this tokenizer, or no token and
                 no string would end a completion.
         """
+        if settings.chat_template is not None:
+            tokenizer.chat_template = _read_chat_template(settings)
         _check_template(settings, tokenizer)
         self._settings = settings
         self._tokenizer = tokenizer
@@ -136,20 +139,26 @@ class Prompts:
     def solution_ids(self, problem: Problem) -> tuple[int, ...]:
         """Returns the token ids of a worked solution, the target of supervised fine-tuning.
 
+        The last token ends a completion: the chat template's end-of-turn token, or EOS.
+        """
+        ids = self._tokenizer(self.solution(problem), add_special_tokens=False)["input_ids"]
+        end_id = self._end_of_turn_id or self._tokenizer.eos_token_id
+        if end_id is None:
+            return tuple(ids)
+        return (*ids, end_id)
+
+    def solution(self, problem: Problem) -> str:
+        """Returns the text of a worked solution, as it follows the prompt.
+
         A solution without `<think>` becomes `<think>solution</think> <answer>answer</answer>`. A
-        `<think>` that the prompt prefills is not repeated. The last token ends a completion: the
-        chat template's end-of-turn token, or EOS.
+        `<think>` that the prompt prefills is not repeated.
         """
         solution = problem.solution or ""
         if "<think>" not in solution:
             solution = f"<think>{solution}</think> <answer>{problem.answer}</answer>"
         if self.prefill(problem):
             solution = solution.lstrip().removeprefix("<think>").lstrip()
-        ids = self._tokenizer(solution, add_special_tokens=False)["input_ids"]
-        end_id = self._end_of_turn_id or self._tokenizer.eos_token_id
-        if end_id is None:
-            return tuple(ids)
-        return (*ids, end_id)
+        return solution
 
     def chat_template_to_save(self) -> str:
         """Returns the chat template to save with a trained model.
@@ -234,6 +243,19 @@ class Prompts:
         return end_of_turn_id
 
 
+def _read_chat_template(settings: configs.PromptSettings) -> str:
+    path = str(settings.chat_template)
+    if settings.template != "chat":
+        raise UserError(
+            f"prompt.chat_template={path} requires prompt.template=chat, but prompt.template is "
+            f"{settings.template}"
+        )
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt.chat_template={path}: cannot be read: {error}") from None
+
+
 def _check_template(settings: configs.PromptSettings, tokenizer: Any) -> None:
     if settings.template not in TEMPLATES:
         raise UserError(
@@ -243,7 +265,7 @@ def _check_template(settings: configs.PromptSettings, tokenizer: Any) -> None:
     if settings.template == "chat" and tokenizer.chat_template is None:
         raise UserError(
             "prompt.template=chat: this tokenizer has no chat template (is it a base model?). Use "
-            "prompt.template=r1_zero or plain."
+            "prompt.template=r1_zero or plain, or set prompt.chat_template to a Jinja file."
         )
     if settings.template != "chat" and settings.system:
         raise UserError(

@@ -106,7 +106,7 @@ class SolutionTexts:
 def check_solutions(
     max_tokens: int, problems: Sequence[Problem], prompts: Prompts
 ) -> Iterator[Check]:
-    """Yields one finding: whether all problems have a worked solution within `max_tokens`."""
+    """Yields whether all problems have a worked solution within `max_tokens`, and with its tags."""
     without_solution = [problem.id for problem in problems if problem.solution is None]
     lengths = [  # in tokens, with the prompt
         len(prompts.token_ids(problem)) + len(prompts.solution_ids(problem))
@@ -127,3 +127,24 @@ def check_solutions(
     else:
         remedy = ""
     yield Check("fail" if remedy else "ok", "solutions", message, remedy)
+    yield from _missing_tags(problems, prompts)
+
+
+def _missing_tags(problems: Sequence[Problem], prompts: Prompts) -> Iterator[Check]:
+    """Warns about tags that the prompt asks for and that solutions lack."""
+    if not problems:
+        return
+    instructions = prompts.text(problems[0]).replace(problems[0].question, "")
+    if "<answer>" not in instructions:
+        return
+    targets = [prompts.solution(problem) for problem in problems if problem.solution is not None]
+    num_lacking = sum("<answer>" not in target for target in targets)
+    if num_lacking:
+        yield Check(
+            "warn",
+            "tags",
+            f"the prompt asks for <answer>, but {num_lacking} of {len(targets)} solutions have no "
+            "such tag: the model would learn not to follow its prompt",
+            "use a prompt that does not ask for it (prompt.template=plain, or chat without "
+            "prompt.system=r1), or put the answers into the tag",
+        )

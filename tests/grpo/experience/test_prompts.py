@@ -38,6 +38,34 @@ def test_a_chat_template_is_rendered_with_system_prompt_and_prefill(chat):
     assert chat.decode(prompts.token_ids(PROBLEM)) == expected
 
 
+def test_a_chat_template_from_a_file_replaces_the_tokenizers_and_is_saved(tokenizer, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text(CHAT)
+    prompts = Prompts(configs.PromptSettings(chat_template=str(file)), tokenizer)
+    expected = "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts.text(PROBLEM) == expected
+    assert prompts.chat_template_to_save() == CHAT
+    with pytest.raises(UserError, match=r"prompt\.chat_template=nowhere: cannot be read"):
+        Prompts(configs.PromptSettings(chat_template="nowhere"), tokenizer)
+    with pytest.raises(UserError, match=r"requires prompt\.template=chat"):
+        Prompts(configs.PromptSettings(chat_template=str(file), template="plain"), tokenizer)
+
+
+def test_the_llama_3_template_is_that_of_the_instruct_models(tokenizer):
+    tokens = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"bos_token": tokens[0], "additional_special_tokens": tokens[1:]})
+    settings = configs.PromptSettings(
+        chat_template="configs/llama3.jinja", system="Think.", think_prefill=True
+    )
+    prompts = Prompts(settings, tokenizer)
+    assert prompts.text(PROBLEM) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nThink.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhat is 2 + 3?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n"
+    )
+    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in prompts.stop_token_ids
+
+
 def test_a_completion_ends_at_the_end_of_turn_token_and_at_eos(chat):
     # The EOS token of a base model often differs from the end-of-turn token of its chat template.
     prompts = Prompts(configs.PromptSettings(), chat, eos_token_ids=[9])

@@ -263,6 +263,22 @@ def test_sft_solutions_that_are_too_long_fail(tiny, doctor):
     assert "ok    memory" in output
 
 
+def test_traces_without_the_tags_that_the_prompt_asks_for_are_a_finding(tiny, tmp_path, doctor):
+    traces = [
+        {"id": 1, "problem": "2+3?", "solution": "<think>2 and 3.</think> \\boxed{5}"},
+        {"id": 2, "problem": "1+3?", "solution": "<think>1 and 3.</think> <answer>4</answer>"},
+    ]
+    path = tmp_path / "traces.jsonl"
+    path.write_text("".join(json.dumps(trace) + "\n" for trace in traces))
+    sections = sft_sections(tiny, {"name": "traces", "path": str(path)}, max_tokens=1024)
+    asking = {**sections, "prompt": {"template": "r1_zero", "max_tokens": 900}}
+    output = doctor(asking, "--no-sample")
+    assert re.search(
+        "warn  tags .* asks for <answer>, but 1 of 2 solutions have no such tag", output
+    )
+    assert "asks for <answer>" not in doctor(sections, "--no-sample")
+
+
 def test_a_valid_sft_config_passes_without_a_contamination_check(tiny, doctor):
     output = doctor(sft_sections(tiny, ARITHMETIC))
     assert "nothing failed" in output
