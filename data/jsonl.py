@@ -32,6 +32,7 @@ def load(  # noqa: PLR0913
     test_path: str | None = None,
     test_fraction: float = 0.1,
     answers: bool = True,
+    malformed: list[str] | None = None,
 ) -> Sequence[Problem]:
     """Returns the problems of a split, in file order.
 
@@ -48,6 +49,8 @@ def load(  # noqa: PLR0913
             `test_path`.
         answers: False: the rows are prompts without gold answers, for rewards that need none, such
             as `preference`. All of them are in the train split.
+        malformed: A list that receives the reason for each row that cannot be read, which is then
+            skipped. None: such a row is an error.
 
     Raises:
         UserError: An option is invalid, a row is incomplete, or the split has no problems.
@@ -71,11 +74,17 @@ def load(  # noqa: PLR0913
         rows = read_rows(split_path, stems=[split], hub=None)
     problems = []
     for index, row in enumerate(rows):
-        question = text_field(row, *QUESTION_FIELDS)
-        is_held_out = answers and stable_hash(question) < test_fraction * 2**64
+        try:
+            problem = _problem(row, f"jsonl/{split}/{index}", has_answer=answers)
+        except UserError as error:
+            if malformed is None:
+                raise
+            malformed.append(str(error))
+            continue
+        is_held_out = answers and stable_hash(problem.question) < test_fraction * 2**64
         hash_split = "test" if is_held_out else "train"
         if test_path is not None or hash_split == split:
-            problems.append(_problem(row, f"jsonl/{split}/{index}", has_answer=answers))
+            problems.append(problem)
     if not problems:
         raise UserError(
             f"data.jsonl: {path} has no {split} problems. Set test_path, or use a larger file."

@@ -32,13 +32,15 @@ TAG_REPLACEMENTS = {
 }
 
 
-def load(
+# The keyword parameters are the options of the data set in a config.
+def load(  # noqa: PLR0913
     split: str,
     *,
     seed: int,
     path: str | None = None,
     hub: str | None = None,
     subset: str | None = None,
+    malformed: list[str] | None = None,
 ) -> Sequence[Problem]:
     """Returns the traces as problems. Each solution is `<think>...</think>` and the text after it.
 
@@ -49,6 +51,8 @@ def load(
         hub: A data set on the hub, used if `path` is None. Its train split is read. Example:
             `options: {hub: open-r1/OpenR1-Math-220k, subset: default}`.
         subset: The configuration of the data set on the hub.
+        malformed: A list that receives the reason for each row that cannot be read, which is then
+            skipped. None: such a row is an error.
 
     Raises:
         UserError: Neither `path` nor `hub` is set, or a row has no question, no solution or no
@@ -63,7 +67,13 @@ def load(
     hub_dataset = HubDataset(hub, subset, "train") if hub else None
     problems = []
     for index, row in enumerate(read_rows(path, stems=["traces"], hub=hub_dataset)):
-        trace = _read_trace(row)
+        try:
+            trace = _read_trace(row)
+        except UserError as error:
+            if malformed is None:
+                raise
+            malformed.append(str(error))
+            continue
         row_id = row.fields.get("id")
         problem = Problem(
             id=str(row_id) if row_id is not None else f"traces/{index}",

@@ -47,6 +47,25 @@ class DataSettings(Section):
         None,
         description="Local file or directory with the files of all sets. Default: the hub.",
     )
+    malformed: Literal["error", "drop"] = Field(
+        "error",
+        description="Rows that cannot be read as a problem, and in supervised stages problems "
+        "without a solution: `error` stops the command, `drop` skips and counts them. `drop` is "
+        "for the sets `traces` and `jsonl`.",
+    )
+    overlong: Literal["error", "drop"] = Field(
+        "error",
+        description="Supervised stages: problems that are longer than the `max_tokens` of the "
+        "stage with their solution: `error` stops the command, `drop` skips and counts them. "
+        "`prompt.overlong` is for prompts.",
+    )
+    max_dropped: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Largest share of problems that `malformed` and `overlong` may drop. Above "
+        "it, the command stops.",
+    )
     curriculum: str | None = Field(
         None,
         description="Numeric field of the problems' `meta`. The first epoch of each set is sorted "

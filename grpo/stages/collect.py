@@ -54,7 +54,9 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
         context.display.phase(0, "loading the problems")
         workers, rewards = load_rewards(config)
         context.stack.callback(workers.close)
-        problems = load_problems(config.data, "train", config.seed, config.rewards)
+        problems = load_problems(
+            config.data, "train", config.seed, config.rewards, context.display.say
+        )
         excluded_ngrams = _excluded_ngrams(config)
         sampler = Sampler(config, context, config.teacher)
         mixture = make_mixture(config.data, problems, sampler.prompts, config.seed)

@@ -31,7 +31,12 @@ from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.resume import require_same_config
 from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.sampling import check_rewards
-from grpo.stages.solutions import SolutionTexts, check_solutions
+from grpo.stages.solutions import (
+    SolutionTexts,
+    TrainingLimits,
+    check_solutions,
+    take_trainable,
+)
 from grpo.stages.stage import (
     Check,
     DiskNeeds,
@@ -91,6 +96,10 @@ def _run_sequence(config: DistillConfig, resume: bool) -> None:
         context.run.update_manifest(final="sft/final")
 
 
+def _limits(config: DistillConfig) -> TrainingLimits:
+    return TrainingLimits("soft", config.max_sequence_tokens, config.data)
+
+
 def _run_soft(config: DistillConfig, resume: bool) -> None:
     soft = config.soft
     assert soft is not None
@@ -98,13 +107,19 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
     with open_stage(config, "distill", total=soft.updates, unit="update", resume=resume) as context:
         log_file = context.run.log_file("learner")
         context.display.phase(0, "loading the problems")
-        problems = load_problems(config.data, "train", config.seed)
+        problems = load_problems(config.data, "train", config.seed, say=context.display.say)
         context.display.phase(0, "loading the models")
         start = find_start_model(config, context)
         models.check_context(start.model_dir, soft.max_tokens)
         mixture = make_mixture(config.data, problems, start.prompts, config.seed)
         require_same_start(start.tokenizer, mixture)
-        training_problems = mixture.take(0, soft.updates * soft.batch_size)
+        training_problems = take_trainable(
+            mixture,
+            soft.updates * soft.batch_size,
+            start.prompts,
+            _limits(config),
+            context.display.say,
+        )
         texts = SolutionTexts(
             training_problems,
             start.prompts,
@@ -298,7 +313,7 @@ class _DistillStage:
     def checks(
         self, config: DistillConfig, problems: Sequence[Problem], prompts: Prompts
     ) -> Iterator[Check]:
-        return check_solutions(config.max_sequence_tokens, problems, prompts)
+        return check_solutions(_limits(config), problems, prompts)
 
 
 STAGE: Stage[DistillConfig] = _DistillStage()

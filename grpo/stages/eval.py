@@ -74,7 +74,7 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
         workers, rewards = load_rewards(config)
         context.stack.callback(workers.close)
         problems = {
-            name: load_problems(data, "test", config.seed, config.rewards)
+            name: load_problems(data, "test", config.seed, config.rewards, context.display.say)
             for name, data in sets.items()
         }
         sampler = Sampler(config, context, config.endpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from grpo import config as configs
@@ -19,7 +19,11 @@ HELD_OUT_SEED = 0  # the same for all runs, so that their evaluations have the s
 
 
 def load_problems(
-    data: configs.DataSettings, split: str, seed: int, rewards: Collection[str] = ()
+    data: configs.DataSettings,
+    split: str,
+    seed: int,
+    rewards: Collection[str] = (),
+    say: Callable[[str], None] = print,
 ) -> dict[str, Sequence[Problem]]:
     """Returns the problems of a data section by data set: `{"gsm8k": [Problem(...), ...]}`.
 
@@ -29,6 +33,7 @@ def load_problems(
         seed: The run's seed, for data sets that are generated.
         rewards: The names of the rewards that will score the problems. Those with a function
             `read_problem` read each problem of a list, and can refuse it.
+        say: Receives a line if rows were dropped.
 
     Raises:
         UserError: A data set, its options, a file or a line is wrong, or a reward refuses a
@@ -37,14 +42,56 @@ def load_problems(
     problems = {}
     for name, source in data.data_sets.items():
         load = plugins.find_function("data", name, "load", "data")
+        signature = inspect.signature(load)
         try:
-            inspect.signature(load).bind(split, seed=seed, path=source.path, **source.options)
+            signature.bind(split, seed=seed, path=source.path, **source.options)
         except TypeError as error:
             raise UserError(f"data.{name}.options: {error}") from None
-        problems[name] = load(split, seed=seed, path=source.path, **source.options)
+        options = dict(source.options)
+        malformed: list[str] = []
+        if data.malformed == "drop":
+            if "malformed" not in signature.parameters:
+                raise UserError(
+                    f"data.malformed=drop: the data set {name} cannot drop rows; traces and jsonl "
+                    "can"
+                )
+            options["malformed"] = malformed
+        problems[name] = load(split, seed=seed, path=source.path, **options)
+        if malformed:
+            num_rows = len(problems[name]) + len(malformed)
+            # The malformed rows of both splits are compared with the problems of this split.
+            max_dropped = data.max_dropped if split == "train" else 1.0
+            check_dropped(f"data.{name}", malformed, num_rows, max_dropped, say)
         for reward in rewards:
             problems[name] = _read_by_reward(problems[name], name, reward)
     return problems
+
+
+def check_dropped(
+    where: str,
+    reasons: Sequence[str],
+    num_seen: int,
+    max_dropped: float,
+    say: Callable[[str], None],
+) -> None:
+    """Reports how many problems were dropped. Raises UserError if they are too many.
+
+    Args:
+        where: The data set or the stage.
+        reasons: The reason for each problem.
+        num_seen: Number of problems, with those that were dropped.
+        max_dropped: The largest share that may be dropped.
+        say: Receives the report.
+    """
+    message = (
+        f"{where}: dropped {len(reasons):,} of {num_seen:,} problems, for example: {reasons[0]}"
+    )
+    if len(reasons) > max_dropped * num_seen:
+        raise UserError(
+            f"{message}. These are more than data.max_dropped={max_dropped}: correct the data, or "
+            "raise the limit"
+        )
+    say(message)
 
 
 def _read_by_reward(problems: Sequence[Problem], data_set: str, reward: str) -> Sequence[Problem]:

@@ -27,7 +27,9 @@ from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.run_context import RunContext, open_stage
 from grpo.stages.solutions import (
     SolutionTexts,
+    TrainingLimits,
     check_solutions,
+    take_trainable,
     tokenize_solutions,
 )
 from grpo.stages.stage import (
@@ -59,7 +61,7 @@ def sft(config: SftConfig, *, resume: bool) -> None:
     total = config.sft.updates
     with open_stage(config, "sft", total=total, unit="update", resume=resume) as context:
         context.display.phase(0, "loading the problems")
-        problems = load_problems(config.data, "train", config.seed)
+        problems = load_problems(config.data, "train", config.seed, say=context.display.say)
         _run(config, context, problems, resume=resume)
 
 
@@ -90,11 +92,18 @@ def _run(
     models.check_context(start.model_dir, config.sft.max_tokens)
     mixture = make_mixture(config.data, problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, mixture)
-    training_problems = mixture.take(0, config.sft.updates * config.sft.batch_size)
+    count = config.sft.updates * config.sft.batch_size
+    training_problems = take_trainable(
+        mixture, count, start.prompts, _limits(config), context.display.say
+    )
     is_shared = config.learner.sequence_parallel > 1
     train = _train_across_ranks if is_shared else _train_with_trl
     trained = train(config, context, start, training_problems, resume=resume)
     write_final(context, config, start.model_dir, start.tokenizer, trained)
+
+
+def _limits(config: SftConfig) -> TrainingLimits:
+    return TrainingLimits("sft", config.sft.max_tokens, config.data)
 
 
 def _train_with_trl(
@@ -287,7 +296,7 @@ class _SftStage:
     def checks(
         self, config: SftConfig, problems: Sequence[Problem], prompts: Prompts
     ) -> Iterator[Check]:
-        return check_solutions(config.max_sequence_tokens, problems, prompts)
+        return check_solutions(_limits(config), problems, prompts)
 
 
 STAGE: Stage[SftConfig] = _SftStage()

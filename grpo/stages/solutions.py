@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from grpo.config import DataSettings
 from grpo.experience.prompts import Prompts
+from grpo.stages.problems import check_dropped
 from grpo.stages.stage import Check
 from grpo.types import Problem, Sample, UserError
+
+if TYPE_CHECKING:
+    from data.common.mixture import Mixture
+
+MAX_DRAWS_PER_PROBLEM = 20  # so that a search for problems that can be trained on ends
 
 
 class TokenizedSolution(NamedTuple):
@@ -17,6 +24,71 @@ class TokenizedSolution(NamedTuple):
 
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+
+
+class TrainingLimits(NamedTuple):
+    """Which problems a supervised stage can train on, and what happens to the others."""
+
+    section: str  # of the config, for messages
+    max_tokens: int  # of a prompt with its solution
+    data: DataSettings
+
+
+def take_trainable(
+    mixture: Mixture,
+    count: int,
+    prompts: Prompts,
+    limits: TrainingLimits,
+    say: Callable[[str], None],
+) -> list[Problem]:
+    """Returns the first problems of a mixture that the stage can train on.
+
+    With `data.malformed: drop` these are problems with a solution, with `data.overlong: drop`
+    problems that fit `max_tokens`. Without them it returns the first problems, and
+    `tokenize_solutions` raises for the others. The result depends only on the arguments, so that a
+    resumed run trains on the same problems.
+
+    Args:
+        mixture: The problems in the order of the run.
+        count: Number of problems.
+        prompts: The prompts of the run.
+        limits: What can be trained on.
+        say: Receives a line if problems were dropped.
+
+    Raises:
+        UserError: More problems than `data.max_dropped` were dropped.
+    """
+    data = limits.data
+    if data.malformed == "error" and data.overlong == "error":
+        return mixture.take(0, count)
+    reasons: dict[str, str] = {}  # "" for a problem that can be trained on, by its id
+    problems: list[Problem] = []
+    for position in range(MAX_DRAWS_PER_PROBLEM * count):
+        problem = mixture[position]
+        if problem.id not in reasons:
+            reasons[problem.id] = _drop_reason(problem, prompts, limits)
+        if not reasons[problem.id]:
+            problems.append(problem)
+        if len(problems) == count:
+            break
+    dropped = [f"{problem_id} ({reason})" for problem_id, reason in reasons.items() if reason]
+    if dropped:
+        check_dropped(limits.section, dropped, len(reasons), data.max_dropped, say)
+    if len(problems) < count:
+        raise UserError(f"{limits.section}: almost no problem can be trained on: {dropped[0]}")
+    return problems
+
+
+def _drop_reason(problem: Problem, prompts: Prompts, limits: TrainingLimits) -> str:
+    """Returns why a problem is dropped, "" if it is not."""
+    if problem.solution is None:
+        return "no solution" if limits.data.malformed == "drop" else ""
+    if limits.data.overlong == "error":
+        return ""
+    num_tokens = len(prompts.token_ids(problem)) + len(prompts.solution_ids(problem))
+    if num_tokens <= limits.max_tokens:
+        return ""
+    return f"{num_tokens:,} tokens, more than {limits.max_tokens:,}"
 
 
 def tokenize_solutions(
@@ -104,9 +176,13 @@ class SolutionTexts:
 
 
 def check_solutions(
-    max_tokens: int, problems: Sequence[Problem], prompts: Prompts
+    limits: TrainingLimits, problems: Sequence[Problem], prompts: Prompts
 ) -> Iterator[Check]:
-    """Yields whether all problems have a worked solution within `max_tokens`, and with its tags."""
+    """Yields whether the problems have worked solutions within `max_tokens`, and with their tags.
+
+    Problems without one are a failure, unless the config drops them and they are not too many.
+    """
+    max_tokens, data = limits.max_tokens, limits.data
     without_solution = [problem.id for problem in problems if problem.solution is None]
     lengths = [  # in tokens, with the prompt
         len(prompts.token_ids(problem)) + len(prompts.solution_ids(problem))
@@ -121,11 +197,16 @@ def check_solutions(
     if without_solution:
         num_missing = len(without_solution)
         message += f"; {num_missing} problems have no solution, for example {without_solution[0]}"
-        remedy = "train on the traces of grpo collect: data={name: traces, path: RUN}"
-    elif num_too_long:
-        remedy = "raise max_tokens"
-    else:
-        remedy = ""
+    remedy = ""
+    if without_solution and data.malformed == "error":
+        remedy = (
+            "train on the traces of grpo collect, data={name: traces, path: RUN}, or set "
+            "data.malformed=drop"
+        )
+    elif num_too_long and data.overlong == "error":
+        remedy = "raise max_tokens, or set data.overlong=drop"
+    elif len(without_solution) + num_too_long > data.max_dropped * len(problems):
+        remedy = f"more than data.max_dropped={data.max_dropped} would be dropped: raise a limit"
     yield Check("fail" if remedy else "ok", "solutions", message, remedy)
     yield from _missing_tags(problems, prompts)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,7 @@ def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
         config, "train", total=config.train.rollouts, unit="rollout", resume=resume
     ) as context:
         context.display.phase(0, "loading the problems")
-        inputs = _load_inputs(config)
+        inputs = _load_inputs(config, context.display.say)
         context.stack.callback(inputs.workers.close)
         if warm_start is not None:
             path = _run_warm_start(warm_start, context)
@@ -113,14 +113,14 @@ def _make_deterministic() -> None:
     use_deterministic_operations()
 
 
-def _load_inputs(config: TrainConfig) -> Inputs:
+def _load_inputs(config: TrainConfig, say: Callable[[str], None]) -> Inputs:
     workers, rewards = load_rewards(config)
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
-    problems = load_problems(config.data, "train", config.seed, config.rewards)
+    problems = load_problems(config.data, "train", config.seed, config.rewards, say)
     held_out_problems = {}
     if config.eval.every:
         held_out_problems = load_problems(
-            config.eval.data or config.data, "test", config.seed, config.rewards
+            config.eval.data or config.data, "test", config.seed, config.rewards, say
         )
     return Inputs(
         workers=workers,
