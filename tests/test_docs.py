@@ -84,6 +84,20 @@ def test_the_readme_names_every_command_and_every_page():
         assert f"docs/{page.name}" in text
 
 
+def test_every_image_and_every_linked_page_exists():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_diagrams_fit_a_narrow_page():
+    for page in (ROOT / "README.md", ROOT / "docs" / "architecture.md"):
+        diagrams = [block for block in CODE_BLOCK.findall(page.read_text()) if "|" in block]
+        for block in diagrams:
+            if "->" in block:
+                assert max(len(line) for line in block.splitlines()) <= 60, page.name
+
+
 def test_every_file_named_in_the_pages_exists():
     for page in PAGES:
         for name in FILE_NAME.findall(page.read_text()):

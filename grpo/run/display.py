@@ -165,7 +165,9 @@ class Display:
                 self._show_phase()
                 silence_s = time.monotonic() - self._last_line_s
                 if self._mode == "line" and silence_s >= MAX_SILENCE_S:
-                    self.say(self._phase_text())
+                    # A closed pipe or a full disk is an error of the next line of the main thread.
+                    with contextlib.suppress(OSError):
+                        self.say(self._phase_text())
 
     def row(self, row: dict[str, Any]) -> None:
         """Takes the metrics of a finished step.

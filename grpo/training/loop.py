@@ -138,6 +138,7 @@ class Loop:
         timer = Timer()
         groups = self._next_groups(timer)  # sampled, scored and selected
         ranks.all_gather_or_raise("engine sleep", self.engine.sleep)
+        self.display.phase(self.progress.rollout, "update")
         kl_penalties = self._kl_penalties(groups.used, timer)
         self.progress.is_savable = False  # until the probe has verified the new weights
         token_advantages = self._advantages(groups.used, kl_penalties)
