@@ -68,10 +68,10 @@ def load(  # noqa: PLR0913
             "gold answer cannot be evaluated"
         )
     if test_path is None:
-        rows = read_rows(path, stems=["train"], hub=None)
+        rows = read_rows(path, stems=["train"], hub=None, malformed=malformed)
     else:
         split_path = test_path if split == "test" else path
-        rows = read_rows(split_path, stems=[split], hub=None)
+        rows = read_rows(split_path, stems=[split], hub=None, malformed=malformed)
     problems = []
     for index, row in enumerate(rows):
         try:
@@ -101,11 +101,16 @@ def _problem(row: Row, default_id: str, *, has_answer: bool) -> Problem:
         if field != question_field and field not in OTHER_FIELDS
     }
     has_id = row.fields.get("id") is not None
+    solution = row.fields.get("solution")
+    if solution is not None and not isinstance(solution, str):
+        raise UserError(
+            f"{row.location}: field 'solution' is a {type(solution).__name__}, expected text"
+        )
     return Problem(
         id=text_field(row, "id") if has_id else default_id,
         question=text_field(row, question_field),
         answer=text_field(row, "answer") if has_answer else "",
         source=str(row.fields.get("source") or "jsonl"),
-        solution=row.fields.get("solution"),
+        solution=solution,
         meta=meta,
     )

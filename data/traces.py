@@ -66,7 +66,8 @@ def load(  # noqa: PLR0913
         )
     hub_dataset = HubDataset(hub, subset, "train") if hub else None
     problems = []
-    for index, row in enumerate(read_rows(path, stems=["traces"], hub=hub_dataset)):
+    rows = read_rows(path, stems=["traces"], hub=hub_dataset, malformed=malformed)
+    for index, row in enumerate(rows):
         try:
             trace = _read_trace(row)
         except UserError as error:
@@ -165,6 +166,10 @@ def _message_of(row: Row, messages: Any, roles: tuple[str, ...]) -> str:
         UserError: There is no such message, or several: a longer conversation is not a trace of one
             problem.
     """
+    if not isinstance(messages, list):
+        raise UserError(
+            f"{row.location}: messages are a {type(messages).__name__}, expected a list"
+        )
     contents = [
         message.get("content", message.get("value"))
         for message in messages

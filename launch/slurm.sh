@@ -4,8 +4,10 @@
 #   sbatch --account=A --partition=P launch/slurm.sh train configs/r1_zero_math_7b.yaml [key=value ...]
 #   ENGINE_NODES=1 TENSOR_PARALLEL=1 sbatch --nodes=3 launch/slurm.sh train CONFIG [key=value ...]
 # train, sft, distill and doctor run one rank per GPU of all nodes. Other commands (collect, eval,
-# quantize, pipeline) run in one process on one node; `engine.servers={count: 8}` uses all its GPUs.
-#   ENGINE_NODES (default 0)     the last nodes run vLLM servers, the others run the command
+# quantize, pipeline) run in one process on one node; for collect and eval, `engine.servers={count: 8}`
+# uses all its GPUs.
+#   ENGINE_NODES (default 0)     the last nodes run vLLM servers, the others run the command (train,
+#                                distill, collect, eval)
 #   TENSOR_PARALLEL (default 1)  GPUs per server
 #   SRUN_OPTIONS                 more options of each srun, e.g. --container-image=... (Pyxis)
 #   RUN_IN                       words before each command, e.g. apptainer exec --nv grpo.sif
@@ -44,6 +46,10 @@ main_nodes=$((${#nodes[@]} - engine_nodes)) # the nodes that run the command
   fail "ENGINE_NODES=$engine_nodes leaves no node for the learner in a job of ${#nodes[@]} nodes:" \
     "lower ENGINE_NODES or raise --nodes"
 
+case "$command" in
+  train | distill | collect | eval) ;;
+  *) ((engine_nodes == 0)) || fail "grpo $command uses no vLLM servers: remove ENGINE_NODES" ;;
+esac
 case "$command" in
   train | sft | distill | doctor)
     # Slurm sends TERM to this script 600 s before the job ends (--signal above). The ranks then have

@@ -18,6 +18,8 @@ import yaml
 from tiny_models import tiny_config
 from whole_runs import RANK_VARIABLES, wait_for, write_config
 
+from grpo.engines.servers.__main__ import _load_config
+
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
@@ -246,7 +248,7 @@ def test_the_image_has_the_cuda_version_that_torch_requires():
 SLURM_COMMANDS = {
     "scontrol": r"""
 if [ "$1" = show ]; then
-  printf "n1\nn2\nn3\n"
+  printf "%b" "${NODES:-n1\nn2\nn3\n}"
 else
   echo "scontrol $*" >>"$LOG"
 fi
@@ -286,6 +288,7 @@ def start_slurm_job(tmp_path, arguments=TRAIN, **variables):
         "SLURM_JOB_NODELIST": "n[1-3]",
         "SLURM_JOB_ID": "7",
         "HOLD": "",
+        "NODES": "",
         **variables,
     }
     return subprocess.Popen(
@@ -309,14 +312,42 @@ def test_the_logs_of_a_slurm_job_are_in_directories_that_exist_in_a_fresh_clone(
 
 @pytest.mark.parametrize("command", ["collect", "eval", "quantize", "pipeline"])
 def test_a_slurm_job_runs_a_command_of_one_process_without_torchrun(tmp_path, command):
-    process = start_slurm_job(tmp_path, (command, "configs/x.yaml"), ENGINE_NODES="2")
+    process = start_slurm_job(tmp_path, (command, "configs/x.yaml"), NODES="n1")
+    assert process.wait(30) == 0
+    (main_step,) = (tmp_path / "log").read_text().splitlines()
+    assert "--nodes=1 --ntasks=1" in main_step
+    assert "torch.distributed.run" not in main_step
+    assert f".venv/bin/grpo {command} configs/x.yaml --auto-resume" in main_step
+
+
+def test_a_slurm_job_of_one_process_uses_the_servers_of_other_nodes(tmp_path):
+    process = start_slurm_job(tmp_path, ("collect", "configs/x.yaml"), ENGINE_NODES="2")
     assert process.wait(30) == 0
     log = tmp_path / "log"
     wait_for(lambda: len(log.read_text().splitlines()) >= 17, seconds=10)  # 2 x 8 servers
     (main_step,) = [line for line in log.read_text().splitlines() if ".venv/bin/grpo" in line]
-    assert "--nodes=1 --ntasks=1" in main_step
-    assert "torch.distributed.run" not in main_step
-    assert f".venv/bin/grpo {command} configs/x.yaml engine.servers={{urls: [http://n2" in main_step
+    assert ".venv/bin/grpo collect configs/x.yaml engine.servers={urls: [http://n2" in main_step
+
+
+@pytest.mark.parametrize("command", ["sft", "quantize", "pipeline"])
+def test_a_slurm_job_rejects_servers_for_a_command_that_uses_none(tmp_path, command):
+    process = start_slurm_job(tmp_path, (command, "configs/x.yaml"), ENGINE_NODES="2")
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert f"grpo {command} uses no vLLM servers" in stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        ("tiny.yaml", []),
+        ("tiny_collect.yaml", ["model.path=tiny-qwen2"]),
+        ("tiny.yaml", ["sets={a: {name: arithmetic}}", "model.warm_start="]),
+    ],
+)
+def test_a_server_reads_the_config_of_every_command_that_uses_servers(config, overrides):
+    path = str(LAUNCH.parent / "configs" / config)
+    assert _load_config(path, [*overrides, "engine.servers={urls: [here]}"]).engine.servers
 
 
 def test_a_slurm_job_with_several_nodes_for_one_process_is_rejected(tmp_path):

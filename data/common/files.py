@@ -43,13 +43,21 @@ def check_split(name: str, split: str) -> None:
         raise UserError(f"data.{name}: unknown split {split!r}. Available: train, test.")
 
 
-def read_rows(path: str | None, *, stems: Sequence[str], hub: HubDataset | None) -> list[Row]:
+def read_rows(
+    path: str | None,
+    *,
+    stems: Sequence[str],
+    hub: HubDataset | None,
+    malformed: list[str] | None = None,
+) -> list[Row]:
     """Returns all rows of a data set, in file order.
 
     Args:
         path: A file, or a folder that contains a file named after one of `stems`. None: read `hub`.
         stems: File names without suffix, in order of preference. Suffixes: .jsonl, .json, .parquet.
         hub: The data set on the hub. Required if `path` is None.
+        malformed: A list that receives the reason for each row that is no object of text, which is
+            then skipped. None: such a row is an error.
 
     Raises:
         UserError: There is no such file, or it is malformed, empty or in an unsupported format.
@@ -67,7 +75,7 @@ def read_rows(path: str | None, *, stems: Sequence[str], hub: HubDataset | None)
         raise UserError(
             f"data.path: {path} has an unsupported format. Supported: {', '.join(SUFFIXES)}."
         )
-    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
+    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_json(file, malformed)
     if not rows:
         raise UserError(f"{file}: no rows")
     return rows
@@ -179,20 +187,26 @@ def check_unique_ids(problems: Iterable[Problem]) -> None:
 
 # JSON is not read through `datasets`: it turns date-like text into timestamps, rejects columns of
 # mixed types, adds the fields of all rows to each row, and its errors do not name a line.
-def _read_json(file: Path) -> list[Row]:
+def _read_json(file: Path, malformed: list[str] | None) -> list[Row]:
+    values: Iterable[tuple[int, Any]]
     if file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
-        return _read_json_array(file)
-    return [_row(f"{file}: line {number}", fields) for number, fields in json_lines.read(file)]
-
-
-def _read_json_array(file: Path) -> list[Row]:
-    try:
-        elements = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
-    return [
-        _row(f"{file}: row {number}", element) for number, element in enumerate(elements, start=1)
-    ]
+        unit = "row"
+        try:
+            values = enumerate(json.loads(file.read_bytes()), start=1)
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from error
+    else:
+        unit = "line"
+        values = json_lines.read(file)
+    rows = []
+    for number, fields in values:
+        try:
+            rows.append(_row(f"{file}: {unit} {number}", fields))
+        except UserError as error:
+            if malformed is None:
+                raise
+            malformed.append(str(error))
+    return rows
 
 
 def _row(location: str, fields: object) -> Row:

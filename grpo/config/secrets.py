@@ -10,14 +10,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# The last word of a key whose value is a secret: api_key, judge_password, hf_token. The value of
-# `token` alone is often a text, such as a stop token.
+# The end of a key whose value is a secret: api_key, judge-password, hf_token. The value of `token`
+# alone is often a text, such as a stop token.
 _SECRET_KEY = re.compile(
-    r"(^|_)(api_?key|password|passwd|secret|(auth|access|api|hf)_token)$", re.I
+    r"(^|[_-])(api[_-]?keys?|(secret|private|access)[_-]?keys?|passwords?|passwd|secrets?|"
+    r"(auth|access|api|bearer|hf)[_-]tokens?|authorization)$",
+    re.I,
 )
 _SECRET_IN_URL = re.compile(
-    r"^[a-z][a-z0-9+.-]*://("
-    r"[^/?#@]*@"  # user:password@
+    r"^\s*[a-z][a-z0-9+.-]*://("
+    r"[^/?#@:]*:[^/?#@]*@"  # user:password@
     r"|[^#]*[?&](api_?key|key|token|access_token|password|secret|sig|signature)=.)",
     re.I,
 )
@@ -30,18 +32,17 @@ def find_secrets(tree: Any, key: str = "") -> Iterator[str]:
         `{"endpoint": {"url": "http://me:1234@host/v1"}}` yields "endpoint.url: the URL contains a
         password or a key. ...". The message does not contain the value.
     """
-    if isinstance(tree, dict):
+    remedy = (
+        "A config is written to the run directory and to trackers: set an environment variable and "
+        "name it in the config, e.g. api_key_env: MY_KEY"
+    )
+    if tree and _SECRET_KEY.search(key.rpartition(".")[2]):
+        yield f"{key}: the value is a secret. {remedy}"
+    elif isinstance(tree, dict):
         for name, value in tree.items():
             yield from find_secrets(value, f"{key}.{name}" if key else str(name))
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
             yield from find_secrets(value, f"{key}.{index}")
-    elif isinstance(tree, str) and tree:
-        remedy = (
-            "A config is written to the run directory and to trackers: set an environment variable "
-            "and name it in the config, e.g. api_key_env: MY_KEY"
-        )
-        if _SECRET_KEY.search(key.rpartition(".")[2]):
-            yield f"{key}: the value is a secret. {remedy}"
-        elif _SECRET_IN_URL.search(tree):
-            yield f"{key}: the URL contains a password or a key. {remedy}"
+    elif isinstance(tree, str) and _SECRET_IN_URL.search(tree):
+        yield f"{key}: the URL contains a password or a key. {remedy}"

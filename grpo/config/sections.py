@@ -29,6 +29,10 @@ class DataSetSettings(Section):
     )
 
 
+# Keys of `data` for problems that cannot be used.
+DROP_KEYS = ("malformed", "overlong", "max_dropped")
+
+
 class DataSettings(Section):
     """The problems: one problem set, or a weighted mixture of several."""
 
@@ -51,7 +55,7 @@ class DataSettings(Section):
         "error",
         description="Rows that cannot be read as a problem, and in supervised stages problems "
         "without a solution: `error` stops the command, `drop` skips and counts them. `drop` is "
-        "for the sets `traces` and `jsonl`.",
+        "for the sets `traces` and `jsonl`. A line that is not JSON is always an error.",
     )
     overlong: Literal["error", "drop"] = Field(
         "error",
@@ -63,8 +67,8 @@ class DataSettings(Section):
         0.05,
         gt=0,
         le=1,
-        description="Largest share of problems that `malformed` and `overlong` may drop. Above "
-        "it, the command stops.",
+        description="Largest share of problems that `malformed` and `overlong` may each drop, of "
+        "at least 200 problems. Above it, the command stops.",
     )
     curriculum: str | None = Field(
         None,

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from grpo.config.algorithm import AlgorithmSettings
 from grpo.config.reading import Section
 from grpo.config.sections import (
+    DROP_KEYS,
     CheckpointSettings,
     DataSetSettings,
     DataSettings,
@@ -381,7 +382,8 @@ class DistillConfig(SamplingStageConfig):
         return CollectConfig(
             run_dir=f"{self.run_dir}/collect",
             model=teacher_model,
-            data=tree["data"],
+            # `malformed` and `overlong` are about the traces.
+            data={**tree["data"], "malformed": "error", "overlong": "error"},
             collect=tree["collect"],
             **_only(tree, *_COMMON_KEYS, *_SAMPLING_KEYS),
         )
@@ -391,7 +393,11 @@ class DistillConfig(SamplingStageConfig):
         return SftConfig(
             run_dir=f"{self.run_dir}/sft",
             model={**tree["model"], "teacher": None},
-            data={"name": "traces", "path": f"{self.run_dir}/collect"},
+            data={
+                "name": "traces",
+                "path": f"{self.run_dir}/collect",
+                **_only(tree["data"], *DROP_KEYS),
+            },
             **_only(tree, "learner", "sft", *_COMMON_KEYS),
         )
 

@@ -294,6 +294,7 @@ class RunDirectory:
     def discard(self) -> None:
         """Removes manifest and models of a run without results, so that it can be started again."""
         self.manifest.unlink(missing_ok=True)
+        (self.path / "chat_template.jinja").unlink(missing_ok=True)
         for name in ("model", "warm_start"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 

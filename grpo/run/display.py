@@ -66,8 +66,8 @@ class Display:
             unit: The name of a step: "rollout", "update", ...
         """
         # A copy of stderr, because `redirect_output` sends stderr to a file while libraries load.
-        stderr = os.fdopen(os.dup(2), "w")
-        self._console = Console(file=stderr, highlight=False, soft_wrap=True)
+        self._stderr = os.fdopen(os.dup(2), "w")
+        self._console = Console(file=self._stderr, highlight=False, soft_wrap=True)
         self._mode = mode
         if mode == "auto":
             self._mode = "live" if self._console.is_terminal else "line"
@@ -165,9 +165,11 @@ class Display:
                 self._show_phase()
                 silence_s = time.monotonic() - self._last_line_s
                 if self._mode == "line" and silence_s >= MAX_SILENCE_S:
-                    # A closed pipe or a full disk is an error of the next line of the main thread.
+                    self._last_line_s = time.monotonic()
+                    # Not by the console, which reacts to a closed pipe by ending this thread and
+                    # staying silent. The main thread's next line meets the same error.
                     with contextlib.suppress(OSError):
-                        self.say(self._phase_text())
+                        print(self._phase_text(), file=self._stderr, flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
         """Takes the metrics of a finished step.

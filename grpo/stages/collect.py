@@ -51,13 +51,13 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
     settings = config.collect
     total = math.ceil(settings.problems / settings.chunk)
     with open_stage(config, "collect", total=total, unit="chunk", resume=resume) as context:
-        context.display.phase(0, "loading the problems")
-        workers, rewards = load_rewards(config)
-        context.stack.callback(workers.close)
-        problems = load_problems(
-            config.data, "train", config.seed, config.rewards, context.display.say
-        )
-        excluded_ngrams = _excluded_ngrams(config)
+        with context.loading_problems():
+            workers, rewards = load_rewards(config)
+            context.stack.callback(workers.close)
+            problems = load_problems(
+                config.data, "train", config.seed, config.rewards, context.display.say
+            )
+            excluded_ngrams = _excluded_ngrams(config)
         sampler = Sampler(config, context, config.teacher)
         mixture = make_mixture(config.data, problems, sampler.prompts, config.seed)
         candidates = _first_problems(mixture, settings.problems)

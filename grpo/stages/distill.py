@@ -106,8 +106,8 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     with open_stage(config, "distill", total=soft.updates, unit="update", resume=resume) as context:
         log_file = context.run.log_file("learner")
-        context.display.phase(0, "loading the problems")
-        problems = load_problems(config.data, "train", config.seed, say=context.display.say)
+        with context.loading_problems():
+            problems = load_problems(config.data, "train", config.seed, say=context.display.say)
         context.display.phase(0, "loading the models")
         start = find_start_model(config, context)
         models.check_context(start.model_dir, soft.max_tokens)

@@ -70,13 +70,13 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
         config = with_final_model(config)
     sets = config.evaluation_sets
     with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as context:
-        context.display.phase(0, "loading the problems")
-        workers, rewards = load_rewards(config)
-        context.stack.callback(workers.close)
-        problems = {
-            name: load_problems(data, "test", config.seed, config.rewards, context.display.say)
-            for name, data in sets.items()
-        }
+        with context.loading_problems():
+            workers, rewards = load_rewards(config)
+            context.stack.callback(workers.close)
+            problems = {
+                name: load_problems(data, "test", config.seed, config.rewards, context.display.say)
+                for name, data in sets.items()
+            }
         sampler = Sampler(config, context, config.endpoint)
         write_file(context.run.metrics, "")  # one row is written at the end, also after a resume
         context.display.begin(0)
@@ -318,6 +318,7 @@ def _ask_config(model: str, scratch: Path) -> EvalConfig:
     for key in ("prompt", "sampling", "engine"):
         if key in run_tree:
             tree[key] = run_tree[key]
+    tree.get("prompt", {}).pop("chat_template", None)  # the model was saved with it
     if not tree:
         model_dir = models.resolve(final_model_path(model), None, scratch / "model", 0)
         has_template = models.load_tokenizer(model_dir).chat_template

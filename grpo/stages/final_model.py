@@ -32,7 +32,10 @@ def write_final(
     folder = context.run.path
     is_rank0 = ranks.rank() == 0
     with redirect_output(context.run.log_file("learner")):
-        prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+        # The tokenizer has the template of `prompt.chat_template`. The file may have changed since
+        # the start, so it is not read again.
+        settings = config.prompt.model_copy(update={"chat_template": None})
+        prompts = Prompts(settings, tokenizer, models.eos_token_ids(model_dir))
         tokenizer.chat_template = prompts.chat_template_to_save()
         weights = {}
         for name, tensor in learner.weights():

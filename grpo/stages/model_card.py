@@ -7,6 +7,7 @@ system prompt. The card has the parameters of a request that give the completion
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from grpo import __version__
@@ -44,8 +45,8 @@ def model_card(config: RunConfig, prompts: Prompts, tokenizer: Any) -> str:
 
 def _front_matter(path: str) -> str:
     lines = ["---", "library_name: transformers", "tags: [grpo]"]
-    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~", "runs/"))
-    if is_hub_id:
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if is_hub_id and not Path(path).exists():
         lines.append(f"base_model: {path}")
     return "\n".join([*lines, "---"])
 
@@ -56,8 +57,9 @@ def _stop_sentence(prompts: Prompts) -> str:
     stop = " or ".join(f"`{text}`" for text in prompts.stop)
     return (
         f"A completion ends after {stop}, or with the EOS token of the generation config. The "
-        "generation config also has the stop strings: transformers honors them if `generate` "
-        "receives the tokenizer. vLLM does not read them, so they are parameters of the request."
+        "generation config also has the stop strings: `generate` of transformers needs the "
+        "tokenizer for them, and raises an error without it. vLLM does not read them, so they are "
+        "parameters of the request."
     )
 
 
@@ -70,8 +72,11 @@ def _extra_body(prompts: Prompts, tokenizer: Any) -> str:
         parameters["skip_special_tokens"] = False
     if not parameters:
         return ""
-    words = [f'"{key}": {value!r}' for key, value in parameters.items()]
-    return f"    extra_body={{{', '.join(words)}}},\n".replace("'", '"')
+    words = []
+    for key, value in parameters.items():
+        text = repr(value) if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
+        words.append(f'"{key}": {text}')
+    return f"    extra_body={{{', '.join(words)}}},\n"
 
 
 CARD = """\

@@ -26,6 +26,7 @@ from grpo.config import (
     RunConfig,
 )
 from grpo.config.reading import apply_overrides, read_yaml
+from grpo.config.sections import DROP_KEYS
 from grpo.experience.prompts import Prompts
 from grpo.run.directory import RunDirectory, read_metrics, write_file
 from grpo.run.signals import RunInterruptedError
@@ -150,11 +151,22 @@ def _stage_command(
     if settings.teacher:
         overrides.append(f"model.teacher={_final_model(config, settings.teacher)}")
     if settings.traces:
-        overrides.append(f"data={{name: traces, path: {config.run_dir}/{settings.traces}}}")
+        overrides.append(f"data={_traces_section(config, settings)}")
     overrides += _format_overrides(settings.set)
     return PlannedCommand(
         name=name, command=settings.command, config_file=settings.config, overrides=tuple(overrides)
     )
+
+
+def _traces_section(config: PipelineConfig, settings: PipelineStageSettings) -> str:
+    """Returns the section `data` of a stage that trains on the traces of an earlier one.
+
+    What the stage's own config says about traces that cannot be used stays in force.
+    """
+    data = {"name": "traces", "path": f"{config.run_dir}/{settings.traces}"}
+    configured = _config_tree(settings).get("data", {})
+    data |= {key: configured[key] for key in DROP_KEYS if key in configured}
+    return "{" + ", ".join(f"{key}: {value}" for key, value in data.items()) + "}"
 
 
 def _evaluation(

@@ -39,6 +39,9 @@ def check_contexts(
         config: Any = command.load_config()
         for part in find_stage(command.command).parts(config):
             settings = part.config.model
+            needs = part.stage.needs(part.config)
+            if needs is None or needs.endpoint is not None:
+                continue  # an endpoint has its own model and checks its own lengths
             if settings.path not in contexts:
                 try:
                     contexts[settings.path] = _context(settings.path, settings.revision)
@@ -48,16 +51,14 @@ def check_contexts(
                 except UserError as error:
                     raise UserError(f"stage {command.name}: {error}") from None
             context = _extended(contexts[settings.path], settings)
-            _check(command.name, part.stage.needs(part.config), settings.path, context)
-        for model in written_models.get(command.name, ()):
-            contexts[model] = context
+            _check(command.name, needs, settings.path, context)
+            for model in written_models.get(command.name, ()):
+                contexts[model] = context
     return list(unknown.values())
 
 
 def _check(name: str, needs: Any, model: str, context: int | None) -> None:
-    if context is None or needs is None or needs.endpoint is not None:
-        return
-    if needs.max_sequence_tokens > context:
+    if context is not None and needs.max_sequence_tokens > context:
         raise UserError(
             f"stage {name}: sequences of up to {needs.max_sequence_tokens:,} tokens, but the "
             f"context of {model} is {context:,} tokens: lower prompt.max_tokens, "

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from data.common.mixture import Mixture
 
 MAX_REFUSED_SHOWN = 5  # problems per message
+MIN_SEEN = 200  # problems, see check_dropped
 HELD_OUT_SEED = 0  # the same for all runs, so that their evaluations have the same problems
 
 
@@ -80,13 +81,14 @@ def check_dropped(
         where: The data set or the stage.
         reasons: The reason for each problem.
         num_seen: Number of problems, with those that were dropped.
-        max_dropped: The largest share that may be dropped.
+        max_dropped: The largest share that may be dropped, of at least MIN_SEEN problems.
         say: Receives the report.
     """
     message = (
         f"{where}: dropped {len(reasons):,} of {num_seen:,} problems, for example: {reasons[0]}"
     )
-    if len(reasons) > max_dropped * num_seen:
+    # A few problems are not enough to tell a share.
+    if len(reasons) > max_dropped * max(num_seen, MIN_SEEN):
         raise UserError(
             f"{message}. These are more than data.max_dropped={max_dropped}: correct the data, or "
             "raise the limit"

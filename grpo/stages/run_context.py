@@ -48,6 +48,20 @@ class RunContext:
     trackers: Trackers
     signals: Signals
     stack: contextlib.ExitStack  # closes the resources that the stage opens
+    is_loading_problems: bool = False  # True after a failure, too
+
+    @contextlib.contextmanager
+    def loading_problems(self) -> Iterator[None]:
+        """Shows that the problems are loaded. A new run that fails within the context is removed.
+
+        An exception in the user's own data set or reward then does not block the corrected command.
+        """
+        self.is_loading_problems = True
+        self.display.phase(0, "loading the problems")
+        yield
+        if ranks.world_size() == 1:  # a rank that stops alone would leave the others waiting
+            self.signals.raise_if_received()
+        self.is_loading_problems = False
 
     def record(self, row: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl and sends it to the trackers."""
@@ -109,14 +123,16 @@ def open_stage(
         signals = Signals()
         stack.callback(signals.restore_handlers)
         _record_start(run, config, name, run_id)
+        context = RunContext(
+            run=run, display=display, trackers=trackers, signals=signals, stack=stack
+        )
         try:
-            yield RunContext(
-                run=run, display=display, trackers=trackers, signals=signals, stack=stack
-            )
+            yield context
         except BaseException as error:
             # Closing can take a while: with the previous handlers, a signal ends the process.
             signals.restore_handlers()
-            _record_failure(run, error, resume=resume)
+            has_begun = resume or not (context.is_loading_problems or isinstance(error, UserError))
+            _record_failure(run, error, has_begun=has_begun)
             raise
         _record_success(run)
 
@@ -162,9 +178,9 @@ def _record_start(run: RunDirectory, config: RunConfig, name: str, run_id: str) 
     )
 
 
-def _record_failure(run: RunDirectory, error: BaseException, *, resume: bool) -> None:
-    """Writes the error to the manifest, or removes a new run without results after a UserError."""
-    if isinstance(error, UserError) and not resume and not run.has_results():
+def _record_failure(run: RunDirectory, error: BaseException, *, has_begun: bool) -> None:
+    """Writes the error to the manifest, or removes a run that has not begun and has no results."""
+    if not has_begun and not run.has_results():
         run.discard()
         return
     cause = error

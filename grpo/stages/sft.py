@@ -60,8 +60,8 @@ def sft(config: SftConfig, *, resume: bool) -> None:
     _check_ranks(config)
     total = config.sft.updates
     with open_stage(config, "sft", total=total, unit="update", resume=resume) as context:
-        context.display.phase(0, "loading the problems")
-        problems = load_problems(config.data, "train", config.seed, say=context.display.say)
+        with context.loading_problems():
+            problems = load_problems(config.data, "train", config.seed, say=context.display.say)
         _run(config, context, problems, resume=resume)
 
 

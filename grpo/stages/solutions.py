@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo.config import DataSettings
 from grpo.experience.prompts import Prompts
-from grpo.stages.problems import check_dropped
+from grpo.stages.problems import MIN_SEEN, check_dropped
 from grpo.stages.stage import Check
 from grpo.types import Problem, Sample, UserError
 
@@ -205,7 +205,7 @@ def check_solutions(
         )
     elif num_too_long and data.overlong == "error":
         remedy = "raise max_tokens, or set data.overlong=drop"
-    elif len(without_solution) + num_too_long > data.max_dropped * len(problems):
+    elif len(without_solution) + num_too_long > data.max_dropped * max(len(problems), MIN_SEEN):
         remedy = f"more than data.max_dropped={data.max_dropped} would be dropped: raise a limit"
     yield Check("fail" if remedy else "ok", "solutions", message, remedy)
     yield from _missing_tags(problems, prompts)

@@ -11,8 +11,10 @@ from grpo.config import RunConfig
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.run import fingerprints, ranks
+from grpo.run.directory import RunDirectory, write_file
 from grpo.run.display import redirect_output
 from grpo.stages.run_context import RunContext
+from grpo.types import UserError
 
 COMPARED_PROBLEMS = 1000  # number of the run's first problems that the ranks compare
 
@@ -43,7 +45,25 @@ def find_start_model(config: RunConfig, context: RunContext) -> StartModel:
         model_dir = ranks.rank0_first("the model", locate)
         tokenizer = models.load_tokenizer(model_dir)
         prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+        if config.prompt.chat_template is not None:
+            ranks.rank0_first(
+                "the chat template", lambda: _record_chat_template(run, tokenizer.chat_template)
+            )
         return StartModel(model_dir=model_dir, tokenizer=tokenizer, prompts=prompts)
+
+
+def _record_chat_template(run: RunDirectory, template: str) -> None:
+    """Writes chat_template.jinja into a new run. Raises UserError if a resumed run has another."""
+    if ranks.rank() != 0:
+        return
+    recorded = run.path / "chat_template.jinja"
+    if not recorded.exists():
+        write_file(recorded, template)
+    elif recorded.read_text(encoding="utf-8") != template:
+        raise UserError(
+            f"prompt.chat_template: the file has changed since the run started with {recorded}: "
+            "restore it, or choose another run_dir"
+        )
 
 
 def require_same_start(tokenizer: Any, mixture: Mixture) -> None:

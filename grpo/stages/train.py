@@ -94,8 +94,8 @@ def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
     with open_stage(
         config, "train", total=config.train.rollouts, unit="rollout", resume=resume
     ) as context:
-        context.display.phase(0, "loading the problems")
-        inputs = _load_inputs(config, context.display.say)
+        with context.loading_problems():
+            inputs = _load_inputs(config, context.display.say)
         context.stack.callback(inputs.workers.close)
         if warm_start is not None:
             path = _run_warm_start(warm_start, context)

@@ -24,12 +24,12 @@ from grpo.types import UserError
 
 
 def main(config_file: str, port: str, overrides: list[str]) -> None:
-    """Replaces this process with a server for the model of a train config.
+    """Replaces this process with a server for the model of a config with a section `engine`.
 
     Raises:
         UserError: The config is invalid, or the token is not set.
     """
-    config: configs.TrainConfig = configs.load(config_file, overrides)
+    config = _load_config(config_file, overrides)
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         raise UserError(
@@ -56,6 +56,19 @@ def main(config_file: str, port: str, overrides: list[str]) -> None:
     environment[TOKEN_VARIABLE] = token
     command = [*COMMAND, *arguments, "--host", "0.0.0.0", "--port", port]
     os.execve(sys.executable, command, environment)
+
+
+def _load_config(config_file: str, overrides: list[str]) -> configs.SamplingStageConfig:
+    """Returns the config of `grpo train`, or of another command that its sections identify."""
+    tree = configs.apply_overrides(configs.read_yaml(config_file), overrides)
+    kind: type[configs.SamplingStageConfig] = configs.TrainConfig
+    if "way" in tree:
+        kind = configs.DistillConfig
+    elif "collect" in tree:
+        kind = configs.CollectConfig
+    elif "sets" in tree:
+        kind = configs.EvalConfig
+    return configs.parse(tree, config_file, kind)
 
 
 if __name__ == "__main__":

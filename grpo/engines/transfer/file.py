@@ -80,9 +80,13 @@ class FileSender:
 
 
 def _make_private(folder: Path) -> None:
-    """Creates a directory, if necessary, that only this user can read and write."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.lstat()
+    """Creates a directory that only this user can read and write, or checks an existing one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)
+        return
+    except FileExistsError:
+        status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise UserError(
             f"{folder}: a link, or the directory of another user. The weights are only written to "

@@ -26,7 +26,7 @@ MINIMAL = {
             r"options\.url: the URL contains a password or a key",
         ),
         (
-            {"engine": {"servers": {"urls": ["http://hunter2@node:8000"]}}},
+            {"engine": {"servers": {"urls": [" http://me:hunter2@node:8000"]}}},
             r"urls\.0: the URL contains",
         ),
         (
@@ -48,6 +48,17 @@ def test_names_of_variables_stop_tokens_and_plain_urls_are_accepted():
         "max_tokens": 5,
         "url": "http://host:8000/v1?page=2",
         "password": None,
+        "repository": "git+ssh://git@host/x",
     }
     config = configs.parse(MINIMAL | {"rewards": {"mine:f": {"options": options}}})
     assert config.rewards["mine:f"].options == options
+
+
+@pytest.mark.parametrize(
+    "key", ["api_keys", "secret_key", "aws_secret_access_key", "bearer_token", "x-api-key"]
+)
+@pytest.mark.parametrize("value", ["hunter2", 1234, ["hunter2"]])
+def test_other_spellings_and_types_are_refused(key, value):
+    options = {"headers": {key: value}}
+    with pytest.raises(UserError, match=f"headers.{key}: the value is a secret"):
+        configs.parse(MINIMAL | {"rewards": {"mine:f": {"options": options}}})

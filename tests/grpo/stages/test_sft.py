@@ -245,3 +245,28 @@ def test_exploding_gradients_are_skipped_and_the_third_in_a_row_stops_the_run(
     run_grpo(config_file, "--resume", "learner.skip_grad_norm=1000", command="sft")
     skipped = [row["update/not_finite"] for row in read_metrics(tmp_path / "run")]
     assert skipped == [1, 1, 0, 0, 0, 0]
+
+
+def test_an_exception_in_the_users_data_set_does_not_block_the_corrected_command(tiny, tmp_path):
+    (tmp_path / "broken.py").write_text("def load(split, *, seed, path): return {}['x']")
+    data = {"name": f"{tmp_path}/broken.py:load", "options": {}}
+    config = sft_config(tmp_path / "run", tiny(), data=data)
+    for _ in range(2):  # the second attempt is not "already holds a run"
+        with pytest.raises(KeyError):
+            sft(config, resume=False)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_the_chat_template_of_a_run_is_recorded_and_a_changed_one_is_refused(tiny, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[-1]['content'] }}\n")
+    prompt = {"template": "chat", "chat_template": str(template)}
+    config = sft_config(tmp_path / "run", tiny(), prompt=prompt, sft={"updates": 2})
+    config_file = write_config(tmp_path / "sft.yaml", config)
+    run_grpo(config_file, command="sft")
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == template.read_text()
+    saved = (tmp_path / "run" / "final" / "chat_template.jinja").read_text()
+    assert saved == template.read_text()
+    template.write_text("Q: {{ messages[-1]['content'] }}\n")
+    error = run_grpo(config_file, "--resume", command="sft", code=2)
+    assert "prompt.chat_template: the file has changed" in error

@@ -67,14 +67,15 @@ def test_each_policy_drops_only_its_own_problems(prompts):
 
 
 def test_more_than_the_allowed_share_is_an_error(prompts):
-    message = r"sft: dropped 2 of 40 .* more than data\.max_dropped=0\.04"
-    with pytest.raises(UserError, match=message):
-        take(prompts, 76, malformed="drop", overlong="drop", max_dropped=0.04)
+    message = r"sft: dropped 2 of 40 .* more than data\.max_dropped=0\.008"
+    with pytest.raises(UserError, match=message):  # 2 > 0.008 * 200
+        take(prompts, 76, malformed="drop", overlong="drop", max_dropped=0.008)
+    many = [problem(i, length=80 if i % 10 == 0 else 5) for i in range(400)]
+    with pytest.raises(UserError, match=r"more than data\.max_dropped=0\.05"):
+        take(prompts, 360, many, overlong="drop")
     too_long = [problem(i, length=80) for i in range(4)]
-    with pytest.raises(UserError, match="dropped 4 of 4"):
-        take(prompts, 4, too_long, overlong="drop")
     with pytest.raises(UserError, match="almost no problem can be trained on"):
-        take(prompts, 4, too_long, overlong="drop", max_dropped=1.0)
+        take(prompts, 4, too_long, overlong="drop")
 
 
 def test_the_doctor_accepts_what_the_config_drops(prompts):
@@ -85,7 +86,7 @@ def test_the_doctor_accepts_what_the_config_drops(prompts):
     assert level() == "fail"
     assert level(malformed="drop") == "fail"
     assert level(malformed="drop", overlong="drop") == "ok"
-    assert level(malformed="drop", overlong="drop", max_dropped=0.04) == "fail"
+    assert level(malformed="drop", overlong="drop", max_dropped=0.008) == "fail"
 
 
 def write_traces(path, num_malformed):
@@ -106,11 +107,29 @@ def test_malformed_rows_of_traces_are_dropped_counted_and_limited(tmp_path):
     assert line.startswith("data.traces: dropped 2 of 40 problems, for example: ")
     assert "line 1: no thoughts" in line
 
-    path = write_traces(tmp_path / "traces.jsonl", num_malformed=3)
-    with pytest.raises(UserError, match=r"dropped 3 of 40 .* more than data\.max_dropped=0\.05"):
-        load_problems(data, "train", 0)
+    path = write_traces(tmp_path / "traces.jsonl", num_malformed=11)
+    with pytest.raises(UserError, match=r"dropped 11 of 40 .* more than data\.max_dropped=0\.05"):
+        load_problems(data, "train", 0)  # 11 > 0.05 * 200
     with pytest.raises(UserError, match="line 1: no thoughts"):
         load_problems(DataSettings(name="traces", path=path), "train", 0)
+
+
+@pytest.mark.parametrize(
+    "row", ['{"messages": 5}', "[1]", '{"problem": "\\ud800", "solution": "<think>a</think> b"}']
+)
+def test_every_kind_of_malformed_row_is_dropped(tmp_path, row):
+    path = tmp_path / "traces.jsonl"
+    path.write_text(row + '\n{"problem": "1?", "solution": "<think>a</think> b"}\n')
+    data = DataSettings(name="traces", path=str(path), malformed="drop")
+    assert len(load_problems(data, "train", 0)["traces"]) == 1
+
+
+def test_a_solution_that_is_no_text_is_malformed(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"problem": "1?", "answer": "1", "solution": 42}\n')
+    data = DataSettings(name="jsonl", path=str(path))
+    with pytest.raises(UserError, match="line 1: field 'solution' is a int, expected text"):
+        load_problems(data, "train", 0)
 
 
 def test_a_data_set_that_cannot_drop_rows_is_an_error():
