@@ -451,6 +451,8 @@ def save_final(  # noqa: PLR0913 - the parts of a Hugging Face directory
 def support_transformers_4(directory: Path) -> None:
     """Makes a model that transformers 5 has saved readable for transformers 4.48 and later.
 
+    Qwen3 and models with an extended context need 4.51.
+
     Without the additional keys of config.json, transformers 4 would use the default frequencies of
     the rotary embedding, and compute wrong logits without a message.
     """

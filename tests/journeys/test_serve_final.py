@@ -26,14 +26,14 @@ def test_the_code_in_the_model_card_gives_the_completions_of_grpo_eval(
     tiny, tmp_path, capsys, think_prefill
 ):
     """vLLM runs in float32, so that equal prompts give equal greedy completions."""
-    prompt = {"stop": ["</answer>"], "think_prefill": think_prefill}
+    prompt = {"stop": ["</think>"], "think_prefill": think_prefill}
     training = sft_config(
         tmp_path / "sft", tiny(), prompt=prompt, sft={"updates": 60}, checkpoint={"every": 0}
     )
     run_grpo(write_config(tmp_path / "sft.yaml", training), command="sft")
     final = tmp_path / "sft" / "final"
     assert json.loads((final / "generation_config.json").read_text())["stop_strings"] == [
-        "</answer>"
+        "</think>"
     ]
 
     example = {"problem": EXAMPLE.question, "answer": EXAMPLE.answer}
@@ -49,7 +49,7 @@ def test_the_code_in_the_model_card_gives_the_completions_of_grpo_eval(
     run_grpo(evaluation, command="eval")
     (row,) = (tmp_path / "run" / "samples" / "eval-000000.jsonl").read_text().splitlines()
     completion = json.loads(row)["completion"]
-    assert completion.endswith("</answer>")
+    assert completion.endswith("</think>")
     generated = completion.removeprefix("<think>\n" if think_prefill else "")
 
     with_transformers, with_vllm = re.findall(
