@@ -373,10 +373,16 @@ def eos_token_ids(model_dir: Path) -> list[int]:
     return sorted(token_ids)
 
 
+def context_tokens(model_dir: Path) -> int | None:
+    """Returns the longest sequence that a model can read, in tokens; None if it states no limit."""
+    config = json.loads((model_dir / "config.json").read_text())
+    context: int | None = config.get("max_position_embeddings")
+    return context
+
+
 def check_context(model_dir: Path, num_tokens: int) -> None:
     """Raises UserError if the model's context is shorter than `num_tokens`."""
-    config = json.loads((model_dir / "config.json").read_text())
-    context = config.get("max_position_embeddings")
+    context = context_tokens(model_dir)
     if context and num_tokens > context:
         raise UserError(
             f"prompt.max_tokens + sampling.max_tokens = {num_tokens} tokens, but the model's "

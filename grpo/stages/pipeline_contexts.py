@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,10 +72,7 @@ def _context(path: str, revision: str | None) -> int | None:
         return int(models.TINY_CONFIG["max_position_embeddings"])
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = models.resolve(path, revision, Path(scratch), seed=0, weights=False)
-        context: int | None = json.loads((model_dir / "config.json").read_text()).get(
-            "max_position_embeddings"
-        )
-    return context
+        return models.context_tokens(model_dir)
 
 
 def _extended(context: int | None, settings: ModelSettings) -> int | None:

@@ -67,7 +67,7 @@ def charts(runs: Mapping[str, Rows]) -> dict[str, Any]:
     Args:
         runs: The metrics of each run, by name.
     """
-    _set_style()
+    set_style()
     figures: dict[str, Any] = {}
     runs = {name: _with_absent_causes(rows) for name, rows in runs.items()}
     for title, metrics in CHARTS.items():
@@ -111,7 +111,8 @@ def series(rows: Rows, key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
 
 
-def _set_style() -> None:
+def set_style() -> None:
+    """Selects the backend and the colors of all charts, which are readable on white and black."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -7,31 +7,16 @@ python tests/benchmarks/quickstart_curve.py [--runs runs] [--output docs/quickst
 import argparse
 from pathlib import Path
 
-import matplotlib
-
 from grpo.run.directory import read_metrics
+from grpo.tools.charts import set_style
 
-GREY = "#777777"  # readable on white and on black
 FOLDERS = {0: "quickstart", 1: "quickstart-seed1", 2: "quickstart-seed2"}
 
 
 def draw(runs: Path, output: Path) -> None:
-    matplotlib.use("agg")
+    set_style()
     from matplotlib import pyplot
 
-    matplotlib.rcParams.update(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "grpo",
-            "text.color": GREY,
-            "axes.labelcolor": GREY,
-            "axes.edgecolor": GREY,
-            "xtick.color": GREY,
-            "ytick.color": GREY,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
     figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
     for seed, folder in FOLDERS.items():
         rows = read_metrics(runs / folder / "grpo" / "metrics.jsonl")

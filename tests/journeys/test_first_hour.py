@@ -27,6 +27,8 @@ def clone_repository(target):
     """
     files = ["pyproject.toml", "launch"]
     subprocess.run(["git", "-C", str(ROOT), "diff", "--quiet", "HEAD", "--", *files], check=True)
+    # With an outdated environment, setup.sh in the clone would install the clone into it.
+    subprocess.run([str(ROOT / "launch" / "setup.sh")], check=True)
     subprocess.run(["git", "clone", "-q", str(ROOT), str(target)], check=True)
     (target / ".venv").symlink_to(ROOT / ".venv")
 
