@@ -23,7 +23,6 @@ from grpo.config.sections import (
     TrainSettings,
 )
 from grpo.config.train import RunConfig, SamplingStageConfig, TrainConfig
-from grpo.run import ranks
 
 
 class SftSettings(Section):
@@ -117,17 +116,6 @@ class SftConfig(RunConfig):
     def logprob_temperature(self) -> float:
         """Temperature of the learner's log-probabilities."""
         return 1.0
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Number of solutions per forward and backward pass, without sequence parallelism.
-
-        It is the largest divisor of a rank's batch that fits `learner.micro_batch_tokens`.
-        """
-        max_size = self.learner.micro_batch_tokens // self.sft.max_tokens
-        rank_batch_size = self.sft.batch_size // ranks.world_size()
-        divisors = [n for n in range(1, rank_batch_size + 1) if rank_batch_size % n == 0]
-        return max(n for n in divisors if n <= max_size)
 
 
 class EndpointSettings(Section):

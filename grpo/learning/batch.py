@@ -106,7 +106,10 @@ def micro_batches(
             round gets a copy of another rank's micro-batch with `is_filler` set and weights 0.
     """
     rank, num_ranks = share
-    parts = _split_packed(samples, max_tokens) if packed else _split_padded(samples, max_tokens)
+    if packed:
+        parts = _split_packed(samples, max_tokens)
+    else:
+        parts = split_padded([len(sample.token_ids) for sample in samples], max_tokens)
     if num_ranks > 1:
         # The ranks work in rounds. Sorted, the micro-batches of a round have about the same size.
         parts.sort(key=attrgetter("num_tokens"), reverse=True)
@@ -128,18 +131,24 @@ def micro_batches(
 
 
 @dataclass(slots=True)
-class _Part:
-    """The samples of one micro-batch."""
+class MicroBatchPart:
+    """The sequences of one micro-batch."""
 
-    indices: list[int]  # of the samples
+    indices: list[int]  # of the sequences
     num_tokens: int  # compared with `max_tokens`; includes padding
 
 
-def _split_padded(samples: Sequence[Sample], max_tokens: int) -> list[_Part]:
-    """Splits the samples, longest first, so that few tokens are padding."""
-    lengths = [len(sample.token_ids) for sample in samples]
-    parts: list[_Part] = []
-    for i in sorted(range(len(samples)), key=lengths.__getitem__, reverse=True):
+def split_padded(lengths: Sequence[int], max_tokens: int) -> list[MicroBatchPart]:
+    """Splits sequences, longest first, into padded micro-batches with few tokens of padding.
+
+    A sequence that is longer than `max_tokens` gets a micro-batch of its own.
+
+    Args:
+        lengths: the sequences' lengths in tokens.
+        max_tokens: upper limit of tokens per micro-batch, padding included.
+    """
+    parts: list[MicroBatchPart] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if parts:
             part = parts[-1]
             longest = lengths[part.indices[0]]
@@ -148,14 +157,14 @@ def _split_padded(samples: Sequence[Sample], max_tokens: int) -> list[_Part]:
                 part.indices.append(i)
                 part.num_tokens = num_tokens
                 continue
-        parts.append(_Part(indices=[i], num_tokens=lengths[i]))
+        parts.append(MicroBatchPart(indices=[i], num_tokens=lengths[i]))
     return parts
 
 
-def _split_packed(samples: Sequence[Sample], max_tokens: int) -> list[_Part]:
+def _split_packed(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatchPart]:
     """Splits the samples prompt by prompt; the tokens of a prompt count once per part."""
     prompts = [sample.token_ids[: sample.prompt_length] for sample in samples]
-    parts: list[_Part] = []
+    parts: list[MicroBatchPart] = []
     for i in _by_prompt(samples, prompts):
         sample = samples[i]
         if parts:
@@ -167,7 +176,7 @@ def _split_packed(samples: Sequence[Sample], max_tokens: int) -> list[_Part]:
                 part.indices.append(i)
                 part.num_tokens = num_tokens
                 continue
-        parts.append(_Part(indices=[i], num_tokens=len(sample.token_ids)))
+        parts.append(MicroBatchPart(indices=[i], num_tokens=len(sample.token_ids)))
     return parts
 
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning with TRL's SFTTrainer.
 
-TRL provides the loss and the training loop. grpo provides the order of the rows, the learning-rate
-schedule, the checkpoints, the metrics and the stop condition.
+TRL provides the loss and the training loop. grpo provides the order of the rows, the micro-batches,
+the learning-rate schedule, the checkpoints, the metrics and the stop condition.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
@@ -32,6 +32,7 @@ from grpo.learning.deepspeed_setup import (
     learning_rate,
     skipped_updates_error,
 )
+from grpo.learning.text_batches import MicroBatchSampler
 from grpo.run import ranks
 
 # TRL's names of metrics, and grpo's.
@@ -41,6 +42,8 @@ METRICS = {
     "entropy": "policy/entropy",
     "mean_token_accuracy": "policy/token_accuracy",
 }
+# Those that are means over a micro-batch's trained tokens.
+MEANS_OVER_TOKENS = ("entropy", "mean_token_accuracy")
 IGNORED_LABEL = -100  # of tokens that are not trained on
 
 
@@ -104,9 +107,18 @@ class SupervisedTrainer(SFTTrainer):
         self._update_started_at = time.monotonic()
         self._norm_limit: NormLimit | None = None  # set in the first training step
         self._num_consecutive_skips = 0
+        rows = list(inputs.rows)
+        self._row_tokens = [_num_trained_tokens(row) for row in rows]
+        self._micro_batches = MicroBatchSampler(
+            [len(row["input_ids"]) for row in rows],
+            rows_per_update=config.sft.batch_size,
+            max_tokens=config.learner.micro_batch_tokens,
+            packed=config.model.is_packed,
+            num_ranks=ranks.world_size(),
+        )
         # Under ZeRO-3, the arguments have to exist before the model is loaded: transformers then
         # splits the weights across ranks while it loads them.
-        arguments = _training_arguments(config, output_dir)
+        arguments = _training_arguments(config, self._micro_batches.num_per_update, output_dir)
         attention = (
             packing.CONCATENATED_ATTENTION if config.model.is_packed else config.model.attention
         )
@@ -114,8 +126,6 @@ class SupervisedTrainer(SFTTrainer):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.model.dtype)
         self.attention = packing.describe_attention(model.config, dtype, device)
-        rows = list(inputs.rows)
-        self._row_tokens = [_num_trained_tokens(row) for row in rows]
         super().__init__(
             model=model,
             args=arguments,
@@ -171,10 +181,15 @@ class SupervisedTrainer(SFTTrainer):
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         return loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if train_dataset is None:
-            train_dataset = self.train_dataset
-        return SequentialSampler(train_dataset)
+    def get_train_dataloader(self) -> Any:
+        """Returns the rank's micro-batches, in place of transformers' batches of a fixed size."""
+        loader: Any = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self._micro_batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Reports an update's metrics, and saves a checkpoint if one is due.
@@ -183,9 +198,10 @@ class SupervisedTrainer(SFTTrainer):
         """
         if "loss" not in logs:
             return  # the Trainer's summary at the end
+        update = self.state.global_step
+        self._average_over_tokens(update)
         super().log(logs, start_time)
         self._heap.after_update()
-        update = self.state.global_step
         self._callbacks.on_update(self._metrics_row(update, logs))
         if self._callbacks.should_stop() or self._is_checkpoint_due(update):
             self._callbacks.save(update, self._write_checkpoint)
@@ -193,6 +209,19 @@ class SupervisedTrainer(SFTTrainer):
             if self._callbacks.should_stop():
                 self.control.should_training_stop = True
         self._update_started_at = time.monotonic()
+
+    def _average_over_tokens(self, update: int) -> None:
+        """Replaces TRL's metrics of an update's micro-batches by one mean over all trained tokens.
+
+        TRL itself would average over the micro-batches, which differ in their number of tokens.
+        """
+        num_tokens = []  # of the micro-batches that all ranks computed at the same time
+        for micro_batches in self._micro_batches.rounds(update - 1):
+            num_tokens.append(sum(self._row_tokens[row] for rows in micro_batches for row in rows))
+        for name in MEANS_OVER_TOKENS:
+            means = self._metrics["train"][name]
+            total = sum(mean * n for mean, n in zip(means, num_tokens, strict=True))
+            self._metrics["train"][name] = [total / sum(num_tokens)]
 
     def _metrics_row(self, update: int, logs: dict[str, float]) -> dict[str, Any]:
         """Returns the metrics of an update.
@@ -216,6 +245,7 @@ class SupervisedTrainer(SFTTrainer):
         batch_size = self._config.sft.batch_size
         first_row = (update - 1) * batch_size
         row["update/tokens"] = sum(self._row_tokens[first_row : first_row + batch_size])
+        row["update/micro_batches"] = self._micro_batches.num_per_update
         row["policy/lr"] = learning_rate(self._config.learner, update - 1, self._config.sft.updates)
         row["time/total_s"] = time.monotonic() - self._update_started_at
         return row
@@ -249,12 +279,10 @@ def _num_trained_tokens(row: dict[str, list[int]]) -> int:
     return sum(label != IGNORED_LABEL for label in row["labels"])
 
 
-def _num_accumulation_steps(config: SftConfig) -> int:
-    """Returns the number of micro-batches per update and rank."""
-    return config.sft.batch_size // config.micro_batch_size // ranks.world_size()
-
-
-def _training_arguments(config: SftConfig, output_dir: Path) -> SFTConfig:
+def _training_arguments(config: SftConfig, num_micro_batches: int, output_dir: Path) -> SFTConfig:
+    # Only reports and checks of consistency read the number of rows per micro-batch, which differs.
+    rows_per_rank = config.sft.batch_size // ranks.world_size()
+    mean_rows = math.ceil(rows_per_rank / num_micro_batches)
     settings = config.learner
     has_gpu = torch.cuda.is_available()
     return SFTConfig(
@@ -263,8 +291,8 @@ def _training_arguments(config: SftConfig, output_dir: Path) -> SFTConfig:
         bf16=config.model.dtype == "bfloat16",
         seed=config.seed,
         max_steps=config.sft.updates,
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=_num_accumulation_steps(config),
+        per_device_train_batch_size=mean_rows,
+        gradient_accumulation_steps=num_micro_batches,
         optim="adamw_torch_fused",
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
@@ -282,11 +310,13 @@ def _training_arguments(config: SftConfig, output_dir: Path) -> SFTConfig:
         dataloader_pin_memory=has_gpu,
         average_tokens_across_devices=True,
         padding_free=config.model.is_packed,
-        deepspeed=_trainer_deepspeed_config(config),
+        deepspeed=_trainer_deepspeed_config(config, mean_rows, num_micro_batches),
     )
 
 
-def _trainer_deepspeed_config(config: SftConfig) -> dict[str, Any]:
+def _trainer_deepspeed_config(
+    config: SftConfig, mean_rows: int, num_micro_batches: int
+) -> dict[str, Any]:
     """Returns DeepSpeed's config for transformers' Trainer.
 
     The Trainer creates the optimizer and counts micro-batches itself.
@@ -297,6 +327,6 @@ def _trainer_deepspeed_config(config: SftConfig) -> dict[str, Any]:
     # With offloaded states, too, the optimizer is torch's and not DeepSpeed's own.
     settings["zero_force_ds_cpu_optimizer"] = False
     settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-    settings["train_micro_batch_size_per_gpu"] = config.micro_batch_size
-    settings["gradient_accumulation_steps"] = _num_accumulation_steps(config)
+    settings["train_micro_batch_size_per_gpu"] = mean_rows
+    settings["gradient_accumulation_steps"] = num_micro_batches
     return settings

@@ -262,14 +262,9 @@ class _SftStage:
         batch_size = config.sft.batch_size
         num_problems = config.sft.updates * batch_size
         learner = config.learner
+        division = f"micro-batches of at most {learner.micro_batch_tokens:,} tokens"
         if learner.sequence_parallel > 1:
-            division = (
-                f"micro-batches of {learner.micro_batch_tokens:,} tokens, each shared by "
-                f"{learner.sequence_parallel} ranks"
-            )
-        else:
-            num_micro_batches = batch_size // config.micro_batch_size
-            division = f"{num_micro_batches} micro-batches of {config.micro_batch_size}"
+            division += f", each shared by {learner.sequence_parallel} ranks"
         return (
             f"update      {batch_size} solutions in {division}\n"
             f"run         {config.sft.updates} updates, {num_problems:,} solutions drawn"

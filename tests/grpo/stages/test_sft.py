@@ -52,9 +52,14 @@ def test_lora_changes_the_projections_and_saves_the_merged_model_and_the_adapter
 
 
 def summed_loss(model, batch):
-    """Returns the negative sum of the logprobs of the labeled tokens, and their number."""
+    """Returns three numbers for the labeled tokens.
+
+    The negative sum of their logprobs, how many there are, and how many of them are the model's
+    most likely token.
+    """
     total = torch.zeros(())
     num_tokens = 0
+    num_correct = 0
     for row in batch:
         ids = torch.tensor([row["input_ids"]])
         labels = torch.tensor(row["labels"])[1:]
@@ -63,17 +68,23 @@ def summed_loss(model, batch):
         label_logprobs = logprobs[is_labelled].gather(1, labels[is_labelled, None])
         total = total - label_logprobs.sum()
         num_tokens += int(is_labelled.sum())
-    return total, num_tokens
+        num_correct += int((logprobs.argmax(-1) == labels)[is_labelled].sum())
+    return total, num_tokens, num_correct
 
 
 def train_with_plain_torch(model, config):
-    """Trains a model with AdamW for six updates and returns the mean loss of each update."""
+    """Trains a model with AdamW for six updates.
+
+    Returns:
+        The mean loss and the mean accuracy over the solution tokens of each update.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
     rows = load_training_rows(config)
     losses = []
+    accuracies = []
     for update in range(6):
         batch = rows[4 * update : 4 * update + 4]  # sft_config sets batch_size to 4
-        total, num_tokens = summed_loss(model, batch)
+        total, num_tokens, num_correct = summed_loss(model, batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.learner, update, 6)
         optimizer.zero_grad()
@@ -81,7 +92,8 @@ def train_with_plain_torch(model, config):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(float(total.detach() / num_tokens))
-    return losses
+        accuracies.append(num_correct / num_tokens)
+    return losses, accuracies
 
 
 def test_solutions_of_repeated_problems_are_stored_once_and_come_in_order(tiny):
@@ -133,14 +145,19 @@ def test_ranks_that_cannot_share_sequences_are_rejected_before_the_model_is_load
 def test_training_equals_plain_adamw_on_the_mean_loss_of_all_solution_tokens(
     tiny, tmp_path, attention
 ):
-    """An update has two micro-batches. Its loss is one mean over all their solution tokens."""
-    config = sft_config(tmp_path / "run", tiny(), model={"attention": attention})
-    assert config.micro_batch_size == 2
+    """The loss of an update is one mean over all solution tokens of its two micro-batches.
+
+    Solutions have 19 or 20 tokens, so that three fit a micro-batch, and the other has one.
+    """
+    sections = {"sft": {"max_tokens": 60}, "learner": {"micro_batch_tokens": 60}}
+    config = sft_config(tmp_path / "run", tiny(), model={"attention": attention}, **sections)
     run_grpo(write_config(tmp_path / "c.yaml", config), command="sft")
     metrics = read_metrics(tmp_path / "run")
 
     model = models.load_model(tiny(), "eager")
-    losses = train_with_plain_torch(model, config)
+    losses, accuracies = train_with_plain_torch(model, config)
+    assert [row["update/micro_batches"] for row in metrics] == [2] * 6
+    assert [row["policy/token_accuracy"] for row in metrics] == pytest.approx(accuracies)
     assert [row["loss"] for row in metrics] == pytest.approx(losses, rel=1e-4)
     expected_lr = [learning_rate(config.learner, update, 6) for update in range(6)]
     assert [row["policy/lr"] for row in metrics] == expected_lr
