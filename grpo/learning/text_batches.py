@@ -71,7 +71,9 @@ class MicroBatchSampler(Sampler[list[int]]):
                 yield from micro_batches
 
     def rounds(self, update: int) -> Iterator[list[list[int]]]:
-        """Yields the rows of the micro-batches that the ranks compute at the same time.
+        """Yields the micro-batches that the ranks compute at the same time, one for each rank.
+
+        The rows of a micro-batch are in the order of training.
 
         Args:
             update: Number of the update, from 0.
@@ -79,7 +81,7 @@ class MicroBatchSampler(Sampler[list[int]]):
         parts = self._updates[update]
         for number in range(self.num_per_update):
             first = number * self._num_ranks
-            rows = [part.indices for part in parts[first : first + self._num_ranks]]
+            rows = [sorted(part.indices) for part in parts[first : first + self._num_ranks]]
             # The order alternates. Otherwise rank 0 would get the longest of each round.
             yield rows if number % 2 == 0 else rows[::-1]
 

@@ -44,11 +44,11 @@ def test_every_update_has_the_same_number_of_micro_batches_with_each_row_once(
     ("packed", "lengths", "expected"),
     [
         # A micro-batch without padding holds 30 + 10 and 20 + 20 tokens.
-        (True, [10, 20, 30, 20], [[2, 0], [1, 3]]),
+        (True, [10, 20, 30, 20], [[0, 2], [1, 3]]),
         # Padded to the longest: 30, 2 x 20, and 10 tokens.
         (False, [10, 20, 30, 20], [[1, 3], [2], [0]]),
         # The second update needs one micro-batch and gets two like the first.
-        (True, [10, 20, 30, 20, 9, 8, 7, 6], [[2, 0], [1, 3], [4, 5], [6, 7]]),
+        (True, [10, 20, 30, 20, 9, 8, 7, 6], [[0, 2], [1, 3], [4, 5], [6, 7]]),
     ],
 )
 def test_golden_micro_batches(packed, lengths, expected):
