@@ -428,7 +428,8 @@ def _only(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
 class EvalConfig(TrainConfig):
     """The config of `grpo eval`: a train config, which may omit the sections for training.
 
-    The evaluation uses its model, prompts, rewards and problems.
+    The evaluation uses its model, prompts, rewards and problems. A config of `grpo sft` is accepted
+    too.
     """
 
     is_evaluation: ClassVar[bool] = True
@@ -436,6 +437,9 @@ class EvalConfig(TrainConfig):
         TrainSettings(rollouts=1),
         description="Not used by the evaluation. The section is allowed so that a train config can "
         "be evaluated without changes.",
+    )
+    sft: SftSettings | None = Field(
+        None, description="Not used by the evaluation. Allowed for configs of `grpo sft`."
     )
     endpoint: EndpointSettings | None = Field(
         None,
@@ -464,6 +468,11 @@ class EvalConfig(TrainConfig):
             )
         if self.endpoint:
             _check_chat_prompt("endpoint", self.prompt)
+        if not self.sets and (self.eval.data or self.data).name == "traces":
+            raise ValueError(
+                "data.traces has no test split. Set the problems to evaluate on, for example "
+                "sets={math500: {name: math}}"
+            )
         for name in self.sets:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name):
                 raise ValueError(

@@ -4,8 +4,8 @@ import json
 
 import pytest
 from http_servers import judge_response
-from stage_configs import eval_config
-from whole_runs import run_grpo
+from stage_configs import eval_config, sft_config
+from whole_runs import run_grpo, write_config
 
 from grpo import config as configs
 from grpo.config import EvalConfig
@@ -43,12 +43,21 @@ def test_protocols_replace_sampling_settings(tiny, tmp_path):
         ("model.warm_start=x.yaml", "evaluates model.path without training it"),
         ("endpoint={url: u, model: m}", "receives prompts as chat messages"),
         ("sets={1a: {name: arithmetic}}", "sets.1a: invalid name. A name starts with a letter"),
+        ("data={name: traces, path: x}", r"data.traces has no test split. Set the problems"),
         ("eval.protocol=r2", "eval.protocol"),
     ],
 )
 def test_invalid_eval_config_raises(tiny, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         load_eval_config(tmp_path, tiny(), override)
+
+
+def test_a_config_of_sft_can_be_evaluated(tiny, tmp_path):
+    training = sft_config(tmp_path / "sft", tiny(), data={"name": "traces", "path": "x"})
+    sets = ["sets={sums: {name: arithmetic}}", "sampling.max_tokens=64"]
+    config = configs.load(write_config(tmp_path / "sft.yaml", training), sets, EvalConfig)
+    assert list(config.evaluation_sets) == ["sums"]
+    assert config.prompt == training.prompt
 
 
 def test_path_of_a_finished_run_resolves_to_its_final_model(tmp_path):
