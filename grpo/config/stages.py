@@ -468,10 +468,11 @@ class EvalConfig(TrainConfig):
             )
         if self.endpoint:
             _check_chat_prompt("endpoint", self.prompt)
-        if not self.sets and (self.eval.data or self.data).name == "traces":
+        data = self.eval.data or self.data
+        if not self.sets and "traces" in (data.name, *data.mixture):
             raise ValueError(
-                "data.traces has no test split. Set the problems to evaluate on, for example "
-                "sets={math500: {name: math}}"
+                "data.traces has no test split, so these are the problems of the training: set the "
+                "problems to evaluate on, for example eval.data={name: math}"
             )
         for name in self.sets:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name):

@@ -131,14 +131,14 @@ def micro_batches(
 
 
 @dataclass(slots=True)
-class MicroBatchPart:
+class MicroBatchRows:
     """The sequences of one micro-batch."""
 
     indices: list[int]  # of the sequences
     num_tokens: int  # compared with `max_tokens`; includes padding
 
 
-def split_padded(lengths: Sequence[int], max_tokens: int) -> list[MicroBatchPart]:
+def split_padded(lengths: Sequence[int], max_tokens: int) -> list[MicroBatchRows]:
     """Splits sequences, longest first, into padded micro-batches with few tokens of padding.
 
     A sequence that is longer than `max_tokens` gets a micro-batch of its own.
@@ -147,7 +147,7 @@ def split_padded(lengths: Sequence[int], max_tokens: int) -> list[MicroBatchPart
         lengths: the sequences' lengths in tokens.
         max_tokens: upper limit of tokens per micro-batch, padding included.
     """
-    parts: list[MicroBatchPart] = []
+    parts: list[MicroBatchRows] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if parts:
             part = parts[-1]
@@ -157,14 +157,14 @@ def split_padded(lengths: Sequence[int], max_tokens: int) -> list[MicroBatchPart
                 part.indices.append(i)
                 part.num_tokens = num_tokens
                 continue
-        parts.append(MicroBatchPart(indices=[i], num_tokens=lengths[i]))
+        parts.append(MicroBatchRows(indices=[i], num_tokens=lengths[i]))
     return parts
 
 
-def _split_packed(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatchPart]:
+def _split_packed(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatchRows]:
     """Splits the samples prompt by prompt; the tokens of a prompt count once per part."""
     prompts = [sample.token_ids[: sample.prompt_length] for sample in samples]
-    parts: list[MicroBatchPart] = []
+    parts: list[MicroBatchRows] = []
     for i in _by_prompt(samples, prompts):
         sample = samples[i]
         if parts:
@@ -176,7 +176,7 @@ def _split_packed(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch
                 part.indices.append(i)
                 part.num_tokens = num_tokens
                 continue
-        parts.append(MicroBatchPart(indices=[i], num_tokens=len(sample.token_ids)))
+        parts.append(MicroBatchRows(indices=[i], num_tokens=len(sample.token_ids)))
     return parts
 
 

@@ -195,6 +195,21 @@ def extend_context(model_dir: Path, rope: RopeSettings | None, target: Path) -> 
     return target
 
 
+def has_rope(path: str, rope: RopeSettings | None) -> bool:
+    """Returns whether the model in a local directory has the extension `rope` of its context."""
+    from transformers import AutoConfig
+
+    if rope is None or not (Path(path) / "config.json").is_file():
+        return False
+    parameters = AutoConfig.from_pretrained(path).rope_parameters or {}
+    original_tokens = parameters.get("original_max_position_embeddings")
+    return (
+        parameters.get("rope_type") == rope.type
+        and parameters.get("factor") == rope.factor
+        and rope.original_tokens in (None, original_tokens)
+    )
+
+
 def make_tiny(kind: str, target: Path, seed: int, **overrides: Any) -> None:
     """Writes a model with random weights and a tokenizer of single bytes.
 

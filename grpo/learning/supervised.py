@@ -6,6 +6,7 @@ the learning-rate schedule, the checkpoints, the metrics and the stop condition.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
+from transformers import AutoConfig, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from grpo.config import SftConfig
@@ -81,6 +82,7 @@ class SupervisedTrainer(SFTTrainer):
 
     Attributes:
         attention: The name of the model's attention.
+        micro_batches_per_update: The number of micro-batches per update and rank.
     """
 
     def __init__(
@@ -107,13 +109,18 @@ class SupervisedTrainer(SFTTrainer):
         self._update_started_at = time.monotonic()
         self._norm_limit: NormLimit | None = None  # set in the first training step
         self._num_consecutive_skips = 0
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, config.model.dtype)
         rows = list(inputs.rows)
         self._row_tokens = [_num_trained_tokens(row) for row in rows]
+        model_config = AutoConfig.from_pretrained(inputs.model_dir)
+        has_kernel = packing.supports_varlen_kernel(model_config, dtype, device)
         self._micro_batches = MicroBatchSampler(
             [len(row["input_ids"]) for row in rows],
             rows_per_update=config.sft.batch_size,
             max_tokens=config.learner.micro_batch_tokens,
-            packed=config.model.is_packed,
+            # Without the kernel, the attention pads the rows of a packed micro-batch.
+            padded=not (config.model.is_packed and has_kernel),
             num_ranks=ranks.world_size(),
         )
         # Under ZeRO-3, the arguments have to exist before the model is loaded: transformers then
@@ -123,9 +130,8 @@ class SupervisedTrainer(SFTTrainer):
             packing.CONCATENATED_ATTENTION if config.model.is_packed else config.model.attention
         )
         model = lora.load_policy(config, inputs.model_dir, attention)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, config.model.dtype)
         self.attention = packing.describe_attention(model.config, dtype, device)
+        self.micro_batches_per_update = self._micro_batches.num_per_update
         super().__init__(
             model=model,
             args=arguments,
@@ -217,7 +223,8 @@ class SupervisedTrainer(SFTTrainer):
         """
         num_tokens = []  # of the micro-batches that all ranks computed at the same time
         for micro_batches in self._micro_batches.rounds(update - 1):
-            num_tokens.append(sum(self._row_tokens[row] for rows in micro_batches for row in rows))
+            rows = itertools.chain.from_iterable(micro_batches)
+            num_tokens.append(sum(self._row_tokens[row] for row in rows))
         for name in MEANS_OVER_TOKENS:
             means = self._metrics["train"][name]
             total = sum(mean * n for mean, n in zip(means, num_tokens, strict=True))
@@ -245,7 +252,7 @@ class SupervisedTrainer(SFTTrainer):
         batch_size = self._config.sft.batch_size
         first_row = (update - 1) * batch_size
         row["update/tokens"] = sum(self._row_tokens[first_row : first_row + batch_size])
-        row["update/micro_batches"] = self._micro_batches.num_per_update
+        row["update/micro_batches"] = self.micro_batches_per_update
         row["policy/lr"] = learning_rate(self._config.learner, update - 1, self._config.sft.updates)
         row["time/total_s"] = time.monotonic() - self._update_started_at
         return row

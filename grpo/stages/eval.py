@@ -118,9 +118,15 @@ def _with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def with_final_model(config: EvalConfig) -> EvalConfig:
-    """Returns the config with its model.path resolved: a run directory becomes its final model."""
+    """Returns the config with its model.path resolved: a run directory becomes its final model.
+
+    `model.rope` is removed if the model has this extension already, as after a training with it.
+    """
     path = final_model_path(config.model.path)
-    model = config.model.model_copy(update={"path": path})
+    changes: dict[str, Any] = {"path": path}
+    if models.has_rope(path, config.model.rope):
+        changes["rope"] = None
+    model = config.model.model_copy(update=changes)
     return config.model_copy(update={"model": model})
 
 

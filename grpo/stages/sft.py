@@ -130,6 +130,10 @@ def _train_with_trl(
         )
         trainer = SupervisedTrainer(config, inputs, callbacks, output_dir=run.checkpoints)
         display.say(f"attention: {trainer.attention}")
+        display.say(
+            f"micro-batches: {trainer.micro_batches_per_update} per update and rank, each of at "
+            f"most {config.learner.micro_batch_tokens:,} tokens"
+        )
         display.begin(resume_point.num_updates)
         trainer.train(resume_from_checkpoint=resume_point.trainer_checkpoint)
         if callbacks.signal is not None:

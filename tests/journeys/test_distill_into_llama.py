@@ -12,7 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 from whole_runs import read_metrics, run_grpo
 
+from grpo import config as configs
 from grpo import json_lines
+from grpo.config import EvalConfig, SftConfig
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,15 @@ def page_commands():
         ["grpo", "eval"],
     ]
     return {words[1]: words[2:] for words in commands}
+
+
+def test_the_page_evaluates_the_run_of_its_training():
+    commands = page_commands()
+    training = configs.load(commands["sft"][0], commands["sft"][1:], SftConfig)
+    evaluation = configs.load(commands["eval"][0], commands["eval"][1:], EvalConfig)
+    assert evaluation.model.path == training.run_dir != evaluation.run_dir
+    assert evaluation.with_protocol().sampling.max_tokens == 32768
+    assert evaluation.sets["math500"].name == "math"
 
 
 def trace(number, text):
@@ -98,9 +109,8 @@ def test_the_commands_of_the_page_train_and_evaluate_a_llama_without_a_chat_temp
     assert text.startswith("<|start_header_id|>user<|end_header_id|>\n\nWhat is 2 + 1?<|eot_id|>")
     assert text.endswith("<think>\n")
 
-    arguments = [word for word in commands["eval"] if not word.startswith("model.path=")]
     run_grpo(
-        *arguments,
+        *commands["eval"],
         f"model.path={run_dir}",
         f"run_dir={tmp_path / 'eval'}",
         "eval.protocol=greedy",

@@ -44,7 +44,7 @@ def sft_config(run_dir, model_dir, **sections):
         "warmup_updates": 2,
         "schedule": "linear",
         "zero_stage": 0,
-        "micro_batch_tokens": 128,
+        "micro_batch_tokens": 64,  # three solutions of about 20 tokens: two micro-batches
     }
     tree["checkpoint"] = {"every": 2}
     for name, section in sections.items():

@@ -9,7 +9,9 @@ from whole_runs import run_grpo, write_config
 
 from grpo import config as configs
 from grpo.config import EvalConfig
-from grpo.stages.eval import compare, markdown_table
+from grpo.config.model import RopeSettings
+from grpo.learning import models
+from grpo.stages.eval import compare, markdown_table, with_final_model
 from grpo.stages.final_model import final_model_path
 from grpo.tools.report import completions
 from grpo.types import UserError
@@ -43,13 +45,26 @@ def test_protocols_replace_sampling_settings(tiny, tmp_path):
         ("model.warm_start=x.yaml", "evaluates model.path without training it"),
         ("endpoint={url: u, model: m}", "receives prompts as chat messages"),
         ("sets={1a: {name: arithmetic}}", "sets.1a: invalid name. A name starts with a letter"),
-        ("data={name: traces, path: x}", r"data.traces has no test split. Set the problems"),
+        ("data={name: traces, path: x}", "data.traces has no test split"),
         ("eval.protocol=r2", "eval.protocol"),
     ],
 )
 def test_invalid_eval_config_raises(tiny, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         load_eval_config(tmp_path, tiny(), override)
+
+
+def test_a_context_that_the_training_has_extended_is_not_extended_again(tiny, tmp_path):
+    rope = {"type": "yarn", "factor": 4.0, "original_tokens": None}
+    extended = models.extend_context(tiny(), RopeSettings(**rope), tmp_path / "extended")
+
+    def evaluated_rope(path, **changes):
+        override = f"model={{path: {path}, rope: {json.dumps({**rope, **changes})}}}"
+        return with_final_model(load_eval_config(tmp_path, path, override)).model.rope
+
+    assert evaluated_rope(extended) is None
+    assert evaluated_rope(tiny()) == RopeSettings(**rope)
+    assert evaluated_rope(extended, factor=8.0) == RopeSettings(**{**rope, "factor": 8.0})
 
 
 def test_a_config_of_sft_can_be_evaluated(tiny, tmp_path):

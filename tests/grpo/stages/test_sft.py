@@ -80,10 +80,11 @@ def train_with_plain_torch(model, config):
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
     rows = load_training_rows(config)
+    batch_size = config.sft.batch_size
     losses = []
     accuracies = []
     for update in range(6):
-        batch = rows[4 * update : 4 * update + 4]  # sft_config sets batch_size to 4
+        batch = rows[batch_size * update : batch_size * (update + 1)]
         total, num_tokens, num_correct = summed_loss(model, batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.learner, update, 6)
@@ -145,12 +146,9 @@ def test_ranks_that_cannot_share_sequences_are_rejected_before_the_model_is_load
 def test_training_equals_plain_adamw_on_the_mean_loss_of_all_solution_tokens(
     tiny, tmp_path, attention
 ):
-    """The loss of an update is one mean over all solution tokens of its two micro-batches.
-
-    Solutions have 19 or 20 tokens, so that three fit a micro-batch, and the other has one.
-    """
-    sections = {"sft": {"max_tokens": 60}, "learner": {"micro_batch_tokens": 60}}
-    config = sft_config(tmp_path / "run", tiny(), model={"attention": attention}, **sections)
+    """The loss is one mean over all solution tokens of two micro-batches, of 3 and 2 solutions."""
+    sections = {"model": {"attention": attention}, "sft": {"batch_size": 5}}
+    config = sft_config(tmp_path / "run", tiny(), **sections)
     run_grpo(write_config(tmp_path / "c.yaml", config), command="sft")
     metrics = read_metrics(tmp_path / "run")
 
