@@ -180,14 +180,26 @@ class ResumePoint(NamedTuple):
 
 
 def _find_resume_point(context: RunContext) -> ResumePoint:
-    """Returns the last checkpoint and removes the records that are newer."""
+    """Returns the last checkpoint and removes the records that are newer.
+
+    Raises:
+        UserError: A different number of ranks has written the checkpoint.
+    """
     checkpoint, state = context.run.read_last_checkpoint()
     if checkpoint is None:
         context.resume_after(None, "update")
         return ResumePoint()
     num_updates = state["step"]
+    trainer_checkpoint = checkpoint / f"checkpoint-{num_updates}"
+    # ZeRO writes one such file per rank, and transformers' Trainer cannot combine them.
+    num_rank_files = len(list(trainer_checkpoint.rglob("*zero_pp_rank_*_optim_states.pt")))
+    if num_rank_files not in (0, ranks.world_size()):
+        raise UserError(
+            f"--resume: {checkpoint} was written by {num_rank_files} ranks, and this run has "
+            f"{ranks.world_size()}: resume `grpo sft` with {num_rank_files} ranks"
+        )
     context.resume_after(num_updates, "update")
-    return ResumePoint(num_updates, str(checkpoint / f"checkpoint-{num_updates}"))
+    return ResumePoint(num_updates, str(trainer_checkpoint))
 
 
 class TrainerCallbacks:

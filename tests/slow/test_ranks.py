@@ -180,7 +180,7 @@ def test_supervised_training_on_two_ranks_makes_the_updates_of_one_rank(tiny, tm
         "data": {"name": "arithmetic", "options": {"digits": 2}},
         "logging": {"progress": "off"},
         "sft": {"updates": 6, "batch_size": 8, "max_tokens": 56},
-        "learner": {"lr": 1e-3, "micro_batch_tokens": 56},  # two solutions
+        "learner": {"lr": 1e-3, "micro_batch_tokens": 80},  # two solutions
         "model": {"path": str(tiny()), "dtype": "float32"},
     }
     for num_ranks in (1, 2):
@@ -194,6 +194,8 @@ def test_supervised_training_on_two_ranks_makes_the_updates_of_one_rank(tiny, tm
         assert one_rank["update/micro_batches"] == 2 * two_ranks["update/micro_batches"] == 4
         for metric in ("loss", "policy/grad_norm", "policy/entropy", "policy/token_accuracy"):
             assert one_rank[metric] == pytest.approx(two_ranks[metric], rel=1e-3)
+    errors = run_grpo(str(tmp_path / "2.yaml"), "--resume", command="sft", code=2)
+    assert "was written by 2 ranks, and this run has 1: resume `grpo sft` with 2 ranks" in errors
 
 
 def test_two_groups_of_ranks_that_share_sequences_make_the_updates_of_trl(tiny, tmp_path):
