@@ -85,7 +85,7 @@ if ((engine_nodes > 0)); then
       srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
         --output="$logs/server$i-%N.log" --open-mode=append \
         "${srun_options[@]}" env CUDA_VISIBLE_DEVICES="$devices" "${run_in[@]}" \
-        ./launch/server.sh "$config" $((8000 + i)) \
+        ./launch/server.sh "$config" $((8000 + i)) "${@:3}" \
         "engine.servers={urls: [here], tensor_parallel: $tensor_parallel}" &
     done
   done

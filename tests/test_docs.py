@@ -98,6 +98,17 @@ def test_the_diagrams_fit_a_narrow_page():
                 assert max(len(line) for line in block.splitlines()) <= 60, page.name
 
 
+def test_the_models_that_the_pages_download_are_those_of_the_configs_that_follow():
+    downloads = 0
+    for page in PAGES:
+        for block in CODE_BLOCK.findall(page.read_text()):
+            for model in re.findall(r"hf download (\S+)", block):
+                downloads += 1
+                for name in re.findall(r"configs/\S+\.yaml", block):
+                    assert configs.load(str(ROOT / name), []).model.path == model
+    assert downloads
+
+
 def test_every_file_named_in_the_pages_exists():
     for page in PAGES:
         for name in FILE_NAME.findall(page.read_text()):

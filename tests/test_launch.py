@@ -397,6 +397,7 @@ def test_the_slurm_job_divides_its_nodes_between_learners_and_servers(tmp_path):
     assert len(servers) == 2
     for line in servers:
         assert "--nodelist=n3" in line
+        assert "seed=1 engine.servers={urls: [here], tensor_parallel: 4}" in line
     devices = re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", " ".join(servers))
     assert sorted(devices) == ["0,1,2,3", "4,5,6,7"]
 

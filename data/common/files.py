@@ -249,7 +249,8 @@ def _read_hub(hub: HubDataset) -> list[Row]:
     # Network, authorization and cache errors of several libraries. The way out is the same.
     except Exception as error:
         raise DownloadError(
-            f"{hub.id} cannot be fetched from the hub. Set data.path to a local file or folder. "
+            f"{hub.id} cannot be fetched from the hub. Set data.path to a local file or folder, in "
+            "`sets` the path of the set. "
             f"({_one_line(error)})"
         ) from error
     return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Name in another library -> key here.
+# Name in another library -> key here. Of several keys, the first one that a config has is meant.
 OTHER_NAMES = {
     # model
     "model_name_or_path": "model.path",
@@ -25,6 +25,7 @@ OTHER_NAMES = {
     "dataset": "data.name",
     "train_files": "data.path",
     "prompt_data": "data.path",
+    "max_length": "sft.max_tokens soft.max_tokens",
     "max_prompt_length": "prompt.max_tokens",
     "prompt_max_len": "prompt.max_tokens",
     "filter_overlong_prompts": "prompt.overlong",
@@ -81,13 +82,13 @@ OTHER_NAMES = {
     "num_generations": "train.group_size",
     "rollout_n": "train.group_size",
     "n_samples_per_prompt": "train.group_size",
-    "train_batch_size": "train.problems",
+    "train_batch_size": "train.problems sft.batch_size soft.batch_size",
     "rollout_batch_size": "train.problems",
-    "max_steps": "train.rollouts",
+    "max_steps": "train.rollouts sft.updates soft.updates",
     "num_episodes": "train.rollouts",
     "total_epochs": "train.rollouts",
     "total_training_steps": "train.rollouts",
-    "num_train_epochs": "train.rollouts",
+    "num_train_epochs": "train.rollouts sft.updates soft.updates",
     "num_iterations": "train.epochs",
     "ppo_epochs": "train.epochs",
     "max_epochs": "train.epochs",

@@ -189,8 +189,9 @@ def _other_place(name: str, config_class: type[BaseModel]) -> str:
     """Returns a hint if another library, or another section, has a key of this name; else ""."""
     if name in OTHER_SECTIONS:
         return f" (its keys are in {OTHER_SECTIONS[name]})"
-    if name in OTHER_NAMES and _has_key(config_class, OTHER_NAMES[name]):
-        return f" (its name is {OTHER_NAMES[name]})"
+    for key in OTHER_NAMES.get(name, "").split():
+        if _has_key(config_class, key):
+            return f" (its name is {key})"
     for section in config_class.model_fields:
         if _has_key(config_class, f"{section}.{name}"):
             return f" (did you mean {section}.{name}?)"
@@ -220,9 +221,12 @@ def _section_class(config_class: type[BaseModel], path: list[Any]) -> type[BaseM
 
 def _section_class_of(annotation: Any) -> type[BaseModel] | None:
     """Returns the section class in an annotation such as `X`, `X | None` or `dict[str, X]`."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        section = _section_class_of(argument)
+        if section is not None:
+            return section
     return None
 
 

@@ -103,6 +103,11 @@ class SftConfig(RunConfig):
         return self.sft.max_tokens
 
     @property
+    def length_keys(self) -> str:
+        """The keys that determine the maximum length of a sequence, for error messages."""
+        return "sft.max_tokens"
+
+    @property
     def algorithm(self) -> AlgorithmSettings:
         """The cross-entropy of the solution, for training with `learner.sequence_parallel`."""
         return AlgorithmSettings(loss="cross_entropy")
@@ -405,6 +410,11 @@ class DistillConfig(SamplingStageConfig):
         return super().max_sequence_tokens
 
     @property
+    def length_keys(self) -> str:
+        """The keys that determine the maximum length of a sequence, for error messages."""
+        return "soft.max_tokens" if self.way == "soft" else super().length_keys
+
+    @property
     def total_updates(self) -> int:
         """Optimizer updates of way soft."""
         assert self.soft is not None
@@ -488,6 +498,13 @@ class EvalConfig(TrainConfig):
         if self.sets:
             return self.sets
         return {"": self.eval.data or self.data}
+
+    @property
+    def length_keys(self) -> str:
+        """The keys that determine the maximum length of a sequence, for error messages."""
+        if self.eval.protocol != "r1":
+            return super().length_keys
+        return "prompt.max_tokens + 32768 (eval.protocol=r1; own has the limit of the config)"
 
     def with_protocol(self) -> EvalConfig:
         """Returns the config with the settings that `eval.protocol` prescribes.

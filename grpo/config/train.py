@@ -59,6 +59,11 @@ class RunConfig(Section):
         description="Trackers, progress output, data for `grpo replay`, and alarms.",
     )
 
+    @property
+    def length_keys(self) -> str:
+        """The keys that determine the maximum length of a sequence, for error messages."""
+        return "prompt.max_tokens + sampling.max_tokens"
+
     @model_validator(mode="after")
     def _check_model_and_learner(self) -> RunConfig:
         zero_stage = self.learner.zero_stage

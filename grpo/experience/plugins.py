@@ -87,6 +87,10 @@ def _import_function(name: str, key: str) -> Callable[..., Any]:
     except FileNotFoundError as error:
         raise UserError(f"{key}.{name}: {error}") from None
     except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"{key}.{name}: {module_name} imports a module that is missing: {error}"
+            ) from None
         raise UserError(
             f"{key}.{name}: {error} (searched the installed packages, then {working_dir}; a file "
             "elsewhere is named path/to/file.py:function)"

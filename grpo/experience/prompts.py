@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import config as configs
-from grpo.types import Problem, UserError
+from grpo.types import Problem, UserError, first_line
 
 # DeepSeek-R1, Table 1, without its full stop after the question: a question has its own.
 R1_ZERO = (
@@ -253,7 +253,10 @@ def _read_chat_template(settings: configs.PromptSettings) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt.chat_template={path}: cannot be read: {error}") from None
+        raise UserError(
+            f"prompt.chat_template={path}: {Path(path).expanduser().absolute()} cannot be read: "
+            f"{first_line(error)}"
+        ) from None
 
 
 def _check_template(settings: configs.PromptSettings, tokenizer: Any) -> None:

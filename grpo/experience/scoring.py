@@ -38,20 +38,38 @@ def score(
         render_prompt: Returns the prompt of a problem in the form that reward functions expect.
 
     Raises:
-        RuntimeError: A reward function failed or returned a value that is not finite. The message
-            names the reward and the problem.
+        RuntimeError: A reward function failed, or returned something else than its kind of reward
+            does. The message names the reward, and if possible the problem.
     """
     prompts = [render_prompt(group.problem) for group in groups]
     values: dict[str, Sequence[Sequence[RewardValue]]] = {}
     weights: dict[str, float] = {}
     for name, (function, weight) in rewards.items():
         values[name] = function(groups, prompts)
+        _check_shape(name, groups, values[name])
         weights[name] = weight
     scored = []
     for index, group in enumerate(groups):
         group_values = {name: values[name][index] for name in values}
         scored.append(_score_group(group, group_values, weights))
     return scored
+
+
+def _check_shape(
+    name: str, groups: Sequence[Group], values: Sequence[Sequence[RewardValue]]
+) -> None:
+    """Raises RuntimeError if there is not one value for every completion of every group."""
+    try:
+        sizes = [len(values_of_group) for values_of_group in values]
+    except TypeError:
+        raise RuntimeError(
+            f"reward {name} returned no list of lists, one for each group: {values!r:.300}"
+        ) from None
+    expected = [len(group.completions) for group in groups]
+    if sizes != expected:
+        raise RuntimeError(
+            f"reward {name} returned lists of {sizes} values for groups of {expected} completions"
+        )
 
 
 def _score_group(
@@ -74,7 +92,13 @@ def _score_group(
 def _score_completion(
     group: Group, index: int, values: Mapping[str, RewardValue], weights: Mapping[str, float]
 ) -> _ScoredCompletion:
-    numbers = {name: _number(value) for name, value in values.items()}
+    numbers = {}
+    for name, value in values.items():
+        try:
+            numbers[name] = _number(value)
+        except (TypeError, ValueError):
+            problem = f"it returned {value!r:.300}, expected a number, Score, Verdict or None"
+            raise reward_error(name, group, index, problem) from None
     for name, number in numbers.items():
         if number is not None and not math.isfinite(number):
             raise reward_error(name, group, index, f"it returned {number}")
@@ -120,4 +144,6 @@ def _number(value: RewardValue) -> float | None:
         return VERDICT_VALUES[value.value]
     if isinstance(value, Score):
         return value.value
+    if isinstance(value, str):
+        raise TypeError("a reward is no text, not even that of a number")
     return float(value)

@@ -69,8 +69,8 @@ def download(
         if hub_id == SMOLLM2:
             return _smollm2_from_package(on_progress)
         raise DownloadError(
-            f"model.path={hub_id}: the hub cannot be reached, and there is no cached copy: use a "
-            "local directory"
+            f"model.path={hub_id}: no such directory, the hub cannot be reached, and there is no "
+            "cached copy"
         ) from None
     except GatedRepoError:  # a subclass of RepositoryNotFoundError
         raise UserError(

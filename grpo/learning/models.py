@@ -141,6 +141,8 @@ def resolve(  # noqa: PLR0913 - the model, where a tiny one is made, and how it 
     if Path(path).is_dir():
         _check_model_directory(path)
         return Path(path)
+    if (Path(path).parent / "manifest.json").is_file():
+        raise UserError(f"model.path={path}: no such directory: the run has not finished")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
             f"model.path={path}: no such directory. Expected a local directory, a hub id "
@@ -395,13 +397,19 @@ def context_tokens(model_dir: Path) -> int | None:
     return context
 
 
-def check_context(model_dir: Path, num_tokens: int) -> None:
-    """Raises UserError if the model's context is shorter than `num_tokens`."""
+def check_context(model_dir: Path, num_tokens: int, length_keys: str) -> None:
+    """Raises UserError if the model's context is shorter than `num_tokens`.
+
+    Args:
+        model_dir: The directory of the model.
+        num_tokens: Length of the longest sequence.
+        length_keys: The keys of the config that determine it, for the message.
+    """
     context = context_tokens(model_dir)
     if context and num_tokens > context:
         raise UserError(
-            f"prompt.max_tokens + sampling.max_tokens = {num_tokens} tokens, but the model's "
-            f"context is {context} tokens: reduce one of them"
+            f"{length_keys} = {num_tokens} tokens, but the model's context is {context} tokens: "
+            "lower the limit, or extend the context with model.rope"
         )
 
 

@@ -110,7 +110,7 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
             problems = load_problems(config.data, "train", config.seed, say=context.display.say)
         context.display.phase(0, "loading the models")
         start = find_start_model(config, context)
-        models.check_context(start.model_dir, soft.max_tokens)
+        models.check_context(start.model_dir, soft.max_tokens, config.length_keys)
         mixture = make_mixture(config.data, problems, start.prompts, config.seed)
         require_same_start(start.tokenizer, mixture)
         training_problems = take_trainable(

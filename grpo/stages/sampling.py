@@ -60,7 +60,7 @@ class Sampler:
             return
         start = find_start_model(config, context)
         self.prompts = start.prompts
-        models.check_context(start.model_dir, config.max_sequence_tokens)
+        models.check_context(start.model_dir, config.max_sequence_tokens, config.length_keys)
         model = EngineModel(
             model_dir=start.model_dir,
             num_weights=models.num_weights(start.model_dir),

@@ -89,7 +89,7 @@ def _run(
 ) -> None:
     context.display.phase(0, "loading the model")
     start = find_start_model(config, context)
-    models.check_context(start.model_dir, config.sft.max_tokens)
+    models.check_context(start.model_dir, config.sft.max_tokens, config.length_keys)
     mixture = make_mixture(config.data, problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, mixture)
     count = config.sft.updates * config.sft.batch_size

@@ -108,5 +108,5 @@ def find_teacher(
         on_progress=context.display.download,
     )
     models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
-    models.check_context(teacher_dir, max_sequence_tokens)
+    models.check_context(teacher_dir, max_sequence_tokens, config.length_keys)
     return teacher_dir

@@ -162,7 +162,7 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
 
     context.display.phase(0, "loading the model")
     start = find_start_model(config, context)
-    models.check_context(start.model_dir, config.max_sequence_tokens)
+    models.check_context(start.model_dir, config.max_sequence_tokens, config.length_keys)
     mixture = make_mixture(config.data, inputs.problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, mixture)
     if config.engine.deterministic:

@@ -182,7 +182,7 @@ def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None)
     if needs.endpoint is None:
         model = _find_model(needs, scratch)
         prompts = model.prompts
-        models.check_context(model.model_dir, needs.max_sequence_tokens)
+        models.check_context(model.model_dir, needs.max_sequence_tokens, config.length_keys)
     held_out = [
         load_problems(data, "test", config.seed, needs.rewards) for data in needs.problems.held_out
     ]

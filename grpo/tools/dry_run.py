@@ -68,7 +68,7 @@ def _prompt(needs: StageNeeds, problems: Sequence[Sequence[Problem]]) -> str:
                 model_dir = models.locate(config.model, Path(scratch), config.seed, weights=False)
                 tokenizer = models.load_tokenizer(model_dir)
                 prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
-            models.check_context(model_dir, needs.max_sequence_tokens)
+            models.check_context(model_dir, needs.max_sequence_tokens, config.length_keys)
         except DownloadError as error:
             text = problem.question
             if config.prompt.template == "r1_zero":

@@ -3,6 +3,7 @@ function, and how their values become rewards and metrics.
 """
 
 import os
+import re
 import sys
 from dataclasses import replace
 
@@ -156,6 +157,13 @@ def test_a_file_with_a_time_limit_is_imported_in_the_worker_pool(library):
     assert timed_out == Verdict(value="wrong", reason="longer than 1 s")
 
 
+def test_a_package_that_a_file_of_rewards_needs_is_named(library):
+    (library / "mine.py").write_text("import no_such_package\ndef f(completion, problem): return 1")
+    message = r"mine\.py imports a module that is missing: No module named 'no_such_package'"
+    with pytest.raises(UserError, match=message):
+        plugins.load_reward(f"{library}/mine.py:f", {}, WorkerPool())
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -198,11 +206,26 @@ def test_rewards_are_weighted_sums_and_undecided_completions_have_no_reward():
     assert metrics["completion/length"] == 2.0
 
 
-def test_a_reward_that_is_not_a_number_names_the_completion():
-    rewards = {"odd": (constant_reward([1.0, float("nan")]), 1.0)}
-    with pytest.raises(
-        RuntimeError, match="odd failed on completion 1 of problem p7: it returned nan"
-    ):
+@pytest.mark.parametrize("value", [float("nan"), "correct", "1.0", [1.0], {"reward": 1.0}])
+def test_a_reward_that_is_not_a_number_names_the_completion(value):
+    rewards = {"odd": (constant_reward([1.0, value]), 1.0)}
+    message = f"odd failed on completion 1 of problem p7: it returned {value!r}"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        score([group_of("a", "b")], rewards, render_prompt)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (1.0, "reward odd returned no list of lists, one for each group: 1.0"),
+        ([1.0, 1.0], "reward odd returned no list of lists"),
+        ([[1.0]], r"reward odd returned lists of \[1\] values for groups of \[2\] completions"),
+        ([], r"reward odd returned lists of \[\] values"),
+    ],
+)
+def test_a_reward_of_groups_without_a_value_for_every_completion_is_an_error(values, message):
+    rewards = {"odd": (lambda *_: values, 1.0)}
+    with pytest.raises(RuntimeError, match=message):
         score([group_of("a", "b")], rewards, render_prompt)
 
 

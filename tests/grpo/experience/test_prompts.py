@@ -45,7 +45,7 @@ def test_a_chat_template_from_a_file_replaces_the_tokenizers_and_is_saved(tokeni
     expected = "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
     assert prompts.text(PROBLEM) == expected
     assert prompts.chat_template_to_save() == CHAT
-    with pytest.raises(UserError, match=r"prompt\.chat_template=nowhere: cannot be read"):
+    with pytest.raises(UserError, match=r"prompt\.chat_template=nowhere: /.*/nowhere cannot be"):
         Prompts(configs.PromptSettings(chat_template="nowhere"), tokenizer)
     with pytest.raises(UserError, match=r"requires prompt\.template=chat"):
         Prompts(configs.PromptSettings(chat_template=str(file), template="plain"), tokenizer)

@@ -210,6 +210,16 @@ def test_missing_or_too_long_solution_raises(tiny, tmp_path):
         load_training_rows(config)
 
 
+def test_a_context_that_is_too_short_names_the_key_of_sft(tiny, tmp_path):
+    sections = {"sft": {"max_tokens": 3000}, "learner": {"micro_batch_tokens": 3000}}
+    config = sft_config(tmp_path / "run", tiny(), **sections)
+    with pytest.raises(UserError, match=r"sft\.max_tokens = 3000 tokens, but the model's context"):
+        sft(config, resume=False)
+    overrides = ["sft.num_train_epochs=2"]
+    with pytest.raises(UserError, match=r"unknown key \(its name is sft\.updates\)"):
+        configs.load(write_config(tmp_path / "c.yaml", config), overrides, SftConfig)
+
+
 def test_training_row_has_labels_on_the_solution_and_none_on_the_prompt(tiny, tmp_path):
     """The ids are those of an engine's prompt and completion: prompt, tagged solution, EOS."""
     row = load_training_rows(sft_config(tmp_path / "run", tiny()))[0]

@@ -198,6 +198,8 @@ def data_files(tmp_path, monkeypatch):
     (tmp_path / "broken.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": oops\n')
     problems = [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(40)]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "manifest.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
 
 
@@ -206,6 +208,7 @@ def data_files(tmp_path, monkeypatch):
     ("overrides", "message"),
     [
         (["model.path=nowhere/at/all"], "model.path=nowhere/at/all: no such directory"),
+        (["model.path=unfinished/final"], "no such directory: the run has not finished"),
         (["rewards={acuracy: 1}"], "rewards.acuracy: unknown reward"),
         (["data.name=jsonl", "data.options={}", "data.path=broken.jsonl"], "broken.jsonl: line 2"),
         (["data.options={digitz: 2}"], "data.arithmetic.options: "),
