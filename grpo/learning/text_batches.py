@@ -14,8 +14,8 @@ from grpo.learning.batch import MicroBatchRows, split_padded
 class MicroBatchSampler(Sampler[list[int]]):
     """Yields the rows of each micro-batch, as `batch_sampler` of a DataLoader.
 
-    transformers' Trainer accumulates the gradients of a fixed number of micro-batches. This number
-    is the one of the update that needs most of them, so that each has at most `max_tokens`. In the
+    transformers' Trainer accumulates the gradients of a fixed number of micro-batches. It is the
+    number that the update with the most tokens needs, with `max_tokens` per micro-batch. In the
     other updates the micro-batches are smaller.
 
     With several ranks, accelerate gives each rank one of `num_ranks` consecutive micro-batches.
@@ -88,15 +88,15 @@ class MicroBatchSampler(Sampler[list[int]]):
 
     def _split(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatchRows]:
         """Returns few micro-batches of at most `max_tokens` tokens."""
-        return (
-            split_padded(lengths, max_tokens) if self._padded else _first_fit(lengths, max_tokens)
-        )
+        if self._padded:
+            return split_padded(lengths, max_tokens)
+        return _first_fit(lengths, max_tokens)
 
     def _even_parts(self, lengths: Sequence[int]) -> list[MicroBatchRows]:
         """Returns the micro-batches of an update on all ranks, about equally large, largest first.
 
-        Their limit of tokens is the smallest that a bisection finds with which they are not too
-        many (MULTIFIT, Coffman, Garey and Johnson 1978).
+        Bisection finds the smallest limit of tokens with which there are not too many (MULTIFIT,
+        Coffman, Garey and Johnson 1978).
         """
         count = self.num_per_update * self._num_ranks
         low = max(lengths)
