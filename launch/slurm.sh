@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a grpo command as a Slurm job. After a preemption or a time limit the job requeues itself and
 # resumes.
-#   sbatch --account=A --partition=P launch/slurm.sh train configs/r1_zero_math_7b.yaml [key=value ...]
+#   sbatch --account=A --partition=P launch/slurm.sh train configs/r1_zero_math_7b_8x80gb.yaml [key=value ...]
 #   ENGINE_NODES=1 TENSOR_PARALLEL=1 sbatch --nodes=3 launch/slurm.sh train CONFIG [key=value ...]
 # train, sft, distill and doctor run one rank per GPU of all nodes. Other commands (collect, eval,
 # quantize, pipeline) run in one process on one node; for collect and eval, `engine.servers={count: 8}`

@@ -24,6 +24,8 @@ from grpo.config.sections import (
 )
 from grpo.config.train import RunConfig, SamplingStageConfig, TrainConfig
 
+R1_MAX_TOKENS = 32768  # length of completions in DeepSeek-R1's evaluation
+
 
 class SftSettings(Section):
     """Supervised fine-tuning: number and size of updates, maximum length, early stop."""
@@ -504,7 +506,10 @@ class EvalConfig(TrainConfig):
         """The keys that determine the maximum length of a sequence, for error messages."""
         if self.eval.protocol != "r1":
             return super().length_keys
-        return "prompt.max_tokens + 32768 (eval.protocol=r1; own has the limit of the config)"
+        return (
+            f"prompt.max_tokens + {R1_MAX_TOKENS} (eval.protocol=r1; own has the limit of the "
+            "config)"
+        )
 
     def with_protocol(self) -> EvalConfig:
         """Returns the config with the settings that `eval.protocol` prescribes.
@@ -514,7 +519,7 @@ class EvalConfig(TrainConfig):
         sampling_changes: dict[str, Any] = {}
         eval_changes: dict[str, Any] = {}
         if self.eval.protocol == "r1":
-            sampling_changes = {"max_tokens": 32768, "top_p": 0.95}
+            sampling_changes = {"max_tokens": R1_MAX_TOKENS, "top_p": 0.95}
             eval_changes = {"temperature": 0.6}
         elif self.eval.protocol == "greedy":
             eval_changes = {"temperature": 0.0, "samples": 1}

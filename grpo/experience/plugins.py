@@ -301,18 +301,12 @@ class _TrlReward:
     def _values_of_group(self, group: Group, prompt: Prompt) -> list[float | None]:
         columns = self._accepted(_trl_columns(group, prompt))
         try:
-            values = list(self.function(**self.options, **columns))
+            return list(self.function(**self.options, **columns))
         except Exception as error:
             raise RuntimeError(
                 f"reward {self.name} failed on the completions of problem {group.problem.id}: "
                 f"{error!r}"
             ) from error
-        if len(values) != len(group.completions):
-            raise RuntimeError(
-                f"reward {self.name} returned {len(values)} values for the "
-                f"{len(group.completions)} completions of problem {group.problem.id}"
-            )
-        return values
 
     def _accepted(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the columns that the function accepts, except those that are options."""

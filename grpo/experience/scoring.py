@@ -65,11 +65,14 @@ def _check_shape(
         raise RuntimeError(
             f"reward {name} returned no list of lists, one for each group: {values!r:.300}"
         ) from None
-    expected = [len(group.completions) for group in groups]
-    if sizes != expected:
-        raise RuntimeError(
-            f"reward {name} returned lists of {sizes} values for groups of {expected} completions"
-        )
+    if len(sizes) != len(groups):
+        raise RuntimeError(f"reward {name} returned {len(sizes)} lists for {len(groups)} groups")
+    for group, size in zip(groups, sizes, strict=True):
+        if size != len(group.completions):
+            raise RuntimeError(
+                f"reward {name} returned {size} values for the {len(group.completions)} "
+                f"completions of problem {group.problem.id}"
+            )
 
 
 def _score_group(

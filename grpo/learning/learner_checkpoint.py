@@ -23,6 +23,14 @@ def save_checkpoint(deepspeed_engine: Any, directory: Path, client_state: dict[s
     )
 
 
+def num_saved_ranks(directory: Path) -> int:
+    """Returns the number of ranks between which ZeRO has split the states of a checkpoint.
+
+    Without ZeRO it is 0, and any number of ranks can load the checkpoint.
+    """
+    return len(list(directory.rglob("*zero_pp_rank_*_optim_states.pt")))
+
+
 def load_checkpoint(deepspeed_engine: Any, directory: Path) -> dict[str, Any]:
     """Loads the weights and the optimizer state of `save_checkpoint`. All ranks must call it.
 
@@ -32,10 +40,7 @@ def load_checkpoint(deepspeed_engine: Any, directory: Path) -> dict[str, Any]:
     Raises:
         RunError: The directory has no checkpoint.
     """
-    # ZeRO writes one such file per rank. Without ZeRO there are none, and any number of ranks can
-    # load the checkpoint.
-    num_rank_files = len(list((directory / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
-    if num_rank_files in (0, ranks.world_size()):
+    if num_saved_ranks(directory) in (0, ranks.world_size()):
         path, client_state = deepspeed_engine.load_checkpoint(str(directory), tag=TAG)
     else:
         path, client_state = _load_from_other_world_size(deepspeed_engine, directory)

@@ -143,12 +143,17 @@ def resolve(  # noqa: PLR0913 - the model, where a tiny one is made, and how it 
         return Path(path)
     if (Path(path).parent / "manifest.json").is_file():
         raise UserError(f"model.path={path}: no such directory: the run has not finished")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         raise UserError(
             f"model.path={path}: no such directory. Expected a local directory, a hub id "
             f"(owner/name), or one of {', '.join(TINY_MODELS)}."
         )
     return hub.download(path, revision, weights=weights, on_progress=on_progress)
+
+
+def is_hub_id(path: str) -> bool:
+    """Returns whether a path has the form of a model on the hub: owner/name."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
 def _check_model_directory(path: str) -> None:

@@ -82,7 +82,7 @@ class SupervisedTrainer(SFTTrainer):
 
     Attributes:
         attention: The name of the model's attention.
-        micro_batches_per_update: The number of micro-batches per update and rank.
+        micro_batches: The rows of each micro-batch.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SupervisedTrainer(SFTTrainer):
         self._row_tokens = [_num_trained_tokens(row) for row in rows]
         model_config = AutoConfig.from_pretrained(inputs.model_dir)
         has_kernel = packing.supports_varlen_kernel(model_config, dtype, device)
-        self._micro_batches = MicroBatchSampler(
+        self.micro_batches = MicroBatchSampler(
             [len(row["input_ids"]) for row in rows],
             rows_per_update=config.sft.batch_size,
             max_tokens=config.learner.micro_batch_tokens,
@@ -125,13 +125,12 @@ class SupervisedTrainer(SFTTrainer):
         )
         # Under ZeRO-3, the arguments have to exist before the model is loaded: transformers then
         # splits the weights across ranks while it loads them.
-        arguments = _training_arguments(config, self._micro_batches.num_per_update, output_dir)
+        arguments = _training_arguments(config, self.micro_batches.num_per_update, output_dir)
         attention = (
             packing.CONCATENATED_ATTENTION if config.model.is_packed else config.model.attention
         )
         model = lora.load_policy(config, inputs.model_dir, attention)
         self.attention = packing.describe_attention(model.config, dtype, device)
-        self.micro_batches_per_update = self._micro_batches.num_per_update
         super().__init__(
             model=model,
             args=arguments,
@@ -191,7 +190,7 @@ class SupervisedTrainer(SFTTrainer):
         """Returns the rank's micro-batches, in place of transformers' batches of a fixed size."""
         loader: Any = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=self._micro_batches,
+            batch_sampler=self.micro_batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -222,7 +221,7 @@ class SupervisedTrainer(SFTTrainer):
         TRL itself would average over the micro-batches, which differ in their number of tokens.
         """
         num_tokens = []  # of the micro-batches that all ranks computed at the same time
-        for micro_batches in self._micro_batches.rounds(update - 1):
+        for micro_batches in self.micro_batches.rounds(update - 1):
             rows = itertools.chain.from_iterable(micro_batches)
             num_tokens.append(sum(self._row_tokens[row] for row in rows))
         for name in MEANS_OVER_TOKENS:
@@ -252,7 +251,7 @@ class SupervisedTrainer(SFTTrainer):
         batch_size = self._config.sft.batch_size
         first_row = (update - 1) * batch_size
         row["update/tokens"] = sum(self._row_tokens[first_row : first_row + batch_size])
-        row["update/micro_batches"] = self.micro_batches_per_update
+        row["update/micro_batches"] = self.micro_batches.num_per_update
         row["policy/lr"] = learning_rate(self._config.learner, update - 1, self._config.sft.updates)
         row["time/total_s"] = time.monotonic() - self._update_started_at
         return row

@@ -13,6 +13,7 @@ from typing import Any
 from grpo import __version__
 from grpo.config import RunConfig
 from grpo.experience.prompts import EXAMPLE, Prompts
+from grpo.learning import models
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -45,8 +46,7 @@ def model_card(config: RunConfig, prompts: Prompts, tokenizer: Any) -> str:
 
 def _front_matter(path: str) -> str:
     lines = ["---", "library_name: transformers", "tags: [grpo]"]
-    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if is_hub_id and not Path(path).exists():
+    if models.is_hub_id(path) and not Path(path).exists():
         lines.append(f"base_model: {path}")
     return "\n".join([*lines, "---"])
 

@@ -131,8 +131,8 @@ def _train_with_trl(
         trainer = SupervisedTrainer(config, inputs, callbacks, output_dir=run.checkpoints)
         display.say(f"attention: {trainer.attention}")
         display.say(
-            f"micro-batches: {trainer.micro_batches_per_update} per update and rank, each of at "
-            f"most {config.learner.micro_batch_tokens:,} tokens"
+            f"micro-batches: {trainer.micro_batches.num_per_update} per update and rank, each of "
+            f"at most {config.learner.micro_batch_tokens:,} tokens"
         )
         display.begin(resume_point.num_updates)
         trainer.train(resume_from_checkpoint=resume_point.trainer_checkpoint)
@@ -185,18 +185,19 @@ def _find_resume_point(context: RunContext) -> ResumePoint:
     Raises:
         UserError: A different number of ranks has written the checkpoint.
     """
+    from grpo.learning import learner_checkpoint
+
     checkpoint, state = context.run.read_last_checkpoint()
     if checkpoint is None:
         context.resume_after(None, "update")
         return ResumePoint()
     num_updates = state["step"]
     trainer_checkpoint = checkpoint / f"checkpoint-{num_updates}"
-    # ZeRO writes one such file per rank, and transformers' Trainer cannot combine them.
-    num_rank_files = len(list(trainer_checkpoint.rglob("*zero_pp_rank_*_optim_states.pt")))
-    if num_rank_files not in (0, ranks.world_size()):
+    num_saved_ranks = learner_checkpoint.num_saved_ranks(trainer_checkpoint)
+    if num_saved_ranks not in (0, ranks.world_size()):  # transformers' Trainer cannot combine them
         raise UserError(
-            f"--resume: {checkpoint} was written by {num_rank_files} ranks, and this run has "
-            f"{ranks.world_size()}: resume `grpo sft` with {num_rank_files} ranks"
+            f"--resume: {checkpoint} was written by {num_saved_ranks} ranks, and this run has "
+            f"{ranks.world_size()}: resume `grpo sft` with {num_saved_ranks} ranks"
         )
     context.resume_after(num_updates, "update")
     return ResumePoint(num_updates, str(trainer_checkpoint))

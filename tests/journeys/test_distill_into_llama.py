@@ -19,7 +19,6 @@ from grpo.config import EvalConfig, SftConfig
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "stages.md").read_text()
-CHAT_TEMPLATE = (ROOT / "configs" / "llama3.jinja").read_text()
 UPDATES = 3
 BATCH_SIZE = 16
 MAX_TOKENS = 400

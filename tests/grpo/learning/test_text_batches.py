@@ -99,7 +99,7 @@ def test_a_long_text_shares_no_padded_micro_batch_with_many_short_ones():
     assert max(sizes) <= 32_768
 
 
-def test_64_solutions_need_as_many_micro_batches_as_they_have_tokens():
+def test_64_solutions_share_micro_batches_by_their_number_of_tokens():
     """Sized by the maximum of 4,096 tokens, each solution had a micro-batch of its own."""
     lengths = [100 + 20 * i for i in range(64)]  # 46,720 tokens
     sampler = MicroBatchSampler(lengths, rows_per_update=64, max_tokens=4096, padded=False)
