@@ -249,8 +249,8 @@ def _read_hub(hub: HubDataset) -> list[Row]:
     # Network, authorization and cache errors of several libraries. The way out is the same.
     except Exception as error:
         raise DownloadError(
-            f"{hub.id} cannot be fetched from the hub. Set data.path, or the path of the set in "
-            f"`sets`, to a local file or folder. ({_one_line(error)})"
+            f"{hub.id} cannot be fetched from the hub. Set data.path to a local file or folder; in "
+            f"`sets`, each set has its own path. ({_one_line(error)})"
         ) from error
     return [
         Row(f"{hub.id} {hub.split}: row {number}", dict(fields))
