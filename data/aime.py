@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.common.files import HubDataset, evaluation_problems, read_rows
+from grpo.data.common.files import HubDataset, evaluation_problems, read_rows
 from grpo.types import Problem, UserError
 
 HUB_DATASETS = {

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from data.common.files import check_split
-from data.common.mixture import seeded_random
-from data.common.procedural import Drawn, GeneratedProblems, check_range, draw_for_split
+from grpo.data.common.files import check_split
+from grpo.data.common.mixture import seeded_random
+from grpo.data.common.procedural import Drawn, GeneratedProblems, check_range, draw_for_split
 from grpo.types import Problem, UserError
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {

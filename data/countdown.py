@@ -11,8 +11,8 @@ from fractions import Fraction
 from random import Random
 from typing import NamedTuple
 
-from data.common.files import check_split
-from data.common.procedural import Drawn, GeneratedProblems, check_range, draw_for_split
+from grpo.data.common.files import check_split
+from grpo.data.common.procedural import Drawn, GeneratedProblems, check_range, draw_for_split
 from grpo.types import Problem, UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from data.common.files import (
+from grpo.data.common.files import (
     HubDataset,
     Row,
     check_split,

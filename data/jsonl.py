@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.common.files import (
+from grpo.data.common.files import (
     Row,
     check_split,
     check_unique_ids,
@@ -16,7 +16,7 @@ from data.common.files import (
     read_rows,
     text_field,
 )
-from data.common.mixture import stable_hash
+from grpo.data.common.mixture import stable_hash
 from grpo.types import Problem, UserError
 
 QUESTION_FIELDS = ("problem", "question", "prompt")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from data.common.files import (
+from grpo.data.common.files import (
     HubDataset,
     Row,
     check_split,

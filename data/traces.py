@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from data.common.files import HubDataset, Row, check_split, check_unique_ids, read_rows
+from grpo.data.common.files import HubDataset, Row, check_split, check_unique_ids, read_rows
 from grpo.types import Problem, UserError
 
 QUESTION_FIELDS = ("question", "problem", "prompt", "instruction")

@@ -5,11 +5,11 @@ The rules: verifier/parse.py extracts the answer, verifier/equal.py compares it.
 
 from __future__ import annotations
 
+from grpo.rewards.verifier.equal import MAX_CHARS, compare_answers, why_unreadable
+from grpo.rewards.verifier.latex import normalize
+from grpo.rewards.verifier.parse import TAGS, final_answer
+from grpo.rewards.verifier.verdicts import wrong
 from grpo.types import Completion, Problem, Verdict
-from rewards.verifier.equal import MAX_CHARS, compare_answers, why_unreadable
-from rewards.verifier.latex import normalize
-from rewards.verifier.parse import TAGS, final_answer
-from rewards.verifier.verdicts import wrong
 
 # Time limit of one call in a worker of the pool. It is a second line of defence: the verifier
 # bounds the size of an answer, so that no answer should take this long.

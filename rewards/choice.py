@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from grpo.rewards.verifier.choices import LETTER
+from grpo.rewards.verifier.latex import as_words, normalize
+from grpo.rewards.verifier.parse import final_answer
+from grpo.rewards.verifier.verdicts import CORRECT, wrong
 from grpo.types import Completion, Problem, Verdict
-from rewards.verifier.choices import LETTER
-from rewards.verifier.latex import as_words, normalize
-from rewards.verifier.parse import final_answer
-from rewards.verifier.verdicts import CORRECT, wrong
 
 MAX_CHARS = 2000
 # Texts behind a letter, in lower case. They are compared with the result of `as_words`.

@@ -19,12 +19,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.types import Completion, Problem, UserError, Verdict
-from rewards.judge.judging import CodeJudge, time_limit_verdict
-from rewards.judge.tests import RefusedTestsError, is_python, read_function_tests
-from rewards.verifier.parse import final_answer, visible
-from rewards.verifier.verdicts import CORRECT, wrong
-from rewards.workers.sandbox import (
+from grpo.rewards.judge.judging import CodeJudge, time_limit_verdict
+from grpo.rewards.judge.tests import RefusedTestsError, is_python, read_function_tests
+from grpo.rewards.verifier.parse import final_answer, visible
+from grpo.rewards.verifier.verdicts import CORRECT, wrong
+from grpo.rewards.workers.sandbox import (
     DEFAULT_MEMORY_MB,
     MAX_OUTPUT_BYTES,
     Isolation,
@@ -32,6 +31,7 @@ from rewards.workers.sandbox import (
     SandboxLostError,
     SandboxUnavailableError,
 )
+from grpo.types import Completion, Problem, UserError, Verdict
 
 TIMEOUT_S = 120.0  # time limit of one call in a worker of the pool
 OVERHEAD_S = 10  # part of TIMEOUT_S that is reserved for everything but the test runs

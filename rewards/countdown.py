@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
+from grpo.rewards.verifier.parse import final_answer
+from grpo.rewards.verifier.verdicts import CORRECT, wrong
 from grpo.types import Completion, Problem, Verdict
-from rewards.verifier.parse import final_answer
-from rewards.verifier.verdicts import CORRECT, wrong
 
 MAX_CHARS = 200
 ALLOWED_CHARS = frozenset("0123456789+-*/() ")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grpo.rewards.verifier.invisible import is_blank
+from grpo.rewards.verifier.parse import TAGS
 from grpo.types import Completion, Problem, Score
-from rewards.verifier.invisible import is_blank
-from rewards.verifier.parse import TAGS
 
 TAG_NAMES = ("think", "think end", "answer", "answer end")  # names of TAGS in the reasons
 

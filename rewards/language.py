@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from grpo.rewards.verifier.invisible import without_invisible
 from grpo.types import Completion, Problem, RunError, UserError
-from rewards.verifier.invisible import without_invisible
 
 # Thoughts beyond one of these shares have the reward 0. All but 2 of 4,652 chains of thought of
 # gpt-oss-120b for MATH are below both. Their largest shares are 0.44 and 0.88, the 99th percentiles

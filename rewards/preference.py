@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from grpo.rewards.verifier.parse import visible
 from grpo.types import Completion, Group, RunError, UserError, Verdict
-from rewards.verifier.parse import visible
 
 DEFAULT_INSTRUCTION = (
     "You grade an assistant's answer to a user: is it helpful, true, harmless and clear? 0 is "

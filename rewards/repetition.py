@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from grpo.rewards.verifier.invisible import INVISIBLE
 from grpo.types import Completion, Problem
-from rewards.verifier.invisible import INVISIBLE
 
 MAX_WORD = 20  # a longer series of letters and digits counts by characters
 MAX_WHITE_SPACE = 100  # a longer series of white space, which is no indentation, does so, too

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("grpo", "rewards", "data")
+FOLDERS = ("grpo", "rewards", "data")
 
 
 def python_files() -> list[Path]:
     files: list[Path] = []
-    for package in PACKAGES:
-        files += (ROOT / package).rglob("*.py")
+    for folder in FOLDERS:
+        files += (ROOT / folder).rglob("*.py")
     return sorted(files)
 
 
@@ -30,7 +30,7 @@ for_every_file = pytest.mark.parametrize(
 LAYERS = [
     {"grpo.types"},
     {"grpo.json_lines"},
-    {"data", "rewards", "grpo.run"},
+    {"grpo.data", "grpo.rewards", "grpo.run"},
     {"grpo.config"},
     {"grpo.losses", "grpo.metrics"},
     {"grpo.learning"},
@@ -70,20 +70,19 @@ def imported_roots(path: Path) -> set[str]:
 def package_of(module: str) -> str | None:
     """Returns the package in LAYERS that contains a module, None if there is none.
 
-    For example "grpo.learning" for "grpo.learning.batch", "rewards" for "rewards.accuracy", and
-    None for "torch".
+    For example "grpo.learning" for "grpo.learning.batch", and None for "torch".
     """
     root, *submodules = module.split(".")
-    if root not in PACKAGES:
-        return None
     if root != "grpo":
-        return root
+        return None
     package = ".".join(["grpo", *submodules[:1]])
     return package if package in LAYER_OF else None
 
 
 def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    """Returns the name under which a file is imported: "grpo.rewards.code" for rewards/code.py."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return name if name.split(".")[0] == "grpo" else f"grpo.{name}"
 
 
 def test_every_package_has_a_layer():
@@ -97,7 +96,7 @@ def test_a_file_imports_only_from_lower_layers_and_its_own_package(path):
     imported = {package_of(module) for module in imported_modules(path)} - {None, package}
     layer = LAYER_OF.get(package, 0)
     assert {other for other in imported if LAYER_OF[other] >= layer} == set()
-    if package in ("data", "rewards"):
+    if package in ("grpo.data", "grpo.rewards"):
         assert imported <= {"grpo.types", "grpo.json_lines"}
 
 
@@ -131,7 +130,7 @@ def declared_packages() -> set[str]:
 
 @for_every_file
 def test_every_imported_package_is_declared(path):
-    third_party = imported_roots(path) - set(sys.stdlib_module_names) - set(PACKAGES)
+    third_party = imported_roots(path) - set(sys.stdlib_module_names) - {"grpo"}
     assert third_party - OPTIONAL <= declared_packages()
 
 
@@ -155,6 +154,6 @@ def test_no_code_depends_on_the_class_of_a_config(path):
 
 def test_the_formatter_is_never_switched_off():
     switches = re.compile(r"# fmt: *(off|skip)")
-    for folder in (*PACKAGES, "tests", "launch"):
+    for folder in (*FOLDERS, "tests", "launch"):
         for path in (ROOT / folder).rglob("*.py"):
             assert not switches.search(path.read_text()), path

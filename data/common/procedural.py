@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Generic, NamedTuple, TypeVar, overload
 
-from data.common.mixture import seeded_random, stable_hash
+from grpo.data.common.mixture import seeded_random, stable_hash
 from grpo.types import Problem, UserError
 
 T = TypeVar("T")

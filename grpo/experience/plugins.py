@@ -19,9 +19,9 @@ from typing import Any
 from grpo.config import RewardSettings
 from grpo.config.reading import did_you_mean
 from grpo.learning.advantages import unflatten
+from grpo.rewards.workers.modules import add_to_search_path, import_module
+from grpo.rewards.workers.pool import Failure, WorkerPool
 from grpo.types import Completion, Group, GrpoError, Score, UserError, Verdict
-from rewards.workers.modules import add_to_search_path, import_module
-from rewards.workers.pool import Failure, WorkerPool
 
 # The function that a plugin file defines -> the kind of plugin, for messages.
 _KINDS = {"reward": "reward", "load": "data set", "loss": "loss"}
@@ -41,7 +41,7 @@ def find_function(package: str, name: str, function: str, key: str) -> Callable[
     """Returns the function that a config names.
 
     Args:
-        package: The package with the plugin files, for example `rewards`.
+        package: The package with the plugin files, for example `grpo.rewards`.
         name: A file in that package, `module:function` or `path/to/file.py:function`.
         function: The function that a plugin file defines: `reward`, `load` or `loss`.
         key: The config key, for error messages.
@@ -69,10 +69,11 @@ def companion(
 ) -> Callable[..., Any] | None:
     """Returns another function of the file with a plugin's function, None if it has none.
 
-    `companion("rewards", "accuracy", "reward", "check_problem")` is the function `check_problem` of
-    rewards/accuracy.py. The arguments are those of `find_function`.
+    `companion("grpo.rewards", "accuracy", "reward", "check_problem")` is the function
+    `check_problem` of rewards/accuracy.py. The arguments are those of `find_function`.
     """
-    module = sys.modules[find_function(package, name, function, package).__module__]
+    key = package.removeprefix("grpo.")
+    module = sys.modules[find_function(package, name, function, key).__module__]
     other_function: Callable[..., Any] | None = getattr(module, companion_name, None)
     return other_function
 
@@ -142,7 +143,7 @@ def load_reward(name: str, options: Mapping[str, Any], pool: WorkerPool) -> Rewa
         UserError: The reward is unknown, its parameters are of no supported kind, the options do
             not match them, or `prepare` rejects the options.
     """
-    function = find_function("rewards", name, "reward", "rewards")
+    function = find_function("grpo.rewards", name, "reward", "rewards")
     parameters = inspect.signature(function).parameters
     if len(parameters) < 2:
         raise UserError(
@@ -168,7 +169,7 @@ def load_reward(name: str, options: Mapping[str, Any], pool: WorkerPool) -> Rewa
 
 def _is_built_in(function: Callable[..., Any]) -> bool:
     """Returns whether a reward function is in `rewards/`."""
-    return function.__module__.partition(".")[0] == "rewards"
+    return function.__module__.startswith("grpo.rewards.")
 
 
 def _check_options(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +12,7 @@ from typing import Any
 
 from grpo.types import Problem
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("grpo", "rewards", "data")
+PACKAGE_FOLDER = Path(__file__).parents[1]
 
 
 def fingerprint_text(text: str) -> str:
@@ -21,12 +21,15 @@ def fingerprint_text(text: str) -> str:
 
 
 def fingerprint_code() -> str:
-    """Returns the fingerprint of all Python files in grpo's packages on this machine."""
+    """Returns the fingerprint of all Python files of the installed grpo package."""
+    files: list[Path] = []
+    # In a checkout, grpo.rewards and grpo.data are links to folders.
+    for folder, _, names in os.walk(PACKAGE_FOLDER, followlinks=True):
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     digest = hashlib.sha256()
-    for package in PACKAGES:
-        for file in sorted((ROOT / package).rglob("*.py")):
-            digest.update(str(file.relative_to(ROOT)).encode())
-            digest.update(file.read_bytes())
+    for file in sorted(files):
+        digest.update(str(file.relative_to(PACKAGE_FOLDER)).encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -22,16 +22,16 @@ from grpo.config import CollectConfig, CollectSettings, DataSettings
 from grpo.experience.group_metrics import group_metrics, sample_rows
 from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
+from grpo.rewards import format, language, repetition
 from grpo.run.directory import write_file
 from grpo.stages.problems import load_problems, make_mixture
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, ScoredGroup
-from rewards import format, language, repetition
 
 if TYPE_CHECKING:
-    from data.common.mixture import Mixture
+    from grpo.data.common.mixture import Mixture
 
 # A Han character, or a run of letters and digits.
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")

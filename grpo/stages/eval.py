@@ -24,6 +24,7 @@ from grpo.experience.prompts import Prompts
 from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import statistics
+from grpo.rewards.verifier.parse import final_answer
 from grpo.run.directory import write_file
 from grpo.stages.final_model import final_model_path
 from grpo.stages.problems import load_problems, select_held_out
@@ -31,7 +32,6 @@ from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import Problem, UserError
-from rewards.verifier.parse import final_answer
 
 Row = Mapping[str, Any]  # a completion in samples/
 PassRates = dict[str, float]  # by problem id

@@ -12,7 +12,7 @@ from grpo.experience.prompts import ChatPrompts, Prompts
 from grpo.types import Problem, UserError
 
 if TYPE_CHECKING:
-    from data.common.mixture import Mixture
+    from grpo.data.common.mixture import Mixture
 
 MAX_REFUSED_SHOWN = 5  # problems per message
 MIN_SEEN = 200  # problems, see check_dropped
@@ -42,7 +42,7 @@ def load_problems(
     """
     problems = {}
     for name, source in data.data_sets.items():
-        load = plugins.find_function("data", name, "load", "data")
+        load = plugins.find_function("grpo.data", name, "load", "data")
         signature = inspect.signature(load)
         try:
             signature.bind(split, seed=seed, path=source.path, **source.options)
@@ -102,7 +102,7 @@ def _read_by_reward(problems: Sequence[Problem], data_set: str, reward: str) -> 
     Raises:
         UserError: The reward refuses a problem.
     """
-    read_problem = plugins.companion("rewards", reward, "reward", "read_problem")
+    read_problem = plugins.companion("grpo.rewards", reward, "reward", "read_problem")
     if read_problem is None or not isinstance(problems, list):
         return problems
     read = []
@@ -135,7 +135,7 @@ def make_mixture(
         prompts: Determines which prompts fit.
         seed: Determines the order.
     """
-    from data.common.mixture import Mixture
+    from grpo.data.common.mixture import Mixture
 
     weights = {name: source.weight for name, source in data.data_sets.items()}
     fitting = {name: prompts.without_overlong(rows) for name, rows in problems.items()}

@@ -10,12 +10,12 @@ from grpo.experience import plugins
 from grpo.experience.prompts import ChatPrompts, Prompts
 from grpo.experience.sampling import derive_seed, make_group_requests, sample, sampling_options
 from grpo.learning import models
+from grpo.rewards.workers.pool import WorkerPool
 from grpo.run.display import redirect_output
 from grpo.stages.engine import EngineModel, send_weights, start_engine
 from grpo.stages.run_context import RunContext
 from grpo.stages.start_model import find_start_model
 from grpo.types import Group, Problem
-from rewards.workers.pool import WorkerPool
 
 # (function, weight) by the name of the reward
 Rewards = dict[str, tuple[plugins.RewardFunction, float]]

@@ -14,7 +14,7 @@ from grpo.stages.stage import Check
 from grpo.types import Problem, Sample, UserError
 
 if TYPE_CHECKING:
-    from data.common.mixture import Mixture
+    from grpo.data.common.mixture import Mixture
 
 MAX_DRAWS_PER_PROBLEM = 20  # so that a search for problems that can be trained on ends
 

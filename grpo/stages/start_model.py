@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.common.mixture import Mixture
 from grpo.config import RunConfig
+from grpo.data.common.mixture import Mixture
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.run import fingerprints, ranks

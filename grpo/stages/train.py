@@ -22,6 +22,7 @@ from grpo.experience.sampling import derive_seed, make_group, sampling_options
 from grpo.experience.scoring import score
 from grpo.learning import lora, models, moe
 from grpo.metrics.diagnosis import Diagnosis
+from grpo.rewards.workers.pool import WorkerPool
 from grpo.run import ranks
 from grpo.run.display import redirect_output
 from grpo.run.signals import RunInterruptedError
@@ -43,10 +44,9 @@ from grpo.stages.stage import (
 )
 from grpo.stages.start_model import StartModel, find_start_model, find_teacher, require_same_start
 from grpo.types import Completion, Problem, RunError, ScoredGroup, TrainingStoppedError
-from rewards.workers.pool import WorkerPool
 
 if TYPE_CHECKING:
-    from data.common.mixture import Mixture
+    from grpo.data.common.mixture import Mixture
     from grpo.experience.stream import Stream
     from grpo.metrics import roofline
     from grpo.training.loop import Loop

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 from grpo.config import DataSettings
 from grpo.experience import plugins
 from grpo.experience.undecided import MAX_ANSWER_CHARS, MAX_REASON_CHARS, shorten
+from grpo.rewards.workers.pool import Failure, WorkerPool
 from grpo.stages.stage import Check, StageNeeds
 from grpo.types import Problem
-from rewards.workers.pool import Failure, WorkerPool
 
 MAX_GENERATED = 1000  # problems that are checked of a data set that is no list
 MAX_SHOWN = 5  # gold answers per data set
@@ -27,8 +27,9 @@ Problems = Mapping[str, Sequence[Problem]]  # by name of the data set
 
 
 class _Reader(NamedTuple):
-    """The `check_problem` of a reward: `_Reader("accuracy", "rewards.accuracy:check_problem", 5)`.
+    """The `check_problem` of a reward.
 
+    Example: `_Reader("accuracy", "grpo.rewards.accuracy:check_problem", 5)`.
     `function` is the name under which a worker imports it.
     """
 
@@ -92,7 +93,7 @@ def gold_answers(
 def _find_readers(rewards: Collection[str]) -> list[_Reader]:
     readers = []
     for name in rewards:
-        check_problem = plugins.companion("rewards", name, "reward", "check_problem")
+        check_problem = plugins.companion("grpo.rewards", name, "reward", "check_problem")
         if check_problem is not None:
             module = sys.modules[check_problem.__module__]
             timeout_s = getattr(module, "TIMEOUT_S", TIMEOUT_S)

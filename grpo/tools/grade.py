@@ -22,9 +22,9 @@ from grpo.config.reading import apply_overrides
 from grpo.experience import plugins
 from grpo.experience.scoring import score
 from grpo.learning.advantages import unflatten
+from grpo.rewards import accuracy
+from grpo.rewards.workers.pool import Failure, WorkerPool
 from grpo.types import Completion, Group, Problem, ScoredGroup, UserError, Verdict
-from rewards import accuracy
-from rewards.workers.pool import Failure, WorkerPool
 
 PREDICTION_FIELDS = ("prediction", "completion")
 GOLD_FIELDS = ("gold", "answer")
@@ -112,7 +112,7 @@ def verdicts(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """
     calls = [(field(row, PREDICTION_FIELDS), field(row, GOLD_FIELDS)) for row in rows]
     with WorkerPool() as pool:
-        results = pool.map("rewards.accuracy:verify", calls, timeout_s=accuracy.TIMEOUT_S)
+        results = pool.map("grpo.rewards.accuracy:verify", calls, timeout_s=accuracy.TIMEOUT_S)
     graded = []
     for row, result in zip(rows, results, strict=True):
         verdict: Verdict = (

@@ -20,10 +20,10 @@ from grpo.experience.prompts import Prompts
 from grpo.experience.sampling import make_group_requests, sample, sampling_options
 from grpo.experience.scoring import score
 from grpo.experience.selection import Selection
+from grpo.rewards.workers.pool import WorkerPool
 from grpo.run import ranks
 from grpo.run.display import Display, Timer
 from grpo.types import Problem, ScoredGroup
-from rewards.workers.pool import WorkerPool
 
 ProgressCallback = Callable[[int, int], None]  # called with (done, total)
 

@@ -14,13 +14,13 @@ from grpo.engines import SyncReport
 from grpo.experience.group_metrics import advantage_histogram, group_metrics, mean, staleness
 from grpo.experience.selection import pass_rate
 from grpo.metrics import roofline
+from grpo.rewards import language
 from grpo.run import ranks
 from grpo.run.display import Timer
 from grpo.training.rollouts import RolloutGroups
 from grpo.training.updates import UpdateReport
 from grpo.training.weight_sync import ProbeReport
 from grpo.types import Sample, ScoredGroup
-from rewards import language
 
 NUM_LANGUAGE_COMPLETIONS = 32  # completions per rollout in `completion/language`
 

@@ -6,10 +6,9 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from grpo.types import Verdict
-from rewards.judge.tests import FunctionTests
-from rewards.verifier.verdicts import CORRECT, wrong
-from rewards.workers.sandbox import (
+from grpo.rewards.judge.tests import FunctionTests
+from grpo.rewards.verifier.verdicts import CORRECT, wrong
+from grpo.rewards.workers.sandbox import (
     Isolation,
     Job,
     JobEndedError,
@@ -17,11 +16,12 @@ from rewards.workers.sandbox import (
     Sandbox,
     SandboxLostError,
 )
-from rewards.workers.stopwatch import Stopwatch, TimeLimitError
+from grpo.rewards.workers.stopwatch import Stopwatch, TimeLimitError
+from grpo.types import Verdict
 
 # What programs and tests import most often is imported once, before the jobs.
 COMMON_MODULES = "bisect collections copy functools heapq itertools math operator random re string"
-MODULES = ("rewards.judge.processes", *COMMON_MODULES.split())
+MODULES = ("grpo.rewards.judge.processes", *COMMON_MODULES.split())
 JUDGE_MEMORY_MB = 2048
 
 Result = TypeVar("Result")
@@ -136,12 +136,12 @@ class CodeJudge:
         program_end, judge_end = socket.socketpair()
         with program_end, judge_end:
             program_job = self._sandbox_of_programs().start_job(
-                "rewards.judge.processes:run_program",
+                "grpo.rewards.judge.processes:run_program",
                 timeout_s=timeout_s,
                 peer=program_end.fileno(),
             )
             judge_job = self._sandbox_of_judge().start_job(
-                "rewards.judge.processes:run_judge",
+                "grpo.rewards.judge.processes:run_judge",
                 timeout_s=timeout_s,
                 peer=judge_end.fileno(),
             )

@@ -20,8 +20,16 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from rewards.judge.values import MUTABLE_TAGS, ExchangeError, Node, Sent, decode, encode, write_back
-from rewards.workers.inside import frames
+from grpo.rewards.judge.values import (
+    MUTABLE_TAGS,
+    ExchangeError,
+    Node,
+    Sent,
+    decode,
+    encode,
+    write_back,
+)
+from grpo.rewards.workers.inside import frames
 
 MAX_NESTED_REQUESTS = 200
 MAX_ITERATED = 1_000_000  # items of one iterator

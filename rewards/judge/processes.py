@@ -10,8 +10,8 @@ import traceback
 import types
 from typing import Any, NoReturn
 
-from rewards.judge.peer import Peer, RemoteObject
-from rewards.workers.inside import child, frames
+from grpo.rewards.judge.peer import Peer, RemoteObject
+from grpo.rewards.workers.inside import child, frames
 
 # Deeply nested results are compared by recursion. From Python 3.12 on, it has a limit of its own.
 STACK_BYTES = 256 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rewards.verifier.words import MEANINGFUL_WORDS
+from grpo.rewards.verifier.words import MEANINGFUL_WORDS
 
 # A letter with an optional introduction and, after punctuation, an optional text, such as
 # `the answer is (b) 42`. It is matched against the result of `as_words`, which is in lower case.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rewards.verifier.brackets import find_closing, split_at_top_level
+from grpo.rewards.verifier.brackets import find_closing, split_at_top_level
 
 UNORDERED_KINDS = ("list", "set", "union")
 DOTS = re.compile(r"\\[lc]?dots|\.{3}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from grpo.rewards.verifier.collection import UNORDERED_KINDS, Collection, read_collection
+from grpo.rewards.verifier.expressions import exact_value
+from grpo.rewards.verifier.names import read_assignment
+from grpo.rewards.verifier.verdicts import CORRECT, wrong
 from grpo.types import Verdict
-from rewards.verifier.collection import UNORDERED_KINDS, Collection, read_collection
-from rewards.verifier.expressions import exact_value
-from rewards.verifier.names import read_assignment
-from rewards.verifier.verdicts import CORRECT, wrong
 
 MAX_REPEATED = 20  # largest size of a set in which elements may be repeated
 INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")

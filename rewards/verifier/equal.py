@@ -27,19 +27,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from grpo.rewards.verifier.brackets import nesting_depth, split_relations
+from grpo.rewards.verifier.choices import chosen_letter_of
+from grpo.rewards.verifier.collection import read_collection
+from grpo.rewards.verifier.elements import compare_collections
+from grpo.rewards.verifier.evaluate import TooLargeError, limited_cost
+from grpo.rewards.verifier.expressions import compare_expressions, exact_value, is_rounding
+from grpo.rewards.verifier.latex import as_words, normalize
+from grpo.rewards.verifier.names import is_name, read_assignment
+from grpo.rewards.verifier.real_sets import EMPTY, NAMED_SETS, read_real_set, same_set
+from grpo.rewards.verifier.syntax import FUNCTIONS
+from grpo.rewards.verifier.units import number_of_words, split_unit
+from grpo.rewards.verifier.verdicts import CORRECT, wrong
 from grpo.types import Verdict
-from rewards.verifier.brackets import nesting_depth, split_relations
-from rewards.verifier.choices import chosen_letter_of
-from rewards.verifier.collection import read_collection
-from rewards.verifier.elements import compare_collections
-from rewards.verifier.evaluate import TooLargeError, limited_cost
-from rewards.verifier.expressions import compare_expressions, exact_value, is_rounding
-from rewards.verifier.latex import as_words, normalize
-from rewards.verifier.names import is_name, read_assignment
-from rewards.verifier.real_sets import EMPTY, NAMED_SETS, read_real_set, same_set
-from rewards.verifier.syntax import FUNCTIONS
-from rewards.verifier.units import number_of_words, split_unit
-from rewards.verifier.verdicts import CORRECT, wrong
 
 MAX_CHARS = 1000
 MAX_DEPTH = 30  # of brackets

@@ -17,7 +17,7 @@ from typing import Any
 
 import mpmath
 
-from rewards.verifier.syntax import (
+from grpo.rewards.verifier.syntax import (
     INFINITE,
     MINUS_INFINITE,
     Call,

@@ -6,9 +6,8 @@ import re
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from grpo.types import Verdict
-from rewards.verifier.brackets import split_relations
-from rewards.verifier.evaluate import (
+from grpo.rewards.verifier.brackets import split_relations
+from grpo.rewards.verifier.evaluate import (
     CONTEXT,
     Evaluator,
     TooLargeError,
@@ -17,15 +16,15 @@ from rewards.verifier.evaluate import (
     is_real,
     number,
 )
-from rewards.verifier.identity import (
+from grpo.rewards.verifier.identity import (
     constant_value,
     proportional,
     same_function,
     same_value,
     variables_of,
 )
-from rewards.verifier.sympy_values import constant_of_sympy
-from rewards.verifier.syntax import (
+from grpo.rewards.verifier.sympy_values import constant_of_sympy
+from grpo.rewards.verifier.syntax import (
     INFINITE,
     Call,
     FormulaError,
@@ -34,7 +33,8 @@ from rewards.verifier.syntax import (
     difference_of,
     parse_formula,
 )
-from rewards.verifier.verdicts import CORRECT, wrong
+from grpo.rewards.verifier.verdicts import CORRECT, wrong
+from grpo.types import Verdict
 
 RELATION_SIGN = re.compile(r"(<|>|=|\\(?:le|ge|ne|equiv|approx|sim|cong)(?![a-z]))")
 REVERSED = {">": "<", r"\ge": r"\le"}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from rewards.verifier.evaluate import (
+from grpo.rewards.verifier.evaluate import (
     CONTEXT,
     DIGITS,
     Evaluator,
@@ -19,14 +19,14 @@ from rewards.verifier.evaluate import (
     divide,
     number,
 )
-from rewards.verifier.points import (
+from grpo.rewards.verifier.points import (
     Point,
     breakpoints,
     fine_points,
     general_points,
     uses_complex_numbers,
 )
-from rewards.verifier.syntax import Node, names_of
+from grpo.rewards.verifier.syntax import Node, names_of
 
 CONSTANTS = {"pi", "e", "inf", "i"}
 MIN_DEFINED = 4  # points at which both formulas are defined, not counting breakpoints

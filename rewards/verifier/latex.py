@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
-from rewards.verifier.brackets import find_closing, with_braces
-from rewards.verifier.characters import to_latex
-from rewards.verifier.decimals import with_fractions
-from rewards.verifier.replacements import REPLACEMENTS
+from grpo.rewards.verifier.brackets import find_closing, with_braces
+from grpo.rewards.verifier.characters import to_latex
+from grpo.rewards.verifier.decimals import with_fractions
+from grpo.rewards.verifier.replacements import REPLACEMENTS
 
 DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\\text\{degree\}")
 TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")

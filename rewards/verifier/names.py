@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from rewards.verifier.latex import without_outer_braces
-from rewards.verifier.syntax import FUNCTIONS
-from rewards.verifier.words import MEANINGFUL_WORDS
+from grpo.rewards.verifier.latex import without_outer_braces
+from grpo.rewards.verifier.syntax import FUNCTIONS
+from grpo.rewards.verifier.words import MEANINGFUL_WORDS
 
 # The left side of `x = 5` or `x \in (1,2)`: a letter, vector or word with an optional subscript, an
 # unknown function (`f(x)`, `P(A)`), an angle (`\angle ABC`), a segment (`AB`), a quotient or sum of

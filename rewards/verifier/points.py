@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from rewards.verifier.evaluate import CONTEXT, Evaluator, UndefinedError, is_real, number
-from rewards.verifier.syntax import (
+from grpo.rewards.verifier.evaluate import CONTEXT, Evaluator, UndefinedError, is_real, number
+from grpo.rewards.verifier.syntax import (
     Call,
     Condition,
     Node,

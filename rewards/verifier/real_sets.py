@@ -15,8 +15,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from rewards.verifier.brackets import find_closing, split_at_top_level, split_relations
-from rewards.verifier.evaluate import (
+from grpo.rewards.verifier.brackets import find_closing, split_at_top_level, split_relations
+from grpo.rewards.verifier.evaluate import (
     CONTEXT,
     SIGNS_OF_DIFFERENCE,
     Evaluator,
@@ -29,8 +29,8 @@ from rewards.verifier.evaluate import (
     number,
     power,
 )
-from rewards.verifier.identity import constant_value, same_value, variables_of
-from rewards.verifier.syntax import (
+from grpo.rewards.verifier.identity import constant_value, same_value, variables_of
+from grpo.rewards.verifier.syntax import (
     INFINITE,
     MINUS_INFINITE,
     Call,

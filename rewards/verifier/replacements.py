@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from rewards.verifier.words import MEANINGFUL_WORDS
+from grpo.rewards.verifier.words import MEANINGFUL_WORDS
 
 Replacement = tuple[str, str | Callable[[re.Match[str]], str]]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from rewards.verifier.evaluate import CONTEXT, DIGITS
+from grpo.rewards.verifier.evaluate import CONTEXT, DIGITS
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rewards.verifier.syntax import FUNCTIONS, GREEK
-from rewards.verifier.words import (
+from grpo.rewards.verifier.syntax import FUNCTIONS, GREEK
+from grpo.rewards.verifier.words import (
     INTRODUCTION_WORDS,
     LARGE_NUMBERS,
     MEANINGFUL_WORDS,

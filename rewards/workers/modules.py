@@ -44,7 +44,7 @@ def import_module(name: str) -> ModuleType:
 def add_to_search_path(folder: Path) -> None:
     """Lets modules in a folder be imported.
 
-    The folder is searched last, so that its data/ or rewards/ do not shadow grpo's packages.
+    The folder is searched last, so that its modules do not shadow installed packages.
     """
     if str(folder) not in sys.path:
         sys.path.append(str(folder))

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, NamedTuple
 
-from rewards.workers.modules import import_module
-from rewards.workers.stopwatch import processor_time_s
+from grpo.rewards.workers.modules import import_module
+from grpo.rewards.workers.stopwatch import processor_time_s
 
 START_TIMEOUT_S = 120.0  # to import a function, which is slow from a cold disk
 MAX_CALLS_PER_WORKER = 5_000  # then the worker is replaced, because caches of libraries grow
@@ -82,7 +82,7 @@ class _Job(NamedTuple):
 class WorkerPool:
     """Worker processes that call functions by name, each call under a time limit.
 
-    `WorkerPool(2).map("rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` returns
+    `WorkerPool(2).map("grpo.rewards.accuracy:verify", [("1/2", "0.5")], timeout_s=5)` returns
     `[Verdict(value="correct")]`.
 
     `counts` has the number of calls (`calls`), of failed attempts by kind (`timeout`, `memory`,
@@ -237,7 +237,7 @@ class _Worker:
             sys.executable,
             "-P",
             "-m",
-            "rewards.workers.pool",
+            "grpo.rewards.workers.pool",
             str(child_end.fileno()),
             str(int(memory_gb * 2**30)),
         ]
@@ -430,6 +430,6 @@ def _load(name: str) -> Callable[..., Any]:
 
 if __name__ == "__main__":
     # The module is imported under its full name, so that unpickled classes are those of `main`.
-    from rewards.workers import pool
+    from grpo.rewards.workers import pool
 
     pool.main(int(sys.argv[1]), int(sys.argv[2]))

@@ -34,8 +34,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Self
 
-from rewards.workers.inside import frames, namespaces
-from rewards.workers.stopwatch import Stopwatch, TimeLimitError
+import grpo
+from grpo.rewards.workers.inside import frames, namespaces
+from grpo.rewards.workers.stopwatch import Stopwatch, TimeLimitError
 
 Isolation = Literal["namespaces", "rlimits"]
 
@@ -53,11 +54,11 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
 }
-PROJECT_FOLDER = str(Path(__file__).resolve().parents[2])
+PARENT_FOLDER = str(Path(grpo.__file__).resolve().parents[1])
 # The keeper imports grpo's files from their folder. Programs must not have it in their path.
 START_KEEPER = (
-    f"import sys; sys.path.insert(0, {PROJECT_FOLDER!r}); "
-    "from rewards.workers.inside import keeper; sys.path.pop(0); keeper.main()"
+    f"import sys; sys.path.insert(0, {PARENT_FOLDER!r}); "
+    "from grpo.rewards.workers.inside import keeper; sys.path.pop(0); keeper.main()"
 )
 INCOMPLETE = object()  # the rest of a message has not arrived
 CREDENTIALS = struct.Struct("3i")  # process, user, group
@@ -199,7 +200,7 @@ class Sandbox:
         check_time_limit(timeout_s)
         with _memory_file(stdin) as stdin_file, _Pipe() as output:
             job = self.start_job(
-                "rewards.workers.inside.child:run_script",
+                "grpo.rewards.workers.inside.child:run_script",
                 timeout_s=timeout_s,
                 stdin=stdin_file.fileno(),
                 stdout=output.writer,

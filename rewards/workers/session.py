@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, Self
 
-from rewards.workers.inside import frames
-from rewards.workers.sandbox import JobEndedError, Sandbox, check_time_limit
-from rewards.workers.stopwatch import ProcessClock, Stopwatch, TimeLimitError
+from grpo.rewards.workers.inside import frames
+from grpo.rewards.workers.sandbox import JobEndedError, Sandbox, check_time_limit
+from grpo.rewards.workers.stopwatch import ProcessClock, Stopwatch, TimeLimitError
 
 MAX_SESSION_S = 3600.0  # processor time of a session
 MAX_ANSWER_BYTES = 4 << 20
@@ -43,7 +43,7 @@ class Session:
             SandboxLostError: The sandbox was killed from outside. It must be closed.
         """
         self._job = sandbox.start_job(
-            "rewards.workers.inside.child:run_session", timeout_s=MAX_SESSION_S
+            "grpo.rewards.workers.inside.child:run_session", timeout_s=MAX_SESSION_S
         )
         self._job.wait_until_ready()
         self._is_open = True

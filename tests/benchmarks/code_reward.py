@@ -21,11 +21,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from grpo.rewards import code
+from grpo.rewards.judge.tests import read_function_tests
+from grpo.rewards.workers.pool import WorkerPool
+from grpo.rewards.workers.sandbox import run
 from grpo.types import Completion, Problem, Verdict
-from rewards import code
-from rewards.judge.tests import read_function_tests
-from rewards.workers.pool import WorkerPool
-from rewards.workers.sandbox import run
 
 META_FIELDS = ("entry_point", "test", "test_list", "test_setup_code")
 NUM_CALLS = 400
@@ -115,7 +115,7 @@ def judge(programs: list[str], problems: list[Problem], pool: WorkerPool) -> lis
             token_ids=(), logprobs=(), text=text, finish_reason="stop", versions=()
         )
         calls.append((completion, problem))
-    return pool.map("rewards.code:reward", calls, timeout_s=code.TIMEOUT_S)
+    return pool.map("grpo.rewards.code:reward", calls, timeout_s=code.TIMEOUT_S)
 
 
 def report_speed(pool: WorkerPool, num_workers: int) -> None:

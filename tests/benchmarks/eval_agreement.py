@@ -23,7 +23,7 @@ from pathlib import Path
 
 from grpo.learning import models
 from grpo.metrics import statistics
-from rewards.accuracy import verify
+from grpo.rewards.accuracy import verify
 
 BATCH_SIZE = 32
 NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")  # flexible-extract's expression

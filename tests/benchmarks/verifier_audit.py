@@ -34,9 +34,9 @@ from pathlib import Path
 from math_verify import parse, verify
 from trl.rewards import accuracy_reward
 
-from rewards import accuracy
-from rewards.verifier.parse import TAGS, final_answer
-from rewards.workers.pool import WorkerPool
+from grpo.rewards import accuracy
+from grpo.rewards.verifier.parse import TAGS, final_answer
+from grpo.rewards.workers.pool import WorkerPool
 
 DEFAULT_CASES = Path(__file__).parents[1] / "rewards" / "verifier_cases.jsonl"
 QUANTILES = (0.5, 0.95, 1)  # median, 95th percentile, slowest
@@ -170,7 +170,7 @@ def print_rates(cases: list[dict[str, str]]) -> None:
     with WorkerPool(2) as pool:
         for _ in range(2):  # the first time starts the workers
             start = time.perf_counter()
-            pool.map("rewards.accuracy:verify", calls, timeout_s=accuracy.TIMEOUT_S)
+            pool.map("grpo.rewards.accuracy:verify", calls, timeout_s=accuracy.TIMEOUT_S)
             seconds = time.perf_counter() - start
     print(f"\nworker pool, 2 workers: {len(calls) / seconds:,.0f} verdicts per second")
     start = time.perf_counter()

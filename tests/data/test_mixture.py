@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.common.mixture import BLOCK, Mixture, positions_per_block, stable_hash
+from grpo.data.common.mixture import BLOCK, Mixture, positions_per_block, stable_hash
 from grpo.types import Problem, UserError
 
 

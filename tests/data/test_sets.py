@@ -6,11 +6,11 @@ import re
 import datasets
 import pytest
 
-from data import aime, amc, arithmetic, countdown, gsm8k, jsonl, math, minerva, olympiadbench
-from data.arithmetic import Exercise, work_by_columns, work_by_places
+from grpo.data import aime, amc, arithmetic, countdown, gsm8k, jsonl, math, minerva, olympiadbench
+from grpo.data.arithmetic import Exercise, work_by_columns, work_by_places
+from grpo.rewards import countdown as countdown_reward
+from grpo.rewards.format import check
 from grpo.types import Completion, Problem, UserError
-from rewards import countdown as countdown_reward
-from rewards.format import check
 
 GSM8K_ROWS = [
     {"id": "x0", "problem": "1 and 1?", "answer": "2", "solution": "1+1=2"},

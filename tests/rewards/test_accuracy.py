@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.rewards.accuracy import check_problem, explain, reward, verify
+from grpo.rewards.verifier.equal import compare_answers
+from grpo.rewards.verifier.evaluate import TooLargeError
+from grpo.rewards.verifier.expressions import exact_value
 from grpo.types import Completion, Problem
-from rewards.accuracy import check_problem, explain, reward, verify
-from rewards.verifier.equal import compare_answers
-from rewards.verifier.evaluate import TooLargeError
-from rewards.verifier.expressions import exact_value
 
 
 def read_cases(name):

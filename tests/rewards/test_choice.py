@@ -2,8 +2,8 @@
 
 import pytest
 
+from grpo.rewards import choice
 from grpo.types import Completion, Problem
-from rewards import choice
 
 QUESTION = Problem(id="t/0", question="Which one?", answer="B", source="t")
 

@@ -3,10 +3,10 @@
 import pytest
 from code_problems import HUMANEVAL_ROOT, IO_ADD, MBPP_SQUARE, completion_with, isolation
 
+from grpo.rewards import code
+from grpo.rewards.judge import judging
+from grpo.rewards.workers.sandbox import SandboxLostError, SandboxUnavailableError
 from grpo.types import Completion, Problem, UserError
-from rewards import code
-from rewards.judge import judging
-from rewards.workers.sandbox import SandboxLostError, SandboxUnavailableError
 
 
 def completion(text):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo.rewards.countdown import check_expression, read_problem, reward
 from grpo.types import Completion, Problem
-from rewards.countdown import check_expression, read_problem, reward
 
 PROBLEM = Problem(
     id="c/0",

@@ -2,8 +2,8 @@
 
 import pytest
 
+from grpo.rewards.finished import reward
 from grpo.types import Completion, Problem
-from rewards.finished import reward
 
 PROBLEM = Problem(id="t/0", question="?", answer="2", source="t")
 

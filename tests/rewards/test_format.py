@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo.rewards.format import check, reward
+from grpo.rewards.verifier.parse import TAGS, final_answer, last_boxed
 from grpo.types import Completion, Problem, Score
-from rewards.format import check, reward
-from rewards.verifier.parse import TAGS, final_answer, last_boxed
 
 GOOD = "<think>1+1</think><answer>2</answer>"
 PROBLEM = Problem(id="t/0", question="1+1?", answer="2", source="t")

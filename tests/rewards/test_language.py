@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from limits import limited_file_size
 
-from grpo.types import Completion, Problem, RunError, UserError
-from rewards.language import (
+from grpo.rewards.language import (
     _full_identifier,
     detect_language,
     known_languages,
@@ -18,6 +17,7 @@ from rewards.language import (
     share_in_language,
     thoughts_of,
 )
+from grpo.types import Completion, Problem, RunError, UserError
 
 QUESTION = Problem(id="t/0", question="What is the sum of 1 and 2?", answer="3", source="t")
 ENGLISH = (

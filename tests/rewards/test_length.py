@@ -2,8 +2,8 @@
 
 import pytest
 
+from grpo.rewards.length import prepare, reward
 from grpo.types import Completion, Problem, UserError
-from rewards.length import prepare, reward
 
 PROBLEM = Problem(id="t/0", question="?", answer="", source="t")
 

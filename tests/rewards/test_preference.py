@@ -7,8 +7,8 @@ from http_servers import judge_response
 
 from grpo.experience.scoring import score
 from grpo.experience.undecided import cause_counts
+from grpo.rewards.preference import grade_of_reply, prepare, reward, without_control_tokens
 from grpo.types import Completion, Group, Problem, RunError, UserError, Verdict
-from rewards.preference import grade_of_reply, prepare, reward, without_control_tokens
 
 NO_GRADE = Verdict(value="undecided", reason="no grade: the judge's last line is 'I cannot say.'")
 

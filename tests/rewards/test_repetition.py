@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from grpo.rewards.repetition import repeated_share, reward
 from grpo.types import Completion, Problem
-from rewards.repetition import repeated_share, reward
 
 PROBLEM = Problem(id="t/0", question="What is the sum of 1 and 2?", answer="3", source="t")
 

@@ -2,10 +2,10 @@
 
 import functools
 
+from grpo.rewards import code
+from grpo.rewards.judge.judging import CodeJudge
+from grpo.rewards.judge.tests import read_function_tests
 from grpo.types import Completion, Problem, UserError
-from rewards import code
-from rewards.judge.judging import CodeJudge
-from rewards.judge.tests import read_function_tests
 
 
 def mbpp_problem(*tests, setup=""):

@@ -10,6 +10,7 @@ from grpo.experience.selection import Selection
 from grpo.learning import lora, models
 from grpo.learning.learner import Learner
 from grpo.metrics import roofline
+from grpo.rewards.workers.pool import WorkerPool
 from grpo.run.directory import RunDirectory
 from grpo.training.journal import Journal
 from grpo.training.loop import Loop
@@ -17,7 +18,6 @@ from grpo.training.rollouts import Rollouts
 from grpo.training.updates import Updater
 from grpo.training.weight_sync import ProbeReport
 from grpo.types import Completion, Problem
-from rewards.workers.pool import WorkerPool
 
 NUM_PROBLEMS = 40
 MAX_TOKENS = 8  # completions of this length have the finish reason `length`

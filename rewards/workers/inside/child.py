@@ -18,8 +18,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from rewards.workers.inside import frames, namespaces, system
-from rewards.workers.inside.seccomp import Filter
+from grpo.rewards.workers.inside import frames, namespaces, system
+from grpo.rewards.workers.inside.seccomp import Filter
 
 # File descriptors of a job, besides the standard ones.
 CHANNEL = 3  # to the worker

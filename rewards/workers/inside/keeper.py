@@ -28,8 +28,8 @@ import stat
 import sys
 from typing import Any
 
-from rewards.workers.inside import child, landlock, namespaces, system
-from rewards.workers.inside.seccomp import Filter
+from grpo.rewards.workers.inside import child, landlock, namespaces, system
+from grpo.rewards.workers.inside.seccomp import Filter
 
 MAX_MESSAGE_BYTES = 1 << 16
 

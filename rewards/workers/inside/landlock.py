@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 
-from rewards.workers.inside import system
-from rewards.workers.inside.system import check, libc
+from grpo.rewards.workers.inside import system
+from grpo.rewards.workers.inside.system import check, libc
 
 CREATE_RULESET_VERSION = 1  # flag: return the version of the interface
 RULE_PATH_BENEATH = 1

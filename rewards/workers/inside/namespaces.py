@@ -10,8 +10,8 @@ import contextlib
 import ctypes
 import os
 
-from rewards.workers.inside import system
-from rewards.workers.inside.system import check, libc
+from grpo.rewards.workers.inside import system
+from grpo.rewards.workers.inside.system import check, libc
 
 # Flags of unshare(2).
 CLONE_NEWNS = 0x20000  # mounts

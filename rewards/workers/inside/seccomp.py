@@ -16,7 +16,7 @@ import ctypes
 import errno
 import os
 
-from rewards.workers.inside.system import check, libc
+from grpo.rewards.workers.inside.system import check, libc
 
 LIBRARY = "libseccomp.so.2"
 # Actions and comparisons of libseccomp.

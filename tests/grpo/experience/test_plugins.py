@@ -13,8 +13,8 @@ from grpo.experience import plugins
 from grpo.experience.group_metrics import group_metrics
 from grpo.experience.sampling import derive_seed
 from grpo.experience.scoring import score
+from grpo.rewards.workers.pool import WorkerPool
 from grpo.types import Completion, Group, Problem, Score, UserError, Verdict
-from rewards.workers.pool import WorkerPool
 
 
 def group_of(*texts):
@@ -56,7 +56,8 @@ def reward_values(name, group, prompt="prompt", pool=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("package", "function"), [("rewards", "reward"), ("data", "load"), ("grpo.losses", "loss")]
+    ("package", "function"),
+    [("grpo.rewards", "reward"), ("grpo.data", "load"), ("grpo.losses", "loss")],
 )
 def test_every_plugin_file_defines_its_function_with_a_docstring(package, function):
     for name in plugins.plugin_names(package):
@@ -122,7 +123,7 @@ def test_a_data_folder_in_the_working_directory_does_not_shadow_the_data_package
     for module in list(sys.modules):
         if module == "data" or module.startswith("data."):
             sys.modules.pop(module)
-    assert "arithmetic" in plugins.plugin_names("data")
+    assert "arithmetic" in plugins.plugin_names("grpo.data")
 
 
 @pytest.fixture

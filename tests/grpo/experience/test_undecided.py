@@ -5,9 +5,9 @@ import pytest
 from grpo.experience.group_metrics import group_metrics
 from grpo.experience.plugins import verdict_for_failure
 from grpo.experience.undecided import require_few_undecided, shorten
+from grpo.rewards import choice
+from grpo.rewards.workers.pool import Failure
 from grpo.types import Completion, Group, Problem, ScoredGroup, TrainingStoppedError, Verdict
-from rewards import choice
-from rewards.workers.pool import Failure
 
 CORRECT = Verdict(value="correct")
 WORKER_LOST = verdict_for_failure(Failure(kind="lost", reason="its worker was killed by SIGKILL"))

@@ -6,8 +6,8 @@ import pytest
 from stage_configs import collect_config
 from whole_runs import run_grpo
 
-from data import traces
 from grpo.config import CollectSettings, EndpointSettings
+from grpo.data import traces
 from grpo.engines import EngineError, SamplingOptions
 from grpo.engines.endpoint import Endpoint
 from grpo.stages.collect import drop_reasons, ngrams

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from stage_configs import final_weights, sft_config
 from whole_runs import read_metrics, run_grpo, write_config
 
-from data import arithmetic
 from grpo import config as configs
 from grpo.config import SftConfig
 from grpo.config.model import RopeSettings
+from grpo.data import arithmetic
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.deepspeed_setup import learning_rate

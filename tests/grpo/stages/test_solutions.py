@@ -5,9 +5,9 @@ import json
 import pytest
 from stage_configs import sft_config
 
-from data.common.mixture import Mixture
 from grpo import config as configs
 from grpo.config import DataSettings
+from grpo.data.common.mixture import Mixture
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.stages.problems import load_problems

@@ -3,8 +3,8 @@
 import pytest
 from code_problems import mbpp_problem
 
+from grpo.rewards.judge.tests import RefusedTestsError, read_function_tests
 from grpo.types import Problem
-from rewards.judge.tests import RefusedTestsError, read_function_tests
 
 
 def humaneval_problem(question, test, entry_point="f"):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.judge import values
-from rewards.judge.values import ExchangeError, Node, decode, encode, write_back
+from grpo.rewards.judge import values
+from grpo.rewards.judge.values import ExchangeError, Node, decode, encode, write_back
 
 Point = collections.namedtuple("Point", ["x", "y"])
 

@@ -11,9 +11,9 @@ import time
 import pytest
 from limits import run_within
 
+from grpo.rewards.workers import pool as pool_module
+from grpo.rewards.workers.pool import Failure, WorkerPool
 from grpo.types import Verdict
-from rewards.workers import pool as pool_module
-from rewards.workers.pool import Failure, WorkerPool
 
 # Source of the module pool_functions, which the workers import.
 POOL_FUNCTIONS = '''
@@ -234,7 +234,7 @@ def test_a_folder_named_rewards_does_not_shadow_the_package(tmp_path, monkeypatc
     (package / "__init__.py").write_text("raise RuntimeError('shadowed')")
     monkeypatch.chdir(tmp_path / "elsewhere")
     with WorkerPool(1) as pool:
-        verdicts = pool.map("rewards.accuracy:verify", [("1", "1")], timeout_s=5)
+        verdicts = pool.map("grpo.rewards.accuracy:verify", [("1", "1")], timeout_s=5)
     assert verdicts == [Verdict(value="correct")]
 
 
@@ -278,7 +278,7 @@ def test_a_forked_child_has_separate_workers(pool):
 def test_an_idle_worker_uses_no_processor_time_and_ends_with_its_parent():
     program = (
         "import time\n"
-        "from rewards.workers.pool import WorkerPool\n"
+        "from grpo.rewards.workers.pool import WorkerPool\n"
         "pool = WorkerPool(1)\n"
         "print(pool.map('os:getpid', [()], timeout_s=9)[0], flush=True)\n"
         "time.sleep(60)"
@@ -311,10 +311,10 @@ def test_the_verifier_runs_in_the_pool(verifier_pool):
         gold = answer % 3
         calls.append((f"<think>x</think><answer>{answer}</answer>", str(gold)))
         expected.append("correct" if answer == gold else "wrong")
-    verdicts = verifier_pool.map("rewards.accuracy:verify", calls, timeout_s=5)
+    verdicts = verifier_pool.map("grpo.rewards.accuracy:verify", calls, timeout_s=5)
     assert [verdict.value for verdict in verdicts] == expected
     roots = [(r"\sqrt{8}", r"2\sqrt{2}")]
-    verdicts = verifier_pool.map("rewards.accuracy:verify", roots, timeout_s=5)
+    verdicts = verifier_pool.map("grpo.rewards.accuracy:verify", roots, timeout_s=5)
     assert verdicts == [Verdict(value="correct")]
 
 

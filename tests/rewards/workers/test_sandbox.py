@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 from code_problems import isolation
 
-from rewards.workers import sandbox as sandbox_module
-from rewards.workers.inside import keeper, landlock, namespaces
-from rewards.workers.sandbox import (
+from grpo.rewards.workers import sandbox as sandbox_module
+from grpo.rewards.workers.inside import keeper, landlock, namespaces
+from grpo.rewards.workers.sandbox import (
     Sandbox,
     SandboxLostError,
     SandboxUnavailableError,
     run,
 )
-from rewards.workers.session import Session
-from rewards.workers.stopwatch import MAX_STARVATION, Stopwatch, TimeLimitError
+from grpo.rewards.workers.session import Session
+from grpo.rewards.workers.stopwatch import MAX_STARVATION, Stopwatch, TimeLimitError
 
 requires_namespaces = pytest.mark.skipif(
     isolation() != "namespaces", reason="the system does not allow namespaces"
@@ -316,9 +316,10 @@ def test_no_process_survives_the_owner_of_the_sandbox():
         [
             sys.executable,
             "-c",
-            "from rewards.workers.sandbox import Sandbox\n"
+            "from grpo.rewards.workers.sandbox import Sandbox\n"
             "sandbox = Sandbox()\n"
-            "job = sandbox.start_job('rewards.workers.inside.child:run_session', timeout_s=60)\n"
+            "target = 'grpo.rewards.workers.inside.child:run_session'\n"
+            "job = sandbox.start_job(target, timeout_s=60)\n"
             "job.wait_until_ready()\n"
             "print(sandbox._process.pid, job.pid, flush=True)\n"
             "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -475,8 +476,8 @@ def test_no_signal_reaches_a_process_of_the_same_user_outside(monkeypatch):
 def test_a_sandbox_ends_with_its_owner_although_a_fork_of_the_owner_lives():
     owner = (
         "import os, signal, time\n"
-        "from rewards.workers.sandbox import Sandbox\n"
-        "from rewards.workers.session import Session\n"
+        "from grpo.rewards.workers.sandbox import Sandbox\n"
+        "from grpo.rewards.workers.session import Session\n"
         f"sandbox = Sandbox(isolation={isolation()!r})\n"
         "session = Session(sandbox)\n"
         "print(session._job.pid, flush=True)\n"
@@ -569,7 +570,7 @@ def test_rlimits_hide_the_environment_of_other_processes(monkeypatch):
 def test_a_missing_library_is_named(monkeypatch):
     script = sandbox_module.START_KEEPER.replace(
         "keeper.main()",
-        "from rewards.workers.inside import seccomp; seccomp.LIBRARY = 'libmissing.so'; "
+        "from grpo.rewards.workers.inside import seccomp; seccomp.LIBRARY = 'libmissing.so'; "
         "keeper.main()",
     )
     monkeypatch.setattr(sandbox_module, "START_KEEPER", script)
