@@ -146,6 +146,15 @@ def _expand_mismatch_form(value: Any) -> Any:
     return MISMATCH_FORMS[value]
 
 
+MismatchEntry = Annotated[
+    MismatchSettings,
+    BeforeValidator(
+        _expand_mismatch_form,
+        json_schema_input_type=Literal[tuple(MISMATCH_FORMS)] | MismatchSettings,
+    ),
+]
+
+
 class AlgorithmSettings(Section):
     """A recipe: an advantage, a loss, a reduction, and the terms and filters around them.
 
@@ -237,7 +246,7 @@ class AlgorithmSettings(Section):
         description="Source of log pi_old: `learner` recomputes it where the ratio needs it, "
         "`sampler` takes the engine's log-probabilities.",
     )
-    mismatch: Annotated[MismatchSettings, BeforeValidator(_expand_mismatch_form)] = Field(
+    mismatch: MismatchEntry = Field(
         MISMATCH_FORMS["none"],
         description="Correction of the difference between pi_old and the engine's distribution: "
         "`none`, `tis`, `mis_token`, `mis_sequence`, `icepop`, `mask_sequence`, or a mapping with "

@@ -204,7 +204,7 @@ def _has_key(config_class: type[BaseModel], key: str) -> bool:
     for part in key.split("."):
         if current is None or part not in current.model_fields:
             return False
-        current = _section_class_of(current.model_fields[part].annotation)
+        current = section_class_of(current.model_fields[part].annotation)
     return True
 
 
@@ -215,16 +215,16 @@ def _section_class(config_class: type[BaseModel], path: list[Any]) -> type[BaseM
         # A name inside a mapping such as data.mixture.NAME is not a field: the class of the
         # mapping's values is already current.
         if key in current.model_fields:
-            current = _section_class_of(current.model_fields[key].annotation) or current
+            current = section_class_of(current.model_fields[key].annotation) or current
     return current
 
 
-def _section_class_of(annotation: Any) -> type[BaseModel] | None:
+def section_class_of(annotation: Any) -> type[BaseModel] | None:
     """Returns the section class in an annotation such as `X`, `X | None` or `dict[str, X]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in get_args(annotation):
-        section = _section_class_of(argument)
+        section = section_class_of(argument)
         if section is not None:
             return section
     return None

@@ -180,7 +180,9 @@ def _expand_weight(value: Any) -> Any:
     return value
 
 
-RewardEntry = Annotated[RewardSettings, BeforeValidator(_expand_weight)]
+RewardEntry = Annotated[
+    RewardSettings, BeforeValidator(_expand_weight, json_schema_input_type=float | RewardSettings)
+]
 
 
 class RewardPoolSettings(Section):
