@@ -36,9 +36,9 @@ def documented_commands():
 COMMANDS = documented_commands()
 
 
-def section(title):
-    """Returns the section of docs/watching.md that begins with a title."""
-    text = (ROOT / "docs" / "watching.md").read_text()
+def section(page, title):
+    """Returns the section of a page that begins with a title."""
+    text = (ROOT / "docs" / page).read_text()
     return text[text.index(title) :].partition("\n## ")[0]
 
 
@@ -150,8 +150,23 @@ def test_the_config_in_the_readme_loads(tmp_path):
 
 
 def test_every_rule_of_the_diagnosis_is_explained_once():
-    table = section("## What the diagnosis says")
+    table = section("watching.md", "## What the diagnosis says")
     assert re.findall(r"^\| `(\w+)` \| .* \| .* \|$", table, re.MULTILINE) == list(RULES)
+
+
+def test_every_message_in_the_troubleshooting_page_is_one_of_the_program():
+    """A message is found in the source after its string literals are joined."""
+    sources = [path.read_text() for path in (ROOT / "grpo").rglob("*.py")]
+    sources += [path.read_text() for path in (ROOT / "data").rglob("*.py")]
+    program = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))
+    messages = []
+    for title in ("## A run stops", "## A run does not start"):
+        messages += re.findall(
+            r"^\| `(.+?)` \|", section("troubleshooting.md", title), re.MULTILINE
+        )
+    assert len(messages) >= 12
+    for message in messages:
+        assert message in program, message
 
 
 def test_every_metric_of_a_run_is_in_the_glossary(tiny, tmp_path):
@@ -176,7 +191,7 @@ def glossary_patterns():
     """Returns a regular expression for each metric name in the glossary."""
     placeholders = {"REASON": "[^/]+", "NAME": "[^/]+", "PHASE": "[^/]+", r"\.\.\.": ".+"}
     patterns = []
-    for name in re.findall(r"`([\w./]+)`", section("## Metrics")):
+    for name in re.findall(r"`([\w./]+)`", section("metrics.md", "# Metrics")):
         pattern = re.escape(name)
         for placeholder, expression in placeholders.items():
             pattern = pattern.replace(placeholder, expression)

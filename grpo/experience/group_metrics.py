@@ -1,6 +1,6 @@
 """Summarizes scored groups: metrics, histograms, and one JSON object per completion.
 
-The metrics are documented in docs/watching.md.
+The metrics are documented in docs/metrics.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Computes the row of metrics of one training step from the reports of its parts.
 
-The functions have no side effects. docs/watching.md describes the metrics.
+The functions have no side effects. docs/metrics.md describes the metrics.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/stages.md, R1's traces into Llama-3.1-8B: its commands, on a tiny Llama and local traces.
+"""docs/sft.md, R1's traces into Llama-3.1-8B: its commands, on a tiny Llama and local traces.
 
 Only the model, the traces, the evaluation set and their sizes differ from the shipped config. A
 gated model is tested in tests/grpo/learning/test_hub.py.
@@ -18,7 +18,7 @@ from grpo.config import EvalConfig, SftConfig
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "stages.md").read_text()
+PAGE = (ROOT / "docs" / "sft.md").read_text()
 UPDATES = 3
 BATCH_SIZE = 16
 MAX_TOKENS = 400

@@ -1,4 +1,4 @@
-"""The config reference and the JSON schemas agree with the config classes and the shipped configs."""
+"""The config reference and the JSON schemas agree with the config classes and shipped configs."""
 
 import json
 import re
