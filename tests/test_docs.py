@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from random_loop import make_loop
 
 from grpo import cli
@@ -34,6 +35,11 @@ def documented_commands():
 
 
 COMMANDS = documented_commands()
+SMALL_CONFIG = {
+    "model": {"path": "tiny-qwen2"},
+    "data": {"name": "arithmetic"},
+    "train": {"rollouts": 1},
+}
 
 
 def section(page, title):
@@ -141,12 +147,27 @@ def test_the_readme_names_every_preset():
         assert f"`{name}`" in text
 
 
-def test_the_config_in_the_readme_loads(tmp_path):
-    text = (ROOT / "README.md").read_text()
-    (config,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    path = tmp_path / "gsm8k.yaml"
-    path.write_text(config)
-    configs.load(str(path), [])
+def yaml_blocks():
+    """Returns `(page, text)` of every YAML block of the pages: complete configs and sections."""
+    blocks = []
+    for page in PAGES:
+        for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            blocks.append(pytest.param(text, id=f"{page.stem}-{len(blocks)}"))
+    return blocks
+
+
+@pytest.mark.parametrize("text", yaml_blocks())
+def test_a_yaml_block_is_a_config_or_sections_of_one(text, tmp_path):
+    path = tmp_path / "config.yml"
+    path.write_text(text if yaml.safe_load(text) else "{}")
+    tree = configs.read_yaml(str(path))
+    stage = stage_for_config(tree)
+    if "run_dir" not in tree:  # some sections: those of a small config stand for the others
+        tree["run_dir"] = "runs/x"
+    if stage.command == "train":
+        tree = {**SMALL_CONFIG, **tree}
+        tree["train"] = {**SMALL_CONFIG["train"], **tree["train"]}
+    configs.parse(tree, "page", stage.config_class)
 
 
 def test_every_rule_of_the_diagnosis_is_explained_once():

@@ -16,10 +16,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from grpo.config.presets import PRESETS
 from grpo.config.reading import section_class_of
@@ -39,6 +37,7 @@ UNITS = {
     "rollouts": "rollouts",
 }
 NAMES_OF_TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+LIMITS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
 INTRODUCTION = """\
 # Config reference
 
@@ -260,14 +259,10 @@ def _type_text(key: str, field: FieldInfo) -> str:
         text += f" of {unit}"
     limits = []
     for constraint in field.metadata:
-        if isinstance(constraint, Gt):
-            limits.append(f"above {constraint.gt:g}")
-        elif isinstance(constraint, Ge):
-            limits.append(f"at least {constraint.ge:g}")
-        elif isinstance(constraint, Le):
-            limits.append(f"at most {constraint.le:g}")
-        elif isinstance(constraint, Lt):
-            limits.append(f"below {constraint.lt:g}")
+        for attribute, words in LIMITS.items():
+            limit = getattr(constraint, attribute, None)
+            if limit is not None:
+                limits.append(f"{words} {limit:g}")
     return ", ".join([text, *limits])
 
 
@@ -306,7 +301,7 @@ def _default_text(field: FieldInfo) -> str | None:
     It is None if the description states the default.
     """
     default = field.default
-    if default is PydanticUndefined:
+    if field.is_required():
         return "required"
     if default is None:
         return None if "Default: " in (field.description or "") else "not set by default"
