@@ -180,7 +180,10 @@ def _section_block(path: str) -> str:
     places = _merged_places(path)
     first = places[0]
     earlier = _path_with_same_section(path, first.section)
-    level = 2 + sum(path.startswith(f"{parent}.") for parent in _paths())
+    parents = [
+        place for place in _places_of(first.commands[0]) if path.startswith(f"{place.path}.")
+    ]
+    level = 2 + len(parents)
     lines = [f"{'#' * level} `{path}`", ""]
     if earlier is not None:
         lines += _wrapped(f"The keys of [`{earlier}`](#{_anchor(earlier)}).")
