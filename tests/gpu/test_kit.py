@@ -190,6 +190,17 @@ def test_setup_names_the_dependencies_that_are_missing(gk_setup):
     assert gk_setup.missing_dependencies(one_more) == ["no_such-package"]
 
 
+def test_setup_restores_links_that_were_not_copied(gk_setup, tmp_path):
+    for name in ("grpo", "rewards", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "rewards" / "mine.py").touch()
+    (tmp_path / "grpo" / "data").write_text("../data")
+    gk_setup.restore_links(tmp_path)
+    gk_setup.restore_links(tmp_path)
+    assert (tmp_path / "grpo" / "rewards" / "mine.py").is_file()
+    assert (tmp_path / "grpo" / "data").is_dir()
+
+
 def test_setup_unpacks_wheels(gk_setup, monkeypatch, tmp_path):
     monkeypatch.setattr(gk_setup, "KIT", tmp_path / "gk")
     with zipfile.ZipFile(tmp_path / "example-1-py3-none-any.whl", "w") as wheel:

@@ -61,6 +61,15 @@ def make_importable(project: Path) -> Path:
     return pth
 
 
+def restore_links(project: Path) -> None:
+    """Creates the links grpo/rewards and grpo/data if the copy of the project lacks them."""
+    for name in ("rewards", "data"):
+        link = project / "grpo" / name
+        if not link.is_dir():
+            link.unlink(missing_ok=True)  # some tools copy a link as a file
+            link.symlink_to(Path("..", name))
+
+
 def missing_dependencies(pyproject: str) -> list[str]:
     """Returns the names of the dependencies that a project declares and that are not installed."""
     missing = []
@@ -77,6 +86,7 @@ def main(checkout: Path) -> None:
     start = time.monotonic()
     unpack(checkout / ".gpukit/a")
     project = checkout if (checkout / "grpo").is_dir() else KIT / "repo"
+    restore_links(project)
     pth = make_importable(project)
     print(f"unpacked in {time.monotonic() - start:.1f} s; {pth}")
     sys.path.insert(0, str(KIT / "site"))  # the .pth file has no effect on this process
