@@ -35,7 +35,8 @@ def test_scripts_are_strict_executable_and_free_of_syntax_errors(script):
     assert "set -euo pipefail" in script.read_text()
     assert os.access(script, os.X_OK)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "--exclude=SC1091", str(script)], check=True)
+        command = ["shellcheck", "--external-sources", str(script)]
+        subprocess.run(command, cwd=LAUNCH.parent, check=True)
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh", "server.sh"])
@@ -47,8 +48,10 @@ def test_scripts_print_their_usage_if_arguments_are_missing(script):
 
 def test_a_server_is_restarted_after_a_failure_but_not_after_a_config_error_or_a_signal(tmp_path):
     (tmp_path / "launch").mkdir()
-    shutil.copy(LAUNCH / "server.sh", tmp_path / "launch")
+    for name in ("server.sh", "find_grpo.sh"):
+        shutil.copy(LAUNCH / name, tmp_path / "launch")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    write_script(tmp_path / ".venv" / "bin" / "grpo", "#!/bin/bash\n")
     # In place of Python: exits with CODE or, if CODE is empty, runs for 60 s.
     write_script(
         tmp_path / ".venv" / "bin" / "python",
@@ -277,7 +280,8 @@ def start_slurm_job(tmp_path, arguments=TRAIN, **variables):
     for name, body in SLURM_COMMANDS.items():
         write_script(tmp_path / name, f"#!/usr/bin/env bash\n{body}")
     (tmp_path / "launch").mkdir()
-    shutil.copy(LAUNCH / "server.sh", tmp_path / "launch")
+    for name in ("server.sh", "find_grpo.sh"):
+        shutil.copy(LAUNCH / name, tmp_path / "launch")
     if "RUN_IN" not in variables:
         (tmp_path / ".venv" / "bin").mkdir(parents=True)
         write_script(tmp_path / ".venv" / "bin" / "grpo", "#!/usr/bin/env bash\n")
@@ -374,7 +378,7 @@ def test_a_slurm_job_runs_every_command_in_the_container(tmp_path):
 
 
 def test_a_slurm_job_of_a_clone_without_packages_says_how_to_install_them(tmp_path):
-    process = start_slurm_job(tmp_path, RUN_IN="")
+    process = start_slurm_job(tmp_path, RUN_IN="", PATH=f"{tmp_path}:/usr/bin:/bin")
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "run GRPO_DEVICE=cuda ./launch/setup.sh first" in stderr

@@ -52,9 +52,9 @@ def make_importable(project: Path) -> Path:
     pth = Path(sysconfig.get_paths()["purelib"], "gpukit.pth")
     pth.write_text(f"import sys; sys.path[{index}:0] = [{str(KIT / 'site')!r}, {str(project)!r}]\n")
     # vLLM's processes find the project's plugin through its entry point.
-    metadata = KIT / "site/grpo-0.0.dist-info"
+    metadata = KIT / "site/grpo_trainer-0.0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: grpo\nVersion: 0.0\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: grpo-trainer\nVersion: 0.0\n")
     (metadata / "entry_points.txt").write_text(
         "[vllm.general_plugins]\ngrpo = grpo.engines.servers.plugin:register\n"
     )
