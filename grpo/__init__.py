@@ -7,6 +7,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
+    """Reads the version when it is first used."""
     if name == "__version__":
         return _installed_version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
