@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,9 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "grpo", "rewards", "data", 
 INSTALLATION = ("grpo_trainer-", "grpo-", "__editable__", "gpukit.pth")
 # Packages in the user's folder with the names of two packages of grpo.
 OWN_REWARD = """
+TIMEOUT_S = 10  # the function runs in a worker process
+
+
 def brevity(completion, problem):
     return 1 / len(completion.token_ids)
 """
@@ -25,16 +27,23 @@ from grpo.types import Problem
 
 
 def load(split, *, seed, path):
-    return [Problem(id=f"{split}-{n}", question=f"{n}+1=", answer=str(n + 1)) for n in range(20)]
+    return [
+        Problem(id=f"{split}-{n}", question=f"{n}+1=", answer=str(n + 1), source="sums")
+        for n in range(20)
+    ]
 """
 
 
 def link_dependencies(target):
     """Links the installed packages into `target`, except grpo itself."""
     target.mkdir()
-    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not path.name.startswith(INSTALLATION):
-            (target / path.name).symlink_to(path)
+    for folder in sys.path:
+        if Path(folder).name != "site-packages":
+            continue
+        for path in Path(folder).iterdir():
+            link = target / path.name
+            if not path.name.startswith(INSTALLATION) and not link.exists():
+                link.symlink_to(path)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +118,7 @@ def test_packages_of_the_user_called_rewards_and_data_are_used(run, tmp_path):
         "train={rollouts: 1, problems: 4, group_size: 4}",
         "sampling={max_tokens: 8}",
         "eval={every: 0}",
+        "checkpoint={every: 0}",
         "run_dir=run",
     )
     assert "reward/rewards.mine:brevity" in (tmp_path / "run" / "metrics.jsonl").read_text()
