@@ -19,7 +19,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from grpo import __version__
 from grpo.types import RunError, UserError
 
 # Defaults of environment variables that silence the libraries; the user's own values win.
@@ -156,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     # The deepspeed launcher passes it. It is ignored, because LOCAL_RANK has the same value.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action=_PrintVersion)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in SUMMARIES.items():
         command = _add_config_command(commands, name, summary)
@@ -175,7 +174,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_grade(commands)
     _add_replay(commands)
     _add_report(commands)
+    _add_files(commands)
     return parser
+
+
+class _PrintVersion(argparse.Action):
+    """Prints the version. It is read from the installed metadata only if it is asked for."""
+
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import grpo
+
+        print(grpo.__version__)
+        parser.exit()
 
 
 def _add_config_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -185,7 +198,7 @@ def _add_config_command(commands: Any, name: str, summary: str) -> argparse.Argu
         name, help=summary, description=description
     )
     command.set_defaults(list_argument="overrides")
-    command.add_argument("config", metavar="CONFIG", help="YAML file, e.g. one of configs/")
+    command.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/tiny.yaml")
     command.add_argument(
         "overrides",
         nargs="*",
@@ -306,6 +319,17 @@ def _add_report(commands: Any) -> None:
     )
 
 
+def _add_files(commands: Any) -> None:
+    command = commands.add_parser(
+        "files",
+        help="print the folder of the configs and launch scripts that come with grpo, or copy them",
+    )
+    command.set_defaults(handler=_files, list_argument=None)
+    command.add_argument(
+        "--copy", metavar="FOLDER", help="copy them to FOLDER/configs and FOLDER/launch"
+    )
+
+
 def _stage(options: argparse.Namespace) -> int:
     """Runs a stage."""
     from grpo import config as configs
@@ -408,6 +432,16 @@ def _report(options: argparse.Namespace) -> int:
         report.follow(options.runs[0])
     else:
         report.report(options.runs, output=options.output, plots=options.plots)
+    return 0
+
+
+def _files(options: argparse.Namespace) -> int:
+    from grpo import files
+
+    if options.copy is None:
+        print(files.FOLDER)
+    else:
+        files.copy_files(Path(options.copy))
     return 0
 
 

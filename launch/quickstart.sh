@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs grpo, then runs cold-start SFT and GRPO; 2 CPU cores are enough. Evaluates the model on
+# Installs grpo (in a clone), then runs cold-start SFT and GRPO; 2 CPU cores are enough. Evaluates the model on
 # held-out problems before SFT, after SFT and after GRPO, and prints a summary.
 #   ./launch/quickstart.sh               a new 4M-parameter Qwen2 with random weights
 #   ./launch/quickstart.sh --smollm2     the pretrained model SmolLM2-135M-Instruct
@@ -24,7 +24,8 @@ run="runs/quickstart"
 [[ "$name" == tiny ]] || run+="-$name"
 [[ "$seed" == 0 ]] || run+="-seed$seed"
 
-./launch/setup.sh
+if [[ -f launch/setup.sh ]]; then ./launch/setup.sh; fi # only a clone has it
+source launch/find_grpo.sh
 stage() { # stage NAME COMMAND CONFIG OVERRIDE...: runs or resumes a stage; skips a finished one
   local folder="$run/$1" command="$2"
   if grep -qs '"status": "finished"' "$folder/manifest.json"; then return; fi
@@ -32,9 +33,9 @@ stage() { # stage NAME COMMAND CONFIG OVERRIDE...: runs or resumes a stage; skip
   local resume=()
   if [[ -f "$folder/manifest.json" ]]; then resume=(--resume); fi
   echo "== $1: grpo $command $3" >&2
-  .venv/bin/grpo "$command" "$3" run_dir="$folder" seed="$seed" "${@:4}" "${resume[@]}"
+  "$bin/grpo" "$command" "$3" run_dir="$folder" seed="$seed" "${@:4}" "${resume[@]}"
 }
 stage start eval "configs/$name.yaml" model.warm_start=
 stage sft sft "configs/${name}_sft.yaml"
 stage grpo train "configs/$name.yaml" model.warm_start= "model.path=$run/sft/final"
-.venv/bin/python launch/summary.py "$run"
+"$bin/python" launch/summary.py "$run"

@@ -9,11 +9,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 (($# >= 2)) || { sed -n '2,8s/^# //p' "$0"; exit 2; }
+source launch/find_grpo.sh
 server="" stopped=0
 code=143 # if a signal arrives before the first start
 trap 'stopped=1; [[ -z "$server" ]] || kill -TERM "$server" 2>/dev/null || true' TERM INT
 for ((restarts_left = ${RESTARTS:-20}; restarts_left >= 0 && !stopped; restarts_left--)); do
-  .venv/bin/python -m grpo.engines.servers "$@" &
+  "$bin/python" -m grpo.engines.servers "$@" &
   server=$! code=0
   # A signal may have come before `server` was set.
   ((!stopped)) || kill -TERM "$server" 2>/dev/null || true

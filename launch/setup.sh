@@ -95,7 +95,7 @@ set -E # the trap also covers commands in functions: pip
 trap 'echo "setup: installation failed; the last lines of $log:" >&2; tail -n 15 "$log" >&2' ERR
 step() { echo "setup: $1 (log: $log)" >&2; }
 step "1/4 pip and build tools"
-pip install "pip>=25" "setuptools>=77,<81" wheel ninja
+pip install "pip>=25" "setuptools>=77,<81" setuptools-scm==10.3.4 vcs-versioning==2.6.0 wheel ninja
 # Torch comes first: the setup script of DeepSpeed imports it.
 torch="$(grep -E '^torch==' "$lock")"
 step "2/4 $torch"
@@ -128,7 +128,8 @@ if [[ "$GRPO_DEVICE" == cpu ]]; then
 fi
 record_choice
 step "4/4 grpo"
-rm -rf grpo.egg-info # one from an older installation would hide the new entry points
+rm -rf grpo_trainer.egg-info # one from an older installation would hide the new entry points
+pip uninstall --yes grpo # the name of the distribution in earlier versions
 pip install --no-deps --no-build-isolation --editable .
 touch "$stamp"
 echo "setup: done. Run .venv/bin/grpo, or activate the environment: source .venv/bin/activate" >&2

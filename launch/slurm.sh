@@ -11,9 +11,11 @@
 #   TENSOR_PARALLEL (default 1)  GPUs per server
 #   SRUN_OPTIONS                 more options of each srun, e.g. --container-image=... (Pyxis)
 #   RUN_IN                       words before each command, e.g. apptainer exec --nv grpo.sif
-# Before the first job, run GRPO_DEVICE=cuda ./launch/setup.sh. Submit from the project's root, which
-# must be on a file system that all nodes share. The job's log is slurm-JOB.log; the logs of its steps
-# are runs/slurm-JOB/ROLE-NODE.log. docs/cluster.md describes containers and nodes without internet.
+# Before the first job, run GRPO_DEVICE=cuda ./launch/setup.sh in a clone; or install grpo-trainer,
+# run `grpo files --copy FOLDER` and activate the environment. Submit from the folder that contains
+# launch/. It and the environment must be on a file system that all nodes share. The job's log is
+# slurm-JOB.log; the logs of its steps are runs/slurm-JOB/ROLE-NODE.log. docs/cluster.md describes
+# containers and nodes without internet.
 #SBATCH --job-name=grpo
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -29,12 +31,13 @@ set -euo pipefail
 fail() { echo "slurm.sh: $*" >&2; exit 2; }
 
 (($# >= 2)) || fail "usage: sbatch launch/slurm.sh COMMAND CONFIG [key=value ...]"
-[[ -f launch/server.sh ]] || fail "$PWD is not the project's root: submit the job from there"
+[[ -f launch/server.sh ]] || fail "$PWD has no launch/: submit the job from the folder that has it"
 srun_options=() run_in=()
 read -rd '' -a srun_options <<<"${SRUN_OPTIONS:-}" || true # the value may have several lines
 read -rd '' -a run_in <<<"${RUN_IN:-}" || true
-[[ -x .venv/bin/grpo ]] || ((${#srun_options[@]} + ${#run_in[@]})) ||
-  fail ".venv has no grpo: run GRPO_DEVICE=cuda ./launch/setup.sh first, or set a container"
+bin=.venv/bin # of the container
+((${#srun_options[@]} + ${#run_in[@]})) || source launch/find_grpo.sh ||
+  fail "for GPUs, run GRPO_DEVICE=cuda ./launch/setup.sh first, or set a container"
 command="$1" config="$2"
 engine_nodes="${ENGINE_NODES:-0}" tensor_parallel="${TENSOR_PARALLEL:-1}"
 gpus="${SLURM_GPUS_PER_NODE:-8}"
@@ -54,7 +57,7 @@ case "$command" in
   train | sft | distill | doctor)
     # Slurm sends TERM to this script 600 s before the job ends (--signal above). The ranks then have
     # 500 s to save a checkpoint.
-    launcher=(.venv/bin/python -m torch.distributed.run
+    launcher=("$bin/python" -m torch.distributed.run
       --nnodes="$main_nodes" --nproc-per-node="$gpus" --shutdown-timeout=500
       --rdzv-backend=c10d --rdzv-endpoint="${nodes[0]}:29500"
       --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --no-python)
@@ -97,7 +100,7 @@ srun --overlap --nodes="$main_nodes" --ntasks="$main_nodes" --kill-on-bad-exit=1
   --nodelist="$(IFS=,; echo "${nodes[*]:0:main_nodes}")" \
   --output="$logs/$command-%N.log" --open-mode=append \
   "${srun_options[@]}" "${run_in[@]}" "${launcher[@]}" \
-  .venv/bin/grpo "$@" "${server_overrides[@]}" --auto-resume &
+  "$bin/grpo" "$@" "${server_overrides[@]}" --auto-resume &
 main_step=$!
 trap 'preempted=1; kill -TERM "$main_step"' TERM
 code=0

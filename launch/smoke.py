@@ -43,7 +43,7 @@ def rows_of_run(run: Path) -> list[tuple[str, str]]:
 
 def largest_gap(metrics: list[dict[str, Any]]) -> float:
     """Returns the largest gap. The row of a step whose sync or probe failed has none."""
-    return max(row["probe/gap"] for row in metrics if "probe/gap" in row)
+    return float(max(row["probe/gap"] for row in metrics if "probe/gap" in row))
 
 
 def require_complete(rows: dict[str, str], expected: dict[str, str]) -> None:
@@ -61,7 +61,8 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
 
 def throughput(steps: list[dict[str, Any]]) -> float:
     """Returns the median of a step's completion tokens over its complete duration."""
-    return statistics.median(row["completion/tokens"] / row["time/total_s"] for row in steps)
+    rates = [float(row["completion/tokens"] / row["time/total_s"]) for row in steps]
+    return statistics.median(rates)
 
 
 # Rows that a complete run has.

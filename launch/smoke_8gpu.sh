@@ -9,7 +9,8 @@
 # MODEL (default tiny-qwen2): a directory or an id on the hub. RUNS (default runs/smoke): the folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-./launch/setup.sh
+if [[ -f launch/setup.sh ]]; then ./launch/setup.sh; fi # only a clone has it
+source launch/find_grpo.sh
 gpus="${GPUS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}"
 runs="$(realpath -m "${RUNS:-runs/smoke}")" # absolute, because the kill below finds the run by it
 ((gpus != 1)) || { echo "smoke: needs at least two GPUs, found one" >&2; exit 2; }
@@ -53,4 +54,4 @@ train ranks "$ranks" --resume || true
 echo "smoke: pool ($pool_ranks ranks, $servers servers)" >&2
 train pool "$pool_ranks" "engine.servers={count: $servers}" train.max_staleness=1 train.rollouts=3 || true
 
-.venv/bin/python launch/smoke.py "$runs"
+"$bin/python" launch/smoke.py "$runs"

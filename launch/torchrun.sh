@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 (($# >= 2)) || { sed -n '2,8s/^# //p' "$0"; exit 2; }
-./launch/setup.sh
+if [[ -f launch/setup.sh ]]; then ./launch/setup.sh; fi # only a clone has it
+source launch/find_grpo.sh
 # Without --local-addr, the ranks would look up this machine's host name.
-exec .venv/bin/python -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="${GPUS:-1}" --shutdown-timeout="${GRACE:-600}" \
-  --no-python .venv/bin/grpo "$@"
+exec "$bin/python" -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="${GPUS:-1}" --shutdown-timeout="${GRACE:-600}" \
+  --no-python "$bin/grpo" "$@"

@@ -18,6 +18,7 @@ import yaml
 from tiny_models import tiny_config
 from whole_runs import RANK_VARIABLES, wait_for, write_config
 
+from grpo import files
 from grpo.engines.servers.__main__ import _load_config
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -35,7 +36,8 @@ def test_scripts_are_strict_executable_and_free_of_syntax_errors(script):
     assert "set -euo pipefail" in script.read_text()
     assert os.access(script, os.X_OK)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "--exclude=SC1091", str(script)], check=True)
+        command = ["shellcheck", "--external-sources", str(script)]
+        subprocess.run(command, cwd=LAUNCH.parent, check=True)
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh", "server.sh"])
@@ -47,8 +49,10 @@ def test_scripts_print_their_usage_if_arguments_are_missing(script):
 
 def test_a_server_is_restarted_after_a_failure_but_not_after_a_config_error_or_a_signal(tmp_path):
     (tmp_path / "launch").mkdir()
-    shutil.copy(LAUNCH / "server.sh", tmp_path / "launch")
+    for name in ("server.sh", "find_grpo.sh"):
+        shutil.copy(LAUNCH / name, tmp_path / "launch")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    write_script(tmp_path / ".venv" / "bin" / "grpo", "#!/bin/bash\n")
     # In place of Python: exits with CODE or, if CODE is empty, runs for 60 s.
     write_script(
         tmp_path / ".venv" / "bin" / "python",
@@ -243,6 +247,94 @@ def test_the_image_has_the_cuda_version_that_torch_requires():
     assert f"\nFROM nvidia/cuda:{major}.{minor}.{patch}-devel-ubuntu24.04\n" in dockerfile
 
 
+# In place of grpo and Python in an environment: records its path and its arguments.
+RECORD_ARGUMENTS = '#!/bin/bash\nprintf "%s\\n" "$0 $*" >>"$LOG"\n'
+
+
+@pytest.fixture
+def copied_files(tmp_path):
+    """Returns the environment variables for the scripts that `grpo files --copy` wrote to tmp_path.
+
+    The commands of the environment in `tmp_path/env` record their arguments in `tmp_path/log`.
+    """
+    files.copy_files(tmp_path)
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    for name in ("grpo", "python"):
+        write_script(tmp_path / "env" / "bin" / name, RECORD_ARGUMENTS)
+    (tmp_path / "bin" / "grpo").symlink_to(tmp_path / "env" / "bin" / "grpo")  # as pipx does
+    return {
+        **os.environ,
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+        "LOG": str(tmp_path / "log"),
+        "RESTARTS": "0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "calls"),
+    [
+        (
+            ["torchrun.sh", "train", "a.yaml"],
+            ["python -m torch.distributed.run .* --no-python {bin}/grpo train a.yaml"],
+        ),
+        (["server.sh", "a.yaml", "8000"], ["python -m grpo.engines.servers a.yaml 8000"]),
+        (
+            ["quickstart.sh"],
+            [
+                "grpo eval configs/tiny.yaml .*",
+                "grpo sft configs/tiny_sft.yaml .*",
+                "grpo train configs/tiny.yaml .*",
+                "python launch/summary.py runs/quickstart",
+            ],
+        ),
+    ],
+)
+def test_copied_scripts_use_the_environment_of_the_grpo_on_path(
+    words, calls, copied_files, tmp_path
+):
+    script, *arguments = words
+    command = [str(tmp_path / "launch" / script), *arguments]
+    result = subprocess.run(command, env=copied_files, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "env" / "bin"
+    recorded = (tmp_path / "log").read_text().splitlines()
+    for line, call in zip(recorded, calls, strict=True):
+        assert re.fullmatch(f"{folder}/{call.format(bin=folder)}", line)
+
+
+def test_copied_scripts_prefer_the_environment_in_their_folder(copied_files, tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("grpo", "python"):
+        write_script(tmp_path / ".venv" / "bin" / name, RECORD_ARGUMENTS)
+    script = str(tmp_path / "launch" / "server.sh")
+    subprocess.run([script, "a.yaml", "8000"], env=copied_files, check=True)
+    assert (tmp_path / "log").read_text().startswith(".venv/bin/python -m grpo.engines.servers")
+
+
+def test_copied_scripts_without_grpo_say_how_to_get_it(copied_files, tmp_path):
+    script = str(tmp_path / "launch" / "torchrun.sh")
+    environment = copied_files | {"PATH": "/usr/bin:/bin"}
+    command = [script, "train", "a.yaml"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "activate the environment with grpo-trainer" in result.stderr
+    (tmp_path / "env" / "bin" / "python").unlink()
+    result = subprocess.run(command, env=copied_files, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "install grpo-trainer into a virtual environment" in result.stderr
+
+
+def test_a_copied_slurm_job_uses_the_environment_of_the_grpo_on_path(copied_files, tmp_path):
+    shutil.rmtree(tmp_path / "launch")
+    path = f"{tmp_path}:{copied_files['PATH']}"
+    assert start_slurm_job(tmp_path, PATH=path, RUN_IN="").wait(30) == 0
+    (step,) = (tmp_path / "log").read_text().splitlines()
+    folder = tmp_path / "env" / "bin"
+    assert f" {folder}/python -m torch.distributed.run " in step
+    assert f" --no-python {folder}/grpo train configs/tiny.yaml seed=1 --auto-resume" in step
+
+
 # Commands of a cluster with three nodes. They record their arguments. The learner's step ends at
 # once, or waits for a signal if HOLD is set.
 SLURM_COMMANDS = {
@@ -277,7 +369,8 @@ def start_slurm_job(tmp_path, arguments=TRAIN, **variables):
     for name, body in SLURM_COMMANDS.items():
         write_script(tmp_path / name, f"#!/usr/bin/env bash\n{body}")
     (tmp_path / "launch").mkdir()
-    shutil.copy(LAUNCH / "server.sh", tmp_path / "launch")
+    for name in ("server.sh", "find_grpo.sh"):
+        shutil.copy(LAUNCH / name, tmp_path / "launch")
     if "RUN_IN" not in variables:
         (tmp_path / ".venv" / "bin").mkdir(parents=True)
         write_script(tmp_path / ".venv" / "bin" / "grpo", "#!/usr/bin/env bash\n")
@@ -374,7 +467,7 @@ def test_a_slurm_job_runs_every_command_in_the_container(tmp_path):
 
 
 def test_a_slurm_job_of_a_clone_without_packages_says_how_to_install_them(tmp_path):
-    process = start_slurm_job(tmp_path, RUN_IN="")
+    process = start_slurm_job(tmp_path, RUN_IN="", PATH=f"{tmp_path}:/usr/bin:/bin")
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "run GRPO_DEVICE=cuda ./launch/setup.sh first" in stderr

@@ -29,7 +29,7 @@ for_every_file = pytest.mark.parametrize(
 # A package imports itself and packages of lower layers, but no other package of its own layer.
 LAYERS = [
     {"grpo.types"},
-    {"grpo.json_lines"},
+    {"grpo.json_lines", "grpo.files"},
     {"grpo.data", "grpo.rewards", "grpo.run"},
     {"grpo.config"},
     {"grpo.losses", "grpo.metrics"},

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from grpo import files
 from grpo.config.other_names import OTHER_NAMES, OTHER_SECTIONS
 from grpo.types import UserError
 
@@ -44,11 +45,14 @@ def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
 def read_yaml(path: str) -> dict[str, Any]:
     """Returns the mapping in a YAML file.
 
+    Args:
+        path: The file. `configs/...` is a shipped config if the working directory has no such file.
+
     Raises:
         UserError: The file does not exist, cannot be read, is not valid YAML, or does not hold a
             mapping.
     """
-    file = Path(path)
+    file = files.find_file(path)
     if (file / "config.yaml").is_file():
         raise UserError(
             f"{path}: the directory of a run, expected a config. Its config is {path}/config.yaml; "
@@ -56,8 +60,7 @@ def read_yaml(path: str) -> dict[str, Any]:
             f"{path} and a new run_dir"
         )
     if not file.is_file():
-        config_names = [config.name for config in file.parent.glob("*.yaml")]
-        raise UserError(f"{path}: config file not found{did_you_mean(file.name, config_names)}")
+        raise UserError(f"{path}: config file not found{_near_configs(file)}")
     try:
         tree = yaml.load(file.read_text(), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -69,6 +72,19 @@ def read_yaml(path: str) -> dict[str, Any]:
             f"{path}: a config must be a mapping of keys to values, got {type(tree).__name__}"
         )
     return tree
+
+
+def _near_configs(file: Path) -> str:
+    """Returns a hint for an error message: files of the same folder, or shipped configs."""
+    neighbors = [config.name for config in file.parent.glob("*.yaml")]
+    hint = did_you_mean(file.name, neighbors)
+    if hint:
+        return hint
+    shipped = {Path(config).stem: config for config in files.shipped_configs()}
+    near = difflib.get_close_matches(file.stem, shipped, n=3)
+    if not near:
+        return ". `grpo files` prints the folder with the shipped configs"
+    return f" (did you mean {' or '.join(shipped[name] for name in near)}?)"
 
 
 def _one_line(error: Exception) -> str:

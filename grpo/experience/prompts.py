@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import config as configs
+from grpo import files
 from grpo.types import Problem, UserError, first_line
 
 # DeepSeek-R1, Table 1, without its full stop after the question: a question has its own.
@@ -251,7 +252,7 @@ def _read_chat_template(settings: configs.PromptSettings) -> str:
             f"{settings.template}"
         )
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return files.find_file(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"prompt.chat_template={path}: {Path(path).expanduser().absolute()} cannot be read: "

@@ -8,6 +8,8 @@ Importing this file does not import torch or transformers; its functions import 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,9 +133,11 @@ def resolve(  # noqa: PLR0913 - the model, where a tiny one is made, and how it 
         on_progress: As `hub.download`.
 
     Raises:
-        UserError: The path names no model, or the hub rejects the request.
+        UserError: The path names no model, the hub rejects the request, or transformers cannot
+            import a model in this environment.
         DownloadError: The hub cannot be reached, and there is no cached copy.
     """
+    _check_torchvision()
     if path in TINY_MODELS:
         if not (tiny_dir / "config.json").exists():
             make_tiny(path, tiny_dir, seed)
@@ -149,6 +153,24 @@ def resolve(  # noqa: PLR0913 - the model, where a tiny one is made, and how it 
             f"(owner/name), or one of {', '.join(TINY_MODELS)}."
         )
     return hub.download(path, revision, weights=weights, on_progress=on_progress)
+
+
+def _check_torchvision() -> None:
+    """Raises UserError if torchvision is installed for another torch.
+
+    transformers then fails to import every model. The extra `cpu` installs such a torchvision where
+    the package index has only the builds for CUDA.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        raise UserError(
+            f"torchvision cannot be imported ({first_line(error)}), and with it no model of "
+            "transformers: it was built for another torch. grpo does not need it: pip uninstall "
+            "torchvision torchaudio torchcodec"
+        ) from error
 
 
 def is_hub_id(path: str) -> bool:

@@ -27,6 +27,7 @@ from grpo.types import UserError
 
 # Their versions are written into the manifest.
 RECORDED_PACKAGES = (
+    "grpo-trainer",
     "torch",
     "transformers",
     "vllm",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from grpo import files
 from grpo.config import RunConfig
 from grpo.experience.group_metrics import group_metrics
 from grpo.experience.prompts import Prompts, mark_special_tokens
@@ -84,16 +85,19 @@ def versions() -> Iterator[Check]:
         if name in tested and version not in tested[name]:
             untested.append(f"{name} {version} (tested: {', '.join(sorted(tested[name]))})")
     if untested:
-        remedy = "./launch/setup.sh installs the tested versions"
+        remedy = (
+            "in a clone, ./launch/setup.sh installs the tested versions; elsewhere, pip with "
+            '--constraint "$(grpo files)/launch/requirements-cpu.txt", or -cuda.txt'
+        )
         yield Check("warn", "versions", "; ".join(untested), remedy)
     else:
         yield Check("ok", "versions", "all tested together")
 
 
 def _tested_versions() -> dict[str, set[str]]:
-    """Returns the versions pinned in launch/, by package; empty if launch/ is not there."""
+    """Returns the versions pinned in launch/, by package."""
     tested: dict[str, set[str]] = {}
-    for file in sorted((Path(__file__).parents[2] / "launch").glob("requirements-*.txt")):
+    for file in sorted((files.FOLDER / files.LAUNCH).glob("requirements-*.txt")):
         for line in file.read_text().splitlines():
             name, equals, version = line.partition("==")
             if equals:

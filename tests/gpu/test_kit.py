@@ -190,15 +190,22 @@ def test_setup_names_the_dependencies_that_are_missing(gk_setup):
     assert gk_setup.missing_dependencies(one_more) == ["no_such-package"]
 
 
+def test_setup_knows_every_link_of_the_package(gk_setup):
+    links = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "grpo").rglob("*") if path.is_symlink()
+    }
+    assert links == set(gk_setup.LINKS)
+
+
 def test_setup_restores_links_that_were_not_copied(gk_setup, tmp_path):
-    for name in ("grpo", "rewards", "data"):
-        (tmp_path / name).mkdir()
+    for name in ("grpo/files", "rewards", "data", "configs", "launch"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "rewards" / "mine.py").touch()
     (tmp_path / "grpo" / "data").write_text("../data")
     gk_setup.restore_links(tmp_path)
     gk_setup.restore_links(tmp_path)
     assert (tmp_path / "grpo" / "rewards" / "mine.py").is_file()
-    assert (tmp_path / "grpo" / "data").is_dir()
+    assert all((tmp_path / link).is_dir() for link in gk_setup.LINKS)
 
 
 def test_setup_unpacks_wheels(gk_setup, monkeypatch, tmp_path):

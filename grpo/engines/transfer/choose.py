@@ -57,5 +57,5 @@ def _check_plugin() -> None:
     if not any(plugin.value == PLUGIN for plugin in plugins):
         raise UserError(
             "engine.servers: grpo is not installed as a plugin of vLLM (entry point "
-            "vllm.general_plugins): install the package again (./launch/setup.sh)"
+            "vllm.general_plugins): install grpo-trainer again (in a clone: ./launch/setup.sh)"
         )

@@ -23,6 +23,13 @@ ARCHIVES = {
     "data.tar.xz": KIT / "data",  # the data set for the step `gsm8k` of gpu.sh
 }
 
+LINKS = {
+    "grpo/rewards": "rewards",
+    "grpo/data": "data",
+    "grpo/files/configs": "configs",
+    "grpo/files/launch": "launch",
+}
+
 
 def unpack(archives: Path) -> None:
     """Unpacks wheels and those of ARCHIVES that exist, unless an earlier call has unpacked them."""
@@ -52,9 +59,9 @@ def make_importable(project: Path) -> Path:
     pth = Path(sysconfig.get_paths()["purelib"], "gpukit.pth")
     pth.write_text(f"import sys; sys.path[{index}:0] = [{str(KIT / 'site')!r}, {str(project)!r}]\n")
     # vLLM's processes find the project's plugin through its entry point.
-    metadata = KIT / "site/grpo-0.0.dist-info"
+    metadata = KIT / "site/grpo_trainer-0.0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: grpo\nVersion: 0.0\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: grpo-trainer\nVersion: 0.0\n")
     (metadata / "entry_points.txt").write_text(
         "[vllm.general_plugins]\ngrpo = grpo.engines.servers.plugin:register\n"
     )
@@ -62,12 +69,12 @@ def make_importable(project: Path) -> Path:
 
 
 def restore_links(project: Path) -> None:
-    """Creates the links grpo/rewards and grpo/data if the copy of the project lacks them."""
-    for name in ("rewards", "data"):
-        link = project / "grpo" / name
-        if not link.is_dir():
-            link.unlink(missing_ok=True)  # some tools copy a link as a file
-            link.symlink_to(Path("..", name))
+    """Creates the links of the package to other folders if the copy of the project lacks them."""
+    for link, folder in LINKS.items():
+        path = project / link
+        if not path.is_dir():
+            path.unlink(missing_ok=True)  # some tools copy a link as a file
+            path.symlink_to(project / folder)
 
 
 def missing_dependencies(pyproject: str) -> list[str]:
