@@ -96,14 +96,14 @@ class _Trace(NamedTuple):
 def _read_trace(row: Row) -> _Trace:
     messages = _first_value(row.fields, CONVERSATION_FIELDS)
     if messages is not None:
-        question = _message_of(row, messages, USER_ROLES)
-        solution = _message_of(row, messages, ASSISTANT_ROLES)
-        thoughts = _thoughts_of_messages(messages)
+        question = message_of(row, messages, USER_ROLES)
+        solution = message_of(row, messages, ASSISTANT_ROLES)
+        thoughts = thoughts_of(messages)
     else:
         question = _text_of(row, QUESTION_FIELDS, USER_ROLES)
         solution = _text_of(row, SOLUTION_FIELDS, ASSISTANT_ROLES)
         thoughts = _first_value(row.fields, THOUGHTS_FIELDS)
-    solution = _with_think_tags(solution, thoughts)
+    solution = with_think_tags(solution, thoughts)
     if "</think>" not in solution.partition("<think>")[2]:
         raise UserError(
             f"{row.location}: no thoughts, expected <think>...</think> in the solution or one of "
@@ -120,7 +120,8 @@ def _first_value(fields: dict[str, Any], names: Sequence[str]) -> Any:
     return None
 
 
-def _thoughts_of_messages(messages: Any) -> Any:
+def thoughts_of(messages: Any) -> Any:
+    """Returns the thoughts of a conversation that are in a field of their own, None without."""
     for message in messages:
         if isinstance(message, dict):
             thoughts = _first_value(message, THOUGHTS_FIELDS)
@@ -129,7 +130,7 @@ def _thoughts_of_messages(messages: Any) -> Any:
     return None
 
 
-def _with_think_tags(solution: str, thoughts: Any) -> str:
+def with_think_tags(solution: str, thoughts: Any) -> str:
     """Returns the solution with its thoughts between <think> tags, if it has thoughts.
 
     Args:
@@ -150,7 +151,7 @@ def _with_think_tags(solution: str, thoughts: Any) -> str:
 def _text_of(row: Row, names: Sequence[str], roles: tuple[str, ...]) -> str:
     value = _first_value(row.fields, names)
     if isinstance(value, list):
-        return _message_of(row, value, roles)
+        return message_of(row, value, roles)
     if not isinstance(value, str):
         raise UserError(
             f"{row.location}: no {' or '.join(names)}. The row has the fields "
@@ -159,7 +160,7 @@ def _text_of(row: Row, names: Sequence[str], roles: tuple[str, ...]) -> str:
     return value
 
 
-def _message_of(row: Row, messages: Any, roles: tuple[str, ...]) -> str:
+def message_of(row: Row, messages: Any, roles: tuple[str, ...]) -> str:
     """Returns the only message of a role.
 
     Raises:

@@ -7,7 +7,7 @@ problem set. Error messages name the file and the line or row.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,8 @@ def read_rows(
         raise UserError(
             f"data.path: {path} has an unsupported format. Supported: {', '.join(SUFFIXES)}."
         )
-    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_json(file, malformed)
+    is_parquet = file.suffix == ".parquet"
+    rows = _read_parquet(file) if is_parquet else list(json_rows(file, malformed))
     if not rows:
         raise UserError(f"{file}: no rows")
     return rows
@@ -187,7 +188,20 @@ def check_unique_ids(problems: Iterable[Problem]) -> None:
 
 # JSON is not read through `datasets`: it turns date-like text into timestamps, rejects columns of
 # mixed types, adds the fields of all rows to each row, and its errors do not name a line.
-def _read_json(file: Path, malformed: list[str] | None) -> list[Row]:
+def json_rows(
+    file: Path, malformed: list[str] | None = None, *, allow_lists: bool = False
+) -> Iterator[Row]:
+    """Yields the rows of a JSONL file, or of a JSON file with one list of all rows.
+
+    Args:
+        file: The file.
+        malformed: As for `read_rows`.
+        allow_lists: Whether a row may be a list. Its fields are then named "0", "1", ..., as
+            `datasets` names them.
+
+    Raises:
+        UserError: The file is not JSON, or a row is no object of text.
+    """
     values: Iterable[tuple[int, Any]]
     if file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
         unit = "row"
@@ -198,15 +212,16 @@ def _read_json(file: Path, malformed: list[str] | None) -> list[Row]:
     else:
         unit = "line"
         values = json_lines.read(file)
-    rows = []
-    for number, fields in values:
+    for number, value in values:
+        fields = value
+        if allow_lists and isinstance(value, list):
+            fields = {str(index): element for index, element in enumerate(value)}
         try:
-            rows.append(_row(f"{file}: {unit} {number}", fields))
+            yield _row(f"{file}: {unit} {number}", fields)
         except UserError as error:
             if malformed is None:
                 raise
             malformed.append(str(error))
-    return rows
 
 
 def _row(location: str, fields: object) -> Row:
@@ -228,7 +243,7 @@ def _row(location: str, fields: object) -> Row:
 def _read_parquet(file: Path) -> list[Row]:
     from tempfile import TemporaryDirectory
 
-    datasets = _import_datasets()
+    datasets = import_datasets()
     # The default cache directory could return an older version of the file.
     with TemporaryDirectory() as cache:
         try:
@@ -239,18 +254,18 @@ def _read_parquet(file: Path) -> list[Row]:
         # Several libraries raise here, each with its own exceptions.
         except Exception as error:
             cause = error.__cause__ or error
-            raise UserError(f"{file}: not a readable parquet file: {_one_line(cause)}") from error
+            raise UserError(f"{file}: not a readable parquet file: {one_line(cause)}") from error
 
 
 def _read_hub(hub: HubDataset) -> list[Row]:
-    datasets = _import_datasets()
+    datasets = import_datasets()
     try:
         table = datasets.load_dataset(hub.id, hub.config, split=hub.split)
     # Network, authorization and cache errors of several libraries. The way out is the same.
     except Exception as error:
         raise DownloadError(
             f"{hub.id} cannot be fetched from the hub. Set data.path to a local file or folder; in "
-            f"`sets`, each set has its own path. ({_one_line(error)})"
+            f"`sets`, each set has its own path. ({one_line(error)})"
         ) from error
     return [
         Row(f"{hub.id} {hub.split}: row {number}", dict(fields))
@@ -258,7 +273,7 @@ def _read_hub(hub: HubDataset) -> list[Row]:
     ]
 
 
-def _import_datasets() -> Any:
+def import_datasets() -> Any:
     """Imports `datasets` and turns off its progress bars and messages."""
     import logging
 
@@ -270,5 +285,6 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Returns the type and the first line of an error, in at most 200 characters."""
     return f"{type(error).__name__}: {first_line(error)}".strip()[:200]

@@ -12,18 +12,29 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from grpo.config.reading import Section
 
+# Fields of a problem that can have a column in a stored set.
+ProblemField = Literal["question", "answer", "solution", "id", "source"]
+Columns = dict[ProblemField, str | None]
+
 
 class DataSetSettings(Section):
     """One problem set of a mixture. It is named as in `DataSettings.name`."""
 
+    name: str | None = Field(
+        None,
+        description="Name of the problem set, as `data.name`. A mixture can so contain one set "
+        "several times, for example `hub`. Default: the name of this entry.",
+    )
     weight: float = Field(
         1.0, gt=0, description="Share of the mixture, relative to the weights of the other sets."
     )
     path: str | None = Field(
         None,
-        description="Local file or directory with the set's problems. "
-        "Default: `data.path`, or the hub if that is not set.",
+        description="Local file or directory with the set's problems, or for `hub` the id of a set "
+        "on the hub. Default: `data.path`, or the hub if that is not set.",
     )
+    split: str | None = Field(None, description="As `data.split`.")
+    columns: Columns = Field({}, description="As `data.columns`.")
     options: dict[str, Any] = Field(
         {}, description="Keyword arguments of the set's `load` function."
     )
@@ -49,13 +60,26 @@ class DataSettings(Section):
     )
     path: str | None = Field(
         None,
-        description="Local file or directory with the files of all sets. Default: the hub.",
+        description="Local file or directory with the files of all sets, or for `hub` the id of a "
+        "set on the hub. Default: the hub.",
+    )
+    split: str | None = Field(
+        None,
+        description="Split of the stored set that is read, as the set calls it. For the set `hub`. "
+        "`data.options.test_split` is the split for evaluations. Default: `train`, or the one "
+        "of a published set.",
+    )
+    columns: Columns = Field(
+        {},
+        description="Columns of the stored set for the fields of a problem: `{question: prompt, "
+        "answer: reward_model.ground_truth}`. A dotted path leads into nested values. null: no "
+        "column. For the set `hub`. Default: those of a published set, or the usual names.",
     )
     malformed: Literal["error", "drop"] = Field(
         "error",
         description="Rows that cannot be read as a problem, and in supervised stages problems "
         "without a solution: `error` stops the command, `drop` skips and counts them. `drop` is "
-        "for the sets `traces` and `jsonl`. A line that is not JSON is always an error.",
+        "for the sets `traces`, `jsonl` and `hub`. A line that is not JSON is always an error.",
     )
     overlong: Literal["error", "drop"] = Field(
         "error",
@@ -80,22 +104,33 @@ class DataSettings(Section):
     def _check_one_of_name_and_mixture(self) -> DataSettings:
         if bool(self.name) == bool(self.mixture):
             raise ValueError("set either name (one problem set) or mixture (several)")
-        if self.mixture and self.options:
-            raise ValueError(
-                "options has no effect with mixture: set mixture.NAME.options for each set"
-            )
+        for key in ("options", "split", "columns"):
+            if self.mixture and getattr(self, key):
+                raise ValueError(
+                    f"{key} has no effect with mixture: set mixture.NAME.{key} for each set"
+                )
         return self
 
     @property
     def data_sets(self) -> dict[str, DataSetSettings]:
-        """All problem sets by name. A set without a path has that of the section."""
+        """All problem sets, by the name of their entry, with their own name and path.
+
+        A set without a path has that of the section.
+        """
         sources = self.mixture
         if not sources:
-            sources = {self.name or "": DataSetSettings(options=self.options)}
-        return {
-            name: source.model_copy(update={"path": source.path or self.path})
-            for name, source in sources.items()
-        }
+            source = DataSetSettings(split=self.split, columns=self.columns, options=self.options)
+            sources = {self.name or "": source}
+        data_sets = {}
+        for key, source in sources.items():
+            update = {"name": source.name or key, "path": source.path or self.path}
+            data_sets[key] = source.model_copy(update=update)
+        return data_sets
+
+    @property
+    def shared_path(self) -> str | None:
+        """The path, if other sections that have none can use it; not the path of a set `hub`."""
+        return None if self.name == "hub" else self.path
 
 
 class PromptSettings(Section):

@@ -481,7 +481,8 @@ class EvalConfig(TrainConfig):
         if self.endpoint:
             _check_chat_prompt("endpoint", self.prompt)
         data = self.eval.data or self.data
-        if not self.sets and "traces" in (data.name, *data.mixture):
+        names = [source.name for source in data.data_sets.values()]
+        if not self.sets and "traces" in names:
             raise ValueError(
                 "data.traces has no test split, so these are the problems of the training: set the "
                 "problems to evaluate on, for example eval.data={name: math}"

@@ -225,7 +225,7 @@ def _evaluation_sets(config: CollectConfig) -> DataSettings | None:
     """Returns the evaluation sets that the traces must not overlap, None if there are none."""
     if not config.collect.decontaminate:
         return None
-    return DataSettings(mixture=config.collect.decontaminate, path=config.data.path)
+    return DataSettings(mixture=config.collect.decontaminate, path=config.data.shared_path)
 
 
 def _excluded_ngrams(config: CollectConfig) -> set[tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpo import config as configs
 from grpo.experience import plugins
@@ -14,6 +14,8 @@ from grpo.types import Problem, UserError
 if TYPE_CHECKING:
     from grpo.data.common.mixture import Mixture
 
+# Key of a data section -> the parameter of `load` that receives it.
+LOAD_PARAMETERS = {"split": "stored_split", "columns": "columns"}
 MAX_REFUSED_SHOWN = 5  # problems per message
 MIN_SEEN = 200  # problems, see check_dropped
 HELD_OUT_SEED = 0  # the same for all runs, so that their evaluations have the same problems
@@ -42,22 +44,12 @@ def load_problems(
     """
     problems = {}
     for name, source in data.data_sets.items():
-        load = plugins.find_function("grpo.data", name, "load", "data")
-        signature = inspect.signature(load)
-        try:
-            signature.bind(split, seed=seed, path=source.path, **source.options)
-        except TypeError as error:
-            raise UserError(f"data.{name}.options: {error}") from None
-        options = dict(source.options)
+        load = plugins.find_function("grpo.data", source.name or name, "load", "data")
+        arguments = _load_arguments(data, name, source, load)
         malformed: list[str] = []
         if data.malformed == "drop":
-            if "malformed" not in signature.parameters:
-                raise UserError(
-                    f"data.malformed=drop: the data set {name} cannot drop rows; traces and jsonl "
-                    "can"
-                )
-            options["malformed"] = malformed
-        problems[name] = load(split, seed=seed, path=source.path, **options)
+            arguments["malformed"] = malformed
+        problems[name] = load(split, seed=seed, **arguments)
         if malformed:
             num_rows = len(problems[name]) + len(malformed)
             # The malformed rows of both splits are compared with the problems of this split.
@@ -66,6 +58,53 @@ def load_problems(
         for reward in rewards:
             problems[name] = _read_by_reward(problems[name], name, reward)
     return problems
+
+
+def _load_arguments(
+    data: configs.DataSettings,
+    name: str,
+    source: configs.DataSetSettings,
+    load: Callable[..., Sequence[Problem]],
+) -> dict[str, Any]:
+    """Returns the keyword arguments of a data set's `load`, except seed and malformed.
+
+    Raises:
+        UserError: `load` does not take one of the options, or one of the keys of the section.
+    """
+    signature = inspect.signature(load)
+    try:
+        signature.bind("train", seed=0, path=source.path, **source.options)
+    except TypeError as error:
+        raise UserError(f"data.{name}.options: {error}") from None
+    arguments = {"path": source.path, **source.options}
+    section = f"data.mixture.{name}" if data.mixture else "data"
+    for key, parameter in LOAD_PARAMETERS.items():
+        value = getattr(source, key)
+        if not value:
+            continue
+        if parameter not in signature.parameters:
+            raise UserError(
+                f"{section}.{key}: the data set {source.name} cannot use it; "
+                f"{_sets_with(parameter)} can. Remove it."
+            )
+        arguments[parameter] = value
+    if data.malformed == "drop" and "malformed" not in signature.parameters:
+        raise UserError(
+            f"data.malformed=drop: the data set {source.name} cannot drop rows; "
+            f"{_sets_with('malformed')} can"
+        )
+    return arguments
+
+
+def _sets_with(parameter: str) -> str:
+    """Returns the data sets whose `load` has a parameter: "hub, jsonl and traces"."""
+    names = []
+    for name in plugins.plugin_names("grpo.data"):
+        load = plugins.find_function("grpo.data", name, "load", "data")
+        if parameter in inspect.signature(load).parameters:
+            names.append(name)
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def check_dropped(

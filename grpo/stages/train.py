@@ -435,7 +435,7 @@ def warm_start_config(config: TrainConfig) -> SftConfig:
             "seed": config.seed,
             "logging": config.logging,
             "model": sft_config.model.model_copy(update={"path": config.model.path}),
-            "data": data.model_copy(update={"path": data.path or config.data.path}),
+            "data": data.model_copy(update={"path": data.path or config.data.shared_path}),
         }
     )
 

@@ -1,0 +1,280 @@
+"""Reads the rows of one split of a stored set, one by one.
+
+A set is a local file, a local folder, or a set on the Hugging Face hub. This module knows layouts
+and file formats. It contains nothing about problems.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo.data.common.files import Row, import_datasets, json_rows, one_line
+from grpo.data.common.published_sets import PUBLISHED_SETS
+from grpo.types import DownloadError, UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+# Files that `datasets.Dataset.save_to_disk` and `DatasetDict.save_to_disk` write.
+SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
+# Types of columns that have no text. They are not read: decoding them needs further packages.
+MEDIA_FEATURES = ("Image", "Audio", "Video", "Pdf")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILE_SPLIT = "train"  # the split of a single file
+MAX_CSV_CELL = 2**31 - 1  # characters
+
+
+class StoredSet(NamedTuple):
+    """Where a set is stored, and which part of it is read.
+
+    Example: `StoredSet("openai/gsm8k", subset="main")`.
+
+    Attributes:
+        path: a local file or folder, or the id of a set on the hub. What exists locally is read.
+        subset: the set's configuration; None for the default.
+        usual_subset: the configuration that is the default if the set has it; None for that of
+            the set itself.
+        revision: branch, tag or commit on the hub; None for the latest.
+        max_rows: only the first rows of the split are read; from the hub, they are streamed. None:
+            all rows.
+        ignored: columns that are not read.
+    """
+
+    path: str
+    subset: str | None = None
+    usual_subset: str | None = None
+    revision: str | None = None
+    max_rows: int | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def near(name: str, candidates: Iterable[str]) -> str:
+    """Returns a hint for an error message, such as " (did you mean answer?)", or ""."""
+    matches = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def table_rows(stored: StoredSet, split: str, malformed: list[str] | None = None) -> Iterator[Row]:
+    """Yields the rows of one split, in the order in which they are stored.
+
+    Args:
+        stored: The set.
+        split: Name of the split, as the set calls it. A single file is the split `FILE_SPLIT`.
+        malformed: A list that receives the reason for each row of a JSON or CSV file that cannot be
+            read, which is then skipped. None: such a row is an error.
+
+    Raises:
+        UserError: The set, its subset or its split does not exist, or a file cannot be read.
+        DownloadError: The hub cannot be reached.
+    """
+    local = Path(stored.path).expanduser()
+    if local.is_file():
+        _check_split(stored, split, [FILE_SPLIT])
+        rows = _file_rows(local, stored, malformed)
+    elif any((local / name).is_file() for name in SAVED_DATASET_FILES):
+        rows = _dataset_rows(_saved_dataset(local, stored, split), stored, str(local), split)
+    elif local.is_dir():
+        rows = _folder_rows(local, stored, split, malformed)
+    else:
+        rows = _hub_rows(stored, split)
+    return islice(rows, stored.max_rows)
+
+
+def _check_split(stored: StoredSet, split: str, available: list[str]) -> None:
+    if split not in available:
+        raise UserError(
+            f"data.split: {stored.path} has no split {split!r}{near(split, available)}. Available: "
+            f"{', '.join(available)}"
+        )
+
+
+def _file_rows(file: Path, stored: StoredSet, malformed: list[str] | None) -> Iterator[Row]:
+    if file.suffix == ".parquet":
+        return _parquet_rows(file, stored)
+    if file.suffix == ".csv":
+        return _csv_rows(file, malformed)
+    if file.suffix in SUFFIXES:
+        return json_rows(file, malformed, allow_lists=True)
+    raise UserError(
+        f"data.path: {file} has an unsupported format. Supported: {', '.join(SUFFIXES)}, folders "
+        "of such files, and folders written by save_to_disk."
+    )
+
+
+def _parquet_rows(file: Path, stored: StoredSet) -> Iterator[Row]:
+    datasets = import_datasets()
+    try:
+        # Not downloaded, copied or cached: the rows are read from the file.
+        table = datasets.load_dataset(
+            "parquet", data_files=str(file), split="train", streaming=True
+        )
+        for number, fields in enumerate(_without_media(table, stored), start=1):
+            yield Row(f"{file}: row {number}", fields)
+    # Several libraries raise here, each with its own exceptions.
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{file}: not a readable parquet file: {one_line(cause)}") from error
+
+
+# CSV is not read through `datasets`: it guesses types, so that the answer 1.50 becomes 1.5, and 42
+# in a column with an empty cell becomes 42.0.
+def _csv_rows(file: Path, malformed: list[str] | None) -> Iterator[Row]:
+    csv.field_size_limit(MAX_CSV_CELL)
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.reader(lines, strict=True)
+            names = next(reader, [])
+            if len(set(names)) < len(names):
+                raise UserError(f"{file}: two columns have the same name: {', '.join(names)}")
+            for number, cells in enumerate(reader, start=1):
+                if len(cells) == len(names):
+                    fields = {name: cell or None for name, cell in zip(names, cells, strict=True)}
+                    yield Row(f"{file}: row {number}", fields)
+                elif cells:  # not a blank line
+                    reason = (
+                        f"{file}: row {number}: {len(cells)} cells, expected {len(names)}: "
+                        f"{', '.join(names)}"
+                    )
+                    if malformed is None:
+                        raise UserError(reason)
+                    malformed.append(reason)
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file}: not a readable CSV file: {one_line(error)}") from error
+
+
+def _saved_dataset(folder: Path, stored: StoredSet, split: str) -> Any:
+    """Returns a split of a folder that `save_to_disk` has written."""
+    datasets = import_datasets()
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(f"data.path: {folder} cannot be read: {one_line(error)}") from error
+    if isinstance(saved, datasets.Dataset):
+        saved = {str(saved.split or "train"): saved}
+    _check_split(stored, split, list(saved))
+    return saved[split]
+
+
+def _folder_rows(
+    folder: Path, stored: StoredSet, split: str, malformed: list[str] | None
+) -> Iterator[Row]:
+    """Yields the rows of a folder's files, file by file.
+
+    `datasets` finds the files of a split, by its rules for names and by the folder's README.md.
+    """
+    files_by_split = _builder(str(folder), stored).config.data_files
+    _check_split(stored, split, [str(name) for name in files_by_split])
+    for file in files_by_split[split]:
+        yield from _file_rows(Path(file), stored, malformed)
+
+
+def _builder(path: str, stored: StoredSet) -> Any:
+    """Returns the builder of a folder or of a set on the hub.
+
+    Raises:
+        UserError: There is no data, or no such subset.
+        DatasetNotFoundError, ConnectionError: The set is on the hub, which has no such set or
+            cannot be reached.
+    """
+    datasets = import_datasets()
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        subset = stored.subset
+        if subset is None and stored.usual_subset is not None:
+            names = datasets.get_dataset_config_names(path, revision=stored.revision)
+            subset = stored.usual_subset if stored.usual_subset in names else None
+        return datasets.load_dataset_builder(path, subset, revision=stored.revision)
+    except (DatasetNotFoundError, ConnectionError):
+        raise
+    # Errors of several libraries about subsets, files and formats.
+    except Exception as error:
+        _check_subset(stored, _subset_names(path, stored))
+        raise UserError(f"data.path: {path} cannot be read: {one_line(error)}") from error
+
+
+def _subset_names(path: str, stored: StoredSet) -> list[str]:
+    """Returns the names of a set's subsets, an empty list if they cannot be found."""
+    try:
+        names = import_datasets().get_dataset_config_names(path, revision=stored.revision)
+    except Exception:
+        return []
+    return [str(name) for name in names]
+
+
+def _check_subset(stored: StoredSet, subsets: list[str]) -> None:
+    if not subsets:
+        return
+    available = ", ".join(subsets)
+    if stored.subset is None and len(subsets) > 1:
+        raise UserError(
+            f"data.options.subset: {stored.path} has several subsets. Set one of {available}"
+        )
+    if stored.subset is not None and stored.subset not in subsets:
+        raise UserError(
+            f"data.options.subset: {stored.path} has no subset {stored.subset!r}"
+            f"{near(stored.subset, subsets)}. Available: {available}"
+        )
+
+
+def _hub_rows(stored: StoredSet, split: str) -> Iterator[Row]:
+    if not HUB_ID.fullmatch(stored.path):
+        raise UserError(
+            f"data.path: no such file or folder: {stored.path}. A set on the hub is named "
+            "OWNER/NAME."
+        )
+    table = _hub_table(stored, split)
+    return _dataset_rows(table, stored, stored.path, split)
+
+
+def _hub_table(stored: StoredSet, split: str) -> Any:
+    """Returns a split of a set on the hub, as a dataset or, with `max_rows`, as a stream."""
+    import_datasets()
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        builder = _builder(stored.path, stored)
+        _check_split(stored, split, _splits(builder))
+        if stored.max_rows is not None:
+            return builder.as_streaming_dataset(split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+    except DatasetNotFoundError as error:
+        raise UserError(
+            f"data.path: {stored.path} is no local file or folder, and the hub has no data set of "
+            f"this name{near(stored.path, PUBLISHED_SETS)}, or it is private or gated: accept its "
+            f"terms at https://huggingface.co/datasets/{stored.path}, and run `hf auth login` or "
+            "set HF_TOKEN."
+        ) from error
+    except UserError:
+        raise
+    # Network and cache errors of several libraries.
+    except Exception as error:
+        raise DownloadError(
+            f"data.path: {stored.path} is no local file or folder, and cannot be fetched from the "
+            f"hub. Set data.path to a local copy. ({one_line(error)})"
+        ) from error
+
+
+def _splits(builder: Any) -> list[str]:
+    """Returns the names of a set's splits. A set in the cache has no list of files."""
+    return [str(name) for name in builder.config.data_files or builder.info.splits or ()]
+
+
+def _dataset_rows(table: Any, stored: StoredSet, name: str, split: str) -> Iterator[Row]:
+    for number, fields in enumerate(_without_media(table, stored), start=1):
+        yield Row(f"{name} {split}: row {number}", fields)
+
+
+def _without_media(table: Any, stored: StoredSet) -> Any:
+    """Returns a dataset without its ignored columns and those of images, audio and video."""
+    features = table.features or {}
+    unread = []
+    for name, feature in features.items():
+        if name in stored.ignored or type(feature).__name__ in MEDIA_FEATURES:
+            unread.append(name)
+    return table.remove_columns(unread) if unread else table
