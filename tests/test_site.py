@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo.experience.plugins import plugin_names
+
 DOCS = Path(__file__).parents[1] / "docs"
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -70,8 +72,11 @@ def test_equations_need_no_script(site):
 
 def test_the_python_reference_has_signatures_and_texts(site):
     html = (site / "api.html").read_text()
-    for name in ("grpo.types.Problem", "grpo.config.load", "grpo.rewards.accuracy.verify"):
-        assert f'id="{name}"' in html
+    names = ["grpo.types.Problem", "grpo.config.load", "grpo.rewards.accuracy.verify"]
+    names += [f"grpo.data.{name}.load" for name in plugin_names("grpo.data")]
+    names += [f"grpo.rewards.{name}.reward" for name in plugin_names("grpo.rewards")]
+    for name in names:
+        assert f'id="{name}"' in html, name
 
 
 # Reports by its title whether the page scrolls sideways. Wide tables scroll in their own frame.
