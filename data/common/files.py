@@ -1,20 +1,21 @@
 """Reads the rows of a problem set from a local file or from the Hugging Face hub.
 
-This module handles file formats (JSONL, JSON, parquet). It contains nothing that is specific to one
-problem set. Error messages name the file and the line or row.
+This module handles file formats (JSONL, JSON, parquet, CSV). It contains nothing that is specific
+to one problem set. Error messages name the file and the line or row.
 """
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo import json_lines
 from grpo.types import DownloadError, Problem, UserError, first_line
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 # Fields of an evaluation set that are copied to `Problem.meta`.
 EVALUATION_META_FIELDS = ("subject", "level", "unit", "tolerance", "year")
 
@@ -35,12 +36,23 @@ class HubDataset(NamedTuple):
     id: str
     config: str | None
     split: str
+    is_gated: bool = False  # its terms must be accepted on its page of the hub
 
 
 def check_split(name: str, split: str) -> None:
     """Raises UserError if `split` is neither `train` nor `test`."""
     if split not in ("train", "test"):
         raise UserError(f"data.{name}: unknown split {split!r}. Available: train, test.")
+
+
+def check_evaluation_split(name: str, split: str) -> None:
+    """Raises UserError if `split` is not `test`, for a set that is used for evaluation only."""
+    check_split(name, split)
+    if split == "train":
+        raise UserError(
+            f"data.{name}: this set is for evaluation only and has no train split. Use it in "
+            "eval.data."
+        )
 
 
 def read_rows(
@@ -54,7 +66,8 @@ def read_rows(
 
     Args:
         path: A file, or a folder that contains a file named after one of `stems`. None: read `hub`.
-        stems: File names without suffix, in order of preference. Suffixes: .jsonl, .json, .parquet.
+        stems: File names without suffix, in order of preference. Suffixes: .jsonl, .json, .parquet,
+            .csv.
         hub: The data set on the hub. Required if `path` is None.
         malformed: A list that receives the reason for each row that is no object of text, which is
             then skipped. None: such a row is an error.
@@ -75,7 +88,7 @@ def read_rows(
         raise UserError(
             f"data.path: {path} has an unsupported format. Supported: {', '.join(SUFFIXES)}."
         )
-    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_json(file, malformed)
+    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_text(file, malformed)
     if not rows:
         raise UserError(f"{file}: no rows")
     return rows
@@ -139,12 +152,7 @@ def evaluation_problems(
     Raises:
         UserError: `split` is `train`, or a row is incomplete.
     """
-    check_split(name, split)
-    if split == "train":
-        raise UserError(
-            f"data.{name}: this set is for evaluation only and has no train split. Use it in "
-            "eval.data."
-        )
+    check_evaluation_split(name, split)
     problems = []
     for index, row in enumerate(rows):
         question = text_field(row, "problem", "question")
@@ -185,18 +193,17 @@ def check_unique_ids(problems: Iterable[Problem]) -> None:
         ids.add(problem.id)
 
 
-# JSON is not read through `datasets`: it turns date-like text into timestamps, rejects columns of
-# mixed types, adds the fields of all rows to each row, and its errors do not name a line.
-def _read_json(file: Path, malformed: list[str] | None) -> list[Row]:
+def _read_text(file: Path, malformed: list[str] | None) -> list[Row]:
+    """Returns the rows of a JSONL, JSON or CSV file."""
     values: Iterable[tuple[int, Any]]
-    if file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
+    unit = "line"
+    if file.suffix == ".csv":
         unit = "row"
-        try:
-            values = enumerate(json.loads(file.read_bytes()), start=1)
-        except ValueError as error:
-            raise UserError(f"{file}: {error}") from error
+        values = _csv_values(file)
+    elif file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
+        unit = "row"
+        values = _array_values(file)
     else:
-        unit = "line"
         values = json_lines.read(file)
     rows = []
     for number, fields in values:
@@ -209,11 +216,34 @@ def _read_json(file: Path, malformed: list[str] | None) -> list[Row]:
     return rows
 
 
+# JSON is not read through `datasets`: it turns date-like text into timestamps, rejects columns of
+# mixed types, adds the fields of all rows to each row, and its errors do not name a line.
+def _array_values(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yields the elements of a JSON array with their numbers."""
+    try:
+        yield from enumerate(json.loads(file.read_bytes()), start=1)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _csv_values(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the rows below the header with their numbers. All values are text."""
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            yield from enumerate(reader, start=1)
+        except (csv.Error, UnicodeDecodeError) as error:
+            location = f"{file}: line {reader.line_num + 1}"
+            raise UserError(f"{location}: not a readable CSV file: {_one_line(error)}") from None
+
+
 def _row(location: str, fields: object) -> Row:
     if not isinstance(fields, dict):
         raise UserError(
             f"{location}: got a {type(fields).__name__}, expected an object with fields"
         )
+    if None in fields:  # of a CSV file
+        raise UserError(f"{location}: has more cells than the header has columns")
     try:
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -248,9 +278,12 @@ def _read_hub(hub: HubDataset) -> list[Row]:
         table = datasets.load_dataset(hub.id, hub.config, split=hub.split)
     # Network, authorization and cache errors of several libraries. The way out is the same.
     except Exception as error:
+        access = ""
+        if hub.is_gated:
+            access = "It is gated: accept its terms on its page, and log in with `hf auth login`. "
         raise DownloadError(
-            f"{hub.id} cannot be fetched from the hub. Set data.path to a local file or folder; in "
-            f"`sets`, each set has its own path. ({_one_line(error)})"
+            f"{hub.id} cannot be fetched from the hub. {access}Set data.path to a local file or "
+            f"folder; in `sets`, each set has its own path. ({_one_line(error)})"
         ) from error
     return [
         Row(f"{hub.id} {hub.split}: row {number}", dict(fields))
