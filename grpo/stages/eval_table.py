@@ -14,26 +14,24 @@ from grpo.rewards.verifier.parse import final_answer
 Row = Mapping[str, Any]  # a completion in samples/
 Metrics = dict[str, float]
 
-# Columns of the table, in order. table.json has all metrics.
-TABLE_METRICS = (
-    "problems",
-    "accuracy",
-    "accuracy/low",
-    "accuracy/high",
-    "pass@",
-    "maj@",
-    "format",
-    "undecided",
-    "completion/truncated",
-    "completion/length",
-    "length/right",
-    "length/wrong",
-    "completion/tokens",
-    "time/sampling_s",
-    "tokens_per_s",
-    "cost",
-)
-# Metrics that are followed by the number of completions.
+# Columns of the table, in order, with their headings. table.json has all metrics.
+COLUMNS = {
+    "problems": "problems",
+    "accuracy": "accuracy [95 %]",
+    "pass@": "pass@",
+    "maj@": "maj@",
+    "format": "format",
+    "undecided": "undecided",
+    "completion/truncated": "truncated",
+    "completion/length": "length",
+    "length/right": "length right",
+    "length/wrong": "length wrong",
+    "completion/tokens": "tokens",
+    "time/sampling_s": "seconds",
+    "tokens_per_s": "tokens/s",
+    "cost": "cost",
+}
+# Metrics whose names and headings end in the number of completions.
 SAMPLED_METRICS = ("pass@", "maj@")
 # Metrics of the average row: the mean over the sets, and the sum.
 AVERAGED_METRICS = ("undecided", "completion/truncated", "completion/length")
@@ -173,35 +171,34 @@ def average(results: Mapping[str, SetResult]) -> Metrics:
 
 
 def markdown_table(table: Mapping[str, Metrics]) -> str:
-    """Returns a table with a row per set and a column per metric of `TABLE_METRICS`.
+    """Returns a table with a row per set and a column per metric of `COLUMNS`.
 
     Args:
         table: The metrics by set: `{"aime": {"accuracy": 0.5}, "amc": {"accuracy": 0.75}}`.
     """
-    columns = _columns(table)
-    lines = [["set", *columns]]
+    headings = _headings(table)
+    lines = [["set", *headings.values()]]
     for name, metrics in table.items():
-        lines.append([name, *(_cell(key, metrics.get(key)) for key in columns)])
-    widths = [max(len(line[index]) for line in lines) for index in range(len(columns) + 1)]
+        lines.append([name, *(_cell(key, metrics) for key in headings)])
+    widths = [max(len(line[index]) for line in lines) for index in range(len(headings) + 1)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(_table_line(line, widths) for line in lines)
 
 
-def _columns(table: Mapping[str, Metrics]) -> list[str]:
-    """Returns the metrics that at least one set has, in the order of `TABLE_METRICS`."""
+def _headings(table: Mapping[str, Metrics]) -> dict[str, str]:
+    """Returns the headings of the metrics that at least one set has, in the order of `COLUMNS`."""
     keys: dict[str, None] = {}
     for metrics in table.values():
         keys.update(dict.fromkeys(metrics))
-    columns = []
-    for name in TABLE_METRICS:
+    headings = {}
+    for name, heading in COLUMNS.items():
         if name in SAMPLED_METRICS:
-            columns += sorted(
-                (key for key in keys if key.startswith(name)),
-                key=lambda key: int(key.partition("@")[2]),
-            )
+            sampled = [key for key in keys if key.startswith(name)]
+            sampled.sort(key=lambda key: int(key.partition("@")[2]))
+            headings.update({key: key for key in sampled})
         elif name in keys:
-            columns.append(name)
-    return columns
+            headings[name] = heading
+    return headings
 
 
 def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -212,9 +209,13 @@ def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(padded) + " |"
 
 
-def _cell(key: str, value: float | None) -> str:
-    if value is None:
+def _cell(key: str, metrics: Metrics) -> str:
+    if key not in metrics:
         return ""
+    value = metrics[key]
+    if key == "accuracy" and "accuracy/low" in metrics:
+        low, high = metrics["accuracy/low"], metrics["accuracy/high"]
+        return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
     if key in COUNTS:
         return f"{value:,.0f}"
     if key == "cost":

@@ -337,7 +337,7 @@ def test_one_evaluation_has_maths_choices_and_programs_and_a_table_with_their_av
     assert len(requests) == 8
     written = (run_dir / "table.md").read_text()
     assert written in capsys.readouterr().out
-    assert written.splitlines()[-1].startswith("| average |        8 |    41.7% |")
+    assert written.splitlines()[-1].startswith("| average |        8 |  41.7% [8.3, 75.0] |")
     (row,) = read_metrics(run_dir)
     assert row["eval/average/accuracy"] == accuracies["average"]
     assert row["eval/mbpp/accuracy"] == 0.5
