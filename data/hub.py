@@ -15,11 +15,11 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from grpo.data.common.columns import has_column, json_value, value_at
-from grpo.data.common.files import Row, check_split, text_field
+from grpo.data.common.files import SUFFIXES, Row, check_split, text_field
 from grpo.data.common.mixture import stable_hash
 from grpo.data.common.procedural import check_range
 from grpo.data.common.published_sets import NO_ANSWERS, PublishedSet, find_published_set
-from grpo.data.common.tables import FILE_SPLIT, SUFFIXES, StoredSet, table_rows
+from grpo.data.common.tables import FILE_SPLIT, StoredSet, table_rows
 from grpo.data.traces import (
     ASSISTANT_ROLES,
     USER_ROLES,

@@ -1,11 +1,12 @@
 """Reads the rows of a problem set from a local file or from the Hugging Face hub.
 
-This module handles file formats (JSONL, JSON, parquet). It contains nothing that is specific to one
-problem set. Error messages name the file and the line or row.
+This module handles file formats (JSONL, JSON, parquet, CSV). It contains nothing that is specific
+to one problem set. Error messages name the file and the line or row.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 from grpo import json_lines
 from grpo.types import DownloadError, Problem, UserError, first_line
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+MAX_CSV_CELL = 2**31 - 1  # characters
 # Fields of an evaluation set that are copied to `Problem.meta`.
 EVALUATION_META_FIELDS = ("subject", "level", "unit", "tolerance", "year")
 
@@ -35,12 +37,23 @@ class HubDataset(NamedTuple):
     id: str
     config: str | None
     split: str
+    is_gated: bool = False  # its terms must be accepted on its page of the hub
 
 
 def check_split(name: str, split: str) -> None:
     """Raises UserError if `split` is neither `train` nor `test`."""
     if split not in ("train", "test"):
         raise UserError(f"data.{name}: unknown split {split!r}. Available: train, test.")
+
+
+def check_evaluation_split(name: str, split: str) -> None:
+    """Raises UserError if `split` is not `test`, for a set that is used for evaluation only."""
+    check_split(name, split)
+    if split == "train":
+        raise UserError(
+            f"data.{name}: this set is for evaluation only and has no train split. Use it in "
+            "eval.data."
+        )
 
 
 def read_rows(
@@ -54,7 +67,8 @@ def read_rows(
 
     Args:
         path: A file, or a folder that contains a file named after one of `stems`. None: read `hub`.
-        stems: File names without suffix, in order of preference. Suffixes: .jsonl, .json, .parquet.
+        stems: File names without suffix, in order of preference. Suffixes: .jsonl, .json, .parquet,
+            .csv.
         hub: The data set on the hub. Required if `path` is None.
         malformed: A list that receives the reason for each row that is no object of text, which is
             then skipped. None: such a row is an error.
@@ -75,8 +89,12 @@ def read_rows(
         raise UserError(
             f"data.path: {path} has an unsupported format. Supported: {', '.join(SUFFIXES)}."
         )
-    is_parquet = file.suffix == ".parquet"
-    rows = _read_parquet(file) if is_parquet else list(json_rows(file, malformed))
+    if file.suffix == ".parquet":
+        rows = _read_parquet(file)
+    elif file.suffix == ".csv":
+        rows = list(csv_rows(file, malformed))
+    else:
+        rows = list(json_rows(file, malformed))
     if not rows:
         raise UserError(f"{file}: no rows")
     return rows
@@ -140,12 +158,7 @@ def evaluation_problems(
     Raises:
         UserError: `split` is `train`, or a row is incomplete.
     """
-    check_split(name, split)
-    if split == "train":
-        raise UserError(
-            f"data.{name}: this set is for evaluation only and has no train split. Use it in "
-            "eval.data."
-        )
+    check_evaluation_split(name, split)
     problems = []
     for index, row in enumerate(rows):
         question = text_field(row, "problem", "question")
@@ -224,11 +237,48 @@ def json_rows(
             malformed.append(str(error))
 
 
+# CSV is not read through `datasets`: it guesses types, so that the answer 1.50 becomes 1.5, and 42
+# in a column with an empty cell becomes 42.0.
+def csv_rows(file: Path, malformed: list[str] | None = None) -> Iterator[Row]:
+    """Yields the rows below the header of a CSV file. All values are text; an empty cell is None.
+
+    Args:
+        file: The file.
+        malformed: As for `read_rows`, for rows with another number of cells than the header.
+
+    Raises:
+        UserError: The file is not CSV, or two of its columns have the same name.
+    """
+    csv.field_size_limit(MAX_CSV_CELL)
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.reader(lines, strict=True)
+            names = next(reader, [])
+            if len(set(names)) < len(names):
+                raise UserError(f"{file}: two columns have the same name: {', '.join(names)}")
+            for number, cells in enumerate(reader, start=1):
+                if len(cells) == len(names):
+                    fields = {name: cell or None for name, cell in zip(names, cells, strict=True)}
+                    yield Row(f"{file}: row {number}", fields)
+                elif cells:  # not a blank line
+                    reason = (
+                        f"{file}: row {number}: {len(cells)} cells, expected {len(names)}: "
+                        f"{', '.join(names)}"
+                    )
+                    if malformed is None:
+                        raise UserError(reason)
+                    malformed.append(reason)
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file}: not a readable CSV file: {one_line(error)}") from error
+
+
 def _row(location: str, fields: object) -> Row:
     if not isinstance(fields, dict):
         raise UserError(
             f"{location}: got a {type(fields).__name__}, expected an object with fields"
         )
+    if None in fields:  # of a CSV file
+        raise UserError(f"{location}: has more cells than the header has columns")
     try:
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -263,9 +313,12 @@ def _read_hub(hub: HubDataset) -> list[Row]:
         table = datasets.load_dataset(hub.id, hub.config, split=hub.split)
     # Network, authorization and cache errors of several libraries. The way out is the same.
     except Exception as error:
+        access = ""
+        if hub.is_gated:
+            access = "It is gated: accept its terms on its page, and log in with `hf auth login`. "
         raise DownloadError(
-            f"{hub.id} cannot be fetched from the hub. Set data.path to a local file or folder; in "
-            f"`sets`, each set has its own path. ({one_line(error)})"
+            f"{hub.id} cannot be fetched from the hub. {access}Set data.path to a local file or "
+            f"folder; in `sets`, each set has its own path. ({one_line(error)})"
         ) from error
     return [
         Row(f"{hub.id} {hub.split}: row {number}", dict(fields))

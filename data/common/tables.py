@@ -6,7 +6,6 @@ and file formats. It contains nothing about problems.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -14,18 +13,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo.data.common.files import Row, import_datasets, json_rows, one_line
+from grpo.data.common.files import SUFFIXES, Row, csv_rows, import_datasets, json_rows, one_line
 from grpo.data.common.published_sets import PUBLISHED_SETS
 from grpo.types import DownloadError, UserError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 # Files that `datasets.Dataset.save_to_disk` and `DatasetDict.save_to_disk` write.
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 # Types of columns that have no text. They are not read: decoding them needs further packages.
 MEDIA_FEATURES = ("Image", "Audio", "Video", "Pdf")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILE_SPLIT = "train"  # the split of a single file
-MAX_CSV_CELL = 2**31 - 1  # characters
 
 
 class StoredSet(NamedTuple):
@@ -96,7 +93,7 @@ def _file_rows(file: Path, stored: StoredSet, malformed: list[str] | None) -> It
     if file.suffix == ".parquet":
         return _parquet_rows(file, stored)
     if file.suffix == ".csv":
-        return _csv_rows(file, malformed)
+        return csv_rows(file, malformed)
     if file.suffix in SUFFIXES:
         return json_rows(file, malformed, allow_lists=True)
     raise UserError(
@@ -118,32 +115,6 @@ def _parquet_rows(file: Path, stored: StoredSet) -> Iterator[Row]:
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"{file}: not a readable parquet file: {one_line(cause)}") from error
-
-
-# CSV is not read through `datasets`: it guesses types, so that the answer 1.50 becomes 1.5, and 42
-# in a column with an empty cell becomes 42.0.
-def _csv_rows(file: Path, malformed: list[str] | None) -> Iterator[Row]:
-    csv.field_size_limit(MAX_CSV_CELL)
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.reader(lines, strict=True)
-            names = next(reader, [])
-            if len(set(names)) < len(names):
-                raise UserError(f"{file}: two columns have the same name: {', '.join(names)}")
-            for number, cells in enumerate(reader, start=1):
-                if len(cells) == len(names):
-                    fields = {name: cell or None for name, cell in zip(names, cells, strict=True)}
-                    yield Row(f"{file}: row {number}", fields)
-                elif cells:  # not a blank line
-                    reason = (
-                        f"{file}: row {number}: {len(cells)} cells, expected {len(names)}: "
-                        f"{', '.join(names)}"
-                    )
-                    if malformed is None:
-                        raise UserError(reason)
-                    malformed.append(reason)
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file}: not a readable CSV file: {one_line(error)}") from error
 
 
 def _saved_dataset(folder: Path, stored: StoredSet, split: str) -> Any:

@@ -20,9 +20,12 @@ from grpo.config.sections import (
     EvalSettings,
     LearnerSettings,
     PromptSettings,
+    RewardEntry,
+    RewardSettings,
+    SamplingSettings,
     TrainSettings,
 )
-from grpo.config.train import RunConfig, SamplingStageConfig, TrainConfig
+from grpo.config.train import RunConfig, SamplingStageConfig, TrainConfig, set_length_options
 
 R1_MAX_TOKENS = 32768  # length of completions in DeepSeek-R1's evaluation
 
@@ -437,6 +440,56 @@ def _only(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: tree[key] for key in keys}
 
 
+class EvalDataSettings(DataSettings):
+    """The problems of an evaluation without `sets`, or with `path` alone the files of all sets."""
+
+    @model_validator(mode="after")
+    def _check_one_of_name_and_mixture(self) -> EvalDataSettings:
+        if self.name and self.mixture:
+            raise ValueError("set either name (one problem set) or mixture (several)")
+        if self.options and not self.name:
+            raise ValueError("options has no effect without name: set the options of each set")
+        return self
+
+    @property
+    def has_problems(self) -> bool:
+        """Whether the section names a problem set. If not, its path is for those of `sets`."""
+        return bool(self.name or self.mixture)
+
+
+class EvalSetSettings(DataSettings):
+    """One set of an evaluation: its problems, and settings that replace those of the config."""
+
+    rewards: dict[str, RewardEntry] | None = Field(
+        None, description="Rewards of this set. Default: those of the config."
+    )
+    prompt: PromptSettings | None = Field(
+        None,
+        description="Keys of section `prompt` with another value for this set, e.g. `{system: "
+        "...}`. All other keys have the values of the config.",
+    )
+    sampling: SamplingSettings | None = Field(
+        None,
+        description="Keys of section `sampling` with another value for this set, e.g. "
+        "`{max_tokens: 512}`. All other keys have the values of the config.",
+    )
+    problems: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum number of problems of this set. Default: `eval.problems`.",
+    )
+    samples: int | None = Field(
+        None,
+        ge=1,
+        description="Number of completions per problem of this set. Default: `eval.samples`.",
+    )
+
+
+# Sections of which a set may change some keys.
+_SET_SECTIONS = ("prompt", "sampling")
+AVERAGE = "average"  # the last row of the table of several sets
+
+
 class EvalConfig(TrainConfig):
     """The config of `grpo eval`: a train config, which may omit the sections for training.
 
@@ -445,6 +498,11 @@ class EvalConfig(TrainConfig):
     """
 
     is_evaluation: ClassVar[bool] = True
+    data: EvalDataSettings = Field(
+        EvalDataSettings(),
+        description="The problems of an evaluation without `sets`. With `sets`, `data: {path: "
+        "FOLDER}` is the folder in which every set without a path finds its file.",
+    )
     train: TrainSettings = Field(
         TrainSettings(rollouts=1),
         description="Not used by the evaluation. The section is allowed so that a train config can "
@@ -458,10 +516,11 @@ class EvalConfig(TrainConfig):
         description="Endpoint with the model to evaluate. Default: `model.path` on an engine of "
         "the run.",
     )
-    sets: dict[str, DataSettings] = Field(
+    sets: dict[str, EvalSetSettings] = Field(
         {},
-        description="Evaluation sets by name. Default: one set, `eval.data` or the test split of "
-        "`data`.",
+        description="Evaluation sets by name. Each can have its own rewards, prompt and limits. An "
+        "empty value, `sets.NAME=`, removes a set. Default: one set, `eval.data` or the test split "
+        "of `data`.",
     )
     chunk: int = Field(
         64,
@@ -469,6 +528,28 @@ class EvalConfig(TrainConfig):
         description="Number of problems that are sampled, scored and written together. A resumed "
         "run continues after the last written chunk.",
     )
+    price: float | None = Field(
+        None,
+        gt=0,
+        description="Price of the machine per hour. The table then has the cost of each set.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_sets(cls, tree: Any) -> Any:
+        """Removes empty sets, and completes the sections of each set with those of the config.
+
+        A dumped config has complete sections, so that it can be parsed again.
+        """
+        if not isinstance(tree, dict) or not isinstance(tree.get("sets"), dict):
+            return tree
+        sets = {}
+        for name, settings in tree["sets"].items():
+            if isinstance(settings, dict):
+                sets[name] = _with_complete_sections(settings, tree)
+            elif settings is not None:
+                sets[name] = settings
+        return {**tree, "sets": sets}
 
     @model_validator(mode="after")
     def _check_combinations(self) -> EvalConfig:
@@ -480,56 +561,165 @@ class EvalConfig(TrainConfig):
             )
         if self.endpoint:
             _check_chat_prompt("endpoint", self.prompt)
+        if not self.sets:
+            self._check_single_set()
+        for name, settings in self.sets.items():
+            self._check_set(name, settings)
+        return self
+
+    def _check_single_set(self) -> None:
+        """Raises ValueError if an evaluation without `sets` has no held-out problems."""
+        if not self.eval.data and not self.data.has_problems:
+            raise ValueError(
+                "no problems: set data.name, or sets, for example sets={math500: {name: math}}"
+            )
         data = self.eval.data or self.data
         names = [source.name for source in data.data_sets.values()]
-        if not self.sets and "traces" in names:
+        if "traces" in names:
             raise ValueError(
                 "data.traces has no test split, so these are the problems of the training: set the "
                 "problems to evaluate on, for example eval.data={name: math}"
             )
-        for name in self.sets:
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name):
-                raise ValueError(
-                    f"sets.{name}: invalid name. A name starts with a letter, and has letters, "
-                    "digits, _ and . only"
-                )
-        return self
+
+    def _check_set(self, name: str, settings: EvalSetSettings) -> None:
+        """Raises ValueError if a set is wrong. Sets the default options of its reward `length`."""
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name):
+            raise ValueError(
+                f"sets.{name}: invalid name. A name starts with a letter, and has letters, "
+                "digits, _ and . only"
+            )
+        if name == AVERAGE:
+            raise ValueError(
+                f"sets.{name}: this is the name of the table's last row: choose another name"
+            )
+        if settings.rewards is not None:
+            if not settings.rewards:
+                raise ValueError(f"sets.{name}.rewards is empty: set a reward, or remove the key")
+            sampling = settings.sampling or self.sampling
+            set_length_options(settings.rewards, sampling.max_tokens)
+        if settings.prompt is not None:
+            self._check_set_prompt(name, settings.prompt)
+        num_samples = settings.samples or self.eval.samples
+        if num_samples > 1 and self.eval.temperature == 0 and self.eval.protocol == "own":
+            raise ValueError(
+                f"sets.{name}.samples={num_samples} with eval.temperature=0: greedy completions "
+                "are all the same. Set eval.temperature above 0"
+            )
+
+    def _check_set_prompt(self, name: str, prompt: PromptSettings) -> None:
+        if prompt.chat_template != self.prompt.chat_template:
+            raise ValueError(
+                f"sets.{name}.prompt.chat_template: all sets have the same chat template: set "
+                "prompt.chat_template"
+            )
+        if self.endpoint:
+            _check_chat_prompt(f"sets.{name}: endpoint", prompt)
 
     @property
     def evaluation_sets(self) -> dict[str, DataSettings]:
         """The evaluation sets by name. A single set without a name has the name ""."""
-        if self.sets:
-            return self.sets
-        return {"": self.eval.data or self.data}
+        if not self.sets:
+            return {"": self.eval.data or self.data}
+        if self.data.has_problems:
+            return dict(self.sets)
+        return {
+            name: settings.model_copy(update={"path": settings.path or self.data.path})
+            for name, settings in self.sets.items()
+        }
+
+    def set_configs(self) -> dict[str, EvalConfig]:
+        """Returns a config for each evaluation set, in which its settings are those of the config.
+
+        The names are those of `evaluation_sets`.
+        """
+        if not self.sets:
+            return {"": self}
+        return {name: self._set_config(name) for name in self.sets}
+
+    def _set_config(self, name: str) -> EvalConfig:
+        settings = self.sets[name]
+        changes: dict[str, Any] = {"sets": {name: settings}}
+        for key in ("rewards", *_SET_SECTIONS):
+            value = getattr(settings, key)
+            if value is not None:
+                changes[key] = value
+        eval_changes = {
+            "problems": settings.problems or self.eval.problems,
+            "samples": settings.samples or self.eval.samples,
+        }
+        changes["eval"] = self.eval.model_copy(update=eval_changes)
+        return self.model_copy(update=changes)
+
+    def rewards_of_samples(self, name: str) -> dict[str, RewardSettings]:
+        """Returns the rewards that score the completions in `samples/NAME.jsonl`."""
+        settings = self.sets.get(name.removeprefix("eval-"))
+        if settings is None or settings.rewards is None:
+            return self.rewards
+        return settings.rewards
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Maximum length of a sequence in tokens: a prompt and its completion, of any set."""
+        if not self.sets:
+            return super().max_sequence_tokens
+        return max(self._max_tokens_of_set(settings) for settings in self.sets.values())
+
+    def _max_tokens_of_set(self, settings: EvalSetSettings) -> int:
+        prompt = settings.prompt or self.prompt
+        sampling = settings.sampling or self.sampling
+        return prompt.max_tokens + sampling.max_tokens
 
     @property
     def length_keys(self) -> str:
         """The keys that determine the maximum length of a sequence, for error messages."""
-        if self.eval.protocol != "r1":
+        if self.eval.protocol == "r1":
+            return (
+                f"prompt.max_tokens + {R1_MAX_TOKENS} (eval.protocol=r1; own has the limit of the "
+                "config)"
+            )
+        if not self.sets:
             return super().length_keys
-        return (
-            f"prompt.max_tokens + {R1_MAX_TOKENS} (eval.protocol=r1; own has the limit of the "
-            "config)"
-        )
+        longest = max(self.sets, key=lambda name: self._max_tokens_of_set(self.sets[name]))
+        settings = self.sets[longest]
+        prompt_section = f"sets.{longest}.prompt" if settings.prompt else "prompt"
+        sampling_section = f"sets.{longest}.sampling" if settings.sampling else "sampling"
+        return f"{prompt_section}.max_tokens + {sampling_section}.max_tokens"
 
     def with_protocol(self) -> EvalConfig:
-        """Returns the config with the settings that `eval.protocol` prescribes.
+        """Returns the config with the settings that `eval.protocol` prescribes for all sets.
 
         Source: DeepSeek-R1 2501.12948 section 3.
         """
+        if self.eval.protocol == "own":
+            return self
         sampling_changes: dict[str, Any] = {}
-        eval_changes: dict[str, Any] = {}
+        eval_changes: dict[str, Any] = {"temperature": 0.0, "samples": 1}
         if self.eval.protocol == "r1":
             sampling_changes = {"max_tokens": R1_MAX_TOKENS, "top_p": 0.95}
             eval_changes = {"temperature": 0.6}
-        elif self.eval.protocol == "greedy":
-            eval_changes = {"temperature": 0.0, "samples": 1}
+        sets = {}
+        for name, settings in self.sets.items():
+            set_changes: dict[str, Any] = {"samples": None}
+            if settings.sampling is not None:
+                set_changes["sampling"] = settings.sampling.model_copy(update=sampling_changes)
+            sets[name] = settings.model_copy(update=set_changes)
         return self.model_copy(
             update={
                 "sampling": self.sampling.model_copy(update=sampling_changes),
                 "eval": self.eval.model_copy(update=eval_changes),
+                "sets": sets,
             }
         )
+
+
+def _with_complete_sections(settings: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns a set's tree in which the keys of its sections are added to those of the config."""
+    completed = dict(settings)
+    for key in _SET_SECTIONS:
+        section, common = settings.get(key), tree.get(key)
+        if isinstance(section, dict) and isinstance(common, dict):
+            completed[key] = {**common, **section}
+    return completed
 
 
 class QuantizeSettings(Section):

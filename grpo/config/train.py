@@ -95,6 +95,20 @@ class RunConfig(Section):
         return self.learner.timeout_s
 
 
+def set_length_options(rewards: dict[str, RewardSettings], max_tokens: int) -> None:
+    """Sets the options of the reward `length` if it is one of the rewards and has none.
+
+    Args:
+        rewards: The rewards by name.
+        max_tokens: Maximum length of a completion in tokens.
+    """
+    length_reward = rewards.get("length")
+    if length_reward is not None and not length_reward.options:
+        # As in DAPO, the penalty starts in the last fifth of the maximum length.
+        length_reward.options["max_tokens"] = max_tokens
+        length_reward.options["buffer"] = max(1, max_tokens // 5)
+
+
 class SamplingStageConfig(RunConfig):
     """The keys that the configs of all commands that sample and score completions have."""
 
@@ -118,17 +132,17 @@ class SamplingStageConfig(RunConfig):
     @model_validator(mode="after")
     def _check_rewards(self) -> SamplingStageConfig:
         """Sets the default options of reward `length`. Raises ValueError without any reward."""
-        length_reward = self.rewards.get("length")
-        if length_reward is not None and not length_reward.options:
-            # As in DAPO, the penalty starts in the last fifth of the maximum length.
-            length_reward.options["max_tokens"] = self.sampling.max_tokens
-            length_reward.options["buffer"] = max(1, self.sampling.max_tokens // 5)
+        set_length_options(self.rewards, self.sampling.max_tokens)
         if not self.rewards:
             raise ValueError(
                 "rewards is empty: nothing can be learned. Set for example "
                 "rewards={accuracy: 1.0, format: 0.1}"
             )
         return self
+
+    def rewards_of_samples(self, name: str) -> dict[str, RewardSettings]:
+        """Returns the rewards that score the completions in `samples/NAME.jsonl`."""
+        return self.rewards
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -58,8 +58,23 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
         values: One value per problem.
         seed: Seed of the resampling.
     """
-    means = _resampled_means(np.asarray(values, dtype=float), seed)
+    generator = np.random.default_rng(seed)
+    means = _resampled_means(np.asarray(values, dtype=float), generator)
     return _percentile_bounds(means)
+
+
+def average_interval(sets: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """Returns the 95 % bootstrap interval of the unweighted average of the means of several sets.
+
+    The problems of each set are resampled on their own; the sets are fixed.
+
+    Args:
+        sets: One value per problem for each set.
+        seed: Seed of the resampling.
+    """
+    generator = np.random.default_rng(seed)
+    means = [_resampled_means(np.asarray(values, dtype=float), generator) for values in sets]
+    return _percentile_bounds(np.mean(means, axis=0))
 
 
 def paired_comparison(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict[str, float]:
@@ -75,7 +90,7 @@ def paired_comparison(a: Sequence[float], b: Sequence[float], seed: int = 0) -> 
         number of problems on which B is `better`, `worse` and `equal`.
     """
     difference = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
-    means = _resampled_means(difference, seed)
+    means = _resampled_means(difference, np.random.default_rng(seed))
     low, high = _percentile_bounds(means)
     tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
     return {
@@ -89,9 +104,8 @@ def paired_comparison(a: Sequence[float], b: Sequence[float], seed: int = 0) -> 
     }
 
 
-def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+def _resampled_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Returns the means of resamples with replacement [NUM_RESAMPLES]."""
-    generator = np.random.default_rng(seed)
     means = []
     for _ in range(NUM_RESAMPLES // 100):  # in blocks, to bound the memory
         indices = generator.integers(0, len(values), (100, len(values)))

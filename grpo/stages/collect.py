@@ -66,6 +66,7 @@ def collect(config: CollectConfig, *, resume: bool) -> None:
             for problem in candidates
             if not ngrams(problem.question, settings.ngram) & excluded_ngrams
         ]
+        sampler.start()
         num_done = 0
         if resume:
             num_done = max((row["step"] for row in context.run.read_metrics()), default=0)

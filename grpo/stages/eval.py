@@ -1,13 +1,15 @@
 """`grpo eval`: evaluates a model on held-out problems, and compares two evaluations.
 
-The prompts and rewards come from a train config; an evaluation protocol can set how completions are
-sampled.
+The prompts and rewards come from the config, and may differ between the sets of an evaluation. All
+sets are sampled from one engine. An evaluation protocol can set how completions are sampled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,35 +21,32 @@ from grpo import config as configs
 from grpo import json_lines
 from grpo.config import EvalConfig
 from grpo.config.reading import read_yaml
+from grpo.config.stages import AVERAGE
 from grpo.experience.group_metrics import mean, sample_rows
-from grpo.experience.prompts import Prompts
+from grpo.experience.prompts import ChatPrompts, Prompts
 from grpo.experience.scoring import score
 from grpo.learning import models
 from grpo.metrics import statistics
-from grpo.rewards.verifier.parse import final_answer
 from grpo.run.directory import write_file
+from grpo.stages.eval_table import (
+    Metrics,
+    Row,
+    SetResult,
+    average,
+    evaluation_metrics,
+    markdown_table,
+    pass_rates,
+)
+from grpo.stages.eval_times import ChunkTimes, Times, cost_metrics
 from grpo.stages.final_model import final_model_path
-from grpo.stages.problems import load_problems, select_held_out
+from grpo.stages.problems import load_evaluation_sets, select_held_out
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
-from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards
+from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards_of_sets
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
-from grpo.types import Problem, UserError
+from grpo.types import DownloadError, Problem, UserError
 
-Row = Mapping[str, Any]  # a completion in samples/
 PassRates = dict[str, float]  # by problem id
 
-# Metrics in table.md, in addition to pass@k and maj@n. table.json has all metrics.
-TABLE_METRICS = (
-    "accuracy",
-    "accuracy/low",
-    "accuracy/high",
-    "format",
-    "undecided",
-    "completion/truncated",
-    "completion/length",
-    "length/right",
-    "length/wrong",
-)
 MAX_LISTED_CHANGES = 8  # problems that `compare` lists per direction
 # Completions per problem with eval.protocol=r1. DeepSeek-R1 samples 4 to 64, depending on the size
 # of the set (2501.12948 section 3).
@@ -57,7 +56,9 @@ R1_SAMPLES = 16
 
 
 def evaluate(config: EvalConfig, *, resume: bool) -> None:
-    """Writes `eval/` metrics, all completions, table.md and table.json into the run directory.
+    """Evaluates a model on all sets, prints the table and writes it into the run directory.
+
+    The run directory has `eval/` metrics, all completions, table.md and table.json.
 
     Raises:
         UserError: The config, the data or the model is wrong.
@@ -68,49 +69,80 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
     config = config.with_protocol()
     if not config.endpoint:
         config = with_final_model(config)
-    sets = config.evaluation_sets
-    with open_stage(config, "eval", total=len(sets), unit="evaluation", resume=resume) as context:
+    set_configs = config.set_configs()
+    with open_stage(
+        config, "eval", total=len(set_configs), unit="evaluation", resume=resume
+    ) as context:
         with context.loading_problems():
-            workers, rewards = load_rewards(config)
+            workers, rewards = load_rewards_of_sets(set_configs)
             context.stack.callback(workers.close)
-            problems = {
-                name: load_problems(data, "test", config.seed, config.rewards, context.display.say)
-                for name, data in sets.items()
-            }
+            problems = load_evaluation_sets(set_configs, context.display.say)
         sampler = Sampler(config, context, config.endpoint)
-        write_file(context.run.metrics, "")  # one row is written at the end, also after a resume
-        context.display.begin(0)
-        metrics: dict[str, float] = {}
-        table: dict[str, dict[str, float]] = {}
-        for num_done, (name, data) in enumerate(sets.items()):
-            held_out = select_held_out(data, problems[name], sampler.prompts, config.eval.problems)
-            evaluation = Evaluation(
-                config=config,
+        # The prompts of all sets are checked before the engine starts.
+        evaluations = {}
+        for num_done, (name, set_config) in enumerate(set_configs.items()):
+            prompts = _prompts_of_set(sampler, name, set_config)
+            evaluations[name] = Evaluation(
+                config=set_config,
                 context=context,
-                sampler=sampler,
-                rewards=rewards,
+                prompts=prompts,
+                problems=_held_out_problems(name, set_config, problems[name], prompts),
+                rewards=rewards[name],
                 set_name=name,
                 num_done=num_done,
             )
-            rows = evaluation.rows(held_out)
-            sampled_metrics = evaluation_metrics([row for row in rows if not row["greedy"]])
-            greedy_rows = [row for row in rows if row["greedy"]]
+        if not all(evaluation.is_sampled for evaluation in evaluations.values()):
+            sampler.start()
+        write_file(context.run.metrics, "")  # one row is written at the end, also after a resume
+        context.display.begin(0)
+        metrics: Metrics = {}
+        results: dict[str, SetResult] = {}
+        for name, evaluation in evaluations.items():
+            results[name or "all"], greedy_metrics = evaluation.result(sampler)
             prefix = f"eval/{name}/" if name else "eval/"
-            table[name or "all"] = sampled_metrics
-            metrics.update(_with_prefix(prefix, sampled_metrics))
-            if greedy_rows:
-                metrics.update(_with_prefix(f"{prefix}greedy/", evaluation_metrics(greedy_rows)))
-        _write_results(context, metrics, table)
+            metrics.update(_with_prefix(prefix, results[name or "all"].metrics))
+            metrics.update(_with_prefix(f"{prefix}greedy/", greedy_metrics))
+        _write_results(context, metrics, results)
 
 
-def _write_results(
-    context: RunContext, metrics: Mapping[str, float], table: Mapping[str, Mapping[str, float]]
-) -> None:
+def _prompts_of_set(sampler: Sampler, name: str, config: EvalConfig) -> Prompts | ChatPrompts:
+    try:
+        return sampler.prompts_for(config.prompt)
+    except UserError as error:
+        raise UserError(f"sets.{name}: {error}") from None
+
+
+def _held_out_problems(
+    name: str,
+    config: EvalConfig,
+    problems: Mapping[str, Sequence[Problem]],
+    prompts: Prompts | ChatPrompts,
+) -> list[Problem]:
+    """Returns the problems of a set that are evaluated. Raises UserError if a prompt is too long.
+
+    `problems` has the problems of each data set by name.
+    """
+    data = config.evaluation_sets[name]
+    try:
+        return select_held_out(data, problems, prompts, config.eval.problems)
+    except UserError as error:
+        if not name:
+            raise
+        raise UserError(f"sets.{name}: {error}") from None
+
+
+def _write_results(context: RunContext, metrics: Metrics, results: Mapping[str, SetResult]) -> None:
+    table = {name: result.metrics for name, result in results.items()}
+    if len(results) > 1:
+        table[AVERAGE] = average(results)
+        metrics = {**metrics, **_with_prefix(f"eval/{AVERAGE}/", table[AVERAGE])}
+    else:
+        for key, value in metrics.items():
+            context.display.say(f"{key.removeprefix('eval/'):32} {value:,.3f}")
     context.record({"step": 0, **metrics})
     write_file(context.run.path / "table.json", json.dumps(table, indent=2) + "\n")
     write_file(context.run.path / "table.md", markdown_table(table) + "\n")
-    for key, value in metrics.items():
-        context.display.say(f"{key.removeprefix('eval/'):32} {value:.3f}")
+    print(markdown_table(table))
 
 
 def _with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
@@ -141,35 +173,87 @@ class SamplingPass(NamedTuple):
 class Evaluation:
     """The evaluation of one set, in chunks. A chunk on disk is not sampled again."""
 
-    config: EvalConfig
+    config: EvalConfig  # of the set, see `EvalConfig.set_configs`
     context: RunContext
-    sampler: Sampler
+    prompts: Prompts | ChatPrompts
+    problems: Sequence[Problem]
     rewards: Rewards
     set_name: str  # "" if the only set has no name
     num_done: int  # finished sets
 
-    def rows(self, problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    @property
+    def _label(self) -> str:
+        """The name of the set in the names of files."""
+        return self.set_name or "000000"
+
+    @property
+    def _samples_file(self) -> Path:
+        return self.context.run.samples / f"eval-{self._label}.jsonl"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether all completions are on disk, as in a run that was finished before."""
+        return self._samples_file.exists()
+
+    def result(self, sampler: Sampler) -> tuple[SetResult, Metrics]:
+        """Samples what is missing, and returns the result of the set and of its greedy pass.
+
+        The metrics of the greedy pass are empty if the set has no such pass.
+
+        Args:
+            sampler: The sampler of the evaluation. Its engine must have been started, unless the
+                set is sampled.
+        """
+        rows = self._rows(sampler.with_settings(self.config, self.prompts))
+        sampled_rows = [row for row in rows if not row["greedy"]]
+        greedy_rows = [row for row in rows if row["greedy"]]
+        metrics = evaluation_metrics(sampled_rows)
+        metrics.update(self._cost_metrics(rows))
+        result = SetResult(metrics=metrics, pass_rates=pass_rates(sampled_rows))
+        return result, evaluation_metrics(greedy_rows) if greedy_rows else {}
+
+    def _cost_metrics(self, rows: Sequence[Row]) -> Metrics:
+        """Returns the number of problems and tokens, the durations and the cost of the set."""
+        num_tokens = sum(row["tokens"] for row in rows)
+        metrics = {
+            "problems": float(len(self.problems)),
+            "completion/tokens": float(num_tokens),
+        }
+        times = self._times.total(self._label, len(self._chunk_starts))
+        if times is not None:
+            metrics.update(cost_metrics(num_tokens, times, self.config.price))
+        return metrics
+
+    @property
+    def _times(self) -> ChunkTimes:
+        return ChunkTimes(self.context.run.path / "times.json")
+
+    @property
+    def _chunk_starts(self) -> range:
+        """The indices of the first problems of all chunks."""
+        return range(0, len(self.problems), self.config.chunk)
+
+    def _rows(self, sampler: Sampler) -> list[dict[str, Any]]:
         """Returns the rows of all completions and writes them to samples/eval-NAME.jsonl."""
         folder = self.context.run.samples
-        label = self.set_name or "000000"
-        samples_file = folder / f"eval-{label}.jsonl"
-        chunk_size = self.config.chunk
-        passes = self._passes(len(problems))
+        passes = self._passes(len(self.problems))
         chunk_files = []
-        for number, start in enumerate(range(0, len(problems), chunk_size)):
-            chunk_file = folder / f"part-{label}-{number:06d}.jsonl"
+        for number, start in enumerate(self._chunk_starts):
+            chunk_file = folder / f"part-{self._label}-{number:06d}.jsonl"
             chunk_files.append(chunk_file)
-            if samples_file.exists() or chunk_file.exists():
+            if self.is_sampled or chunk_file.exists():
                 continue
-            progress = f"{self.set_name} {start}/{len(problems)}".strip()
-            rows = self._sample(problems[start : start + chunk_size], passes, progress)
+            progress = f"{self.set_name} {start}/{len(self.problems)}".strip()
+            chunk = self.problems[start : start + self.config.chunk]
+            rows, times = self._sample(sampler, chunk, passes, progress)
+            self._times.record(self._label, number, times)
             self.context.run.write_samples(chunk_file.stem, rows)
-        if not samples_file.exists():
+        if not self.is_sampled:
             texts = [file.read_text(encoding="utf-8") for file in chunk_files]
-            write_file(samples_file, "".join(texts))
+            write_file(self._samples_file, "".join(texts))
         for chunk_file in chunk_files:
             chunk_file.unlink(missing_ok=True)
-        return json_lines.read_objects(samples_file)
+        return json_lines.read_objects(self._samples_file)
 
     def _passes(self, num_problems: int) -> list[SamplingPass]:
         settings = self.config.eval
@@ -183,113 +267,38 @@ class Evaluation:
         return passes
 
     def _sample(
-        self, problems: Sequence[Problem], passes: Sequence[SamplingPass], progress: str
-    ) -> list[dict[str, Any]]:
-        """Returns a row per completion of a chunk. `greedy` marks the additional greedy pass."""
+        self,
+        sampler: Sampler,
+        problems: Sequence[Problem],
+        passes: Sequence[SamplingPass],
+        progress: str,
+    ) -> tuple[list[dict[str, Any]], Times]:
+        """Returns a row per completion of a chunk, and the seconds of sampling and of scoring.
+
+        `greedy` in a row marks the additional greedy pass.
+        """
         rows = []
+        times = {"sampling": 0.0, "scoring": 0.0}
         for temperature, group_size in passes:
             self.context.signals.raise_if_received()
             on_progress = partial(_show_progress, self.context, self.num_done, progress)
-            groups = self.sampler.sample(problems, group_size, temperature, on_progress)
-            scored = score(groups, self.rewards, self.sampler.prompts.reward_prompt)
+            start = time.monotonic()
+            groups = sampler.sample(problems, group_size, temperature, on_progress)
+            sampled = time.monotonic()
+            scored = score(groups, self.rewards, self.prompts.reward_prompt)
+            times["sampling"] += sampled - start
+            times["scoring"] += time.monotonic() - sampled
             is_greedy = len(passes) > 1 and temperature == 0
             for row in sample_rows(scored):
                 row["greedy"] = is_greedy
                 rows.append(row)
-        return rows
+        return rows, times
 
 
 def _show_progress(
     context: RunContext, num_done_sets: int, part: str, num_finished: int, total: int
 ) -> None:
     context.display.phase(num_done_sets, "sampling", f"{part}, {num_finished}/{total}")
-
-
-def evaluation_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the metrics of completions.
-
-    The accuracy is the mean over problems of the share of correct completions (pass@1), with its
-    95 % interval over problems. An undecided completion counts as wrong; `undecided` is the share
-    of these. With n > 1 completions per problem, pass@k for k = 1, 2, 4, ... <= n and maj@n are
-    added. `length/right` and `length/wrong` are the mean lengths of correct and of all other
-    completions, in tokens. If a completion has no verdict, the metrics are the means of the rewards
-    and lengths, and the share of truncated completions.
-
-    Args:
-        rows: The completions as rows of samples/, at least one.
-    """
-    rewards = [row["reward"] for row in rows if row["reward"] is not None]
-    truncated = [float(row["finish_reason"] == "length") for row in rows]
-    metrics = {
-        "mean": mean(rewards),
-        "completion/length": mean([row["tokens"] for row in rows]),
-        "completion/truncated": mean(truncated),
-    }
-    for name in rows[0]["parts"]:
-        metrics[name] = mean([row["parts"][name] for row in rows if row["parts"][name] is not None])
-    if any(row["verdict"] is None for row in rows):
-        return metrics
-    metrics.update(_accuracy(rows))
-    metrics["undecided"] = mean([float(row["verdict"] == "undecided") for row in rows])
-    correct_lengths = [float(row["tokens"]) for row in rows if row["verdict"] == "correct"]
-    if correct_lengths:
-        metrics["length/right"] = mean(correct_lengths)
-    wrong_lengths = [float(row["tokens"]) for row in rows if row["verdict"] != "correct"]
-    if wrong_lengths:
-        metrics["length/wrong"] = mean(wrong_lengths)
-    return metrics
-
-
-def _accuracy(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the accuracy with its interval, and with several completions pass@k and maj@n."""
-    groups: dict[str, list[Row]] = defaultdict(list)  # by problem id
-    for row in rows:
-        groups[row["problem"]].append(row)
-    is_correct = [[row["verdict"] == "correct" for row in group] for group in groups.values()]
-    pass_rates = [sum(group) / len(group) for group in is_correct]
-    low, high = statistics.bootstrap_interval(pass_rates)
-    metrics = {"accuracy": mean(pass_rates), "accuracy/low": low, "accuracy/high": high}
-    min_group_size = min(len(group) for group in is_correct)
-    if min_group_size == 1:
-        return metrics
-    k = 1
-    while k <= min_group_size:
-        values = [statistics.pass_at_k(len(group), sum(group), k) for group in is_correct]
-        metrics[f"pass@{k}"] = mean(values)
-        k *= 2
-    majorities = []
-    for group, is_correct_in_group in zip(groups.values(), is_correct, strict=True):
-        answers = [final_answer(row["completion"]) for row in group]
-        majorities.append(statistics.majority_accuracy(answers, is_correct_in_group))
-    metrics[f"maj@{min_group_size}"] = mean(majorities)
-    return metrics
-
-
-def markdown_table(table: Mapping[str, Mapping[str, float]]) -> str:
-    """Returns a table with a row per set and a column per metric of `TABLE_METRICS`.
-
-    Args:
-        table: The metrics by set: `{"aime": {"accuracy": 0.5}, "amc": {"accuracy": 0.75}}`.
-    """
-    columns: list[str] = []
-    for metrics in table.values():
-        for key in metrics:
-            is_column = key in TABLE_METRICS or key.startswith(("pass@", "maj@"))
-            if is_column and key not in columns:
-                columns.append(key)
-    lines = ["| set | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for name, metrics in table.items():
-        cells = [_cell(key, metrics.get(key)) for key in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(key: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if "length" in key:
-        return f"{value:.1f}"
-    return f"{value:.1%}"
 
 
 def ask(model: str, question: str) -> None:
@@ -306,6 +315,7 @@ def ask(model: str, question: str) -> None:
         with open_stage(config, "ask", total=1, unit="question", resume=False) as context:
             problem = Problem(id="asked", question=question, answer="", source="asked")
             sampler = Sampler(config, context, None)
+            sampler.start()
             (group,) = sampler.sample([problem], 1, 0.0, _ignore_progress)
     thoughts, end_tag, answer = group.completions[0].text.rpartition("</think>")
     if end_tag:
@@ -452,6 +462,46 @@ def _print_largest_changes(
         print(f"  {label}: {', '.join(listed)}")
 
 
+def _arithmetic_of_set(config: EvalConfig) -> str:
+    settings = config.eval
+    num_samples = str(settings.samples)
+    if settings.protocol == "r1":
+        num_samples = (
+            f"{R1_SAMPLES_SMALL_SET} (sets of at most {R1_SMALL_SET} problems) or {R1_SAMPLES}"
+        )
+    return (
+        f"at most {settings.problems} problems, {num_samples} completions of at most "
+        f"{config.sampling.max_tokens} tokens at temperature {settings.temperature:g}, scored by "
+        f"{', '.join(config.rewards)}"
+    )
+
+
+def _max_tokens_of_set(config: EvalConfig) -> int:
+    """Returns the largest number of tokens that a set can sample."""
+    settings = config.eval
+    num_samples = settings.samples
+    if settings.protocol == "r1":
+        num_samples = R1_SAMPLES if settings.problems > R1_SMALL_SET else R1_SAMPLES_SMALL_SET
+    elif settings.temperature:
+        num_samples += 1  # the greedy pass
+    return settings.problems * num_samples * config.sampling.max_tokens
+
+
+def _index_of_alike(config: EvalConfig, parts: Sequence[EvalConfig]) -> int | None:
+    """Returns the index of the part with the same prompts, sampling and rewards."""
+    for index, part in enumerate(parts):
+        is_same_text = part.prompt == config.prompt and part.sampling == config.sampling
+        if is_same_text and part.rewards == config.rewards:
+            return index
+    return None
+
+
+def _part_name(config: EvalConfig) -> str:
+    """Returns `aime24 and 5 more` for a part of six sets."""
+    first, *others = config.sets
+    return f"{first} and {len(others)} more" if others else first
+
+
 class _EvalStage:
     command = "eval"
     config_class = EvalConfig
@@ -462,41 +512,50 @@ class _EvalStage:
 
     def batch_arithmetic(self, config: EvalConfig) -> str:
         config = config.with_protocol()
-        settings = config.eval
-        num_samples = str(settings.samples)
-        if settings.protocol == "r1":
-            num_samples = (
-                f"{R1_SAMPLES_SMALL_SET} (sets of at most {R1_SMALL_SET} problems) or {R1_SAMPLES}"
-            )
-        return (
-            f"problem     {num_samples} completions of at most {config.sampling.max_tokens} tokens "
-            f"at temperature {settings.temperature:g}\n"
-            f"sets        {', '.join(config.sets) or 'one'}, at most {settings.problems} problems "
-            "per set"
-        )
+        width = max([len(name) for name in config.sets], default=len("problem"))
+        lines = []
+        for name, set_config in config.set_configs().items():
+            lines.append(f"{name or 'problem':{width}}  {_arithmetic_of_set(set_config)}")
+        return "\n".join(lines)
 
     def needs(self, config: EvalConfig) -> StageNeeds:
         config = with_final_model(config.with_protocol())
-        settings = config.eval
-        num_sets = len(config.evaluation_sets)
-        num_completions = settings.problems * num_sets * settings.samples
+        set_configs = config.set_configs().values()
+        num_tokens = sum(_max_tokens_of_set(set_config) for set_config in set_configs)
         return StageNeeds(
             config=config,
             max_sequence_tokens=config.max_sequence_tokens,
             problems=ProblemNeeds(
-                held_out=tuple(config.evaluation_sets.values()), num_held_out=settings.problems
+                held_out=tuple(config.evaluation_sets.values()),
+                num_held_out=max(each.eval.problems for each in set_configs),
             ),
             memory=MemoryNeeds(engine=True, max_sequences=config.train.num_completions),
-            disk=DiskNeeds(sampled_tokens=num_completions * config.sampling.max_tokens),
+            disk=DiskNeeds(sampled_tokens=num_tokens),
             rewards=tuple(config.rewards),
             endpoint=config.endpoint,
         )
 
     def parts(self, config: EvalConfig) -> list[Part]:
-        return [Part(stage=self, config=config)]
+        """Returns a part for all sets with the same prompts, sampling and rewards."""
+        parts: list[EvalConfig] = []
+        for set_config in config.set_configs().values():
+            part = set_config.model_copy(update={"eval": config.eval})
+            index = _index_of_alike(part, parts)
+            if index is None:
+                parts.append(part)
+            else:
+                sets = {**parts[index].sets, **part.sets}
+                parts[index] = part.model_copy(update={"sets": sets})
+        if len(parts) == 1:
+            return [Part(stage=self, config=parts[0])]
+        return [Part(stage=self, config=part, name=_part_name(part)) for part in parts]
 
     def dry_run_lines(self, config: EvalConfig) -> list[str]:
-        check_rewards(config)
+        set_configs = config.set_configs()
+        for set_config in set_configs.values():
+            check_rewards(set_config)
+        with contextlib.suppress(DownloadError):  # the dry run reports it
+            load_evaluation_sets(set_configs)
         return []
 
     def checks(

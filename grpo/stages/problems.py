@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo import config as configs
 from grpo.experience import plugins
 from grpo.experience.prompts import ChatPrompts, Prompts
-from grpo.types import Problem, UserError
+from grpo.types import DownloadError, Problem, UserError
 
 if TYPE_CHECKING:
     from grpo.data.common.mixture import Mixture
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # Key of a data section -> the parameter of `load` that receives it.
 LOAD_PARAMETERS = {"split": "stored_split", "columns": "columns"}
 MAX_REFUSED_SHOWN = 5  # problems per message
+MAX_SETS_SHOWN = 3  # messages about evaluation sets
 MIN_SEEN = 200  # problems, see check_dropped
 HELD_OUT_SEED = 0  # the same for all runs, so that their evaluations have the same problems
 
@@ -105,6 +107,62 @@ def _sets_with(parameter: str) -> str:
             names.append(name)
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
+
+
+def load_evaluation_sets(
+    set_configs: Mapping[str, configs.EvalConfig], say: Callable[[str], None] = print
+) -> dict[str, dict[str, Sequence[Problem]]]:
+    """Returns the problems of each evaluation set by name, as `load_problems` does.
+
+    All sets are tried, so that the message names every set that has no problems.
+
+    Args:
+        set_configs: The config of each set, as `EvalConfig.set_configs` returns them.
+        say: Receives a line if rows were dropped.
+
+    Raises:
+        UserError: The problems of a set cannot be had. DownloadError if all failures are ones.
+    """
+    for config in set_configs.values():
+        _check_folder(config)
+    problems = {}
+    errors: dict[str, UserError] = {}
+    for name, config in set_configs.items():
+        data = config.evaluation_sets[name]
+        try:
+            problems[name] = load_problems(data, "test", config.seed, config.rewards, say)
+        except UserError as error:
+            errors[name] = error
+    if "" in errors:  # the only set
+        raise errors[""]
+    if not errors:
+        return problems
+    raise _error_of_sets(errors)
+
+
+def _error_of_sets(errors: Mapping[str, UserError]) -> UserError:
+    """Returns one error for the errors of several sets, by name of the set."""
+    messages = [f"sets.{name}: {error}" for name, error in errors.items()]
+    shown = "; ".join(message.removesuffix(".") for message in messages[:MAX_SETS_SHOWN])
+    num_others = len(messages) - MAX_SETS_SHOWN
+    others = f"; and {num_others} more" if num_others > 0 else ""
+    removals = " ".join(f"sets.{name}=" for name in errors)
+    text = f"{shown}{others}. To evaluate without these sets: {removals}"
+    if all(isinstance(error, DownloadError) for error in errors.values()):
+        return DownloadError(text)
+    return UserError(text)
+
+
+def _check_folder(config: configs.EvalConfig) -> None:
+    """Raises UserError if `data.path`, without a problem set of its own, is a single file."""
+    path = config.data.path
+    if not config.sets or config.data.has_problems or path is None:
+        return
+    if Path(path).expanduser().is_file():
+        raise UserError(
+            f"data.path={path}: a file, expected the folder with the files of all sets. For one "
+            "set, set sets.NAME.path"
+        )
 
 
 def check_dropped(

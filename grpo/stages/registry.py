@@ -41,6 +41,7 @@ def stage_for_config(tree: dict[str, Any]) -> Stage[Any]:
     """
     for command in (*COMPOSED, *SUMMARIES):
         stage = find_stage(command)
-        if any(key in tree for key in stage.sections):
+        # A dumped config has the keys of unused sections, with the value None.
+        if any(tree.get(key) is not None for key in stage.sections):
             return stage
     return find_stage("train")

@@ -20,6 +20,7 @@ FREE_ON_RESUME = (
     "eval",
     "probe",
     "engine",
+    "price",
     "reward_pool",
     "learner.timeout_s",
     "learner.threads",

@@ -283,6 +283,7 @@ def _run_trial(
         pool, rewards = load_rewards(config)
         context.stack.callback(pool.close)
         sampler = Sampler(config, context, needs.endpoint)
+        sampler.start()
         sync_s = 0.0
         if model is not None and needs.memory.syncs_weights:
             with redirect_output(scratch / "log"):

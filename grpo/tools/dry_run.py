@@ -15,7 +15,7 @@ from grpo.experience.prompts import EXAMPLE, R1_ZERO, Prompts, mark_special_toke
 from grpo.learning import models
 from grpo.run.display import redirect_output
 from grpo.stages.problems import load_problems
-from grpo.stages.stage import Stage, StageNeeds
+from grpo.stages.stage import Part, Stage, StageNeeds
 from grpo.types import DownloadError, Problem
 
 
@@ -40,21 +40,33 @@ def dry_run(stage: Stage[Any], config: Any) -> None:
         print(line)
     if needs is None:
         return
-    print(_prompt(needs, _load_problems(needs) or [[EXAMPLE]]))
+    for part in _parts_with_prompts(stage, config):
+        if part.name:
+            print(f"{part.name}:")
+        part_needs = part.stage.needs(part.config)
+        assert part_needs is not None  # only a pipeline has no needs, and a pipeline is no part
+        print(_prompt(part_needs, _load_problems(part_needs) or [[EXAMPLE]]))
+
+
+def _parts_with_prompts(stage: Stage[Any], config: Any) -> list[Part]:
+    """Returns the parts of an evaluation, whose prompts differ; for other kinds the whole stage."""
+    parts = stage.parts(config)
+    if all(part.stage is stage for part in parts):
+        return parts
+    return [Part(stage=stage, config=config)]
 
 
 def _load_problems(needs: StageNeeds) -> list[Sequence[Problem]]:
-    """Returns the problems of each data set, up to the first set that cannot be reached."""
-    seed = needs.config.seed
+    """Returns the problems of each data set, without the sets that cannot be reached."""
+    sections = [(data, "test") for data in needs.problems.held_out]
+    if needs.problems.training is not None:
+        sections.insert(0, (needs.problems.training, "train"))
     problems: list[Sequence[Problem]] = []
-    try:
-        if needs.problems.training is not None:
-            training = load_problems(needs.problems.training, "train", seed, needs.rewards)
-            problems += training.values()
-        for data in needs.problems.held_out:
-            problems += load_problems(data, "test", seed, needs.rewards).values()
-    except DownloadError as error:
-        print(f"data: {error}")
+    for data, split in sections:
+        try:
+            problems += load_problems(data, split, needs.config.seed, needs.rewards).values()
+        except DownloadError as error:
+            print(f"data: {error}")
     return problems
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -169,19 +170,28 @@ def regrade(run: Path, overrides: Sequence[str] = ()) -> tuple[list[dict[str, An
     # Every stage that writes samples has the sections `rewards` and `reward_pool`.
     config: Any = configs.parse(tree, str(run / "config.yaml"), stage.config_class)
     rows: list[dict[str, Any]] = []
-    for file in files:
-        rows += [{**row, "file": file.stem} for row in json_lines.read_objects(file)]
+    for path in files:
+        rows += [{**row, "file": path.stem} for row in json_lines.read_objects(path)]
     if not rows:
         raise UserError(f"{run}: its samples are empty")
-    by_problem = itertools.groupby(rows, key=lambda row: (row["file"], row["problem"]))
-    groups = [_group(list(group_rows)) for _, group_rows in by_problem]
+    scored_groups: list[ScoredGroup] = []
     with WorkerPool(config.reward_pool.workers, memory_gb=config.reward_pool.memory_gb) as pool:
-        rewards = plugins.rewards(config.rewards, pool)
-        scored_groups = score(groups, rewards, lambda problem: problem.question)
+        # The sets of an evaluation can have different rewards.
+        for settings, rows_of_rewards in itertools.groupby(
+            rows, key=lambda row: config.rewards_of_samples(row["file"])
+        ):
+            by_problem = itertools.groupby(rows_of_rewards, key=itemgetter("file", "problem"))
+            groups = [_group(list(group_rows)) for _, group_rows in by_problem]
+            rewards = plugins.rewards(settings, pool)
+            scored_groups += score(groups, rewards, lambda problem: problem.question)
     regraded = _with_new_rewards(rows, scored_groups)
     lines = [f"{len(rows)} completions of {len(scored_groups)} groups"]
-    for name in regraded[0]["parts"]:
-        lines += _changes_of_reward(name, regraded)
+    rows_by_reward: dict[str, list[dict[str, Any]]] = {}
+    for row in regraded:
+        for name in row["parts"]:
+            rows_by_reward.setdefault(name, []).append(row)
+    for name, rows_of_reward in rows_by_reward.items():
+        lines += _changes_of_reward(name, rows_of_reward)
     return regraded, "\n".join(lines)
 
 

@@ -108,13 +108,14 @@ def read_reproducible_results(run_dir):
     """
     metrics = []
     for row in read_metrics(run_dir):
-        metrics.append({key: value for key, value in row.items() if not _is_timed(key)})
+        metrics.append({key: value for key, value in row.items() if not is_timed(key)})
     samples = {path.name: _content(path) for path in sorted((run_dir / "samples").iterdir())}
     weights = (run_dir / "final" / "model.safetensors").read_bytes()
     return metrics, samples, weights
 
 
-def _is_timed(key):
+def is_timed(key):
+    """Returns whether the name of a metric is that of a duration or a rate."""
     return any(part in key for part in TIMED)
 
 

@@ -11,12 +11,13 @@ import pytest
 
 from grpo.experience.group_metrics import sample_rows
 from grpo.metrics.statistics import (
+    average_interval,
     bootstrap_interval,
     majority_accuracy,
     paired_comparison,
     pass_at_k,
 )
-from grpo.stages.eval import evaluation_metrics
+from grpo.stages.eval_table import evaluation_metrics
 from grpo.types import Completion, Group, Problem, ScoredGroup, Verdict
 
 
@@ -86,6 +87,28 @@ def test_the_interval_covers_the_true_mean_with_the_stated_probability():
         if low <= 0.4 <= high:
             num_covered += 1
     assert 88 <= num_covered <= 100
+
+
+def test_the_interval_of_an_average_resamples_the_problems_of_each_set():
+    # The first set always has the mean 1. The resamples of the second have the means 0, 0.5 and 1
+    # with the probabilities 1/4, 1/2 and 1/4, so the average is 0.5, 0.75 or 1.
+    assert average_interval([[1.0] * 4, [0.0, 1.0]]) == (0.5, 1.0)
+    assert average_interval([[1.0] * 4, [0.25, 0.25]]) == (0.625, 0.625)
+    # Three sets of one pair: an average of 0 needs three means of 0, with a probability of 1/64,
+    # which is below 2.5 %; an average of 1/6 or less has 7/64.
+    low, high = average_interval([[0.0, 1.0]] * 3)
+    assert (low, high) == pytest.approx((1 / 6, 5 / 6))
+
+
+def test_the_interval_of_an_average_is_unweighted():
+    # The variances of the means are 0.25 / 400 and 0.25 / 100; that of their average is a quarter
+    # of the sum. 1.96 standard deviations are 0.0548. Pooled problems would give 0.0438.
+    half_right = [0.0, 1.0]
+    low, high = average_interval([half_right * 200, half_right * 50])
+    assert low == pytest.approx(0.5 - 0.0548, abs=0.003)
+    assert high == pytest.approx(0.5 + 0.0548, abs=0.003)
+    # One set is the same as its own interval.
+    assert average_interval([half_right * 50]) == bootstrap_interval(half_right * 50)
 
 
 def test_paired_comparison_detects_a_difference_that_is_small_against_the_spread():

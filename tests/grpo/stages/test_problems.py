@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from grpo.config import DataSettings
-from grpo.stages.problems import load_problems
-from grpo.types import UserError
+from grpo import config as configs
+from grpo.config import DataSettings, EvalConfig
+from grpo.stages.problems import load_evaluation_sets, load_problems
+from grpo.types import DownloadError, UserError
 
 
 def data_with(tmp_path, rows):
@@ -46,3 +47,64 @@ def test_generated_problems_are_not_read():
     data = DataSettings(name="countdown")
     problems = load_problems(data, "train", 0, ["countdown"])["countdown"]
     assert len(problems) == 100_000
+
+
+def eval_config(**changes):
+    tree = {"run_dir": "x", "model": {"path": "tiny-qwen2"}, **changes}
+    return configs.parse(tree, kind=EvalConfig)
+
+
+def test_the_sets_of_an_evaluation_find_their_files_in_one_folder(tmp_path):
+    for name, answer in [("aime24", "204"), ("aime25", "70"), ("amc23", "27")]:
+        row = {"problem": "?", "answer": answer}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"problem": "?", "answer": "1"}\n')
+    config = eval_config(
+        data={"path": str(tmp_path)},
+        sets={
+            "a24": {"name": "aime"},
+            "a25": {"name": "aime", "options": {"year": 2025}},
+            "amc": {"mixture": {"amc": {}}},
+            "own": {"name": "amc", "path": str(own)},
+        },
+    )
+    problems = load_evaluation_sets(config.set_configs())
+    answers = {}
+    for name, problems_by_data_set in problems.items():
+        ((problem,),) = problems_by_data_set.values()
+        answers[name] = problem.answer
+    assert answers == {"a24": "204", "a25": "70", "amc": "27", "own": "1"}
+
+
+def test_the_error_about_missing_sets_names_all_of_them_and_the_overrides_that_remove_them(
+    tmp_path,
+):
+    (tmp_path / "amc23.jsonl").write_text('{"problem": "?", "answer": "27"}\n')
+    (tmp_path / "math500.jsonl").write_text('{"problem": "?"}\n')
+    sets = {"amc": {"name": "amc"}, "math": {"name": "math"}, "gpqa": {"name": "gpqa"}}
+    config = eval_config(data={"path": str(tmp_path)}, sets=sets)
+    message = (
+        r"^sets\.math: .*math500\.jsonl: line 1: .*; sets\.gpqa: data.path: .* has none of "
+        r"gpqa_diamond.jsonl, .* To evaluate without these sets: sets\.math= sets\.gpqa=$"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        load_evaluation_sets(config.set_configs())
+    assert not isinstance(error.value, DownloadError)
+
+    # Without a folder, all sets are downloaded. The tests have no access to the hub.
+    names = [f"set{number}" for number in range(5)]
+    config = eval_config(sets={name: {"name": "gpqa"} for name in names})
+    with pytest.raises(DownloadError, match=r"and 2 more\. To evaluate .* sets\.set4=$"):
+        load_evaluation_sets(config.set_configs())
+    # A single set without a name has its own error.
+    with pytest.raises(DownloadError, match=r"^Idavidrein/gpqa cannot be fetched"):
+        load_evaluation_sets(eval_config(data={"name": "gpqa"}).set_configs())
+
+
+def test_the_folder_of_all_sets_cannot_be_a_file(tmp_path):
+    file = tmp_path / "amc23.jsonl"
+    file.write_text('{"problem": "?", "answer": "27"}\n')
+    config = eval_config(data={"path": str(file)}, sets={"amc": {"name": "amc"}})
+    with pytest.raises(UserError, match=r"amc23.jsonl: a file, expected the folder"):
+        load_evaluation_sets(config.set_configs())

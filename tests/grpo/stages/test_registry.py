@@ -9,7 +9,7 @@ from pydantic import Field
 
 from grpo import cli
 from grpo import config as configs
-from grpo.config import RunConfig, Section
+from grpo.config import EvalConfig, RunConfig, Section
 from grpo.stages.registry import find_stage, stage_for_config
 from grpo.stages.resume import shared_values
 from grpo.stages.stage import (
@@ -60,6 +60,13 @@ def test_sections_of_a_config_identify_its_stage(keys, command):
     assert stage_for_config({key: {} for key in keys}).command == command
 
 
+def test_the_config_in_the_run_directory_of_an_evaluation_identifies_its_stage():
+    config = configs.parse({**TREE, "sets": {"a": {"name": "math"}}}, kind=EvalConfig)
+    tree = yaml.safe_load(configs.dump(config))
+    assert tree["sft"] is None
+    assert stage_for_config(tree).command == "eval"
+
+
 def test_only_train_syncs_weights_between_a_learner_and_an_engine():
     train = stage_needs(SAMPLED, TRAIN).memory
     assert train == MemoryNeeds(learner=True, engine=True, max_sequences=4 * 8)
@@ -96,11 +103,11 @@ def test_disk_needs_count_checkpoints_models_and_samples():
     schemes = {"quantize": {"schemes": ["int8", "int8_tensor", "int4"]}}
     assert stage_needs(SAMPLED, schemes).disk == DiskNeeds(models=3)
 
-    # 2 sets x 7 problems x 2 completions of up to 16 tokens.
+    # 2 sets x 7 problems x 3 completions (2 samples, 1 greedy) of up to 16 tokens.
     sets = {"sets": {"a": {"name": "arithmetic"}, "b": {"name": "arithmetic"}}}
     evaluation = {"eval": {"problems": 7, "samples": 2, "temperature": 1.0}}
     disk = stage_needs(SAMPLED, sets, evaluation).disk
-    assert disk == DiskNeeds(sampled_tokens=2 * 7 * 2 * 16)
+    assert disk == DiskNeeds(sampled_tokens=2 * 7 * 3 * 16)
 
 
 def test_parts_of_distill_depend_on_its_method():
