@@ -5,10 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from random_loop import make_loop
 
 from grpo import cli
 from grpo import config as configs
+from grpo.config import EvalConfig
 from grpo.config.presets import PRESETS
 from grpo.metrics.diagnosis import RULES
 from grpo.stages.registry import find_stage, stage_for_config
@@ -147,6 +149,18 @@ def test_the_config_in_the_readme_loads(tmp_path):
     path = tmp_path / "gsm8k.yaml"
     path.write_text(config)
     configs.load(str(path), [])
+
+
+def test_the_sets_in_the_page_about_evaluation_load():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    (snippet,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    tree = {"run_dir": "x", "model": {"path": "m"}, **yaml.safe_load(snippet)}
+    maths, physics = configs.parse(tree, kind=EvalConfig).set_configs().values()
+    assert list(maths.rewards) == ["accuracy"]
+    assert list(physics.rewards) == ["choice"]
+    assert maths.prompt.max_tokens == physics.prompt.max_tokens == 1024
+    assert "boxed{}" in physics.prompt.system
+    assert (maths.sampling.max_tokens, physics.sampling.max_tokens) == (2048, 4096)
 
 
 def test_every_rule_of_the_diagnosis_is_explained_once():
