@@ -10,6 +10,7 @@ from random_loop import make_loop
 
 from grpo import cli
 from grpo import config as configs
+from grpo.config import EvalConfig
 from grpo.config.presets import PRESETS
 from grpo.metrics.diagnosis import RULES
 from grpo.stages.registry import find_stage, stage_for_config
@@ -164,10 +165,22 @@ def test_a_yaml_block_is_a_config_or_sections_of_one(text, tmp_path):
     stage = stage_for_config(tree)
     if "run_dir" not in tree:  # some sections: those of a small config stand for the others
         tree["run_dir"] = "runs/x"
-    if stage.command == "train":
+    if stage.command in ("train", "eval"):
         tree = {**SMALL_CONFIG, **tree}
         tree["train"] = {**SMALL_CONFIG["train"], **tree["train"]}
     configs.parse(tree, "page", stage.config_class)
+
+
+def test_the_sets_in_the_page_about_evaluation_load():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    (snippet,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    tree = {"run_dir": "x", "model": {"path": "m"}, **yaml.safe_load(snippet)}
+    maths, physics = configs.parse(tree, kind=EvalConfig).set_configs().values()
+    assert list(maths.rewards) == ["accuracy"]
+    assert list(physics.rewards) == ["choice"]
+    assert maths.prompt.max_tokens == physics.prompt.max_tokens == 1024
+    assert "boxed{}" in physics.prompt.system
+    assert (maths.sampling.max_tokens, physics.sampling.max_tokens) == (2048, 4096)
 
 
 def test_every_rule_of_the_diagnosis_is_explained_once():

@@ -629,7 +629,15 @@ class LoggingSettings(Section):
     """Trackers, progress output, data for `grpo replay`, and alarms."""
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="Experiment trackers that receive the metrics."
+        [],
+        description="Experiment trackers that receive the metrics, with histograms and some "
+        "completions.",
+    )
+    tracked_samples: int = Field(
+        8,
+        ge=0,
+        description="Number of completions per step in the trackers' table `samples`, with their "
+        "questions. 0: none.",
     )
     project: str = Field("grpo", description="Project name in W&B and trackio.")
     replay: int = Field(

@@ -22,6 +22,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -329,6 +330,14 @@ class RunDirectory:
     def write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Writes `samples/NAME.jsonl`, one JSON object per row."""
         write_file(self.samples / f"{name}.jsonl", json_lines.to_lines(rows))
+
+    def first_samples(self, step: int, count: int) -> list[dict[str, Any]]:
+        """Returns the first completions of a step, at most `count`. [] if the step has none."""
+        for name in (f"step-{step:06d}", f"chunk-{step:06d}"):
+            file = self.samples / f"{name}.jsonl"
+            if count > 0 and file.exists():
+                return [row for _, row in itertools.islice(json_lines.read(file), count)]
+        return []
 
     @_on_rank0
     def write_update_samples(self, step: int, samples: Sequence[Sample], keep: int) -> None:

@@ -91,6 +91,9 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
                 set_name=name,
                 num_done=num_done,
             )
+        if config.sets:
+            counts = [f"{name} {len(each.problems):,}" for name, each in evaluations.items()]
+            context.display.say(f"problems: {', '.join(counts)}")
         if not all(evaluation.is_sampled for evaluation in evaluations.values()):
             sampler.start()
         write_file(context.run.metrics, "")  # one row is written at the end, also after a resume

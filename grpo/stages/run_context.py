@@ -65,9 +65,10 @@ class RunContext:
         self.is_loading_problems = False
 
     def record(self, row: dict[str, Any]) -> None:
-        """Appends a row to metrics.jsonl and sends it to the trackers."""
+        """Appends a row to metrics.jsonl and sends it to the trackers, with some completions."""
         self.run.append_metrics(row)
-        self.trackers.log(row)
+        samples = self.run.first_samples(row["step"], self.trackers.num_samples)
+        self.trackers.log(row, samples)
 
     def resume_after(self, num_done: int | None, unit: str) -> None:
         """Removes the records that are newer than the checkpoint and reports where the run resumes.
@@ -120,7 +121,16 @@ def open_stage(
         run_id = run.read_manifest().get("id")
         if run_id is None:
             run_id = secrets.token_hex(4)
-        trackers = stack.enter_context(_open_trackers(config, run, run_id))
+        tracked_run = TrackedRun(
+            project=config.logging.project,
+            run_dir=run.path,
+            run_id=run_id,
+            config=config.model_dump(mode="json"),
+            is_resumed=resume,
+            num_samples=config.logging.tracked_samples,
+        )
+        names = config.logging.trackers if ranks.rank() == 0 else []
+        trackers = stack.enter_context(Trackers(names, tracked_run, display.say))
         signals = Signals()
         stack.callback(signals.restore_handlers)
         _record_start(run, config, name, run_id)
@@ -151,18 +161,6 @@ def _open_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     if resume:
         require_same_config(run.path, config)
     return run
-
-
-def _open_trackers(config: RunConfig, run: RunDirectory, run_id: str) -> Trackers:
-    """Opens the configured trackers on rank 0 and none on the other ranks."""
-    names = config.logging.trackers if ranks.rank() == 0 else []
-    tracked_run = TrackedRun(
-        project=config.logging.project,
-        run_dir=run.path,
-        run_id=run_id,
-        config=config.model_dump(mode="json"),
-    )
-    return Trackers(names, tracked_run)
 
 
 def _record_start(run: RunDirectory, config: RunConfig, name: str, run_id: str) -> None:

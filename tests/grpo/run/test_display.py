@@ -1,4 +1,4 @@
-"""Tests the progress output, the trackers and the timer of a run."""
+"""Tests the progress output and the timer of a run."""
 
 import os
 import pty
@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from grpo.run.display import Timer
-from grpo.run.trackers import TrackedRun, Trackers
 
 ROW = {
     "step": 3,
@@ -122,34 +121,6 @@ def test_a_terminal_shows_how_long_a_phase_has_taken():
     text = stderr_on_terminal(SLOW_START)
     assert "downloading owner/name, 0.20 of 3.09 GB" in text
     assert "0.20 of 3.09 GB for 0:00" in text
-
-
-def tracked_run(run_dir):
-    return TrackedRun(project="grpo", run_dir=run_dir, run_id="id", config={})
-
-
-def test_tensorboard_stores_every_number_at_its_step(tmp_path):
-    event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator",
-        reason="tensorboard is not installed",
-    )
-    with Trackers(["tensorboard"], tracked_run(tmp_path)) as trackers:
-        trackers.log(ROW)
-        trackers.log(ROW | {"step": 4, "reward/mean": 0.75})
-    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    points = [(event.step, event.value) for event in events.Scalars("reward/mean")]
-    assert points == [(3, 0.25), (4, 0.75)]
-    assert "note" not in events.Tags()["scalars"]
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_the_error_of_a_tracker_that_is_not_installed_names_the_package(
-    name, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=f"pip install {name}"):
-        Trackers([name], tracked_run(tmp_path))
 
 
 def test_the_seconds_of_the_phases_and_the_rest_add_up_to_the_total():

@@ -386,6 +386,29 @@ def test_an_interrupted_evaluation_reports_the_seconds_of_all_chunks(tmp_path, j
     assert table["average"]["time/sampling_s"] > table["amc"]["time/sampling_s"]
 
 
+def test_the_dry_run_shows_a_prompt_of_each_kind_and_names_missing_files(tiny, tmp_path, capsys):
+    for name in ("amc23", "math500"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"problem": "{name}?", "answer": "1"}}\n')
+    sets = {
+        "amc": {"name": "amc"},
+        "math": {"name": "math"},
+        "short": {"name": "math", "prompt": {"stop": ["x"]}, "rewards": {"choice": 1.0}},
+    }
+    config = eval_config(tmp_path, tiny(), data={"path": str(tmp_path)}, sets=sets)
+    assert cli.main(["eval", config, "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "short  at most 6 problems, 2 completions of at most 12 tokens" in output
+    assert "scored by choice" in output
+    kinds = output[output.index("amc and 1 more:") :]
+    first, _, second = kinds.partition("short:")
+    assert "amc23?" in first
+    assert "stop strings x" in second
+    assert "math500?" in second
+    (tmp_path / "amc23.jsonl").unlink()
+    assert cli.main(["eval", config, "--dry-run"]) == 2
+    assert "To evaluate without these sets: sets.amc=" in capsys.readouterr().err
+
+
 def test_prompts_of_all_sets_are_checked_before_the_engine_starts(tiny, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"problem": "long " * 100, "answer": "1"}) + "\n")
