@@ -69,16 +69,17 @@ class InitOptions:
     gpu_gb: float | None = None
     overrides: Sequence[str] = ()
 
-    def command_words(self) -> list[str]:
-        """Returns the words of the command line, quoted for a shell."""
-        words = ["grpo", "init", self.path, "--model", self.model, "--data", self.data]
+    def command_parts(self) -> list[str]:
+        """Returns the command line in parts that belong together, such as "--stage sft"."""
+        parts = ["grpo init", shlex.quote(self.path)]
+        parts += [f"--model {shlex.quote(self.model)}", f"--data {shlex.quote(self.data)}"]
         if self.stage != "train":
-            words += ["--stage", self.stage]
+            parts.append(f"--stage {self.stage}")
         if self.gpus is not None:
-            words += ["--gpus", str(self.gpus)]
+            parts.append(f"--gpus {self.gpus}")
         if self.gpu_gb is not None:
-            words += ["--gpu-gb", f"{self.gpu_gb:g}"]
-        return [shlex.quote(word) for word in (*words, *self.overrides)]
+            parts.append(f"--gpu-gb {self.gpu_gb:g}")
+        return [*parts, *(shlex.quote(word) for word in self.overrides)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,15 +179,14 @@ def _cost_setting(run: Run, fit: Fit, facts: Facts) -> Setting:
     """Returns the number of rollouts or updates, with their estimated time on this CPU."""
     config = run.config(fit.plan.settings)
     seconds = step_seconds(config, run.shape, facts.lengths, run.stage)
+    num_cores = facts.hardware.num_cores
     if run.stage == "train":
         key, count = "train.rollouts", config.train.rollouts
-        condition = f" if completions have {config.sampling.max_tokens} tokens"
+        comment = f"up to {in_words(seconds)} each on {num_cores} cores, if completions are cut off"
     else:
-        key, count, condition = "sft.updates", config.sft.updates, ""
-    comment = (
-        f"about {in_words(seconds)} each on {facts.hardware.num_cores} cores{condition}; "
-        f"{in_words(count * seconds)} in all"
-    )
+        key, count = "sft.updates", config.sft.updates
+        comment = f"about {in_words(seconds)} each on {num_cores} cores"
+    comment += f"; {in_words(count * seconds)} in all"
     return Setting(key, count, comment)
 
 
@@ -200,7 +200,7 @@ def text_of(new: NewConfig) -> str:
 
 def _header(new: NewConfig) -> list[str]:
     return [
-        *wrap_command(new.options.command_words()),
+        *wrap_command(new.options.command_parts()),
         f"For {new.facts.hardware}: {new.fit.plan.name}. Check it, then run it:",
         *(f"  {command}" for command in _next_commands(new)),
     ]
@@ -233,7 +233,7 @@ def _suggestions(new: NewConfig, tree: dict[str, Any]) -> dict[str, list[str]]:
     suggestions: dict[str, list[str]] = {}
     if new.needs_cold_start and new.facts.data.has_solutions:
         cold_start = _cold_start(new)
-        command = wrap_command(cold_start.command_words(), WIDTH - 6)
+        command = wrap_command(cold_start.command_parts(), WIDTH - 6)
         suggestions["model"] = [
             "So small a model does not use <think> and <answer> by itself. Teach it first:",
             *(f"  {line}" for line in command),
@@ -278,5 +278,5 @@ def _summary(new: NewConfig) -> str:
         cold_start = _cold_start(new)
         lines.append("  # a cold start, because so small a model does not use the tags by itself")
         run = f"{run} model.warm_start={shlex.quote(cold_start.path)}"
-        commands = [doctor, " ".join(cold_start.command_words()), run]
+        commands = [doctor, " ".join(cold_start.command_parts()), run]
     return "\n".join([*lines, *(f"  {command}" for command in commands)])

@@ -72,7 +72,7 @@ def data_section(data: str, stage: str, available: Sequence[str]) -> dict[str, A
     if data in available and data not in FILE_SETS:
         return {"name": data}
     if Path(data).expanduser().exists():
-        return _section_of_path(data, stage)
+        return _section_of_path(data, stage, available)
     if data in FILE_SETS:
         raise UserError(
             f"--data {data}: this data set reads a file or a hub id: name that instead, e.g. "
@@ -89,11 +89,13 @@ def data_section(data: str, stage: str, available: Sequence[str]) -> dict[str, A
     )
 
 
-def _section_of_path(path: str, stage: str) -> dict[str, Any]:
+def _section_of_path(path: str, stage: str, available: Sequence[str]) -> dict[str, Any]:
     """Returns the section for a file, or a folder with traces or problems."""
     file = Path(path).expanduser()
     if file.is_dir() and (file / "traces.jsonl").is_file():
         return {"name": "traces", "path": path}
+    if path.endswith(".csv") and "hub" in available:  # the set `hub` also reads local files
+        return {"name": "hub", "path": path}
     if file.is_file() and not path.endswith(SUFFIXES):
         raise UserError(f"--data {path}: unsupported format. Supported: {', '.join(SUFFIXES)}")
     if stage == "sft" and "answer" not in _first_fields(path):
@@ -133,7 +135,7 @@ def read_data(data: str, stage: str, overrides: Overrides) -> DataFacts:
     tree = make_tree(settings, overrides)
     source = DataSettings.model_validate(tree["data"])
     seed = tree.get("seed", 0)
-    if stage == "train" and section["name"] == "jsonl":
+    if stage == "train" and source.name == "jsonl":
         _require_answers(source)
     by_set = load_problems(source, "train", seed)
     problems = _evenly_spaced(by_set.values())

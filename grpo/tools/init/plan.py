@@ -32,6 +32,8 @@ from grpo.types import UserError
 # The memory that PyTorch reserves on a GPU for an update, over the estimate. Measured: 50 GiB where
 # 30 GiB are estimated (docs/benchmarks.md, "The update").
 UPDATE_MARGIN = 1.7
+# What CUDA reports of a GPU's nominal memory: 79.1 of 80 GB, 23.6 of 24 GB.
+GPU_SHARE = 0.98
 CPU_SHARE = 0.8  # of the free main memory that a run may need, or of all of it for offloading
 KL_COEF = 0.001  # as in configs/
 LARGE_MICRO_BATCH = 16384
@@ -220,7 +222,7 @@ def _without_kl(run: Run) -> tuple[Setting, ...]:
 
 
 def _lora_settings(run: Run) -> tuple[Setting, ...]:
-    lr = LORA_RATIO * learning_rate(run.shape, run.stage)
+    lr = float(f"{LORA_RATIO * learning_rate(run.shape, run.stage):.1e}")  # 1e-5, not 9.99e-6
     return (
         Setting("model.lora", {"rank": 16}, "training all weights does not fit"),
         Setting("learner.lr", lr, "adapters need about ten times that of all weights"),
@@ -355,7 +357,7 @@ def _estimate_on_gpus(run: Run, plan: Plan, hardware: Hardware) -> Fit:
     num_ranks = _num_ranks(run, config, hardware)
     learner = learner_memory(config, run.shape, num_ranks)
     reserved = _with_margin(learner)
-    gpu_bytes = hardware.memory_gb * GB
+    gpu_bytes = GPU_SHARE * hardware.memory_gb * GB
     engine_bytes = 0.0
     needed_bytes = reserved.total_bytes
     settings = plan.settings
@@ -424,7 +426,7 @@ def _engine_settings(
     run: Run, config: Any, reserved: LearnerMemory, hardware: Hardware
 ) -> list[Setting]:
     """Returns the settings of the engine: its share of the memory, and how many sequences fit."""
-    gpu_bytes = hardware.memory_gb * GB
+    gpu_bytes = GPU_SHARE * hardware.memory_gb * GB
     servers = config.engine.servers
     weight_bytes: float = run.shape.weight_bytes
     if servers:
@@ -438,11 +440,10 @@ def _engine_settings(
     num_wanted = min(MAX_SEQUENCES, math.ceil(config.train.num_completions / num_engines))
     fixed_bytes = weight_bytes + GPU_ENGINE_RESERVE_BYTES
     wanted_fraction = (fixed_bytes + num_wanted * sequence_bytes) / gpu_bytes
-    # In steps of 5 %, and at least one step.
-    num_steps = max(1, min(math.ceil(20 * wanted_fraction), math.floor(20 * max_fraction)))
-    fraction = num_steps / 20
+    wanted_fraction = math.ceil(20 * wanted_fraction) / 20  # in steps of 5 %
+    fraction = max(0.01, min(wanted_fraction, math.floor(100 * max_fraction) / 100))
     num_fitting = int((fraction * gpu_bytes - fixed_bytes) / sequence_bytes)
-    num_sequences = _round_down_to_power_of_2(max(1, min(num_wanted, num_fitting)))
+    num_sequences = _round_down(max(1, min(num_wanted, num_fitting)))
     comment = (
         f"{fraction * gpu_bytes / GB:.0f} GB: weights {weight_bytes / GB:.1f} GB, and a KV cache "
         f"for {num_sequences} sequences of {config.max_sequence_tokens:,} tokens"
@@ -453,8 +454,9 @@ def _engine_settings(
     ]
 
 
-def _round_down_to_power_of_2(number: int) -> int:
-    return 1 << (number.bit_length() - 1)
+def _round_down(number: int) -> int:
+    """Returns a multiple of 8, or a smaller number unchanged."""
+    return number - number % 8 if number >= 8 else number
 
 
 def memory_comments(run: Run, fit: Fit, hardware: Hardware) -> list[Setting]:

@@ -67,7 +67,7 @@ def read_overrides(command: str, words: Sequence[str]) -> Overrides:
         Setting("model.path", "example"),
         Setting("learner.micro_batch_tokens", NO_LIMIT),
     ]
-    if not overrides.has("data"):
+    if not (overrides.has("data.name") or overrides.has("data.mixture")):
         required.append(Setting("data.name", "example"))
     if command == "train":
         required.append(Setting("train.rollouts", 1))

@@ -55,16 +55,19 @@ def _first_lines(header: Sequence[str]) -> list[str]:
     return [f"# {line}" for line in header]
 
 
-def wrap_command(words: Sequence[str], width: int = WIDTH - 2) -> list[str]:
-    """Returns a command of the shell in lines that can be copied, each at most `width` long."""
+def wrap_command(parts: Sequence[str], width: int = WIDTH - 2) -> list[str]:
+    """Returns a command of the shell in lines that can be copied.
+
+    A line is at most `width` long, or it has a single part.
+    """
     lines: list[str] = []
     line = ""
-    for word in words:
-        if line and len(line) + len(word) + 3 > width:
+    for part in parts:
+        if line and len(line) + len(part) + 3 > width:
             lines.append(f"{line} \\")
-            line = f"{INDENT * 2}{word}"
+            line = f"{INDENT * 2}{part}"
         else:
-            line = f"{line} {word}" if line else word
+            line = f"{line} {part}" if line else part
     return [*lines, line]
 
 
@@ -73,14 +76,14 @@ def _section(
 ) -> list[str]:
     """Returns the lines of a section: one line if it fits and has no comments, else one per key."""
     comment = comments.get(name, "")
-    is_simple = not isinstance(value, dict) or name == "rewards"
-    has_comments = any(key.startswith(f"{name}.") for key in comments)
     line = f"{name}: {flow(value)}"
-    if is_simple or not (has_comments or suggestions or len(line) > WIDTH):
+    has_comments = any(key.startswith(f"{name}.") for key in comments)
+    needs_block = has_comments or len(suggestions) > 0 or len(line) > WIDTH
+    if not isinstance(value, dict) or not needs_block:
         return _with_comment(line, comment, "")
     lines = _with_comment(f"{name}:", comment, "")
     for key, nested_value in value.items():
-        line = f"{INDENT}{key}: {flow(nested_value)}"
+        line = f"{INDENT}{flow(key)}: {flow(nested_value)}"
         lines += _with_comment(line, comments.get(f"{name}.{key}", ""), INDENT)
     return [*lines, *(f"{INDENT}# {suggestion}" for suggestion in suggestions)]
 
@@ -102,7 +105,8 @@ def _comment_lines(text: str, indent: str) -> list[str]:
 def flow(value: Any) -> str:
     """Returns a value as YAML on one line, e.g. `{accuracy: 1.0, format: 0.1}` or `1.0e-6`."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {flow(nested)}" for key, nested in value.items()) + "}"
+        pairs = [f"{flow(key)}: {flow(nested)}" for key, nested in value.items()]
+        return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(flow(nested) for nested in value) + "]"
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
