@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
                 "directory or a hub id",
             )
         _add_dry_run(command)
+    _add_init(commands)
     _add_doctor(commands)
     _add_bench(commands)
     _add_grade(commands)
@@ -219,6 +220,33 @@ def _add_config_command(commands: Any, name: str, summary: str) -> argparse.Argu
 def _add_dry_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="check the config and print it, start nothing"
+    )
+
+
+def _add_init(commands: Any) -> None:
+    command = commands.add_parser(
+        "init", help="write a commented config for a model, a data set and this machine"
+    )
+    command.set_defaults(handler=_init, list_argument="overrides")
+    command.add_argument("config", metavar="CONFIG", help="YAML file to write")
+    command.add_argument(
+        "--model", required=True, help="hub id, local directory or run directory of the model"
+    )
+    command.add_argument(
+        "--data",
+        required=True,
+        help="name of a data set (gsm8k), a .jsonl, .json or .parquet file, a folder with traces, "
+        "module:function, or owner/name on the hub",
+    )
+    command.add_argument(
+        "--stage", choices=("train", "sft"), default="train", help="default: train"
+    )
+    command.add_argument(
+        "--gpus", type=int, help="number of GPUs of another machine; default: this machine"
+    )
+    command.add_argument("--gpu-gb", type=float, help="memory of each of its GPUs, in GB")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the config, set as given"
     )
 
 
@@ -365,6 +393,24 @@ def _eval(options: argparse.Namespace) -> int:
             f"evaluation: grpo eval {run} RUN. To ask its model: grpo eval {run} --ask TEXT"
         )
     return _stage(options)
+
+
+def _init(options: argparse.Namespace) -> int:
+    """Writes a config."""
+    from grpo.tools.init import InitOptions, init
+
+    init(
+        InitOptions(
+            path=options.config,
+            model=options.model,
+            data=options.data,
+            stage=options.stage,
+            gpus=options.gpus,
+            gpu_gb=options.gpu_gb,
+            overrides=options.overrides,
+        )
+    )
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

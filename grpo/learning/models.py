@@ -305,16 +305,24 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     """Returns the tokenizer in a model's directory.
 
     Raises:
-        UserError: The tokenizer cannot be loaded.
+        UserError: The tokenizer cannot be loaded, or its files are missing.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path={model_dir}: the tokenizer cannot be loaded: {first_line(error)}"
         ) from None
+    # For some types of models, transformers returns an empty tokenizer if there are no files.
+    if not tokenizer("0", add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"model.path={model_dir}: the tokenizer cannot be loaded: the directory has no "
+            "tokenizer.json. Copy the tokenizer's files there, from the model that this one was "
+            "trained from"
+        )
+    return tokenizer
 
 
 def check_same_vocabulary(

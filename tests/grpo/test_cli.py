@@ -19,6 +19,7 @@ FLAGS = {
     "quantize": ["--resume"],
     "eval": ["--ask", "1+1=?"],
     "pipeline": ["--resume"],
+    "init": ["--model", "m", "--data", "d", "--gpus", "2"],
     "doctor": ["--price", "2"],
     "bench": ["--simulate", "h100"],
     "replay": ["--step", "3"],
