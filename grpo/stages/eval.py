@@ -78,60 +78,66 @@ def evaluate(config: EvalConfig, *, resume: bool) -> None:
             context.stack.callback(workers.close)
             problems = load_evaluation_sets(set_configs, context.display.say)
         sampler = Sampler(config, context, config.endpoint)
-        # The prompts of all sets are checked before the engine starts.
-        evaluations = {}
-        for num_done, (name, set_config) in enumerate(set_configs.items()):
-            prompts = _prompts_of_set(sampler, name, set_config)
-            evaluations[name] = Evaluation(
-                config=set_config,
-                context=context,
-                prompts=prompts,
-                problems=_held_out_problems(name, set_config, problems[name], prompts),
-                rewards=rewards[name],
-                set_name=name,
-                num_done=num_done,
-            )
+        evaluations = _evaluations(context, sampler, set_configs, problems, rewards)
         if config.sets:
-            counts = [f"{name} {len(each.problems):,}" for name, each in evaluations.items()]
+            counts = [f"{each.set_name} {len(each.problems):,}" for each in evaluations]
             context.display.say(f"problems: {', '.join(counts)}")
-        if not all(evaluation.is_sampled for evaluation in evaluations.values()):
+        if not all(evaluation.is_sampled for evaluation in evaluations):
             sampler.start()
         write_file(context.run.metrics, "")  # one row is written at the end, also after a resume
         context.display.begin(0)
         metrics: Metrics = {}
         results: dict[str, SetResult] = {}
-        for name, evaluation in evaluations.items():
-            results[name or "all"], greedy_metrics = evaluation.result(sampler)
+        for evaluation in evaluations:
+            result, greedy_metrics = evaluation.result(sampler)
+            name = evaluation.set_name
             prefix = f"eval/{name}/" if name else "eval/"
-            metrics.update(_with_prefix(prefix, results[name or "all"].metrics))
+            metrics.update(_with_prefix(prefix, result.metrics))
             metrics.update(_with_prefix(f"{prefix}greedy/", greedy_metrics))
+            results[name or "all"] = result
         _write_results(context, metrics, results)
 
 
-def _prompts_of_set(sampler: Sampler, name: str, config: EvalConfig) -> Prompts | ChatPrompts:
-    try:
-        return sampler.prompts_for(config.prompt)
-    except UserError as error:
-        raise UserError(f"sets.{name}: {error}") from None
+def _evaluations(
+    context: RunContext,
+    sampler: Sampler,
+    set_configs: Mapping[str, EvalConfig],
+    problems: Mapping[str, Mapping[str, Sequence[Problem]]],
+    rewards: Mapping[str, Rewards],
+) -> list[Evaluation]:
+    """Returns the evaluation of each set. All prompts are checked, and no engine is needed.
 
+    Args:
+        context: The context of the run.
+        sampler: The sampler of the run.
+        set_configs: The config of each set by name.
+        problems: The problems of each set, by data set.
+        rewards: The rewards of each set.
 
-def _held_out_problems(
-    name: str,
-    config: EvalConfig,
-    problems: Mapping[str, Sequence[Problem]],
-    prompts: Prompts | ChatPrompts,
-) -> list[Problem]:
-    """Returns the problems of a set that are evaluated. Raises UserError if a prompt is too long.
-
-    `problems` has the problems of each data set by name.
+    Raises:
+        UserError: The prompt settings of a set do not fit the model, or a prompt is too long. The
+            message names the set.
     """
-    data = config.evaluation_sets[name]
-    try:
-        return select_held_out(data, problems, prompts, config.eval.problems)
-    except UserError as error:
-        if not name:
-            raise
-        raise UserError(f"sets.{name}: {error}") from None
+    evaluations = []
+    for num_done, (name, config) in enumerate(set_configs.items()):
+        try:
+            prompts = sampler.prompts_for(config.prompt)
+            held_out = select_held_out(
+                config.evaluation_sets[name], problems[name], prompts, config.eval.problems
+            )
+        except UserError as error:
+            raise UserError(f"sets.{name}: {error}" if name else str(error)) from None
+        evaluation = Evaluation(
+            config=config,
+            context=context,
+            prompts=prompts,
+            problems=held_out,
+            rewards=rewards[name],
+            set_name=name,
+            num_done=num_done,
+        )
+        evaluations.append(evaluation)
+    return evaluations
 
 
 def _write_results(context: RunContext, metrics: Metrics, results: Mapping[str, SetResult]) -> None:
