@@ -15,22 +15,12 @@ import select
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
+from grpo.run.quiet import silence_libraries
 from grpo.types import RunError, UserError
 
-# Defaults of environment variables that silence the libraries; the user's own values win.
-QUIET_ENVIRONMENT = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TQDM_DISABLE": "1",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-}
 MAX_TERMINATION_S = 30  # longest wait of a rank for the launcher to terminate it
 
 
@@ -47,10 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_command(arguments: list[str] | None) -> int:
-    for name, value in QUIET_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
+    silence_libraries()
     from grpo.run import ranks
     from grpo.run.signals import RunInterruptedError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import MLA, TINY_SHAPE
 
-from grpo.cli import QUIET_ENVIRONMENT
+from grpo.run.quiet import QUIET_ENVIRONMENT
 
 # Tests never access the Hugging Face hub. Set before the first import of huggingface_hub.
 os.environ.update(QUIET_ENVIRONMENT | {"HF_HUB_OFFLINE": "1"})

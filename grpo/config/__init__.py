@@ -12,7 +12,7 @@ reading.py reads YAML files and overrides. The package must not depend on torch.
 """
 
 from grpo.config.model import LoraSettings, ModelSettings, QatSettings, RopeSettings
-from grpo.config.reading import Section, apply_overrides, explain, read_yaml
+from grpo.config.reading import Section, apply_overrides, explain, read_yaml, replace_values
 from grpo.config.sections import (
     CheckpointSettings,
     DataSetSettings,
@@ -94,4 +94,5 @@ __all__ = [
     "load",
     "parse",
     "read_yaml",
+    "replace_values",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -155,17 +155,43 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             raise UserError(
                 f"{override}: an override must have the form key=value, e.g. train.rollouts=20"
             )
-        *parents, leaf = key.split(".")
-        section = tree
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise UserError(
-                    f"{override}: {parent} has a value without keys. Set it as a whole, "
-                    f"{parent}={{{leaf}: ...}}"
-                )
-        section[leaf] = _parse_value(override, text)
+        _replace_value(tree, key, _parse_value(override, text), override)
     return tree
+
+
+def replace_values(tree: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a config tree with other values.
+
+    Args:
+        tree: A config as nested dicts. It is not modified.
+        values: The values by dotted key: `{"train.rollouts": 5, "model.warm_start": None}`.
+
+    Raises:
+        UserError: `values` is not a mapping, or one of a key's parents is not a section.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"overrides: expected a dict of dotted keys, e.g. {{'train.rollouts': 5}}, got "
+            f"{values!r}"
+        )
+    tree = _copy(tree)
+    for key, value in values.items():
+        _replace_value(tree, key, value, f"{key}={value!r}")
+    return tree
+
+
+def _replace_value(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
+    """Sets a value of a tree by its dotted key. `override` is for the error message."""
+    *parents, leaf = key.split(".")
+    section = tree
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise UserError(
+                f"{override}: {parent} has a value without keys. Set it as a whole, "
+                f"{parent}={{{leaf}: ...}}"
+            )
+    section[leaf] = value
 
 
 def _parse_value(override: str, text: str) -> Any:

@@ -22,6 +22,8 @@ from grpo import config as configs
 from grpo.run import ranks
 from grpo.types import RunError
 
+logger = logging.getLogger(__name__)
+
 # A run stops after this many consecutive updates whose loss or gradient norm is not finite, or
 # whose gradient norm is above `learner.skip_grad_norm`. Only the gradient norm decides whether an
 # update is skipped.
@@ -163,6 +165,19 @@ def skipped_updates_error(
         "intact: continue from it with --resume and a lower learner.lr. If such gradient norms are "
         "normal for this run, raise learner.skip_grad_norm instead."
     )
+
+
+def free_deepspeed_engine(deepspeed_engine: Any) -> None:
+    """Makes the memory of a DeepSpeed engine collectable.
+
+    The hooks of the ZeRO optimizers refer to the engine from within PyTorch, where Python's garbage
+    collector does not see them. A later run in the same process would find the memory in use. With
+    ZeRO-3, DeepSpeed keeps the model all the same.
+    """
+    try:
+        deepspeed_engine.destroy()
+    except Exception:  # after a failure on a GPU, every call fails; the process is about to end
+        logger.debug("DeepSpeed's engine could not be freed", exc_info=True)
 
 
 def torch_optimizer(deepspeed_engine: Any) -> Any:

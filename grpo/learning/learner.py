@@ -24,6 +24,7 @@ from grpo.learning.deepspeed_setup import (
     HeapReuse,
     NormLimit,
     deepspeed_config,
+    free_deepspeed_engine,
     init_deepspeed,
     learning_rate,
     parameter_groups,
@@ -139,6 +140,10 @@ class Learner:
         self._policy: Policy = self._deepspeed_engine.module
         self._norm_limit = NormLimit(self._deepspeed_engine.optimizer, settings.skip_grad_norm)
         self._heap = HeapReuse()
+
+    def close(self) -> None:
+        """Makes the memory of the learner collectable. It cannot be used afterwards."""
+        free_deepspeed_engine(self._deepspeed_engine)
 
     @torch.no_grad()
     def score(self, batches: Sequence[Batch], *, reference: bool = False) -> list[Scores]:

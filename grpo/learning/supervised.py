@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PrinterCallback, Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from grpo.config import SftConfig
@@ -29,6 +30,7 @@ from grpo.learning.deepspeed_setup import (
     HeapReuse,
     NormLimit,
     deepspeed_config,
+    free_deepspeed_engine,
     init_deepspeed,
     learning_rate,
     skipped_updates_error,
@@ -139,6 +141,16 @@ class SupervisedTrainer(SFTTrainer):
         )
         self.remove_callback(PrinterCallback)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and then ends transformers' ZeRO-3 mode.
+
+        In this mode, transformers splits every model that the process creates across the ranks.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            unset_hf_deepspeed_config()
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields `(name, tensor)` for every weight: complete, tied weights once, adapters merged.
 
@@ -158,6 +170,11 @@ class SupervisedTrainer(SFTTrainer):
             if hub_name in adapted_layers:
                 tensor = lora.merged_weight(tensor, adapted_layers[hub_name])
             yield hub_name, tensor
+
+    def close(self) -> None:
+        """Makes the memory of the trainer collectable. It cannot be used afterwards."""
+        if self.deepspeed is not None:
+            free_deepspeed_engine(self.deepspeed)
 
     def save_adapter(self, directory: Path) -> None:
         """Writes the model's LoRA adapter."""

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import IO, Any, ParamSpec
 
 import numpy as np
 
@@ -209,8 +209,8 @@ def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
 class RunDirectory:
     """The files of one run.
 
-    Rank 0 locks the directory until its process ends, and writes all files except the other ranks'
-    parts of a checkpoint and their logs. All ranks read.
+    Rank 0 locks the directory until `close`, and writes all files except the other ranks' parts of
+    a checkpoint and their logs. All ranks read.
     """
 
     def __init__(self, path: str, *, resume: bool) -> None:
@@ -225,6 +225,7 @@ class RunDirectory:
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
         self.manifest = self.path / "manifest.json"
+        self._lock: IO[str] | None = None  # on rank 0, until `close`
 
         def open_or_check() -> None:
             if ranks.rank() == 0:
@@ -238,7 +239,7 @@ class RunDirectory:
         if self.manifest.exists() and not resume:
             raise UserError(
                 f"run_dir={self.path}: the directory already holds a run: continue it with "
-                "--resume, or choose another run_dir"
+                "--resume (in Python: resume=True), or choose another run_dir"
             )
         if resume and not self.manifest.exists():
             raise UserError(f"run_dir={self.path}: there is no run to resume")
@@ -251,6 +252,7 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise UserError(
                 f"run_dir={self.path}: another process is working on this run"
             ) from None
@@ -258,6 +260,11 @@ class RunDirectory:
         for pattern in (".*.partial", ".*.old"):
             for leftover in list(self.checkpoints.glob(pattern)):
                 shutil.rmtree(leftover)
+
+    def close(self) -> None:
+        """Unlocks the directory, so that another run of any process can open it."""
+        if self._lock is not None:
+            self._lock.close()
 
     def _check_shared(self) -> None:
         """Raises UserError if this rank cannot access the directory that rank 0 has created."""

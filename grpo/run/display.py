@@ -6,13 +6,14 @@ The same numbers are in metrics.jsonl and in the trackers (grpo/run/trackers.py)
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 
@@ -261,22 +262,83 @@ class Timer:
         return metrics
 
 
+class _Output(NamedTuple):
+    """Standard output and error: the file descriptors and Python's streams."""
+
+    descriptors: tuple[int, int]
+    streams: tuple[TextIO, TextIO]
+
+
+# The output of the caller, while it is redirected.
+_caller_output: _Output | None = None
+
+
 @contextlib.contextmanager
 def redirect_output(log_file: Path) -> Iterator[None]:
-    """Redirects standard output and error, also of C libraries, to a file within the context."""
+    """Redirects standard output and error, also of C libraries, to a file within the context.
+
+    In a notebook, Python's streams do not write to the file descriptors. They are redirected, too.
+    """
+    global _caller_output
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    previous_caller_output = _caller_output
+    with _saved_output() as output:
+        if previous_caller_output is None:
+            _caller_output = output
+        try:
+            with log_file.open("ab") as log:
+                _set_output((log.fileno(), log.fileno()), _descriptor_streams())
+            yield
+        finally:
+            _caller_output = previous_caller_output
+
+
+@contextlib.contextmanager
+def caller_output() -> Iterator[None]:
+    """Undoes `redirect_output` within the context."""
+    if _caller_output is None:
+        yield
+        return
+    with _saved_output():
+        _set_output(*_caller_output)
+        yield
+
+
+@contextlib.contextmanager
+def _saved_output() -> Iterator[_Output]:
+    """Yields the current output, and restores it at the end of the context."""
+    output = _Output((os.dup(1), os.dup(2)), (sys.stdout, sys.stderr))
+    try:
+        _flush_streams()
+        yield output
+    finally:
+        _flush_streams()
+        _set_output(*output)
+        for descriptor in output.descriptors:
+            os.close(descriptor)
+
+
+def _set_output(descriptors: tuple[int, int], streams: tuple[TextIO, TextIO]) -> None:
+    for descriptor, target in zip(descriptors, (1, 2), strict=True):
+        os.dup2(descriptor, target)
+    sys.stdout, sys.stderr = streams
+
+
+def _flush_streams() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    saved_stdout = os.dup(1)
-    saved_stderr = os.dup(2)
-    with log_file.open("ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for saved, target in ((saved_stdout, 1), (saved_stderr, 2)):
-            os.dup2(saved, target)
-            os.close(saved)
+
+
+@functools.cache
+def _descriptor_streams() -> tuple[TextIO, TextIO]:
+    """Returns streams that write to the file descriptors 1 and 2.
+
+    They are never closed: a logger that is created while they are in use may keep them.
+    """
+
+    def stream(descriptor: int) -> TextIO:
+        return os.fdopen(
+            descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+        )
+
+    return stream(1), stream(2)

@@ -125,7 +125,10 @@ def join_process_group(timeout_s: float = 1800.0) -> None:
     """Joins the process group, which is a group of one without a launcher.
 
     Makes the GPU of this local rank the current one. Without a GPU, it divides the CPU cores among
-    the local ranks; a single rank keeps OMP_NUM_THREADS. Does nothing if the group exists.
+    the local ranks; a single rank keeps OMP_NUM_THREADS.
+
+    If this process is in the group already, because of an earlier run, only the variables of the
+    environment and the number of threads are set again.
 
     Args:
         timeout_s: The maximum time in seconds to wait for another rank, now and in exchanges.
@@ -137,18 +140,19 @@ def join_process_group(timeout_s: float = 1800.0) -> None:
     global _gloo_group, _timeout
     import torch
 
-    if torch.distributed.is_initialized():
-        return
-    _timeout = timedelta(seconds=timeout_s)
     if world_size() == 1:
         _set_group_of_one()
     if _is_on_one_machine():
         use_loopback()
     has_gpu = torch.cuda.is_available()
+    is_single_thread_default = world_size() > 1  # torchrun sets OMP_NUM_THREADS to 1
+    if not has_gpu and ("OMP_NUM_THREADS" not in os.environ or is_single_thread_default):
+        torch.set_num_threads(max(1, num_cores() // local_world_size()))
+    if torch.distributed.is_initialized():
+        return
+    _timeout = timedelta(seconds=timeout_s)
     if has_gpu:
         _take_gpu()
-    elif "OMP_NUM_THREADS" not in os.environ or world_size() > 1:  # torchrun sets it to 1
-        torch.set_num_threads(max(1, num_cores() // local_world_size()))
     try:
         backend = "nccl" if has_gpu else "gloo"
         torch.distributed.init_process_group(backend, timeout=_timeout)

@@ -133,6 +133,7 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
         with redirect_output(log_file):
             loaded_teacher_dir = teacher_dir if teacher_top is None else None
             learner = _load_learner(config, start.model_dir, loaded_teacher_dir, loss)
+            context.stack.callback(learner.close)
         context.display.say(f"attention: {learner.attention}")
         loop = TextLoop(config=config, context=context, settings=soft, learner=learner, texts=texts)
         if teacher_top is not None:

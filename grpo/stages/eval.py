@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo import config as configs
 from grpo import json_lines
 from grpo.config import EvalConfig
-from grpo.config.reading import read_yaml
 from grpo.config.stages import AVERAGE
 from grpo.experience.group_metrics import mean, sample_rows
 from grpo.experience.prompts import ChatPrompts, Prompts
@@ -39,6 +36,7 @@ from grpo.stages.eval_table import (
 )
 from grpo.stages.eval_times import ChunkTimes, Times, cost_metrics
 from grpo.stages.final_model import final_model_path
+from grpo.stages.loaded_model import Model
 from grpo.stages.problems import load_evaluation_sets, select_held_out
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
 from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards_of_sets
@@ -318,45 +316,12 @@ def ask(model: str, question: str) -> None:
             sampling and engine settings are used too.
         question: The text of the problem.
     """
-    require_one_rank("ask")
-    with tempfile.TemporaryDirectory(prefix="grpo-ask-") as scratch:
-        config = _ask_config(model, Path(scratch))
-        with open_stage(config, "ask", total=1, unit="question", resume=False) as context:
-            problem = Problem(id="asked", question=question, answer="", source="asked")
-            sampler = Sampler(config, context, None)
-            sampler.start()
-            (group,) = sampler.sample([problem], 1, 0.0, _ignore_progress)
-    thoughts, end_tag, answer = group.completions[0].text.rpartition("</think>")
+    with Model(model) as loaded_model:
+        completion = loaded_model.ask(question)
+    thoughts, end_tag, answer = completion.text.rpartition("</think>")
     if end_tag:
         print(f"{thoughts}{end_tag}")
     print(answer.strip())
-
-
-def _ask_config(model: str, scratch: Path) -> EvalConfig:
-    """Returns a config to sample from `model`, with the settings of its run if it is one."""
-    config_file = Path(model) / "config.yaml"
-    run_tree = read_yaml(str(config_file)) if config_file.exists() else {}
-    dtype = run_tree.get("model", {}).get("dtype", "bfloat16")
-    if "quantize" in run_tree:
-        dtype = "bfloat16"  # vLLM's int4 kernels do not support float32
-    tree: dict[str, Any] = {}
-    for key in ("prompt", "sampling", "engine"):
-        if key in run_tree:
-            tree[key] = run_tree[key]
-    tree.get("prompt", {}).pop("chat_template", None)  # the model was saved with it
-    if not tree:
-        model_dir = models.resolve(final_model_path(model), None, scratch / "model", 0)
-        has_template = models.load_tokenizer(model_dir).chat_template
-        tree["prompt"] = {"template": "chat" if has_template else "plain"}
-    tree["run_dir"] = f"{scratch}/run"
-    tree["model"] = {"path": final_model_path(model), "dtype": dtype}
-    tree["data"] = {"name": "arithmetic"}  # required, not used
-    tree["logging"] = {"progress": "off"}
-    return configs.parse(tree, kind=EvalConfig)
-
-
-def _ignore_progress(num_finished: int, total: int) -> None:
-    pass
 
 
 def compare(first: str, second: str) -> None:

@@ -7,15 +7,17 @@ a table of all models on all evaluation sets.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from grpo import config as configs
 from grpo.config import (
@@ -29,6 +31,7 @@ from grpo.config.reading import apply_overrides, read_yaml
 from grpo.config.sections import DROP_KEYS
 from grpo.experience.prompts import Prompts
 from grpo.run.directory import RunDirectory, read_metrics, write_file
+from grpo.run.display import redirect_output
 from grpo.run.signals import RunInterruptedError
 from grpo.stages.pipeline_contexts import check_contexts
 from grpo.stages.registry import find_stage
@@ -38,6 +41,7 @@ from grpo.stages.stage import Check, Part, Stage
 from grpo.types import Problem, RunError, UserError
 
 PR_SET_PDEATHSIG = 1  # Linux prctl: the signal that a process receives when its parent dies
+LOG_NAME = "pipeline.log"
 EXIT_USER_ERROR = 2  # exit codes of the command line
 EXIT_INTERRUPTED = 130
 
@@ -78,8 +82,16 @@ class PlannedCommand:
         return recorded
 
 
-def pipeline(config: PipelineConfig, *, resume: bool) -> None:
+def pipeline(
+    config: PipelineConfig, *, resume: bool, output: Literal["terminal", "file"] = "terminal"
+) -> None:
     """Runs all unfinished commands, then writes table.md and table.json.
+
+    Args:
+        config: The config of the pipeline.
+        resume: Whether to continue the run in `config.run_dir`.
+        output: Where the output of the commands and the table go. `file` is pipeline.log in the
+            run directory.
 
     Raises:
         UserError: A config is wrong, or the sequences of a stage do not fit its model (all are
@@ -92,6 +104,21 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
     check_contexts(commands, _written_models(config))
     has_run = (Path(config.run_dir) / "manifest.json").exists()
     run = RunDirectory(config.run_dir, resume=resume or has_run)
+    with contextlib.closing(run):
+        if output == "terminal":
+            _run_all(config, commands, run)
+            return
+        log_file = run.path / LOG_NAME
+        with redirect_output(log_file):
+            _run_all(config, commands, run, log_file)
+
+
+def _run_all(
+    config: PipelineConfig,
+    commands: Sequence[PlannedCommand],
+    run: RunDirectory,
+    log_file: Path | None = None,
+) -> None:
     run.update_manifest(
         stage="pipeline",
         status="running",
@@ -99,7 +126,7 @@ def pipeline(config: PipelineConfig, *, resume: bool) -> None:
         stages=[command.name for command in commands],
     )
     for command in commands:
-        _run_unfinished(command, run, num_ranks=_num_ranks(config, command))
+        _run_unfinished(command, run, num_ranks=_num_ranks(config, command), log_file=log_file)
     rows = table(config)
     write_file(run.path / "table.json", json.dumps(rows, indent=2) + "\n")
     write_file(run.path / "table.md", markdown_table(rows) + "\n")
@@ -247,8 +274,13 @@ def _num_ranks(config: PipelineConfig, command: PlannedCommand) -> int:
     return config.ranks
 
 
-def _run_unfinished(command: PlannedCommand, run: RunDirectory, *, num_ranks: int) -> None:
-    """Runs or resumes a command. If it has finished, checks that its config is the same."""
+def _run_unfinished(
+    command: PlannedCommand, run: RunDirectory, *, num_ranks: int, log_file: Path | None = None
+) -> None:
+    """Runs or resumes a command. If it has finished, checks that its config is the same.
+
+    `log_file` has the output of the commands; None if they print it.
+    """
     folder = run.path / command.name
     status = RunDirectory.status(folder)
     if status == "finished":
@@ -270,9 +302,16 @@ def _run_unfinished(command: PlannedCommand, run: RunDirectory, *, num_ranks: in
         f"stage {command.name} failed with exit code {result.exit_code}; run the same command "
         "again to continue"
     )
+    if log_file is not None:
+        message += f". The last line of {log_file}: {_last_line(log_file)}"
     if result.exit_code == EXIT_USER_ERROR:
         raise UserError(message)
     raise RunError(message)
+
+
+def _last_line(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[-1] if lines else ""
 
 
 class ProcessResult(NamedTuple):
@@ -304,9 +343,10 @@ def _run_process(arguments: Sequence[str], num_ranks: int) -> ProcessResult:
         forwarded_signals.append(number)
         process.send_signal(number)
 
-    previous_handlers = {
-        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous_handlers = {}
+    if threading.current_thread() is threading.main_thread():  # other threads receive no signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous_handlers[number] = signal.signal(number, forward)
     try:
         exit_code = process.wait()
     finally:

@@ -18,6 +18,7 @@ from typing import Any
 from grpo import config as configs
 from grpo.config import RunConfig
 from grpo.run import fingerprints, ranks
+from grpo.run.callbacks import RowCallbacks, current_callbacks
 from grpo.run.directory import RunDirectory, write_file
 from grpo.run.display import Display
 from grpo.run.signals import Signals
@@ -42,13 +43,14 @@ RECORDED_PACKAGES = (
 
 @dataclass(kw_only=True)
 class RunContext:
-    """The outputs and the signal handlers of a running stage."""
+    """The outputs, the callbacks and the signal handlers of a running stage."""
 
     run: RunDirectory
     display: Display
     trackers: Trackers
     signals: Signals
     stack: contextlib.ExitStack  # closes the resources that the stage opens
+    callbacks: RowCallbacks
     is_loading_problems: bool = False  # True after a failure, too
 
     @contextlib.contextmanager
@@ -65,10 +67,14 @@ class RunContext:
         self.is_loading_problems = False
 
     def record(self, row: dict[str, Any]) -> None:
-        """Appends a row to metrics.jsonl and sends it to the trackers, with some completions."""
+        """Appends a row to metrics.jsonl and sends it to the trackers and the callbacks.
+
+        The trackers also receive some completions.
+        """
         self.run.append_metrics(row)
         samples = self.run.first_samples(row["step"], self.trackers.num_samples)
         self.trackers.log(row, samples)
+        self.callbacks.on_row(row)
 
     def resume_after(self, num_done: int | None, unit: str) -> None:
         """Removes the records that are newer than the checkpoint and reports where the run resumes.
@@ -83,6 +89,28 @@ class RunContext:
         else:
             self.run.remove_after(num_done)
             self.display.say(f"resumed after {unit} {num_done}")
+
+
+def scratch_context(folder: Path, stack: contextlib.ExitStack) -> RunContext:
+    """Returns a context without a run, for sampling only: it shows and records nothing.
+
+    Ctrl-C raises KeyboardInterrupt as usual.
+
+    Args:
+        folder: An empty or missing directory for the logs.
+        stack: Closes the resources that use the context.
+    """
+    run = RunDirectory(str(folder), resume=False)
+    stack.callback(run.close)
+    tracked_run = TrackedRun(project="", run_dir=run.path, run_id="", config={})
+    return RunContext(
+        run=run,
+        display=stack.enter_context(Display("off", total=1)),
+        trackers=Trackers([], tracked_run),
+        signals=Signals(replaces_handlers=False),
+        stack=stack,
+        callbacks=RowCallbacks(),
+    )
 
 
 def require_one_rank(command: str) -> None:
@@ -117,6 +145,7 @@ def open_stage(
     run = _open_directory(config, resume=resume)
     progress = config.logging.progress if ranks.rank() == 0 else "off"
     with contextlib.ExitStack() as stack:
+        stack.callback(run.close)
         display = stack.enter_context(Display(progress, total, unit))
         run_id = run.read_manifest().get("id")
         if run_id is None:
@@ -131,11 +160,17 @@ def open_stage(
         )
         names = config.logging.trackers if ranks.rank() == 0 else []
         trackers = stack.enter_context(Trackers(names, tracked_run, display.say))
-        signals = Signals()
+        callbacks = current_callbacks()
+        signals = Signals(callbacks)
         stack.callback(signals.restore_handlers)
         _record_start(run, config, name, run_id)
         context = RunContext(
-            run=run, display=display, trackers=trackers, signals=signals, stack=stack
+            run=run,
+            display=display,
+            trackers=trackers,
+            signals=signals,
+            stack=stack,
+            callbacks=callbacks,
         )
         try:
             yield context

@@ -129,6 +129,7 @@ def _train_with_trl(
             rows=training_rows(problems, start.prompts, config.sft.max_tokens),
         )
         trainer = SupervisedTrainer(config, inputs, callbacks, output_dir=run.checkpoints)
+        context.stack.callback(trainer.close)
         display.say(f"attention: {trainer.attention}")
         display.say(
             f"micro-batches: {trainer.micro_batches.num_per_update} per update and rank, each of "
@@ -136,11 +137,11 @@ def _train_with_trl(
         )
         display.begin(resume_point.num_updates)
         trainer.train(resume_from_checkpoint=resume_point.trainer_checkpoint)
-        if callbacks.signal is not None:
+        if callbacks.stop_request is not None:
             display.say(
                 f"stopped after update {trainer.state.global_step}: saved; continue with --resume"
             )
-            raise RunInterruptedError(callbacks.signal)
+            raise callbacks.stop_request
     return trainer
 
 
@@ -162,6 +163,7 @@ def _train_across_ranks(
     with redirect_output(context.run.log_file("learner")):
         policy = lora.load_policy(config, start.model_dir, config.model.attention)
         learner = Learner(policy, config, loss)
+        context.stack.callback(learner.close)
     context.display.say(f"attention: {learner.attention}")
     loop = TextLoop(
         config=config, context=context, settings=config.sft, learner=learner, texts=texts
@@ -208,7 +210,7 @@ class TrainerCallbacks:
 
     def __init__(self, config: SftConfig, context: RunContext) -> None:
         """Reads the metrics of earlier updates if the run is resumed."""
-        self.signal: str | None = None  # name of a signal that any rank has received
+        self.stop_request: RunInterruptedError | None = None  # of any rank
         self._config = config
         self._context = context
         self._latest: dict[str, Any] = {}
@@ -238,10 +240,10 @@ class TrainerCallbacks:
         run.prune_checkpoints(settings.keep_last, settings.keep_best)
 
     def should_stop(self) -> bool:
-        """Returns whether to stop: a rank received a signal, or the model reached `sft.stop_at`."""
-        signals = ranks.all_gather("the update", self._context.signals.received)
-        self.signal = next((signal for signal in signals if signal), None)
-        return self.signal is not None or self._is_accurate_enough()
+        """Returns whether to stop: a rank was interrupted, or the model reached `sft.stop_at`."""
+        stop_requests = ranks.all_gather("the update", self._context.signals.stop_request)
+        self.stop_request = next((request for request in stop_requests if request), None)
+        return self.stop_request is not None or self._is_accurate_enough()
 
     def _is_accurate_enough(self) -> bool:
         stop_at = self._config.sft.stop_at

@@ -205,6 +205,7 @@ def _load_learner(
             # allocated during that time would be missing in the KV cache.
             engine.wait_ready()
         learner = Learner(policy, config, loss, reference)
+        context.stack.callback(learner.close)
         context.display.phase(0, "waiting for the engine")
         engine.wait_ready()
     context.display.say(f"attention: {learner.attention}")

@@ -5,15 +5,18 @@ This module is the parent's side: it starts the child, calls it over a pipe and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 
@@ -269,21 +272,37 @@ def _spawn(
     It does not use the start method "spawn" of multiprocessing, which would run the user's script
     again.
 
+    The child is killed when the thread that started it ends (PR_SET_PDEATHSIG in child.py). The
+    caller's thread may end earlier than the engine, so it is a thread that waits for the child.
+
     Returns:
         The process and the parent's end of the pipe.
     """
     parent_end, child_end = Pipe()
     command = [sys.executable, "-m", module, str(child_end.fileno()), str(os.getpid())]
     log_file.parent.mkdir(parents=True, exist_ok=True)
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def start_and_wait(log: IO[bytes]) -> None:
+        try:
+            child = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[child_end.fileno()],
+            )
+        except Exception as error:
+            started.set_exception(error)
+            return
+        started.set_result(child)
+        with contextlib.suppress(ChildProcessError):  # `close` has seen the exit code before
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
     with log_file.open("ab") as log:
-        child = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=[child_end.fileno()],
-        )
+        threading.Thread(target=start_and_wait, args=[log], daemon=True).start()
+        child = started.result()
     child_end.close()
     return child, parent_end
 

@@ -334,3 +334,25 @@ def test_the_seed_of_a_group_depends_on_run_rollout_and_problem():
         derive_seed(0, 3, "p8"),
     }
     assert len(seeds) == 4
+
+
+@pytest.mark.parametrize("name", ["edited_rewards:value", "edited_rewards.py:value"])
+def test_a_file_that_has_changed_is_imported_again(name, tmp_path, monkeypatch):
+    """In a notebook, a cell writes the file again and the next run uses it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "edited_rewards.py"
+    values = []
+    try:
+        for number in (1, 1, 2):
+            text = f"def value(completion, problem): return {number}\n"
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
+                os.utime(file, (number, number))  # the cache of compiled files has whole seconds
+            function = plugins.find_function("grpo.rewards", name, "reward", "rewards")
+            values.append((function(None, None), function))
+    finally:
+        for module_name in ("edited_rewards", str(file)):
+            sys.modules.pop(module_name, None)
+    assert [value for value, _ in values] == [1, 1, 2]
+    assert values[0][1] is values[1][1]  # an unchanged file is not imported again

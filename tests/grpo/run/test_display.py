@@ -1,5 +1,7 @@
 """Tests the progress output and the timer of a run."""
 
+import io
+import logging
 import os
 import pty
 import re
@@ -8,7 +10,7 @@ import sys
 
 import pytest
 
-from grpo.run.display import Timer
+from grpo.run.display import Timer, caller_output, redirect_output
 
 ROW = {
     "step": 3,
@@ -121,6 +123,43 @@ def test_a_terminal_shows_how_long_a_phase_has_taken():
     text = stderr_on_terminal(SLOW_START)
     assert "downloading owner/name, 0.20 of 3.09 GB" in text
     assert "0.20 of 3.09 GB for 0:00" in text
+
+
+def test_redirected_output_is_in_the_file_also_if_the_streams_are_those_of_a_notebook(
+    tmp_path, monkeypatch, capfd
+):
+    """The streams of a notebook send text to the browser. They write to no file descriptor."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    log = tmp_path / "library.log"
+    print("before")
+    with redirect_output(log):
+        print("from Python")
+        handler = logging.StreamHandler()  # as a library that is imported now
+        os.system("echo from a child; echo its error >&2")
+        with redirect_output(tmp_path / "other.log"):
+            print("other")
+        with caller_output():
+            print("to the caller")
+            os.system("echo child to the caller")
+        print("an error", file=sys.stderr)
+    print("after")
+    assert log.read_text() == "from Python\nfrom a child\nits error\nan error\n"
+    assert (tmp_path / "other.log").read_text() == "other\n"
+    assert stdout.getvalue() == "before\nto the caller\nafter\n"
+    assert stderr.getvalue() == ""
+    assert (sys.stdout, sys.stderr) == (stdout, stderr)
+    assert capfd.readouterr() == ("child to the caller\n", "")
+    handler.emit(logging.makeLogRecord({"msg": "later"}))  # its stream is still open
+    assert capfd.readouterr().err == "later\n"
+
+
+def test_the_output_is_restored_after_an_exception(tmp_path, capfd):
+    with pytest.raises(KeyError), redirect_output(tmp_path / "log"):
+        raise KeyError
+    os.system("echo visible")
+    assert capfd.readouterr().out == "visible\n"
 
 
 def test_the_seconds_of_the_phases_and_the_rest_add_up_to_the_total():

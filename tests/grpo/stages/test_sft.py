@@ -272,6 +272,18 @@ def test_exploding_gradients_are_skipped_and_the_third_in_a_row_stops_the_run(
     assert skipped == [1, 1, 0, 0, 0, 0]
 
 
+def test_a_run_with_zero_3_writes_its_final_model(tiny, tmp_path):
+    """In the ZeRO-3 mode of transformers, the empty model that `final/` needs cannot be created."""
+    config = sft_config(tmp_path / "run", tiny(), learner={"zero_stage": 3}, sft={"updates": 2})
+    run_grpo(write_config(tmp_path / "config.yaml", config), command="sft")
+    before = load_file(tiny() / "model.safetensors")
+    after = final_weights(tmp_path / "run")
+    assert after.keys() == before.keys()
+    for name, weight in before.items():
+        assert after[name].shape == weight.shape, name
+        assert not torch.equal(after[name], weight), name
+
+
 def test_an_exception_in_the_users_data_set_does_not_block_the_corrected_command(tiny, tmp_path):
     (tmp_path / "broken.py").write_text("def load(split, *, seed, path): return {}['x']")
     data = {"name": f"{tmp_path}/broken.py:load", "options": {}}

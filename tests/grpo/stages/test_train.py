@@ -1,5 +1,6 @@
 """Complete runs of `grpo train`, `grpo eval` and `grpo bench` with real vLLM and real DeepSpeed."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -130,11 +131,15 @@ def test_on_a_gpu_the_engine_measures_the_memory_before_the_learner_uses_it(
         def __init__(self, *_):
             events.append("learner")
 
+        def close(self):
+            events.append("closed")
+
     monkeypatch.setattr(learner_module, "Learner", RecordingLearner)
     engine = SimpleNamespace(wait_ready=lambda: events.append("engine is ready"))
     context = SimpleNamespace(
         run=SimpleNamespace(log_file=lambda name: tmp_path / name),
         display=SimpleNamespace(say=lambda text: None, phase=lambda step, name: None),
+        stack=contextlib.ExitStack(),
     )
     start = SimpleNamespace(model_dir=tiny())
     train._load_learner(tiny_config(tmp_path, tiny()), context, start, engine, loss=None)
