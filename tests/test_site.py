@@ -72,7 +72,13 @@ def test_equations_need_no_script(site):
 
 def test_the_python_reference_has_signatures_and_texts(site):
     html = (site / "api.html").read_text()
-    names = ["grpo.types.Problem", "grpo.config.load", "grpo.rewards.accuracy.verify"]
+    names = [
+        "grpo.train",
+        "grpo.Model.generate",
+        "grpo.types.Problem",
+        "grpo.config.load",
+        "grpo.rewards.accuracy.verify",
+    ]
     names += [f"grpo.data.{name}.load" for name in plugin_names("grpo.data")]
     names += [f"grpo.rewards.{name}.reward" for name in plugin_names("grpo.rewards")]
     for name in names:

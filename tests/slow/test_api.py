@@ -12,6 +12,7 @@ import pytest
 from stage_configs import collect_config, distill_config, final_weights, sft_config
 from tiny_models import tiny_config
 from whole_runs import (
+    TORCHRUN,
     process_environment,
     read_metrics,
     read_reproducible_results,
@@ -39,7 +40,7 @@ def training(run_dir, model_dir, **sections):
         model_dir,
         train={"rollouts": 3, "updates_per_rollout": 2},
         eval={"every": 1, "problems": 4},
-        rewards={"digits:share": 1.0, "accuracy": 1.0},
+        rewards={"accuracy": 1.0, "digits:share": 1.0},
         **sections,
     )
 
@@ -229,6 +230,46 @@ def test_no_engine_outlives_the_interpreter(ending, api_run):
     assert process.stderr == ""
     psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=5)
     assert not psutil.pid_exists(int(pid))
+
+
+RANKS = """
+import sys
+import grpo
+
+def stop(row):
+    if row["step"] == 2:
+        raise {error}
+
+config = sys.argv[1]
+try:
+    run = grpo.sft(config, callbacks=[stop])
+    print("status", run.status)
+except (KeyError, grpo.RunInterruptedError) as error:
+    print("raised", type(error).__name__)
+print("status", grpo.sft(config, resume=True).status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        ("grpo.StopRun", ["status stopped: StopRun"] * 2),
+        ("KeyError", ["raised CallbackError", "raised KeyError"]),  # on ranks 1 and 0
+    ],
+)
+def test_a_callback_on_rank_0_stops_all_ranks(error, lines, tiny, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(RANKS.format(error=error))
+    config = write_config(tmp_path / "config.yaml", sft_config(tmp_path / "run", tiny()))
+    process = subprocess.run(
+        [sys.executable, *TORCHRUN, "--nproc-per-node=2", str(script), config],
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    assert sorted(process.stdout.splitlines()) == sorted([*lines, *["status finished"] * 2])
 
 
 def test_other_stages_call_callbacks_also_for_the_stages_inside_them(tiny, tmp_path):

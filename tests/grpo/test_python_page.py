@@ -1,0 +1,63 @@
+"""docs/python.md: its examples run in their order, in one process."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import grpo
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "python.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def needs_engine(block):
+    return "run = grpo.train(" in block or "grpo.load(" in block
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """Returns the working directory, with the configs of the repository."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+def test_the_examples_without_an_engine_run_as_printed(directory, capsys):
+    names = {}
+    for block in BLOCKS:
+        if not needs_engine(block):
+            exec(block, names)
+    output = capsys.readouterr().out
+    shown = re.search(r"# (Run\('runs/tiny_sft': sft, finished, step 20, loss) \d", PAGE)
+    assert output.startswith(shown.group(1))
+    assert "stopped: StopRun\nfinished\n" in output
+    assert "runs/stopped/final\n" in output
+    assert "configs/tiny.yaml: train.rollout: unknown key (did you mean rollouts?). " in output
+    assert len(names["run"].metrics) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_all_examples_run_as_printed(directory):
+    names = {}
+    for block in BLOCKS:
+        exec(block, names)
+    assert names["run"].status == "finished"
+    assert names["evaluation"].table["all"]["accuracy"] >= 0
+    assert [len(completions) for completions in names["answers"]] == [4, 4]
+
+
+def test_the_page_names_every_public_name():
+    for name in grpo.__all__:
+        assert f"grpo.{name}" in PAGE or name in ("Completion", "Model"), name
+
+
+def test_the_table_of_results_names_every_property_of_a_run():
+    table = PAGE[PAGE.index("## Results") : PAGE.index("## Train and ask")]
+    for name in vars(grpo.Run):
+        if not name.startswith("_"):
+            assert f"`{name}" in table, name
