@@ -6,8 +6,9 @@ and file formats. It contains nothing about problems.
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -78,7 +79,21 @@ def table_rows(stored: StoredSet, split: str, malformed: list[str] | None = None
         rows = _folder_rows(local, stored, split, malformed)
     else:
         rows = _hub_rows(stored, split)
-    return islice(rows, stored.max_rows)
+    if stored.max_rows is None:
+        return rows
+    return _first_rows(rows, stored.max_rows)
+
+
+def _first_rows(rows: Iterator[Row], count: int) -> Iterator[Row]:
+    """Yields the first rows of a set, then ends its stream.
+
+    Otherwise pyarrow's threads, which read ahead, can abort the process when Python exits
+    (https://github.com/huggingface/datasets/issues/7566).
+    """
+    yield from islice(rows, count)
+    if isinstance(rows, Generator):
+        rows.close()
+    gc.collect()
 
 
 def _check_split(stored: StoredSet, split: str, available: list[str]) -> None:
