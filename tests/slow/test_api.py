@@ -23,6 +23,7 @@ from whole_runs import (
 )
 
 import grpo
+from grpo import json_lines
 from grpo.stages.loaded_model import Model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -280,20 +281,30 @@ def test_other_stages_call_callbacks_also_for_the_stages_inside_them(tiny, tmp_p
     assert "trace/kept" in rows[0]
     assert len(collected.samples(2)) == 8
 
-    sampled = {"collect": {"problems": 6, "samples": 4, "keep": 2, "format": False}}
-    config = distill_config(
-        tmp_path,
-        tiny,
-        way="sequence",
-        prompt={"template": "plain", "max_tokens": 48, "stop": list("etao")},
-        rewards={"finished": 1.0},
-        sft={"updates": 2, "batch_size": 2, "max_tokens": 96},
-        **sampled,
-    )
+    sections = {
+        "collect": {"problems": 4, "samples": 4, "chunk": 4, "format": False},
+        "rewards": {"finished": 1.0},
+        "sft": {"updates": 2, "batch_size": 2, "max_tokens": 96},
+        "prompt": {"template": "plain", "max_tokens": 48, "stop": list("etao")},
+    }
+    config = distill_config(tmp_path, tiny, way="sequence", **sections)
     rows.clear()
-    distilled = grpo.distill(config, callbacks=[rows.append])
+    with pytest.raises(grpo.UserError, match="no thoughts"):  # in the texts of a random model
+        grpo.distill(config, callbacks=[rows.append])
+    assert [row["trace/kept"] > 0 for row in rows] == [True]
+    write_traces(tmp_path / "run" / "collect" / "traces.jsonl")
+    rows.clear()
+    distilled = grpo.distill(config, callbacks=[rows.append], resume=True)
     assert distilled.final == tmp_path / "run" / "sft" / "final"
-    assert [row["step"] for row in rows] == [1, 1, 2]  # a chunk and two updates
+    assert [row["loss"] > 0 for row in rows] == [True, True]
+
+
+def write_traces(file):
+    """Replaces the solutions of traces."""
+    traces = json_lines.read_objects(file)
+    for trace in traces:
+        trace["solution"] = "<think>1</think> <answer>2</answer>"
+    file.write_text(json_lines.to_lines(traces))
 
 
 def test_stop_run_in_an_evaluation_of_quantize_stops_quantize(tiny, tmp_path):
@@ -307,14 +318,17 @@ def test_stop_run_in_an_evaluation_of_quantize_stops_quantize(tiny, tmp_path):
     run = grpo.quantize(tree, callbacks=[stop])
     assert run.status == "stopped: StopRun"
     assert run.table is None
-    assert [path.name for path in run.path.glob("eval-*")] == ["eval-parent"]
+    assert [path.parent.name for path in run.path.glob("eval-*/manifest.json")] == ["eval-parent"]
     run = grpo.quantize(tree, resume=True)
     assert [row["model"] for row in run.table] == ["parent", "int8"]
     assert run.final == run.path / "int8"
 
 
-def test_a_pipeline_after_a_run_in_the_same_process_is_silent(api_run, tiny, tmp_path, capfd):
+def test_a_pipeline_after_a_run_in_the_same_process_is_silent(
+    api_run, tiny, tmp_path, capfd, monkeypatch
+):
     """Its processes must not inherit the variables of this process's group."""
+    monkeypatch.setenv("PYTHONPATH", process_environment()["PYTHONPATH"])  # for digits.py
     train = write_config(tmp_path / "train.yaml", training("x", tiny()))
     sft = write_config(tmp_path / "sft.yaml", sft_config("x", tiny()))
     pipeline = {
