@@ -29,6 +29,14 @@ from grpo.stages.loaded_model import Model
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
+@pytest.fixture(autouse=True)
+def _default_reaction_to_ctrl_c():
+    """A process that a shell starts in the background ignores SIGINT."""
+    previous_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous_handler)
+
+
 def children():
     """Returns the processes that this one has started, without the pool of pytest's own tools."""
     return [child for child in psutil.Process().children() if "grpo" in " ".join(child.cmdline())]
