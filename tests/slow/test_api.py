@@ -23,7 +23,6 @@ from whole_runs import (
 )
 
 import grpo
-from grpo import json_lines
 from grpo.stages.loaded_model import Model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -300,19 +299,6 @@ def test_other_stages_call_callbacks_also_for_the_stages_inside_them(tiny, tmp_p
     with pytest.raises(grpo.UserError, match="no thoughts"):  # in the texts of a random model
         grpo.distill(config, callbacks=[rows.append])
     assert [row["trace/kept"] > 0 for row in rows] == [True]
-    write_traces(tmp_path / "run" / "collect" / "traces.jsonl")
-    rows.clear()
-    distilled = grpo.distill(config, callbacks=[rows.append], resume=True)
-    assert distilled.final == tmp_path / "run" / "sft" / "final"
-    assert [row["loss"] > 0 for row in rows] == [True, True]
-
-
-def write_traces(file):
-    """Replaces the solutions of traces."""
-    traces = json_lines.read_objects(file)
-    for trace in traces:
-        trace["solution"] = "<think>1</think> <answer>2</answer>"
-    file.write_text(json_lines.to_lines(traces))
 
 
 def test_stop_run_in_an_evaluation_of_quantize_stops_quantize(tiny, tmp_path):
