@@ -277,8 +277,6 @@ def _row(location: str, fields: object) -> Row:
         raise UserError(
             f"{location}: got a {type(fields).__name__}, expected an object with fields"
         )
-    if None in fields:  # of a CSV file
-        raise UserError(f"{location}: has more cells than the header has columns")
     try:
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

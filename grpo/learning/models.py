@@ -432,6 +432,20 @@ def context_tokens(model_dir: Path) -> int | None:
     return context
 
 
+def weight_bits(model_dir: Path) -> int | None:
+    """Returns the bits per weight of a quantized model, None for other models.
+
+    For example 4 for `{"quantization_config": {"config_groups": {"0": {"weights": {"num_bits":
+    4}}}}}` (compressed-tensors) and for `{"quantization_config": {"bits": 4}}` (GPTQ, AWQ).
+    """
+    config = json.loads((model_dir / "config.json").read_text())
+    quantization = config.get("quantization_config") or {}
+    for group in quantization.get("config_groups", {}).values():
+        bits: int | None = (group.get("weights") or {}).get("num_bits")
+        return bits
+    return quantization.get("bits")
+
+
 def check_context(model_dir: Path, num_tokens: int, length_keys: str) -> None:
     """Raises UserError if the model's context is shorter than `num_tokens`.
 

@@ -49,10 +49,12 @@ def start_engine(config: SamplingStageConfig, context: RunContext, model: Engine
     The engine is a child process, or with `engine.servers` a pool of servers.
 
     Raises:
-        UserError: The machine has too little memory, or no kernels for `engine.deterministic`.
+        UserError: The machine has too little memory, or no kernels for `engine.deterministic` or
+            for a quantized model.
     """
     from grpo.engines.determinism import require_batch_invariant_kernels
     from grpo.engines.local.engine import VllmEngine, check_memory
+    from grpo.engines.quantized_kernels import require_kernels
     from grpo.engines.vllm_options import ServedModel
 
     if config.engine.deterministic:
@@ -75,6 +77,7 @@ def start_engine(config: SamplingStageConfig, context: RunContext, model: Engine
     if servers:
         engine = _start_server_pool(config, context, served)
     else:
+        require_kernels(models.weight_bits(model.model_dir), context.display.say)
         engine = VllmEngine(
             model=served,
             settings=config.engine,

@@ -119,13 +119,20 @@ def _run_all(
     run: RunDirectory,
     log_file: Path | None = None,
 ) -> None:
+    from grpo.engines.quantized_kernels import int4_obstacle
+
     run.update_manifest(
         stage="pipeline",
         status="running",
         seed=config.seed,
         stages=[command.name for command in commands],
     )
+    obstacle = int4_obstacle()
+    int4_evaluations = _int4_evaluations(config)
     for command in commands:
+        if obstacle is not None and command.name in int4_evaluations:
+            print(f"{command.name}: not evaluated: {obstacle}")
+            continue
         _run_unfinished(command, run, num_ranks=_num_ranks(config, command), log_file=log_file)
     rows = table(config)
     write_file(run.path / "table.json", json.dumps(rows, indent=2) + "\n")
@@ -229,6 +236,15 @@ def _models(config: PipelineConfig, name: str) -> dict[str, str]:
         schemes = quantize_tree.get("schemes") or QuantizeSettings().schemes
         return {f"{name}-{scheme}": f"{config.run_dir}/{name}/{scheme}" for scheme in schemes}
     return {name: _final_model(config, name)}
+
+
+def _int4_evaluations(config: PipelineConfig) -> set[str]:
+    """Returns the names of the commands that evaluate int4 models."""
+    names = set()
+    for stage, settings in config.stages.items():
+        if settings.command == "quantize":
+            names |= {f"{stage}-int4-{set_name}" for set_name in config.eval}
+    return names
 
 
 def _final_model(config: PipelineConfig, name: str) -> str:

@@ -45,10 +45,10 @@ def quantize(config: QuantizeConfig, *, resume: bool) -> None:
     """
     require_one_rank("quantize")
     schemes = config.quantize.schemes
-    evaluations = config.evaluation_configs()
     total = len(schemes)
     with open_stage(config, "quantize", total=total, unit="scheme", resume=resume) as context:
         model_dir = _write_schemes(config, context)
+        evaluations = _supported_evaluations(context, config.evaluation_configs())
         _evaluate_all(context, evaluations)
         rows = [_table_row("parent", model_dir, evaluations)]
         for scheme in schemes:
@@ -82,6 +82,19 @@ def _write_schemes(config: QuantizeConfig, context: RunContext) -> Path:
     return model_dir
 
 
+def _supported_evaluations(
+    context: RunContext, evaluations: Mapping[str, EvalConfig]
+) -> dict[str, EvalConfig]:
+    """Returns the evaluations without that of int4, if this machine cannot run it."""
+    from grpo.engines.quantized_kernels import int4_obstacle
+
+    obstacle = int4_obstacle()
+    supported = dict(evaluations)
+    if obstacle is not None and supported.pop("int4", None) is not None:
+        context.display.say(f"int4 is not evaluated: {obstacle}")
+    return supported
+
+
 def _evaluate_all(context: RunContext, evaluations: Mapping[str, EvalConfig]) -> None:
     """Evaluates the original model and every scheme, except where a finished evaluation exists."""
     for name, config in evaluations.items():
@@ -102,7 +115,7 @@ def _table_row(name: str, folder: Path, evaluations: Mapping[str, EvalConfig]) -
     """
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     row = {"model": name, "megabytes": round(num_bytes / 1e6, 3), "accuracy": "", "interval": ""}
-    if not evaluations:
+    if name not in evaluations:
         return row
     metrics = read_metrics(Path(evaluations[name].run_dir) / "metrics.jsonl")[-1]
     if "eval/accuracy" in metrics:

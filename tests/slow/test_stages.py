@@ -24,6 +24,7 @@ from whole_runs import (
     write_yaml,
 )
 
+from grpo.engines.quantized_kernels import int4_obstacle
 from grpo.stages.eval_table import evaluation_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -255,8 +256,11 @@ def test_quantize_writes_every_scheme_and_one_table_and_skips_finished_schemes(t
     table = (run_dir / "table.md").read_text()
     names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert names == ["parent", "int8", "int4"]
-    sizes = [row["megabytes"] for row in read_json(run_dir / "table.json")]
+    rows = read_json(run_dir / "table.json")
+    sizes = [row["megabytes"] for row in rows]
     assert sizes[0] > sizes[1] > sizes[2]
+    can_run_int4 = int4_obstacle() is None
+    assert [row["accuracy"] != "" for row in rows] == [True, True, can_run_int4]
     for scheme in ("int8", "int4"):  # the quantized models have the extended context
         model_config = read_json(run_dir / scheme / "config.json")
         assert model_config["rope_parameters"]["rope_type"] == "yarn", model_config
@@ -267,7 +271,7 @@ def test_quantize_writes_every_scheme_and_one_table_and_skips_finished_schemes(t
     # Remove the last scheme. The evaluation of the first must not be repeated.
     int8_metrics = read_metrics(run_dir / "eval-int8")
     shutil.rmtree(run_dir / "int4")
-    (run_dir / "eval-int4" / "manifest.json").unlink()
+    (run_dir / "eval-int4" / "manifest.json").unlink(missing_ok=True)  # none without a kernel
     run_grpo(config, "--resume", command="quantize")
     assert (run_dir / "table.md").read_text() == table
     assert read_metrics(run_dir / "eval-int8") == int8_metrics

@@ -42,17 +42,12 @@ def render(
         comments: Comments by key, e.g. `{"prompt.max_tokens": "the longest prompt has 231"}`.
         suggestions: Lines that are commented out, by section. Those of section "" end the file.
     """
-    lines = _first_lines(header)
+    lines = [f"# {line}" for line in header]
     names = sorted(tree, key=lambda name: SECTIONS.index(name) if name in SECTIONS else 99)
     for name in names:
         lines += _section(name, tree[name], comments, suggestions.get(name, ()))
     lines += [f"# {line}" for line in suggestions.get("", ())]
     return "\n".join(lines) + "\n"
-
-
-def _first_lines(header: Sequence[str]) -> list[str]:
-    """Returns the lines before the first key. A line about the schema of the file belongs here."""
-    return [f"# {line}" for line in header]
 
 
 def wrap_command(parts: Sequence[str], width: int = WIDTH - 2) -> list[str]:

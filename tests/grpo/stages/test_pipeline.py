@@ -11,7 +11,9 @@ import pytest
 from grpo import config as configs
 from grpo.config import PipelineConfig
 from grpo.config.reading import apply_overrides
+from grpo.engines import quantized_kernels
 from grpo.run.directory import RunDirectory
+from grpo.stages import pipeline as pipeline_module
 from grpo.stages.pipeline import (
     STAGE,
     _format_overrides,
@@ -182,6 +184,27 @@ def test_plan_without_evaluation_sets_starts_with_the_first_stage():
     stages = {"a": {"command": "sft", "config": "configs/tiny_sft.yaml"}}
     first_command = next(plan(pipeline_config(stages=stages)))
     assert first_command.name == "a"
+
+
+def test_int4_models_are_not_evaluated_where_vllm_has_no_kernel(tmp_path, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(quantized_kernels, "int4_obstacle", lambda: "no kernel")
+    monkeypatch.setattr(
+        pipeline_module, "_run_unfinished", lambda command, *_, **__: commands.append(command.name)
+    )
+    stages = {
+        "small": {
+            "command": "quantize",
+            "config": "configs/tiny_quantize.yaml",
+            "set": {"eval": None, "model.path": "tiny-qwen2"},
+        }
+    }
+    config = pipeline_config(
+        run_dir=str(tmp_path / "run"), stages=stages, eval={"s": {"config": "configs/tiny.yaml"}}
+    )
+    pipeline_module.pipeline(config, resume=False)
+    assert commands == ["start-s", "small", "small-int8-s", "small-int8_tensor-s"]
+    assert "small-int4-s: not evaluated: no kernel" in capsys.readouterr().out
 
 
 def context_lines(stages, evaluation):
