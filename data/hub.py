@@ -93,7 +93,8 @@ def load(  # noqa: PLR0913
             and the set is not downloaded. None: all rows; a set of the hub is downloaded and
             cached by `datasets`.
         answers: False: the rows have no gold answers, for supervised training, or rewards that
-            need none. All of them are in the train split. None: that of the published set, or true.
+            need none. All of them are in the train split. None: that of the published set if
+            `columns` names no answer, or true.
         keep_instruction: Keep the text around each question that the published set removes.
         malformed: A list that receives the reason for each row that cannot be read, which is then
             skipped. None: such a row is an error.
@@ -112,7 +113,15 @@ def load(  # noqa: PLR0913
     _check_types("text", str, subset=subset, revision=revision, test_split=test_split)
     published = find_published_set(path)
     settings = published or OTHER_SET
-    has_answer = settings.has_answer if answers is None else answers
+    columns = columns or {}
+    has_answer = answers
+    if has_answer is None:
+        has_answer = settings.has_answer or columns.get("answer") is not None
+    if not has_answer and columns.get("answer") is not None:
+        raise UserError(
+            f"data.hub.answers: false contradicts data.columns.answer={columns['answer']}: remove "
+            "one of them"
+        )
     if stored_split is None:
         stored_split = FILE_SPLIT if Path(path).expanduser().is_file() else settings.split
     splits = _Splits(stored_split, test_split, test_fraction, has_answer)
@@ -129,7 +138,7 @@ def load(  # noqa: PLR0913
     reader = _ProblemReader(
         name=_name_of(path),
         part=f"{subset}/{source_split}" if subset else source_split,
-        columns=dict(columns or {}),
+        columns=dict(columns),
         published=published,
         has_answer=has_answer,
         keep_instruction=keep_instruction,

@@ -18,6 +18,7 @@ from grpo.data.common.files import (
     read_rows,
     text_field,
 )
+from grpo.data.common.procedural import check_range
 from grpo.types import Problem, UserError
 
 # Names of local files by subset.
@@ -54,15 +55,12 @@ def load(
         UserError: An option is wrong, a row is incomplete, or the split has no problems.
     """
     check_split("mbpp", split)
-    if subset not in STEMS:
+    if subset not in tuple(STEMS):
         raise UserError(
             f"data.mbpp.subset: unknown subset {subset!r}. Available: {', '.join(STEMS)}."
         )
-    if shown_tests is not None and shown_tests < 1:
-        raise UserError(
-            f"data.mbpp.shown_tests: got {shown_tests}, expected at least 1: a test has the name "
-            "of the function"
-        )
+    if shown_tests is not None:
+        check_range("mbpp.shown_tests", shown_tests, 1, 1000)  # a test has the function's name
     hub = HubDataset("google-research-datasets/mbpp", subset, split)
     problems = []
     for row in read_rows(path, stems=STEMS[subset], hub=hub):

@@ -3,8 +3,8 @@
 The names of this module are also those of the package: `grpo.train`, `grpo.load`, `grpo.Run`.
 
 A config is the path of a YAML file, a dict with the same keys, or a config object of `grpo.config`.
-Overrides are values by dotted key: `{"train.rollouts": 5, "model.warm_start": None}`. Nothing is
-printed unless the config sets `logging.progress`.
+Overrides are values by dotted key: `{"train.rollouts": 5, "model.warm_start": None}`. Only warnings
+are printed, unless the config sets `logging.progress`.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def evaluate(
 def pipeline(config: Config, overrides: Overrides | None = None, *, resume: bool = False) -> Run:
     """Runs several stages, as `grpo pipeline`. The arguments are those of `train`.
 
-    Each stage is a process of its own, so there are no callbacks. The output is in pipeline.log.
+    Each stage is a process of its own, so there are no callbacks. The output is in pipeline.log. A
+    pipeline that has begun in this `run_dir` is continued, with and without `resume`.
     """
     from grpo.stages.pipeline import pipeline as run_pipeline
 

@@ -22,8 +22,9 @@ class DataSetSettings(Section):
 
     name: str | None = Field(
         None,
-        description="Name of the problem set, as `data.name`. A mixture can so contain one set "
-        "several times, for example `hub`. Default: the name of this entry.",
+        description="Name of the problem set, as `data.name`. With it, a mixture can contain a set "
+        "several times, for example `hub`; the ids of its problems then start with the name of "
+        "the entry. Default: the name of this entry.",
     )
     weight: float = Field(
         1.0, gt=0, description="Share of the mixture, relative to the weights of the other sets."

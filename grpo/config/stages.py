@@ -651,8 +651,12 @@ class EvalConfig(TrainConfig):
         return self.model_copy(update=changes)
 
     def rewards_of_samples(self, name: str) -> dict[str, RewardSettings]:
-        """Returns the rewards that score the completions in `samples/NAME.jsonl`."""
-        settings = self.sets.get(name.removeprefix("eval-"))
+        """Returns the rewards that score the completions in `samples/NAME.jsonl`.
+
+        A file is `eval-SET.jsonl` or, before the set is finished, `part-SET-000000.jsonl`.
+        """
+        set_name = re.sub(r"^(eval|part)-|-\d{6}$", "", name)
+        settings = self.sets.get(set_name)
         if settings is None or settings.rewards is None:
             return self.rewards
         return settings.rewards

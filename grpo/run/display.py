@@ -87,13 +87,26 @@ class Display:
         if self._mode != "off":
             threading.Thread(target=self._tick, daemon=True).start()
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the mode is off: nothing is printed."""
+        return self._mode == "off"
+
     def say(self, text: str) -> None:
         """Prints a line of text, unless the mode is off."""
-        if self._mode == "off":
+        if self.is_off:
             return
         with self._lock:
             self._console.print(text, markup=False)
             self._last_line_s = time.monotonic()
+
+    def warn(self, text: str) -> None:
+        """Prints a line of text in every mode, also in mode off."""
+        if not self.is_off:
+            self.say(text)
+            return
+        with caller_output():
+            print(text, file=sys.stderr, flush=True)
 
     def begin(self, done: int) -> None:
         """Starts the clock for the estimate of the remaining time.

@@ -6,8 +6,9 @@ completions of the step. A tracker that fails does not stop the run.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,26 +95,42 @@ class Trackers:
             UserError: A tracker is not installed, or it cannot be opened for a new run.
         """
         self._say = say
-        self._num_samples = run.num_samples
+        self._run = run
         self._trackers: list[_Tracker] = []
+        self._open(names, is_resumed=run.is_resumed)
+
+    def _open(self, names: Sequence[str], *, is_resumed: bool) -> None:
         for name in names:
             try:
-                self._trackers.append(_OPENERS[name](run))
+                self._trackers.append(_OPENERS[name](self._run))
             except ImportError as error:
+                self._close_all()
                 raise UserError(
                     f"logging.trackers: {name} is not installed ({error}): pip install {name}"
                 ) from None
             # Errors of the network, of a login and of other libraries.
             except Exception as error:
                 message = f"logging.trackers: {name} cannot be opened: {_describe(error)}"
-                if not run.is_resumed:
+                if not is_resumed:
+                    self._close_all()
                     raise UserError(f"{message}. Correct this, or remove {name}") from None
-                say(f"{message}. The run continues without it")
+                self._say(f"{message}. The run continues without it")
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Closes the trackers within the context, so that another run can open its own.
+
+        W&B and trackio have one open run per process.
+        """
+        names = [tracker.name for tracker in self._trackers]
+        self._close_all()
+        yield
+        self._open(names, is_resumed=True)
 
     @property
     def num_samples(self) -> int:
         """The number of completions per step that `log` can use; 0 without trackers."""
-        return self._num_samples if self._trackers else 0
+        return self._run.num_samples if self._trackers else 0
 
     def log(self, row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Sends the numbers and histograms of a row of metrics, and completions, to every tracker.
@@ -148,6 +165,11 @@ class Trackers:
         self._trackers.remove(tracker)
         self._close(tracker)
 
+    def _close_all(self) -> None:
+        for tracker in self._trackers:
+            self._close(tracker)
+        self._trackers.clear()
+
     def _close(self, tracker: _Tracker) -> None:
         try:
             tracker.close()
@@ -160,8 +182,7 @@ class Trackers:
 
     def __exit__(self, *_: object) -> None:
         """Closes every tracker."""
-        for tracker in self._trackers:
-            self._close(tracker)
+        self._close_all()
 
 
 def _describe(error: Exception) -> str:

@@ -91,7 +91,8 @@ def _run_sequence(config: DistillConfig, resume: bool) -> None:
                 continue
             context.display.say(f"{name}: {folder}")
             is_started = (folder / "manifest.json").exists()
-            stages[name].run(part_config, resume=is_started)
+            with context.inner_run():
+                stages[name].run(part_config, resume=is_started)
         context.signals.raise_if_received()
         context.run.update_manifest(final="sft/final")
 

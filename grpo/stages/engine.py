@@ -77,7 +77,7 @@ def start_engine(config: SamplingStageConfig, context: RunContext, model: Engine
     if servers:
         engine = _start_server_pool(config, context, served)
     else:
-        require_kernels(models.weight_bits(model.model_dir), context.display.say)
+        require_kernels(models.weight_bits(model.model_dir), context.display.warn)
         engine = VllmEngine(
             model=served,
             settings=config.engine,

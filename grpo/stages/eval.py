@@ -149,7 +149,8 @@ def _write_results(context: RunContext, metrics: Metrics, results: Mapping[str, 
     context.record({"step": 0, **metrics})
     write_file(context.run.path / "table.json", json.dumps(table, indent=2) + "\n")
     write_file(context.run.path / "table.md", markdown_table(table) + "\n")
-    print(markdown_table(table))
+    if not context.display.is_off:
+        print(markdown_table(table))
 
 
 def _with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

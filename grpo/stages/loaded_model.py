@@ -48,7 +48,7 @@ class Model:
             UserError: The model does not exist, or an override is wrong.
             RunError: The engine does not start.
         """
-        require_one_rank("ask")
+        require_one_rank("eval --ask (grpo.load)")
         self._path = os.fspath(model)
         self._lock = threading.Lock()
         scratch = Path(tempfile.mkdtemp(prefix="grpo-model-"))

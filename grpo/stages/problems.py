@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,26 @@ def load_problems(
             check_dropped(f"data.{name}", malformed, num_rows, max_dropped, say)
         for reward in rewards:
             problems[name] = _read_by_reward(problems[name], name, reward)
+        if source.name != name:
+            problems[name] = _with_entry_in_ids(problems[name], name)
     return problems
+
+
+def _with_entry_in_ids(problems: Sequence[Problem], entry: str) -> Sequence[Problem]:
+    """Returns the problems with ids that start with the name of their entry in a mixture.
+
+    Two entries with the same data set can have problems with the same ids. Pass rates, seeds and
+    the selection of held-out problems depend on the ids.
+    """
+    from grpo.data.common.procedural import GeneratedProblems
+
+    def renamed(index: int) -> Problem:
+        problem = problems[index]
+        return replace(problem, id=f"{entry}/{problem.id}")
+
+    if isinstance(problems, list):
+        return [renamed(index) for index in range(len(problems))]
+    return GeneratedProblems(len(problems), renamed)
 
 
 def _load_arguments(
@@ -81,6 +101,8 @@ def _load_arguments(
     arguments = {"path": source.path, **source.options}
     section = f"data.mixture.{name}" if data.mixture else "data"
     for key, parameter in LOAD_PARAMETERS.items():
+        if parameter in source.options:
+            raise UserError(f"{section}.options.{parameter}: set {section}.{key}")
         value = getattr(source, key)
         if not value:
             continue

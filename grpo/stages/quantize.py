@@ -104,8 +104,8 @@ def _evaluate_all(context: RunContext, evaluations: Mapping[str, EvalConfig]) ->
             continue
         shutil.rmtree(folder, ignore_errors=True)
         context.display.say(f"evaluating {name}: {folder}")
-        context.display.pause()
-        evaluate(config, resume=False)
+        with context.inner_run():
+            evaluate(config, resume=False)
 
 
 def _table_row(name: str, folder: Path, evaluations: Mapping[str, EvalConfig]) -> dict[str, Any]:

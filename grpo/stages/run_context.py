@@ -76,6 +76,13 @@ class RunContext:
         self.trackers.log(row, samples)
         self.callbacks.on_row(row)
 
+    @contextlib.contextmanager
+    def inner_run(self) -> Iterator[None]:
+        """Leaves the display and the trackers to another run within the context."""
+        self.display.pause()
+        with self.trackers.suspended():
+            yield
+
     def resume_after(self, num_done: int | None, unit: str) -> None:
         """Removes the records that are newer than the checkpoint and reports where the run resumes.
 
@@ -159,7 +166,7 @@ def open_stage(
             num_samples=config.logging.tracked_samples,
         )
         names = config.logging.trackers if ranks.rank() == 0 else []
-        trackers = stack.enter_context(Trackers(names, tracked_run, display.say))
+        trackers = stack.enter_context(Trackers(names, tracked_run, display.warn))
         callbacks = current_callbacks()
         signals = Signals(callbacks)
         stack.callback(signals.restore_handlers)

@@ -453,9 +453,9 @@ def _run_warm_start(config: SftConfig, context: RunContext) -> str:
             f"warm start: {config.sft.updates} supervised updates of {config.sft.batch_size} "
             "solutions"
         )
-        context.display.pause()
         is_started = (folder / "manifest.json").exists()
-        sft.sft(config, resume=is_started)
+        with context.inner_run():
+            sft.sft(config, resume=is_started)
     return str(folder / "final")
 
 

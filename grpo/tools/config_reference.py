@@ -38,6 +38,8 @@ UNITS = {
 }
 NAMES_OF_TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 LIMITS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
+# The section classes whose key `name` is that of a data set.
+SECTIONS_WITH_DATA = ("DataSettings", "DataSetSettings", "EvalDataSettings", "EvalSetSettings")
 INTRODUCTION = """\
 # Config reference
 
@@ -98,20 +100,32 @@ def json_schema(command: str) -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = f"grpo {command}"
     definitions = schema["$defs"]
-    if "DataSettings" in definitions:
-        _suggest(definitions["DataSettings"]["properties"]["name"], plugin_names("grpo.data"))
+    for section in SECTIONS_WITH_DATA:
+        if section in definitions:
+            _suggest(definitions[section]["properties"]["name"], plugin_names("grpo.data"))
     if "AlgorithmSettings" in definitions:
         keys = definitions["AlgorithmSettings"]["properties"]
         _suggest(keys["loss"], plugin_names("grpo.losses"))
         keys["preset"]["enum"] = list(PRESETS)
     if "rewards" in schema["properties"]:
-        rewards = schema["properties"]["rewards"]
-        value = rewards["additionalProperties"]
-        rewards["properties"] = {
-            name: {**value, "description": _summary(f"grpo.rewards.{name}")}
-            for name in plugin_names("grpo.rewards")
-        }
+        _suggest_rewards(schema["properties"]["rewards"])
+    if "sets" in schema["properties"]:
+        sets = schema["properties"]["sets"]
+        # An empty value removes a set.
+        sets["additionalProperties"] = {"anyOf": [sets["additionalProperties"], {"type": "null"}]}
+    if "EvalSetSettings" in definitions:
+        rewards, _ = definitions["EvalSetSettings"]["properties"]["rewards"]["anyOf"]
+        _suggest_rewards(rewards)
     return schema
+
+
+def _suggest_rewards(rewards: dict[str, Any]) -> None:
+    """Adds the names of the built-in rewards to the schema of a mapping of rewards."""
+    value = rewards["additionalProperties"]
+    rewards["properties"] = {
+        name: {**value, "description": _summary(f"grpo.rewards.{name}")}
+        for name in plugin_names("grpo.rewards")
+    }
 
 
 def _suggest(key: dict[str, Any], names: Sequence[str]) -> None:

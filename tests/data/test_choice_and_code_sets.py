@@ -220,7 +220,7 @@ def test_the_sanitized_mbpp_has_imports_in_a_list(tmp_path):
     ("changes", "options", "message"),
     [
         ({}, {"subset": "mini"}, "unknown subset 'mini'. Available: full, sanitized"),
-        ({}, {"shown_tests": 0}, "shown_tests: got 0, expected at least 1"),
+        ({}, {"shown_tests": 0}, "shown_tests: got 0, expected an integer from 1"),
         ({"task_id": "x1"}, {}, "line 1: field 'task_id' is 'x1', expected a number"),
         ({"task_id": 601}, {}, "has no test problems, which have the task ids 11 to 510"),
         ({"test_list": "assert f()"}, {}, "line 1: field 'test_list' is no list of texts"),

@@ -214,6 +214,20 @@ def test_the_keys_of_the_user_replace_those_of_a_published_set(published):
     assert questions(load(processed, subset="en")) == ["1 and 1?"]
 
 
+def test_a_column_with_answers_can_be_given_to_a_set_that_has_none(tmp_path):
+    folder = tmp_path / "open-thoughts" / "OpenThoughts-114k"
+    folder.mkdir(parents=True)
+    messages = [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": TRACE}]
+    path = write_jsonl(folder / "rows.jsonl", [{"conversations": messages, "gold": "4"}])
+    (problem,) = load(path, columns={"answer": "gold"})
+    assert problem.answer == "4"
+    (problem,) = load(path, test_fraction=None)
+    assert problem.answer == ""
+    assert problem.meta == {"gold": "4"}
+    with pytest.raises(UserError, match=r"answers: false contradicts data\.columns\.answer=gold"):
+        load(path, columns={"answer": "gold"}, answers=False)
+
+
 def test_a_split_of_another_format_is_an_error(published):
     folder = published["Skywork/Skywork-OR1-RL-Data"]
     with pytest.raises(UserError, match=r"row 1: the answer '\{\"entry_point\".* is no JSON list"):
@@ -755,7 +769,7 @@ def test_a_mixture_contains_hub_several_times(published, tmp_path):
     }
     problems = load_problems(data_settings({"mixture": settings}), "train", 0)
     assert questions(problems["mine"]) == ["1?"]
-    assert problems["mine"][0].id == "mine/train/0"
+    assert problems["mine"][0].id == "mine/mine/train/0"
     assert set(questions(problems["dapo"])) <= {"1 and 1?", "2 and 2?"}
 
 

@@ -13,6 +13,7 @@ Every decision is a `Setting`: a key, its value, and the reason, which becomes a
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from grpo.tools.init.text import WIDTH, flow, render, wrap_command
 from grpo.types import UserError
 
 SUFFIXES = (".yaml", ".yml")
+TORCHRUN = "launch/torchrun.sh"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,10 @@ def init(options: InitOptions) -> None:
     overrides = read_overrides(options.stage, options.overrides)
     hardware = choose_hardware(options.gpus, options.gpu_gb)
     new = _decide(options, overrides, hardware)
-    write_file(path, text_of(new))
+    try:
+        write_file(path, text_of(new))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
     print(_summary(new))
 
 
@@ -135,6 +140,8 @@ def _check_target(path: Path) -> None:
         raise UserError(f"{path}: exists already: choose another name, or remove it")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} is not writable")
 
 
 def _decide(options: InitOptions, overrides: Overrides, hardware: Hardware) -> NewConfig:
@@ -211,10 +218,12 @@ def _next_commands(new: NewConfig) -> list[str]:
     doctor = f"grpo doctor {path}"
     if new.facts.hardware.is_described:
         doctor += f" --gpus --gpu-gb {new.facts.hardware.memory_gb:g}"
-    run = f"grpo {new.options.stage} {path}"
-    if new.fit.num_ranks > 1:
-        run = f"GPUS={new.fit.num_ranks} ./launch/torchrun.sh {new.options.stage} {path}"
-    return [doctor, run]
+    if new.fit.num_ranks == 1:
+        return [doctor, f"grpo {new.options.stage} {path}"]
+    run = f"GPUS={new.fit.num_ranks} ./{TORCHRUN} {new.options.stage} {path}"
+    if Path(TORCHRUN).is_file():
+        return [doctor, run]
+    return [doctor, "grpo files --copy .", run]  # grpo is installed from a wheel
 
 
 def _cold_start(new: NewConfig) -> InitOptions:
@@ -272,11 +281,11 @@ def _summary(new: NewConfig) -> str:
     if new.fit.engine_bytes:
         memory += f", engine {new.fit.engine_bytes / GB:.1f} GB"
     lines += [f"  memory   {memory} (estimates)", "next:"]
-    doctor, run = _next_commands(new)
-    commands = [doctor, run]
+    commands = _next_commands(new)
     if new.needs_cold_start and data.has_solutions:
         cold_start = _cold_start(new)
         lines.append("  # a cold start, because so small a model does not use the tags by itself")
+        *checks, run = commands
         run = f"{run} model.warm_start={shlex.quote(cold_start.path)}"
-        commands = [doctor, " ".join(cold_start.command_parts()), run]
+        commands = [*checks, " ".join(cold_start.command_parts()), run]
     return "\n".join([*lines, *(f"  {command}" for command in commands)])

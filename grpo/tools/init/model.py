@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grpo.config import ModelSettings, PromptSettings
+from grpo.config.reading import read_yaml
 from grpo.experience.prompts import EXAMPLE, SYSTEM, Prompts
 from grpo.learning import models
 from grpo.metrics.roofline import ModelShape, model_shape
+from grpo.run.directory import read_manifest
 from grpo.run.display import Display, redirect_output
 from grpo.stages.final_model import final_model_path
 from grpo.tools.init.settings import Overrides, Setting
@@ -146,10 +146,11 @@ def _locate(settings: ModelSettings, folder: Path, seed: int) -> Path:
 
 def _run_prompt(path: str) -> dict[str, Any]:
     """Returns the prompt of the run that trained the model at `path`, without its defaults."""
-    file = Path(path).parent / "config.yaml"
-    if not file.is_file():
+    run_dir = Path(path).parent
+    file = run_dir / "config.yaml"
+    if not read_manifest(run_dir) or not file.is_file():
         return {}
-    section = (yaml.safe_load(file.read_text()) or {}).get("prompt") or {}
+    section = read_yaml(str(file)).get("prompt") or {}
     settings = PromptSettings.model_validate(section)
     values = settings.model_dump(include=set(PROMPT_KEYS), exclude_defaults=True)
     return {"template": settings.template, **values}

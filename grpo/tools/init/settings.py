@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from grpo import config as configs
 from grpo.config import Section
 from grpo.stages.registry import find_stage
+from grpo.types import UserError
 
 GIVEN = "given on the command line"
 NO_LIMIT = 2**40  # tokens per micro-batch, before a plan sets them
@@ -62,19 +63,36 @@ def read_overrides(command: str, words: Sequence[str]) -> Overrides:
         UserError: An assignment is malformed, names an unknown key, or has an invalid value.
     """
     overrides = Overrides(words=tuple(words), tree=configs.apply_overrides({}, words))
+    _check_keys(command, overrides)
     required = [
         Setting("run_dir", "runs/example"),
         Setting("model.path", "example"),
+        Setting("data.name", "example"),
         Setting("learner.micro_batch_tokens", NO_LIMIT),
     ]
-    if not (overrides.has("data.name") or overrides.has("data.mixture")):
-        required.append(Setting("data.name", "example"))
     if command == "train":
         required.append(Setting("train.rollouts", 1))
     else:
         required.append(Setting("sft.updates", 1))
     make_config(command, required, overrides)
     return overrides
+
+
+def _check_keys(command: str, overrides: Overrides) -> None:
+    """Raises UserError if an assignment sets a whole section, or what an option sets."""
+    config_class: type[Section] = find_stage(command).config_class
+    for word in overrides.words:
+        key = word.partition("=")[0]
+        for option in ("data.name", "data.mixture"):
+            if key == option or key.startswith(f"{option}."):
+                raise UserError(f"{key}: --data names the data set. To mix sets, edit the config")
+        field = config_class.model_fields.get(key)
+        annotation = field.annotation if field is not None else None
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            raise UserError(
+                f"{key}: grpo init decides the other keys of this section: set single keys, such "
+                f"as {key}.{next(iter(annotation.model_fields))}=VALUE"
+            )
 
 
 def make_tree(settings: Iterable[Setting], overrides: Overrides) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import yaml
@@ -42,7 +43,8 @@ def render(
         comments: Comments by key, e.g. `{"prompt.max_tokens": "the longest prompt has 231"}`.
         suggestions: Lines that are commented out, by section. Those of section "" end the file.
     """
-    lines = [f"# {line}" for line in header]
+    # A quoted override can contain line breaks.
+    lines = [f"# {line}" for line in "\n".join(header).splitlines()]
     names = sorted(tree, key=lambda name: SECTIONS.index(name) if name in SECTIONS else 99)
     for name in names:
         lines += _section(name, tree[name], comments, suggestions.get(name, ()))
@@ -105,8 +107,15 @@ def flow(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(flow(nested) for nested in value) + "]"
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
-        mantissa, _, exponent = f"{value:.1e}".partition("e")
-        return f"{mantissa}e{int(exponent)}"
+        return _scientific(value)
     # In a list, YAML quotes whatever is special within { } and [ ].
     text: str = yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True)
     return text.strip()[1:-1]
+
+
+def _scientific(value: float) -> str:
+    """Returns a number with an exponent and its shortest exact mantissa: `1.0e-6`, `1.25e-5`."""
+    mantissa, _, exponent = f"{Decimal(repr(value)):e}".partition("e")
+    if "." not in mantissa:
+        mantissa += ".0"  # otherwise YAML reads the number as text
+    return f"{mantissa}e{int(exponent)}"

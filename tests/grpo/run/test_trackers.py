@@ -168,6 +168,50 @@ def test_a_tracker_that_cannot_be_closed_is_reported(tmp_path, monkeypatch):
     assert messages == ["logging.trackers: trackio cannot be closed: TimeoutError: no answer"]
 
 
+def test_an_inner_run_has_the_trackers_for_itself(tmp_path, monkeypatch):
+    """trackio and W&B have one open run per process."""
+    open_runs = []
+    rows = []
+    library = other_library(lambda values: rows.append((open_runs[-1], values["x"])))
+    library.init = lambda name, **_: open_runs.append(name.partition("-")[0])
+    library.finish = open_runs.pop
+    monkeypatch.setitem(sys.modules, "trackio", library)
+    outer, inner = (tracked_run(tmp_path / name) for name in ("outer", "inner"))
+    with Trackers(["trackio"], outer) as trackers:
+        with trackers.suspended():
+            assert open_runs == []
+            with Trackers(["trackio"], inner) as inner_trackers:
+                inner_trackers.log({"step": 1, "x": 1})
+        trackers.log({"step": 1, "x": 2})
+    assert rows == [("inner", 1), ("outer", 2)]
+    assert open_runs == []
+
+
+def test_the_first_tracker_is_closed_if_the_second_cannot_be_opened(tmp_path, monkeypatch):
+    num_finished = []
+    library = other_library(None, finish=lambda: num_finished.append(1))
+    monkeypatch.setitem(sys.modules, "trackio", library)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        Trackers(["trackio", "wandb"], tracked_run(tmp_path))
+    assert num_finished == [1]
+
+
+def test_a_failing_tracker_is_reported_although_the_progress_is_off(tmp_path, monkeypatch, capsys):
+    def log(values):
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "trackio", other_library(log))
+    config = configs.load(
+        eval_config(tmp_path, "m"), ["logging={trackers: [trackio], progress: off}"], EvalConfig
+    )
+    with open_stage(config, "eval", total=1, unit="step", resume=False) as context:
+        context.display.say("no line")
+        context.record({"step": 1, "reward/mean": 0.5})
+    message = "logging.trackers: trackio failed in step 1: ConnectionError: no network\n"
+    assert capsys.readouterr() == ("", message)
+
+
 def test_a_tracker_that_cannot_be_opened_stops_a_new_run_but_not_a_resumed_one(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     (tmp_path / "tensorboard").write_text("a file in place of the folder")

@@ -9,6 +9,7 @@ from http_servers import judge_response
 from stage_configs import eval_config, sft_config
 from whole_runs import read_metrics, run_grpo, write_config
 
+import grpo
 from grpo import cli
 from grpo import config as configs
 from grpo.config import EvalConfig
@@ -113,6 +114,7 @@ def test_a_set_changes_keys_of_the_prompt_and_the_sampling_and_replaces_the_rewa
     assert science.rewards["length"].options == {"max_tokens": 50, "buffer": 10}
     assert science.evaluation_sets["science"].path == "folder"
     assert config.rewards_of_samples("eval-science") == science.rewards
+    assert config.rewards_of_samples("part-science-000012") == science.rewards
     assert config.rewards_of_samples("eval-maths") == config.rewards
     # The engine of all sets has the context of the longest one.
     assert config.max_sequence_tokens == 150
@@ -341,6 +343,11 @@ def test_one_evaluation_has_maths_choices_and_programs_and_a_table_with_their_av
     (row,) = read_metrics(run_dir)
     assert row["eval/average/accuracy"] == accuracies["average"]
     assert row["eval/mbpp/accuracy"] == 0.5
+
+    # In Python, nothing is printed unless it is asked for.
+    run = grpo.evaluate(config, {"run_dir": str(tmp_path / "quiet")})
+    assert capsys.readouterr() == ("", "")
+    assert run.table["average"]["accuracy"] == accuracies["average"]
 
     # The finished evaluation gets another price. Nothing is sampled again.
     assert cli.main(["eval", config, "price=36", "--resume"]) == 0

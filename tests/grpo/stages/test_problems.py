@@ -49,6 +49,32 @@ def test_generated_problems_are_not_read():
     assert len(problems) == 100_000
 
 
+@pytest.mark.parametrize("name", ["jsonl", "hub", "arithmetic"])
+def test_two_entries_with_the_same_set_have_different_ids(tmp_path, name):
+    rows = [{"problem": f"{number}?", "answer": "1"} for number in range(3)]
+    entries = {}
+    for entry in ("first", "second"):
+        entries[entry] = {"name": name}
+        if name != "arithmetic":
+            folder = tmp_path / entry
+            folder.mkdir()
+            path = data_with(folder, rows).path
+            entries[entry] |= {"path": path, "options": {"test_fraction": 0}}
+    data = DataSettings.model_validate({"mixture": entries})
+    problems = load_problems(data, "train", 0)
+    assert problems["first"][0].id == f"first/{problems['first'][0].id.partition('/')[2]}"
+    assert isinstance(problems["first"], list) == (name != "arithmetic")
+    ids = [problem.id for entry in entries for problem in problems[entry][:3]]
+    assert len(set(ids)) == 6
+
+
+def test_keys_of_the_section_are_no_options(tmp_path):
+    data = data_with(tmp_path, [{"problem": "a", "answer": "1"}])
+    data.name, data.options = "hub", {"columns": {"question": "problem"}}
+    with pytest.raises(UserError, match=r"data\.options\.columns: set data\.columns"):
+        load_problems(data, "train", 0)
+
+
 def eval_config(**changes):
     tree = {"run_dir": "x", "model": {"path": "tiny-qwen2"}, **changes}
     return configs.parse(tree, kind=EvalConfig)

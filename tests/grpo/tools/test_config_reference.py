@@ -97,6 +97,19 @@ def test_an_editor_suggests_the_built_in_names():
     assert {"code", "format", "length"} <= rewards.keys()
 
 
+def test_the_schema_of_an_evaluation_suggests_names_in_each_set():
+    schema = schema_of("eval")
+    set_keys = schema["$defs"]["EvalSetSettings"]["properties"]
+    assert {"gpqa", "math"} <= set(set_keys["name"]["anyOf"][0]["enum"])
+    assert "choice" in set_keys["rewards"]["anyOf"][0]["properties"]
+
+
+def test_an_empty_set_of_an_evaluation_is_valid():
+    tree = read_yaml(str(ROOT / "configs" / "eval_reasoning.yaml"))
+    tree["sets"]["gpqa"] = None
+    assert errors_of(tree, "eval") == []
+
+
 def fields_of(section: type[BaseModel], path: str = "") -> dict[str, object]:
     """Returns the fields of a config class and its sections by their path."""
     fields: dict[str, object] = {}

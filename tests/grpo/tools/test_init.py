@@ -31,6 +31,7 @@ from grpo.stages.registry import stage_for_config
 from grpo.tools.init.cost import in_words
 from grpo.tools.init.data import choose_reward, data_section
 from grpo.tools.init.hardware import Hardware, choose_hardware
+from grpo.tools.init.model import read_model
 from grpo.tools.init.plan import Run, choose_plan, plans
 from grpo.tools.init.settings import Setting, read_overrides
 from grpo.tools.init.sizes import choose_limit, learning_rate
@@ -374,7 +375,8 @@ def test_a_comment_is_behind_its_key_or_above_it():
     "value",
     [
         1e-6,
-        2.5e-5,
+        1.25e-5,
+        0.000123,
         0.001,
         1.0,
         16,
@@ -392,6 +394,12 @@ def test_a_value_is_read_back_as_it_was_written(value, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(f"key: {flow(value)}\n")
     assert read_yaml(str(path)) == {"key": value}
+
+
+def test_a_line_break_in_the_header_is_commented_out():
+    assert render(["grpo init 'a\nb: c'"], {"seed": 0}, {}, {}) == (
+        "# grpo init 'a\n# b: c'\nseed: 0\n"
+    )
 
 
 def test_a_long_command_can_be_copied():
@@ -657,6 +665,8 @@ ERRORS = [
     (["--data", "{tmp}/mine.jsonl", "sampling.max_tokens=9000"], "exceeds the model's context"),
     (["--data", "{tmp}/mine.jsonl", "prompt.max_tokens=2047"], "leaves no room for completions"),
     (["--data", "{tmp}/mine.jsonl", "prompt.template=chat"], "no chat template"),
+    (["--data", "{tmp}/mine.jsonl", "prompt={template: plain}"], "set single keys, such as prompt"),
+    (["--data", "{tmp}/mine.jsonl", "data.mixture={math: {}}"], "--data names the data set"),
 ]
 
 
@@ -698,6 +708,37 @@ def test_an_existing_file_is_not_overwritten_and_wrong_targets_are_errors(tmp_pa
     ):
         assert message in run_init(capsys, target, "--model", "m", "--data", "gsm8k", code=2)
     assert path.read_text() == "mine"
+
+
+def test_a_target_that_cannot_be_written_is_an_error(tiny, tmp_path, capsys, monkeypatch):
+    def no_space(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("grpo.tools.init.write_file", no_space)
+    data = write_problems(tmp_path / "mine.jsonl", 40)
+    path = tmp_path / "c.yaml"
+    error = run_init(capsys, path, "--model", tiny(), "--data", data, code=2)
+    assert f"{path}: cannot be written: [Errno 28] No space left" in error
+
+
+def test_a_config_in_the_working_directory_is_not_taken_for_the_run_of_the_model(
+    tiny, tmp_path, monkeypatch
+):
+    shutil.copytree(tiny(), tmp_path / "model")
+    (tmp_path / "config.yaml").write_text("prompt: {template: r1_zero}\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_model("model", read_overrides("train", [])).run_prompt == {}
+
+
+def test_several_gpus_need_the_launch_scripts(tiny, tmp_path, capsys, monkeypatch):
+    data = write_problems(tmp_path / "mine.jsonl", 40)
+    words = ["--model", tiny(), "--data", data, "--gpus", "2"]
+    run = f"GPUS=2 ./launch/torchrun.sh train {tmp_path}/c.yaml"
+    assert "--copy" not in run_init(capsys, tmp_path / "c.yaml", *words)
+    (tmp_path / "c.yaml").unlink()
+    monkeypatch.chdir(tmp_path)
+    output = run_init(capsys, tmp_path / "c.yaml", *words)
+    assert output.index("  grpo files --copy .\n") < output.index(f"  {run}")
 
 
 def test_models_that_cannot_be_used_are_errors(tiny, tmp_path, capsys):
