@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from grpo.data.common.columns import has_column, json_value, value_at
@@ -19,7 +19,7 @@ from grpo.data.common.files import SUFFIXES, Row, check_split, text_field
 from grpo.data.common.mixture import stable_hash
 from grpo.data.common.procedural import check_range
 from grpo.data.common.published_sets import NO_ANSWERS, PublishedSet, find_published_set
-from grpo.data.common.tables import FILE_SPLIT, StoredSet, table_rows
+from grpo.data.common.tables import FILE_SPLIT, StoredSet, is_file, table_rows
 from grpo.data.traces import (
     ASSISTANT_ROLES,
     USER_ROLES,
@@ -105,7 +105,7 @@ def load(  # noqa: PLR0913
         DownloadError: The hub cannot be reached.
     """
     check_split("hub", split)
-    if path is None:
+    if not path:
         raise UserError("data.path: missing. Set it to OWNER/NAME on the hub, or to a local path.")
     if max_rows is not None:
         check_range("hub.max_rows", max_rows, 1, 10**12)
@@ -114,16 +114,9 @@ def load(  # noqa: PLR0913
     published = find_published_set(path)
     settings = published or OTHER_SET
     columns = columns or {}
-    has_answer = answers
-    if has_answer is None:
-        has_answer = settings.has_answer or columns.get("answer") is not None
-    if not has_answer and columns.get("answer") is not None:
-        raise UserError(
-            f"data.hub.answers: false contradicts data.columns.answer={columns['answer']}: remove "
-            "one of them"
-        )
+    has_answer = _has_answer(settings, columns, answers)
     if stored_split is None:
-        stored_split = FILE_SPLIT if Path(path).expanduser().is_file() else settings.split
+        stored_split = FILE_SPLIT if is_file(path) else settings.split
     splits = _Splits(stored_split, test_split, test_fraction, has_answer)
     splits.check()
     source_split = splits.source_of(split)
@@ -143,17 +136,56 @@ def load(  # noqa: PLR0913
         has_answer=has_answer,
         keep_instruction=keep_instruction,
     )
-    collection = _Collection(problems=[], content=set(), ids=set(), skipped=Counter())
+    collection = _Collection(problems=[], answers={}, ids=set(), skipped=Counter())
+    num_read = 0
     for index, row in enumerate(table_rows(stored, source_split, malformed)):
         problem = _read_row(reader, row, index, collection.skipped, malformed)
-        if problem is not None and splits.contains(problem.question, split):
+        if problem is None:
+            continue
+        num_read += 1
+        if splits.contains(problem.question, split):
             collection.add(problem)
     if collection.skipped:
         counts = [f"{count:,} ({why})" for why, count in sorted(collection.skipped.items())]
         logger.warning("%s %s: skipped rows: %s", path, source_split, ", ".join(counts))
     if not collection.problems:
-        raise UserError(f"data.hub: {path} has no {split} problems. {splits.way_out(split)}")
+        way_out = splits.way_out(split) if num_read > 0 else _why_empty(source_split, malformed)
+        raise UserError(f"data.hub: {path} has no {split} problems. {way_out}")
     return collection.problems
+
+
+def _why_empty(source_split: str, malformed: list[str] | None) -> str:
+    """Returns why no row of a split is a problem."""
+    if malformed:
+        return f"{len(malformed):,} rows were dropped: {malformed[0]}"
+    return f"Its split {source_split} has no row with a problem."
+
+
+def _has_answer(
+    settings: PublishedSet, columns: Mapping[str, str | None], answers: bool | None
+) -> bool:
+    """Returns whether the rows have gold answers.
+
+    Args:
+        settings: The entry of the published sets, or `OTHER_SET`.
+        columns: The user's columns by field.
+        answers: The user's option, None without it.
+
+    Raises:
+        UserError: The columns and the option contradict each other.
+    """
+    column = columns.get("answer")
+    if column is None:
+        return settings.has_answer if answers is None else answers
+    if column == columns.get("question"):
+        raise UserError(
+            f"data.columns: the question and the answer have the same column {column!r}"
+        )
+    if answers is False:
+        raise UserError(
+            f"data.hub.answers: false contradicts data.columns.answer={column}: remove one of them"
+        )
+    return True
 
 
 def _check_types(expected: str, kind: type, **options: object) -> None:
@@ -218,6 +250,11 @@ class _Splits(NamedTuple):
                 "data.hub.options: test_split and test_fraction need gold answers, because "
                 "evaluations compare with them. Name the column of the answer, or remove them."
             )
+        if self.test_split == self.stored_split:
+            raise UserError(
+                f"data.hub.test_split: {self.test_split} is also the split of the training, so "
+                "evaluations would have its problems. Set another one, or test_fraction."
+            )
 
     def source_of(self, split: str) -> str:
         """Returns the set's own split that contains the problems of `train` or `test`."""
@@ -255,22 +292,23 @@ class _Collection:
     """The problems so far, and what tells repeated rows and ids."""
 
     problems: list[Problem]
-    content: set[int]  # hashes of question and solution
+    answers: dict[int, str]  # by the hash of the question and the solution
     ids: set[str]
     skipped: Counter[str]  # number of rows by reason
 
     def add(self, problem: Problem) -> None:
         """Adds a problem, unless it repeats an earlier one. Raises UserError if its id does."""
         content = stable_hash(f"{problem.question}\0{problem.solution}")
-        if content in self.content:
-            self.skipped["repeated"] += 1
+        if content in self.answers:
+            is_equal = self.answers[content] == problem.answer
+            self.skipped["repeated" if is_equal else "repeated with another answer"] += 1
             return
         if problem.id in self.ids:
             raise UserError(
                 f"data.columns.id: the id {problem.id!r} appears twice. Set columns: {{id: null}} "
                 "to number the rows."
             )
-        self.content.add(content)
+        self.answers[content] = problem.answer
         self.ids.add(problem.id)
         self.problems.append(problem)
 
@@ -359,6 +397,11 @@ class _ProblemReader:
         if _is_conversation(value):
             solution = message_of(row, value, ASSISTANT_ROLES)
             return with_think_tags(solution, thoughts_of(value)).strip()
+        column = self._column(row, "solution")
+        if column is not None and column == self._column(row, "question"):
+            raise UserError(
+                f"data.columns: the question and the solution have the same column {column!r}"
+            )
         if value is None or value == "":
             return None
         return self._text(row, "solution", value)

@@ -176,6 +176,11 @@ def message_of(row: Row, messages: Any, roles: tuple[str, ...]) -> str:
         for message in messages
         if isinstance(message, dict) and message.get("role", message.get("from")) in roles
     ]
-    if len(contents) != 1 or not isinstance(contents[0], str):
+    if len(contents) != 1:
         raise UserError(f"{row.location}: expected one message of {roles[0]}, got {len(contents)}")
+    if not isinstance(contents[0], str):
+        raise UserError(
+            f"{row.location}: the message of {roles[0]} is a {type(contents[0]).__name__}, "
+            "expected text"
+        )
     return contents[0]

@@ -171,6 +171,8 @@ class Run:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises UserError if the directory holds no run."""
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"expected the path of a run, got {path!r}")
         object.__setattr__(self, "path", Path(path))
         if not read_manifest(self.path):
             raise UserError(f"{self.path}: not a run directory (no manifest.json)")
@@ -263,7 +265,7 @@ class Run:
         parts = [self.stage, self.status]
         rows = self.metrics
         if rows:
-            parts.append(f"step {rows[-1]['step']}")
+            parts.append(f"step {rows[-1].get('step')}")
         for name in SUMMARY_METRICS:
             values = [row[name] for row in rows if row.get(name) is not None]
             if values:

@@ -474,7 +474,7 @@ def _files(options: argparse.Namespace) -> int:
     if options.copy is None:
         print(files.FOLDER)
     else:
-        files.copy_files(Path(options.copy))
+        files.copy_files(Path(options.copy).expanduser())
     return 0
 
 

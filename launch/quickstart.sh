@@ -26,6 +26,11 @@ run="runs/quickstart"
 
 if [[ -f launch/setup.sh ]]; then ./launch/setup.sh; fi # only a clone has it
 source launch/find_grpo.sh
+dtype=()
+# Without AVX-512, PyTorch multiplies bfloat16 matrices many times slower than float32 ones.
+if [[ "$(uname -m)" == x86_64 ]] && ! grep -q avx512f /proc/cpuinfo && ! nvidia-smi -L >/dev/null 2>&1; then
+  dtype=(model.dtype=float32)
+fi
 stage() { # stage NAME COMMAND CONFIG OVERRIDE...: runs or resumes a stage; skips a finished one
   local folder="$run/$1" command="$2"
   if grep -qs '"status": "finished"' "$folder/manifest.json"; then return; fi
@@ -33,7 +38,7 @@ stage() { # stage NAME COMMAND CONFIG OVERRIDE...: runs or resumes a stage; skip
   local resume=()
   if [[ -f "$folder/manifest.json" ]]; then resume=(--resume); fi
   echo "== $1: grpo $command $3" >&2
-  "$bin/grpo" "$command" "$3" run_dir="$folder" seed="$seed" "${@:4}" "${resume[@]}"
+  "$bin/grpo" "$command" "$3" run_dir="$folder" seed="$seed" "${dtype[@]}" "${@:4}" "${resume[@]}"
 }
 stage start eval "configs/$name.yaml" model.warm_start=
 stage sft sft "configs/${name}_sft.yaml"

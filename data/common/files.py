@@ -6,8 +6,10 @@ to one problem set. Error messages name the file and the line or row.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +135,9 @@ def text_field(row: Row, *names: str) -> str:
     """
     name = find_field(row, names)
     value = row.fields[name]
-    if value is None or (isinstance(value, str) and not value.strip()):
+    is_blank = isinstance(value, str) and not value.strip()
+    is_nan = isinstance(value, float) and not math.isfinite(value)  # how pandas writes a gap
+    if value is None or is_blank or is_nan:
         raise UserError(f"{row.location}: field {name!r} is empty")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(
@@ -216,12 +220,10 @@ def json_rows(
         UserError: The file is not JSON, or a row is no object of text.
     """
     values: Iterable[tuple[int, Any]]
-    if file.suffix == ".json" and file.read_bytes().lstrip().startswith(b"["):
+    elements = _list_in_json(file) if file.suffix == ".json" else None
+    if elements is not None:
         unit = "row"
-        try:
-            values = enumerate(json.loads(file.read_bytes()), start=1)
-        except ValueError as error:
-            raise UserError(f"{file}: {error}") from error
+        values = enumerate(elements, start=1)
     else:
         unit = "line"
         values = json_lines.read(file)
@@ -235,6 +237,18 @@ def json_rows(
             if malformed is None:
                 raise
             malformed.append(str(error))
+
+
+def _list_in_json(file: Path) -> list[Any] | None:
+    """Returns the list of all rows in a JSON file, None if its lines are the rows."""
+    try:
+        text = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+        if not text.lstrip().startswith(b"["):
+            return None
+        elements: list[Any] = json.loads(text)
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{file}: not a readable JSON file: {one_line(error)}") from error
+    return elements
 
 
 # CSV is not read through `datasets`: it guesses types, so that the answer 1.50 becomes 1.5, and 42
@@ -279,6 +293,8 @@ def _row(location: str, fields: object) -> Row:
         )
     try:
         json.dumps(fields, ensure_ascii=False).encode()
+    except RecursionError:
+        raise UserError(f"{location}: the values are nested too deeply") from None
     except UnicodeEncodeError as error:
         code_point = f"U+{ord(error.object[error.start]):X}"
         raise UserError(

@@ -7,8 +7,9 @@ and file formats. It contains nothing about problems.
 from __future__ import annotations
 
 import gc
+import logging
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 MEDIA_FEATURES = ("Image", "Audio", "Video", "Pdf")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILE_SPLIT = "train"  # the split of a single file
+logger = logging.getLogger(__name__)
 
 
 class StoredSet(NamedTuple):
@@ -56,6 +58,14 @@ def near(name: str, candidates: Iterable[str]) -> str:
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
+def is_file(path: str) -> bool:
+    """Returns whether a path is that of a file. Raises UserError if it cannot be read."""
+    try:
+        return Path(path).expanduser().is_file()
+    except OSError as error:  # a name that is too long, a folder without permission
+        raise UserError(f"data.path: {path[:200]} cannot be read: {one_line(error)}") from None
+
+
 def table_rows(stored: StoredSet, split: str, malformed: list[str] | None = None) -> Iterator[Row]:
     """Yields the rows of one split, in the order in which they are stored.
 
@@ -70,10 +80,12 @@ def table_rows(stored: StoredSet, split: str, malformed: list[str] | None = None
         DownloadError: The hub cannot be reached.
     """
     local = Path(stored.path).expanduser()
-    if local.is_file():
+    if is_file(stored.path):
         _check_split(stored, split, [FILE_SPLIT])
+        _require_no_subset(stored)
         rows = _file_rows(local, stored, malformed)
-    elif any((local / name).is_file() for name in SAVED_DATASET_FILES):
+    elif any(is_file(f"{stored.path}/{name}") for name in SAVED_DATASET_FILES):
+        _require_no_subset(stored)
         rows = _dataset_rows(_saved_dataset(local, stored, split), stored, str(local), split)
     elif local.is_dir():
         rows = _folder_rows(local, stored, split, malformed)
@@ -104,6 +116,14 @@ def _check_split(stored: StoredSet, split: str, available: list[str]) -> None:
         )
 
 
+def _require_no_subset(stored: StoredSet) -> None:
+    if stored.subset is not None or stored.revision is not None:
+        raise UserError(
+            f"data.options: {stored.path} is a file or was written by save_to_disk, so it has no "
+            "subset and no revision. Remove them."
+        )
+
+
 def _file_rows(file: Path, stored: StoredSet, malformed: list[str] | None) -> Iterator[Row]:
     if file.suffix == ".parquet":
         return _parquet_rows(file, stored)
@@ -118,13 +138,17 @@ def _file_rows(file: Path, stored: StoredSet, malformed: list[str] | None) -> It
 
 
 def _parquet_rows(file: Path, stored: StoredSet) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
     datasets = import_datasets()
     try:
+        if pq.ParquetFile(file).metadata.num_rows == 0:  # an error for datasets
+            return
         # Not downloaded, copied or cached: the rows are read from the file.
         table = datasets.load_dataset(
             "parquet", data_files=str(file), split="train", streaming=True
         )
-        for number, fields in enumerate(_without_media(table, stored), start=1):
+        for number, fields in enumerate(_plain_rows(table, stored), start=1):
             yield Row(f"{file}: row {number}", fields)
     # Several libraries raise here, each with its own exceptions.
     except Exception as error:
@@ -152,10 +176,29 @@ def _folder_rows(
 
     `datasets` finds the files of a split, by its rules for names and by the folder's README.md.
     """
+    if "::" in str(folder) or any(character in "*?[]" for character in str(folder)):
+        raise UserError(
+            f"data.path: {folder}: `datasets` reads the characters * ? [ ] and :: in the name of a "
+            "folder as a pattern. Rename it, or name a single file."
+        )
     files_by_split = _builder(str(folder), stored).config.data_files
+    _warn_of_unread_files(folder, files_by_split)
     _check_split(stored, split, [str(name) for name in files_by_split])
     for file in files_by_split[split]:
         yield from _file_rows(Path(file), stored, malformed)
+
+
+def _warn_of_unread_files(folder: Path, files_by_split: Mapping[Any, Sequence[str]]) -> None:
+    """Logs a warning about files of the folder itself that belong to no split."""
+    read_files = {Path(file).name for files in files_by_split.values() for file in files}
+    unread = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in SUFFIXES and file.name not in read_files:
+            unread.append(file.name)
+    if unread:
+        logger.warning(
+            "%s: not read, by the rules of `datasets`: %s", folder, ", ".join(unread[:5])
+        )
 
 
 def _builder(path: str, stored: StoredSet) -> Any:
@@ -252,15 +295,25 @@ def _splits(builder: Any) -> list[str]:
 
 
 def _dataset_rows(table: Any, stored: StoredSet, name: str, split: str) -> Iterator[Row]:
-    for number, fields in enumerate(_without_media(table, stored), start=1):
+    for number, fields in enumerate(_plain_rows(table, stored), start=1):
         yield Row(f"{name} {split}: row {number}", fields)
 
 
-def _without_media(table: Any, stored: StoredSet) -> Any:
-    """Returns a dataset without its ignored columns and those of images, audio and video."""
-    features = table.features or {}
+def _plain_rows(table: Any, stored: StoredSet) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a dataset, with names in place of the numbers of labels.
+
+    The ignored columns and those of images, audio and video are left out.
+    """
     unread = []
-    for name, feature in features.items():
+    labels = {}
+    for name, feature in (table.features or {}).items():
         if name in stored.ignored or type(feature).__name__ in MEDIA_FEATURES:
             unread.append(name)
-    return table.remove_columns(unread) if unread else table
+        elif type(feature).__name__ == "ClassLabel":
+            labels[name] = feature
+    for fields in table.remove_columns(unread) if unread else table:
+        names = {}
+        for column, label in labels.items():
+            if fields[column] is not None and fields[column] >= 0:
+                names[column] = label.int2str(fields[column])
+        yield {**fields, **names}

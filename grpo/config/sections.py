@@ -650,7 +650,8 @@ class LoggingSettings(Section):
     progress: Literal["auto", "live", "line", "off"] = Field(
         "auto",
         description="Progress output: `live` is a status line, `line` prints one line per rollout "
-        "or update; `auto` is `live` on a terminal and `line` elsewhere.",
+        "or update; `auto` is `live` on a terminal and `line` elsewhere; `off` prints warnings "
+        "only, and no tables.",
     )
     alarms: dict[Annotated[str, AfterValidator(_check_rule)], Literal["snapshot", "stop"]] = Field(
         {},

@@ -592,6 +592,10 @@ class EvalConfig(TrainConfig):
             raise ValueError(
                 f"sets.{name}: this is the name of the table's last row: choose another name"
             )
+        if settings.sampling and settings.sampling.temperature != self.sampling.temperature:
+            raise ValueError(
+                f"sets.{name}.sampling.temperature has no effect: evaluations use eval.temperature"
+            )
         if settings.rewards is not None:
             if not settings.rewards:
                 raise ValueError(f"sets.{name}.rewards is empty: set a reward, or remove the key")

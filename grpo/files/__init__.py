@@ -7,6 +7,7 @@ In a clone, `grpo/files/configs` and `grpo/files/launch` are links to the folder
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def copy_files(target: Path) -> None:
         UserError: One of the folders exists, or cannot be written.
     """
     for name in (CONFIGS, LAUNCH):
-        if (target / name).exists():
+        if (FOLDER / name).resolve() in [target.resolve(), *target.resolve().parents]:
+            raise UserError(f"--copy {target}: this is a folder of the shipped files")
+        if os.path.lexists(target / name):
             raise UserError(
                 f"--copy {target}: {target / name} exists. Choose a folder without {CONFIGS}/ and "
                 f"{LAUNCH}/"

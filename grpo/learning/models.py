@@ -417,7 +417,10 @@ def eos_token_ids(model_dir: Path) -> list[int]:
         file = model_dir / name
         if not file.exists():
             continue
-        eos = json.loads(file.read_text()).get("eos_token_id")
+        try:
+            eos = json.loads(file.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError):
+            raise UserError(f"{file}: expected a JSON object") from None
         if isinstance(eos, list):
             token_ids.update(eos)
         elif eos is not None:

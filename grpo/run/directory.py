@@ -106,11 +106,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest.json of the run in a folder, an empty dict if it does not exist."""
+    """Returns the manifest.json of the run in a folder, an empty dict if it does not exist.
+
+    Raises:
+        UserError: It cannot be read, or is no JSON object.
+    """
     file = folder / "manifest.json"
-    if not file.exists():
-        return {}
-    manifest: dict[str, Any] = json.loads(file.read_text())
+    try:
+        if not file.exists():
+            return {}
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: cannot be read: {first_line(error)}") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{file}: expected a JSON object")
     return manifest
 
 

@@ -108,8 +108,8 @@ class Trackers:
                 raise UserError(
                     f"logging.trackers: {name} is not installed ({error}): pip install {name}"
                 ) from None
-            # Errors of the network, of a login and of other libraries.
-            except Exception as error:
+            # Errors of the network, of a login and of other libraries. Some end the process.
+            except (Exception, SystemExit) as error:
                 message = f"logging.trackers: {name} cannot be opened: {_describe(error)}"
                 if not is_resumed:
                     self._close_all()
@@ -152,10 +152,10 @@ class Trackers:
             try:
                 tracker.log(step)
                 tracker.num_failures = 0
-            except Exception as error:  # of the network, a disk or the tracker itself
+            except (Exception, SystemExit) as error:  # of the network, a disk or the tracker
                 self._report_failure(tracker, step.step, error)
 
-    def _report_failure(self, tracker: _Tracker, step: int, error: Exception) -> None:
+    def _report_failure(self, tracker: _Tracker, step: int, error: BaseException) -> None:
         tracker.num_failures += 1
         message = f"logging.trackers: {tracker.name} failed in step {step}: {_describe(error)}"
         if tracker.num_failures < MAX_FAILURES:
@@ -173,7 +173,7 @@ class Trackers:
     def _close(self, tracker: _Tracker) -> None:
         try:
             tracker.close()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._say(f"logging.trackers: {tracker.name} cannot be closed: {_describe(error)}")
 
     def __enter__(self) -> Trackers:
@@ -185,7 +185,7 @@ class Trackers:
         self._close_all()
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 

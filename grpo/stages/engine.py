@@ -54,8 +54,8 @@ def start_engine(config: SamplingStageConfig, context: RunContext, model: Engine
     """
     from grpo.engines.determinism import require_batch_invariant_kernels
     from grpo.engines.local.engine import VllmEngine, check_memory
-    from grpo.engines.quantized_kernels import require_kernels
     from grpo.engines.vllm_options import ServedModel
+    from grpo.metrics.cpu import require_kernels
 
     if config.engine.deterministic:
         require_batch_invariant_kernels()

@@ -39,7 +39,7 @@ from grpo.stages.final_model import final_model_path
 from grpo.stages.loaded_model import Model
 from grpo.stages.problems import load_evaluation_sets, select_held_out
 from grpo.stages.run_context import RunContext, open_stage, require_one_rank
-from grpo.stages.sampling import Rewards, Sampler, check_rewards, load_rewards_of_sets
+from grpo.stages.sampling import Rewards, Sampler, load_rewards_of_sets
 from grpo.stages.stage import Check, DiskNeeds, MemoryNeeds, Part, ProblemNeeds, Stage, StageNeeds
 from grpo.types import DownloadError, Problem, UserError
 
@@ -527,8 +527,7 @@ class _EvalStage:
 
     def dry_run_lines(self, config: EvalConfig) -> list[str]:
         set_configs = config.set_configs()
-        for set_config in set_configs.values():
-            check_rewards(set_config)
+        load_rewards_of_sets(set_configs)  # starts no worker
         with contextlib.suppress(DownloadError):  # the dry run reports it
             load_evaluation_sets(set_configs)
         return []

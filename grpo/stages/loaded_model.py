@@ -26,6 +26,8 @@ from grpo.stages.run_context import require_one_rank, scratch_context
 from grpo.stages.sampling import Sampler
 from grpo.types import Completion, Problem, RunError, UserError
 
+SECTIONS = ("prompt", "sampling", "engine")  # of a run's config, used to sample from its model
+
 
 class Model:
     """A model on an engine, which later calls use again. A context manager, which closes it.
@@ -49,6 +51,8 @@ class Model:
             RunError: The engine does not start.
         """
         require_one_rank("eval --ask (grpo.load)")
+        if not isinstance(model, str | os.PathLike):
+            raise UserError(f"expected the path of a run or model, or a hub id, got {model!r}")
         self._path = os.fspath(model)
         self._lock = threading.Lock()
         scratch = Path(tempfile.mkdtemp(prefix="grpo-model-"))
@@ -201,6 +205,12 @@ def sampling_config(model: str, scratch: Path, overrides: Mapping[str, Any]) -> 
     Raises:
         UserError: The run has no final model, or the config is wrong.
     """
+    for key in overrides:
+        if key != "model.dtype" and key.partition(".")[0] not in SECTIONS:
+            raise UserError(
+                f"overrides: {key} has no effect on sampling. Expected keys of the sections "
+                f"{', '.join(SECTIONS)}, or model.dtype"
+            )
     _require_final_model(Path(model))
     config_file = Path(model) / "config.yaml"
     run_tree = read_yaml(str(config_file)) if config_file.exists() else {}
@@ -208,7 +218,7 @@ def sampling_config(model: str, scratch: Path, overrides: Mapping[str, Any]) -> 
     if "quantize" in run_tree:
         dtype = "bfloat16"  # vLLM's int4 kernels do not support float32
     tree: dict[str, Any] = {}
-    for key in ("prompt", "sampling", "engine"):
+    for key in SECTIONS:
         if key in run_tree:
             tree[key] = run_tree[key]
     tree.get("prompt", {}).pop("chat_template", None)  # the model was saved with it

@@ -119,7 +119,7 @@ def _run_all(
     run: RunDirectory,
     log_file: Path | None = None,
 ) -> None:
-    from grpo.engines.quantized_kernels import int4_obstacle
+    from grpo.metrics.cpu import int4_obstacle
 
     run.update_manifest(
         stage="pipeline",

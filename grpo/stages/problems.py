@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Key of a data section -> the parameter of `load` that receives it.
 LOAD_PARAMETERS = {"split": "stored_split", "columns": "columns"}
+RESERVED_PARAMETERS = ("split", "seed", "path", "malformed")
 MAX_REFUSED_SHOWN = 5  # problems per message
 MAX_SETS_SHOWN = 3  # messages about evaluation sets
 MIN_SEEN = 200  # problems, see check_dropped
@@ -94,6 +95,9 @@ def _load_arguments(
         UserError: `load` does not take one of the options, or one of the keys of the section.
     """
     signature = inspect.signature(load)
+    for option in source.options:
+        if option in RESERVED_PARAMETERS:
+            raise UserError(f"data.{name}.options.{option}: not an option, but a key of its own")
     try:
         signature.bind("train", seed=0, path=source.path, **source.options)
     except TypeError as error:

@@ -86,7 +86,7 @@ def _supported_evaluations(
     context: RunContext, evaluations: Mapping[str, EvalConfig]
 ) -> dict[str, EvalConfig]:
     """Returns the evaluations without that of int4, if this machine cannot run it."""
-    from grpo.engines.quantized_kernels import int4_obstacle
+    from grpo.metrics.cpu import int4_obstacle
 
     obstacle = int4_obstacle()
     supported = dict(evaluations)

@@ -167,6 +167,7 @@ def open_stage(
         )
         names = config.logging.trackers if ranks.rank() == 0 else []
         trackers = stack.enter_context(Trackers(names, tracked_run, display.warn))
+        _warn_of_slow_dtype(config, display)
         callbacks = current_callbacks()
         signals = Signals(callbacks)
         stack.callback(signals.restore_handlers)
@@ -188,6 +189,15 @@ def open_stage(
             _record_failure(run, error, has_begun=has_begun)
             raise
         _record_success(run)
+
+
+def _warn_of_slow_dtype(config: RunConfig, display: Display) -> None:
+    from grpo.metrics.cpu import bfloat16_warning
+
+    has_local_model = getattr(config, "endpoint", None) is None
+    warning = bfloat16_warning()
+    if has_local_model and config.model.dtype == "bfloat16" and warning is not None:
+        display.say(f"model.dtype: {warning}. Set model.dtype=float32")
 
 
 def _open_directory(config: RunConfig, *, resume: bool) -> RunDirectory:

@@ -17,7 +17,7 @@ from grpo.run.display import redirect_output
 from grpo.stages.engine import EngineModel, send_weights, start_engine
 from grpo.stages.run_context import RunContext
 from grpo.stages.start_model import find_start_model
-from grpo.types import Group, Problem
+from grpo.types import Group, Problem, UserError
 
 # (function, weight) by the name of the reward
 Rewards = dict[str, tuple[plugins.RewardFunction, float]]
@@ -48,7 +48,10 @@ def load_rewards_of_sets(
     pool = WorkerPool(settings.workers, memory_gb=settings.memory_gb)
     rewards = {}
     for name, config in set_configs.items():
-        rewards[name] = plugins.rewards(config.rewards, pool)
+        try:
+            rewards[name] = plugins.rewards(config.rewards, pool)
+        except UserError as error:
+            raise UserError(f"sets.{name}: {error}" if name else str(error)) from None
     return pool, rewards
 
 

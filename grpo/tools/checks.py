@@ -22,6 +22,7 @@ from grpo.experience.group_metrics import group_metrics
 from grpo.experience.prompts import Prompts, mark_special_tokens
 from grpo.learning import models
 from grpo.metrics import roofline
+from grpo.metrics.cpu import bfloat16_warning
 from grpo.metrics.memory import (
     GB,
     UNUSABLE_GPU_BYTES,
@@ -92,6 +93,13 @@ def versions() -> Iterator[Check]:
         yield Check("warn", "versions", "; ".join(untested), remedy)
     else:
         yield Check("ok", "versions", "all tested together")
+
+
+def dtype(config: Any) -> Iterator[Check]:
+    """Reports a dtype that is slow on this machine."""
+    warning = bfloat16_warning()
+    if config.model.dtype == "bfloat16" and warning is not None:
+        yield Check("warn", "dtype", warning, "set model.dtype=float32")
 
 
 def _tested_versions() -> dict[str, set[str]]:

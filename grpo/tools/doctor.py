@@ -241,6 +241,7 @@ def _check_model(
 ) -> Iterator[Check]:
     """Yields the findings about prompts, teacher and memory, and those specific to the stage."""
     config, prompts = needs.config, model.prompts
+    yield from checks.dtype(config)
     yield from checks.prompt(config, prompts, model.tokenizer, problems[0], needs.rewards)
     num_reference_weights = model.num_weights
     if config.model.teacher:

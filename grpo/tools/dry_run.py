@@ -16,7 +16,7 @@ from grpo.learning import models
 from grpo.run.display import redirect_output
 from grpo.stages.problems import load_problems
 from grpo.stages.stage import Part, Stage, StageNeeds
-from grpo.types import DownloadError, Problem
+from grpo.types import DownloadError, Problem, UserError
 
 
 def dry_run(stage: Stage[Any], config: Any) -> None:
@@ -45,7 +45,10 @@ def dry_run(stage: Stage[Any], config: Any) -> None:
             print(f"{part.name}:")
         part_needs = part.stage.needs(part.config)
         assert part_needs is not None  # only a pipeline has no needs, and a pipeline is no part
-        print(_prompt(part_needs, _load_problems(part_needs) or [[EXAMPLE]]))
+        try:
+            print(_prompt(part_needs, _load_problems(part_needs) or [[EXAMPLE]]))
+        except UserError as error:
+            raise UserError(f"{part.name}: {error}" if part.name else str(error)) from None
 
 
 def _parts_with_prompts(stage: Stage[Any], config: Any) -> list[Part]:

@@ -228,6 +228,80 @@ def test_a_column_with_answers_can_be_given_to_a_set_that_has_none(tmp_path):
         load(path, columns={"answer": "gold"}, answers=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test_split": "train"}, "is also the split of the training"),
+        ({"columns": {"question": "text", "answer": "text"}}, "the same column 'text'"),
+        ({"columns": {"question": "text", "solution": "text"}}, "the same column 'text'"),
+        ({"subset": "main"}, "no subset and no revision"),
+    ],
+)
+def test_options_that_would_leak_or_have_no_effect_are_errors(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        load_rows(tmp_path, [{"text": "2+2?", "answer": "4"}], **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_missing_number_is_no_answer(tmp_path, value):
+    rows = [{"question": "a", "answer": value}, {"question": "b", "answer": 1.5}]
+    with pytest.raises(UserError, match="line 1: field 'answer' is empty"):
+        load_rows(tmp_path, rows)
+    malformed = []
+    (problem,) = load_rows(tmp_path, rows, malformed=malformed)
+    assert problem.answer == "1.5"
+    with pytest.raises(UserError, match=r"1 rows were dropped: .*field 'answer' is empty"):
+        load_rows(tmp_path, rows[:1], malformed=malformed[:0])
+
+
+def test_a_repeated_question_with_another_answer_is_counted(tmp_path, caplog):
+    rows = [{"question": "a", "answer": answer} for answer in ("1", "2", "1")]
+    (problem,) = load_rows(tmp_path, rows)
+    assert problem.answer == "1"
+    assert "1 (repeated), 1 (repeated with another answer)" in caplog.text
+
+
+def test_a_label_is_read_by_its_name(tmp_path):
+    label = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"question": datasets.Value("string"), "answer": label})
+    table = datasets.Dataset.from_dict({"question": ["a"], "answer": [1]}, features=features)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    for path in (tmp_path / "a.parquet", tmp_path / "saved"):
+        assert [problem.answer for problem in load(path)] == ["yes"]
+
+
+def test_files_without_rows_and_files_that_cannot_be_read(tmp_path):
+    empty = datasets.Dataset.from_dict({"question": ["a"], "answer": ["1"]}).select([])
+    empty.to_parquet(str(tmp_path / "empty.parquet"))
+    (tmp_path / "empty.csv").write_text("question,answer\n")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "bom.json").write_text('\ufeff[{"question": "a", "answer": 1}]')
+    for name in ("empty.parquet", "empty.csv"):
+        with pytest.raises(UserError, match="Its split train has no row with a problem"):
+            load(tmp_path / name)
+    with pytest.raises(UserError, match=r"deep\.json: not a readable JSON file"):
+        load(tmp_path / "deep.json")
+    assert questions(load(tmp_path / "bom.json")) == ["a"]
+    with pytest.raises(UserError, match=r"cannot be read: OSError: .*too long"):
+        load("x" * 300)
+
+
+def test_a_folder_whose_name_is_a_pattern_is_an_error(tmp_path):
+    for name in ("a*c", "a[b]c", "a::b"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", ROWS)
+        with pytest.raises(UserError, match=r"as a pattern\. Rename it"):
+            load(tmp_path / name)
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "b.csv").write_text("question,answer\na,1\n")
+    assert len(load(tmp_path)) == len(ROWS)
+    assert "not read, by the rules of `datasets`: b.csv" in caplog.text
+
+
 def test_a_split_of_another_format_is_an_error(published):
     folder = published["Skywork/Skywork-OR1-RL-Data"]
     with pytest.raises(UserError, match=r"row 1: the answer '\{\"entry_point\".* is no JSON list"):

@@ -149,6 +149,22 @@ def test_a_run_reads_its_directory(finished_run, tiny):
     assert repr(run) == f"Run('{run.path}': sft, finished, step 6, loss {rows[-1]['loss']:.3f})"
     with pytest.raises(grpo.UserError, match=r"not a run directory \(no manifest.json\)"):
         grpo.Run(run.path / "final")
+    with pytest.raises(grpo.UserError, match="expected the path of a run, got 3"):
+        grpo.Run(3)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_a_broken_manifest_is_an_error_that_names_it(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(grpo.UserError, match=r"manifest\.json: "):
+        grpo.Run(tmp_path)
+
+
+def test_a_model_refuses_overrides_that_have_no_effect():
+    with pytest.raises(grpo.UserError, match=r"train\.rollouts has no effect on sampling"):
+        grpo.load("tiny-qwen2", {"train.rollouts": 3})
+    with pytest.raises(grpo.UserError, match="got None"):
+        grpo.load(None)
 
 
 def write_samples(folder, name, *completions):

@@ -106,6 +106,13 @@ def test_a_copy_has_the_files_that_work_without_a_clone(tmp_path, capsys):
     assert f"{target / 'configs'} exists. Choose a folder without" in capsys.readouterr().err
 
 
+def test_a_copy_into_the_shipped_files_is_an_error():
+    for target in (files.FOLDER / "configs", files.FOLDER / "launch" / "new"):
+        with pytest.raises(UserError, match="this is a folder of the shipped files"):
+            files.copy_files(target)
+    assert not (files.FOLDER / "launch" / "new").exists()
+
+
 def test_a_copy_into_a_file_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--copy .*/file: cannot be written: "):

@@ -24,7 +24,7 @@ from whole_runs import (
     write_yaml,
 )
 
-from grpo.engines.quantized_kernels import int4_obstacle
+from grpo.metrics.cpu import int4_obstacle
 from grpo.stages.eval_table import evaluation_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

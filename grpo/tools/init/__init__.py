@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from grpo.metrics.cpu import bfloat16_warning
 from grpo.metrics.memory import GB
 from grpo.run.directory import write_file
 from grpo.tools.init.cost import in_words, step_seconds
@@ -160,7 +161,7 @@ def _decide(options: InitOptions, overrides: Overrides, hardware: Hardware) -> N
         Setting("run_dir", f"runs/{Path(options.path).stem}"),
         Setting("seed", 0),
         Setting("model.path", model.path, str(model)),
-        Setting("model.dtype", "bfloat16"),
+        _dtype_setting(hardware),
         *data.settings,
         *prompt_settings(facts),
     ]
@@ -180,6 +181,14 @@ def _decide(options: InitOptions, overrides: Overrides, hardware: Hardware) -> N
     if not facts.on_gpu:
         settings.append(_cost_setting(run, fit, facts))
     return NewConfig(options=options, facts=facts, fit=fit, settings=settings)
+
+
+def _dtype_setting(hardware: Hardware) -> Setting:
+    if hardware.num_gpus == 0 and bfloat16_warning() is not None:
+        return Setting(
+            "model.dtype", "float32", "on a CPU without AVX-512, bfloat16 is much slower"
+        )
+    return Setting("model.dtype", "bfloat16")
 
 
 def _cost_setting(run: Run, fit: Fit, facts: Facts) -> Setting:

@@ -14,12 +14,13 @@ from grpo.data.common.files import SUFFIXES, read_rows
 from grpo.experience import plugins
 from grpo.stages.problems import load_problems
 from grpo.tools.init.settings import GIVEN, Overrides, Setting, make_tree
-from grpo.types import Problem, UserError
+from grpo.types import Problem, UserError, first_line
 
 MAX_MEASURED = 2000  # problems of the set that are read, evenly spaced
 FILE_SETS = ("hub", "jsonl", "traces")  # data sets that have no problems without `data.path`
 MAX_UNREADABLE = 0.05  # share of gold answers; `reward_pool.max_failed` stops a run above it
 MAX_WITHOUT_SOLUTION = 0.05  # share; the default of `data.max_dropped`
+HUB_ANSWERS = {"final_answer", "reward_model"}  # columns of answers that only `hub` reads
 CHOICE_LETTER = re.compile(r"\(?[A-Ja-j]\)?\.?")
 
 
@@ -32,6 +33,7 @@ class DataFacts:
         problems: Training problems, evenly spaced in the set, at most MAX_MEASURED.
         num_training: Number of all training problems.
         num_held_out: Number of problems of the test split; 0 without one.
+        no_held_out_reason: Why there are none, "" otherwise.
         reward: The reward that can verify the answers.
         reward_reason: Why, for a comment.
     """
@@ -40,6 +42,7 @@ class DataFacts:
     problems: list[Problem]
     num_training: int
     num_held_out: int
+    no_held_out_reason: str
     reward: str
     reward_reason: str
 
@@ -67,12 +70,12 @@ def data_section(data: str, stage: str, available: Sequence[str]) -> dict[str, A
     Raises:
         UserError: There is no such data set or file.
     """
-    if ":" in data:
-        return {"name": data}
     if data in available and data not in FILE_SETS:
         return {"name": data}
-    if Path(data).expanduser().exists():
-        return _section_of_path(data, stage, available)
+    if _exists(data):
+        return _section_of_path(data, stage)
+    if ":" in data:
+        return {"name": data}
     if data in FILE_SETS:
         raise UserError(
             f"--data {data}: this data set reads a file or a hub id: name that instead, e.g. "
@@ -89,17 +92,32 @@ def data_section(data: str, stage: str, available: Sequence[str]) -> dict[str, A
     )
 
 
-def _section_of_path(path: str, stage: str, available: Sequence[str]) -> dict[str, Any]:
-    """Returns the section for a file, or a folder with traces or problems."""
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except OSError as error:  # a name that is too long, a folder without permission
+        raise UserError(f"--data {path[:200]}: cannot be read: {first_line(error)}") from None
+
+
+def _section_of_path(path: str, stage: str) -> dict[str, Any]:
+    """Returns the section for a file, or a folder with traces or problems.
+
+    What `jsonl` and `traces` cannot read is left to `hub`, which also reads local files.
+    """
     file = Path(path).expanduser()
     if file.is_dir() and (file / "traces.jsonl").is_file():
         return {"name": "traces", "path": path}
-    if path.endswith(".csv") and "hub" in available:  # the set `hub` also reads local files
-        return {"name": "hub", "path": path}
     if file.is_file() and not path.endswith(SUFFIXES):
         raise UserError(f"--data {path}: unsupported format. Supported: {', '.join(SUFFIXES)}")
-    if stage == "sft" and "answer" not in _first_fields(path):
+    has_problems = any((file / f"train{suffix}").is_file() for suffix in SUFFIXES)
+    if path.endswith(".csv") or (file.is_dir() and not has_problems):
+        return {"name": "hub", "path": path}
+    fields = _first_fields(path)
+    if stage == "sft" and "answer" not in fields:
         return {"name": "traces", "path": path}
+    is_conversation = isinstance(fields.get("prompt"), list)
+    if is_conversation or ("answer" not in fields and HUB_ANSWERS & fields.keys()):
+        return {"name": "hub", "path": path}
     return {"name": "jsonl", "path": path}
 
 
@@ -146,12 +164,16 @@ def read_data(data: str, stage: str, overrides: Overrides) -> DataFacts:
         reward, reward_reason = choose_reward(problems, data)
     else:
         settings += _solution_settings(problems, data)
+    num_held_out, no_held_out_reason = 0, ""
+    if stage == "train":
+        num_held_out, no_held_out_reason = _num_held_out(source, seed)
     num_training = sum(len(problems_of_set) for problems_of_set in by_set.values())
     return DataFacts(
         settings=settings,
         problems=problems,
         num_training=num_training,
-        num_held_out=_num_held_out(source, seed) if stage == "train" else 0,
+        num_held_out=num_held_out,
+        no_held_out_reason=no_held_out_reason,
         reward=reward,
         reward_reason=reward_reason,
     )
@@ -180,13 +202,13 @@ def _evenly_spaced(sets: Any) -> list[Problem]:
     return problems
 
 
-def _num_held_out(source: DataSettings, seed: int) -> int:
-    """Returns the number of problems of the test split; 0 if the set has none."""
+def _num_held_out(source: DataSettings, seed: int) -> tuple[int, str]:
+    """Returns the number of problems of the test split, and why there are none."""
     try:
         by_set = load_problems(source, "test", seed)
-    except UserError:  # also a download that fails
-        return 0
-    return sum(len(problems_of_set) for problems_of_set in by_set.values())
+    except UserError as error:  # also a download that fails
+        return 0, first_line(error)
+    return sum(len(problems_of_set) for problems_of_set in by_set.values()), ""
 
 
 def choose_reward(problems: Sequence[Problem], data: str) -> tuple[str, str]:

@@ -115,7 +115,8 @@ def read_model(model: str, overrides: Overrides) -> ModelFacts:
                 f"--model {model}: its config.json has no {error}: expected a language model of "
                 "text, such as Llama or Qwen"
             ) from None
-        except (ValueError, OSError) as error:
+        # transformers raises many types of errors for values that are wrong.
+        except Exception as error:
             raise UserError(
                 f"--model {model}: its config.json cannot be read: {first_line(error)}"
             ) from None
@@ -151,7 +152,10 @@ def _run_prompt(path: str) -> dict[str, Any]:
     if not read_manifest(run_dir) or not file.is_file():
         return {}
     section = read_yaml(str(file)).get("prompt") or {}
-    settings = PromptSettings.model_validate(section)
+    try:
+        settings = PromptSettings.model_validate(section)
+    except ValueError as error:
+        raise UserError(f"{file}: the section prompt is not valid: {error}") from None
     values = settings.model_dump(include=set(PROMPT_KEYS), exclude_defaults=True)
     return {"template": settings.template, **values}
 

@@ -67,9 +67,10 @@ def read_overrides(command: str, words: Sequence[str]) -> Overrides:
     required = [
         Setting("run_dir", "runs/example"),
         Setting("model.path", "example"),
-        Setting("data.name", "example"),
         Setting("learner.micro_batch_tokens", NO_LIMIT),
     ]
+    if not overrides.has("data.name"):
+        required.append(Setting("data.name", "example"))
     if command == "train":
         required.append(Setting("train.rollouts", 1))
     else:
@@ -83,9 +84,8 @@ def _check_keys(command: str, overrides: Overrides) -> None:
     config_class: type[Section] = find_stage(command).config_class
     for word in overrides.words:
         key = word.partition("=")[0]
-        for option in ("data.name", "data.mixture"):
-            if key == option or key.startswith(f"{option}."):
-                raise UserError(f"{key}: --data names the data set. To mix sets, edit the config")
+        if key == "data.mixture" or key.startswith("data.mixture."):
+            raise UserError(f"{key}: grpo init knows the data of --data only: edit the config then")
         field = config_class.model_fields.get(key)
         annotation = field.annotation if field is not None else None
         if isinstance(annotation, type) and issubclass(annotation, Section):

@@ -213,8 +213,9 @@ def _eval_settings(facts: Facts) -> list[Setting]:
     data, overrides = facts.data, facts.overrides
     every = overrides.get("eval.every", GPU_EVAL_EVERY if facts.on_gpu else CPU_EVAL_EVERY)
     if data.num_held_out == 0 or every == 0:
+        comment = f"no held-out problems: {data.no_held_out_reason}" if every else ""
         return [
-            Setting("eval.every", 0, "the data set has no held-out problems"),
+            Setting("eval.every", 0, comment),
             Setting("checkpoint.every", every or GPU_EVAL_EVERY),
         ]
     num_problems = min(256 if facts.on_gpu else 64, data.num_held_out)

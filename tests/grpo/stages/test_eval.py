@@ -1,6 +1,7 @@
 """`grpo eval`: protocols, config errors, the table of accuracies, and comparisons of two runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -306,13 +307,24 @@ def write_suite(tmp_path, url):
     )
 
 
+def test_errors_name_the_set(tmp_path):
+    tree = yaml.safe_load(Path(write_suite(tmp_path, "http://localhost:1")).read_text())
+    tree["sets"]["gpqa"]["sampling"] = {"temperature": 0.5}
+    with pytest.raises(UserError, match=r"sets\.gpqa\.sampling\.temperature has no effect"):
+        configs.parse(tree, kind=EvalConfig)
+    tree["sets"]["gpqa"]["sampling"] = {}
+    tree["sets"]["gpqa"]["rewards"] = {"nope": 1.0}
+    with pytest.raises(UserError, match=r"sets\.gpqa: .*nope"):
+        STAGE.dry_run_lines(configs.parse(tree, kind=EvalConfig))
+
+
 def test_one_evaluation_has_maths_choices_and_programs_and_a_table_with_their_average(
     tmp_path, judge_server, capsys
 ):
     url, requests, server = judge_server
     server.response = {**judge_response(RESPONSE), "usage": {"completion_tokens": 10}}
     config = write_suite(tmp_path, url)
-    assert cli.main(["eval", config]) == 0
+    assert cli.main(["eval", config, "logging.progress=line"]) == 0
     run_dir = tmp_path / "run"
     table = json.loads((run_dir / "table.json").read_text())
     assert list(table) == ["amc", "gpqa", "mbpp", "average"]
@@ -344,11 +356,6 @@ def test_one_evaluation_has_maths_choices_and_programs_and_a_table_with_their_av
     assert row["eval/average/accuracy"] == accuracies["average"]
     assert row["eval/mbpp/accuracy"] == 0.5
 
-    # In Python, nothing is printed unless it is asked for.
-    run = grpo.evaluate(config, {"run_dir": str(tmp_path / "quiet")})
-    assert capsys.readouterr() == ("", "")
-    assert run.table["average"]["accuracy"] == accuracies["average"]
-
     # The finished evaluation gets another price. Nothing is sampled again.
     assert cli.main(["eval", config, "price=36", "--resume"]) == 0
     cheaper = json.loads((run_dir / "table.json").read_text())
@@ -362,6 +369,11 @@ def test_one_evaluation_has_maths_choices_and_programs_and_a_table_with_their_av
         assert f"{reward:12} {mean:.4f} then, {mean:.4f} now, 0 changed" in output
     assert cli.main(["eval", str(run_dir), str(run_dir)]) == 0
     assert capsys.readouterr().out.count("second - first: +0.0%") == 3
+
+    # In Python, nothing is printed unless it is asked for.
+    run = grpo.evaluate(config, {"run_dir": str(tmp_path / "quiet")})
+    assert capsys.readouterr() == ("", "")
+    assert run.table["average"]["accuracy"] == accuracies["average"]
 
 
 def test_an_interrupted_evaluation_reports_the_seconds_of_all_chunks(tmp_path, judge_server):

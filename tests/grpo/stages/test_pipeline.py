@@ -11,7 +11,7 @@ import pytest
 from grpo import config as configs
 from grpo.config import PipelineConfig
 from grpo.config.reading import apply_overrides
-from grpo.engines import quantized_kernels
+from grpo.metrics import cpu
 from grpo.run.directory import RunDirectory
 from grpo.stages import pipeline as pipeline_module
 from grpo.stages.pipeline import (
@@ -188,7 +188,7 @@ def test_plan_without_evaluation_sets_starts_with_the_first_stage():
 
 def test_int4_models_are_not_evaluated_where_vllm_has_no_kernel(tmp_path, monkeypatch, capsys):
     commands = []
-    monkeypatch.setattr(quantized_kernels, "int4_obstacle", lambda: "no kernel")
+    monkeypatch.setattr(cpu, "int4_obstacle", lambda: "no kernel")
     monkeypatch.setattr(
         pipeline_module, "_run_unfinished", lambda command, *_, **__: commands.append(command.name)
     )

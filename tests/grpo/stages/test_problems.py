@@ -69,10 +69,12 @@ def test_two_entries_with_the_same_set_have_different_ids(tmp_path, name):
 
 
 def test_keys_of_the_section_are_no_options(tmp_path):
-    data = data_with(tmp_path, [{"problem": "a", "answer": "1"}])
-    data.name, data.options = "hub", {"columns": {"question": "problem"}}
+    path = data_with(tmp_path, [{"problem": "a", "answer": "1"}]).path
+    options = {"columns": {"question": "problem"}}
     with pytest.raises(UserError, match=r"data\.options\.columns: set data\.columns"):
-        load_problems(data, "train", 0)
+        load_problems(DataSettings(name="hub", path=path, options=options), "train", 0)
+    with pytest.raises(UserError, match=r"data\.jsonl\.options\.seed: not an option"):
+        load_problems(DataSettings(name="jsonl", path=path, options={"seed": 1}), "train", 0)
 
 
 def eval_config(**changes):

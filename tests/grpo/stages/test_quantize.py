@@ -14,7 +14,6 @@ from vllm import _custom_ops as vllm_ops
 from grpo import config as configs
 from grpo.config import DistillConfig, QuantizeConfig
 from grpo.engines import Request, SamplingOptions
-from grpo.engines.quantized_kernels import int4_obstacle, int8_warning
 from grpo.learning import models
 from grpo.learning.learner import Learner
 from grpo.learning.quantization import (
@@ -26,6 +25,7 @@ from grpo.learning.quantization import (
     rounded_weight,
 )
 from grpo.losses import cross_entropy
+from grpo.metrics.cpu import int4_obstacle, int8_warning
 from grpo.stages.quantize import check_quantizable, write_quantized
 from grpo.types import UserError
 

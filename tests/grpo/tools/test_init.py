@@ -666,7 +666,7 @@ ERRORS = [
     (["--data", "{tmp}/mine.jsonl", "prompt.max_tokens=2047"], "leaves no room for completions"),
     (["--data", "{tmp}/mine.jsonl", "prompt.template=chat"], "no chat template"),
     (["--data", "{tmp}/mine.jsonl", "prompt={template: plain}"], "set single keys, such as prompt"),
-    (["--data", "{tmp}/mine.jsonl", "data.mixture={math: {}}"], "--data names the data set"),
+    (["--data", "{tmp}/mine.jsonl", "data.mixture={math: {}}"], "knows the data of --data only"),
 ]
 
 
@@ -728,6 +728,58 @@ def test_a_config_in_the_working_directory_is_not_taken_for_the_run_of_the_model
     (tmp_path / "config.yaml").write_text("prompt: {template: r1_zero}\n")
     monkeypatch.chdir(tmp_path)
     assert read_model("model", read_overrides("train", [])).run_prompt == {}
+
+
+def test_what_jsonl_cannot_read_is_left_to_hub(tiny, tmp_path, capsys):
+    rows = []
+    for number in range(40):
+        message = {"role": "user", "content": f"{number} + 1?"}
+        rows.append({"prompt": [message], "reward_model": {"ground_truth": str(number + 1)}})
+    folder = tmp_path / "owner" / "set"
+    folder.mkdir(parents=True)
+    file = folder / "a: b.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for index, path in enumerate((file, folder)):
+        config = tmp_path / f"{index}.yaml"
+        run_init(capsys, config, "--model", tiny(), "--data", path)
+        assert load(config).data.name == "hub"
+
+
+def test_the_comment_says_why_nothing_is_evaluated(tiny, tmp_path, capsys):
+    data = write_problems(tmp_path / "mine.csv.jsonl", 40)
+    path = tmp_path / "c.yaml"
+    words = ["--model", tiny(), "--data", data, "data.name=hub", "data.options.test_split=nope"]
+    run_init(capsys, path, *words)
+    text = " ".join(path.read_text().replace("#", "").split())
+    assert "no held-out problems: data.split" in text
+    assert "has no split 'nope'" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", '{"num_attention_heads": 0, "hidden_size": 64}', "config.json"),
+        ("generation_config.json", "[1]", "expected a JSON object"),
+        ("generation_config.json", "{", "expected a JSON object"),
+    ],
+)
+def test_broken_files_of_a_model_are_errors(file, text, message, tiny, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny(), model)
+    (model / file).write_text(text)
+    data = write_problems(tmp_path / "mine.jsonl", 40)
+    error = run_init(capsys, tmp_path / "c.yaml", "--model", model, "--data", data, code=2)
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_cpu_without_avx512_trains_in_float32(tiny, tmp_path, capsys, monkeypatch):
+    data = write_problems(tmp_path / "mine.jsonl", 40)
+    for warning, dtype in (("slow", "float32"), (None, "bfloat16")):
+        monkeypatch.setattr("grpo.tools.init.bfloat16_warning", lambda warning=warning: warning)
+        path = tmp_path / f"{dtype}.yaml"
+        run_init(capsys, path, "--model", tiny(), "--data", data)
+        assert load(path).model.dtype == dtype
 
 
 def test_several_gpus_need_the_launch_scripts(tiny, tmp_path, capsys, monkeypatch):

@@ -1,11 +1,15 @@
-"""Which quantized models vLLM can run on which CPU."""
+"""Which dtypes are slow or impossible on which CPU."""
 
 import pytest
 import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.platforms import current_platform
 
-from grpo.engines.quantized_kernels import int4_obstacle, int8_warning, require_kernels
+from grpo import config as configs
+from grpo.config import EvalConfig
+from grpo.metrics.cpu import bfloat16_warning, int4_obstacle, int8_warning, require_kernels
+from grpo.stages.run_context import open_stage
+from grpo.tools import checks
 from grpo.types import UserError
 
 NOTHING = {"architecture": "x86_64", "avx512_f": False, "avx512_vnni": False, "avx_vnni": False}
@@ -27,7 +31,7 @@ def set_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "runs_int4", "runs_int8"),
+    ("capabilities", "has_avx512", "has_vnni"),
     [
         (CASCADE_LAKE, True, True),
         (SKYLAKE_SERVER, True, False),
@@ -36,10 +40,13 @@ def set_cpu(monkeypatch):
         (ARM, True, True),
     ],
 )
-def test_int4_needs_avx512_and_int8_needs_vnni(set_cpu, capabilities, runs_int4, runs_int8):
+def test_int4_and_bfloat16_need_avx512_and_int8_needs_vnni(
+    set_cpu, capabilities, has_avx512, has_vnni
+):
     set_cpu(capabilities)
-    assert (int4_obstacle() is None) == runs_int4
-    assert (int8_warning() is None) == runs_int8
+    assert (int4_obstacle() is None) == has_avx512
+    assert (bfloat16_warning() is None) == has_avx512
+    assert (int8_warning() is None) == has_vnni
 
 
 def test_a_gpu_has_all_kernels(set_cpu, monkeypatch):
@@ -47,6 +54,21 @@ def test_a_gpu_has_all_kernels(set_cpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert int4_obstacle() is None
     assert int8_warning() is None
+    assert bfloat16_warning() is None
+
+
+def test_a_run_in_bfloat16_says_that_it_is_slow(set_cpu, tmp_path, capfd):
+    set_cpu(NOTHING)
+    tree = {"run_dir": "x", "model": {"path": "m"}, "data": {"name": "math"}}
+    config = configs.parse(tree, kind=EvalConfig)
+    for dtype, is_slow in (("bfloat16", True), ("float32", False)):
+        settings = config.model.model_copy(update={"dtype": dtype})
+        run_dir = str(tmp_path / dtype)
+        run_config = config.model_copy(update={"model": settings, "run_dir": run_dir})
+        with open_stage(run_config, "eval", total=1, unit="step", resume=False):
+            pass
+        assert ("Set model.dtype=float32" in capfd.readouterr().err) == is_slow
+        assert any(checks.dtype(run_config)) == is_slow
 
 
 def test_an_int4_model_is_refused_and_an_int8_model_is_warned_about(set_cpu):
