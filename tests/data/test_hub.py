@@ -886,8 +886,10 @@ def test_the_dry_run_and_doctor_read_a_local_copy(published, tiny, tmp_path, cap
     assert "data.hub.options: got an unexpected keyword argument 'max_row'" in (
         capsys.readouterr().err
     )
-    doctor_data = data.replace("OPTIONS", "{test_fraction: 0, test_split: train}")
-    arguments = ["doctor", str(ROOT / "configs/tiny.yaml"), "--no-sample", doctor_data]
+    # The same problems for training and for evaluation.
+    held_out = data.replace("OPTIONS", "{test_fraction: 1}")
+    arguments = ["doctor", str(ROOT / "configs/tiny.yaml"), "--no-sample", dry_run_data]
+    arguments.append(f"eval.{held_out}")
     assert cli.main([*arguments, f"model={{path: {tiny()}}}", f"run_dir={tmp_path}/run"]) == 0
     output = capsys.readouterr().out
     assert "1 of 1 held-out problems share" in output
