@@ -222,8 +222,8 @@ def _add_init(commands: Any) -> None:
     command.add_argument(
         "--data",
         required=True,
-        help="name of a data set (gsm8k), a .jsonl, .json or .parquet file, a folder with traces, "
-        "module:function, or owner/name on the hub",
+        help="name of a data set (gsm8k), a .jsonl, .json, .parquet or .csv file, a folder of such "
+        "files, module:function, or owner/name on the hub",
     )
     command.add_argument(
         "--stage", choices=("train", "sft"), default="train", help="default: train"
