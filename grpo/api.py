@@ -161,7 +161,7 @@ def load(model: str | os.PathLike[str], overrides: Overrides | None = None) -> M
 
 @dataclass(frozen=True, init=False, repr=False)
 class Run:
-    """The results in a run directory. Every access reads the files, also while the run goes on.
+    """The results in a run directory. Every access reads the files, also during the run.
 
     Attributes:
         path: The run directory.

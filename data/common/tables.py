@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,7 +190,7 @@ def _folder_rows(
 
 def _warn_of_unread_files(folder: Path, files_by_split: Mapping[Any, Sequence[str]]) -> None:
     """Logs a warning about files of the folder itself that belong to no split."""
-    read_files = {Path(file).name for files in files_by_split.values() for file in files}
+    read_files = {Path(file).name for file in chain.from_iterable(files_by_split.values())}
     unread = []
     for file in sorted(folder.iterdir()):
         if file.suffix in SUFFIXES and file.name not in read_files:

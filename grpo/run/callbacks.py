@@ -44,8 +44,8 @@ class RowCallbacks:
     def on_row(self, row: Mapping[str, Any]) -> None:
         """Calls every function with a copy of the row. Only rank 0 calls them.
 
-        What they print goes to the caller's output, also while the output of libraries is
-        redirected to a log file.
+        Their output is that of the caller, also while the output of libraries is redirected to a
+        log file.
         """
         if not self._functions or self.error is not None or ranks.rank() != 0:
             return

@@ -274,7 +274,7 @@ def _raw_histogram(histogram: Histogram) -> dict[str, Any]:
 
 
 def _markdown(samples: Sequence[Sequence[Any]]) -> str:
-    """Returns completions as Markdown. An indented text is shown as it is, whatever it contains."""
+    """Returns completions as Markdown. Indented text is shown unchanged, whatever it contains."""
     parts = []
     for problem, question, completion, reward, verdict in samples:
         number = "none" if reward is None else f"{reward:.3g}"

@@ -112,7 +112,7 @@ class NewConfig:
 
 
 def init(options: InitOptions) -> None:
-    """Writes a commented config, and prints what was decided and the next commands.
+    """Writes a commented config, and prints the decisions and the next commands.
 
     Args:
         options: The arguments of the command.
@@ -262,8 +262,8 @@ def _suggestions(new: NewConfig, tree: dict[str, Any]) -> dict[str, list[str]]:
             "no_signal": "no_signal: resample # replace groups that are all right or all wrong",
             "truncated": "truncated: mask # no loss on completions that are cut off",
         }
-        given = tree["algorithm"]
-        suggestions["algorithm"] = [line for key, line in lines.items() if key not in given]
+        algorithm = tree["algorithm"]
+        suggestions["algorithm"] = [line for key, line in lines.items() if key not in algorithm]
     elif "stop_at" not in tree["sft"]:
         suggestions["sft"] = ["stop_at: 0.95 # stop early at this token accuracy"]
     if "logging" not in tree:
@@ -272,7 +272,7 @@ def _suggestions(new: NewConfig, tree: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _summary(new: NewConfig) -> str:
-    """Returns what was decided, and the next commands."""
+    """Returns the decisions and the next commands."""
     tree, data = new.tree, new.facts.data
     is_training = new.options.stage == "train"
     num_problems = f"{data.num_training:,} training problems"

@@ -26,7 +26,7 @@ CHOICE_LETTER = re.compile(r"\(?[A-Ja-j]\)?\.?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFacts:
-    """A data set and what was measured of it.
+    """A data set and its measurements.
 
     Attributes:
         settings: The section `data` of the config.

@@ -134,7 +134,7 @@ class Fit:
         return max(missing_bytes, self.optimizer_bytes - self.main_memory_bytes)
 
     def shortage(self) -> str:
-        """Returns what the plan needs and what is missing, for an error message."""
+        """Returns the needed and the missing memory, for an error message."""
         if self.needed_bytes <= self.usable_bytes:
             return (
                 f"{self.plan.name} needs {self.optimizer_bytes / GB:.1f} GB of main memory, "
@@ -303,10 +303,10 @@ def _larger_machine(run: Run, hardware: Hardware) -> str:
             machines.append(str(larger))
             break
     for count in GPU_COUNTS:
-        more = replace(hardware, num_gpus=count)
-        is_more = 0 < hardware.num_gpus < count
-        if is_more and _try_plans(run, more)[-1].missing_bytes <= 0:
-            machines.append(str(more))
+        larger = replace(hardware, num_gpus=count)
+        is_larger = 0 < hardware.num_gpus < count
+        if is_larger and _try_plans(run, larger)[-1].missing_bytes <= 0:
+            machines.append(str(larger))
             break
     if not machines:
         return "Choose a smaller model, or lower sampling.max_tokens"

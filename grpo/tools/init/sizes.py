@@ -74,7 +74,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is known before any size is chosen."""
+    """The facts on which the sizes depend."""
 
     data: DataFacts
     model: ModelFacts
