@@ -204,7 +204,7 @@ class Evaluation:
         return self._samples_file.exists()
 
     def result(self, sampler: Sampler) -> tuple[SetResult, Metrics]:
-        """Samples the missing completions, and returns the result of the set and of its greedy pass.
+        """Samples the missing completions; returns the results of the set and of its greedy pass.
 
         The metrics of the greedy pass are empty if the set has no such pass.
 
