@@ -71,7 +71,7 @@ def require_kernels(weight_bits: int | None, say: Callable[[str], None]) -> None
 
 def _x86_capabilities() -> Mapping[str, Any] | None:
     """Returns what PyTorch reports about the CPU; None on a GPU or another architecture."""
-    if torch.cuda.is_available():
+    if torch.cuda.device_count() > 0:  # does not initialise CUDA
         return None
     capabilities = torch.cpu.get_capabilities()
     return capabilities if capabilities["architecture"] == "x86_64" else None

@@ -22,7 +22,7 @@ ARM = {"architecture": "aarch64"}
 @pytest.fixture
 def set_cpu(monkeypatch):
     """Replaces what PyTorch reports about the CPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
     def replace(capabilities):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
@@ -51,7 +51,7 @@ def test_int4_and_bfloat16_need_avx512_and_int8_needs_vnni(
 
 def test_a_gpu_has_all_kernels(set_cpu, monkeypatch):
     set_cpu(NOTHING)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert int4_obstacle() is None
     assert int8_warning() is None
     assert bfloat16_warning() is None
