@@ -13,10 +13,6 @@ PAGE = (ROOT / "docs" / "python.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
-def needs_engine(block):
-    return "run = grpo.train(" in block or "grpo.load(" in block
-
-
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     """Returns the working directory, with the configs of the repository."""
@@ -26,26 +22,18 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_examples_without_an_engine_run_as_printed(directory, capsys):
+@pytest.mark.slow
+@pytest.mark.engine
+def test_all_examples_run_as_printed(directory, capsys):
     names = {}
     for block in BLOCKS:
-        if not needs_engine(block):
-            exec(block, names)
+        exec(block, names)
     output = capsys.readouterr().out
     shown = re.search(r"# (Run\('runs/tiny_sft': sft, finished, step 20, loss) \d", PAGE)
     assert output.startswith(shown.group(1))
     assert "stopped: StopRun\nfinished\n" in output
     assert "runs/stopped/final\n" in output
     assert "configs/tiny.yaml: train.rollout: unknown key (did you mean rollouts?). " in output
-    assert len(names["run"].metrics) == 10
-
-
-@pytest.mark.slow
-@pytest.mark.engine
-def test_all_examples_run_as_printed(directory):
-    names = {}
-    for block in BLOCKS:
-        exec(block, names)
     assert names["run"].status == "finished"
     assert names["evaluation"].table["all"]["accuracy"] >= 0
     assert [len(completions) for completions in names["answers"]] == [4, 4]
