@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 # Key of a data section -> the parameter of `load` that receives it.
 LOAD_PARAMETERS = {"split": "stored_split", "columns": "columns"}
-RESERVED_PARAMETERS = ("split", "seed", "path", "malformed")
+# Parameter of `load` that is no option -> the key that sets it.
+KEYS_OF_PARAMETERS = {
+    "split": "data.split",
+    "seed": "seed",
+    "path": "data.path",
+    "malformed": "data.malformed",
+}
 MAX_REFUSED_SHOWN = 5  # problems per message
 MAX_SETS_SHOWN = 3  # messages about evaluation sets
 MIN_SEEN = 200  # problems, see check_dropped
@@ -96,8 +102,9 @@ def _load_arguments(
     """
     signature = inspect.signature(load)
     for option in source.options:
-        if option in RESERVED_PARAMETERS:
-            raise UserError(f"data.{name}.options.{option}: not an option, but a key of its own")
+        if option in KEYS_OF_PARAMETERS:
+            key = KEYS_OF_PARAMETERS[option]
+            raise UserError(f"data.{name}.options.{option}: no option: set the key {key}")
     try:
         signature.bind("train", seed=0, path=source.path, **source.options)
     except TypeError as error:

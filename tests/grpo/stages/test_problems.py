@@ -73,7 +73,7 @@ def test_keys_of_the_section_are_no_options(tmp_path):
     options = {"columns": {"question": "problem"}}
     with pytest.raises(UserError, match=r"data\.options\.columns: set data\.columns"):
         load_problems(DataSettings(name="hub", path=path, options=options), "train", 0)
-    with pytest.raises(UserError, match=r"data\.jsonl\.options\.seed: not an option"):
+    with pytest.raises(UserError, match=r"options\.seed: no option: set the key seed"):
         load_problems(DataSettings(name="jsonl", path=path, options={"seed": 1}), "train", 0)
 
 
