@@ -420,8 +420,9 @@ class _ProblemReader:
     def _no_column(self, row: Row, field: str) -> str:
         usual = " or ".join(repr(name) for name in USUAL_COLUMNS[field])
         message = (
-            f"no column {usual}. The row has the columns {', '.join(row.fields)}. Name it: "
-            f"data.columns={{{field}: COLUMN}}"
+            f"no column {usual}. The row has the columns {', '.join(row.fields)}. Name those of "
+            "the question, the answer and, if there is one, the solution: "
+            f"data.columns.{field}=COLUMN"
         )
         if field == "answer":
             message += ", or set data.options={answers: false} if there are no gold answers"

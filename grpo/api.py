@@ -183,12 +183,12 @@ class Run:
 
     @property
     def stage(self) -> str:
-        """The command that wrote the run: "train"."""
+        """The command that wrote the run, such as `train`."""
         return str(self._manifest.get("stage"))
 
     @property
     def status(self) -> str:
-        """How the run ended: "finished", "stopped: StopRun"; or "running"."""
+        """The state of the run, such as `running` or `finished`, or why it has stopped."""
         return str(self._manifest.get("status"))
 
     @property

@@ -179,7 +179,7 @@ class Verdict:
         value: "correct" or "wrong". "undecided" if the verification itself failed, for example
             because the problem's answer cannot be parsed; the completion then gets no reward.
         reason: a short explanation, empty if there is none. For an undecided completion, it
-            contains the cause: one of UNDECIDED_CAUSES.
+            contains the cause: "no grade", "worker lost", "reward failed" or "gold answer".
     """
 
     value: Literal["correct", "wrong", "undecided"]

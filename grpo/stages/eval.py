@@ -377,19 +377,35 @@ def _pass_rates_by_set(folder: Path) -> dict[str, PassRates]:
         raise UserError(f"{folder}: no evaluation found (samples/eval-*.jsonl)")
     rollouts = [name for name in files if name.isdecimal()]
     if rollouts:
-        return {"": _read_pass_rates(folder, files[rollouts[-1]])}
-    return {name: _read_pass_rates(folder, file) for name, file in files.items()}
+        files = {"": files[rollouts[-1]]}
+    rates = {}
+    for name, file in files.items():
+        rates_of_set = _read_pass_rates(file)
+        if rates_of_set is not None:
+            rates[name] = rates_of_set
+        elif len(files) > 1:
+            print(f"{folder} {name}: not compared, its rewards return no verdicts")
+    return _require_verdicts(folder, rates)
 
 
-def _read_pass_rates(folder: Path, file: Path) -> PassRates:
-    """Returns the pass rates in a file of samples, without those of the additional greedy pass."""
+def _require_verdicts(folder: Path, rates: dict[str, PassRates]) -> dict[str, PassRates]:
+    if not rates:
+        raise UserError(
+            f"{folder}: the rewards of this evaluation return no verdicts, so there is no accuracy "
+            "to compare"
+        )
+    return rates
+
+
+def _read_pass_rates(file: Path) -> PassRates | None:
+    """Returns the pass rates in a file of samples, None if a completion has no verdict.
+
+    The additional greedy pass is left out.
+    """
     is_correct: dict[str, list[float]] = defaultdict(list)  # by problem id
     for row in json_lines.read_objects(file):
         if row["verdict"] is None:
-            raise UserError(
-                f"{folder}: the rewards of this evaluation return no verdicts, so there is no "
-                "accuracy to compare"
-            )
+            return None
         if not row.get("greedy"):
             is_correct[row["problem"]].append(float(row["verdict"] == "correct"))
     return {problem_id: mean(values) for problem_id, values in is_correct.items()}

@@ -108,7 +108,9 @@ def _load_arguments(
     try:
         signature.bind("train", seed=0, path=source.path, **source.options)
     except TypeError as error:
-        raise UserError(f"data.{name}.options: {error}") from None
+        raise UserError(
+            f"data.{name}.options: {error}. Options: {_options_of(signature)}"
+        ) from None
     arguments = {"path": source.path, **source.options}
     section = f"data.mixture.{name}" if data.mixture else "data"
     for key, parameter in LOAD_PARAMETERS.items():
@@ -129,6 +131,13 @@ def _load_arguments(
             f"{_sets_with('malformed')} can"
         )
     return arguments
+
+
+def _options_of(signature: inspect.Signature) -> str:
+    """Returns the names of the options of a `load`: "digits, operations", or "none"."""
+    set_elsewhere = {*KEYS_OF_PARAMETERS, *LOAD_PARAMETERS.values()}
+    names = [name for name in signature.parameters if name not in set_elsewhere]
+    return ", ".join(names) or "none"
 
 
 def _sets_with(parameter: str) -> str:

@@ -56,6 +56,9 @@ checks keys if this is the first line of a config (the path is relative to the c
 ```yaml
 # yaml-language-server: $schema=schema/train.json
 ```
+
+This is the line of a config in `configs/`. Next to a `grpo files --copy .` it is
+`configs/schema/train.json`; `grpo files` prints the folder of an installation.
 """
 
 
@@ -254,6 +257,8 @@ def _differences(first: _Place, other: _Place) -> list[str]:
     for key, field in other.section.model_fields.items():
         if _key_lines(key, field) != _key_lines(key, first.section.model_fields[key]):
             lines += _key_lines(key, field)
+    if not lines:
+        return []
     commands = _enumeration([f"`grpo {command}`" for command in other.commands], "and")
     return ["", f"In the configs of {commands}:", "", *lines]
 

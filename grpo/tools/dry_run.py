@@ -76,7 +76,7 @@ def _load_problems(needs: StageNeeds) -> list[Sequence[Problem]]:
 def _prompt(needs: StageNeeds, problems: Sequence[Sequence[Problem]]) -> str:
     """Returns the first prompt as text, after checking the length of every prompt."""
     config = needs.config
-    problem = problems[0][0]
+    problem = _shown_problem(needs, problems)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with redirect_output(Path(scratch) / "log"):
@@ -92,6 +92,20 @@ def _prompt(needs: StageNeeds, problems: Sequence[Sequence[Problem]]) -> str:
     for problems_of_set in problems:
         prompts.without_overlong(problems_of_set)
     return _rendered(needs, prompts, tokenizer, problem)
+
+
+def _shown_problem(needs: StageNeeds, problems: Sequence[Sequence[Problem]]) -> Problem:
+    """Returns the first problem, for supervised training the first one with a worked solution."""
+    if not needs.shows_solution:
+        return problems[0][0]
+    for problems_of_set in problems:
+        for problem in problems_of_set:
+            if problem.solution or problem is EXAMPLE:
+                return problem
+    raise UserError(
+        "data: no problem has a worked solution, the target of supervised training. For the set "
+        "hub, name its column: data.columns.solution=COLUMN"
+    )
 
 
 def _rendered(needs: StageNeeds, prompts: Prompts, tokenizer: Any, problem: Problem) -> str:

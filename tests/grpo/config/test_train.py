@@ -2,6 +2,7 @@
 of all keys.
 """
 
+import json
 import subprocess
 import sys
 import typing
@@ -166,6 +167,20 @@ def test_every_config_in_the_repository_is_valid_and_short(path, capsys, monkeyp
     expected = "grpo train" if stage.command == "pipeline" else "run_dir"
     assert expected in capsys.readouterr().out
     assert len(text.splitlines()) <= 45
+
+
+def test_the_dry_run_of_supervised_training_needs_solutions(tiny, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"problem": f"{number}?", "answer": "1"} for number in range(20)]
+    rows[3]["solution"] = "It is one."
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["sft", str(ROOT / "configs/tiny_sft.yaml"), "--dry-run", f"model={{path: {tiny()}}}"]
+    words += [f"data={{name: jsonl, path: {file}, options: {{test_fraction: 0}}}}"]
+    assert cli.main(words) == 0
+    assert "<think>It is one.</think> <answer>1</answer>" in capsys.readouterr().out
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert cli.main(words) == 2
+    assert "no problem has a worked solution" in capsys.readouterr().err
 
 
 def test_the_dry_run_of_an_evaluation_prints_its_protocol_and_a_prompt(tiny, tmp_path, capsys):

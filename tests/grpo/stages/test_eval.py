@@ -228,6 +228,12 @@ def test_compare_prints_the_differences_of_each_set(tmp_path, capsys):
     compare(unnamed, named)
     assert "second - first: -100.0%" in capsys.readouterr().out
 
+    partly = write_evaluation(tmp_path / "f", easy=correct, hard=[None])
+    compare(first, partly)
+    output = capsys.readouterr().out
+    assert f"{partly} hard: not compared, its rewards return no verdicts" in output
+    assert output.count("4 problems") == 1
+
     without_verdict = write_evaluation(tmp_path / "e", easy=[None])
     with pytest.raises(UserError, match="no verdicts"):
         compare(first, without_verdict)
