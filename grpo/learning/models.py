@@ -443,10 +443,11 @@ def weight_bits(model_dir: Path) -> int | None:
     """
     config = json.loads((model_dir / "config.json").read_text())
     quantization = config.get("quantization_config") or {}
-    for group in quantization.get("config_groups", {}).values():
-        bits: int | None = (group.get("weights") or {}).get("num_bits")
-        return bits
-    return quantization.get("bits")
+    bits: int | None = quantization.get("bits")
+    groups = list(quantization.get("config_groups", {}).values())
+    if groups:
+        bits = (groups[0].get("weights") or {}).get("num_bits")
+    return bits
 
 
 def check_context(model_dir: Path, num_tokens: int, length_keys: str) -> None:

@@ -24,16 +24,14 @@ VNNI = ("avx512_vnni", "avx_vnni")
 
 def bfloat16_warning() -> str | None:
     """Returns why bfloat16 is slow on this machine, None if it is not."""
-    capabilities = _x86_capabilities()
-    if capabilities is None or capabilities["avx512_f"]:
+    if not _lacks_avx512():
         return None
     return "this CPU has no AVX-512, without which bfloat16 is many times slower than float32"
 
 
 def int4_obstacle() -> str | None:
     """Returns why vLLM cannot run int4 models on this machine, None if it can."""
-    capabilities = _x86_capabilities()
-    if capabilities is None or capabilities["avx512_f"]:
+    if not _lacks_avx512():
         return None
     return "this CPU has no AVX-512, and vLLM has no int4 kernel without it"
 
@@ -67,6 +65,11 @@ def require_kernels(weight_bits: int | None, say: Callable[[str], None]) -> None
         warning = int8_warning()
         if warning is not None:
             say(f"int8: {warning}")
+
+
+def _lacks_avx512() -> bool:
+    capabilities = _x86_capabilities()
+    return capabilities is not None and not capabilities["avx512_f"]
 
 
 def _x86_capabilities() -> Mapping[str, Any] | None:

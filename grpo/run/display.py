@@ -84,7 +84,7 @@ class Display:
         self._phase: _Phase | None = None
         self._last_line_s = time.monotonic()
         self._closed = threading.Event()
-        if self._mode != "off":
+        if not self.is_off:
             threading.Thread(target=self._tick, daemon=True).start()
 
     @property

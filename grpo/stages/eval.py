@@ -385,10 +385,6 @@ def _pass_rates_by_set(folder: Path) -> dict[str, PassRates]:
             rates[name] = rates_of_set
         elif len(files) > 1:
             print(f"{folder} {name}: not compared, its rewards return no verdicts")
-    return _require_verdicts(folder, rates)
-
-
-def _require_verdicts(folder: Path, rates: dict[str, PassRates]) -> dict[str, PassRates]:
     if not rates:
         raise UserError(
             f"{folder}: the rewards of this evaluation return no verdicts, so there is no accuracy "

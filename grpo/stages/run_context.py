@@ -192,11 +192,13 @@ def open_stage(
 
 
 def _warn_of_slow_dtype(config: RunConfig, display: Display) -> None:
+    has_endpoint = getattr(config, "endpoint", None) is not None
+    if has_endpoint or config.model.dtype != "bfloat16":
+        return
     from grpo.metrics.cpu import bfloat16_warning
 
-    has_local_model = getattr(config, "endpoint", None) is None
     warning = bfloat16_warning()
-    if has_local_model and config.model.dtype == "bfloat16" and warning is not None:
+    if warning is not None:
         display.say(f"model.dtype: {warning}. Set model.dtype=float32")
 
 

@@ -9,7 +9,13 @@ import threading
 
 import psutil
 import pytest
-from stage_configs import collect_config, distill_config, final_weights, sft_config
+from stage_configs import (
+    SEQUENCE_SECTIONS,
+    collect_config,
+    distill_config,
+    final_weights,
+    sft_config,
+)
 from tiny_models import tiny_config
 from whole_runs import (
     TORCHRUN,
@@ -288,13 +294,7 @@ def test_other_stages_call_callbacks_also_for_the_stages_inside_them(tiny, tmp_p
     assert "trace/kept" in rows[0]
     assert len(collected.samples(2)) == 8
 
-    sections = {
-        "collect": {"problems": 4, "samples": 4, "chunk": 4, "format": False},
-        "rewards": {"finished": 1.0},
-        "sft": {"updates": 2, "batch_size": 2, "max_tokens": 96},
-        "prompt": {"template": "plain", "max_tokens": 48, "stop": list("etao")},
-    }
-    config = distill_config(tmp_path, tiny, way="sequence", **sections)
+    config = distill_config(tmp_path, tiny, way="sequence", **SEQUENCE_SECTIONS)
     rows.clear()
     with pytest.raises(grpo.UserError, match="no thoughts"):  # in the texts of a random model
         grpo.distill(config, callbacks=[rows.append])

@@ -8,6 +8,13 @@ from grpo import config as configs
 from grpo.config import SftConfig
 
 SFT_SECTIONS = ("run_dir", "seed", "model", "data", "prompt", "logging")
+# A sequence distillation that keeps texts of a teacher with random weights.
+SEQUENCE_SECTIONS = {
+    "collect": {"problems": 4, "samples": 4, "chunk": 4, "format": False},
+    "rewards": {"finished": 1.0},
+    "sft": {"updates": 2, "batch_size": 2, "max_tokens": 96},
+    "prompt": {"template": "plain", "max_tokens": 48, "stop": list("etao")},
+}
 EVAL_SECTIONS = (*SFT_SECTIONS, "sampling", "engine")
 
 

@@ -208,7 +208,8 @@ def _num_held_out(source: DataSettings, seed: int) -> tuple[int, str]:
         by_set = load_problems(source, "test", seed)
     except UserError as error:  # also a download that fails
         return 0, first_line(error)
-    return sum(len(problems_of_set) for problems_of_set in by_set.values()), ""
+    num_held_out = sum(len(problems_of_set) for problems_of_set in by_set.values())
+    return num_held_out, "" if num_held_out else "the test split is empty"
 
 
 def choose_reward(problems: Sequence[Problem], data: str) -> tuple[str, str]:

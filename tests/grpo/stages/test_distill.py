@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from random_loop import make_loop
-from stage_configs import distill_config
+from stage_configs import SEQUENCE_SECTIONS, distill_config
 from tiny_models import tiny_config
 from whole_runs import read_metrics, run_grpo
 
@@ -387,13 +387,7 @@ def test_on_policy_distillation_without_answers_uses_every_completion(tiny, tmp_
 @pytest.mark.engine
 def test_sequence_distillation_trains_the_student_on_texts_of_the_teacher(tiny, tmp_path):
     run_dir = tmp_path / "run"
-    sections = {
-        "collect": {"problems": 4, "samples": 4, "chunk": 4, "format": False},
-        "rewards": {"finished": 1.0},
-        "sft": {"updates": 2, "batch_size": 2, "max_tokens": 96},
-        "prompt": {"template": "plain", "max_tokens": 48, "stop": list("etao")},
-    }
-    config = distill_config(tmp_path, tiny, way="sequence", **sections)
+    config = distill_config(tmp_path, tiny, way="sequence", **SEQUENCE_SECTIONS)
     # The texts of a teacher with random weights have no thoughts, so the first trace is invalid.
     errors = run_grpo(config, command="distill", code=2)
     assert "no thoughts" in errors
