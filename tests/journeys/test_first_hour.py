@@ -13,6 +13,7 @@ import pytest
 from whole_runs import RANK_VARIABLES
 
 from grpo import json_lines
+from grpo.metrics.cpu import bfloat16_warning
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,10 @@ def write_files(clone):
 
 
 def commands():
-    """Returns the commands of the page as words. Those that need a GPU get --dry-run."""
+    """Returns the commands of the page as words.
+
+    Those that need a GPU get --dry-run, the others the dtype that the page advises for this CPU.
+    """
     assert "./launch/quickstart.sh" in PAGE
     commands = [["./launch/quickstart.sh"]]
     for language, block in CODE_BLOCKS:
@@ -64,6 +68,8 @@ def commands():
     for words in commands:
         if any("gsm8k_qwen" in word for word in words):
             words.append("--dry-run")
+        elif words[1:2] in (["train"], ["sft"], ["doctor"]) and bfloat16_warning():
+            words.append("model.dtype=float32")
     return commands
 
 
@@ -95,7 +101,7 @@ def test_every_command_of_the_first_hour_works_and_gives_its_numbers(tmp_path):
         if words[0] == "sbatch":
             continue
         process = subprocess.run(
-            words, cwd=clone, env=environment, capture_output=True, text=True, timeout=1500
+            words, cwd=clone, env=environment, capture_output=True, text=True, timeout=3600
         )
         print(words, process.stdout[-2000:], sep="\n")
         assert process.returncode == 0, (words, process.stderr[-3000:])

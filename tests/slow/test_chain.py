@@ -141,7 +141,7 @@ def test_pipeline_killed_in_every_stage_ends_with_the_same_results(tiny, tmp_pat
     statuses = {}  # by stage, after its kill
     for stage in json.loads((expected_dir / "manifest.json").read_text())["stages"]:
         process = start_grpo(config, command="pipeline")
-        wait_for((run_dir / stage / "config.yaml").exists, process, seconds=200)
+        wait_for((run_dir / stage / "config.yaml").exists, process)
         time.sleep(generator.uniform(0, 8))
         kill_with_children(process)
         statuses[stage] = run_status(run_dir / stage)

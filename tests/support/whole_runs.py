@@ -126,7 +126,7 @@ def _content(path):
     return path.read_text()
 
 
-def wait_for(condition, process=None, seconds=120):
+def wait_for(condition, process=None, seconds=300):
     """Waits until `condition()` is true.
 
     Args:
