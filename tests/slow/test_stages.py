@@ -15,10 +15,10 @@ from stage_configs import (
 )
 from tiny_models import tiny_config
 from whole_runs import (
-    is_timed,
     read_metrics,
     run_grpo,
     start_grpo,
+    untimed,
     wait_for,
     write_config,
     write_yaml,
@@ -36,14 +36,6 @@ def read_json(path):
 
 def read_json_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def untimed(table):
-    """Returns the table of an evaluation without durations and rates."""
-    return {
-        name: {key: value for key, value in metrics.items() if not is_timed(key)}
-        for name, metrics in table.items()
-    }
 
 
 def kill(process):
@@ -206,13 +198,6 @@ def test_resumed_collection_ends_with_the_same_traces(tiny, tmp_path):
     assert (run_dir / "traces.jsonl").read_text() == traces
 
 
-def metrics_without_times(run_dir):
-    metrics = []
-    for row in read_metrics(run_dir):
-        metrics.append({k: v for k, v in row.items() if not k.startswith("time/")})
-    return metrics
-
-
 def test_killed_and_resumed_sft_equals_the_uninterrupted_run(tiny, tmp_path):
     sections = {
         "model": {"dtype": "bfloat16"},
@@ -230,7 +215,7 @@ def test_killed_and_resumed_sft_equals_the_uninterrupted_run(tiny, tmp_path):
     wait_for(lambda: (run_dir / "checkpoints" / "step-000010").exists(), process)
     kill(process)
     run_grpo(config, "--resume", command="sft")
-    assert metrics_without_times(run_dir) == metrics_without_times(expected_dir)
+    assert untimed(read_metrics(run_dir)) == untimed(read_metrics(expected_dir))
     expected_weights = final_weights(expected_dir)
     weights = final_weights(run_dir)
     for name in expected_weights:

@@ -106,12 +106,19 @@ def read_reproducible_results(run_dir):
         A tuple `(metrics, samples, weights)`: the rows of metrics without times and rates, the
         contents of the files in samples/ by name, and the bytes of the final weights.
     """
-    metrics = []
-    for row in read_metrics(run_dir):
-        metrics.append({key: value for key, value in row.items() if not is_timed(key)})
+    metrics = untimed(read_metrics(run_dir))
     samples = {path.name: _content(path) for path in sorted((run_dir / "samples").iterdir())}
     weights = (run_dir / "final" / "model.safetensors").read_bytes()
     return metrics, samples, weights
+
+
+def untimed(value):
+    """Returns a value without the durations and rates in its dicts, such as a table of results."""
+    if isinstance(value, list):
+        return [untimed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: untimed(item) for key, item in value.items() if not is_timed(key)}
+    return value
 
 
 def is_timed(key):
