@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs grpo (in a clone), then runs cold-start SFT and GRPO; 2 CPU cores are enough. Evaluates the model on
-# held-out problems before SFT, after SFT and after GRPO, and prints a summary.
+# Installs grpo (in a clone), then runs cold-start SFT and GRPO; 2 CPU cores are enough. Evaluates
+# the model on held-out problems before SFT, after SFT and after GRPO, and prints a summary.
 #   ./launch/quickstart.sh               a new 4M-parameter Qwen2 with random weights
 #   ./launch/quickstart.sh --smollm2     the pretrained model SmolLM2-135M-Instruct
 #   --seed N                             the seed (default 0)
@@ -28,7 +28,8 @@ if [[ -f launch/setup.sh ]]; then ./launch/setup.sh; fi # only a clone has it
 source launch/find_grpo.sh
 dtype=()
 # Without AVX-512, PyTorch multiplies bfloat16 matrices many times slower than float32 ones.
-if [[ "$(uname -m)" == x86_64 ]] && ! grep -q avx512f /proc/cpuinfo && ! nvidia-smi -L >/dev/null 2>&1; then
+if [[ "$(uname -m)" == x86_64 ]] && ! grep -q avx512f /proc/cpuinfo &&
+  ! nvidia-smi -L >/dev/null 2>&1; then
   dtype=(model.dtype=float32)
 fi
 stage() { # stage NAME COMMAND CONFIG OVERRIDE...: runs or resumes a stage; skips a finished one

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks format, lint and types, then runs the tests with vLLM and DeepSpeed on tiny models.
 #   ./launch/test.sh              the checks before each commit
-#   ./launch/test.sh --all        also the slow tests (kills, chains, a full disk), about an hour
+#   ./launch/test.sh --all        also the slow tests (kills, chains, a full disk), 1.5 to 3 hours
 #   ./launch/test.sh ARGUMENT...  arguments of pytest: a file, -k NAME, -n 0 (one process, to debug)
 set -euo pipefail
 cd "$(dirname "$0")/.."
