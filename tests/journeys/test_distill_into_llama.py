@@ -32,7 +32,7 @@ def _project_directory(monkeypatch):
 
 def page_commands():
     """Returns the commands of the section, by their name, as lists of arguments."""
-    section = PAGE.partition("### R1's traces into Llama-3.1-8B\n")[2]
+    section = PAGE.partition("## R1's traces into Llama-3.1-8B\n")[2]
     block = re.search(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE).group(1)
     commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
     assert [words[:2] for words in commands] == [

@@ -3,6 +3,7 @@
 import json
 import re
 
+import deepspeed  # noqa: F401 - prints a line at its first import, which is not the model's
 import pytest
 from http_servers import serve_vllm
 from stage_configs import eval_config, sft_config
