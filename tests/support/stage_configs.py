@@ -8,6 +8,7 @@ from grpo import config as configs
 from grpo.config import SftConfig
 
 SFT_SECTIONS = ("run_dir", "seed", "model", "data", "prompt", "logging")
+EVAL_SECTIONS = (*SFT_SECTIONS, "sampling", "engine")
 # A sequence distillation that keeps texts of a teacher with random weights.
 SEQUENCE_SECTIONS = {
     "collect": {"problems": 4, "samples": 4, "chunk": 4, "format": False},
@@ -15,7 +16,6 @@ SEQUENCE_SECTIONS = {
     "sft": {"updates": 2, "batch_size": 2, "max_tokens": 96},
     "prompt": {"template": "plain", "max_tokens": 48, "stop": list("etao")},
 }
-EVAL_SECTIONS = (*SFT_SECTIONS, "sampling", "engine")
 
 
 def eval_config(tmp_path, model_dir, **sections):
