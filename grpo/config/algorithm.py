@@ -25,8 +25,17 @@ EARLIER_BOUNDS = {
     "icepop": (0.5, 5.0),
     "mask_sequence": (0.5, 2.0),
 }
-# Advantages that divide by a standard deviation of rewards.
-NORMALIZED_ADVANTAGES = ("group_std", "batch_std", "centered_std")
+# Advantages that divide by a standard deviation or a mean of rewards.
+NORMALIZED_ADVANTAGES = (
+    "group_std",
+    "batch_std",
+    "centered_std",
+    "centered_batch",
+    "group_mean",
+    "per_reward",
+)
+# Losses whose ratio is pi / pi_sampler.
+SAMPLER_LOSSES = ("dppo", "dppo_kl")
 
 
 class MismatchSettings(Section):
@@ -167,7 +176,16 @@ class AlgorithmSettings(Section):
         "every key that the config does not set itself.",
     )
     advantage: Literal[
-        "group_std", "batch_std", "centered_std", "none", "leave_one_out", "batch", "teacher"
+        "group_std",
+        "batch_std",
+        "centered_std",
+        "centered_batch",
+        "group_mean",
+        "per_reward",
+        "none",
+        "leave_one_out",
+        "batch",
+        "teacher",
     ] = Field(
         "group_std",
         description="How advantages are computed (`grpo/learning/advantages.py`): from the rewards "
@@ -190,7 +208,8 @@ class AlgorithmSettings(Section):
         0.2,
         gt=0,
         description="The ratio is clipped to [1 - clip_low, 1 + clip_high]. Loss `gmpo` clips the "
-        "log-ratio to [-clip_low, clip_high]. Default: DeepSeekMath 2402.03300.",
+        "log-ratio to [-clip_low, clip_high]. Losses `dppo` and `dppo_kl` drop tokens whose "
+        "probability has moved further than these bounds. Default: DeepSeekMath 2402.03300.",
     )
     clip_high: float = Field(
         0.2,
@@ -207,7 +226,8 @@ class AlgorithmSettings(Section):
     ratio_max: float = Field(
         5.0,
         ge=1,
-        description="Upper bound of the ratio for loss `cispo`. Default: ScaleRL 2510.13786.",
+        description="Upper bound of the ratio for losses `cispo`, `dppo` and `dppo_kl`. Default: "
+        "ScaleRL 2510.13786.",
     )
     kl_coef: float = Field(
         0.0,
@@ -223,8 +243,8 @@ class AlgorithmSettings(Section):
     kl_in: Literal["loss", "reward"] = Field(
         "loss",
         description="Where the KL is applied: as a term of the loss, or as a penalty per token in "
-        "the reward. The advantages `group_std`, `batch_std` and `centered_std` subtract the "
-        "penalties after the division by the standard deviation (OpenRLHF).",
+        "the reward. Advantages that divide by a standard deviation or a mean of rewards "
+        "subtract the penalties after the division (OpenRLHF).",
     )
     kl_unbiased: bool = Field(
         False,
@@ -251,6 +271,19 @@ class AlgorithmSettings(Section):
         description="Correction of the difference between pi_old and the engine's distribution: "
         "`none`, `tis`, `mis_token`, `mis_sequence`, `icepop`, `mask_sequence`, or a mapping with "
         "mask and weight.",
+    )
+    off_policy_max: float | None = Field(
+        None,
+        gt=0,
+        description="Drop completions with a negative advantage that have become too unlikely: "
+        "those whose mean over tokens of log(pi_sampler / pi) exceeds this value (DeepSeek-V3.2 "
+        "2512.02556 Eq. 8, 9; TRL suggests 0.5). Default: keep all.",
+    )
+    drift_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Coefficient of the term log(pi / pi_sampler)^2 in the loss, which holds the "
+        "policy close to the sampler (Kimi K2.5 2602.02276; prime-rl uses 0.001).",
     )
     no_signal: Literal["keep", "drop", "resample"] = Field(
         "keep",
@@ -401,6 +434,10 @@ class AlgorithmSettings(Section):
 
     @model_validator(mode="after")
     def _check_sampler_logprobs(self) -> AlgorithmSettings:
+        if self.loss in SAMPLER_LOSSES and self.old_logprobs != "sampler":
+            raise ValueError(
+                f"loss={self.loss} needs the ratio to the sampler: set old_logprobs=sampler"
+            )
         if self.old_logprobs == "sampler" and not self.mismatch.is_none:
             raise ValueError(
                 f"old_logprobs=sampler with mismatch={self.mismatch} and preset={self.preset}: the "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.config.algorithm import NORMALIZED_ADVANTAGES, AlgorithmSettings
+from grpo.config.algorithm import MISMATCH_FORMS, NORMALIZED_ADVANTAGES, AlgorithmSettings
 from grpo.config.reading import did_you_mean
 
 
@@ -46,6 +46,18 @@ _R1 = {
         clip_high=10.0,
     ),
     "train.updates_per_rollout": 16,
+}
+
+# What the two variants of DPPO have in common.
+_DPPO = {
+    **_algorithm(
+        advantage="none",
+        reduction="constant",
+        kl_coef=0.0,
+        ratio_max=20.0,
+        old_logprobs="sampler",
+    ),
+    "train.updates_per_rollout": 8,
 }
 
 PRESETS = {
@@ -221,6 +233,100 @@ PRESETS = {
         note="clip_low and clip_high bound the log of the ratio; the authors' scripts update on "
         "128 of 1,024 completions",
     ),
+    "dppo": Preset(
+        source="DPPO 2602.04879 Eq. 12, 13 (Binary-TV)",
+        settings={**_DPPO, **_algorithm(loss="dppo", clip_low=0.15, clip_high=0.15)},
+        note="advantage, reduction and updates of the authors' script; prime-rl: clip_low and "
+        "clip_high 0.2, drift_coef 0.001, reduction token",
+    ),
+    "dppo_kl": Preset(
+        source="DPPO 2602.04879 Eq. 12, 14 (Binary-KL)",
+        settings={**_DPPO, **_algorithm(loss="dppo_kl", clip_low=0.05, clip_high=0.05)},
+        note="otherwise as dppo",
+    ),
+    "deepseek_v32": Preset(
+        source="DeepSeek-V3.2 2512.02556 Eq. 5-9",
+        settings={
+            **_algorithm(
+                advantage="none",
+                loss="grpo",
+                reduction="sequence",
+                kl_coef=0.001,
+                kl_unbiased=True,
+                off_policy_max=0.5,
+                clip_low=0.2,
+                clip_high=0.2,
+            ),
+            "train.updates_per_rollout": 16,
+        },
+        note="the paper gives no numbers: KL and updates are R1's, the clip GRPO's, off_policy_max "
+        "TRL's; the tokens that the sampler could choose from, and a router's experts, are not "
+        "replayed",
+    ),
+    "maxrl": Preset(
+        source="MaxRL 2602.02710",
+        settings={
+            **_algorithm(
+                advantage="group_mean",
+                loss="grpo",
+                reduction="token",
+                kl_coef=0.0,
+                clip_low=0.2,
+                clip_high=0.2,
+            ),
+            "rewards": {"accuracy": 1.0},
+        },
+        note="loss and reduction of the authors' script; rewards must not be negative",
+    ),
+    "gdpo": Preset(
+        source="GDPO 2601.05242",
+        settings={
+            **_algorithm(
+                advantage="per_reward",
+                loss="grpo",
+                reduction="token",
+                kl_coef=0.0,
+                clip_low=0.2,
+                clip_high=0.2,
+            ),
+            "train.updates_per_rollout": 4,
+            "rewards": {"accuracy": 1.0, "format": 1.0},
+        },
+        note="std over completions, as in the authors' code for TRL; their code for verl takes it "
+        "over tokens. Reduction and updates of the latter",
+    ),
+    "reinforce_pp_baseline": Preset(
+        source="REINFORCE++ with baseline, 2501.03262",
+        settings=_algorithm(
+            advantage="centered_batch",
+            loss="grpo",
+            reduction="token",
+            kl_coef=1e-5,
+            kl_estimator="k2",
+            clip_low=0.2,
+            clip_high=0.2,
+        ),
+        note="numbers of OpenRLHF's script, which also sets mismatch icepop and no_signal resample",
+    ),
+    "prorl_v2": Preset(
+        source="ProRL v2, NVIDIA 2025; script of OpenRLHF",
+        settings={
+            **_algorithm(
+                advantage="centered_batch",
+                loss="grpo",
+                reduction="token",
+                kl_coef=1e-4,
+                kl_estimator="k2",
+                clip_low=0.2,
+                clip_high=0.27,
+                mismatch=MISMATCH_FORMS["icepop"],
+                no_signal="resample",
+            ),
+            "train.updates_per_rollout": 8,
+        },
+        note="reference_reset and reset_optimizer set its periodic resets; reward 0 for truncated "
+        "completions and the scheduled length penalty are not implemented",
+    ),
     "on_policy_distill": Preset(
         source="on-policy distillation: GKD 2306.13649, Qwen3 2505.09388 section 4.5",
         settings=_algorithm(advantage="teacher", loss="reinforce", reduction="token", kl_coef=0.0),
@@ -285,10 +391,10 @@ def _preset_value(preset: Preset, key: str) -> Any:
 
 # The clipping keys of section `algorithm`, and the losses that read them.
 CLIPPING_KEYS = {
-    "clip_low": ("grpo", "gspo", "gmpo"),
-    "clip_high": ("grpo", "gspo", "gmpo"),
+    "clip_low": ("grpo", "gspo", "gmpo", "dppo", "dppo_kl"),
+    "clip_high": ("grpo", "gspo", "gmpo", "dppo", "dppo_kl"),
     "dual_clip": ("grpo",),
-    "ratio_max": ("cispo",),
+    "ratio_max": ("cispo", "dppo", "dppo_kl"),
 }
 
 # By loss: the term that is maximized for each token, as a format string. r = pi / pi_old, A is the
@@ -298,17 +404,24 @@ EQUATIONS = {
     "gspo": "min(s A, clip(s, {lower_bound:.6g}, {upper_bound:.6g}) A), "
     "s = (pi(o) / pi_old(o))^(1/|o|)",
     "cispo": "sg(min(r, {ratio_max:g})) A log pi",
+    "dppo": "sg(min(r, {ratio_max:g})) A log pi, r = pi / pi_sampler; 0 where A > 0 and "
+    "pi - pi_sampler > {clip_high:g}, or A < 0 and pi - pi_sampler < -{clip_low:g}",
+    "dppo_kl": "sg(min(r, {ratio_max:g})) A log pi, r = pi / pi_sampler; 0 where the binary KL is "
+    "above {clip_high:g} with A > 0 and r > 1, or above {clip_low:g} with A < 0 and r < 1",
     "reinforce": "r A",
     "sapo": "(4 / tau) sigmoid(tau (r - 1)) A, tau 1 where A > 0, else 1.05",
     "gmpo": "s A, s = exp(mean of clipped log r): at most {clip_high:g} where A > 0, at least "
     "-{clip_low:g} where A < 0",
 }
 
-# R is a completion's reward, R_t a token's return.
+# R is a completion's reward, R_t a token's return, R_n the value of reward n and w_n its weight.
 ADVANTAGES = {
     "group_std": "(R - group mean) / group std",
     "batch_std": "(R - group mean) / batch std of R",
     "centered_std": "(R - group mean) / batch std of (R - group mean)",
+    "centered_batch": "c - mean of c, / std of c over all tokens of the batch, c = R - group mean",
+    "group_mean": "(R - group mean) / group mean",
+    "per_reward": "S / batch std of S, S = sum over n of w_n (R_n - group mean) / group std",
     "none": "R - group mean",
     "leave_one_out": "R - mean of the group's other completions",
     "batch": "(R_t - mean) / std over all tokens of the batch",
@@ -357,7 +470,8 @@ def formulas(algorithm: AlgorithmSettings) -> Formulas:
 def _kl_formula(algorithm: AlgorithmSettings) -> str:
     if not algorithm.kl_coef:
         return "none"
-    kl = f"{algorithm.kl_coef:g} {algorithm.kl_estimator} in the {algorithm.kl_in}"
+    term = f"r {algorithm.kl_estimator}" if algorithm.kl_unbiased else algorithm.kl_estimator
+    kl = f"{algorithm.kl_coef:g} {term} in the {algorithm.kl_in}"
     if algorithm.kl_in == "reward" and algorithm.advantage in NORMALIZED_ADVANTAGES:
         kl += " after the normalization"
     if algorithm.reference_reset:

@@ -11,6 +11,8 @@ from grpo.config.train import TrainConfig
 
 # Below this number of completions, the gradient of a mini-batch is mostly noise.
 MIN_MINI_BATCH = 64
+# Rewards of rewards/ that are negative.
+PENALTIES = ("length", "repetition")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +83,30 @@ def recipe_warnings(config: TrainConfig) -> list[str]:
     """Returns a message for each setting that is valid, but weakens the recipe."""
     warnings = []
     sampling = config.sampling
-    has_sampler_ratios = config.has_tokens_of_older_weights or not config.algorithm.mismatch.is_none
+    algorithm = config.algorithm
+    has_sampler_ratios = (
+        config.has_tokens_of_older_weights
+        or not algorithm.mismatch.is_none
+        or algorithm.off_policy_max is not None
+        or algorithm.drift_coef > 0
+    )
     if sampling.is_truncated and has_sampler_ratios:
         warnings.append(
             f"sampling.top_p={sampling.top_p:g} and top_k={sampling.top_k}: the engine's "
             "probabilities are those of the tokens that it may sample, the learner's of all "
             "tokens, so that the ratio of each token is too small. Set top_p=1 and top_k=0"
+        )
+    penalties = [name for name in config.rewards if name in PENALTIES]
+    if algorithm.advantage == "group_mean" and penalties:
+        warnings.append(
+            "algorithm.advantage=group_mean (preset maxrl) divides by the mean reward of a group, "
+            f"and the reward {penalties[0]} is negative: a mean close to 0 gives huge advantages, "
+            "a mean below 0 gives none. Use rewards that are 0 or more"
+        )
+    if algorithm.advantage == "per_reward" and len(config.rewards) == 1:
+        warnings.append(
+            "algorithm.advantage=per_reward (preset gdpo) normalizes each reward on its own, and "
+            "this config has a single one. Set several rewards, or algorithm.advantage=group_std"
         )
     num_completions = config.train.num_completions
     num_updates = config.train.updates_per_rollout

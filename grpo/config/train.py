@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from grpo.config.algorithm import AlgorithmSettings
+from grpo.config.algorithm import SAMPLER_LOSSES, AlgorithmSettings
 from grpo.config.model import ModelSettings
 from grpo.config.presets import apply_preset
 from grpo.config.reading import Section, apply_overrides, explain, read_yaml
@@ -263,7 +263,9 @@ class TrainConfig(SamplingStageConfig):
         if not self.sampling.is_truncated:
             return
         algorithm = self.algorithm
-        if algorithm.old_logprobs == "sampler":
+        if algorithm.loss in SAMPLER_LOSSES:
+            setting, alternative = f"loss={algorithm.loss}", "preset=cispo"
+        elif algorithm.old_logprobs == "sampler":
             setting, alternative = "old_logprobs=sampler", "old_logprobs=learner"
         elif algorithm.mismatch.uses_sequence_ratio:
             setting, alternative = f"mismatch={algorithm.mismatch}", "mismatch=tis"

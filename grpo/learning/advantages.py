@@ -21,7 +21,7 @@ Conventions, which the papers do not always state:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from grpo.config.algorithm import NORMALIZED_ADVANTAGES
@@ -32,7 +32,18 @@ EPSILON = 1e-6  # added to a standard deviation before the division
 # Clamp of the kind `teacher`, for tokens that the teacher finds nearly impossible. Source: verl's
 # recipes of on-policy distillation.
 MAX_TEACHER_ADVANTAGE = 10.0
-KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std", "batch", "teacher")
+KINDS = (
+    "group_std",
+    "none",
+    "leave_one_out",
+    "batch_std",
+    "centered_std",
+    "centered_batch",
+    "group_mean",
+    "per_reward",
+    "batch",
+    "teacher",
+)
 # [P, G, L]: the amount that is subtracted from the reward for each token
 Penalties = Sequence[Sequence[Sequence[float]]]
 
@@ -52,7 +63,16 @@ def advantages(
     batch_std      (r - mean(group)) / (std(r of all groups) + EPSILON)
                    Source: Lite-PPO 2508.08221
     centered_std   (r - mean(group)) / (std(r - mean(group) of all groups) + EPSILON)
-                   Source: ScaleRL 2510.13786, REINFORCE++-baseline 2501.03262
+                   Source: ScaleRL 2510.13786
+    centered_batch (c - mean(c)) / (std(c) + EPSILON), where c = r - mean(group), and mean and std
+                   are over all tokens of the batch
+                   Source: REINFORCE++ with baseline, 2501.03262; over tokens as in OpenRLHF, verl
+                   and NeMo RL. A group with equal rewards gets 0 here and -mean(c) / std(c) there.
+    group_mean     (r - mean(group)) / mean(group), 0 if the mean is not positive
+                   Source: MaxRL 2602.02710. The paper has rewards of 0 and 1. Without an EPSILON,
+                   as in prime-rl; verl's fork of the authors and SkyRL add 1e-6 to the mean.
+    per_reward     as centered_std; r is the result of `normalized_rewards`
+                   Source: GDPO 2601.05242
     none           r' - mean(group), where r' = r minus the sum of the completion's penalties
                    Source: Dr.GRPO 2503.20783
     leave_one_out  r' - mean(the other completions of the group)
@@ -64,11 +84,11 @@ def advantages(
                    +-MAX_TEACHER_ADVANTAGE
                    Source: GKD 2306.13649, with discount 0
 
-    For the first three kinds, the penalties of token t and all later tokens are subtracted from the
-    normalized reward. If they were part of r, a group with equal rewards would have advantages of
-    +-1 from penalties of 1e-5.
+    For the kinds in NORMALIZED_ADVANTAGES, the penalties of token t and all later tokens are
+    subtracted from the normalized reward. If they were part of r, a group with equal rewards would
+    have advantages of +-1 from penalties of 1e-5.
     Source: OpenRLHF's group_norm, for `group_std`. DeepSeekMath defines no KL in the reward, and
-    the papers of the other two kinds have none.
+    the papers of the other kinds have none.
 
     Example:
         `advantages([[1, 0, 0, 1]], [[1, 1, 1, 2]], "group_std")` returns
@@ -95,12 +115,54 @@ def advantages(
             return _teacher_advantages(penalties_PGL)
         return _batch_advantages(rewards_PG, penalties_PGL)
     if penalties_PGL is None:
-        return _repeat_for_tokens(_group_relative_advantages(rewards_PG, kind), lengths_PG)
+        advantages_PG = _group_relative_advantages(rewards_PG, lengths_PG, kind)
+        return _repeat_for_tokens(advantages_PG, lengths_PG)
     if kind in NORMALIZED_ADVANTAGES:
-        advantages_PG = _group_relative_advantages(rewards_PG, kind)
+        advantages_PG = _group_relative_advantages(rewards_PG, lengths_PG, kind)
         return _subtract_penalties(advantages_PG, rewards_PG, penalties_PGL)
     penalized_PG = _penalized_rewards(rewards_PG, penalties_PGL)
-    return _repeat_for_tokens(_group_relative_advantages(penalized_PG, kind), lengths_PG)
+    advantages_PG = _group_relative_advantages(penalized_PG, lengths_PG, kind)
+    return _repeat_for_tokens(advantages_PG, lengths_PG)
+
+
+def normalized_rewards(
+    rewards_PG: Sequence[Sequence[float | None]],
+    parts_PG: Sequence[Sequence[Mapping[str, float | None]]],
+    weights: Mapping[str, float],
+) -> list[list[float | None]]:
+    """Returns the sum of weight_n (r_n - mean(group)) / (std(group) + EPSILON), [P, G].
+
+    r_n is the value of reward n. It is normalized among the completions of the group that have a
+    reward and to which reward n applies. None for a completion without a reward.
+
+    Example:
+        Two completions with accuracy 1 and 0 and format 0 and 0.5 have the rewards 0 and 0 if both
+        weights are 1: each reward separates them by the same distance.
+
+    Args:
+        rewards_PG: rewards [P, G], `None` for a completion without a reward.
+        parts_PG: the value of each reward [P, G] by name, as in `ScoredGroup.parts`.
+        weights: the weight of each reward by name.
+
+    Source: GDPO 2601.05242. TRL's `normalize_then_sum` has the std of a sample.
+    """
+    sums_PG = []
+    for rewards_G, parts_G in zip(rewards_PG, parts_PG, strict=True):
+        has_reward = [reward is not None for reward in rewards_G]
+        sums_G: list[float | None] = [0.0 if rewarded else None for rewarded in has_reward]
+        for name, weight in weights.items():
+            values_G = [
+                parts[name] if rewarded else None
+                for parts, rewarded in zip(parts_G, has_reward, strict=True)
+            ]
+            lengths_G = [1] * len(values_G)
+            [normalized_G] = _group_relative_advantages([values_G], [lengths_G], "group_std")
+            sums_G = [
+                None if total is None else total + weight * value
+                for total, value in zip(sums_G, normalized_G, strict=True)
+            ]
+        sums_PG.append(sums_G)
+    return sums_PG
 
 
 def _penalized_rewards(
@@ -117,14 +179,22 @@ def _penalized_rewards(
 
 
 def _group_relative_advantages(
-    rewards_PG: Sequence[Sequence[float | None]], kind: str
+    rewards_PG: Sequence[Sequence[float | None]], lengths_PG: Sequence[Sequence[int]], kind: str
 ) -> list[list[float]]:
-    """Returns (r - mean(group)) / scale, [P, G]; r is `rewards_PG`. `kind` selects the scale."""
+    """Returns (r - mean(group) - shift) / scale, [P, G]; r is `rewards_PG`.
+
+    `kind` selects the scale. The shift is 0, except for `centered_batch`.
+    """
+    shift = 0.0
     batch_std = 0.0
     if kind == "batch_std":
         batch_std = _population_std(_all_rewards(rewards_PG))
-    elif kind == "centered_std":
+    elif kind in ("centered_std", "per_reward"):
         batch_std = _population_std(_all_centered_rewards(rewards_PG))
+    elif kind == "centered_batch":
+        token_rewards = _centered_rewards_of_tokens(rewards_PG, lengths_PG)
+        shift = _mean(token_rewards)
+        batch_std = _population_std(token_rewards)
 
     advantages_PG = []
     for rewards_G in rewards_PG:
@@ -135,7 +205,7 @@ def _group_relative_advantages(
         mean = _mean(rewards)
         scale = _scale(rewards, kind, batch_std)
         advantages_PG.append(
-            [0.0 if reward is None else (reward - mean) / scale for reward in rewards_G]
+            [0.0 if reward is None else (reward - mean - shift) / scale for reward in rewards_G]
         )
     return advantages_PG
 
@@ -144,8 +214,11 @@ def _scale(rewards: Sequence[float], kind: str, batch_std: float) -> float:
     """Returns the divisor of a group's centered rewards."""
     if kind == "group_std":
         return _population_std(rewards) + EPSILON
-    if kind in ("batch_std", "centered_std"):
+    if kind in ("batch_std", "centered_std", "centered_batch", "per_reward"):
         return batch_std + EPSILON
+    if kind == "group_mean":
+        mean = _mean(rewards)
+        return mean if mean > 0 else math.inf  # makes every advantage 0
     if kind == "leave_one_out":
         # With n rewards, r - mean(the others) = (r - mean) * n / (n - 1) = (r - mean) / (1 - 1/n).
         return 1 - 1 / len(rewards)
@@ -263,6 +336,19 @@ def _all_centered_rewards(rewards_PG: Sequence[Sequence[float | None]]) -> list[
         rewards = _without_none(rewards_G)
         mean = _mean(rewards)
         centered += [reward - mean for reward in rewards]
+    return centered
+
+
+def _centered_rewards_of_tokens(
+    rewards_PG: Sequence[Sequence[float | None]], lengths_PG: Sequence[Sequence[int]]
+) -> list[float]:
+    """Returns r - mean(group) of the completion of each token of the batch."""
+    centered: list[float] = []
+    for rewards_G, lengths_G in zip(rewards_PG, lengths_PG, strict=True):
+        mean = _mean(_without_none(rewards_G))
+        for reward, length in zip(rewards_G, lengths_G, strict=True):
+            if reward is not None:
+                centered += [reward - mean] * length
     return centered
 
 

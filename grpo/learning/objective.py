@@ -1,8 +1,8 @@
 """The objective that an update minimizes, at each token.
 
 It is the recipe's loss, with advantages that may be weighted for the mismatch between learner and
-sampler, plus two optional terms: the KL to the reference and an entropy bonus. All tensors are
-[B, T]. The reduction over tokens is not part of this file.
+sampler, plus three optional terms: the KL to the reference, the drift from the sampler, and an
+entropy bonus. All tensors are [B, T]. The reduction over tokens is not part of this file.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ def objective(
     old_logprobs = logprobs if batch.old_logprobs is None else batch.old_logprobs
     log_ratios = _sampler_log_ratios(old_logprobs, batch)
     weights = mismatch_weights(log_ratios, batch.token_mask, algorithm.mismatch)
-    output = loss(logprobs, replace(batch, advantages=batch.advantages * weights), algorithm)
+    advantages = batch.advantages * weights
+    if algorithm.off_policy_max is not None:
+        is_dropped = off_policy_mask(logprobs, batch, algorithm.off_policy_max)
+        advantages = advantages.masked_fill(is_dropped, 0.0)
+    output = loss(logprobs, replace(batch, advantages=advantages), algorithm)
     if not isinstance(output, LossOutput):
         raise UserError(
             f"algorithm.loss={algorithm.loss}: the loss returned {type(output).__name__}, "
@@ -67,11 +71,17 @@ def objective(
     if not algorithm.mismatch.is_none:
         metrics["mismatch/weight"] = weights
         metrics["mismatch/dropped"] = (weights == 0).float()
+    if algorithm.off_policy_max is not None:
+        metrics["mismatch/off_policy"] = is_dropped.float()
     if batch.ref_logprobs is not None:
         kl = kl_estimate(logprobs, batch.ref_logprobs, algorithm.kl_estimator)
         metrics["kl/ref"] = kl
         if algorithm.kl_in == "loss":
             per_token = per_token + _kl_coefficient(logprobs, batch, algorithm) * kl
+    if algorithm.drift_coef:
+        drift = clamp_log_ratio(logprobs - batch.sampler_logprobs).square()
+        metrics["kl/drift"] = drift
+        per_token = per_token + algorithm.drift_coef * drift
     if algorithm.entropy_coef:
         per_token = per_token - algorithm.entropy_coef * entropies
     if algorithm.old_logprobs == "sampler":
@@ -89,6 +99,21 @@ def _sampler_log_ratios(logprobs: Tensor, batch: Batch) -> Tensor:
     """Returns log(pi / pi_sampler) [B, T] without a gradient, 0 outside the completions."""
     log_ratios = clamp_log_ratio(logprobs.detach() - batch.sampler_logprobs)
     return log_ratios * batch.token_mask
+
+
+def off_policy_mask(logprobs: Tensor, batch: Batch, max_divergence: float) -> Tensor:
+    """Returns which tokens the off-policy sequence mask drops, [B, T] bool.
+
+    It drops a token with A < 0 if the mean of log(pi_sampler / pi) over its sequence exceeds
+    `max_divergence`: a wrong completion that the policy would hardly sample any more.
+
+    Source: DeepSeek-V3.2 2512.02556 Eq. 8, 9. As in the paper and in TRL, the divergence is that
+    from the sampler, so that it includes the difference between learner and engine; slime takes the
+    learner's own old log-probabilities.
+    """
+    log_ratios = _sampler_log_ratios(logprobs, batch)
+    divergences = -sequence_mean(log_ratios, batch.token_mask)
+    return (divergences > max_divergence) & (batch.advantages < 0)
 
 
 def _kl_coefficient(logprobs: Tensor, batch: Batch, algorithm: AlgorithmSettings) -> Tensor | float:

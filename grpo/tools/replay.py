@@ -83,6 +83,12 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
             "not stored, but the advantages depend on them; such a step cannot be repeated with "
             "another algorithm"
         )
+    if has_new_algorithm and new_config.algorithm.advantage == "per_reward":
+        raise UserError(
+            "grpo replay: algorithm.advantage=per_reward needs the value of each reward, and the "
+            "stored samples have only their sum; such a step can be repeated only with its own "
+            "algorithm"
+        )
     metrics = _repeat_updates(new_config, stored, with_new_advantages=has_new_algorithm)
     print(describe_recipe(new_config.algorithm))
     _print_comparison(stored, metrics)

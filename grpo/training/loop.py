@@ -9,13 +9,20 @@ journal. With several ranks, every rank runs this loop.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo.config import TrainConfig
 from grpo.engines import Engine, EngineError
 from grpo.experience.group_metrics import sample_rows
-from grpo.learning.advantages import advantages, completion_lengths, to_samples, unflatten
+from grpo.learning.advantages import (
+    advantages,
+    completion_lengths,
+    normalized_rewards,
+    to_samples,
+    unflatten,
+)
 from grpo.metrics import roofline
 from grpo.run import ranks
 from grpo.run.directory import RunDirectory
@@ -195,8 +202,12 @@ class Loop:
     def _advantages(
         self, groups: list[ScoredGroup], kl_penalties: KlPenalties | None
     ) -> Advantages:
-        rewards = [scored.rewards for scored in groups]
         kind = self.config.algorithm.advantage
+        rewards: Sequence[Sequence[float | None]] = [scored.rewards for scored in groups]
+        if kind == "per_reward":
+            weights = {name: weight for name, (_, weight) in self.rollouts.rewards.items()}
+            parts = [scored.parts for scored in groups]
+            rewards = normalized_rewards(rewards, parts, weights)
         return advantages(rewards, completion_lengths(groups), kind, kl_penalties)
 
     def _make_samples(self, groups: RolloutGroups, token_advantages: Advantages) -> list[Sample]:

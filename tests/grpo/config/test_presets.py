@@ -40,9 +40,7 @@ def test_a_preset_fills_in_its_settings_and_keys_of_the_config_override_it(prese
             assert getattr(section, key) == expected
         else:  # `rewards`, the only complete section
             assert {name: reward.weight for name, reward in section.items()} == expected
-    changed = configs.parse(
-        config_tree(preset, advantage="none", kl_coef=0.5, kl_estimator="k2")
-    ).algorithm
+    changed = configs.parse(config_tree(preset, advantage="none", kl_coef=0.5)).algorithm
     assert changed.advantage == "none"
     assert changed.kl_coef == 0.5
     assert "kl_coef=0.5" in describe_recipe(changed)
@@ -100,12 +98,19 @@ def test_parsing_a_resolved_config_gives_the_same_config():
     ("algorithm", "message"),
     [
         (
-            {"preset": "dappo"},
-            r"unknown preset 'dappo' \(did you mean dapo\?\)\. Available: grpo, ",
+            {"preset": "dapoo"},
+            r"unknown preset 'dapoo' \(did you mean dapo\?\)\. Available: grpo, ",
         ),
         ({"kl_coef": 0.1, "kl_estimator": "k1"}, "the gradient of k1 has mean zero"),
         ({"kl_unbiased": True, "kl_in": "reward"}, "kl_unbiased=true requires kl_in=loss"),
         ({"old_logprobs": "sampler", "mismatch": "tis"}, "already includes the mismatch"),
+        ({"loss": "dppo"}, "loss=dppo needs the ratio to the sampler: set old_logprobs=sampler"),
+        (
+            {"preset": "dppo_kl", "mismatch": "tis"},
+            "old_logprobs=sampler with mismatch=tis and preset=dppo_kl",
+        ),
+        ({"off_policy_max": 0}, "algorithm.off_policy_max: input should be greater than 0"),
+        ({"drift_coef": -1}, "algorithm.drift_coef: input should be greater than or equal to 0"),
         ({"max_reward": 1.0}, "max_reward has no effect without drop_solved or pass_rate"),
         ({"reset_optimizer": True}, "reset_optimizer=true requires reference_reset"),
         ({"kl_unbiased": True, "kl_estimator": "k2"}, "does not have the gradient of the KL"),
@@ -116,9 +121,9 @@ def test_parsing_a_resolved_config_gives_the_same_config():
         ({"loss": ["grpo"]}, "algorithm.loss: input should be a valid string"),
         (
             {"preset": "sapo", "clip_high": 0.3},
-            "clip_high: has no effect on loss sapo, only on grpo, gspo, gmpo",
+            "clip_high: has no effect on loss sapo, only on grpo, gspo, gmpo, dppo, dppo_kl",
         ),
-        ({"ratio_max": 2.0}, "ratio_max: has no effect on loss grpo, only on cispo"),
+        ({"ratio_max": 2.0}, "ratio_max: has no effect on loss grpo, only on cispo, dppo, dppo_kl"),
         (
             {"mismatch": "tiss"},
             r"unknown correction 'tiss' \(did you mean tis\?\). Available: none,",
@@ -156,6 +161,7 @@ SHOWN_IN_FORMULAS = {
     "kl_coef",
     "kl_estimator",
     "kl_in",
+    "kl_unbiased",
     "reference_reset",
 }
 

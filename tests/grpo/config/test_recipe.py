@@ -64,6 +64,7 @@ GEOMETRIC = {"mask": "geometric", "weight": "token", "max": 2}
     [
         ({"old_logprobs": "sampler"}, "algorithm.old_logprobs=learner"),
         ({"preset": "scalerl"}, "algorithm.old_logprobs=learner"),
+        ({"preset": "dppo"}, "algorithm.preset=cispo"),
         ({"mismatch": "mis_sequence"}, "algorithm.mismatch=tis"),
         ({"mismatch": "mask_sequence"}, "algorithm.mismatch=tis"),
         ({"mismatch": GEOMETRIC}, "algorithm.mismatch=tis"),
@@ -89,6 +90,8 @@ def test_truncated_sampling_with_ratios_of_complete_sequences_is_an_error(
         ({"mismatch": "icepop"}, True),
         # Groups that are carried over have the old logprobs of the sampler.
         ({"no_signal": "resample"}, True),
+        ({"off_policy_max": 0.5}, True),
+        ({"drift_coef": 0.001}, True),
         ({"mismatch": "none"}, False),
     ],
 )
@@ -105,3 +108,21 @@ def test_small_mini_batches_are_a_warning():
     assert recipe_warnings(train_config(train=train | {"updates_per_rollout": 4})) == []
     (warning,) = recipe_warnings(train_config(train=train | {"updates_per_rollout": 8}))
     assert "an update has 32 completions (256 per rollout" in warning
+
+
+def test_a_mean_of_negative_rewards_is_a_warning():
+    algorithm = {"preset": "maxrl"}
+    assert recipe_warnings(train_config(algorithm=algorithm)) == []
+    rewards = {"accuracy": 1.0, "length": 1.0}
+    (warning,) = recipe_warnings(train_config(algorithm=algorithm, rewards=rewards))
+    assert "the reward length is negative" in warning
+
+
+def test_one_reward_is_a_warning_if_each_is_normalized():
+    algorithm = {"preset": "gdpo"}
+    train = {"rollouts": 1, "problems": 32, "group_size": 8}
+    assert recipe_warnings(train_config(algorithm=algorithm, train=train)) == []
+    (warning,) = recipe_warnings(
+        train_config(algorithm=algorithm, train=train, rewards={"accuracy": 1.0})
+    )
+    assert "this config has a single one" in warning

@@ -11,12 +11,13 @@ from grpo.config.algorithm import NORMALIZED_ADVANTAGES
 from grpo.learning.advantages import (
     advantages,
     completion_lengths,
+    normalized_rewards,
     rewards_differ,
     to_samples,
 )
 from grpo.types import Completion, Group, Problem, ScoredGroup
 
-GROUP_KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std")
+GROUP_KINDS = ("group_std", "none", "leave_one_out", "batch_std", "centered_std", "group_mean")
 group_rewards = st.lists(
     st.one_of(st.none(), st.sampled_from([0.0, 0.1, 0.3, 0.9, 1.0, 1.1])), min_size=1, max_size=12
 )
@@ -75,6 +76,65 @@ def test_batch_normalizes_the_return_of_each_token():
     ]
 
 
+def test_centered_batch_normalizes_the_centered_reward_over_tokens():
+    # The centered rewards are 0.5 and -0.5, with 1 and 3 tokens: the mean over the four tokens is
+    # -0.25, and the std is sqrt(3)/4 = 0.4330. 0.75 / 0.4330 = 1.7320, -0.25 / 0.4330 = -0.5774.
+    [[first, second]] = advantages([[1, 0]], [[1, 3]], "centered_batch")
+    assert [*first, *second] == pytest.approx([1.7320, -0.5774, -0.5774, -0.5774], abs=1e-4)
+
+    # A group with equal rewards has advantage 0, but its four tokens count: the mean over eight
+    # tokens is -0.125, and the std is sqrt(1/8 - 1/64) = 0.3307. 0.625 / 0.3307 = 1.8898.
+    actual = advantages([[1, 0], [1, 1]], [[1, 3], [2, 2]], "centered_batch")
+    assert actual[0][0] == pytest.approx([1.8898], abs=1e-4)
+    assert actual[1] == [(0.0, 0.0), (0.0, 0.0)]
+
+
+def test_group_mean_divides_by_the_mean_reward():
+    # The mean of 1 0 0 0 is 0.25: 0.75 / 0.25 = 3. The rarer the success, the larger its weight.
+    assert group_advantages([1, 0, 0, 0], "group_mean") == [3, -1, -1, -1]
+    assert group_advantages([1, 1, 0, 0], "group_mean") == [1, 1, -1, -1]
+    assert group_advantages([0, 0, 0, 0], "group_mean") == [0] * 4
+    # Penalties can make the mean 0 or negative: no advantage.
+    assert group_advantages([1, -1, 0, 0], "group_mean") == [0] * 4
+    assert group_advantages([1, -2, 0, 0], "group_mean") == [0] * 4
+
+
+def test_per_reward_normalizes_each_reward_before_the_sum():
+    # Accuracy 1 0 0 0 is normalized to 1.7320 and three times -0.5774, format 1 1 0 0 to
+    # 1 1 -1 -1. With weights 1 and 0.5 the sums are 2.2320, -0.0774, -1.0774 and -1.0774.
+    parts_G = [
+        {"accuracy": 1.0, "format": 1.0},
+        {"accuracy": 0.0, "format": 1.0},
+        {"accuracy": 0.0, "format": 0.0},
+        {"accuracy": 0.0, "format": 0.0},
+    ]
+    weights = {"accuracy": 1.0, "format": 0.5}
+    rewards_PG = normalized_rewards([[1.5, 0.5, 0.0, 0.0]], [parts_G], weights)
+    sums_G = [2.2320, -0.0774, -1.0774, -1.0774]
+    assert rewards_PG == [pytest.approx(sums_G, abs=1e-4)]
+    # Their std is sqrt((2.2320^2 + 0.0774^2 + 2 x 1.0774^2) / 4) = 1.3518.
+    [actual] = advantages(rewards_PG, [[1] * 4], "per_reward")
+    expected = [value / 1.3518 for value in sums_G]
+    assert [advantage for (advantage,) in actual] == pytest.approx(expected, abs=1e-4)
+
+
+def test_per_reward_excludes_completions_without_a_reward():
+    # The first completion is undecided. Reward b does not apply to the second, so it is normalized
+    # among the last two, and constant rewards add nothing.
+    parts_G = [
+        {"a": 5.0, "b": 9.0, "constant": 0.1},
+        {"a": 1.0, "b": None, "constant": 0.1},
+        {"a": 0.0, "b": 1.0, "constant": 0.1},
+        {"a": 0.0, "b": 0.0, "constant": 0.1},
+    ]
+    weights = {"a": 0.0, "b": 1.0, "constant": 1.0}
+    [rewards_G] = normalized_rewards([[None, 1.1, 1.1, 0.1]], [parts_G], weights)
+    assert rewards_G == [None, 0.0, pytest.approx(1, abs=1e-5), pytest.approx(-1, abs=1e-5)]
+    # Groups in which no reward differs have exactly the advantage 0.
+    equal = normalized_rewards([[0.3] * 3], [[{"a": 0.1, "b": 0.2}] * 3], {"a": 1.0, "b": 1.0})
+    assert advantages(equal, [[1] * 3], "per_reward") == [[(0.0,)] * 3]
+
+
 def test_penalties_are_subtracted_from_the_reward_before_the_baseline():
     # The penalized rewards are 1 - 0.3 = 0.7 and 0 - 0.1 = -0.1, with mean 0.3.
     [[first, second]] = advantages([[1, 0]], [[2, 1]], "none", [[[0.1, 0.2], [0.1]]])
@@ -83,16 +143,16 @@ def test_penalties_are_subtracted_from_the_reward_before_the_baseline():
 
 @pytest.mark.parametrize("kind", NORMALIZED_ADVANTAGES)
 def test_penalties_are_subtracted_after_a_division_by_a_std(kind):
-    penalties_PGL = [[[1e-5, 2e-5], [3e-5], [0.0]]]
+    penalties_PGL = [[[1e-5, 2e-5], [3e-5, 0.0], [0.0]]]
     # Penalties alone are no reason for an advantage of +-1.
-    [equal] = advantages([[1, 1, None]], [[2, 1, 1]], kind, penalties_PGL)
+    [equal] = advantages([[1, 1, None]], [[2, 2, 1]], kind, penalties_PGL)
     assert [list(tokens) for tokens in equal] == [
         pytest.approx([-3e-5, -2e-5]),
-        pytest.approx([-3e-5]),
+        pytest.approx([-3e-5, 0.0]),
         [0.0],
     ]
-    [first, second, _] = advantages([[1, 0, None]], [[2, 1, 1]], kind, penalties_PGL)[0]
-    assert [*first, *second] == pytest.approx([1 - 3e-5, 1 - 2e-5, -1 - 3e-5], abs=2.1e-6)
+    [first, second, _] = advantages([[1, 0, None]], [[2, 2, 1]], kind, penalties_PGL)[0]
+    assert [*first, *second] == pytest.approx([1 - 3e-5, 1 - 2e-5, -1 - 3e-5, -1], abs=2.1e-6)
 
 
 def test_teacher_advantages_are_negated_penalties_up_to_10():
@@ -109,7 +169,7 @@ def test_group_of_one_has_zero_advantage():
 
 
 def test_equal_rewards_with_rounding_error_have_zero_advantage():
-    for kind in (*GROUP_KINDS, "batch"):
+    for kind in (*GROUP_KINDS, "batch", "centered_batch"):
         assert group_advantages([0.3] * 12, kind) == [0.0] * 12
         assert group_advantages([0.1 + 0.2] * 7, kind) == [0.0] * 7
 

@@ -16,16 +16,17 @@ import torch
 from grpo.config.algorithm import MISMATCH_FORMS, AlgorithmSettings, MismatchSettings
 from grpo.config.presets import PRESETS
 from grpo.experience import plugins
-from grpo.learning.advantages import advantages
+from grpo.learning.advantages import advantages, normalized_rewards
 from grpo.learning.batch import micro_batches, token_weights
-from grpo.learning.objective import kl_estimate, mismatch_weights, objective
-from grpo.losses import clipped_loss, ratio
+from grpo.learning.objective import kl_estimate, mismatch_weights, objective, off_policy_mask
+from grpo.losses import clipped_loss, dppo, dppo_kl, ratio
 from grpo.types import Sample
 
 MAX_TOKENS = 20  # `sampling.max_tokens`
 MAX_COMPLETION_TOKENS = 8  # of a random completion
 NUM_GROUPS = 3
 GROUP_SIZE = 4
+GDPO_WEIGHTS = {"accuracy": 1.0, "format": 0.5}
 
 
 def algorithm_of(preset, **changes) -> AlgorithmSettings:
@@ -104,6 +105,102 @@ def test_the_geometric_mask_drops_a_completion_from_a_mean_of_a_thousandth_on():
         assert weights.unique().tolist() == [float(is_kept)]
 
 
+def one_token_per_row(policy, sampler, token_advantages):
+    """Returns log pi [B, 1] and a batch of B completions of one token, from probabilities."""
+    samples = [
+        Sample(
+            token_ids=(1, 1),
+            prompt_length=1,
+            advantages=(advantage,),
+            sampler_logprobs=(math.log(probability),),
+        )
+        for probability, advantage in zip(sampler, token_advantages, strict=True)
+    ]
+    [batch] = micro_batches(samples, [1.0] * len(samples), max_tokens=1000)
+    logprobs = torch.zeros(batch.token_mask.shape)
+    logprobs[:, 0] = torch.tensor(policy).log()
+    return logprobs, replace(batch, old_logprobs=batch.sampler_logprobs)
+
+
+def test_dppo_golden_numbers():
+    # 1. pi - mu = 0.2 > 0.15 and A > 0: dropped. 2. The same with A < 0: r = 5/3 stays.
+    # 3. pi - mu = -0.2 and A < 0: dropped. 4. The same with A > 0: r = 0.6 stays.
+    # 5. r = 100, but pi - mu is only 0.099: kept with weight 20. PPO would clip it.
+    policy = [0.5, 0.5, 0.3, 0.3, 0.1]
+    sampler = [0.3, 0.3, 0.5, 0.5, 0.001]
+    logprobs, batch = one_token_per_row(policy, sampler, [1.0, -1.0, -1.0, 1.0, 1.0])
+    logprobs.requires_grad_()
+    output = dppo.loss(logprobs, batch, algorithm_of("dppo"))
+    output.per_token.sum().backward()
+    assert logprobs.grad[:, 0].tolist() == pytest.approx([0, 5 / 3, 0, -0.6, -20])
+    assert output.metrics["clip/high"][:, 0].tolist() == [1, 0, 0, 0, 0]
+    assert output.metrics["clip/low"][:, 0].tolist() == [0, 0, 1, 0, 0]
+
+
+def test_dppo_kl_golden_numbers():
+    # From mu = 0.5 to pi = 0.8: 0.5 log(5/8) + 0.5 log(5/2) = 0.2231.
+    # From mu = 0.5 to pi = 0.6: 0.5 log(5/6) + 0.5 log(5/4) = 0.0204.
+    # From mu = 0.5 to pi = 0.2: 0.5 log(5/2) + 0.5 log(5/8) = 0.2231.
+    mu = torch.full((3,), 0.5).log()
+    divergences = dppo_kl.binary_kl(mu, torch.tensor([0.8, 0.6, 0.2]).log())
+    assert divergences.tolist() == pytest.approx([0.2231, 0.0204, 0.2231], abs=1e-4)
+    # The limit is 0.05. 1. Dropped. 2. Kept. 3. Dropped. 4. and 5.: against the direction of A.
+    policy = [0.8, 0.6, 0.2, 0.8, 0.2]
+    logprobs, batch = one_token_per_row(policy, [0.5] * 5, [1.0, 1.0, -1.0, -1.0, 1.0])
+    output = dppo_kl.loss(logprobs, batch, algorithm_of("dppo_kl"))
+    weights = [0, 1.2, 0, 1.6, 0.4]
+    expected = []
+    for weight, advantage, pi in zip(weights, [1, 1, -1, -1, 1], policy, strict=True):
+        expected.append(-weight * advantage * math.log(pi))
+    assert output.per_token[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_binary_kl_is_finite_where_a_probability_is_1():
+    logprobs = torch.tensor([0.0, -1e-9, 0.0, -30.0, -1.0])
+    other_logprobs = torch.tensor([-1e-9, 0.0, -30.0, 0.0, -1.0])
+    divergences = dppo_kl.binary_kl(logprobs, other_logprobs)
+    assert divergences.isfinite().all()
+    assert divergences.min() > -1e-8
+    assert divergences[2] == pytest.approx(30)  # the token was certain and is now impossible
+
+
+def test_the_off_policy_mask_drops_wrong_completions_that_have_become_unlikely():
+    # log(pi_sampler / pi) is 1.0 and 0.2, with mean 0.6, in rows 1 and 2; 0.4 in row 3.
+    # Only row 1 is dropped: row 2 has a positive advantage, row 3 a mean below 0.5.
+    rows = []
+    for advantage, log_ratios in [(-1.0, [1.0, 0.2]), (1.0, [1.0, 0.2]), (-1.0, [0.4, 0.4])]:
+        rows.append((advantage, [-1.0 - value for value in log_ratios]))
+    samples = [
+        Sample(
+            token_ids=(1, 1, 1),
+            prompt_length=1,
+            advantages=(advantage,) * 2,
+            sampler_logprobs=(-1.0, -1.0),
+        )
+        for advantage, _ in rows
+    ]
+    [batch] = micro_batches(samples, [1.0] * 3, max_tokens=1000)
+    logprobs = torch.zeros(batch.token_mask.shape)
+    logprobs[:, :2] = torch.tensor([values for _, values in rows])
+    is_dropped = off_policy_mask(logprobs, batch, 0.5)
+    assert is_dropped[:, :2].tolist() == [[True, True], [False, False], [False, False]]
+
+
+def test_the_drift_term_is_the_squared_log_ratio_to_the_sampler():
+    # log(pi / mu) is log 2 for the first token and 0 for the second. The derivative of
+    # 0.5 x^2 at log 2 is log 2.
+    logprobs, batch = one_token_per_row([0.6, 0.4], [0.3, 0.4], [0.0, 0.0])
+    logprobs.requires_grad_()
+    algorithm = algorithm_of("grpo", kl_coef=0.0, drift_coef=0.5)
+    loss = plugins.find_function("grpo.losses", "grpo", "loss", "algorithm.loss")
+    result = objective(logprobs, torch.zeros_like(logprobs), batch, algorithm, loss)
+    expected = [0.5 * math.log(2) ** 2, 0]
+    assert result.per_token[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert result.metrics["kl/drift"][:, 0].tolist() == pytest.approx([math.log(2) ** 2, 0])
+    result.per_token[:, 0].sum().backward()
+    assert logprobs.grad[:, 0].tolist() == pytest.approx([math.log(2), 0], abs=1e-6)
+
+
 def test_ratios_and_kl_stay_finite_for_any_logprobs():
     # exp(1,000) is infinite in float32, and infinity times 0 is NaN.
     logprobs = torch.tensor([[-1000.0, 0.0]], requires_grad=True)
@@ -122,6 +219,7 @@ class Row:
 
     group: int
     reward: float
+    format_reward: float  # the second reward of GDPO
     policy_logprobs: list[float]
     old_logprobs: list[float]  # also those of the sampler
     ref_logprobs: list[float]  # of the reference model or the teacher
@@ -136,7 +234,8 @@ def random_update(seed):
     generator = torch.Generator().manual_seed(seed)
 
     def random_logprobs(length):
-        return (torch.randn(length, generator=generator) * 0.4).tolist()
+        # Probabilities from about 0.3 to 0.95.
+        return (-0.05 - torch.randn(length, generator=generator).abs() * 0.4).tolist()
 
     rows = []
     for number in range(NUM_GROUPS * GROUP_SIZE):
@@ -146,6 +245,7 @@ def random_update(seed):
         row = Row(
             group=group,
             reward=float(is_correct),
+            format_reward=float(torch.randint(0, 3, (), generator=generator)) / 2,
             policy_logprobs=random_logprobs(length),
             old_logprobs=random_logprobs(length),
             ref_logprobs=random_logprobs(length),
@@ -183,6 +283,12 @@ def make_samples(rows, algorithm):
     groups = split_by_group(rows)
     rewards_PG = [[row.reward for row in group] for group in groups]
     lengths_PG = [[row.length for row in group] for group in groups]
+    if algorithm.advantage == "per_reward":
+        parts_PG = [
+            [{"accuracy": row.reward, "format": row.format_reward} for row in group]
+            for group in groups
+        ]
+        rewards_PG = normalized_rewards(rewards_PG, parts_PG, GDPO_WEIGHTS)
     penalties_PGL = [[token_penalties(row, algorithm) for row in group] for group in groups]
     advantages_PGL = advantages(rewards_PG, lengths_PG, algorithm.advantage, penalties_PGL)
     samples = []
@@ -333,6 +439,13 @@ class NaiveUpdate:
         """Returns GRPO's advantage."""
         return self.centered_reward(i) / population_std(self.group_rewards(i))
 
+    def centered_reward_of_tokens(self):
+        """Returns the centered reward of the completion of each token of the update."""
+        values = []
+        for j, row in enumerate(self.rows):
+            values += [self.centered_reward(j)] * row.length
+        return values
+
     def log_ratio(self, i, t):
         return self.policy_logprobs[i][t] - self.rows[i].old_logprobs[t]
 
@@ -346,6 +459,9 @@ class NaiveUpdate:
     def k3(self, i, t):
         d = self.rows[i].ref_logprobs[t] - self.policy_logprobs[i][t]
         return math.exp(d) - d - 1
+
+    def k2(self, i, t):
+        return (self.policy_logprobs[i][t] - self.rows[i].ref_logprobs[t]) ** 2 / 2
 
     def per_completion(self, i):
         """Returns the token weight of the mean over completions of the mean over tokens."""
@@ -462,6 +578,82 @@ def naive_gmpo(update, i, t):
     return -advantage * math.exp(mean(clipped)) * update.per_completion(i)
 
 
+def naive_dppo(update, i, t):
+    row = update.rows[i]
+    advantage = update.centered_reward(i)
+    change = math.exp(row.policy_logprobs[t]) - math.exp(row.old_logprobs[t])
+    if (advantage > 0 and change > 0.15) or (advantage < 0 and change < -0.15):
+        return 0.0
+    weight = min(update.ratio_without_gradient(i, t), 20)
+    return -weight * advantage * update.policy_logprobs[i][t] * update.per_max_tokens()
+
+
+def naive_dppo_kl(update, i, t):
+    row = update.rows[i]
+    advantage = update.centered_reward(i)
+    pi = math.exp(row.policy_logprobs[t])
+    mu = math.exp(row.old_logprobs[t])
+    kl = mu * math.log(mu / pi) + (1 - mu) * math.log((1 - mu) / (1 - pi))
+    if kl > 0.05 and advantage * (pi - mu) > 0:
+        return 0.0
+    weight = min(update.ratio_without_gradient(i, t), 20)
+    return -weight * advantage * update.policy_logprobs[i][t] * update.per_max_tokens()
+
+
+def naive_deepseek_v32(update, i, t):
+    row = update.rows[i]
+    advantage = update.centered_reward(i)
+    log_ratios = []
+    for old, policy in zip(row.old_logprobs, row.policy_logprobs, strict=True):
+        log_ratios.append(old - policy)
+    is_kept = advantage >= 0 or mean(log_ratios) <= 0.5
+    r = update.ratio(i, t)
+    clipped = naive_clipped_loss(r, advantage, 0.2, 0.2) if is_kept else 0.0
+    return (clipped + 0.001 * r * update.k3(i, t)) * update.per_completion(i)
+
+
+def naive_maxrl(update, i, t):
+    advantage = update.centered_reward(i) / mean(update.group_rewards(i))
+    clipped = naive_clipped_loss(update.ratio(i, t), advantage, 0.2, 0.2)
+    return clipped * update.per_token()
+
+
+def naive_gdpo(update, i, t):
+    sums = []
+    for j, row in enumerate(update.rows):
+        format_rewards = [other.format_reward for other in update.group_of(j)]
+        normalized_format = row.format_reward - mean(format_rewards)
+        if max(format_rewards) != min(format_rewards):
+            normalized_format /= population_std(format_rewards)
+        normalized_accuracy = 0.0
+        if max(update.group_rewards(j)) != min(update.group_rewards(j)):
+            normalized_accuracy = update.advantage(j)
+        sums.append(normalized_accuracy + 0.5 * normalized_format)
+    advantage = (sums[i] - mean(sums)) / population_std(sums)
+    clipped = naive_clipped_loss(update.ratio(i, t), advantage, 0.2, 0.2)
+    return clipped * update.per_token()
+
+
+def naive_centered_batch_loss(update, i, t, clip_high):
+    """Returns the loss of REINFORCE++ with baseline, without the KL and the token weight."""
+    centered = update.centered_reward_of_tokens()
+    advantage = 0.0
+    if max(update.group_rewards(i)) != min(update.group_rewards(i)):
+        advantage = (update.centered_reward(i) - mean(centered)) / population_std(centered)
+    return naive_clipped_loss(update.ratio(i, t), advantage, 0.2, clip_high)
+
+
+def naive_reinforce_pp_baseline(update, i, t):
+    clipped = naive_centered_batch_loss(update, i, t, clip_high=0.2)
+    return (clipped + 1e-5 * update.k2(i, t)) * update.per_token()
+
+
+def naive_prorl_v2(update, i, t):
+    # IcePop drops no token: the sampler's logprobs of the rows are the old ones.
+    clipped = naive_centered_batch_loss(update, i, t, clip_high=0.27)
+    return (clipped + 1e-4 * update.k2(i, t)) * update.per_token()
+
+
 def naive_on_policy_distill(update, i, t):
     row = update.rows[i]
     advantage = row.ref_logprobs[t] - row.old_logprobs[t]
@@ -482,6 +674,13 @@ NAIVE_LOSSES = {
     "scalerl": naive_scalerl,
     "sapo": naive_sapo,
     "gmpo": naive_gmpo,
+    "dppo": naive_dppo,
+    "dppo_kl": naive_dppo_kl,
+    "deepseek_v32": naive_deepseek_v32,
+    "maxrl": naive_maxrl,
+    "gdpo": naive_gdpo,
+    "reinforce_pp_baseline": naive_reinforce_pp_baseline,
+    "prorl_v2": naive_prorl_v2,
     "on_policy_distill": naive_on_policy_distill,
 }
 
@@ -517,6 +716,22 @@ def test_loss_and_gradient_equal_a_naive_loop_over_the_papers_equation(preset):
         assert float(result.gradient[i, t]) == pytest.approx(expected_gradient, abs=2e-5)
 
 
+@pytest.mark.parametrize("preset", ["dppo", "dppo_kl", "deepseek_v32"])
+def test_the_update_of_the_naive_loop_has_kept_and_dropped_tokens(preset):
+    rows = random_update(1)
+    unbounded = {"clip_low": 1e3, "clip_high": 1e3, "off_policy_max": None, "kl_coef": 0.0}
+    bounded = algorithm_of(preset, kl_coef=0.0)
+    if preset == "deepseek_v32":  # so that only the mask, not the clip, drops tokens
+        bounded = algorithm_of(preset, kl_coef=0.0, clip_low=1e3, clip_high=1e3)
+    gradient = loss_and_gradient(rows, bounded).gradient
+    unbounded_gradient = loss_and_gradient(rows, algorithm_of(preset, **unbounded)).gradient
+    is_token = unbounded_gradient != 0
+    is_dropped = is_token & (gradient == 0)
+    assert is_dropped.any()
+    assert torch.equal(gradient[~is_dropped], unbounded_gradient[~is_dropped])
+    assert is_dropped.sum() < is_token.sum() / 2
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches_or_the_order(preset):
     rows = random_update(2)
@@ -543,6 +758,7 @@ class TrlCase:
     importance_sampling_level: str = "token"
     delta: float | None = None
     use_bias_correction_kl: bool = False
+    off_policy_mask_threshold: float | None = None
 
 
 TRL_KL_COEF = 0.04
@@ -572,6 +788,12 @@ TRL_CASES = {
         algorithm=algorithm_of("grpo", kl_unbiased=True),
         loss_type="grpo",
         use_bias_correction_kl=True,
+    ),
+    "deepseek_v32": TrlCase(
+        algorithm=algorithm_of("deepseek_v32", kl_coef=TRL_KL_COEF),
+        loss_type="grpo",
+        use_bias_correction_kl=True,
+        off_policy_mask_threshold=0.5,
     ),
 }
 
@@ -632,7 +854,7 @@ def trl_trainer(trl, case, logprobs):
         beta=TRL_KL_COEF,
         top_entropy_quantile=1.0,
         entropy_coef=0.0,
-        off_policy_mask_threshold=None,
+        off_policy_mask_threshold=case.off_policy_mask_threshold,
         use_vllm=False,
         max_completion_length=MAX_TOKENS,
         current_gradient_accumulation_steps=1,
