@@ -43,7 +43,14 @@ HALF = NUM_UPDATES // 2  # a checkpoint is saved after this number of updates
 learner_weights.BUCKET_BYTES = 2**14  # small, so that ZeRO-3 gathers the model in many buckets
 
 METRICS = ("loss", "policy/grad_norm", "policy/entropy", "update/tokens")
-SHARED_METRICS = (*METRICS, "kl/ref", "mismatch/effective", "mismatch/max_weight")
+SHARED_METRICS = (
+    *METRICS,
+    "kl/ref",
+    "kl/drift",
+    "mismatch/effective",
+    "mismatch/max_weight",
+    "mismatch/off_policy",
+)
 
 
 def local_batches(seed):
@@ -84,8 +91,8 @@ def copy_weights(learner):
 def train_with_shared_sequences(model_dir, folder, stage):
     """Makes all updates with sequence parallelism over all ranks.
 
-    The model is packed, and the loss uses every term: GSPO's ratio per sequence, entropy and KL to
-    a reference.
+    The model is packed, and the loss uses every term: GSPO's ratio per sequence, entropy, KL
+    to a reference, drift, and the off-policy mask.
 
     Returns:
         SHARED_METRICS of each update, and the final weights by name.
@@ -94,7 +101,13 @@ def train_with_shared_sequences(model_dir, folder, stage):
         folder,
         model_dir,
         model={"gradient_checkpointing": True},
-        algorithm={"preset": "gspo", "entropy_coef": 0.01, "kl_coef": 0.1},
+        algorithm={
+            "preset": "gspo",
+            "entropy_coef": 0.01,
+            "kl_coef": 0.1,
+            "drift_coef": 0.1,
+            "off_policy_max": 0.5,
+        },
         learner={"zero_stage": stage, "sequence_parallel": ranks.world_size()},
     )
     policy = models.load_model(model_dir, "packed")

@@ -111,8 +111,10 @@ def test_two_ranks_make_the_same_updates_as_one(trained, stage, dtype):
 def test_two_ranks_that_share_each_sequence_make_the_same_updates_as_one(trained, stage):
     """Ulysses: attention is split by heads, everything else by slices of the packed stream.
 
-    The loss is GSPO, whose ratio depends on complete sequences.
+    The loss is GSPO, whose ratio depends on complete sequences, and so does the off-policy mask.
     """
+    dropped = [row["mismatch/off_policy"] for row in trained.rows("one", f"shared-{stage}")]
+    assert 0 < max(dropped) < 1
     trained.assert_equal_on_one_and_two_ranks(
         f"shared-{stage}", metrics_tolerance=1e-5, weights_tolerance=1e-4
     )

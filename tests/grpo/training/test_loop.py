@@ -45,6 +45,8 @@ MANY_OPTIONS = {
         "entropy_coef": 0.01,
         "top_entropy": 0.5,
         "dual_clip": 4.0,
+        "off_policy_max": 0.5,
+        "drift_coef": 0.001,
     },
 }
 LORA = {
@@ -113,6 +115,36 @@ def test_a_checkpoint_contains_the_gap_of_the_first_probe(tiny, tmp_path):
     first.run._lock.close()
     resumed = make_loop(tmp_path, tiny, resume=True)
     assert resumed.weight_check.first_gap == FirstGap(gap=0.025, max_gap=0.2)
+
+
+def test_per_reward_normalizes_the_rewards_of_the_run_with_their_weights(tiny, tmp_path):
+    # `few` prefers short completions. It has small values, and the weight 0.5.
+    def few(groups, prompts):
+        return [[-0.01 * len(c.token_ids) for c in group.completions] for group in groups]
+
+    sections = {"algorithm": {"preset": "gdpo"}, "train": SMALL_TRAIN}
+    loop = make_loop(tmp_path, tiny, **sections)
+    loop.rollouts.rewards["few"] = (few, 0.5)
+    loop.step()
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "samples" / "step-000001.jsonl").read_text().splitlines()
+    ]
+    sums = []
+    for start in range(0, len(rows), 4):  # group by group
+        parts = {
+            name: torch.tensor([row["parts"][name] for row in rows[start : start + 4]])
+            for name in ("even", "few")
+        }
+        normalized = {
+            name: (values - values.mean()) / (values.std(correction=0) + 1e-6)
+            for name, values in parts.items()
+        }
+        sums += (normalized["even"] + 0.5 * normalized["few"]).tolist()
+    expected = torch.tensor(sums)
+    expected /= expected.std(correction=0) + 1e-6
+    actual = torch.tensor([row["advantage"] for row in rows])
+    assert torch.allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", [*PRESETS, "everything", "lora"])
