@@ -251,6 +251,27 @@ class AlgorithmSettings(Section):
         description="With `kl_in: loss`, multiply the KL term by pi / pi_old, so that its gradient "
         "is an unbiased estimate (DeepSeek-V3.2 2512.02556 Eq. 7).",
     )
+    teacher_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the signal of `model.teacher` beside the rewards. "
+        "`teacher_divergence` selects the signal. With `advantage: teacher` it is the only signal "
+        "and has weight 1.",
+    )
+    teacher_divergence: Literal["sampled", "reverse_kl", "forward_kl", "jsd"] = Field(
+        "sampled",
+        description="Signal of the teacher at each token: `sampled` adds log pi_teacher - "
+        "log pi_old of the token, clamped to +-10, to its advantage: an estimate of the reverse KL "
+        "from one sample. The others add a divergence of the complete distributions to the loss: "
+        "`reverse_kl` KL(pi || teacher), `forward_kl` KL(teacher || pi), or `jsd`, with beta 0.5 "
+        "(GKD 2306.13649).",
+    )
+    teacher_top_k: int | None = Field(
+        None,
+        ge=1,
+        description="Number of the teacher's most likely tokens that `teacher_divergence` "
+        "compares; all other tokens count as one. Default: the complete vocabulary.",
+    )
     reference_reset: int = Field(
         0,
         ge=0,
@@ -395,6 +416,45 @@ class AlgorithmSettings(Section):
             raise ValueError(
                 "kl_unbiased=true with kl_estimator=k2: the ratio times k2 does not have the "
                 "gradient of the KL. Set kl_estimator=k1 or k3"
+            )
+        return self
+
+    @property
+    def teacher_weight(self) -> float:
+        """Weight of the teacher's signal, 0 without one."""
+        return 1.0 if self.advantage == "teacher" else self.teacher_coef
+
+    @property
+    def has_teacher_advantage(self) -> bool:
+        """Whether the teacher's signal is part of the advantages."""
+        return self.teacher_weight > 0 and self.teacher_divergence == "sampled"
+
+    @property
+    def has_teacher_loss(self) -> bool:
+        """Whether the teacher's signal is a term of the loss."""
+        return self.teacher_weight > 0 and self.teacher_divergence != "sampled"
+
+    @model_validator(mode="after")
+    def _check_teacher_signal(self) -> AlgorithmSettings:
+        if self.advantage == "teacher" and self.teacher_coef:
+            raise ValueError(
+                "teacher_coef weighs the teacher beside rewards, and advantage=teacher does not "
+                "use rewards: remove teacher_coef, or set another advantage"
+            )
+        if not self.teacher_weight and self.teacher_divergence != "sampled":
+            raise ValueError(
+                f"teacher_divergence={self.teacher_divergence} has no effect without a teacher's "
+                "signal: set advantage=teacher, or teacher_coef to learn from rewards as well"
+            )
+        if self.teacher_top_k and not self.has_teacher_loss:
+            raise ValueError(
+                "teacher_top_k has no effect without a teacher_divergence of distributions: set "
+                "teacher_divergence=reverse_kl, or remove it"
+            )
+        if self.has_teacher_advantage and self.kl_coef and self.kl_in == "reward":
+            raise ValueError(
+                "kl_in=reward already measures the KL to the teacher, and adds it up over later "
+                "tokens: set kl_in=loss, or remove the teacher's signal"
             )
         return self
 

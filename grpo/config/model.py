@@ -78,9 +78,9 @@ class ModelSettings(Section):
     )
     teacher: str | None = Field(
         None,
-        description="Hub id or directory of the model to which the KL is measured, and which "
-        "scores tokens with `algorithm.advantage: teacher`. Default: the KL is measured to the "
-        "start model. `grpo distill` requires a teacher.",
+        description="Hub id or directory of the model to which the KL is measured, and from which "
+        "the policy learns with `algorithm.advantage: teacher` or `teacher_coef`. Default: the KL "
+        "is measured to the start model. `grpo distill` requires a teacher.",
     )
     lora: LoraSettings | None = Field(
         None,

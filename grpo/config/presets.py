@@ -333,6 +333,18 @@ PRESETS = {
         note="the teacher is model.teacher; advantages are clamped to +-10 (verl); rewards are "
         "reported but not used",
     ),
+    "on_policy_distill_exact": Preset(
+        source="GKD 2306.13649 Eq. 3 (all texts from the student)",
+        settings=_algorithm(
+            advantage="teacher",
+            loss="reinforce",
+            reduction="token",
+            kl_coef=0.0,
+            teacher_divergence="reverse_kl",
+        ),
+        note="the divergence of the complete distributions instead of one sample; rewards are "
+        "reported but not used",
+    ),
 }
 
 
@@ -461,15 +473,43 @@ def formulas(algorithm: AlgorithmSettings) -> Formulas:
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
         ),
-        advantage=ADVANTAGES[algorithm.advantage],
+        advantage=_advantage_formula(algorithm),
         reduction=REDUCTIONS[algorithm.reduction],
         kl=_kl_formula(algorithm),
     )
 
 
+# KL terms of the teacher, by `teacher_divergence`.
+TEACHER_DIVERGENCES = {
+    "reverse_kl": "KL(pi || pi_teacher)",
+    "forward_kl": "KL(pi_teacher || pi)",
+    "jsd": "JSD of pi and pi_teacher",
+}
+
+
+def _advantage_formula(algorithm: AlgorithmSettings) -> str:
+    if algorithm.advantage == "teacher":
+        return "0" if algorithm.has_teacher_loss else ADVANTAGES["teacher"]
+    formula = ADVANTAGES[algorithm.advantage]
+    if algorithm.has_teacher_advantage:
+        formula += f" + {algorithm.teacher_coef:g} (log pi_teacher - log pi_old) at each token"
+    return formula
+
+
 def _kl_formula(algorithm: AlgorithmSettings) -> str:
-    if not algorithm.kl_coef:
-        return "none"
+    terms = []
+    if algorithm.kl_coef:
+        terms.append(_reference_kl_formula(algorithm))
+    if algorithm.has_teacher_loss:
+        divergence = TEACHER_DIVERGENCES[algorithm.teacher_divergence]
+        tokens = "the vocabulary"
+        if algorithm.teacher_top_k is not None:
+            tokens = f"the teacher's {algorithm.teacher_top_k} most likely tokens"
+        terms.append(f"{algorithm.teacher_weight:g} {divergence} over {tokens} in the loss")
+    return ", ".join(terms) or "none"
+
+
+def _reference_kl_formula(algorithm: AlgorithmSettings) -> str:
     term = f"r {algorithm.kl_estimator}" if algorithm.kl_unbiased else algorithm.kl_estimator
     kl = f"{algorithm.kl_coef:g} {term} in the {algorithm.kl_in}"
     if algorithm.kl_in == "reward" and algorithm.advantage in NORMALIZED_ADVANTAGES:

@@ -301,8 +301,13 @@ class DistillConfig(SamplingStageConfig):
     )
     train: TrainSettings | None = Field(
         None,
-        description="For way on_policy: the rollouts and updates of `grpo train`, with the "
-        "advantage log pi_teacher - log pi_old.",
+        description="For way on_policy: the rollouts and updates of `grpo train`, with the preset "
+        "`on_policy_distill` or `on_policy_distill_exact`.",
+    )
+    on_policy_divergence: Literal["sampled", "reverse_kl", "forward_kl", "jsd"] = Field(
+        "sampled",
+        description="For way on_policy: `algorithm.teacher_divergence` of `grpo train`. `sampled` "
+        "compares the sampled tokens only, the others the complete distributions.",
     )
     eval: EvalSettings = Field(
         EvalSettings(), description="For way on_policy: evaluation on held-out problems."
@@ -344,6 +349,11 @@ class DistillConfig(SamplingStageConfig):
             "soft": ("soft",),
             "on_policy": ("train",),
         }
+        if self.on_policy_divergence != "sampled" and self.way != "on_policy":
+            raise ValueError(
+                f"on_policy_divergence has no effect with way={self.way}: remove it, or set "
+                "way=on_policy"
+            )
         missing = [name for name in sections_of_way[self.way] if getattr(self, name) is None]
         if missing:
             raise ValueError(f"way={self.way} needs the section {' and '.join(missing)}")
@@ -401,8 +411,14 @@ class DistillConfig(SamplingStageConfig):
 
     def _train_config(self, tree: dict[str, Any]) -> TrainConfig:
         """Returns the config that trains the student on its own completions."""
+        algorithm = {"preset": "on_policy_distill"}
+        if self.on_policy_divergence != "sampled":
+            algorithm = {
+                "preset": "on_policy_distill_exact",
+                "teacher_divergence": self.on_policy_divergence,
+            }
         return TrainConfig(
-            algorithm={"preset": "on_policy_distill"},
+            algorithm=algorithm,
             **_only(tree, "run_dir", "model", "data", "learner", "train", "eval"),
             **_only(tree, *_COMMON_KEYS, *_SAMPLING_KEYS),
         )

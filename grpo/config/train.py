@@ -241,16 +241,19 @@ class TrainConfig(SamplingStageConfig):
                 raise ValueError(
                     "algorithm.reference_reset would overwrite model.teacher: set it to 0"
                 )
-        is_teacher_scored = self.algorithm.advantage == "teacher"
-        if is_teacher_scored and not self.model.teacher:
+        has_signal = self.algorithm.teacher_weight > 0
+        if has_signal and not self.model.teacher:
+            setting = "advantage=teacher (preset on_policy_distill)"
+            if self.algorithm.teacher_coef:
+                setting = f"teacher_coef={self.algorithm.teacher_coef:g}"
             raise ValueError(
-                "algorithm.advantage=teacher (preset on_policy_distill) needs model.teacher: set "
-                "it to the path of a model"
+                f"algorithm.{setting} needs model.teacher: set it to the path of a model"
             )
-        if self.model.teacher and not is_teacher_scored and not self.algorithm.kl_coef:
+        if self.model.teacher and not has_signal and not self.algorithm.kl_coef:
             raise ValueError(
                 "model.teacher has no effect without algorithm.advantage=teacher (preset "
-                "on_policy_distill) or algorithm.kl_coef: set one of them, or remove it"
+                "on_policy_distill), algorithm.teacher_coef or algorithm.kl_coef: set one of them, "
+                "or remove it"
             )
 
     def _check_truncated_sampling(self) -> None:

@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from grpo.config.algorithm import NORMALIZED_ADVANTAGES
+from grpo.config.algorithm import NORMALIZED_ADVANTAGES, AlgorithmSettings
 from grpo.types import Completion, Group, Sample, ScoredGroup
 
 T = TypeVar("T")
@@ -165,6 +165,28 @@ def normalized_rewards(
     return sums_PG
 
 
+def recipe_advantages(
+    algorithm: AlgorithmSettings,
+    rewards_PG: Sequence[Sequence[float | None]],
+    lengths_PG: Sequence[Sequence[int]],
+    penalties_PGL: Penalties | None,
+) -> list[list[tuple[float, ...]]]:
+    """Returns the advantages of a recipe, including a teacher's signal beside the rewards.
+
+    Args:
+        algorithm: the recipe.
+        rewards_PG: as in `advantages`.
+        lengths_PG: as in `advantages`.
+        penalties_PGL: result of `Updater.kl_penalties`: as in `advantages`, or log(pi / pi_teacher)
+            with `teacher_coef`.
+    """
+    kind = algorithm.advantage
+    if kind == "teacher" or not algorithm.has_teacher_advantage or penalties_PGL is None:
+        return advantages(rewards_PG, lengths_PG, kind, penalties_PGL)
+    advantages_PGL = advantages(rewards_PG, lengths_PG, kind)
+    return _with_teacher_signal(advantages_PGL, penalties_PGL, algorithm.teacher_coef)
+
+
 def _penalized_rewards(
     rewards_PG: Sequence[Sequence[float | None]], penalties_PGL: Penalties
 ) -> list[list[float | None]]:
@@ -299,6 +321,35 @@ def _teacher_advantages(penalties_PGL: Penalties) -> list[list[tuple[float, ...]
             advantages_GL.append(tuple(_clamp(-value, limit) for value in penalties_L))
         advantages_PGL.append(advantages_GL)
     return advantages_PGL
+
+
+def _with_teacher_signal(
+    advantages_PGL: Sequence[Sequence[tuple[float, ...]]], penalties_PGL: Penalties, weight: float
+) -> list[list[tuple[float, ...]]]:
+    """Returns the advantages plus `weight` log(pi_teacher / pi) of each token, [P, G, L].
+
+    The signal is that of the kind `teacher`: it is clamped to +-MAX_TEACHER_ADVANTAGE before the
+    weight, and a token's signal is not added to earlier tokens.
+
+    Args:
+        advantages_PGL: advantages from the rewards [P, G, L].
+        penalties_PGL: log(pi / pi_teacher) of each token [P, G, L].
+        weight: weight of the teacher's signal.
+    """
+    sums_PGL = []
+    for advantages_GL, signals_GL in zip(
+        advantages_PGL, _teacher_advantages(penalties_PGL), strict=True
+    ):
+        sums_GL: list[tuple[float, ...]] = []
+        for advantages_L, signals_L in zip(advantages_GL, signals_GL, strict=True):
+            sums_GL.append(
+                tuple(
+                    advantage + weight * signal
+                    for advantage, signal in zip(advantages_L, signals_L, strict=True)
+                )
+            )
+        sums_PGL.append(sums_GL)
+    return sums_PGL
 
 
 def _clamp(value: float, limit: float) -> float:

@@ -104,7 +104,7 @@ class Learner:
             reference: The reference model of the KL, or the teacher. It is frozen and converted to
                 the dtype of the forward pass.
             soft: The config section `soft`. If set, the divergence from the teacher is part of the
-                loss.
+                loss. In `grpo train`, `config.algorithm` determines this.
         """
         deepspeed = init_deepspeed()
         settings = config.learner
@@ -118,7 +118,7 @@ class Learner:
         self._settings = settings
         self._algorithm = config.algorithm
         self._loss = loss
-        self._soft = soft
+        self._distillation = _distillation_weights(config, soft)
         self._total_updates = config.total_updates
         self._router_coef = config.model.router_aux_coef
         self._num_consecutive_skips = 0
@@ -130,7 +130,8 @@ class Learner:
         if reference is not None:
             _freeze(reference, dtype, self.device)
             self._reference = _reference_policy(reference, config)
-        policy = _trained_policy(model, config, soft, self._reference)
+        soft_targets = _soft_targets(config, soft, self._reference)
+        policy = _trained_policy(model, config, soft_targets)
         # DeepSpeed's engine. It has nothing to do with the vLLM engine that samples.
         self._deepspeed_engine, *_ = deepspeed.initialize(
             model=policy,
@@ -266,8 +267,8 @@ class Learner:
         """
         output: PolicyOutput = self._deepspeed_engine(batch)
         result = objective(output.logprobs, output.entropies, batch, self._algorithm, self._loss)
-        if self._soft is not None:
-            result = _with_distillation(result, output, self._soft)
+        if self._distillation is not None:
+            result = _with_distillation(result, output, self._distillation)
         loss = (batch.token_weights * result.per_token).sum()
         if num_selected is not None:
             assert output.expert_probabilities is not None
@@ -481,16 +482,55 @@ def _reference_policy(reference: nn.Module, config: LearnerConfig) -> Policy:
     )
 
 
-def _trained_policy(
-    model: nn.Module,
-    config: LearnerConfig,
-    soft: SoftTargetSettings | None,
-    reference: Policy | None,
-) -> Policy:
-    """Returns the policy to train. With `soft`, `reference` is its teacher."""
-    soft_targets = None
+class _DistillationWeights(NamedTuple):
+    """The factors of a teacher's terms in the loss."""
+
+    divergence: float
+    hidden_errors: float
+
+
+def _distillation_weights(
+    config: LearnerConfig, soft: SoftTargetSettings | None
+) -> _DistillationWeights | None:
+    """Returns the weights of the teacher's terms; None if the loss has none.
+
+    Source: Hinton 1503.02531 (the factor T^2 of soft targets).
+    """
     if soft is not None:
-        soft_targets = SoftTargets(settings=soft, teacher=reference)
+        return _DistillationWeights(soft.soft_weight * soft.temperature**2, soft.hidden_weight)
+    if config.algorithm.has_teacher_loss:
+        return _DistillationWeights(config.algorithm.teacher_weight, 0.0)
+    return None
+
+
+def _soft_targets(
+    config: LearnerConfig, soft: SoftTargetSettings | None, teacher: Policy | None
+) -> SoftTargets | None:
+    """Returns the teacher's part in the loss; None without one."""
+    if soft is not None:
+        return SoftTargets(
+            teacher=teacher,
+            divergence=soft.divergence,
+            temperature=soft.temperature,
+            beta=soft.beta,
+            matches_layers=soft.hidden_weight > 0,
+            layers=soft.hidden_layers,
+        )
+    algorithm = config.algorithm
+    if not algorithm.has_teacher_loss:
+        return None
+    return SoftTargets(
+        teacher=teacher,
+        divergence=algorithm.teacher_divergence,
+        # That of the sampler, as in the log-probabilities of the one-sample estimate.
+        temperature=config.logprob_temperature,
+        top_k=algorithm.teacher_top_k,
+    )
+
+
+def _trained_policy(
+    model: nn.Module, config: LearnerConfig, soft_targets: SoftTargets | None
+) -> Policy:
     has_entropy_gradient = config.algorithm.entropy_coef != 0
     return Policy(
         model,
@@ -502,19 +542,16 @@ def _trained_policy(
 
 
 def _with_distillation(
-    result: Objective, output: PolicyOutput, soft: SoftTargetSettings
+    result: Objective, output: PolicyOutput, weights: _DistillationWeights
 ) -> Objective:
-    """Returns the objective plus the divergence from the teacher and the error of hidden states.
-
-    Source: Hinton 1503.02531 (the factor T^2 of the divergence).
-    """
+    """Returns the objective plus the divergence from the teacher and the error of hidden states."""
     per_token = result.per_token
     metrics = dict(result.metrics)
     if output.divergences is not None:
-        per_token = per_token + soft.soft_weight * soft.temperature**2 * output.divergences
+        per_token = per_token + weights.divergence * output.divergences
         metrics["policy/divergence"] = output.divergences
     if output.hidden_errors is not None:
-        per_token = per_token + soft.hidden_weight * output.hidden_errors
+        per_token = per_token + weights.hidden_errors * output.hidden_errors
         metrics["policy/hidden"] = output.hidden_errors
     return replace(result, per_token=per_token, metrics=metrics)
 

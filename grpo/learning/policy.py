@@ -10,7 +10,7 @@ rank, if ranks share the batch), K tokens of a teacher's top-k distribution.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,6 @@ from grpo.learning import moe, packing
 from grpo.learning.divergence import divergence, top_divergence
 from grpo.learning.token_logprobs import token_logprobs
 from grpo.types import Batch, UserError
-
-if TYPE_CHECKING:
-    from grpo.config import SoftTargetSettings
 
 
 class PolicyOutput(NamedTuple):
@@ -74,13 +71,24 @@ class SoftTargets:
     """A teacher whose distribution the policy learns.
 
     Attributes:
-        settings: The config section `soft`.
         teacher: The teacher. None if the batches hold its most likely tokens
             (`Batch.teacher_top`).
+        divergence: `forward_kl`, `reverse_kl` or `jsd` (grpo/learning/divergence.py).
+        temperature: Divides the logits of both.
+        beta: The weight of the teacher in `jsd`.
+        top_k: Number of the teacher's most likely tokens to compare; all others count as one.
+            None: all tokens of the vocabulary.
+        matches_layers: Whether to compute the errors of hidden states.
+        layers: Layers of student and teacher that are matched, see `soft.hidden_layers`.
     """
 
-    settings: SoftTargetSettings
     teacher: Policy | None
+    divergence: str
+    temperature: float
+    beta: float = 0.5
+    top_k: int | None = None
+    matches_layers: bool = False
+    layers: dict[int, int] = field(default_factory=dict)
 
 
 class LayerPair(NamedTuple):
@@ -177,9 +185,9 @@ class Policy(nn.Module):
         if (
             soft_targets is not None
             and soft_targets.teacher is not None
-            and soft_targets.settings.hidden_weight
+            and soft_targets.matches_layers
         ):
-            self._add_projections(soft_targets.teacher, soft_targets.settings.hidden_layers)
+            self._add_projections(soft_targets.teacher, soft_targets.layers)
 
     def _add_projections(self, teacher: Policy, hidden_layers: dict[int, int]) -> None:
         """Adds the trained maps from the student's hidden states to the teacher's."""
@@ -198,7 +206,7 @@ class Policy(nn.Module):
         The optional fields of the output depend on the arguments of the constructor.
         """
         states = self._states(batch, [pair.student for pair in self._layer_pairs])
-        teacher_states = self._teacher_states(batch)
+        teacher_states = self._teacher_states(batch, has_gradient=torch.is_grad_enabled())
         hidden_errors = None
         if teacher_states is not None and self._layer_pairs:
             errors = self._hidden_errors(states, teacher_states)
@@ -233,8 +241,9 @@ class Policy(nn.Module):
         return complete_grid
 
     @torch.no_grad()
-    def _teacher_states(self, batch: Batch) -> _States | None:
-        if self._soft_targets is None or self._soft_targets.teacher is None:
+    def _teacher_states(self, batch: Batch, *, has_gradient: bool) -> _States | None:
+        """Returns the teacher's states; None without a teacher, or if no loss needs them."""
+        if self._soft_targets is None or self._soft_targets.teacher is None or not has_gradient:
             return None
         teacher_layers = [pair.teacher for pair in self._layer_pairs]
         return self._soft_targets.teacher._states(batch, teacher_layers)
@@ -352,23 +361,29 @@ class Policy(nn.Module):
 
     def _divergence(self, hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """Returns the divergences of one chunk from the teacher's distribution."""
-        assert self._soft_targets is not None and self._soft_targets.teacher is not None
-        settings = self._soft_targets.settings
-        return divergence(
-            self._logits(hidden),
-            self._soft_targets.teacher._logits(teacher_hidden),
-            settings.divergence,
-            settings.temperature,
-            settings.beta,
+        targets = self._soft_targets
+        assert targets is not None and targets.teacher is not None
+        logits = self._logits(hidden)
+        teacher_logits = targets.teacher._logits(teacher_hidden)
+        if targets.top_k is None:
+            return divergence(
+                logits, teacher_logits, targets.divergence, targets.temperature, targets.beta
+            )
+        teacher_logprobs = torch.log_softmax(teacher_logits.float() / targets.temperature, -1)
+        top = teacher_logprobs.topk(targets.top_k, dim=-1)
+        return top_divergence(
+            logits.float() / targets.temperature,
+            top.indices,
+            top.values,
+            targets.divergence,
+            targets.beta,
         )
 
     def _top_divergence(self, hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
         """Returns the divergences of one chunk from the teacher's K most likely tokens."""
         assert self._soft_targets is not None
-        settings = self._soft_targets.settings
-        return top_divergence(
-            self._logits(hidden), ids, logprobs, settings.divergence, settings.beta
-        )
+        targets = self._soft_targets
+        return top_divergence(self._logits(hidden), ids, logprobs, targets.divergence, targets.beta)
 
     def _float32_weight(self) -> Tensor:
         weight: Tensor = self.model.get_output_embeddings().weight.float()

@@ -20,7 +20,7 @@ from grpo.config.presets import CLIPPING_KEYS, describe_recipe
 from grpo.config.reading import apply_overrides
 from grpo.experience import plugins
 from grpo.learning import lora, models
-from grpo.learning.advantages import advantages, unflatten
+from grpo.learning.advantages import recipe_advantages, unflatten
 from grpo.run.directory import read_metrics, read_update_samples
 from grpo.run.display import redirect_output
 from grpo.stages.registry import stage_for_config
@@ -222,10 +222,10 @@ def _with_new_advantages(samples: list[Sample], updater: Updater) -> list[Sample
     group_sizes = [len(group) for group in groups.values()]
     ordered = list(itertools.chain.from_iterable(groups.values()))
     penalties = updater.kl_penalties(ordered)
-    advantages_PG = advantages(
+    advantages_PG = recipe_advantages(
+        updater.config.algorithm,
         unflatten([sample.reward for sample in ordered], group_sizes),
         unflatten([sample.completion_length for sample in ordered], group_sizes),
-        updater.config.algorithm.advantage,
         None if penalties is None else unflatten(penalties, group_sizes),
     )
     return [

@@ -17,9 +17,9 @@ from grpo.config import TrainConfig
 from grpo.engines import Engine, EngineError
 from grpo.experience.group_metrics import sample_rows
 from grpo.learning.advantages import (
-    advantages,
     completion_lengths,
     normalized_rewards,
+    recipe_advantages,
     to_samples,
     unflatten,
 )
@@ -202,13 +202,13 @@ class Loop:
     def _advantages(
         self, groups: list[ScoredGroup], kl_penalties: KlPenalties | None
     ) -> Advantages:
-        kind = self.config.algorithm.advantage
+        algorithm = self.config.algorithm
         rewards: Sequence[Sequence[float | None]] = [scored.rewards for scored in groups]
-        if kind == "per_reward":
+        if algorithm.advantage == "per_reward":
             weights = {name: weight for name, (_, weight) in self.rollouts.rewards.items()}
             parts = [scored.parts for scored in groups]
             rewards = normalized_rewards(rewards, parts, weights)
-        return advantages(rewards, completion_lengths(groups), kind, kl_penalties)
+        return recipe_advantages(algorithm, rewards, completion_lengths(groups), kl_penalties)
 
     def _make_samples(self, groups: RolloutGroups, token_advantages: Advantages) -> list[Sample]:
         """Returns one sample per completion to learn from, and writes the files in samples/."""

@@ -76,7 +76,8 @@ class Updater:
     ) -> UpdateReport:
         """Runs the updates of a rollout: per epoch, one update for each random mini-batch.
 
-        A mini-batch is skipped if none of its samples has an advantage.
+        A mini-batch is skipped if none of its samples has an advantage, unless a teacher's
+        divergence is part of the loss.
 
         Args:
             samples: The samples of all ranks, the same on every rank.
@@ -92,7 +93,7 @@ class Updater:
             trained_mini_batches = [
                 mini_batch
                 for mini_batch in mini_batches(samples, train.updates_per_rollout, seed)
-                if _has_advantage(mini_batch)
+                if self.config.algorithm.has_teacher_loss or _has_advantage(mini_batch)
             ]
         ranks.all_gather_or_raise("the update", self.check_signals)
         batches_per_mini_batch: list[list[Batch]] = []
@@ -239,8 +240,8 @@ class Updater:
     def kl_penalties(self, samples: list[Sample]) -> list[list[float]] | None:
         """Returns the KL penalty of each completion token of each sample.
 
-        The penalty is the KL term in the reward, or log(pi / pi_teacher) if the advantages come
-        from the teacher. Returns None if the recipe has no penalty, or without samples.
+        The penalty is the KL term in the reward, or log(pi / pi_teacher) if the teacher's signal is
+        part of the advantages. Returns None if the recipe has no penalty, or without samples.
         """
         estimator = self.penalty_estimator
         if estimator is None or not samples:
@@ -265,7 +266,7 @@ class Updater:
     def penalty_estimator(self) -> str | None:
         """The KL estimator of `kl_penalties`; None if the recipe has no penalty."""
         algorithm = self.config.algorithm
-        if algorithm.advantage == "teacher":
+        if algorithm.has_teacher_advantage:
             return "k1"
         if algorithm.kl_coef and algorithm.kl_in == "reward":
             return algorithm.kl_estimator
@@ -275,7 +276,7 @@ class Updater:
     def penalty_coefficient(self) -> float:
         """The factor of the KL in `kl_penalties`."""
         algorithm = self.config.algorithm
-        return 1.0 if algorithm.advantage == "teacher" else algorithm.kl_coef
+        return 1.0 if algorithm.has_teacher_advantage else algorithm.kl_coef
 
 
 def _has_advantage(samples: Iterable[Sample]) -> bool:

@@ -83,7 +83,7 @@ def train(preset: str, seed: int, folder: Path) -> Outcome | None:
         f"algorithm={{preset: {preset}}}",
         *SHARED_OVERRIDES,
     ]
-    if preset == "on_policy_distill":
+    if preset.startswith("on_policy_distill"):
         overrides.append(f"model.teacher={folder / f'grpo-{seed}' / 'final'}")
     run_dir = folder / f"{preset}-{seed}"
     run("train", "configs/tiny.yaml", run_dir, *overrides)

@@ -154,7 +154,7 @@ def test_every_preset_passes_its_weight_checks_and_resumes_exactly(tiny, tmp_pat
         # Without verdicts. With verdicts, dynamic sampling would wait for correct answers.
         "rewards": {"digits:share": 1.0},
     }
-    if preset == "on_policy_distill":
+    if preset.startswith("on_policy_distill"):
         sections["model"] = RESUMABLE_RUN_SECTIONS["model"] | {
             "teacher": str(tiny(intermediate_size=128))
         }

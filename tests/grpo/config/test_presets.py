@@ -23,7 +23,7 @@ TREE = {
 def config_tree(preset, **algorithm):
     """Returns a minimal config tree with a preset and other keys of section `algorithm`."""
     tree = {**TREE, "algorithm": {"preset": preset, **algorithm}}
-    if preset == "on_policy_distill":
+    if preset.startswith("on_policy_distill"):
         tree["model"] = {**TREE["model"], "teacher": "tiny-qwen2"}
     return tree
 
@@ -40,8 +40,8 @@ def test_a_preset_fills_in_its_settings_and_keys_of_the_config_override_it(prese
             assert getattr(section, key) == expected
         else:  # `rewards`, the only complete section
             assert {name: reward.weight for name, reward in section.items()} == expected
-    changed = configs.parse(config_tree(preset, advantage="none", kl_coef=0.5)).algorithm
-    assert changed.advantage == "none"
+    changed = configs.parse(config_tree(preset, reduction="prompt", kl_coef=0.5)).algorithm
+    assert changed.reduction == "prompt"
     assert changed.kl_coef == 0.5
     assert "kl_coef=0.5" in describe_recipe(changed)
 
@@ -142,6 +142,17 @@ def test_parsing_a_resolved_config_gives_the_same_config():
             {"preset": "on_policy_distill"},
             r"advantage=teacher \(preset on_policy_distill\) needs model.teacher",
         ),
+        ({"teacher_coef": 0.5}, r"algorithm.teacher_coef=0.5 needs model.teacher"),
+        (
+            {"preset": "on_policy_distill", "teacher_coef": 0.5},
+            "advantage=teacher does not use rewards: remove teacher_coef",
+        ),
+        ({"teacher_divergence": "jsd"}, "teacher_divergence=jsd has no effect without a teacher"),
+        ({"teacher_coef": 0.5, "teacher_top_k": 8}, "set teacher_divergence=reverse_kl"),
+        (
+            {"teacher_coef": 0.5, "kl_coef": 0.1, "kl_in": "reward"},
+            "kl_in=reward already measures the KL to the teacher",
+        ),
     ],
 )
 def test_an_invalid_recipe_is_an_error(algorithm, message):
@@ -163,6 +174,7 @@ SHOWN_IN_FORMULAS = {
     "kl_in",
     "kl_unbiased",
     "reference_reset",
+    "teacher_divergence",
 }
 
 

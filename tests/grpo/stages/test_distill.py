@@ -372,6 +372,18 @@ def test_on_policy_distillation_has_the_learning_rate_of_rl(tiny, tmp_path, way,
         assert part.learner.lr == lr
 
 
+def test_on_policy_distillation_can_compare_complete_distributions(tiny, tmp_path):
+    way = {"way": "on_policy", "train": {"rollouts": 1}, "learner": {"zero_stage": 1}}
+    path = distill_config(tmp_path, tiny, **way, on_policy_divergence="jsd")
+    [train] = configs.load(str(path), kind=DistillConfig).stage_configs().values()
+    assert train.algorithm.preset == "on_policy_distill_exact"
+    assert train.algorithm.teacher_divergence == "jsd"
+    soft = {"way": "soft", "soft": {"updates": 1}}
+    path = distill_config(tmp_path, tiny, **soft, on_policy_divergence="jsd")
+    with pytest.raises(UserError, match="on_policy_divergence has no effect with way=soft"):
+        configs.load(str(path), kind=DistillConfig)
+
+
 def test_on_policy_distillation_without_answers_uses_every_completion(tiny, tmp_path):
     def undecided(completion, problem):
         return None

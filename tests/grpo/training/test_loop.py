@@ -88,7 +88,7 @@ def sections_of(recipe):
     # tiny_config sets kl_coef to 0, which would replace the value of the preset.
     kl_coef = PRESETS[recipe].settings["algorithm.kl_coef"]
     sections = {"algorithm": {"preset": recipe, "kl_coef": kl_coef}, "train": SMALL_TRAIN}
-    if recipe == "on_policy_distill":
+    if recipe.startswith("on_policy_distill"):
         sections["model"] = {"teacher": "another"}
     return sections
 

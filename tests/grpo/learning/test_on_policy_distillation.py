@@ -1,0 +1,179 @@
+"""Tests of a teacher's signal in `grpo train`: one sample or the exact divergence, and rewards.
+
+References are plain PyTorch in float64, and sums over a small vocabulary.
+"""
+
+import statistics
+
+import pytest
+import torch
+from random_loop import make_loop
+from tiny_models import tiny_config
+from training_samples import random_samples
+
+from grpo.config.algorithm import AlgorithmSettings
+from grpo.learning import models
+from grpo.learning.advantages import recipe_advantages
+from grpo.learning.batch import micro_batches, token_weights
+from grpo.learning.divergence import divergence
+from grpo.learning.learner import Learner
+from grpo.losses.reinforce import loss
+
+TEMPERATURE = 1.5  # of the sampler
+COEF = 0.7
+
+
+def kl(p, q):
+    """Returns KL(p || q) of log-probabilities [N, V], as a sum over the vocabulary."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def exact_divergence(student, teacher, kind, top_k):
+    """Returns the divergence of logits [N, V] per position, by its definition."""
+    s = (student / TEMPERATURE).log_softmax(-1)
+    t = (teacher / TEMPERATURE).log_softmax(-1)
+    if top_k is not None:
+        # All tokens but the teacher's k most likely ones count as one.
+        ids = t.topk(top_k, dim=-1).indices
+        s, t = (
+            torch.cat([x.gather(-1, ids), (1 - x.gather(-1, ids).exp().sum(-1, True)).log()], -1)
+            for x in (s, t)
+        )
+    if kind == "reverse_kl":
+        return kl(s, t)
+    if kind == "forward_kl":
+        return kl(t, s)
+    mixture = ((s.exp() + t.exp()) / 2).log()
+    return (kl(s, mixture) + kl(t, mixture)) / 2
+
+
+def plain_loss(student, teacher, samples, kind, top_k):
+    """Returns the loss of one update, the mean over tokens of -r A + COEF divergence."""
+    num_tokens = sum(sample.completion_length for sample in samples)
+    total = torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        ids = torch.tensor([sample.token_ids])
+        positions = slice(sample.prompt_length - 1, -1)
+        logits = student(input_ids=ids).logits[0, positions]
+        teacher_logits = teacher(input_ids=ids).logits[0, positions].detach()
+        completion_ids = torch.tensor(sample.token_ids[sample.prompt_length :])
+        logprobs = (logits / TEMPERATURE).log_softmax(-1).gather(1, completion_ids[:, None])[:, 0]
+        ratios = (logprobs - logprobs.detach()).exp()
+        policy_gradient = -ratios * torch.tensor(sample.advantages, dtype=torch.float64)
+        distillation = COEF * exact_divergence(logits, teacher_logits, kind, top_k)
+        total = total + (policy_gradient + distillation).sum() / num_tokens
+    return total
+
+
+@pytest.mark.parametrize(
+    ("kind", "top_k"),
+    [("reverse_kl", None), ("reverse_kl", 8), ("forward_kl", None), ("jsd", None)],
+)
+def test_loss_and_gradient_equal_plain_torch_in_float64_for_every_split(
+    tiny, tmp_path, kind, top_k
+):
+    teacher_dir = tiny(intermediate_size=128)
+    samples = random_samples(count=6)
+    student = models.load_model(tiny(), "eager").double()
+    teacher = models.load_model(teacher_dir, "eager").double()
+    expected_loss = plain_loss(student, teacher, samples, kind, top_k)
+    expected_loss.backward()
+    gradients = [parameter.grad for parameter in student.parameters()]
+    expected_norm = float(torch.nn.utils.get_total_norm(gradients))
+
+    algorithm = {
+        "preset": "dr_grpo",
+        "reduction": "token",
+        "teacher_coef": COEF,
+        "teacher_divergence": kind,
+        "teacher_top_k": top_k,
+    }
+    for max_tokens, attention in ((1000, "packed"), (30, "packed"), (40, "eager")):
+        config = tiny_config(
+            tmp_path,
+            tiny(),
+            model={"teacher": str(teacher_dir)},
+            algorithm=algorithm,
+            sampling={"temperature": TEMPERATURE},
+            learner={"lr": 1e-12, "logits_chunk_tokens": 8},
+        )
+        learner = Learner(
+            models.load_model(tiny(), attention),
+            config,
+            loss,
+            models.load_model(teacher_dir, attention),
+        )
+        batches = micro_batches(
+            samples,
+            token_weights(samples, "token", 20),
+            max_tokens=max_tokens,
+            packed=attention == "packed",
+        )
+        report = learner.update(batches)
+        assert report["loss"] == pytest.approx(float(expected_loss), rel=1e-4)
+        assert report["policy/grad_norm"] == pytest.approx(expected_norm, rel=1e-4)
+
+
+def estimates_of_the_gradient(logits, teacher_logits):
+    """Returns the gradient [V, V] of the sampled signal with respect to `logits`, by token.
+
+    For token v it is -A(v) grad log pi(v), with A(v) = log pi_teacher(v) - log pi(v).
+    """
+    signals = teacher_logits.log_softmax(0) - logits.log_softmax(0)
+    gradients_of_logprobs = torch.eye(len(logits)) - logits.softmax(0)
+    return -signals[:, None] * gradients_of_logprobs
+
+
+def test_one_sample_estimates_average_to_the_exact_gradient_and_vary_around_it():
+    shares = []
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(50, generator=generator, dtype=torch.float64) * 2
+        teacher_logits = logits + torch.randn(50, generator=generator, dtype=torch.float64) / 2
+        estimates = estimates_of_the_gradient(logits, teacher_logits)
+        probabilities = logits.softmax(0)[:, None]
+        mean = (probabilities * estimates).sum(0)
+
+        logits.requires_grad_()
+        exact = divergence(logits[None], teacher_logits[None], "reverse_kl", 1.0)
+        [exact_gradient] = torch.autograd.grad(exact.sum(), logits)
+        assert torch.allclose(mean, exact_gradient, atol=1e-6)  # `divergence` is in float32
+        variance = (probabilities * (estimates - mean).square()).sum()
+        shares.append(float(variance / mean.square().sum()))
+    # The numbers in docs/algorithms.md.
+    assert min(shares) == pytest.approx(2, abs=0.5)
+    assert max(shares) == pytest.approx(24, abs=0.5)
+    assert statistics.median(shares) == pytest.approx(12, abs=0.5)
+
+
+def test_a_teacher_beside_rewards_golden_numbers():
+    # The rewards 1 and 0 have the advantages 0.5 and -0.5. The teacher finds the first token twice
+    # as likely, the second half as likely, the third impossible: +log 2, -log 2 and -10, times 0.1.
+    algorithm = AlgorithmSettings(advantage="none", teacher_coef=0.1)
+    log2 = 0.693147
+    penalties = [[[-log2, log2], [1e6]]]
+    [[first, second]] = recipe_advantages(algorithm, [[1, 0]], [[2, 1]], penalties)
+    assert [*first, *second] == pytest.approx([0.5693147, 0.4306853, -1.5], abs=1e-6)
+    # A completion whose group has equal rewards learns from the teacher only.
+    [[first, second]] = recipe_advantages(algorithm, [[1, 1]], [[2, 1]], penalties)
+    assert [*first, *second] == pytest.approx([0.0693147, -0.0693147, -1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [None, 16])
+def test_the_exact_divergence_falls_without_any_reward(tiny, tmp_path, top_k):
+    def no_reward(completion, problem):
+        return 0.0
+
+    sections = {
+        "model": {"teacher": "another"},
+        "algorithm": {"preset": "on_policy_distill_exact", "teacher_top_k": top_k},
+        "learner": {"lr": 1e-2, "zero_stage": 1},
+    }
+    loop = make_loop(tmp_path, tiny, reward=no_reward, **sections)
+    divergences = []
+    for _ in range(3):
+        loop.step()
+        metrics = loop.journal.latest_metrics
+        assert metrics["update/made"] == 1
+        divergences.append(metrics["policy/divergence"])
+    assert divergences[2] < 0.7 * divergences[0]
