@@ -266,6 +266,8 @@ class Sample:
             if no engine sampled the tokens.
         group: the index of the sample's group within the update.
         reward: the completion's reward; 0 in supervised training.
+        teacher_prompt_ids: the prompt with which a teacher scores the completion, if it differs
+            from the policy's (`algorithm.teacher_hint`).
     """
 
     token_ids: tuple[int, ...]
@@ -275,6 +277,7 @@ class Sample:
     versions: tuple[int, ...] | None = None
     group: int = 0
     reward: float = 0.0
+    teacher_prompt_ids: tuple[int, ...] | None = None
 
     @property
     def completion_length(self) -> int:
@@ -326,6 +329,8 @@ class Batch:
             the rollout's first update, or those of the sampler. None if they equal the policy's
             current logprobs, so that every ratio is 1.
         ref_logprobs: `[B, T]`, of the reference model. None if the loss has no KL term.
+        teacher_batch: the same completions after the teacher's prompts, row by row, with another
+            number of positions. None if the teacher has the policy's prompts.
     """
 
     sample_indices: tuple[int, ...]
@@ -344,3 +349,4 @@ class Batch:
     max_rank_tokens: int = 1
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    teacher_batch: Batch | None = None

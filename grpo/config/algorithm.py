@@ -272,6 +272,19 @@ class AlgorithmSettings(Section):
         description="Number of the teacher's most likely tokens that `teacher_divergence` "
         "compares; all other tokens count as one. Default: the complete vocabulary.",
     )
+    teacher_hint: Literal["none", "solution", "success", "feedback"] = Field(
+        "none",
+        description="What the teacher's prompt contains in addition to the question: `solution` "
+        "the problem's worked solution, or its answer (OPSD 2601.18734), `success` a correct "
+        "completion of the group, `feedback` the reasons for the completion's low rewards (SDPO "
+        "2601.20802). With a hint and without `model.teacher`, the policy with its current weights "
+        "is the teacher (self-distillation).",
+    )
+    teacher_hint_tokens: int = Field(
+        1024,
+        ge=1,
+        description="Maximum length in tokens of a hint. A longer one is cut off at its end.",
+    )
     reference_reset: int = Field(
         0,
         ge=0,
@@ -445,6 +458,11 @@ class AlgorithmSettings(Section):
             raise ValueError(
                 f"teacher_divergence={self.teacher_divergence} has no effect without a teacher's "
                 "signal: set advantage=teacher, or teacher_coef to learn from rewards as well"
+            )
+        if not self.teacher_weight and self.teacher_hint != "none":
+            raise ValueError(
+                f"teacher_hint={self.teacher_hint} has no effect without a teacher's signal: set "
+                "advantage=teacher, or teacher_coef to learn from rewards as well"
             )
         if self.teacher_top_k and not self.has_teacher_loss:
             raise ValueError(

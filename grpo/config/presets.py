@@ -345,6 +345,19 @@ PRESETS = {
         note="the divergence of the complete distributions instead of one sample; rewards are "
         "reported but not used",
     ),
+    "self_distill": Preset(
+        source="OPSD 2601.18734, SDFT 2601.19897",
+        settings=_algorithm(
+            advantage="teacher",
+            loss="reinforce",
+            reduction="token",
+            kl_coef=0.0,
+            teacher_divergence="reverse_kl",
+            teacher_hint="solution",
+        ),
+        note="the teacher is the current policy; model.teacher set to the start model fixes it, as "
+        "in OPSD. teacher_hint success or feedback is SDPO 2601.20802. There is no moving average",
+    ),
 }
 
 

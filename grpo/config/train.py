@@ -197,6 +197,13 @@ class TrainConfig(SamplingStageConfig):
         return self.train.max_staleness > 0 or self.algorithm.no_signal == "resample"
 
     @property
+    def max_teacher_tokens(self) -> int:
+        """Maximum length in tokens of a sequence that a teacher reads, which may have a hint."""
+        if self.algorithm.teacher_hint == "none":
+            return self.max_sequence_tokens
+        return self.max_sequence_tokens + self.algorithm.teacher_hint_tokens
+
+    @property
     def logprob_temperature(self) -> float:
         """Temperature of the learner's log-probabilities: that of the sampler."""
         return self.sampling.temperature
@@ -242,12 +249,19 @@ class TrainConfig(SamplingStageConfig):
                     "algorithm.reference_reset would overwrite model.teacher: set it to 0"
                 )
         has_signal = self.algorithm.teacher_weight > 0
-        if has_signal and not self.model.teacher:
+        has_teacher = bool(self.model.teacher) or self.algorithm.teacher_hint != "none"
+        if has_signal and not has_teacher:
             setting = "advantage=teacher (preset on_policy_distill)"
             if self.algorithm.teacher_coef:
                 setting = f"teacher_coef={self.algorithm.teacher_coef:g}"
             raise ValueError(
-                f"algorithm.{setting} needs model.teacher: set it to the path of a model"
+                f"algorithm.{setting} needs model.teacher: set it to the path of a model, or let "
+                "the policy teach itself with algorithm.teacher_hint=solution"
+            )
+        if self.algorithm.teacher_hint != "none" and self.learner.sequence_parallel > 1:
+            raise ValueError(
+                "algorithm.teacher_hint does not support learner.sequence_parallel: the prompts of "
+                "policy and teacher are split differently. Set learner.sequence_parallel=1"
             )
         if self.model.teacher and not has_signal and not self.algorithm.kl_coef:
             raise ValueError(

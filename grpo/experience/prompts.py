@@ -7,6 +7,7 @@ model behind an endpoint, whose tokenizer is not available.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,20 @@ class Prompts:
         if not has_chat_template and ids[-1] == self._tokenizer.eos_token_id:
             ids = ids[:-1]
         return tuple(ids)
+
+    def hinted_token_ids(self, problem: Problem, hint: str, max_tokens: int) -> tuple[int, ...]:
+        """Returns the token ids of a prompt with a hint after the question, for a teacher.
+
+        Args:
+            problem: The problem.
+            hint: The hint, e.g. `"Feedback on an earlier attempt: format: no answer"`.
+            max_tokens: Maximum length of the hint in tokens. A longer one is cut off at its end.
+        """
+        hint_ids = self._tokenizer(hint, add_special_tokens=False)["input_ids"]
+        if len(hint_ids) > max_tokens:
+            hint = self._tokenizer.decode(hint_ids[:max_tokens])
+        question = f"{problem.question}\n\n{hint}\n\nSolve the problem yourself."
+        return self.token_ids(replace(problem, question=question))
 
     def solution_ids(self, problem: Problem) -> tuple[int, ...]:
         """Returns the token ids of a worked solution, the target of supervised fine-tuning.

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from grpo.config.algorithm import NORMALIZED_ADVANTAGES, AlgorithmSettings
@@ -434,6 +435,7 @@ def to_samples(
     advantages_PGL: Sequence[Sequence[tuple[float, ...]]],
     *,
     mask_truncated: bool = False,
+    teacher_prompts_PGL: Sequence[Sequence[tuple[int, ...]]] | None = None,
 ) -> list[Sample]:
     """Returns one sample per completion that has a reward, in the order of the groups.
 
@@ -442,17 +444,23 @@ def to_samples(
         advantages_PGL: result of `advantages` for these groups.
         mask_truncated: skip completions that were cut off by `sampling.max_tokens`. Their rewards
             still count in the means of `advantages` (overlong filtering, DAPO 2503.14476).
+        teacher_prompts_PGL: the prompts with which a teacher scores the completions [P, G]. `None`
+            if they are those of the policy.
     """
     samples = []
     for group_index, (scored, advantages_GL) in enumerate(zip(groups, advantages_PGL, strict=True)):
-        for completion, reward, advantages_L in zip(
-            scored.group.completions, scored.rewards, advantages_GL, strict=True
+        teacher_prompts_GL: Sequence[tuple[int, ...] | None] = [None] * len(advantages_GL)
+        if teacher_prompts_PGL is not None:
+            teacher_prompts_GL = teacher_prompts_PGL[group_index]
+        for completion, reward, advantages_L, teacher_prompt in zip(
+            scored.group.completions, scored.rewards, advantages_GL, teacher_prompts_GL, strict=True
         ):
             if reward is None:
                 continue
             if mask_truncated and completion.finish_reason == "length":
                 continue
-            samples.append(_to_sample(scored.group, completion, advantages_L, reward, group_index))
+            sample = _to_sample(scored.group, completion, advantages_L, reward, group_index)
+            samples.append(replace(sample, teacher_prompt_ids=teacher_prompt))
     return samples
 
 

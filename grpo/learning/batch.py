@@ -106,10 +106,12 @@ def micro_batches(
             round gets a copy of another rank's micro-batch with `is_filler` set and weights 0.
     """
     rank, num_ranks = share
+    # The longer prompt of a teacher counts, because its batch has the same rows.
+    longest = [_with_longer_prompt(sample) for sample in samples]
     if packed:
-        parts = _split_packed(samples, max_tokens)
+        parts = _split_packed(longest, max_tokens)
     else:
-        parts = split_padded([len(sample.token_ids) for sample in samples], max_tokens)
+        parts = split_padded([len(sample.token_ids) for sample in longest], max_tokens)
     if num_ranks > 1:
         # The ranks work in rounds. Sorted, the micro-batches of a round have about the same size.
         parts.sort(key=attrgetter("num_tokens"), reverse=True)
@@ -128,6 +130,13 @@ def micro_batches(
         )
         batches.append(replace(batch, max_rank_tokens=max_rank_tokens))
     return batches
+
+
+def _with_longer_prompt(sample: Sample) -> Sample:
+    """Returns the sample as the teacher reads it, if that is longer."""
+    if len(sample.teacher_prompt_ids or ()) > sample.prompt_length:
+        return _as_teacher_reads(sample)
+    return sample
 
 
 @dataclass(slots=True)
@@ -200,6 +209,11 @@ def _by_prompt(samples: Sequence[Sample], prompts: Sequence[tuple[int, ...]]) ->
 def _collate(indices: Sequence[int], samples: Sequence[Sample], weights: Sequence[float]) -> Batch:
     """Returns the samples at `indices` as one micro-batch, padded on the right."""
     rows = [samples[i] for i in indices]
+    teacher_batch = None
+    if any(sample.teacher_prompt_ids is not None for sample in rows):
+        teacher_rows = [_as_teacher_reads(sample) for sample in rows]
+        row_weights = [weights[i] for i in indices]
+        teacher_batch = _collate(range(len(rows)), teacher_rows, row_weights)
     shape = (len(rows), max(len(sample.token_ids) for sample in rows))
     input_ids = torch.full(shape, PADDING_ID)  # all tensors are [B, T]
     labels = torch.full(shape, PADDING_ID)
@@ -235,7 +249,34 @@ def _collate(indices: Sequence[int], samples: Sequence[Sample], weights: Sequenc
         advantages=advantages_BT,
         sampler_logprobs=sampler_logprobs,
         versions=versions,
+        teacher_batch=teacher_batch,
     )
+
+
+def _as_teacher_reads(sample: Sample) -> Sample:
+    """Returns the sample with the teacher's prompt in place of the policy's."""
+    if sample.teacher_prompt_ids is None:
+        return sample
+    completion_ids = sample.token_ids[sample.prompt_length :]
+    return replace(
+        sample,
+        token_ids=sample.teacher_prompt_ids + completion_ids,
+        prompt_length=len(sample.teacher_prompt_ids),
+        teacher_prompt_ids=None,
+    )
+
+
+def align_with_policy(values: Tensor, batch: Batch) -> Tensor:
+    """Returns values [B, T] of completion tokens, from their positions in `teacher_batch`.
+
+    Args:
+        values: values at the positions of `batch.teacher_batch`, [B, T'].
+        batch: the micro-batch. Without a `teacher_batch`, the values are returned unchanged.
+    """
+    if batch.teacher_batch is None:
+        return values
+    grid = torch.zeros(batch.token_mask.shape, dtype=values.dtype)
+    return grid.masked_scatter(batch.token_mask, values[batch.teacher_batch.token_mask])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -248,4 +289,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if batch.teacher_top is not None:
         token_ids, logprobs = batch.teacher_top
         values_on_device["teacher_top"] = (token_ids.to(device), logprobs.to(device))
+    if batch.teacher_batch is not None:
+        values_on_device["teacher_batch"] = to_device(batch.teacher_batch, device)
     return replace(batch, **values_on_device)

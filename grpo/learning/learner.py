@@ -521,6 +521,7 @@ def _soft_targets(
         return None
     return SoftTargets(
         teacher=teacher,
+        is_policy=config.model.teacher is None,
         divergence=algorithm.teacher_divergence,
         # That of the sampler, as in the log-probabilities of the one-sample estimate.
         temperature=config.logprob_temperature,

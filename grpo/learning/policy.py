@@ -72,7 +72,9 @@ class SoftTargets:
 
     Attributes:
         teacher: The teacher. None if the batches hold its most likely tokens
-            (`Batch.teacher_top`).
+            (`Batch.teacher_top`), or if the policy is its own teacher.
+        is_policy: Whether the policy with its current weights is the teacher. It reads other
+            prompts (`Batch.teacher_batch`).
         divergence: `forward_kl`, `reverse_kl` or `jsd` (grpo/learning/divergence.py).
         temperature: Divides the logits of both.
         beta: The weight of the teacher in `jsd`.
@@ -85,6 +87,7 @@ class SoftTargets:
     teacher: Policy | None
     divergence: str
     temperature: float
+    is_policy: bool = False
     beta: float = 0.5
     top_k: int | None = None
     matches_layers: bool = False
@@ -242,11 +245,22 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _teacher_states(self, batch: Batch, *, has_gradient: bool) -> _States | None:
-        """Returns the teacher's states; None without a teacher, or if no loss needs them."""
-        if self._soft_targets is None or self._soft_targets.teacher is None or not has_gradient:
+        """Returns the teacher's states; None without a teacher, or if no loss needs them.
+
+        They are those of the batch's completion tokens, also if the teacher reads other prompts.
+        """
+        teacher = self._teacher()
+        if teacher is None or not has_gradient:
             return None
         teacher_layers = [pair.teacher for pair in self._layer_pairs]
-        return self._soft_targets.teacher._states(batch, teacher_layers)
+        teacher_batch = batch if batch.teacher_batch is None else batch.teacher_batch
+        return teacher._states(teacher_batch, teacher_layers)
+
+    def _teacher(self) -> Policy | None:
+        """Returns the teacher, which may be this policy; None without one in memory."""
+        if self._soft_targets is None:
+            return None
+        return self if self._soft_targets.is_policy else self._soft_targets.teacher
 
     def _hidden_errors(self, states: _States, teacher_states: _States) -> Tensor:
         """Returns the mean squared error [N] of projected hidden states, averaged over layers."""
@@ -362,9 +376,11 @@ class Policy(nn.Module):
     def _divergence(self, hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """Returns the divergences of one chunk from the teacher's distribution."""
         targets = self._soft_targets
-        assert targets is not None and targets.teacher is not None
+        teacher = self._teacher()
+        assert targets is not None and teacher is not None
         logits = self._logits(hidden)
-        teacher_logits = targets.teacher._logits(teacher_hidden)
+        with torch.no_grad():  # The policy's own head may be the teacher's.
+            teacher_logits = teacher._logits(teacher_hidden)
         if targets.top_k is None:
             return divergence(
                 logits, teacher_logits, targets.divergence, targets.temperature, targets.beta

@@ -166,6 +166,7 @@ def _samples_from_columns(columns: Mapping[str, list[Any]]) -> list[Sample]:
     samples = []
     sequence_start = 0  # in the column of all tokens
     completion_start = 0  # in the columns of completion tokens
+    teacher_prompts = _teacher_prompts(columns)
     for i, (length, prompt_length) in enumerate(
         zip(columns["lengths"], columns["prompts"], strict=True)
     ):
@@ -181,6 +182,7 @@ def _samples_from_columns(columns: Mapping[str, list[Any]]) -> list[Sample]:
                 versions=tuple(columns["token_versions"][completion]) or None,
                 group=columns["groups"][i],
                 reward=columns["rewards"][i],
+                teacher_prompt_ids=teacher_prompts[i],
             )
         )
         sequence_start = sequence_end
@@ -188,10 +190,23 @@ def _samples_from_columns(columns: Mapping[str, list[Any]]) -> list[Sample]:
     return samples
 
 
+def _teacher_prompts(columns: Mapping[str, list[Any]]) -> list[tuple[int, ...] | None]:
+    """Returns the teacher's prompt of each sample, None where it has none."""
+    prompts: list[tuple[int, ...] | None] = []
+    start = 0
+    # Runs without hints, and older ones, have no such column.
+    for length in columns.get("teacher_prompts", [0] * len(columns["lengths"])):
+        ids = tuple(columns["teacher_ids"][start : start + length]) if length else None
+        prompts.append(ids)
+        start += length
+    return prompts
+
+
 def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
     """Returns samples as columns: values per sample, and concatenated values per token.
 
     "ids" has all tokens; "advantages", "logprobs" and "token_versions" have completion tokens.
+    "teacher_prompts" has the lengths of the teacher's prompts and "teacher_ids" their tokens.
     """
     token_ids: list[int] = []
     advantages: list[float] = []
@@ -202,7 +217,13 @@ def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
         advantages += sample.advantages
         logprobs += sample.sampler_logprobs or ()
         token_versions += sample.versions or ()
-    return {
+    columns: dict[str, Any] = {}
+    teacher_prompts = [sample.teacher_prompt_ids or () for sample in samples]
+    if any(teacher_prompts):
+        columns["teacher_prompts"] = [len(prompt) for prompt in teacher_prompts]
+        teacher_ids = list(itertools.chain.from_iterable(teacher_prompts))
+        columns["teacher_ids"] = np.array(teacher_ids, dtype=np.uint32)
+    return columns | {
         "lengths": [len(sample.token_ids) for sample in samples],
         "prompts": [sample.prompt_length for sample in samples],
         "groups": [sample.group for sample in samples],

@@ -163,6 +163,9 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
     context.display.phase(0, "loading the model")
     start = find_start_model(config, context)
     models.check_context(start.model_dir, config.max_sequence_tokens, config.length_keys)
+    if config.algorithm.teacher_hint != "none" and not config.model.teacher:
+        length_keys = f"{config.length_keys} + algorithm.teacher_hint_tokens"
+        models.check_context(start.model_dir, config.max_teacher_tokens, length_keys)
     mixture = make_mixture(config.data, inputs.problems, start.prompts, config.seed)
     require_same_start(start.tokenizer, mixture)
     if config.engine.deterministic:
@@ -198,7 +201,7 @@ def _load_learner(
         policy = lora.load_policy(config, start.model_dir, config.model.attention)
         teacher_dir = None
         if config.model.teacher:
-            teacher_dir = find_teacher(config, context, start.tokenizer, config.max_sequence_tokens)
+            teacher_dir = find_teacher(config, context, start.tokenizer, config.max_teacher_tokens)
         reference = lora.load_reference(config, start.model_dir, teacher_dir)
         if torch.cuda.is_available() and not config.engine.servers:
             # The engine measures the free GPU memory while it starts. GPU memory that the learner

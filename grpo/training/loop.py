@@ -16,6 +16,7 @@ from typing import Any
 from grpo.config import TrainConfig
 from grpo.engines import Engine, EngineError
 from grpo.experience.group_metrics import sample_rows
+from grpo.experience.hints import teacher_prompts
 from grpo.learning.advantages import (
     completion_lengths,
     normalized_rewards,
@@ -38,6 +39,7 @@ from grpo.types import Sample, ScoredGroup, TrainingStoppedError
 # Both hold one value per token: [group][completion][token].
 KlPenalties = list[list[list[float]]]
 Advantages = list[list[tuple[float, ...]]]
+TeacherPrompts = list[list[tuple[int, ...]]]  # [group][completion]: token ids
 
 
 @dataclass(kw_only=True)
@@ -146,10 +148,11 @@ class Loop:
         groups = self._next_groups(timer)  # sampled, scored and selected
         ranks.all_gather_or_raise("engine sleep", self.engine.sleep)
         self.display.phase(self.progress.rollout, "update")
-        kl_penalties = self._kl_penalties(groups.used, timer)
+        teacher_prompts = self._teacher_prompts(groups.used)
+        kl_penalties = self._kl_penalties(groups.used, teacher_prompts, timer)
         self.progress.is_savable = False  # until the probe has verified the new weights
         token_advantages = self._advantages(groups.used, kl_penalties)
-        samples = self._make_samples(groups, token_advantages)
+        samples = self._make_samples(groups, token_advantages, teacher_prompts)
         update = self._update(samples, timer)
         report = StepReport(
             rollout=self.progress.rollout,
@@ -180,7 +183,18 @@ class Loop:
         # without a reward takes part in the update.
         return replace(groups, used=[_with_decided_rewards(scored) for scored in groups.used])
 
-    def _kl_penalties(self, groups: list[ScoredGroup], timer: Timer) -> KlPenalties | None:
+    def _teacher_prompts(self, groups: list[ScoredGroup]) -> TeacherPrompts | None:
+        """Returns the teacher's prompt for each completion; None if it is that of the policy."""
+        algorithm = self.config.algorithm
+        if algorithm.teacher_hint == "none":
+            return None
+        return teacher_prompts(
+            groups, algorithm.teacher_hint, self.rollouts.prompts, algorithm.teacher_hint_tokens
+        )
+
+    def _kl_penalties(
+        self, groups: list[ScoredGroup], prompts: TeacherPrompts | None, timer: Timer
+    ) -> KlPenalties | None:
         """Returns the KL penalties of all tokens.
 
         Returns None if the recipe has no penalty, or without groups.
@@ -194,7 +208,8 @@ class Loop:
             # `to_samples` skips completions without a reward. With rewards of 0 for all of them,
             # there is one sample, and one list of penalties, per completion.
             rewarded = [replace(scored, rewards=(0.0,) * len(scored.rewards)) for scored in groups]
-            penalties = self.updater.kl_penalties(to_samples(rewarded, no_advantages))
+            samples = to_samples(rewarded, no_advantages, teacher_prompts_PGL=prompts)
+            penalties = self.updater.kl_penalties(samples)
             if penalties is None:
                 return None
             return unflatten(penalties, [len(scored.rewards) for scored in groups])
@@ -210,11 +225,18 @@ class Loop:
             rewards = normalized_rewards(rewards, parts, weights)
         return recipe_advantages(algorithm, rewards, completion_lengths(groups), kl_penalties)
 
-    def _make_samples(self, groups: RolloutGroups, token_advantages: Advantages) -> list[Sample]:
+    def _make_samples(
+        self, groups: RolloutGroups, token_advantages: Advantages, prompts: TeacherPrompts | None
+    ) -> list[Sample]:
         """Returns one sample per completion to learn from, and writes the files in samples/."""
         self._write_samples(sample_rows(groups.sampled, groups.used, token_advantages))
         mask_truncated = self.config.algorithm.truncated == "mask"
-        samples = to_samples(groups.used, token_advantages, mask_truncated=mask_truncated)
+        samples = to_samples(
+            groups.used,
+            token_advantages,
+            mask_truncated=mask_truncated,
+            teacher_prompts_PGL=prompts,
+        )
         self.run.write_update_samples(
             self.progress.rollout + 1, samples, self.config.logging.replay
         )

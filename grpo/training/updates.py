@@ -18,7 +18,13 @@ from torch import Tensor
 from grpo.config import TrainConfig
 from grpo.experience.sampling import derive_seed
 from grpo.learning.advantages import unflatten
-from grpo.learning.batch import micro_batches, mini_batch_order, mini_batches, token_weights
+from grpo.learning.batch import (
+    align_with_policy,
+    micro_batches,
+    mini_batch_order,
+    mini_batches,
+    token_weights,
+)
 from grpo.learning.learner import Learner
 from grpo.learning.objective import kl_estimate
 from grpo.run import ranks
@@ -248,12 +254,14 @@ class Updater:
             return None
         batches = self._micro_batches(samples)
         policy_scores = self.learner.score(batches)
-        reference_scores = self.learner.score(batches, reference=True)
+        reference_logprobs = self._penalty_logprobs(batches)
         local_penalties: dict[int, list[float]] = {}  # by index of the sample
-        for batch, policy, reference in zip(batches, policy_scores, reference_scores, strict=True):
+        for batch, policy, reference in zip(
+            batches, policy_scores, reference_logprobs, strict=True
+        ):
             if batch.is_filler:
                 continue
-            kl = kl_estimate(policy.logprobs, reference.logprobs, estimator)
+            kl = kl_estimate(policy.logprobs, reference, estimator)
             penalties = self.penalty_coefficient * kl  # [B, T]
             for row, index in enumerate(batch.sample_indices):
                 local_penalties[index] = penalties[row][batch.token_mask[row]].tolist()
@@ -261,6 +269,23 @@ class Updater:
         for penalties_of_rank in ranks.all_gather("the KL penalties", local_penalties):
             all_penalties.update(penalties_of_rank)
         return [all_penalties[index] for index in range(len(samples))]
+
+    def _penalty_logprobs(self, batches: list[Batch]) -> list[Tensor]:
+        """Returns the logprobs [B, T] of the teacher or reference for each batch.
+
+        Without a model of its own, the teacher is the policy, which reads the teacher's prompts.
+        """
+        if not self.config.algorithm.has_teacher_advantage:
+            return [score.logprobs for score in self.learner.score(batches, reference=True)]
+        teacher_batches = [
+            batch if batch.teacher_batch is None else batch.teacher_batch for batch in batches
+        ]
+        has_teacher_model = self.config.model.teacher is not None
+        scores = self.learner.score(teacher_batches, reference=has_teacher_model)
+        return [
+            align_with_policy(score.logprobs, batch)
+            for batch, score in zip(batches, scores, strict=True)
+        ]
 
     @property
     def penalty_estimator(self) -> str | None:

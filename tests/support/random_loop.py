@@ -87,6 +87,10 @@ class TokenPrompts:
         """Returns the prompt's token ids."""
         return (5, 6, 7 + int(problem.id[1:]))
 
+    def hinted_token_ids(self, problem, hint, max_tokens):
+        """Returns the token ids of a teacher's prompt: one more token, with the hint's length."""
+        return (*self.token_ids(problem), 10 + min(len(hint), max_tokens))
+
     def prefill(self, problem):
         """Returns the beginning of every completion: nothing."""
         return ""
@@ -104,7 +108,7 @@ def first_token_is_even(completion, problem):
 def take_problems(position, count):
     """Returns `count` training problems, starting at `position`. Ids repeat after `p39`."""
     return [
-        Problem(id=f"p{i % NUM_PROBLEMS}", question="", answer="", source="t")
+        Problem(id=f"p{i % NUM_PROBLEMS}", question="", answer="7", source="t")
         for i in range(position, position + count)
     ]
 

@@ -148,6 +148,7 @@ def test_parsing_a_resolved_config_gives_the_same_config():
             "advantage=teacher does not use rewards: remove teacher_coef",
         ),
         ({"teacher_divergence": "jsd"}, "teacher_divergence=jsd has no effect without a teacher"),
+        ({"teacher_hint": "solution"}, "teacher_hint=solution has no effect without a teacher"),
         ({"teacher_coef": 0.5, "teacher_top_k": 8}, "set teacher_divergence=reverse_kl"),
         (
             {"teacher_coef": 0.5, "kl_coef": 0.1, "kl_in": "reward"},

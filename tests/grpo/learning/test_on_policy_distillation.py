@@ -4,12 +4,13 @@ References are plain PyTorch in float64, and sums over a small vocabulary.
 """
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 from random_loop import make_loop
 from tiny_models import tiny_config
-from training_samples import random_samples
+from training_samples import TokenGenerator, random_samples
 
 from grpo.config.algorithm import AlgorithmSettings
 from grpo.learning import models
@@ -18,6 +19,8 @@ from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.divergence import divergence
 from grpo.learning.learner import Learner
 from grpo.losses.reinforce import loss
+from grpo.training.updates import Updater
+from grpo.types import Sample
 
 TEMPERATURE = 1.5  # of the sampler
 COEF = 0.7
@@ -177,3 +180,116 @@ def test_the_exact_divergence_falls_without_any_reward(tiny, tmp_path, top_k):
         assert metrics["update/made"] == 1
         divergences.append(metrics["policy/divergence"])
     assert divergences[2] < 0.7 * divergences[0]
+
+
+def with_teacher_prompts(samples):
+    """Returns the samples with prompts of a teacher, which the second and the last do not have.
+
+    Their advantages are 0: the divergence is the only signal.
+    """
+    draw = TokenGenerator(5)
+    result = []
+    for index, sample in enumerate(samples):
+        prompt = None
+        if index not in (1, len(samples) - 1):
+            prompt = sample.token_ids[: sample.prompt_length] + draw.tokens(1 + 3 * index)
+        zeros = (0.0,) * sample.completion_length
+        result.append(replace(sample, advantages=zeros, teacher_prompt_ids=prompt))
+    return result
+
+
+def completion_logits(model, prompt_ids, sample):
+    """Returns the logits [N, V] that predict a sample's completion after a prompt."""
+    completion_ids = sample.token_ids[sample.prompt_length :]
+    ids = torch.tensor([(*prompt_ids, *completion_ids)])
+    return model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1]
+
+
+def self_distillation_loss(policy, samples):
+    """Returns the mean over tokens of KL(policy || policy with the teacher's prompt)."""
+    num_tokens = sum(sample.completion_length for sample in samples)
+    total = torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        prompt_ids = sample.token_ids[: sample.prompt_length]
+        logits = completion_logits(policy, prompt_ids, sample)
+        teacher_prompt = sample.teacher_prompt_ids or prompt_ids
+        teacher_logits = completion_logits(policy, teacher_prompt, sample).detach()
+        total = total + exact_divergence(logits, teacher_logits, "reverse_kl", None).sum()
+    return total / num_tokens
+
+
+def self_distillation_learner(tiny, tmp_path, attention, zero_stage=0, **algorithm):
+    config = tiny_config(
+        tmp_path,
+        tiny(),
+        algorithm={"preset": "self_distill", **algorithm},
+        sampling={"temperature": TEMPERATURE},
+        learner={"lr": 1e-12, "logits_chunk_tokens": 8, "zero_stage": zero_stage},
+    )
+    return config, Learner(models.load_model(tiny(), attention), config, loss)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("attention", ["packed", "eager"])
+def test_a_policy_with_hints_teaches_itself_as_in_plain_torch(
+    tiny, tmp_path, attention, zero_stage
+):
+    samples = with_teacher_prompts(random_samples(count=6))
+    policy = models.load_model(tiny(), "eager").double()
+    expected_loss = self_distillation_loss(policy, samples)
+    expected_loss.backward()
+    gradients = [parameter.grad for parameter in policy.parameters()]
+    expected_norm = float(torch.nn.utils.get_total_norm(gradients))
+    for max_tokens in (1000, 50):
+        _, learner = self_distillation_learner(tiny, tmp_path, attention, zero_stage)
+        batches = micro_batches(
+            samples,
+            token_weights(samples, "token", 20),
+            max_tokens=max_tokens,
+            packed=attention == "packed",
+        )
+        report = learner.update(batches)
+        learner.close()
+        assert report["policy/divergence"] == pytest.approx(float(expected_loss), rel=1e-4)
+        assert report["policy/grad_norm"] == pytest.approx(expected_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["packed", "eager"])
+def test_one_sample_of_a_policy_with_hints_is_its_logprob_with_the_hint(tiny, tmp_path, attention):
+    samples = with_teacher_prompts(random_samples(count=6))
+    config, learner = self_distillation_learner(
+        tiny, tmp_path, attention, teacher_divergence="sampled"
+    )
+    penalties = Updater(config=config, learner=learner).kl_penalties(samples)
+    policy = models.load_model(tiny(), "eager")
+    for sample, actual in zip(samples, penalties, strict=True):
+        completion_ids = torch.tensor(sample.token_ids[sample.prompt_length :])
+        prompt_ids = sample.token_ids[: sample.prompt_length]
+        logprobs = [
+            (completion_logits(policy, prompt, sample) / TEMPERATURE)
+            .log_softmax(-1)
+            .gather(1, completion_ids[:, None])[:, 0]
+            for prompt in (prompt_ids, sample.teacher_prompt_ids or prompt_ids)
+        ]
+        assert torch.allclose(torch.tensor(actual), logprobs[0] - logprobs[1], atol=1e-5)
+    assert any(abs(value) > 0.01 for value in penalties[0])
+    assert penalties[1] == pytest.approx([0.0] * samples[1].completion_length, abs=1e-6)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_micro_batch_has_room_for_the_longer_prompts_of_a_teacher(packed):
+    # Each sample has 20 tokens for the policy and 40 for the teacher.
+    samples = [
+        Sample(
+            token_ids=(number,) * 10 + (50,) * 10,
+            prompt_length=10,
+            advantages=(0.0,) * 10,
+            teacher_prompt_ids=(number,) * 30,
+        )
+        for number in range(1, 5)
+    ]
+    batches = micro_batches(samples, [0.1] * 4, max_tokens=80, packed=packed)
+    assert [len(batch.sequences) for batch in batches] == [2, 2]
+    for batch in batches:
+        assert batch.teacher_batch.input_ids.shape == (2, 40)
+        assert int(batch.teacher_batch.token_mask.sum()) == int(batch.token_mask.sum()) == 20

@@ -26,9 +26,13 @@ MAX_TOKENS = 20  # `sampling.max_tokens`
 MAX_COMPLETION_TOKENS = 8  # of a random completion
 NUM_GROUPS = 3
 GROUP_SIZE = 4
-# All presets but one whose loss is a divergence, which grpo/learning/learner.py adds: its test is
-# tests/grpo/learning/test_on_policy_distillation.py.
-RECIPES = [preset for preset in PRESETS if preset != "on_policy_distill_exact"]
+# All presets but those whose loss is a divergence, which grpo/learning/learner.py adds. They are
+# tested in tests/grpo/learning/test_on_policy_distillation.py.
+RECIPES = [
+    name
+    for name, preset in PRESETS.items()
+    if "algorithm.teacher_divergence" not in preset.settings
+]
 GDPO_WEIGHTS = {"accuracy": 1.0, "format": 0.5}
 
 
