@@ -16,6 +16,7 @@ import yaml
 
 from grpo import config as configs
 from grpo.config import TrainConfig
+from grpo.config.algorithm import AlgorithmSettings
 from grpo.config.presets import CLIPPING_KEYS, describe_recipe
 from grpo.config.reading import apply_overrides
 from grpo.experience import plugins
@@ -76,23 +77,39 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
     has_new_algorithm = (
         new_config.algorithm != config.algorithm or new_config.model.teacher != config.model.teacher
     )
-    masks_truncated = "mask" in (config.algorithm.truncated, new_config.algorithm.truncated)
-    if has_new_algorithm and masks_truncated:
+    if has_new_algorithm:
+        _check_stored_values(config.algorithm, new_config.algorithm)
+    metrics = _repeat_updates(new_config, stored, with_new_advantages=has_new_algorithm)
+    print(describe_recipe(new_config.algorithm))
+    _print_comparison(stored, metrics)
+    return all(stored.metrics.get(key) == metrics.get(key) for key in ("loss", "policy/grad_norm"))
+
+
+def _check_stored_values(stored: AlgorithmSettings, new: AlgorithmSettings) -> None:
+    """Raises UserError if the new algorithm needs values that the samples do not have.
+
+    Args:
+        stored: The algorithm of the run.
+        new: The algorithm of the replay.
+    """
+    if "mask" in (stored.truncated, new.truncated):
         raise UserError(
             "grpo replay: with algorithm.truncated=mask, the samples of truncated completions are "
             "not stored, but the advantages depend on them; such a step cannot be repeated with "
             "another algorithm"
         )
-    if has_new_algorithm and new_config.algorithm.advantage == "per_reward":
+    if new.advantage == "per_reward":
         raise UserError(
             "grpo replay: algorithm.advantage=per_reward needs the value of each reward, and the "
             "stored samples have only their sum; such a step can be repeated only with its own "
             "algorithm"
         )
-    metrics = _repeat_updates(new_config, stored, with_new_advantages=has_new_algorithm)
-    print(describe_recipe(new_config.algorithm))
-    _print_comparison(stored, metrics)
-    return all(stored.metrics.get(key) == metrics.get(key) for key in ("loss", "policy/grad_norm"))
+    if new.teacher_hint not in ("none", stored.teacher_hint):
+        raise UserError(
+            f"grpo replay: algorithm.teacher_hint={new.teacher_hint} needs the teacher's prompts, "
+            f"and the run has teacher_hint={stored.teacher_hint}; it can be repeated with that "
+            "hint, or without one"
+        )
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:
@@ -180,6 +197,8 @@ def _repeat_updates(
             learner = _load_learner(config, stored, Path(scratch))
         updater = Updater(config=config, learner=learner)
         samples = stored.samples
+        if config.algorithm.teacher_hint == "none":
+            samples = [replace(sample, teacher_prompt_ids=None) for sample in samples]
         if with_new_advantages:
             samples = _with_new_advantages(samples, updater)
         report = updater.update(samples, rollout=stored.step - 1)

@@ -73,8 +73,26 @@ def test_a_replay_computes_the_kl_penalties_and_teacher_logprobs_that_overrides_
         grad_norms += re.findall(r"^policy/grad_norm +\S+ +(\S+)", output, re.MULTILINE)
     assert len(set(grad_norms)) == 2
 
-    with pytest.raises(UserError, match="truncated=mask"):
-        replay(str(run_dir), step=4, overrides=["algorithm.truncated=mask"])
+    for override, message in (
+        ("algorithm.truncated=mask", "truncated=mask"),
+        ("algorithm.preset=gdpo", "per_reward needs the value of each reward"),
+        ("algorithm.preset=self_distill", "teacher_hint=solution needs the teacher's prompts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            replay(str(run_dir), step=4, overrides=[override])
+
+
+def test_a_replay_of_self_distillation_has_the_prompts_of_the_teacher(tiny, tmp_path, capsys):
+    sections = {"algorithm": {"preset": "self_distill"}, "logging": {"replay": 3}}
+    loop = make_loop(tmp_path, tiny, checkpoint={"every": 1}, **sections)
+    (tmp_path / "config.yaml").write_text(configs.dump(loop.config))
+    loop.train()
+    assert any(sample.teacher_prompt_ids for sample in read_update_samples(tmp_path, 3))
+    assert replay(str(tmp_path), step=3, overrides=[])
+    assert "differs" not in capsys.readouterr().out
+    # A teacher model without a hint reads the prompts of the policy.
+    overrides = ["algorithm.preset=on_policy_distill", f"model.teacher={tiny()}"]
+    assert not replay(str(tmp_path), step=3, overrides=overrides)
 
 
 def test_another_loss_uses_its_default_clip_bounds(run_dir, tmp_path):
