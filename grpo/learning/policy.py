@@ -385,14 +385,13 @@ class Policy(nn.Module):
             return divergence(
                 logits, teacher_logits, targets.divergence, targets.temperature, targets.beta
             )
-        teacher_logprobs = torch.log_softmax(teacher_logits.float() / targets.temperature, -1)
-        top = teacher_logprobs.topk(targets.top_k, dim=-1)
+        # The vocabularies may be padded to different sizes (Qwen2.5). The common part counts.
+        vocabulary = min(logits.shape[-1], teacher_logits.shape[-1])
+        student_logits = logits[:, :vocabulary].float() / targets.temperature
+        teacher_logits = teacher_logits[:, :vocabulary].float() / targets.temperature
+        top = teacher_logits.log_softmax(-1).topk(min(targets.top_k, vocabulary), dim=-1)
         return top_divergence(
-            logits.float() / targets.temperature,
-            top.indices,
-            top.values,
-            targets.divergence,
-            targets.beta,
+            student_logits, top.indices, top.values, targets.divergence, targets.beta
         )
 
     def _top_divergence(self, hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:

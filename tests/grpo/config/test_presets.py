@@ -195,7 +195,7 @@ def table_row(name, preset):
         recipe.equation.replace("|", "\\|"),
         recipe.advantage,
         recipe.reduction,
-        recipe.kl,
+        recipe.kl.replace("|", "\\|"),
         ", ".join(other_keys),
         source,
     ]
