@@ -101,6 +101,7 @@ class Problem:
         source: the name of the data set.
         solution: a worked solution, the target text of supervised training; None without one.
         meta: other fields of the data set, which rewards and filters read by name.
+        data_set: the data set's name in the config, `data.name` or the name in `data.mixture`.
     """
 
     id: str
@@ -109,6 +110,7 @@ class Problem:
     source: str
     solution: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    data_set: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +270,7 @@ class Sample:
         reward: the completion's reward; 0 in supervised training.
         teacher_prompt_ids: the prompt with which a teacher scores the completion, if it differs
             from the policy's (`algorithm.teacher_hint`).
+        teacher: the name of the teacher in `model.teachers`; "" for `model.teacher`.
     """
 
     token_ids: tuple[int, ...]
@@ -278,6 +281,7 @@ class Sample:
     group: int = 0
     reward: float = 0.0
     teacher_prompt_ids: tuple[int, ...] | None = None
+    teacher: str = ""
 
     @property
     def completion_length(self) -> int:
@@ -331,6 +335,7 @@ class Batch:
         ref_logprobs: `[B, T]`, of the reference model. None if the loss has no KL term.
         teacher_batch: the same completions after the teacher's prompts, row by row, with another
             number of positions. None if the teacher has the policy's prompts.
+        teacher: the name of the teacher of all rows in `model.teachers`; "" for `model.teacher`.
     """
 
     sample_indices: tuple[int, ...]
@@ -350,3 +355,4 @@ class Batch:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     teacher_batch: Batch | None = None
+    teacher: str = ""

@@ -82,6 +82,12 @@ class ModelSettings(Section):
         "the policy learns with `algorithm.advantage: teacher` or `teacher_coef`. Default: the KL "
         "is measured to the start model. `grpo distill` requires a teacher.",
     )
+    teachers: dict[str, str] = Field(
+        {},
+        description="Teachers of single data sets, by their names in `data.mixture`: `{math: "
+        "runs/math/final, code: runs/code/final}`. `teacher` teaches all others. All are in the "
+        "learner's memory. For `grpo train`, and `grpo distill` with way=on_policy.",
+    )
     lora: LoraSettings | None = Field(
         None,
         description="Train low-rank adapters on all linear layers except the head, and freeze the "
@@ -114,6 +120,11 @@ class ModelSettings(Section):
         description="Path of a `grpo sft` config. Before the first rollout, `grpo train` "
         "fine-tunes `path` with it, in the folder `warm_start` of the run directory.",
     )
+
+    @property
+    def all_teachers(self) -> dict[str, str]:
+        """Hub ids or directories by name: `teachers`, and `teacher` with the name ""."""
+        return {"": self.teacher, **self.teachers} if self.teacher else self.teachers
 
     @property
     def is_packed(self) -> bool:

@@ -91,7 +91,7 @@ class SftConfig(RunConfig):
     def _check_supervised(self) -> SftConfig:
         if self.model.warm_start:
             raise ValueError("model.warm_start is for `grpo train` only: remove it")
-        if self.model.teacher:
+        if self.model.all_teachers:
             raise ValueError("model.teacher is for `grpo train` and `grpo distill` only: remove it")
         self.model.check_sequence_parallel(self.learner.sequence_parallel)
         if self.learner.sequence_parallel > 1 and self.sft.stop_at is not None:
@@ -205,7 +205,7 @@ class CollectConfig(SamplingStageConfig):
 
     @model_validator(mode="after")
     def _check_sampler(self) -> CollectConfig:
-        if self.model.teacher:
+        if self.model.all_teachers:
             raise ValueError(
                 "model.teacher is for `grpo train` and `grpo distill` only: `grpo collect` samples "
                 "from model.path, or from the endpoint teacher.url"
@@ -342,7 +342,12 @@ class DistillConfig(SamplingStageConfig):
                 "model.warm_start is for `grpo train` only: fine-tune the student first, and set "
                 "model.path to the result"
             )
-        if not self.model.teacher:
+        if self.model.teachers and self.way != "on_policy":
+            raise ValueError(
+                f"model.teachers does not support way={self.way}: set model.teacher, or "
+                "way=on_policy"
+            )
+        if not self.model.all_teachers:
             raise ValueError("model.teacher: missing. Set it to the path of a model")
         sections_of_way = {
             "sequence": ("collect", "sft"),
@@ -774,7 +779,7 @@ class QuantizeConfig(SamplingStageConfig):
 
     @model_validator(mode="after")
     def _check_finished_model(self) -> QuantizeConfig:
-        if self.model.warm_start or self.model.teacher or self.model.lora:
+        if self.model.warm_start or self.model.all_teachers or self.model.lora:
             raise ValueError(
                 "`grpo quantize` needs a finished model: remove model.warm_start, model.teacher "
                 "and model.lora"
@@ -823,6 +828,11 @@ class PipelineStageSettings(Section):
     )
     teacher: str | None = Field(
         None, description="Earlier stage whose final model is the teacher of this stage."
+    )
+    teachers: dict[str, str] = Field(
+        {},
+        description="Earlier stages whose final models are the `model.teachers` of this stage, by "
+        "data set: `{math: math_rl, code: code_rl}`.",
     )
     set: dict[str, Any] = Field(
         {}, description="Overrides of the config, e.g. `{train.rollouts: 5}`."
@@ -890,12 +900,16 @@ def _check_stage(
             f"stages.{name}: invalid name. The name becomes a folder: use letters, digits and _, "
             "but not start, samples or checkpoints"
         )
-    if stage.teacher and stage.command not in ("train", "distill"):
+    if (stage.teacher or stage.teachers) and stage.command not in ("train", "distill"):
         raise ValueError(f"stages.{name}.teacher: `grpo {stage.command}` has no teacher: remove it")
-    for key, commands in _COMMANDS_OF_INPUTS.items():
-        source = getattr(stage, key)
+    sources = [(key, key, getattr(stage, key)) for key in _COMMANDS_OF_INPUTS]
+    sources += [
+        (f"teachers.{data_set}", "teacher", source) for data_set, source in stage.teachers.items()
+    ]
+    for key, kind, source in sources:
         if source is None:
             continue
+        commands = _COMMANDS_OF_INPUTS[kind]
         if source not in earlier_stages:
             available = ", ".join(earlier_stages) or "none"
             raise ValueError(

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from grpo.config.algorithm import SAMPLER_LOSSES, AlgorithmSettings
 from grpo.config.model import ModelSettings
 from grpo.config.presets import apply_preset
-from grpo.config.reading import Section, apply_overrides, explain, read_yaml
+from grpo.config.reading import Section, apply_overrides, did_you_mean, explain, read_yaml
 from grpo.config.secrets import find_secrets
 from grpo.config.sections import (
     CheckpointSettings,
@@ -244,12 +244,13 @@ class TrainConfig(SamplingStageConfig):
                     "algorithm.reference_reset does not support model.lora, whose reference is the "
                     "model without adapters: remove one of them"
                 )
-            if self.model.teacher:
+            if self.model.all_teachers:
                 raise ValueError(
                     "algorithm.reference_reset would overwrite model.teacher: set it to 0"
                 )
+        self._check_teachers_of_data_sets()
         has_signal = self.algorithm.teacher_weight > 0
-        has_teacher = bool(self.model.teacher) or self.algorithm.teacher_hint != "none"
+        has_teacher = bool(self.model.all_teachers) or self.algorithm.teacher_hint != "none"
         if has_signal and not has_teacher:
             setting = "advantage=teacher (preset on_policy_distill)"
             if self.algorithm.teacher_coef:
@@ -263,11 +264,30 @@ class TrainConfig(SamplingStageConfig):
                 "algorithm.teacher_hint does not support learner.sequence_parallel: the prompts of "
                 "policy and teacher are split differently. Set learner.sequence_parallel=1"
             )
-        if self.model.teacher and not has_signal and not self.algorithm.kl_coef:
+        if self.model.all_teachers and not has_signal and not self.algorithm.kl_coef:
             raise ValueError(
                 "model.teacher has no effect without algorithm.advantage=teacher (preset "
                 "on_policy_distill), algorithm.teacher_coef or algorithm.kl_coef: set one of them, "
                 "or remove it"
+            )
+
+    def _check_teachers_of_data_sets(self) -> None:
+        """Raises ValueError if a teacher's data set is unknown, or a data set has no teacher."""
+        teachers = self.model.teachers
+        if not teachers:
+            return
+        data_sets = list(self.data.data_sets)
+        for name in teachers:
+            if name not in data_sets:
+                raise ValueError(
+                    f"model.teachers.{name}: no such data set{did_you_mean(name, data_sets)}. "
+                    f"Available: {', '.join(data_sets)}"
+                )
+        missing = [name for name in data_sets if name not in teachers]
+        if missing and not self.model.teacher:
+            raise ValueError(
+                f"model.teachers: no teacher for the data set {', '.join(missing)}: add one, or "
+                "set model.teacher, which teaches all data sets without one"
             )
 
     def _check_truncated_sampling(self) -> None:

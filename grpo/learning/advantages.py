@@ -21,7 +21,7 @@ Conventions, which the papers do not always state:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -436,6 +436,7 @@ def to_samples(
     *,
     mask_truncated: bool = False,
     teacher_prompts_PGL: Sequence[Sequence[tuple[int, ...]]] | None = None,
+    teachers: Collection[str] = (),
 ) -> list[Sample]:
     """Returns one sample per completion that has a reward, in the order of the groups.
 
@@ -446,12 +447,15 @@ def to_samples(
             still count in the means of `advantages` (overlong filtering, DAPO 2503.14476).
         teacher_prompts_PGL: the prompts with which a teacher scores the completions [P, G]. `None`
             if they are those of the policy.
+        teachers: names of the data sets that have a teacher of their own (`model.teachers`).
     """
     samples = []
     for group_index, (scored, advantages_GL) in enumerate(zip(groups, advantages_PGL, strict=True)):
         teacher_prompts_GL: Sequence[tuple[int, ...] | None] = [None] * len(advantages_GL)
         if teacher_prompts_PGL is not None:
             teacher_prompts_GL = teacher_prompts_PGL[group_index]
+        data_set = scored.group.problem.data_set
+        teacher = data_set if data_set in teachers else ""
         for completion, reward, advantages_L, teacher_prompt in zip(
             scored.group.completions, scored.rewards, advantages_GL, teacher_prompts_GL, strict=True
         ):
@@ -460,7 +464,8 @@ def to_samples(
             if mask_truncated and completion.finish_reason == "length":
                 continue
             sample = _to_sample(scored.group, completion, advantages_L, reward, group_index)
-            samples.append(replace(sample, teacher_prompt_ids=teacher_prompt))
+            sample = replace(sample, teacher_prompt_ids=teacher_prompt, teacher=teacher)
+            samples.append(sample)
     return samples
 
 

@@ -92,7 +92,8 @@ def micro_batches(
 ) -> list[Batch]:
     """Returns this rank's micro-batches of at most `max_tokens` tokens.
 
-    A sample that is longer than `max_tokens` gets a micro-batch of its own.
+    A sample that is longer than `max_tokens` gets a micro-batch of its own. The samples of a
+    micro-batch have the same teacher.
 
     Args:
         samples: all samples of the update, the same on all ranks.
@@ -108,10 +109,10 @@ def micro_batches(
     rank, num_ranks = share
     # The longer prompt of a teacher counts, because its batch has the same rows.
     longest = [_with_longer_prompt(sample) for sample in samples]
-    if packed:
-        parts = _split_packed(longest, max_tokens)
-    else:
-        parts = split_padded([len(sample.token_ids) for sample in longest], max_tokens)
+    parts: list[MicroBatchRows] = []
+    for teacher in sorted({sample.teacher for sample in samples}):
+        indices = [i for i, sample in enumerate(samples) if sample.teacher == teacher]
+        parts += _split([longest[i] for i in indices], indices, max_tokens, packed=packed)
     if num_ranks > 1:
         # The ranks work in rounds. Sorted, the micro-batches of a round have about the same size.
         parts.sort(key=attrgetter("num_tokens"), reverse=True)
@@ -145,6 +146,19 @@ class MicroBatchRows:
 
     indices: list[int]  # of the sequences
     num_tokens: int  # compared with `max_tokens`; includes padding
+
+
+def _split(
+    samples: Sequence[Sample], indices: Sequence[int], max_tokens: int, *, packed: bool
+) -> list[MicroBatchRows]:
+    """Splits samples into micro-batches. `indices` has the number of each sample in the update."""
+    if packed:
+        parts = _split_packed(samples, max_tokens)
+    else:
+        parts = split_padded([len(sample.token_ids) for sample in samples], max_tokens)
+    for part in parts:
+        part.indices = [indices[i] for i in part.indices]
+    return parts
 
 
 def split_padded(lengths: Sequence[int], max_tokens: int) -> list[MicroBatchRows]:
@@ -250,6 +264,7 @@ def _collate(indices: Sequence[int], samples: Sequence[Sample], weights: Sequenc
         sampler_logprobs=sampler_logprobs,
         versions=versions,
         teacher_batch=teacher_batch,
+        teacher=rows[0].teacher,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,7 +91,7 @@ class Learner:
         model: nn.Module,
         config: LearnerConfig,
         loss: Loss,
-        reference: nn.Module | None = None,
+        references: Mapping[str, nn.Module] | None = None,
         *,
         soft: SoftTargetSettings | None = None,
     ) -> None:
@@ -101,8 +101,9 @@ class Learner:
             model: The initial policy, with float32 weights.
             config: The config of the run.
             loss: The loss that `config.algorithm.loss` names.
-            reference: The reference model of the KL, or the teacher. It is frozen and converted to
-                the dtype of the forward pass.
+            references: The frozen models by name: "" for the reference model of the KL or
+                `model.teacher`, and the names of `model.teachers`. They are converted to the dtype
+                of the forward pass.
             soft: The config section `soft`. If set, the divergence from the teacher is part of the
                 loss. In `grpo train`, `config.algorithm` determines this.
         """
@@ -126,11 +127,10 @@ class Learner:
         _prepare_policy_model(model, config.model, self.device)
         dtype = getattr(torch, config.model.dtype)
         self.attention = packing.describe_attention(model.config, dtype, self.device)
-        self._reference: Policy | None = None
-        if reference is not None:
-            _freeze(reference, dtype, self.device)
-            self._reference = _reference_policy(reference, config)
-        soft_targets = _soft_targets(config, soft, self._reference)
+        self._references: dict[str, Policy] = {}
+        for name, reference in (references or {}).items():
+            self._references[name] = _reference_policy(reference, config, self.device)
+        soft_targets = _soft_targets(config, soft, self._references)
         policy = _trained_policy(model, config, soft_targets)
         # DeepSpeed's engine. It has nothing to do with the vLLM engine that samples.
         self._deepspeed_engine, *_ = deepspeed.initialize(
@@ -150,19 +150,22 @@ class Learner:
     def score(self, batches: Sequence[Batch], *, reference: bool = False) -> list[Scores]:
         """Returns log-probabilities and entropies of the completion tokens of each batch.
 
-        With `reference`, they are those of the reference model (with LoRA, of the policy without
-        its adapters), otherwise those of the policy.
+        With `reference`, they are those of the batch's teacher or of the reference model (with
+        LoRA, of the policy without its adapters), otherwise those of the policy.
         """
-        if not reference:
-            return self._score_with(self._deepspeed_engine, batches)
-        if self._reference is not None:
-            return self._score_with(self._reference, batches)
-        with lora.adapters_disabled(self._policy.model):
-            return self._score_with(self._deepspeed_engine, batches)
+        return [self._score(batch, reference=reference) for batch in batches]
 
-    def _score_with(self, policy: Any, batches: Sequence[Batch]) -> list[Scores]:
-        outputs: list[PolicyOutput] = [policy(to_device(batch, self.device)) for batch in batches]
-        return [Scores(output.logprobs.cpu(), output.entropies.cpu()) for output in outputs]
+    def _score(self, batch: Batch, *, reference: bool) -> Scores:
+        model: Any = self._deepspeed_engine
+        without_adapters: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if reference:
+            model = self._references.get(batch.teacher, self._references.get(""))
+        if model is None:
+            model = self._deepspeed_engine
+            without_adapters = lora.adapters_disabled(self._policy.model)
+        with without_adapters:
+            output: PolicyOutput = model(to_device(batch, self.device))
+        return Scores(output.logprobs.cpu(), output.entropies.cpu())
 
     def update(
         self, batches: Sequence[Batch], on_batch: Callable[[int, int], None] | None = None
@@ -388,8 +391,8 @@ class Learner:
         The reference is written only if `reset_reference` has changed it.
         """
         save_checkpoint(self._deepspeed_engine, directory, {"updates": self.num_updates})
-        if self._is_reference_changed and self._reference is not None and ranks.rank() == 0:
-            torch.save(self._reference.model.state_dict(), directory / "reference.pt")
+        if self._is_reference_changed and ranks.rank() == 0:
+            torch.save(self._references[""].model.state_dict(), directory / "reference.pt")
 
     def save_adapter(self, directory: Path) -> None:
         """Writes the policy's LoRA adapter."""
@@ -404,9 +407,9 @@ class Learner:
         client_state = load_checkpoint(self._deepspeed_engine, directory)
         self.num_updates = client_state["updates"]
         reference_file = directory / "reference.pt"
-        if reference_file.exists() and self._reference is not None:
+        if reference_file.exists() and "" in self._references:
             state = torch.load(reference_file, map_location=self.device)
-            self._reference.model.load_state_dict(state)
+            self._references[""].model.load_state_dict(state)
             self._is_reference_changed = True
 
     @torch.no_grad()
@@ -415,9 +418,8 @@ class Learner:
 
         With `optimizer`, also resets the optimizer's moments and step counters.
         """
-        assert self._reference is not None
         for parameter, reference in zip(
-            self._policy.model.parameters(), self._reference.model.parameters(), strict=True
+            self._policy.model.parameters(), self._references[""].model.parameters(), strict=True
         ):
             with gathered([parameter], self._settings.zero_stage):
                 reference.copy_(parameter)
@@ -474,7 +476,9 @@ def _head_options(config: LearnerConfig) -> HeadOptions:
     )
 
 
-def _reference_policy(reference: nn.Module, config: LearnerConfig) -> Policy:
+def _reference_policy(reference: nn.Module, config: LearnerConfig, device: torch.device) -> Policy:
+    """Returns a model as a frozen policy, in the dtype of the forward pass."""
+    _freeze(reference, getattr(torch, config.model.dtype), device)
     return Policy(
         reference,
         _head_options(config),
@@ -504,12 +508,14 @@ def _distillation_weights(
 
 
 def _soft_targets(
-    config: LearnerConfig, soft: SoftTargetSettings | None, teacher: Policy | None
+    config: LearnerConfig,
+    soft: SoftTargetSettings | None,
+    teachers: Mapping[str, Policy],
 ) -> SoftTargets | None:
-    """Returns the teacher's part in the loss; None without one."""
+    """Returns the teachers' part in the loss; None without one."""
     if soft is not None:
         return SoftTargets(
-            teacher=teacher,
+            teachers=teachers,
             divergence=soft.divergence,
             temperature=soft.temperature,
             beta=soft.beta,
@@ -520,8 +526,8 @@ def _soft_targets(
     if not algorithm.has_teacher_loss:
         return None
     return SoftTargets(
-        teacher=teacher,
-        is_policy=config.model.teacher is None,
+        teachers=teachers,
+        is_policy=not config.model.all_teachers,
         divergence=algorithm.teacher_divergence,
         # That of the sampler, as in the log-probabilities of the one-sample estimate.
         temperature=config.logprob_temperature,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,23 +62,28 @@ def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> No
     model.peft_config = {ADAPTER: config}
 
 
-def load_reference(config: TrainConfig, model_dir: Path, teacher_dir: Path | None) -> Any:
-    """Returns the teacher if there is one, otherwise the reference model of the KL.
+def load_references(
+    config: TrainConfig, model_dir: Path, teacher_dirs: Mapping[str, Path]
+) -> dict[str, Any]:
+    """Returns the teachers by name, or without any the reference model of the KL with the name "".
 
-    Returns `None` if the run needs neither, or if the policy has adapters: without them the policy
-    is the reference (`adapters_disabled`).
+    There is none if the run needs none, or if the policy has adapters: without them the policy is
+    the reference (`adapters_disabled`).
 
     Args:
         config: the run's config.
         model_dir: directory of the model from which the policy starts.
-        teacher_dir: directory of `model.teacher`, `None` without a teacher.
+        teacher_dirs: result of `models.resolve_teachers`. A directory is loaded once.
     """
     attention = config.model.attention
-    if teacher_dir is not None:
-        return models.load_model(teacher_dir, attention)
+    if teacher_dirs:
+        loaded = {
+            path: models.load_model(path, attention) for path in sorted(set(teacher_dirs.values()))
+        }
+        return {name: loaded[path] for name, path in teacher_dirs.items()}
     if config.algorithm.kl_coef > 0 and not config.model.lora:
-        return models.load_model(model_dir, attention)
-    return None
+        return {"": models.load_model(model_dir, attention)}
+    return {}
 
 
 def load_policy(config: RunConfig, model_dir: Path, attention: str) -> Any:

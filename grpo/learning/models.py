@@ -155,6 +155,36 @@ def resolve(  # noqa: PLR0913 - the model, where a tiny one is made, and how it 
     return hub.download(path, revision, weights=weights, on_progress=on_progress)
 
 
+def resolve_teachers(
+    settings: ModelSettings,
+    folder: Path,
+    seed: int,
+    *,
+    on_progress: hub.ProgressCallback | None = None,
+) -> dict[str, Path]:
+    """Returns the directories of all teachers by name; that of `model.teacher` has the name "".
+
+    Args:
+        settings: The config section `model`.
+        folder: Where tiny models are created.
+        seed: The seed of a tiny model's weights.
+        on_progress: As `hub.download`.
+
+    Raises:
+        UserError: As `resolve`.
+        DownloadError: As `resolve`.
+    """
+    teacher_dirs = {}
+    for name, path in settings.all_teachers.items():
+        key = f"model.teachers.{name}" if name else "model.teacher"
+        tiny_dir = folder / (f"teacher_{name}" if name else "teacher")
+        try:
+            teacher_dirs[name] = resolve(path, None, tiny_dir, seed, on_progress=on_progress)
+        except UserError as error:
+            raise type(error)(str(error).replace("model.path=", f"{key}=", 1)) from error
+    return teacher_dirs
+
+
 def _check_torchvision() -> None:
     """Raises UserError if torchvision is installed for another torch.
 

@@ -9,6 +9,7 @@ rank, if ranks share the batch), K tokens of a teacher's top-k distribution.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,7 +72,8 @@ class SoftTargets:
     """A teacher whose distribution the policy learns.
 
     Attributes:
-        teacher: The teacher. None if the batches hold its most likely tokens
+        teachers: The teachers by name (`Batch.teacher`). The one with the name "" teaches all
+            batches whose name is not in it. Empty if the batches hold its most likely tokens
             (`Batch.teacher_top`), or if the policy is its own teacher.
         is_policy: Whether the policy with its current weights is the teacher. It reads other
             prompts (`Batch.teacher_batch`).
@@ -84,7 +86,7 @@ class SoftTargets:
         layers: Layers of student and teacher that are matched, see `soft.hidden_layers`.
     """
 
-    teacher: Policy | None
+    teachers: Mapping[str, Policy]
     divergence: str
     temperature: float
     is_policy: bool = False
@@ -92,6 +94,10 @@ class SoftTargets:
     top_k: int | None = None
     matches_layers: bool = False
     layers: dict[int, int] = field(default_factory=dict)
+
+    def teacher_of(self, batch: Batch) -> Policy | None:
+        """Returns the teacher of a batch; None if it is the policy, or not in memory."""
+        return self.teachers.get(batch.teacher, self.teachers.get(""))
 
 
 class LayerPair(NamedTuple):
@@ -185,12 +191,8 @@ class Policy(nn.Module):
         self._soft_targets = soft_targets  # not a submodule: the teacher is not trained
         self._ulysses = ulysses
         self._layer_pairs: list[LayerPair] = []
-        if (
-            soft_targets is not None
-            and soft_targets.teacher is not None
-            and soft_targets.matches_layers
-        ):
-            self._add_projections(soft_targets.teacher, soft_targets.layers)
+        if soft_targets is not None and soft_targets.teachers and soft_targets.matches_layers:
+            self._add_projections(soft_targets.teachers[""], soft_targets.layers)
 
     def _add_projections(self, teacher: Policy, hidden_layers: dict[int, int]) -> None:
         """Adds the trained maps from the student's hidden states to the teacher's."""
@@ -249,18 +251,18 @@ class Policy(nn.Module):
 
         They are those of the batch's completion tokens, also if the teacher reads other prompts.
         """
-        teacher = self._teacher()
+        teacher = self._teacher(batch)
         if teacher is None or not has_gradient:
             return None
         teacher_layers = [pair.teacher for pair in self._layer_pairs]
         teacher_batch = batch if batch.teacher_batch is None else batch.teacher_batch
         return teacher._states(teacher_batch, teacher_layers)
 
-    def _teacher(self) -> Policy | None:
-        """Returns the teacher, which may be this policy; None without one in memory."""
+    def _teacher(self, batch: Batch) -> Policy | None:
+        """Returns a batch's teacher, which may be this policy; None without one in memory."""
         if self._soft_targets is None:
             return None
-        return self if self._soft_targets.is_policy else self._soft_targets.teacher
+        return self if self._soft_targets.is_policy else self._soft_targets.teacher_of(batch)
 
     def _hidden_errors(self, states: _States, teacher_states: _States) -> Tensor:
         """Returns the mean squared error [N] of projected hidden states, averaged over layers."""
@@ -333,6 +335,7 @@ class Policy(nn.Module):
             teacher_top = [values[is_local] for values in batch.teacher_top]  # [N, K] each
         float32_weight = self._float32_weight() if self._head.float32 else None
         output = _HeadOutput()
+        teacher = self._teacher(batch)
         # All ranks run the head in the same number of chunks, because ZeRO-3 gathers its weights
         # for each chunk.
         num_positions = max(len(states.last), batch.max_rank_tokens)
@@ -346,7 +349,11 @@ class Policy(nn.Module):
             output.entropies.append(entropies)
             if teacher_states is not None:
                 divergences = checkpoint(
-                    self._divergence, hidden, teacher_states.last[chunk], use_reentrant=False
+                    self._divergence,
+                    hidden,
+                    teacher,
+                    teacher_states.last[chunk],
+                    use_reentrant=False,
                 )
                 output.divergences.append(divergences)
             elif teacher_top is not None:
@@ -373,11 +380,10 @@ class Policy(nn.Module):
             entropy_gradient=self._head.entropy_gradient,
         )
 
-    def _divergence(self, hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+    def _divergence(self, hidden: Tensor, teacher: Policy, teacher_hidden: Tensor) -> Tensor:
         """Returns the divergences of one chunk from the teacher's distribution."""
         targets = self._soft_targets
-        teacher = self._teacher()
-        assert targets is not None and teacher is not None
+        assert targets is not None
         logits = self._logits(hidden)
         with torch.no_grad():  # The policy's own head may be the teacher's.
             teacher_logits = teacher._logits(teacher_hidden)

@@ -78,7 +78,8 @@ def learner_memory(
         config: Config of a stage with a learner.
         shape: Sizes of the policy.
         ranks: Number of learner ranks.
-        reference_weights: Number of weights of the teacher or reference. Default: the policy's.
+        reference_weights: Number of weights of all teachers, or of the reference. Default: the
+            policy's.
         has_reference: Whether the learner holds the teacher or reference of the config, if any.
 
     Source: mixed-precision Adam needs 2 + 4 + 4 + 8 bytes per weight (ZeRO 1910.02054 section 3.1,
@@ -112,7 +113,7 @@ def learner_memory(
 
 def _needs_reference(config: Any) -> bool:
     """Returns whether the config has a second model: a teacher, or a reference for the KL."""
-    if config.model.teacher:
+    if config.model.all_teachers:
         return True
     algorithm = getattr(config, "algorithm", None)
     # with LoRA, the reference is the policy without its adapters
@@ -210,7 +211,8 @@ class MemoryTable:
         config: The config of `grpo train`, or without `has_engine` of any stage with a learner.
         shape: Sizes of the policy.
         gpu_gb: Memory of a GPU in GiB.
-        reference_weights: Number of weights of the teacher or reference. Default: the policy's.
+        reference_weights: Number of weights of all teachers, or of the reference. Default: the
+            policy's.
         has_reference: Whether the learner holds the teacher or reference of the config, if any.
         has_engine: Whether each GPU also has an engine.
     """

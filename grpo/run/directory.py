@@ -183,6 +183,7 @@ def _samples_from_columns(columns: Mapping[str, list[Any]]) -> list[Sample]:
                 group=columns["groups"][i],
                 reward=columns["rewards"][i],
                 teacher_prompt_ids=teacher_prompts[i],
+                teacher=columns["teachers"][i] if "teachers" in columns else "",
             )
         )
         sequence_start = sequence_end
@@ -223,6 +224,8 @@ def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
         columns["teacher_prompts"] = [len(prompt) for prompt in teacher_prompts]
         teacher_ids = list(itertools.chain.from_iterable(teacher_prompts))
         columns["teacher_ids"] = np.array(teacher_ids, dtype=np.uint32)
+    if any(sample.teacher for sample in samples):
+        columns["teachers"] = [sample.teacher for sample in samples]
     return columns | {
         "lengths": [len(sample.token_ids) for sample in samples],
         "prompts": [sample.prompt_length for sample in samples],

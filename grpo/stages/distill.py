@@ -47,7 +47,7 @@ from grpo.stages.stage import (
     StageNeeds,
     max_checkpoints_on_disk,
 )
-from grpo.stages.start_model import find_start_model, find_teacher, require_same_start
+from grpo.stages.start_model import find_start_model, find_teachers, require_same_start
 from grpo.stages.text_loop import TextLoop
 from grpo.types import Batch, Problem, Sample, UserError
 
@@ -129,7 +129,7 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
             weight=soft.hard_weight,
         )
         with redirect_output(log_file):
-            teacher_dir = find_teacher(config, context, start.tokenizer, soft.max_tokens)
+            teacher_dir = find_teachers(config, context, start.tokenizer, soft.max_tokens)[""]
         teacher_top = _fill_teacher_top(config, context, teacher_dir, texts)
         with redirect_output(log_file):
             loaded_teacher_dir = teacher_dir if teacher_top is None else None
@@ -172,9 +172,11 @@ def _load_learner(
     from grpo.learning.learner import Learner
 
     attention = config.model.attention
-    teacher = models.load_model(teacher_dir, attention) if teacher_dir is not None else None
+    references = {}
+    if teacher_dir is not None:
+        references[""] = models.load_model(teacher_dir, attention)
     student = lora.load_policy(config, model_dir, attention)
-    return Learner(student, config, loss, teacher, soft=config.soft)
+    return Learner(student, config, loss, references, soft=config.soft)
 
 
 class TopLogprobs:

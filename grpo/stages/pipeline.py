@@ -184,6 +184,8 @@ def _stage_command(
             overrides.append("model.warm_start=")  # the earlier stage takes its place
     if settings.teacher:
         overrides.append(f"model.teacher={_final_model(config, settings.teacher)}")
+    for data_set, stage in settings.teachers.items():
+        overrides.append(f"model.teachers.{data_set}={_final_model(config, stage)}")
     if settings.traces:
         overrides.append(f"data={_traces_section(config, settings)}")
     overrides += _format_overrides(settings.set)

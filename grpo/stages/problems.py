@@ -67,26 +67,31 @@ def load_problems(
             check_dropped(f"data.{name}", malformed, num_rows, max_dropped, say)
         for reward in rewards:
             problems[name] = _read_by_reward(problems[name], name, reward)
-        if source.name != name:
-            problems[name] = _with_entry_in_ids(problems[name], name)
+        is_renamed = source.name != name
+        problems[name] = _with_data_set(problems[name], name, in_ids=is_renamed)
     return problems
 
 
-def _with_entry_in_ids(problems: Sequence[Problem], entry: str) -> Sequence[Problem]:
-    """Returns the problems with ids that start with the name of their entry in a mixture.
+def _with_data_set(
+    problems: Sequence[Problem], data_set: str, *, in_ids: bool
+) -> Sequence[Problem]:
+    """Returns the problems with the name of their data set in the config.
 
-    Two entries with the same data set can have problems with the same ids. Pass rates, seeds and
-    the selection of held-out problems depend on the ids.
+    With `in_ids`, their ids start with it, too. Two entries of a mixture with the same data set can
+    have problems with the same ids. Pass rates, seeds and the selection of held-out problems depend
+    on the ids.
     """
     from grpo.data.common.procedural import GeneratedProblems
 
-    def renamed(index: int) -> Problem:
+    prefix = f"{data_set}/" if in_ids else ""
+
+    def named(index: int) -> Problem:
         problem = problems[index]
-        return replace(problem, id=f"{entry}/{problem.id}")
+        return replace(problem, id=prefix + problem.id, data_set=data_set)
 
     if isinstance(problems, list):
-        return [renamed(index) for index in range(len(problems))]
-    return GeneratedProblems(len(problems), renamed)
+        return [named(index) for index in range(len(problems))]
+    return GeneratedProblems(len(problems), named)
 
 
 def _load_arguments(

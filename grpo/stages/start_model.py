@@ -84,29 +84,25 @@ def require_same_start(tokenizer: Any, mixture: Mixture) -> None:
     )
 
 
-def find_teacher(
+def find_teachers(
     config: RunConfig, context: RunContext, tokenizer: Any, max_sequence_tokens: int
-) -> Path:
-    """Returns the directory of `model.teacher`.
+) -> dict[str, Path]:
+    """Returns the directories of all teachers by name; that of `model.teacher` is "".
 
     Args:
         config: The config of the run.
-        context: The context of the run. A tiny teacher is created in its directory.
+        context: The context of the run. Tiny teachers are created in its directory.
         tokenizer: The tokenizer of the student.
-        max_sequence_tokens: Longest sequence that the teacher must process.
+        max_sequence_tokens: Longest sequence that the teachers must process.
 
     Raises:
-        UserError: The teacher does not exist, its vocabulary differs from the student's, or its
+        UserError: A teacher does not exist, its vocabulary differs from the student's, or its
             context is too short.
     """
-    assert config.model.teacher
-    teacher_dir = models.resolve(
-        config.model.teacher,
-        None,
-        context.run.path / "teacher",
-        config.seed,
-        on_progress=context.display.download,
+    teacher_dirs = models.resolve_teachers(
+        config.model, context.run.path, config.seed, on_progress=context.display.download
     )
-    models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
-    models.check_context(teacher_dir, max_sequence_tokens, config.length_keys)
-    return teacher_dir
+    for teacher_dir in teacher_dirs.values():
+        models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
+        models.check_context(teacher_dir, max_sequence_tokens, config.length_keys)
+    return teacher_dirs

@@ -42,7 +42,7 @@ from grpo.stages.stage import (
     StageNeeds,
     max_checkpoints_on_disk,
 )
-from grpo.stages.start_model import StartModel, find_start_model, find_teacher, require_same_start
+from grpo.stages.start_model import StartModel, find_start_model, find_teachers, require_same_start
 from grpo.types import Completion, Problem, RunError, ScoredGroup, TrainingStoppedError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
     context.display.phase(0, "loading the model")
     start = find_start_model(config, context)
     models.check_context(start.model_dir, config.max_sequence_tokens, config.length_keys)
-    if config.algorithm.teacher_hint != "none" and not config.model.teacher:
+    if config.algorithm.teacher_hint != "none" and not config.model.all_teachers:
         length_keys = f"{config.length_keys} + algorithm.teacher_hint_tokens"
         models.check_context(start.model_dir, config.max_teacher_tokens, length_keys)
     mixture = make_mixture(config.data, inputs.problems, start.prompts, config.seed)
@@ -199,15 +199,13 @@ def _load_learner(
     context.display.phase(0, "loading the learner")
     with redirect_output(context.run.log_file("learner")):
         policy = lora.load_policy(config, start.model_dir, config.model.attention)
-        teacher_dir = None
-        if config.model.teacher:
-            teacher_dir = find_teacher(config, context, start.tokenizer, config.max_teacher_tokens)
-        reference = lora.load_reference(config, start.model_dir, teacher_dir)
+        teacher_dirs = find_teachers(config, context, start.tokenizer, config.max_teacher_tokens)
+        references = lora.load_references(config, start.model_dir, teacher_dirs)
         if torch.cuda.is_available() and not config.engine.servers:
             # The engine measures the free GPU memory while it starts. GPU memory that the learner
             # allocated during that time would be missing in the KV cache.
             engine.wait_ready()
-        learner = Learner(policy, config, loss, reference)
+        learner = Learner(policy, config, loss, references)
         context.stack.callback(learner.close)
         context.display.phase(0, "waiting for the engine")
         engine.wait_ready()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,8 @@ def _memory_table(needs: StageNeeds, scratch: Path, gpu_gb: float) -> MemoryTabl
     config = needs.config
     model = _find_model(needs, scratch)
     num_reference_weights = None
-    if config.model.teacher and needs.memory.reference:
-        num_reference_weights = models.num_weights(_find_teacher(config, scratch))
+    if config.model.all_teachers and needs.memory.reference:
+        num_reference_weights = _num_weights(_find_teachers(config, scratch))
     return MemoryTable(
         config=config,
         shape=model.shape,
@@ -155,16 +155,17 @@ def _find_model(needs: StageNeeds, scratch: Path) -> LocalModel:
     )
 
 
-def _find_teacher(config: Any, scratch: Path) -> Path:
-    """Returns the directory of the teacher. A generated model is written to `scratch`."""
+def _find_teachers(config: Any, scratch: Path) -> set[Path]:
+    """Returns the directories of all teachers. Generated models are written to `scratch`."""
     with Display("auto", 1, "check") as display, redirect_output(scratch / "log"):
-        return models.resolve(
-            config.model.teacher,
-            None,
-            scratch / "teacher",
-            config.seed,
-            on_progress=display.download,
+        teacher_dirs = models.resolve_teachers(
+            config.model, scratch, config.seed, on_progress=display.download
         )
+    return set(teacher_dirs.values())
+
+
+def _num_weights(model_dirs: Iterable[Path]) -> int:
+    return sum(models.num_weights(model_dir) for model_dir in model_dirs)
 
 
 def _check_part(part: Part, scratch: Path, *, sample: bool, price: float | None) -> Iterator[Check]:
@@ -244,10 +245,11 @@ def _check_model(
     yield from checks.dtype(config)
     yield from checks.prompt(config, prompts, model.tokenizer, problems[0], needs.rewards)
     num_reference_weights = model.num_weights
-    if config.model.teacher:
-        teacher_dir = _find_teacher(config, scratch)
-        yield from checks.vocabulary(model.tokenizer, models.load_tokenizer(teacher_dir))
-        num_reference_weights = models.num_weights(teacher_dir)
+    if config.model.all_teachers:
+        teacher_dirs = _find_teachers(config, scratch)
+        for teacher_dir in sorted(teacher_dirs):
+            yield from checks.vocabulary(model.tokenizer, models.load_tokenizer(teacher_dir))
+        num_reference_weights = _num_weights(teacher_dirs)
     if not part.traces_pending:
         yield from part.stage.checks(config, problems, prompts)
     yield from checks.memory(config, needs.memory, model.shape, num_reference_weights)

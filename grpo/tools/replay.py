@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import yaml
 from grpo import config as configs
 from grpo.config import TrainConfig
 from grpo.config.algorithm import AlgorithmSettings
+from grpo.config.model import ModelSettings
 from grpo.config.presets import CLIPPING_KEYS, describe_recipe
 from grpo.config.reading import apply_overrides
 from grpo.experience import plugins
@@ -75,10 +77,12 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
     new_config = _with_overrides(tree, overrides) if overrides else config
     stored = _find_step(run_dir, step)
     has_new_algorithm = (
-        new_config.algorithm != config.algorithm or new_config.model.teacher != config.model.teacher
+        new_config.algorithm != config.algorithm
+        or new_config.model.all_teachers != config.model.all_teachers
     )
     if has_new_algorithm:
         _check_stored_values(config.algorithm, new_config.algorithm)
+        _check_same_data_sets(config.model, new_config.model)
     metrics = _repeat_updates(new_config, stored, with_new_advantages=has_new_algorithm)
     print(describe_recipe(new_config.algorithm))
     _print_comparison(stored, metrics)
@@ -109,6 +113,16 @@ def _check_stored_values(stored: AlgorithmSettings, new: AlgorithmSettings) -> N
             f"grpo replay: algorithm.teacher_hint={new.teacher_hint} needs the teacher's prompts, "
             f"and the run has teacher_hint={stored.teacher_hint}; it can be repeated with that "
             "hint, or without one"
+        )
+
+
+def _check_same_data_sets(stored: ModelSettings, new: ModelSettings) -> None:
+    """Raises UserError if a new teacher is for a data set whose samples are not marked as such."""
+    if not new.teachers.keys() <= stored.teachers.keys():
+        names = ", ".join(stored.teachers) or "none"
+        raise UserError(
+            f"grpo replay: the samples name only the data sets of the run's model.teachers "
+            f"({names}); it can be repeated with other teachers for these"
         )
 
 
@@ -199,6 +213,7 @@ def _repeat_updates(
         samples = stored.samples
         if config.algorithm.teacher_hint == "none":
             samples = [replace(sample, teacher_prompt_ids=None) for sample in samples]
+        samples = [_with_teacher_of(sample, config.model.teachers) for sample in samples]
         if with_new_advantages:
             samples = _with_new_advantages(samples, updater)
         report = updater.update(samples, rollout=stored.step - 1)
@@ -206,6 +221,11 @@ def _repeat_updates(
         metrics["update/made"] = float(report.num_updates)
         metrics["update/skipped"] = float(report.num_skipped)
         return metrics
+
+
+def _with_teacher_of(sample: Sample, teachers: Collection[str]) -> Sample:
+    """Returns the sample without the name of its teacher if the replay has no such teacher."""
+    return sample if sample.teacher in teachers else replace(sample, teacher="")
 
 
 def _load_learner(config: TrainConfig, stored: StoredStep, scratch: Path) -> Any:
@@ -218,13 +238,11 @@ def _load_learner(config: TrainConfig, stored: StoredStep, scratch: Path) -> Any
     if not model_dir.exists():
         model_dir = models.resolve(settings.path, settings.revision, run_dir / "model", config.seed)
     model_dir = models.extend_context(model_dir, settings.rope, scratch / "extended")
-    teacher_dir = None
-    if settings.teacher:
-        teacher_dir = models.resolve(settings.teacher, None, run_dir / "teacher", config.seed)
-    reference = lora.load_reference(config, model_dir, teacher_dir)
+    teacher_dirs = models.resolve_teachers(settings, run_dir, config.seed)
+    references = lora.load_references(config, model_dir, teacher_dirs)
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     policy = lora.load_policy(config, model_dir, settings.attention)
-    learner = Learner(policy, config, loss, reference)
+    learner = Learner(policy, config, loss, references)
     if stored.checkpoint is not None:
         learner.load(stored.checkpoint)
     return learner

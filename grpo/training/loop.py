@@ -208,7 +208,12 @@ class Loop:
             # `to_samples` skips completions without a reward. With rewards of 0 for all of them,
             # there is one sample, and one list of penalties, per completion.
             rewarded = [replace(scored, rewards=(0.0,) * len(scored.rewards)) for scored in groups]
-            samples = to_samples(rewarded, no_advantages, teacher_prompts_PGL=prompts)
+            samples = to_samples(
+                rewarded,
+                no_advantages,
+                teacher_prompts_PGL=prompts,
+                teachers=self.config.model.teachers,
+            )
             penalties = self.updater.kl_penalties(samples)
             if penalties is None:
                 return None
@@ -236,6 +241,7 @@ class Loop:
             token_advantages,
             mask_truncated=mask_truncated,
             teacher_prompts_PGL=prompts,
+            teachers=self.config.model.teachers,
         )
         self.run.write_update_samples(
             self.progress.rollout + 1, samples, self.config.logging.replay

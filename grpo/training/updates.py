@@ -280,7 +280,7 @@ class Updater:
         teacher_batches = [
             batch if batch.teacher_batch is None else batch.teacher_batch for batch in batches
         ]
-        has_teacher_model = self.config.model.teacher is not None
+        has_teacher_model = bool(self.config.model.all_teachers)
         scores = self.learner.score(teacher_batches, reference=has_teacher_model)
         return [
             align_with_policy(score.logprobs, batch)

@@ -1,6 +1,7 @@
 """A training loop with a real learner and an engine that samples random tokens."""
 
 import random
+from pathlib import Path
 
 from tiny_models import tiny_config
 
@@ -213,15 +214,15 @@ def _make_rollouts(config, reward, take):
 def _make_learner(config, tiny, kind):
     """Returns a learner with the adapters or the reference model that the config asks for."""
     model = models.load_model(tiny(kind), "packed")
-    reference = None
     if config.model.lora:
         lora.add_adapters(model, config.model.lora, "tiny", config.seed)
-    elif config.model.teacher:
-        reference = models.load_model(tiny(kind, intermediate_size=128), "packed")
-    elif config.algorithm.kl_coef:
-        reference = models.load_model(tiny(kind), "packed")
+    teacher_dirs = {
+        name: tiny(kind, intermediate_size=128) if path == "another" else Path(path)
+        for name, path in config.model.all_teachers.items()
+    }
+    references = lora.load_references(config, tiny(kind), teacher_dirs)
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "loss")
-    return Learner(model, config, loss, reference)
+    return Learner(model, config, loss, references)
 
 
 def _for_groups(reward):

@@ -112,7 +112,7 @@ def train_with_shared_sequences(model_dir, folder, stage):
     )
     policy = models.load_model(model_dir, "packed")
     reference = models.load_model(model_dir, "packed")
-    learner = Learner(policy, config, gspo_loss, reference)
+    learner = Learner(policy, config, gspo_loss, {"": reference})
     # The first half of this sequence, which is rank 0's share of two, contains only prompt tokens.
     long_prompt = Sample(
         token_ids=tuple(range(7, 60)), prompt_length=52, advantages=(1.0,), sampler_logprobs=(-5.0,)

@@ -161,6 +161,35 @@ def test_an_invalid_recipe_is_an_error(algorithm, message):
         configs.parse(TREE | {"algorithm": algorithm})
 
 
+@pytest.mark.parametrize(
+    ("teachers", "message"),
+    [
+        (
+            {"sums": "tiny-qwen2", "difference": "tiny-qwen2"},
+            r"model\.teachers\.difference: no such data set \(did you mean differences\?\)\. "
+            "Available: sums, differences",
+        ),
+        ({"sums": "tiny-qwen2"}, "no teacher for the data set differences: add one, or set model"),
+    ],
+)
+def test_every_data_set_needs_a_teacher(teachers, message):
+    mixture = {
+        "sums": {"name": "arithmetic"},
+        "differences": {"name": "arithmetic", "options": {"operations": ["-"]}},
+    }
+    tree = TREE | {
+        "data": {"mixture": mixture},
+        "model": {**TREE["model"], "teachers": teachers},
+        "algorithm": {"preset": "on_policy_distill"},
+    }
+    with pytest.raises(UserError, match=message):
+        configs.parse(tree)
+    # model.teacher teaches the others.
+    model = {**TREE["model"], "teachers": {"sums": "tiny-qwen2"}, "teacher": "tiny-llama"}
+    config = configs.parse(tree | {"model": model})
+    assert config.model.all_teachers == {"": "tiny-llama", "sums": "tiny-qwen2"}
+
+
 # Keys whose values are in the columns "equation" to "KL" of the table. The column "also sets" lists
 # all others.
 SHOWN_IN_FORMULAS = {

@@ -3,6 +3,7 @@
 References are plain PyTorch in float64, and sums over a small vocabulary.
 """
 
+import itertools
 import statistics
 from dataclasses import replace
 
@@ -13,17 +14,18 @@ from tiny_models import tiny_config
 from training_samples import TokenGenerator, random_samples
 
 from grpo.config.algorithm import AlgorithmSettings
-from grpo.learning import models
-from grpo.learning.advantages import recipe_advantages
+from grpo.learning import lora, models
+from grpo.learning.advantages import recipe_advantages, to_samples
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.divergence import divergence
 from grpo.learning.learner import Learner
 from grpo.losses.reinforce import loss
 from grpo.training.updates import Updater
-from grpo.types import Sample
+from grpo.types import Completion, Group, Problem, Sample, ScoredGroup
 
 TEMPERATURE = 1.5  # of the sampler
 COEF = 0.7
+TEACHER_SIZES = {"": 96, "math": 128, "code": 160}  # intermediate sizes, by name
 
 
 def kl(p, q):
@@ -50,14 +52,18 @@ def exact_divergence(student, teacher, kind, top_k):
     return (kl(s, mixture) + kl(t, mixture)) / 2
 
 
-def plain_loss(student, teacher, samples, kind, top_k):
-    """Returns the loss of one update, the mean over tokens of -r A + COEF divergence."""
+def plain_loss(student, teachers, samples, kind, top_k):
+    """Returns the loss of one update, the mean over tokens of -r A + COEF divergence.
+
+    `teachers` has the teachers by the names in the samples.
+    """
     num_tokens = sum(sample.completion_length for sample in samples)
     total = torch.zeros((), dtype=torch.float64)
     for sample in samples:
         ids = torch.tensor([sample.token_ids])
         positions = slice(sample.prompt_length - 1, -1)
         logits = student(input_ids=ids).logits[0, positions]
+        teacher = teachers[sample.teacher]
         teacher_logits = teacher(input_ids=ids).logits[0, positions].detach()
         completion_ids = torch.tensor(sample.token_ids[sample.prompt_length :])
         logprobs = (logits / TEMPERATURE).log_softmax(-1).gather(1, completion_ids[:, None])[:, 0]
@@ -85,7 +91,7 @@ def test_loss_and_gradient_equal_plain_torch_in_float64_for_every_split(
     samples = random_samples(count=6)
     student = models.load_model(tiny(), "eager").double()
     teacher = models.load_model(teacher_dir, "eager").double()
-    expected_loss = plain_loss(student, teacher, samples, kind, top_k)
+    expected_loss = plain_loss(student, {"": teacher}, samples, kind, top_k)
     expected_loss.backward()
     gradients = [parameter.grad for parameter in student.parameters()]
     expected_norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -110,7 +116,7 @@ def test_loss_and_gradient_equal_plain_torch_in_float64_for_every_split(
             models.load_model(tiny(), attention),
             config,
             loss,
-            models.load_model(teacher_dir, attention),
+            {"": models.load_model(teacher_dir, attention)},
         )
         batches = micro_batches(
             samples,
@@ -121,6 +127,100 @@ def test_loss_and_gradient_equal_plain_torch_in_float64_for_every_split(
         report = learner.update(batches)
         assert report["loss"] == pytest.approx(float(expected_loss), rel=1e-4)
         assert report["policy/grad_norm"] == pytest.approx(expected_norm, rel=1e-4)
+
+
+def samples_of_data_sets():
+    """Returns samples of the teachers "math", "code" and "", which alternate."""
+    names = itertools.cycle(["math", "", "code"])
+    return [replace(sample, teacher=next(names)) for sample in random_samples(count=9)]
+
+
+def learner_with_teachers(tiny, tmp_path, attention, algorithm):
+    """Returns a config and a learner whose teachers are three different models."""
+    teacher_dirs = {name: tiny(intermediate_size=size) for name, size in TEACHER_SIZES.items()}
+    config = tiny_config(
+        tmp_path,
+        tiny(),
+        data={
+            "name": None,
+            "options": {},
+            "mixture": {name: {"name": "arithmetic"} for name in ("math", "code", "logic")},
+        },
+        model={
+            "teacher": str(teacher_dirs[""]),
+            "teachers": {name: str(path) for name, path in teacher_dirs.items() if name},
+        },
+        algorithm=algorithm,
+        sampling={"temperature": TEMPERATURE},
+        learner={"lr": 1e-12, "logits_chunk_tokens": 8, "micro_batch_tokens": 60},
+    )
+    references = lora.load_references(config, tiny(), teacher_dirs)
+    learner = Learner(models.load_model(tiny(), attention), config, loss, references)
+    teachers = {
+        name: models.load_model(path, "eager").double() for name, path in teacher_dirs.items()
+    }
+    return config, learner, teachers
+
+
+@pytest.mark.parametrize("attention", ["packed", "eager"])
+def test_each_data_set_learns_from_its_own_teacher_as_in_plain_torch(tiny, tmp_path, attention):
+    samples = samples_of_data_sets()
+    algorithm = {
+        "preset": "dr_grpo",
+        "reduction": "token",
+        "teacher_coef": COEF,
+        "teacher_divergence": "reverse_kl",
+    }
+    _, learner, teachers = learner_with_teachers(tiny, tmp_path, attention, algorithm)
+    student = models.load_model(tiny(), "eager").double()
+    expected_loss = plain_loss(student, teachers, samples, "reverse_kl", None)
+    expected_loss.backward()
+    gradients = [parameter.grad for parameter in student.parameters()]
+    expected_norm = float(torch.nn.utils.get_total_norm(gradients))
+    for max_tokens in (1000, 30):
+        batches = micro_batches(
+            samples,
+            token_weights(samples, "token", 20),
+            max_tokens=max_tokens,
+            packed=attention == "packed",
+        )
+        assert {batch.teacher for batch in batches} == set(teachers)
+        report = learner.update(batches)
+        assert report["loss"] == pytest.approx(float(expected_loss), rel=1e-4)
+        assert report["policy/grad_norm"] == pytest.approx(expected_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["packed", "eager"])
+def test_one_sample_signals_come_from_the_teacher_of_the_data_set(tiny, tmp_path, attention):
+    samples = samples_of_data_sets()
+    algorithm = {"preset": "on_policy_distill"}
+    config, learner, teachers = learner_with_teachers(tiny, tmp_path, attention, algorithm)
+    penalties = Updater(config=config, learner=learner).kl_penalties(samples)
+    student = models.load_model(tiny(), "eager").double()
+    for sample, values in zip(samples, penalties, strict=True):
+        prompt_ids = sample.token_ids[: sample.prompt_length]
+        completion_ids = torch.tensor(sample.token_ids[sample.prompt_length :])
+        expected = torch.zeros(len(completion_ids), dtype=torch.float64)
+        for model, sign in ((student, 1), (teachers[sample.teacher], -1)):
+            logits = completion_logits(model, prompt_ids, sample) / TEMPERATURE
+            logprobs = logits.log_softmax(-1).gather(1, completion_ids[:, None])[:, 0]
+            expected += sign * logprobs.detach()
+        assert values == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_samples_name_the_teacher_of_their_data_set():
+    groups = []
+    for data_set in ("math", "code", "logic"):
+        problem = Problem(id="1", question="", answer="", source="hub", data_set=data_set)
+        completion = Completion(
+            token_ids=(5,), logprobs=(-1.0,), text="", finish_reason="stop", versions=((0, 0, 1),)
+        )
+        group = Group(problem=problem, prompt_ids=(1,), completions=(completion,))
+        groups.append(
+            ScoredGroup(group=group, rewards=(1.0,), parts=({},), verdicts=(None,), faults=({},))
+        )
+    samples = to_samples(groups, [[(0.5,)]] * 3, teachers={"math": "A", "code": "B"})
+    assert [sample.teacher for sample in samples] == ["math", "code", ""]
 
 
 def estimates_of_the_gradient(logits, teacher_logits):

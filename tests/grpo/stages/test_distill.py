@@ -163,7 +163,7 @@ def test_gradient_of_soft_targets_equals_plain_torch_for_every_split(tiny, tmp_p
             models.load_model(tiny(), attention),
             tiny_config(tmp_path, tiny(), learner={"lr": 1e-12}),
             loss,
-            models.load_model(teacher_dir, attention),
+            {"": models.load_model(teacher_dir, attention)},
             soft=settings,
         )
         report = learner.update(make_batches(samples, max_tokens=max_tokens, attention=attention))
@@ -243,7 +243,7 @@ def test_gradient_of_hidden_states_equals_plain_torch_for_every_split(
             models.load_model(tiny(), attention),
             tiny_config(tmp_path, tiny(), learner={"lr": 1e-12}),
             loss,
-            models.load_model(teacher_dir, attention),
+            {"": models.load_model(teacher_dir, attention)},
             soft=settings,
         )
 
@@ -280,7 +280,7 @@ def test_missing_hidden_layer_raises(tiny, tmp_path):
             models.load_model(tiny(), "eager"),
             tiny_config(tmp_path, tiny()),
             loss,
-            models.load_model(tiny(), "eager"),
+            {"": models.load_model(tiny(), "eager")},
             soft=soft,
         )
 

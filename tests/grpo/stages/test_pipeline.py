@@ -83,6 +83,26 @@ def test_distill_stage_uses_the_teacher_and_the_traces_of_earlier_stages(tmp_pat
     assert "model.path=runs/x/small/final" in commands["small-s"].overrides
 
 
+def test_the_teachers_of_a_stage_are_earlier_stages(tmp_path):
+    (tmp_path / "d.yaml").write_text(
+        "model: {path: tiny-qwen2}\nprompt: {template: plain}\n"
+        "data: {mixture: {two: {name: arithmetic}, three: {name: arithmetic}}}\n"
+        "algorithm: {preset: on_policy_distill}\n"
+    )
+    stages = {
+        "rl_two": {"command": "train", "config": "configs/tiny.yaml"},
+        "rl_three": {"command": "train", "config": "configs/tiny.yaml"},
+        "both": {
+            "command": "train",
+            "config": str(tmp_path / "d.yaml"),
+            "teachers": {"two": "rl_two", "three": "rl_three"},
+        },
+    }
+    overrides = planned_commands(stages)["both"].overrides
+    assert "model.teachers.two=runs/x/rl_two/final" in overrides
+    assert "model.teachers.three=runs/x/rl_three/final" in overrides
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
@@ -96,6 +116,12 @@ def test_distill_stage_uses_the_teacher_and_the_traces_of_earlier_stages(tmp_pat
                 "b": {"command": "sft", "config": "configs/tiny_sft.yaml", "teacher": "a"},
             },
             "stages.b.teacher: `grpo sft` has no teacher",
+        ),
+        (
+            {
+                "a": {"command": "train", "config": "configs/tiny.yaml", "teachers": {"x": "rl"}},
+            },
+            "stages.a.teachers.x=rl: not an earlier stage",
         ),
         (
             {"a": {"command": "train", "config": "configs/tiny.yaml", "model": "b"}},

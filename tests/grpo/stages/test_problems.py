@@ -66,6 +66,7 @@ def test_two_entries_with_the_same_set_have_different_ids(tmp_path, name):
     assert isinstance(problems["first"], list) == (name != "arithmetic")
     ids = [problem.id for entry in entries for problem in problems[entry][:3]]
     assert len(set(ids)) == 6
+    assert {problem.data_set for problem in problems["second"][:3]} == {"second"}
 
 
 def test_keys_of_the_section_are_no_options(tmp_path):

@@ -103,10 +103,10 @@ def test_estimated_state_sizes_equal_those_of_a_real_learner(tiny, tmp_path):
     estimate = learner_memory(config, shape_of(tiny)).parts
     policy = models.load_model(tiny(), "eager")
     reference = models.load_model(tiny(), "eager")
-    learner = Learner(policy, config, loss, reference)
+    learner = Learner(policy, config, loss, {"": reference})
     policy_bytes = num_bytes(learner._policy.model)
     assert estimate["weights"] == policy_bytes
-    assert estimate["reference"] == num_bytes(learner._reference.model)
+    assert estimate["reference"] == num_bytes(learner._references[""].model)
     assert estimate["optimizer"] == 3 * policy_bytes
     assert estimate["optimizer"] == 3 * estimate["gradients"]
 

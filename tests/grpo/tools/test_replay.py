@@ -2,12 +2,14 @@
 cannot repeat.
 """
 
+import itertools
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
-from random_loop import make_loop
+from random_loop import make_loop, take_problems
 
 from grpo import config as configs
 from grpo.cli import main
@@ -76,6 +78,10 @@ def test_a_replay_computes_the_kl_penalties_and_teacher_logprobs_that_overrides_
     for override, message in (
         ("algorithm.truncated=mask", "truncated=mask"),
         ("algorithm.preset=gdpo", "per_reward needs the value of each reward"),
+        (
+            "model.teachers.arithmetic=tiny-llama",
+            r"only the data sets of the run's model\.teachers",
+        ),
         ("algorithm.preset=self_distill", "teacher_hint=solution needs the teacher's prompts"),
     ):
         with pytest.raises(UserError, match=message):
@@ -92,6 +98,50 @@ def test_a_replay_of_self_distillation_has_the_prompts_of_the_teacher(tiny, tmp_
     assert "differs" not in capsys.readouterr().out
     # A teacher model without a hint reads the prompts of the policy.
     overrides = ["algorithm.preset=on_policy_distill", f"model.teacher={tiny()}"]
+    assert not replay(str(tmp_path), step=3, overrides=overrides)
+
+
+@pytest.mark.parametrize("preset", ["on_policy_distill", "on_policy_distill_exact"])
+def test_a_replay_with_several_teachers_has_the_data_set_of_each_sample(
+    tiny, tmp_path, capsys, preset
+):
+    def take(position, count):
+        data_sets = itertools.islice(itertools.cycle(teachers), position, position + count)
+        problems = take_problems(position, count)
+        return [
+            replace(problem, data_set=data_set)
+            for problem, data_set in zip(problems, data_sets, strict=True)
+        ]
+
+    teachers = {
+        "sums": str(tiny(intermediate_size=128)),
+        "differences": str(tiny(intermediate_size=160)),
+    }
+    loop = make_loop(
+        tmp_path,
+        tiny,
+        take=take,
+        model={"teachers": teachers},
+        data={
+            "name": None,
+            "options": {},
+            "mixture": {name: {"name": "arithmetic"} for name in teachers},
+        },
+        algorithm={"preset": preset},
+        checkpoint={"every": 1},
+        logging={"replay": 3},
+    )
+    (tmp_path / "config.yaml").write_text(configs.dump(loop.config))
+    loop.train()
+    assert {sample.teacher for sample in read_update_samples(tmp_path, 3)} == set(teachers)
+    assert main(["replay", str(tmp_path), "--step", "3"]) == 0
+    assert "differs" not in capsys.readouterr().out
+    # With the same teacher for both, the update differs.
+    assert not replay(
+        str(tmp_path), step=3, overrides=[f"model.teachers.differences={teachers['sums']}"]
+    )
+    # A single teacher for all data sets
+    overrides = ["model.teachers={}", f"model.teacher={teachers['sums']}"]
     assert not replay(str(tmp_path), step=3, overrides=overrides)
 
 
