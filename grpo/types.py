@@ -24,7 +24,7 @@ At run time this module imports the standard library only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -242,6 +242,28 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherText:
+    """What a teacher reads in place of a sample's prompt and completion.
+
+    Example:
+        A completion of three tokens, which are four tokens of the teacher. Both tokenizers have a
+        boundary after the student's second and the teacher's third token, and at the end::
+
+            TeacherText(prompt_ids=(3,), completion_ids=(4, 7, 2, 1), spans=((2, 3), (3, 4)))
+
+    Attributes:
+        prompt_ids: the tokens of the teacher's prompt.
+        completion_ids: the completion in the teacher's tokens; None if they are the sample's.
+        spans: the ends of the spans (grpo/learning/alignment.py), as numbers of the student's and
+            of the teacher's completion tokens. None if the tokens are the sample's.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...] | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One training sequence of L tokens: a prompt and its completion.
 
@@ -268,8 +290,8 @@ class Sample:
             if no engine sampled the tokens.
         group: the index of the sample's group within the update.
         reward: the completion's reward; 0 in supervised training.
-        teacher_prompt_ids: the prompt with which a teacher scores the completion, if it differs
-            from the policy's (`algorithm.teacher_hint`).
+        teacher_text: what a teacher reads, if it differs from the sample's tokens: another prompt
+            (`algorithm.teacher_hint`), or the tokens of another tokenizer.
         teacher: the name of the teacher in `model.teachers`; "" for `model.teacher`.
     """
 
@@ -280,13 +302,32 @@ class Sample:
     versions: tuple[int, ...] | None = None
     group: int = 0
     reward: float = 0.0
-    teacher_prompt_ids: tuple[int, ...] | None = None
+    teacher_text: TeacherText | None = None
     teacher: str = ""
 
     @property
     def completion_length(self) -> int:
         """The number of completion tokens."""
         return len(self.token_ids) - self.prompt_length
+
+
+class SpanIndex(NamedTuple):
+    """The K spans of a micro-batch: pieces of text between boundaries of both tokenizers.
+
+    The batch has N completion tokens of the student and M of the teacher, row by row.
+
+    Attributes:
+        student_starts: `[K]`, the index of each span's first token among the N.
+        teacher_starts: `[K]`, the same among the M.
+        student_spans: `[N]`, the index of the span that each token continues; -1 for the first
+            token of a span, and for tokens without one.
+        teacher_spans: `[M]`, the same for the teacher's tokens.
+    """
+
+    student_starts: Tensor
+    teacher_starts: Tensor
+    student_spans: Tensor
+    teacher_spans: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,8 +374,10 @@ class Batch:
             the rollout's first update, or those of the sampler. None if they equal the policy's
             current logprobs, so that every ratio is 1.
         ref_logprobs: `[B, T]`, of the reference model. None if the loss has no KL term.
-        teacher_batch: the same completions after the teacher's prompts, row by row, with another
-            number of positions. None if the teacher has the policy's prompts.
+        teacher_batch: what the teacher reads, row by row, with another number of positions. None
+            if it reads the same tokens.
+        spans: where the tokens of student and teacher have common boundaries. None if both have
+            the same vocabulary.
         teacher: the name of the teacher of all rows in `model.teachers`; "" for `model.teacher`.
     """
 
@@ -355,4 +398,5 @@ class Batch:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     teacher_batch: Batch | None = None
+    spans: SpanIndex | None = None
     teacher: str = ""

@@ -39,6 +39,8 @@ class Prompts:
     Attributes:
         stop: Stop strings, which end a completion.
         stop_token_ids: Stop tokens, which end a completion.
+        end_id: The token that ends a worked solution: the chat template's end-of-turn token, or
+            EOS. None without one.
     """
 
     def __init__(
@@ -63,8 +65,8 @@ class Prompts:
         _check_template(settings, tokenizer)
         self._settings = settings
         self._tokenizer = tokenizer
-        self._end_of_turn_id = self._find_end_of_turn_id()
-        stop_ids = {tokenizer.eos_token_id, *(eos_token_ids or []), self._end_of_turn_id}
+        self.end_id = self._find_end_of_turn_id() or tokenizer.eos_token_id
+        stop_ids = {tokenizer.eos_token_id, *(eos_token_ids or []), self.end_id}
         self.stop_token_ids = tuple(sorted(token for token in stop_ids if token is not None))
         if not self.stop_token_ids and not settings.stop:
             raise UserError(
@@ -158,10 +160,9 @@ class Prompts:
         The last token ends a completion: the chat template's end-of-turn token, or EOS.
         """
         ids = self._tokenizer(self.solution(problem), add_special_tokens=False)["input_ids"]
-        end_id = self._end_of_turn_id or self._tokenizer.eos_token_id
-        if end_id is None:
+        if self.end_id is None:
             return tuple(ids)
-        return (*ids, end_id)
+        return (*ids, self.end_id)
 
     def solution(self, problem: Problem) -> str:
         """Returns the text of a worked solution, as it follows the prompt.

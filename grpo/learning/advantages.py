@@ -26,7 +26,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from grpo.config.algorithm import NORMALIZED_ADVANTAGES, AlgorithmSettings
-from grpo.types import Completion, Group, Sample, ScoredGroup
+from grpo.types import Completion, Group, Sample, ScoredGroup, TeacherText
 
 T = TypeVar("T")
 EPSILON = 1e-6  # added to a standard deviation before the division
@@ -464,8 +464,10 @@ def to_samples(
             if mask_truncated and completion.finish_reason == "length":
                 continue
             sample = _to_sample(scored.group, completion, advantages_L, reward, group_index)
-            sample = replace(sample, teacher_prompt_ids=teacher_prompt, teacher=teacher)
-            samples.append(sample)
+            teacher_text = None
+            if teacher_prompt is not None:
+                teacher_text = TeacherText(prompt_ids=teacher_prompt)
+            samples.append(replace(sample, teacher_text=teacher_text, teacher=teacher))
     return samples
 
 

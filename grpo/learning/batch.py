@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo.types import Batch, Sample
+from grpo.types import Batch, Sample, SpanIndex
 
 # Fills `input_ids` and `labels` after the end of a sequence. Any token id would do: the masks come
 # from lengths, never from token ids, so an EOS token with this id is trained like any other token.
@@ -107,8 +107,8 @@ def micro_batches(
             round gets a copy of another rank's micro-batch with `is_filler` set and weights 0.
     """
     rank, num_ranks = share
-    # The longer prompt of a teacher counts, because its batch has the same rows.
-    longest = [_with_longer_prompt(sample) for sample in samples]
+    # The longer text of a teacher counts, because its batch has the same rows.
+    longest = [_longer_text(sample) for sample in samples]
     parts: list[MicroBatchRows] = []
     for teacher in sorted({sample.teacher for sample in samples}):
         indices = [i for i, sample in enumerate(samples) if sample.teacher == teacher]
@@ -133,11 +133,9 @@ def micro_batches(
     return batches
 
 
-def _with_longer_prompt(sample: Sample) -> Sample:
-    """Returns the sample as the teacher reads it, if that is longer."""
-    if len(sample.teacher_prompt_ids or ()) > sample.prompt_length:
-        return _as_teacher_reads(sample)
-    return sample
+def _longer_text(sample: Sample) -> Sample:
+    """Returns the sample as the policy or as the teacher reads it, whichever is longer."""
+    return max(sample, _as_teacher_reads(sample), key=lambda each: len(each.token_ids))
 
 
 @dataclass(slots=True)
@@ -224,7 +222,7 @@ def _collate(indices: Sequence[int], samples: Sequence[Sample], weights: Sequenc
     """Returns the samples at `indices` as one micro-batch, padded on the right."""
     rows = [samples[i] for i in indices]
     teacher_batch = None
-    if any(sample.teacher_prompt_ids is not None for sample in rows):
+    if any(sample.teacher_text is not None for sample in rows):
         teacher_rows = [_as_teacher_reads(sample) for sample in rows]
         row_weights = [weights[i] for i in indices]
         teacher_batch = _collate(range(len(rows)), teacher_rows, row_weights)
@@ -264,20 +262,68 @@ def _collate(indices: Sequence[int], samples: Sequence[Sample], weights: Sequenc
         sampler_logprobs=sampler_logprobs,
         versions=versions,
         teacher_batch=teacher_batch,
+        spans=_span_index(rows),
         teacher=rows[0].teacher,
     )
 
 
+def _span_index(samples: Sequence[Sample]) -> SpanIndex | None:
+    """Returns the spans of a micro-batch's rows; None if student and teacher share their tokens."""
+    if any(sample.teacher_text is None or sample.teacher_text.spans is None for sample in samples):
+        return None
+    student, teacher = _SpanSide(), _SpanSide()
+    for sample in samples:
+        text = sample.teacher_text
+        assert text is not None and text.spans is not None and text.completion_ids is not None
+        student.add([end for end, _ in text.spans], sample.completion_length)
+        teacher.add([end for _, end in text.spans], len(text.completion_ids))
+    return SpanIndex(
+        student_starts=torch.tensor(student.starts, dtype=torch.long),
+        teacher_starts=torch.tensor(teacher.starts, dtype=torch.long),
+        student_spans=torch.tensor(student.spans, dtype=torch.long),
+        teacher_spans=torch.tensor(teacher.spans, dtype=torch.long),
+    )
+
+
+@dataclass(slots=True)
+class _SpanSide:
+    """The tokens of one tokenizer in a `SpanIndex`, row by row."""
+
+    starts: list[int] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
+
+    def add(self, ends: Sequence[int], num_tokens: int) -> None:
+        """Adds a row with `num_tokens` completion tokens. `ends` has the ends of its spans."""
+        offset = len(self.spans)
+        start = 0
+        for end in ends:
+            index = len(self.starts)
+            self.starts.append(offset + start)
+            self.spans += [-1] + [index] * (end - start - 1)
+            start = end
+        self.spans += [-1] * (num_tokens - start)
+
+
 def _as_teacher_reads(sample: Sample) -> Sample:
-    """Returns the sample with the teacher's prompt in place of the policy's."""
-    if sample.teacher_prompt_ids is None:
+    """Returns the sample with the teacher's tokens in place of the policy's."""
+    text = sample.teacher_text
+    if text is None:
         return sample
-    completion_ids = sample.token_ids[sample.prompt_length :]
-    return replace(
+    own = replace(
         sample,
-        token_ids=sample.teacher_prompt_ids + completion_ids,
-        prompt_length=len(sample.teacher_prompt_ids),
-        teacher_prompt_ids=None,
+        token_ids=text.prompt_ids + sample.token_ids[sample.prompt_length :],
+        prompt_length=len(text.prompt_ids),
+        teacher_text=None,
+    )
+    if text.completion_ids is None:
+        return own
+    return replace(
+        own,
+        token_ids=text.prompt_ids + text.completion_ids,
+        # The values of the student's tokens are not those of the teacher's.
+        advantages=(0.0,) * len(text.completion_ids),
+        sampler_logprobs=None,
+        versions=None,
     )
 
 
@@ -297,13 +343,15 @@ def align_with_policy(values: Tensor, batch: Batch) -> Tensor:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Returns the micro-batch with its tensors on `device`."""
     values_on_device: dict[str, Any] = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
+    for each in fields(batch):
+        value = getattr(batch, each.name)
         if isinstance(value, Tensor):
-            values_on_device[field.name] = value.to(device)
+            values_on_device[each.name] = value.to(device)
     if batch.teacher_top is not None:
         token_ids, logprobs = batch.teacher_top
         values_on_device["teacher_top"] = (token_ids.to(device), logprobs.to(device))
     if batch.teacher_batch is not None:
         values_on_device["teacher_batch"] = to_device(batch.teacher_batch, device)
+    if batch.spans is not None:
+        values_on_device["spans"] = SpanIndex(*(values.to(device) for values in batch.spans))
     return replace(batch, **values_on_device)

@@ -31,11 +31,12 @@ from grpo.learning.deepspeed_setup import (
     skipped_updates_error,
     torch_optimizer,
 )
+from grpo.learning.divergence import Vocabularies
 from grpo.learning.learner_checkpoint import load_checkpoint, save_checkpoint
 from grpo.learning.learner_weights import LearnerWeights, gathered
 from grpo.learning.objective import Objective, objective
 from grpo.learning.perturbation import jittered, perturbed
-from grpo.learning.policy import HeadOptions, Policy, PolicyOutput, SoftTargets
+from grpo.learning.policy import HeadOptions, Policy, PolicyOutput, Reference, SoftTargets
 from grpo.learning.update_report import (
     MicroBatchReport,
     UpdateTotals,
@@ -91,7 +92,7 @@ class Learner:
         model: nn.Module,
         config: LearnerConfig,
         loss: Loss,
-        references: Mapping[str, nn.Module] | None = None,
+        references: Mapping[str, Reference] | None = None,
         *,
         soft: SoftTargetSettings | None = None,
     ) -> None:
@@ -129,8 +130,11 @@ class Learner:
         self.attention = packing.describe_attention(model.config, dtype, self.device)
         self._references: dict[str, Policy] = {}
         for name, reference in (references or {}).items():
-            self._references[name] = _reference_policy(reference, config, self.device)
+            self._references[name] = _reference_policy(reference.model, config, self.device)
         soft_targets = _soft_targets(config, soft, self._references)
+        if soft_targets is not None:
+            vocabularies = _vocabularies(references or {}, model)
+            soft_targets = replace(soft_targets, vocabularies=vocabularies)
         policy = _trained_policy(model, config, soft_targets)
         # DeepSpeed's engine. It has nothing to do with the vLLM engine that samples.
         self._deepspeed_engine, *_ = deepspeed.initialize(
@@ -533,6 +537,16 @@ def _soft_targets(
         temperature=config.logprob_temperature,
         top_k=algorithm.teacher_top_k,
     )
+
+
+def _vocabularies(references: Mapping[str, Reference], model: nn.Module) -> dict[str, Vocabularies]:
+    """Returns the common tokens of the policy and each teacher with another vocabulary."""
+    vocabularies = {}
+    for name, reference in references.items():
+        common = reference.vocabularies(model)
+        if common is not None:
+            vocabularies[name] = common
+    return vocabularies
 
 
 def _trained_policy(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo.learning import models, quantization
+from grpo.learning.policy import Reference
 from grpo.types import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> No
 
 def load_references(
     config: TrainConfig, model_dir: Path, teacher_dirs: Mapping[str, Path]
-) -> dict[str, Any]:
+) -> dict[str, Reference]:
     """Returns the teachers by name, or without any the reference model of the KL with the name "".
 
     There is none if the run needs none, or if the policy has adapters: without them the policy is
@@ -80,9 +81,9 @@ def load_references(
         loaded = {
             path: models.load_model(path, attention) for path in sorted(set(teacher_dirs.values()))
         }
-        return {name: loaded[path] for name, path in teacher_dirs.items()}
+        return {name: Reference(loaded[path]) for name, path in teacher_dirs.items()}
     if config.algorithm.kl_coef > 0 and not config.model.lora:
-        return {"": models.load_model(model_dir, attention)}
+        return {"": Reference(models.load_model(model_dir, attention))}
     return {}
 
 

@@ -9,7 +9,7 @@ rank, if ranks share the batch), K tokens of a teacher's top-k distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from grpo.learning import moe, packing
-from grpo.learning.divergence import divergence, top_divergence
+from grpo.learning.alignment import TokenPair
+from grpo.learning.divergence import (
+    CommonTokens,
+    SpanStart,
+    Vocabularies,
+    divergence,
+    span_divergence,
+    top_divergence,
+)
 from grpo.learning.token_logprobs import token_logprobs
 from grpo.types import Batch, UserError
 
@@ -67,6 +75,38 @@ class HeadOptions:
     entropy_gradient: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A model that is not trained: the reference of the KL, or a teacher.
+
+    Attributes:
+        model: The transformers model.
+        common_tokens: The tokens that its vocabulary and the policy's have in common. None if the
+            vocabularies are equal.
+    """
+
+    model: nn.Module
+    common_tokens: Sequence[TokenPair] | None = None
+
+    def vocabularies(self, policy: Any) -> Vocabularies | None:
+        """Returns the common tokens as tensors on the device of a policy's model."""
+        if self.common_tokens is None:
+            return None
+        model: Any = self.model
+        student_ids = torch.tensor([pair.student for pair in self.common_tokens])
+        teacher_ids = torch.tensor([pair.teacher for pair in self.common_tokens])
+        return Vocabularies(
+            _common_tokens(student_ids, policy.config.vocab_size, policy.device),
+            _common_tokens(teacher_ids, model.config.vocab_size, policy.device),
+        )
+
+
+def _common_tokens(ids: Tensor, vocabulary: int, device: torch.device) -> CommonTokens:
+    is_other = torch.ones(vocabulary, dtype=torch.bool)
+    is_other[ids] = False
+    return CommonTokens(ids.to(device), is_other.nonzero()[:, 0].to(device))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftTargets:
     """A teacher whose distribution the policy learns.
@@ -84,6 +124,9 @@ class SoftTargets:
             None: all tokens of the vocabulary.
         matches_layers: Whether to compute the errors of hidden states.
         layers: Layers of student and teacher that are matched, see `soft.hidden_layers`.
+        vocabularies: The common tokens of the policy and each teacher whose vocabulary differs, by
+            the teacher's name. The divergence is then `divergence.span_divergence`, for which the
+            temperature must be that of the output head.
     """
 
     teachers: Mapping[str, Policy]
@@ -94,6 +137,7 @@ class SoftTargets:
     top_k: int | None = None
     matches_layers: bool = False
     layers: dict[int, int] = field(default_factory=dict)
+    vocabularies: Mapping[str, Vocabularies] = field(default_factory=dict)
 
     def teacher_of(self, batch: Batch) -> Policy | None:
         """Returns the teacher of a batch; None if it is the policy, or not in memory."""
@@ -143,6 +187,14 @@ class _States:
     layers: list[Tensor]  # of the layers that are matched with the teacher's, [N, H] each
     mask: Tensor  # the N positions, [B, T] bool
     expert_load: moe.ExpertLoad | None
+
+
+class _SpanRows(NamedTuple):
+    """Values at the first tokens of spans."""
+
+    hidden: Tensor  # hidden states, [K, H]
+    first_ids: Tensor  # the first tokens, [K]
+    rest: Tensor  # log-probabilities of the other tokens of each span, [K]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -216,7 +268,14 @@ class Policy(nn.Module):
         if teacher_states is not None and self._layer_pairs:
             errors = self._hidden_errors(states, teacher_states)
             hidden_errors = self._grid([errors], states.mask)
-        head_output = self._run_head(batch, states, teacher_states)
+        if teacher_states is not None and batch.spans is not None:
+            head_output = self._run_head(batch, states, None)
+            token_logprobs = torch.cat(head_output.logprobs)
+            head_output.divergences.append(
+                self._span_divergences(batch, states, teacher_states, token_logprobs)
+            )
+        else:
+            head_output = self._run_head(batch, states, teacher_states)
         logprobs = self._grid(head_output.logprobs, states.mask)
         entropies = self._grid(head_output.entropies, states.mask)
         divergences = None
@@ -380,6 +439,76 @@ class Policy(nn.Module):
             entropy_gradient=self._head.entropy_gradient,
         )
 
+    def _span_divergences(
+        self, batch: Batch, states: _States, teacher_states: _States, logprobs: Tensor
+    ) -> Tensor:
+        """Returns the divergences [N] from a teacher with another vocabulary.
+
+        The divergence of a span is that of its first token; all other tokens have 0.
+
+        Args:
+            batch: The micro-batch.
+            states: The policy's hidden states.
+            teacher_states: The teacher's hidden states at its M completion tokens.
+            logprobs: The policy's log-probabilities of the N completion tokens, with a gradient.
+        """
+        teacher = self._teacher(batch)
+        assert self._soft_targets is not None and teacher is not None
+        assert batch.spans is not None and batch.teacher_batch is not None
+        spans = batch.spans
+        vocabularies = self._soft_targets.vocabularies[batch.teacher]
+        with torch.no_grad():
+            teacher_head = teacher._run_head(batch.teacher_batch, teacher_states, None)
+        num_spans = len(spans.student_starts)
+        student_rest = _sum_by_span(logprobs, spans.student_spans, num_spans)
+        teacher_rest = _sum_by_span(
+            torch.cat(teacher_head.logprobs), spans.teacher_spans, num_spans
+        )
+        student_ids = batch.labels[states.mask]
+        teacher_ids = batch.teacher_batch.labels[teacher_states.mask]
+        divergences = []
+        # All ranks run the head in the same number of chunks, as in `_run_head`.
+        num_positions = max(len(states.last), batch.max_rank_tokens)
+        for start in range(0, num_positions, self._head.chunk_tokens):
+            chunk = slice(start, start + self._head.chunk_tokens)
+            student_starts = spans.student_starts[chunk]
+            teacher_starts = spans.teacher_starts[chunk]
+            divergences.append(
+                checkpoint(
+                    self._span_divergence,
+                    _SpanRows(
+                        states.last[student_starts],
+                        student_ids[student_starts],
+                        student_rest[chunk],
+                    ),
+                    teacher,
+                    _SpanRows(
+                        teacher_states.last[teacher_starts],
+                        teacher_ids[teacher_starts],
+                        teacher_rest[chunk],
+                    ),
+                    vocabularies,
+                    use_reentrant=False,
+                )
+            )
+        zeros = torch.zeros_like(logprobs)
+        return zeros.index_copy(0, spans.student_starts, torch.cat(divergences))
+
+    def _span_divergence(
+        self, rows: _SpanRows, teacher: Policy, teacher_rows: _SpanRows, vocabularies: Vocabularies
+    ) -> Tensor:
+        """Returns the divergences of one chunk of spans."""
+        assert self._soft_targets is not None
+        start = self._span_start(rows, vocabularies.student)
+        with torch.no_grad():
+            teacher_start = teacher._span_start(teacher_rows, vocabularies.teacher)
+        targets = self._soft_targets
+        return span_divergence(start, teacher_start, targets.divergence, targets.beta)
+
+    def _span_start(self, rows: _SpanRows, common: CommonTokens) -> SpanStart:
+        logits = self._logits(rows.hidden) / self._head.temperature
+        return SpanStart(logits, rows.first_ids, rows.rest, common)
+
     def _divergence(self, hidden: Tensor, teacher: Policy, teacher_hidden: Tensor) -> Tensor:
         """Returns the divergences of one chunk from the teacher's distribution."""
         targets = self._soft_targets
@@ -472,6 +601,13 @@ def _projections(
             nn.init.orthogonal_(projection.weight)
             projections[f"{pair.student}_{pair.teacher}"] = projection
     return projections
+
+
+def _sum_by_span(values: Tensor, spans: Tensor, num_spans: int) -> Tensor:
+    """Returns the sums [K] of the values [N] of each span; `spans` [N] is -1 for no span."""
+    has_span = spans >= 0
+    zeros = torch.zeros(num_spans, dtype=values.dtype, device=values.device)
+    return zeros.index_add(0, spans[has_span], values[has_span])
 
 
 def _scatter(chunks: list[Tensor], mask: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ import numpy as np
 
 from grpo import json_lines
 from grpo.run import ranks
-from grpo.types import RunError, Sample, UserError, first_line
+from grpo.types import RunError, Sample, TeacherText, UserError, first_line
 
 Parameters = ParamSpec("Parameters")
 
@@ -166,7 +166,7 @@ def _samples_from_columns(columns: Mapping[str, list[Any]]) -> list[Sample]:
     samples = []
     sequence_start = 0  # in the column of all tokens
     completion_start = 0  # in the columns of completion tokens
-    teacher_prompts = _teacher_prompts(columns)
+    teacher_texts = _teacher_texts(columns)
     for i, (length, prompt_length) in enumerate(
         zip(columns["lengths"], columns["prompts"], strict=True)
     ):
@@ -182,7 +182,7 @@ def _samples_from_columns(columns: Mapping[str, list[Any]]) -> list[Sample]:
                 versions=tuple(columns["token_versions"][completion]) or None,
                 group=columns["groups"][i],
                 reward=columns["rewards"][i],
-                teacher_prompt_ids=teacher_prompts[i],
+                teacher_text=teacher_texts[i],
                 teacher=columns["teachers"][i] if "teachers" in columns else "",
             )
         )
@@ -191,16 +191,19 @@ def _samples_from_columns(columns: Mapping[str, list[Any]]) -> list[Sample]:
     return samples
 
 
-def _teacher_prompts(columns: Mapping[str, list[Any]]) -> list[tuple[int, ...] | None]:
-    """Returns the teacher's prompt of each sample, None where it has none."""
-    prompts: list[tuple[int, ...] | None] = []
+def _teacher_texts(columns: Mapping[str, list[Any]]) -> list[TeacherText | None]:
+    """Returns what the teacher reads for each sample, None where it reads the sample's tokens."""
+    texts: list[TeacherText | None] = []
     start = 0
     # Runs without hints, and older ones, have no such column.
     for length in columns.get("teacher_prompts", [0] * len(columns["lengths"])):
-        ids = tuple(columns["teacher_ids"][start : start + length]) if length else None
-        prompts.append(ids)
+        text = None
+        if length:
+            prompt_ids = tuple(columns["teacher_ids"][start : start + length])
+            text = TeacherText(prompt_ids=prompt_ids)
+        texts.append(text)
         start += length
-    return prompts
+    return texts
 
 
 def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -219,7 +222,9 @@ def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
         logprobs += sample.sampler_logprobs or ()
         token_versions += sample.versions or ()
     columns: dict[str, Any] = {}
-    teacher_prompts = [sample.teacher_prompt_ids or () for sample in samples]
+    teacher_prompts = [
+        sample.teacher_text.prompt_ids if sample.teacher_text else () for sample in samples
+    ]
     if any(teacher_prompts):
         columns["teacher_prompts"] = [len(prompt) for prompt in teacher_prompts]
         teacher_ids = list(itertools.chain.from_iterable(teacher_prompts))

@@ -4,7 +4,8 @@ The config key `way` selects the method:
 
 - `sequence`: The teacher samples, correct completions are kept as traces, and the student is
   fine-tuned on them, as in DeepSeek-R1. The vocabularies may differ.
-- `soft`: The student learns the teacher's distribution at every token of given texts.
+- `soft`: The student learns the teacher's distribution at every token of given texts. Tokens of
+  another vocabulary are aligned (grpo/learning/alignment.py).
 - `on_policy`: The student samples and the teacher scores its tokens. GRPO's training loop uses the
   reverse KL as the advantage.
 """
@@ -15,12 +16,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.config import DistillConfig
 from grpo.experience import plugins
 from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
+from grpo.learning.alignment import TokenPair
 from grpo.run import ranks
 from grpo.run.directory import RunDirectory
 from grpo.run.display import redirect_output
@@ -47,9 +49,18 @@ from grpo.stages.stage import (
     StageNeeds,
     max_checkpoints_on_disk,
 )
-from grpo.stages.start_model import find_start_model, find_teachers, require_same_start
+from grpo.stages.start_model import (
+    StartModel,
+    find_start_model,
+    find_teachers,
+    require_same_start,
+)
+from grpo.stages.teacher_texts import TeacherTexts, Texts, find_other_vocabulary
 from grpo.stages.text_loop import TextLoop
 from grpo.types import Batch, Problem, Sample, UserError
+
+if TYPE_CHECKING:
+    from grpo.data.common.mixture import Mixture
 
 TEXTS_PER_FILE = 256
 
@@ -106,7 +117,6 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
     assert soft is not None
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     with open_stage(config, "distill", total=soft.updates, unit="update", resume=resume) as context:
-        log_file = context.run.log_file("learner")
         with context.loading_problems():
             problems = load_problems(config.data, "train", config.seed, say=context.display.say)
         context.display.phase(0, "loading the models")
@@ -114,35 +124,73 @@ def _run_soft(config: DistillConfig, resume: bool) -> None:
         models.check_context(start.model_dir, soft.max_tokens, config.length_keys)
         mixture = make_mixture(config.data, problems, start.prompts, config.seed)
         require_same_start(start.tokenizer, mixture)
-        training_problems = take_trainable(
-            mixture,
-            soft.updates * soft.batch_size,
-            start.prompts,
-            _limits(config),
-            context.display.say,
-        )
-        texts = SolutionTexts(
-            training_problems,
-            start.prompts,
-            max_tokens=soft.max_tokens,
-            section="soft",
-            weight=soft.hard_weight,
-        )
-        with redirect_output(log_file):
-            teacher_dir = find_teachers(config, context, start.tokenizer, soft.max_tokens)[""]
-        teacher_top = _fill_teacher_top(config, context, teacher_dir, texts)
-        with redirect_output(log_file):
-            loaded_teacher_dir = teacher_dir if teacher_top is None else None
-            learner = _load_learner(config, start.model_dir, loaded_teacher_dir, loss)
+        teacher = _prepare_teacher(config, context, start, mixture)
+        with redirect_output(context.run.log_file("learner")):
+            learner = _load_learner(config, start.model_dir, teacher, loss)
             context.stack.callback(learner.close)
         context.display.say(f"attention: {learner.attention}")
-        loop = TextLoop(config=config, context=context, settings=soft, learner=learner, texts=texts)
-        if teacher_top is not None:
-            loop.prepare_batch = teacher_top.add_to_batch
+        loop = TextLoop(
+            config=config, context=context, settings=soft, learner=learner, texts=teacher.texts
+        )
+        if teacher.top is not None:
+            loop.prepare_batch = teacher.top.add_to_batch
         if resume:
             loop.resume()
         loop.train()
         write_final(context, config, start.model_dir, start.tokenizer, learner)
+
+
+class _Teacher(NamedTuple):
+    """A teacher, and the texts that it reads."""
+
+    model_dir: Path
+    texts: Texts
+    top: TopLogprobs | None  # its stored logprobs, instead of the model in memory
+    common_tokens: list[TokenPair] | None  # if its vocabulary is not the student's
+
+
+def _prepare_teacher(
+    config: DistillConfig, context: RunContext, start: StartModel, mixture: Mixture
+) -> _Teacher:
+    """Finds the teacher and tokenizes the texts, also with another tokenizer of the teacher."""
+    soft = config.soft
+    assert soft is not None
+    with redirect_output(context.run.log_file("learner")):
+        model_dir = find_teachers(config, context, soft.max_tokens)[""]
+        other_vocabulary = find_other_vocabulary(config, start, model_dir)
+    num_texts = soft.updates * soft.batch_size
+    problems = take_trainable(
+        mixture, num_texts, start.prompts, _limits(config), context.display.say
+    )
+    texts = SolutionTexts(
+        problems,
+        start.prompts,
+        max_tokens=soft.max_tokens,
+        section="soft",
+        weight=soft.hard_weight,
+    )
+    if other_vocabulary is None:
+        top = _fill_teacher_top(config, context, model_dir, texts)
+        return _Teacher(model_dir, texts, top, common_tokens=None)
+    teacher_texts = TeacherTexts(texts, problems, other_vocabulary)
+    context.display.say(teacher_texts.summary())
+    models.check_context(model_dir, teacher_texts.max_tokens, "soft.max_tokens")
+    common_tokens = other_vocabulary.alignment.common_tokens()
+    return _Teacher(model_dir, teacher_texts, top=None, common_tokens=common_tokens)
+
+
+def _load_learner(config: DistillConfig, model_dir: Path, teacher: _Teacher, loss: Any) -> Any:
+    """Returns the student's learner. It holds the teacher unless its logprobs are stored."""
+    from grpo.learning.learner import Learner
+    from grpo.learning.policy import Reference
+
+    attention = config.model.attention
+    references = {}
+    if teacher.top is None:
+        teacher_model = models.load_model(teacher.model_dir, attention)
+        references[""] = Reference(teacher_model, teacher.common_tokens)
+    student = lora.load_policy(config, model_dir, attention)
+    return Learner(student, config, loss, references, soft=config.soft)
 
 
 def _fill_teacher_top(
@@ -163,20 +211,6 @@ def _fill_teacher_top(
 
     ranks.all_gather_or_raise("the teacher's logprobs", fill_on_rank0)
     return teacher_top
-
-
-def _load_learner(
-    config: DistillConfig, model_dir: Path, teacher_dir: Path | None, loss: Any
-) -> Any:
-    """Returns the student's learner, which also holds the teacher if `teacher_dir` is not None."""
-    from grpo.learning.learner import Learner
-
-    attention = config.model.attention
-    references = {}
-    if teacher_dir is not None:
-        references[""] = models.load_model(teacher_dir, attention)
-    student = lora.load_policy(config, model_dir, attention)
-    return Learner(student, config, loss, references, soft=config.soft)
 
 
 class TopLogprobs:

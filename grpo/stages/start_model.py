@@ -85,24 +85,21 @@ def require_same_start(tokenizer: Any, mixture: Mixture) -> None:
 
 
 def find_teachers(
-    config: RunConfig, context: RunContext, tokenizer: Any, max_sequence_tokens: int
+    config: RunConfig, context: RunContext, max_sequence_tokens: int
 ) -> dict[str, Path]:
     """Returns the directories of all teachers by name; that of `model.teacher` is "".
 
     Args:
         config: The config of the run.
         context: The context of the run. Tiny teachers are created in its directory.
-        tokenizer: The tokenizer of the student.
         max_sequence_tokens: Longest sequence that the teachers must process.
 
     Raises:
-        UserError: A teacher does not exist, its vocabulary differs from the student's, or its
-            context is too short.
+        UserError: A teacher does not exist, or its context is too short.
     """
     teacher_dirs = models.resolve_teachers(
         config.model, context.run.path, config.seed, on_progress=context.display.download
     )
     for teacher_dir in teacher_dirs.values():
-        models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher_dir))
         models.check_context(teacher_dir, max_sequence_tokens, config.length_keys)
     return teacher_dirs

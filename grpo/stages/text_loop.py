@@ -14,7 +14,7 @@ from grpo.run import ranks
 from grpo.run.display import Timer, redirect_output
 from grpo.run.signals import RunInterruptedError
 from grpo.stages.run_context import RunContext
-from grpo.stages.solutions import SolutionTexts
+from grpo.stages.teacher_texts import Texts
 from grpo.types import Batch
 
 
@@ -41,7 +41,7 @@ class TextLoop:
     context: RunContext
     settings: SftSettings | SoftTargetSettings
     learner: Any
-    texts: SolutionTexts
+    texts: Texts
     prepare_batch: Callable[[Batch], Batch] = _unchanged
     last_saved: int = -1
     last_row: dict[str, Any] = field(default_factory=dict)

@@ -199,7 +199,9 @@ def _load_learner(
     context.display.phase(0, "loading the learner")
     with redirect_output(context.run.log_file("learner")):
         policy = lora.load_policy(config, start.model_dir, config.model.attention)
-        teacher_dirs = find_teachers(config, context, start.tokenizer, config.max_teacher_tokens)
+        teacher_dirs = find_teachers(config, context, config.max_teacher_tokens)
+        for teacher_dir in teacher_dirs.values():
+            models.check_same_vocabulary(start.tokenizer, models.load_tokenizer(teacher_dir))
         references = lora.load_references(config, start.model_dir, teacher_dirs)
         if torch.cuda.is_available() and not config.engine.servers:
             # The engine measures the free GPU memory while it starts. GPU memory that the learner

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from grpo import files
-from grpo.config import RunConfig
+from grpo.config import DistillConfig, RunConfig
 from grpo.experience.group_metrics import group_metrics
 from grpo.experience.prompts import Prompts, mark_special_tokens
 from grpo.learning import models
@@ -35,6 +35,7 @@ from grpo.metrics.memory import (
 )
 from grpo.stages.collect import ngrams
 from grpo.stages.stage import OVERLAP_REMEDY, OVERLAP_WORDS, Check, DiskNeeds, MemoryNeeds
+from grpo.stages.teacher_texts import check_settings
 from grpo.types import Problem, ScoredGroup, UserError
 
 SAMPLED = 8  # number of problems, and of completions per problem
@@ -172,13 +173,20 @@ def _first_prompt(prompts: Prompts, tokenizer: Any, problem: Problem) -> Check:
     )
 
 
-def vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> Iterator[Check]:
+def vocabulary(config: Any, tokenizer: Any, teacher_tokenizer: Any) -> Iterator[Check]:
     """Compares the vocabularies of student and teacher."""
-    try:
-        models.check_same_vocabulary(tokenizer, teacher_tokenizer)
+    if models.has_same_vocabulary(tokenizer, teacher_tokenizer):
         yield Check("ok", "vocabulary", "student and teacher share one vocabulary")
+        return
+    try:
+        if not isinstance(config, DistillConfig):
+            models.check_same_vocabulary(tokenizer, teacher_tokenizer)
+        check_settings(config)
     except UserError as error:
         yield Check("fail", "vocabulary", str(error), "use grpo distill with way=sequence")
+        return
+    message = "student and teacher have different vocabularies; their tokens are aligned"
+    yield Check("ok", "vocabulary", message)
 
 
 def memory(

@@ -248,7 +248,8 @@ def _check_model(
     if config.model.all_teachers:
         teacher_dirs = _find_teachers(config, scratch)
         for teacher_dir in sorted(teacher_dirs):
-            yield from checks.vocabulary(model.tokenizer, models.load_tokenizer(teacher_dir))
+            teacher_tokenizer = models.load_tokenizer(teacher_dir)
+            yield from checks.vocabulary(config, model.tokenizer, teacher_tokenizer)
         num_reference_weights = _num_weights(teacher_dirs)
     if not part.traces_pending:
         yield from part.stage.checks(config, problems, prompts)

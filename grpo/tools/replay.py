@@ -212,7 +212,7 @@ def _repeat_updates(
         updater = Updater(config=config, learner=learner)
         samples = stored.samples
         if config.algorithm.teacher_hint == "none":
-            samples = [replace(sample, teacher_prompt_ids=None) for sample in samples]
+            samples = [replace(sample, teacher_text=None) for sample in samples]
         samples = [_with_teacher_of(sample, config.model.teachers) for sample in samples]
         if with_new_advantages:
             samples = _with_new_advantages(samples, updater)

@@ -33,6 +33,7 @@ from training_samples import STAGES_AND_DTYPES, random_samples
 from grpo.learning import learner_weights, models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.learner import Learner
+from grpo.learning.policy import Reference
 from grpo.losses.grpo import loss
 from grpo.losses.gspo import loss as gspo_loss
 from grpo.run import ranks
@@ -112,7 +113,7 @@ def train_with_shared_sequences(model_dir, folder, stage):
     )
     policy = models.load_model(model_dir, "packed")
     reference = models.load_model(model_dir, "packed")
-    learner = Learner(policy, config, gspo_loss, {"": reference})
+    learner = Learner(policy, config, gspo_loss, {"": Reference(reference)})
     # The first half of this sequence, which is rank 0's share of two, contains only prompt tokens.
     long_prompt = Sample(
         token_ids=tuple(range(7, 60)), prompt_length=52, advantages=(1.0,), sampler_logprobs=(-5.0,)

@@ -19,9 +19,10 @@ from grpo.learning.advantages import recipe_advantages, to_samples
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.divergence import divergence
 from grpo.learning.learner import Learner
+from grpo.learning.policy import Reference
 from grpo.losses.reinforce import loss
 from grpo.training.updates import Updater
-from grpo.types import Completion, Group, Problem, Sample, ScoredGroup
+from grpo.types import Completion, Group, Problem, Sample, ScoredGroup, TeacherText
 
 TEMPERATURE = 1.5  # of the sampler
 COEF = 0.7
@@ -116,7 +117,7 @@ def test_loss_and_gradient_equal_plain_torch_in_float64_for_every_split(
             models.load_model(tiny(), attention),
             config,
             loss,
-            {"": models.load_model(teacher_dir, attention)},
+            {"": Reference(models.load_model(teacher_dir, attention))},
         )
         batches = micro_batches(
             samples,
@@ -296,12 +297,20 @@ def with_teacher_prompts(samples):
     draw = TokenGenerator(5)
     result = []
     for index, sample in enumerate(samples):
-        prompt = None
+        text = None
         if index not in (1, len(samples) - 1):
             prompt = sample.token_ids[: sample.prompt_length] + draw.tokens(1 + 3 * index)
+            text = TeacherText(prompt_ids=prompt)
         zeros = (0.0,) * sample.completion_length
-        result.append(replace(sample, advantages=zeros, teacher_prompt_ids=prompt))
+        result.append(replace(sample, advantages=zeros, teacher_text=text))
     return result
+
+
+def prompt_of_teacher(sample):
+    """Returns the prompt that the teacher reads."""
+    if sample.teacher_text is None:
+        return sample.token_ids[: sample.prompt_length]
+    return sample.teacher_text.prompt_ids
 
 
 def completion_logits(model, prompt_ids, sample):
@@ -318,7 +327,7 @@ def self_distillation_loss(policy, samples):
     for sample in samples:
         prompt_ids = sample.token_ids[: sample.prompt_length]
         logits = completion_logits(policy, prompt_ids, sample)
-        teacher_prompt = sample.teacher_prompt_ids or prompt_ids
+        teacher_prompt = prompt_of_teacher(sample)
         teacher_logits = completion_logits(policy, teacher_prompt, sample).detach()
         total = total + exact_divergence(logits, teacher_logits, "reverse_kl", None).sum()
     return total / num_tokens
@@ -375,7 +384,7 @@ def test_one_sample_of_a_policy_with_hints_is_its_logprob_with_the_hint(tiny, tm
             (completion_logits(policy, prompt, sample) / TEMPERATURE)
             .log_softmax(-1)
             .gather(1, completion_ids[:, None])[:, 0]
-            for prompt in (prompt_ids, sample.teacher_prompt_ids or prompt_ids)
+            for prompt in (prompt_ids, prompt_of_teacher(sample))
         ]
         assert torch.allclose(torch.tensor(actual), logprobs[0] - logprobs[1], atol=1e-5)
     assert any(abs(value) > 0.01 for value in penalties[0])
@@ -390,7 +399,7 @@ def test_a_micro_batch_has_room_for_the_longer_prompts_of_a_teacher(packed):
             token_ids=(number,) * 10 + (50,) * 10,
             prompt_length=10,
             advantages=(0.0,) * 10,
-            teacher_prompt_ids=(number,) * 30,
+            teacher_text=TeacherText(prompt_ids=(number,) * 30),
         )
         for number in range(1, 5)
     ]

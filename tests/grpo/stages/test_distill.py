@@ -10,7 +10,7 @@ import pytest
 import torch
 from random_loop import make_loop
 from stage_configs import SEQUENCE_SECTIONS, distill_config
-from tiny_models import tiny_config
+from tiny_models import make_tiny_with, merging_tokenizer, tiny_config
 from whole_runs import read_metrics, run_grpo
 
 from grpo import config as configs
@@ -19,6 +19,7 @@ from grpo.learning import models
 from grpo.learning.batch import micro_batches, token_weights
 from grpo.learning.divergence import divergence, top_divergence
 from grpo.learning.learner import Learner
+from grpo.learning.policy import Reference
 from grpo.losses.cross_entropy import loss
 from grpo.types import Sample, UserError
 
@@ -163,7 +164,7 @@ def test_gradient_of_soft_targets_equals_plain_torch_for_every_split(tiny, tmp_p
             models.load_model(tiny(), attention),
             tiny_config(tmp_path, tiny(), learner={"lr": 1e-12}),
             loss,
-            {"": models.load_model(teacher_dir, attention)},
+            {"": Reference(models.load_model(teacher_dir, attention))},
             soft=settings,
         )
         report = learner.update(make_batches(samples, max_tokens=max_tokens, attention=attention))
@@ -178,7 +179,7 @@ def test_different_vocabularies_raise_and_the_message_names_an_alternative(tiny,
     models.check_same_vocabulary(student_tokenizer, student_tokenizer)
     with pytest.raises(
         UserError,
-        match=r"different vocabularies \(263 and 264 tokens.*Distill from texts.*`grpo collect`",
+        match=r"different vocabularies \(263 and 264 tokens.*`grpo distill`: way=soft aligns",
     ):
         models.check_same_vocabulary(student_tokenizer, teacher_tokenizer)
 
@@ -243,7 +244,7 @@ def test_gradient_of_hidden_states_equals_plain_torch_for_every_split(
             models.load_model(tiny(), attention),
             tiny_config(tmp_path, tiny(), learner={"lr": 1e-12}),
             loss,
-            {"": models.load_model(teacher_dir, attention)},
+            {"": Reference(models.load_model(teacher_dir, attention))},
             soft=settings,
         )
 
@@ -280,7 +281,7 @@ def test_missing_hidden_layer_raises(tiny, tmp_path):
             models.load_model(tiny(), "eager"),
             tiny_config(tmp_path, tiny()),
             loss,
-            {"": models.load_model(tiny(), "eager")},
+            {"": Reference(models.load_model(tiny(), "eager"))},
             soft=soft,
         )
 
@@ -327,12 +328,26 @@ def test_invalid_distill_config_raises(section, message):
         configs.parse(tree | section, kind=DistillConfig)
 
 
+def models_with_different_vocabularies(tiny, path):
+    """Returns the section `model` of a Llama with tokens of one byte, and a Qwen as its teacher."""
+    texts = ["<think>7+5+0=12 </think><answer>432</answer>", "347+85="]
+    tokenizer = merging_tokenizer(texts, vocabulary=300)
+    make_tiny_with(tokenizer, path, "tiny-qwen2", seed=1)
+    return {"path": str(tiny("tiny-llama")), "teacher": str(path), "dtype": "float32"}
+
+
+@pytest.mark.parametrize("has_other_vocabulary", [False, True])
 def test_soft_targets_reduce_the_divergence_and_a_resumed_run_ends_with_equal_weights(
-    tiny, tmp_path
+    tiny, tmp_path, has_other_vocabulary
 ):
     run_dir = tmp_path / "run"
-    soft = {"updates": 8, "batch_size": 8, "max_tokens": 96, "hard_weight": 0.1}
-    config = distill_config(tmp_path, tiny, way="soft", soft=soft, checkpoint={"every": 4})
+    sections = {
+        "soft": {"updates": 8, "batch_size": 8, "max_tokens": 96, "hard_weight": 0.1},
+        "checkpoint": {"every": 4},
+    }
+    if has_other_vocabulary:
+        sections["model"] = models_with_different_vocabularies(tiny, tmp_path / "teacher")
+    config = distill_config(tmp_path, tiny, way="soft", **sections)
     run_grpo(config, command="distill")
     metrics = read_metrics(run_dir)
     assert metrics[-1]["policy/divergence"] < 0.8 * metrics[0]["policy/divergence"]
@@ -347,6 +362,21 @@ def test_soft_targets_reduce_the_divergence_and_a_resumed_run_ends_with_equal_we
     run_grpo(config, "--resume", command="distill")
     assert final_weights_file.read_bytes() == final_weights
     assert [row["update"] for row in read_metrics(run_dir)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("soft.temperature=2", "different vocabularies, which needs soft.temperature=1"),
+        ("soft.teacher_topk=4", "needs soft.teacher_topk="),
+        ("soft.hidden_weight=0.5", "needs soft.hidden_weight=0"),
+    ],
+)
+def test_settings_that_need_one_vocabulary_raise(tiny, tmp_path, override, message):
+    model = models_with_different_vocabularies(tiny, tmp_path / "teacher")
+    soft = {"updates": 8, "batch_size": 8, "max_tokens": 96}
+    config = distill_config(tmp_path, tiny, way="soft", soft=soft, model=model)
+    assert message in run_grpo(config, override, command="distill", code=2)
 
 
 def test_too_long_text_raises_before_a_model_is_loaded(tiny, tmp_path):

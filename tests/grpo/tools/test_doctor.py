@@ -13,6 +13,7 @@ from grpo.config import TrainConfig
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.learner import Learner
+from grpo.learning.policy import Reference
 from grpo.losses.grpo import loss
 from grpo.metrics import roofline
 from grpo.metrics.memory import learner_memory
@@ -103,7 +104,7 @@ def test_estimated_state_sizes_equal_those_of_a_real_learner(tiny, tmp_path):
     estimate = learner_memory(config, shape_of(tiny)).parts
     policy = models.load_model(tiny(), "eager")
     reference = models.load_model(tiny(), "eager")
-    learner = Learner(policy, config, loss, {"": reference})
+    learner = Learner(policy, config, loss, {"": Reference(reference)})
     policy_bytes = num_bytes(learner._policy.model)
     assert estimate["weights"] == policy_bytes
     assert estimate["reference"] == num_bytes(learner._references[""].model)

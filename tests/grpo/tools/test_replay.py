@@ -93,7 +93,7 @@ def test_a_replay_of_self_distillation_has_the_prompts_of_the_teacher(tiny, tmp_
     loop = make_loop(tmp_path, tiny, checkpoint={"every": 1}, **sections)
     (tmp_path / "config.yaml").write_text(configs.dump(loop.config))
     loop.train()
-    assert any(sample.teacher_prompt_ids for sample in read_update_samples(tmp_path, 3))
+    assert any(sample.teacher_text for sample in read_update_samples(tmp_path, 3))
     assert replay(str(tmp_path), step=3, overrides=[])
     assert "differs" not in capsys.readouterr().out
     # A teacher model without a hint reads the prompts of the policy.
