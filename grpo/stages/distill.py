@@ -55,7 +55,12 @@ from grpo.stages.start_model import (
     find_teachers,
     require_same_start,
 )
-from grpo.stages.teacher_texts import TeacherTexts, Texts, find_other_vocabulary
+from grpo.stages.teacher_texts import (
+    TeacherTexts,
+    Texts,
+    check_settings,
+    find_other_vocabulary,
+)
 from grpo.stages.text_loop import TextLoop
 from grpo.types import Batch, Problem, Sample, UserError
 
@@ -329,6 +334,7 @@ class _DistillStage:
             memory=MemoryNeeds(learner=True, reference=holds_teacher),
             disk=DiskNeeds(checkpoints=max_checkpoints_on_disk(config), models=1),
             rewards=tuple(config.rewards),
+            check_other_vocabulary=check_settings,
         )
 
     def parts(self, config: DistillConfig) -> list[Part]:

@@ -6,7 +6,7 @@ kinds by command. The command line, the doctor and the dry run use a kind only t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -105,6 +105,8 @@ class StageNeeds:
     rewards: tuple[str, ...] = ()  # names
     endpoint: EndpointSettings | None = None  # the stage samples from it instead of an engine
     shows_solution: bool = False  # the dry run shows the prompt with its worked solution
+    # Raises UserError if a setting needs a teacher with the student's vocabulary. None: all do.
+    check_other_vocabulary: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

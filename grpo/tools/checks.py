@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from grpo import files
-from grpo.config import DistillConfig, RunConfig
+from grpo.config import RunConfig
 from grpo.experience.group_metrics import group_metrics
 from grpo.experience.prompts import Prompts, mark_special_tokens
 from grpo.learning import models
@@ -34,8 +34,14 @@ from grpo.metrics.memory import (
     shared_gpu_bytes,
 )
 from grpo.stages.collect import ngrams
-from grpo.stages.stage import OVERLAP_REMEDY, OVERLAP_WORDS, Check, DiskNeeds, MemoryNeeds
-from grpo.stages.teacher_texts import check_settings
+from grpo.stages.stage import (
+    OVERLAP_REMEDY,
+    OVERLAP_WORDS,
+    Check,
+    DiskNeeds,
+    MemoryNeeds,
+    StageNeeds,
+)
 from grpo.types import Problem, ScoredGroup, UserError
 
 SAMPLED = 8  # number of problems, and of completions per problem
@@ -173,15 +179,16 @@ def _first_prompt(prompts: Prompts, tokenizer: Any, problem: Problem) -> Check:
     )
 
 
-def vocabulary(config: Any, tokenizer: Any, teacher_tokenizer: Any) -> Iterator[Check]:
+def vocabulary(needs: StageNeeds, tokenizer: Any, teacher_tokenizer: Any) -> Iterator[Check]:
     """Compares the vocabularies of student and teacher."""
     if models.has_same_vocabulary(tokenizer, teacher_tokenizer):
         yield Check("ok", "vocabulary", "student and teacher share one vocabulary")
         return
     try:
-        if not isinstance(config, DistillConfig):
+        if needs.check_other_vocabulary is None:
             models.check_same_vocabulary(tokenizer, teacher_tokenizer)
-        check_settings(config)
+        else:
+            needs.check_other_vocabulary(needs.config)
     except UserError as error:
         yield Check("fail", "vocabulary", str(error), "use grpo distill with way=sequence")
         return

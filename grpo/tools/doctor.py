@@ -249,7 +249,7 @@ def _check_model(
         teacher_dirs = _find_teachers(config, scratch)
         for teacher_dir in sorted(teacher_dirs):
             teacher_tokenizer = models.load_tokenizer(teacher_dir)
-            yield from checks.vocabulary(config, model.tokenizer, teacher_tokenizer)
+            yield from checks.vocabulary(needs, model.tokenizer, teacher_tokenizer)
         num_reference_weights = _num_weights(teacher_dirs)
     if not part.traces_pending:
         yield from part.stage.checks(config, problems, prompts)

@@ -5,7 +5,7 @@ import re
 import types
 
 import pytest
-from tiny_models import tiny_config
+from tiny_models import make_tiny_with, merging_tokenizer, tiny_config
 from whole_runs import write_config, write_yaml
 
 from grpo import cli
@@ -398,3 +398,14 @@ def test_only_the_first_gold_answers_of_a_generated_set_are_checked(tiny, doctor
     expected = "arithmetic, test: the first 1,000 of 100,000 generated gold answers can be read"
     assert expected in doctor(sections, "--no-sample")
     assert "gold_answers" not in doctor({**sections, "rewards": {"format": 1.0}}, "--no-sample")
+
+
+def test_soft_distillation_aligns_the_tokens_of_another_vocabulary(tiny, tmp_path, doctor):
+    tokenizer = merging_tokenizer(["<think>12+3=15</think>"], vocabulary=280)
+    make_tiny_with(tokenizer, tmp_path / "teacher", "tiny-qwen2")
+    sections = distill_sections(tiny, ARITHMETIC)
+    sections["model"] |= {"teacher": str(tmp_path / "teacher")}
+    sections |= {"way": "soft", "soft": {"updates": 2, "batch_size": 2, "max_tokens": 96}}
+    assert re.search("ok +vocabulary .*their tokens are aligned", doctor(sections))
+    sections["soft"]["temperature"] = 2
+    assert re.search("fail +vocabulary .*needs soft.temperature=1", doctor(sections, code=2))
