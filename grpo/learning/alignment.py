@@ -7,8 +7,9 @@ token boundary of both:
     teacher   | 1 | 234 | + |
     spans     | 1234    | + |
 
-At the start of a span both models have read the same text, so their distributions over what comes
-next can be compared (`divergence.span_divergence`). Tokens are compared by their bytes. No torch.
+At the start of a span both models have read the same text, so their predictions of the text that
+follows can be compared (`divergence.span_divergence`). Tokens are compared by their bytes. No
+torch.
 
 Source: GOLD (Hugging Face, 2025) and its code in TRL (spans by bytes).
 """

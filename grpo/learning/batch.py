@@ -309,16 +309,16 @@ def _as_teacher_reads(sample: Sample) -> Sample:
     text = sample.teacher_text
     if text is None:
         return sample
-    own = replace(
+    with_prompt = replace(
         sample,
         token_ids=text.prompt_ids + sample.token_ids[sample.prompt_length :],
         prompt_length=len(text.prompt_ids),
         teacher_text=None,
     )
     if text.completion_ids is None:
-        return own
+        return with_prompt
     return replace(
-        own,
+        with_prompt,
         token_ids=text.prompt_ids + text.completion_ids,
         # The values of the student's tokens are not those of the teacher's.
         advantages=(0.0,) * len(text.completion_ids),

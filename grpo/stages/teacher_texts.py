@@ -104,7 +104,8 @@ class TeacherTexts:
         assert text.completion_ids is not None and text.spans is not None
         self.max_tokens = max(self.max_tokens, len(text.prompt_ids) + len(text.completion_ids))
         self._num_tokens += len(completion_ids)
-        self._num_aligned += text.spans[-1][0] if text.spans else 0
+        if text.spans:
+            self._num_aligned += text.spans[-1][0]
         self._num_spans += len(text.spans)
         self._arrays[problem.id] = (
             np.array(text.prompt_ids, np.int32),
