@@ -1,45 +1,89 @@
-"""Hints for a teacher: text that its prompt contains in addition to the question.
+"""What a teacher reads: prompts with hints, and the tokens of another vocabulary. No torch.
 
-With a hint, a policy can be its own teacher (self-distillation): it predicts the tokens of its own
-completion better if it knows a solution. No torch.
+A hint is text that the teacher's prompt contains in addition to the question. With it, a policy can
+be its own teacher (self-distillation): it predicts the tokens of its own completion better if it
+knows a solution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from grpo.experience.prompts import Prompts
-from grpo.types import ScoredGroup
+from grpo.learning.alignment import Alignment
+from grpo.types import Problem, ScoredGroup, TeacherText
 
 
-def teacher_prompts(
-    groups: Sequence[ScoredGroup], kind: str, prompts: Prompts, max_tokens: int
-) -> list[list[tuple[int, ...]]]:
-    """Returns the token ids of the teacher's prompt for each completion, [P, G, prompt length].
+class OtherVocabulary(NamedTuple):
+    """The prompts and the tokens of a teacher whose vocabulary is not the policy's."""
 
-    A completion without a hint has the prompt that sampled it.
+    prompts: Prompts
+    alignment: Alignment
+
+    def teacher_text(self, problem: Problem, completion_ids: Sequence[int]) -> TeacherText:
+        """Returns a completion after the teacher's own prompt, see `Alignment.teacher_text`."""
+        return self.alignment.teacher_text(self.prompts.token_ids(problem), completion_ids)
+
+
+class TeacherSettings(NamedTuple):
+    """What teachers read.
+
+    Attributes:
+        hint: `algorithm.teacher_hint`: `none`, `solution`, `success` or `feedback`.
+        max_hint_tokens: Maximum length of a hint in tokens. A longer one is cut off at its end.
+        names: The data sets that have a teacher of their own (`model.teachers`).
+        vocabularies: The teachers whose vocabulary is not the policy's, by name.
+    """
+
+    hint: str
+    max_hint_tokens: int
+    names: Collection[str] = ()
+    vocabularies: Mapping[str, OtherVocabulary] = {}
+
+    def teacher_of(self, problem: Problem) -> str:
+        """Returns the name of the teacher of a problem; "" is `model.teacher`."""
+        return problem.data_set if problem.data_set in self.names else ""
+
+
+def teacher_texts(
+    groups: Sequence[ScoredGroup], prompts: Prompts, settings: TeacherSettings
+) -> list[list[TeacherText | None]]:
+    """Returns what a teacher reads in place of each completion, [P, G].
+
+    It is None where the teacher reads the prompt and the tokens of the policy: without a hint and
+    with the same vocabulary.
 
     Args:
         groups: The scored groups [P].
-        kind: `algorithm.teacher_hint`: `solution`, `success` or `feedback`.
-        prompts: Renders the prompts.
-        max_tokens: Maximum length of a hint in tokens. A longer one is cut off at its end.
+        prompts: Renders the policy's prompts.
+        settings: What teachers read.
 
     Source: OPSD 2601.18734 and SDFT 2601.19897 (`solution`), SDPO 2601.20802 (`success` and
     `feedback`, which it combines in one prompt).
     """
-    prompts_PGL = []
+    texts_PG = []
     for scored in groups:
-        prompts_GL = []
-        for index in range(len(scored.group.completions)):
-            text = hint(scored, index, kind)
-            if text is None:
-                prompts_GL.append(scored.group.prompt_ids)
-            else:
-                problem = scored.group.problem
-                prompts_GL.append(prompts.hinted_token_ids(problem, text, max_tokens))
-        prompts_PGL.append(prompts_GL)
-    return prompts_PGL
+        texts_G = []
+        for index, completion in enumerate(scored.group.completions):
+            problem = scored.group.problem
+            vocabulary = settings.vocabularies.get(settings.teacher_of(problem))
+            teacher_prompts = prompts if vocabulary is None else vocabulary.prompts
+            prompt_ids = None
+            text = None if settings.hint == "none" else hint(scored, index, settings.hint)
+            if text is not None:
+                prompt_ids = teacher_prompts.hinted_token_ids(
+                    problem, text, settings.max_hint_tokens
+                )
+            teacher_text = None
+            if vocabulary is not None:
+                prompt_ids = prompt_ids or teacher_prompts.token_ids(problem)
+                teacher_text = vocabulary.alignment.teacher_text(prompt_ids, completion.token_ids)
+            elif prompt_ids is not None:
+                teacher_text = TeacherText(prompt_ids=prompt_ids)
+            texts_G.append(teacher_text)
+        texts_PG.append(texts_G)
+    return texts_PG
 
 
 def hint(scored: ScoredGroup, index: int, kind: str) -> str | None:

@@ -435,7 +435,7 @@ def to_samples(
     advantages_PGL: Sequence[Sequence[tuple[float, ...]]],
     *,
     mask_truncated: bool = False,
-    teacher_prompts_PGL: Sequence[Sequence[tuple[int, ...]]] | None = None,
+    teacher_texts_PG: Sequence[Sequence[TeacherText | None]] | None = None,
     teachers: Collection[str] = (),
 ) -> list[Sample]:
     """Returns one sample per completion that has a reward, in the order of the groups.
@@ -445,28 +445,25 @@ def to_samples(
         advantages_PGL: result of `advantages` for these groups.
         mask_truncated: skip completions that were cut off by `sampling.max_tokens`. Their rewards
             still count in the means of `advantages` (overlong filtering, DAPO 2503.14476).
-        teacher_prompts_PGL: the prompts with which a teacher scores the completions [P, G]. `None`
-            if they are those of the policy.
+        teacher_texts_PG: what a teacher reads in place of the completions and their prompts. `None`
+            if it reads the same.
         teachers: names of the data sets that have a teacher of their own (`model.teachers`).
     """
     samples = []
     for group_index, (scored, advantages_GL) in enumerate(zip(groups, advantages_PGL, strict=True)):
-        teacher_prompts_GL: Sequence[tuple[int, ...] | None] = [None] * len(advantages_GL)
-        if teacher_prompts_PGL is not None:
-            teacher_prompts_GL = teacher_prompts_PGL[group_index]
+        teacher_texts_G: Sequence[TeacherText | None] = [None] * len(advantages_GL)
+        if teacher_texts_PG is not None:
+            teacher_texts_G = teacher_texts_PG[group_index]
         data_set = scored.group.problem.data_set
         teacher = data_set if data_set in teachers else ""
-        for completion, reward, advantages_L, teacher_prompt in zip(
-            scored.group.completions, scored.rewards, advantages_GL, teacher_prompts_GL, strict=True
+        for completion, reward, advantages_L, teacher_text in zip(
+            scored.group.completions, scored.rewards, advantages_GL, teacher_texts_G, strict=True
         ):
             if reward is None:
                 continue
             if mask_truncated and completion.finish_reason == "length":
                 continue
             sample = _to_sample(scored.group, completion, advantages_L, reward, group_index)
-            teacher_text = None
-            if teacher_prompt is not None:
-                teacher_text = TeacherText(prompt_ids=teacher_prompt)
             samples.append(replace(sample, teacher_text=teacher_text, teacher=teacher))
     return samples
 

@@ -90,12 +90,19 @@ def _sentencepiece_bytes(token: str) -> bytes:
     return token.replace("▁", " ").encode()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Alignment:
-    """The tokens of a student and of a teacher with another tokenizer."""
+    """The tokens of a student and of a teacher with another tokenizer.
+
+    Attributes:
+        student: The student's tokens.
+        teacher: The teacher's tokens.
+        max_teacher_tokens: The context of the teacher. None: unknown.
+    """
 
     student: Tokens
     teacher: Tokens
+    max_teacher_tokens: int | None = None
 
     def common_tokens(self) -> list[TokenPair]:
         """Returns the tokens with the same bytes, and those that end a completion.
@@ -121,6 +128,8 @@ class Alignment:
 
         The spans end where the two texts begin to differ: at bytes that are not valid UTF-8 (a
         completion that was cut off within a character), or where a tokenizer normalizes the text.
+        They also end at the end of the teacher's context. Without any span, the teacher's
+        completion is one token that is not compared.
 
         Args:
             prompt_ids: The teacher's prompt.
@@ -136,8 +145,14 @@ class Alignment:
         if is_ended and covers_all and self.teacher.end_id is not None:
             teacher_ids = [*teacher_ids, self.teacher.end_id]
             spans.append((len(completion_ids), len(teacher_ids)))
+        if self.max_teacher_tokens is not None:
+            num_left = self.max_teacher_tokens - len(prompt_ids)
+            spans = [span for span in spans if span[1] <= num_left]
+        num_compared = spans[-1][1] if spans else 0
         return TeacherText(
-            prompt_ids=prompt_ids, completion_ids=tuple(teacher_ids), spans=tuple(spans)
+            prompt_ids=prompt_ids,
+            completion_ids=tuple(teacher_ids[:num_compared]) or (0,),
+            spans=tuple(spans),
         )
 
 

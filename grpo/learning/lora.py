@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo.learning import models, quantization
+from grpo.learning.alignment import TokenPair
 from grpo.learning.policy import Reference
 from grpo.types import UserError
 
@@ -64,7 +65,10 @@ def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> No
 
 
 def load_references(
-    config: TrainConfig, model_dir: Path, teacher_dirs: Mapping[str, Path]
+    config: TrainConfig,
+    model_dir: Path,
+    teacher_dirs: Mapping[str, Path],
+    common_tokens: Mapping[str, Sequence[TokenPair]] | None = None,
 ) -> dict[str, Reference]:
     """Returns the teachers by name, or without any the reference model of the KL with the name "".
 
@@ -75,13 +79,17 @@ def load_references(
         config: the run's config.
         model_dir: directory of the model from which the policy starts.
         teacher_dirs: result of `models.resolve_teachers`. A directory is loaded once.
+        common_tokens: those of the policy and each teacher with another vocabulary, by name.
     """
     attention = config.model.attention
     if teacher_dirs:
         loaded = {
             path: models.load_model(path, attention) for path in sorted(set(teacher_dirs.values()))
         }
-        return {name: Reference(loaded[path]) for name, path in teacher_dirs.items()}
+        pairs = common_tokens or {}
+        return {
+            name: Reference(loaded[path], pairs.get(name)) for name, path in teacher_dirs.items()
+        }
     if config.algorithm.kl_coef > 0 and not config.model.lora:
         return {"": Reference(models.load_model(model_dir, attention))}
     return {}

@@ -28,7 +28,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any, ParamSpec
@@ -37,7 +37,8 @@ import numpy as np
 
 from grpo import json_lines
 from grpo.run import ranks
-from grpo.types import RunError, Sample, TeacherText, UserError, first_line
+from grpo.run.sample_columns import columns_of, samples_of
+from grpo.types import RunError, Sample, UserError, first_line
 
 Parameters = ParamSpec("Parameters")
 
@@ -138,110 +139,12 @@ def read_update_samples(folder: Path, step: int) -> list[Sample]:
         )
     with np.load(file) as arrays:
         columns = {name: arrays[name].tolist() for name in arrays.files}
-    if "token_versions" not in columns:
-        columns["token_versions"] = _versions_per_token(columns)
-    return _samples_from_columns(columns)
+    return samples_of(columns)
 
 
 def _number_of(path: Path) -> int:
     """Returns the number in a name such as step-000010.npz."""
     return int(path.stem.partition("-")[2])
-
-
-def _versions_per_token(columns: Mapping[str, list[Any]]) -> list[int]:
-    """Returns the weight version of each completion token.
-
-    The files of older runs have one version per sample, in "versions".
-    """
-    token_versions: list[int] = []
-    for length, prompt_length, version in zip(
-        columns["lengths"], columns["prompts"], columns["versions"], strict=True
-    ):
-        token_versions += [version] * (length - prompt_length)
-    return token_versions
-
-
-def _samples_from_columns(columns: Mapping[str, list[Any]]) -> list[Sample]:
-    """Returns samples from the columns that `_columns_of` makes."""
-    samples = []
-    sequence_start = 0  # in the column of all tokens
-    completion_start = 0  # in the columns of completion tokens
-    teacher_texts = _teacher_texts(columns)
-    for i, (length, prompt_length) in enumerate(
-        zip(columns["lengths"], columns["prompts"], strict=True)
-    ):
-        sequence_end = sequence_start + length
-        completion_end = completion_start + length - prompt_length
-        completion = slice(completion_start, completion_end)
-        samples.append(
-            Sample(
-                token_ids=tuple(columns["ids"][sequence_start:sequence_end]),
-                prompt_length=prompt_length,
-                advantages=tuple(columns["advantages"][completion]),
-                sampler_logprobs=tuple(columns["logprobs"][completion]) or None,
-                versions=tuple(columns["token_versions"][completion]) or None,
-                group=columns["groups"][i],
-                reward=columns["rewards"][i],
-                teacher_text=teacher_texts[i],
-                teacher=columns["teachers"][i] if "teachers" in columns else "",
-            )
-        )
-        sequence_start = sequence_end
-        completion_start = completion_end
-    return samples
-
-
-def _teacher_texts(columns: Mapping[str, list[Any]]) -> list[TeacherText | None]:
-    """Returns what the teacher reads for each sample, None where it reads the sample's tokens."""
-    texts: list[TeacherText | None] = []
-    start = 0
-    # Runs without hints, and older ones, have no such column.
-    for length in columns.get("teacher_prompts", [0] * len(columns["lengths"])):
-        text = None
-        if length:
-            prompt_ids = tuple(columns["teacher_ids"][start : start + length])
-            text = TeacherText(prompt_ids=prompt_ids)
-        texts.append(text)
-        start += length
-    return texts
-
-
-def _columns_of(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Returns samples as columns: values per sample, and concatenated values per token.
-
-    "ids" has all tokens; "advantages", "logprobs" and "token_versions" have completion tokens.
-    "teacher_prompts" has the lengths of the teacher's prompts and "teacher_ids" their tokens.
-    """
-    token_ids: list[int] = []
-    advantages: list[float] = []
-    logprobs: list[float] = []
-    token_versions: list[int] = []
-    for sample in samples:
-        token_ids += sample.token_ids
-        advantages += sample.advantages
-        logprobs += sample.sampler_logprobs or ()
-        token_versions += sample.versions or ()
-    columns: dict[str, Any] = {}
-    teacher_prompts = [
-        sample.teacher_text.prompt_ids if sample.teacher_text else () for sample in samples
-    ]
-    if any(teacher_prompts):
-        columns["teacher_prompts"] = [len(prompt) for prompt in teacher_prompts]
-        teacher_ids = list(itertools.chain.from_iterable(teacher_prompts))
-        columns["teacher_ids"] = np.array(teacher_ids, dtype=np.uint32)
-    if any(sample.teacher for sample in samples):
-        columns["teachers"] = [sample.teacher for sample in samples]
-    return columns | {
-        "lengths": [len(sample.token_ids) for sample in samples],
-        "prompts": [sample.prompt_length for sample in samples],
-        "groups": [sample.group for sample in samples],
-        "rewards": [sample.reward for sample in samples],
-        "token_versions": np.array(token_versions, dtype=np.int32),
-        "ids": np.array(token_ids, dtype=np.uint32),
-        # float32, as in a batch
-        "advantages": np.array(advantages, dtype=np.float32),
-        "logprobs": np.array(logprobs, dtype=np.float32),
-    }
 
 
 class RunDirectory:
@@ -398,7 +301,7 @@ class RunDirectory:
             return
         target = self.samples / f"step-{step:06d}.npz"
         scratch = target.with_name(f".{target.name}")  # np.savez appends .npz to any other suffix
-        np.savez_compressed(scratch, **_columns_of(samples))
+        np.savez_compressed(scratch, **columns_of(samples))
         scratch.rename(target)
         for old in sorted(self.samples.glob("step-*.npz"))[:-keep]:
             old.unlink()

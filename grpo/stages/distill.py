@@ -51,16 +51,13 @@ from grpo.stages.stage import (
 )
 from grpo.stages.start_model import (
     StartModel,
+    find_other_vocabularies,
     find_start_model,
     find_teachers,
+    require_for_other_vocabulary,
     require_same_start,
 )
-from grpo.stages.teacher_texts import (
-    TeacherTexts,
-    Texts,
-    check_settings,
-    find_other_vocabulary,
-)
+from grpo.stages.teacher_texts import TeacherTexts, Texts
 from grpo.stages.text_loop import TextLoop
 from grpo.types import Batch, Problem, Sample, UserError
 
@@ -162,7 +159,11 @@ def _prepare_teacher(
     assert soft is not None
     with redirect_output(context.run.log_file("learner")):
         model_dir = find_teachers(config, context, soft.max_tokens)[""]
-        other_vocabulary = find_other_vocabulary(config, start, model_dir)
+        vocabularies = find_other_vocabularies(
+            config.prompt, start.tokenizer, start.prompts.end_id, {"": model_dir}
+        )
+    if vocabularies:
+        _check_other_vocabulary(config)
     num_texts = soft.updates * soft.batch_size
     problems = take_trainable(
         mixture, num_texts, start.prompts, _limits(config), context.display.say
@@ -174,14 +175,27 @@ def _prepare_teacher(
         section="soft",
         weight=soft.hard_weight,
     )
-    if other_vocabulary is None:
+    if not vocabularies:
         top = _fill_teacher_top(config, context, model_dir, texts)
         return _Teacher(model_dir, texts, top, common_tokens=None)
-    teacher_texts = TeacherTexts(texts, problems, other_vocabulary)
+    teacher_texts = TeacherTexts(texts, problems, vocabularies[""])
     context.display.say(teacher_texts.summary())
-    models.check_context(model_dir, teacher_texts.max_tokens, "soft.max_tokens")
-    common_tokens = other_vocabulary.alignment.common_tokens()
+    common_tokens = vocabularies[""].alignment.common_tokens()
     return _Teacher(model_dir, teacher_texts, top=None, common_tokens=common_tokens)
+
+
+def _check_other_vocabulary(config: DistillConfig) -> None:
+    """Raises UserError if a setting needs student and teacher to have the same vocabulary."""
+    soft = config.soft
+    assert soft is not None
+    require_for_other_vocabulary(
+        {
+            "soft.temperature=1": soft.temperature == 1,
+            "soft.teacher_topk=": soft.teacher_topk is None,
+            "soft.hidden_weight=0": soft.hidden_weight == 0,
+            "learner.sequence_parallel=1": config.learner.sequence_parallel == 1,
+        }
+    )
 
 
 def _load_learner(config: DistillConfig, model_dir: Path, teacher: _Teacher, loss: Any) -> Any:
@@ -334,7 +348,7 @@ class _DistillStage:
             memory=MemoryNeeds(learner=True, reference=holds_teacher),
             disk=DiskNeeds(checkpoints=max_checkpoints_on_disk(config), models=1),
             rewards=tuple(config.rewards),
-            check_other_vocabulary=check_settings,
+            check_other_vocabulary=_check_other_vocabulary,
         )
 
     def parts(self, config: DistillConfig) -> list[Part]:

@@ -91,6 +91,9 @@ def max_checkpoints_on_disk(config: RunConfig) -> int:
     return num_kept + 1  # a new checkpoint is complete before an old one is removed
 
 
+def _accept(_config: Any) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageNeeds:
     """The data, model, memory and disk space that a stage needs."""
@@ -105,8 +108,8 @@ class StageNeeds:
     rewards: tuple[str, ...] = ()  # names
     endpoint: EndpointSettings | None = None  # the stage samples from it instead of an engine
     shows_solution: bool = False  # the dry run shows the prompt with its worked solution
-    # Raises UserError if a setting needs a teacher with the student's vocabulary. None: all do.
-    check_other_vocabulary: Callable[[Any], None] | None = None
+    # Raises UserError if a setting of the config needs a teacher with the student's vocabulary.
+    check_other_vocabulary: Callable[[Any], None] = _accept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

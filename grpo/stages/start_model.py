@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from grpo.config import RunConfig
+from grpo.config import PromptSettings, RunConfig
 from grpo.data.common.mixture import Mixture
+from grpo.experience.hints import OtherVocabulary
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
+from grpo.learning.alignment import Alignment, TokenPair, read_tokens
 from grpo.run import fingerprints, ranks
 from grpo.run.directory import RunDirectory, write_file
 from grpo.run.display import redirect_output
@@ -103,3 +106,61 @@ def find_teachers(
     for teacher_dir in teacher_dirs.values():
         models.check_context(teacher_dir, max_sequence_tokens, config.length_keys)
     return teacher_dirs
+
+
+class Teachers(NamedTuple):
+    """The teachers of a run by name; that of `model.teacher` has the name ""."""
+
+    model_dirs: Mapping[str, Path]
+    vocabularies: Mapping[str, OtherVocabulary]  # of those whose vocabulary is not the student's
+
+    def common_tokens(self) -> dict[str, list[TokenPair]]:
+        """Returns the tokens that the student and each of `vocabularies` have in common."""
+        return {name: each.alignment.common_tokens() for name, each in self.vocabularies.items()}
+
+
+def find_other_vocabularies(
+    settings: PromptSettings,
+    tokenizer: Any,
+    end_id: int | None,
+    teacher_dirs: Mapping[str, Path],
+) -> dict[str, OtherVocabulary]:
+    """Returns the prompts and tokens of each teacher whose vocabulary is not the student's.
+
+    Args:
+        settings: The config section `prompt`.
+        tokenizer: The tokenizer of the student.
+        end_id: The student's token that ends a completion.
+        teacher_dirs: The directories of the teachers by name.
+
+    Raises:
+        UserError: The tokens of a teacher cannot be aligned with the student's, or the prompts do
+            not fit its tokenizer.
+    """
+    vocabularies = {}
+    # `prompt.chat_template` is for the student. A teacher has its own.
+    teacher_settings = settings.model_copy(update={"chat_template": None})
+    for name, teacher_dir in teacher_dirs.items():
+        teacher_tokenizer = models.load_tokenizer(teacher_dir)
+        if models.has_same_vocabulary(tokenizer, teacher_tokenizer):
+            continue
+        prompts = Prompts(teacher_settings, teacher_tokenizer, models.eos_token_ids(teacher_dir))
+        alignment = Alignment(
+            student=read_tokens(tokenizer, end_id),
+            teacher=read_tokens(teacher_tokenizer, prompts.end_id),
+            max_teacher_tokens=models.context_tokens(teacher_dir),
+        )
+        vocabularies[name] = OtherVocabulary(prompts, alignment)
+    return vocabularies
+
+
+def require_for_other_vocabulary(is_met: Mapping[str, bool]) -> None:
+    """Raises UserError if a setting needs a teacher with the student's vocabulary.
+
+    `is_met` has what must be set otherwise, such as `"soft.temperature=1"`, and whether it is.
+    """
+    missing = [setting for setting, is_set in is_met.items() if not is_set]
+    if missing:
+        raise UserError(
+            f"student and teacher have different vocabularies, which needs {', '.join(missing)}"
+        )

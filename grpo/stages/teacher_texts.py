@@ -4,74 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from grpo.config import DistillConfig
-from grpo.experience.prompts import Prompts
-from grpo.learning import models
-from grpo.learning.alignment import Alignment, read_tokens
+from grpo.experience.hints import OtherVocabulary
 from grpo.stages.solutions import SolutionTexts
-from grpo.stages.start_model import StartModel
 from grpo.types import Problem, Sample, TeacherText, UserError
 
 MIN_ALIGNED = 0.9  # share of the texts; a lower one points to a tokenizer that changes all texts
 
 
-class Teacher(NamedTuple):
-    """A teacher whose vocabulary is not the student's."""
-
-    prompts: Prompts
-    alignment: Alignment
-
-
-def find_other_vocabulary(
-    config: DistillConfig, start: StartModel, teacher_dir: Path
-) -> Teacher | None:
-    """Returns the teacher's prompts and tokens; None if its vocabulary is the student's.
-
-    Raises:
-        UserError: A setting needs equal vocabularies, or the tokens cannot be aligned.
-    """
-    tokenizer = models.load_tokenizer(teacher_dir)
-    if models.has_same_vocabulary(start.tokenizer, tokenizer):
-        return None
-    check_settings(config)
-    # `prompt.chat_template` is for the student. The teacher has its own.
-    settings = config.prompt.model_copy(update={"chat_template": None})
-    prompts = Prompts(settings, tokenizer, models.eos_token_ids(teacher_dir))
-    alignment = Alignment(
-        student=read_tokens(start.tokenizer, start.prompts.end_id),
-        teacher=read_tokens(tokenizer, prompts.end_id),
-    )
-    return Teacher(prompts, alignment)
-
-
-def check_settings(config: DistillConfig) -> None:
-    """Raises UserError if a setting needs student and teacher to have the same vocabulary."""
-    soft = config.soft
-    assert soft is not None
-    changes = {
-        "soft.temperature=1": soft.temperature != 1,
-        "soft.teacher_topk=": soft.teacher_topk is not None,
-        "soft.hidden_weight=0": soft.hidden_weight > 0,
-        "learner.sequence_parallel=1": config.learner.sequence_parallel > 1,
-    }
-    if any(changes.values()):
-        needed = ", ".join(change for change, is_needed in changes.items() if is_needed)
-        raise UserError(f"student and teacher have different vocabularies, which needs {needed}")
-
-
 class TeacherTexts:
-    """Training samples whose texts are also in the teacher's tokens.
+    """Training samples whose texts are also in the teacher's tokens."""
 
-    Attributes:
-        max_tokens: Length in tokens of the teacher's longest prompt with its text.
-    """
-
-    def __init__(self, texts: SolutionTexts, problems: Sequence[Problem], teacher: Teacher) -> None:
+    def __init__(
+        self, texts: SolutionTexts, problems: Sequence[Problem], teacher: OtherVocabulary
+    ) -> None:
         """Tokenizes the texts.
 
         Args:
@@ -85,7 +34,6 @@ class TeacherTexts:
         self._texts = texts
         self._ids = [problem.id for problem in problems]
         self._arrays: dict[str, tuple[Any, Any, Any]] = {}  # int32: prompt, completion, spans
-        self.max_tokens = 0
         self._num_tokens = self._num_aligned = self._num_spans = 0
         for index, problem in enumerate(problems):
             if problem.id not in self._arrays:
@@ -94,15 +42,15 @@ class TeacherTexts:
         if self._num_aligned < MIN_ALIGNED * self._num_tokens:
             raise UserError(
                 f"soft: only {self._num_aligned / self._num_tokens:.1%} of the texts can be "
-                "compared: the tokenizer of student or teacher changes the text. Use way=sequence"
+                "compared: the tokenizer of student or teacher changes the text, or the teacher's "
+                "context is too short. Use way=sequence"
             )
         self._num_common = len(teacher.alignment.common_tokens())
 
-    def _add(self, problem: Problem, sample: Sample, teacher: Teacher) -> None:
+    def _add(self, problem: Problem, sample: Sample, teacher: OtherVocabulary) -> None:
         completion_ids = sample.token_ids[sample.prompt_length :]
-        text = teacher.alignment.teacher_text(teacher.prompts.token_ids(problem), completion_ids)
+        text = teacher.teacher_text(problem, completion_ids)
         assert text.completion_ids is not None and text.spans is not None
-        self.max_tokens = max(self.max_tokens, len(text.prompt_ids) + len(text.completion_ids))
         self._num_tokens += len(completion_ids)
         if text.spans:
             self._num_aligned += text.spans[-1][0]

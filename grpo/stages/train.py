@@ -10,13 +10,14 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo import config as configs
 from grpo.config import SftConfig, TrainConfig
 from grpo.config.recipe import recipe_lines, recipe_warnings
 from grpo.engines import Request
 from grpo.experience import plugins
+from grpo.experience.hints import OtherVocabulary
 from grpo.experience.prompts import Prompts
 from grpo.experience.sampling import derive_seed, make_group, sampling_options
 from grpo.experience.scoring import score
@@ -42,7 +43,15 @@ from grpo.stages.stage import (
     StageNeeds,
     max_checkpoints_on_disk,
 )
-from grpo.stages.start_model import StartModel, find_start_model, find_teachers, require_same_start
+from grpo.stages.start_model import (
+    StartModel,
+    Teachers,
+    find_other_vocabularies,
+    find_start_model,
+    find_teachers,
+    require_for_other_vocabulary,
+    require_same_start,
+)
 from grpo.types import Completion, Problem, RunError, ScoredGroup, TrainingStoppedError
 
 if TYPE_CHECKING:
@@ -73,6 +82,14 @@ class Components:
     limits: roofline.Roofline
     engine: Any
     learner: Any
+    vocabularies: Mapping[str, OtherVocabulary]  # of teachers, by name
+
+
+class LearnerModels(NamedTuple):
+    """The models that the learner loads."""
+
+    start: StartModel
+    teachers: Teachers
 
 
 def train(config: TrainConfig, *, resume: bool, keep: bool = True) -> None:
@@ -177,19 +194,50 @@ def _load_components(config: TrainConfig, context: RunContext, inputs: Inputs) -
         shape=roofline.model_shape(start.model_dir, num_weights, config.model.dtype),
     )
     engine_model = EngineModel(model_dir=start.model_dir, num_weights=num_weights)
+    teachers = _find_teachers(config, context, start)
     engine = start_engine(config, context, engine_model)
-    learner = _load_learner(config, context, start, engine, inputs.loss)
+    learner_models = LearnerModels(start, teachers)
+    learner = _load_learner(config, context, learner_models, engine, inputs.loss)
     return Components(
         start=start,
         mixture=mixture,
         limits=limits,
         engine=engine,
         learner=learner,
+        vocabularies=teachers.vocabularies,
+    )
+
+
+def _find_teachers(config: TrainConfig, context: RunContext, start: StartModel) -> Teachers:
+    """Returns the teachers. Raises UserError if one does not fit the config."""
+    with redirect_output(context.run.log_file("learner")):
+        model_dirs = find_teachers(config, context, config.max_teacher_tokens)
+        vocabularies = find_other_vocabularies(
+            config.prompt, start.tokenizer, start.prompts.end_id, model_dirs
+        )
+    if vocabularies:
+        _check_other_vocabulary(config)
+    return Teachers(model_dirs, vocabularies)
+
+
+def _check_other_vocabulary(config: TrainConfig) -> None:
+    """Raises UserError if a setting needs student and teacher to have the same vocabulary."""
+    algorithm = config.algorithm
+    require_for_other_vocabulary(
+        {
+            "an exact divergence (algorithm.preset=on_policy_distill_exact, or "
+            "teacher_divergence=reverse_kl; in grpo distill, on_policy_divergence=reverse_kl)": (
+                algorithm.has_teacher_loss
+            ),
+            "algorithm.teacher_top_k=": algorithm.teacher_top_k is None,
+            "algorithm.kl_coef=0": algorithm.kl_coef == 0,
+            "learner.sequence_parallel=1": config.learner.sequence_parallel == 1,
+        }
     )
 
 
 def _load_learner(
-    config: TrainConfig, context: RunContext, start: StartModel, engine: Any, loss: Any
+    config: TrainConfig, context: RunContext, learner_models: LearnerModels, engine: Any, loss: Any
 ) -> Any:
     """Returns the learner with its reference or teacher. The engine is ready afterwards."""
     import torch
@@ -198,11 +246,12 @@ def _load_learner(
 
     context.display.phase(0, "loading the learner")
     with redirect_output(context.run.log_file("learner")):
-        policy = lora.load_policy(config, start.model_dir, config.model.attention)
-        teacher_dirs = find_teachers(config, context, config.max_teacher_tokens)
-        for teacher_dir in teacher_dirs.values():
-            models.check_same_vocabulary(start.tokenizer, models.load_tokenizer(teacher_dir))
-        references = lora.load_references(config, start.model_dir, teacher_dirs)
+        model_dir = learner_models.start.model_dir
+        policy = lora.load_policy(config, model_dir, config.model.attention)
+        teachers = learner_models.teachers
+        references = lora.load_references(
+            config, model_dir, teachers.model_dirs, teachers.common_tokens()
+        )
         if torch.cuda.is_available() and not config.engine.servers:
             # The engine measures the free GPU memory while it starts. GPU memory that the learner
             # allocated during that time would be missing in the KV cache.
@@ -257,6 +306,7 @@ def _make_loop(
         display=display,
         signals=context.signals,
         limits=components.limits,
+        vocabularies=components.vocabularies,
     )
 
 
@@ -508,6 +558,7 @@ class _TrainStage:
                 num_held_out=config.eval.problems,
             ),
             memory=MemoryNeeds(learner=True, engine=True, max_sequences=settings.num_completions),
+            check_other_vocabulary=_check_other_vocabulary,
             disk=DiskNeeds(
                 checkpoints=max_checkpoints_on_disk(config),
                 models=1,

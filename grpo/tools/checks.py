@@ -185,10 +185,7 @@ def vocabulary(needs: StageNeeds, tokenizer: Any, teacher_tokenizer: Any) -> Ite
         yield Check("ok", "vocabulary", "student and teacher share one vocabulary")
         return
     try:
-        if needs.check_other_vocabulary is None:
-            models.check_same_vocabulary(tokenizer, teacher_tokenizer)
-        else:
-            needs.check_other_vocabulary(needs.config)
+        needs.check_other_vocabulary(needs.config)
     except UserError as error:
         yield Check("fail", "vocabulary", str(error), "use grpo distill with way=sequence")
         return

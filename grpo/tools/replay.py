@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,13 @@ from grpo.config.model import ModelSettings
 from grpo.config.presets import CLIPPING_KEYS, describe_recipe
 from grpo.config.reading import apply_overrides
 from grpo.experience import plugins
+from grpo.experience.prompts import Prompts
 from grpo.learning import lora, models
 from grpo.learning.advantages import recipe_advantages, unflatten
 from grpo.run.directory import read_metrics, read_update_samples
 from grpo.run.display import redirect_output
 from grpo.stages.registry import stage_for_config
+from grpo.stages.start_model import Teachers, find_other_vocabularies
 from grpo.types import Sample, UserError
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ def replay(folder: str, *, step: int | None, overrides: list[str]) -> bool:
     if has_new_algorithm:
         _check_stored_values(config.algorithm, new_config.algorithm)
         _check_same_data_sets(config.model, new_config.model)
+    if new_config.algorithm.teacher_hint != config.algorithm.teacher_hint:
+        _check_no_aligned_tokens(stored.samples)
     metrics = _repeat_updates(new_config, stored, with_new_advantages=has_new_algorithm)
     print(describe_recipe(new_config.algorithm))
     _print_comparison(stored, metrics)
@@ -212,7 +216,7 @@ def _repeat_updates(
         updater = Updater(config=config, learner=learner)
         samples = stored.samples
         if config.algorithm.teacher_hint == "none":
-            samples = [replace(sample, teacher_text=None) for sample in samples]
+            samples = [_without_hint(sample) for sample in samples]
         samples = [_with_teacher_of(sample, config.model.teachers) for sample in samples]
         if with_new_advantages:
             samples = _with_new_advantages(samples, updater)
@@ -221,6 +225,12 @@ def _repeat_updates(
         metrics["update/made"] = float(report.num_updates)
         metrics["update/skipped"] = float(report.num_skipped)
         return metrics
+
+
+def _without_hint(sample: Sample) -> Sample:
+    """Returns the sample without the prompt of a teacher that has the policy's vocabulary."""
+    text = sample.teacher_text
+    return sample if text is None or text.spans is not None else replace(sample, teacher_text=None)
 
 
 def _with_teacher_of(sample: Sample, teachers: Collection[str]) -> Sample:
@@ -238,14 +248,47 @@ def _load_learner(config: TrainConfig, stored: StoredStep, scratch: Path) -> Any
     if not model_dir.exists():
         model_dir = models.resolve(settings.path, settings.revision, run_dir / "model", config.seed)
     model_dir = models.extend_context(model_dir, settings.rope, scratch / "extended")
-    teacher_dirs = models.resolve_teachers(settings, run_dir, config.seed)
-    references = lora.load_references(config, model_dir, teacher_dirs)
+    teachers = _find_teachers(config, model_dir, run_dir)
+    _check_same_tokens(stored.samples, teachers)
+    references = lora.load_references(
+        config, model_dir, teachers.model_dirs, teachers.common_tokens()
+    )
     loss = plugins.find_function("grpo.losses", config.algorithm.loss, "loss", "algorithm.loss")
     policy = lora.load_policy(config, model_dir, settings.attention)
     learner = Learner(policy, config, loss, references)
     if stored.checkpoint is not None:
         learner.load(stored.checkpoint)
     return learner
+
+
+def _find_teachers(config: TrainConfig, model_dir: Path, run_dir: Path) -> Teachers:
+    teacher_dirs = models.resolve_teachers(config.model, run_dir, config.seed)
+    tokenizer = models.load_tokenizer(model_dir)
+    prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
+    vocabularies = find_other_vocabularies(config.prompt, tokenizer, prompts.end_id, teacher_dirs)
+    return Teachers(teacher_dirs, vocabularies)
+
+
+def _check_no_aligned_tokens(samples: Sequence[Sample]) -> None:
+    """Raises UserError if samples have the prompts of a teacher with another vocabulary."""
+    for sample in samples:
+        if sample.teacher_text is not None and sample.teacher_text.spans is not None:
+            raise UserError(
+                "grpo replay: the samples have the prompts of a teacher with another vocabulary; "
+                "the step can be repeated only with the run's algorithm.teacher_hint"
+            )
+
+
+def _check_same_tokens(samples: Sequence[Sample], teachers: Teachers) -> None:
+    """Raises UserError if samples are not stored in the tokens of their teacher."""
+    for sample in samples:
+        text = sample.teacher_text
+        is_stored = text is not None and text.spans is not None
+        if is_stored != (sample.teacher in teachers.vocabularies):
+            raise UserError(
+                "grpo replay: the stored samples are in the tokens of the run's teachers; the step "
+                "can be repeated only with teachers of the same vocabularies"
+            )
 
 
 def _with_new_advantages(samples: list[Sample], updater: Updater) -> list[Sample]:

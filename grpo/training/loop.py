@@ -9,14 +9,14 @@ journal. With several ranks, every rank runs this loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo.config import TrainConfig
 from grpo.engines import Engine, EngineError
 from grpo.experience.group_metrics import sample_rows
-from grpo.experience.hints import teacher_prompts
+from grpo.experience.hints import OtherVocabulary, TeacherSettings, teacher_texts
 from grpo.learning.advantages import (
     completion_lengths,
     normalized_rewards,
@@ -34,12 +34,12 @@ from grpo.training.rollouts import RolloutGroups, Rollouts
 from grpo.training.step_metrics import MachineReport, StepReport, start_row, step_row
 from grpo.training.updates import Updater, UpdateReport
 from grpo.training.weight_sync import FirstGap, WeightCheck, sync_weights
-from grpo.types import Sample, ScoredGroup, TrainingStoppedError
+from grpo.types import Sample, ScoredGroup, TeacherText, TrainingStoppedError
 
 # Both hold one value per token: [group][completion][token].
 KlPenalties = list[list[list[float]]]
 Advantages = list[list[tuple[float, ...]]]
-TeacherPrompts = list[list[tuple[int, ...]]]  # [group][completion]: token ids
+TeacherTexts = list[list[TeacherText | None]]  # [group][completion]
 
 
 @dataclass(kw_only=True)
@@ -79,6 +79,7 @@ class Loop:
         display: Shows progress.
         signals: Ctrl-C and SIGTERM.
         limits: The measured rates of the machine and the shape of the model.
+        vocabularies: The teachers whose vocabulary is not the policy's, by name.
         progress: The progress of the run.
     """
 
@@ -92,6 +93,7 @@ class Loop:
     display: Display
     signals: Signals
     limits: roofline.Roofline
+    vocabularies: Mapping[str, OtherVocabulary] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
 
     def start(self, fresh: bool) -> None:
@@ -148,11 +150,11 @@ class Loop:
         groups = self._next_groups(timer)  # sampled, scored and selected
         ranks.all_gather_or_raise("engine sleep", self.engine.sleep)
         self.display.phase(self.progress.rollout, "update")
-        teacher_prompts = self._teacher_prompts(groups.used)
-        kl_penalties = self._kl_penalties(groups.used, teacher_prompts, timer)
+        texts_PG = self._teacher_texts(groups.used)
+        kl_penalties = self._kl_penalties(groups.used, texts_PG, timer)
         self.progress.is_savable = False  # until the probe has verified the new weights
         token_advantages = self._advantages(groups.used, kl_penalties)
-        samples = self._make_samples(groups, token_advantages, teacher_prompts)
+        samples = self._make_samples(groups, token_advantages, texts_PG)
         update = self._update(samples, timer)
         report = StepReport(
             rollout=self.progress.rollout,
@@ -183,17 +185,18 @@ class Loop:
         # without a reward takes part in the update.
         return replace(groups, used=[_with_decided_rewards(scored) for scored in groups.used])
 
-    def _teacher_prompts(self, groups: list[ScoredGroup]) -> TeacherPrompts | None:
-        """Returns the teacher's prompt for each completion; None if it is that of the policy."""
-        algorithm = self.config.algorithm
-        if algorithm.teacher_hint == "none":
-            return None
-        return teacher_prompts(
-            groups, algorithm.teacher_hint, self.rollouts.prompts, algorithm.teacher_hint_tokens
+    def _teacher_texts(self, groups: list[ScoredGroup]) -> TeacherTexts:
+        """Returns what a teacher reads in place of each completion; None if it reads the same."""
+        settings = TeacherSettings(
+            hint=self.config.algorithm.teacher_hint,
+            max_hint_tokens=self.config.algorithm.teacher_hint_tokens,
+            names=self.config.model.teachers,
+            vocabularies=self.vocabularies,
         )
+        return teacher_texts(groups, self.rollouts.prompts, settings)
 
     def _kl_penalties(
-        self, groups: list[ScoredGroup], prompts: TeacherPrompts | None, timer: Timer
+        self, groups: list[ScoredGroup], texts_PG: TeacherTexts, timer: Timer
     ) -> KlPenalties | None:
         """Returns the KL penalties of all tokens.
 
@@ -211,7 +214,7 @@ class Loop:
             samples = to_samples(
                 rewarded,
                 no_advantages,
-                teacher_prompts_PGL=prompts,
+                teacher_texts_PG=texts_PG,
                 teachers=self.config.model.teachers,
             )
             penalties = self.updater.kl_penalties(samples)
@@ -231,7 +234,10 @@ class Loop:
         return recipe_advantages(algorithm, rewards, completion_lengths(groups), kl_penalties)
 
     def _make_samples(
-        self, groups: RolloutGroups, token_advantages: Advantages, prompts: TeacherPrompts | None
+        self,
+        groups: RolloutGroups,
+        token_advantages: Advantages,
+        texts_PG: TeacherTexts,
     ) -> list[Sample]:
         """Returns one sample per completion to learn from, and writes the files in samples/."""
         self._write_samples(sample_rows(groups.sampled, groups.used, token_advantages))
@@ -240,7 +246,7 @@ class Loop:
             groups.used,
             token_advantages,
             mask_truncated=mask_truncated,
-            teacher_prompts_PGL=prompts,
+            teacher_texts_PG=texts_PG,
             teachers=self.config.model.teachers,
         )
         self.run.write_update_samples(

@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 import torch
-from tiny_models import tiny_config
+from tiny_models import make_tiny_with, merging_tokenizer, tiny_config
 from whole_runs import (
     RESUMABLE_RUN_SECTIONS,
     read_metrics,
@@ -28,6 +28,8 @@ from whole_runs import (
 
 from grpo.config.presets import PRESETS
 from grpo.learning import models
+from grpo.tools.replay import replay
+from grpo.types import UserError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -166,6 +168,31 @@ def test_every_preset_passes_its_weight_checks_and_resumes_exactly(tiny, tmp_pat
     metrics, _, weights = read_reproducible_results(tmp_path / "b")
     assert training_metrics(metrics) == training_metrics(expected_metrics)
     assert weights == expected_weights
+
+
+def test_a_teacher_with_another_vocabulary_teaches_on_policy(tiny, tmp_path):
+    tokenizer = merging_tokenizer(["12+34=46 <think>1+2=3</think>"], vocabulary=280)
+    make_tiny_with(tokenizer, tmp_path / "teacher", seed=1)
+    sections = RESUMABLE_RUN_SECTIONS | {
+        "model": {"dtype": "float32", "teacher": str(tmp_path / "teacher")},
+        "algorithm": {"preset": "on_policy_distill_exact", "kl_coef": 0.0},
+        "train": {"rollouts": 4, "problems": 8, "group_size": 4},
+        "learner": {"lr": 3e-3, "zero_stage": 1},
+        "checkpoint": {"every": 2},
+        "logging": {"progress": "off", "replay": 2},
+    }
+    uninterrupted_config, resumed_config = write_configs(tmp_path, tiny(), sections)
+    run_grpo(uninterrupted_config)
+    metrics, _, expected_weights = read_reproducible_results(tmp_path / "a")
+    divergences = [row["policy/divergence"] for row in metrics if "policy/divergence" in row]
+    assert divergences[-1] < 0.8 * divergences[0]
+    run_grpo(resumed_config, "train.rollouts=2", "eval.every=0")
+    run_grpo(resumed_config, "--resume", "eval.every=0")
+    _, _, weights = read_reproducible_results(tmp_path / "b")
+    assert weights == expected_weights
+    assert replay(str(tmp_path / "a"), step=3, overrides=[])
+    with pytest.raises(UserError, match="only with teachers of the same vocabularies"):
+        replay(str(tmp_path / "a"), step=3, overrides=[f"model.teacher={tiny()}"])
 
 
 def dapo_sections(kind):

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from tiny_models import merging_tokenizer
 
 from grpo import config as configs
-from grpo.experience.hints import hint, teacher_prompts
+from grpo.experience.hints import OtherVocabulary, TeacherSettings, hint, teacher_texts
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
+from grpo.learning.alignment import Alignment, read_tokens
 from grpo.types import Completion, Group, Problem, ScoredGroup, Verdict
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -75,9 +77,9 @@ def test_a_hinted_prompt_contains_the_question_and_the_hint_up_to_its_limit(tiny
     prompts = Prompts(configs.PromptSettings(template=template), tokenizer)
     solved = replace(PROBLEM, solution="Three and four are seven.")
     scored = scored_group([WRONG, WRONG], problem=solved)
-    [[ids, same_ids]] = teacher_prompts([scored], "solution", prompts, 100)
-    assert ids == same_ids
-    text = tokenizer.decode(ids)
+    [[text, same_text]] = teacher_texts([scored], prompts, TeacherSettings("solution", 100))
+    assert text == same_text
+    text = tokenizer.decode(text.prompt_ids)
     expected = (
         "What is 3 + 4?\n\nA correct solution:\nThree and four are seven.\n\n"
         "Solve the problem yourself."
@@ -86,8 +88,35 @@ def test_a_hinted_prompt_contains_the_question_and_the_hint_up_to_its_limit(tiny
     assert text.replace(expected, PROBLEM.question) == tokenizer.decode(prompts.token_ids(PROBLEM))
 
     hint_ids = tokenizer("A correct solution:\nThree", add_special_tokens=False)["input_ids"]
-    [[ids, _]] = teacher_prompts([scored], "solution", prompts, len(hint_ids))
-    assert "solution:\nThree\n\nSolve" in tokenizer.decode(ids)
-    # Without a hint, the prompt is that of the sampler.
-    [[ids, _]] = teacher_prompts([scored], "success", prompts, 100)
-    assert ids == (1, 2, 3)
+    settings = TeacherSettings("solution", len(hint_ids))
+    [[text, _]] = teacher_texts([scored], prompts, settings)
+    assert "solution:\nThree\n\nSolve" in tokenizer.decode(text.prompt_ids)
+    # Without a hint, the teacher reads what the policy reads.
+    for kind in ("success", "none"):
+        assert teacher_texts([scored], prompts, TeacherSettings(kind, 100)) == [[None, None]]
+
+
+def test_a_teacher_with_another_vocabulary_reads_its_own_tokens_and_prompts(tiny):
+    tokenizer = models.load_tokenizer(tiny())
+    prompts = Prompts(configs.PromptSettings(template="plain"), tokenizer)
+    teacher_tokenizer = merging_tokenizer(["attempt 0 attempt 1"], vocabulary=270)
+    teacher_prompts = Prompts(configs.PromptSettings(template="plain"), teacher_tokenizer)
+    alignment = Alignment(
+        student=read_tokens(tokenizer, prompts.end_id),
+        teacher=read_tokens(teacher_tokenizer, teacher_prompts.end_id),
+    )
+    vocabularies = {"math": OtherVocabulary(teacher_prompts, alignment)}
+    scored = scored_group([WRONG, WRONG], problem=replace(PROBLEM, data_set="math"))
+    ids = tuple(tokenizer("attempt")["input_ids"])
+    completions = [replace(each, token_ids=ids) for each in scored.group.completions]
+    group = replace(scored.group, completions=tuple(completions))
+    scored = replace(scored, group=group)
+    other = replace(scored, group=replace(group, problem=PROBLEM))
+    for kind in ("none", "solution"):
+        settings = TeacherSettings(kind, 100, {"math"}, vocabularies)
+        [[text, _], [other_text, _]] = teacher_texts([scored, other], prompts, settings)
+        assert teacher_tokenizer.decode(text.completion_ids) == "attempt"
+        prompt = teacher_tokenizer.decode(text.prompt_ids)
+        assert prompt.startswith(PROBLEM.question)
+        assert ("A correct solution" in prompt) == (kind == "solution")
+        assert other_text is None or other_text.completion_ids is None

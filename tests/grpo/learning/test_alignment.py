@@ -46,8 +46,8 @@ def llama_like():
 def alignment(llama_like, qwen_like):
     """Returns the alignment of a student like Llama 3 with a teacher like Qwen."""
     return Alignment(
-        read_tokens(llama_like, llama_like.eos_token_id),
-        read_tokens(qwen_like, qwen_like.eos_token_id),
+        student=read_tokens(llama_like, llama_like.eos_token_id),
+        teacher=read_tokens(qwen_like, qwen_like.eos_token_id),
     )
 
 
@@ -117,6 +117,37 @@ def test_spans_end_where_a_tokenizer_changes_the_text(alignment):
     content = b"".join(alignment.student.bytes_of[token_id] for token_id in ids[:num_student])
     assert content.startswith(b"24 clips")
     assert len(content) <= len("24 clips e")
+
+
+def test_spans_end_with_the_context_of_the_teacher(alignment):
+    ids = (*alignment.student.tokenizer(TEXTS[0])["input_ids"], alignment.student.end_id)
+    complete = alignment.teacher_text((5, 6), ids)
+    short = replace(alignment, max_teacher_tokens=12).teacher_text((5, 6), ids)
+    assert 0 < len(short.completion_ids) <= 10
+    assert short.spans == complete.spans[: len(short.spans)]
+    assert short.completion_ids == complete.completion_ids[: short.spans[-1][1]]
+
+
+def test_a_completion_without_any_span_has_one_token_that_is_not_compared(alignment):
+    [first, *_] = alignment.student.tokenizer("€")["input_ids"]
+    assert alignment.teacher_text((5,), [first]).spans == ()
+    assert len(alignment.teacher_text((5,), [first]).completion_ids) == 1
+    # It does not disturb the other rows of its batch.
+    texts = [(first,), tuple(alignment.student.tokenizer("24 clips")["input_ids"])]
+    samples = [
+        Sample(
+            token_ids=(5, *ids),
+            prompt_length=1,
+            advantages=(0.0,) * len(ids),
+            teacher_text=alignment.teacher_text((5,), ids),
+        )
+        for ids in texts
+    ]
+    [batch] = micro_batches(samples, token_weights(samples, "token", 9), max_tokens=100)
+    num_spans = len(samples[1].teacher_text.spans)
+    assert len(batch.spans.student_starts) == num_spans
+    assert batch.token_mask.sum() == len(batch.spans.student_spans)
+    assert batch.teacher_batch.token_mask.sum() == len(batch.spans.teacher_spans)
 
 
 def test_tokens_of_a_sentencepiece_model(tmp_path):

@@ -172,18 +172,6 @@ def test_gradient_of_soft_targets_equals_plain_torch_for_every_split(tiny, tmp_p
         assert report["policy/grad_norm"] == pytest.approx(expected_norm, rel=1e-4)
 
 
-def test_different_vocabularies_raise_and_the_message_names_an_alternative(tiny, tmp_path):
-    student_tokenizer = models.load_tokenizer(tiny())
-    teacher_tokenizer = models.load_tokenizer(tiny())
-    teacher_tokenizer.add_tokens(["<more>"])
-    models.check_same_vocabulary(student_tokenizer, student_tokenizer)
-    with pytest.raises(
-        UserError,
-        match=r"different vocabularies \(263 and 264 tokens.*`grpo distill`: way=soft aligns",
-    ):
-        models.check_same_vocabulary(student_tokenizer, teacher_tokenizer)
-
-
 def hidden_state_loss(student, teacher, samples, projections):
     """Returns the mean loss per token: hidden states, soft targets and hard targets.
 

@@ -4,11 +4,12 @@ import pytest
 from tiny_models import merging_tokenizer
 
 from grpo.config import PromptSettings
+from grpo.experience.hints import OtherVocabulary
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.alignment import Alignment, read_tokens
 from grpo.stages.solutions import SolutionTexts
-from grpo.stages.teacher_texts import Teacher, TeacherTexts
+from grpo.stages.teacher_texts import TeacherTexts
 from grpo.types import Problem, UserError
 
 SOLUTIONS = ["<think>12+3=15</think><answer>15</answer>", "<think>7</think><answer>7</answer>"]
@@ -28,11 +29,11 @@ def make_texts(problems, student_prompts, teacher_tokenizer):
     teacher_prompts = Prompts(PromptSettings(template="r1_zero"), teacher_tokenizer)
     student_tokenizer = models.character_tokenizer()
     alignment = Alignment(
-        read_tokens(student_tokenizer, student_prompts.end_id),
-        read_tokens(teacher_tokenizer, teacher_prompts.end_id),
+        student=read_tokens(student_tokenizer, student_prompts.end_id),
+        teacher=read_tokens(teacher_tokenizer, teacher_prompts.end_id),
     )
     texts = SolutionTexts(problems, student_prompts, max_tokens=200, section="soft", weight=0.0)
-    return texts, TeacherTexts(texts, problems, Teacher(teacher_prompts, alignment))
+    return texts, TeacherTexts(texts, problems, OtherVocabulary(teacher_prompts, alignment))
 
 
 def test_samples_have_the_text_in_the_tokens_and_the_prompt_of_the_teacher(student_prompts):
@@ -41,7 +42,6 @@ def test_samples_have_the_text_in_the_tokens_and_the_prompt_of_the_teacher(stude
     texts, teacher_texts = make_texts([first, second, first], student_prompts, tokenizer)
     samples = teacher_texts[0:3]
     assert samples[0] == samples[2]
-    lengths = []
     for sample, plain, solution in zip(
         samples, texts[0:3], [*SOLUTIONS, SOLUTIONS[0]], strict=True
     ):
@@ -50,8 +50,6 @@ def test_samples_have_the_text_in_the_tokens_and_the_prompt_of_the_teacher(stude
         assert tokenizer.decode(text.prompt_ids).endswith("User: 12+3= Assistant:")
         assert tokenizer.decode(text.completion_ids) == f"{solution}<|end|>"
         assert text.spans[-1] == (sample.completion_length, len(text.completion_ids))
-        lengths.append(len(text.prompt_ids) + len(text.completion_ids))
-    assert teacher_texts.max_tokens == max(lengths)
     # The tags, which are one token of the student, are several tokens of the teacher.
     assert "100.0% of the texts are compared, in spans of 1." in teacher_texts.summary()
     assert "with 257 common tokens" in teacher_texts.summary()

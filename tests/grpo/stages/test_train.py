@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from tiny_models import tiny_config
+from tiny_models import make_tiny_with, merging_tokenizer, tiny_config
 from whole_runs import (
     read_metrics,
     read_reproducible_results,
@@ -249,6 +249,30 @@ def test_user_error_is_one_line_with_exit_code_2_before_an_engine_starts(
     assert not (tmp_path / "run" / "engine.log").exists()
     # Without a manifest, the corrected config can start in the same run directory.
     assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({"preset": "on_policy_distill"}, "which needs an exact divergence"),
+        (
+            {"preset": "on_policy_distill_exact", "teacher_top_k": 8},
+            "different vocabularies, which needs algorithm.teacher_top_k=\n",
+        ),
+        ({"kl_coef": 0.1}, "which needs an exact divergence"),
+    ],
+)
+def test_settings_that_need_the_teacher_s_vocabulary_raise(tiny, tmp_path, algorithm, message):
+    tokenizer = merging_tokenizer(["12+34=46"], vocabulary=270)
+    make_tiny_with(tokenizer, tmp_path / "teacher")
+    config = tiny_config(
+        tmp_path / "run",
+        tiny(),
+        model={"teacher": str(tmp_path / "teacher")},
+        algorithm={"kl_coef": 0.0} | algorithm,
+    )
+    output = run_grpo(write_config(tmp_path / "c.yaml", config), code=2)
+    assert message in output
 
 
 def test_warm_start_uses_the_model_and_the_seed_of_the_run():
