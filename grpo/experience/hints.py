@@ -7,12 +7,13 @@ knows a solution.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from grpo.experience.prompts import Prompts
 from grpo.learning.alignment import Alignment
-from grpo.types import Problem, ScoredGroup, TeacherText
+from grpo.types import Problem, ScoredGroup, TeacherText, UserError
 
 
 class OtherVocabulary(NamedTuple):
@@ -59,6 +60,9 @@ def teacher_texts(
         prompts: Renders the policy's prompts.
         settings: What teachers read.
 
+    Raises:
+        UserError: A teacher has another vocabulary, and no completion can be aligned with it.
+
     Source: OPSD 2601.18734 and SDFT 2601.19897 (`solution`), SDPO 2601.20802 (`success` and
     `feedback`, which it combines in one prompt).
     """
@@ -83,7 +87,18 @@ def teacher_texts(
                 teacher_text = TeacherText(prompt_ids=prompt_ids)
             texts_G.append(teacher_text)
         texts_PG.append(texts_G)
+    _require_spans(list(itertools.chain.from_iterable(texts_PG)))
     return texts_PG
+
+
+def _require_spans(texts: Sequence[TeacherText | None]) -> None:
+    """Raises UserError if texts are in the tokens of another vocabulary, and none has a span."""
+    spans = [text.spans for text in texts if text is not None and text.spans is not None]
+    if spans and not any(spans):
+        raise UserError(
+            "model.teacher: no completion can be aligned with the teacher's tokens: its tokenizer "
+            "changes the start of the text"
+        )
 
 
 def hint(scored: ScoredGroup, index: int, kind: str) -> str | None:

@@ -140,7 +140,8 @@ class Alignment:
         contents = [self.student.bytes_of[token_id] for token_id in student_ids]
         text = _valid_text(b"".join(contents))
         teacher_ids = self.teacher.tokenizer(text, add_special_tokens=False)["input_ids"]
-        spans = _spans(contents, [self.teacher.bytes_of[token_id] for token_id in teacher_ids])
+        teacher_contents = [self.teacher.bytes_of[token_id] for token_id in teacher_ids]
+        spans = _spans(contents, _without_added_space(teacher_contents, text))
         covers_all = not student_ids or spans[-1:] == [(len(student_ids), len(teacher_ids))]
         if is_ended and covers_all and self.teacher.end_id is not None:
             teacher_ids = [*teacher_ids, self.teacher.end_id]
@@ -154,6 +155,13 @@ class Alignment:
             completion_ids=tuple(teacher_ids[:num_compared]) or (0,),
             spans=tuple(spans),
         )
+
+
+def _without_added_space(contents: list[bytes], text: str) -> list[bytes]:
+    """Returns the tokens of a text without a space that the tokenizer puts before it (Llama 2)."""
+    if b"".join(contents) != b" " + text.encode():
+        return contents
+    return [contents[0].removeprefix(b" "), *contents[1:]]
 
 
 def _valid_text(content: bytes) -> str:

@@ -10,7 +10,7 @@ from grpo.experience.hints import OtherVocabulary, TeacherSettings, hint, teache
 from grpo.experience.prompts import Prompts
 from grpo.learning import models
 from grpo.learning.alignment import Alignment, read_tokens
-from grpo.types import Completion, Group, Problem, ScoredGroup, Verdict
+from grpo.types import Completion, Group, Problem, ScoredGroup, UserError, Verdict
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 PROBLEM = Problem(id="p", question="What is 3 + 4?", answer="7", source="t")
@@ -120,3 +120,19 @@ def test_a_teacher_with_another_vocabulary_reads_its_own_tokens_and_prompts(tiny
         assert prompt.startswith(PROBLEM.question)
         assert ("A correct solution" in prompt) == (kind == "solution")
         assert other_text is None or other_text.completion_ids is None
+
+
+def test_completions_without_any_aligned_token_raise(tiny):
+    tokenizer = models.load_tokenizer(tiny())
+    prompts = Prompts(configs.PromptSettings(template="plain"), tokenizer)
+    alignment = Alignment(
+        student=read_tokens(tokenizer, prompts.end_id),
+        teacher=read_tokens(merging_tokenizer(["a"], vocabulary=258, normalizer="Lowercase"), 1),
+    )
+    settings = TeacherSettings("none", 100, vocabularies={"": OtherVocabulary(prompts, alignment)})
+    scored = scored_group([WRONG])
+    ids = tuple(tokenizer("ABC")["input_ids"])
+    [completion] = scored.group.completions
+    group = replace(scored.group, completions=(replace(completion, token_ids=ids),))
+    with pytest.raises(UserError, match="no completion can be aligned"):
+        teacher_texts([replace(scored, group=group)], prompts, settings)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import make_tiny_with, merging_tokenizer, tiny_config
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
@@ -159,6 +159,23 @@ def test_tokens_of_a_sentencepiece_model(tmp_path):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
     tokens = read_tokens(fast, 6)
     assert tokens.bytes_of[1:6] == [b"\xe2", b"\x82", b"\xac", b" a", b"b"]
+
+
+def test_the_space_that_llama_2_puts_before_a_text_is_not_part_of_it():
+    vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4, "</s>": 5}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocabulary, [("▁", "a")], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    student = models.character_tokenizer()
+    alignment = Alignment(student=read_tokens(student, 1), teacher=read_tokens(fast, 5))
+    result = alignment.teacher_text((), student("ab a")["input_ids"])
+    assert result.completion_ids == (4, 3, 4)
+    assert result.spans == ((1, 1), (2, 2), (4, 3))
 
 
 def test_a_tokenizer_whose_tokens_have_no_bytes_raises():
