@@ -22,10 +22,6 @@ class OtherVocabulary(NamedTuple):
     prompts: Prompts
     alignment: Alignment
 
-    def teacher_text(self, problem: Problem, completion_ids: Sequence[int]) -> TeacherText:
-        """Returns a completion after the teacher's own prompt, see `Alignment.teacher_text`."""
-        return self.alignment.teacher_text(self.prompts.token_ids(problem), completion_ids)
-
 
 class TeacherSettings(NamedTuple):
     """What teachers read.
@@ -68,27 +64,33 @@ def teacher_texts(
     """
     texts_PG = []
     for scored in groups:
-        texts_G = []
-        for index, completion in enumerate(scored.group.completions):
-            problem = scored.group.problem
-            vocabulary = settings.vocabularies.get(settings.teacher_of(problem))
-            teacher_prompts = prompts if vocabulary is None else vocabulary.prompts
-            prompt_ids = None
-            text = None if settings.hint == "none" else hint(scored, index, settings.hint)
-            if text is not None:
-                prompt_ids = teacher_prompts.hinted_token_ids(
-                    problem, text, settings.max_hint_tokens
-                )
-            teacher_text = None
-            if vocabulary is not None:
-                prompt_ids = prompt_ids or teacher_prompts.token_ids(problem)
-                teacher_text = vocabulary.alignment.teacher_text(prompt_ids, completion.token_ids)
-            elif prompt_ids is not None:
-                teacher_text = TeacherText(prompt_ids=prompt_ids)
-            texts_G.append(teacher_text)
-        texts_PG.append(texts_G)
+        num_completions = len(scored.group.completions)
+        texts_PG.append(
+            [_teacher_text(scored, index, prompts, settings) for index in range(num_completions)]
+        )
     _require_spans(list(itertools.chain.from_iterable(texts_PG)))
     return texts_PG
+
+
+def _teacher_text(
+    scored: ScoredGroup, index: int, prompts: Prompts, settings: TeacherSettings
+) -> TeacherText | None:
+    """Returns what a teacher reads in place of the completion at `index`."""
+    problem = scored.group.problem
+    other = settings.vocabularies.get(settings.teacher_of(problem))
+    teacher_prompts = prompts if other is None else other.prompts
+    hint_text = None if settings.hint == "none" else hint(scored, index, settings.hint)
+    if hint_text is not None:
+        limit = settings.max_hint_tokens
+        prompt_ids = teacher_prompts.hinted_token_ids(problem, hint_text, limit)
+    elif other is not None:
+        prompt_ids = teacher_prompts.token_ids(problem)
+    else:
+        return None
+    if other is None:
+        return TeacherText(prompt_ids=prompt_ids)
+    completion = scored.group.completions[index]
+    return other.alignment.teacher_text(prompt_ids, completion.token_ids)
 
 
 def _require_spans(texts: Sequence[TeacherText | None]) -> None:

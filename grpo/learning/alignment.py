@@ -17,7 +17,7 @@ Source: GOLD (Hugging Face, 2025) and its code in TRL (spans by bytes).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ class Tokens(NamedTuple):
     """A tokenizer, with what an alignment needs to know about it."""
 
     tokenizer: Any
-    end_id: int | None  # the token that ends a completion
+    end_id: int | None  # the token with which the model ends a completion
+    stop_ids: Collection[int]  # all tokens that end a completion
     bytes_of: list[bytes]  # the text of each token; b"" for an id without a token
 
 
@@ -39,8 +40,13 @@ class TokenPair(NamedTuple):
     teacher: int
 
 
-def read_tokens(tokenizer: Any, end_id: int | None) -> Tokens:
-    """Returns the bytes of all tokens of a tokenizer.
+def read_tokens(tokenizer: Any, end_id: int | None, stop_ids: Collection[int] = ()) -> Tokens:
+    """Returns a tokenizer with the bytes of all its tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+        end_id: The token with which the model ends a completion.
+        stop_ids: Other tokens that end a completion.
 
     Raises:
         UserError: The tokens do not state their bytes: it is neither a byte-level BPE (Qwen, Llama
@@ -65,7 +71,8 @@ def read_tokens(tokenizer: Any, end_id: int | None) -> Tokens:
     for token, token_id in vocabulary.items():
         content = added.get(token_id)
         bytes_of[token_id] = to_bytes(token) if content is None else content.encode()
-    return Tokens(tokenizer, end_id, bytes_of)
+    all_stop_ids = {*stop_ids} if end_id is None else {*stop_ids, end_id}
+    return Tokens(tokenizer, end_id, all_stop_ids, bytes_of)
 
 
 class _ByteLevel:
@@ -133,9 +140,10 @@ class Alignment:
 
         Args:
             prompt_ids: The teacher's prompt.
-            completion_ids: The completion in the student's tokens, possibly with the end token.
+            completion_ids: The completion in the student's tokens, possibly with a token that ends
+                it. That token corresponds to the teacher's `end_id`.
         """
-        is_ended = bool(completion_ids) and completion_ids[-1] == self.student.end_id
+        is_ended = bool(completion_ids) and completion_ids[-1] in self.student.stop_ids
         student_ids = completion_ids[:-1] if is_ended else completion_ids
         contents = [self.student.bytes_of[token_id] for token_id in student_ids]
         text = _valid_text(b"".join(contents))

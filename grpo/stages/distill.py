@@ -160,7 +160,7 @@ def _prepare_teacher(
     with redirect_output(context.run.log_file("learner")):
         model_dir = find_teachers(config, context, soft.max_tokens)[""]
         vocabularies = find_other_vocabularies(
-            config.prompt, start.tokenizer, start.prompts.end_id, {"": model_dir}
+            config.prompt, start.tokenizer, start.prompts, {"": model_dir}
         )
     if vocabularies:
         _check_other_vocabulary(config)

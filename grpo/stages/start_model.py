@@ -122,7 +122,7 @@ class Teachers(NamedTuple):
 def find_other_vocabularies(
     settings: PromptSettings,
     tokenizer: Any,
-    end_id: int | None,
+    prompts: Prompts,
     teacher_dirs: Mapping[str, Path],
 ) -> dict[str, OtherVocabulary]:
     """Returns the prompts and tokens of each teacher whose vocabulary is not the student's.
@@ -130,7 +130,7 @@ def find_other_vocabularies(
     Args:
         settings: The config section `prompt`.
         tokenizer: The tokenizer of the student.
-        end_id: The student's token that ends a completion.
+        prompts: The prompts of the student.
         teacher_dirs: The directories of the teachers by name.
 
     Raises:
@@ -144,13 +144,15 @@ def find_other_vocabularies(
         teacher_tokenizer = models.load_tokenizer(teacher_dir)
         if models.has_same_vocabulary(tokenizer, teacher_tokenizer):
             continue
-        prompts = Prompts(teacher_settings, teacher_tokenizer, models.eos_token_ids(teacher_dir))
+        teacher_prompts = Prompts(
+            teacher_settings, teacher_tokenizer, models.eos_token_ids(teacher_dir)
+        )
         alignment = Alignment(
-            student=read_tokens(tokenizer, end_id),
-            teacher=read_tokens(teacher_tokenizer, prompts.end_id),
+            student=read_tokens(tokenizer, prompts.end_id, prompts.stop_token_ids),
+            teacher=read_tokens(teacher_tokenizer, teacher_prompts.end_id),
             max_teacher_tokens=models.context_tokens(teacher_dir),
         )
-        vocabularies[name] = OtherVocabulary(prompts, alignment)
+        vocabularies[name] = OtherVocabulary(teacher_prompts, alignment)
     return vocabularies
 
 

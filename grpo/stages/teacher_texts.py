@@ -49,7 +49,8 @@ class TeacherTexts:
 
     def _add(self, problem: Problem, sample: Sample, teacher: OtherVocabulary) -> None:
         completion_ids = sample.token_ids[sample.prompt_length :]
-        text = teacher.teacher_text(problem, completion_ids)
+        prompt_ids = teacher.prompts.token_ids(problem)
+        text = teacher.alignment.teacher_text(prompt_ids, completion_ids)
         assert text.completion_ids is not None and text.spans is not None
         self._num_tokens += len(completion_ids)
         if text.spans:

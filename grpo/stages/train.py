@@ -213,7 +213,7 @@ def _find_teachers(config: TrainConfig, context: RunContext, start: StartModel) 
     with redirect_output(context.run.log_file("learner")):
         model_dirs = find_teachers(config, context, config.max_teacher_tokens)
         vocabularies = find_other_vocabularies(
-            config.prompt, start.tokenizer, start.prompts.end_id, model_dirs
+            config.prompt, start.tokenizer, start.prompts, model_dirs
         )
     if vocabularies:
         _check_other_vocabulary(config)

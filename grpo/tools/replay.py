@@ -265,7 +265,7 @@ def _find_teachers(config: TrainConfig, model_dir: Path, run_dir: Path) -> Teach
     teacher_dirs = models.resolve_teachers(config.model, run_dir, config.seed)
     tokenizer = models.load_tokenizer(model_dir)
     prompts = Prompts(config.prompt, tokenizer, models.eos_token_ids(model_dir))
-    vocabularies = find_other_vocabularies(config.prompt, tokenizer, prompts.end_id, teacher_dirs)
+    vocabularies = find_other_vocabularies(config.prompt, tokenizer, prompts, teacher_dirs)
     return Teachers(teacher_dirs, vocabularies)
 
 

@@ -119,6 +119,14 @@ def test_spans_end_where_a_tokenizer_changes_the_text(alignment):
     assert len(content) <= len("24 clips e")
 
 
+def test_another_stop_token_also_ends_the_text(llama_like, alignment):
+    pad_id = llama_like.pad_token_id
+    student = read_tokens(llama_like, llama_like.eos_token_id, [pad_id])
+    ids = llama_like("24 clips")["input_ids"]
+    ended = replace(alignment, student=student).teacher_text((), (*ids, pad_id))
+    assert ended == alignment.teacher_text((), (*ids, llama_like.eos_token_id))
+
+
 def test_spans_end_with_the_context_of_the_teacher(alignment):
     ids = (*alignment.student.tokenizer(TEXTS[0])["input_ids"], alignment.student.end_id)
     complete = alignment.teacher_text((5, 6), ids)

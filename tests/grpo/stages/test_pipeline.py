@@ -87,7 +87,7 @@ def test_the_teachers_of_a_stage_are_earlier_stages(tmp_path):
     (tmp_path / "d.yaml").write_text(
         "model: {path: tiny-qwen2}\nprompt: {template: plain}\n"
         "data: {mixture: {two: {name: arithmetic}, three: {name: arithmetic}}}\n"
-        "algorithm: {preset: on_policy_distill}\n"
+        "algorithm: {preset: on_policy_distill}\ntrain: {rollouts: 1}\n"
     )
     stages = {
         "rl_two": {"command": "train", "config": "configs/tiny.yaml"},

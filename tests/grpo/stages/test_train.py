@@ -27,6 +27,7 @@ from grpo.cli import main
 from grpo.learning import learner as learner_module
 from grpo.learning import lora, models, moe
 from grpo.stages import train
+from grpo.stages.start_model import Teachers
 from grpo.types import Problem, UserError
 
 pytestmark = pytest.mark.engine
@@ -141,8 +142,9 @@ def test_on_a_gpu_the_engine_measures_the_memory_before_the_learner_uses_it(
         display=SimpleNamespace(say=lambda text: None, phase=lambda step, name: None),
         stack=contextlib.ExitStack(),
     )
-    start = SimpleNamespace(model_dir=tiny())
-    train._load_learner(tiny_config(tmp_path, tiny()), context, start, engine, loss=None)
+    learner_models = train.LearnerModels(SimpleNamespace(model_dir=tiny()), Teachers({}, {}))
+    config = tiny_config(tmp_path, tiny())
+    train._load_learner(config, context, learner_models, engine, loss=None)
     assert events[:2] == ["engine is ready", "learner"]
 
 

@@ -469,13 +469,13 @@ def test_top_entropy_skips_the_update_without_a_training_signal(tiny, tmp_path):
 def test_the_reference_is_the_initial_policy_until_a_reset_makes_it_the_current_one(tiny, tmp_path):
     loop = make_loop(tmp_path, tiny, algorithm={"kl_coef": 0.1, "reference_reset": 2})
     learner = loop.updater.learner
-    initial = [weight.clone() for weight in learner._reference.model.parameters()]
+    initial = [weight.clone() for weight in learner._references[""].model.parameters()]
     loop.step()
-    for weight, expected in zip(learner._reference.model.parameters(), initial, strict=True):
+    for weight, expected in zip(learner._references[""].model.parameters(), initial, strict=True):
         assert torch.equal(weight, expected)
     loop.step()
     policy = learner._policy.model.parameters()
-    for weight, expected in zip(learner._reference.model.parameters(), policy, strict=True):
+    for weight, expected in zip(learner._references[""].model.parameters(), policy, strict=True):
         assert torch.equal(weight, expected)
 
 
