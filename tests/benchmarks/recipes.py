@@ -3,16 +3,17 @@ r"""Compares recipes on a task that separates them, at equal compute.
     .venv/bin/python tests/benchmarks/recipes.py [--seeds 3] [--recipes grpo dapo] \
         [--jobs 2] [--folder runs/recipes]
 
-Prints the table in docs/benchmarks.md, "Recipes on a hard task". Runs that are finished are not
-repeated. With `--jobs`, as many runs at a time have one core each.
+Prints a table of held-out accuracies. Runs that are finished are not repeated. With `--jobs`, as
+many runs at a time have one core each.
 
 The task (hard_sums/train.yaml) has a low start, rewards that are wrong for 15 % of the completions,
 sums of two to eight digits, so that lengths have a long tail, and eight updates per rollout. All
 runs start from one model (hard_sums/sft.yaml).
 
-Compute is the learner's and the sampler's: 2 FLOPs per weight and token of a forward pass (sampling,
-scoring by policy, reference or teacher), 6 per weight and token of an update. Prompts are not
-counted: they are short, and packed once per group.
+Compute is that of learner and sampler: 2 FLOPs per weight and token of a forward pass (sampling,
+and scoring by policy, reference or teacher), 6 per weight and token of an update. Prompts are not
+counted: they are short, and packed once per group. The accuracies are those at the compute of the
+cheapest run, linear between two evaluations, and the mean from the start to that compute.
 """
 
 from __future__ import annotations
@@ -108,8 +109,10 @@ def main() -> None:
             overrides.append(f"model.teacher={teacher_dir / 'final'}")
         core = cores.get()
         pin = ["taskset", "-c", str(core)] if options.jobs > 1 else []
-        run("train", run_dir(options.folder, recipe, seed), overrides, pin)
-        cores.put(core)
+        try:
+            run("train", run_dir(options.folder, recipe, seed), overrides, pin)
+        finally:
+            cores.put(core)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [
@@ -198,10 +201,10 @@ def print_table(folder: Path, recipes: Sequence[str], num_seeds: int) -> None:
             print(f"{recipe}: a run is missing or has failed", file=sys.stderr)
     budget = min(curve.flops[-1] for each in curves.values() for curve in each)
     print(f"compute: {budget:.4g} FLOPs per weight\n")
-    print(
-        "| recipe | accuracy, by seed | mean | minus grpo, points | mean until then | minus grpo |"
-    )
-    print("|---|---|---|---|---|---|")
+    columns = ["recipe", "accuracy, by seed", "mean", "minus grpo, points"]
+    columns += ["mean until then", "minus grpo, points"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     baseline_ends = [curve.at(budget) for curve in curves[BASELINE]]
     baseline_means = [curve.mean(budget) for curve in curves[BASELINE]]
     for recipe, curves_of_seeds in curves.items():
